@@ -1,0 +1,79 @@
+# `make` alone lists the targets. Everything runs in a virtual environment of its own, made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= data/emoji
+RUN ?= runs/demo
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check format wheel clean
+# An interrupted command must not cost the user a finished file.
+.PRECIOUS: $(DATA)/test.json $(RUN)/adapter_model.safetensors $(RUN)/eval/emoji/final/results.json
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  PYTHON=python3.11 chooses the interpreter, RUN=runs/other the folder of the demo."
+
+setup: $(INSTALLED)  ## make the virtual environment and install everything into it
+
+demo: $(RUN)/.demo-finished  ## fine-tune a small LLaVA with MiLoRA, evaluate it before and after, write a report
+	@echo "report: $(abspath $(RUN))/report.html"
+	@echo "afresh: make demo RUN=runs/another     (or remove $(RUN) first)"
+
+test: $(INSTALLED)  ## run the tests (minutes, CPU, offline)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)  ## the slow tests too
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+check: $(INSTALLED)  ## lint, format, types, import direction, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: $(INSTALLED)  ## rewrite the code the way `check` wants it
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+wheel: $(INSTALLED)  ## build dist/*.whl
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:  ## remove caches and built files (never runs, data or the environment)
+	rm -rf build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
+
+# Debian's python3 comes without ensurepip; its pip can then install into the bare environment from outside.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "error: Python 3.10 or newer is needed, and '$(PYTHON)' is not one; name another:  make PYTHON=python3.11 ..." >&2; exit 2; }
+	@test -x $(BIN)/pip || if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+	    $(PYTHON) -m venv $(VENV); \
+	  else \
+	    $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; \
+	  fi || { echo "error: no virtual environment could be made with '$(PYTHON)'; on Debian:  apt-get install python3-venv" >&2; exit 2; }
+	@echo "installing into $(VENV) (minutes, the first time)"
+	@$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+# The demo is nothing but the public commands. Each step leaves a file, so an interrupted demo goes on where it stopped;
+# order-only prerequisites (|) because a step is needed once, whatever the times of the files say.
+$(DATA)/test.json: | $(INSTALLED)
+	$(BIN)/python -m milora_data emoji --output_dir $(DATA)
+
+$(RUN)/adapter_model.safetensors: | $(DATA)/test.json
+	$(BIN)/python -m milora_vl.train --recipe smol-llava-demo --output_dir $(RUN)
+
+$(RUN)/eval/emoji/final/results.json: | $(RUN)/adapter_model.safetensors
+	$(BIN)/python -m milora_eval run --model smol-llava --adapter $(RUN) --suite emoji --data $(DATA) --with_base --output_dir $(RUN)
+
+$(RUN)/.demo-finished: | $(RUN)/eval/emoji/final/results.json
+	$(BIN)/python -m milora_vl.chat --model smol-llava --adapter $(RUN) --image $(DATA)/$(FIRST_PICTURE) "What is this?"
+	$(BIN)/python -m milora_vl.report $(RUN)
+	@touch $@
+
+FIRST_PICTURE = $(shell $(BIN)/python -c "import json; print(next(r['image'] for r in json.load(open('$(DATA)/test.json')) if 'image' in r))")
