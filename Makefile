@@ -34,7 +34,7 @@ check: $(INSTALLED)  ## lint, format, types, import direction, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/lint-imports
 	$(BIN)/codespell
 
 format: $(INSTALLED)  ## rewrite the code the way `check` wants it

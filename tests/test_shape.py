@@ -1,0 +1,175 @@
+"""The shape of the code base that STYLE.md promises, measured on the files git knows."""
+
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("milora_vl", "llava_recipes", "data_tools/milora_data", "eval/milora_eval")
+MAX_FILE, MAX_FUNCTION, MEDIAN_FILE = 350, 60, 120
+
+# `path:function` -> why its **kwargs is no sink: the signature is someone else's, and everything is passed on.
+FOREIGN_SIGNATURES: dict[str, str] = {}
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def tracked(*suffixes: str) -> list[Path]:
+    """Files that git tracks or would track; without git (a source archive), all files outside build and run folders."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listing.returncode == 0:
+        paths = [ROOT / line for line in listing.stdout.splitlines()]
+    else:
+        skip = {".venv", "runs", "data", "build", "dist", "__pycache__"}
+        paths = [path for path in ROOT.rglob("*") if not skip & set(path.relative_to(ROOT).parts)]
+    return sorted(path for path in paths if path.is_file() and (not suffixes or path.suffix in suffixes))
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def ours() -> list[Path]:
+    """Python files of the four packages."""
+    return [path for path in tracked(".py") if name(path).startswith(tuple(f"{package}/" for package in PACKAGES))]
+
+
+def functions(path: Path) -> Iterator[tuple[str, Function]]:
+    """Every function of a file with its qualified name, nested ones included."""
+
+    def walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, Function]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{prefix}{child.name}", child
+                yield from walk(child, f"{prefix}{child.name}.<locals>.")
+            elif isinstance(child, ast.ClassDef):
+                yield from walk(child, f"{prefix}{child.name}.")
+            else:
+                yield from walk(child, prefix)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), "")
+
+
+def test_no_file_is_longer_than_350_lines() -> None:
+    lengths = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in tracked(".py")}
+    assert not {file: lines for file, lines in lengths.items() if lines > MAX_FILE}
+
+
+def test_the_median_file_fits_on_two_screens() -> None:
+    lengths = [len(path.read_text(encoding="utf-8").splitlines()) for path in ours()]
+    assert statistics.median(lengths) <= MEDIAN_FILE
+
+
+def test_no_function_is_longer_than_60_lines() -> None:
+    long = [
+        f"{name(path)}:{node.lineno} {label}: {lines} lines"
+        for path in tracked(".py")
+        for label, node in functions(path)
+        if (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > MAX_FUNCTION
+    ]
+    assert not long
+
+
+def test_no_star_imports_and_no_grab_bag_modules() -> None:
+    stars = [
+        f"{name(path)}:{node.lineno}"
+        for path in tracked(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
+    ]
+    assert not stars
+    assert not [name(path) for path in tracked(".py") if re.fullmatch(r"_?(utils?|helpers?|misc|common)\.py", path.name)]
+
+
+def test_no_signature_swallows_unknown_keywords() -> None:
+    sinks = {f"{name(path)}:{label}" for path in ours() for label, node in functions(path) if node.args.kwarg}
+    assert sorted(sinks - set(FOREIGN_SIGNATURES)) == []
+    assert sorted(set(FOREIGN_SIGNATURES) - sinks) == [], "the allow-list names functions that no longer exist"
+
+
+def is_public(label: str) -> bool:
+    """Neither private nor local; of the magic methods only those with a signature of their own count."""
+    return not any(part.startswith("_") or part == "<locals>" for part in label.split(".")) or label.endswith("__init__")
+
+
+def untyped(node: Function, label: str) -> list[str]:
+    """Names of the parameters without annotation, and "return" where that one is missing."""
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    arguments += [argument for argument in (node.args.vararg, node.args.kwarg) if argument]
+    missing = [argument.arg for argument in arguments if argument.annotation is None]
+    is_method = "." in label and bool(arguments)
+    if is_method and missing[:1] == [arguments[0].arg] and arguments[0].arg in {"self", "cls"}:
+        missing = missing[1:]
+    return missing + (["return"] if node.returns is None else [])
+
+
+def test_public_functions_are_typed() -> None:
+    gaps = [
+        f"{name(path)}:{node.lineno} {label}: {missing}"
+        for path in ours()
+        for label, node in functions(path)
+        if is_public(label) and (missing := untyped(node, label))
+    ]
+    assert not gaps
+
+
+def test_public_functions_classes_and_modules_are_documented() -> None:
+    gaps = []
+    for path in ours():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if not ast.get_docstring(tree):
+            gaps.append(name(path))
+        gaps += [
+            f"{name(path)}:{node.lineno} {node.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node)
+        ]
+        gaps += [
+            f"{name(path)}:{node.lineno} {label}"
+            for label, node in functions(path)
+            if is_public(label) and not label.endswith("__init__") and not ast.get_docstring(node)
+        ]
+    assert not gaps
+
+
+# Split so that this file does not match itself.
+NOT_IN_THE_TREE = {
+    "a home directory": r"(?<![\w.])(/ro" + r"ot/|/ho" + r"me/\w|/Us" + r"ers/\w|C:\\Us" + r"ers)",
+    "a package registry's host": r"py" + r"pi\.org|pythonho" + r"sted|registry\.npm" + r"js|download\.pyto" + r"rch",
+}
+
+
+@pytest.mark.parametrize("what", NOT_IN_THE_TREE)
+def test_no_file_names(what: str) -> None:
+    found = [
+        f"{name(path)}:{number}: {line.strip()[:100]}"
+        for path in tracked(
+            "", ".py", ".md", ".toml", ".yaml", ".yml", ".json", ".jinja", ".txt", ".cfg", ".html", ".css", ".js"
+        )
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1)
+        if re.search(NOT_IN_THE_TREE[what], line)
+    ]
+    assert not found
+
+
+def test_getattr_probing_stays_in_towers() -> None:
+    """A name probed for is an assumption about someone else's class; towers.py is where those live."""
+    probes = [
+        f"{name(path)}:{node.lineno}"
+        for path in ours()
+        if path.name != "towers.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and (node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) == 3))
+    ]
+    assert not probes
