@@ -87,7 +87,9 @@ def test_no_star_imports_and_no_grab_bag_modules() -> None:
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
     ]
     assert not stars
-    assert not [name(path) for path in tracked(".py") if re.fullmatch(r"_?(utils?|helpers?|misc|common)\.py", path.name)]
+    assert not [
+        name(path) for path in tracked(".py") if re.fullmatch(r"_?(utils?|helpers?|misc|common)\.py", path.name)
+    ]
 
 
 def test_no_signature_swallows_unknown_keywords() -> None:
@@ -98,7 +100,9 @@ def test_no_signature_swallows_unknown_keywords() -> None:
 
 def is_public(label: str) -> bool:
     """Neither private nor local; of the magic methods only those with a signature of their own count."""
-    return not any(part.startswith("_") or part == "<locals>" for part in label.split(".")) or label.endswith("__init__")
+    return not any(part.startswith("_") or part == "<locals>" for part in label.split(".")) or label.endswith(
+        "__init__"
+    )
 
 
 def untyped(node: Function, label: str) -> list[str]:
