@@ -51,7 +51,7 @@ clean:  ## remove caches and built files (never runs, data or the environment)
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "error: Python 3.10 or newer is needed, and '$(PYTHON)' is not one; name another:  make PYTHON=python3.11 ..." >&2; exit 2; }
-	@test -x $(BIN)/pip || if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+	@test -x $(BIN)/pip || if $(PYTHON) -c 'from ensurepip import version' 2>/dev/null; then \
 	    $(PYTHON) -m venv $(VENV); \
 	  else \
 	    $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; \
