@@ -1,0 +1,186 @@
+"""Records to a batch for any HF LLaVA model: encoded, right-padded, with the pixels of their pictures.
+
+A batch without any picture gets a plain one, whose tokens are hidden from attention and from the loss: tower and
+projector stay in the graph with gradient zero, as DDP and ZeRO-3 need it (LLaVA splices features of length zero).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from .encode import IGNORE, Encoded, NothingToLearn, encode
+from .errors import DataError
+from .images import ImageError, ImagePolicy, expand_to_square, load_image
+from .records import Record, parse_record
+
+log = logging.getLogger(__name__)
+
+_MAX_WORKERS = 256
+_COUNTERS = ("skipped", "replaced", "unlearnable", "cut")
+
+
+class Sample(NamedTuple):
+    """One encoded record and its pictures, (num_images, 3, H, W); `pixels` is None where it has none."""
+
+    encoded: Encoded
+    pixels: Tensor | None
+
+
+class ImageTextCollator:
+    """Turns records (`Record` or LLaVA dicts) into a batch; usable as `data_collator`, with workers too.
+
+    `__call__` returns input_ids, attention_mask, labels (batch, length) and, with an image processor, pixel_values
+    (num_images, 3, H, W): the pictures of all records in order. Labels are -100 wherever nothing is learnt.
+
+    `bad_images` says what happens with a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
+    plain one. A record with nothing to learn is left out. Each case is logged, and counted in `counts()`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any = None,
+        *,
+        template: str = "vicuna_v1",
+        image_tokens: int = 576,
+        image_token_id: int,
+        image_folder: str | Path | None = None,
+        max_length: int | None = None,
+        image_aspect_ratio: Literal["pad", "plain"] = "pad",
+        bad_images: ImagePolicy = "raise",
+        pad_to_multiple_of: int = 1,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.template = template
+        self.image_tokens = image_tokens
+        self.image_token_id = image_token_id
+        self.image_folder = Path(image_folder or "")
+        self.max_length = max_length
+        self.image_aspect_ratio = image_aspect_ratio
+        self.bad_images = bad_images
+        self.pad_to_multiple_of = pad_to_multiple_of
+        # One row per loader process, in shared memory: the process that reports is not the one that counts.
+        self._counts = torch.zeros(_MAX_WORKERS, len(_COUNTERS), dtype=torch.long).share_memory_()
+        self._spare: Sample | None = None
+
+    def __call__(self, records: Sequence[Record | Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch of `records`; raises `DataError` with file and line."""
+        samples = [sample for record in records if (sample := self._sample(record)) is not None]
+        if not samples:
+            samples = [self._substitute()]
+        self._spare = samples[-1]
+        return self._batch(samples)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many records were skipped, unlearnable or cut, and pictures replaced, in all loader processes."""
+        return dict(zip(_COUNTERS, self._counts.sum(0).tolist(), strict=True))
+
+    def _sample(self, record: Record | Mapping[str, Any]) -> Sample | None:
+        record = record if isinstance(record, Record) else parse_record(record)
+        try:
+            encoded = encode(
+                record,
+                self.tokenizer,
+                template=self.template,
+                image_token_id=self.image_token_id,
+                image_tokens=self.image_tokens,
+                max_length=self.max_length,
+            )
+            pixels = self._pixels(record, encoded.num_images)
+        except NothingToLearn as error:
+            self._leave_out("unlearnable", error)
+            return None
+        except ImageError as error:
+            if self.bad_images == "raise":
+                raise ImageError(f"{error}\nin {record.source or record.id}; --bad_images skip leaves it out") from None
+            self._leave_out("skipped", error)
+            return None
+        if encoded.num_cut:
+            self._count("cut")
+        return Sample(encoded, pixels)
+
+    def _pixels(self, record: Record, num_images: int) -> Tensor | None:
+        if not num_images:
+            return None
+        if self.image_processor is None:
+            raise DataError(f"{record.source or record.id}: a record with pictures, but this model reads only text")
+        images = [self._image(self.image_folder / name) for name in record.images[:num_images]]
+        return self._process(images)
+
+    def _image(self, path: Path) -> Any:
+        try:
+            image = load_image(path)
+        except ImageError as error:
+            if self.bad_images != "replace":
+                raise
+            self._count("replaced")
+            log.warning("%s (a plain picture takes its place)", error)
+            return self._plain_image()
+        return expand_to_square(image, self._mean_color()) if self.image_aspect_ratio == "pad" else image
+
+    def _process(self, images: Sequence[Any]) -> Tensor:
+        # What is square already is not padded again; a processor that pads by itself must not do so for "plain".
+        options = {"do_pad": False} if self.image_processor.to_dict().get("do_pad") else {}
+        return self.image_processor(images=list(images), return_tensors="pt", **options)["pixel_values"]
+
+    def _mean_color(self) -> tuple[int, int, int]:
+        red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)
+        return red, green, blue
+
+    def _plain_image(self) -> Any:
+        from PIL import Image
+
+        return Image.new("RGB", (32, 32), self._mean_color())
+
+    def _leave_out(self, counter: str, error: DataError) -> None:
+        self._count(counter)
+        log.warning("left out: %s", error)
+
+    def _substitute(self) -> Sample:
+        # A step must have a batch: the last good record of this process stands in, which is counted above and logged.
+        if self._spare is None:
+            raise DataError("every record of the first batch was left out; see the warnings above")
+        return self._spare
+
+    def _count(self, counter: str) -> None:
+        worker = get_worker_info()
+        self._counts[worker.id + 1 if worker else 0, _COUNTERS.index(counter)] += 1
+
+    def _batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+        rows = [(sample.encoded.input_ids, sample.encoded.labels) for sample in samples]
+        lengths = [len(ids) for ids, _ in rows]
+        if self.image_processor is not None and not pixels:
+            self._add_hidden_image(rows, lengths)
+            pixels = [self._process([self._plain_image()])]
+        batch = self._pad(rows, lengths)
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)
+        return batch
+
+    def _add_hidden_image(self, rows: list[tuple[list[int], list[int]]], lengths: Sequence[int]) -> None:
+        # Behind the shortest row, beyond its attended length, so that the batch grows as little as it can.
+        shortest = min(range(len(rows)), key=lambda row: lengths[row])
+        ids, labels = rows[shortest]
+        rows[shortest] = (ids + [self.image_token_id] * self.image_tokens, labels + [IGNORE] * self.image_tokens)
+
+    def _pad(self, rows: Sequence[tuple[list[int], list[int]]], lengths: Sequence[int]) -> dict[str, Tensor]:
+        longest = max(len(ids) for ids, _ in rows)
+        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        input_ids = torch.full((len(rows), width), pad_id)
+        labels = torch.full((len(rows), width), IGNORE)
+        attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for row, ((ids, targets), length) in enumerate(zip(rows, lengths, strict=True)):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            labels[row, : len(ids)] = torch.tensor(targets)
+            attention_mask[row, :length] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -1,0 +1,100 @@
+"""What every command of this project shares: a parser that explains itself, and an outer edge without tracebacks.
+
+Data goes to stdout, everything else to stderr; exit code 0 is fine, 1 the run failed, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+from .errors import UserError
+
+
+def suggest(word: str, candidates: Iterable[str]) -> list[str]:
+    """Return up to three of `candidates` that look like `word`, the nearest first.
+
+    >>> suggest("vicuna", ["plain", "vicuna_v1"])
+    ['vicuna_v1']
+    """
+    return difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.5)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """`argparse` with `-` and `_` alike in flags, no guessing from prefixes, and near names for unknown flags."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Spell every known flag as it was declared, then parse as usual."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        declared = {flag.replace("-", "_"): flag for flag in self.flags()}
+        for position, argument in enumerate(arguments):
+            if argument == "--":
+                break
+            name, equals, value = argument.partition("=")
+            if name.startswith("--"):
+                arguments[position] = declared.get(name.replace("-", "_"), name) + equals + value
+        return super().parse_known_args(arguments, namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and raise `UserError` with near names for what is not known."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = [name for word in unknown if word.startswith("-") for name in suggest(word, self.all_flags())]
+            hint = f"\ndid you mean {' or '.join(dict.fromkeys(near))} ?" if near else ""
+            self.error(f"unknown argument: {' '.join(unknown)}{hint}")
+        return parsed
+
+    def flags(self) -> list[str]:
+        """Return the long flags that this parser declares."""
+        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+
+    def all_flags(self) -> list[str]:
+        """Return the long flags of this parser and of its subcommands."""
+        found = self.flags()
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for child in action.choices.values():
+                    found += child.all_flags()
+        return list(dict.fromkeys(found))
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UserError` (exit code 2) where argparse would leave the process."""
+        raise UserError(f"{message}\nsee: {self.prog} --help")
+
+
+def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
+    """Return a parser whose mistakes raise `UserError`; `epilog` keeps its line breaks (use it for examples)."""
+    return CommandParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def report(error: UserError) -> None:
+    """Write `error` to stderr: its first line after `error: `, the others aligned below."""
+    sys.stderr.write("error: " + str(error).replace("\n", "\n       ") + "\n")
+
+
+def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
+    """Run `main` on the command line's arguments and leave the process with its exit code."""
+    try:
+        code = main(None)
+        sys.stdout.flush()
+    except UserError as error:
+        report(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        code = 130
+    except BrokenPipeError:
+        # The reader (head, less) went away; Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

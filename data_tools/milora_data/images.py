@@ -1,0 +1,56 @@
+"""Picture files to RGB, whatever is inside them, and LLaVA's padding to a square."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from .errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImagePolicy = Literal["raise", "skip", "replace"]
+"""What to do with a picture that cannot be read: stop, leave its record out, or show a plain picture in its place."""
+
+
+class ImageError(DataError):
+    """A picture file that is missing or cannot be decoded."""
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Return the picture in `path`, decoded, upright (EXIF) and RGB; alpha is dropped as LLaVA does.
+
+    16-bit grey is scaled to 8 bits (PIL alone would clip it to white).
+    Raises `ImageError`: missing, empty, cut off, not a picture.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):
+                upright = upright.convert("I").point(lambda value: value / 257).convert("L")
+            if upright.mode == "P":
+                upright = upright.convert("RGBA")  # palettes with transparency make PIL warn otherwise
+            return upright.convert("RGB")
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such picture") from None
+    except Exception as error:  # PIL's plugins raise whatever they trip over: OSError, SyntaxError, struct.error, ...
+        size = Path(path).stat().st_size if Path(path).is_file() else 0
+        reason = str(error) if size else "empty file" if Path(path).is_file() else "not a file"
+        raise ImageError(f"{path}: cannot read this picture: {reason}") from None
+
+
+def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """Return `image` centred on a square of its longer side, filled with `color` (LLaVA's `expand2square`)."""
+    from PIL import Image
+
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new(image.mode, (side, side), color)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square

@@ -1,0 +1,143 @@
+"""Reads the objects of a JSON list or of JSON lines one by one, in little memory, and points at what is broken."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from .errors import DataError
+
+_CHUNK = 1 << 20
+_SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+
+
+def read_objects(path: Path) -> Iterator[tuple[int, object]]:
+    """Yield (line, value) for each element of a JSON list, or for each line of JSON lines.
+
+    Raises `DataError` with file, line and an excerpt with a caret.
+    """
+    if not path.is_file():
+        raise DataError(missing_file(path))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _Reader(path, file).objects()
+    except UnicodeDecodeError:
+        raise DataError(_bad_bytes(path)) from None
+
+
+def missing_file(path: Path) -> str:
+    """Return the message for a data file that is not there, with the JSON files that are."""
+    if path.is_dir():
+        found, text = path, f"{path}: this is a folder; expected a JSON or JSONL file"
+    else:
+        found, text = path.parent, f"{path}: no such file"
+    names = sorted(p.name for p in found.glob("*.json*"))[:5] if found.is_dir() else []
+    return text + (f"\nin {found}: {', '.join(names)}" if names else "")
+
+
+def _bad_bytes(path: Path) -> str:
+    with path.open("rb") as file:
+        for line, content in enumerate(file, start=1):
+            try:
+                content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x} at column {error.start + 1})"
+    return f"{path}: not UTF-8"
+
+
+class _Reader:
+    """A window on the file: `text[at:]` is not consumed yet, `line` is the number of the line `at` stands on."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self.path, self.file = path, file
+        self.text, self.at, self.line = "", 0, 1
+
+    def objects(self) -> Iterator[tuple[int, object]]:
+        """Yield (line, value) of every element."""
+        if self._skip() == "[":
+            self._advance(self.at + 1)
+            yield from self._elements()
+        else:
+            yield from self._lines()
+
+    def _elements(self) -> Iterator[tuple[int, object]]:
+        following = self._skip()
+        while following != "]":
+            yield self.line, self._value()
+            following = self._skip()
+            if following == ",":
+                self._advance(self.at + 1)
+                if self._skip() == "]":
+                    raise self._error(self.at, "a comma before the end of the list")
+            elif following != "]":
+                raise self._error(self.at, "expected ',' or ']' after a record")
+        self._advance(self.at + 1)
+        if self._skip():
+            raise self._error(self.at, "text after the end of the list")
+
+    def _lines(self) -> Iterator[tuple[int, object]]:
+        while self._skip():
+            end = self._line_end()
+            try:
+                value = json.loads(self.text[self.at : end])
+            except json.JSONDecodeError as error:
+                hint = "; expected a list [...] or one record per line" if self.line == 1 else ""
+                raise self._error(self.at + error.pos, error.msg + hint) from None
+            yield self.line, value
+            self._advance(end)
+
+    def _line_end(self) -> int:
+        while (end := self.text.find("\n", self.at)) < 0:
+            if not self._more():
+                return len(self.text)
+        return end
+
+    def _value(self) -> object:
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                # It may only be cut off by the end of the window.
+                if not self._more():
+                    raise self._error(error.pos, error.msg) from None
+            else:
+                if end == len(self.text) and self._more():
+                    continue  # a number may go on
+                self._advance(end)
+                return value
+
+    def _skip(self) -> str:
+        """Pass over white space and return the next character, "" at the end of the file."""
+        while True:
+            match = _SPACE.match(self.text, self.at)
+            assert match is not None
+            self._advance(match.end())
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._more():
+                return ""
+
+    def _advance(self, to: int) -> None:
+        self.line += self.text.count("\n", self.at, to)
+        self.at = to
+
+    def _more(self) -> bool:
+        # Reading as much again as is waiting keeps the repeated attempts at a long record linear.
+        added = self.file.read(max(_CHUNK, len(self.text) - self.at))
+        if added:
+            self.text, self.at = self.text[self.at :] + added, 0
+        return bool(added)
+
+    def _error(self, position: int, message: str) -> DataError:
+        line = self.line + self.text.count("\n", self.at, position)
+        start = self.text.rfind("\n", 0, position) + 1
+        end = self.text.find("\n", position)
+        end = len(self.text) if end < 0 else end
+        left, right = max(start, position - 50), min(end, position + 30)
+        excerpt = self.text[left:right].replace("\t", " ").rstrip("\r")
+        message = message[0].lower() + message[1:]
+        return DataError(f"{self.path}:{line}: broken JSON: {message}\n  {excerpt}\n  {' ' * (position - left)}^")

@@ -1,0 +1,101 @@
+"""Records of LLaVA's data format, from JSON (a list) or JSONL, read one by one; every error names file and line.
+
+The format is that of LLaVA's `train.py`: {"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...]}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import DataError
+from .jsonfile import read_objects
+
+Role = Literal["user", "assistant", "system"]
+
+ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+KNOWN_KEYS = ("id", "image", "images", "conversations")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation; `text` holds `<image>` where a picture stands."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One conversation with its pictures. `source` is "file:line"; `extra` holds the keys the format does not know."""
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    source: str = ""
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+def load_records(path: str | Path) -> Iterator[Record]:
+    """Yield the records of a LLaVA JSON file (a list) or a JSONL file, in order.
+
+    Raises `DataError` with file and line: no such file, broken JSON, a record that is not one.
+    """
+    for line, value in read_objects(Path(path)):
+        yield parse_record(value, source=f"{path}:{line}")
+
+
+def parse_record(value: object, *, source: str = "") -> Record:
+    """Return the `Record` of one decoded LLaVA dict; raises `DataError` that starts with `source`.
+
+    >>> parse_record({"id": 7, "conversations": [{"from": "human", "value": "Hi"}]}).turns
+    (Turn(role='user', text='Hi'),)
+    """
+    try:
+        if not isinstance(value, dict):
+            raise DataError(f"expected a record (an object), got {type(value).__name__}")
+        return Record(
+            id=str(value.get("id", "")),
+            images=_images(value),
+            turns=_turns(value),
+            source=source,
+            extra={key: item for key, item in value.items() if key not in KNOWN_KEYS},
+        )
+    except DataError as error:
+        place = source or "record"
+        raise DataError(f"{place}: {error}") from None
+
+
+def _images(value: dict[str, Any]) -> tuple[str, ...]:
+    found = value.get("images", value.get("image"))
+    if found is None:
+        return ()
+    names = [found] if isinstance(found, str) else found
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise DataError(f'"image" must be a file name or a list of file names, got {found!r}')
+    return tuple(names)
+
+
+def _turns(value: dict[str, Any]) -> tuple[Turn, ...]:
+    turns = value.get("conversations")
+    if not isinstance(turns, list):
+        keys = ", ".join(map(str, value)) or "none"
+        raise DataError(f'"conversations" must be a list of turns; the keys of this record: {keys}')
+    return tuple(_turn(turn, number) for number, turn in enumerate(turns, start=1))
+
+
+def _turn(turn: object, number: int) -> Turn:
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        raise DataError(f'turn {number} must be {{"from": ..., "value": text}}, got {str(turn)[:80]}')
+    role = ROLES.get(str(turn.get("from")))
+    if role is None:
+        raise DataError(f'turn {number}: unknown "from": {turn.get("from")!r}; expected {", ".join(ROLES)}')
+    return Turn(role, turn["value"])
