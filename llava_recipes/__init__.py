@@ -1,0 +1,33 @@
+"""Recipes and launcher configurations as data: YAML recipes, DeepSpeed JSON, accelerate YAML.
+
+>>> "milora-llava-1.5-7b" in names()
+True
+"""
+
+from importlib import resources
+from typing import Literal
+
+Kind = Literal["recipe", "deepspeed", "accelerate"]
+_PLACE: dict[Kind, tuple[str, str]] = {
+    "recipe": (".", ".yaml"),
+    "deepspeed": ("deepspeed", ".json"),
+    "accelerate": ("accelerate", ".yaml"),
+}
+
+__all__ = ["names", "read"]
+
+
+def names(kind: Kind = "recipe") -> list[str]:
+    """Return the names of what is packaged, without their endings, in order."""
+    folder, ending = _PLACE[kind]
+    files = resources.files(__name__).joinpath(folder).iterdir()
+    return sorted(file.name.removesuffix(ending) for file in files if file.name.endswith(ending))
+
+
+def read(name: str, kind: Kind = "recipe") -> str:
+    """Return the text of one of them; KeyError where there is none of that name."""
+    folder, ending = _PLACE[kind]
+    file = resources.files(__name__).joinpath(folder, name + ending)
+    if not file.is_file():
+        raise KeyError(name)
+    return file.read_text(encoding="utf-8")

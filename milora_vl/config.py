@@ -1,0 +1,164 @@
+"""The recipe: everything that decides a run, as strict models of one YAML file. An unknown key is an error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+
+from milora_data.errors import UserError
+from milora_vl import hf_arguments
+
+TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
+
+
+class RecipeError(UserError):
+    """All mistakes of a recipe together, each with file, line and dotted path."""
+
+    def __init__(self, source: str, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        more = f"{len(self.problems)} mistakes in {source}:\n" if len(self.problems) > 1 else ""
+        super().__init__(more + "\n".join(self.problems))
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataConfig(_Strict):
+    """What is learnt from."""
+
+    path: str | None = Field(None, description="LLaVA JSON or JSONL file")
+    image_folder: str | None = None
+    eval_path: str | None = Field(None, description="held-out records for the evaluation loss")
+    max_length: PositiveInt = 2048
+    image_aspect_ratio: Literal["pad", "plain"] = "pad"
+    packing: bool = False
+    bad_images: Literal["raise", "skip", "replace"] = "raise"
+    limit: PositiveInt | None = Field(None, description="use the first N records only")
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("several sources with weights are not supported yet; give one JSON file")
+        return value
+
+    @field_validator("packing")
+    @classmethod
+    def _no_packing(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("packing is not supported yet; leave it false")
+        return value
+
+
+class EvalConfig(_Strict):
+    """What is evaluated after training, in a process of its own."""
+
+    suites: list[str] = []
+    data: str | None = None
+    limit: PositiveInt | None = None
+
+
+class Recipe(_Strict):
+    """One run. `policy: null` is MiLoRA on the language tower and the projector in full.
+
+    >>> Recipe.parse({"model": "tiny", "train": {"warmup_ratio": 0.03}}).train["warmup_steps"]
+    0.03
+    """
+
+    model: str = "llava-1.5-7b"
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the frozen weights")
+    projector_weights: str | None = Field(None, description="file or folder the projector starts from")
+    template: str = "vicuna_v1"
+    form: Literal["anchored", "residual"] = "anchored"
+    data: DataConfig = DataConfig()
+    policy: list[dict[str, Any]] | None = None
+    train: dict[str, Any] = {}
+    eval: EvalConfig = EvalConfig()
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any], source: str = "recipe", lines: Mapping[str, int] | None = None) -> Recipe:
+        """A recipe from nested mappings; RecipeError lists every mistake at once."""
+        train, problems = train_section(content.get("train"))
+        try:
+            recipe = cls.model_validate({**content, "train": {}})
+        except ValidationError as error:
+            problems += [(_dotted(e["loc"]), _explain(e)) for e in error.errors()]
+            recipe = None
+        if recipe is None or problems:
+            raise RecipeError(source, [_located(source, lines or {}, path, text) for path, text in problems])
+        return recipe.model_copy(update={"train": train})
+
+    def to_yaml(self) -> str:
+        """YAML that repeats this run when given back."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+
+
+def train_section(section: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The `train:` mapping with newest names and right types, and its mistakes as (dotted path, text)."""
+    if section is not None and not isinstance(section, Mapping):
+        return {}, [("train", f"expected a mapping of TrainingArguments, got {section!r}")]
+    train, problems, said = {**TRAIN_DEFAULTS}, [], {}
+    for name, value in (section or {}).items():
+        path = f"train.{name}"
+        if name not in hf_arguments.flags():
+            problems.append((path, "unknown key" + _did_you_mean(name, hf_arguments.flags())))
+            continue
+        try:
+            pair = hf_arguments.canonical(name, hf_arguments.coerce(name, value))
+        except ValueError as error:
+            problems.append((path, str(error)))
+            continue
+        if pair is None:
+            continue
+        if pair[0] in hf_arguments.REFUSED:
+            problems.append((path, str(hf_arguments.REFUSED[pair[0]])))
+        elif said.get(pair[0], pair[1]) != pair[1]:
+            problems.append((path, f"contradicts {pair[0]}: {said[pair[0]]!r}; they are the same setting"))
+        else:
+            train[pair[0]] = said[pair[0]] = pair[1]
+    return train, problems
+
+
+def load(path: Path) -> Recipe:
+    """The recipe in a YAML file."""
+    from milora_vl import yaml_file
+
+    content, lines = yaml_file.read_file(path)
+    return Recipe.parse(content, str(path), lines)
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in loc:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def _explain(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        model: Any = Recipe
+        for part in error["loc"][:-1]:
+            model = model.model_fields[part].annotation
+        return "unknown key" + _did_you_mean(str(error["loc"][-1]), model.model_fields)
+    text = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+    return text if error["type"] == "value_error" else f"{text}, got {error['input']!r}"
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; known: {', '.join(known)}" if len(known) < 15 else "; any TrainingArguments of transformers is known"
+
+
+def _located(source: str, lines: Mapping[str, int], path: str, text: str) -> str:
+    line = f":{lines[path]}" if path in lines else ""
+    return f"{source}{line}: {path}: {text}"

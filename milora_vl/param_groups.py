@@ -1,0 +1,50 @@
+"""Optimizer groups: each trained parameter with the learning rate and weight decay of the rule that made it train."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import nn
+
+from milora_vl.policy import Target
+
+_PEFT_PARTS = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+|\.base_layer")
+
+
+def parameter_groups(
+    model: nn.Module,
+    targets: Sequence[Target],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    decays: Collection[str],
+) -> list[dict[str, Any]]:
+    """Groups for any torch optimizer, adapters before what trains in full; a rule's own rates win over the run's.
+
+    `decays` names the parameters that weight decay is for (HF leaves out biases and norms).
+    """
+    settings = {t.path: t for t in targets}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # HF logs the rate of the first group: let it be the adapter's.
+    for name, parameter in sorted(named, key=lambda pair: ".lora_" not in pair[0]):
+        target = settings.get(target_path(name, settings))
+        assert target is not None, f"{name} trains, but no rule says so"
+        rate = learning_rate if target.learning_rate is None else target.learning_rate
+        decay = weight_decay if target.weight_decay is None else target.weight_decay
+        groups.setdefault((rate, decay if name in decays else 0.0), []).append(parameter)
+    return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
+
+
+def target_path(name: str, paths: Collection[str]) -> str:
+    """The module path in `paths` that the parameter `name` of a PeftModel, or of a plain model, belongs to; else "".
+
+    >>> target_path("base_model.model.lm.q.lora_A.default.trained", ["lm.q", "lm"])
+    'lm.q'
+    """
+    plain = _PEFT_PARTS.sub("", name)
+    while plain and plain not in paths:
+        plain = plain.rpartition(".")[0]
+    return plain

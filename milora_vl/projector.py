@@ -1,0 +1,81 @@
+"""The projector's weights as a small file of their own: what a stage-1 run saves, and what a run may start from.
+
+Written with HF's names (`multi_modal_projector.linear_1.weight`); LLaVA's `mm_projector.bin` and its names are read too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from milora_data.errors import UserError
+from milora_vl.towers import find_towers
+
+FILE_NAMES = ("mm_projector.safetensors", "mm_projector.bin")
+PREFIX = "multi_modal_projector."
+_OURS = re.compile(r"(?:^|.*\.)multi_modal_projector\.(.+)")
+_LLAVA = re.compile(r"(?:^|.*\.)mm_projector\.(?:(\d+)\.)?(.+)")
+
+
+def projector_of(model: nn.Module) -> nn.Module:
+    """The projector module of a model; UserError where it has none."""
+    path = find_towers(model).projector
+    if path is None:
+        raise UserError(f"{type(model).__name__} has no projector")
+    return model.get_submodule(path)
+
+
+def save_projector(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
+    """Write mm_projector.safetensors, in the dtype that was trained; `state` is a gathered state dict of the model."""
+    from safetensors.torch import save_file
+
+    if state is None:
+        weights = {PREFIX + name: t for name, t in projector_of(model).state_dict().items()}
+    else:
+        weights = {PREFIX + _inner(name): t for name, t in state.items() if _OURS.match(name)}
+    target = folder / FILE_NAMES[0]
+    save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, target, metadata={"format": "pt"})
+    return target
+
+
+def load_projector(model: nn.Module, source: Path) -> None:
+    """Put the weights of a file, or of a folder that holds one, into the model's projector.
+
+    UserError, with what was found, where names or shapes do not fit.
+    """
+    found = read_projector(source)
+    projector = projector_of(model)
+    have = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
+    got = {name: tuple(t.shape) for name, t in found.items()}
+    if have != got:
+        raise UserError(f"{source} does not fit the projector of this model\n  has       {got}\n  expected  {have}")
+    projector.load_state_dict(found)
+
+
+def read_projector(source: Path) -> dict[str, Tensor]:
+    """The projector's weights in a file or folder, by their names inside the module (`linear_1.weight`)."""
+    from safetensors.torch import load_file
+
+    files = [source / name for name in FILE_NAMES if (source / name).is_file()] if source.is_dir() else [source]
+    if not files or not files[0].is_file():
+        raise UserError(f"no projector weights at {source}: expected a file or a folder with {' or '.join(FILE_NAMES)}")
+    is_safe = files[0].suffix == ".safetensors"
+    state = load_file(files[0]) if is_safe else torch.load(files[0], map_location="cpu", weights_only=True)
+    weights = {_inner(name): t for name, t in state.items() if _OURS.match(name) or _LLAVA.match(name)}
+    if not weights:
+        raise UserError(f"{files[0]} holds no projector weights; its names: {', '.join(list(state)[:3])}, ...")
+    return weights
+
+
+def _inner(name: str) -> str:
+    ours = _OURS.match(name)
+    if ours:
+        return ours[1]
+    llava = _LLAVA.match(name)
+    assert llava is not None
+    number = llava[1]  # LLaVA's Sequential: 0 is the first layer, 1 the activation, 2 the second layer
+    return f"linear_{int(number) // 2 + 1}.{llava[2]}" if number else llava[2]

@@ -1,0 +1,139 @@
+"""What a person sees of a run, on stderr: one header, the policy table, what takes long, and the closing block.
+
+Rank 0 alone writes. Colour only on a terminal; NO_COLOR and COLUMNS are honoured (by rich).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from milora_vl.policy import Target
+
+Rows = Sequence[tuple[str, str]]
+COLUMNS = ("tower", "modules", "method", "rank", "alpha", "parameters", "rate", "trained sigma / max", "energy")
+
+
+class Screen:
+    """Everything a run says, besides HF's progress bar."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        quiet = os.environ.get("RANK", "0") != "0"
+        self.console: Console = Console(stderr=True, quiet=quiet, highlight=False)
+        if not self.console.is_terminal and "COLUMNS" not in os.environ:
+            self.console.width = 110  # a log file need not wrap as a narrow terminal does
+
+    def say(self, text: str) -> None:
+        """One plain line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """One warning."""
+        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Announce something that may take long, and say how long it took."""
+        self.console.print(f"{what} ...", markup=False, soft_wrap=True)
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        if seconds >= 1:
+            self.console.print(f"  done in {seconds:.0f} s", markup=False)
+
+    def header(self, rows: Rows) -> None:
+        """The panel that names the run."""
+        from rich.panel import Panel
+
+        width = max(len(name) for name, _ in rows)
+        text = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        self.console.print(Panel(_plain(text), title="milora_vl.train", title_align="left", expand=False))
+
+    def policy(self, targets: Sequence[Target], frozen: Sequence[str], report: Sequence[Any] = ()) -> None:
+        """The table of what trains; `report` (LayerReport of the adapters) adds what was measured."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in COLUMNS:
+            table.add_column(name, justify="left" if name in ("tower", "method") else "right")
+        for row in policy_rows(targets, report):
+            table.add_row(*row)
+        for tower in frozen:
+            table.add_row(tower, "-", "frozen")
+        self.console.print(table)
+
+    def closing(self, rows: Rows) -> None:
+        """The last block: where everything is and what to type next."""
+        width = max(len(name) for name, _ in rows)
+        self.console.print()
+        for name, value in rows:
+            self.say(f"{name:<{width}}  {value}")
+
+
+def policy_rows(targets: Sequence[Target], report: Sequence[Any] = ()) -> list[tuple[str, ...]]:
+    """One row per (tower, method, rank, alpha, learning rate), in model order of the towers."""
+    measured = {layer.path: layer for layer in report}
+    ordered = sorted(targets, key=_kind)
+    rows = []
+    for kind, members in groupby(ordered, key=_kind):
+        group = list(members)
+        tower, method, rank, alpha, rate = kind
+        layers = [measured[t.path] for t in group if t.path in measured]
+        rows.append(
+            (
+                tower,
+                f"{len(group):,}",
+                method,
+                f"{rank}" if rank else "-",
+                f"{alpha:g}" if alpha else "-",
+                f"{sum(map(num_parameters, group)):,}",
+                f"{rate:g}" if rate else "the run's",
+                _span([layer.sigma_min / layer.sigma_max_weight for layer in layers if layer.sigma_max_weight], "{:.2g}"),
+                _span([100 * layer.energy for layer in layers], "{:.2g}", " %"),
+            )
+        )
+    return rows
+
+
+def num_parameters(target: Target) -> int:
+    """Trained numbers of one target: r (in + out) of an adapter, the matrix of what trains in full."""
+    if target.rank is not None:
+        return target.rank * sum(target.shape)
+    total = 1
+    for size in target.shape:
+        total *= size
+    return total
+
+
+def trainable_line(model: nn.Module) -> str:
+    """PEFT's line about trained parameters, word for word (people grep it)."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}"
+
+
+def _kind(target: Target) -> tuple[str, str, int, float, float]:
+    return (target.tower or "", target.method, target.rank or 0, target.alpha or 0.0, target.learning_rate or 0.0)
+
+
+def _span(values: Sequence[float], form: str, unit: str = "") -> str:
+    if not values:
+        return "-"
+    low, high = form.format(min(values)), form.format(max(values))
+    return (low if low == high else f"{low} - {high}") + unit
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)

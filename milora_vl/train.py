@@ -1,0 +1,44 @@
+"""`python -m milora_vl.train`: fine-tune a model by a recipe, with Hugging Face's, LLaVA's and our own flags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from milora_data.command import run
+from milora_vl import arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line asks; UserError for what the user can mend. Returns the exit code."""
+    request = arguments.parse(argv)
+    if request.action in ("print_recipe", "list_models", "list_recipes"):
+        from milora_vl import listings
+
+        return listings.show(request)
+    if request.action == "dry_run":
+        from milora_vl import dry_run
+
+        return dry_run.show(request)
+    return train(request)
+
+
+def train(request: arguments.Request) -> int:
+    """One run, from the recipe to the report."""
+    from milora_vl.run import Run
+
+    job = Run(request)
+    if job.is_done():
+        return 0
+    job.read_data()
+    job.check_evaluation()
+    job.load_model()
+    job.apply_policy()
+    job.open_folder()
+    job.train()
+    job.save()
+    job.evaluate()
+    return job.close()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,165 @@
+"""Hugging Face's Trainer with our loss, our parameter groups, and checkpoints that are complete and small.
+
+Distributed training, precision and logging are all HF's; whatever wraps the model, its own forward is called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from milora_data.errors import UserError
+from milora_vl.losses import summed_loss, takes_columns
+from milora_vl.param_groups import parameter_groups
+from milora_vl.policy import Target
+from milora_vl.projector import load_projector, save_projector
+
+Saves = Literal["adapter", "projector", "full"]
+
+
+class LogBeforeSave(TrainerCallback):
+    """Log at every checkpoint: a resumed run then averages the loss over the same steps as an uninterrupted one."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a log line where a checkpoint will be written."""
+        if control.should_save:
+            control.should_log = True
+
+
+class MiloraTrainer(Trainer):
+    """Train what `targets` says; `saves` is what a checkpoint holds: adapter, projector alone, or the whole model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        targets: Sequence[Target],
+        saves: Saves,
+        data_collator: Any,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[LogBeforeSave()],
+        )
+        self.targets = targets
+        self.saves = saves
+        self.by_columns = takes_columns(_base(model))
+        self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch whatever the model
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer of `--optim` on one group per learning rate and weight decay."""
+        if self.optimizer is None:
+            opt_model = self.model if model is None else model
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
+            if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(options):
+                raise UserError(f"--optim {self.args.optim} makes groups of its own; learning rates per rule need another")
+            groups = parameter_groups(
+                opt_model,
+                self.targets,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                decays=set(self.get_decay_parameter_names(opt_model)),
+            )
+            self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
+        return super().create_optimizer(model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean cross-entropy over the supervised tokens of the whole accumulated batch, on all devices.
+
+        Batch 1 x accumulation 8 therefore equals 8 x 1. UserError for a training batch in which nothing is supervised.
+        """
+        summed, num_tokens, outputs = summed_loss(model, inputs, by_columns=self.by_columns)
+        if not model.training:
+            self._eval_sums += torch.tensor([float(summed), num_tokens], dtype=torch.float64)
+        elif num_tokens == 0:
+            raise UserError(
+                f"step {self.state.global_step + 1}: nothing in the batch is supervised\n"
+                "the answers are empty or cut off; see --max_length and python -m milora_data check",
+                exit_code=1,
+            )
+        loss = summed / (max(num_tokens, 1) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+        """HF's loop; the loss it reports is the mean over tokens, not over batches."""
+        self._eval_sums.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        total, count = self.accelerator.reduce(self._eval_sums.to(self.args.device, torch.float32)).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """HF's log; a loss that is no number ends the run, as nothing after it means anything."""
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"step {self.state.global_step}: the loss is {logs['loss']}\n"
+                "lower --learning_rate, or train in bf16 instead of fp16; then resume from the last checkpoint",
+                exit_code=1,
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.saves != "projector":
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_projector(self.model, folder, state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.saves == "adapter":
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.saves == "projector":
+            load_projector(self.model, Path(resume_from_checkpoint))
+        else:
+            load_full(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.saves == "adapter" or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def load_full(model: nn.Module, folder: Path) -> None:
+    """Put the weights of an HF folder into `model`, through its own loader.
+
+    The names on disk are not those in memory (transformers renames both ways); HF's Trainer reads the file and keeps
+    going when nothing matches.
+    """
+    assert isinstance(model, PreTrainedModel)
+    restored = type(model).from_pretrained(folder, dtype=torch.float32)
+    model.load_state_dict(restored.state_dict())
+
+
+def _base(model: nn.Module) -> nn.Module:
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
