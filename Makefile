@@ -48,6 +48,7 @@ clean:  ## remove caches and built files (never runs, data or the environment)
 	rm -rf build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
 
 # Debian's python3 comes without ensurepip; its pip can then install into the bare environment from outside.
+# llava-torch is LLaVA's own code, the truth that our masks are tested against; its pins (torch 2.1) are not taken over.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "error: Python 3.10 or newer is needed, and '$(PYTHON)' is not one; name another:  make PYTHON=python3.11 ..." >&2; exit 2; }
@@ -58,6 +59,7 @@ $(INSTALLED): pyproject.toml
 	  fi || { echo "error: no virtual environment could be made with '$(PYTHON)'; on Debian:  apt-get install python3-venv" >&2; exit 2; }
 	@echo "installing into $(VENV) (minutes, the first time)"
 	@$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet --no-deps llava-torch
 	@touch $@
 
 # The demo is nothing but the public commands. Each step leaves a file, so an interrupted demo goes on where it stopped;
