@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import DataError, UserError
+from .errors import DataError
 from .records import Record, Turn, parse_record
 from .templates import IMAGE, Segment, get_template, place_images, render
+from .tokens import bos_ids, eos_text, fast_backend
 
 IGNORE = -100
 
@@ -89,19 +90,6 @@ def encode_prompt(
     return _join(_tokenize(segments, tokenizer), bos_ids(tokenizer), image_token_id, image_tokens).input_ids
 
 
-def eos_text(tokenizer: Any) -> str:
-    """Return the text of the tokenizer's end of sequence; raises `UserError` if it has none."""
-    if tokenizer.eos_token is None:
-        raise UserError("this tokenizer has no end-of-sequence token; set tokenizer.eos_token")
-    return str(tokenizer.eos_token)
-
-
-def bos_ids(tokenizer: Any) -> list[int]:
-    """Return what the tokenizer itself puts in front of a text: its BOS, or nothing."""
-    added = tokenizer("").input_ids
-    return [tokenizer.bos_token_id] if added and added[0] == tokenizer.bos_token_id else []
-
-
 def _tokenize(segments: Sequence[Segment], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of each stretch of text between two pictures.
 
@@ -117,10 +105,11 @@ def _tokenize(segments: Sequence[Segment], tokenizer: Any) -> list[tuple[list[in
             if learnt:
                 spans[-1].append((len(texts[-1]), len(texts[-1]) + len(part)))
             texts[-1] += part
-    tokens = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    backend = fast_backend(tokenizer)
+    encodings = [backend.encode(text, add_special_tokens=False) for text in texts]
     return [
-        (ids, _labels(ids, [start for start, _ in offsets], learnt))
-        for ids, offsets, learnt in zip(tokens["input_ids"], tokens["offset_mapping"], spans, strict=True)
+        (encoding.ids, _labels(encoding.ids, [start for start, _ in encoding.offsets], learnt))
+        for encoding, learnt in zip(encodings, spans, strict=True)
     ]
 
 

@@ -6,13 +6,16 @@ for other tokenizers the separator `</s>` is their own EOS.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from .command import suggest
 from .errors import DataError, UserError
 from .records import Turn
+from .tokens import bos_ids, eos_text, glue_after
 
 IMAGE = "<image>"
 EOS = "{eos}"
@@ -127,3 +130,34 @@ def _in_front(text: str) -> str:
 def _require_caption(exchange: Sequence[Turn], prompt: bool) -> None:
     if len(exchange) != (1 if prompt else 2) or IMAGE not in exchange[0].text:
         raise DataError(f'the template "plain" needs one turn with {IMAGE} and one answer, the caption')
+
+
+def render_chat_template(template: str, tokenizer: Any, *, bos: bool = False) -> str:
+    """Return the Jinja chat template for the processor (or tokenizer) that is saved beside a model.
+
+    With it, `apply_chat_template` gives exactly the ids of `encode` and `encode_prompt`: system text, EOS, the place of
+    pictures, and the blank that LLaVA's tokenizing leaves behind a picture. Answers stand in `generation` blocks.
+
+    `bos` puts the BOS into the text, for a tokenizer that is saved without a processor: its `apply_chat_template` adds
+    no special tokens, while a processor does (and so does `processor(text=...)`, which would then have two).
+    Raises `UserError`: unknown template, no EOS, a picture token that changes the text around it.
+
+    >>> processor.chat_template = render_chat_template("vicuna_v1", processor.tokenizer)  # doctest: +SKIP
+    """
+    form = get_template(template)
+    first = tokenizer.bos_token if bos and bos_ids(tokenizer) else ""
+    special = IMAGE if IMAGE in tokenizer.get_vocab() else first
+    values = {
+        "GLUE": glue_after(special, tokenizer) if special else "",
+        "FIRST": first,
+        "SYSTEM": form.system,
+        "BEFORE": form.user[0],
+        "AFTER": form.user[1],
+        "ASSISTANT": form.assistant,
+        "LEAD": form.answer[0],
+        "END": form.answer[1].replace(EOS, eos_text(tokenizer)),
+    }
+    text = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    for name, value in values.items():
+        text = text.replace(f"${name}$", json.dumps(value, ensure_ascii=False))
+    return text.replace("$QUESTION$", f"'{IMAGE}'" if form.captions else "content(message)")
