@@ -37,7 +37,12 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "form": ("form", "str", (), "anchored or residual"),
     "quantization": ("quantization", "str", (), "none, 4bit or 8bit"),
     "dtype": ("dtype", "str", (), "of the frozen weights: float32, bfloat16 or float16"),
-    "projector_weights": ("projector_weights", "str", ("pretrain_mm_mlp_adapter",), "weights the projector starts from"),
+    "projector_weights": (
+        "projector_weights",
+        "str",
+        ("pretrain_mm_mlp_adapter",),
+        "weights the projector starts from",
+    ),
 }
 # flag -> (field of PolicyEdits, type, other spellings, help)
 POLICY_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {

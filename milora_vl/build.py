@@ -67,7 +67,7 @@ def saves_of(targets: Sequence[Target]) -> Saves:
 
 
 def build(recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | None) -> Built:
-    """Apply the policy, or put back the adapter of `checkpoint`: initial factors are stored, the SVD is not repeated."""
+    """Apply the policy, or put back the adapter of `checkpoint`: its initial factors, so no SVD is repeated."""
     from milora_vl.adapter import apply_milora
     from milora_vl.adapter_io import load_adapter
 
@@ -92,7 +92,9 @@ def _require_same_kind(checkpoint: Path, saves: Saves) -> None:
     expected = WEIGHTS_FILE.get(saves, "model")
     if not any(file.name.startswith(expected) for file in checkpoint.iterdir()):
         found = ", ".join(sorted(f.name for f in checkpoint.glob("*.safetensors"))) or "no weights"
-        raise UserError(f"{checkpoint} is of another kind of run: expected {expected}*, found {found}\nis --method the same?")
+        raise UserError(
+            f"{checkpoint} is of another kind of run: expected {expected}*, found {found}\nis --method the same?"
+        )
 
 
 def _has(base: nn.Module, tower: str) -> bool:

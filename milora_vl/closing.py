@@ -31,7 +31,7 @@ def next_command(path: Path, recipe: Recipe) -> str:
     if (path / "adapter_model.safetensors").is_file():
         return f'python -m milora_vl.chat --model {recipe.model} --adapter {path} --image PICTURE "What is this?"'
     if (path / "mm_projector.safetensors").is_file():
-        return f"python -m milora_vl.train --model {recipe.model} --projector_weights {path} --data_path ... --output_dir ..."
+        return f"python -m milora_vl.train --model {recipe.model} --projector_weights {path} --data_path DATA.json ..."
     return f'python -m milora_vl.chat --model {path} --image PICTURE "What is this?"'
 
 

@@ -83,7 +83,9 @@ class Recipe(_Strict):
     eval: EvalConfig = EvalConfig()
 
     @classmethod
-    def parse(cls, content: Mapping[str, Any], source: str = "recipe", lines: Mapping[str, int] | None = None) -> Recipe:
+    def parse(
+        cls, content: Mapping[str, Any], source: str = "recipe", lines: Mapping[str, int] | None = None
+    ) -> Recipe:
         """A recipe from nested mappings; RecipeError lists every mistake at once."""
         train, problems = train_section(content.get("train"))
         try:
@@ -97,7 +99,9 @@ class Recipe(_Strict):
 
     def to_yaml(self) -> str:
         """YAML that repeats this run when given back."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+        return yaml.safe_dump(
+            self.model_dump(), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None
+        )
 
 
 def train_section(section: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:

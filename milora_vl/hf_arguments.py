@@ -28,7 +28,7 @@ RENAMED = {
     "torchdynamo": "torch_compile_backend",
 }
 REFUSED = {
-    "overwrite_output_dir": "nothing is ever overwritten: give another --output_dir, or resume with --resume_from_checkpoint",
+    "overwrite_output_dir": "nothing is ever overwritten: give another --output_dir, or --resume_from_checkpoint",
     "local_rank": None,  # launchers of old pass it; torch reads the environment
     "save_safetensors": None,  # always so
     "resume_from_checkpoint": "is a flag of the command, not of the recipe",
@@ -64,7 +64,9 @@ def flags() -> Mapping[str, Flag]:
 
 def newest() -> str:
     """The newest transformers version that the list knows."""
-    return max((flag.versions[-1] for flag in flags().values() if flag.versions), key=lambda v: tuple(map(int, v.split("."))))
+    return max(
+        (flag.versions[-1] for flag in flags().values() if flag.versions), key=lambda v: tuple(map(int, v.split(".")))
+    )
 
 
 def boolean(text: str) -> bool:

@@ -62,7 +62,7 @@ def _usage(path: Path, recipe: Recipe, base: str) -> str:
         )
         return (
             f"```python\n{code}\n```\n\n"
-            f"It is a stock PEFT LoRA for `{base}`: `PeftModel.from_pretrained(model, PATH)` loads it without `milora_vl`."
+            f"It is a stock PEFT LoRA for `{base}`: without `milora_vl`, `PeftModel.from_pretrained(model, PATH)`."
         )
     if (path / "mm_projector.safetensors").is_file():
         return f"```\npython -m milora_vl.train --model {recipe.model} --projector_weights PATH_OF_THIS_FOLDER ...\n```"
@@ -75,7 +75,9 @@ def _scores(path: Path) -> str:
 
 
 def _last_loss(path: Path) -> float | None:
-    losses: Iterable[float] = [e["loss"] for e in _json(path / "trainer_state.json").get("log_history", []) if "loss" in e]
+    losses: Iterable[float] = [
+        e["loss"] for e in _json(path / "trainer_state.json").get("log_history", []) if "loss" in e
+    ]
     return next(reversed(list(losses)), None)
 
 

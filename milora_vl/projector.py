@@ -1,6 +1,6 @@
 """The projector's weights as a small file of their own: what a stage-1 run saves, and what a run may start from.
 
-Written with HF's names (`multi_modal_projector.linear_1.weight`); LLaVA's `mm_projector.bin` and its names are read too.
+Written with HF's names (`multi_modal_projector.linear_1.weight`); LLaVA's `mm_projector.bin` is read too.
 """
 
 from __future__ import annotations

@@ -186,8 +186,12 @@ class Run:
         found = []
         args, steps = self.args, self.batching.steps
         if args.save_strategy == "steps" and args.save_steps > steps:
-            found.append(f"save_steps {args.save_steps:g} is beyond the last step ({steps:,}): no checkpoint before the end")
+            found.append(
+                f"save_steps {args.save_steps:g} is beyond the last step ({steps:,}): no checkpoint before the end"
+            )
         rates = {rule.get("learning_rate") for rule in self.recipe.policy or () if rule.get("method") == "full"}
         if self.request.edits.method == "full" and any(rate and rate > 5e-5 for rate in rates):
-            found.append(f"full training at a learning rate of {max(filter(None, rates)):g}; LLaVA uses 2e-5 (--learning_rate)")
+            found.append(
+                f"full training at a learning rate of {max(filter(None, rates)):g}; LLaVA uses 2e-5 (--learning_rate)"
+            )
         return found

@@ -1,4 +1,4 @@
-"""What a run writes and builds besides weights: collator, chat template, policy.json, spectra, differences on resume."""
+"""What a run makes besides weights: collator, chat template, policy.json, spectra, differences on resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from milora_data.collate import ImageTextCollator
-from milora_data.templates import get_template, render_chat_template
+from milora_data.templates import render_chat_template
 from milora_vl import models
 from milora_vl.build import Built, targets_of
 from milora_vl.config import Recipe, load
@@ -39,7 +39,7 @@ def collator(recipe: Recipe, base: nn.Module, processor: Any) -> ImageTextCollat
 def set_chat_template(processor: Any, template: str) -> None:
     """Give the processor, and its tokenizer, a chat template that renders exactly the prompt of training."""
     tokenizer, image_processor = models.split_processor(processor)
-    tokenizer.chat_template = render_chat_template(get_template(template), tokenizer)
+    tokenizer.chat_template = render_chat_template(template, tokenizer, bos=image_processor is None)
     if image_processor is not None:
         processor.chat_template = tokenizer.chat_template
 

@@ -135,7 +135,9 @@ def _refuse_to_overwrite(path: Path) -> None:
 
 def _given_checkpoint(folder: Path) -> Path:
     if not folder.is_dir():
-        raise UserError(f"--resume_from_checkpoint {folder}: no such folder\nexpected true, auto or a checkpoint folder")
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: no such folder\nexpected true, auto or a checkpoint folder"
+        )
     reason = checkpoints.why_incomplete(folder)
     if reason:
         raise UserError(f"--resume_from_checkpoint {folder}: cannot be resumed from: {reason}")

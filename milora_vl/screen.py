@@ -89,6 +89,7 @@ def policy_rows(targets: Sequence[Target], report: Sequence[Any] = ()) -> list[t
         group = list(members)
         tower, method, rank, alpha, rate = kind
         layers = [measured[t.path] for t in group if t.path in measured]
+        shares = [layer.sigma_min / layer.sigma_max_weight for layer in layers if layer.sigma_max_weight]
         rows.append(
             (
                 tower,
@@ -98,7 +99,7 @@ def policy_rows(targets: Sequence[Target], report: Sequence[Any] = ()) -> list[t
                 f"{alpha:g}" if alpha else "-",
                 f"{sum(map(num_parameters, group)):,}",
                 f"{rate:g}" if rate else "the run's",
-                _span([layer.sigma_min / layer.sigma_max_weight for layer in layers if layer.sigma_max_weight], "{:.2g}"),
+                _span(shares, "{:.2g}"),
                 _span([100 * layer.energy for layer in layers], "{:.2g}", " %"),
             )
         )

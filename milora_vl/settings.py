@@ -70,7 +70,8 @@ def _llava(request: Request) -> llava_flags.Meaning | None:
     if request.recipe or request.policy:
         clash = [f"--{name}" for name in DECIDES_POLICY if given.get(name)]
         if clash:
-            raise UserError(f"{' '.join(clash)}: the {'recipe' if request.recipe else 'policy'} decides that\nuse --method")
+            decided_by = "recipe" if request.recipe else "policy"
+            raise UserError(f"{' '.join(clash)}: the {decided_by} decides that\nuse --method")
     if request.edits.method in ADAPTERS:
         given["lora_enable"] = True
     edits = request.edits

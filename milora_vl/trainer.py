@@ -24,11 +24,14 @@ Saves = Literal["adapter", "projector", "full"]
 
 
 class LogBeforeSave(TrainerCallback):
-    """Log at every checkpoint: a resumed run then averages the loss over the same steps as an uninterrupted one."""
+    """Log at every checkpoint and at the end.
+
+    A run that was resumed then averages its losses over the same steps as an uninterrupted one.
+    """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for a log line where a checkpoint will be written."""
-        if control.should_save:
+        """Ask for a log line where a checkpoint will be written, and at the last step."""
+        if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
 
@@ -68,7 +71,7 @@ class MiloraTrainer(Trainer):
             opt_model = self.model if model is None else model
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
             if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(options):
-                raise UserError(f"--optim {self.args.optim} makes groups of its own; learning rates per rule need another")
+                raise UserError(f"--optim {self.args.optim} makes its own groups; learning rates per rule need another")
             groups = parameter_groups(
                 opt_model,
                 self.targets,
@@ -105,9 +108,13 @@ class MiloraTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
-        """HF's loop; the loss it reports is the mean over tokens, not over batches."""
+        """HF's loop; the loss it reports is the mean over tokens, not over batches.
+
+        It leaves the random state alone: dropout after it is the same whether or not a resumed run evaluates again.
+        """
         self._eval_sums.zero_()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        with torch.random.fork_rng():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
         total, count = self.accelerator.reduce(self._eval_sums.to(self.args.device, torch.float32)).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
         return output

@@ -41,7 +41,9 @@ def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]
         raise UserError(f"train: {error}") from None
     if args.n_gpu > 1:
         # torch's DataParallel would split a batch's pictures apart from its records.
-        warnings.append(f"one of {args.n_gpu} GPUs is used; for all: torchrun --nproc_per_node {args.n_gpu} -m milora_vl.train ...")
+        warnings.append(
+            f"one of {args.n_gpu} GPUs is used; for all: torchrun --nproc_per_node {args.n_gpu} -m milora_vl.train ..."
+        )
         args._n_gpu = 1
     return args, warnings
 
