@@ -1,0 +1,156 @@
+"""Standard errors and paired comparisons, clustered by picture.
+
+The first two agree with lmms-eval (lmms_eval/api/metrics.py): ddof 1, and clustering by adding the cross terms of a cluster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the arithmetic mean; nan for no values."""
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def mean_stderr(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean, sample standard deviation (ddof 1) over sqrt(n); None below two values.
+
+    >>> round(mean_stderr([1, 1, 0, 0]), 6)
+    0.288675
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    centre = mean(values)
+    return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1) / n)
+
+
+def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
+    """Return the standard error of the mean when values of one cluster (one picture) are correlated.
+
+    >>> round(clustered_stderr([1, 1, 0, 0], ["a", "a", "b", "b"]), 6)
+    0.381881
+    """
+    return stratified_stderr(values, ["all"] * len(values), clusters)
+
+
+def stratified_mean(values: Sequence[float], strata: Sequence[Hashable]) -> float:
+    """Return the mean over strata (question types) of each stratum's own mean."""
+    return mean([mean(part) for part in _parts(values, strata).values()])
+
+
+def stratified_stderr(
+    values: Sequence[float], strata: Sequence[Hashable], clusters: Sequence[Hashable]
+) -> float | None:
+    """Return the standard error of `stratified_mean`, clustered; None where a stratum has a single value.
+
+    With w_i = 1 / (T n_t) and residuals r_i within the stratum, the variance is the naive one, sum_t s_t^2 / (n_t T^2), plus
+    the cross terms w_i r_i w_j r_j of all ordered pairs i != j within a cluster (also across strata).
+    """
+    parts = _parts(values, strata)
+    if not parts or any(len(part) < 2 for part in parts.values()):
+        return None
+    centre = {name: mean(part) for name, part in parts.items()}
+    naive = math.fsum((mean_stderr(part) or 0.0) ** 2 for part in parts.values()) / len(parts) ** 2
+    sums: dict[Hashable, float] = defaultdict(float)
+    squares: dict[Hashable, float] = defaultdict(float)
+    for value, stratum, cluster in zip(values, strata, clusters, strict=True):
+        term = (value - centre[stratum]) / (len(parts) * len(parts[stratum]))
+        sums[cluster] += term
+        squares[cluster] += term**2
+    crossed = math.fsum(sums[cluster] ** 2 - squares[cluster] for cluster in sums)
+    return math.sqrt(max(naive + crossed, 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A paired difference B minus A on the same items: its 95 % interval is a bootstrap over clusters."""
+
+    value: float
+    stderr: float | None
+    low: float
+    high: float
+    only_a: int
+    only_b: int
+    p_value: float
+    n: int
+
+
+def paired_difference(
+    a: Sequence[float],
+    b: Sequence[float],
+    strata: Sequence[Hashable] | None = None,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    resamples: int = 1000,
+) -> Difference:
+    """Compare two runs on identical items: difference of (stratified) means, clustered error, interval, McNemar's test.
+
+    Raises ValueError when the lengths differ.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a paired comparison needs the same items on both sides, got {len(a)} and {len(b)}")
+    gaps = [right - left for left, right in zip(a, b, strict=True)]
+    strata = strata if strata is not None else ["all"] * len(gaps)
+    clusters = clusters if clusters is not None else list(range(len(gaps)))
+    low, high = _bootstrap(gaps, strata, clusters, resamples)
+    only_a, only_b = sum(gap < 0 for gap in gaps), sum(gap > 0 for gap in gaps)
+    return Difference(
+        value=stratified_mean(gaps, strata),
+        stderr=stratified_stderr(gaps, strata, clusters),
+        low=low,
+        high=high,
+        only_a=only_a,
+        only_b=only_b,
+        p_value=mcnemar(only_a, only_b),
+        n=len(gaps),
+    )
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Return the exact two-sided p-value of McNemar's test for the items that only one of two models gets right.
+
+    >>> round(mcnemar(0, 5), 9)
+    0.0625
+    """
+    n, k = only_a + only_b, min(only_a, only_b)
+    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)]
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+
+
+def _parts(values: Sequence[float], strata: Sequence[Hashable]) -> dict[Hashable, list[float]]:
+    parts: dict[Hashable, list[float]] = {}
+    for value, stratum in zip(values, strata, strict=True):
+        parts.setdefault(stratum, []).append(value)
+    return parts
+
+
+def _bootstrap(
+    values: Sequence[float], strata: Sequence[Hashable], clusters: Sequence[Hashable], resamples: int
+) -> tuple[float, float]:
+    """Return the 2.5 and 97.5 percentiles of the stratified mean over whole clusters drawn with replacement."""
+    if not values:
+        return math.nan, math.nan
+    rows, columns = _numbered(clusters), _numbered(strata)
+    shape = (max(rows) + 1, max(columns) + 1)
+    totals, counts = np.zeros(shape), np.zeros(shape)
+    np.add.at(totals, (rows, columns), np.asarray(values, dtype=float))
+    np.add.at(counts, (rows, columns), 1.0)
+    generator, draws = np.random.default_rng(0), []
+    for _ in range(resamples):
+        times = np.bincount(generator.integers(shape[0], size=shape[0]), minlength=shape[0])
+        drawn = times @ counts
+        draws.append(float(np.mean((times @ totals)[drawn > 0] / drawn[drawn > 0])))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _numbered(names: Sequence[Hashable]) -> list[int]:
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]

@@ -1,0 +1,221 @@
+"""Answers in batches: greedy, with stock `model.generate`, each picture computed once for all questions about it.
+
+Rows are padded on the left. What all rows of a batch begin with (system text and picture, as a rule) is run once per
+picture; its key-value cache is repeated for the questions, whose padding then stands between the two.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from milora_data.encode import encode_prompt
+from milora_data.errors import UserError
+from milora_data.images import expand_to_square, load_image
+from milora_data.records import Record, Turn
+from torch import Tensor
+
+from milora_vl.models import image_token_id, image_tokens, split_processor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+OnBatch = Callable[[list[int], list[str]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation up to a question, and its pictures: paths or PIL images, one for each `<image>` in the turns."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[str | Path | Image.Image, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """An encoded prompt; `place` is its number in the caller's list, `picture` the same for equal pictures."""
+
+    place: int
+    ids: list[int]
+    images: tuple[str | Path | Image.Image, ...]
+    picture: tuple[str | int, ...]
+
+
+def generate(
+    model: Any,
+    processor: Any,
+    prompts: Sequence[Prompt],
+    *,
+    template: str = "vicuna_v1",
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    image_aspect_ratio: Literal["pad", "plain"] = "pad",
+    share_pictures: bool = True,
+    on_batch: OnBatch | None = None,
+) -> list[str]:
+    """Return the model's answers, in the order of `prompts`; the same at every batch size, up to rounding.
+
+    `model` is a LLaVA or a text-only causal model, also within a PeftModel. `on_batch(places, texts)` is called after
+    each batch, with the numbers of its prompts. Raises UserError for a picture without a model that sees.
+    """
+    reader = _Reader(model, processor, template, image_aspect_ratio)
+    answers = [""] * len(prompts)
+    with torch.inference_mode(), _evaluating(model):
+        for rows in _batches([reader.row(i, prompt) for i, prompt in enumerate(prompts)], batch_size):
+            texts = _answer(reader, rows, max_new_tokens, share_pictures)
+            for row, text in zip(rows, texts, strict=True):
+                answers[row.place] = text
+            if on_batch is not None:
+                on_batch([row.place for row in rows], texts)
+    return answers
+
+
+class _Reader:
+    """What turns prompts into tensors for one model."""
+
+    def __init__(self, model: Any, processor: Any, template: str, image_aspect_ratio: str) -> None:
+        self.model = model
+        self.tokenizer, self.image_processor = split_processor(processor)
+        self.template = template
+        self.image_aspect_ratio = image_aspect_ratio
+        self.image_token = None if self.image_processor is None else image_token_id(model.config)
+        self.image_tokens = 0 if self.image_processor is None else image_tokens(model.config)
+        own = self.tokenizer.pad_token_id
+        self.pad = self.tokenizer.eos_token_id if own is None else own
+
+    def row(self, place: int, prompt: Prompt) -> _Row:
+        """Encode one prompt."""
+        if prompt.images and self.image_token is None:
+            raise UserError("a question with a picture, but this model reads only text\nuse a vision-language model")
+        ids = encode_prompt(
+            Record("", ("",) * len(prompt.images), prompt.turns, source="prompt"),
+            self.tokenizer,
+            template=self.template,
+            image_token_id=-1 if self.image_token is None else self.image_token,
+            image_tokens=self.image_tokens,
+        )
+        names = tuple(str(image) if isinstance(image, str | Path) else id(image) for image in prompt.images)
+        return _Row(place, ids, prompt.images, names)
+
+    def pixels(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
+        """Return {"pixel_values": (num_images, 3, H, W)} of the rows' pictures in order, or nothing without pictures."""
+        images = [self._picture(image) for row in rows for image in row.images]
+        if not images:
+            return {}
+        # What is square already is not padded again; a processor that pads by itself must not do so for "plain".
+        options = {"do_pad": False} if self.image_processor.to_dict().get("do_pad") else {}
+        pixels = self.image_processor(images=images, return_tensors="pt", **options)["pixel_values"]
+        return {"pixel_values": pixels.to(self.model.device, self.model.dtype)}
+
+    def _picture(self, image: str | Path | Image.Image) -> Any:
+        picture = load_image(image) if isinstance(image, str | Path) else image
+        if self.image_aspect_ratio == "plain":
+            return picture
+        red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)
+        return expand_to_square(picture, (red, green, blue))
+
+
+def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
+    """Yield batches: questions about one picture together, pictures and questions of like length together, long first."""
+    longest: dict[tuple[str | int, ...], int] = {}
+    for row in rows:
+        longest[row.picture] = max(longest.get(row.picture, 0), len(row.ids))
+    order = sorted(
+        rows, key=lambda row: (len(row.picture), longest[row.picture], str(row.picture), len(row.ids)), reverse=True
+    )
+    while order:
+        # A batch holds rows with equally many pictures.
+        count = sum(1 for _ in takewhile(lambda row: len(row.picture) == len(order[0].picture), order[:batch_size]))
+        yield order[:count]
+        order = order[count:]
+
+
+def _answer(reader: _Reader, rows: Sequence[_Row], max_new_tokens: int, share_pictures: bool) -> list[str]:
+    first = {row.picture: row for row in reversed(rows)}
+    prefix = _common_prefix(rows, reader.image_token) if share_pictures and len(first) < len(rows) else 0
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), reader.pad)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        for start, part in ((0, row.ids[:prefix]), (width - len(row.ids) + prefix, row.ids[prefix:])):
+            ids[i, start : start + len(part)] = torch.tensor(part, dtype=torch.long)
+            mask[i, start : start + len(part)] = 1
+    device = reader.model.device
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    if prefix:
+        inputs |= _shared_cache(reader, list(first.values()), rows, prefix)
+    else:
+        inputs |= reader.pixels(rows)
+    config = _greedy(reader, max_new_tokens)
+    output = reader.model.generate(**inputs, generation_config=config)[:, width:].tolist()
+    ends = set(config.eos_token_id)
+    return [
+        reader.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()
+        for row in output
+    ]
+
+
+def _common_prefix(rows: Sequence[_Row], image_token: int | None) -> int:
+    """Return how many ids all rows begin with, short of the shortest; 0 where a picture comes after them."""
+    shortest = min(len(row.ids) for row in rows) - 1
+    columns = zip(*(row.ids[:shortest] for row in rows), strict=True)
+    prefix = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return 0 if any(image_token in row.ids[prefix:] for row in rows) else prefix
+
+
+def _shared_cache(reader: _Reader, first: Sequence[_Row], rows: Sequence[_Row], prefix: int) -> dict[str, Any]:
+    """Run the common prefix once per picture and return its cache, one entry a row, under its argument's name."""
+    from transformers import DynamicCache, GenerationMixin
+
+    # Renamed in transformers 5.24; the old name warns since, and goes with 5.40.
+    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    name = "cache" if "cache" in known else "past_key_values"
+    cache = DynamicCache(config=reader.model.config.get_text_config(decoder=True))
+    ids = torch.tensor([row.ids[:prefix] for row in first], device=reader.model.device)
+    reader.model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        use_cache=True,
+        logits_to_keep=1,
+        **{name: cache},
+        **reader.pixels(first),
+    )
+    numbers = {row.picture: number for number, row in enumerate(first)}
+    cache.batch_select_indices(torch.tensor([numbers[row.picture] for row in rows], device=ids.device))
+    return {name: cache}
+
+
+def _greedy(reader: _Reader, max_new_tokens: int) -> Any:
+    """Return a config that says everything: what it left open, `generate` would take from the model's own."""
+    from transformers import GenerationConfig
+
+    own = reader.model.generation_config.eos_token_id
+    ends = {reader.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=sorted(ends),
+        pad_token_id=reader.pad,
+    )
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
