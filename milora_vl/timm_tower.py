@@ -1,0 +1,111 @@
+"""A timm encoder as the vision tower of a Hugging Face LLaVA.
+
+timm gives feature maps (NCHW, or tokens with prefix tokens in front); LLaVA wants (batch, tokens, channels). The tower
+pools the maps to a grid, brings every level to one scale and lays the levels side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class TimmTowerConfig(PretrainedConfig):
+    """What a tower is made of.
+
+    architecture: timm's name; image_size: pixels a side; grid: tokens a side after pooling;
+    levels: indices into timm's intermediate features that are put in front of the final ones; hidden_size: channels.
+    """
+
+    model_type = "milora_timm_tower"
+
+    def __init__(
+        self,
+        architecture: str = "tf_efficientnet_lite0",
+        image_size: int = 224,
+        grid: int = 4,
+        levels: Sequence[int] = (),
+        hidden_size: int = 1280,
+        **kwargs: object,  # transformers passes every other key of config.json through here
+    ) -> None:
+        self.architecture = architecture
+        self.image_size = image_size
+        self.grid = grid
+        self.levels = list(levels)
+        self.hidden_size = hidden_size
+        super().__init__(**kwargs)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of one token, as LLaVA's processor counts them."""
+        return self.image_size // self.grid
+
+    @classmethod
+    def of(cls, architecture: str, *, image_size: int, grid: int, levels: Sequence[int] = ()) -> TimmTowerConfig:
+        """Return the config of a timm encoder, its channels counted on the meta device.
+
+        Raises ValueError when the picture does not divide into the grid.
+        """
+        import timm
+
+        if image_size % grid:
+            raise ValueError(f"image_size {image_size} is not a multiple of grid {grid}")
+        with torch.device("meta"):
+            encoder = timm.create_model(architecture, pretrained=False, num_classes=0)
+        channels = [level["num_chs"] for level in encoder.feature_info]
+        hidden_size = sum(channels[level] for level in levels) + encoder.num_features
+        return cls(architecture, image_size, grid, levels, hidden_size)
+
+
+class TimmTower(PreTrainedModel):
+    """The encoder with pooled, scaled features: pixel_values (batch, 3, S, S) -> (batch, grid², hidden_size)."""
+
+    config_class = TimmTowerConfig
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: TimmTowerConfig) -> None:
+        import timm
+
+        super().__init__(config)
+        self.encoder = timm.create_model(config.architecture, pretrained=False, num_classes=0)
+        self.post_init()
+
+    def train(self, mode: bool = True) -> TimmTower:
+        """Switch to training mode only where something trains: a frozen tower must not move its batch statistics."""
+        return super().train(mode and any(weight.requires_grad for weight in self.parameters()))
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | Sequence[int] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: object,  # LlavaModel hands its own keyword arguments down
+    ) -> BaseModelOutput:
+        """Return the features as `last_hidden_state` and as the only entry of `hidden_states`."""
+        levels = list(self.config.levels)
+        if levels:
+            final, maps = self.encoder.forward_intermediates(pixel_values, indices=levels)
+        else:
+            final, maps = self.encoder.forward_features(pixel_values), []
+        features = torch.cat([self._tokens(level) for level in (*maps, final)], dim=-1)
+        return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
+
+    def _tokens(self, features: Tensor) -> Tensor:
+        """Bring one level to (batch, grid², channels), each token normalised so that no level drowns another."""
+        if features.dim() == 3:  # (batch, prefix + side², channels)
+            features = features[:, self.encoder.num_prefix_tokens :]
+            side = round(features.shape[1] ** 0.5)
+            features = features.transpose(1, 2).unflatten(2, (side, side))
+        pooled = nn.functional.adaptive_avg_pool2d(features, self.config.grid).flatten(2).transpose(1, 2)
+        return nn.functional.layer_norm(pooled, pooled.shape[-1:])
+
+
+def register() -> None:
+    """Make the tower known to transformers' Auto classes; calling it again does nothing."""
+    AutoConfig.register(TimmTowerConfig.model_type, TimmTowerConfig, exist_ok=True)
+    AutoModel.register(TimmTowerConfig, TimmTower, exist_ok=True)
