@@ -1,0 +1,50 @@
+"""MiLoRA for LLaVA-style models: fine-tune the minor singular components, keep the principal ones (arXiv:2406.09044).
+
+The names below are the stable API; each is imported when it is first asked for, so that `import milora_vl` is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from milora_vl.adapter import apply_milora, merge
+    from milora_vl.adapter_io import load_adapter, save_adapter
+    from milora_vl.models import load_model
+    from milora_vl.policy import Policy, Rule
+    from milora_vl.svd import Factors, decompose
+
+__all__ = [
+    "Factors",
+    "Policy",
+    "Rule",
+    "apply_milora",
+    "decompose",
+    "load_adapter",
+    "load_model",
+    "merge",
+    "save_adapter",
+]
+
+_HOME = {
+    "Factors": "svd",
+    "Policy": "policy",
+    "Rule": "policy",
+    "apply_milora": "adapter",
+    "decompose": "svd",
+    "load_adapter": "adapter_io",
+    "load_model": "models",
+    "merge": "adapter",
+    "save_adapter": "adapter_io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'milora_vl' has no attribute {name!r}")
+    return getattr(import_module(f"milora_vl.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,90 @@
+"""Save and load adapters: stock PEFT files with milora.json beside them, checked against the base model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from milora_vl.peft_model import fitted, restore
+from milora_vl.sidecar import FILE_NAME, AdapterError, read_sidecar
+from milora_vl.towers import is_wrapped_by_peft
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+
+logger = logging.getLogger(__name__)
+
+
+def is_adapter_folder(path: str | Path) -> bool:
+    """Tell whether `path` is a folder with a PEFT adapter, ours or a plain one."""
+    return (Path(path) / CONFIG_NAME).is_file()
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> None:
+    """Write the adapter of `model` to the folder `path`: PEFT's files and milora.json.
+
+    Raises AdapterError if the model has no adapter (a run that trains weights in full saves the model itself).
+    """
+    if not isinstance(model, PeftModel):
+        raise AdapterError(
+            f"{type(model).__name__} has no adapter to save: use its own save_pretrained for weights trained in full"
+        )
+    model.save_pretrained(str(path))
+
+
+def load_adapter(
+    base: nn.Module, path: str | Path, *, is_trainable: bool = False, allow_base_mismatch: bool = False
+) -> Any:
+    """Return `base` with the adapter in the folder `path`; with `is_trainable`, training can go on where it stopped.
+
+    A folder without milora.json is loaded as the plain LoRA it is. Raises AdapterError for a folder that holds no
+    adapter, one that does not fit, and a base model that is not the one it was made for.
+    """
+    folder = Path(path)
+    _require_adapter(folder)
+    if is_wrapped_by_peft(base):
+        raise AdapterError(
+            "this model holds an adapter already: pass the base model, or use its own load_adapter(path, name)"
+        )
+    sidecar = read_sidecar(folder)
+    if sidecar is not None:
+        sidecar = fitted(base, sidecar, allow_base_mismatch=allow_base_mismatch)
+    model = _load_stock(base, folder, is_trainable)
+    if sidecar is None:
+        logger.info("%s has no %s: loaded as the plain LoRA it is", folder, FILE_NAME)
+        return model
+    return restore(model, "default", sidecar)
+
+
+def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:
+    """PEFT's own loader, with its soft warnings about missing weights as errors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+        except (RuntimeError, ValueError, UserWarning) as error:
+            first = next(line.strip() for line in str(error).splitlines() if line.strip())
+            raise AdapterError(f"the adapter in {folder} does not fit {type(base).__name__}\n{first[:300]}") from error
+
+
+def _require_adapter(folder: Path) -> None:
+    if not folder.is_dir():
+        raise AdapterError(f"no adapter folder at {folder}: {'it is a file' if folder.exists() else 'nothing there'}")
+    names = sorted(entry.name for entry in folder.iterdir())
+    if CONFIG_NAME not in names or not set(WEIGHT_NAMES) & set(names):
+        missing = CONFIG_NAME if CONFIG_NAME not in names else WEIGHT_NAMES[0]
+        checkpoints = [name for name in names if name.startswith("checkpoint-")]
+        hint = f"\ndid you mean {folder / checkpoints[-1]} ?" if checkpoints else ""
+        raise AdapterError(
+            f"{folder} holds no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}{hint}"
+        )
+    try:
+        json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{folder / CONFIG_NAME} is not valid JSON: {error}") from error

@@ -1,0 +1,47 @@
+"""Layer kinds an adapter can sit on, and their weight as one matrix (out, in) in PEFT's orientation."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Tell whether an adapter can sit on this kind of layer (Linear, GPT-2's Conv1D, Conv2d, Embedding)."""
+    return isinstance(module, nn.Linear | Conv1D | nn.Conv2d | nn.Embedding)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether the layer is a matrix product: Linear or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """Return (out, in) of the layer's matrix; right for quantised weights too, whose tensors are packed."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        rows, columns = module.weight.shape
+        return columns, rows
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels, module.weight[0].numel()
+    assert isinstance(module, nn.Embedding)
+    return module.embedding_dim, module.num_embeddings
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return `weight` of the layer as its matrix (out, in): a view, nothing is copied."""
+    if isinstance(module, Conv1D | nn.Embedding):
+        return weight.T
+    return weight.flatten(1)
+
+
+def why_refused(module: nn.Module) -> str | None:
+    """Return why an adapter on this layer would be wrong in stock PEFT, None if it is right."""
+    if not isinstance(module, nn.Conv2d):
+        return None
+    if module.groups > 1:
+        return f"a convolution in {module.groups} groups (PEFT cannot merge it)"
+    if module.dilation != (1, 1) or module.padding_mode != "zeros":
+        return f"a convolution with dilation {module.dilation}, padding {module.padding_mode} (PEFT drops both)"
+    return None
