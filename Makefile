@@ -74,7 +74,7 @@ $(RUN)/eval/emoji/final/results.json: | $(RUN)/adapter_model.safetensors
 	$(BIN)/python -m milora_eval run --model smol-llava --adapter $(RUN) --suite emoji --data $(DATA) --with_base --output_dir $(RUN)
 
 $(RUN)/.demo-finished: | $(RUN)/eval/emoji/final/results.json
-	$(BIN)/python -m milora_vl.chat --model smol-llava --adapter $(RUN) --image $(DATA)/$(FIRST_PICTURE) "What is this?"
+	$(BIN)/python -m milora_vl.chat --model smol-llava --adapter $(RUN) --image $(DATA)/images/$(FIRST_PICTURE) "What is this?"
 	$(BIN)/python -m milora_vl.report $(RUN)
 	@touch $@
 
