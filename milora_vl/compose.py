@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import nn
 
 from milora_data.templates import render_chat_template
-
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel, PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<image>"
 
 
-def compose(
-    tower: PreTrainedModel, language: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, projector_seed: int = 0
-) -> LlavaForConditionalGeneration:
-    """Return a LLaVA of the given tower and language model with a fresh two-layer projector.
+def compose(tower: Any, language: Any, tokenizer: Any, *, projector_seed: int = 0) -> Any:
+    """Return a LlavaForConditionalGeneration of a tower and a causal language model, with a fresh two-layer projector.
 
     `<image>` is added to the tokenizer (in place) and to the embeddings. Tower features are used whole
     (`vision_feature_layer` -1, strategy `full`). The given models become parts of the new one.
@@ -27,7 +21,7 @@ def compose(
 
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     _add_image_row(language, len(tokenizer))
-    config = LlavaConfig(
+    config: Any = LlavaConfig(
         vision_config=tower.config,
         text_config=language.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
@@ -35,13 +29,10 @@ def compose(
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         tie_word_embeddings=language.config.tie_word_embeddings,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(projector_seed)
-        model = LlavaForConditionalGeneration(config)
+        model: Any = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tower
     model.model.language_model = language.model
     model.lm_head = language.lm_head
@@ -52,15 +43,15 @@ def compose(
 
 
 def processor_for(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Any,
     *,
     image_size: int,
     grid: int,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     template: str = "vicuna_v1",
-) -> LlavaProcessor:
-    """Return the processor of a composed model: square padding, our prompt as chat template, grid² image tokens."""
+) -> Any:
+    """Return the LlavaProcessor of a composed model: square padding, our prompt, grid² image tokens."""
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
@@ -82,7 +73,7 @@ def processor_for(
     )
 
 
-def _add_image_row(language: PreTrainedModel, size: int) -> None:
+def _add_image_row(language: Any, size: int) -> None:
     """Grow the embeddings to `size`; new rows are the mean of the old, so that no new token is ever the likeliest."""
     old = language.get_input_embeddings().weight
     mean = old.detach().float().mean(0).to(old.dtype)
@@ -90,7 +81,7 @@ def _add_image_row(language: PreTrainedModel, size: int) -> None:
     if count >= size:
         return
     language.resize_token_embeddings(size, mean_resizing=False)
-    embeddings: list[nn.Module] = [language.get_input_embeddings(), language.get_output_embeddings()]
+    embeddings = [language.get_input_embeddings(), language.get_output_embeddings()]
     with torch.no_grad():
         for embedding in embeddings:
             embedding.weight[count:] = mean

@@ -68,7 +68,7 @@ def load_model(
 
 
 def config_of(name: str) -> Any:
-    """Return the HF config of a named model, a folder or a hub id; the packaged one first, so that it needs no network."""
+    """Return the HF config of a named model, a folder or a hub id; packaged ones first, which need no network."""
     from transformers import AutoConfig
 
     if name in ("tiny", "tiny-text"):
@@ -133,7 +133,7 @@ def _tiny(name: str) -> tuple[Any, Any]:
     return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
 
 
-def _named(model: nn.Module, name: str) -> nn.Module:
+def _named(model: Any, name: str) -> nn.Module:
     """Let adapters record the name the user gave, not a folder of the cache."""
     if name in MADE_HERE:
         model.name_or_path = name

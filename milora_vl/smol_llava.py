@@ -11,7 +11,7 @@ import sys
 import tempfile
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -20,9 +20,7 @@ from milora_data.errors import UserError
 from milora_vl.compose import compose, processor_for
 from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
+FOLDER_VERSION = 1  # to be raised with every change of what the folder holds
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOWER_WEIGHTS = "efficientnet-lite0-57934424.pth"
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -38,10 +36,8 @@ def smol_llava_folder(*, aligned: bool = True) -> Path:
     Raises UserError when the parts cannot be fetched or the `demo` extra is not installed.
     """
     register()
-    recipe = Path(__file__).read_bytes() + Path(sys.modules["milora_vl.timm_tower"].__file__ or "").read_bytes()
-    projector = PROJECTOR.read_bytes() if aligned else b""
-    version = hashlib.sha256(recipe + projector).hexdigest()[:12]
-    folder = cache_dir() / "models" / f"smol-llava{'' if aligned else '-unaligned'}-{version}"
+    variant = hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()[:12] if aligned else "unaligned"
+    folder = cache_dir() / "models" / f"smol-llava-{FOLDER_VERSION}-{variant}"
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,8 +65,8 @@ def _write(folder: Path, *, aligned: bool) -> None:
     processor_for(tokenizer, image_size=IMAGE_SIZE, grid=GRID, mean=MEAN, std=STD).save_pretrained(folder)
 
 
-def _language() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Read the 4-bit GGUF file into plain float32 weights."""
+def _language() -> tuple[Any, Any]:
+    """Return the causal LM of the 4-bit GGUF file with plain float32 weights, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     try:
@@ -81,7 +77,7 @@ def _language() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         ) from None
     source = fetch("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    read: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     del read.config.quantization_config  # the weights are plain numbers now
     language = LlamaForCausalLM(read.config)
     language.load_state_dict(read.state_dict())

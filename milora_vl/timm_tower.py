@@ -7,6 +7,7 @@ pools the maps to a grid, brings every level to one scale and lays the levels si
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class TimmTowerConfig(PretrainedConfig):
         grid: int = 4,
         levels: Sequence[int] = (),
         hidden_size: int = 1280,
-        **kwargs: object,  # transformers passes every other key of config.json through here
+        **kwargs: Any,  # transformers passes every other key of config.json through here
     ) -> None:
         self.architecture = architecture
         self.image_size = image_size
@@ -72,12 +73,13 @@ class TimmTower(PreTrainedModel):
         import timm
 
         super().__init__(config)
-        self.encoder = timm.create_model(config.architecture, pretrained=False, num_classes=0)
+        self.encoder: Any = timm.create_model(config.architecture, pretrained=False, num_classes=0)
         self.post_init()
 
     def train(self, mode: bool = True) -> TimmTower:
         """Switch to training mode only where something trains: a frozen tower must not move its batch statistics."""
-        return super().train(mode and any(weight.requires_grad for weight in self.parameters()))
+        encoder: nn.Module = self.encoder
+        return super().train(mode and any(weight.requires_grad for weight in encoder.parameters()))
 
     def forward(
         self,

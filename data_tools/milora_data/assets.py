@@ -64,7 +64,7 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_dir() -> Path:
-    """Return the folder for files that can be made again: $MILORA_CACHE, else $XDG_CACHE_HOME/milora_vl, else ~/.cache/milora_vl."""
+    """Return the folder for what can be made again: $MILORA_CACHE, else milora_vl in $XDG_CACHE_HOME or ~/.cache."""
     if named := os.environ.get("MILORA_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "milora_vl"

