@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
+from milora_vl.initialize import LayerReport
 from milora_vl.policy import Policy, PolicyError, Target
+from milora_vl.screen import trained_sizes
 from milora_vl.towers import TOWERS, find_towers
 from milora_vl.trainer import Saves
 
@@ -27,17 +29,18 @@ class Built:
     processor: Any
     targets: list[Target]
     saves: Saves
-    report: Sequence[Any]
+    sizes: dict[str, int]  # trained numbers by target
+    report: Sequence[LayerReport]
     frozen: list[str]  # towers of which nothing trains
 
 
-def load_base(recipe: Recipe, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """The base model and its processor, on the CPU; the projector from `projector_weights` where the recipe says so."""
+def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
+    """The base model and its processor; the projector from `projector_weights` where the recipe says so."""
     from milora_vl.models import load_model
     from milora_vl.projector import load_projector
 
     quantization = None if recipe.quantization == "none" else recipe.quantization
-    model, processor = load_model(recipe.model, dtype=dtype, quantization=quantization)
+    model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=quantization)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))
     return model, processor
@@ -73,19 +76,20 @@ def build(recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | No
 
     targets = targets_of(recipe, base)
     saves = saves_of(targets)
+    sizes = trained_sizes(targets, base)
     if checkpoint is not None:
         _require_same_kind(checkpoint, saves)
-    frozen = [tower for tower in TOWERS if _has(base, tower) and tower not in {t.tower for t in targets}]
+    frozen: list[str] = [tower for tower in TOWERS if _has(base, tower) and tower not in {t.tower for t in targets}]
     if saves == "adapter" and checkpoint is not None:
         model: nn.Module = load_adapter(base, checkpoint, is_trainable=True)
-        report: Sequence[Any] = ()
+        report: Sequence[LayerReport] = ()
     else:
         model = apply_milora(base, Policy.parse(recipe.policy or []), form=recipe.form, progress=True)
-        report = model.milora_report
+        report = cast("Sequence[LayerReport]", model.milora_report)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # Adam's steps are lost in half precision
-    return Built(model, processor, targets, saves, report, frozen)
+    return Built(model, processor, targets, saves, sizes, report, frozen)
 
 
 def _require_same_kind(checkpoint: Path, saves: Saves) -> None:

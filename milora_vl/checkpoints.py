@@ -52,7 +52,7 @@ def why_incomplete(folder: Path) -> str | None:
 
 def latest(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The last checkpoint that can be resumed from, and the later ones that cannot, with the reason."""
-    skipped = []
+    skipped: list[tuple[Path, str]] = []
     for folder in reversed(checkpoints(run)):
         reason = why_incomplete(folder)
         if reason is None:

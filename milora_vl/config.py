@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
 
 from milora_data.errors import UserError
 from milora_vl import hf_arguments
@@ -32,14 +32,14 @@ class _Strict(BaseModel):
 class DataConfig(_Strict):
     """What is learnt from."""
 
-    path: str | None = Field(None, description="LLaVA JSON or JSONL file")
+    path: str | None = None  # LLaVA JSON or JSONL
     image_folder: str | None = None
-    eval_path: str | None = Field(None, description="held-out records for the evaluation loss")
+    eval_path: str | None = None  # held-out records, for the evaluation loss
     max_length: PositiveInt = 2048
     image_aspect_ratio: Literal["pad", "plain"] = "pad"
     packing: bool = False
     bad_images: Literal["raise", "skip", "replace"] = "raise"
-    limit: PositiveInt | None = Field(None, description="use the first N records only")
+    limit: PositiveInt | None = None  # the first N records only
 
     @field_validator("path", mode="before")
     @classmethod
@@ -73,8 +73,8 @@ class Recipe(_Strict):
 
     model: str = "llava-1.5-7b"
     quantization: Literal["none", "4bit", "8bit"] = "none"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the frozen weights")
-    projector_weights: str | None = Field(None, description="file or folder the projector starts from")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the frozen weights
+    projector_weights: str | None = None  # file or folder that the projector starts from
     template: str = "vicuna_v1"
     form: Literal["anchored", "residual"] = "anchored"
     data: DataConfig = DataConfig()
@@ -88,6 +88,7 @@ class Recipe(_Strict):
     ) -> Recipe:
         """A recipe from nested mappings; RecipeError lists every mistake at once."""
         train, problems = train_section(content.get("train"))
+        problems += policy_problems(content.get("policy"))
         try:
             recipe = cls.model_validate({**content, "train": {}})
         except ValidationError as error:
@@ -108,7 +109,9 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The `train:` mapping with newest names and right types, and its mistakes as (dotted path, text)."""
     if section is not None and not isinstance(section, Mapping):
         return {}, [("train", f"expected a mapping of TrainingArguments, got {section!r}")]
-    train, problems, said = {**TRAIN_DEFAULTS}, [], {}
+    train: dict[str, Any] = {**TRAIN_DEFAULTS}
+    problems: list[tuple[str, str]] = []
+    said: dict[str, Any] = {}
     for name, value in (section or {}).items():
         path = f"train.{name}"
         if name not in hf_arguments.flags():
@@ -128,6 +131,20 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         else:
             train[pair[0]] = said[pair[0]] = pair[1]
     return train, problems
+
+
+def policy_problems(rules: Any) -> list[tuple[str, str]]:
+    """The mistakes of a recipe's rules that show without a model, as (dotted path, text)."""
+    if rules is None or not isinstance(rules, list):  # the latter is reported with the other types
+        return []
+    from milora_vl.policy import Policy, PolicyError
+
+    try:
+        Policy.parse(rules)
+    except PolicyError as error:
+        pairs = [line.partition(": ") for line in str(error).splitlines()]
+        return [(path, text) for path, _, text in pairs]
+    return []
 
 
 def load(path: Path) -> Recipe:

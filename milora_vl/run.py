@@ -6,14 +6,13 @@ import gc
 import time
 from datetime import datetime
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from milora_data.errors import UserError
-from milora_vl import build, checkpoints, evaluation, run_data, run_files, run_folder, settings, training_args
+from milora_vl import checkpoints, evaluation, run_data, run_folder, settings
 from milora_vl.arguments import Request
 from milora_vl.batching import Batching
-from milora_vl.screen import Screen, trainable_line
+from milora_vl.screen import Screen, policy_rows, trainable_line
 
 
 class Run:
@@ -45,6 +44,8 @@ class Run:
             self.data = run_data.read(self.recipe.data, template=self.recipe.template)
         if self.data.skipped:
             self.screen.warn(f"{self.data.skipped:,} records with missing pictures are left out (--bad_images skip)")
+        from milora_vl import training_args
+
         self.args, warnings = training_args.make(self.recipe, self.folder.path)
         self.batching = Batching(
             num_records=len(self.data.train),
@@ -64,15 +65,19 @@ class Run:
 
     def load_model(self) -> None:
         """Load the base model and its processor."""
+        from milora_vl import build, training_args
+
         dtype = training_args.base_dtype(self.recipe, self.recipe.train)
         with self.screen.step(f"loading {self.recipe.model}"):
-            self.base, self.processor = build.load_base(self.recipe, dtype)
+            self.base, self.processor = build.load_base(self.recipe, dtype, training_args.load_device(self.args))
         self.dtype = dtype
         self.recipe = build.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
 
     def apply_policy(self) -> None:
         """Make the adapters, or put a checkpoint's back; nothing of the base changes in the anchored form."""
         from transformers import set_seed
+
+        from milora_vl import build, run_files
 
         if self.folder.checkpoint is None:
             with self.screen.step("measuring the spectrum of one layer per tower"):
@@ -82,12 +87,15 @@ class Run:
         with self.screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
             self.built = build.build(self.recipe, self.base, self.processor, checkpoint)
         if self.args.gradient_checkpointing:
-            self.built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
+            model: Any = self.built.model
+            model.enable_input_require_grads()  # frozen embeddings would cut the graph
 
     def open_folder(self) -> None:
         """Show the header and the policy, and write what is known before the first step."""
+        from milora_vl import run_files
+
         self.screen.header(self.header())
-        self.screen.policy(self.built.targets, self.built.frozen, self.built.report)
+        self.screen.policy(policy_rows(self.built.targets, self.built.sizes, self.built.report), self.built.frozen)
         self.screen.say(trainable_line(self.built.model))
         run_files.set_chat_template(self.processor, self.recipe.template)
         if not self.args.should_save:
@@ -100,7 +108,7 @@ class Run:
                 self.screen.warn(f"the recipe differs from the run's so far: {change}")
         self.environment = run_folder.describe_environment(
             self.recipe,
-            base=self.base.config.name_or_path or self.recipe.model,
+            base=run_files.base_name(self.base) or self.recipe.model,
             device=run_files.device_name(self.args.device),
             data=self.data.counts(),
         )
@@ -112,6 +120,7 @@ class Run:
 
     def train(self) -> None:
         """Train with HF's Trainer; a keyboard interrupt says how to go on."""
+        from milora_vl import run_files
         from milora_vl.trainer import MiloraTrainer
 
         self.trainer = MiloraTrainer(
@@ -146,6 +155,8 @@ class Run:
         plan = evaluation.commands(self.recipe.eval, model=self.recipe.model, output_dir=self.folder.path)
         if not plan or not self.args.should_save:
             return
+        import torch
+
         del self.trainer, self.built, self.base
         gc.collect()
         torch.cuda.empty_cache()

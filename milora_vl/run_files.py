@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from milora_data.collate import ImageTextCollator
 from milora_data.templates import render_chat_template
@@ -66,6 +67,12 @@ def changes(folder: Path, recipe: Recipe) -> list[str]:
     before, now = dict(_flat(load(folder / "recipe.yaml").model_dump())), dict(_flat(recipe.model_dump()))
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys]
+
+
+def base_name(base: nn.Module) -> str:
+    """The name or folder the base was loaded by, as adapters record it."""
+    assert isinstance(base, PreTrainedModel)
+    return str(base.config.name_or_path)
 
 
 def device_name(device: torch.device) -> str:

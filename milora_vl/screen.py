@@ -6,16 +6,18 @@ Rank 0 alone writes. Colour only on a terminal; NO_COLOR and COLUMNS are honoure
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from milora_vl.initialize import LayerReport
     from milora_vl.policy import Target
 
 Rows = Sequence[tuple[str, str]]
@@ -25,11 +27,11 @@ COLUMNS = ("tower", "modules", "method", "rank", "alpha", "parameters", "rate", 
 class Screen:
     """Everything a run says, besides HF's progress bar."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console
 
         quiet = os.environ.get("RANK", "0") != "0"
-        self.console: Console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.console: Console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False)
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = 110  # a log file need not wrap as a narrow terminal does
 
@@ -59,14 +61,14 @@ class Screen:
         text = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
         self.console.print(Panel(_plain(text), title="milora_vl.train", title_align="left", expand=False))
 
-    def policy(self, targets: Sequence[Target], frozen: Sequence[str], report: Sequence[Any] = ()) -> None:
-        """The table of what trains; `report` (LayerReport of the adapters) adds what was measured."""
+    def policy(self, rows: Sequence[tuple[str, ...]], frozen: Sequence[str]) -> None:
+        """The table of what trains (see `policy_rows`), and the towers that do not."""
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in COLUMNS:
             table.add_column(name, justify="left" if name in ("tower", "method") else "right")
-        for row in policy_rows(targets, report):
+        for row in rows:
             table.add_row(*row)
         for tower in frozen:
             table.add_row(tower, "-", "frozen")
@@ -80,16 +82,21 @@ class Screen:
             self.say(f"{name:<{width}}  {value}")
 
 
-def policy_rows(targets: Sequence[Target], report: Sequence[Any] = ()) -> list[tuple[str, ...]]:
-    """One row per (tower, method, rank, alpha, learning rate), in model order of the towers."""
+def policy_rows(
+    targets: Sequence[Target], sizes: Mapping[str, int], report: Sequence[LayerReport] = ()
+) -> list[tuple[str, ...]]:
+    """One row per (tower, method, rank, alpha, learning rate), in model order of the towers.
+
+    `sizes` has the trained numbers of each target by its path, `report` what was measured of the adapters.
+    """
     measured = {layer.path: layer for layer in report}
     ordered = sorted(targets, key=_kind)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for kind, members in groupby(ordered, key=_kind):
         group = list(members)
         tower, method, rank, alpha, rate = kind
         layers = [measured[t.path] for t in group if t.path in measured]
-        shares = [layer.sigma_min / layer.sigma_max_weight for layer in layers if layer.sigma_max_weight]
+        shares = [s / layer.sigma_top for layer in layers for s in (layer.sigma_min, layer.sigma_max)]
         rows.append(
             (
                 tower,
@@ -97,7 +104,7 @@ def policy_rows(targets: Sequence[Target], report: Sequence[Any] = ()) -> list[t
                 method,
                 f"{rank}" if rank else "-",
                 f"{alpha:g}" if alpha else "-",
-                f"{sum(map(num_parameters, group)):,}",
+                f"{sum(sizes[t.path] for t in group):,}",
                 f"{rate:g}" if rate else "the run's",
                 _span(shares, "{:.2g}"),
                 _span([100 * layer.energy for layer in layers], "{:.2g}", " %"),
@@ -106,20 +113,26 @@ def policy_rows(targets: Sequence[Target], report: Sequence[Any] = ()) -> list[t
     return rows
 
 
-def num_parameters(target: Target) -> int:
-    """Trained numbers of one target: r (in + out) of an adapter, the matrix of what trains in full."""
-    if target.rank is not None:
-        return target.rank * sum(target.shape)
-    total = 1
-    for size in target.shape:
-        total *= size
-    return total
+def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
+    """Trained numbers of each target by its path: r (in + out) of an adapter, all of a module that trains in full."""
+    return {
+        t.path: t.rank * sum(t.shape) if t.rank else sum(p.numel() for p in base.get_submodule(t.path).parameters())
+        for t in targets
+    }
 
 
 def trainable_line(model: nn.Module) -> str:
     """PEFT's line about trained parameters, word for word (people grep it)."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    return trainable_text(trained, sum(p.numel() for p in model.parameters()))
+
+
+def trainable_text(trained: int, total: int) -> str:
+    """The same line from the counts.
+
+    >>> trainable_text(1, 8)
+    'trainable params: 1 || all params: 8 || trainable%: 12.5000'
+    """
     return f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}"
 
 

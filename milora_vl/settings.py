@@ -12,7 +12,7 @@ from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl import llava_flags, yaml_file
 from milora_vl.arguments import PROG, Request
-from milora_vl.config import Recipe
+from milora_vl.config import Recipe, RecipeError, policy_problems
 from milora_vl.policy_edits import ADAPTERS, edited
 
 DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
@@ -42,10 +42,14 @@ def resolve(request: Request) -> Settings:
     implicit = rules is None
     merged["policy"] = edited(rules, request.edits)
     recipe = Recipe.parse(merged, "the command line" if not request.recipe else f"{source} and the command line")
-    batch = base.train.get("per_device_train_batch_size"), base.train.get("gradient_accumulation_steps", 1)
+    per_device, accumulation = (
+        base.train.get("per_device_train_batch_size"),
+        base.train.get("gradient_accumulation_steps", 1),
+    )
+    batch = (int(per_device), int(accumulation)) if per_device else None
     notes = [meaning.line] if meaning and meaning.line else []
     warnings = meaning.warnings if meaning else []
-    return Settings(recipe, request.recipe or "", implicit, batch if batch[0] else None, notes, warnings)
+    return Settings(recipe, request.recipe or "", implicit, batch, notes, warnings)
 
 
 def read_recipe(name: str | None) -> tuple[dict[str, Any], dict[str, int], str]:
@@ -99,6 +103,9 @@ def _given_policy(text: str) -> list[dict[str, Any]]:
         rules = rules.get("policy", [rules])
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
         raise UserError(f"{source}: expected a list of rules, e.g. [{{modules: language, method: milora, rank: 64}}]")
+    problems = policy_problems(rules)
+    if problems:
+        raise RecipeError(source, [f"{source}: {path}: {text}" for path, text in problems])
     return [dict(rule) for rule in rules]
 
 

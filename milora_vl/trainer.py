@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +65,16 @@ class MiloraTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch whatever the model
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
 
+    def trained(self) -> nn.Module:
+        """The model without wrappers."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer of `--optim` on one group per learning rate and weight decay."""
         if self.optimizer is None:
-            opt_model = self.model if model is None else model
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
+            opt_model = self.trained() if model is None else model
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, cast("PreTrainedModel", opt_model))
             if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(options):
                 raise UserError(f"--optim {self.args.optim} makes its own groups; learning rates per rule need another")
             groups = parameter_groups(
@@ -107,15 +112,25 @@ class MiloraTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """HF's loop; the loss it reports is the mean over tokens, not over batches.
 
         It leaves the random state alone: dropout after it is the same whether or not a resumed run evaluates again.
         """
         self._eval_sums.zero_()
         with torch.random.fork_rng():
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         total, count = self.accelerator.reduce(self._eval_sums.to(self.args.device, torch.float32)).tolist()
+        assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
         return output
 
@@ -133,9 +148,9 @@ class MiloraTrainer(Trainer):
         if self.saves != "projector":
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            save_projector(self.model, folder, state_dict)
+            save_projector(self.trained(), folder, state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / "training_args.bin")
@@ -144,14 +159,15 @@ class MiloraTrainer(Trainer):
         if self.saves == "adapter":
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.saves == "projector":
-            load_projector(self.model, Path(resume_from_checkpoint))
+            load_projector(self.trained(), Path(resume_from_checkpoint))
         else:
-            load_full(self.model, Path(resume_from_checkpoint))
+            load_full(self.trained(), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self.saves == "adapter" or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
+            assert self.state.best_model_checkpoint is not None
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 

@@ -92,6 +92,11 @@ def base_dtype(recipe: Recipe, train: dict[str, Any]) -> torch.dtype:
     return torch.float16 if train.get("fp16") else torch.float32
 
 
+def load_device(args: TrainingArguments) -> torch.device:
+    """Where the model is loaded and decomposed: the device it trains on, unless it is to be sharded from the CPU."""
+    return torch.device("cpu") if args.deepspeed or args.fsdp else args.device
+
+
 def _evaluation(train: dict[str, Any], recipe: Recipe) -> None:
     if recipe.data.eval_path is None:
         if train.get("eval_strategy", "no") != "no":
