@@ -10,17 +10,17 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
+
 from milora_data.encode import encode_prompt
 from milora_data.errors import UserError
 from milora_data.images import expand_to_square, load_image
 from milora_data.records import Record, Turn
-from torch import Tensor
-
 from milora_vl.models import image_token_id, image_tokens, split_processor
 
 if TYPE_CHECKING:
@@ -81,11 +81,12 @@ class _Reader:
 
     def __init__(self, model: Any, processor: Any, template: str, image_aspect_ratio: str) -> None:
         self.model = model
-        self.tokenizer, self.image_processor = split_processor(processor)
+        self.tokenizer, images = split_processor(processor)
         self.template = template
         self.image_aspect_ratio = image_aspect_ratio
-        self.image_token = None if self.image_processor is None else image_token_id(model.config)
-        self.image_tokens = 0 if self.image_processor is None else image_tokens(model.config)
+        self.image_processor: Any = images
+        self.image_token = None if images is None else image_token_id(model.config)
+        self.image_tokens = 0 if images is None else image_tokens(model.config)
         own = self.tokenizer.pad_token_id
         self.pad = self.tokenizer.eos_token_id if own is None else own
 
@@ -104,7 +105,7 @@ class _Reader:
         return _Row(place, ids, prompt.images, names)
 
     def pixels(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
-        """Return {"pixel_values": (num_images, 3, H, W)} of the rows' pictures in order, or nothing without pictures."""
+        """Return {"pixel_values": (num_images, 3, H, W)} of the rows' pictures in order; {} without any."""
         images = [self._picture(image) for row in rows for image in row.images]
         if not images:
             return {}
@@ -122,18 +123,19 @@ class _Reader:
 
 
 def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Yield batches: questions about one picture together, pictures and questions of like length together, long first."""
+    """Yield batches of rows with equally many pictures: those about one picture together, and those of like length."""
     longest: dict[tuple[str | int, ...], int] = {}
     for row in rows:
         longest[row.picture] = max(longest.get(row.picture, 0), len(row.ids))
-    order = sorted(
-        rows, key=lambda row: (len(row.picture), longest[row.picture], str(row.picture), len(row.ids)), reverse=True
-    )
-    while order:
-        # A batch holds rows with equally many pictures.
-        count = sum(1 for _ in takewhile(lambda row: len(row.picture) == len(order[0].picture), order[:batch_size]))
-        yield order[:count]
-        order = order[count:]
+
+    def like(row: _Row) -> tuple[int, int, str, int]:
+        return len(row.picture), longest[row.picture], str(row.picture), len(row.ids)
+
+    # Long ones first: what does not fit into memory fails at once, and the time left is not underestimated.
+    for _, group in groupby(sorted(rows, key=like, reverse=True), key=lambda row: len(row.picture)):
+        alike = list(group)
+        for start in range(0, len(alike), batch_size):
+            yield alike[start : start + batch_size]
 
 
 def _answer(reader: _Reader, rows: Sequence[_Row], max_new_tokens: int, share_pictures: bool) -> list[str]:

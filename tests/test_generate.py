@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+
 from milora_data.encode import encode_prompt
 from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_vl.generate import Prompt, generate
 from milora_vl.models import image_token_id, image_tokens
-from PIL import Image
 
 Made = tuple[Any, Any]
 
