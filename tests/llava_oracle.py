@@ -56,14 +56,22 @@ def llama_tokenizer(kind: str) -> Any:
         shutil.copy(model, Path(folder) / "tokenizer.model")
         tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=kind != "new", add_bos_token=True)
     if kind == "prepend":
-        from tokenizers import normalizers
-
-        backend = tokenizer.backend_tokenizer
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        backend.pre_tokenizer = None
+        tokenizer = _with_prepend(tokenizer)
     tokenizer.pad_token = tokenizer.unk_token  # LLaVA's choice for vicuna
     tokenizer.model_max_length = 100_000
     return tokenizer
+
+
+def _with_prepend(tokenizer: Any) -> Any:
+    from tokenizers import normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.legacy = True  # LLaVA asks for it
+    return made
 
 
 @cache

@@ -37,6 +37,15 @@ def eos_text(tokenizer: Any) -> str:
     return str(tokenizer.eos_token)
 
 
+def remember_legacy(tokenizer: Any) -> None:
+    """Make `save_pretrained` write the tokenizer's `legacy` flag, which transformers 5 forgets for Llama's.
+
+    Without it a tokenizer with legacy=True comes back with legacy=False and splits the text behind `</s>` differently.
+    """
+    if "legacy" in vars(tokenizer):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+
+
 def glue_after(special: str, tokenizer: Any) -> str:
     """Return what must stand between the special token and a text so that the text is tokenized as if it stood alone.
 
