@@ -27,10 +27,10 @@ _COUNTERS = ("skipped", "replaced", "unlearnable", "cut")
 
 
 class Sample(NamedTuple):
-    """One encoded record and its pictures, (num_images, 3, H, W); `pixels` is None where it has none."""
+    """One encoded record and its pictures, as PIL images."""
 
     encoded: Encoded
-    pixels: Tensor | None
+    images: list[Any]
 
 
 class ImageTextCollator:
@@ -94,26 +94,25 @@ class ImageTextCollator:
                 image_tokens=self.image_tokens,
                 max_length=self.max_length,
             )
-            pixels = self._pixels(record, encoded.num_images)
+            images = self._images(record, encoded.num_images)
         except NothingToLearn as error:
             self._leave_out("unlearnable", error)
             return None
         except ImageError as error:
             if self.bad_images == "raise":
-                raise ImageError(f"{error}\nin {record.source or record.id}; --bad_images skip leaves it out") from None
+                place = record.source or record.id
+                raise ImageError(f"{error}\nneeded by {place}; --bad_images skip leaves it out") from None
             self._leave_out("skipped", error)
             return None
         if encoded.num_cut:
             self._count("cut")
-        return Sample(encoded, pixels)
+        return Sample(encoded, images)
 
-    def _pixels(self, record: Record, num_images: int) -> Tensor | None:
-        if not num_images:
-            return None
-        if self.image_processor is None:
+    def _images(self, record: Record, num_images: int) -> list[Any]:
+        if num_images and self.image_processor is None:
             raise DataError(f"{record.source or record.id}: a record with pictures, but this model reads only text")
-        images = [self._image(self.image_folder / name) for name in record.images[:num_images]]
-        return self._process(images)
+        # max_length may have cut off the last ones.
+        return [self._image(self.image_folder / name) for name in record.images[:num_images]]
 
     def _image(self, path: Path) -> Any:
         try:
@@ -126,10 +125,10 @@ class ImageTextCollator:
             return self._plain_image()
         return expand_to_square(image, self._mean_color()) if self.image_aspect_ratio == "pad" else image
 
-    def _process(self, images: Sequence[Any]) -> Tensor:
+    def _process(self, images: list[Any]) -> Tensor:
         # What is square already is not padded again; a processor that pads by itself must not do so for "plain".
         options = {"do_pad": False} if self.image_processor.to_dict().get("do_pad") else {}
-        return self.image_processor(images=list(images), return_tensors="pt", **options)["pixel_values"]
+        return self.image_processor(images=images, return_tensors="pt", **options)["pixel_values"]
 
     def _mean_color(self) -> tuple[int, int, int]:
         red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)
@@ -152,18 +151,20 @@ class ImageTextCollator:
 
     def _count(self, counter: str) -> None:
         worker = get_worker_info()
-        self._counts[worker.id + 1 if worker else 0, _COUNTERS.index(counter)] += 1
+        self._counts[worker.id % (_MAX_WORKERS - 1) + 1 if worker else 0, _COUNTERS.index(counter)] += 1
 
     def _batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+        images = [image for sample in samples for image in sample.images]
         rows = [(sample.encoded.input_ids, sample.encoded.labels) for sample in samples]
         lengths = [len(ids) for ids, _ in rows]
-        if self.image_processor is not None and not pixels:
+        if self.image_processor is not None and not images:
             self._add_hidden_image(rows, lengths)
-            pixels = [self._process([self._plain_image()])]
+            images = [self._plain_image()]
         batch = self._pad(rows, lengths)
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)
+        if images:
+            batch["pixel_values"] = self._process(images)
+            num_tokens = int((batch["input_ids"] == self.image_token_id).sum())
+            assert num_tokens == len(batch["pixel_values"]) * self.image_tokens
         return batch
 
     def _add_hidden_image(self, rows: list[tuple[list[int], list[int]]], lengths: Sequence[int]) -> None:

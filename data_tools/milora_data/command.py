@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -79,7 +80,11 @@ def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
 
 def report(error: UserError) -> None:
     """Write `error` to stderr: its first line after `error: `, the others aligned below."""
-    sys.stderr.write("error: " + str(error).replace("\n", "\n       ") + "\n")
+    text = str(error)
+    if text.startswith("Caught ") and "DataLoader worker" in text:
+        # What a loader process raises arrives with its traceback put in front of the message.
+        text = re.split(r"^[\w.]+Error: ", text, flags=re.MULTILINE)[-1].rstrip()
+    sys.stderr.write("error: " + text.replace("\n", "\n       ") + "\n")
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:

@@ -24,23 +24,27 @@ def load_image(path: str | Path) -> Image.Image:
     16-bit grey is scaled to 8 bits (PIL alone would clip it to white).
     Raises `ImageError`: missing, empty, cut off, not a picture.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):
-                upright = upright.convert("I").point(lambda value: value / 257).convert("L")
-            if upright.mode == "P":
-                upright = upright.convert("RGBA")  # palettes with transparency make PIL warn otherwise
-            return upright.convert("RGB")
+            return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise ImageError(f"{path}: no such picture") from None
+        reason = "no such file"
+    except UnidentifiedImageError:
+        reason = "not a picture" if Path(path).stat().st_size else "the file is empty"
     except Exception as error:  # PIL's plugins raise whatever they trip over: OSError, SyntaxError, struct.error, ...
-        size = Path(path).stat().st_size if Path(path).is_file() else 0
-        reason = str(error) if size else "empty file" if Path(path).is_file() else "not a file"
-        raise ImageError(f"{path}: cannot read this picture: {reason}") from None
+        reason = str(error) or type(error).__name__
+    raise ImageError(f"{path}: cannot read this picture: {reason}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.mode == "P":
+        image = image.convert("RGBA")  # palettes with transparency make PIL warn otherwise
+    return image.convert("RGB")
 
 
 def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:

@@ -1,0 +1,109 @@
+"""Picture files of every kind that data sets are known to hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from milora_data.images import ImageError, expand_to_square, load_image
+
+RED, GREEN = (254, 0, 0), (0, 255, 1)
+
+
+@pytest.fixture
+def two_colours() -> Image.Image:
+    image = Image.new("RGB", (16, 8), RED)
+    image.paste(GREEN, (8, 0, 16, 8))
+    return image
+
+
+def near(pixel: object, colour: tuple[int, int, int], tolerance: int = 12) -> bool:
+    return bool(np.abs(np.subtract(pixel, colour)).max() <= tolerance)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.gif", "a.webp", "a.bmp", "a.tiff", "gif-inside.jpg"])
+def test_formats_and_wrong_suffixes(two_colours: Image.Image, tmp_path: Path, name: str) -> None:
+    two_colours.save(tmp_path / name, format="GIF" if "gif" in name else None)
+    loaded = load_image(tmp_path / name)
+    assert (loaded.mode, loaded.size) == ("RGB", (16, 8))
+    assert near(loaded.getpixel((2, 4)), RED)
+    assert near(loaded.getpixel((13, 4)), GREEN)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    image = Image.new("L", (8, 8), 255).convert("I").point(lambda v: v * 257) if mode.startswith("I") else None
+    image = image.convert(mode) if image else Image.new("L", (8, 8), 255).convert("RGB").convert(mode)
+    image.save(tmp_path / "a.tiff")
+    loaded = load_image(tmp_path / "a.tiff")
+    assert (loaded.mode, loaded.size) == ("RGB", (8, 8))
+    assert near(loaded.getpixel((3, 3)), (255, 255, 255), 1)
+
+
+def test_sixteen_bit_grey_keeps_its_shades(tmp_path: Path) -> None:
+    shades = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(shades).save(tmp_path / "a.png")
+    assert np.abs(np.asarray(load_image(tmp_path / "a.png"))[..., 0].ravel() - np.arange(256.0)).max() <= 1
+
+
+def test_cmyk_jpeg_keeps_its_colours(two_colours: Image.Image, tmp_path: Path) -> None:
+    two_colours.convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    assert near(load_image(tmp_path / "a.jpg").getpixel((2, 4)), RED)
+
+
+def test_a_palette_with_transparency_does_not_warn(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, *RED])
+    image.save(tmp_path / "a.png", transparency=bytes([0, 128]))
+    assert load_image(tmp_path / "a.png").getpixel((1, 1)) == RED
+    assert not recwarn.list
+
+
+def test_alpha_is_dropped_as_llava_does(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (*RED, 10)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").getpixel((1, 1)) == RED
+
+
+def test_exif_turns_the_picture_upright(two_colours: Image.Image, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    two_colours.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    loaded = load_image(tmp_path / "a.jpg")
+    assert loaded.size == (8, 16)
+    assert near(loaded.getpixel((4, 2)), RED)
+    assert near(loaded.getpixel((4, 13)), GREEN)
+
+
+def broken(name: str, good: bytes) -> bytes:
+    return {"empty": b"", "text": b"<html>404</html>", "cut": good[: len(good) // 2], "head": good[:9]}[name]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp"])
+@pytest.mark.parametrize("name", ["empty", "text", "cut", "head"])
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.effect_noise((64, 64), 90).convert("RGB").save(path)
+    path.write_bytes(broken(name, path.read_bytes()))
+    with pytest.raises(ImageError, match=rf"a\.{suffix}: cannot read this picture: \w+"):
+        load_image(path)
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"none\.png: cannot read this picture: no such file"):
+        load_image(tmp_path / "none.png")
+    with pytest.raises(ImageError, match="cannot read this picture"):
+        load_image(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(7, 4), (4, 7), (6, 6)])
+def test_a_square_has_the_picture_in_its_middle(size: tuple[int, int]) -> None:
+    square = expand_to_square(Image.new("RGB", size, RED), (1, 2, 3))
+    side = max(size)
+    assert square.size == (side, side)
+    left, top = (side - size[0]) // 2, (side - size[1]) // 2
+    pixels = np.asarray(square)
+    assert (pixels[top : top + size[1], left : left + size[0]] == RED).all()
+    assert (pixels == (1, 2, 3)).all(-1).sum() == side * side - size[0] * size[1]
