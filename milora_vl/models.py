@@ -28,10 +28,11 @@ NAMED_MODELS: dict[str, str] = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
     "smol-llava": "SmolLM2-135M-Instruct + EfficientNet-Lite0, made here at first use",
+    "smol-llava-unaligned": "the same before stage 1, with a fresh projector",
     "tiny": "random weights, for tests",
     "tiny-text": "random weights, text only, for tests",
 }
-MADE_HERE = ("smol-llava", "tiny", "tiny-text")
+MADE_HERE = ("smol-llava", "smol-llava-unaligned", "tiny", "tiny-text")
 
 
 def load_model(
@@ -143,10 +144,10 @@ def _named(model: Any, name: str) -> nn.Module:
 
 def _source(name: str) -> str:
     """Return the folder or hub id behind a name; makes smol-llava at first use."""
-    if name == "smol-llava":
+    if name.startswith("smol-llava") and name in MADE_HERE:
         from milora_vl.smol_llava import smol_llava_folder
 
-        return str(smol_llava_folder())
+        return str(smol_llava_folder(aligned=name == "smol-llava"))
     folder = Path(name)
     if folder.is_dir():
         _register_own()

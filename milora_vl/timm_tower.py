@@ -56,7 +56,7 @@ class TimmTowerConfig(PretrainedConfig):
         if image_size % grid:
             raise ValueError(f"image_size {image_size} is not a multiple of grid {grid}")
         with torch.device("meta"):
-            encoder = timm.create_model(architecture, pretrained=False, num_classes=0)
+            encoder: Any = timm.create_model(architecture, pretrained=False, num_classes=0)
         channels = [level["num_chs"] for level in encoder.feature_info]
         hidden_size = sum(channels[level] for level in levels) + encoder.num_features
         return cls(architecture, image_size, grid, levels, hidden_size)
@@ -78,8 +78,8 @@ class TimmTower(PreTrainedModel):
 
     def train(self, mode: bool = True) -> TimmTower:
         """Switch to training mode only where something trains: a frozen tower must not move its batch statistics."""
-        encoder: nn.Module = self.encoder
-        return super().train(mode and any(weight.requires_grad for weight in encoder.parameters()))
+        weights: Any = self.parameters()
+        return super().train(mode and any(weight.requires_grad for weight in weights))
 
     def forward(
         self,

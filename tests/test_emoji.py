@@ -1,0 +1,154 @@
+"""The demo's data: questions have one right answer, splits share nothing, pictures are where the records say."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+
+import pytest
+from PIL import Image
+
+from milora_data import emoji, emoji_catalogue, emoji_questions
+from milora_data.assets import ASSETS, fetch
+from milora_data.emoji_catalogue import KINDS, Emoji
+from milora_data.emoji_questions import TYPES, Pool, a
+from milora_data.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def some() -> list[Emoji]:
+    """Forty made-up emoji of four kinds."""
+    kinds = ["animal", "food", "object", "face"]
+    return [
+        Emoji(f"{i:X}", f"thing {i}", (), kinds[i % 4], f"thing {i}", i % 4 != 3, ["red", "blue", None][i % 3])
+        for i in range(40)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The real data set, a small test split, two variants of each training picture left out."""
+    target = tmp_path_factory.mktemp("emoji") / "data"
+    emoji.write(target, per_type=8)
+    return target
+
+
+@pytest.fixture(scope="module")
+def files(folder):
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+def test_every_question_offers_its_answer_and_no_second_right_one(some, kind):
+    pool = Pool(some, random.Random(0))
+    asked = [made for thing in some if (made := TYPES[kind](thing, pool))]
+    assert len(asked) >= 20
+    for turns, answers in asked:
+        question, answer = turns[-1]
+        assert answer in answers
+        if kind == "choice":
+            options = question.split(": ")[1].split("?")[0].replace(" or ", ", ").split(", ")
+            assert [option for option in options if option == a(answer)] == [a(answer)]
+            assert len(options) == len(set(options)) == 4
+        if kind == "choice_letter":
+            letters = [line[0] for line in question.splitlines() if line[1:3] == ". "]
+            assert letters == list("ABCD")
+            assert answer in letters
+
+
+def test_yes_and_no_are_equally_frequent_and_true(some):
+    pool = Pool(some * 20, random.Random(1))
+    counts: Counter[str] = Counter()
+    for thing in some * 20:
+        turns, answers = TYPES["yes_no"](thing, pool)
+        counts[answers[0]] += 1
+        said = turns[0][0]
+        true = any(f"show {a(word)}?" in said for word in (thing.name, thing.kind)) or f"mostly {thing.colour}?" in said
+        assert true == (answers[0] == "Yes"), said
+    assert 0.45 < counts["Yes"] / counts.total() < 0.55
+
+
+def test_wrong_names_are_of_the_same_kind(some):
+    pool = Pool(some, random.Random(0))
+    names = pool.other_names(some[0], 3, hard=2)
+    kinds = {thing.name: thing.kind for thing in some}
+    assert [kinds[name] for name in names[:2]] == ["animal", "animal"]
+    assert kinds[names[2]] != "animal"
+
+
+def test_articles():
+    assert [a("dog"), a("owl"), a("grapes"), a("cactus")] == ["a dog", "an owl", "grapes", "a cactus"]
+
+
+def test_test_emoji_are_neither_shown_nor_named_in_training(files):
+    def names(records, types):
+        return {r["conversations"][1]["value"] for r in records if r.get("type") in types}
+
+    shown = {r["image"] for r in files["train"] + files["captions"] if "image" in r}
+    tested = {r["image"] for r in files["test"] if "image" in r}
+    assert tested
+    assert not shown & tested
+    assert not names(files["test"], {"naming"}) & names(files["train"], {"naming"})
+
+
+def test_every_kind_is_in_every_split():
+    emojis = emoji_catalogue.catalogue()
+    for split in ("train", "val", "test"):
+        assert {thing.kind for thing in emojis if thing.split == split} == set(KINDS)
+    groups: dict[str, set[str]] = {}
+    for thing in emojis:
+        groups.setdefault(thing.group, set()).add(thing.split)
+    assert all(len(splits) == 1 for splits in groups.values())
+
+
+def test_every_record_has_its_picture_and_the_test_split_is_balanced(folder, files):
+    for name, records in files.items():
+        assert len({r["id"] for r in records}) == len(records), name
+        for record in records:
+            assert record["conversations"][0]["from"] == "human"
+            if "image" in record:
+                assert record["conversations"][0]["value"].startswith("<image>")
+                with Image.open(folder / "images" / record["image"]) as picture:
+                    assert picture.size == (224, 224)
+    counts = Counter(r["type"] for r in files["test"])
+    assert counts == dict.fromkeys(TYPES, 8)
+    kinds = Counter(r["answers"][0] for r in files["test"] if r["type"] == "category")
+    assert max(kinds.values()) == 1
+
+
+def test_the_same_seed_gives_the_same_records(files, some):
+    assert emoji_questions.training_records(some, 3, 5) == emoji_questions.training_records(some, 3, 5)
+    assert emoji_questions.training_records(some, 3, 5) != emoji_questions.training_records(some, 3, 6)
+
+
+def test_main_colours_of_known_pictures():
+    assert emoji_catalogue.main_colour("1F34E") == "red"  # an apple
+    assert emoji_catalogue.main_colour("1F438") == "green"  # a frog
+    assert emoji_catalogue.main_colour("1F600") == "yellow"  # a smiley
+    assert emoji_catalogue.main_colour("1F308") is None  # a rainbow
+
+
+def test_nothing_is_overwritten(folder, tmp_path, capsys):
+    assert emoji.main(["--output_dir", str(folder)]) == 0
+    assert "already" in capsys.readouterr().err
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="not empty"):
+        emoji.main(["--output_dir", str(tmp_path)])
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_credits_stand_beside_the_pictures(folder):
+    readme = (folder / "README.md").read_text()
+    assert "OpenMoji" in readme
+    assert "CC BY-SA 4.0" in readme
+
+
+def test_an_asset_that_is_not_the_pinned_file_is_refused(tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
+    monkeypatch.setitem(ASSETS, "emoji_data", replace(ASSETS["emoji_data"], sha256="0" * 64))
+    with pytest.raises(UserError, match="not the file"):
+        fetch("emoji_data")
+    assert not [path for path in (tmp_path / "assets").iterdir() if path.name[0] != "."]

@@ -1,0 +1,94 @@
+"""The embedded default: a LLaVA like any other, made from package-index parts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from milora_vl.compose import compose, processor_for
+from milora_vl.models import image_token_id, image_tokens, load_model
+from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
+
+
+@pytest.fixture(scope="module")
+def composed(tiny_llama):
+    """A small LLaVA of a timm network with random weights and the tiny Llama."""
+    register()
+    config = TimmTowerConfig.of("tf_efficientnet_lite0", image_size=64, grid=2, levels=(2, 3))
+    language, tokenizer = tiny_llama()
+    model = compose(TimmTower(config).eval(), language, tokenizer)
+    half = (0.5, 0.5, 0.5)
+    return model, processor_for(tokenizer, image_size=64, grid=2, mean=half, std=half)
+
+
+def test_a_composed_model_takes_pictures_and_reloads_with_the_same_logits(composed, tmp_path):
+    model, processor = composed
+    batch = processor(
+        images=Image.new("RGB", (90, 50), "red"), text="USER: <image>\nHi ASSISTANT:", return_tensors="pt"
+    )
+    assert int((batch["input_ids"] == image_token_id(model.config)).sum()) == image_tokens(model.config) == 4
+    logits = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, its_processor = load_model(tmp_path)
+    torch.testing.assert_close(again(**batch).logits, logits)
+    assert its_processor.num_additional_image_tokens == 0
+
+
+def test_levels_have_one_scale_and_order(composed):
+    tower = composed[0].model.vision_tower
+    features = tower(torch.randn(2, 3, 64, 64)).last_hidden_state
+    assert features.shape == (2, 4, 40 + 112 + 1280)
+    for level in features.split([40, 112, 1280], dim=-1):
+        torch.testing.assert_close(level.mean(-1), torch.zeros(2, 4), atol=1e-4, rtol=0)
+
+
+def test_a_frozen_tower_keeps_its_batch_statistics_in_training(composed):
+    tower = composed[0].model.vision_tower
+    tower.requires_grad_(False)
+    composed[0].train()
+    before = {name: buffer.clone() for name, buffer in tower.named_buffers()}
+    tower(torch.randn(4, 3, 64, 64))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in tower.named_buffers())
+    composed[0].eval()
+
+
+def test_a_vision_transformer_drops_its_class_token_and_is_pooled():
+    config = TimmTowerConfig.of("vit_tiny_patch16_224", image_size=224, grid=7)
+    features = TimmTower(config).eval()(torch.zeros(1, 3, 224, 224)).last_hidden_state
+    assert features.shape == (1, 49, 192)
+
+
+def test_the_image_token_is_never_the_likeliest(composed):
+    model, processor = composed
+    ids = torch.tensor([processor.tokenizer("Hello there").input_ids])
+    assert int(model(input_ids=ids).logits[0, -1].argmax()) != image_token_id(model.config)
+
+
+def test_grid_must_divide_the_picture():
+    with pytest.raises(ValueError, match="100 is not a multiple of grid 3"):
+        TimmTowerConfig.of("tf_efficientnet_lite0", image_size=100, grid=3)
+
+
+@pytest.mark.slow
+def test_smol_llava_is_made_once_and_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
+    model, _ = load_model("smol-llava")
+    assert model.name_or_path == "smol-llava"
+    assert image_tokens(model.config) == 16
+    made = list((tmp_path / "models").iterdir())
+    load_model("smol-llava")
+    assert list((tmp_path / "models").iterdir()) == made
+
+
+def test_without_network_the_message_says_what_to_do(tmp_path):
+    code = "from milora_vl.models import load_model; load_model('smol-llava')"
+    environment = {**os.environ, "MILORA_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "cannot download" in done.stderr
+    assert "network connection" in done.stderr
