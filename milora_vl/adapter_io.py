@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
-from milora_vl.peft_model import fitted, restore
+from milora_vl.base_check import fitted
+from milora_vl.install import lora_layer
+from milora_vl.peft_model import restore
+from milora_vl.residual import make_residual
 from milora_vl.sidecar import FILE_NAME, AdapterError, read_sidecar
 from milora_vl.towers import is_wrapped_by_peft
 
@@ -59,7 +63,13 @@ def load_adapter(
     if sidecar is None:
         logger.info("%s has no %s: loaded as the plain LoRA it is", folder, FILE_NAME)
         return model
-    return restore(model, "default", sidecar)
+    if not is_trainable:
+        sidecar = replace(sidecar, form="anchored")  # the same function, on the base as it is
+    ours = restore(model, "default", sidecar)
+    if sidecar.form == "residual":
+        for path in sidecar.ranks:
+            make_residual(lora_layer(ours, path), "default")
+    return ours
 
 
 def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:

@@ -38,7 +38,7 @@ class Sketch:
 
 
 def sketch(W: Tensor, shape: tuple[int, int] | None = None) -> Sketch:
-    """Return the sketch of W (out, in), or of its first rows and columns when `shape` is given (padded vocabularies)."""
+    """Return the sketch of W (out, in); of its first rows and columns with `shape` (padded vocabularies)."""
     eps = torch.finfo(W.dtype).eps
     rows, columns = shape or (W.shape[0], W.shape[1])
     W = W[:rows, :columns].detach().float()
@@ -49,7 +49,7 @@ def sketch(W: Tensor, shape: tuple[int, int] | None = None) -> Sketch:
 
 
 def distance(saved: Sketch, W: Tensor) -> float:
-    """Return how far W is from the sketched weight, in units of what rounding explains: above 1 it is another weight."""
+    """Return how far W is from the sketched weight, in units of what rounding explains; above 1 it is another."""
     if W.shape[0] < saved.shape[0] or W.shape[1] < saved.shape[1]:
         return float("inf")
     here = sketch(W, saved.shape)

@@ -10,15 +10,18 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from milora_vl.factor_cache import cache_key, read_factors, write_factors
 from milora_vl.fingerprint import Sketch, sketch
-from milora_vl.policy import FloorSigma, Sigma, Target
+from milora_vl.rules import FloorSigma, Sigma, Target
 from milora_vl.svd import Factors, decompose
 from milora_vl.weights import factor_dtype, read_matrix
 
@@ -56,33 +59,58 @@ class Initial:
     report: LayerReport
 
 
-def initialize(model: nn.Module, targets: Sequence[Target], *, progress: bool = False) -> dict[str, Initial]:
+def initialize(
+    model: nn.Module, targets: Sequence[Target], *, cache_dir: str | Path | None = None, progress: bool = False
+) -> dict[str, Initial]:
     """Decompose the weights of `targets` that train a part of them; the result is by module path.
 
-    `progress` shows a bar on stderr. Raises ValueError, with the module, for NaN and infinite values, empty weights
-    and ranks too large. Warns once, with the count, of singular values at zero: they start at a dead saddle.
+    Factors found in `cache_dir` are taken from there, others put there. `progress` shows a bar on stderr.
+    Raises ValueError, with the module, for NaN and infinite values, empty weights and ranks too large. Warns once,
+    with the count, of singular values at zero: they start at a dead saddle.
     """
     wanted = [t for t in targets if t.part is not None]
     bar = tqdm(wanted, desc="decomposing", unit="matrix", file=sys.stderr, disable=not progress)
-    made = {target.path: _initial(model.get_submodule(target.path), target) for target in bar}
-    _warn_of_zeros(made.values(), wanted)
+    cache = None if cache_dir is None else Path(cache_dir)
+    made = {target.path: _initial(model.get_submodule(target.path), target, cache) for target in bar}
+    _warn_of_zeros([initial.report for initial in made.values()], wanted)
     return made
 
 
-def _initial(module: nn.Module, target: Target) -> Initial:
+def _initial(module: nn.Module, target: Target, cache: Path | None) -> Initial:
     start = time.perf_counter()
     W = read_matrix(module)
+    factors = _factors(W, target, cache)
+    dtype = factor_dtype(module)
+    A0, B0 = (from_first_rank(factor.to(dtype)) for factor in _scaled(factors, target.sigma, target.scaling))
+    report = _report(factors, target, time.perf_counter() - start)
+    return Initial(A0, B0, sketch(W), report)
+
+
+def _factors(W: Tensor, target: Target, cache: Path | None) -> Factors:
     assert target.rank is not None
     assert target.part is not None
-    generator = torch.Generator().manual_seed(zlib.crc32(target.path.encode()))
+    # A seed of its own for each module: equal shapes shall not draw equal components.
+    seed = zlib.crc32(target.path.encode()) if target.part == "random" else 0
+    key = cache_key(W, target.rank, target.part, seed) if cache is not None else ""
+    stored = read_factors(cache, key) if cache is not None else None
+    if stored is not None:
+        return replace(stored, U=stored.U.to(W.device), S=stored.S.to(W.device), Vh=stored.Vh.to(W.device))
     try:
-        factors = decompose(W, target.rank, target.part, generator=generator)
+        factors = decompose(W, target.rank, target.part, generator=torch.Generator().manual_seed(seed))
     except ValueError as error:
         raise ValueError(f"{target.path}: {error}") from error
-    dtype = factor_dtype(module)
-    A0, B0 = _scaled(factors, target.sigma, target.scaling)
-    report = _report(factors, target, time.perf_counter() - start)
-    return Initial(A0.to(dtype), B0.to(dtype), sketch(W), report)
+    if cache is not None:
+        write_factors(cache, key, factors)
+    return factors
+
+
+def from_first_rank(tensor: Tensor) -> Tensor:
+    """Return the tensor as rank 0 has it: signs and nearly equal components may differ between machines."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return tensor
+    shared = tensor.to(torch.cuda.current_device()) if dist.get_backend() == "nccl" else tensor
+    dist.broadcast(shared, src=0)
+    return shared.to(tensor.device)
 
 
 def _scaled(factors: Factors, sigma: Sigma, scaling: float) -> tuple[Tensor, Tensor]:
@@ -115,10 +143,10 @@ def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
     )
 
 
-def _warn_of_zeros(made: Iterator[Initial] | Sequence[Initial], targets: Sequence[Target]) -> None:
+def _warn_of_zeros(reports: Sequence[LayerReport], targets: Sequence[Target]) -> None:
     kept = {t.path for t in targets if t.sigma == "keep"}
     # Zero within float32: below the rounding of the largest singular value.
-    dead = [m.report for m in made if m.report.path in kept and m.report.sigma_min <= 1e-7 * m.report.sigma_top]
+    dead = [r for r in reports if r.path in kept and r.sigma_min <= 1e-7 * r.sigma_top]
     if dead:
         warnings.warn(
             f"{len(dead):,} of {len(kept):,} adapters hold singular values at zero (first: {dead[0].path}): A and B "

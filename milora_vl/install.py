@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from milora_vl.halves import Conv2dA, Conv2dB, EmbeddingHalves, Halves, LinearA, LinearB, lossless, split
+from milora_vl.halves import ANCHOR, TRAINED, Conv2dA, Conv2dB, Halves, LinearA, LinearB, join, lossless, split
+from milora_vl.halves_embedding import ANCHOR_SUFFIX, EmbeddingHalves
 from milora_vl.weights import factor_dtype
 
-_CLASSES: dict[type[nn.Module], tuple[type[Halves], type[Halves]]] = {
+_KINDS: dict[type[nn.Module], tuple[type[Halves], type[Halves]]] = {
     nn.Linear: (LinearA, LinearB),
     nn.Conv2d: (Conv2dA, Conv2dB),
 }
@@ -32,61 +32,72 @@ def base_layer(model: nn.Module, path: str) -> nn.Module:
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
+def set_dropout(layer: LoraLayer, adapter: str, probability: float) -> None:
+    """Set the dropout of one adapter of one layer: PEFT's config has one value for all."""
+    layer.lora_dropout[adapter] = nn.Dropout(probability) if probability > 0 else nn.Identity()
+
+
 def install(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> None:
     """Start adapter `adapter` of a layer at the anchor A0 (r, in), B0 (out, r): both halves hold these values."""
-    pair = factors(layer, adapter)
-    halves = [(anchor.to(old.device), old) for anchor, old in zip((A0, B0), pair, strict=True)]
-    anchors = [anchor.reshape(_half_shape(old, axis)).contiguous() for axis, (anchor, old) in enumerate(halves)]
-    put_halves(
-        layer, adapter, [(anchor.to(old.dtype).clone(), anchor) for anchor, old in zip(anchors, pair, strict=True)]
-    )
+    halves = []
+    for axis, (anchor, stock) in enumerate(zip((A0, B0), factors(layer, adapter), strict=True)):
+        shape = list(stock.shape)  # of a convolution: (2r, in, kh, kw) and (out, 2r, 1, 1)
+        shape[axis] //= 2
+        anchor = anchor.to(stock.device).reshape(shape).contiguous()
+        halves.append((anchor.to(stock.dtype, copy=True), anchor))
+    _put(layer, adapter, halves)
 
 
 def install_loaded(layer: LoraLayer, adapter: str) -> None:
     """Turn a stock factor pair just loaded, [A; A0] and [B, -B0], into halves; the anchor in the base's dtype."""
     dtype = factor_dtype(layer.get_base_layer())
-    halves = []
-    for axis, joined in enumerate(factors(layer, adapter)):
-        trained, anchor = split(joined, axis)
-        halves.append((trained, lossless(anchor, dtype)))
-    put_halves(layer, adapter, halves)
+    pairs = [split(joined, axis) for axis, joined in enumerate(factors(layer, adapter))]
+    _put(layer, adapter, [(trained, lossless(anchor, dtype)) for trained, anchor in pairs])
 
 
 def install_copy(layer: LoraLayer, adapter: str, source: str) -> None:
     """Give adapter `adapter` the anchor of `source`, its trained halves starting there."""
     dtypes = [factor.dtype for factor in factors(layer, adapter)]
     anchors = [anchor.clone() for anchor in anchors_of(layer, source)]
-    put_halves(layer, adapter, [(a.to(dtype), a) for a, dtype in zip(anchors, dtypes, strict=True)])
+    _put(layer, adapter, [(a.to(dtype, copy=True), a) for a, dtype in zip(anchors, dtypes, strict=True)])
 
 
-def put_halves(layer: LoraLayer, adapter: str, halves: list[tuple[Tensor, Tensor]]) -> None:
+def _put(layer: LoraLayer, adapter: str, halves: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Replace the stock factors of `adapter` by (trained, anchor) for A and for B."""
     if adapter in layer.lora_embedding_A:
-        for axis, name in enumerate(("lora_embedding_A", "lora_embedding_B")):
-            holder = layer.get_submodule(name)
-            if not isinstance(holder, EmbeddingHalves):
-                holder = EmbeddingHalves.take_over(holder, axis)
-            holder.set_halves(adapter, *halves[axis])
+        for axis, holder in enumerate((layer.lora_embedding_A, layer.lora_embedding_B)):
+            ours = holder if isinstance(holder, EmbeddingHalves) else EmbeddingHalves.take_over(holder, axis)
+            ours.set_halves(adapter, *halves[axis])
         return
-    for axis, holder in enumerate((layer.lora_A, layer.lora_B)):
-        kind = _CLASSES[type(holder[adapter])][axis]
-        kind.take_over(holder[adapter], *halves[axis])
+    for axis, stock in enumerate((layer.lora_A[adapter], layer.lora_B[adapter])):
+        _KINDS[type(stock)][axis].take_over(stock, *halves[axis])
 
 
 def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return the factors of an adapter as stock PEFT sees them: (2r, in) and (out, 2r)."""
+    """Return the factors of an adapter as stock PEFT has them: A' (2r, in) and B' (out, 2r)."""
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    first, second = layer.lora_A[adapter], layer.lora_B[adapter]
+    if isinstance(first, Halves) and isinstance(second, Halves):
+        return first.joined, second.joined
+    return first.get_parameter("weight"), second.get_parameter("weight")
 
 
 def anchors_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """Return A0 and B0 of an adapter in halves."""
+    return _anchor(layer, adapter, 0), _anchor(layer, adapter, 1)
+
+
+def _anchor(layer: LoraLayer, adapter: str, axis: int) -> Tensor:
     if adapter in layer.lora_embedding_A:
-        pair = layer.lora_embedding_A.anchor_of(adapter), layer.lora_embedding_B.anchor_of(adapter)
-    else:
-        pair = layer.lora_A[adapter].anchor, layer.lora_B[adapter].anchor
-    return pair
+        holder = (layer.lora_embedding_A, layer.lora_embedding_B)[axis]
+        assert isinstance(holder, EmbeddingHalves)
+        anchor = holder.anchor_of(adapter)
+        assert anchor is not None
+        return anchor
+    half = (layer.lora_A, layer.lora_B)[axis][adapter]
+    assert isinstance(half, Halves)
+    return half.anchor
 
 
 def has_halves(layer: LoraLayer, adapter: str) -> bool:
@@ -101,34 +112,29 @@ def anchor_names(model: nn.Module) -> Iterator[str]:
     """Yield the names of all anchor buffers of a model."""
     for name, module in model.named_modules():
         if isinstance(module, Halves):
-            yield f"{name}.anchor"
+            yield f"{name}.{ANCHOR}"
         elif isinstance(module, EmbeddingHalves):
-            yield from (f"{name}.{key}" for key, _ in module.named_buffers(recurse=False))
+            yield from (f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
 
 
 def joined_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Join the raw names of halves in a gathered state dict (ZeRO-3, FSDP1) under their stock names.
 
     `...lora_A.default.trained` and `.anchor` become `...lora_A.default.weight`; all else stays as it is.
+
+    >>> raw = {"l.lora_A.x.trained": torch.ones(1, 2), "l.lora_A.x.anchor": torch.zeros(1, 2)}
+    >>> {name: tuple(t.shape) for name, t in joined_state(raw).items()}
+    {'l.lora_A.x.weight': (2, 2)}
     """
     out = dict(state)
     for key in state:
         prefix, _, name = key.rpartition(".")
-        axis = 0 if ".lora_A." in key else 1
-        if name == "trained" and f"{prefix}.anchor" in state:
-            trained, anchor = out.pop(key), out.pop(f"{prefix}.anchor")
-        elif f"{key}_anchor" in state:
-            trained, anchor = out.pop(key), out.pop(f"{key}_anchor")
-            prefix, axis = "", 0 if ".lora_embedding_A." in key else 1
+        if name == TRAINED and f"{prefix}.{ANCHOR}" in state:
+            stock, anchor_key, axis = f"{prefix}.weight", f"{prefix}.{ANCHOR}", int(".lora_B." in key)
+        elif key + ANCHOR_SUFFIX in state:
+            stock, anchor_key, axis = key, key + ANCHOR_SUFFIX, int(".lora_embedding_B." in key)
         else:
             continue
-        from milora_vl.halves import join
-
-        out[f"{prefix}.weight" if prefix else key] = join(trained, anchor.to(trained.device), axis)
+        trained, anchor = out.pop(key), out.pop(anchor_key)
+        out[stock] = join(trained, anchor.to(trained.device), axis)
     return out
-
-
-def _half_shape(joined: Tensor, axis: int) -> torch.Size:
-    shape = list(joined.shape)
-    shape[axis] //= 2
-    return torch.Size(shape)

@@ -1,31 +1,33 @@
 """PEFT's own model classes with a mixin in front: adapters in halves are saved, added and loaded as such.
 
-Everything else (forward, merge, disable_adapter, generate, ...) is PEFT's.
+Everything else (forward, merge, generate, set_adapter, ...) is PEFT's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from peft import PeftConfig, PeftModel
-from torch import nn
 
-from milora_vl.fingerprint import distance
+from milora_vl.base_check import fitted, require_same_kind
 from milora_vl.initialize import LayerReport
 from milora_vl.install import (
-    base_layer,
+    anchor_names,
+    anchors_of,
     has_halves,
     install_copy,
     install_loaded,
     joined_state,
     lora_layer,
+    set_dropout,
 )
-from milora_vl.policy import Target
-from milora_vl.sidecar import FILE_NAME, AdapterError, Sidecar, locate, read_sidecar
-from milora_vl.towers import find_towers
-from milora_vl.weights import read_matrix
+from milora_vl.rules import Target
+from milora_vl.sidecar import FILE_NAME, AdapterError, Sidecar, read_sidecar
 
 
 class MiloraMixin(PeftModel):
@@ -34,6 +36,7 @@ class MiloraMixin(PeftModel):
     sidecars: dict[str, Sidecar]
     milora_targets: list[Target]
     milora_report: list[LayerReport]
+    _loading = False
 
     def save_pretrained(
         self,
@@ -60,13 +63,10 @@ class MiloraMixin(PeftModel):
             save_directory, safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
         )
         if is_main_process:
-            for name in selected_adapters or list(self.peft_config):
-                self._write_sidecar(Path(save_directory), name)
-
-    def _write_sidecar(self, folder: Path, name: str) -> None:
-        if name in self.sidecars:
-            where = folder if name == "default" else folder / name
-            (where / FILE_NAME).write_text(self.sidecars[name].to_json(), encoding="utf-8")
+            for name in selected_adapters or self.peft_config:
+                if name in self.sidecars:
+                    folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+                    (folder / FILE_NAME).write_text(self.sidecars[name].to_json(), encoding="utf-8")
 
     def add_adapter(
         self,
@@ -79,6 +79,7 @@ class MiloraMixin(PeftModel):
 
         TRL's trainers make their reference adapter so, and copy the trained halves into it.
         """
+        self._refuse_residual("a second adapter would sit on the changed base")
         source = None if self._loading else self._adapter_with(peft_config)
         super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         if source is not None:
@@ -86,7 +87,7 @@ class MiloraMixin(PeftModel):
                 install_copy(lora_layer(self, path), adapter_name, source)
             self.remember(adapter_name, self.sidecars[source])
 
-    def load_adapter(
+    def load_adapter(  # type: ignore[override]
         self,
         model_id: str,
         adapter_name: str,
@@ -100,16 +101,15 @@ class MiloraMixin(PeftModel):
         Into an adapter that exists only one of the same kind and ranks fits. Raises AdapterError otherwise, and when
         this is not the base model that the adapter was made for.
         """
-        sidecar = read_sidecar(Path(model_id))
-        if adapter_name in self.sidecars:
-            _require_same(Path(model_id), sidecar, self.sidecars[adapter_name])
+        sidecar, known = read_sidecar(Path(model_id)), self.sidecars.get(adapter_name)
+        if known is not None:
+            require_same_kind(Path(model_id), sidecar, known)
         if sidecar is not None:
-            sidecar = fitted(self, sidecar, allow_base_mismatch=allow_base_mismatch)
-        self._loading = True
-        try:
+            # In the residual form the base weights hold W_p: compare with the sketches made of W.
+            skip = allow_base_mismatch or (known is not None and known.form == "residual")
+            sidecar = fitted(self, sidecar, allow_base_mismatch=skip)
+        with self._loads(adapter_name):
             result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
-        finally:
-            self._loading = False
         if sidecar is not None:
             restore(self, adapter_name, sidecar)
         return result
@@ -119,17 +119,50 @@ class MiloraMixin(PeftModel):
         super().delete_adapter(adapter_name)
         self.sidecars.pop(adapter_name, None)
 
+    def disable_adapter(self) -> Any:
+        """Run the base model alone, as PEFT does. AdapterError in the residual form, whose base weights are W_p."""
+        self._refuse_residual("without its adapter the changed base is not the base model")
+        return super().disable_adapter()
+
+    def unload(self) -> Any:
+        """Return the base model without the adapter, as PEFT does. AdapterError in the residual form."""
+        self._refuse_residual("its base weights are changed; merge_and_unload() or load the base anew")
+        return self.base_model.unload()  # type: ignore[operator]
+
     def remember(self, adapter_name: str, sidecar: Sidecar) -> None:
-        """Keep what is known of an adapter; the report and targets are those of the first one."""
+        """Keep what is known of an adapter; targets and report are those of the first one."""
         self.sidecars[adapter_name] = sidecar
-        if len(self.sidecars) == 1:
+        if next(iter(self.sidecars)) == adapter_name:
             self.milora_targets = list(sidecar.targets)
             self.milora_report = list(sidecar.reports.values())
+        # Equal on all ranks and never changed; DDP would broadcast them in every forward.
+        self._ddp_params_and_buffers_to_ignore = list(anchor_names(self))
 
     def _adapter_with(self, config: PeftConfig) -> str | None:
         return next((name for name in self.sidecars if self.peft_config[name] == config), None)
 
-    _loading = False
+    def _refuse_residual(self, why: str) -> None:
+        if any(sidecar.form == "residual" for sidecar in self.sidecars.values()):
+            raise AdapterError(f"form residual: {why}\nuse form anchored")
+
+    @contextmanager
+    def _loads(self, adapter: str) -> Iterator[None]:
+        """While PEFT loads: it calls our add_adapter; and the anchors of a residual form must stay as they are."""
+        known = self.sidecars.get(adapter)
+        fixed = list(known.ranks) if known is not None and known.form == "residual" else []
+        before = {path: [a.clone() for a in anchors_of(lora_layer(self, path), adapter)] for path in fixed}
+        self._loading = True
+        try:
+            yield
+        finally:
+            self._loading = False
+        for path, anchors in before.items():
+            after = anchors_of(lora_layer(self, path), adapter)
+            if not all(torch.equal(a, b) for a, b in zip(anchors, after, strict=True)):
+                raise AdapterError(
+                    f"{path}: the saved anchor is not the one taken out of this base (form residual)\n"
+                    "use load_adapter(base, path, is_trainable=True) on a fresh base model"
+                )
 
 
 class MiloraModel(MiloraMixin, peft.PeftModel):
@@ -160,13 +193,21 @@ class MiloraModelForFeatureExtraction(MiloraMixin, peft.PeftModelForFeatureExtra
     """PeftModelForFeatureExtraction with adapters in halves."""
 
 
-_CLASSES: dict[type[PeftModel], type[MiloraMixin]] = {cls.__mro__[2]: cls for cls in MiloraMixin.__subclasses__()}
+_OURS: dict[type[PeftModel], type[MiloraMixin]] = {
+    peft.PeftModel: MiloraModel,
+    peft.PeftModelForCausalLM: MiloraModelForCausalLM,
+    peft.PeftModelForSeq2SeqLM: MiloraModelForSeq2SeqLM,
+    peft.PeftModelForSequenceClassification: MiloraModelForSequenceClassification,
+    peft.PeftModelForTokenClassification: MiloraModelForTokenClassification,
+    peft.PeftModelForQuestionAnswering: MiloraModelForQuestionAnswering,
+    peft.PeftModelForFeatureExtraction: MiloraModelForFeatureExtraction,
+}
 
 
 def adopt(model: PeftModel) -> MiloraMixin:
     """Give a stock PeftModel our class, in place."""
     if not isinstance(model, MiloraMixin):
-        model.__class__ = _CLASSES[type(model)]
+        model.__class__ = _OURS[type(model)]
         assert isinstance(model, MiloraMixin)
         model.sidecars = {}
     return model
@@ -184,54 +225,3 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar) -> MiloraMixin:
         set_dropout(layer, adapter, target.dropout)
     ours.remember(adapter, sidecar)
     return ours
-
-
-def set_dropout(layer: nn.Module, adapter: str, probability: float) -> None:
-    """Set the dropout of one adapter of one layer: PEFT's config has one value for all."""
-    dropout = nn.Dropout(probability) if probability > 0 else nn.Identity()
-    layer.get_submodule("lora_dropout").update({adapter: dropout})
-
-
-def fitted(model: nn.Module, sidecar: Sidecar, *, allow_base_mismatch: bool) -> Sidecar:
-    """Return the sidecar with the module paths of `model`, after comparing the fingerprint with its weights.
-
-    Raises AdapterError for modules that are missing and, unless allowed, for weights that differ.
-    """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = locate(sidecar, {find_names(base)[path]: path for path in find_names(base)})
-    if not allow_base_mismatch:
-        _require_base(base, found)
-    return found
-
-
-def find_names(base: nn.Module) -> dict[str, str]:
-    """Return the layout-free name of every module, by path."""
-    towers = find_towers(base)
-    return {path: towers.canonical(path) for path, _ in base.named_modules() if path}
-
-
-def _require_base(base: nn.Module, sidecar: Sidecar) -> None:
-    apart = {path: distance(s, read_matrix(base_layer(base, path))) for path, s in sidecar.sketches.items()}
-    wrong = sorted((path for path in apart if apart[path] > 1), key=lambda path: -apart[path])
-    if wrong:
-        raise AdapterError(
-            f"this is not the base model that the adapter was made for: {len(wrong):,} of {len(apart):,} weights "
-            f"differ,\nmost of all {wrong[0]} ({apart[wrong[0]]:.0f} times what rounding explains)\n"
-            "load the right base, or pass allow_base_mismatch=True (--allow-base-mismatch)"
-        )
-
-
-def _require_same(folder: Path, found: Sidecar | None, expected: Sidecar) -> None:
-    if found is None:
-        raise AdapterError(
-            f"{folder} has no {FILE_NAME}: a plain LoRA would replace the anchor of this adapter\n"
-            "load it under another adapter name, or into the base model"
-        )
-    by_name = {found.names[path]: rank for path, rank in found.ranks.items()}
-    wanted = {expected.names[path]: rank for path, rank in expected.ranks.items()}
-    if by_name != wanted:
-        differ = sorted(name for name in by_name | wanted if by_name.get(name) != wanted.get(name))
-        raise AdapterError(
-            f"{folder} does not fit this adapter: {len(differ):,} modules differ,\n"
-            f"first {differ[0]}: rank {by_name.get(differ[0])} there, {wanted.get(differ[0])} here"
-        )

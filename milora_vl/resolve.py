@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from milora_vl.layers import is_adaptable, matrix_shape, why_refused
-from milora_vl.policy import FIELDS_OF_METHOD, PolicyError, Rule, SpectralRank, Target
+from milora_vl.rules import FIELDS_OF_METHOD, PolicyError, Rule, SpectralRank, Target
 from milora_vl.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
 from milora_vl.weights import read_matrix
@@ -23,7 +24,7 @@ class _Plan:
 
     fields: dict[str, Any] = field(default_factory=dict)
     alpha_at: int | SpectralRank | None = None
-    last_rule: int = 0
+    rules: list[int] = field(default_factory=list)
 
     def apply(self, number: int, named: dict[str, Any]) -> None:
         """Take over the fields of rule `number`; a new method drops what it cannot use of earlier rules."""
@@ -33,7 +34,7 @@ class _Plan:
         self.fields |= named
         if "alpha" in named:
             self.alpha_at = self.fields.get("rank")
-        self.last_rule = number
+        self.rules.append(number)
 
 
 def resolve(rules: Sequence[Rule], model: nn.Module) -> list[Target]:
@@ -41,12 +42,12 @@ def resolve(rules: Sequence[Rule], model: nn.Module) -> list[Target]:
     selector = Selector(model, find_towers(model))
     problems: list[str] = []
     plans = _collect(rules, selector, problems)
+    problems += _without_method(plans, rules)
     targets = []
     for path in selector.modules:
         if path in plans and plans[path].fields.get("method") not in ("frozen", None):
-            targets.append((plans[path].last_rule, path))
+            targets.append((plans[path].rules[-1], path))
     settled = _settle(targets, plans, selector, problems)
-    settled = [t for t in settled if t is not None]
     problems += _shared_weights(model, [t.path for t in settled])
     if problems:
         raise PolicyError("\n".join(dict.fromkeys(problems)))
@@ -57,35 +58,34 @@ def _collect(rules: Sequence[Rule], selector: Selector, problems: list[str]) -> 
     plans: dict[str, _Plan] = defaultdict(_Plan)
     for number, rule in enumerate(rules):
         try:
-            paths = selector.match(rule.modules, whole_modules=rule.method in ("full", "frozen"))
+            whole = rule.method in ("full", "frozen")
+            paths = selector.match(rule.modules, whole_modules=whole, planned=plans.keys())
         except SelectorError as error:
             first, *rest = str(error).splitlines()
             problems.append("\n       ".join([f"policy[{number}].modules: {first}", *rest]))
             continue
         named = rule.named_fields()
-        methods = set()
         for path in paths:
             plans[path].apply(number, named)
-            methods.add(plans[path].fields.get("method"))
-        problems += _unusable(number, named, methods)
+        methods = {plans[path].fields["method"] for path in paths if "method" in plans[path].fields}
+        for method, name in product(sorted(methods), named):
+            if name != "method" and name not in FIELDS_OF_METHOD[method]:
+                problems.append(f"policy[{number}].{name}: method {method} cannot use it")
     return plans
 
 
-def _unusable(number: int, named: dict[str, Any], methods: set[str | None]) -> list[str]:
-    """Fields of a rule that the method of its modules cannot use; a rule whose modules have no method at all."""
-    found = []
-    if None in methods:
-        found.append(f"policy[{number}]: its modules have no method; name one here or in an earlier rule")
-    for method in sorted(m for m in methods if m is not None):
-        for name in named:
-            if name != "method" and name not in FIELDS_OF_METHOD[method]:
-                found.append(f"policy[{number}].{name}: method {method} cannot use it")
-    return found
+def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule]) -> list[str]:
+    """Rules of which no module has a method in the end: their fields would be ignored."""
+    useful = {number for plan in plans.values() if "method" in plan.fields for number in plan.rules}
+    matched = {number for plan in plans.values() for number in plan.rules}
+    return [
+        f'policy[{number}]: no rule gives a method to "{rules[number].modules}"' for number in sorted(matched - useful)
+    ]
 
 
 def _settle(
     targets: list[tuple[int, str]], plans: dict[str, _Plan], selector: Selector, problems: list[str]
-) -> list[Target | None]:
+) -> list[Target]:
     """Decide rank and alpha of every target; faults are grouped per rule, as one rule may mean hundreds of modules."""
     faults: dict[str, list[str]] = defaultdict(list)
     settled = []

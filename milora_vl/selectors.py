@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -35,20 +36,33 @@ class Selector:
         head = output_head(model)
         self.head = next((path for path, module in self.modules.items() if module is head), None) if head else None
 
-    def match(self, text: str, *, whole_modules: bool) -> list[str]:
+    def match(self, text: str, *, whole_modules: bool, planned: Collection[str] = ()) -> list[str]:
         """Return the paths that `text` names, in model order. Never empty.
 
         With `whole_modules` (rules that train or freeze a weight itself) modules without a matrix, such as norms,
-        count too. Raises SelectorError, with candidates, when nothing matches.
+        count too; those in `planned` (an earlier rule named them) always do.
+        Raises SelectorError, with candidates, when nothing matches or a layer range does not exist.
         """
         selector = None if text in self.modules else _TOWER_SELECTOR.fullmatch(text)
         if selector is not None:
+            self._require_blocks(selector)
             found = self._by_tower(selector, whole_modules)
         else:
-            found = [p for p in self.modules if fnmatchcase(p, text) and self._counts(p, whole_modules)]
+            named = [path for path in self.modules if fnmatchcase(path, text)]
+            found = [path for path in named if path in planned or self._counts(path, whole_modules)]
         if not found:
             raise SelectorError(self._explain(text, whole_modules))
         return found
+
+    def _require_blocks(self, selector: re.Match[str]) -> None:
+        if selector["first"] is None:
+            return
+        first, last = int(selector["first"]), int(selector["last"] or selector["first"])
+        stack = self.towers.stacks.get(selector["tower"])
+        count = 0 if stack is None else len(list(self.modules[stack].children()))
+        if not first <= last < count:
+            there = f"{stack}[0-{count - 1}]" if count else "none"
+            raise SelectorError(f"no layers [{first}-{last}] in {selector['tower']}\nits blocks are {there}")
 
     def _counts(self, path: str, whole_modules: bool) -> bool:
         module = self.modules[path]
@@ -57,13 +71,12 @@ class Selector:
         return whole_modules and path != "" and next(module.parameters(recurse=False), None) is not None
 
     def _by_tower(self, selector: re.Match[str], whole_modules: bool) -> list[str]:
-        tower, tail = selector["tower"], selector["tail"]
-        if selector["first"] is not None:
-            blocks = range(int(selector["first"]), int(selector["last"] or selector["first"]) + 1)
+        tower, tail = str(selector["tower"]), selector["tail"]
         found = [
             p for p in self.modules if self.towers.tower_of(p) == tower and self._in_tower(p, tower, whole_modules)
         ]
         if selector["first"] is not None:
+            blocks = range(int(selector["first"]), int(selector["last"] or selector["first"]) + 1)
             found = [p for p in found if self.towers.block_of(p) in blocks]
         if tail in ("attention", "mlp"):
             return [p for p in found if self.towers.family_of(p) == tail]
@@ -85,7 +98,7 @@ class Selector:
         if self.towers.layout == "unknown":
             lines.append("this model has a vision part but no known layout: name its modules by full path or glob")
         for tower, stack in self.towers.stacks.items():
-            lines.append(f"this model's {tower} blocks are {stack}[0-{len(self._children(stack)) - 1}]")
+            lines.append(f"this model's {tower} blocks are {stack}[0-{len(list(self.modules[stack].children())) - 1}]")
         projector = [p for p in self.modules if self.towers.tower_of(p) == "projector" and self._counts(p, False)]
         if projector:
             lines.append(f"its projector is {', '.join(projector[:4])}")
@@ -93,9 +106,6 @@ class Selector:
         if near:
             lines.append(f"did you mean  {'  or  '.join(near)} ?")
         return "\n".join(lines)
-
-    def _children(self, stack: str) -> list[nn.Module]:
-        return list(self.modules[stack].children())
 
     def _names(self) -> list[str]:
         """Tower selectors that exist in this model."""

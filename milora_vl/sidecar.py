@@ -14,7 +14,7 @@ from typing import Any
 
 from milora_vl.fingerprint import Sketch
 from milora_vl.initialize import LayerReport
-from milora_vl.policy import FloorSigma, Target
+from milora_vl.rules import FloorSigma, Target
 
 FILE_NAME = "milora.json"
 FORMAT_VERSION = 1
@@ -100,17 +100,20 @@ def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sideca
 
 
 def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
-    """Return the sidecar with the paths of a model whose modules are named otherwise; `model_names` maps name to path.
+    """Return the sidecar with the module paths of a model; `model_names` gives the layout-free name of each path.
 
     Raises AdapterError for modules that the model does not have.
     """
-    missing = [name for name in sidecar.names.values() if name not in model_names]
+    if all(target.path in model_names for target in sidecar.targets):
+        return sidecar
+    path_by_name = {name: path for path, name in model_names.items()}
+    missing = [name for name in sidecar.names.values() if name not in path_by_name]
     if missing:
         raise AdapterError(
             f"the adapter trains {len(sidecar.names):,} modules, {len(missing):,} of which this model does not have:\n"
             f"{', '.join(missing[:3])}"
         )
-    path_of = {path: model_names[name] for path, name in sidecar.names.items()}
+    path_of = {path: path_by_name[name] for path, name in sidecar.names.items()}
     return Sidecar(
         sidecar.form,
         [dataclasses.replace(t, path=path_of[t.path]) for t in sidecar.targets],

@@ -61,7 +61,7 @@ def decompose(
     tol: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> Factors:
-    """Return `rank` singular triplets of `weight` (out, in): the last, the first, or a random choice without repetition.
+    """Return `rank` singular triplets of `weight` (out, in): the last, the first, or a random choice.
 
     Works in float32 (float64 for a float64 weight) on the weight's device and leaves the weight as it is. Signs are
     fixed: the entry of largest magnitude in each row of Vh is positive. `tol` is the largest excess that a faster

@@ -8,7 +8,7 @@ The only file of the library that asks a model what attributes it has.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -53,7 +53,7 @@ class Towers:
     language: str | None
     projector: str | None
     vision: str | None
-    stacks: dict[str, str] = field(default_factory=dict)
+    stacks: Mapping[str, str] = field(default_factory=dict)
 
     def tower_of(self, path: str) -> Tower | None:
         """Return the tower that the module at `path` belongs to; None in a multimodal model of unknown layout."""
@@ -96,7 +96,10 @@ class Towers:
         stack = self.stacks.get(tower) if tower else None
         if stack is not None and path.startswith(f"{stack}."):
             return f"{tower}.layers.{path.removeprefix(f'{stack}.')}"
-        return f"{tower}.{path.split('.')[-1]}" if tower == "language" else f"{tower}.{path}"
+        if tower == "language":
+            return f"language.{path.split('.')[-1]}"
+        root = self.projector if tower == "projector" else self.vision
+        return f"{tower}.{path.removeprefix(f'{root}.')}"
 
 
 def find_towers(model: nn.Module) -> Towers:
@@ -116,6 +119,12 @@ def find_towers(model: nn.Module) -> Towers:
     return _with_stacks(model, Towers("text", "", None, None))
 
 
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Return the layout-free name (see `Towers.canonical`) of every module, by path."""
+    towers = find_towers(model)
+    return {path: towers.canonical(path) for path, _ in model.named_modules() if path}
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """Return the layer that maps hidden states to the vocabulary, where the model names one."""
     get = getattr(model, "get_output_embeddings", None)
@@ -123,9 +132,16 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def is_generative(model: nn.Module) -> bool:
-    """Tell whether the model generates text by itself (PEFT's class for causal models fits it then)."""
-    return callable(getattr(model, "prepare_inputs_for_generation", None))
+def peft_task(model: nn.Module) -> str | None:
+    """Return PEFT's task type for a model that generates text, None for any other."""
+    if not callable(getattr(model, "prepare_inputs_for_generation", None)):
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
+
+
+def can_save(model: nn.Module) -> bool:
+    """Tell whether the model writes itself as an HF folder."""
+    return callable(getattr(model, "save_pretrained", None))
 
 
 def is_wrapped_by_peft(model: nn.Module) -> bool:
@@ -138,7 +154,7 @@ def _inside(path: str, root: str) -> bool:
 
 
 def _with_stacks(model: nn.Module, towers: Towers) -> Towers:
-    stacks = {}
+    stacks: dict[str, str] = {}
     for tower in TOWERS:
         stack = _largest_stack(model, towers, tower)
         if stack is not None:

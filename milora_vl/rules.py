@@ -1,0 +1,152 @@
+"""One line of a policy (Rule) and what it comes to for one module (Target); a rule is checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from milora_vl.svd import Part
+
+RuleMethod = Literal["milora", "pissa", "random", "lora", "full", "frozen"]
+METHODS: tuple[RuleMethod, ...] = get_args(RuleMethod)
+PART_OF_METHOD: dict[str, Part] = {"milora": "minor", "pissa": "principal", "random": "random"}
+WHOLE_RUN_METHODS = ("dora", "olora", "mica")
+
+# The fields each method uses beside `modules` and `method`; any other one in its rule is an error.
+_ADAPTER_FIELDS = frozenset({"rank", "alpha", "dropout", "learning_rate", "weight_decay"})
+FIELDS_OF_METHOD: dict[str, frozenset[str]] = {
+    **{method: _ADAPTER_FIELDS | {"sigma"} for method in PART_OF_METHOD},
+    "lora": _ADAPTER_FIELDS,
+    "full": frozenset({"learning_rate", "weight_decay"}),
+    "frozen": frozenset(),
+}
+
+
+class PolicyError(ValueError):
+    """One or more faults of a policy, each with its dotted place: `policy[2].rank: ...`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpectralRank:
+    """A rank found from the singular values of each weight, kept within min..max.
+
+    `energy`: the largest r whose minor components hold at most that share of ||W||^2; `threshold`: the components
+    with sigma at most that share of the largest.
+    """
+
+    energy: float | None = None
+    threshold: float | None = None
+    min: int = 1
+    max: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FloorSigma:
+    """No singular value of the adapter below `floor` times the median singular value of its weight."""
+
+    floor: float
+
+
+Sigma = Literal["keep", "none"] | FloorSigma
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """What happens to the modules that `modules` names; fields left None are not touched by this rule."""
+
+    modules: str
+    method: RuleMethod | None = None
+    rank: int | SpectralRank | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    sigma: Sigma | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        problems = list(_rule_problems(self))
+        if problems:
+            raise PolicyError("\n".join(problems))
+
+    def named_fields(self) -> dict[str, Any]:
+        """Return the fields this rule sets, without `modules`."""
+        pairs = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "modules")
+        return {name: value for name, value in pairs if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A module that trains: its full path, the shape (out, in) of its matrix, and all fields settled."""
+
+    path: str
+    shape: tuple[int, ...]
+    tower: str | None
+    method: RuleMethod
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    sigma: Sigma = "keep"
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+
+    @property
+    def scaling(self) -> float:
+        """Return alpha/rank, the s of the paper. Only for targets with an adapter."""
+        assert self.rank is not None
+        assert self.alpha is not None
+        return self.alpha / self.rank
+
+    @property
+    def part(self) -> Part | None:
+        """Return which singular components train: None for `lora` and `full`."""
+        return PART_OF_METHOD.get(self.method)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _rule_problems(rule: Rule) -> list[str]:
+    found = []
+    if not isinstance(rule.modules, str) or not rule.modules:
+        found.append(f".modules: expected a tower, a selector or a glob, got {rule.modules!r}")
+    if rule.method in WHOLE_RUN_METHODS:
+        found.append(f".method: {rule.method} is a baseline for a whole run, not available in this version")
+    elif rule.method is not None and rule.method not in METHODS:
+        found.append(f".method: expected one of {', '.join(METHODS)}, got {rule.method!r}")
+    found += _rank_problems(rule.rank)
+    if rule.sigma not in (None, "keep", "none") and not (
+        isinstance(rule.sigma, FloorSigma) and _is_number(rule.sigma.floor) and 0 < rule.sigma.floor <= 1
+    ):
+        found.append(f".sigma: expected keep, none or {{floor: share of the median, up to 1}}, got {rule.sigma!r}")
+    limits = {"alpha": (0, None), "dropout": (None, 1), "learning_rate": (0, None), "weight_decay": (None, None)}
+    for name, (above, below) in limits.items():
+        value = getattr(rule, name)
+        if value is None:
+            continue
+        text = f"a number {'above 0' if above == 0 else 'from 0'}" + (f", below {below}" if below else "")
+        if not _is_number(value) or value < 0 or (above == 0 and value == 0) or (below is not None and value >= below):
+            hint = " (YAML reads 2e-4 as text: write 2.0e-4)" if isinstance(value, str) else ""
+            found.append(f".{name}: expected {text}, got {value!r}{hint}")
+    return found
+
+
+def _rank_problems(rank: Any) -> list[str]:
+    if rank is None or _is_count(rank):
+        return []
+    if not isinstance(rank, SpectralRank):
+        return [f".rank: expected a positive integer, {{energy: x}} or {{threshold: x}}, got {rank!r}"]
+    found = []
+    shares = [value for value in (rank.energy, rank.threshold) if value is not None]
+    if len(shares) != 1:
+        found.append(".rank: give exactly one of energy and threshold")
+    if any(not _is_number(value) or not 0 < value <= 1 for value in shares):
+        found.append(f".rank: energy and threshold are shares above 0, at most 1, got {shares}")
+    if not _is_count(rank.min) or not (rank.max is None or (_is_count(rank.max) and rank.max >= rank.min)):
+        found.append(f".rank: min and max are integers from 1 with min <= max, got min {rank.min}, max {rank.max}")
+    return found
