@@ -155,7 +155,8 @@ def _inside(path: str, root: str) -> bool:
 
 def _with_stacks(model: nn.Module, towers: Towers) -> Towers:
     stacks: dict[str, str] = {}
-    for tower in TOWERS:
+    towers_with_blocks: tuple[Tower, ...] = ("language", "vision")  # a projector counts as a whole
+    for tower in towers_with_blocks:
         stack = _largest_stack(model, towers, tower)
         if stack is not None:
             stacks[tower] = stack

@@ -1,0 +1,87 @@
+"""Small models and steps that the adapter's tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+LLAVA_POLICY = [
+    {"modules": "language", "method": "milora", "rank": 3, "alpha": 6, "dropout": 0.05, "learning_rate": 2e-4},
+    {"modules": "language.layers[1].mlp", "rank": 5},
+    {"modules": "language.layers[0].q_proj", "method": "lora", "rank": 4, "alpha": 8},
+    {"modules": "projector", "method": "full", "learning_rate": 2e-5},
+]
+
+
+def one_rule(**fields: object) -> list[dict[str, object]]:
+    """A policy of one milora rule on the language tower, with `fields` over its defaults."""
+    return [{"modules": "language", "method": "milora", "rank": 2, **fields}]
+
+
+def tiny_gpt2() -> nn.Module:
+    """A GPT-2, whose layers are Conv1D, with untied embeddings."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=False)
+    return GPT2LMHeadModel(config).eval()
+
+
+class Pictures(nn.Module):
+    """A convolution, an embedding and a head: every kind of layer an adapter can sit on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.words = nn.Embedding(11, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, pixels: Tensor, words: Tensor) -> Tensor:
+        return self.head(self.patch(pixels).mean((2, 3)) + self.words(words).mean(1))
+
+
+def picture_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 3, 8, 8, generator=generator), torch.randint(0, 11, (2, 4), generator=generator)
+
+
+def token_batch(vocabulary: int = 40, rows: int = 2, length: int = 9) -> Tensor:
+    return torch.randint(5, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def llava_batch(model: nn.Module) -> dict[str, Tensor]:
+    """One row with a picture and text, as the processor would make it."""
+    config = model.config
+    ids = token_batch(200, 1, 30)
+    ids[0, 2:18] = config.image_token_id
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    dtype = next(model.parameters()).dtype
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(dtype)}
+
+
+def move(model: nn.Module, size: float = 0.05) -> None:
+    """Change everything that trains, as training would."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += size * torch.randn(parameter.shape, generator=generator)
+
+
+def train_steps(model: nn.Module, inputs: dict[str, Tensor], steps: int = 3) -> list[float]:
+    """Plain AdamW with weight decay on a language-model loss."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    losses = []
+    for _ in range(steps):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def anchors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all anchors, by buffer name."""
+    return {name: b.clone() for name, b in model.named_buffers() if name.endswith(("anchor", "_anchor"))}

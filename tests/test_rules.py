@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from milora_vl.rules import FloorSigma, PolicyError, Rule, SpectralRank, Target
+
+
+def test_a_rule_names_only_the_fields_it_was_given() -> None:
+    assert Rule(modules="language", method="lora", rank=4).named_fields() == {"method": "lora", "rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"modules": ""}, r"\.modules: expected a tower"),
+        ({"method": "milor"}, r"\.method: expected one of milora, pissa, random, lora, full, frozen, got 'milor'"),
+        ({"method": "dora"}, r"\.method: dora is a baseline for a whole run"),
+        ({"rank": 0}, r"\.rank: expected a positive integer"),
+        ({"rank": 2.5}, r"got 2.5"),
+        ({"rank": True}, r"got True"),
+        ({"rank": "8"}, r"got '8'"),
+        ({"rank": SpectralRank()}, "exactly one of energy and threshold"),
+        ({"rank": SpectralRank(energy=0.1, threshold=0.1)}, "exactly one"),
+        ({"rank": SpectralRank(energy=1.5)}, "shares above 0"),
+        ({"rank": SpectralRank(energy=0.1, min=4, max=2)}, "min <= max, got min 4, max 2"),
+        ({"alpha": 0}, r"\.alpha: expected a number above 0, got 0"),
+        ({"dropout": 1}, r"\.dropout: expected a number from 0, below 1, got 1"),
+        ({"dropout": -0.1}, r"got -0.1"),
+        ({"learning_rate": "2e-4"}, r"write 2\.0e-4"),
+        ({"weight_decay": -1}, r"\.weight_decay: expected a number from 0, got -1"),
+        ({"sigma": "drop"}, r"\.sigma: expected keep, none or \{floor"),
+        ({"sigma": FloorSigma(0.0)}, r"\.sigma"),
+    ],
+)
+def test_faults_of_a_rule_say_field_expected_and_got(fields, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        Rule(**{"modules": "language", **fields})
+
+
+def test_all_faults_of_a_rule_come_together() -> None:
+    with pytest.raises(PolicyError) as caught:
+        Rule(modules="language", rank=0, alpha=-1, dropout=2)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [".rank", ".alpha", ".dropout"]
+
+
+def test_the_method_fixes_the_part() -> None:
+    parts = {
+        m: Target(path="a", shape=(2, 2), tower=None, method=m).part for m in ("milora", "pissa", "random", "lora")
+    }
+    assert parts == {"milora": "minor", "pissa": "principal", "random": "random", "lora": None}

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+from adapter_cases import tiny_gpt2
+from torch import nn
+
+from milora_vl.selectors import Selector, SelectorError
+from milora_vl.towers import find_towers
+
+LM = "model.language_model.layers"
+
+
+@pytest.fixture
+def selector(tiny_llava) -> Selector:
+    model, _ = tiny_llava()
+    return Selector(model, find_towers(model))
+
+
+def test_language_means_the_linear_layers_of_its_blocks(selector: Selector) -> None:
+    found = selector.match("language", whole_modules=False)
+    assert len(found) == 14
+    assert all(path.startswith(f"{LM}.") for path in found)
+    assert selector.match("language", whole_modules=True) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("language.layers[1]", [f"{LM}.1.self_attn.{p}_proj" for p in "qkvo"] + [f"{LM}.1.mlp.{p}_proj" for p in ("gate", "up", "down")]),
+        ("language.layers[0-1].down_proj", [f"{LM}.0.mlp.down_proj", f"{LM}.1.mlp.down_proj"]),
+        ("language.layers[0].attention", [f"{LM}.0.self_attn.{p}_proj" for p in "qkvo"]),
+        ("language.layers[1].mlp", [f"{LM}.1.mlp.{p}_proj" for p in ("gate", "up", "down")]),
+        ("language.self_attn.k_proj", [f"{LM}.0.self_attn.k_proj", f"{LM}.1.self_attn.k_proj"]),
+        ("projector", ["model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"]),
+        ("projector.linear_2", ["model.multi_modal_projector.linear_2"]),
+        ("lm_head", ["lm_head"]),
+        ("*.embed_tokens", ["model.language_model.embed_tokens"]),
+        (f"{LM}.0.mlp.up_proj", [f"{LM}.0.mlp.up_proj"]),
+        ("*language_model*.q_proj", [f"{LM}.0.self_attn.q_proj", f"{LM}.1.self_attn.q_proj"]),
+        ("*.patch_embedding", ["model.vision_tower.embeddings.patch_embedding"]),
+    ],
+)  # fmt: skip
+def test_selectors_name_full_paths(selector: Selector, text: str, expected: list[str]) -> None:
+    assert sorted(selector.match(text, whole_modules=False)) == sorted(expected)
+
+
+def test_no_language_selector_reaches_the_vision_tower(selector: Selector) -> None:
+    for text in ("language", "language.q_proj", "language.attention", "language.mlp", "language.layers[0-1]"):
+        assert not [path for path in selector.match(text, whole_modules=True) if "vision" in path]
+    assert all("vision_tower" in path for path in selector.match("vision", whole_modules=False))
+
+
+def test_norms_count_only_for_rules_on_whole_modules_or_when_planned(selector: Selector) -> None:
+    norm = "model.language_model.norm"
+    assert selector.match(norm, whole_modules=True) == [norm]
+    assert selector.match(norm, whole_modules=False, planned=[norm]) == [norm]
+    with pytest.raises(SelectorError, match="LlamaRMSNorm: no layer an adapter can sit on"):
+        selector.match(norm, whole_modules=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "hints"),
+    [
+        ("mm_projector.*", ["multi_modal_projector.linear_1", "blocks are model.language_model.layers[0-1]"]),
+        ("langauge", ["did you mean  language"]),
+        ("language.qproj", ["did you mean  language.q_proj"]),
+        ("language.layers[0-7]", ["no layers [0-7] in language", f"{LM}[0-1]"]),
+        ("language.layers[1-0]", ["no layers [1-0]"]),
+        ("projector.layers[0]", ["no layers [0-0] in projector", "none"]),
+    ],
+)
+def test_a_selector_without_match_says_what_there_is(selector: Selector, text: str, hints: list[str]) -> None:
+    with pytest.raises(SelectorError) as caught:
+        selector.match(text, whole_modules=False)
+    for hint in hints:
+        assert hint in str(caught.value)
+
+
+def test_models_without_blocks_are_linear_layers_throughout() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Sequential(nn.Linear(2, 2)))
+    assert Selector(model, find_towers(model)).match("language", whole_modules=False) == ["0", "2.0"]
+
+
+def test_conv1d_layers_of_gpt2_are_linear_layers() -> None:
+    model = tiny_gpt2()
+    found = Selector(model, find_towers(model)).match("language", whole_modules=False)
+    assert len(found) == 8
+    assert "transformer.h.0.attn.c_attn" in found
+
+
+def test_an_unknown_multimodal_layout_is_named_by_glob_alone() -> None:
+    model = nn.Module()
+    model.visual, model.text = nn.Linear(2, 2), nn.Linear(2, 2)
+    selector = Selector(model, find_towers(model))
+    with pytest.raises(SelectorError, match="no known layout: name its modules by full path or glob"):
+        selector.match("language", whole_modules=False)
+    assert selector.match("text", whole_modules=False) == ["text"]
