@@ -106,7 +106,10 @@ def _tokenize(segments: Sequence[Segment], tokenizer: Any) -> list[tuple[list[in
                 spans[-1].append((len(texts[-1]), len(texts[-1]) + len(part)))
             texts[-1] += part
     backend = fast_backend(tokenizer)
-    encodings = [backend.encode(text, add_special_tokens=False) for text in texts]
+    try:
+        encodings = [backend.encode(text, add_special_tokens=False) for text in texts]
+    except TypeError:  # what the Rust side says to a text that UTF-8 cannot hold
+        raise DataError("a text is no valid Unicode: it holds half of a surrogate pair (\\ud800 to \\udfff)") from None
     return [
         (encoding.ids, _labels(encoding.ids, [start for start, _ in encoding.offsets], learnt))
         for encoding, learnt in zip(encodings, spans, strict=True)

@@ -1,10 +1,10 @@
-"""Reads the objects of a JSON list or of JSON lines one by one, in little memory, and points at what is broken."""
+"""Reads and writes the objects of a JSON list or of JSON lines one by one, and points at what is broken."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -15,18 +15,41 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
-def read_objects(path: Path) -> Iterator[tuple[int, object]]:
+def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[int, object]]:
     """Yield (line, value) for each element of a JSON list, or for each line of JSON lines.
 
-    Raises `DataError` with file, line and an excerpt with a caret.
+    Raises `DataError` with file, line and an excerpt with a caret. With `on_error`, a broken line of JSON lines is
+    handed to it and left out; a broken list still raises, as nothing is known of what follows.
     """
     if not path.is_file():
         raise DataError(missing_file(path))
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from _Reader(path, file).objects()
+            yield from _Reader(path, file, on_error).objects()
     except UnicodeDecodeError:
         raise DataError(_bad_bytes(path)) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def write_objects(path: Path, objects: Iterable[object]) -> int:
+    """Write a JSON list with one element a line, or JSON lines if `path` ends in .jsonl; returns how many.
+
+    The file appears only when it is complete; one that exists is never replaced (`DataError`).
+    """
+    if path.exists():
+        raise DataError(f"{path} exists already\nnothing was written; name a new file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    lines = path.suffix == ".jsonl"
+    count = 0
+    with part.open("w", encoding="utf-8") as file:
+        for count, value in enumerate(objects, start=1):
+            file.write("" if lines else "[\n" if count == 1 else ",\n")
+            file.write(json.dumps(value, ensure_ascii=False) + ("\n" if lines else ""))
+        file.write("" if lines else "\n]\n" if count else "[]\n")
+    part.rename(path)
+    return count
 
 
 def missing_file(path: Path) -> str:
@@ -52,8 +75,8 @@ def _bad_bytes(path: Path) -> str:
 class _Reader:
     """A window on the file: `text[at:]` is not consumed yet, `line` is the number of the line `at` stands on."""
 
-    def __init__(self, path: Path, file: TextIO) -> None:
-        self.path, self.file = path, file
+    def __init__(self, path: Path, file: TextIO, on_error: Callable[[DataError], None] | None) -> None:
+        self.path, self.file, self.on_error = path, file, on_error
         self.text, self.at, self.line = "", 0, 1
 
     def objects(self) -> Iterator[tuple[int, object]]:
@@ -86,8 +109,12 @@ class _Reader:
                 value = json.loads(self.text[self.at : end])
             except json.JSONDecodeError as error:
                 hint = "; expected a list [...] or one record per line" if self.line == 1 else ""
-                raise self._error(self.at + error.pos, error.msg + hint) from None
-            yield self.line, value
+                broken = self._error(self.at + error.pos, error.msg + hint)
+                if self.on_error is None:
+                    raise broken from None
+                self.on_error(broken)
+            else:
+                yield self.line, value
             self._advance(end)
 
     def _line_end(self) -> int:

@@ -1,0 +1,160 @@
+"""`python -m milora_data check`: everything that is wrong with a data set, in one pass, with file and line.
+
+Training calls `check_for_training` before it loads a model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from .command import parser
+from .errors import DataError, UserError
+from .findings import Finding, examine
+from .images import ImagePolicy
+from .jsonfile import read_objects
+from .pictures import MissingImages, elsewhere, find_corrupt, find_missing, uses
+from .records import Record, load_records, parse_record
+from .report import Report, as_json, as_text
+
+EPILOG = """\
+exit code: 0 no errors (warnings may be meant), 1 errors found, 2 the data cannot be read at all
+
+examples:
+  python -m milora_data check train.json --image_folder images
+  python -m milora_data check train.json --image_folder images --fix clean.json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 1 if there are errors."""
+    options = parser("python -m milora_data check", "Find what is broken in a data set of LLaVA's format.", EPILOG)
+    options.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
+    options.add_argument("--image_folder", type=Path, help="folder of the pictures (default: the folder of DATA)")
+    options.add_argument("--fix", type=Path, metavar="OUT", help="write what is usable, repaired, to this new file")
+    options.add_argument(
+        "--pictures", choices=("decode", "exist"), default="decode", help="read each one, or only look for its file"
+    )
+    options.add_argument("--format", choices=("human", "json"), default="human", help="(default: %(default)s)")
+    options.add_argument("--limit", type=int, default=5, help="examples to print of each kind (default: %(default)s)")
+    chosen = options.parse_args(argv)
+    folder = image_folder(chosen.data, chosen.image_folder)
+    if chosen.fix is not None and chosen.fix.exists():
+        raise UserError(f"{chosen.fix} exists already\nnothing was written; name a new file with --fix")
+    report = scan(chosen.data, folder, pictures=chosen.pictures)
+    sys.stdout.write(as_json(report) if chosen.format == "json" else as_text(report, chosen.limit))
+    if chosen.fix is not None:
+        from .repair import write_repaired
+
+        sys.stderr.write(write_repaired(report, chosen.data, chosen.fix))
+    elif report.count("error"):
+        sys.stderr.write(f"next: python -m milora_data check {chosen.data} --image_folder {folder} --fix OUT\n")
+    return 1 if report.count("error") else 0
+
+
+def image_folder(data: Path, given: Path | None) -> Path:
+    """Return the folder that picture names are relative to: the given one, else that of the data file."""
+    if given is not None and not given.is_dir():
+        raise UserError(f"no such folder: {given}\nname the folder of the pictures with --image_folder")
+    return data.parent if given is None else given
+
+
+def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "decode") -> Report:
+    """Examine every record of `path` and every picture below `folder`.
+
+    Raises `DataError` only if there is nothing to read.
+    """
+    report = Report(str(path), str(folder))
+    records = list(_readable(path, report))
+    report.records += len(records)
+    report.with_pictures = sum(bool(record.images) for record in records)
+    seen: dict[str, str] = {}
+    for record in records:
+        report.findings += examine(record)
+        if record.id and record.id in seen:
+            report.findings.append(Finding("duplicate_id", record.source, f"{record.id} (first at {seen[record.id]})"))
+        seen.setdefault(record.id, record.source)
+    _scan_pictures(records, folder, pictures, report)
+    return report
+
+
+def _readable(path: Path, report: Report) -> Iterator[Record]:
+    """Yield the records; what is none becomes a finding."""
+
+    def broken(error: DataError) -> None:
+        where, _, message = str(error).partition(": broken JSON: ")
+        report.findings.append(Finding("broken_json", where, message or "not UTF-8"))
+
+    objects = read_objects(path, on_error=broken)
+    while True:
+        try:
+            line, value = next(objects)
+        except StopIteration:
+            return
+        except DataError as error:
+            if not path.is_file():
+                raise
+            return broken(error)
+        try:
+            yield parse_record(value, source=f"{path}:{line}")
+        except DataError as error:
+            report.records += 1
+            where = f"{path}:{line}"
+            report.findings.append(Finding("not_a_record", where, str(error).removeprefix(f"{where}: ")))
+
+
+def _scan_pictures(records: Sequence[Record], folder: Path, how: str, report: Report) -> None:
+    used = uses(records)
+    report.picture_files = len(used)
+    missing = find_missing(used, folder)
+    report.findings += [Finding("missing_picture", where, name) for name in missing for where in used[name]]
+    if how == "decode":
+        gone = set(missing)
+        corrupt = find_corrupt([name for name in used if name not in gone], folder)
+        report.findings += [
+            Finding("corrupt_picture", where, f"{name}: {reason}")
+            for name, reason in corrupt.items()
+            for where in used[name]
+        ]
+
+
+def check_for_training(
+    data: str | Path | Iterable[Record], image_folder: str | Path | None = None, bad_images: ImagePolicy = "raise"
+) -> dict[str, int]:
+    """Check what training would stumble over, without decoding pictures; `data` is a file or its records.
+
+    Returns counts: records, with_pictures, missing_pictures, unlearnable (left out by the collator).
+    Raises `DataError` with count, first cases and what to do: a file that is no data set, turns out of order, `<image>`
+    and pictures that do not match, and, unless `bad_images` says otherwise, missing pictures (`MissingImages`).
+    """
+    path = Path(data) if isinstance(data, str | Path) else None
+    folder = Path(image_folder or "")
+    if not folder.is_dir():
+        raise DataError(f"no such image folder: {folder}\nname it with --image_folder")
+    records = list(load_records(data) if isinstance(data, str | Path) else data)
+    if not records:
+        raise DataError(f"{path or 'the data'}: no records")
+    found = [finding for record in records for finding in examine(record) if finding.severity == "error"]
+    unlearnable = [finding for finding in found if finding.kind == "no_answer"]
+    if len(found) > len(unlearnable):
+        raise DataError(_broken([finding for finding in found if finding.kind != "no_answer"]))
+    used = uses(records)
+    missing = find_missing(used, folder)
+    if missing and bad_images == "raise":
+        raise MissingImages(missing, len(used), folder, elsewhere(missing, folder, path.parent if path else None))
+    return {
+        "records": len(records),
+        "with_pictures": sum(bool(record.images) for record in records),
+        "missing_pictures": len(missing),
+        "unlearnable": len(unlearnable),
+    }
+
+
+def _broken(findings: Sequence[Finding]) -> str:
+    lines = [f"{finding.where}: {finding.message}" for finding in findings[:5]]
+    more = [f"... and {len(findings) - 5:,} more"] if len(findings) > 5 else []
+    path = findings[0].where.rpartition(":")[0] or "DATA"
+    hint = f"see: python -m milora_data check {path}; --fix OUT writes a file without them"
+    return "\n".join([f"{len(findings):,} broken records", *lines, *more, hint])

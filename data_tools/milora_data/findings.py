@@ -1,0 +1,102 @@
+"""What can be wrong with a record, and the rules that find it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from .errors import DataError
+from .records import Record
+from .templates import IMAGE, place_images, split_turns
+
+Severity = Literal["error", "warning"]
+
+
+class Kind(NamedTuple):
+    """One sort of finding: an error makes the record useless for training, a warning may be meant."""
+
+    severity: Severity
+    title: str
+
+
+KINDS: Mapping[str, Kind] = {
+    "broken_json": Kind("error", "broken JSON"),
+    "not_a_record": Kind("error", "not a record of LLaVA's format"),
+    "turn_order": Kind("error", "questions and answers do not alternate"),
+    "no_answer": Kind("error", "nothing to learn: no answer to a question"),
+    "placeholders": Kind("error", f"not as many {IMAGE} as pictures"),
+    "missing_picture": Kind("error", "missing picture"),
+    "corrupt_picture": Kind("error", "picture that cannot be read"),
+    "broken_text": Kind("error", "text that is no valid Unicode (half of a surrogate pair)"),
+    "empty_answer": Kind("warning", "empty answer: teaches to say nothing"),
+    "empty_question": Kind("warning", "empty question"),
+    "duplicate_id": Kind("warning", "id used before"),
+    "answer_first": Kind("warning", "starts with an answer, which is left out"),
+    "unanswered": Kind("warning", "ends with a question, which teaches nothing"),
+    "special_token": Kind("warning", "text holds a special token, which is encoded as such"),
+}
+# Of Llama, Vicuna, Qwen, SmolLM and GPT-2; which of them means something depends on the tokenizer.
+SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+
+_LONGEST = 300
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong: a key of `KINDS`, where ("file:line"), and what exactly."""
+
+    kind: str
+    where: str
+    message: str
+
+    def __post_init__(self) -> None:
+        # Findings are printed: no half surrogate pairs, which no terminal takes, and no whole essays.
+        text = self.message.encode("utf-8", "replace").decode()
+        object.__setattr__(self, "message", text if len(text) <= _LONGEST else text[:_LONGEST] + " ...")
+
+    @property
+    def severity(self) -> Severity:
+        """Return `error` or `warning`."""
+        return KINDS[self.kind].severity
+
+
+def examine(record: Record) -> Iterator[Finding]:
+    """Yield what is wrong with the record itself; its pictures are not looked at."""
+
+    def found(kind: str, message: str) -> Finding:
+        return Finding(kind, record.source, message)
+
+    try:
+        _, exchange = split_turns(record.turns)
+    except DataError as error:
+        yield found("turn_order", str(error))
+        return
+    try:
+        place_images(record.turns, len(record.images))
+    except DataError as error:
+        yield found("placeholders", str(error))
+    if len(exchange) < 2:
+        yield found("no_answer", f"{len(record.turns)} turns")
+    elif len(exchange) % 2:
+        yield found("unanswered", exchange[-1].text)
+    if len(exchange) < sum(turn.role != "system" for turn in record.turns):
+        yield found("answer_first", next(turn.text for turn in record.turns if turn.role == "assistant"))
+    yield from _texts(record)
+
+
+def _texts(record: Record) -> Iterator[Finding]:
+    for number, turn in enumerate(record.turns, start=1):
+        where = f"turn {number}"
+        if not turn.text.replace(IMAGE, "").strip():
+            if turn.role == "assistant":
+                yield Finding("empty_answer", record.source, where)
+            elif turn.role == "user" and IMAGE not in turn.text:
+                yield Finding("empty_question", record.source, where)
+        if _SURROGATE.search(turn.text):
+            yield Finding("broken_text", record.source, where)
+        specials = [token for token in SPECIAL_TOKENS if token in turn.text]
+        if specials:
+            yield Finding("special_token", record.source, f"{where}: {', '.join(specials)}")

@@ -1,0 +1,71 @@
+"""`check --fix`: the usable records of a data set, in a new file, with the repairs that need no guessing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import DataError
+from .findings import KINDS, examine
+from .jsonfile import read_objects, write_objects
+from .records import ROLES, parse_record
+from .templates import IMAGE
+
+if TYPE_CHECKING:
+    from .report import Report
+
+
+def write_repaired(report: Report, data: Path, out: Path) -> str:
+    """Write the usable records of `data` to `out`, unchanged but for repairs; returns what was done, as text."""
+    done: Counter[str] = Counter()
+    lost = {f.where: f.kind for f in report.findings if f.kind in ("missing_picture", "corrupt_picture", "broken_text")}
+    count = write_objects(out, _usable(data, lost, done))
+    lines = [f"{out}: {count:,} records"] + [f"  {number:,} {what}" for what, number in done.most_common()]
+    return "\n".join(lines) + "\n"
+
+
+def repair(value: dict[str, Any], done: Counter[str]) -> dict[str, Any]:
+    """Return a LLaVA dict without turns that are not learnt from, and with the `<image>` that was forgotten."""
+    turns = [dict(turn) for turn in value["conversations"]]
+    start = 1 if turns and ROLES[turns[0]["from"]] == "system" else 0
+    if turns[start:] and ROLES[turns[start]["from"]] == "assistant" and IMAGE not in turns[start]["value"]:
+        del turns[start]
+        done["answers before the first question removed"] += 1
+    if turns and ROLES[turns[-1]["from"]] == "user" and IMAGE not in turns[-1]["value"]:
+        del turns[-1]
+        done["questions without answer removed"] += 1
+    pictures = parse_record(value).images
+    if pictures and turns[start:] and not any(IMAGE in turn["value"] for turn in turns):
+        turns[start]["value"] = f"{IMAGE}\n" * len(pictures) + turns[start]["value"]
+        done[f"forgotten {IMAGE} put in front"] += 1
+    return {**value, "conversations": turns}
+
+
+def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[dict[str, Any]]:
+    def broken(_: DataError) -> None:
+        done[f"left out: {KINDS['broken_json'].title}"] += 1
+
+    try:
+        for line, value in read_objects(data, on_error=broken):
+            where = f"{data}:{line}"
+            kind = lost.get(where) or _hopeless(value)
+            if kind is None:
+                assert isinstance(value, dict)
+                repaired = repair(value, done)
+                kind = next((f.kind for f in examine(parse_record(repaired)) if f.severity == "error"), None)
+            if kind is None:
+                yield repaired
+            else:
+                done[f"left out: {KINDS[kind].title}"] += 1
+    except DataError:
+        done["broken JSON list: nothing after the break could be read"] += 1
+
+
+def _hopeless(value: object) -> str | None:
+    try:
+        record = parse_record(value)
+    except DataError:
+        return "not_a_record"
+    return next((f.kind for f in examine(record) if f.kind == "turn_order"), None)

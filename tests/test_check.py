@@ -1,0 +1,203 @@
+"""`milora_data check`: finds everything at once, names file and line, repairs into a new file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milora_data.__main__ import main
+from milora_data.check import check_for_training, scan
+from milora_data.errors import DataError, UserError
+from milora_data.pictures import MissingImages
+from milora_data.records import load_records
+
+H, G = "human", "gpt"
+
+
+def turns(*texts: tuple[str, str]) -> dict[str, Any]:
+    return {"conversations": [{"from": role, "value": text} for role, text in texts]}
+
+
+BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "turn_order": ("turn 2 is from user, expected assistant", turns((H, "a"), (H, "b"))),
+    "no_answer": ("1 turns", turns((H, "a"))),
+    "placeholders": ("0 <image> in the conversation, but 1", turns((H, "a"), (G, "b")) | {"image": "0.png"}),
+    "missing_picture": ("none.png", turns((H, "<image>\na"), (G, "b")) | {"image": "none.png"}),
+    "corrupt_picture": ("bad.png: not a picture", turns((H, "<image>\na"), (G, "b")) | {"image": "bad.png"}),
+    "broken_text": ("turn 1", turns((H, "half \ud83d"), (G, "b"))),
+    "not_a_record": ('"conversations" must be a list', {"id": "x", "text": "y"}),
+    "empty_answer": ("turn 2", turns((H, "a"), (G, " "))),
+    "empty_question": ("turn 1", turns((H, ""), (G, "a"))),
+    "duplicate_id": ("same (first at", {"id": "same"} | turns((H, "a"), (G, "b"))),
+    "answer_first": ("hello", turns((G, "hello"), (H, "a"), (G, "b"))),
+    "unanswered": ("and?", turns((H, "a"), (G, "b"), (H, "and?"))),
+    "special_token": ("turn 2: </s>", turns((H, "a"), (G, "the </s> token"))),
+}
+
+
+@pytest.fixture
+def write(tiny_data: Path) -> Callable[..., Path]:
+    """Writes records, one a line, as a JSON list: record n stands on line n + 1."""
+    (tiny_data / "images" / "bad.png").write_text("no picture")
+
+    def writer(*records: Any, name: str = "data.json") -> Path:
+        path = tiny_data / name
+        path.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+        return path
+
+    return writer
+
+
+GOOD = {"id": "same"} | turns((H, "a"), (G, "b"))
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_each_kind_is_found_with_file_and_line(kind: str, write: Callable[..., Path], tiny_data: Path) -> None:
+    message, record = BROKEN[kind]
+    path = write(GOOD, record)
+    report = scan(path, tiny_data / "images")
+    assert [finding.kind for finding in report.findings] == [kind]
+    assert report.findings[0].where == f"{path}:3"
+    assert message in report.findings[0].message
+
+
+def test_a_clean_data_set_is_said_to_be_one(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(tiny_data / "train.json"), "--image-folder", str(tiny_data / "images")]) == 0
+    out = capsys.readouterr().out
+    assert "12 records, 8 with pictures (8 files" in out
+    assert "nothing to complain about" in out
+
+
+def test_warnings_alone_are_no_failure(write: Callable[..., Path]) -> None:
+    assert main(["check", str(write(BROKEN["empty_answer"][1]))]) == 0
+    assert main(["check", str(write(BROKEN["no_answer"][1]))]) == 1
+
+
+def test_every_missing_picture_is_counted(
+    write: Callable[..., Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = turns((H, "<image>\na"), (G, "b"))
+    path = write(*[ask | {"image": f"gone{i}.png"} for i in range(7)], ask | {"image": "0.png"})
+    assert main(["check", str(path), "--image_folder", str(tiny_data / "images"), "--limit", "2"]) == 1
+    captured = capsys.readouterr()
+    assert "error          7  missing picture" in captured.out
+    assert captured.out.count("gone") == 2
+    assert "... and 5 more" in captured.out
+    assert "next: python -m milora_data check" in captured.err
+
+
+def test_existence_alone_can_be_asked_for(write: Callable[..., Path], tiny_data: Path) -> None:
+    path = write(BROKEN["corrupt_picture"][1])
+    assert scan(path, tiny_data / "images", pictures="exist").findings == []
+
+
+def test_json_output_is_one_object(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(GOOD, BROKEN["no_answer"][1], BROKEN["empty_answer"][1])
+    assert main(["check", str(path), "--format", "json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert (content["records"], content["errors"], content["warnings"]) == (3, 1, 1)
+    assert content["kinds"] == {"no_answer": 1, "empty_answer": 1}
+    assert content["findings"][0]["where"] == f"{path}:3"
+
+
+def test_a_broken_line_of_jsonl_does_not_hide_the_next_one(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny_data / "a.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{{broken\n{json.dumps(BROKEN['no_answer'][1])}\n[1\n")
+    assert main(["check", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert f"{path}:2: expecting property name" in out
+    assert f"{path}:3: 1 turns" in out
+    assert f"{path}:4: expecting ','" in out
+
+
+def test_a_broken_list_is_an_error_with_a_caret(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny_data / "a.json"
+    path.write_text(f'[\n{json.dumps(GOOD)},\n{{"id": 1 "x": 2}}\n]')
+    assert main(["check", str(path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if f"{path}:3: expecting ','" in line)
+    assert lines[at + 1][lines[at + 2].index("^")] == '"'
+
+
+def test_bad_usage_is_told_from_bad_data(tiny_data: Path) -> None:
+    for arguments, message in [
+        (["check", "none.json"], "none.json: no such file"),
+        (["check", str(tiny_data)], "this is a folder"),
+        (["check", str(tiny_data / "train.json"), "--image_folder", "none"], "no such folder: none"),
+        (["check", str(tiny_data / "train.json"), "--imagefolder", "x"], "did you mean --image_folder"),
+        (["chekc", "x"], "did you mean check"),
+        ([], "usage"),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            main(arguments)
+        assert caught.value.exit_code == 2
+
+
+def test_fix_writes_the_usable_records_repaired(
+    write: Callable[..., Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(*[record for _, record in BROKEN.values()], GOOD | {"more": 1})
+    out = tiny_data / "new" / "clean.json"
+    arguments = ["check", str(path), "--image_folder", str(tiny_data / "images")]
+    assert main([*arguments, "--fix", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "1 left out: missing picture" in said
+    assert "1 forgotten <image> put in front" in said
+
+    report = scan(out, tiny_data / "images")
+    assert report.count("error") == 0
+    kept = json.loads(out.read_text())
+    assert kept[-1] == GOOD | {"more": 1}
+    by_answers = {record["conversations"][-1]["value"]: record["conversations"] for record in kept}
+    assert [turn["value"] for turn in kept[0]["conversations"]] == ["<image>\na", "b"]
+    assert len(kept) == 8
+    assert all(len(conversation) == 2 for conversation in by_answers.values())
+    with pytest.raises(UserError, match="exists already"):
+        main([*arguments, "--fix", str(out)])
+
+
+def test_fix_writes_jsonl_by_its_suffix(write: Callable[..., Path], tiny_data: Path) -> None:
+    out = tiny_data / "clean.jsonl"
+    assert main(["check", str(write(GOOD, GOOD)), "--fix", str(out)]) == 0
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [GOOD, GOOD]
+
+
+def test_training_is_told_of_all_missing_pictures_at_once(write: Callable[..., Path], tiny_data: Path) -> None:
+    ask = turns((H, "<image>\na"), (G, "b"))
+    path = write(*[ask | {"image": f"gone{i}.png"} for i in range(7)], ask | {"image": "0.png"})
+    with pytest.raises(MissingImages) as caught:
+        check_for_training(path, tiny_data / "images")
+    message = str(caught.value)
+    assert message.startswith("7 of 8 pictures are missing")
+    assert "gone0.png, gone1.png, gone2.png, gone3.png, gone4.png, ..." in message
+    assert "--bad_images skip" in message
+    counts = check_for_training(load_records(path), tiny_data / "images", bad_images="skip")
+    assert counts == {"records": 8, "with_pictures": 8, "missing_pictures": 7, "unlearnable": 0}
+
+
+def test_training_is_told_where_the_pictures_are(tiny_data: Path) -> None:
+    with pytest.raises(MissingImages, match=f"--image_folder {tiny_data / 'images'}"):
+        check_for_training(tiny_data / "train.json", tiny_data)
+    with pytest.raises(DataError, match="no such image folder: none"):
+        check_for_training(tiny_data / "train.json", "none")
+
+
+def test_training_refuses_broken_records_by_line(write: Callable[..., Path], tiny_data: Path) -> None:
+    path = write(*[BROKEN["turn_order"][1]] * 7, BROKEN["placeholders"][1], BROKEN["no_answer"][1])
+    with pytest.raises(DataError) as caught:
+        check_for_training(path, tiny_data / "images")
+    message = str(caught.value)
+    assert message.startswith(f"8 broken records\n{path}:2: turn 2 is from user")
+    assert "... and 3 more" in message
+    assert f"python -m milora_data check {path}" in message
+
+
+def test_training_counts_what_teaches_nothing(write: Callable[..., Path], tiny_data: Path) -> None:
+    counts = check_for_training(write(GOOD, BROKEN["no_answer"][1]), tiny_data / "images")
+    assert counts["unlearnable"] == 1
+    with pytest.raises(DataError, match="no records"):
+        check_for_training(write(name="empty.json"), tiny_data)
