@@ -1,0 +1,109 @@
+"""`python -m milora_vl.report RUN`: (re)write the report of a run from the files in its folder, as one page.
+
+Pictures and plots are inside the page, which loads nothing and runs no script. Plots go to plots/ too, each with a CSV.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from milora_data.command import parser, run
+from milora_vl import report_commands, report_parts, report_plots, report_run, report_tables, report_words
+from milora_vl.report_commands import commands
+from milora_vl.report_run import Run
+
+# How the four outcomes of a question are coloured (classes of report.css).
+_OUTCOME_CLASS = {
+    "right before and after": "kept",
+    "newly right": "gained",
+    "no longer right": "lost",
+    "wrong before and after": "never",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; UserError for a folder that is no run. Returns the exit code."""
+    options = parser(
+        "python -m milora_vl.report",
+        "Write report.html into a run folder, from the files there. Without an evaluation it says how to make one.",
+        "example:\n  python -m milora_vl.report runs/demo",
+    )
+    options.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a training")
+    content = report_run.read_run(options.parse_args(argv).run)
+    page = write_page(content)
+    sys.stderr.write(report_words.summary(content) + "\n")
+    sys.stdout.write(f"{page}\n")
+    is_evaluated = any(comparison.after for comparison in content.comparisons)
+    sys.stderr.write(f"next: {commands(content).chat if is_evaluated else commands(content).evaluate}\n")
+    return 0
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html and plots/ into a run folder and return the page's path; an older report is replaced.
+
+    Raises UserError for a folder that holds none of a run's files, or a file that cannot be parsed.
+    """
+    return write_page(report_run.read_run(folder))
+
+
+def write_page(content: Run) -> Path:
+    """Write the page and the plots of a run that has been read."""
+    page = content.folder / "report.html"
+    partial = page.with_name(".report.html.partial")
+    partial.write_text(render(content), encoding="utf-8")
+    partial.replace(page)
+    return page
+
+
+def render(content: Run) -> str:
+    """The page as HTML, the plots written on the way. All that comes from the run's files is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("milora_vl", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_unbroken,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(_content(content))
+
+
+def _unbroken(value: Any) -> Any:
+    """Keep a number and its percent sign on one line."""
+    return value.replace(" %", "\N{NO-BREAK SPACE}%") if isinstance(value, str) else value
+
+
+def _content(content: Run) -> dict[str, Any]:
+    """What the template's names mean."""
+    plots = report_plots.make(content)
+    found = [lost for comparison in content.comparisons if (lost := report_words.forgetting(comparison))]
+    recipe = content.folder / "recipe.yaml"
+    return {
+        "title": report_words.title(content),
+        "summary": report_words.summary(content),
+        "facts": report_parts.facts(content),
+        "suites": report_parts.suites(content, list(plots)),
+        "outcome_class": _OUTCOME_CLASS,
+        "gallery": report_parts.gallery(content),
+        "forgetting": found[0] if found else None,
+        "plots": plots,
+        "loss_words": report_words.loss_words(content),
+        "policy": report_tables.policy_table(content),
+        "spectrum_words": report_words.spectrum_words(content),
+        "layers": [report_words.layer_words(layer) for layer in content.layers],
+        "layer_table": report_tables.layer_table(content),
+        "commands": commands(content),
+        "versions": report_parts.versions(content),
+        "steps": report_commands.steps(content),
+        "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        "credits": report_parts.credit_lines(content),
+    }
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,233 @@
+"""What a run folder holds, read into plain values. Any file may be missing: a run may be young, cut off or old."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from milora_data.errors import UserError
+
+Json = Mapping[str, Any]
+_KNOWN = ("recipe.yaml", "environment.json", "policy.json", "trainer_state.json", "spectrum.json", "eval")
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One number of a benchmark; a fraction is shown as percent, points as they are."""
+
+    name: str
+    value: float
+    stderr: float | None = None
+    n: int = 0
+    baseline: float | None = None
+    higher_is_better: bool = True
+    note: str | None = None
+    unit: Literal["fraction", "points"] = "fraction"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One evaluation of one model: `which` is base, final or checkpoint-N; metrics as (benchmark, metric), in order."""
+
+    suite: str
+    which: str
+    results: Json
+    metrics: tuple[tuple[str, Metric], ...]
+    predictions: tuple[Json, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One metric before and after the training; either may be missing. The first of a benchmark is its headline."""
+
+    benchmark: str
+    name: str
+    before: Metric | None
+    after: Metric | None
+    is_headline: bool
+
+    @property
+    def label(self) -> str:
+        """The name for people."""
+        return label(self.name)
+
+    @property
+    def any(self) -> Metric:
+        """Either side: for what does not differ between them (unit, baseline, note)."""
+        metric = self.after or self.before
+        assert metric is not None
+        return metric
+
+    @property
+    def gain(self) -> float | None:
+        """After minus before."""
+        return self.after.value - self.before.value if self.after and self.before else None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A suite before and after."""
+
+    suite: str
+    before: Evaluation | None
+    after: Evaluation | None
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One entry of spectrum.json."""
+
+    path: str
+    tower: str
+    shape: tuple[int, ...]
+    sigma: tuple[float, ...]
+    trained: tuple[int, int] | None
+    method: str
+    note: str | None
+
+    @property
+    def leaf(self) -> str:
+        """The last word of the path, enough beside the tower's name."""
+        return self.path.rsplit(".", 1)[-1]
+
+    @property
+    def energy(self) -> float | None:
+        """The share of the squared Frobenius norm that lies in the trained band."""
+        total = sum(s * s for s in self.sigma)
+        return sum(s * s for s in self.sigma[slice(*self.trained)]) / total if self.trained and total else None
+
+    @property
+    def status(self) -> str:
+        """What happens to it, in a few words."""
+        if self.trained is None:
+            return "frozen" if self.method == "frozen" else f"{self.method}: no band of its own"
+        low, high, count = *self.trained, min(self.shape)
+        if high - low == count:
+            return f"all {count} train"
+        return f"{'last' if high == count else 'first'} {high - low} of {count} train"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder as read."""
+
+    folder: Path
+    recipe: Json = field(default_factory=dict)
+    environment: Json = field(default_factory=dict)
+    policy: Json = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
+    history: tuple[Json, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+
+
+def label(name: str) -> str:
+    """The name of a metric or question type for people.
+
+    >>> label("multi_turn"), label("yes_no")
+    ('multi turn', 'yes/no')
+    """
+    return name.replace("yes_no", "yes/no").replace("_", " ")
+
+
+def read_run(folder: Path) -> Run:
+    """Read what is there. Raises UserError for a folder that is no run folder and for a file that cannot be parsed."""
+    if not any((folder / name).exists() for name in _KNOWN):
+        what = "holds none of the files of a run" if folder.is_dir() else "is not a folder"
+        raise UserError(
+            f"{folder}: {what}\n"
+            f"expected: the output_dir of a training, with {', '.join(_KNOWN[:4])}, ...\n"
+            "make one:  python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo"
+        )
+    state = _json(folder / "trainer_state.json", {})
+    return Run(
+        folder=folder,
+        recipe=_yaml(folder / "recipe.yaml"),
+        environment=_json(folder / "environment.json", {}),
+        policy=_json(folder / "policy.json", {}),
+        layers=tuple(_layer(entry) for entry in _json(folder / "spectrum.json", [])),
+        history=tuple(state.get("log_history", ())),
+        comparisons=tuple(_comparisons(folder / "eval")),
+    )
+
+
+def _comparisons(folder: Path) -> Iterator[Comparison]:
+    """One per suite: the base, and the final model or else its latest checkpoint."""
+    for suite in sorted(path for path in folder.glob("*") if path.is_dir()):
+        done = {path.parent.name: path.parent for path in suite.glob("*/results.json")}
+        steps = sorted((name for name in done if name.startswith("checkpoint-")), key=_step)
+        latest = "final" if "final" in done else (steps[-1] if steps else None)
+        before = _evaluation(done["base"]) if "base" in done else None
+        after = _evaluation(done[latest]) if latest else None
+        if before or after:
+            yield Comparison(suite.name, before, after, _scores(before, after))
+
+
+def _step(name: str) -> int:
+    digits = name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _scores(before: Evaluation | None, after: Evaluation | None) -> tuple[Score, ...]:
+    old = {(name, metric.name): metric for name, metric in (before.metrics if before else ())}
+    new = {(name, metric.name): metric for name, metric in (after.metrics if after else ())}
+    seen: set[str] = set()
+    scores = []
+    for key in {**new, **old}:
+        scores.append(Score(*key, old.get(key), new.get(key), is_headline=key[0] not in seen))
+        seen.add(key[0])
+    return tuple(scores)
+
+
+def _evaluation(folder: Path) -> Evaluation:
+    results = _json(folder / "results.json", {})
+    metrics = [
+        (str(benchmark["name"]), Metric(**{key: value for key, value in metric.items() if key in Metric.__slots__}))
+        for benchmark in results.get("benchmarks", ())
+        for metric in benchmark["metrics"]
+    ]
+    return Evaluation(folder.parent.name, folder.name, results, tuple(metrics), tuple(_lines(folder)))
+
+
+def _lines(folder: Path) -> Iterator[Json]:
+    """The predictions; a last line cut off by a killed evaluation is left out."""
+    path = folder / "predictions.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _layer(entry: Json) -> Layer:
+    trained = entry.get("trained")
+    return Layer(
+        path=str(entry["path"]),
+        tower=str(entry["tower"]),
+        shape=tuple(entry["shape"]),
+        sigma=tuple(entry["sigma"]),
+        trained=(int(trained[0]), int(trained[1])) if trained else None,
+        method=str(entry["method"]),
+        note=entry.get("note"),
+    )
+
+
+def _json(path: Path, default: Any) -> Any:
+    if not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}\nmove it away to have a report without it") from error
+
+
+def _yaml(path: Path) -> Json:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {error}\nmove it away to have a report without it") from error
