@@ -1,0 +1,245 @@
+"""`python -m milora_vl.chat`: ask a model one question about a picture, or talk with it in the terminal.
+
+Prompt as in training (`milora_data.templates`), answer greedy: what is said here is what an evaluation gets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from milora_data.command import parser, report, run, suggest
+from milora_data.errors import UserError
+from milora_data.records import Turn
+from milora_vl.adapter_folders import holds_adapter, holds_projector_alone
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+COMMANDS = {
+    "/image FILE": "talk about another picture (starts a new conversation)",
+    "/reset": "start again with the same picture",
+    "/quit": "leave",
+}
+_EXAMPLES = """\
+examples:
+  python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png "What is this?"
+  python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png --compare "What is this?"
+  python -m milora_vl.chat --model smol-llava --adapter runs/demo        # a conversation; /quit to leave
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer the question on stdout, or hold a conversation when there is none. Returns the exit code."""
+    options = _options(argv)
+    _check(options)
+    picture = _open(options.image) if options.image else None
+    chat = Chat.load(options)
+    if options.question is None:
+        return converse(chat, picture)
+    chat.start(picture)
+    chat.ask(options.question)
+    return 0
+
+
+class Chat:
+    """A conversation with one model. Answers are written to stdout as they come."""
+
+    def __init__(self, model: Any, processor: Any, *, template: str, max_new_tokens: int, compare: bool) -> None:
+        self.model = model
+        self.processor = processor
+        self.template = template
+        self.max_new_tokens = max_new_tokens
+        self.compare = compare
+        self.start(None)
+
+    @classmethod
+    def load(cls, options: argparse.Namespace) -> Chat:
+        """Load what the command line names. UserError where that cannot be had or cannot be compared."""
+        import torch
+
+        from milora_vl.models import load_model
+        from milora_vl.sidecar import AdapterError
+
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(options.dtype)
+        try:
+            model, processor = load_model(options.model, adapter=options.adapter, dtype=dtype, device=device)
+        except AdapterError as error:
+            raise UserError(str(error)) from error
+        return cls(
+            model,
+            processor,
+            template=options.template or _trained_template(options.adapter or options.model),
+            max_new_tokens=options.max_new_tokens,
+            compare=options.compare,
+        )
+
+    def start(self, picture: Image.Image | None) -> None:
+        """Forget what was said; the next question is about `picture`."""
+        self.picture = picture
+        self.turns: list[Turn] = []
+
+    def ask(self, question: str) -> str:
+        """Put a question and write the answer, with `compare` the base's first; only the tuned one is remembered."""
+        text = f"<image>\n{question}" if self.picture is not None and not self.turns else question
+        self.turns.append(Turn("user", text))
+        if self.compare:
+            with self.model.disable_adapter():
+                self._answer("base   ")
+        answer = self._answer("tuned  " if self.compare else "")
+        self.turns.append(Turn("assistant", answer))
+        return answer
+
+    def _answer(self, label: str) -> str:
+        from milora_vl.generate import Prompt, generate
+        from milora_vl.models import split_processor
+
+        prompt = Prompt(tuple(self.turns), () if self.picture is None else (self.picture,))
+        sys.stdout.write(label)
+        with _streaming(self.model, split_processor(self.processor)[0]):
+            (answer,) = generate(
+                self.model, self.processor, [prompt], template=self.template, max_new_tokens=self.max_new_tokens
+            )
+        return answer
+
+
+def converse(chat: Chat, picture: Image.Image | None = None) -> int:
+    """Read questions and /commands until /quit or the end of the input. A mistake does not end it."""
+    chat.start(picture)
+    width = max(map(len, COMMANDS))
+    sys.stderr.write("".join(f"{name:<{width}}  {what}\n" for name, what in COMMANDS.items()))
+    for line in _lines():
+        word, _, rest = line.partition(" ")
+        try:
+            if word == "/quit":
+                break
+            if word == "/reset":
+                chat.start(chat.picture)
+            elif word == "/image":
+                chat.start(_open(Path(rest.strip())))
+            elif line.startswith("/"):
+                raise UserError(_unknown(word))
+            else:
+                _ask_unless_stopped(chat, line)
+        except UserError as error:
+            report(error)
+    return 0
+
+
+def _ask_unless_stopped(chat: Chat, question: str) -> None:
+    """Ask; Ctrl-C stops the answer, not the conversation, and the question is forgotten."""
+    before = list(chat.turns)
+    try:
+        chat.ask(question)
+    except (KeyboardInterrupt, UserError) as error:
+        chat.turns = before
+        if isinstance(error, UserError):
+            raise
+        sys.stderr.write("\n(stopped)\n")
+
+
+def _lines() -> Iterator[str]:
+    """Lines of stdin that hold something; on a terminal with a prompt, editing and history."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (input() uses it once it is imported)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+@contextmanager
+def _streaming(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Let the model's `generate` write words to stdout as they come."""
+    from transformers import TextStreamer
+
+    class Stripped(TextStreamer):
+        """Without the space that tokenizers put before the first word."""
+
+        is_first = True
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            """Write what is certain by now."""
+            text = text.lstrip() if self.is_first else text
+            self.is_first = self.is_first and not text
+            sys.stdout.write(text.rstrip() + "\n" if stream_end else text)
+            sys.stdout.flush()
+
+    stock: Callable[..., Any] = model.generate
+    model.generate = partial(stock, streamer=Stripped(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    try:
+        yield
+    finally:
+        del model.generate  # the class's own is back
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    options = parser("python -m milora_vl.chat", "Ask a model about a picture, or talk with it.", _EXAMPLES)
+    options.add_argument("question", nargs="?", help="asked once; without it a conversation starts")
+    options.add_argument("--model", required=True, help="a named model, a hub id or a folder")
+    options.add_argument("--adapter", type=Path, help="folder of a fine-tuning, such as a run's output_dir")
+    options.add_argument("--image", type=Path, help="the picture that the question is about")
+    options.add_argument("--compare", action="store_true", help="show the base model's answer beside the tuned one's")
+    options.add_argument("--max_new_tokens", type=int, default=256, help="length of an answer (default: %(default)s)")
+    options.add_argument("--template", help="prompt format (default: that of the run's recipe.yaml, else vicuna_v1)")
+    options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: fits the device")
+    return options.parse_args(argv)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Find out before the model loads what would go wrong after."""
+    from milora_data.templates import get_template
+
+    if options.template:
+        get_template(options.template)
+    adapter = options.adapter
+    if adapter and not (holds_adapter(adapter) or holds_projector_alone(adapter)):
+        raise UserError(
+            f"--adapter {adapter}: {'no such folder' if not adapter.is_dir() else 'holds no adapter'}\n"
+            "expected: a folder with adapter_config.json, such as the output_dir of a training\n"
+            "make one: python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo"
+        )
+    if options.compare and not holds_adapter(adapter or Path(options.model)):
+        raise UserError(
+            "--compare needs an adapter: it shows the same model with and without one\nadd:  --adapter FOLDER"
+        )
+
+
+def _open(path: Path) -> Image.Image:
+    from milora_data.images import load_image
+
+    if path.is_file():
+        return load_image(path)
+    near = suggest(path.name, (file.name for file in path.parent.iterdir())) if path.parent.is_dir() else []
+    hint = f"\ndid you mean {' or '.join(str(path.parent / name) for name in near)} ?" if near else ""
+    raise UserError(f"{path}: no such picture{hint}")
+
+
+def _trained_template(folder: str | Path) -> str:
+    """The prompt format that a run was trained with; vicuna_v1, LLaVA-1.5's, where nothing says so."""
+    recipe = Path(folder) / "recipe.yaml"
+    if not recipe.is_file():
+        return "vicuna_v1"
+    import yaml
+
+    return str((yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("template", "vicuna_v1"))
+
+
+def _unknown(word: str) -> str:
+    known = [name.split()[0] for name in COMMANDS]
+    near = suggest(word, known)
+    return f"unknown command {word}; " + (f"did you mean {near[0]} ?" if near else f"there are {', '.join(known)}")
+
+
+if __name__ == "__main__":
+    run(main)

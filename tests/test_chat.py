@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_data.records import Turn
+from milora_vl import chat
+from milora_vl.generate import Prompt, generate
+from milora_vl.models import load_model
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def picture(tiny_data: Path) -> Path:
+    return tiny_data / "images" / "0.png"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, tiny_llava: Callable[..., Any]) -> Path:
+    """A trained-looking adapter for the tiny model: its answers differ from the base's."""
+    import torch
+
+    from milora_vl import Policy, apply_milora, save_adapter
+
+    model = apply_milora(load_model("tiny")[0], Policy.parse("[{modules: language, method: milora, rank: 8}]"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def ask(*words: str | Path) -> int:
+    return chat.main(["--model", "tiny", "--max_new_tokens", "8", *map(str, words)])
+
+
+def answer(question: str, *images: Path, folder: Path | None = None) -> str:
+    model, processor = load_model("tiny", adapter=folder)
+    turns = (Turn("user", "<image>\n" * len(images) + question),)
+    return generate(model, processor, [Prompt(turns, images)], max_new_tokens=8)[0]
+
+
+def test_the_answer_alone_is_on_stdout_and_is_what_an_evaluation_gets(picture: Path, capsys: Captured) -> None:
+    assert ask("--image", picture, "What colour is it?") == 0
+    assert capsys.readouterr().out == answer("What colour is it?", picture) + "\n"
+
+
+def test_a_question_needs_no_picture(capsys: Captured) -> None:
+    ask("What is 1 + 1?")
+    assert capsys.readouterr().out == answer("What is 1 + 1?") + "\n"
+
+
+def test_compare_shows_both_answers(adapter: Path, picture: Path, capsys: Captured) -> None:
+    ask("--adapter", adapter, "--image", picture, "--compare", "What is it?")
+    base, tuned = answer("What is it?", picture), answer("What is it?", picture, folder=adapter)
+    assert base != tuned
+    assert capsys.readouterr().out == f"base   {base}\ntuned  {tuned}\n"
+
+
+def test_a_conversation_remembers_until_it_is_reset(
+    picture: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [f"/image {picture.parent}/9.png", f"/image {picture}"]
+    typed = ["What?", "Why?", "/reset", "What?", "/imag", *images, "What?", "/quit", "never asked"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
+    assert ask() == 0
+    out, err = capsys.readouterr()
+    first, second, again, seen = out.splitlines()
+    assert first == again == answer("What?")
+    assert seen == answer("What?", picture)
+    model, processor = load_model("tiny")
+    turns = (Turn("user", "What?"), Turn("assistant", first), Turn("user", "Why?"))
+    assert second == generate(model, processor, [Prompt(turns)], max_new_tokens=8)[0]
+    assert "did you mean /image ?" in err
+    assert "9.png: no such picture" in err
+
+
+def test_the_model_is_left_as_it_was(picture: Path) -> None:
+    model, processor = load_model("tiny")
+    talk = chat.Chat(model, processor, template="vicuna_v1", max_new_tokens=4, compare=False)
+    talk.ask("What?")
+    assert "generate" not in vars(model)
+
+
+def test_the_prompt_format_is_that_of_the_training(tmp_path: Path) -> None:
+    assert chat._trained_template(tmp_path) == "vicuna_v1"
+    (tmp_path / "recipe.yaml").write_text("template: plain\n")
+    assert chat._trained_template(tmp_path) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--image", "{images}/00.png", "What?"], "0.png"),
+        (["--adapter", "{images}", "What?"], "holds no adapter"),
+        (["--adapter", "nowhere", "What?"], "no such folder"),
+        (["--compare", "What?"], "needs an adapter"),
+        (["--template", "vicuna", "What?"], "vicuna_v1"),
+        (["--imgae", "x.png", "What?"], "--image"),
+        (["--model", "tinny", "What?"], "did you mean: tiny"),
+    ],
+)
+def test_mistakes_are_a_few_clear_lines(words: list[str], said: str, picture: Path, capsys: Captured) -> None:
+    with pytest.raises(UserError) as caught:
+        ask(*(word.format(images=picture.parent) for word in words))
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 5
+    assert capsys.readouterr().out == ""
+
+
+def test_a_text_only_model_says_that_it_cannot_see(picture: Path) -> None:
+    with pytest.raises(UserError, match="reads only text"):
+        chat.main(["--model", "tiny-text", "--image", str(picture), "What?"])
