@@ -1,7 +1,7 @@
 """What a benchmark is: items to ask, a rule that scores one answer, a summary of all answers.
 
-A new benchmark is one class with the four methods of `Benchmark` and one line in `suites.py`. Items carry everything their
-scoring needs, so that stored answers can be scored again without the data and without a model.
+A new benchmark is one class with the four methods of `Benchmark` and one line in `suites.py`. Items carry everything
+their scoring needs, so that stored answers can be scored again without the data and without a model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from milora_data.errors import UserError
 from milora_data.records import Turn
+
+
+class MissingData(UserError):
+    """The files of a benchmark are not where they were looked for; the message says how to get them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One number of a benchmark with its standard error. A `fraction` is shown as percent, `points` as they are."""
+    """One number of a benchmark with its standard error. A `fraction` is shown as percent, `points` as they are.
+
+    `mean_of` says how it comes from the answers' values, for paired comparisons: their mean over the items (those of
+    the type it is named after, else all), the mean over the types of each one's mean, or None (an F1, say).
+    """
 
     name: str
     value: float
@@ -58,6 +67,7 @@ class Metric:
     higher_is_better: bool = True
     note: str | None = None
     unit: Literal["fraction", "points"] = "fraction"
+    mean_of: Literal["items", "types"] | None = None
 
 
 class Benchmark(Protocol):

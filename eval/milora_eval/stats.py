@@ -1,6 +1,6 @@
 """Standard errors and paired comparisons, clustered by picture.
 
-The first two agree with lmms-eval (lmms_eval/api/metrics.py): ddof 1, and clustering by adding the cross terms of a cluster.
+The first two agree with lmms-eval (lmms_eval/api/metrics.py): ddof 1, and clustering by adding a cluster's cross terms.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def stratified_stderr(
 ) -> float | None:
     """Return the standard error of `stratified_mean`, clustered; None where a stratum has a single value.
 
-    With w_i = 1 / (T n_t) and residuals r_i within the stratum, the variance is the naive one, sum_t s_t^2 / (n_t T^2), plus
-    the cross terms w_i r_i w_j r_j of all ordered pairs i != j within a cluster (also across strata).
+    With w_i = 1 / (T n_t) and residuals r_i within the stratum, the variance is the naive one, sum_t s_t^2 / (n_t T^2),
+    plus the cross terms w_i r_i w_j r_j of all ordered pairs i != j within a cluster (also across strata).
     """
     parts = _parts(values, strata)
     if not parts or any(len(part) < 2 for part in parts.values()):

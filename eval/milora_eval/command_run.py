@@ -1,0 +1,168 @@
+"""`python -m milora_eval run`: load a model once, evaluate it (and its untouched base), print one table."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from milora_data.errors import UserError
+from milora_eval.places import Subject, recipe_of, subject
+from milora_eval.selection import parse_shard
+from milora_eval.suites import find_benchmark, find_suite, has_files
+
+EXAMPLES = """\
+examples:
+  python -m milora_eval run --model smol-llava --adapter runs/demo --suite emoji --data data/emoji \\
+      --with_base --output_dir runs/demo
+  python -m milora_eval run --model llava-1.5-7b --benchmarks emoji --data data/emoji --limit 100 --output_dir out
+"""
+
+
+def add_arguments(options: argparse.ArgumentParser) -> None:
+    """Declare the flags of `run`."""
+    options.add_argument("--model", required=True, metavar="M", help="name, hub id or folder of the model")
+    options.add_argument("--adapter", type=Path, metavar="A", help="folder with an adapter or a projector")
+    options.add_argument("--base", metavar="B", help="what a fully trained --model is compared with")
+    what = options.add_mutually_exclusive_group(required=True)
+    what.add_argument("--suite", help="named list of benchmarks; see: python -m milora_eval ls")
+    what.add_argument("--benchmarks", metavar="a,b", help="names, or module:Class for one of your own")
+    options.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of the benchmarks' files (default: data/SUITE)"
+    )
+    options.add_argument("--output_dir", type=Path, required=True, metavar="O", help="files go to O/eval/SUITE/...")
+    options.add_argument("--with_base", action="store_true", help="evaluate the untouched base model too")
+    options.add_argument("--limit", type=int, metavar="N", help="N items of each benchmark, a part of any larger N's")
+    options.add_argument("--batch_size", type=int, default=32, help="questions at a time (default: %(default)s)")
+    options.add_argument("--shard", default="1/1", metavar="i/n", help="the i-th of n parts; all write to the same O")
+    options.add_argument("--audit", type=int, default=0, metavar="N", help="ask N items again, one by one, and compare")
+    options.add_argument("--template", help="prompt format (default: the run's own, else vicuna_v1)")
+    options.add_argument(
+        "--forgetting_tokens", type=int, default=8192, metavar="N", help="of general text; 0: no forgetting number"
+    )
+    options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU)")
+    options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    options.add_argument("--format", choices=("human", "json"), default="human", help="of what is printed")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the command. Everything that can be wrong without a model is checked before one is loaded."""
+    who = subject(options.model, options.adapter, options.base)
+    if options.with_base and not who.has_base:
+        raise UserError("--with_base needs something that was trained: --adapter A, or --model RUN with --base B")
+    arguments = _arguments(options, who)
+    sys.stderr.write(f"loading {options.model}" + (f" with {who.adapter}\n" if who.adapter else "\n"))
+    folders = _evaluate(options, who, arguments)
+    if folders is None:
+        sys.stderr.write(f"shard {options.shard} is done; the last one to finish writes the results\n")
+        return 0
+    _print(options, folders)
+    _report(options.output_dir)
+    return 0
+
+
+def _arguments(options: argparse.Namespace, who: Subject) -> dict[str, Any]:
+    """Return what `evaluate.run` takes, checked; reads the questions once to find missing data early."""
+    from milora_eval.runner import Plan, questions
+
+    if options.suite is not None:
+        suite = find_suite(options.suite)
+        names, name, limit, partial = suite.benchmarks, options.suite, options.limit or suite.limit, suite.partial
+    else:
+        names = tuple(part.strip() for part in options.benchmarks.split(",") if part.strip())
+        name, limit, partial = None, options.limit, False
+    data = options.data or Path("data") / (options.suite or names[0])
+    benchmarks = [find_benchmark(entry) for entry in names]
+    if partial:
+        benchmarks = [benchmark for benchmark in benchmarks if has_files(benchmark, data)]
+        if not benchmarks:
+            raise UserError(f"no benchmark's files are in {data}\nsee: python -m milora_eval ls --data {data}")
+    own = recipe_of(who.folder)
+    plan = Plan(benchmarks=tuple(benchmarks), data_dir=data, limit=limit)
+    questions(plan)
+    return {
+        "benchmarks": benchmarks,
+        "data_dir": data,
+        "output_dir": options.output_dir,
+        "suite": name or "+".join(benchmark.name for benchmark in benchmarks),
+        "limit": limit,
+        "shard": parse_shard(options.shard),
+        "batch_size": options.batch_size,
+        "audit_items": options.audit,
+        "template": options.template or own.get("template") or "vicuna_v1",
+        "image_aspect_ratio": own.get("image_aspect_ratio") or "pad",
+    }
+
+
+def _evaluate(options: argparse.Namespace, who: Subject, arguments: dict[str, Any]) -> list[Path] | None:
+    """Evaluate base and tuned model as asked; returns their results folders, None while shards are missing."""
+    from peft import PeftModel
+
+    from milora_eval.evaluate import add_forgetting, results_folder, run
+
+    model, processor = _load(options, who.model, who.adapter)
+    base = None
+    if (who.base or options.with_base) and not isinstance(model, PeftModel):
+        base, _ = _load(options, who.base or who.model, None)
+    done = []
+    if options.with_base:
+        with contextlib.nullcontext() if base is not None else model.disable_adapter():
+            done.append(run(base or model, processor, which="base", model_name=who.base or who.model, **arguments))
+    done.append(run(model, processor, which=who.which, model_name=who.model, adapter=who.adapter, **arguments))
+    if not all(done):
+        return None
+    folders = [results_folder(options.output_dir, arguments["suite"], result["which"]) for result in done if result]
+    if options.forgetting_tokens and (base is not None or isinstance(model, PeftModel)):
+        sys.stderr.write(f"text forgetting on {options.forgetting_tokens:,} tokens of general text\n")
+        key = str((done[-1] or {})["generation"]["key"])
+        add_forgetting(folders[-1], model, processor, base, key, options.forgetting_tokens)
+    return folders
+
+
+def _load(options: argparse.Namespace, name: str, adapter: Path | None) -> tuple[Any, Any]:
+    import torch
+
+    from milora_vl.models import load_model
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    return load_model(name, adapter=adapter, dtype=dtype, device=device)
+
+
+def _print(options: argparse.Namespace, folders: list[Path]) -> None:
+    from rich.console import Console
+
+    from milora_eval.evaluate import write_table
+    from milora_eval.results import read_results
+
+    results = [read_results(folder) for folder in folders]
+    if options.format == "json":
+        sys.stdout.write(
+            json.dumps({result["which"]: result for result in results}, ensure_ascii=False, indent=1) + "\n"
+        )
+    else:
+        table = write_table(folders[-1])
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        console.print(table.rich())
+        for note in table.notes:
+            console.print(note, style="dim", highlight=False)
+    for result in results:
+        if result.get("audit"):
+            sys.stderr.write(f"audit of {result['which']}: {result['audit']['changed']} of {result['audit']['n']} ")
+            sys.stderr.write("answers changed when asked one by one\n")
+    sys.stderr.write("written: " + ", ".join(map(str, folders)) + "\n")
+
+
+def _report(output_dir: Path) -> None:
+    """Write the run's report anew; it cannot fail the evaluation."""
+    if not (output_dir / "recipe.yaml").is_file():
+        return
+    try:
+        page = importlib.import_module("milora_vl.report").write_report(output_dir)
+        sys.stderr.write(f"report:  {page}\n")
+    except Exception as error:  # the numbers are there; whatever a drawing trips over must not look like a failure
+        sys.stderr.write(f"no report: {error}\nsee: python -m milora_vl.report {output_dir}\n")

@@ -1,0 +1,158 @@
+"""The emoji questions of `python -m milora_data emoji`: eight types, exact match, majority-answer baselines.
+
+An answer is right when it equals an accepted one after `answers.normalise`: lower-case, blanks collapsed, one trailing
+period and one leading article dropped. Of a conversation the last turn counts; the earlier ones are given as they were.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from milora_data.records import Record, Turn, load_records
+from milora_eval.answers import exact_match, normalise
+from milora_eval.benchmark import Answer, Item, Metric, MissingData
+from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr
+
+CHOICES = ("choice", "choice_letter")
+LETTER_NOTE = "small models seldom learn to answer by letter: this type may stay at its baseline"
+
+
+class Emoji:
+    """Held-out emoji: accuracy by question type, and the mean over the types as the headline."""
+
+    name = "emoji"
+    version = "1"
+    protocol = "exact match after normalisation"
+    split = "test"
+    max_new_tokens = 16
+    files = ("test.json", "images")
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read test.json, and train.json for the baselines where it is there."""
+        path = data_dir / "test.json"
+        if not path.is_file():
+            raise MissingData(f"{data_dir} holds no emoji questions: no test.json\nmake them: {make_command(data_dir)}")
+        records = list(load_records(path))
+        baselines = _baselines(records, data_dir / "train.json")
+        return [_item(record, data_dir, baselines.get(record.id)) for record in records]
+
+    def prompt(self, item: Item) -> tuple[Turn, ...]:
+        """Return the turns as they are: the questions say themselves how to answer."""
+        return item.turns
+
+    def score(self, item: Item, text: str) -> float:
+        """Return 1.0 for an accepted answer, else 0.0."""
+        return float(exact_match(text, item.answers))
+
+    def summarise(self, answers: Sequence[Answer]) -> list[Metric]:
+        """Return the mean over types, then each type; errors are clustered by picture."""
+        by_type: dict[str, list[Answer]] = defaultdict(list)
+        for answer in answers:
+            by_type[answer.item.kind].append(answer)
+        values, types = [a.value for a in answers], [a.item.kind for a in answers]
+        metrics = [_accuracy(kind, part) for kind, part in by_type.items()]
+        baselines = [metric.baseline for metric in metrics if metric.baseline is not None]
+        overall = Metric(
+            name="mean over types",
+            value=stratified_mean(values, types),
+            stderr=stratified_stderr(values, types, [a.item.group for a in answers]),
+            n=len(answers),
+            baseline=mean(baselines) if len(baselines) == len(metrics) else None,
+            mean_of="types",
+        )
+        return [overall, *metrics]
+
+
+def make_command(data_dir: Path) -> str:
+    """Return the command that makes the data set in a folder."""
+    return f"python -m milora_data emoji --output_dir {data_dir}"
+
+
+def _accuracy(kind: str, answers: Sequence[Answer]) -> Metric:
+    values = [answer.value for answer in answers]
+    baselines = [answer.item.baseline for answer in answers if answer.item.baseline is not None]
+    return Metric(
+        name=kind,
+        value=mean(values),
+        stderr=clustered_stderr(values, [answer.item.group for answer in answers]),
+        n=len(values),
+        baseline=mean(baselines) if len(baselines) == len(values) else None,
+        note=LETTER_NOTE if kind == "choice_letter" else None,
+        mean_of="items",
+    )
+
+
+def _item(record: Record, data_dir: Path, baseline: float | None) -> Item:
+    turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
+    return Item(
+        id=record.id,
+        turns=turns,
+        images=tuple(str((data_dir / "images" / name).absolute()) for name in record.images),
+        answers=_answers(record),
+        kind=_kind(record),
+        group=record.images[0] if record.images else record.id,
+        baseline=baseline,
+    )
+
+
+def _kind(record: Record) -> str:
+    return str(record.extra.get("type", "question"))
+
+
+def _answers(record: Record) -> tuple[str, ...]:
+    accepted = record.extra.get("answers")
+    return tuple(map(str, accepted)) if isinstance(accepted, list) else (record.turns[-1].text,)
+
+
+def _baselines(records: Sequence[Record], train: Path) -> dict[str, float]:
+    """Return, per test question, the value of the best answer of its type that needs no picture.
+
+    That is the most frequent answer in training. Where options are offered it is the best of that answer, always the
+    same position, and guessing.
+    """
+    majority = _majority_answers(train) if train.is_file() else {}
+    by_type: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_type[_kind(record)].append(record)
+    found: dict[str, float] = {}
+    for kind, part in by_type.items():
+        candidates = _choosing(part) if kind in CHOICES else []
+        if kind in majority:
+            candidates.append([float(exact_match(majority[kind], _answers(record))) for record in part])
+        if candidates:
+            best = max(candidates, key=lambda values: math.fsum(values))
+            found |= zip((record.id for record in part), best, strict=True)
+    return found
+
+
+def _majority_answers(train: Path) -> Mapping[str, str]:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in load_records(train):
+        counts[_kind(record)][normalise(_answers(record)[0])] += 1
+    return {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
+
+
+def _choosing(records: Sequence[Record]) -> list[list[float]]:
+    """Return the values of guessing, and of always taking the first, the second, ... option."""
+    offered = [_options(record.turns[-2].text) for record in records]
+    right = [
+        [float(exact_match(option, _answers(record))) for option in options]
+        for record, options in zip(records, offered, strict=True)
+    ]
+    if not all(any(values) for values in right):
+        return []
+    guessing = [mean(values) for values in right]
+    return [guessing, *([values[i] for values in right] for i in range(min(map(len, right))))]
+
+
+def _options(question: str) -> list[str]:
+    """Return what a question offers to answer with: letters of lettered lines, or the parts of `...: a, b or c?`."""
+    letters = re.findall(r"^([A-Z])\. ", question, flags=re.MULTILINE)
+    if letters:
+        return letters
+    listed = re.search(r": (.+)\?", question)
+    return re.split(r", | or ", listed.group(1)) if listed else []

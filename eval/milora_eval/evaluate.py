@@ -1,0 +1,155 @@
+"""One model on one suite: answers, numbers and table in OUTPUT_DIR/eval/SUITE/WHICH."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from milora_eval.benchmark import Benchmark
+from milora_eval.compare import compare
+from milora_eval.identity import adapter_digest, digest, tokenizer_digest, weights_digest
+from milora_eval.results import (
+    TABLE,
+    Results,
+    lines_digest,
+    read_results,
+    summarise,
+    write_results,
+    write_text,
+)
+from milora_eval.runner import Outcome, Plan, ask, audit, questions
+from milora_eval.store import PREDICTIONS, read_lines
+from milora_eval.suites import find_benchmark
+from milora_eval.table import Table, pairs_table, results_table, with_forgetting
+
+
+def run(
+    model: Any,
+    processor: Any,
+    benchmarks: Sequence[str | Benchmark],
+    *,
+    data_dir: str | Path,
+    output_dir: str | Path,
+    suite: str | None = None,
+    which: str = "final",
+    model_name: str = "",
+    adapter: str | Path | None = None,
+    template: str = "vicuna_v1",
+    image_aspect_ratio: Literal["pad", "plain"] = "pad",
+    limit: int | None = None,
+    shard: tuple[int, int] = (1, 1),
+    batch_size: int = 16,
+    audit_items: int = 0,
+) -> Results | None:
+    """Evaluate a loaded model; returns the content of results.json, None while other shards are missing.
+
+    `adapter` is the folder of the adapter that `model` carries: its bytes are part of what an answer depends on. The
+    files go to `output_dir`/eval/`suite`/`which`; answers that are there already are not asked again.
+    Raises UserError for unknown benchmarks and missing data.
+    """
+    found = tuple(find_benchmark(name) if isinstance(name, str) else name for name in benchmarks)
+    suite = suite or "+".join(benchmark.name for benchmark in found)
+    plan = Plan(
+        benchmarks=found,
+        data_dir=Path(data_dir),
+        template=template,
+        image_aspect_ratio=image_aspect_ratio,
+        limit=limit,
+        shard=shard,
+        batch_size=batch_size,
+        audit=audit_items,
+        label=f"{suite} {which}",
+        settings=settings(model, processor, adapter, template, image_aspect_ratio),
+    )
+    folder = results_folder(output_dir, suite, which)
+    asked = questions(plan)
+    outcome = ask(model, processor, plan, asked, folder)
+    if outcome.lines is None:
+        return None
+    before = read_results(folder)
+    results = _results(plan, outcome, before) | {
+        "suite": suite,
+        "which": which,
+        "model": model_name,
+        "adapter": None if adapter is None else str(adapter),
+        "forgetting": before.get("forgetting"),
+        "audit": audit(model, processor, plan, asked, outcome.lines) if audit_items else before.get("audit"),
+    }
+    write_results(folder, results)
+    write_table(folder)
+    return results
+
+
+def results_folder(output_dir: str | Path, suite: str, which: str) -> Path:
+    """Return where the files of one evaluation are."""
+    return Path(output_dir) / "eval" / suite / which
+
+
+def settings(
+    model: Any, processor: Any, adapter: str | Path | None, template: str, image_aspect_ratio: str
+) -> dict[str, Any]:
+    """Return everything beside the question that an answer depends on; weights and rules as digests."""
+    from milora_vl.models import split_processor
+
+    tokenizer, image_processor = split_processor(processor)
+    return {
+        "base": weights_digest(model),
+        "adapter": None if adapter is None else adapter_digest(Path(adapter)),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "pictures": None if image_processor is None else digest([image_processor.to_dict(), image_aspect_ratio]),
+        "template": template,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "decoding": "greedy",
+    }
+
+
+def add_forgetting(
+    folder: Path, model: Any, processor: Any, base: Any | None, key: str, num_tokens: int
+) -> dict[str, Any]:
+    """Measure the text forgetting and write it into results.json, unless it is there for the same key already."""
+    from milora_vl.forgetting import general_text, measure_forgetting
+    from milora_vl.models import split_processor
+
+    results = read_results(folder)
+    key = digest([key, num_tokens, general_text()])
+    if (results.get("forgetting") or {}).get("key") != key:
+        measured = measure_forgetting(model, split_processor(processor)[0], base=base, num_tokens=num_tokens)
+        results["forgetting"] = asdict(measured) | {"key": key}
+        write_results(folder, results)
+        write_table(folder)
+    return dict(results["forgetting"])
+
+
+def write_table(folder: Path) -> Table:
+    """Write table.md beside results.json: beside the base's numbers where those are there; returns the table."""
+    results = read_results(folder)
+    base, own = (read_lines(path / PREDICTIONS) for path in (folder.parent / "base", folder))
+    table = results_table(results)
+    if results["which"] != "base" and base:
+        names = ("base", "tuned" if results["which"] == "final" else results["which"])
+        table = pairs_table(table.title, compare(base, own), names)
+    table = with_forgetting(table, results.get("forgetting"))
+    write_text(folder / TABLE, table.markdown())
+    return table
+
+
+def _results(plan: Plan, outcome: Outcome, before: Results) -> Results:
+    lines = outcome.lines or []
+    seconds = outcome.seconds if outcome.asked else before.get("seconds", outcome.seconds)
+    return {
+        "template": plan.template,
+        "data": str(plan.data_dir),
+        "limit": plan.limit,
+        "benchmarks": summarise(lines),
+        "generation": plan.settings
+        | {
+            "key": digest(plan.settings),
+            "batch_size": plan.batch_size,
+            "max_new_tokens": {benchmark.name: benchmark.max_new_tokens for benchmark in plan.benchmarks},
+        },
+        "predictions": lines_digest(lines),
+        "seconds": round(seconds, 1),
+        "asked": outcome.asked,
+    }

@@ -1,0 +1,66 @@
+"""One answer as a line of predictions.jsonl, and back: the line alone is enough to score the answer again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from milora_data.records import Turn
+from milora_eval.benchmark import Answer, Benchmark, Item
+
+
+def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path) -> dict[str, Any]:
+    """Return the line of one answer, scored."""
+    picture = item.images[0] if item.images else None
+    turns = benchmark.prompt(item)
+    line: dict[str, Any] = {
+        "id": item.id,
+        "benchmark": benchmark.name,
+        "type": item.kind,
+        "question": turns[-1].text,
+        "image": _relative(picture, data_dir),
+        "image_file": picture,
+        "prediction": text,
+        "answers": list(item.answers),
+        "correct": benchmark.score(item, text),
+        "baseline": item.baseline,
+        "group": item.group,
+        "key": key,
+    }
+    if len(turns) > 1:
+        line["context"] = [[turn.role, turn.text] for turn in turns[:-1]]
+    if len(item.images) > 1:
+        line["more_images"] = list(item.images[1:])
+    if item.meta:
+        line["meta"] = dict(item.meta)
+    return line
+
+
+def to_answer(benchmark: Benchmark, line: Mapping[str, Any]) -> Answer:
+    """Return the answer of a line, scored anew."""
+    item = to_item(line)
+    return Answer(item, line["prediction"], benchmark.score(item, line["prediction"]))
+
+
+def to_item(line: Mapping[str, Any]) -> Item:
+    """Return the item of a line; its turns are those that were shown."""
+    turns = [*line.get("context", ()), ["user", line["question"]]]
+    first = [line["image_file"]] if line["image_file"] else []
+    return Item(
+        id=line["id"],
+        turns=tuple(Turn(role, text) for role, text in turns),
+        images=(*first, *line.get("more_images", ())),
+        answers=tuple(line["answers"]),
+        kind=line["type"],
+        group=line["group"],
+        baseline=line["baseline"],
+        meta=line.get("meta", {}),
+    )
+
+
+def _relative(picture: str | None, data_dir: Path) -> str | None:
+    if picture is None:
+        return None
+    path, root = Path(picture), data_dir.absolute()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else picture

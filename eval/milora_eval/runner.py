@@ -1,0 +1,169 @@
+"""Ask, store, score: the questions of some benchmarks to one model, so that a killed run goes on where it was.
+
+Every batch is written when it is there. An answer that exists with the same key (see `identity`) is not asked again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from milora_data.errors import UserError
+from milora_eval.benchmark import Benchmark, Item
+from milora_eval.identity import answer_key
+from milora_eval.lines import to_line
+from milora_eval.selection import select, take_shard
+from milora_eval.store import Line, Store
+from milora_eval.suites import folder_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to ask and how. `shard` is (number from 1, count); `audit` items are asked again one by one."""
+
+    benchmarks: tuple[Benchmark, ...]
+    data_dir: Path
+    template: str = "vicuna_v1"
+    image_aspect_ratio: Literal["pad", "plain"] = "pad"
+    limit: int | None = None
+    shard: tuple[int, int] = (1, 1)
+    batch_size: int = 16
+    audit: int = 0
+    label: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """An item of a benchmark with the key of its answer."""
+
+    benchmark: Benchmark
+    item: Item
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """All answers in the order of the items, or None while other shards are missing; how many were new."""
+
+    lines: list[Line] | None
+    asked: int
+    seconds: float
+    missing: int = 0
+
+
+def questions(plan: Plan) -> list[Question]:
+    """Read the items of all benchmarks, all shards; raises UserError for missing data and for pictures not there."""
+    found = []
+    for benchmark in plan.benchmarks:
+        items = select(benchmark.load(folder_of(benchmark, plan.data_dir)), plan.limit)
+        if not items:
+            raise UserError(f"no questions in the data of benchmark {benchmark.name} in {plan.data_dir}")
+        _check_pictures(benchmark, items)
+        found += [Question(benchmark, item, answer_key(plan.settings, benchmark, item)) for item in items]
+    return found
+
+
+def ask(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folder: Path) -> Outcome:
+    """Get the answers that are missing in `folder`; when all are there, leave predictions.jsonl complete."""
+    store, start = Store(folder, plan.shard), time.perf_counter()
+    known = store.known()
+    mine = {question.key for question in _of_shard(asked, plan.shard)}
+    todo = [question for question in asked if question.key in mine and question.key not in known]
+    if todo:
+        store.open()
+        _generate(model, processor, plan, todo, store)
+        known = store.known()
+    seconds = time.perf_counter() - start
+    missing = sum(question.key not in known for question in asked)
+    if missing:
+        return Outcome(None, len(todo), seconds, missing)
+    # Scored anew, so that an answer taken over from an older version follows today's rules.
+    lines = [
+        to_line(q.benchmark, q.item, known[q.key]["prediction"], q.key, folder_of(q.benchmark, plan.data_dir))
+        for q in asked
+    ]
+    store.finish(lines)
+    return Outcome(lines, len(todo), seconds)
+
+
+def audit(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], lines: Sequence[Line]) -> dict[str, Any]:
+    """Ask `plan.audit` of the questions again, one by one without sharing, and report whose answer changed."""
+    chosen = {id(item) for item in select([question.item for question in asked], plan.audit)}
+    again = [question for question in asked if id(question.item) in chosen]
+    texts: dict[str, str] = {}
+
+    def keep(done: Sequence[Question], answers: Sequence[str]) -> None:
+        texts.update(zip((question.key for question in done), answers, strict=True))
+
+    _run_model(model, processor, plan, again, keep, batch_size=1, share_pictures=False)
+    stored = {line["key"]: line["prediction"] for line in lines}
+    changed = [q.item.id for q in again if stored[q.key] != texts[q.key]]
+    return {"n": len(again), "changed": len(changed), "ids": changed}
+
+
+def _generate(model: Any, processor: Any, plan: Plan, todo: Sequence[Question], store: Store) -> None:
+    from tqdm import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    with tqdm(total=len(todo), desc=plan.label, unit="question", file=sys.stderr, mininterval=interval) as bar:
+
+        def keep(done: Sequence[Question], answers: Sequence[str]) -> None:
+            store.append(
+                [
+                    to_line(q.benchmark, q.item, text, q.key, folder_of(q.benchmark, plan.data_dir))
+                    for q, text in zip(done, answers, strict=True)
+                ]
+            )
+            bar.update(len(done))
+
+        _run_model(model, processor, plan, todo, keep, batch_size=plan.batch_size, share_pictures=True)
+
+
+def _run_model(
+    model: Any,
+    processor: Any,
+    plan: Plan,
+    todo: Sequence[Question],
+    keep: Callable[[Sequence[Question], Sequence[str]], None],
+    *,
+    batch_size: int,
+    share_pictures: bool,
+) -> None:
+    from milora_vl.generate import Prompt, generate
+
+    for benchmark in plan.benchmarks:
+        part = [question for question in todo if question.benchmark is benchmark]
+        prompts = [Prompt(benchmark.prompt(question.item), question.item.images) for question in part]
+
+        def on_batch(places: list[int], texts: list[str], part: list[Question] = part) -> None:
+            keep([part[place] for place in places], texts)
+
+        generate(
+            model,
+            processor,
+            prompts,
+            template=plan.template,
+            max_new_tokens=benchmark.max_new_tokens,
+            batch_size=batch_size,
+            image_aspect_ratio=plan.image_aspect_ratio,
+            share_pictures=share_pictures,
+            on_batch=on_batch,
+        )
+
+
+def _of_shard(asked: Sequence[Question], shard: tuple[int, int]) -> list[Question]:
+    kept = {id(item) for item in take_shard([question.item for question in asked], shard)}
+    return [question for question in asked if id(question.item) in kept]
+
+
+def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:
+    missing = sorted({image for item in items for image in item.images if not Path(image).is_file()})
+    if missing:
+        raise UserError(
+            f"{len(missing)} pictures of benchmark {benchmark.name} are missing\n" + "\n".join(missing[:3]) + "\n..."
+        )
