@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
-        raise UserError(usage().rstrip())
+        raise UserError("no command given\n" + usage().rstrip())
     name = arguments[0]
     if name in ("-h", "--help"):
         sys.stdout.write(usage())

@@ -1,0 +1,177 @@
+"""Reading records: both file forms, every mistake with file and line, memory independent of the file."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from milora_data.errors import DataError
+from milora_data.jsonfile import read_objects, write_objects
+from milora_data.records import Record, Turn, load_records, parse_record
+
+RECORD = {
+    "id": 17,
+    "image": "a/b.jpg",
+    "conversations": [{"from": "human", "value": "<image>\nHi é😀"}, {"from": "gpt", "value": "Hello"}],
+    "type": "naming",
+    "answers": ["x"],
+}
+
+
+def test_a_record_keeps_what_the_format_does_not_know() -> None:
+    record = parse_record(RECORD, source="x.json:3")
+    assert record == Record(
+        id="17",
+        images=("a/b.jpg",),
+        turns=(Turn("user", "<image>\nHi é😀"), Turn("assistant", "Hello")),
+        source="x.json:3",
+        extra={"type": "naming", "answers": ["x"]},
+    )
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_gives_each_record_with_its_line(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([RECORD] * 3, indent=indent), encoding="utf-8")
+    records = list(load_records(path))
+    assert [record.turns for record in records] == [parse_record(RECORD).turns] * 3
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for record in records:
+        assert lines[int(record.source.removeprefix(f"{path}:")) - 1].lstrip().startswith(("{", "[{"))
+    assert len({record.source for record in records}) == (1 if indent is None else 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["{0}\n{0}\n", "{0}\r\n\r\n{0}", "\ufeff{0}\n\n  {0}  \n\n", "[{0},{0}]", "\ufeff [ {0} , {0} ] \n"]
+)
+def test_lines_and_lists_with_blanks_and_byte_order_mark(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a").write_text(text.replace("{0}", json.dumps(RECORD)), encoding="utf-8", newline="")
+    assert [record.id for record in load_records(tmp_path / "a")] == ["17", "17"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", " \n", "[ ]\n"])
+def test_no_records_are_no_mistake_here(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    assert list(load_records(tmp_path / "a.json")) == []
+
+
+BROKEN = {
+    "missing comma": ('[\n{"a": 1}\n{"b": 2}\n]', 3, "expected ',' or ']' after a record", "{"),
+    "comma inside": ('[\n{"a": 1 "b": 2}\n]', 2, "expecting ',' delimiter", '"'),
+    "trailing comma": ('[\n{"a": 1},\n]', 3, "a comma before the end of the list", "]"),
+    "cut off": ('[\n{"a": 1},\n{"b": [1, 2', 3, "expecting ',' delimiter", None),
+    "not closed": ('[\n{"a": 1}\n', 3, "expected ',' or ']' after a record", None),
+    "text behind": ('[{"a": 1}]\n\n{"b": 2}', 3, "text after the end of the list", "{"),
+    "bad line": ('{"a": 1}\n{"b": }\n', 2, "expecting value", "}"),
+    "pretty object": ('{\n  "a": 1\n}', 1, "expected a list [...] or one record per line", None),
+    "plain text": ("hello", 1, "expecting value", "h"),
+    "control character": ('[\n\n{"a": "x\ty\n"}]', 3, "invalid control character", None),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_json_is_shown_with_line_and_caret(tmp_path: Path, name: str) -> None:
+    text, line, message, under = BROKEN[name]
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        list(read_objects(path))
+    first, excerpt, caret = str(caught.value).split("\n")
+    assert first.startswith(f"{path}:{line}: broken JSON: ")
+    assert message in first
+    assert caret.strip() == "^"
+    if under is not None:
+        assert excerpt[caret.index("^")] == under
+
+
+def test_the_excerpt_of_a_long_line_is_short(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[" + '{"a": "' + "x" * 5000 + '"}, ' * 1 + '{"b": ?}' + "y" * 5000 + "]")
+    with pytest.raises(DataError) as caught:
+        list(read_objects(path))
+    assert max(map(len, str(caught.value).splitlines())) < 200
+    excerpt, caret = str(caught.value).splitlines()[1:]
+    assert excerpt[caret.index("^")] == "?"
+
+
+def test_what_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'[\n{"a": "ok"},\n{"a": "caf\xe9"}]')
+    with pytest.raises(DataError, match=r"a\.json:3: not UTF-8 \(byte 0xe9 at column 11\)"):
+        list(read_objects(path))
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text("[]")
+    with pytest.raises(DataError, match=r"tarin\.json: no such file\nin .*: train\.json"):
+        list(load_records(tmp_path / "tarin.json"))
+    with pytest.raises(DataError, match=r"this is a folder(.|\n)*train\.json"):
+        list(load_records(tmp_path))
+
+
+NOT_RECORDS: list[tuple[Any, str]] = [
+    ([1], "expected a record"),
+    ({"id": 1, "text": ""}, '"conversations" must be a list of turns; the keys of this record: id, text'),
+    ({"conversations": [{"from": "human"}]}, "turn 1 must be"),
+    ({"conversations": [{"from": "human", "value": None}]}, "turn 1 must be"),
+    ({"conversations": [{"from": "bot", "value": ""}]}, "turn 1: unknown \"from\": 'bot'; expected human"),
+    ({"conversations": [], "image": 3}, '"image" must be a file name'),
+    ({"conversations": [], "image": [""]}, '"image" must be a file name'),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), NOT_RECORDS)
+def test_what_is_no_record_is_named_with_file_and_line(tmp_path: Path, value: Any, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(RECORD) + "\n" + json.dumps(value) + "\n")
+    with pytest.raises(DataError) as caught:
+        list(load_records(path))
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert message in str(caught.value)
+
+
+def test_a_large_list_is_read_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[\n" + ",\n".join([json.dumps(RECORD | {"pad": "é" * 2000})] * 8000) + "\n]")
+    assert path.stat().st_size > 30e6
+    tracemalloc.start()
+    assert sum(1 for _ in load_records(path)) == 8000
+    assert tracemalloc.get_traced_memory()[1] < 15e6
+    tracemalloc.stop()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(values=st.lists(json_values, max_size=6), indent=st.sampled_from([None, 1]))
+def test_a_list_of_anything_is_read_as_json_reads_it(
+    tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None
+) -> None:
+    path = tmp_path_factory.mktemp("any") / "a.json"
+    path.write_text(json.dumps(values, indent=indent))
+    assert [value for _, value in read_objects(path)] == values
+
+
+@pytest.mark.parametrize("name", ["a.json", "deep/er/a.jsonl"])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_what_is_written_is_read_back_and_never_replaced(tmp_path: Path, name: str, count: int) -> None:
+    values = [RECORD | {"n": i} for i in range(count)]
+    assert write_objects(tmp_path / name, values) == count
+    assert [value for _, value in read_objects(tmp_path / name)] == values
+    with pytest.raises(DataError, match="exists already"):
+        write_objects(tmp_path / name, values)
+
+
+def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        write_objects(tmp_path / "a.json", (1 // (1 - i) for i in range(3)))
+    assert not (tmp_path / "a.json").exists()
