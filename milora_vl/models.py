@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from torch import nn
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_adapter
+from milora_vl.screen_noise import quiet_bars
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -121,7 +124,9 @@ def _load_base(
     arguments: dict[str, Any] = {"dtype": dtype or "auto"}
     if quantization is not None:
         arguments |= {"quantization_config": _quantization_config(quantization), "device_map": {"": device}}
-    model = _read(auto.from_pretrained, source, name, **arguments)
+    small = name in MADE_HERE or not sys.stderr.isatty()
+    with quiet_bars() if small else nullcontext():
+        model = _read(auto.from_pretrained, source, name, **arguments)
     processor = _read((AutoProcessor if sees else AutoTokenizer).from_pretrained, source, name)
     if sees:
         _complete(processor, model.config)

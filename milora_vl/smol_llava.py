@@ -18,6 +18,7 @@ import torch
 from milora_data.assets import cache_dir, fetch
 from milora_data.errors import UserError
 from milora_vl.compose import compose, processor_for
+from milora_vl.screen_noise import quiet_bars
 from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
 
 FOLDER_VERSION = 1  # to be raised with every change of what the folder holds
@@ -44,7 +45,8 @@ def smol_llava_folder(*, aligned: bool = True) -> Path:
     sys.stderr.write("making smol-llava from SmolLM2-135M-Instruct and EfficientNet-Lite0 (once, about a minute)\n")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smol-llava-") as scratch:
         made = Path(scratch) / "model"
-        _write(made, aligned=aligned)
+        with quiet_bars():
+            _write(made, aligned=aligned)
         try:
             made.rename(folder)
         except OSError:  # another process was faster
