@@ -5,7 +5,7 @@ Same parts and names as the real ones (CLIP tower, layer -2, CLS dropped, two-la
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,19 +48,19 @@ def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProce
     from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
     tokenizer = tiny_tokenizer()
-    config = LlavaConfig(
-        vision_config=_vision_config(),
+    vision = _vision_config()
+    config: Any = LlavaConfig(
+        vision_config=vision,
         text_config=_text_config(tokenizer),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=_image_id(tokenizer),
         image_seq_length=16,
-        pad_token_id=tokenizer.pad_token_id,
     )
     processor = LlavaProcessor(
         image_processor=LlavaImageProcessor(
             do_pad=True, size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
         ),
         tokenizer=tokenizer,
-        patch_size=config.vision_config.patch_size,
+        patch_size=vision.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,
         image_token=IMAGE_TOKEN,
@@ -80,6 +80,10 @@ def tiny_llama(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_text_config(tokenizer))
     return model.eval(), tokenizer
+
+
+def _image_id(tokenizer: Any) -> int:
+    return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
 def _text_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
