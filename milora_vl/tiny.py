@@ -1,6 +1,6 @@
 """The models `tiny` and `tiny-text`: random weights in the layout of LLaVA-1.5 and Llama, for tests and first tries.
 
-Same parts and names as the real ones (CLIP tower, layer -2, CLS dropped, two-layer projector, Llama), some 200 k parameters.
+Same parts and names as the real ones (CLIP tower, layer -2, CLS dropped, two-layer projector, Llama), 146 k parameters.
 """
 
 from __future__ import annotations
