@@ -30,12 +30,9 @@ test: $(INSTALLED)  ## run the tests (minutes, CPU, offline)
 test-all: $(INSTALLED)  ## the slow tests too
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
-check: $(INSTALLED)  ## lint, format, types, import direction, spelling
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/codespell
+check: $(INSTALLED)  ## lint, format, types, import direction, spelling: all of them, then the verdict
+	@status=0; for tool in "ruff check ." "ruff format --check ." mypy lint-imports codespell; do \
+	    echo "$$tool"; $(BIN)/$$tool || status=1; done; exit $$status
 
 format: $(INSTALLED)  ## rewrite the code the way `check` wants it
 	$(BIN)/ruff check --fix-only .
