@@ -22,7 +22,7 @@ def suggest(word: str, candidates: Iterable[str]) -> list[str]:
     >>> suggest("vicuna", ["plain", "vicuna_v1"])
     ['vicuna_v1']
     """
-    return difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.5)
+    return difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.6)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -44,7 +44,9 @@ class CommandParser(argparse.ArgumentParser):
         """Parse, and raise `UserError` with near names for what is not known."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            near = [name for word in unknown if word.startswith("-") for name in suggest(word, self.all_flags())]
+            names = {flag.lstrip("-").replace("-", "_"): flag for flag in self.all_flags()}
+            words = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("-")]
+            near = [names[name] for word in words for name in suggest(word, names)]
             hint = f"\ndid you mean {' or '.join(dict.fromkeys(near))} ?" if near else ""
             self.error(f"unknown argument: {' '.join(unknown)}{hint}")
         return parsed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .errors import UserError
@@ -70,3 +71,18 @@ def glue_after(special: str, tokenizer: Any) -> str:
         f"{special} changes the text around it in this tokenizer\n"
         f'add it as AddedToken("{special}", special=True, normalized=False, lstrip=False, rstrip=False)'
     )
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """Return the tokenizer of a folder or a hub name; raises `UserError` if there is none."""
+    if not Path(name_or_path).is_dir() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        raise UserError(
+            f"no such folder: {name_or_path}\nname a folder with tokenizer.json in it, or a model of the hub"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no tokenizer at {name_or_path}\n{reason}\nname a folder with tokenizer.json in it") from None

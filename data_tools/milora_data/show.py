@@ -1,0 +1,120 @@
+"""`python -m milora_data show`: records as training sees them, with the mask."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .check import image_folder
+from .command import parser
+from .encode import encode
+from .errors import UserError
+from .images import ImageError, load_image
+from .preview import Piece, as_rich, text_pieces, token_pieces
+from .records import Record, load_records
+from .tokens import load_tokenizer
+
+EPILOG = """\
+what is learnt stands in [[ ]]; with --tokenizer the text is decoded from the very ids
+
+examples:
+  python -m milora_data show train.json
+  python -m milora_data show train.json --id 000000033471 --tokenizer runs/demo --image_tokens 16
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    options = parser("python -m milora_data show", "Print records as they are learnt, with the mask.", EPILOG)
+    options.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
+    options.add_argument("--image_folder", type=Path, help="folder of the pictures (default: the folder of DATA)")
+    options.add_argument("--id", help="only the record with this id")
+    options.add_argument("--index", type=int, default=0, help="first record to print, from 0 (default: %(default)s)")
+    options.add_argument("--limit", type=int, default=1, help="number of records (default: %(default)s)")
+    options.add_argument("--template", default="vicuna_v1", help="prompt format (default: %(default)s)")
+    options.add_argument("--tokenizer", help="folder or name of a tokenizer, to see tokens")
+    options.add_argument("--image_tokens", type=int, default=576, help="tokens of a picture (default: %(default)s)")
+    options.add_argument("--max_length", type=int, help="cut as training would")
+    options.add_argument("--format", choices=("human", "json"), default="human", help="(default: %(default)s)")
+    chosen = options.parse_args(argv)
+    folder = image_folder(chosen.data, chosen.image_folder)
+    tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
+    for number, record in enumerate(_chosen(chosen.data, chosen.id, chosen.index, chosen.limit)):
+        pieces, counts = _pieces(record, tokenizer, chosen.template, chosen.image_tokens, chosen.max_length)
+        if chosen.format == "json":
+            sys.stdout.write(json.dumps(_content(record, pieces, counts), ensure_ascii=False) + "\n")
+        else:
+            _print(record, pieces, counts, folder, separate=number > 0)
+    return 0
+
+
+def _chosen(data: Path, name: str | None, index: int, limit: int) -> Iterator[Record]:
+    records = load_records(data)
+    if name is not None:
+        records = (record for record in records if record.id == name)
+    found = list(islice(records, index, index + limit))
+    if not found:
+        asked = f'id "{name}"' if name is not None else f"number {index}"
+        raise UserError(f"{data} holds no record with {asked}\nsee: python -m milora_data stats {data}")
+    return iter(found)
+
+
+def _pieces(
+    record: Record, tokenizer: Any, template: str, image_tokens: int, max_length: int | None
+) -> tuple[list[Piece], dict[str, int]]:
+    if tokenizer is None:
+        return text_pieces(record, template=template), {}
+    made = encode(
+        record,
+        tokenizer,
+        template=template,
+        image_token_id=-200,
+        image_tokens=image_tokens,
+        max_length=max_length,
+    )
+    learnt = sum(label >= 0 for label in made.labels)
+    counts = {
+        "tokens": len(made.input_ids),
+        "learnt": learnt,
+        "pictures": made.num_images * image_tokens,
+        "cut": made.num_cut,
+    }
+    return token_pieces(made, tokenizer, -200), counts
+
+
+def _content(record: Record, pieces: Sequence[Piece], counts: dict[str, int]) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "source": record.source,
+        "images": record.images,
+        "pieces": [piece._asdict() for piece in pieces],
+        **({"tokens": counts} if counts else {}),
+        **({"extra": dict(record.extra)} if record.extra else {}),
+    }
+
+
+def _print(record: Record, pieces: Sequence[Piece], counts: dict[str, int], folder: Path, *, separate: bool) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    if separate:
+        console.print()
+    console.print(f"{record.id or '(no id)'}   {record.source}", style="bold")
+    for name in record.images:
+        console.print(f"picture: {name} ({_size(folder / name)})", style="dim")
+    if record.extra:
+        console.print(f"more keys: {json.dumps(dict(record.extra), ensure_ascii=False)}", style="dim")
+    if counts:
+        console.print(", ".join(f"{number:,} {what}" for what, number in counts.items()), style="dim")
+    console.print(as_rich(pieces))
+
+
+def _size(path: Path) -> str:
+    try:
+        return "{} x {}".format(*load_image(path).size)
+    except ImageError as error:
+        return str(error).rpartition(": ")[2]

@@ -1,0 +1,138 @@
+"""`python -m milora_data stats`: what a data set holds, in numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .command import parser
+from .encode import encode
+from .errors import DataError
+from .records import Record, load_records
+from .templates import IMAGE
+from .tokens import load_tokenizer
+
+EPILOG = """\
+examples:
+  python -m milora_data stats train.json
+  python -m milora_data stats train.json --tokenizer runs/demo --image_tokens 16 --max_length 2048
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    options = parser("python -m milora_data stats", "Count records, pictures, turns and lengths.", EPILOG)
+    options.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
+    options.add_argument("--tokenizer", help="folder or name of a tokenizer, to count tokens")
+    options.add_argument("--template", default="vicuna_v1", help="prompt format (default: %(default)s)")
+    options.add_argument("--image_tokens", type=int, default=576, help="tokens of a picture (default: %(default)s)")
+    options.add_argument("--max_length", type=int, help="count the records that are longer")
+    options.add_argument("--limit", type=int, default=5, help="lines of each list (default: %(default)s)")
+    options.add_argument("--format", choices=("human", "json"), default="human", help="(default: %(default)s)")
+    chosen = options.parse_args(argv)
+    tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
+    records = list(load_records(chosen.data))
+    if not records:
+        raise DataError(f"{chosen.data}: no records")
+    content = statistics(records)
+    if tokenizer is not None:
+        content["tokens"] = token_statistics(
+            records,
+            tokenizer,
+            template=chosen.template,
+            image_tokens=chosen.image_tokens,
+            max_length=chosen.max_length,
+        )
+    sys.stdout.write(
+        json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        if chosen.format == "json"
+        else f"{chosen.data}\n" + as_text(content, chosen.limit)
+    )
+    return 0
+
+
+def statistics(records: Sequence[Record]) -> dict[str, Any]:
+    """Return counts and distributions of `records`; lists are sorted, the most frequent first."""
+    answers = [turn.text for record in records for turn in record.turns if turn.role == "assistant"]
+    questions = [turn.text for record in records for turn in record.turns if turn.role == "user"]
+    pictures = [name for record in records for name in record.images]
+    return {
+        "records": len(records),
+        "with_pictures": sum(bool(record.images) for record in records),
+        "text_only": sum(not record.images for record in records),
+        "pictures": len(pictures),
+        "picture_files": len(set(pictures)),
+        "questions_per_record": spread([sum(turn.role == "user" for turn in record.turns) for record in records]),
+        "words_per_question": spread([len(text.replace(IMAGE, "").split()) for text in questions]),
+        "words_per_answer": spread([len(text.split()) for text in answers]),
+        "most_frequent_answers": _ranking(answers),
+        "picture_folders": _ranking(str(Path(name).parent) for name in pictures),
+        "types": _ranking(str(record.extra["type"]) for record in records if "type" in record.extra),
+    }
+
+
+def token_statistics(
+    records: Iterable[Record], tokenizer: Any, *, template: str, image_tokens: int, max_length: int | None
+) -> dict[str, Any]:
+    """Return the spread of encoded lengths and of learnt tokens, and how many records exceed `max_length`."""
+    lengths, learnt, failed = [], [], 0
+    for record in records:
+        try:
+            made = encode(record, tokenizer, template=template, image_token_id=-200, image_tokens=image_tokens)
+        except DataError:
+            failed += 1
+            continue
+        lengths.append(len(made.input_ids))
+        learnt.append(sum(label >= 0 for label in made.labels))
+    return {
+        "per_record": spread(lengths),
+        "learnt_per_record": spread(learnt),
+        "longer_than_max_length": sum(max_length is not None and length > max_length for length in lengths),
+        "not_encodable": failed,
+    }
+
+
+def spread(numbers: Sequence[int]) -> dict[str, int]:
+    """Return minimum, median, 95th percentile, maximum and sum.
+
+    >>> spread([1, 2, 3, 4, 100])
+    {'min': 1, 'median': 3, 'p95': 100, 'max': 100, 'sum': 110}
+    """
+    ordered = sorted(numbers) or [0]
+    return {
+        "min": ordered[0],
+        "median": ordered[len(ordered) // 2],
+        "p95": ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)],
+        "max": ordered[-1],
+        "sum": sum(numbers),
+    }
+
+
+def as_text(content: dict[str, Any], limit: int) -> str:
+    """Return the statistics for people."""
+    lines = []
+    for name, value in content.items():
+        title = name.replace("_", " ")
+        if isinstance(value, int):
+            lines.append(f"  {title:<24}{value:>12,}")
+        elif name == "tokens":
+            lines += ["", "tokens", as_text(value, limit).rstrip("\n")]
+        elif isinstance(value, dict):
+            lines.append(f"  {title:<24}" + "   ".join(f"{key} {number:,}" for key, number in value.items()))
+        elif value:
+            lines += ["", title, *(f"  {count:>9,}  {_short(text)}" for text, count in value[:limit])]
+            lines += [f"             ... and {len(value) - limit:,} more"] * (len(value) > limit)
+    return "\n".join(lines) + "\n"
+
+
+def _ranking(words: Iterable[str]) -> list[tuple[str, int]]:
+    return Counter(words).most_common()
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 70 else line[:70] + " ..."
