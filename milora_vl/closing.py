@@ -37,7 +37,7 @@ def next_command(path: Path, recipe: Recipe) -> str:
 
 def _report(path: Path, screen: Screen) -> bool:
     try:
-        importlib.import_module("milora_vl.report").main([str(path)])
+        importlib.import_module("milora_vl.report").write_report(path)
     except UserError as error:
         screen.warn(f"no report: {error}")
         return False

@@ -98,7 +98,7 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
     if recipe.data.path is None:
         screen.say("\ndata   none named yet (--data_path); counts below assume records as in LLaVA's mix665k")
         return None, None
-    read = run_data.read(recipe.data, template=recipe.template)
+    read = run_data.read(recipe.data)
     sees = find_towers(base).vision is not None
     image_tokens = models.image_tokens(config) if sees else 0
     tokenizer = tokenizer_at_hand(recipe.model)

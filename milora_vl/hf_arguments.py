@@ -109,10 +109,10 @@ def canonical(name: str, value: Any) -> tuple[str, Any] | None:
     return RENAMED.get(name, name), value
 
 
-def for_installed(train: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for the TrainingArguments that has these `fields`, from canonical names.
+def for_installed(train: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Keyword arguments for the TrainingArguments that has these `fields`, and the names that it does not have.
 
-    ValueError lists what the installed version does not have.
+    Names at their default are left out without a word.
     """
     out = dict(train)
     if "activation_checkpointing" not in fields:
@@ -126,10 +126,9 @@ def for_installed(train: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
         out["warmup_ratio"] = out.pop("warmup_steps")
     if "train_sampling_strategy" not in fields and "train_sampling_strategy" in out:
         out["group_by_length"] = out.pop("train_sampling_strategy") == "group_by_length"
-    absent = sorted(set(out) - set(fields))
-    if absent:
-        raise ValueError(f"the installed transformers has no {', '.join(absent)}")
-    return out
+    absent = sorted(name for name in out if name not in fields)
+    telling = [name for name in absent if out[name] != flags()[name].default]
+    return {name: value for name, value in out.items() if name in fields}, telling
 
 
 def _dict(value: Any) -> Any:

@@ -41,9 +41,11 @@ class Run:
     def read_data(self) -> None:
         """Read and check the records, and settle HF's arguments and the number of steps."""
         with self.screen.step(f"reading {self.recipe.data.path}"):
-            self.data = run_data.read(self.recipe.data, template=self.recipe.template)
+            self.data = run_data.read(self.recipe.data)
         if self.data.skipped:
             self.screen.warn(f"{self.data.skipped:,} records with missing pictures are left out (--bad_images skip)")
+        if self.data.unlearnable:
+            self.screen.warn(f"{self.data.unlearnable:,} records without an answer are left out")
         from milora_vl import training_args
 
         self.args, warnings = training_args.make(self.recipe, self.folder.path)
@@ -79,7 +81,7 @@ class Run:
 
         from milora_vl import build, run_files
 
-        if self.folder.checkpoint is None:
+        if self.describes_start():
             with self.screen.step("measuring the spectrum of one layer per tower"):
                 self.spectra = run_files.spectra(self.recipe, self.base)
         set_seed(self.args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
@@ -112,9 +114,12 @@ class Run:
             device=run_files.device_name(self.args.device),
             data=self.data.counts(),
         )
+        if self.folder.checkpoint is not None:
+            before = run_folder.read_environment(self.folder.path)
+            self.environment = run_folder.continued(before, self.environment, self.folder.checkpoint)
         self.folder.write_text("recipe.yaml", self.recipe.to_yaml())
         self.folder.write_json("environment.json", self.environment)
-        if self.folder.checkpoint is None:
+        if self.describes_start():
             self.folder.write_json("policy.json", run_files.policy_json(self.built))
             self.folder.write_json("spectrum.json", self.spectra)
 
@@ -172,6 +177,10 @@ class Run:
 
             close(self.folder, self.recipe, self.screen)
         return 0
+
+    def describes_start(self) -> bool:
+        """Whether policy and spectra are to be written: not where a resumed run finds those of its start."""
+        return self.folder.checkpoint is None or not (self.folder.path / "policy.json").is_file()
 
     def header(self) -> list[tuple[str, str]]:
         """Rows of the header panel."""

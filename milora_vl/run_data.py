@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from milora_data.check import check_for_training
 from milora_data.errors import UserError
+from milora_data.findings import examine
+from milora_data.pictures import find_missing, uses
 from milora_data.records import Record, load_records
 from milora_vl.config import DataConfig
 
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """What is trained and evaluated on."""
+    """What is trained and evaluated on. The counts are of records that were left out."""
 
     train: list[Record]
     evaluation: list[Record] | None
-    skipped: int  # records left out because a picture of theirs is missing
+    skipped: int = 0  # a picture of theirs is missing, and --bad_images skip says so
+    unlearnable: int = 0  # they have no answer
 
     @property
     def num_with_images(self) -> int:
@@ -29,39 +33,30 @@ class RunData:
         return {"train": len(self.train), "eval": len(self.evaluation or ()), "skipped": self.skipped}
 
 
-def read(config: DataConfig, *, template: str) -> RunData:
+def read(config: DataConfig) -> RunData:
     """The records that `config` names. UserError for anything in the files that would fail later."""
     if config.path is None:
         raise UserError("nothing to train on: name the records with --data_path, or data.path in the recipe")
-    train, skipped = _checked(Path(config.path), config, template)
-    evaluation, more = (None, 0) if config.eval_path is None else _checked(Path(config.eval_path), config, template)
-    return RunData(train, evaluation, skipped + more)
+    train = _checked(Path(config.path), config)
+    if config.eval_path is None:
+        return RunData(train.train, None, train.skipped, train.unlearnable)
+    held_out = _checked(Path(config.eval_path), config)
+    skipped, unlearnable = train.skipped + held_out.skipped, train.unlearnable + held_out.unlearnable
+    return RunData(train.train, held_out.train, skipped, unlearnable)
 
 
-def _checked(path: Path, config: DataConfig, template: str) -> tuple[list[Record], int]:
+def _checked(path: Path, config: DataConfig) -> RunData:
     records = list(islice(load_records(path), config.limit))
     if not records:
         raise UserError(f"{path} holds no records")
-    folder = Path(config.image_folder or "")
-    if config.image_folder is not None and not folder.is_dir():
-        raise UserError(f"no image folder {folder}\nname it with --image_folder, or data.image_folder in the recipe")
-    missing = {name for record in records for name in record.images if not (folder / name).is_file()}
-    if missing and config.bad_images == "raise":
-        raise UserError(_about_missing(missing, path, folder))
-    if config.bad_images != "skip":
-        return records, 0
-    kept = [record for record in records if missing.isdisjoint(record.images)]
+    found = check_for_training(records, config.image_folder, config.bad_images)
+    kept = records
+    if config.bad_images == "skip" and found["missing_pictures"]:
+        missing = set(find_missing(uses(records), Path(config.image_folder or "")))
+        kept = [record for record in records if missing.isdisjoint(record.images)]
+    skipped = len(records) - len(kept)
+    if found["unlearnable"]:
+        kept = [record for record in kept if all(finding.kind != "no_answer" for finding in examine(record))]
     if not kept:
-        raise UserError(f"every record of {path} has a missing picture; is --image_folder {folder} right?")
-    return kept, len(records) - len(kept)
-
-
-def _about_missing(missing: set[str], path: Path, folder: Path) -> str:
-    first = sorted(missing)[:3]
-    more = ", ..." if len(missing) > len(first) else ""
-    where = f"in {folder}" if str(folder) != "." else "here (no --image_folder is given)"
-    return (
-        f"{len(missing):,} pictures of {path} are not {where}: {', '.join(first)}{more}\n"
-        "leave their records out:  --bad_images skip\n"
-        "show a plain picture:     --bad_images replace"
-    )
+        raise UserError(f"no record of {path} is left: their pictures are missing, or they have no answers")
+    return RunData(kept, None, skipped, len(records) - skipped - len(kept))

@@ -43,10 +43,6 @@ class RunFolder:
         partial.write_text(text, encoding="utf-8")
         partial.replace(target)
 
-    def environment(self) -> dict[str, Any]:
-        """Content of environment.json, empty where there is none."""
-        return read_environment(self.path)
-
 
 def default_path(recipe: Recipe, now: datetime) -> Path:
     """runs/MODEL/METHOD/TIME, as in `runs/llava-1.5-7b/milora-r128/2026-11-25_0436`."""
@@ -93,6 +89,12 @@ def read_environment(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def continued(before: Mapping[str, Any], now: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """environment.json of a resumed run: when it began stays, when it was resumed is added."""
+    resumed = [*before.get("resumed", []), {"from": checkpoint.name, "at": now["started"]}]
+    return {**now, "started": before.get("started", now["started"]), "resumed": resumed}
 
 
 def describe_environment(recipe: Recipe, *, base: str, device: str, data: Mapping[str, int]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from milora_vl.losses import summed_loss, takes_columns
 from milora_vl.param_groups import parameter_groups
 from milora_vl.policy import Target
 from milora_vl.projector import load_projector, save_projector
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Saves = Literal["adapter", "projector", "full"]
 
@@ -100,7 +103,7 @@ class MiloraTrainer(Trainer):
         """
         summed, num_tokens, outputs = summed_loss(model, inputs, by_columns=self.by_columns)
         if not model.training:
-            self._eval_sums += torch.tensor([float(summed), num_tokens], dtype=torch.float64)
+            self._eval_sums += torch.tensor([float(summed.detach()), num_tokens], dtype=torch.float64)
         elif num_tokens == 0:
             raise UserError(
                 f"step {self.state.global_step + 1}: nothing in the batch is supervised\n"
@@ -145,12 +148,17 @@ class MiloraTrainer(Trainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self.saves != "projector":
+        if self.saves == "full":
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            save_projector(self.trained(), folder, state_dict)
+            if self.saves == "projector":
+                save_projector(self.trained(), folder, state_dict)
+            else:
+                # The vocabulary never grows here; "auto" would ask the hub about it at every checkpoint.
+                adapter = cast("PeftModel", self.trained())
+                adapter.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / "training_args.bin")

@@ -24,6 +24,8 @@ FORCED = {
     "prediction_loss_only": True,
     "logging_nan_inf_filter": False,
 }
+# Of example scripts: the command trains, and evaluates where there are records for it.
+NO_EFFECT = ("do_eval", "do_predict", "batch_eval_metrics", "include_for_metrics")
 
 
 def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]]:
@@ -34,8 +36,10 @@ def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]
 
     train, warnings = prepared(recipe)
     fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
+    arguments, absent = hf_arguments.for_installed(train, fields)
+    if absent:
+        warnings.append(f"the installed transformers has no {', '.join(absent)}: without effect")
     try:
-        arguments = hf_arguments.for_installed(train, fields)
         args = TrainingArguments(output_dir=str(output_dir), **arguments)
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"train: {error}") from None
@@ -55,6 +59,11 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         if train.get(name, value) != value:
             warnings.append(f"train.{name}: {train[name]} has no effect; it is {value} here")
         train[name] = value
+    unused = [name for name in NO_EFFECT if train.pop(name, None)]
+    if train.get("train_sampling_strategy") == "group_by_length":
+        unused.append(f"train_sampling_strategy {train.pop('train_sampling_strategy')}")
+    if unused:
+        warnings.append(f"without effect here: {', '.join(unused)}")
     if isinstance(train.get("deepspeed"), str):
         train["deepspeed"] = deepspeed_config(train["deepspeed"])
     if recipe.dtype in ("bfloat16", "float16"):

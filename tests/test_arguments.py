@@ -1,0 +1,69 @@
+"""The command line: HF's, LLaVA's and our flags, in either spelling."""
+
+from __future__ import annotations
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_vl import arguments
+from milora_vl.arguments import parse
+
+
+def test_dashes_and_underscores_are_alike() -> None:
+    assert parse(["--output-dir", "a", "--per-device-train-batch-size=4"]) == parse(
+        ["--output_dir", "a", "--per_device_train_batch_size", "4"]
+    )
+
+
+@pytest.mark.parametrize("words", [["--bf16"], ["--bf16", "True"], ["--bf16", "true"], ["--bf16=yes"]])
+def test_booleans_come_with_and_without_a_value(words: list[str]) -> None:
+    assert parse([*words, "--seed", "1"]).overrides["train"] == {"bf16": True, "seed": 1}
+
+
+def test_flags_land_in_the_recipe() -> None:
+    request = parse(
+        "--model_name_or_path m --version v1 --model_max_length 64 --image_aspect_ratio square --limit 3".split()
+    )
+    assert request.overrides == {
+        "model": "m",
+        "template": "vicuna_v1",
+        "data": {"max_length": 64, "image_aspect_ratio": "plain", "limit": 3},
+    }
+
+
+def test_learning_rate_is_for_the_rules_and_for_hf() -> None:
+    request = parse(["--learning_rate", "2e-5", "--lora_r", "8", "--mm_projector_lr", "1e-5"])
+    assert request.overrides["train"]["learning_rate"] == 2e-5
+    assert (request.edits.learning_rate, request.edits.rank, request.edits.projector_learning_rate) == (2e-5, 8, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lerning_rate", "1"], "--learning_rate"),
+        (["--bf16", "maybe"], "true or false"),
+        (["--rank", "much"], "a whole number"),
+        (["--seed", "x"], "--seed: expected a whole number, got 'x'"),
+        (["--method", "milra"], "did you mean milora"),
+        (["--eval_strategy", "sometimes"], "expected one of no, steps, epoch"),
+        (["--device", "tpu"], "expected cpu or cuda"),
+    ],
+)
+def test_mistakes_are_explained(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(words)
+    assert message in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_resume_and_actions() -> None:
+    assert parse(["--resume_from_checkpoint"]).resume == "true"
+    assert parse(["--resume_from_checkpoint", "auto"]).resume == "auto"
+    assert parse(["--dry-run"]).action == "dry_run"
+    assert parse(["--print-recipe", "a"]).argument == "a"
+    assert parse([]).action == "train"
+
+
+def test_every_flag_has_a_line_of_help() -> None:
+    for action in arguments.build_parser()._actions:
+        assert action.help, action.option_strings

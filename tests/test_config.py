@@ -1,0 +1,108 @@
+"""Recipes: strict, every mistake at once with its place, and the same run when given back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_vl import config, yaml_file
+from milora_vl.config import Recipe, RecipeError
+
+
+def problems(content: dict) -> str:
+    with pytest.raises(RecipeError) as error:
+        Recipe.parse(content, "my.yaml")
+    return str(error.value)
+
+
+def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        "modle: tiny\n"
+        "data: {paht: a.json}\n"
+        "policy:\n"
+        "  - {modules: language, method: milora, rnak: 4}\n"
+        "train: {lerning_rate: 1, bf16: maybe}\n"
+    )
+    with pytest.raises(RecipeError) as error:
+        config.load(path)
+    text = str(error.value)
+    assert text.startswith("5 mistakes")
+    assert f"{path}:1: modle: unknown key; did you mean model?" in text
+    assert f"{path}:2: data.paht: unknown key; did you mean path?" in text
+    assert f"{path}:4: policy[0].rnak: unknown key" in text
+    assert f"{path}:5: train.lerning_rate: unknown key; did you mean learning_rate" in text
+    assert f"{path}:5: train.bf16: expected true or false, got 'maybe'" in text
+
+
+@pytest.mark.parametrize(
+    ("section", "word"),
+    [
+        ({"packing": True}, "packing is not supported yet"),
+        ({"path": [{"path": "a.json", "weight": 1}]}, "several sources"),
+        ({"max_length": 0}, "greater than 0"),
+        ({"bad_images": "ignore"}, "'raise', 'skip' or 'replace'"),
+    ],
+)
+def test_what_is_not_there_yet_is_refused_not_ignored(section: dict, word: str) -> None:
+    assert word in problems({"data": section})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"evaluation_strategy": "epoch"}, {"eval_strategy": "epoch"}),
+        ({"eval_strategy": False}, {"eval_strategy": "no"}),  # YAML reads a bare no as false
+        ({"warmup_ratio": 0.03}, {"warmup_steps": 0.03}),
+        ({"group_by_length": True}, {"train_sampling_strategy": "group_by_length"}),
+        ({"gradient_checkpointing": True}, {"activation_checkpointing": True}),
+        ({"no_cuda": True}, {"use_cpu": True}),
+        ({"per_gpu_train_batch_size": 3}, {"per_device_train_batch_size": 3}),
+        ({"save_safetensors": True, "overwrite_output_dir": False}, {}),
+    ],
+)
+def test_old_names_become_the_new_ones(old: dict, new: dict) -> None:
+    train = Recipe.parse({"train": old}).train
+    assert train == config.TRAIN_DEFAULTS | new
+
+
+def test_overwriting_is_refused_and_contradictions_are_named() -> None:
+    assert "nothing is ever overwritten" in problems({"train": {"overwrite_output_dir": True}})
+    text = problems({"train": {"eval_strategy": "steps", "evaluation_strategy": "epoch"}})
+    assert "contradicts" in text
+
+
+def test_a_recipe_given_back_is_the_same_recipe() -> None:
+    recipe = Recipe.parse(
+        {
+            "model": "tiny",
+            "data": {"path": "a.json", "bad_images": "skip"},
+            "policy": [{"modules": "language", "method": "milora", "rank": {"energy": 0.01}, "sigma": {"floor": 0.1}}],
+            "train": {"learning_rate": 2e-5, "warmup_ratio": 0.03, "eval_strategy": "no", "report_to": "none"},
+            "eval": {"suites": ["quick"], "limit": 10},
+        }
+    )
+    content, _ = yaml_file.read(recipe.to_yaml(), "again")
+    assert Recipe.parse(content) == recipe
+
+
+def test_numbers_without_a_point_are_numbers() -> None:
+    content, lines = yaml_file.read("train:\n  learning_rate: 2e-5\n", "x")
+    assert content == {"train": {"learning_rate": 2e-5}}
+    assert lines["train.learning_rate"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: [1\n", "my.yaml:3: not valid YAML"),
+        ("a: 1\na: 2\n", "my.yaml:2: a is given twice (first on line 1)"),
+        ("- 1\n", "my.yaml: a recipe is a mapping"),
+    ],
+)
+def test_broken_yaml_is_named_with_its_line(text: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        yaml_file.read(text, "my.yaml")
+    assert message in str(error.value)

@@ -1,0 +1,63 @@
+"""The plan of a run, without weights and network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_vl.train import main
+
+
+def test_llava_7b_has_the_known_counts(capsys: Any) -> None:
+    assert main(["--model", "llava-1.5-7b", "--bf16", "--deepspeed", "zero3", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "adapters 319,815,680, in full 20,979,712" in shown
+    assert "trainable params: 340,795,392 || " in shown
+    assert "ZeRO-3" in shown
+    assert "GiB per device" in shown
+    assert "a step on one A100" in shown
+    assert "none named yet" in shown
+
+
+def test_the_first_batch_is_shown_with_its_targets(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ["--recipe", "tiny-test", "--data_path", str(tiny_data / "train.json"), "--output_dir", str(tmp_path / "r")]
+    assert main([*words, "--image_folder", str(tiny_data / "images"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "  .  A chat" not in shown
+    assert "<image x 16>\\nWhat colour is it? ASSISTANT:\n  >  red</s>" in shown
+    assert "236 tokens a record, 13 of them learnt" in shown  # counted: the tokenizer is at hand
+    assert "steps  10 " in shown
+    assert not (tmp_path / "r").exists()
+
+
+def test_estimates_say_so_where_there_is_no_tokenizer(tiny_data: Path, capsys: Any) -> None:
+    words = ["--model", "llava-1.5-7b", "--data_path", str(tiny_data / "train.json"), "--dry-run"]
+    assert main([*words, "--image_folder", str(tiny_data / "images")]) == 0
+    shown = capsys.readouterr().out
+    assert "~4" in shown
+    assert "<image x 576>" in shown
+
+
+def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
+    with pytest.raises(UserError, match="llava_v1_5_mix665k"):
+        main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "319,815,680" in shown
+    assert "to start it" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "llava-1.5-8b"], "did you mean"),
+        (["--model", "tiny", "--template", "vicunna"], "vicuna_v1"),
+        (["--model", "tiny", "--rank", "1000"], "rank"),
+        (["--model", "tiny", "--policy", "[{modules: 'mm_projector.*', method: full}]"], "projector"),
+    ],
+)
+def test_everything_is_validated(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main([*words, "--dry-run"])

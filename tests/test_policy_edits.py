@@ -1,0 +1,68 @@
+"""--method, --rank, --alpha, --dropout and the learning rates replace a field of the adapter rules, nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_vl.policy_edits import DEFAULT_RULES, METHODS, PolicyEdits, edited
+
+PROJECTOR = {"modules": "projector", "method": "full", "learning_rate": 2e-5}
+RULES = [
+    {"modules": "language", "method": "milora", "rank": 128, "alpha": 128, "dropout": 0.05, "learning_rate": 2e-4},
+    {"modules": "language.layers[0-3].mlp", "rank": 64},
+    PROJECTOR,
+]
+
+
+def test_without_flags_nothing_changes() -> None:
+    assert edited(RULES, PolicyEdits()) == RULES
+    assert edited(None, PolicyEdits()) == list(DEFAULT_RULES)
+
+
+@pytest.mark.parametrize("method", ["milora", "lora", "pissa", "random"])
+def test_a_method_replaces_the_adapters_method(method: str) -> None:
+    out = edited(RULES, PolicyEdits(method=method))
+    assert out[0] == RULES[0] | {"method": method}
+    assert out[1:] == RULES[1:]
+
+
+def test_full_keeps_the_learning_rate_and_drops_what_only_adapters_have() -> None:
+    out = edited(RULES, PolicyEdits(method="full"))
+    assert out == [{"modules": "language", "method": "full", "learning_rate": 2e-4}, PROJECTOR]
+
+
+def test_projector_leaves_the_projector_alone() -> None:
+    assert edited(RULES, PolicyEdits(method="projector")) == [PROJECTOR]
+    out = edited(RULES[:1], PolicyEdits(method="projector", learning_rate=1e-3))
+    assert out == [{"modules": "projector", "method": "full", "learning_rate": 1e-3}]
+
+
+def test_a_new_rank_keeps_the_scale_unless_alpha_is_given() -> None:
+    rules = [RULES[0] | {"alpha": 256}, *RULES[1:]]
+    assert [r.get("alpha") for r in edited(rules, PolicyEdits(rank=8))] == [16, None, None]
+    assert edited(rules, PolicyEdits(rank=8, alpha=4))[0]["alpha"] == 4
+    assert edited(rules, PolicyEdits(rank=8))[1]["rank"] == 8
+
+
+def test_learning_rates_go_where_they_belong() -> None:
+    out = edited(RULES, PolicyEdits(learning_rate=1e-3, projector_learning_rate=5e-5))
+    assert [rule.get("learning_rate") for rule in out] == [1e-3, None, 5e-5]
+
+
+@pytest.mark.parametrize(
+    ("rules", "edits", "message"),
+    [
+        (RULES, PolicyEdits(method="full", rank=8), "--rank: no use with --method full"),
+        ([PROJECTOR], PolicyEdits(method="milora"), "no rule of the recipe makes an adapter"),
+        ([PROJECTOR], PolicyEdits(alpha=1), "--alpha: no rule"),
+        (RULES[:1], PolicyEdits(projector_learning_rate=1e-4), "no rule of the policy trains the projector"),
+    ],
+)
+def test_a_flag_without_use_is_an_error(rules: list, edits: PolicyEdits, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        edited(rules, edits)
+
+
+def test_methods_are_those_of_the_command() -> None:
+    assert METHODS == ("milora", "lora", "pissa", "random", "full", "projector")

@@ -1,0 +1,86 @@
+"""Every packaged recipe is read by the code it is for, says how it is run, and fits its model."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import yaml
+
+import llava_recipes
+from milora_vl import arguments, build, dry_run, models, settings
+from milora_vl.config import Recipe
+
+NAMES = llava_recipes.names()
+
+
+def recipe(name: str) -> Recipe:
+    return settings.resolve(arguments.parse(["--recipe", name])).recipe
+
+
+def test_the_promised_recipes_are_there() -> None:
+    assert set(NAMES) >= {
+        "milora-llava-1.5-7b", "lora-llava-1.5-7b", "milora-llava-1.5-13b", "pretrain-projector-llava",
+        "smol-llava-demo", "smol-llava-align", "tiny-test",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_comment_is_a_command_that_parses(name: str) -> None:
+    comment = [line[1:] for line in llava_recipes.read(name).splitlines() if line.startswith("#")]
+    text = " ".join(comment).replace("\\", " ")
+    command = re.search(r"-m milora_vl\.train ((?:--?\w\S* \S+\s*)+)", text)
+    assert command, text
+    request = arguments.parse(command[1].split())
+    assert request.recipe == name
+    assert request.output_dir
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_valid_and_known_by_name(name: str) -> None:
+    assert recipe(name).model in models.NAMED_MODELS
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "smol" not in name])
+def test_its_policy_fits_its_model(name: str) -> None:
+    """On the meta device: no weights."""
+    chosen = recipe(name)
+    base = dry_run.meta_model(models.config_of(chosen.model))
+    assert {target.tower for target in build.targets_of(chosen, base)} <= {"language", "projector"}
+
+
+def test_the_papers_recipe_is_that_of_table_11() -> None:
+    chosen = recipe("milora-llava-1.5-7b")
+    assert chosen.policy == [
+        {"modules": "language", "method": "milora", "rank": 128, "alpha": 128, "dropout": 0.05, "learning_rate": 2e-4},
+        {"modules": "projector", "method": "full", "learning_rate": 2e-5},
+    ]
+    train = chosen.train
+    assert (train["lr_scheduler_type"], train["warmup_steps"], train["num_train_epochs"]) == ("cosine", 0.03, 1)
+
+
+def test_lora_and_milora_differ_in_method_and_alpha_alone() -> None:
+    lora, milora = recipe("lora-llava-1.5-7b"), recipe("milora-llava-1.5-7b")
+    assert lora.policy is not None
+    assert milora.policy is not None
+    assert lora.policy[0] == milora.policy[0] | {"method": "lora", "alpha": 256}
+    assert lora.model_copy(update={"policy": milora.policy}) == milora
+
+
+@pytest.mark.parametrize("name", llava_recipes.names("deepspeed"))
+def test_deepspeed_files_are_json_with_a_stage(name: str) -> None:
+    content = json.loads(llava_recipes.read(name, "deepspeed"))
+    assert str(content["zero_optimization"]["stage"]) in name
+    assert "optimizer" not in content  # HF's own, with one group per rule
+    assert "scheduler" not in content  # one there would replace the cosine
+
+
+@pytest.mark.parametrize("name", llava_recipes.names("accelerate"))
+def test_accelerate_files_are_yaml(name: str) -> None:
+    assert yaml.safe_load(llava_recipes.read(name, "accelerate"))["num_processes"] == 8
+
+
+def test_an_unknown_name_is_a_key_error() -> None:
+    with pytest.raises(KeyError):
+        llava_recipes.read("nothing")

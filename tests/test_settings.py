@@ -1,0 +1,90 @@
+"""From flags and a recipe to the one recipe of the run, LLaVA's scripts included."""
+
+from __future__ import annotations
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_vl.arguments import parse
+from milora_vl.settings import Settings, resolve
+
+# scripts/v1_5/finetune_lora.sh of haotian-liu/LLaVA, without its launcher.
+FINETUNE_LORA = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed zero3
+--model_name_or_path llava-1.5-7b --version v1 --data_path mix.json --image_folder data
+--vision_tower openai/clip-vit-large-patch14-336 --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2
+--mm_use_im_start_end False --mm_use_im_patch_token False --image_aspect_ratio pad --group_by_modality_length True
+--bf16 True --output_dir out --num_train_epochs 1 --per_device_train_batch_size 16 --per_device_eval_batch_size 4
+--gradient_accumulation_steps 1 --evaluation_strategy no --save_strategy steps --save_steps 50000 --save_total_limit 1
+--learning_rate 2e-4 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --tf32 True
+--model_max_length 2048 --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True
+--report_to none"""
+
+
+def settings(words: str) -> Settings:
+    return resolve(parse(words.split()))
+
+
+def test_flags_win_over_the_recipe() -> None:
+    plain, flagged = settings("--recipe tiny-test"), settings("--recipe tiny-test --max_steps 3 --rank 2")
+    assert plain.recipe.train["max_steps"] == 10
+    assert flagged.recipe.train["max_steps"] == 3
+    assert flagged.recipe.policy is not None
+    assert flagged.recipe.policy[0]["rank"] == 2
+    assert flagged.recipe.policy[0]["alpha"] == 2
+
+
+@pytest.mark.parametrize("method", ["milora", "lora", "pissa"])
+def test_methods_differ_only_by_their_name(method: str) -> None:
+    chosen = settings(f"--recipe milora-llava-1.5-7b --method {method}").recipe
+    base = settings("--recipe milora-llava-1.5-7b").recipe
+    assert chosen.policy is not None
+    assert base.policy is not None
+    assert chosen.policy[0] == base.policy[0] | {"method": method}
+    assert chosen.model_copy(update={"policy": base.policy}) == base
+
+
+def test_a_llava_script_means_milora_with_its_rank_and_its_projector_rate() -> None:
+    chosen = settings(FINETUNE_LORA)
+    assert chosen.recipe.policy == [
+        {"modules": "language", "method": "milora", "rank": 128, "alpha": 256, "dropout": 0.05, "learning_rate": 2e-4},
+        {"modules": "projector", "method": "full", "learning_rate": 2e-5},
+    ]
+    assert chosen.notes == [
+        "LLaVA flags: --lora_enable True means MiLoRA of rank 128 on the language tower and the projector in full"
+    ]
+    assert chosen.warnings == ["without effect here: --group_by_modality_length"]
+    assert chosen.recipe.train["warmup_steps"] == 0.03
+
+
+def test_other_llava_scripts() -> None:
+    lora = settings(FINETUNE_LORA + " --method lora").recipe
+    assert lora.policy is not None
+    assert lora.policy[0]["method"] == "lora"
+    full = settings("--model tiny --vision_tower openai/clip-vit-large-patch14-336 --learning_rate 2e-5").recipe
+    assert full.policy == [{"modules": "language", "method": "full"}, {"modules": "projector", "method": "full"}]
+    stage1 = settings("--model tiny --tune_mm_mlp_adapter True --learning_rate 1e-3 --version plain").recipe
+    assert stage1.policy == [{"modules": "projector", "method": "full"}]
+    assert settings("--model tiny --lora_enable True --bits 4").recipe.quantization == "4bit"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--recipe tiny-test --lora_enable True", "the recipe decides that"),
+        ("--lora_enable True --mm_use_im_start_end True", "only False is supported"),
+        ("--lora_enable True --bits 5", "expected 16, 8 or 4"),
+        ("--recipe tniy-test", "did you mean tiny-test"),
+        ("--policy none.yaml", "no such file"),
+    ],
+)
+def test_what_cannot_be_is_an_error(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        settings(words)
+
+
+def test_a_policy_can_be_given_as_text() -> None:
+    request = parse(["--model", "tiny", "--policy", "[{modules: projector, method: full, learning_rate: 1e-3}]"])
+    assert resolve(request).recipe.policy == [{"modules": "projector", "method": "full", "learning_rate": 1e-3}]
+    bad = parse(["--model", "tiny", "--policy", "[{modules: projector, method: fool}]"])
+    with pytest.raises(UserError, match=r"policy\[0\].method: expected one of"):
+        resolve(bad)

@@ -1,0 +1,196 @@
+"""`milora_vl.train` from the command line to the files it leaves, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from milora_data.errors import UserError
+from milora_vl.train import main
+
+METHODS = {"milora": ["--rank", "4"], "lora": ["--rank", "4"], "full": [], "projector": []}
+WEIGHTS = {"full": "model.safetensors", "projector": "mm_projector.safetensors"}
+
+
+def words(data: Path, run: Path, *more: str) -> list[str]:
+    """A command line of six steps."""
+    return [
+        "--model", "tiny", "--data_path", str(data / "train.json"), "--image_folder", str(data / "images"),
+        "--output_dir", str(run), "--max_steps", "6", "--per_device_train_batch_size", "4", "--logging_steps", "1",
+        "--save_steps", "2", "--learning_rate", "1e-3", "--disable_tqdm", "--use_cpu", *more,
+    ]  # fmt: skip
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+
+
+def content(run: Path, name: str) -> Any:
+    return json.loads((run / name).read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_with_the_same_command(method: str, tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    run = tmp_path / "run"
+    assert main(words(tiny_data, run, "--method", method, *METHODS[method])) == 0
+    shown = capfd.readouterr().err
+    assert shown.count("trainable params: ") == 1
+    assert "|| trainable%: " in shown
+    history = losses(run)
+    assert [step for step, _ in history] == [1, 2, 3, 4, 5, 6]
+    assert history[-1][1] < history[0][1]
+    weights = WEIGHTS.get(method, "adapter_model.safetensors")
+    for folder in (run, run / "checkpoint-4"):
+        assert (folder / weights).is_file()
+        assert (folder / "processor_config.json").is_file() or (folder / "preprocessor_config.json").is_file()
+        assert any("multi_modal_projector" in name for name in load_file(folder / weights))
+
+
+def test_the_run_folder_is_complete(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    extra = ["--rank", "4", "--eval_data_path", str(tiny_data / "val.json"), "--eval_strategy", "steps"]
+    assert main(words(tiny_data, run, *extra, "--eval_steps", "3", "--dropout", "0")) == 0
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "recipe.yaml", "environment.json", "policy.json", "spectrum.json", "README.md", "trainer_state.json",
+        "report.html", "milora.json", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+    }  # fmt: skip
+    environment = content(run, "environment.json")
+    assert environment["finished"]
+    assert environment["data"] == {"train": 12, "eval": 4, "skipped": 0}
+    assert environment["base"] == "tiny"
+    policy = content(run, "policy.json")
+    assert len(policy["targets"]) == 16
+    assert len(policy["layers"]) == 14
+    assert {entry["tower"] for entry in content(run, "spectrum.json")} == {"language", "projector", "vision"}
+    log = content(run, "trainer_state.json")["log_history"]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6]
+    front = yaml.safe_load((run / "README.md").read_text().split("---")[1])
+    assert front["base_model"] == "tiny"
+    assert "milora" in front["tags"]
+
+
+def test_a_recipe_given_back_repeats_the_run(tiny_data: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "a", tmp_path / "b"
+    assert main(words(tiny_data, first, "--rank", "4")) == 0
+    assert main(["--recipe", str(first / "recipe.yaml"), "--output_dir", str(again)]) == 0
+    assert losses(first) == losses(again)
+    assert (first / "recipe.yaml").read_text() == (again / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_losses_are_those_of_an_uninterrupted_run(method: str, tiny_data: Path, tmp_path: Path) -> None:
+    """With an evaluation at the end of an epoch, where the random state is easily lost."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    extra = ["--method", method, *METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]
+    assert main(words(tiny_data, whole, *extra, "--save_steps", "3")) == 0
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoint-6")
+    (part / WEIGHTS.get(method, "adapter_model.safetensors")).unlink()
+    assert main(words(tiny_data, part, *extra, "--save_steps", "3", "--resume_from_checkpoint", "true")) == 0
+    assert losses(part) == losses(whole)
+    weights = WEIGHTS.get(method, "adapter_model.safetensors")
+    before, after = load_file(whole / weights), load_file(part / weights)
+    assert before.keys() == after.keys()
+    assert all(tensor.equal(after[name]) for name, tensor in before.items())
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tiny_data: Path, tmp_path: Path) -> None:
+    for method in ("milora", "projector", "full"):
+        run = tmp_path / method
+        extra = ["--method", method, *METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]
+        # A rate that makes it worse: the first checkpoint is the best one.
+        best = ["--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--save_total_limit", "1"]
+        rates = ["--learning_rate", "3", "--mm_projector_lr", "3"]
+        assert main(words(tiny_data, run, *extra, *best, *rates)) == 0
+        weights = WEIGHTS.get(method, "adapter_model.safetensors")
+        kept = sorted(path.name for path in run.glob("checkpoint-*"))
+        assert kept == ["checkpoint-2"]
+        chosen, final = load_file(run / kept[0] / weights), load_file(run / weights)
+        assert all(tensor.equal(final[name]) for name, tensor in chosen.items())
+
+
+def test_accumulation_equals_a_larger_batch(tiny_data: Path, tmp_path: Path) -> None:
+    runs = []
+    for per_device, accumulation in ((4, 1), (1, 4)):
+        run = tmp_path / f"{per_device}"
+        extra = ["--rank", "4", "--dropout", "0", "--gradient_accumulation_steps", str(accumulation)]
+        assert main(words(tiny_data, run, *extra, "--per_device_train_batch_size", str(per_device))) == 0
+        runs.append(losses(run))
+    for (_, one), (_, other) in zip(*runs, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_checkpointing_and_bf16_train_too(tiny_data: Path, tmp_path: Path) -> None:
+    plain, frugal, half = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    assert main(words(tiny_data, plain, "--rank", "4")) == 0
+    assert main(words(tiny_data, frugal, "--rank", "4", "--gradient_checkpointing", "True")) == 0
+    assert main(words(tiny_data, half, "--rank", "4", "--bf16")) == 0
+    for (_, a), (_, b), (_, c) in zip(losses(plain), losses(frugal), losses(half), strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
+        assert c == pytest.approx(a, rel=2e-2)
+
+
+def test_text_only_models_take_the_same_road(tiny_data: Path, tmp_path: Path) -> None:
+    records = json.loads((tiny_data / "train.json").read_text())
+    (tiny_data / "text.json").write_text(json.dumps([r for r in records if "image" not in r]))
+    run = tmp_path / "run"
+    more = ["--model", "tiny-text", "--data_path", str(tiny_data / "text.json"), "--rank", "4"]
+    assert main(words(tiny_data, run, *more)) == 0
+    assert {t["tower"] for t in content(run, "policy.json")["targets"]} == {"language"}
+
+
+MISTAKES = {
+    "missing JSON": (["--data_path", "none.json"], "none.json"),
+    "missing folder": (["--image_folder", "nowhere"], "--image_folder"),
+    "missing pictures": (["--image_folder", "."], "8 of 8 pictures are missing"),
+    "unknown model": (["--model", "tinny"], "did you mean"),
+    "unknown template": (["--template", "vicuna"], "vicuna_v1"),
+    "evaluation without records": (["--eval_strategy", "epoch"], "--eval_data_path"),
+    "rank too large": (["--rank", "1000"], "rank"),
+    "nothing named": (["--policy", "[{modules: nose, method: full}]"], "policy[0].modules"),
+    "deepspeed": (["--deepspeed", "zero4"], "zero3"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_before_anything_is_written(
+    mistake: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more, said = MISTAKES[mistake]
+    with pytest.raises(UserError) as error:
+        main(words(tiny_data, tmp_path / "run", *more))
+    assert said in str(error.value)
+    assert len(str(error.value).splitlines()) <= 6
+    assert not (tmp_path / "run").exists()
+
+
+def test_skipping_missing_pictures_is_counted(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    (tiny_data / "images" / "3.png").unlink()
+    assert main(words(tiny_data, tmp_path / "run", "--rank", "4", "--bad_images", "skip", "--max_steps", "1")) == 0
+    assert "1 records with missing pictures are left out" in capfd.readouterr().err
+    assert content(tmp_path / "run", "environment.json")["data"]["skipped"] == 1
+
+
+def test_a_mistake_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text('[{"id": 1,\n "conversations": [}\n]')
+    done = subprocess.run(
+        [sys.executable, "-m", "milora_vl.train", "--model", "tiny", "--data_path", str(tmp_path / "broken.json")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "broken.json:2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
