@@ -8,6 +8,7 @@ from typing import Any
 
 from milora_data.records import Turn
 from milora_eval.benchmark import Answer, Benchmark, Item
+from milora_eval.suites import reference
 
 
 def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path) -> dict[str, Any]:
@@ -16,7 +17,7 @@ def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Pat
     turns = benchmark.prompt(item)
     line: dict[str, Any] = {
         "id": item.id,
-        "benchmark": benchmark.name,
+        "benchmark": reference(benchmark),
         "type": item.kind,
         "question": turns[-1].text,
         "image": _relative(picture, data_dir),

@@ -53,6 +53,12 @@ def find_benchmark(name: str) -> Benchmark:
     return made
 
 
+def reference(benchmark: Benchmark) -> str:
+    """Return what `find_benchmark` finds this benchmark by: its name in the table, or `module:Class`."""
+    place = f"{type(benchmark).__module__}:{type(benchmark).__qualname__}"
+    return benchmark.name if BENCHMARKS.get(benchmark.name) == place else place
+
+
 def folder_of(benchmark: Benchmark, data_dir: Path) -> Path:
     """Return where a benchmark's files are: the folder of its name in the data folder, or else the data folder."""
     own = data_dir / benchmark.name

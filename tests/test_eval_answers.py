@@ -1,0 +1,33 @@
+"""The normalisation of short answers: lower-case, blanks, one period and one article; nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from milora_eval.answers import exact_match, normalise
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("Red", "red"),
+        ("  a  Red\nFox. ", "red fox"),
+        ("The end", "end"),
+        ("an owl", "owl"),
+        ("A", "a"),
+        ("another", "another"),
+        ("a the thing", "the thing"),
+        ("red..", "red."),
+        ("", ""),
+        (".", ""),
+    ],
+)
+def test_normalise(text: str, normal: str) -> None:
+    assert normalise(text) == normal
+
+
+def test_an_answer_matches_any_accepted_one_and_nothing_near() -> None:
+    assert exact_match("gray.", ["grey", "Gray"])
+    assert not exact_match("red fox", ["fox"])
+    assert not exact_match("yes, it is", ["yes"])
+    assert not exact_match("", ["yes"])

@@ -1,0 +1,79 @@
+"""The emoji questions: what is asked, what counts, and what an answer without looking would get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from eval_questions import write_questions
+
+from milora_eval.benchmark import Answer, MissingData
+from milora_eval.emoji import Emoji
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_questions(tmp_path / "emoji")
+
+
+def test_the_last_question_is_asked_with_all_turns_before_it(data: Path) -> None:
+    items = {item.id: item for item in Emoji().load(data)}
+    turns = Emoji().prompt(items["multi_turn-red"])
+    assert [(turn.role, turn.text) for turn in turns] == [
+        ("user", "<image>\nWhat kind?"),
+        ("assistant", "square"),
+        ("user", "And its color?"),
+    ]
+    assert items["multi_turn-red"].images == (str(data / "images" / "red.png"),)
+    assert items["text_only-red"].images == ()
+
+
+def test_any_accepted_answer_counts(data: Path) -> None:
+    benchmark = Emoji()
+    item = next(item for item in benchmark.load(data) if item.id == "choice-red")
+    assert [benchmark.score(item, text) for text in ("Red.", "a red", "the red", "blue", "red fox")] == [1, 1, 1, 0, 0]
+
+
+def test_the_baseline_is_the_most_frequent_answer_of_training(data: Path) -> None:
+    metrics = {metric.name: metric for metric in all_answered(data, "red")}
+    assert metrics["colour"].baseline == 1 / 4  # always green
+    assert metrics["yes_no"].baseline == 3 / 4  # always yes
+    assert metrics["multi_turn"].baseline is None  # not seen in training
+    assert metrics["mean over types"].baseline is None
+
+
+def test_where_options_are_offered_the_baseline_is_the_best_fixed_position(data: Path) -> None:
+    metrics = {metric.name: metric for metric in all_answered(data, "red")}
+    assert metrics["choice"].baseline == 1  # the first one is right everywhere here
+    assert metrics["choice_letter"].baseline == 1
+
+
+def test_without_training_data_only_choices_have_a_baseline(tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "emoji", train=False)
+    found = {metric.name for metric in all_answered(data, "red") if metric.baseline is not None}
+    assert found == {"choice", "choice_letter"}
+
+
+def test_the_headline_is_the_mean_over_types(data: Path) -> None:
+    metrics = all_answered(data, "red")
+    own = {metric.name: metric.value for metric in metrics[1:]}
+    assert metrics[0].name == "mean over types"
+    assert metrics[0].value == pytest.approx(sum(own.values()) / len(own))
+    assert own == {"colour": 0.25, "yes_no": 0, "choice": 0.25, "choice_letter": 0, "multi_turn": 0.25, "text_only": 0}
+    assert metrics[0].stderr is not None
+
+
+def test_letters_are_said_to_stay_low(data: Path) -> None:
+    notes = {metric.name: metric.note for metric in all_answered(data, "red") if metric.note}
+    assert list(notes) == ["choice_letter"]
+
+
+def test_a_missing_data_set_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(MissingData, match=r"python -m milora_data emoji --output_dir .*nowhere"):
+        Emoji().load(tmp_path / "nowhere")
+
+
+def all_answered(data: Path, text: str) -> list:
+    benchmark = Emoji()
+    items = benchmark.load(data)
+    return benchmark.summarise([Answer(item, text, benchmark.score(item, text)) for item in items])

@@ -1,0 +1,97 @@
+"""Standard errors against hand-worked values and simulations; paired comparisons against the textbook."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+
+from milora_eval.stats import (
+    clustered_stderr,
+    mcnemar,
+    mean_stderr,
+    paired_difference,
+    stratified_mean,
+    stratified_stderr,
+)
+
+
+def test_the_standard_error_is_the_sample_deviation_over_the_root_of_n() -> None:
+    values = [0.0, 1.0, 1.0, 0.5, 0.25]
+    assert mean_stderr(values) == pytest.approx(statistics.stdev(values) / math.sqrt(5))
+    assert mean_stderr([1.0]) is None
+
+
+def test_clusters_of_one_are_no_clusters() -> None:
+    values = [0.0, 1.0, 1.0, 0.0, 1.0]
+    assert clustered_stderr(values, range(5)) == pytest.approx(mean_stderr(values))
+
+
+def test_equal_answers_within_a_picture_count_once() -> None:
+    """Every value doubled: the naive error shrinks by sqrt(2), the clustered one stays about where it was."""
+    rng = random.Random(0)
+    once = [float(rng.random() < 0.4) for _ in range(400)]
+    twice = [value for value in once for _ in range(2)]
+    pictures = [place // 2 for place in range(800)]
+    assert clustered_stderr(twice, pictures) == pytest.approx(mean_stderr(once), rel=0.01)
+
+
+def test_the_error_of_a_mean_over_types_is_that_of_repeated_experiments() -> None:
+    """Pictures have a difficulty that all their questions share; 300 experiments tell the true spread."""
+
+    def experiment(rng: random.Random) -> tuple[list[float], list[str], list[int]]:
+        values, types, pictures = [], [], []
+        for picture in range(60):
+            shared = rng.gauss(0, 0.25)
+            for kind, chance in (("a", 0.3), ("a", 0.3), ("b", 0.6)):
+                values.append(float(rng.random() < chance + shared))
+                types.append(kind)
+                pictures.append(picture)
+        return values, types, pictures
+
+    rng = random.Random(1)
+    runs = [experiment(rng) for _ in range(300)]
+    spread = statistics.stdev(stratified_mean(values, types) for values, types, _ in runs)
+    told = statistics.mean(stratified_stderr(*run) or 0.0 for run in runs)
+    assert told == pytest.approx(spread, rel=0.1)
+
+
+def test_a_mean_over_types_weighs_types_equally() -> None:
+    assert stratified_mean([1, 1, 1, 0], ["a", "a", "a", "b"]) == 0.5
+    assert stratified_stderr([1, 1, 1, 0], ["a", "a", "a", "b"], range(4)) is None
+
+
+def test_a_paired_difference_is_sharper_than_two_errors_apart() -> None:
+    rng = random.Random(2)
+    a = [float(rng.random() < 0.5) for _ in range(500)]
+    b = [1.0 if value or rng.random() < 0.1 else 0.0 for value in a]
+    found = paired_difference(a, b)
+    apart = math.hypot(mean_stderr(a) or 0, mean_stderr(b) or 0)
+    assert found.value == pytest.approx(statistics.mean(b) - statistics.mean(a))
+    assert found.stderr is not None
+    assert found.stderr < apart / 2
+    assert found.low < found.value < found.high
+    assert found.high - found.low == pytest.approx(2 * 1.96 * found.stderr, rel=0.15)
+    assert (found.only_a, found.only_b) == (0, sum(b) - sum(a))
+
+
+def test_two_equal_runs_do_not_differ() -> None:
+    found = paired_difference([1, 0, 1], [1, 0, 1])
+    assert (found.value, found.stderr, found.low, found.high, found.p_value) == (0, 0, 0, 0, 1)
+
+
+def test_a_comparison_of_different_items_is_refused() -> None:
+    with pytest.raises(ValueError, match="same items"):
+        paired_difference([1.0], [1.0, 0.0])
+
+
+@pytest.mark.parametrize(("only_a", "only_b", "p"), [(0, 0, 1.0), (3, 3, 1.0), (1, 9, 22 / 1024), (0, 10, 2 / 1024)])
+def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int, p: float) -> None:
+    assert mcnemar(only_a, only_b) == pytest.approx(p)
+
+
+def test_mcnemar_takes_large_counts() -> None:
+    assert mcnemar(40_000, 40_000) == pytest.approx(1.0)
+    assert mcnemar(39_000, 41_000) < 1e-10

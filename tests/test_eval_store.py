@@ -1,0 +1,56 @@
+"""Answers on disk survive being killed, and none is ever thrown away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from milora_eval.store import Store, read_lines
+
+
+def lines(*keys: str) -> list[dict[str, str]]:
+    return [{"key": key, "prediction": f"answer {key}"} for key in keys]
+
+
+def test_appended_lines_are_there_at_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.append(lines("a", "b"))
+    store.append(lines("c"))
+    assert list(Store(tmp_path).known()) == ["a", "b", "c"]
+
+
+def test_a_line_cut_off_by_a_kill_is_asked_again(tmp_path: Path) -> None:
+    Store(tmp_path).append(lines("a", "b"))
+    path = tmp_path / "predictions.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
+    store = Store(tmp_path)
+    assert list(store.known()) == ["a"]
+    store.open()
+    store.append(lines("b"))
+    assert read_lines(path) == lines("a", "b")
+
+
+def test_a_finished_file_has_exactly_the_asked_answers_in_order(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.append(lines("c", "old", "a", "b"))
+    store.finish(lines("a", "b", "c"))
+    assert read_lines(tmp_path / "predictions.jsonl") == lines("a", "b", "c")
+    assert read_lines(tmp_path / "spare.jsonl") == lines("old")
+    assert set(store.known()) == {"a", "b", "c", "old"}
+
+
+def test_spare_answers_come_back_when_they_are_asked_for(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.append(lines("a", "b", "c"))
+    store.finish(lines("a"))
+    store.finish(lines("a", "b", "c"))
+    assert read_lines(tmp_path / "predictions.jsonl") == lines("a", "b", "c")
+    assert set(store.known()) == {"a", "b", "c"}
+
+
+def test_shards_write_side_by_side_and_end_in_one_file(tmp_path: Path) -> None:
+    first, second = Store(tmp_path, (1, 2)), Store(tmp_path, (2, 2))
+    first.append(lines("a"))
+    second.append(lines("b"))
+    assert set(first.known()) == {"a", "b"}
+    second.finish(lines("a", "b"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.jsonl"]
