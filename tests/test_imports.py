@@ -62,6 +62,19 @@ def test_import_milora_vl_leaves_transformers_alone() -> None:
     assert not {"transformers", "peft", "timm", "datasets", "matplotlib"} & set(loaded)
 
 
+@pytest.mark.parametrize("package", sorted(OURS))
+@pytest.mark.parametrize("order", ["sorted", "reversed"])
+def test_public_names_are_no_submodules(package: str, order: str) -> None:
+    """A function that shares its name with its file is hidden by it, once that file is imported, unless it is bound."""
+    code = f"""
+import types, {package} as package
+values = {{name: getattr(package, name) for name in {order}(package.__all__)}}
+values = {{name: getattr(package, name) for name in values}}
+print(*[name for name, value in values.items() if isinstance(value, types.ModuleType)])
+"""
+    assert python(code).split() == []
+
+
 WITH_TORCH_ALONE = """
 import importlib.metadata, re, sys
 
