@@ -68,6 +68,8 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         train["deepspeed"] = deepspeed_config(train["deepspeed"])
     if recipe.dtype in ("bfloat16", "float16"):
         train.setdefault("bf16" if recipe.dtype == "bfloat16" else "fp16", True)
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        train.setdefault("use_cpu", True)  # HF refuses bf16 on a CPU unless it is told so
     on_cpu = bool(train.get("use_cpu")) or not torch.cuda.is_available()
     if on_cpu:
         train.setdefault("dataloader_pin_memory", False)
