@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from milora_vl.base_check import fitted
@@ -98,3 +99,9 @@ def _require_adapter(folder: Path) -> None:
         json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{folder / CONFIG_NAME} is not valid JSON: {error}") from error
+    if WEIGHT_NAMES[0] in names:
+        try:
+            with safe_open(folder / WEIGHT_NAMES[0], framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise AdapterError(f"{folder / WEIGHT_NAMES[0]} cannot be read (cut off?): {error}") from error

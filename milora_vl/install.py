@@ -34,7 +34,9 @@ def base_layer(model: nn.Module, path: str) -> nn.Module:
 
 def set_dropout(layer: LoraLayer, adapter: str, probability: float) -> None:
     """Set the dropout of one adapter of one layer: PEFT's config has one value for all."""
+    was_training = layer.lora_dropout.training
     layer.lora_dropout[adapter] = nn.Dropout(probability) if probability > 0 else nn.Identity()
+    layer.lora_dropout.train(was_training)
 
 
 def install(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,12 +24,14 @@ def make_lora(model: nn.Module, targets: Sequence[Target]) -> PeftModel:
     Raises AdapterError where PEFT's name rules would adapt other modules as well.
     """
     adapters = [t for t in targets if t.rank is not None]
-    config = _config(model, adapters, [t.path for t in targets if t.method == "full"])
+    full = [t.path for t in targets if t.method == "full"]
+    _require_distinct(model, full)
+    config = _config(model, adapters, full)
     with warnings.catch_warnings():
         # PEFT settles this per layer by itself; a policy may name layers of both kinds.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         tuned = get_peft_model(model, config)
-    _require_exactly(tuned, {t.path: _peft_rank(t) for t in adapters}, {t.path for t in targets if t.rank is None})
+    _require_exactly(tuned, {t.path: _peft_rank(t) for t in adapters})
     if isinstance(config.target_modules, set):
         # PEFT shortens long lists to endings that are unique in this model; full paths say what was adapted.
         config.target_modules = {t.path for t in adapters}
@@ -62,14 +63,18 @@ def _target_modules(model: nn.Module, paths: list[str]) -> list[str] | str:
     return paths
 
 
-def _require_exactly(tuned: PeftModel, ranks: Mapping[str, int], full: set[str]) -> None:
-    modules = list(tuned.get_base_model().named_modules())
-    copied = {name for name, module in modules if isinstance(module, ModulesToSaveWrapper)}
-    if copied != full:
+def _require_distinct(model: nn.Module, full: list[str]) -> None:
+    """PEFT matches modules_to_save by the end of names, even of parts of names."""
+    taken = [name for name, _ in model.named_modules() if name.endswith(tuple(full)) and name not in full]
+    if full and taken:
         raise AdapterError(
-            f"PEFT would train other modules in full than asked for: {', '.join(sorted(copied ^ full)[:3])}\n"
-            "it matches them by the end of their names; load the model anew and name a longer part of the model"
+            f"PEFT would train {taken[0]} in full as well, as its name ends like one of {', '.join(full[:3])}\n"
+            "train it by an adapter, or nothing but these in full (then PEFT is not needed)"
         )
+
+
+def _require_exactly(tuned: PeftModel, ranks: Mapping[str, int]) -> None:
+    modules = tuned.get_base_model().named_modules()
     made = {name: module.r["default"] for name, module in modules if isinstance(module, LoraLayer)}
     if made != dict(ranks):
         differ = sorted(name for name in made.keys() | ranks.keys() if made.get(name) != ranks.get(name))

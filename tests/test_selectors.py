@@ -8,6 +8,7 @@ from milora_vl.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
 
 LM = "model.language_model.layers"
+LEAVES = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 
 
 @pytest.fixture
@@ -26,10 +27,10 @@ def test_language_means_the_linear_layers_of_its_blocks(selector: Selector) -> N
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("language.layers[1]", [f"{LM}.1.self_attn.{p}_proj" for p in "qkvo"] + [f"{LM}.1.mlp.{p}_proj" for p in ("gate", "up", "down")]),
+        ("language.layers[1]", [f"{LM}.1.{leaf}" for leaf in LEAVES]),
         ("language.layers[0-1].down_proj", [f"{LM}.0.mlp.down_proj", f"{LM}.1.mlp.down_proj"]),
-        ("language.layers[0].attention", [f"{LM}.0.self_attn.{p}_proj" for p in "qkvo"]),
-        ("language.layers[1].mlp", [f"{LM}.1.mlp.{p}_proj" for p in ("gate", "up", "down")]),
+        ("language.layers[0].attention", [f"{LM}.0.{leaf}" for leaf in LEAVES[:4]]),
+        ("language.layers[1].mlp", [f"{LM}.1.{leaf}" for leaf in LEAVES[4:]]),
         ("language.self_attn.k_proj", [f"{LM}.0.self_attn.k_proj", f"{LM}.1.self_attn.k_proj"]),
         ("projector", ["model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"]),
         ("projector.linear_2", ["model.multi_modal_projector.linear_2"]),

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from milora_vl.factor_cache import cache_key, read_factors, write_factors
+from milora_vl.svd import decompose
+
+W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+
+
+def test_factors_come_back_as_they_were(tmp_path: Path) -> None:
+    made = decompose(W, 2)
+    write_factors(tmp_path / "new", "k", made)
+    back = read_factors(tmp_path / "new", "k")
+    assert back is not None
+    for name in ("U", "S", "Vh", "spectrum", "index"):
+        assert torch.equal(getattr(back, name), getattr(made, name))
+    assert (back.excess, back.method) == (made.excess, made.method)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["k.safetensors"]
+
+
+def test_damaged_and_missing_entries_are_none(tmp_path: Path) -> None:
+    assert read_factors(tmp_path, "k") is None
+    write_factors(tmp_path, "k", decompose(W, 2))
+    file = tmp_path / "k.safetensors"
+    for damage in (file.read_bytes()[:-9], b"", b"junk"):
+        file.write_bytes(damage)
+        assert read_factors(tmp_path, "k") is None
+
+
+def test_the_key_depends_on_everything_that_changes_the_factors() -> None:
+    keys = [
+        cache_key(W, 2, "minor", 0),
+        cache_key(W, 3, "minor", 0),
+        cache_key(W, 2, "principal", 0),
+        cache_key(W, 2, "random", 1),
+        cache_key(W.T, 2, "minor", 0),
+        cache_key(W.bfloat16(), 2, "minor", 0),
+        cache_key(W + 1, 2, "minor", 0),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert cache_key(W.clone(), 2, "minor", 0) == keys[0]
