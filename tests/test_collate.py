@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from milora_data.collate import ImageTextCollator
 from milora_data.encode import IGNORE, encode
-from milora_data.errors import DataError
+from milora_data.errors import DataError, UserError
 from milora_data.images import ImageError
 from milora_data.records import load_records
 
@@ -221,6 +221,17 @@ def test_workers_count_into_the_process_that_reports(make: Callable[..., Any], b
     loader = DataLoader(bad * 4, batch_size=2, num_workers=2, collate_fn=collator)  # type: ignore[arg-type]
     assert sum(len(batch["input_ids"]) for batch in loader) == 8
     assert collator.counts()["replaced"] == 4
+
+
+def test_the_picture_token_is_the_tokenizers_own_unless_given(
+    make: Callable[..., Any], model_and_processor: tuple[Any, Any]
+) -> None:
+    from llava_oracle import llama_tokenizer
+
+    _, processor = model_and_processor
+    assert make(image_token_id=None).image_token_id == image_id(processor)
+    with pytest.raises(UserError, match=r"no <image> token(.|\n)*image_token_id"):
+        ImageTextCollator(llama_tokenizer("new"), processor.image_processor)
 
 
 def test_it_can_be_pickled(make: Callable[..., Any], tiny_records: list[dict[str, Any]]) -> None:

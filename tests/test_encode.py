@@ -236,9 +236,13 @@ def test_what_earlier_calls_left_in_the_tokenizer_does_not_matter() -> None:
     tokenizer = llama_tokenizer("new")
     value = record("What?", "</s> That.")
     before = encode(value, tokenizer, image_token_id=IMG)
-    tokenizer("a b c d", padding="max_length", truncation=True, max_length=12)
-    tokenizer("a </s>", split_special_tokens=True)
-    assert encode(value, tokenizer, image_token_id=IMG) == before
+    for options in (
+        {"padding": "max_length", "max_length": 400},
+        {"truncation": True, "max_length": 12},
+        {"split_special_tokens": True},
+    ):
+        tokenizer("a b c d", **options)
+        assert encode(value, tokenizer, image_token_id=IMG) == before
 
 
 def test_mistakes_with_tokenizer_and_template_are_explained() -> None:

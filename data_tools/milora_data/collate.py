@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from .encode import IGNORE, Encoded, NothingToLearn, encode
-from .errors import DataError
+from .errors import DataError, UserError
 from .images import ImageError, ImagePolicy, expand_to_square, load_image
 from .records import Record, parse_record
+from .templates import IMAGE
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class ImageTextCollator:
 
     `__call__` returns input_ids, attention_mask, labels (batch, length) and, with an image processor, pixel_values
     (num_images, 3, H, W): the pictures of all records in order. Labels are -100 wherever nothing is learnt.
+    `image_token_id` is the tokenizer's `<image>` unless given; `image_folder` None takes picture names as they are.
 
     `bad_images` says what happens with a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
     plain one. A record with nothing to learn is left out. Each case is logged, and counted in `counts()`.
@@ -50,7 +52,7 @@ class ImageTextCollator:
         *,
         template: str = "vicuna_v1",
         image_tokens: int = 576,
-        image_token_id: int,
+        image_token_id: int | None = None,
         image_folder: str | Path | None = None,
         max_length: int | None = None,
         image_aspect_ratio: Literal["pad", "plain"] = "pad",
@@ -61,7 +63,7 @@ class ImageTextCollator:
         self.image_processor = image_processor
         self.template = template
         self.image_tokens = image_tokens
-        self.image_token_id = image_token_id
+        self.image_token_id = self._own_image_token() if image_token_id is None else image_token_id
         self.image_folder = Path(image_folder or "")
         self.max_length = max_length
         self.image_aspect_ratio = image_aspect_ratio
@@ -82,6 +84,16 @@ class ImageTextCollator:
     def counts(self) -> dict[str, int]:
         """Return how many records were skipped, unlearnable or cut, and pictures replaced, in all loader processes."""
         return dict(zip(_COUNTERS, self._counts.sum(0).tolist(), strict=True))
+
+    def _own_image_token(self) -> int:
+        if self.image_processor is None:
+            return -1
+        found = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        if found is None or found == self.tokenizer.unk_token_id:
+            raise UserError(
+                f"this tokenizer has no {IMAGE} token\nname the one of the model's config: image_token_id=..."
+            )
+        return int(found)
 
     def _sample(self, record: Record | Mapping[str, Any]) -> Sample | None:
         record = record if isinstance(record, Record) else parse_record(record)
