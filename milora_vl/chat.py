@@ -163,15 +163,16 @@ def _streaming(model: Any, tokenizer: Any) -> Iterator[None]:
     from transformers import TextStreamer
 
     class Stripped(TextStreamer):
-        """Without the space that tokenizers put before the first word."""
+        """Without the blanks around an answer: a blank waits until a word follows it."""
 
-        is_first = True
+        waiting, is_first = "", True
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             """Write what is certain by now."""
-            text = text.lstrip() if self.is_first else text
-            self.is_first = self.is_first and not text
-            sys.stdout.write(text.rstrip() + "\n" if stream_end else text)
+            text = (self.waiting + text).lstrip() if self.is_first else self.waiting + text
+            words = text.rstrip()
+            self.waiting, self.is_first = text[len(words) :], self.is_first and not words
+            sys.stdout.write(words + "\n" if stream_end else words)
             sys.stdout.flush()
 
     stock: Callable[..., Any] = model.generate

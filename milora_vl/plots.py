@@ -74,7 +74,9 @@ def loss_figure(history: History, look: Look = LOOKS[0]) -> Figure:
         if evaluated[0]:
             top.plot(*evaluated, color=ORANGE, lw=1.4, marker="o", ms=5, label="evaluation")
         top.set_ylabel("loss")
-        top.set_ylim(bottom=0)
+        losses = train[1] + evaluated[1]
+        if min(losses) < max(losses) / 2:  # else the curve would be a line at the top
+            top.set_ylim(bottom=0)
         top.legend(loc="upper right")
         peak = max(rate[1], default=0.0) or 1.0
         strip.fill_between(*rate, color=GREY, alpha=0.35, lw=0)
@@ -103,12 +105,16 @@ def spectrum_figure(layers: Sequence[Layer], look: Look = LOOKS[0]) -> Figure:
 
 
 def _spectrum_panel(axis: Axes, layer: Layer, look: Look) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     count = len(layer.sigma)
     floor = (layer.sigma[0] or 1.0) * 1e-7  # float32 resolves nothing below, and a zero would stretch the axis for ever
     index, sigma = range(1, count + 1), [max(s, floor) for s in layer.sigma]
     axis.plot(index, sigma, color=look.blue if layer.trained else GREY, lw=2)
     axis.set(yscale="log", xlim=(1, max(count, 2)), ylim=(sigma[-1] / 1.6, sigma[0] * 1.6))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if sigma[0] < 30 * sigma[-1] else (1,)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xticks([1, count // 2, count] if count > 3 else range(1, count + 1))
     axis.set_title(f"{layer.tower}: {layer.leaf}", loc="left", fontsize=10, fontweight="bold")
     x, align = 0.5, "center"

@@ -24,11 +24,11 @@ class Commands:
 def commands(run: Run) -> Commands:
     """What made this run, and what to type next."""
     recipe = run.folder / "recipe.yaml"
-    model = _model(run)
+    model, base = _model(run)
     return Commands(
         as_typed=_as_typed(run.environment.get("command") or ()),
         repeat=_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),
-        evaluate=_line("milora_eval", "run", *model, *_suite(run), "--with_base", "--output_dir", run.folder),
+        evaluate=_line("milora_eval", "run", *model, *base, *_suite(run), "--with_base", "--output_dir", run.folder),
         chat=_line("milora_vl.chat", *model, "--image", _picture(run), "What is this?"),
         report=_line("milora_vl.report", run.folder),
     )
@@ -60,12 +60,15 @@ def _as_typed(argv: Sequence[str]) -> str:
     return shlex.join(argv)
 
 
-def _model(run: Run) -> list[str | Path]:
-    """The flags that load this run's model: a full fine-tuning is a model of its own, all else sits on its base."""
+def _model(run: Run) -> tuple[list[str | Path], list[str | Path]]:
+    """The flags that load this run's model, and those that name the base where the first do not.
+
+    A full fine-tuning is a model of its own; everything else sits on its base.
+    """
+    base = str(run.environment.get("model") or run.recipe.get("model") or "MODEL")
     if (run.folder / "config.json").is_file() and not (run.folder / "adapter_config.json").is_file():
-        return ["--model", run.folder]
-    base = run.environment.get("model") or run.recipe.get("model") or "MODEL"
-    return ["--model", str(base), "--adapter", run.folder]
+        return ["--model", run.folder], ["--base", base]
+    return ["--model", base, "--adapter", run.folder], []
 
 
 def _suite(run: Run) -> list[str | Path]:

@@ -35,11 +35,15 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One test question with what the two models said; a model that was not evaluated said None."""
+    """One test question with what the two models said; a model that was not evaluated said None.
+
+    `context` is the conversation before the question, a line a turn.
+    """
 
     key: str
     kind: str
     text: str
+    context: str
     answers: tuple[str, ...]
     picture: Path | None
     before: Said | None
@@ -55,7 +59,8 @@ def questions(comparison: Comparison) -> list[Question]:
         said = [_said(side.get(key)) for side in (before, after)]
         picture = Path(str(line["image_file"])) if line.get("image_file") else None
         kind, answers = str(line.get("type") or line.get("benchmark", "")), tuple(map(str, line.get("answers", ())))
-        rows.append(Question("/".join(key), kind, str(line["question"]).strip(), answers, picture, *said))
+        earlier = "\n".join(_asked(str(text)) for _, text in line.get("context", ()))
+        rows.append(Question("/".join(key), kind, _asked(str(line["question"])), earlier, answers, picture, *said))
     return rows
 
 
@@ -112,6 +117,11 @@ def data_uri(content: bytes, mime: str) -> str:
 
 def _by_id(lines: Sequence[Json]) -> dict[tuple[str, str], Json]:
     return {(str(line.get("benchmark", "")), str(line["id"])): line for line in lines}
+
+
+def _asked(text: str) -> str:
+    """A turn without the mark that says where the picture goes."""
+    return text.replace("<image>", "").strip()
 
 
 def _said(line: Json | None) -> Said | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -10,8 +10,20 @@ from typing import Any
 from milora_vl.report_run import Comparison, Json, Run, Score
 from milora_vl.report_words import METHODS, amount, gain, number, percent
 
-_HEADINGS = {"rank": "rank", "alpha": "alpha", "energy": "share of ‖W‖²", "drift": "step-0 drift"}
-_SPELT_OUT = ("path", "tower", "kind")  # of a layer: its own column, or in every row the same
+# Of the layer table: heading, and how its cell is made from an entry of policy.json's `layers`.
+_LAYER_COLUMNS: dict[str, Callable[[Json], str]] = {
+    "layer": lambda layer: str(layer["path"]),
+    "size": lambda layer: _cell(layer.get("shape")),
+    "method": lambda layer: METHODS.get(str(layer.get("method")), _cell(layer.get("method"))),
+    "rank": lambda layer: _cell(layer.get("rank")),
+    "σ trained": lambda layer: _span([layer[key] for key in ("sigma_min", "sigma_max") if layer.get(key) is not None]),
+    "σ largest": lambda layer: _cell(layer.get("sigma_top")),
+    "share of ‖W‖²": lambda layer: "–" if layer.get("energy") is None else percent(layer["energy"]),
+    "excess": lambda layer: _cell(layer.get("excess")),
+    "step-0 drift": lambda layer: _cell(layer.get("drift")),
+    "SVD": lambda layer: _cell(layer.get("svd")),
+    "seconds": lambda layer: _cell(layer.get("seconds")),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +63,9 @@ def policy_table(run: Run) -> Table:
 def layer_table(run: Run) -> Table:
     """One row a layer, with everything that was measured when its adapter was made."""
     layers: Sequence[Json] = run.policy.get("layers", ())
-    keys = [key for key in (layers[0] if layers else ()) if key not in _SPELT_OUT]
-    rows = tuple((str(layer["path"]), *(_cell(layer.get(key)) for key in keys)) for layer in layers)
-    return Table(("layer", *(_HEADINGS.get(key, key.replace("_", " ")) for key in keys)), rows)
+    return Table(
+        tuple(_LAYER_COLUMNS), tuple(tuple(cell(layer) for cell in _LAYER_COLUMNS.values()) for layer in layers)
+    )
 
 
 def score_tables(comparison: Comparison) -> list[Table]:

@@ -86,7 +86,7 @@ def summary(run: Run) -> str:
     if score.any.unit == "fraction":
         about = _ABOUT.get(comparison.suite, f"{score.benchmark} questions")
         verb, of = "correctly answers", f" of the {about}"
-        if score.name not in ("accuracy", "mean", "mean accuracy", "overall"):
+        if not score.name.startswith(("accuracy", "mean", "overall")):
             verb, of = "reaches", f" ({score.label}) on the {about}"
     else:
         verb, of = "scores", f" ({score.label}) on {score.benchmark}"
@@ -117,10 +117,21 @@ def forgetting(comparison: Comparison) -> dict[str, float | str] | None:
         "stderr": float(found.get("stderr") or 0),
         "base_entropy": base,
         "kl": divergence,
+        "kl_stderr": float(found.get("kl_stderr") or 0),
         "share": percent(divergence / cross if cross else 0.0),
         "tokens": int(found.get("n_tokens", 0)),
-        "text": str(found.get("text", "")),
+        "text": _titles(str(found.get("text") or "")),
     }
+
+
+def _titles(names: str) -> str:
+    """Names of texts for people.
+
+    >>> _titles("alice_in_wonderland + origin_of_species")
+    'Alice In Wonderland and Origin Of Species'
+    """
+    *others, last = [name.replace("_", " ").title() if "_" in name else name for name in names.split(" + ")]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def loss_words(run: Run) -> str:

@@ -19,8 +19,8 @@ from milora_vl.weights import read_matrix
 
 # The matrix that leads out of a block's MLP, in the names of Llama, GPT-2, CLIP and their kin.
 _MLP_OUT = re.compile(r"(mlp|feed_forward|ffn|output)\.(down_proj|c_proj|fc2|w2|dense|dense_4h_to_h)$")
-# PEFT keeps the base layer inside its wrappers, and its own layers beside it.
-_WRAPPER, _ADDED = re.compile(r"\.(base_layer|original_module)\b"), re.compile(r"\.(lora_\w+|modules_to_save)\b")
+# PEFT keeps the base layer inside its wrappers; its own layers beside it have paths that no target has.
+_WRAPPER = re.compile(r"\.(base_layer|original_module)\b")
 # svdvals of an (m, n) matrix takes about m * n * min(m, n) / 7e9 seconds on one CPU core.
 _MAX_WORK = {"cpu": 2e10, "cuda": 2e11}
 
@@ -65,10 +65,9 @@ def _base(model: nn.Module) -> nn.Module:
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path in the base model, layer) of every linear layer and ungrouped convolution, adapters left out."""
+    """(path in the base model, layer) of every linear layer and ungrouped convolution."""
     for name, module in _base(model).named_modules():
-        is_matrix = is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        if is_matrix and not _ADDED.search(name):
+        if is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1):
             yield _WRAPPER.sub("", name), module
 
 

@@ -57,6 +57,11 @@ def test_smoothing_keeps_a_straight_line() -> None:
     assert plots._smooth(line) == pytest.approx(line)
 
 
+def test_smoothing_calms_noise() -> None:
+    noise = [float(i % 2) for i in range(60)]
+    assert max(plots._smooth(noise)[5:-5]) < 0.6
+
+
 def test_each_plot_has_its_numbers_beside_it(run: Run) -> None:
     made = report_plots.make(run)
     folder = run.folder / "plots"
@@ -67,8 +72,8 @@ def test_each_plot_has_its_numbers_beside_it(run: Run) -> None:
     assert [int(row["component"]) for row in trained] == list(range(545, 577))
     scores = rows(folder / "scores-emoji.csv")
     assert {row["which"] for row in scores} == {"before", "after"}
-    mean = next(metric for name, metric in run.comparisons[0].after.metrics if metric.name == "mean")  # type: ignore[union-attr]
-    assert any(float(row["value"]) == mean.value for row in scores if row["metric"] == "mean")
+    mean = next(metric for name, metric in run.comparisons[0].after.metrics if metric.name == "mean over types")  # type: ignore[union-attr]
+    assert any(float(row["value"]) == mean.value for row in scores if row["metric"] == "mean over types")
 
 
 def rows(path: Path) -> list[dict[str, str]]:

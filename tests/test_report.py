@@ -72,7 +72,7 @@ def test_the_page_tells_the_result_in_words(finished: Path) -> None:
     results = json.loads((finished / "eval/emoji/final/results.json").read_text())
     mean = results["benchmarks"][0]["metrics"][0]
     assert f"correctly answers {100 * mean['value']:.1f} % (±{100 * mean['stderr']:.1f}) of the questions" in text
-    assert "0.220 nats a token" in text
+    assert "0.220 (±0.010) nats a token" in text
     assert "answers by letter alone stay near chance" in text
     assert "last 32 of 576 train" in text
 
@@ -198,6 +198,7 @@ def test_commands_fit_what_the_run_saved(run: Path) -> None:
     assert f"--model smol-llava --adapter {run}" in commands(read_run(run)).chat
     (run / "config.json").write_text("{}")
     assert f"--model {run} --image" in commands(read_run(run)).chat
+    assert f"--model {run} --base smol-llava" in commands(read_run(run)).evaluate
     edit(run / "environment.json", lambda content: content.update(command=["train.py", "--model", "a b"]))
     assert commands(read_run(run)).as_typed == "python -m milora_vl.train --model 'a b'"
 
