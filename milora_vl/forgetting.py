@@ -1,7 +1,7 @@
 """How much a tuned model has forgotten: its cross-entropy against the base model's predictions on general text.
 
 The measure of the paper (arXiv:2406.09044, after Kalajdzievski 2024): at every position of a text, the base model's
-predicted distribution is the target. In nats per token; its floor is the base model's own entropy, what lies above it is
+predicted distribution is the target. In nats per token; its floor is the base model's own entropy; what lies above is
 the Kullback-Leibler divergence. The text is from three public-domain books (general_text/).
 """
 
