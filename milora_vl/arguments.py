@@ -6,6 +6,7 @@ Nothing heavy is imported: `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,7 @@ class Request:
     resume: str | None = None
     action: str = "train"  # train | dry_run | print_recipe | list_models | list_recipes
     argument: str = ""  # of the action
+    words: tuple[str, ...] = field(default=(), compare=False)  # as they were typed
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -132,6 +134,7 @@ def parse(argv: Sequence[str] | None) -> Request:
         resume=run.get("resume_from_checkpoint"),
         action=actions[0] if actions else "train",
         argument=str(run.get("print_recipe", "")),
+        words=tuple(sys.argv[1:] if argv is None else argv),
     )
 
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
 
 from milora_data.errors import UserError
+from milora_data.templates import get_template
 from milora_vl import hf_arguments
 
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
@@ -81,6 +82,12 @@ class Recipe(_Strict):
     policy: list[dict[str, Any]] | None = None
     train: dict[str, Any] = {}
     eval: EvalConfig = EvalConfig()
+
+    @field_validator("template")
+    @classmethod
+    def _known_template(cls, value: str) -> str:
+        get_template(value)
+        return value
 
     @classmethod
     def parse(

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from milora_data.errors import UserError
-from milora_data.templates import get_template
 from milora_vl import build, first_batch, models, run_data, run_folder, settings, training_args
 from milora_vl.arguments import PROG, Request
 from milora_vl.batching import Batching
@@ -31,7 +30,6 @@ def show(request: Request) -> int:
     """Print the plan of a run. UserError for whatever would stop it; returns 0."""
     screen = Screen(sys.stdout)
     chosen = settings.resolve(request)
-    get_template(chosen.recipe.template)
     config = models.config_of(chosen.recipe.model)
     base = meta_model(config)
     recipe = build.rules_for(chosen.recipe, base, implicit=chosen.implicit_policy)
@@ -65,7 +63,7 @@ def show(request: Request) -> int:
         screen.say(line)
     if problem:
         raise problem
-    screen.say(f"\nto start it:\n  {command()}")
+    screen.say(f"\nto start it:\n  {command(request)}")
     return 0
 
 
@@ -145,7 +143,7 @@ def num_devices() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def command() -> str:
-    """This command line without --dry-run."""
-    words = [word for word in sys.argv[1:] if word.replace("_", "-") != "--dry-run"]
+def command(request: Request) -> str:
+    """The command line without --dry-run."""
+    words = [word for word in request.words if word.replace("_", "-") != "--dry-run"]
     return f"{PROG} {shlex.join(words)}"

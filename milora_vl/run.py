@@ -110,6 +110,7 @@ class Run:
                 self.screen.warn(f"the recipe differs from the run's so far: {change}")
         self.environment = run_folder.describe_environment(
             self.recipe,
+            ["python", "-m", "milora_vl.train", *self.request.words],
             base=run_files.base_name(self.base) or self.recipe.model,
             device=run_files.device_name(self.args.device),
             data=self.data.counts(),

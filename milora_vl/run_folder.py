@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -97,10 +97,12 @@ def continued(before: Mapping[str, Any], now: dict[str, Any], checkpoint: Path) 
     return {**now, "started": before.get("started", now["started"]), "resumed": resumed}
 
 
-def describe_environment(recipe: Recipe, *, base: str, device: str, data: Mapping[str, int]) -> dict[str, Any]:
+def describe_environment(
+    recipe: Recipe, command: Sequence[str], *, base: str, device: str, data: Mapping[str, int]
+) -> dict[str, Any]:
     """What environment.json says at the start of a run."""
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": list(command),
         "versions": {"python": sys.version.split()[0], **_versions()},
         "git": _git_state(),
         "device": device,

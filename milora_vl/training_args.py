@@ -115,5 +115,9 @@ def _evaluation(train: dict[str, Any], recipe: Recipe) -> None:
                 f"train.eval_strategy: {train['eval_strategy']} needs held-out records\n"
                 "name them with data.eval_path or --eval_data_path"
             )
-    else:
-        train.setdefault("eval_strategy", "epoch")
+    elif "eval_strategy" not in train:
+        # The best model is chosen among checkpoints: each of them needs its evaluation.
+        by_steps = train.get("load_best_model_at_end") and train.get("save_strategy", "steps") == "steps"
+        train["eval_strategy"] = "steps" if by_steps else "epoch"
+        if by_steps:
+            train.setdefault("eval_steps", train.get("save_steps", 500))

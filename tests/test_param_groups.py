@@ -21,10 +21,10 @@ def test_groups_follow_the_rules(tiny_llava: Callable[..., Any]) -> None:
     decays = {name for name, p in model.named_parameters() if p.requires_grad and "bias" not in name}
     groups = parameter_groups(model, model.milora_targets, learning_rate=2e-5, weight_decay=0.01, decays=decays)
     assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [
-        (1e-4, 0.1, 6),  # gate, up and down of layer 0, A and B each
         (2e-4, 0.1, 22),
-        (2e-5, 0.0, 2),  # the projector's biases
+        (1e-4, 0.1, 6),  # gate, up and down of layer 0, A and B each
         (2e-5, 0.01, 2),
+        (2e-5, 0.0, 2),  # the projector's biases
     ]
     trained = [p for p in model.parameters() if p.requires_grad]
     assert sum(len(g["params"]) for g in groups) == len(trained)
