@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+# Not on first use: importing the module `encode` later would put itself in the place of the function.
+from .encode import Encoded, encode, encode_prompt
+
 if TYPE_CHECKING:
     from .collate import ImageTextCollator
-    from .encode import Encoded, encode, encode_prompt
     from .errors import DataError, UserError
     from .images import expand_to_square, load_image
     from .records import Record, Turn, load_records, parse_record
@@ -18,9 +20,6 @@ if TYPE_CHECKING:
 # Loaded on first use: the collator needs torch, which commands must not import before they have read their arguments.
 _HOMES = {
     "ImageTextCollator": "collate",
-    "Encoded": "encode",
-    "encode": "encode",
-    "encode_prompt": "encode",
     "DataError": "errors",
     "UserError": "errors",
     "expand_to_square": "images",
