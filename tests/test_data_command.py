@@ -92,7 +92,6 @@ def test_flags_take_dashes_and_underscores_and_no_guesses() -> None:
 
 
 class _Broken:
-
     def __len__(self) -> int:
         return 4
 
