@@ -15,7 +15,9 @@ from torch import nn
 
 from milora_vl.base_check import fitted
 from milora_vl.install import lora_layer
+from milora_vl.lora_config import quiet_peft
 from milora_vl.peft_model import restore
+from milora_vl.renamed import load_renamed, new_paths
 from milora_vl.residual import make_residual
 from milora_vl.sidecar import FILE_NAME, AdapterError, read_sidecar
 from milora_vl.towers import is_wrapped_by_peft
@@ -57,25 +59,27 @@ def load_adapter(
         raise AdapterError(
             "this model holds an adapter already: pass the base model, or use its own load_adapter(path, name)"
         )
-    sidecar = read_sidecar(folder)
-    if sidecar is not None:
-        sidecar = fitted(base, sidecar, allow_base_mismatch=allow_base_mismatch)
-    model = _load_stock(base, folder, is_trainable)
-    if sidecar is None:
+    saved = read_sidecar(folder)
+    if saved is None:
         logger.info("%s has no %s: loaded as the plain LoRA it is", folder, FILE_NAME)
-        return model
-    if not is_trainable:
-        sidecar = replace(sidecar, form="anchored")  # the same function, on the base as it is
-    ours = restore(model, "default", sidecar)
-    if sidecar.form == "residual":
-        for path in sidecar.ranks:
-            make_residual(lora_layer(ours, path), "default")
+        return _load_stock(base, folder, is_trainable)
+    here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
+    paths = new_paths(saved, here)
+    if paths:
+        model = load_renamed(base, folder, here, paths, is_trainable=is_trainable)
+    else:
+        model = _load_stock(base, folder, is_trainable)
+    # For inference the anchored form is the same function, on the base as it is.
+    ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"))
+    if here.form == "residual" and is_trainable:
+        for module in here.ranks:
+            make_residual(lora_layer(ours, module), "default")
     return ours
 
 
 def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:
     """PEFT's own loader, with its soft warnings about missing weights as errors."""
-    with warnings.catch_warnings():
+    with quiet_peft():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -27,15 +28,24 @@ def make_lora(model: nn.Module, targets: Sequence[Target]) -> PeftModel:
     full = [t.path for t in targets if t.method == "full"]
     _require_distinct(model, full)
     config = _config(model, adapters, full)
-    with warnings.catch_warnings():
-        # PEFT settles this per layer by itself; a policy may name layers of both kinds.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+    with quiet_peft():
         tuned = get_peft_model(model, config)
     _require_exactly(tuned, {t.path: _peft_rank(t) for t in adapters})
     if isinstance(config.target_modules, set):
         # PEFT shortens long lists to endings that are unique in this model; full paths say what was adapted.
         config.target_modules = {t.path for t in adapters}
     return tuned
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Keep back warnings of PEFT that no user can act on."""
+    with warnings.catch_warnings():
+        # PEFT settles this per layer by itself; a policy may name layers of both kinds.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        # PEFT asks transformers by an old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def _config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -> LoraConfig:

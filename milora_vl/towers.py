@@ -99,7 +99,10 @@ class Towers:
         if tower == "language":
             return f"language.{path.split('.')[-1]}"
         root = self.projector if tower == "projector" else self.vision
-        return f"{tower}.{path.removeprefix(f'{root}.')}"
+        inside = path.removeprefix(f"{root}.")
+        if tower == "projector" and inside.isdecimal() and int(inside) % 2 == 0:  # LLaVA: 0 a layer, 1 an activation
+            inside = f"linear_{int(inside) // 2 + 1}"
+        return f"{tower}.{inside}"
 
 
 def find_towers(model: nn.Module) -> Towers:

@@ -1,0 +1,65 @@
+"""Two processes hold the same adapter, whatever their machines make of nearly equal components, and train as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = """
+import json, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from milora_vl import apply_milora
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8))
+if rank == 1:  # another machine rounds otherwise
+    for parameter in model.parameters():
+        parameter.data *= 1 + 1e-3 * torch.rand(parameter.shape)
+tuned = apply_milora(model, [{"modules": "language", "method": "milora", "rank": 3}])
+wrapped = DistributedDataParallel(tuned)
+x = torch.randn(4, 12, generator=torch.Generator().manual_seed(rank))
+optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+start = [b.sum().item() for b in tuned.buffers()]
+for _ in range(3):
+    wrapped(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+trained = [p.detach().double().sum().item() for p in tuned.parameters() if p.requires_grad]
+anchors = [b.double().sum().item() for b in tuned.buffers()]
+ignored = len(wrapped.parameters_to_ignore)
+print("RESULT" + json.dumps([trained, anchors, ignored, start == [b.sum().item() for b in tuned.buffers()]]))
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_ranks_share_anchors_and_trained_halves(tmp_path: Path, processes: int) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    port = 20000 + os.getpid() % 20000
+    workers = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "worker.py"], stdout=subprocess.PIPE, text=True,
+            env={
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            },
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
+    printed = [worker.communicate(timeout=180)[0] for worker in workers]
+    # gloo sometimes aborts at interpreter exit, after everything is done
+    results = [json.loads(text.split("RESULT")[1].splitlines()[0]) for text in printed]
+    assert results[0] == results[1]
+    _, anchors, ignored, unchanged = results[0]
+    assert len(anchors) == ignored == 4
+    assert unchanged

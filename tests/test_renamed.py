@@ -1,0 +1,79 @@
+"""An adapter trained on HF's LLaVA, loaded into LLaVA's own class: one base, two layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from adapter_cases import LLAVA_POLICY, anchors, move, token_batch, train_steps
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from milora_vl import apply_milora, load_adapter, save_adapter
+from milora_vl.renamed import renamed_key
+from milora_vl.sidecar import AdapterError
+
+
+def original(hf: Any) -> nn.Module:
+    """LLaVA's own class with the weights of a small HF LLaVA; its vision tower is loaded later, as there."""
+    pytest.importorskip("llava")
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    settings = {k: v for k, v in hf.config.text_config.to_dict().items() if k != "model_type"}
+    model = LlavaLlamaForCausalLM(LlavaConfig(**settings)).eval()
+    model.model.load_state_dict(hf.model.language_model.state_dict())
+    model.lm_head.load_state_dict(hf.lm_head.state_dict())
+    old = hf.model.multi_modal_projector
+    model.model.mm_projector = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64))
+    model.model.mm_projector[0].load_state_dict(old.linear_1.state_dict())
+    model.model.mm_projector[2].load_state_dict(old.linear_2.state_dict())
+    model.model.vision_tower = nn.Module()
+    return model
+
+
+@pytest.fixture
+def adapted(tiny_llava, tmp_path: Path) -> SimpleNamespace:
+    base, _ = tiny_llava()
+    other = original(base)
+    model = apply_milora(base, LLAVA_POLICY)
+    move(model)
+    save_adapter(model, tmp_path)
+    return SimpleNamespace(model=model, other=other, folder=tmp_path)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_it_gives_the_same_logits_and_the_same_projector(adapted, is_trainable: bool) -> None:
+    ids = token_batch(200)
+    loaded = load_adapter(adapted.other, adapted.folder, is_trainable=is_trainable)
+    assert torch.allclose(loaded.eval()(ids).logits, adapted.model.eval()(input_ids=ids).logits, atol=1e-5)
+    x = torch.randn(2, 32)
+    projector = adapted.model.get_base_model().model.multi_modal_projector
+    assert torch.allclose(loaded.get_base_model().model.mm_projector(x), projector(x), atol=1e-5)
+    assert [t.path for t in loaded.milora_targets][-1] == "model.layers.1.mlp.down_proj"
+    assert len(anchors(loaded)) == 26
+    assert any(p.requires_grad for p in loaded.parameters()) is is_trainable
+
+
+def test_it_trains_on_there_and_comes_back(adapted, tiny_llava) -> None:
+    ids = token_batch(200)
+    loaded = load_adapter(adapted.other, adapted.folder, is_trainable=True)
+    train_steps(loaded.eval(), {"input_ids": ids}, steps=2)
+    save_adapter(loaded, adapted.folder / "back")
+    back = load_adapter(tiny_llava()[0], adapted.folder / "back")
+    assert torch.allclose(back(input_ids=ids).logits, loaded(ids).logits, atol=1e-5)
+
+
+def test_weights_that_milora_json_does_not_tell_of_are_refused(adapted) -> None:
+    file = adapted.folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights.pop(next(key for key in weights if "lora_B" in key))
+    save_file(weights, file)
+    with pytest.raises(AdapterError, match=r"are not those milora.json tells of: .*lora_B.weight \(1 differ\)"):
+        load_adapter(adapted.other, adapted.folder)
+
+
+def test_keys_outside_the_known_modules_stay() -> None:
+    assert renamed_key("base_model.model.a.lora_A.weight", {"b": "c"}) == "base_model.model.a.lora_A.weight"
