@@ -74,7 +74,7 @@ def test_a_mistake_is_a_few_lines_on_stderr_and_exit_2(arguments: list[str], mes
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     record = {"conversations": [{"from": "human", "value": "word " * 2000}, {"from": "gpt", "value": "b"}]}
     (tmp_path / "a.json").write_text(json.dumps([record] * 200))
-    command = f"{sys.executable} -m milora_data show {tmp_path}/a.json --limit 200 | head -c 100"
+    command = f"{sys.executable} -m milora_data show {tmp_path}/a.json --limit 200 --format json | head -c 100"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stderr == ""
 

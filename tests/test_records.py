@@ -136,6 +136,12 @@ def test_what_is_no_record_is_named_with_file_and_line(tmp_path: Path, value: An
     assert message in str(caught.value)
 
 
+def test_numbers_are_not_cut_where_the_reading_window_ends(tmp_path: Path) -> None:
+    values = [10**7 + i for i in range(300_000)]
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    assert [value for _, value in read_objects(tmp_path / "a.json")] == values
+
+
 def test_a_large_list_is_read_in_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("[\n" + ",\n".join([json.dumps(RECORD | {"pad": "é" * 2000})] * 8000) + "\n]")

@@ -7,30 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# Not on first use: importing the module `encode` later would put itself in the place of the function.
+# `encode` is also the name of a module: imported here, the function wins, whatever is imported later.
 from .encode import Encoded, encode, encode_prompt
+from .errors import DataError, UserError
+from .images import expand_to_square, load_image
+from .records import Record, Turn, load_records, parse_record
+from .templates import TEMPLATES, Template
 
 if TYPE_CHECKING:
     from .collate import ImageTextCollator
-    from .errors import DataError, UserError
-    from .images import expand_to_square, load_image
-    from .records import Record, Turn, load_records, parse_record
-    from .templates import TEMPLATES, Template
-
-# Loaded on first use: the collator needs torch, which commands must not import before they have read their arguments.
-_HOMES = {
-    "ImageTextCollator": "collate",
-    "DataError": "errors",
-    "UserError": "errors",
-    "expand_to_square": "images",
-    "load_image": "images",
-    "Record": "records",
-    "Turn": "records",
-    "load_records": "records",
-    "parse_record": "records",
-    "TEMPLATES": "templates",
-    "Template": "templates",
-}
 
 __all__ = [
     "TEMPLATES",
@@ -51,8 +36,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name != "ImageTextCollator":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    # It needs torch, which commands must not import before they have read their arguments.
+    from .collate import ImageTextCollator
 
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return ImageTextCollator
