@@ -72,6 +72,13 @@ def test_a_clean_data_set_is_said_to_be_one(tiny_data: Path, capsys: pytest.Capt
     assert "nothing to complain about" in out
 
 
+def test_pictures_beside_the_data_are_found_without_a_flag(tiny_data: Path, write: Callable[..., Path]) -> None:
+    ask = turns((H, "<image>\na"), (G, "b"))
+    assert main(["check", str(tiny_data / "train.json")]) == 0  # in images/
+    assert main(["check", str(write(GOOD, ask | {"image": "images/0.png"}))]) == 0  # named from the data's folder
+    assert main(["check", str(write(ask | {"image": "no/0.png"}, name="no.json"))]) == 1
+
+
 def test_warnings_alone_are_no_failure(write: Callable[..., Path]) -> None:
     assert main(["check", str(write(BROKEN["empty_answer"][1]))]) == 0
     assert main(["check", str(write(BROKEN["no_answer"][1]))]) == 1

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 if there are errors."""
     options = parser("python -m milora_data check", "Find what is broken in a data set of LLaVA's format.", EPILOG)
     options.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
-    options.add_argument("--image_folder", type=Path, help="folder of the pictures (default: the folder of DATA)")
+    options.add_argument("--image_folder", type=Path, help="folder of the pictures (default: beside DATA)")
     options.add_argument("--fix", type=Path, metavar="OUT", help="write what is usable, repaired, to this new file")
     options.add_argument(
         "--pictures", choices=("decode", "exist"), default="decode", help="read each one, or only look for its file"
@@ -55,10 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def image_folder(data: Path, given: Path | None) -> Path:
-    """Return the folder that picture names are relative to: the given one, else that of the data file."""
-    if given is not None and not given.is_dir():
-        raise UserError(f"no such folder: {given}\nname the folder of the pictures with --image_folder")
-    return data.parent if given is None else given
+    """Return the folder that picture names are relative to.
+
+    That is the given one, else the folder of the data file or `images` in it, whichever holds the first picture.
+    Raises `UserError` for a folder that is not there.
+    """
+    if given is not None:
+        if not given.is_dir():
+            raise UserError(f"no such folder: {given}\nname the folder of the pictures with --image_folder")
+        return given
+    try:
+        first = next((record.images[0] for record in load_records(data) if record.images), "")
+    except DataError:
+        return data.parent  # the command itself says what is broken
+    places = (data.parent, data.parent / "images")
+    return next((place for place in places if first and (place / first).is_file()), data.parent)
 
 
 def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "decode") -> Report:

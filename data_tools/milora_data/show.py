@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser("python -m milora_data show", "Print records as they are learnt, with the mask.", EPILOG)
     options.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
-    options.add_argument("--image_folder", type=Path, help="folder of the pictures (default: the folder of DATA)")
+    options.add_argument("--image_folder", type=Path, help="folder of the pictures (default: beside DATA)")
     options.add_argument("--id", help="only the record with this id")
     options.add_argument("--index", type=int, default=0, help="first record to print, from 0 (default: %(default)s)")
     options.add_argument("--limit", type=int, default=1, help="number of records (default: %(default)s)")
