@@ -1,0 +1,49 @@
+"""DocVQA and InfographicVQA: average normalised Levenshtein similarity of one answer.
+
+`anls` follows the RRC script (as in QwenLM/Qwen-VL, eval_mm/infographicsvqa_eval.py), `anls_pix2struct` the variant of
+google-research/pix2struct, which gives nothing at exactly 0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+THRESHOLD = 0.5
+
+
+def anls(text: str, references: Sequence[str]) -> float:
+    """Return the similarity to the nearest reference, 0 below 0.5.
+
+    Case and blanks are evened out for the distance, but not for the length it is divided by.
+
+    >>> anls("helo", ["hello"]), anls("ab  ", ["ax"])
+    (0.8, 0.75)
+    """
+    distances = []
+    for reference in references:
+        length = max(len(text), len(reference))
+        distance = levenshtein(" ".join(reference.lower().split()), " ".join(text.lower().split()))
+        distances.append(distance / length if length else 0.0)
+    similarity = 1 - min(distances)
+    return 0.0 if similarity < THRESHOLD else similarity
+
+
+def anls_pix2struct(text: str, references: Sequence[str]) -> float:
+    """Return the similarity to the nearest reference, 0 at 0.5 and below; callers lower-case both."""
+    best = 0.0
+    for reference in references:
+        length = max(len(text), len(reference))
+        distance = levenshtein(reference, text) / length if length else 0.0
+        best = max(best, 1 - distance if distance < THRESHOLD else 0.0)
+    return best
+
+
+def levenshtein(a: str, b: str) -> int:
+    """Return the least number of insertions, deletions and replacements that turn one text into the other."""
+    short, long = sorted((a, b), key=len)
+    row = list(range(len(short) + 1))
+    for i, letter in enumerate(long):
+        above, row[0] = row[0], i + 1
+        for j, other in enumerate(short):
+            above, row[j + 1] = row[j + 1], above if letter == other else 1 + min(above, row[j + 1], row[j])
+    return row[-1]

@@ -1,0 +1,42 @@
+"""GSM8K as MiLoRA scores it: the rounded number behind the last "The answer is: ".
+
+Follows sufenlp/MiLoRA inference/gsm8k_inference.py.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+MARKER = "The answer is: "
+_NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
+
+
+def gsm8k_number(text: str) -> int | None:
+    """Return the first number behind the last marker, rounded as Python does; None without marker or number.
+
+    One separator is read: "1,234,567" is 1234. A fraction is divided; over 0 it is its numerator.
+
+    >>> gsm8k_number("so. The answer is: 1/2"), gsm8k_number("The answer is 42")
+    (0, None)
+    """
+    parts = text.split(MARKER)
+    found = _NUMBER.search(parts[-1].strip()) if len(parts) > 1 else None
+    if found is None:
+        return None
+    number = found.group().replace(",", "")
+    if "/" in number:
+        return _rounded_fraction(*number.split("/"))
+    value = float(number)
+    return None if value == float("inf") else round(value)
+
+
+def _rounded_fraction(numerator: str, denominator: str) -> int | None:
+    if not numerator.strip("+-"):
+        return None
+    if denominator == "0":
+        return round(float(numerator))
+    if int(denominator) == 0:  # "1/00", which the script divides by
+        return None
+    fraction = Fraction(f"{numerator}/{denominator}")
+    return round(fraction.numerator / fraction.denominator)

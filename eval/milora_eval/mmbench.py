@@ -1,0 +1,81 @@
+"""MMBench: the option an answer means, by VLMEvalKit's rules without a judge and by lmms-eval's, and CircularEval.
+
+Follows vlmeval/utils/matching_util.py and vlmeval/dataset/utils/multiple_choice.py (exact matching), and
+lmms_eval/tasks/mmbench/mmbench_evals.py. Their switch VERBOSE, which changes results, is off here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+Option = str | Literal[False]
+
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+NO_ANSWER = "Failed to obtain answer via API"
+_VERBOSE = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
+_BLANKED = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+# What lmms-eval allows around a letter, in this order.
+_AROUND = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
+
+
+def mmbench_option(text: str, choices: Mapping[str, str]) -> Option:
+    """Return the letter that an answer means, "Z" for a refusal, False where it cannot be told (VLMEvalKit).
+
+    >>> mmbench_option("The answer is (B).", {"A": "red", "B": "green"})
+    'B'
+    """
+    return option_letter(text, choices) or _option_by_text(text, choices, longest=2)
+
+
+def option_letter(text: str, letters: Iterable[str]) -> Option:
+    """Return the letter named in an answer: alone among its last words, or after "answer is"."""
+    letters = list(letters)
+    if NO_ANSWER in text:
+        return False
+    if any(refusal in text for refusal in REFUSALS):
+        return "Z"
+    words = text.translate(_BLANKED).split()
+    named = [letter for letter in letters if letter in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:
+        return named[0]
+    if not named and "Z" in words:
+        return "Z"
+    found = _VERBOSE.search(text)
+    return found.group(1).upper() if found is not None and found.group(1).upper() in letters else False
+
+
+def mmbench_option_lmms_eval(text: str, choices: Mapping[str, str]) -> Option:
+    """Return the letter that an answer means by lmms-eval's rules, False where it cannot be told."""
+    letters, words = "ABCDE", text.split()
+    if NO_ANSWER not in text:
+        named = [letter for letter in letters if letter in words]
+        # A among more than three words may be the article: then no bare letter counts.
+        if len(named) == 1 and not ("A" in words and len(words) > 3):
+            return named[0]
+        for around in _AROUND:
+            named = [letter for letter in letters if around.format(letter) in words]
+            if len(named) == 1:
+                return named[0]
+    return _option_by_text(text, choices, longest=None)
+
+
+def circular_hit(texts: Sequence[str], answers: Sequence[str], choices: Sequence[Mapping[str, str]]) -> bool:
+    """Tell whether every rotation of a question is answered rightly; one that cannot be told is a miss."""
+    rotations = zip(texts, answers, choices, strict=True)
+    return all(mmbench_option(text, options) == answer for text, answer, options in rotations)
+
+
+def _option_by_text(text: str, choices: Mapping[str, str], longest: int | None) -> Option:
+    """Return the only option whose text is in the answer; not for answers `longest` times as long as all options."""
+    text = text.lower()
+    if longest is not None and len(text) > longest * sum(len(str(option)) for option in choices.values()):
+        return False
+    named = [letter for letter, option in choices.items() if str(option).lower() in text]
+    return named[0] if len(named) == 1 else False

@@ -1,0 +1,48 @@
+"""RefCOCO: boxes in answers, their overlap, and where LLaVA sees them.
+
+Follows lmms_eval/tasks/refcoco/utils_rec.py, except that boxes are given on the padded square, as LLaVA-1.5 was
+trained (LLaVA issues 606 and 822); lmms-eval normalises on the picture itself, which is wrong for LLaVA-1.5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+Box = tuple[float, float, float, float]
+NULL_BOX: Box = (0.0, 0.0, 0.0, 0.0)
+_NUMBER = r"(-?\d+(?:\.\d+)?)"
+_BOX = re.compile(rf"\[\s*{_NUMBER},\s*{_NUMBER},\s*{_NUMBER},\s*{_NUMBER}\s*\]")
+
+
+def box_of(text: str) -> Box:
+    """Return the first [left, top, right, bottom] of an answer, or NULL_BOX.
+
+    >>> box_of("It is at [0.1, 0.2, 0.5, 0.6].")
+    (0.1, 0.2, 0.5, 0.6)
+    """
+    found = _BOX.search(text)
+    if found is None:
+        return NULL_BOX
+    left, top, right, bottom = map(float, found.groups())
+    return left, top, right, bottom
+
+
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return intersection over union of two boxes (left, top, right, bottom); 0 where both are empty."""
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
+    return width * height / union if union else 0.0
+
+
+def on_padded_square(box: Sequence[float], width: int, height: int) -> Box:
+    """Return a box in pixels as fractions of the square that LLaVA pads the picture to.
+
+    >>> on_padded_square((0, 0, 200, 100), 200, 100)
+    (0.0, 0.25, 1.0, 0.75)
+    """
+    side = max(width, height)
+    x, y = (side - width) // 2, (side - height) // 2
+    left, top, right, bottom = box
+    return (left + x) / side, (top + y) / side, (right + x) / side, (bottom + y) / side

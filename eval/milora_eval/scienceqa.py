@@ -1,0 +1,28 @@
+"""ScienceQA: the letter of an answer and its place among the choices. Follows llava/eval/eval_science_qa.py."""
+
+from __future__ import annotations
+
+import re
+
+FAILED = "FAILED"
+LETTERS = "ABCDE"
+
+
+def scienceqa_letter(text: str) -> str:
+    """Return the letter of an answer, or FAILED: a bare letter, "B. ...", or one "The answer is B" and a character.
+
+    >>> scienceqa_letter("B"), scienceqa_letter("B. red"), scienceqa_letter("(B)")
+    ('B', 'B', 'FAILED')
+    """
+    if len(text) == 1 and text in LETTERS:
+        return text
+    if len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
+        return text[0]
+    found = re.findall(r"The answer is ([A-Z]).", text)
+    return str(found[0]) if len(found) == 1 else FAILED
+
+
+def scienceqa_index(text: str, num_choices: int) -> int:
+    """Return the number of the choice that an answer names, -1 (wrong) for none of them."""
+    letter = scienceqa_letter(text)
+    return LETTERS.index(letter) if letter in list(LETTERS[:num_choices]) else -1
