@@ -123,7 +123,9 @@ def parse(argv: Sequence[str] | None) -> Request:
     overrides = _nested({name: _alias(name, value) for name, value in sections["recipe"].items()})
     if train:
         overrides["train"] = train
-    actions = [name for name in ("print_recipe", "list_models", "list_recipes", "dry_run") if run.get(name)]
+    actions = [
+        name for name in ("print_recipe", "list_models", "list_recipes", "dry_run") if run.get(name, False) is not False
+    ]
     return Request(
         recipe=run.get("recipe"),
         overrides=overrides,

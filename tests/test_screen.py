@@ -1,0 +1,55 @@
+"""The policy table and the line people grep."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+from milora_vl.adapter import apply_milora
+from milora_vl.policy import Policy
+from milora_vl.screen import Screen, policy_rows, trainable_line, trained_sizes
+
+RULES = [
+    {"modules": "language", "method": "milora", "rank": 4, "learning_rate": 2e-4},
+    {"modules": "language.layers[0].attention", "rank": 8},
+    {"modules": "projector", "method": "full"},
+]
+
+
+def test_one_row_for_what_is_alike(tiny_llava: Callable[..., Any]) -> None:
+    base = tiny_llava()[0]
+    targets = Policy.parse(RULES).resolve(base)
+    sizes = trained_sizes(targets, base)
+    model = apply_milora(base, Policy.parse(RULES))
+    rows = policy_rows(targets, sizes, model.milora_report)
+    assert [row[:5] for row in rows] == [
+        ("language", "10", "milora", "4", "4"),
+        ("language", "4", "milora", "8", "8"),
+        ("projector", "2", "full", "-", "-"),
+    ]
+    assert rows[2][5:] == ("6,272", "the run's", "-", "-")
+    assert " - " in rows[0][7]
+    assert rows[0][8].endswith(" %")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(sizes.values()) == trained
+    assert trainable_line(model).startswith(f"trainable params: {trained:,d} || all params: ")
+
+
+def test_the_line_is_pefts_own(tiny_llava: Callable[..., Any], capsys: Any) -> None:
+    model = apply_milora(tiny_llava()[0], Policy.parse(RULES))
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.strip() == trainable_line(model)
+
+
+def test_no_colour_codes_without_a_terminal() -> None:
+    stream = io.StringIO()
+    screen = Screen(stream)
+    screen.header([("model", "[tiny]"), ("run", "r")])
+    screen.warn("careful")
+    screen.policy([("language", "1", "milora", "4", "4", "8", "1", "-", "-")], ["vision"])
+    text = stream.getvalue()
+    assert "\x1b" not in text
+    assert "model  [tiny]" in text
+    assert "warning: careful" in text
+    assert "frozen" in text
