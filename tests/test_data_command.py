@@ -146,7 +146,7 @@ def test_show_and_stats_count_tokens(tiny_data: Path, tmp_path: Path, capsys: Ou
     options = [str(tiny_data / "train.json"), "--tokenizer", str(tmp_path / "p"), "--image_tokens", "16"]
     assert main(["show", *options, "--format", "json", "--max_length", "220"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["tokens"]["pictures"] == 16
+    assert shown["tokens"]["of_pictures"] == 16
     assert {"kind": "picture", "text": "<image x 16>"} in shown["pieces"]
     assert sum(piece["kind"] == "learnt" for piece in shown["pieces"]) == 1
     assert main(["stats", *options, "--format", "json", "--max_length", "250"]) == 0

@@ -80,7 +80,7 @@ def _pieces(
     counts = {
         "tokens": len(made.input_ids),
         "learnt": learnt,
-        "pictures": made.num_images * image_tokens,
+        "of_pictures": made.num_images * image_tokens,
         "cut": made.num_cut,
     }
     return token_pieces(made, tokenizer, -200), counts
@@ -109,7 +109,7 @@ def _print(record: Record, pieces: Sequence[Piece], counts: dict[str, int], fold
     if record.extra:
         console.print(f"more keys: {json.dumps(dict(record.extra), ensure_ascii=False)}", style="dim")
     if counts:
-        console.print(", ".join(f"{number:,} {what}" for what, number in counts.items()), style="dim")
+        console.print(", ".join(f"{number:,} {what.replace('_', ' ')}" for what, number in counts.items()), style="dim")
     console.print(as_rich(pieces))
 
 
