@@ -65,6 +65,7 @@ RUN_FLAGS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "list_recipes": ("bool", (), "print the recipes"),
 }
 ALIASES = {"template": {"v1": "vicuna_v1"}, "image_aspect_ratio": {"square": "plain"}}
+ACTIONS = ("print_recipe", "list_models", "list_recipes", "dry_run")
 TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": hf_arguments.boolean}
 
 
@@ -123,9 +124,7 @@ def parse(argv: Sequence[str] | None) -> Request:
     overrides = _nested({name: _alias(name, value) for name, value in sections["recipe"].items()})
     if train:
         overrides["train"] = train
-    actions = [
-        name for name in ("print_recipe", "list_models", "list_recipes", "dry_run") if run.get(name, False) is not False
-    ]
+    actions = [name for name in ACTIONS if run.get(name, False) is not False]
     return Request(
         recipe=run.get("recipe"),
         overrides=overrides,

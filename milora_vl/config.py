@@ -72,7 +72,7 @@ class Recipe(_Strict):
     0.03
     """
 
-    model: str = "llava-1.5-7b"
+    model: str = ""
     quantization: Literal["none", "4bit", "8bit"] = "none"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the frozen weights
     projector_weights: str | None = None  # file or folder that the projector starts from

@@ -126,7 +126,9 @@ class Run:
 
     def train(self) -> None:
         """Train with HF's Trainer; a keyboard interrupt says how to go on."""
-        from milora_vl import run_files
+        import torch
+
+        from milora_vl import failures, run_files
         from milora_vl.trainer import MiloraTrainer
 
         self.trainer = MiloraTrainer(
@@ -146,6 +148,8 @@ class Run:
             self.screen.say(f"\nstopped at step {self.trainer.state.global_step}; to go on, repeat the command with")
             self.screen.say("  --resume_from_checkpoint auto")
             raise
+        except (UserError, torch.OutOfMemoryError) as error:
+            raise failures.explained(error, self.args) from None
 
     def save(self) -> None:
         """Write the final weights, processor and HF's state at the root of the run folder."""

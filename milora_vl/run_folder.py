@@ -77,7 +77,8 @@ def choose(path: Path, resume: str | None) -> RunFolder:
             f"nothing to resume from in {path}\n" + "\n".join(reasons)
             + "\nleave --resume_from_checkpoint out to start, or say auto to resume where there is something"
         )  # fmt: skip
-    if checkpoint is None and any((path / name).is_file() for name in RESULTS):
+    has_weights = any((path / name).is_file() for name in RESULTS)
+    if checkpoint is None and has_weights and not read_environment(path):
         _refuse_to_overwrite(path)
     return RunFolder(path, checkpoint, tuple(skipped))
 

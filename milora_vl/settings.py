@@ -42,11 +42,10 @@ def resolve(request: Request) -> Settings:
     implicit = rules is None
     merged["policy"] = edited(rules, request.edits)
     recipe = Recipe.parse(merged, "the command line" if not request.recipe else f"{source} and the command line")
-    per_device, accumulation = (
-        base.train.get("per_device_train_batch_size"),
-        base.train.get("gradient_accumulation_steps", 1),
-    )
-    batch = (int(per_device), int(accumulation)) if per_device else None
+    if not recipe.model:
+        raise UserError(f"no model is named: --model NAME, or a --recipe that names one\nsee: {PROG} --list-models")
+    per_device = base.train.get("per_device_train_batch_size")
+    batch = (int(per_device), int(base.train.get("gradient_accumulation_steps", 1))) if per_device else None
     notes = [meaning.line] if meaning and meaning.line else []
     warnings = meaning.warnings if meaning else []
     return Settings(recipe, request.recipe or "", implicit, batch, notes, warnings)

@@ -70,6 +70,14 @@ def test_resume_without_anything_to_resume(tmp_path: Path) -> None:
     assert choose(tmp_path, "auto").checkpoint is None
 
 
+def test_auto_starts_again_what_was_killed_before_its_first_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text(json.dumps({"finished": None}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut off")
+    assert choose(tmp_path, "auto").checkpoint is None
+    (tmp_path / "environment.json").unlink()
+    assert "trained weights" in refused(tmp_path, "auto")
+
+
 def test_the_default_folder_names_model_method_and_time() -> None:
     recipe = Recipe.parse({"model": "org/m", "policy": [{"modules": "language", "method": "lora", "rank": 8}]})
     path = default_path(recipe, datetime(2026, 11, 25, 4, 36, 7))

@@ -153,6 +153,7 @@ MISTAKES = {
     "missing folder": (["--image_folder", "nowhere"], "--image_folder"),
     "missing pictures": (["--image_folder", "."], "8 of 8 pictures are missing"),
     "unknown model": (["--model", "tinny"], "did you mean"),
+    "no model": (["--model", ""], "no model is named"),
     "unknown template": (["--template", "vicuna"], "vicuna_v1"),
     "evaluation without records": (["--eval_strategy", "epoch"], "--eval_data_path"),
     "rank too large": (["--rank", "1000"], "rank"),
@@ -179,6 +180,18 @@ def test_skipping_missing_pictures_is_counted(tiny_data: Path, tmp_path: Path, c
     assert main(words(tiny_data, tmp_path / "run", "--rank", "4", "--bad_images", "skip", "--max_steps", "1")) == 0
     assert "1 records with missing pictures are left out" in capfd.readouterr().err
     assert content(tmp_path / "run", "environment.json")["data"]["skipped"] == 1
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_picture_ends_the_run_with_its_name(workers: str, tiny_data: Path, tmp_path: Path) -> None:
+    for number in range(8):
+        (tiny_data / "images" / f"{number}.png").write_bytes(b"no picture")
+    with pytest.raises(UserError) as error:
+        main(words(tiny_data, tmp_path / "run", "--rank", "4", "--dataloader_num_workers", workers))
+    assert error.value.exit_code == 1
+    assert "cannot read this picture" in str(error.value)
+    assert "--bad_images skip" in str(error.value)
+    assert "Traceback" not in str(error.value)
 
 
 def test_a_mistake_is_no_traceback(tmp_path: Path) -> None:
