@@ -27,7 +27,7 @@ def explained(error: Exception, args: TrainingArguments) -> UserError:
 def without_traceback(text: str) -> str:
     """The message inside what torch makes of an exception in a loader process.
 
-    >>> without_traceback("Caught E.\\nOriginal Traceback (most recent call last):\\n  File x\\nmilora_data.E: a.png: broken")
+    >>> without_traceback("Caught E.\\nOriginal Traceback:\\n  File x\\nmilora_data.E: a.png: broken")
     'a.png: broken'
     """
     if "Original Traceback" not in text:
