@@ -89,14 +89,15 @@ def test_a_recipe_given_back_repeats_the_run(tiny_data: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_losses_are_those_of_an_uninterrupted_run(method: str, tiny_data: Path, tmp_path: Path) -> None:
-    """With an evaluation at the end of an epoch, where the random state is easily lost."""
+    """With an evaluation at the end of an epoch, where the random state is easily lost, and losses averaged over steps."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     extra = ["--method", method, *METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]
-    assert main(words(tiny_data, whole, *extra, "--save_steps", "3")) == 0
+    extra += ["--logging_steps", "2", "--save_steps", "3"]
+    assert main(words(tiny_data, whole, *extra)) == 0
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoint-6")
     (part / WEIGHTS.get(method, "adapter_model.safetensors")).unlink()
-    assert main(words(tiny_data, part, *extra, "--save_steps", "3", "--resume_from_checkpoint", "true")) == 0
+    assert main(words(tiny_data, part, *extra, "--resume_from_checkpoint", "true")) == 0
     assert losses(part) == losses(whole)
     weights = WEIGHTS.get(method, "adapter_model.safetensors")
     before, after = load_file(whole / weights), load_file(part / weights)
