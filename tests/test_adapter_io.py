@@ -163,3 +163,14 @@ def test_a_model_with_an_adapter_takes_no_second_one_this_way(saved) -> None:
     model, folder = saved
     with pytest.raises(AdapterError, match=r"use its own load_adapter\(path, name\)"):
         load_adapter(model, folder)
+
+
+def test_a_file_with_weights_missing_is_refused_where_peft_only_warns(saved, tiny_llava) -> None:
+    from safetensors.torch import load_file, save_file
+
+    _, folder = saved
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights.pop(next(key for key in weights if "lora_A" in key))
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="does not fit LlavaForConditionalGeneration\nFound missing adapter keys"):
+        load_adapter(tiny_llava()[0], folder)
