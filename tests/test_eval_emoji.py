@@ -56,16 +56,24 @@ def test_without_training_data_only_choices_have_a_baseline(tmp_path: Path) -> N
 
 def test_the_headline_is_the_mean_over_types(data: Path) -> None:
     metrics = all_answered(data, "red")
-    own = {metric.name: metric.value for metric in metrics[1:]}
+    own = {metric.name: metric.value for metric in metrics[1:-1]}
     assert metrics[0].name == "mean over types"
     assert metrics[0].value == pytest.approx(sum(own.values()) / len(own))
     assert own == {"colour": 0.25, "yes_no": 0, "choice": 0.25, "choice_letter": 0, "multi_turn": 0.25, "text_only": 0}
     assert metrics[0].stderr is not None
 
 
+def test_an_answer_in_a_sentence_counts_in_the_lenient_mean_alone(data: Path) -> None:
+    metrics = all_answered(data, "It is red.\nblue")
+    assert metrics[0].value == 0
+    assert metrics[-1].name == "mean, answer in first line"
+    assert metrics[-1].value == pytest.approx((1 / 4 + 0 + 1 / 4 + 1 / 4 + 0) / 5)  # letters left out
+    assert all_answered(data, "It is reddish.")[-1].value == 0
+
+
 def test_letters_are_said_to_stay_low(data: Path) -> None:
     notes = {metric.name: metric.note for metric in all_answered(data, "red") if metric.note}
-    assert list(notes) == ["choice_letter"]
+    assert list(notes) == ["choice_letter", "mean, answer in first line"]
 
 
 def test_a_missing_data_set_says_how_to_make_it(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ Ngrams = Counter[tuple[str, ...]]
 def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """Return the score of every picture's caption against its references; ten is perfect. The corpus score is the mean.
 
-    >>> cider_d(["a cat sits", "a dog runs"], [["a cat sits"], ["a dog runs"]])
+    >>> [round(score, 6) for score in cider_d(["a cat sits", "a dog runs"], [["a cat sits"], ["a dog runs"]])]
     [7.5, 7.5]
     """
     cooked = [[ngrams(reference) for reference in group] for group in references]

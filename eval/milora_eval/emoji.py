@@ -18,11 +18,15 @@ from milora_eval.benchmark import Answer, Item, Metric, MissingData
 from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr
 
 CHOICES = ("choice", "choice_letter")
+LENIENT = "mean, answer in first line"
+LENIENT_NOTE = (
+    "counts an accepted answer anywhere in the reply's first line (letters left out): what is not mere format"
+)
 LETTER_NOTE = "small models seldom learn to answer by letter: this type may stay at its baseline"
 
 
 class Emoji:
-    """Held-out emoji: accuracy by question type, and the mean over the types as the headline."""
+    """Held-out emoji: accuracy by question type, the mean over the types as the headline, and a lenient mean last."""
 
     name = "emoji"
     version = "1"
@@ -64,7 +68,7 @@ class Emoji:
             baseline=mean(baselines) if len(baselines) == len(metrics) else None,
             mean_of="types",
         )
-        return [overall, *metrics]
+        return [overall, *metrics, *_lenient(answers)]
 
 
 def make_command(data_dir: Path) -> str:
@@ -84,6 +88,21 @@ def _accuracy(kind: str, answers: Sequence[Answer]) -> Metric:
         note=LETTER_NOTE if kind == "choice_letter" else None,
         mean_of="items",
     )
+
+
+def _lenient(answers: Sequence[Answer]) -> list[Metric]:
+    """Return how often an accepted answer is at least mentioned, so that a reply in a sentence counts too."""
+    asked = [answer for answer in answers if answer.item.kind != "choice_letter"]
+    if not asked:
+        return []
+    values, types = [float(_mentions(a.text, a.item.answers)) for a in asked], [a.item.kind for a in asked]
+    stderr = stratified_stderr(values, types, [a.item.group for a in asked])
+    return [Metric(LENIENT, stratified_mean(values, types), stderr, len(asked), note=LENIENT_NOTE)]
+
+
+def _mentions(text: str, accepted: Sequence[str]) -> bool:
+    first = text.strip().split("\n")[0].lower()
+    return any(re.search(rf"\b{re.escape(normalise(answer))}\b", first) for answer in accepted)
 
 
 def _item(record: Record, data_dir: Path, baseline: float | None) -> Item:
