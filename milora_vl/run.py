@@ -22,6 +22,7 @@ class Run:
         self.start = time.monotonic()
         self.screen = Screen()
         self.request = request
+        self.failed: list[str] = []  # evaluations that did not come to their end
         self.settings = settings.resolve(request)
         self.recipe = self.settings.recipe
         path = Path(request.output_dir) if request.output_dir else run_folder.default_path(self.recipe, datetime.now())
@@ -173,7 +174,7 @@ class Run:
         for command in plan:
             self.screen.say("python " + " ".join(command))
             if not evaluation.run(command):
-                raise UserError(f"the evaluation failed; the training is saved in {self.folder.path}", exit_code=1)
+                self.failed.append("python " + " ".join(command))
 
     def close(self) -> int:
         """Write the model card and the report, and say where everything is. Returns the exit code."""
@@ -181,7 +182,9 @@ class Run:
             from milora_vl.closing import close
 
             close(self.folder, self.recipe, self.screen)
-        return 0
+        for command in self.failed:
+            self.screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")
+        return 1 if self.failed else 0
 
     def describes_start(self) -> bool:
         """Whether policy and spectra are to be written: not where a resumed run finds those of its start."""

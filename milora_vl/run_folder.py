@@ -6,6 +6,7 @@ recipe.yaml, environment.json, policy.json, spectrum.json, the processor and REA
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,12 @@ class RunFolder:
 
 
 def default_path(recipe: Recipe, now: datetime) -> Path:
-    """runs/MODEL/METHOD/TIME, as in `runs/llava-1.5-7b/milora-r128/2026-11-25_0436`."""
+    """runs/MODEL/METHOD/TIME, as in `runs/llava-1.5-7b/milora-r128/2026-11-25_043607`.
+
+    UserError for a run of several processes: their clocks would name several folders.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a run on several devices needs --output_dir")
     first = (recipe.policy or [{}])[0]
     rank = first.get("rank")
     method = str(first.get("method", "milora")) + (f"-r{rank}" if isinstance(rank, int) else "")
