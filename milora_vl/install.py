@@ -124,6 +124,7 @@ def joined_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     `...lora_A.default.trained` and `.anchor` become `...lora_A.default.weight`; all else stays as it is.
 
+    >>> import torch
     >>> raw = {"l.lora_A.x.trained": torch.ones(1, 2), "l.lora_A.x.anchor": torch.zeros(1, 2)}
     >>> {name: tuple(t.shape) for name, t in joined_state(raw).items()}
     {'l.lora_A.x.weight': (2, 2)}

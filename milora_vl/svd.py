@@ -41,10 +41,10 @@ class Factors:
         The official script divides S by the scaling before it takes the root; so do we.
         Raises ValueError if `scaling` is not a positive number.
 
-        >>> f = decompose(torch.eye(3) * torch.tensor([3.0, 2.0, 1.0]), rank=1)
+        >>> f = decompose(torch.diag(torch.tensor([9.0, 4.0, 2.0])), rank=1)
         >>> A, B = f.lora(scaling=2.0)
         >>> (2.0 * B @ A).diagonal().tolist()
-        [0.0, 0.0, 1.0]
+        [0.0, 0.0, 2.0]
         """
         if not 0 < scaling < float("inf"):
             raise ValueError(f"scaling must be a positive number, got {scaling}")
