@@ -89,7 +89,7 @@ def test_a_recipe_given_back_repeats_the_run(tiny_data: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_losses_are_those_of_an_uninterrupted_run(method: str, tiny_data: Path, tmp_path: Path) -> None:
-    """With an evaluation at the end of an epoch, where the random state is easily lost, and losses averaged over steps."""
+    """With an evaluation at the end of an epoch, where random states are lost, and losses averaged over steps."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     extra = ["--method", method, *METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]
     extra += ["--logging_steps", "2", "--save_steps", "3"]
