@@ -5,6 +5,7 @@ Everything else (forward, merge, generate, set_adapter, ...) is PEFT's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import peft
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 
 from milora_vl.base_check import fitted, require_same_kind
 from milora_vl.initialize import LayerReport
@@ -59,6 +62,8 @@ class MiloraMixin(PeftModel):
             )
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = joined_state(kwargs["state_dict"])
+        if save_embedding_layers == "auto":
+            save_embedding_layers = self._vocabulary_has_grown()
         super().save_pretrained(
             save_directory, safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
         )
@@ -67,6 +72,15 @@ class MiloraMixin(PeftModel):
                 if name in self.sidecars:
                     folder = Path(save_directory) if name == "default" else Path(save_directory) / name
                     (folder / FILE_NAME).write_text(self.sidecars[name].to_json(), encoding="utf-8")
+
+    def _vocabulary_has_grown(self) -> bool:
+        """Whether the embeddings were resized, as far as this machine knows the base's config.
+
+        PEFT asks the hub at every save, which costs half a minute of retries on machines without a network.
+        """
+        known = _known_config(next(iter(self.peft_config.values())).base_model_name_or_path or "")
+        now = BaseTuner.get_model_config(self.get_base_model())
+        return "vocab_size" in known and known["vocab_size"] != now.get("vocab_size")
 
     def add_adapter(
         self,
@@ -225,3 +239,13 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar) -> MiloraMixin:
         set_dropout(layer, adapter, target.dropout)
     ours.remember(adapter, sidecar)
     return ours
+
+
+def _known_config(name: str) -> dict[str, Any]:
+    """Return config.json of a base model from its folder or the hub's cache; empty where it is in neither."""
+    file: Any = Path(name) / "config.json"
+    if not file.is_file() and name.count("/") <= 1:
+        file = try_to_load_from_cache(name, "config.json") if name else None
+    if not isinstance(file, str) and not (isinstance(file, Path) and file.is_file()):
+        return {}
+    return dict(json.loads(Path(file).read_text(encoding="utf-8")))

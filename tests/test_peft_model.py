@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 from adapter_cases import LLAVA_POLICY, anchors, llava_batch, move, one_rule, token_batch, train_steps
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+from safetensors.torch import load_file
 
 from milora_vl import apply_milora, save_adapter
 from milora_vl.install import has_halves, lora_layer
@@ -186,3 +188,25 @@ def test_gradient_checkpointing_trains_the_same(tiny_llava) -> None:
         losses.append(train_steps(made.train(), llava_batch(made)))
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert losses[0][0] != losses[0][2]
+
+
+def test_saving_asks_no_hub_and_notices_a_grown_vocabulary(tiny_llama, tmp_path, monkeypatch) -> None:
+    """A save on a machine without a network must not wait for one; resized embeddings still travel along."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    base, tokenizer = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = "someone/a-model"
+    rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    save_adapter(apply_milora(base, rules), tmp_path / "a")
+
+    base, tokenizer = tiny_llama()
+    base.name_or_path = str(tmp_path / "base")
+    base.resize_token_embeddings(len(tokenizer) + 3, mean_resizing=False)
+    save_adapter(apply_milora(base, rules), tmp_path / "b")
+    keys = [set(load_file(tmp_path / name / "adapter_model.safetensors")) for name in "ab"]
+    assert sum("embed_tokens" in key for key in keys[0]) == 0
+    assert sum("embed_tokens" in key for key in keys[1]) == 1
