@@ -1,0 +1,125 @@
+"""Evaluation speed: several questions about one picture against batch 1, and scoring VQAv2 against the plain rules.
+
+python benchmarks/eval.py [--model smol-llava] [--pictures 16] [--questions 6] [--answers 200000]   prints a JSON line
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from milora_data.records import Turn
+from milora_eval import vqa
+from milora_vl.generate import Prompt, generate
+from milora_vl.models import load_model
+
+THINGS = ("dog", "chair", "cup", "person", "tree", "car", "bottle", "bird", "table", "book")
+
+
+def main() -> None:
+    """Measure both and print the ratios."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--model", default="smol-llava")
+    options.add_argument("--pictures", type=int, default=16)
+    options.add_argument("--questions", type=int, default=6)
+    options.add_argument("--batch_size", type=int, default=32)
+    options.add_argument("--answers", type=int, default=200_000)
+    chosen = options.parse_args()
+    measured = asking(chosen.model, chosen.pictures, chosen.questions, chosen.batch_size) | scoring(chosen.answers)
+    print(json.dumps(measured))
+
+
+def asking(name: str, num_pictures: int, num_questions: int, batch_size: int) -> dict[str, Any]:
+    """Ask POPE-like questions, several about each picture: one by one, as LLaVA's scripts do, and in batches."""
+    model, processor = load_model(name)
+    rng = random.Random(0)
+    prompts = []
+    for _ in range(num_pictures):
+        picture = drawing(rng)
+        for thing in rng.sample(THINGS, num_questions):
+            text = f"<image>\nIs there a {thing} in the image?\nAnswer the question using a single word or phrase."
+            prompts.append(Prompt((Turn("user", text),), (picture,)))
+    options: dict[str, Any] = {"max_new_tokens": 4}
+    generate(model, processor, prompts[:2], **options)
+    seconds, batched = timed(lambda: generate(model, processor, prompts, batch_size=batch_size, **options))
+    unshared, _ = timed(
+        lambda: generate(model, processor, prompts, batch_size=batch_size, share_pictures=False, **options)
+    )
+    one_by_one, single = timed(lambda: generate(model, processor, prompts, batch_size=1, **options))
+    return {
+        "model": name,
+        "dtype": str(model.dtype),
+        "threads": torch.get_num_threads(),
+        "questions": len(prompts),
+        "batch1_s": round(one_by_one, 2),
+        "batched_s": round(unshared, 2),
+        "shared_s": round(seconds, 2),
+        "speedup_over_batch1": round(one_by_one / seconds, 2),
+        "changed_answers": sum(a != b for a, b in zip(batched, single, strict=True)),
+    }
+
+
+def drawing(rng: random.Random) -> Image.Image:
+    """A picture with a few shapes."""
+    picture = Image.new("RGB", (320, 240), tuple(rng.randbytes(3)))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(5):
+        x, y = rng.randrange(260), rng.randrange(180)
+        draw.ellipse((x, y, x + 60, y + 60), fill=tuple(rng.randbytes(3)))
+    return picture
+
+
+def scoring(count: int) -> dict[str, Any]:
+    """VQAv2 accuracy of `count` answers drawn from a few thousand, as real ones are."""
+    rng = random.Random(0)
+    words = [f"{rng.choice(('the ', '', 'a '))}{thing}{rng.choice(('', 's', '.', ', red'))}" for thing in THINGS * 300]
+    words += ["yes", "no", "2", "two", "dont know", "1,000", "black-white"] * 200
+    cases = [(rng.choice(words), [rng.choice(words) for _ in range(3)] + ["yes"] * 7) for _ in range(count)]
+    ours, fast = timed(lambda: [vqa.vqav2_accuracy(text, references) for text, references in cases])
+    theirs, plain = timed(lambda: [plain_accuracy(text, references) for text, references in cases])
+    return {
+        "answers": count,
+        "plain_rules_s": round(theirs, 2),
+        "ours_s": round(ours, 2),
+        "scoring_speedup": round(theirs / ours, 2),
+        "scores_differ": sum(abs(a - b) > 1e-12 for a, b in zip(fast, plain, strict=True)),
+    }
+
+
+def plain_accuracy(text: str, references: Sequence[str]) -> float:
+    """The official rules as they are written down: every answer normalised anew, every annotator left out in turn."""
+    text, references = vqa.clean(text), [vqa.clean(reference) for reference in references]
+    if len(set(references)) > 1:
+        text, references = plain_normalise(text), [plain_normalise(reference) for reference in references]
+    total = 0.0
+    for left_out in range(len(references)):
+        others = [reference for place, reference in enumerate(references) if place != left_out]
+        total += min(1.0, sum(reference == text for reference in others) / 3)
+    return total / len(references)
+
+
+def plain_normalise(text: str) -> str:
+    """Mark by mark and word by word."""
+    before = text
+    for mark in vqa.PUNCTUATION:
+        beside_blank = f"{mark} " in before or f" {mark}" in before
+        text = text.replace(mark, "" if beside_blank or vqa._COMMA.search(before) else " ")
+    return vqa.normalise_words(vqa._PERIOD.sub("", text, count=32))
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return seconds and result."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+if __name__ == "__main__":
+    main()
