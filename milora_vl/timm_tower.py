@@ -68,6 +68,8 @@ class TimmTower(PreTrainedModel):
     config_class = TimmTowerConfig
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
+    # timm chooses its own attention, so any choice for the language model is fine here.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: TimmTowerConfig) -> None:
         import timm
