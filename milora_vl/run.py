@@ -141,6 +141,7 @@ class Run:
             train_dataset=self.data.train,
             eval_dataset=self.data.evaluation,
             processing_class=self.processor,
+            lengths=run_files.lengths(self.recipe, self.base, self.data.train),
         )
         checkpoint = self.folder.checkpoint
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from milora_data.collate import ImageTextCollator
+from milora_data.records import Record
+from milora_data.sampler import estimated_length
 from milora_data.templates import render_chat_template
 from milora_vl import models
 from milora_vl.build import Built, targets_of
@@ -35,6 +37,14 @@ def collator(recipe: Recipe, base: nn.Module, processor: Any) -> ImageTextCollat
         image_aspect_ratio=recipe.data.image_aspect_ratio,
         bad_images=recipe.data.bad_images,
     )
+
+
+def lengths(recipe: Recipe, base: nn.Module, records: Sequence[Record]) -> list[int] | None:
+    """About how many tokens each record takes, where the recipe asks for batches of similar length."""
+    if recipe.train.get("train_sampling_strategy") != "group_by_length":
+        return None
+    per_picture = models.image_tokens(base.config) if find_towers(base).vision is not None else 0
+    return [estimated_length(record, per_picture) for record in records]
 
 
 def set_chat_template(processor: Any, template: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from milora_data.errors import UserError
+from milora_data.sampler import LengthGroupedSampler
 from milora_vl.losses import summed_loss, takes_columns
 from milora_vl.param_groups import parameter_groups
 from milora_vl.policy import Target
@@ -39,7 +40,10 @@ class LogBeforeSave(TrainerCallback):
 
 
 class MiloraTrainer(Trainer):
-    """Train what `targets` says; `saves` is what a checkpoint holds: adapter, projector alone, or the whole model."""
+    """Train what `targets` says; `saves` is what a checkpoint holds: adapter, projector alone, or the whole model.
+
+    With `lengths`, one for each training record, batches are made of records of similar length.
+    """
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class MiloraTrainer(Trainer):
         train_dataset: Any,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -64,6 +69,7 @@ class MiloraTrainer(Trainer):
         )
         self.targets = targets
         self.saves = saves
+        self.lengths = lengths
         self.by_columns = takes_columns(_base(model))
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch whatever the model
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
@@ -89,6 +95,13 @@ class MiloraTrainer(Trainer):
             )
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
         return super().create_optimizer(model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(self.lengths, per_step, seed)
 
     def compute_loss(
         self,

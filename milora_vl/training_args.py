@@ -61,7 +61,7 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         train[name] = value
     unused = [name for name in NO_EFFECT if train.pop(name, None)]
     if train.get("train_sampling_strategy") == "group_by_length":
-        unused.append(f"train_sampling_strategy {train.pop('train_sampling_strategy')}")
+        del train["train_sampling_strategy"]  # our sampler does it: HF's needs tokenised records
     if unused:
         warnings.append(f"without effect here: {', '.join(unused)}")
     if isinstance(train.get("deepspeed"), str):

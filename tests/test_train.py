@@ -207,3 +207,17 @@ def test_a_mistake_is_no_traceback(tmp_path: Path) -> None:
     assert "broken.json:2" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_batches_of_similar_length_come_in_the_same_order_in_a_resumed_run(tiny_data: Path, tmp_path: Path) -> None:
+    """--group_by_length, stopped in the middle of the second epoch (three steps each)."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    extra = ["--rank", "4", "--group_by_length", "True", "--save_steps", "4"]
+    assert main(words(tiny_data, whole, *extra)) == 0
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoint-6")
+    (part / "adapter_model.safetensors").unlink()
+    assert main(words(tiny_data, part, *extra, "--resume_from_checkpoint", "true")) == 0
+    assert losses(part) == losses(whole)
+    assert main(words(tiny_data, tmp_path / "other", "--rank", "4")) == 0
+    assert losses(tmp_path / "other") != losses(whole)

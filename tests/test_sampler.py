@@ -1,0 +1,63 @@
+"""Length-grouped batches: every record once, little padding, the same order where it has to be the same."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler, DataLoader
+
+from milora_data.records import parse_record
+from milora_data.sampler import LengthGroupedSampler, estimated_length
+
+LENGTHS = [(37 * i) % 101 + 20 for i in range(1000)]
+
+
+def padding(order: list[int], batch_size: int) -> int:
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return sum(max(LENGTHS[i] for i in batch) * len(batch) - sum(LENGTHS[i] for i in batch) for batch in batches)
+
+
+@given(st.lists(st.integers(1, 500), max_size=300), st.integers(1, 17), st.integers(0, 5))
+def test_every_record_comes_once(lengths: list[int], batch_size: int, epoch: int) -> None:
+    sampler = LengthGroupedSampler(lengths, batch_size)
+    sampler.set_epoch(epoch)
+    assert sorted(sampler) == list(range(len(lengths)))
+    assert len(sampler) == len(lengths)
+
+
+def test_padding_shrinks_to_a_tenth() -> None:
+    assert padding(list(LengthGroupedSampler(LENGTHS, 8)), 8) < 0.1 * padding(list(range(1000)), 8)
+
+
+def test_batches_of_all_lengths_come_early() -> None:
+    firsts = [max(LENGTHS[i] for i in batch) for batch in BatchSampler(LengthGroupedSampler(LENGTHS, 8), 8, False)][:20]
+    assert min(firsts) < 50 < 90 < max(firsts)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    one, same, other = (LengthGroupedSampler(LENGTHS, 8, seed) for seed in (1, 1, 2))
+    assert list(one) == list(one) == list(same) != list(other)
+    same.set_epoch(1)
+    assert list(one) != list(same)
+
+
+def test_accelerate_tells_it_the_epoch() -> None:
+    from accelerate import Accelerator
+
+    sampler = LengthGroupedSampler(LENGTHS, 8)
+    loader = Accelerator(cpu=True).prepare_data_loader(DataLoader(list(range(1000)), batch_size=8, sampler=sampler))
+    loader.set_epoch(3)
+    assert sampler.epoch == 3
+
+
+def test_a_picture_counts_as_its_tokens() -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a dog"}]
+    with_picture = parse_record({"id": "a", "image": "a.png", "conversations": turns})
+    without = parse_record({"id": "b", "conversations": [{"from": "human", "value": "What?"}, *turns[1:]]})
+    assert estimated_length(with_picture, 576) > 576 > estimated_length(without, 576)
+
+
+def test_batch_size_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        LengthGroupedSampler([1, 2], 0)
