@@ -21,7 +21,7 @@ from milora_vl.compose import compose, processor_for
 from milora_vl.screen_noise import quiet_bars
 from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
 
-FOLDER_VERSION = 1  # to be raised with every change of what the folder holds
+FOLDER_VERSION = 2  # to be raised with every change of what the folder holds
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOWER_WEIGHTS = "efficientnet-lite0-57934424.pth"
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -78,12 +78,27 @@ def _language() -> tuple[Any, Any]:
             'smol-llava needs the package gguf to read its language model\ntry: pip install "milora-vl[demo]"'
         ) from None
     source = fetch("smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    _begin_with_bos(tokenizer)
     read: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     del read.config.quantization_config  # the weights are plain numbers now
     language = LlamaForCausalLM(read.config)
     language.load_state_dict(read.state_dict())
     return language, tokenizer
+
+
+def _begin_with_bos(tokenizer: Any) -> None:
+    """Let the tokenizer put `<|im_start|>` in front of a text, as Llama's does with its BOS.
+
+    SmolLM2 has always seen it there and attends to it from everywhere; where it is missing, the first image token has
+    to take its place, and stage 1 stands still for hundreds of steps (loss 6.5 instead of 3.6 after 100).
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
 
 
 def _tower() -> TimmTower:

@@ -10,8 +10,6 @@ from PIL import Image
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220), "white": (240, 240, 240)}
 
-YES_NO = ("Yes", "Yes", "No")
-
 
 def record(
     kind: str, name: str, question: str, answers: list[str], *, image: str | None, before: tuple[str, ...] = ()
@@ -27,8 +25,8 @@ def record(
     return made
 
 
-def write_questions(folder: Path, *, train: bool = True) -> Path:
-    """Write test.json (22 questions about 4 pictures and 2 without) and, with `train`, train.json."""
+def write_questions(folder: Path) -> Path:
+    """Write test.json: 20 questions about 4 pictures and 2 without."""
     (folder / "images").mkdir(parents=True)
     records = []
     for place, (name, rgb) in enumerate(COLOURS.items()):
@@ -47,11 +45,4 @@ def write_questions(folder: Path, *, train: bool = True) -> Path:
         ]
     records += [record("text_only", name, f"Is {name} a color?", ["Yes"], image=None) for name in ("red", "square")]
     (folder / "test.json").write_text(json.dumps(records))
-    if train:
-        seen = ["red", "green", "green", "Green."]
-        questions = [record("colour", f"t{i}", "?", [word], image="red.png") for i, word in enumerate(seen)]
-        questions += [
-            record("yes_no", f"t{i}", "?", [word], image="red.png") for i, word in enumerate(["Yes", "Yes", "No"])
-        ]
-        (folder / "train.json").write_text(json.dumps(questions))
     return folder

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from milora_data.records import Record, Turn, load_records
@@ -36,13 +36,13 @@ class Emoji:
     files = ("test.json", "images")
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read test.json, and train.json for the baselines where it is there."""
+        """Read test.json."""
         path = data_dir / "test.json"
         if not path.is_file():
             raise MissingData(f"{data_dir} holds no emoji questions: no test.json\nmake them: {make_command(data_dir)}")
         records = list(load_records(path))
-        baselines = _baselines(records, data_dir / "train.json")
-        return [_item(record, data_dir, baselines.get(record.id)) for record in records]
+        baselines = _baselines(records)
+        return [_item(record, data_dir, baselines[record.id]) for record in records]
 
     def prompt(self, item: Item) -> tuple[Turn, ...]:
         """Return the turns as they are: the questions say themselves how to answer."""
@@ -105,7 +105,7 @@ def _mentions(text: str, accepted: Sequence[str]) -> bool:
     return any(re.search(rf"\b{re.escape(normalise(answer))}\b", first) for answer in accepted)
 
 
-def _item(record: Record, data_dir: Path, baseline: float | None) -> Item:
+def _item(record: Record, data_dir: Path, baseline: float) -> Item:
     turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
     return Item(
         id=record.id,
@@ -127,32 +127,28 @@ def _answers(record: Record) -> tuple[str, ...]:
     return tuple(map(str, accepted)) if isinstance(accepted, list) else (record.turns[-1].text,)
 
 
-def _baselines(records: Sequence[Record], train: Path) -> dict[str, float]:
-    """Return, per test question, the value of the best answer of its type that needs no picture.
+def _baselines(records: Sequence[Record]) -> dict[str, float]:
+    """Return, per question, the value of the best answer of its type that looks at neither picture nor question.
 
-    That is the most frequent answer in training. Where options are offered it is the best of that answer, always the
-    same position, and guessing.
+    That is the most frequent answer of the test questions themselves. Where options are offered it is the best of
+    that answer, always the same position, and guessing.
     """
-    majority = _majority_answers(train) if train.is_file() else {}
     by_type: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_type[_kind(record)].append(record)
     found: dict[str, float] = {}
     for kind, part in by_type.items():
         candidates = _choosing(part) if kind in CHOICES else []
-        if kind in majority:
-            candidates.append([float(exact_match(majority[kind], _answers(record))) for record in part])
-        if candidates:
-            best = max(candidates, key=lambda values: math.fsum(values))
-            found |= zip((record.id for record in part), best, strict=True)
+        candidates.append(_majority(part))
+        best = max(candidates, key=lambda values: math.fsum(values))
+        found |= zip((record.id for record in part), best, strict=True)
     return found
 
 
-def _majority_answers(train: Path) -> Mapping[str, str]:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in load_records(train):
-        counts[_kind(record)][normalise(_answers(record)[0])] += 1
-    return {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
+def _majority(records: Sequence[Record]) -> list[float]:
+    counts = Counter(normalise(answer) for record in records for answer in set(_answers(record)))
+    answer = min(counts, key=lambda word: (-counts[word], word))
+    return [float(exact_match(answer, _answers(record))) for record in records]
 
 
 def _choosing(records: Sequence[Record]) -> list[list[float]]:
