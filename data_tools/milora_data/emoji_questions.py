@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,24 +158,29 @@ def training_records(emojis: Sequence[Emoji], per_emoji: int, seed: int) -> list
     return records
 
 
-def test_records(emojis: Sequence[Emoji], per_type: int, seed: int) -> list[Record]:
+def held_out_records(emojis: Sequence[Emoji], per_type: int, seed: int, known: Collection[str]) -> list[Record]:
     """Return `per_type` questions of each type (fewer where there are not enough pictures).
 
-    Within a type the answers' strata take turns (kinds; colours; yes and no), so that no answer prevails.
+    Within a type the answers' strata take turns (kinds; colours; yes and no), so that no answer prevails. Naming asks
+    first for `known` names, those of training.
     """
     records: list[Record] = []
     for kind in TYPES:
         rng = random.Random(f"{seed}:{kind}")
         pool = Pool(emojis, rng)
         asked = [record for emoji in _shuffled(emojis, rng) if (record := _record(kind, emoji, pool))]
-        records += _balanced(asked)[:per_type]
+        asked = _balanced(asked)
+        if kind == "naming":
+            asked.sort(key=lambda record: record["answers"][0] not in known)
+        records += asked[:per_type]
     return records
 
 
 def captions(emojis: Sequence[Emoji], variants: Sequence[str], seed: int) -> list[Record]:
-    """Return stage-1 records: one caption for each picture of each emoji.
+    """Return stage-1 records: one caption for each picture of each emoji, in varied forms.
 
-    `variants` are patterns for file names, such as `{code}.png`; a caption says name, kind and colour in varied order.
+    `variants` are patterns for file names, such as `{code}.png`. Captions are short, so that most of what is learned is
+    kind, colour and name rather than the words around them.
     """
     rng = random.Random(seed)
     records = []
@@ -184,26 +189,28 @@ def captions(emojis: Sequence[Emoji], variants: Sequence[str], seed: int) -> lis
             image = pattern.format(code=emoji.code)
             turns = [
                 {"from": "human", "value": "<image>"},
-                {"from": "gpt", "value": _caption(emoji, rng)},
+                {"from": "gpt", "value": rng.choice(_caption_forms(emoji))},
             ]
             records.append({"id": f"caption-{image}", "image": image, "conversations": turns})
     rng.shuffle(records)
     return records
 
 
-def _caption(emoji: Emoji, rng: random.Random) -> str:
-    name, kind, word = a(emoji.name), a(emoji.kind), emoji.colour
-    forms = [f"{name}, {kind}", f"This is {name}. It is {kind}", f"The picture shows {kind}: {name}", f"{kind}, {name}"]
-    if word:
+def _caption_forms(emoji: Emoji) -> list[str]:
+    name, kind, word = emoji.name, emoji.kind, emoji.colour
+    forms = [f"Kind: {kind}.", f"{a(kind)}".capitalize() + "."]
+    if len(name.split()) <= 4:  # longer ones describe a face or a person beyond what a few tokens can show
         forms += [
-            f"{word}: {name}",
-            f"{name}, {kind}, mostly {word}",
-            f"The main color is {word}. The picture shows {name}, {kind}",
-            f"Mostly {word}. {kind.capitalize()}: {name}",
-            f"{kind} with the main color {word}: {name}",
+            f"{kind}, {word or 'colorful'}: {name}".capitalize() + ".",
+            f"{a(name)}, {a(kind)}".capitalize() + (f", mostly {word}." if word else "."),
+            f"{kind}: {name}".capitalize() + ".",
+            f"This is {a(name)}. It is {a(kind)}.",
+            f"Name: {name}.",
         ]
-    text = rng.choice(forms)
-    return text[0].upper() + text[1:] + "."
+    if word:
+        forms += [f"Mostly {word}.", f"The main color is {word}.", f"{word} {kind}".capitalize() + "."]
+        forms += [f"Color: {word}. Kind: {kind}."]
+    return forms
 
 
 def _record(kind: str, emoji: Emoji, pool: Pool) -> Record | None:
