@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from milora_vl.factor_cache import cache_key, read_factors, write_factors
-from milora_vl.fingerprint import Sketch, sketch
-from milora_vl.rules import FloorSigma, Sigma, Target
+from milora_vl.lora.factor_cache import cache_key, read_factors, write_factors
+from milora_vl.lora.fingerprint import Sketch, sketch
+from milora_vl.lora.weights import factor_dtype, read_matrix
+from milora_vl.policies.rules import FloorSigma, Sigma, Target
 from milora_vl.svd import Factors, decompose
-from milora_vl.weights import factor_dtype, read_matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
