@@ -63,15 +63,11 @@ class Chat:
         """Load what the command line names. UserError where that cannot be had or cannot be compared."""
         import torch
 
-        from milora_vl.lora.sidecar import AdapterError
         from milora_vl.models import load_model
 
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(options.dtype)
-        try:
-            model, processor = load_model(options.model, adapter=options.adapter, dtype=dtype, device=device)
-        except AdapterError as error:
-            raise UserError(str(error)) from error
+        model, processor = load_model(options.model, adapter=options.adapter, dtype=dtype, device=device)
         return cls(
             model,
             processor,

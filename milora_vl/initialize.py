@@ -59,6 +59,10 @@ class Initial:
     report: LayerReport
 
 
+class WeightError(ValueError):
+    """A weight that cannot be decomposed: the message names the module and the numbers."""
+
+
 def initialize(
     model: nn.Module, targets: Sequence[Target], *, cache_dir: str | Path | None = None, progress: bool = False
 ) -> dict[str, Initial]:
@@ -98,7 +102,7 @@ def _factors(W: Tensor, target: Target, cache: Path | None) -> Factors:
     try:
         factors = decompose(W, target.rank, target.part, generator=torch.Generator().manual_seed(seed))
     except ValueError as error:
-        raise ValueError(f"{target.path}: {error}") from error
+        raise WeightError(f"{target.path}: {error}") from error
     if cache is not None:
         write_factors(cache, key, factors)
     return factors

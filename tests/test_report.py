@@ -13,8 +13,8 @@ from PIL import Image
 
 from milora_data.errors import UserError
 from milora_vl import report
-from milora_vl.reporting.repeat import commands
 from milora_vl.reporting.parts import credit_lines
+from milora_vl.reporting.repeat import commands
 from milora_vl.reporting.run_page import Metric, read_run
 from milora_vl.reporting.wording import forgetting, number, summary
 

@@ -84,6 +84,8 @@ def build(recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | No
     """Apply the policy, or put back the adapter of `checkpoint`: its initial factors, so no SVD is repeated."""
     from milora_vl.adapter import apply_milora
     from milora_vl.adapter_io import load_adapter
+    from milora_vl.initialize import WeightError
+    from milora_vl.lora.sidecar import AdapterError
 
     targets = targets_of(recipe, base)
     saves = saves_of(targets)
@@ -91,12 +93,15 @@ def build(recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | No
     if checkpoint is not None:
         _require_same_kind(checkpoint, saves)
     frozen: list[str] = [tower for tower in TOWERS if _has(base, tower) and tower not in {t.tower for t in targets}]
-    if saves == "adapter" and checkpoint is not None:
-        model: nn.Module = load_adapter(base, checkpoint, is_trainable=True)
-        report: Sequence[LayerReport] = ()
-    else:
-        model = apply_milora(base, Policy.parse(recipe.policy or []), form=recipe.form, progress=True)
-        report = cast("Sequence[LayerReport]", model.milora_report)
+    report: Sequence[LayerReport] = ()
+    try:
+        if saves == "adapter" and checkpoint is not None:
+            model: nn.Module = load_adapter(base, checkpoint, is_trainable=True)
+        else:
+            model = apply_milora(base, Policy.parse(recipe.policy or []), form=recipe.form, progress=True)
+            report = cast("Sequence[LayerReport]", model.milora_report)
+    except (AdapterError, WeightError) as error:
+        raise UserError(str(error)) from None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # Adam's steps are lost in half precision

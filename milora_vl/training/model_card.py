@@ -12,6 +12,8 @@ import yaml
 from milora_vl.config import Recipe
 from milora_vl.training.run_folder import read_environment
 
+SCORES_BEGIN, SCORES_END = "<!-- scores -->", "<!-- end of scores -->"
+
 
 def render(path: Path, recipe: Recipe) -> str:
     """The card of the run in `path`: what it is, how to load it, what it scored, how to repeat it."""
@@ -35,6 +37,16 @@ def render(path: Path, recipe: Recipe) -> str:
         "measured per layer. Method: MiLoRA, arXiv:2406.09044.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def update_scores(path: Path) -> None:
+    """Put the scores of the run in `path` into its card; the rest, which may have been edited, stays as it is."""
+    card = path / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    before, begin, rest = text.partition(SCORES_BEGIN)
+    _, end, after = rest.partition(SCORES_END)
+    if begin and end:
+        card.write_text(before + _scores(path) + after, encoding="utf-8")
 
 
 def _summary(path: Path, recipe: Recipe, environment: dict[str, Any]) -> str:
@@ -71,7 +83,8 @@ def _usage(path: Path, recipe: Recipe, base: str) -> str:
 
 def _scores(path: Path) -> str:
     tables = [table.read_text(encoding="utf-8").strip() for table in sorted(path.glob("eval/*/*/table.md"))]
-    return "## Scores\n\n" + "\n\n".join(dict.fromkeys(tables)) if tables else ""
+    text = "## Scores\n\n" + "\n\n".join(dict.fromkeys(tables)) + "\n\n" if tables else ""
+    return f"{SCORES_BEGIN}\n\n{text}{SCORES_END}"
 
 
 def _last_loss(path: Path) -> float | None:

@@ -14,6 +14,14 @@ from milora_vl.training.arguments import Request
 from milora_vl.training.batching import Batching
 from milora_vl.training.screen import Screen, policy_rows, trainable_line
 
+# What the collator counts, in words.
+WHAT_HAPPENED = {
+    "skipped": "a record was left out because a picture of it is missing or broken",
+    "replaced": "a missing or broken picture was replaced by a plain one",
+    "unlearnable": "a record was left out because nothing of its answers is left within --max_length",
+    "cut": "a record was cut to --max_length",
+}
+
 
 class Run:
     """State of one run. Everything that can be wrong is found before the model loads."""
@@ -132,12 +140,13 @@ class Run:
         from milora_vl.trainer import MiloraTrainer
         from milora_vl.training import failures, run_files
 
+        self.collator = run_files.collator(self.recipe, self.base, self.processor)
         self.trainer = MiloraTrainer(
             self.built.model,
             self.args,
             targets=self.built.targets,
             saves=self.built.saves,
-            data_collator=run_files.collator(self.recipe, self.base, self.processor),
+            data_collator=self.collator,
             train_dataset=self.data.train,
             eval_dataset=self.data.evaluation,
             processing_class=self.processor,
@@ -152,6 +161,9 @@ class Run:
             raise
         except (UserError, torch.OutOfMemoryError) as error:
             raise failures.explained(error, self.args) from None
+        for what, count in self.collator.counts().items():
+            if count:
+                self.screen.warn(f"{count:,} times while training: {WHAT_HAPPENED[what]}")
 
     def save(self) -> None:
         """Write the final weights, processor and HF's state at the root of the run folder."""

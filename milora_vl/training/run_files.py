@@ -15,6 +15,7 @@ from milora_data.collate import ImageTextCollator
 from milora_data.records import Record
 from milora_data.sampler import estimated_length
 from milora_data.templates import render_chat_template
+from milora_data.tokens import remember_legacy
 from milora_vl import models
 from milora_vl.config import Recipe, load
 from milora_vl.spectrum import layer_spectra
@@ -50,6 +51,7 @@ def lengths(recipe: Recipe, base: nn.Module, records: Sequence[Record]) -> list[
 def set_chat_template(processor: Any, template: str) -> None:
     """Give the processor, and its tokenizer, a chat template that renders exactly the prompt of training."""
     tokenizer, image_processor = models.split_processor(processor)
+    remember_legacy(tokenizer)
     tokenizer.chat_template = render_chat_template(template, tokenizer, bos=image_processor is None)
     if image_processor is not None:
         processor.chat_template = tokenizer.chat_template
