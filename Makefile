@@ -65,10 +65,10 @@ $(DATA)/test.json: | $(INSTALLED)
 	$(BIN)/python -m milora_data emoji --output_dir $(DATA)
 
 $(RUN)/adapter_model.safetensors: | $(DATA)/test.json
-	$(BIN)/python -m milora_vl.train --recipe smol-llava-demo --output_dir $(RUN)
+	$(BIN)/python -m milora_vl.train --recipe smol-llava-demo --output_dir $(RUN) --resume_from_checkpoint auto
 
 $(RUN)/eval/emoji/final/results.json: | $(RUN)/adapter_model.safetensors
-	$(BIN)/python -m milora_eval run --model smol-llava --adapter $(RUN) --suite emoji --data $(DATA) --with_base --output_dir $(RUN)
+	$(BIN)/python -m milora_eval run --model smol-llava --adapter $(RUN) --suite emoji --data $(DATA) --with_base --dtype bfloat16 --output_dir $(RUN)
 
 $(RUN)/.demo-finished: | $(RUN)/eval/emoji/final/results.json
 	$(BIN)/python -m milora_vl.chat --model smol-llava --adapter $(RUN) --image $(DATA)/images/$(FIRST_PICTURE) "What is this?"

@@ -13,16 +13,16 @@ from typing import Any, Literal, get_args
 from peft import PeftModel
 from torch import nn
 
-from milora_vl.fingerprint import sketch
 from milora_vl.initialize import Initial, initialize
-from milora_vl.install import install, lora_layer, set_dropout
-from milora_vl.lora_config import make_lora
-from milora_vl.peft_model import adopt
+from milora_vl.lora.config import make_lora
+from milora_vl.lora.fingerprint import sketch
+from milora_vl.lora.install import install, lora_layer, set_dropout
+from milora_vl.lora.peft_model import adopt
+from milora_vl.lora.residual import make_residual, require_residual
+from milora_vl.lora.sidecar import AdapterError, Sidecar
+from milora_vl.lora.weights import read_matrix
 from milora_vl.policy import Policy, Rule, Target
-from milora_vl.residual import make_residual, require_residual
-from milora_vl.sidecar import AdapterError, Sidecar
 from milora_vl.towers import can_save, canonical_names, is_wrapped_by_peft
-from milora_vl.weights import read_matrix
 
 Form = Literal["anchored", "residual"]
 

@@ -13,13 +13,13 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from milora_vl.base_check import fitted
-from milora_vl.install import lora_layer
-from milora_vl.lora_config import quiet_peft
-from milora_vl.peft_model import restore
-from milora_vl.renamed import load_renamed, new_paths
-from milora_vl.residual import make_residual
-from milora_vl.sidecar import FILE_NAME, AdapterError, read_sidecar
+from milora_vl.lora.base_check import fitted
+from milora_vl.lora.config import quiet_peft
+from milora_vl.lora.install import lora_layer
+from milora_vl.lora.peft_model import restore
+from milora_vl.lora.renamed import load_renamed, new_paths
+from milora_vl.lora.residual import make_residual
+from milora_vl.lora.sidecar import FILE_NAME, AdapterError, read_sidecar
 from milora_vl.towers import is_wrapped_by_peft
 
 CONFIG_NAME = "adapter_config.json"

@@ -64,14 +64,10 @@ class Chat:
         import torch
 
         from milora_vl.models import load_model
-        from milora_vl.sidecar import AdapterError
 
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(options.dtype)
-        try:
-            model, processor = load_model(options.model, adapter=options.adapter, dtype=dtype, device=device)
-        except AdapterError as error:
-            raise UserError(str(error)) from error
+        model, processor = load_model(options.model, adapter=options.adapter, dtype=dtype, device=device)
         return cls(
             model,
             processor,

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_
 
 from milora_data.errors import UserError
 from milora_data.templates import get_template
-from milora_vl import hf_arguments
+from milora_vl.training import hf_arguments
 
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
 
@@ -157,7 +157,7 @@ def policy_problems(rules: Any) -> list[tuple[str, str]]:
 
 def load(path: Path) -> Recipe:
     """The recipe in a YAML file."""
-    from milora_vl import yaml_file
+    from milora_vl.training import yaml_file
 
     content, lines = yaml_file.read_file(path)
     return Recipe.parse(content, str(path), lines)

@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from milora_vl.factor_cache import cache_key, read_factors, write_factors
-from milora_vl.fingerprint import Sketch, sketch
-from milora_vl.rules import FloorSigma, Sigma, Target
+from milora_vl.lora.factor_cache import cache_key, read_factors, write_factors
+from milora_vl.lora.fingerprint import Sketch, sketch
+from milora_vl.lora.weights import factor_dtype, read_matrix
+from milora_vl.policies.rules import FloorSigma, Sigma, Target
 from milora_vl.svd import Factors, decompose
-from milora_vl.weights import factor_dtype, read_matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,10 @@ class Initial:
     B0: Tensor
     sketch: Sketch
     report: LayerReport
+
+
+class WeightError(ValueError):
+    """A weight that cannot be decomposed: the message names the module and the numbers."""
 
 
 def initialize(
@@ -98,7 +102,7 @@ def _factors(W: Tensor, target: Target, cache: Path | None) -> Factors:
     try:
         factors = decompose(W, target.rank, target.part, generator=torch.Generator().manual_seed(seed))
     except ValueError as error:
-        raise ValueError(f"{target.path}: {error}") from error
+        raise WeightError(f"{target.path}: {error}") from error
     if cache is not None:
         write_factors(cache, key, factors)
     return factors

@@ -35,6 +35,8 @@ NAMED_MODELS: dict[str, str] = {
     "tiny": "random weights, for tests",
     "tiny-text": "random weights, text only, for tests",
 }
+# Names by which LLaVA's own scripts call the same weights in another layout.
+SAME_WEIGHTS = {"liuhaotian/llava-v1.5-7b": "llava-1.5-7b", "liuhaotian/llava-v1.5-13b": "llava-1.5-13b"}
 MADE_HERE = ("smol-llava", "smol-llava-unaligned", "tiny", "tiny-text")
 
 
@@ -77,7 +79,7 @@ def config_of(name: str) -> Any:
 
     if name in ("tiny", "tiny-text"):
         return _tiny(name)[0].config
-    packaged = files("milora_vl") / "configs" / f"{name}.json"
+    packaged = files("milora_vl") / "configs" / f"{SAME_WEIGHTS.get(name, name)}.json"
     if packaged.is_file():
         _register_own()
         content = json.loads(packaged.read_text(encoding="utf-8"))
@@ -159,8 +161,8 @@ def _source(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise UserError(f"{name} holds no model: it has no config.json\nfound: {_listing(folder)}")
         return name
-    if name in NAMED_MODELS:
-        return NAMED_MODELS[name]
+    if name in NAMED_MODELS or name in SAME_WEIGHTS:
+        return NAMED_MODELS[SAME_WEIGHTS.get(name, name)]
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return name
     near = suggest(name, NAMED_MODELS)
@@ -253,9 +255,13 @@ def _quantization_config(quantization: Quantization) -> Any:
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     from milora_vl.adapter_folders import holds_projector_alone
     from milora_vl.adapter_io import load_adapter
+    from milora_vl.lora.sidecar import AdapterError
     from milora_vl.projector import load_projector
 
     if holds_projector_alone(folder):
         load_projector(model, folder)
         return model
-    return load_adapter(model, folder)
+    try:
+        return load_adapter(model, folder)
+    except AdapterError as error:
+        raise UserError(str(error)) from None

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from milora_vl.rules import FloorSigma, PolicyError, Rule, RuleMethod, SpectralRank, Target
+from milora_vl.policies.rules import FloorSigma, PolicyError, Rule, RuleMethod, SpectralRank, Target
 
 __all__ = ["FloorSigma", "Policy", "PolicyError", "Rule", "RuleMethod", "SpectralRank", "Target"]
 
@@ -55,7 +55,7 @@ class Policy:
         Raises PolicyError with all faults together: rules that match nothing, fields their method cannot use, ranks
         larger than a matrix.
         """
-        from milora_vl.resolve import resolve  # brings PEFT along; parsing a recipe does without
+        from milora_vl.policies.resolve import resolve  # brings PEFT along; parsing a recipe does without
 
         return resolve(self.rules, model)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command import parser, run
-from milora_vl import report_commands, report_parts, report_plots, report_run, report_tables, report_words
-from milora_vl.report_commands import commands
-from milora_vl.report_run import Run
+from milora_vl.reporting import figures, parts, run_page, tables, wording
+from milora_vl.reporting.repeat import commands, steps
+from milora_vl.reporting.run_page import Run
 
 # How the four outcomes of a question are coloured (classes of report.css).
 _OUTCOME_CLASS = {
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "example:\n  python -m milora_vl.report runs/demo",
     )
     options.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a training")
-    content = report_run.read_run(options.parse_args(argv).run)
+    content = run_page.read_run(options.parse_args(argv).run)
     page = write_page(content)
-    sys.stderr.write(report_words.summary(content) + "\n")
+    sys.stderr.write(wording.summary(content) + "\n")
     sys.stdout.write(f"{page}\n")
     is_evaluated = any(comparison.after for comparison in content.comparisons)
     sys.stderr.write(f"next: {commands(content).chat if is_evaluated else commands(content).evaluate}\n")
@@ -46,7 +46,7 @@ def write_report(folder: Path) -> Path:
 
     Raises UserError for a folder that holds none of a run's files, or a file that cannot be parsed.
     """
-    return write_page(report_run.read_run(folder))
+    return write_page(run_page.read_run(folder))
 
 
 def write_page(content: Run) -> Path:
@@ -63,7 +63,7 @@ def render(content: Run) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("milora_vl", "templates"),
+        loader=PackageLoader("milora_vl.reporting", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_unbroken,
@@ -80,28 +80,28 @@ def _unbroken(value: Any) -> Any:
 
 def _content(content: Run) -> dict[str, Any]:
     """What the template's names mean."""
-    plots = report_plots.make(content)
-    found = [lost for comparison in content.comparisons if (lost := report_words.forgetting(comparison))]
+    plots = figures.make(content)
+    found = [lost for comparison in content.comparisons if (lost := wording.forgetting(comparison))]
     recipe = content.folder / "recipe.yaml"
     return {
-        "title": report_words.title(content),
-        "summary": report_words.summary(content),
-        "facts": report_parts.facts(content),
-        "suites": report_parts.suites(content, list(plots)),
+        "title": wording.title(content),
+        "summary": wording.summary(content),
+        "facts": parts.facts(content),
+        "suites": parts.suites(content, list(plots)),
         "outcome_class": _OUTCOME_CLASS,
-        "gallery": report_parts.gallery(content),
+        "gallery": parts.gallery(content),
         "forgetting": found[0] if found else None,
         "plots": plots,
-        "loss_words": report_words.loss_words(content),
-        "policy": report_tables.policy_table(content),
-        "spectrum_words": report_words.spectrum_words(content),
-        "layers": [report_words.layer_words(layer) for layer in content.layers],
-        "layer_table": report_tables.layer_table(content),
+        "loss_words": wording.loss_words(content),
+        "policy": tables.policy_table(content),
+        "spectrum_words": wording.spectrum_words(content),
+        "layers": [wording.layer_words(layer) for layer in content.layers],
+        "layer_table": tables.layer_table(content),
         "commands": commands(content),
-        "versions": report_parts.versions(content),
-        "steps": report_commands.steps(content),
+        "versions": parts.versions(content),
+        "steps": steps(content),
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        "credits": report_parts.credit_lines(content),
+        "credits": parts.credit_lines(content),
     }
 
 

@@ -1,6 +1,6 @@
 """The singular values of one layer per tower, with the band that trains: the picture that explains MiLoRA.
 
-Measured on the base model's weights; written to `spectrum.json` in the run folder and drawn by `milora_vl.plots`.
+Measured on the base model's weights; written to `spectrum.json` in the run folder, drawn by `reporting/plots.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from milora_vl.layers import is_linear, matrix_shape
+from milora_vl.lora.layers import is_linear, matrix_shape
+from milora_vl.lora.weights import read_matrix
 from milora_vl.policy import Target
 from milora_vl.towers import TOWERS, find_towers
-from milora_vl.weights import read_matrix
 
 # The matrix that leads out of a block's MLP, in the names of Llama, GPT-2, CLIP and their kin.
 _MLP_OUT = re.compile(r"(mlp|feed_forward|ffn|output)\.(down_proj|c_proj|fc2|w2|dense|dense_4h_to_h)$")

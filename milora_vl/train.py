@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from milora_data.command import run
-from milora_vl import arguments
+from milora_vl.training import arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line asks; UserError for what the user can mend. Returns the exit code."""
     request = arguments.parse(argv)
     if request.action in ("print_recipe", "list_models", "list_recipes"):
-        from milora_vl import listings
+        from milora_vl.training import listings
 
         return listings.show(request)
     if request.action == "dry_run":
-        from milora_vl import dry_run
+        from milora_vl.training import dry_run
 
         return dry_run.show(request)
     return train(request)
@@ -26,7 +26,7 @@ def train(request: arguments.Request) -> int:
     """One run, from the recipe to the report."""
     import warnings
 
-    from milora_vl.run import Run
+    from milora_vl.training.run import Run
 
     # PEFT asks transformers for a name that is being renamed; nothing that a user could act on.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
-from milora_vl.losses import summed_loss, takes_columns
-from milora_vl.param_groups import parameter_groups
 from milora_vl.policy import Target
 from milora_vl.projector import load_projector, save_projector
+from milora_vl.training.losses import summed_loss, takes_columns
+from milora_vl.training.param_groups import parameter_groups
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -21,7 +21,7 @@ from torch import nn
 
 from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.adapter_io import is_adapter_folder
-from milora_vl.sidecar import AdapterError
+from milora_vl.lora.sidecar import AdapterError
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from adapter_cases import LLAVA_POLICY, one_rule
 from torch import nn
 
 from milora_vl.adapter import apply_milora
-from milora_vl.base_check import fitted, require_same_kind
-from milora_vl.sidecar import AdapterError, Sidecar
+from milora_vl.lora.base_check import fitted, require_same_kind
+from milora_vl.lora.sidecar import AdapterError, Sidecar
 
 
 def sidecar_of(model: nn.Module, rules) -> Sidecar:

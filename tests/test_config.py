@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from milora_data.errors import UserError
-from milora_vl import config, yaml_file
+from milora_vl import config
 from milora_vl.config import Recipe, RecipeError
+from milora_vl.training import yaml_file
 
 
 def problems(content: dict) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from milora_vl.estimate import GIB, Plan, duration, flops_per_step, memory
+from milora_vl.training.estimate import GIB, Plan, duration, flops_per_step, memory
 
 PLAN = Plan(
     total=7_063_427_072, adapters=319_815_680, anchors=319_815_680, full=20_979_712, base_bytes=2.0, stage=0, devices=8,

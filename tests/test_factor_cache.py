@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from milora_vl.factor_cache import cache_key, read_factors, write_factors
+from milora_vl.lora.factor_cache import cache_key, read_factors, write_factors
 from milora_vl.svd import decompose
 
 W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))

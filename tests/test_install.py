@@ -7,7 +7,7 @@ import torch
 from adapter_cases import LLAVA_POLICY, Pictures, anchors, llava_batch, move, one_rule
 
 from milora_vl.adapter import apply_milora
-from milora_vl.install import anchor_names, anchors_of, factors, has_halves, joined_state, lora_layer
+from milora_vl.lora.install import anchor_names, anchors_of, factors, has_halves, joined_state, lora_layer
 
 EVERY_KIND = [{"modules": "*", "method": "milora", "rank": 2}]
 

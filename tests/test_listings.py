@@ -8,9 +8,9 @@ import pytest
 
 import llava_recipes
 from milora_data.errors import UserError
-from milora_vl import yaml_file
 from milora_vl.config import Recipe
 from milora_vl.train import main
+from milora_vl.training import yaml_file
 
 
 def printed(capsys: Any, *words: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from milora_vl.losses import summed_loss, supervised_columns, takes_columns
+from milora_vl.training.losses import summed_loss, supervised_columns, takes_columns
 
 
 def batch(model: Any) -> dict[str, torch.Tensor]:

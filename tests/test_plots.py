@@ -11,9 +11,9 @@ import pytest
 from fake_run import log_history, make_run
 from PIL import Image
 
-from milora_vl import plots, report_plots
-from milora_vl.plots import LOOKS, Look
-from milora_vl.report_run import Layer, Metric, Run, Score, read_run
+from milora_vl.reporting import figures, plots
+from milora_vl.reporting.plots import LOOKS, Look
+from milora_vl.reporting.run_page import Layer, Metric, Run, Score, read_run
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_smoothing_calms_noise() -> None:
 
 
 def test_each_plot_has_its_numbers_beside_it(run: Run) -> None:
-    made = report_plots.make(run)
+    made = figures.make(run)
     folder = run.folder / "plots"
     assert set(made) == {"loss", "spectrum", "scores-emoji"}
     assert {file.name for file in folder.iterdir()} == {f"{name}.{end}" for name in made for end in ("png", "csv")}

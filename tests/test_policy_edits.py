@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from milora_data.errors import UserError
-from milora_vl.policy_edits import DEFAULT_RULES, METHODS, PolicyEdits, edited
+from milora_vl.training.policy_edits import DEFAULT_RULES, METHODS, PolicyEdits, edited
 
 PROJECTOR = {"modules": "projector", "method": "full", "learning_rate": 2e-5}
 RULES = [

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 import llava_recipes
-from milora_vl import arguments, build, dry_run, models, settings
+from milora_vl import models
 from milora_vl.config import Recipe
+from milora_vl.training import arguments, build, dry_run, settings
 
 NAMES = llava_recipes.names()
 

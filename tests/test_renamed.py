@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from milora_vl import apply_milora, load_adapter, save_adapter
-from milora_vl.renamed import renamed_key
-from milora_vl.sidecar import AdapterError
+from milora_vl.lora.renamed import renamed_key
+from milora_vl.lora.sidecar import AdapterError
 
 
 def original(hf: Any) -> nn.Module:

@@ -13,10 +13,10 @@ from PIL import Image
 
 from milora_data.errors import UserError
 from milora_vl import report
-from milora_vl.report_commands import commands
-from milora_vl.report_parts import credit_lines
-from milora_vl.report_run import Metric, read_run
-from milora_vl.report_words import forgetting, number, summary
+from milora_vl.reporting.parts import credit_lines
+from milora_vl.reporting.repeat import commands
+from milora_vl.reporting.run_page import Metric, read_run
+from milora_vl.reporting.wording import forgetting, number, summary
 
 OPTIONAL = ("recipe.yaml", "environment.json", "policy.json", "spectrum.json", "trainer_state.json", "eval")
 

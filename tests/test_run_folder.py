@@ -11,7 +11,7 @@ from test_checkpoints import make
 
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
-from milora_vl.run_folder import RunFolder, choose, default_path, is_finished
+from milora_vl.training.run_folder import RunFolder, choose, default_path, is_finished
 
 
 def refused(path: Path, resume: str | None = None) -> str:

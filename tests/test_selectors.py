@@ -4,7 +4,7 @@ import pytest
 from adapter_cases import tiny_gpt2
 from torch import nn
 
-from milora_vl.selectors import Selector, SelectorError
+from milora_vl.policies.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
 
 LM = "model.language_model.layers"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from milora_data.errors import UserError
-from milora_vl.arguments import parse
-from milora_vl.settings import Settings, resolve
+from milora_vl.training.arguments import parse
+from milora_vl.training.settings import Settings, resolve
 
 # scripts/v1_5/finetune_lora.sh of haotian-liu/LLaVA, without its launcher.
 FINETUNE_LORA = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed zero3

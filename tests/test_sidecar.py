@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from milora_vl.fingerprint import sketch
 from milora_vl.initialize import LayerReport
-from milora_vl.rules import FloorSigma, Target
-from milora_vl.sidecar import FILE_NAME, AdapterError, Sidecar, locate, read_sidecar
+from milora_vl.lora.fingerprint import sketch
+from milora_vl.lora.sidecar import FILE_NAME, AdapterError, Sidecar, locate, read_sidecar
+from milora_vl.policies.rules import FloorSigma, Target
 
 PATH = "model.language_model.layers.0.mlp.up_proj"
 TARGETS = [

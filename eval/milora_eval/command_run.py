@@ -158,9 +158,10 @@ def _print(options: argparse.Namespace, folders: list[Path]) -> None:
 
 
 def _report(output_dir: Path) -> None:
-    """Write the run's report anew; it cannot fail the evaluation."""
+    """Write the run's report anew and put the scores into its card; it cannot fail the evaluation."""
     if not (output_dir / "recipe.yaml").is_file():
         return
+    importlib.import_module("milora_vl.training.model_card").update_scores(output_dir)
     try:
         page = importlib.import_module("milora_vl.report").write_report(output_dir)
         sys.stderr.write(f"report:  {page}\n")

@@ -1,0 +1,1 @@
+"""The adapter in halves on top of PEFT: layers, files, checks against the base."""

@@ -1,0 +1,123 @@
+"""milora.json, the file beside an adapter: what each module is, how it was made, and a sketch of its base weight.
+
+Without it the folder is still a correct LoRA of rank 2r; with it, training goes on as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milora_vl.initialize import LayerReport
+from milora_vl.lora.fingerprint import Sketch
+from milora_vl.policies.rules import FloorSigma, Target
+
+FILE_NAME = "milora.json"
+FORMAT_VERSION = 1
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be made, saved or loaded as asked; the message says what was found and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """The content of milora.json. `names` holds the layout-free name of each target, by path."""
+
+    form: str
+    targets: Sequence[Target]
+    names: Mapping[str, str]
+    sketches: Mapping[str, Sketch]
+    reports: Mapping[str, LayerReport]
+
+    def to_json(self) -> str:
+        """Return the file's text."""
+        modules = {target.path: self._module(target) for target in self.targets}
+        return json.dumps({"format_version": FORMAT_VERSION, "form": self.form, "modules": modules}, indent=1) + "\n"
+
+    def _module(self, target: Target) -> dict[str, Any]:
+        fields = dataclasses.asdict(target)
+        del fields["path"]
+        if isinstance(target.sigma, FloorSigma):
+            fields["sigma"] = {"floor": target.sigma.floor}
+        entry = {"name": self.names[target.path], "part": target.part, **fields}
+        if target.path in self.sketches:
+            entry["fingerprint"] = dataclasses.asdict(self.sketches[target.path])
+        if target.path in self.reports:
+            entry["report"] = dataclasses.asdict(self.reports[target.path])
+        return entry
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Return the rank r of every module with a trained half and an anchor, by path."""
+        return {t.path: t.rank for t in self.targets if t.part is not None and t.rank is not None}
+
+
+def read_sidecar(folder: Path) -> Sidecar | None:
+    """Read milora.json of an adapter folder; None where there is none.
+
+    Raises AdapterError if the file is damaged or of a later format.
+    """
+    file = folder / FILE_NAME
+    if not file.is_file():
+        return None
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        version = data["format_version"]
+        if version > FORMAT_VERSION:
+            raise AdapterError(
+                f"{file} has format {version}, this version reads up to {FORMAT_VERSION}: update milora-vl,\n"
+                "or load the folder with stock PEFT: it is a plain LoRA"
+            )
+        return _from_modules(data["form"], data["modules"])
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(
+            f"{file} is damaged ({type(error).__name__}: {error})\n"
+            "restore it, or remove it: the folder is then a plain LoRA for inference"
+        ) from error
+
+
+def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sidecar:
+    known = {field.name for field in dataclasses.fields(Target)}
+    targets, sketches, reports, names = [], {}, {}, {}
+    for path, entry in modules.items():
+        fields = {name: value for name, value in entry.items() if name in known}
+        sigma = fields.get("sigma", "keep")
+        fields["sigma"] = FloorSigma(sigma["floor"]) if isinstance(sigma, Mapping) else sigma
+        fields["shape"] = tuple(fields["shape"])
+        targets.append(Target(path=path, **fields))
+        names[path] = entry["name"]
+        if "fingerprint" in entry:
+            sketches[path] = Sketch.from_dict(entry["fingerprint"])
+        if "report" in entry:
+            rows, columns = entry["report"]["shape"]
+            reports[path] = LayerReport(**{**entry["report"], "shape": (rows, columns)})
+    return Sidecar(form, targets, names, sketches, reports)
+
+
+def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
+    """Return the sidecar with the module paths of a model; `model_names` gives the layout-free name of each path.
+
+    Raises AdapterError for modules that the model does not have.
+    """
+    if all(target.path in model_names for target in sidecar.targets):
+        return sidecar
+    path_by_name = {name: path for path, name in model_names.items()}
+    missing = [name for name in sidecar.names.values() if name not in path_by_name]
+    if missing:
+        raise AdapterError(
+            f"the adapter trains {len(sidecar.names):,} modules, {len(missing):,} of which this model does not have:\n"
+            f"{', '.join(missing[:3])}"
+        )
+    path_of = {path: path_by_name[name] for path, name in sidecar.names.items()}
+    return Sidecar(
+        sidecar.form,
+        [dataclasses.replace(t, path=path_of[t.path]) for t in sidecar.targets],
+        {path_of[path]: name for path, name in sidecar.names.items()},
+        {path_of[path]: sketch for path, sketch in sidecar.sketches.items()},
+        {path_of[path]: dataclasses.replace(r, path=path_of[path]) for path, r in sidecar.reports.items()},
+    )

@@ -1,0 +1,1 @@
+"""The rule language of policies: selectors, ranks, resolution to modules."""

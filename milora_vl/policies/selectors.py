@@ -1,0 +1,114 @@
+"""The `modules` field of a rule: which modules it means, as full module paths.
+
+language                    the linear layers of a tower's blocks (of the whole projector)
+language.layers[0-3].mlp    blocks 0 to 3, both included, of one family (attention, mlp)
+language.q_proj             a leaf name, or a longer end of the path (self_attn.q_proj)
+*.lm_head                   a glob over full paths; an exact path is one
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from milora_vl.lora.layers import is_adaptable, is_linear
+from milora_vl.towers import TOWERS, Towers, output_head
+
+_TOWER_SELECTOR = re.compile(
+    rf"(?P<tower>{'|'.join(TOWERS)})(?:\.layers\[(?P<first>\d+)(?:-(?P<last>\d+))?\])?(?:\.(?P<tail>[\w.]+))?"
+)
+
+
+class SelectorError(ValueError):
+    """A `modules` text that means nothing in this model; the message says what would."""
+
+
+class Selector:
+    """The modules of one model, by path, and the three ways a rule names them."""
+
+    def __init__(self, model: nn.Module, towers: Towers) -> None:
+        self.towers = towers
+        self.modules = dict(model.named_modules())
+        head = output_head(model)
+        self.head = next((path for path, module in self.modules.items() if module is head), None) if head else None
+
+    def match(self, text: str, *, whole_modules: bool, planned: Collection[str] = ()) -> list[str]:
+        """Return the paths that `text` names, in model order. Never empty.
+
+        With `whole_modules` (rules that train or freeze a weight itself) modules without a matrix, such as norms,
+        count too; those in `planned` (an earlier rule named them) always do.
+        Raises SelectorError, with candidates, when nothing matches or a layer range does not exist.
+        """
+        selector = None if text in self.modules else _TOWER_SELECTOR.fullmatch(text)
+        if selector is not None:
+            self._require_blocks(selector)
+            found = self._by_tower(selector, whole_modules)
+        else:
+            named = [path for path in self.modules if fnmatchcase(path, text)]
+            found = [path for path in named if path in planned or self._counts(path, whole_modules)]
+        if not found:
+            raise SelectorError(self._explain(text, whole_modules))
+        return found
+
+    def _require_blocks(self, selector: re.Match[str]) -> None:
+        if selector["first"] is None:
+            return
+        first, last = int(selector["first"]), int(selector["last"] or selector["first"])
+        stack = self.towers.stacks.get(selector["tower"])
+        count = 0 if stack is None else len(list(self.modules[stack].children()))
+        if not first <= last < count:
+            there = f"{stack}[0-{count - 1}]" if count else "none"
+            raise SelectorError(f"no layers [{first}-{last}] in {selector['tower']}\nits blocks are {there}")
+
+    def _counts(self, path: str, whole_modules: bool) -> bool:
+        module = self.modules[path]
+        if is_adaptable(module):
+            return True
+        return whole_modules and path != "" and next(module.parameters(recurse=False), None) is not None
+
+    def _by_tower(self, selector: re.Match[str], whole_modules: bool) -> list[str]:
+        tower, tail = str(selector["tower"]), selector["tail"]
+        found = [
+            p for p in self.modules if self.towers.tower_of(p) == tower and self._in_tower(p, tower, whole_modules)
+        ]
+        if selector["first"] is not None:
+            blocks = range(int(selector["first"]), int(selector["last"] or selector["first"]) + 1)
+            found = [p for p in found if self.towers.block_of(p) in blocks]
+        if tail in ("attention", "mlp"):
+            return [p for p in found if self.towers.family_of(p) == tail]
+        return [p for p in found if tail is None or p.endswith(f".{tail}")]
+
+    def _in_tower(self, path: str, tower: str, whole_modules: bool) -> bool:
+        """What a bare tower name means: linear layers of the blocks; all of a projector; all where no blocks are."""
+        if tower == "projector" and whole_modules:
+            return self._counts(path, True)
+        if not is_linear(self.modules[path]) or path == self.head:
+            return False
+        return tower not in self.towers.stacks or self.towers.block_of(path) is not None
+
+    def _explain(self, text: str, whole_modules: bool) -> str:
+        lines = [f'no module matches "{text}"']
+        if not whole_modules and any(fnmatchcase(p, text) for p in self.modules):
+            kinds = sorted({type(m).__name__ for p, m in self.modules.items() if fnmatchcase(p, text)})
+            lines.append(f"it names modules of kind {', '.join(kinds[:4])}: no layer an adapter can sit on")
+        if self.towers.layout == "unknown":
+            lines.append("this model has a vision part but no known layout: name its modules by full path or glob")
+        for tower, stack in self.towers.stacks.items():
+            lines.append(f"this model's {tower} blocks are {stack}[0-{len(list(self.modules[stack].children())) - 1}]")
+        projector = [p for p in self.modules if self.towers.tower_of(p) == "projector" and self._counts(p, False)]
+        if projector:
+            lines.append(f"its projector is {', '.join(projector[:4])}")
+        near = difflib.get_close_matches(text, [*self._names(), *self.modules], n=3, cutoff=0.5)
+        if near:
+            lines.append(f"did you mean  {'  or  '.join(near)} ?")
+        return "\n".join(lines)
+
+    def _names(self) -> list[str]:
+        """Tower selectors that exist in this model."""
+        towers = [t for t in TOWERS if any(self.towers.tower_of(p) == t for p in self.modules)]
+        leaves = {p.split(".")[-1] for p, m in self.modules.items() if is_linear(m)}
+        return [*towers, *(f"{t}.{leaf}" for t in towers for leaf in (*sorted(leaves), "attention", "mlp"))]

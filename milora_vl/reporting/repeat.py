@@ -1,0 +1,92 @@
+"""The commands that repeat, evaluate and use a run, as a user would type them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from milora_vl.reporting.run_page import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """One line each. `repeat` writes into a new folder, because nothing overwrites a run."""
+
+    as_typed: str
+    repeat: str
+    evaluate: str
+    chat: str
+    report: str
+
+
+def commands(run: Run) -> Commands:
+    """What made this run, and what to type next."""
+    recipe = run.folder / "recipe.yaml"
+    model, base = _model(run)
+    return Commands(
+        as_typed=_as_typed(run.environment.get("command") or ()),
+        repeat=_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),
+        evaluate=_line("milora_eval", "run", *model, *base, *_suite(run), "--with_base", "--output_dir", run.folder),
+        chat=_line("milora_vl.chat", *model, "--image", _picture(run), "What is this?"),
+        report=_line("milora_vl.report", run.folder),
+    )
+
+
+def steps(run: Run) -> list[tuple[str, str]]:
+    """What to type for what, in the order of the work."""
+    typed = commands(run)
+    made = [("made by", typed.as_typed)] if typed.as_typed else []
+    rest = [
+        ("train again", typed.repeat),
+        ("evaluate", typed.evaluate),
+        ("ask", typed.chat),
+        ("this page", typed.report),
+    ]
+    return made + rest
+
+
+def _line(module: str, *words: str | Path) -> str:
+    return f"python -m {module} {shlex.join(map(str, words))}"
+
+
+def _as_typed(argv: Sequence[str]) -> str:
+    """The command line of the training; run with -m, Python leaves only a file name as its first word."""
+    if not argv:
+        return ""
+    if Path(argv[0]).name in ("train.py", "__main__.py"):
+        return _line("milora_vl.train", *argv[1:])
+    return shlex.join(argv)
+
+
+def _model(run: Run) -> tuple[list[str | Path], list[str | Path]]:
+    """The flags that load this run's model, and those that name the base where the first do not.
+
+    A full fine-tuning is a model of its own; everything else sits on its base.
+    """
+    base = str(run.environment.get("model") or run.recipe.get("model") or "MODEL")
+    if (run.folder / "config.json").is_file() and not (run.folder / "adapter_config.json").is_file():
+        return ["--model", run.folder], ["--base", base]
+    return ["--model", base, "--adapter", run.folder], []
+
+
+def _suite(run: Run) -> list[str | Path]:
+    """The suite and its data: those of the last evaluation, of the recipe, or those that go with the training data."""
+    planned, data = run.recipe.get("eval") or {}, run.recipe.get("data") or {}
+    records = Path(str(data["path"])).parent if data.get("path") else Path("DATA")
+    names = [comparison.suite for comparison in run.comparisons] + list(planned.get("suites") or ())
+    default = "emoji" if (records / "test.json").is_file() or records.name == "emoji" else "quick"
+    return ["--suite", names[0] if names else default, "--data", str(planned.get("data") or records)]
+
+
+def _picture(run: Run) -> str | Path:
+    """A picture that was asked about, else a word in its place."""
+    for comparison in run.comparisons:
+        for side in (comparison.after, comparison.before):
+            for line in side.predictions if side else ():
+                if line.get("image_file"):
+                    file = Path(str(line["image_file"]))
+                    here = Path.cwd()
+                    return file.relative_to(here) if file.is_relative_to(here) else file
+    return "PICTURE"

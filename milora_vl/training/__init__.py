@@ -1,0 +1,1 @@
+"""What `python -m milora_vl.train` is made of."""

@@ -1,0 +1,122 @@
+"""The model of a run: loaded, with the policy applied or a checkpoint's adapter put back, ready for the trainer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from milora_data.errors import UserError
+from milora_vl.config import Recipe
+from milora_vl.initialize import LayerReport
+from milora_vl.policy import Policy, PolicyError, Target
+from milora_vl.towers import TOWERS, find_towers
+from milora_vl.trainer import Saves
+from milora_vl.training.screen import trained_sizes
+
+WEIGHTS_FILE: dict[Saves, str] = {"adapter": "adapter_model.safetensors", "projector": "mm_projector.safetensors"}
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model that is ready to train. `report` has one LayerReport per adapter, none on a resumed run."""
+
+    model: nn.Module
+    processor: Any
+    targets: list[Target]
+    saves: Saves
+    sizes: dict[str, int]  # trained numbers by target
+    report: Sequence[LayerReport]
+    frozen: list[str]  # towers of which nothing trains
+
+
+def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
+    """The base model and its processor; the projector from `projector_weights` where the recipe says so."""
+    from milora_vl.models import load_model
+    from milora_vl.projector import load_projector
+
+    quantization = None if recipe.quantization == "none" else recipe.quantization
+    if quantization and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f'a {quantization} base needs bitsandbytes: pip install "milora-vl[quant]"')
+    model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=quantization)
+    _set_attention(model, recipe.attn_implementation)
+    if recipe.projector_weights:
+        load_projector(model, Path(recipe.projector_weights))
+    return model, processor
+
+
+def _set_attention(model: Any, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"attn_implementation: {name} cannot be had here\n{str(error).splitlines()[0]}") from None
+
+
+def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:
+    """The recipe whose default policy fits this model: no projector rule where there is no projector."""
+    if not implicit or find_towers(base).projector is not None:
+        return recipe
+    rules = [rule for rule in recipe.policy or () if rule["modules"] != "projector"]
+    return recipe.model_copy(update={"policy": rules})
+
+
+def targets_of(recipe: Recipe, base: nn.Module) -> list[Target]:
+    """The resolved policy on a model. UserError with every fault of the rules."""
+    try:
+        return Policy.parse(recipe.policy or []).resolve(base)
+    except PolicyError as error:
+        raise UserError(f"{error}\nsee: python -m milora_vl.train --model {recipe.model} --dry-run") from None
+
+
+def saves_of(targets: Sequence[Target]) -> Saves:
+    """What a checkpoint of such a run holds."""
+    if any(t.rank is not None for t in targets):
+        return "adapter"
+    return "projector" if all(t.tower == "projector" for t in targets) else "full"
+
+
+def build(recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | None) -> Built:
+    """Apply the policy, or put back the adapter of `checkpoint`: its initial factors, so no SVD is repeated."""
+    from milora_vl.adapter import apply_milora
+    from milora_vl.adapter_io import load_adapter
+    from milora_vl.initialize import WeightError
+    from milora_vl.lora.sidecar import AdapterError
+
+    targets = targets_of(recipe, base)
+    saves = saves_of(targets)
+    sizes = trained_sizes(targets, base)
+    if checkpoint is not None:
+        _require_same_kind(checkpoint, saves)
+    frozen: list[str] = [tower for tower in TOWERS if _has(base, tower) and tower not in {t.tower for t in targets}]
+    report: Sequence[LayerReport] = ()
+    try:
+        if saves == "adapter" and checkpoint is not None:
+            model: nn.Module = load_adapter(base, checkpoint, is_trainable=True)
+        else:
+            model = apply_milora(base, Policy.parse(recipe.policy or []), form=recipe.form, progress=True)
+            report = cast("Sequence[LayerReport]", model.milora_report)
+    except (AdapterError, WeightError) as error:
+        raise UserError(str(error)) from None
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # Adam's steps are lost in half precision
+    return Built(model, processor, targets, saves, sizes, report, frozen)
+
+
+def _require_same_kind(checkpoint: Path, saves: Saves) -> None:
+    expected = WEIGHTS_FILE.get(saves, "model")
+    if not any(file.name.startswith(expected) for file in checkpoint.iterdir()):
+        found = ", ".join(sorted(f.name for f in checkpoint.glob("*.safetensors"))) or "no weights"
+        raise UserError(
+            f"{checkpoint} is of another kind of run: expected {expected}*, found {found}\nis --method the same?"
+        )
+
+
+def _has(base: nn.Module, tower: str) -> bool:
+    towers = find_towers(base)
+    return {"language": towers.language, "projector": towers.projector, "vision": towers.vision}[tower] is not None

@@ -1,0 +1,47 @@
+"""The end of a run: model card, report, and the block that says where everything is."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from pathlib import Path
+
+from milora_data.errors import UserError
+from milora_vl.config import Recipe
+from milora_vl.training import model_card
+from milora_vl.training.run_folder import RESULTS, RunFolder
+from milora_vl.training.screen import Screen
+
+
+def close(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
+    """Write README.md and report.html and print the closing block. The report cannot fail the run."""
+    folder.write_text("README.md", model_card.render(folder.path, recipe))
+    reported = _report(folder.path, screen)
+    weights = next((name for name in RESULTS if (folder.path / name).is_file()), "")
+    rows = [("weights", str(folder.path / weights))]
+    if reported:
+        rows.append(("report", str(folder.path / "report.html")))
+    rows.append(("recipe", str(folder.path / "recipe.yaml")))
+    rows.append(("next", next_command(folder.path, recipe)))
+    screen.closing(rows)
+
+
+def next_command(path: Path, recipe: Recipe) -> str:
+    """What a user most likely wants to type now."""
+    if (path / "adapter_model.safetensors").is_file():
+        return f'python -m milora_vl.chat --model {recipe.model} --adapter {path} --image PICTURE "What is this?"'
+    if (path / "mm_projector.safetensors").is_file():
+        return f"python -m milora_vl.train --model {recipe.model} --projector_weights {path} --data_path DATA.json ..."
+    return f'python -m milora_vl.chat --model {path} --image PICTURE "What is this?"'
+
+
+def _report(path: Path, screen: Screen) -> bool:
+    try:
+        importlib.import_module("milora_vl.report").write_report(path)
+    except UserError as error:
+        screen.warn(f"no report: {error}")
+        return False
+    except Exception:  # weights are saved; whatever goes wrong in a drawing must not look like a failed training
+        screen.warn(f"no report; run python -m milora_vl.report {path} to see why\n{traceback.format_exc(limit=1)}")
+        return False
+    return True

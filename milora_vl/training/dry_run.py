@@ -1,0 +1,150 @@
+"""`--dry-run`: everything short of the first step, in seconds, with no weights and no network.
+
+The recipe is validated, the model built on the meta device from its config, the policy resolved, the first batch shown
+with its targets, and memory and time estimated. The plan goes to stdout.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from milora_data.errors import UserError
+from milora_vl import models
+from milora_vl.config import Recipe
+from milora_vl.policy import Target
+from milora_vl.towers import TOWERS, find_towers
+from milora_vl.training import build, first_batch, run_data, run_folder, settings, training_args
+from milora_vl.training.arguments import PROG, Request
+from milora_vl.training.batching import Batching
+from milora_vl.training.dry_run_cost import lines as cost_lines
+from milora_vl.training.screen import Screen, policy_rows, trainable_text, trained_sizes
+
+
+def show(request: Request) -> int:
+    """Print the plan of a run. UserError for whatever would stop it; returns 0."""
+    screen = Screen(sys.stdout)
+    chosen = settings.resolve(request)
+    config = models.config_of(chosen.recipe.model)
+    base = meta_model(config)
+    recipe = build.rules_for(chosen.recipe, base, implicit=chosen.implicit_policy)
+    targets = build.targets_of(recipe, base)
+    path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
+    run_folder.choose(path, request.resume)
+    train, warnings = training_args.prepared(recipe)
+    for line in [*chosen.notes, *(f"warning: {warning}" for warning in [*chosen.warnings, *warnings])]:
+        screen.say(line)
+    screen.say(f"model  {recipe.model}, {count(base):,} parameters")
+    screen.say(f"run    {path} (not created)\n")
+    policy(screen, base, targets)
+    counts, num_records, problem = None, None, None
+    try:
+        counts, num_records = data(screen, recipe, config, base)
+    except UserError as error:  # the rest of the plan is worth seeing; it is raised at the end
+        problem = error
+    batching = Batching(
+        num_records=num_records or 1,
+        per_device=train.get("per_device_train_batch_size", 8),
+        accumulation=train.get("gradient_accumulation_steps", 1),
+        num_devices=num_devices(),
+        epochs=train.get("num_train_epochs", 3.0),
+        max_steps=train.get("max_steps", -1),
+        drop_last=train.get("dataloader_drop_last", False),
+    )
+    screen.say(f"\nbatch  {batching.describe()}")
+    screen.say(f"steps  {batching.describe_steps() if num_records else 'not known without data'}")
+    has_steps = num_records is not None
+    for line in cost_lines(train, config, base, targets, counts, batching, recipe.quantization, has_steps=has_steps):
+        screen.say(line)
+    if problem:
+        raise problem
+    screen.say(f"\nto start it:\n  {command(request)}")
+    return 0
+
+
+def meta_model(config: Any) -> nn.Module:
+    """The model of a config with shapes alone: no weights, no memory."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    sees = "vision_config" in config.to_dict()
+    with torch.device("meta"):
+        return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
+
+
+def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
+    """The policy table, the PEFT line, and the numbers by kind."""
+    towers = find_towers(base)
+    trained_towers = {target.tower for target in targets}
+    present = {"language": towers.language, "projector": towers.projector, "vision": towers.vision}
+    sizes = trained_sizes(targets, base)
+    frozen = [t for t in TOWERS if present[t] is not None and t not in trained_towers]
+    screen.policy(policy_rows(targets, sizes), frozen)
+    adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
+    full = sum(sizes.values()) - adapters
+    copies = full if adapters else 0  # PEFT keeps the original beside a module that trains in full
+    screen.say(trainable_text(adapters + full, count(base) + adapters + copies))
+    screen.say(f"adapters {adapters:,}, in full {full:,}")
+
+
+def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[first_batch.Counts | None, int | None]:
+    """Check and show the records; (None, None) where no data is named yet."""
+    if recipe.data.path is None:
+        screen.say("\ndata   none named yet (--data_path); counts below assume records as in LLaVA's mix665k")
+        return None, None
+    read = run_data.read(recipe.data)
+    sees = find_towers(base).vision is not None
+    image_tokens = models.image_tokens(config) if sees else 0
+    tokenizer = tokenizer_at_hand(recipe.model)
+    first = read.train[: recipe.train.get("per_device_train_batch_size", 8)]
+    counts = first_batch.count(
+        first,
+        template=recipe.template,
+        tokenizer=tokenizer,
+        image_tokens=image_tokens,
+        max_length=recipe.data.max_length,
+    )
+    screen.say(f"\ndata   {len(read.train):,} records, {read.num_with_images:,} with pictures")
+    screen.say(f"first batch: {len(first)} records, {counts.describe()}   (> is learnt, . is only read)")
+    eos = tokenizer.eos_token if tokenizer else "</s>"
+    for line in first_batch.lines(first, template=recipe.template, image_tokens=image_tokens, eos=eos):
+        screen.say(line)
+    return counts, len(read.train)
+
+
+def tokenizer_at_hand(name: str) -> Any | None:
+    """The model's tokenizer if it is on this machine, else None: nothing is fetched for a dry run."""
+    from transformers import AutoTokenizer
+
+    if name in ("tiny", "tiny-text"):
+        from milora_vl.tiny import tiny_tokenizer
+
+        return tiny_tokenizer()
+    source = name if Path(name).is_dir() else models.NAMED_MODELS.get(name, name)
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
+def count(model: nn.Module) -> int:
+    """Parameters of a model, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def num_devices() -> int:
+    """Devices of the launch: what torchrun says, else one."""
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def command(request: Request) -> str:
+    """The command line without --dry-run."""
+    words = [word for word in request.words if word.replace("_", "-") != "--dry-run"]
+    return f"{PROG} {shlex.join(words)}"

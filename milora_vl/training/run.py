@@ -1,0 +1,238 @@
+"""One training run, step by step; `milora_vl.train` tells them in order."""
+
+from __future__ import annotations
+
+import gc
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from milora_data.errors import UserError
+from milora_vl.training import checkpoints, evaluation, run_data, run_folder, settings
+from milora_vl.training.arguments import Request
+from milora_vl.training.batching import Batching
+from milora_vl.training.screen import Screen, policy_rows, trainable_line
+
+# What the collator counts, in words.
+WHAT_HAPPENED = {
+    "skipped": "a record was left out because a picture of it is missing or broken",
+    "replaced": "a missing or broken picture was replaced by a plain one",
+    "unlearnable": "a record was left out because nothing of its answers is left within --max_length",
+    "cut": "a record was cut to --max_length",
+}
+
+
+class Run:
+    """State of one run. Everything that can be wrong is found before the model loads."""
+
+    def __init__(self, request: Request) -> None:
+        self.start = time.monotonic()
+        self.screen = Screen()
+        self.request = request
+        self.failed: list[str] = []  # evaluations that did not come to their end
+        self.settings = settings.resolve(request)
+        self.recipe = self.settings.recipe
+        path = Path(request.output_dir) if request.output_dir else run_folder.default_path(self.recipe, datetime.now())
+        self.folder = run_folder.choose(path, request.resume)
+        for note in self.settings.notes:
+            self.screen.say(note)
+        for warning in self.settings.warnings:
+            self.screen.warn(warning)
+
+    def is_done(self) -> bool:
+        """Whether `--resume_from_checkpoint auto` finds a finished run: a requeued job has nothing left to do."""
+        if (self.request.resume or "").lower() != "auto" or not run_folder.is_finished(self.folder.path):
+            return False
+        self.screen.say(f"{self.folder.path} is finished; nothing to resume")
+        return True
+
+    def read_data(self) -> None:
+        """Read and check the records, and settle HF's arguments and the number of steps."""
+        with self.screen.step(f"reading {self.recipe.data.path}"):
+            self.data = run_data.read(self.recipe.data)
+        if self.data.skipped:
+            self.screen.warn(f"{self.data.skipped:,} records with missing pictures are left out (--bad_images skip)")
+        if self.data.unlearnable:
+            self.screen.warn(f"{self.data.unlearnable:,} records without an answer are left out")
+        from milora_vl.training import training_args
+
+        self.args, warnings = training_args.make(self.recipe, self.folder.path)
+        self.batching = Batching(
+            num_records=len(self.data.train),
+            per_device=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            num_devices=self.args.world_size,
+            epochs=self.args.num_train_epochs,
+            max_steps=self.args.max_steps,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        for warning in [*warnings, *self._warnings()]:
+            self.screen.warn(warning)
+
+    def check_evaluation(self) -> None:
+        """Find out now what the evaluation after the training would stumble over."""
+        evaluation.check(self.recipe.eval)
+
+    def load_model(self) -> None:
+        """Load the base model and its processor."""
+        from milora_vl.training import build, training_args
+
+        dtype = training_args.base_dtype(self.recipe, self.recipe.train)
+        with self.screen.step(f"loading {self.recipe.model}"):
+            self.base, self.processor = build.load_base(self.recipe, dtype, training_args.load_device(self.args))
+        self.dtype = dtype
+        self.recipe = build.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
+
+    def apply_policy(self) -> None:
+        """Make the adapters, or put a checkpoint's back; nothing of the base changes in the anchored form."""
+        from transformers import set_seed
+
+        from milora_vl.training import build, run_files
+
+        if self.describes_start():
+            with self.screen.step("measuring the spectrum of one layer per tower"):
+                self.spectra = run_files.spectra(self.recipe, self.base)
+        set_seed(self.args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
+        checkpoint = self.folder.checkpoint
+        with self.screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
+            self.built = build.build(self.recipe, self.base, self.processor, checkpoint)
+        if self.args.gradient_checkpointing:
+            model: Any = self.built.model
+            model.enable_input_require_grads()  # frozen embeddings would cut the graph
+
+    def open_folder(self) -> None:
+        """Show the header and the policy, and write what is known before the first step."""
+        from milora_vl.training import run_files
+
+        self.screen.header(self.header())
+        self.screen.policy(policy_rows(self.built.targets, self.built.sizes, self.built.report), self.built.frozen)
+        self.screen.say(trainable_line(self.built.model))
+        run_files.set_chat_template(self.processor, self.recipe.template)
+        if not self.args.should_save:
+            return
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        for folder, reason in self.folder.incomplete:
+            self.screen.warn(f"{folder.name} {reason}; it is kept as {checkpoints.set_aside(folder).name}")
+        if self.folder.checkpoint is not None:
+            for change in run_files.changes(self.folder.path, self.recipe):
+                self.screen.warn(f"the recipe differs from the run's so far: {change}")
+        self.environment = run_folder.describe_environment(
+            self.recipe,
+            ["python", "-m", "milora_vl.train", *self.request.words],
+            base=run_files.base_name(self.base) or self.recipe.model,
+            device=run_files.device_name(self.args.device),
+            data=self.data.counts(),
+        )
+        if self.folder.checkpoint is not None:
+            before = run_folder.read_environment(self.folder.path)
+            self.environment = run_folder.continued(before, self.environment, self.folder.checkpoint)
+        self.folder.write_text("recipe.yaml", self.recipe.to_yaml())
+        self.folder.write_json("environment.json", self.environment)
+        if self.describes_start():
+            self.folder.write_json("policy.json", run_files.policy_json(self.built))
+            self.folder.write_json("spectrum.json", self.spectra)
+
+    def train(self) -> None:
+        """Train with HF's Trainer; a keyboard interrupt says how to go on."""
+        import torch
+
+        from milora_vl.trainer import MiloraTrainer
+        from milora_vl.training import failures, run_files
+
+        self.collator = run_files.collator(self.recipe, self.base, self.processor)
+        self.trainer = MiloraTrainer(
+            self.built.model,
+            self.args,
+            targets=self.built.targets,
+            saves=self.built.saves,
+            data_collator=self.collator,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.evaluation,
+            processing_class=self.processor,
+            lengths=run_files.lengths(self.recipe, self.base, self.data.train),
+        )
+        checkpoint = self.folder.checkpoint
+        try:
+            self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except KeyboardInterrupt:
+            self.screen.say(f"\nstopped at step {self.trainer.state.global_step}; to go on, repeat the command with")
+            self.screen.say("  --resume_from_checkpoint auto")
+            raise
+        except (UserError, torch.OutOfMemoryError) as error:
+            raise failures.explained(error, self.args) from None
+        for what, count in self.collator.counts().items():
+            if count:
+                self.screen.warn(f"{count:,} times while training: {WHAT_HAPPENED[what]}")
+
+    def save(self) -> None:
+        """Write the final weights, processor and HF's state at the root of the run folder."""
+        self.trainer.save_model()
+        self.trainer.save_state()
+        if self.args.should_save:
+            self.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
+            self.environment["seconds"] = round(time.monotonic() - self.start, 1)
+            self.folder.write_json("environment.json", self.environment)
+
+    def evaluate(self) -> None:
+        """Start the evaluation that the recipe asks for, once this process has given its memory back."""
+        plan = evaluation.commands(self.recipe.eval, model=self.recipe.model, output_dir=self.folder.path)
+        if not plan or not self.args.should_save:
+            return
+        import torch
+
+        del self.trainer, self.built, self.base
+        gc.collect()
+        torch.cuda.empty_cache()
+        for command in plan:
+            self.screen.say("python " + " ".join(command))
+            if not evaluation.run(command):
+                self.failed.append("python " + " ".join(command))
+
+    def close(self) -> int:
+        """Write the model card and the report, and say where everything is. Returns the exit code."""
+        if self.args.should_save:
+            from milora_vl.training.closing import close
+
+            close(self.folder, self.recipe, self.screen)
+        for command in self.failed:
+            self.screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")
+        return 1 if self.failed else 0
+
+    def describes_start(self) -> bool:
+        """Whether policy and spectra are to be written: not where a resumed run finds those of its start."""
+        return self.folder.checkpoint is None or not (self.folder.path / "policy.json").is_file()
+
+    def header(self) -> list[tuple[str, str]]:
+        """Rows of the header panel."""
+        recipe, counted = self.recipe, self.batching
+        said = self.settings.batch_in_recipe
+        now = (counted.per_device, counted.accumulation)
+        beside = f"   (recipe: {said[0]} x {said[1]})" if said and said != now else ""
+        source = f"   recipe {self.settings.source}" if self.settings.source else ""
+        precision = "bf16 autocast" if self.args.bf16 else "fp16 autocast" if self.args.fp16 else "no autocast"
+        rows = [
+            ("model", f"{recipe.model}{source}"),
+            ("data", f"{len(self.data.train):,} records, {self.data.num_with_images:,} with pictures"),
+            ("batch", counted.describe() + beside),
+            ("steps", counted.describe_steps()),
+            ("dtype", f"{str(self.dtype).removeprefix('torch.')} base, {precision}, on {self.args.device}"),
+            ("run", str(self.folder.path)),
+        ]
+        if self.folder.checkpoint is not None:
+            rows.append(("resumed", self.folder.checkpoint.name))
+        return rows
+
+    def _warnings(self) -> list[str]:
+        found = []
+        args, steps = self.args, self.batching.steps
+        if args.save_strategy == "steps" and args.save_steps > steps:
+            found.append(
+                f"save_steps {args.save_steps:g} is beyond the last step ({steps:,}): no checkpoint before the end"
+            )
+        rates = {rule.get("learning_rate") for rule in self.recipe.policy or () if rule.get("method") == "full"}
+        if self.request.edits.method == "full" and any(rate and rate > 5e-5 for rate in rates):
+            found.append(
+                f"full training at a learning rate of {max(filter(None, rates)):g}; LLaVA uses 2e-5 (--learning_rate)"
+            )
+        return found

@@ -1,0 +1,103 @@
+"""What a run makes besides weights: collator, chat template, policy.json, spectra, differences on resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from milora_data.collate import ImageTextCollator
+from milora_data.records import Record
+from milora_data.sampler import estimated_length
+from milora_data.templates import render_chat_template
+from milora_data.tokens import remember_legacy
+from milora_vl import models
+from milora_vl.config import Recipe, load
+from milora_vl.spectrum import layer_spectra
+from milora_vl.towers import find_towers
+from milora_vl.training.build import Built, targets_of
+
+
+def collator(recipe: Recipe, base: nn.Module, processor: Any) -> ImageTextCollator:
+    """The collator for this model; without pictures for a text-only one."""
+    tokenizer, image_processor = models.split_processor(processor)
+    reads_pictures = find_towers(base).vision is not None
+    return ImageTextCollator(
+        tokenizer,
+        image_processor,
+        template=recipe.template,
+        image_tokens=models.image_tokens(base.config) if reads_pictures else 0,
+        image_token_id=models.image_token_id(base.config) if reads_pictures else -1,
+        image_folder=recipe.data.image_folder,
+        max_length=recipe.data.max_length,
+        image_aspect_ratio=recipe.data.image_aspect_ratio,
+        bad_images=recipe.data.bad_images,
+    )
+
+
+def lengths(recipe: Recipe, base: nn.Module, records: Sequence[Record]) -> list[int] | None:
+    """About how many tokens each record takes, where the recipe asks for batches of similar length."""
+    if recipe.train.get("train_sampling_strategy") != "group_by_length":
+        return None
+    per_picture = models.image_tokens(base.config) if find_towers(base).vision is not None else 0
+    return [estimated_length(record, per_picture) for record in records]
+
+
+def set_chat_template(processor: Any, template: str) -> None:
+    """Give the processor, and its tokenizer, a chat template that renders exactly the prompt of training."""
+    tokenizer, image_processor = models.split_processor(processor)
+    remember_legacy(tokenizer)
+    tokenizer.chat_template = render_chat_template(template, tokenizer, bos=image_processor is None)
+    if image_processor is not None:
+        processor.chat_template = tokenizer.chat_template
+
+
+def spectra(recipe: Recipe, base: nn.Module) -> list[Any]:
+    """Singular values of one layer per tower of the base model, as spectrum.json holds them."""
+    return list(layer_spectra(base, targets_of(recipe, base)))
+
+
+def policy_json(built: Built) -> dict[str, Any]:
+    """What policy.json holds: the resolved targets, what was measured, and how much trains."""
+    return {
+        "targets": [asdict(target) for target in built.targets],
+        "layers": [asdict(layer) for layer in built.report],
+        "trainable": sum(p.numel() for p in built.model.parameters() if p.requires_grad),
+        "total": sum(p.numel() for p in built.model.parameters()),
+    }
+
+
+def changes(folder: Path, recipe: Recipe) -> list[str]:
+    """What differs between the recipe of a run so far and the one it is resumed with."""
+    if not (folder / "recipe.yaml").is_file():
+        return []
+    before, now = dict(_flat(load(folder / "recipe.yaml").model_dump())), dict(_flat(recipe.model_dump()))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys]
+
+
+def base_name(base: nn.Module) -> str:
+    """The name or folder the base was loaded by, as adapters record it."""
+    assert isinstance(base, PreTrainedModel)
+    return str(base.config.name_or_path)
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or a GPU by its name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _flat(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(content, list):
+        for number, value in enumerate(content):
+            yield from _flat(value, f"{path}[{number}]")
+    else:
+        yield path, content

@@ -1,0 +1,115 @@
+"""From the command line and a recipe file to the one recipe that the run follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llava_recipes
+from milora_data.command import suggest
+from milora_data.errors import UserError
+from milora_vl.config import Recipe, RecipeError, policy_problems
+from milora_vl.training import llava_flags, yaml_file
+from milora_vl.training.arguments import PROG, Request
+from milora_vl.training.policy_edits import ADAPTERS, edited
+
+DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The resolved recipe and what the user should hear about how it came about."""
+
+    recipe: Recipe
+    source: str  # name or file of the recipe, or "" without one
+    implicit_policy: bool  # the rules are our default: a projector rule may go where there is no projector
+    batch_in_recipe: tuple[int, int] | None = None  # per device, accumulation
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def resolve(request: Request) -> Settings:
+    """Merge recipe, flags and LLaVA's flags, strictly. UserError, with everything that is wrong in the recipe."""
+    content, lines, source = read_recipe(request.recipe)
+    base = Recipe.parse(content, source, lines)
+    meaning = _llava(request)
+    merged = _merge(base.model_dump(), request.overrides)
+    if meaning and meaning.quantization:
+        merged["quantization"] = meaning.quantization
+    rules = _policy(request, base, meaning)
+    implicit = rules is None
+    merged["policy"] = edited(rules, request.edits)
+    recipe = Recipe.parse(merged, "the command line" if not request.recipe else f"{source} and the command line")
+    if not recipe.model:
+        raise UserError(f"no model is named: --model NAME, or a --recipe that names one\nsee: {PROG} --list-models")
+    per_device = base.train.get("per_device_train_batch_size")
+    batch = (int(per_device), int(base.train.get("gradient_accumulation_steps", 1))) if per_device else None
+    notes = [meaning.line] if meaning and meaning.line else []
+    warnings = meaning.warnings if meaning else []
+    return Settings(recipe, request.recipe or "", implicit, batch, notes, warnings)
+
+
+def read_recipe(name: str | None) -> tuple[dict[str, Any], dict[str, int], str]:
+    """Content, lines and label of a recipe given by name or path; empty without one."""
+    if name is None:
+        return {}, {}, "the command line"
+    if name in llava_recipes.names():
+        label = f"recipe {name}"
+        return (*yaml_file.read(llava_recipes.read(name), label), label)
+    path = Path(name) / "recipe.yaml" if Path(name).is_dir() else Path(name)
+    if path.is_file():
+        return (*yaml_file.read_file(path), str(path))
+    near = suggest(name, llava_recipes.names())
+    hint = f"did you mean {' or '.join(near)} ?" if near else f"recipes: {', '.join(llava_recipes.names())}"
+    raise UserError(f"no recipe {name!r}: neither a name nor a file\n{hint}\nsee: {PROG} --list-recipes")
+
+
+def _llava(request: Request) -> llava_flags.Meaning | None:
+    if not request.llava:
+        return None
+    given = dict(request.llava)
+    if request.recipe or request.policy:
+        clash = [f"--{name}" for name in DECIDES_POLICY if given.get(name)]
+        if clash:
+            decided_by = "recipe" if request.recipe else "policy"
+            raise UserError(f"{' '.join(clash)}: the {decided_by} decides that\nuse --method")
+    if request.edits.method in ADAPTERS:
+        given["lora_enable"] = True
+    edits = request.edits
+    found = llava_flags.meaning(given, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
+    if request.recipe or request.policy:
+        return llava_flags.Meaning([], found.quantization, "", found.warnings)
+    return found
+
+
+def _policy(request: Request, base: Recipe, meaning: llava_flags.Meaning | None) -> list[dict[str, Any]] | None:
+    if request.policy is not None:
+        return _given_policy(request.policy)
+    return meaning.rules if meaning and meaning.rules else base.policy
+
+
+def _given_policy(text: str) -> list[dict[str, Any]]:
+    is_file = "\n" not in text and Path(text).is_file()
+    source = text if is_file else "--policy"
+    body = Path(text).read_text(encoding="utf-8") if is_file else text
+    if not is_file and text.endswith((".yaml", ".yml")):
+        raise UserError(f"--policy {text}: no such file")
+    indented = "\n".join("  " + line for line in body.splitlines())
+    rules = yaml_file.read(f"policy:\n{indented}", source)[0]["policy"]
+    if isinstance(rules, Mapping):
+        rules = rules.get("policy", [rules])
+    if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
+        raise UserError(f"{source}: expected a list of rules, e.g. [{{modules: language, method: milora, rank: 64}}]")
+    problems = policy_problems(rules)
+    if problems:
+        raise RecipeError(source, [f"{source}: {path}: {text}" for path, text in problems])
+    return [dict(rule) for rule in rules]
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = _merge(out[key], value) if isinstance(value, Mapping) and isinstance(out.get(key), dict) else value
+    return out

@@ -1,0 +1,40 @@
+"""The model card: readable by hubs, with scores that an evaluation puts in and everything else left as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from milora_vl.config import Recipe
+from milora_vl.training import model_card
+
+RECIPE = Recipe.parse({"model": "tiny", "policy": [{"modules": "language", "method": "milora", "rank": 4}]})
+
+
+def test_the_front_matter_names_base_and_method(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    front = yaml.safe_load(model_card.render(tmp_path, RECIPE).split("---")[1])
+    assert front["base_model"] == "tiny"
+    assert front["library_name"] == "peft"
+    assert "milora" in front["tags"]
+
+
+def test_scores_come_in_and_an_edited_card_stays_edited(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text(model_card.render(tmp_path, RECIPE) + "\nMy own words.\n")
+    assert "## Scores" not in card.read_text()
+    table = tmp_path / "eval" / "emoji" / "final" / "table.md"
+    table.parent.mkdir(parents=True)
+    for value in ("61.2", "63.4"):
+        table.write_text(f"| mean | {value} |")
+        model_card.update_scores(tmp_path)
+        assert card.read_text().count("## Scores") == 1
+        assert f"| mean | {value} |" in card.read_text()
+    assert card.read_text().endswith("\nMy own words.\n")
+
+
+def test_a_card_of_someone_elses_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("theirs")
+    model_card.update_scores(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "theirs"
