@@ -18,8 +18,8 @@ MAX_FILE, MAX_FUNCTION, MEDIAN_FILE = 350, 60, 120
 # `path:function` -> why its **kwargs is no sink: the signature is someone else's, and everything is passed on.
 FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/models.py:_read": "from_pretrained's keywords, passed on to it",
-    "milora_vl/peft_model.py:MiloraMixin.load_adapter": "PeftModel's method",
-    "milora_vl/peft_model.py:MiloraMixin.save_pretrained": "PeftModel's method",
+    "milora_vl/lora/peft_model.py:MiloraMixin.load_adapter": "PeftModel's method",
+    "milora_vl/lora/peft_model.py:MiloraMixin.save_pretrained": "PeftModel's method",
     "milora_vl/timm_tower.py:TimmTower.forward": "LLaVA passes every vision tower the same keywords",
     "milora_vl/timm_tower.py:TimmTowerConfig.__init__": "PretrainedConfig's constructor",
     "milora_vl/trainer.py:LogBeforeSave.on_step_end": "TrainerCallback's hook",
@@ -27,7 +27,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
 # file -> why it asks an object for a name it may not have.
 PROBES: dict[str, str] = {
     "milora_vl/towers.py": "knowing other people's model classes is its job",
-    "milora_vl/weights.py": "ds_id is the only mark of a parameter that ZeRO-3 has partitioned",
+    "milora_vl/lora/weights.py": "ds_id is the only mark of a parameter that ZeRO-3 has partitioned",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
