@@ -217,7 +217,11 @@ def _greedy(reader: _Reader, max_new_tokens: int) -> Any:
 def _evaluating(model: Any) -> Iterator[None]:
     training = model.training
     model.eval()
+    # The last position is a strided slice of the hidden states; times a frozen head, torch would make it a batched
+    # product for which CPUs copy the head once a row.
+    dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
         yield
     finally:
+        dense.remove()
         model.train(training)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from milora_vl.lora.products import multiply_down, multiply_up
+
 TRAINED, ANCHOR = "trained", "anchor"
 
 
@@ -122,7 +124,7 @@ class LinearA(Halves, nn.Linear):  # type: ignore[misc,override]
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by A and A0 separately: (..., in) -> (..., 2r)."""
-        return torch.cat([F.linear(x, self.trained), F.linear(x, self.anchor_for(x))], dim=-1)
+        return multiply_down(x, self.trained, self.anchor)
 
 
 class LinearB(Halves, nn.Linear):  # type: ignore[misc,override]
@@ -132,8 +134,7 @@ class LinearB(Halves, nn.Linear):  # type: ignore[misc,override]
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by B and B0 separately and subtract: (..., 2r) -> (..., out)."""
-        hidden, anchored = x.chunk(2, dim=-1)
-        out = F.linear(hidden, self.trained) - F.linear(anchored, self.anchor_for(x))
+        out = multiply_up(x, self.trained, self.anchor)
         return out if self.bias is None else out + self.bias
 
 

@@ -136,6 +136,7 @@ class Run:
     def train(self) -> None:
         """Train with HF's Trainer; a keyboard interrupt says how to go on."""
         import torch
+        from peft.helpers import disable_input_dtype_casting
 
         from milora_vl.trainer import MiloraTrainer
         from milora_vl.training import failures, run_files
@@ -154,7 +155,9 @@ class Run:
         )
         checkpoint = self.folder.checkpoint
         try:
-            self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            # Autocast casts what it multiplies; PEFT would first widen every input to the adapter's float32.
+            with disable_input_dtype_casting(self.trainer.trained(), active=self.trainer.accelerator.native_amp):
+                self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except KeyboardInterrupt:
             self.screen.say(f"\nstopped at step {self.trainer.state.global_step}; to go on, repeat the command with")
             self.screen.say("  --resume_from_checkpoint auto")
