@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from milora_vl.adapter_folders import holds_adapter, holds_projector_alone
 
 if TYPE_CHECKING:
     from PIL import Image
+    from transformers import TextStreamer
 
 COMMANDS = {
     "/image FILE": "talk about another picture (starts a new conversation)",
@@ -98,10 +97,14 @@ class Chat:
 
         prompt = Prompt(tuple(self.turns), () if self.picture is None else (self.picture,))
         sys.stdout.write(label)
-        with _streaming(self.model, split_processor(self.processor)[0]):
-            (answer,) = generate(
-                self.model, self.processor, [prompt], template=self.template, max_new_tokens=self.max_new_tokens
-            )
+        (answer,) = generate(
+            self.model,
+            self.processor,
+            [prompt],
+            template=self.template,
+            max_new_tokens=self.max_new_tokens,
+            streamer=_words(split_processor(self.processor)[0]),
+        )
         return answer
 
 
@@ -153,9 +156,8 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-@contextmanager
-def _streaming(model: Any, tokenizer: Any) -> Iterator[None]:
-    """Let the model's `generate` write words to stdout as they come."""
+def _words(tokenizer: Any) -> TextStreamer:
+    """Make what writes words to stdout as they come."""
     from transformers import TextStreamer
 
     class Stripped(TextStreamer):
@@ -171,12 +173,7 @@ def _streaming(model: Any, tokenizer: Any) -> Iterator[None]:
             sys.stdout.write(words + "\n" if stream_end else words)
             sys.stdout.flush()
 
-    stock: Callable[..., Any] = model.generate
-    model.generate = partial(stock, streamer=Stripped(tokenizer, skip_prompt=True, skip_special_tokens=True))
-    try:
-        yield
-    finally:
-        del model.generate  # the class's own is back
+    return Stripped(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

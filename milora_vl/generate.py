@@ -25,6 +25,7 @@ from milora_vl.models import image_token_id, image_tokens, split_processor
 
 if TYPE_CHECKING:
     from PIL import Image
+    from transformers.generation.streamers import BaseStreamer
 
 OnBatch = Callable[[list[int], list[str]], None]
 
@@ -58,17 +59,21 @@ def generate(
     image_aspect_ratio: Literal["pad", "plain"] = "pad",
     share_pictures: bool = True,
     on_batch: OnBatch | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> list[str]:
     """Return the model's answers, in the order of `prompts`; the same at every batch size, up to rounding.
 
     `model` is a LLaVA or a text-only causal model, also within a PeftModel. `on_batch(places, texts)` is called after
-    each batch, with the numbers of its prompts. Raises UserError for a picture without a model that sees.
+    each batch, with the numbers of its prompts; transformers' `streamer` gets the tokens of a single prompt as they
+    come. Raises UserError for a picture without a model that sees, ValueError for a streamer with several prompts.
     """
+    if streamer is not None and len(prompts) != 1:
+        raise ValueError(f"a streamer takes one prompt, got {len(prompts)}")
     reader = _Reader(model, processor, template, image_aspect_ratio)
     answers = [""] * len(prompts)
     with torch.inference_mode(), _evaluating(model):
         for rows in _batches([reader.row(i, prompt) for i, prompt in enumerate(prompts)], batch_size):
-            texts = _answer(reader, rows, max_new_tokens, share_pictures)
+            texts = _answer(reader, rows, max_new_tokens, share_pictures, streamer)
             for row, text in zip(rows, texts, strict=True):
                 answers[row.place] = text
             if on_batch is not None:
@@ -138,7 +143,13 @@ def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
             yield alike[start : start + batch_size]
 
 
-def _answer(reader: _Reader, rows: Sequence[_Row], max_new_tokens: int, share_pictures: bool) -> list[str]:
+def _answer(
+    reader: _Reader,
+    rows: Sequence[_Row],
+    max_new_tokens: int,
+    share_pictures: bool,
+    streamer: BaseStreamer | None,
+) -> list[str]:
     first = {row.picture: row for row in reversed(rows)}
     prefix = _common_prefix(rows, reader.image_token) if share_pictures and len(first) < len(rows) else 0
     width = max(len(row.ids) for row in rows)
@@ -155,7 +166,7 @@ def _answer(reader: _Reader, rows: Sequence[_Row], max_new_tokens: int, share_pi
     else:
         inputs |= reader.pixels(rows)
     config = _greedy(reader, max_new_tokens)
-    output = reader.model.generate(**inputs, generation_config=config)[:, width:].tolist()
+    output = reader.model.generate(**inputs, generation_config=config, streamer=streamer)[:, width:].tolist()
     ends = set(config.eos_token_id)
     return [
         reader.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()

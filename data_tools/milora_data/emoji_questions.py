@@ -179,8 +179,8 @@ def held_out_records(emojis: Sequence[Emoji], per_type: int, seed: int, known: C
 def captions(emojis: Sequence[Emoji], variants: Sequence[str], seed: int) -> list[Record]:
     """Return stage-1 records: one caption for each picture of each emoji, in varied forms.
 
-    `variants` are patterns for file names, such as `{code}.png`. Captions are short, so that most of what is learned is
-    kind, colour and name rather than the words around them.
+    `variants` are patterns for file names, such as `{code}.png`. Captions are short and each tells colour and kind, so
+    that most of what is learned is these and the name rather than the words around them.
     """
     rng = random.Random(seed)
     records = []
@@ -197,19 +197,22 @@ def captions(emojis: Sequence[Emoji], variants: Sequence[str], seed: int) -> lis
 
 
 def _caption_forms(emoji: Emoji) -> list[str]:
-    name, kind, word = emoji.name, emoji.kind, emoji.colour
-    forms = [f"Kind: {kind}.", f"{a(kind)}".capitalize() + "."]
+    """Colour, kind and name in few words; a name may not come before what it would give away."""
+    name, kind, word = emoji.name, emoji.kind, emoji.colour or "colorful"
+    forms = [
+        f"{word} {kind}".capitalize() + ".",
+        f"Kind: {kind}. Color: {word}.",
+        f"{a(kind)}, mostly {word}".capitalize() + ".",
+    ]
     if len(name.split()) <= 4:  # longer ones describe a face or a person beyond what a few tokens can show
-        forms += [
-            f"{kind}, {word or 'colorful'}: {name}".capitalize() + ".",
-            f"{a(name)}, {a(kind)}".capitalize() + (f", mostly {word}." if word else "."),
-            f"{kind}: {name}".capitalize() + ".",
-            f"This is {a(name)}. It is {a(kind)}.",
-            f"Name: {name}.",
+        forms = [
+            f"{word} {kind}: {name}".capitalize() + ".",
+            f"Color: {word}. Kind: {kind}. Name: {name}.",
+            f"{a(kind)}, mostly {word}: {a(name)}".capitalize() + ".",
+            f"Mostly {word}. It is {a(kind)}, {a(name)}.",
+            f"Kind: {kind}. Color: {word}. Name: {name}.",
+            f"{a(name)}, mostly {word}".capitalize() + ".",
         ]
-    if word:
-        forms += [f"Mostly {word}.", f"The main color is {word}.", f"{word} {kind}".capitalize() + "."]
-        forms += [f"Color: {word}. Kind: {kind}."]
     return forms
 
 
