@@ -85,34 +85,18 @@ def test_a_conversation_remembers_until_it_is_reset(
 def test_words_are_streamed_as_they_come_without_the_first_space(
     tiny_llama: Callable[..., Any], capsys: Captured
 ) -> None:
+    import torch
+
     tokenizer = tiny_llama()[1]
-    seen = []
-
-    class Parrot:
-        """Says two words and looks at what is on the screen after each."""
-
-        def generate(self, streamer: Any) -> None:
-            import torch
-
-            streamer.put(torch.tensor([[1, 2]]))  # the prompt, which is not shown
-            for word in (" red", " apple "):
-                for number in tokenizer(word, add_special_tokens=False).input_ids:
-                    streamer.put(torch.tensor([number]))
-                seen.append(capsys.readouterr().out)
-            streamer.end()
-
-    parrot = Parrot()
-    with chat._streaming(parrot, tokenizer):
-        parrot.generate()  # type: ignore[call-arg]
+    words, seen = chat._words(tokenizer), []
+    words.put(torch.tensor([[1, 2]]))  # the prompt, which is not shown
+    for word in (" red", " apple "):
+        for number in tokenizer(word, add_special_tokens=False).input_ids:
+            words.put(torch.tensor([number]))
+        seen.append(capsys.readouterr().out)
+    words.end()
     assert "".join([*seen, capsys.readouterr().out]) == "red apple\n"
     assert seen[1] != ""
-
-
-def test_the_model_is_left_as_it_was(picture: Path) -> None:
-    model, processor = load_model("tiny")
-    talk = chat.Chat(model, processor, template="vicuna_v1", max_new_tokens=4, compare=False)
-    talk.ask("What?")
-    assert "generate" not in vars(model)
 
 
 def test_the_prompt_format_is_that_of_the_training(tmp_path: Path) -> None:
