@@ -186,3 +186,16 @@ def test_the_training_mode_is_left_as_it_was(llava: Made) -> None:
 def test_a_picture_for_a_text_model_is_refused(tiny_llama: Callable[..., Made]) -> None:
     with pytest.raises(UserError, match="only text"):
         generate(*tiny_llama(), questions(1, True))
+
+
+def test_a_streamer_takes_one_prompt(llava: Made) -> None:
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(llava[1].tokenizer)
+    with pytest.raises(ValueError, match="one prompt, got 2"):
+        generate(*llava, questions(2, True), streamer=streamer)
+
+
+def test_no_hook_stays_behind(llava: Made) -> None:
+    generate(*llava, questions(1, True), max_new_tokens=1)
+    assert not llava[0].get_output_embeddings()._forward_pre_hooks
