@@ -130,8 +130,8 @@ def test_every_record_has_its_picture_and_the_test_split_is_balanced(folder, fil
 
 
 def test_the_same_seed_gives_the_same_records(files, some):
-    assert emoji_questions.training_records(some, 3, 5) == emoji_questions.training_records(some, 3, 5)
-    assert emoji_questions.training_records(some, 3, 5) != emoji_questions.training_records(some, 3, 6)
+    assert emoji_questions.training_records(some, 5) == emoji_questions.training_records(some, 5)
+    assert emoji_questions.training_records(some, 5) != emoji_questions.training_records(some, 6)
 
 
 def test_main_colours_of_known_pictures():

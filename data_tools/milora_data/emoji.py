@@ -23,7 +23,6 @@ from milora_data.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-QUESTIONS_PER_EMOJI = 5
 CREDIT = """\
 # Emoji questions
 
@@ -81,7 +80,7 @@ def write(folder: Path, *, seed: int = 0, per_type: int = 60, variants: int = 0)
     split = {name: [emoji for emoji in emojis if emoji.split == name] for name in ("train", "val", "test")}
     patterns = ["{code}.png", *(f"variants/{{code}}_{i}.png" for i in range(variants))]
     files: dict[str, list[Record]] = {
-        "train.json": training_records(split["train"], QUESTIONS_PER_EMOJI, seed),
+        "train.json": training_records(split["train"], seed),
         "val.json": held_out_records(split["val"], max(1, per_type // 4), seed, ()),
         "test.json": held_out_records(split["test"], per_type, seed, {emoji.name for emoji in split["train"]}),
         "captions.json": captions(split["train"], patterns, seed),

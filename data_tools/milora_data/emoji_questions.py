@@ -20,6 +20,7 @@ CATEGORY = ("What kind of thing is this?", "What kind of thing does the picture 
 COLOUR = ("What is the main color?", "Which color is most of the picture?", "What color is this mostly?")
 MULTI_TURN_CLOSING = "Now answer one more question about the same picture. "
 OPTIONS = 4
+TEXT_SHARE = 0.6  # of the named training emoji have a text-only record
 
 Record = dict[str, Any]
 Turns = list[tuple[str, str]]
@@ -145,17 +146,43 @@ TYPES: dict[str, Callable[[Emoji, Pool], tuple[Turns, list[str]] | None]] = {
 }
 
 
-def training_records(emojis: Sequence[Emoji], per_emoji: int, seed: int) -> list[Record]:
-    """Return `per_emoji` questions of different types about each emoji, shuffled."""
+# What training asks about each picture. Yes/no thrice: an answer of one bit teaches least; few pictures have a name.
+ASKED = ("naming", "naming", "category", "colour", "yes_no", "yes_no", "yes_no", "choice", "choice_letter")
+
+
+def training_records(emojis: Sequence[Emoji], seed: int) -> list[Record]:
+    """Return conversations of one to four questions about each emoji, as ASKED, and text-only ones; shuffled.
+
+    Questions about one picture share a record, as in LLaVA-1.5's own mixture: its tokens are paid for once. Any type
+    may come first, so each is learned from the picture too and not from earlier answers alone.
+    """
     rng = random.Random(seed)
     pool = Pool(emojis, rng)
     records: list[Record] = []
     for emoji in emojis:
-        makers = rng.sample(sorted(TYPES), len(TYPES))
-        asked = [record for kind in makers if (record := _record(kind, emoji, pool))]
-        records += asked[:per_emoji]
+        asked = {}
+        for kind in rng.sample(ASKED, len(ASKED)):
+            if record := _record(kind, emoji, pool):
+                asked[record["conversations"][0]["value"]] = record  # no question twice
+        conversations = _conversations(list(asked.values()), rng)
+        if rng.random() < TEXT_SHARE and (record := _record("text_only", emoji, pool)):
+            conversations.append(record)
+        records += [{**record, "id": f"{emoji.code}-{i}"} for i, record in enumerate(conversations)]
     rng.shuffle(records)
     return records
+
+
+def _conversations(asked: Sequence[Record], rng: random.Random) -> list[Record]:
+    """Join the questions about one picture, in order, to conversations of one to four."""
+    joined, start = [], 0
+    while start < len(asked):
+        part = asked[start : start + rng.choice((1, 2, 3, 4))]
+        turns = [turn for record in part for turn in record["conversations"]]
+        turns = [turns[0], *({**turn, "value": turn["value"].removeprefix("<image>\n")} for turn in turns[1:])]
+        kind = part[0]["type"] if len(part) == 1 else "multi_turn"
+        joined.append({**part[-1], "type": kind, "conversations": turns})
+        start += len(part)
+    return joined
 
 
 def held_out_records(emojis: Sequence[Emoji], per_type: int, seed: int, known: Collection[str]) -> list[Record]:
