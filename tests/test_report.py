@@ -194,6 +194,13 @@ def test_credits_come_from_the_data_and_from_the_run(run: Path) -> None:
     assert any(tag == "a" and "openmoji.org" in str(at["href"]) for tag, at in page.tags)
 
 
+def test_the_evaluation_is_repeated_as_it_was(run: Path) -> None:
+    assert "--dtype" not in commands(read_run(run)).evaluate
+    for results in run.glob("eval/*/*/results.json"):
+        edit(results, lambda content: content.update(limit=40, generation={"dtype": "bfloat16"}))
+    assert "--dtype bfloat16 --limit 40" in commands(read_run(run)).evaluate
+
+
 def test_commands_fit_what_the_run_saved(run: Path) -> None:
     assert f"--model smol-llava --adapter {run}" in commands(read_run(run)).chat
     (run / "config.json").write_text("{}")

@@ -77,7 +77,17 @@ def _suite(run: Run) -> list[str | Path]:
     records = Path(str(data["path"])).parent if data.get("path") else Path("DATA")
     names = [comparison.suite for comparison in run.comparisons] + list(planned.get("suites") or ())
     default = "emoji" if (records / "test.json").is_file() or records.name == "emoji" else "quick"
-    return ["--suite", names[0] if names else default, "--data", str(planned.get("data") or records)]
+    words = ["--suite", names[0] if names else default, "--data", str(planned.get("data") or records)]
+    return [*words, *_settings(run)]
+
+
+def _settings(run: Run) -> list[str | Path]:
+    """What the last evaluation was told beyond its data: the same again finds its answers and asks nothing twice."""
+    done = [side.results for comparison in run.comparisons for side in (comparison.after, comparison.before) if side]
+    if not done:
+        return []
+    dtype, limit = (done[0].get("generation") or {}).get("dtype"), done[0].get("limit")
+    return [*(["--dtype", dtype] if dtype else []), *(["--limit", str(limit)] if limit else [])]
 
 
 def _picture(run: Run) -> str | Path:
