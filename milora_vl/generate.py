@@ -19,7 +19,7 @@ from torch import Tensor
 
 from milora_data.encode import encode_prompt
 from milora_data.errors import UserError
-from milora_data.images import expand_to_square, load_image
+from milora_data.images import expand_to_square, load_image, to_rgb
 from milora_data.records import Record, Turn
 from milora_vl.models import image_token_id, image_tokens, split_processor
 
@@ -65,8 +65,11 @@ def generate(
 
     `model` is a LLaVA or a text-only causal model, also within a PeftModel. `on_batch(places, texts)` is called after
     each batch, with the numbers of its prompts; transformers' `streamer` gets the tokens of a single prompt as they
-    come. Raises UserError for a picture without a model that sees, ValueError for a streamer with several prompts.
+    come. Raises UserError for a picture without a model that sees, ValueError for a streamer with several prompts
+    and for a batch size below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if streamer is not None and len(prompts) != 1:
         raise ValueError(f"a streamer takes one prompt, got {len(prompts)}")
     reader = _Reader(model, processor, template, image_aspect_ratio)
@@ -120,7 +123,7 @@ class _Reader:
         return {"pixel_values": pixels.to(self.model.device, self.model.dtype)}
 
     def _picture(self, image: str | Path | Image.Image) -> Any:
-        picture = load_image(image) if isinstance(image, str | Path) else image
+        picture = load_image(image) if isinstance(image, str | Path) else to_rgb(image)
         if self.image_aspect_ratio == "plain":
             return picture
         red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from .command import parser
+from .command import count, parser
 from .errors import DataError, UserError
 from .findings import Finding, examine
 from .images import ImagePolicy
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--pictures", choices=("decode", "exist"), default="decode", help="read each one, or only look for its file"
     )
     options.add_argument("--format", choices=("human", "json"), default="human", help="(default: %(default)s)")
-    options.add_argument("--limit", type=int, default=5, help="examples to print of each kind (default: %(default)s)")
+    options.add_argument("--limit", type=count, default=5, help="examples to print of each kind (default: %(default)s)")
     chosen = options.parse_args(argv)
     folder = image_folder(chosen.data, chosen.image_folder)
     if chosen.fix is not None and chosen.fix.exists():

@@ -25,6 +25,21 @@ def suggest(word: str, candidates: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.6)
 
 
+def count(text: str) -> int:
+    """Parse a whole number from 0 up: the `type` of a flag that counts something."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {number}")
+    return number
+
+
+def positive(text: str) -> int:
+    """Parse a whole number from 1 up."""
+    if count(text) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
+    return int(text)
+
+
 class CommandParser(argparse.ArgumentParser):
     """`argparse` with `-` and `_` alike in flags, no guessing from prefixes, and near names for unknown flags."""
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import parser
+from milora_data.command import count, parser, positive
 from milora_data.emoji_catalogue import PICTURE_SIZE, Emoji, catalogue, on_background, render, with_colours
 from milora_data.emoji_questions import Record, captions, held_out_records, training_records
 from milora_data.errors import UserError
@@ -49,15 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output_dir", type=Path, default=Path("data/emoji"), help="folder to write (default: %(default)s)"
     )
     options.add_argument("--seed", type=int, default=0, help="of the split and of the questions (default: %(default)s)")
-    options.add_argument("--per_type", type=int, default=60, help="test questions of each type (default: %(default)s)")
+    options.add_argument(
+        "--per_type", type=positive, default=60, help="test questions of each type (default: %(default)s)"
+    )
     options.add_argument(
         "--variants",
-        type=int,
+        type=count,
         default=0,
         help="further pictures of each training emoji: moved, turned, on other backgrounds; for stage 1 (default: 0)",
     )
     chosen = options.parse_args(argv)
-    if (chosen.output_dir / "README.md").is_file() and (chosen.output_dir / "test.json").is_file():
+    if chosen.output_dir.exists() and not chosen.output_dir.is_dir():
+        raise UserError(f"--output_dir {chosen.output_dir} is a file, not a folder")
+    if all((chosen.output_dir / name).exists() for name in ("README.md", "test.json", "images")):
         sys.stderr.write(f"{chosen.output_dir} holds the data set already; remove the folder to make it again\n")
         return 0
     if chosen.output_dir.exists() and any(chosen.output_dir.iterdir()):
@@ -79,13 +83,15 @@ def write(folder: Path, *, seed: int = 0, per_type: int = 60, variants: int = 0)
     emojis = with_colours(catalogue(seed))
     split = {name: [emoji for emoji in emojis if emoji.split == name] for name in ("train", "val", "test")}
     patterns = ["{code}.png", *(f"variants/{{code}}_{i}.png" for i in range(variants))]
+    known = {emoji.name for emoji in split["train"]}
     files: dict[str, list[Record]] = {
         "train.json": training_records(split["train"], seed),
-        "val.json": held_out_records(split["val"], max(1, per_type // 4), seed, ()),
-        "test.json": held_out_records(split["test"], per_type, seed, {emoji.name for emoji in split["train"]}),
+        "val.json": held_out_records(split["val"], max(1, per_type // 4), seed, known),
+        "test.json": held_out_records(split["test"], per_type, seed, known),
         "captions.json": captions(split["train"], patterns, seed),
         "captions_val.json": captions(split["val"], ["{code}.png"], seed),
     }
+    folder = folder.absolute()  # "." has no name
     scratch = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "images").mkdir(parents=True)

@@ -18,7 +18,7 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 NAMING = ("What is this?", "What does the picture show?", "What is the name of the thing in the picture?")
 CATEGORY = ("What kind of thing is this?", "What kind of thing does the picture show?")
 COLOUR = ("What is the main color?", "Which color is most of the picture?", "What color is this mostly?")
-MULTI_TURN_CLOSING = "Now answer one more question about the same picture. "
+WHICH = "Which of these is in the picture"
 OPTIONS = 4
 TEXT_SHARE = 0.6  # of the named training emoji have a text-only record
 
@@ -99,7 +99,7 @@ def choice(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     options = _options(emoji, pool)
     listed = ", ".join(a(option) for option in options[:-1]) + f" or {a(options[-1])}"
     right = _label(emoji)
-    return [(f"Which of these is in the picture: {listed}?" + SHORT, right)], [right, a(right)]
+    return [(f"{WHICH}: {listed}?" + SHORT, right)], [right, a(right)]
 
 
 def choice_letter(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
@@ -112,14 +112,9 @@ def choice_letter(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
 
 def multi_turn(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     """Two questions about one picture: its kind, then its colour, its name among others of its kind, or yes/no."""
-    first = category(emoji, pool)
-    follow = [question for question in (colour, yes_no) if question(emoji, pool)]
-    if emoji.named:
-        follow.append(choice)
-    second = pool.rng.choice(follow)(emoji, pool)
-    if first is None or second is None:
-        return None
-    return first[0] + second[0], second[1]
+    follow = [yes_no] + [colour] * (emoji.colour is not None) + [choice] * emoji.named
+    first, second = category(emoji, pool), pool.rng.choice(follow)(emoji, pool)
+    return (first[0] + second[0], second[1]) if first and second else None
 
 
 def text_only(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
@@ -189,17 +184,16 @@ def held_out_records(emojis: Sequence[Emoji], per_type: int, seed: int, known: C
     """Return `per_type` questions of each type (fewer where there are not enough pictures).
 
     Within a type the answers' strata take turns (kinds; colours; yes and no), so that no answer prevails. Naming asks
-    first for `known` names, those of training.
+    for `known` names only, those of training: other pictures of what has been named.
     """
     records: list[Record] = []
     for kind in TYPES:
         rng = random.Random(f"{seed}:{kind}")
         pool = Pool(emojis, rng)
         asked = [record for emoji in _shuffled(emojis, rng) if (record := _record(kind, emoji, pool))]
-        asked = _balanced(asked)
         if kind == "naming":
-            asked.sort(key=lambda record: record["answers"][0] not in known)
-        records += asked[:per_type]
+            asked = [record for record in asked if not set(known).isdisjoint(record["answers"])]
+        records += _balanced(asked)[:per_type]
     return records
 
 
@@ -259,10 +253,14 @@ def _record(kind: str, emoji: Emoji, pool: Pool) -> Record | None:
 
 
 def _balanced(records: Sequence[Record]) -> list[Record]:
-    """Order records so that every answer gets its turn: the first of each, then the second of each, ..."""
+    """Order records so that every answer gets its turn: the first of each, then the second of each, ...
+
+    All options chosen by their text count as one answer, or a type that mixes forms would ask for little else.
+    """
     strata: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        strata[record["answers"][0]].append(record)
+        is_choice = record["conversations"][-2]["value"].removeprefix("<image>\n").startswith(WHICH)
+        strata[WHICH if is_choice else record["answers"][0]].append(record)
     turns = [list(stratum) for stratum in strata.values()]
     return list(_round_robin(turns))
 

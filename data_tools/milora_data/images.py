@@ -29,7 +29,7 @@ def load_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         reason = "no such file"
     except UnidentifiedImageError:
@@ -39,7 +39,8 @@ def load_image(path: str | Path) -> Image.Image:
     raise ImageError(f"{path}: cannot read this picture: {reason}")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode as RGB: 16-bit grey scaled to 8 bits, alpha dropped as LLaVA does."""
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.mode == "P":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .check import image_folder
-from .command import parser
+from .command import count, parser
 from .encode import encode
 from .errors import UserError
 from .images import ImageError, load_image
@@ -33,12 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
     options.add_argument("--image_folder", type=Path, help="folder of the pictures (default: beside DATA)")
     options.add_argument("--id", help="only the record with this id")
-    options.add_argument("--index", type=int, default=0, help="first record to print, from 0 (default: %(default)s)")
-    options.add_argument("--limit", type=int, default=1, help="number of records (default: %(default)s)")
+    options.add_argument("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)")
+    options.add_argument("--limit", type=count, default=1, help="number of records (default: %(default)s)")
     options.add_argument("--template", default="vicuna_v1", help="prompt format (default: %(default)s)")
     options.add_argument("--tokenizer", help="folder or name of a tokenizer, to see tokens")
-    options.add_argument("--image_tokens", type=int, default=576, help="tokens of a picture (default: %(default)s)")
-    options.add_argument("--max_length", type=int, help="cut as training would")
+    options.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
+    options.add_argument("--max_length", type=count, help="cut as training would")
     options.add_argument("--format", choices=("human", "json"), default="human", help="(default: %(default)s)")
     chosen = options.parse_args(argv)
     folder = image_folder(chosen.data, chosen.image_folder)

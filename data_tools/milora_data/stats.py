@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .command import parser
+from .command import count, parser
 from .encode import encode
 from .errors import DataError
 from .records import Record, load_records
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
     options.add_argument("--tokenizer", help="folder or name of a tokenizer, to count tokens")
     options.add_argument("--template", default="vicuna_v1", help="prompt format (default: %(default)s)")
-    options.add_argument("--image_tokens", type=int, default=576, help="tokens of a picture (default: %(default)s)")
-    options.add_argument("--max_length", type=int, help="count the records that are longer")
-    options.add_argument("--limit", type=int, default=5, help="lines of each list (default: %(default)s)")
+    options.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
+    options.add_argument("--max_length", type=count, help="count the records that are longer")
+    options.add_argument("--limit", type=count, default=5, help="lines of each list (default: %(default)s)")
     options.add_argument("--format", choices=("human", "json"), default="human", help="(default: %(default)s)")
     chosen = options.parse_args(argv)
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from milora_data.command import count, positive
 from milora_data.errors import UserError
 from milora_eval.places import Subject, recipe_of, subject
 from milora_eval.selection import parse_shard
 from milora_eval.suites import find_benchmark, find_suite, has_files
+from milora_vl.adapter_folders import holds_adapter
 
 EXAMPLES = """\
 examples:
@@ -36,13 +38,17 @@ def add_arguments(options: argparse.ArgumentParser) -> None:
     )
     options.add_argument("--output_dir", type=Path, required=True, metavar="O", help="files go to O/eval/SUITE/...")
     options.add_argument("--with_base", action="store_true", help="evaluate the untouched base model too")
-    options.add_argument("--limit", type=int, metavar="N", help="N items of each benchmark, a part of any larger N's")
-    options.add_argument("--batch_size", type=int, default=32, help="questions at a time (default: %(default)s)")
+    options.add_argument(
+        "--limit", type=positive, metavar="N", help="N items of each benchmark, a part of any larger N's"
+    )
+    options.add_argument("--batch_size", type=positive, default=32, help="questions at a time (default: %(default)s)")
     options.add_argument("--shard", default="1/1", metavar="i/n", help="the i-th of n parts; all write to the same O")
-    options.add_argument("--audit", type=int, default=0, metavar="N", help="ask N items again, one by one, and compare")
+    options.add_argument(
+        "--audit", type=count, default=0, metavar="N", help="ask N items again, one by one, and compare"
+    )
     options.add_argument("--template", help="prompt format (default: the run's own, else vicuna_v1)")
     options.add_argument(
-        "--forgetting_tokens", type=int, default=8192, metavar="N", help="of general text; 0: no forgetting number"
+        "--forgetting_tokens", type=count, default=8192, metavar="N", help="of general text; 0: no forgetting number"
     )
     options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU)")
     options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -55,6 +61,9 @@ def main(options: argparse.Namespace) -> int:
     if options.with_base and not who.has_base:
         raise UserError("--with_base needs something that was trained: --adapter A, or --model RUN with --base B")
     arguments = _arguments(options, who)
+    own = (who.folder.resolve(), who.folder.resolve().parent)  # a checkpoint is evaluated into its run
+    if holds_adapter(options.output_dir) and options.output_dir.resolve() not in own:
+        sys.stderr.write(f"warning: {options.output_dir} holds another adapter; its scores and report are replaced\n")
     sys.stderr.write(f"loading {options.model}" + (f" with {who.adapter}\n" if who.adapter else "\n"))
     folders = _evaluate(options, who, arguments)
     if folders is None:

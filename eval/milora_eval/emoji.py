@@ -17,7 +17,6 @@ from milora_eval.answers import exact_match, normalise
 from milora_eval.benchmark import Answer, Item, Metric, MissingData
 from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr
 
-CHOICES = ("choice", "choice_letter")
 LENIENT = "mean, answer in first line"
 LENIENT_NOTE = (
     "counts an accepted answer anywhere in the reply's first line (letters left out): what is not mere format"
@@ -128,21 +127,28 @@ def _answers(record: Record) -> tuple[str, ...]:
 
 
 def _baselines(records: Sequence[Record]) -> dict[str, float]:
-    """Return, per question, the value of the best answer of its type that looks at neither picture nor question.
+    """Return, per question, the value of the best answer to its type and form that does not look at the picture.
 
     That is the most frequent answer of the test questions themselves. Where options are offered it is the best of
     that answer, always the same position, and guessing.
     """
-    by_type: dict[str, list[Record]] = defaultdict(list)
+    by_form: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
-        by_type[_kind(record)].append(record)
+        by_form[_kind(record), _form(record)].append(record)
     found: dict[str, float] = {}
-    for kind, part in by_type.items():
-        candidates = _choosing(part) if kind in CHOICES else []
+    for (_, form), part in by_form.items():
+        candidates = _choosing(part) if form == "options" else []
         candidates.append(_majority(part))
         best = max(candidates, key=lambda values: math.fsum(values))
         found |= zip((record.id for record in part), best, strict=True)
     return found
+
+
+def _form(record: Record) -> str:
+    """Return what a question asks for: yes or no, one of its options, or a word of one's own."""
+    if {normalise(answer) for answer in _answers(record)} <= {"yes", "no"}:
+        return "yes/no"
+    return "options" if _options(record.turns[-2].text) else "open"
 
 
 def _majority(records: Sequence[Record]) -> list[float]:

@@ -142,7 +142,11 @@ def parse(argv: Sequence[str] | None) -> Request:
 
 def _add(group: Any, name: str, type_: str, aliases: Sequence[str], text: str, *, dest: str) -> None:
     flags = [f"--{name}", *(f"--{alias}" for alias in aliases)]
-    options: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    options: dict[str, Any] = {
+        "dest": dest,
+        "default": argparse.SUPPRESS,
+        "help": text.replace("%%", "%").replace("%", "%%"),
+    }
     if type_ == "bool":
         options |= {"nargs": "?", "const": True, "type": _named(hf_arguments.boolean, "true or false")}
     elif type_ == "list":

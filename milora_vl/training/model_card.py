@@ -23,7 +23,7 @@ def render(path: Path, recipe: Recipe) -> str:
         "base_model": base,
         "library_name": "peft" if (path / "adapter_config.json").is_file() else "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["milora", *sorted({str(rule["method"]) for rule in recipe.policy or () if "method" in rule})],
+        "tags": sorted({"milora"} | {str(rule["method"]) for rule in recipe.policy or () if "method" in rule}),
         "datasets": [Path(recipe.data.path).name] if recipe.data.path else [],
     }
     parts = [
@@ -82,7 +82,13 @@ def _usage(path: Path, recipe: Recipe, base: str) -> str:
 
 
 def _scores(path: Path) -> str:
-    tables = [table.read_text(encoding="utf-8").strip() for table in sorted(path.glob("eval/*/*/table.md"))]
+    tables = [
+        table.read_text(encoding="utf-8").strip()
+        for suite in sorted(path.glob("eval/*"))
+        for table in sorted(suite.glob("*/table.md"))
+        if table.parent.name != "base"
+        or not any(suite.glob("[!b]*/table.md"))  # the tuned model's tells the base's too
+    ]
     text = "## Scores\n\n" + "\n\n".join(dict.fromkeys(tables)) + "\n\n" if tables else ""
     return f"{SCORES_BEGIN}\n\n{text}{SCORES_END}"
 

@@ -12,6 +12,7 @@ from milora_data.errors import UserError
 from milora_vl.training import checkpoints, evaluation, run_data, run_folder, settings
 from milora_vl.training.arguments import Request
 from milora_vl.training.batching import Batching
+from milora_vl.training.checkpoints import step_of
 from milora_vl.training.screen import Screen, policy_rows, trainable_line
 
 # What the collator counts, in words.
@@ -67,6 +68,11 @@ class Run:
             max_steps=self.args.max_steps,
             drop_last=self.args.dataloader_drop_last,
         )
+        if self.folder.checkpoint is not None and step_of(self.folder.checkpoint) > self.batching.steps:
+            raise UserError(
+                f"{self.folder.checkpoint} is beyond the end of this run, step {self.batching.steps:,}\n"
+                "raise --max_steps or --num_train_epochs to train on from it"
+            )
         for warning in [*warnings, *self._warnings()]:
             self.screen.warn(warning)
 

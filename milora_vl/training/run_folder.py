@@ -75,7 +75,10 @@ def choose(path: Path, resume: str | None) -> RunFolder:
         _refuse_to_overwrite(path)
         return RunFolder(path)
     if wanted.lower() not in ("true", "yes", "1", "auto"):
-        return RunFolder(path, _given_checkpoint(Path(wanted)))
+        given = _given_checkpoint(Path(wanted))
+        if given.resolve().parent != path.resolve():
+            _refuse_to_overwrite(path)
+        return RunFolder(path, given)
     checkpoint, skipped = checkpoints.latest(path)
     if checkpoint is None and wanted.lower() != "auto":
         reasons = [f"{folder.name}: {reason}" for folder, reason in skipped] or ["it holds no checkpoint"]
