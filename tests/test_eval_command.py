@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,17 @@ def test_base_and_tuned_model_stand_in_one_table(
     assert final["forgetting"]["kl"] > 0
     assert final["forgetting"]["cross_entropy"] > final["forgetting"]["base_entropy"]
     assert "| text forgetting |" in (tmp_path / "eval" / "emoji" / "final" / "table.md").read_text()
+
+
+def test_scores_that_replace_another_adapters_are_warned_of(
+    adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    assert main(arguments(adapter, data, other, "--limit", "2")) == 0
+    assert "holds another adapter" in capsys.readouterr().err
+    assert main(arguments(other, data, other, "--limit", "2")) == 0
+    assert "holds another adapter" not in capsys.readouterr().err
 
 
 def test_the_base_is_not_asked_again_for_another_adapter(
@@ -135,6 +147,8 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
         (["--suite", "emoji", "--adapter", "nowhere"], ["no adapter", "nowhere", "milora_vl.train"]),
         (["--suite", "emoji", "--with_base"], ["--with_base", "--adapter"]),
         (["--suite", "emoji", "--shard", "3/2"], ["--shard 3/2", "1/4"]),
+        (["--suite", "emoji", "--limit", "-2"], ["--limit", "negative"]),
+        (["--suite", "emoji", "--batch_size", "0"], ["--batch_size", "at least 1"]),
         (["--suite", "emoji", "--limt", "3"], ["--limt", "--limit"]),
         ([], ["--suite", "--benchmarks"]),
     ],

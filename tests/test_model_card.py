@@ -32,6 +32,14 @@ def test_scores_come_in_and_an_edited_card_stays_edited(tmp_path: Path) -> None:
         assert card.read_text().count("## Scores") == 1
         assert f"| mean | {value} |" in card.read_text()
     assert card.read_text().endswith("\nMy own words.\n")
+    base = tmp_path / "eval" / "emoji" / "base" / "table.md"
+    base.parent.mkdir()
+    base.write_text("| mean | 1.0 |")
+    model_card.update_scores(tmp_path)
+    assert "1.0" not in card.read_text()  # the tuned model's table tells the base's numbers too
+    table.unlink()
+    model_card.update_scores(tmp_path)
+    assert "1.0" in card.read_text()
 
 
 def test_a_card_of_someone_elses_is_not_touched(tmp_path: Path) -> None:

@@ -61,6 +61,14 @@ def test_resume_takes_the_last_complete_checkpoint(tmp_path: Path) -> None:
     assert choose(tmp_path / "other", str(tmp_path / "checkpoint-5")).checkpoint == tmp_path / "checkpoint-5"
 
 
+def test_a_checkpoint_from_elsewhere_does_not_overwrite_a_finished_run(tmp_path: Path) -> None:
+    checkpoint, run = make(tmp_path / "other", 5), tmp_path / "run"
+    finish(run)
+    assert "finished run" in refused(run, str(checkpoint))
+    own = make(run, 5)
+    assert choose(run, str(own)).checkpoint == own
+
+
 def test_resume_without_anything_to_resume(tmp_path: Path) -> None:
     assert "nothing to resume" in refused(tmp_path, "true")
     assert "no such folder" in refused(tmp_path, str(tmp_path / "checkpoint-9"))

@@ -87,6 +87,14 @@ def test_a_recipe_given_back_repeats_the_run(tiny_data: Path, tmp_path: Path) ->
     assert (first / "recipe.yaml").read_text() == (again / "recipe.yaml").read_text()
 
 
+def test_a_checkpoint_beyond_the_end_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    assert main(words(tiny_data, tmp_path / "a", "--rank", "4")) == 0
+    more = ["--rank", "4", "--max_steps", "2", "--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-6")]
+    with pytest.raises(UserError, match=r"checkpoint-6 is beyond the end of this run, step 2\n.*--max_steps"):
+        main(words(tiny_data, tmp_path / "b", *more))
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_losses_are_those_of_an_uninterrupted_run(method: str, tiny_data: Path, tmp_path: Path) -> None:
     """With an evaluation at the end of an epoch, where random states are lost, and losses averaged over steps."""
