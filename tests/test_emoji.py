@@ -150,6 +150,19 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--per_type", "-3"], "must not be negative, got -3"),
+        (["--per_type", "0"], "must be at least 1"),
+        (["--output_dir", __file__], "is a file, not a folder"),
+    ],
+)
+def test_a_mistake_is_told(arguments, message):
+    with pytest.raises(UserError, match=message):
+        emoji.main(arguments)
+
+
 def test_credits_stand_beside_the_pictures(folder):
     readme = (folder / "README.md").read_text()
     assert "OpenMoji" in readme
