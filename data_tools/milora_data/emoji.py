@@ -34,7 +34,8 @@ Names and categories: emoji-data, MIT licence. Questions: made by `python -m mil
 |---|---|---|
 {rows}
 No picture of `test.json` is in a training file, in any gender; skin tones are left out of all of them. Where a name
-belongs to two emoji (`dog`, `dog face`) one is in training and one in test; the other names of the test are new.
+belongs to two emoji (`dog`, `dog face`) one is in training and one in test, and naming asks for these; the other names
+of the test are new, and stand in choices and yes/no questions only.
 """
 
 
