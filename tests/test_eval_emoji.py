@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from eval_questions import write_questions
+from eval_questions import record, write_questions
 
 from milora_eval.benchmark import Answer, MissingData
 from milora_eval.emoji import Emoji
@@ -41,6 +42,15 @@ def test_the_baseline_is_the_most_frequent_answer_of_the_test_itself(data: Path)
     assert metrics["yes_no"].baseline == 3 / 4  # always yes
     assert all(metric.baseline is not None for metric in metrics.values() if metric.mean_of == "items")
     assert metrics["mean over types"].baseline is not None
+
+
+def test_the_baseline_knows_the_form_of_the_answer(tmp_path: Path) -> None:
+    """A type that mixes yes/no and open questions: always yes to the ones, red to the others."""
+    words = ["Yes", "Yes", "No", "red", "red", "red", "blue"]
+    records = [record("text_only", f"t{i}", "?", [word], image=None) for i, word in enumerate(words)]
+    (tmp_path / "test.json").write_text(json.dumps(records))
+    (metric,) = (m for m in all_answered(tmp_path, "red") if m.name == "text_only")
+    assert metric.baseline == pytest.approx((2 + 3) / 7)
 
 
 def test_where_options_are_offered_the_baseline_is_the_best_fixed_position(data: Path) -> None:

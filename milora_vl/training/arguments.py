@@ -145,7 +145,7 @@ def _add(group: Any, name: str, type_: str, aliases: Sequence[str], text: str, *
     options: dict[str, Any] = {
         "dest": dest,
         "default": argparse.SUPPRESS,
-        "help": text.replace("%%", "%").replace("%", "%%"),
+        "help": text.replace("%", "%%"),
     }
     if type_ == "bool":
         options |= {"nargs": "?", "const": True, "type": _named(hf_arguments.boolean, "true or false")}

@@ -82,13 +82,14 @@ def _usage(path: Path, recipe: Recipe, base: str) -> str:
 
 
 def _scores(path: Path) -> str:
-    tables = [
-        table.read_text(encoding="utf-8").strip()
-        for suite in sorted(path.glob("eval/*"))
-        for table in sorted(suite.glob("*/table.md"))
-        if table.parent.name != "base"
-        or not any(suite.glob("[!b]*/table.md"))  # the tuned model's tells the base's too
-    ]
+    tables: list[str] = []
+    for suite in sorted(path.glob("eval/*")):
+        found = {
+            table.parent.name: table.read_text(encoding="utf-8").strip() for table in sorted(suite.glob("*/table.md"))
+        }
+        if len(found) > 1:
+            found.pop("base", None)  # the tuned model's table tells the base's numbers too
+        tables += found.values()
     text = "## Scores\n\n" + "\n\n".join(dict.fromkeys(tables)) + "\n\n" if tables else ""
     return f"{SCORES_BEGIN}\n\n{text}{SCORES_END}"
 

@@ -48,7 +48,7 @@ def flags() -> dict[str, dict[str, Any]]:
             continue
         type_, choices = kind(hints[field.name])
         default = None if dataclasses.MISSING is field.default else field.default
-        text = re.sub(r"\s+", " ", str(field.metadata.get("help", ""))).strip()
+        text = re.sub(r"\s+", " ", str(field.metadata.get("help", ""))).strip().replace("%%", "%")
         out[field.name] = {
             "type": type_,
             "choices": choices,
