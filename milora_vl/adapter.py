@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from peft import PeftModel
 from torch import nn
 
-from milora_vl.initialize import Initial, initialize
+from milora_vl.initialize import Initial, Progress, initialize
 from milora_vl.lora.config import make_lora
 from milora_vl.lora.fingerprint import sketch
 from milora_vl.lora.install import install, lora_layer, set_dropout
@@ -33,14 +33,14 @@ def apply_milora(
     *,
     form: Form = "anchored",
     cache_dir: str | Path | None = None,
-    progress: bool = False,
+    progress: Progress = False,
 ) -> Any:
     """Adapt `model` as the policy says and return it as a PeftModel; its output is unchanged until it is trained.
 
     A policy of `full` and `frozen` rules alone returns the model itself, with requires_grad set. Either way the result
     has `milora_targets` (one Target per module that trains) and `milora_report` (one LayerReport per decomposed
-    weight). Factors are kept in `cache_dir` and taken from there. `progress` shows a bar on stderr. The model is
-    changed only after every weight has been decomposed.
+    weight). Factors are kept in `cache_dir` and taken from there. `progress` shows a bar on stderr, "lines" a line per
+    layer too. The model is changed only after every weight has been decomposed.
 
     Raises PolicyError for rules that do not fit the model, ValueError for weights that cannot be decomposed,
     AdapterError for models that hold an adapter already or do not fit the form.

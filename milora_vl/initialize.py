@@ -2,6 +2,7 @@
 
 Nothing of the model is changed here. Factors come rounded to the dtype of the base weight: the trained halves start at
 exactly these values, so that step 0 stays exact (arXiv:2406.09044, section 3; scaling as in the official script).
+Several processes share the work; all of them end with the same bits.
 """
 
 from __future__ import annotations
@@ -13,25 +14,30 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from milora_vl.lora.dealing import gather, hands, place, share
 from milora_vl.lora.factor_cache import cache_key, read_factors, write_factors
 from milora_vl.lora.fingerprint import Sketch, sketch
 from milora_vl.lora.weights import factor_dtype, read_matrix
 from milora_vl.policies.rules import FloorSigma, Sigma, Target
-from milora_vl.svd import Factors, decompose
+from milora_vl.svd import Factors, decompose, singular_values
+
+Progress = bool | Literal["lines"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
     """What the initialisation did to one module. All sigma are those of the weight, before any floor.
 
-    `energy` is the share of ||W||_F^2 in the trained components, `drift` how far the step-0 weight is from W,
-    relative to ||W||_F: 0 by construction in the anchored form.
+    `sigma_top` is the largest of all, an estimate from below where `svd` is gram or gram64. `energy` is the share of
+    ||W||_F^2 in the trained components, `excess` the certified bound of the error of their norm, `drift` how far the
+    step-0 weight is from W, relative to ||W||_F: 0 by construction in the anchored form.
     """
 
     path: str
@@ -47,6 +53,14 @@ class LayerReport:
     svd: str
     drift: float
     seconds: float
+
+    def __str__(self) -> str:
+        """One line for the screen."""
+        return (
+            f"{self.path}  {self.shape[0]}x{self.shape[1]}  {self.method} rank {self.rank}  "
+            f"sigma {self.sigma_max:.3g}..{self.sigma_min:.3g} of {self.sigma_top:.3g}  energy {self.energy:.2%}  "
+            f"excess {self.excess:.1e} ({self.svd})  {self.seconds:.2f} s"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,35 +78,79 @@ class WeightError(ValueError):
 
 
 def initialize(
-    model: nn.Module, targets: Sequence[Target], *, cache_dir: str | Path | None = None, progress: bool = False
+    model: nn.Module, targets: Sequence[Target], *, cache_dir: str | Path | None = None, progress: Progress = False
 ) -> dict[str, Initial]:
     """Decompose the weights of `targets` that train a part of them; the result is by module path.
 
-    Factors found in `cache_dir` are taken from there, others put there. `progress` shows a bar on stderr.
-    Raises ValueError, with the module, for NaN and infinite values, empty weights and ranks too large. Warns once,
-    with the count, of singular values at zero: they start at a dead saddle.
+    Factors found in `cache_dir` are taken from there, others put there. `progress` shows a bar on stderr, "lines" a
+    line per layer too. In a distributed run every process takes its share of the layers, under ZeRO-3 with one gathered
+    at a time. Raises WeightError, in every process and with the module, for NaN and infinite values, empty and absent
+    weights and ranks too large. Warns once, with the count, of singular values at zero: they start at a dead saddle.
     """
     wanted = [t for t in targets if t.part is not None]
-    bar = tqdm(wanted, desc="decomposing", unit="matrix", file=sys.stderr, disable=not progress)
     cache = None if cache_dir is None else Path(cache_dir)
-    made = {target.path: _initial(model.get_submodule(target.path), target, cache) for target in bar}
+    rank, _ = place()
+    made: dict[str, Initial] = {}
+    shown = bool(progress) and rank == 0
+    with tqdm(total=len(wanted), desc="decomposing", unit="matrix", file=sys.stderr, disable=not shown) as bar:
+        for hand in hands([(_cost(target), target) for target in wanted]):
+            for initial in _play(model, hand, cache):
+                made[initial.report.path] = initial
+                if progress == "lines" and rank == 0:
+                    bar.write(str(initial.report), file=sys.stderr)
+            bar.update(len(hand))
     _warn_of_zeros([initial.report for initial in made.values()], wanted)
-    return made
+    return {target.path: made[target.path] for target in wanted}
 
 
-def _initial(module: nn.Module, target: Target, cache: Path | None) -> Initial:
+def _cost(target: Target) -> float:
+    return float(target.shape[0] * target.shape[1] * min(target.shape))
+
+
+def _play(model: nn.Module, hand: Sequence[Target], cache: Path | None) -> list[Initial]:
+    """Each process makes the factors of one target of the hand; all get those of all."""
+    rank, _ = place()
+    own: Initial | None = None
+    error: str | None = None
+    W = None
+    for owner, target in enumerate(hand):
+        # Under ZeRO-3 reading is gathering, which all do together.
+        if owner == rank or is_deepspeed_zero3_enabled():
+            gathered = read_matrix(model.get_submodule(target.path))
+            W = gathered if owner == rank else W
+    if W is not None:
+        try:
+            own = _initial(W, factor_dtype(model.get_submodule(hand[rank].path)), hand[rank], cache)
+        except WeightError as problem:
+            error = str(problem)
+    told = gather((error, own and (own.sketch, own.report, own.A0.dtype, own.A0.shape, own.B0.shape)))
+    for failure, _ in told:
+        if failure is not None:
+            raise WeightError(failure)
+    return [_shared(own if owner == rank else None, told[owner][1], model, owner) for owner in range(len(hand))]
+
+
+def _shared(own: Initial | None, told: tuple, model: nn.Module, owner: int) -> Initial:
+    seen, report, dtype, *shapes = told
+    device = next(model.get_submodule(report.path).parameters()).device
+    halves = (None, None) if own is None else (own.A0, own.B0)
+    A0, B0 = (share(half, shape, dtype, device, owner) for half, shape in zip(halves, shapes, strict=True))
+    return Initial(A0, B0, seen, report)
+
+
+def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) -> Initial:
     start = time.perf_counter()
-    W = read_matrix(module)
     factors = _factors(W, target, cache)
-    dtype = factor_dtype(module)
-    A0, B0 = (from_first_rank(factor.to(dtype)) for factor in _scaled(factors, target.sigma, target.scaling))
+    A0, B0 = _scaled(factors, W, target.sigma, target.scaling)
     report = _report(factors, target, time.perf_counter() - start)
-    return Initial(A0, B0, sketch(W), report)
+    return Initial(A0.to(dtype), B0.to(dtype), sketch(W), report)
 
 
 def _factors(W: Tensor, target: Target, cache: Path | None) -> Factors:
     assert target.rank is not None
     assert target.part is not None
+    if W.is_meta:
+        raise WeightError(f"{target.path}: the weight is on the meta device, it has no values: load the model first")
     # A seed of its own for each module: equal shapes shall not draw equal components.
     seed = zlib.crc32(target.path.encode()) if target.part == "random" else 0
     key = cache_key(W, target.rank, target.part, seed) if cache is not None else ""
@@ -108,28 +166,18 @@ def _factors(W: Tensor, target: Target, cache: Path | None) -> Factors:
     return factors
 
 
-def from_first_rank(tensor: Tensor) -> Tensor:
-    """Return the tensor as rank 0 has it: signs and nearly equal components may differ between machines."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return tensor
-    shared = tensor.to(torch.cuda.current_device()) if dist.get_backend() == "nccl" else tensor
-    dist.broadcast(shared, src=0)
-    return shared.to(tensor.device)
-
-
-def _scaled(factors: Factors, sigma: Sigma, scaling: float) -> tuple[Tensor, Tensor]:
+def _scaled(factors: Factors, W: Tensor, sigma: Sigma, scaling: float) -> tuple[Tensor, Tensor]:
     """A0 and B0; in the anchored form their scale is free, since B0 A0 is subtracted again."""
     if sigma == "none":
         return factors.Vh, factors.U
     if isinstance(sigma, FloorSigma):
-        floor = float(sigma.floor * factors.spectrum.median())
+        floor = float(sigma.floor * singular_values(W).median())
         factors = replace(factors, S=factors.S.clamp(min=floor))
     return factors.lora(scaling)
 
 
 def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
-    energy = factors.spectrum.double().square()
-    total = float(energy.sum())
+    energy = float(factors.S.double().square().sum())
     return LayerReport(
         path=target.path,
         shape=(factors.U.shape[0], factors.Vh.shape[1]),
@@ -138,8 +186,8 @@ def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
         rank=factors.S.numel(),
         sigma_min=float(factors.S[-1]),
         sigma_max=float(factors.S[0]),
-        sigma_top=float(factors.spectrum[0]),
-        energy=float(energy[factors.index].sum()) / total if total > 0 else 0.0,
+        sigma_top=max(factors.sigma_max, float(factors.S[0])),
+        energy=energy / factors.norm**2 if factors.norm > 0 else 0.0,
         excess=factors.excess,
         svd=factors.method,
         drift=0.0,

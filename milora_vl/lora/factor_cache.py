@@ -1,13 +1,15 @@
 """Factors on disk, so that a second run with the same weights does not decompose them again.
 
-The key is a hash of the weight's bytes, the rank, the part and the version of the algorithm. A damaged entry is made
-anew.
+The key is a hash of the weight's bytes, the rank, the part and the version of the algorithm. An entry carries a hash of
+its own bytes: a damaged one is made anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,14 +20,18 @@ from torch import Tensor
 from milora_vl.svd import Factors
 
 # Raise it when the same weight, rank and part may give other factors.
-ALGORITHM = 1
-_TENSORS = ("U", "S", "Vh", "spectrum", "index")
+ALGORITHM = 2
+_TENSORS = ("U", "S", "Vh", "index")
+_PIECE = 1 << 24  # bytes; pieces are hashed side by side, SHA-256 runs at 1 to 2 GB/s
 
 
 def cache_key(W: Tensor, rank: int, part: str, salt: int) -> str:
     """Return the name of the entry for a weight (out, in); `salt` tells random parts of equal weights apart."""
     digest = hashlib.sha256(f"{ALGORITHM} {tuple(W.shape)} {W.dtype} {rank} {part} {salt}".encode())
-    digest.update(W.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    # A transposed view is hashed as it lies in memory: nothing is copied.
+    lies = W.detach().cpu()
+    lies, order = (lies, b"rows") if lies.is_contiguous() else (lies.T.contiguous(), b"columns")
+    digest.update(order + _digest(lies))
     return digest.hexdigest()
 
 
@@ -38,7 +44,10 @@ def read_factors(folder: Path, key: str) -> Factors | None:
         with safe_open(file, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in _TENSORS}
             metadata = stored.metadata()
-            return Factors(**tensors, excess=float(metadata["excess"]), method=metadata["method"])
+        if metadata["sha256"] != _hash(tensors, metadata):
+            return None
+        norm, sigma_max, excess = (float(metadata[name]) for name in ("norm", "sigma_max", "excess"))
+        return Factors(**tensors, norm=norm, sigma_max=sigma_max, excess=excess, method=metadata["method"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
 
@@ -47,9 +56,40 @@ def write_factors(folder: Path, key: str, factors: Factors) -> None:
     """Store an entry; another process sees it whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        "U": factors.U, "S": factors.S, "Vh": factors.Vh, "spectrum": factors.spectrum, "index": factors.index
-    }  # fmt: skip
+        "U": factors.U.cpu().contiguous(),
+        "S": factors.S.cpu().contiguous(),
+        "Vh": factors.Vh.cpu().contiguous(),
+        "index": factors.index.cpu().contiguous(),
+    }
+    metadata = {
+        "norm": repr(factors.norm),
+        "sigma_max": repr(factors.sigma_max),
+        "excess": repr(factors.excess),
+        "method": factors.method,
+    }
+    metadata["sha256"] = _hash(tensors, metadata)
     part = folder / f".{key}.{os.getpid()}"
-    metadata = {"excess": repr(factors.excess), "method": factors.method}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
-    part.replace(folder / f"{key}.safetensors")
+    try:
+        save_file(tensors, part, metadata=metadata)
+        part.replace(folder / f"{key}.safetensors")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for name in _TENSORS:
+        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode() + _digest(tensors[name]))
+    for name in sorted(metadata.keys() - {"sha256"}):
+        digest.update(f"{name}={metadata[name]}\n".encode())
+    return digest.hexdigest()
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """A hash of a contiguous tensor's bytes."""
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+    pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
+    if len(pieces) <= 1:
+        return hashlib.sha256(data).digest()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return hashlib.sha256(b"".join(pool.map(lambda piece: hashlib.sha256(piece).digest(), pieces))).digest()

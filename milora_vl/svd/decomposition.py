@@ -1,0 +1,155 @@
+"""Singular triplets of a weight, by the cheapest way that certifies them.
+
+Few components of a large matrix come from `extremal`, through a Gram matrix in float32, then in float64; what these do
+not certify, and what is small, is decomposed whole.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from milora_vl.svd.extremal import EXTRA, Search
+from milora_vl.svd.factors import Factors
+from milora_vl.svd.precision import full_precision
+from milora_vl.svd.triplets import polished, triplets
+
+Part = Literal["minor", "principal", "random"]
+Method = Literal["auto", "exact", "fast"]
+
+DENSE = 640  # up to this many rows or columns a whole decomposition takes no longer
+DENSE_SHARE = 6  # and so it is where more than one component in six is wanted
+
+
+def decompose(
+    weight: Tensor,
+    rank: int,
+    part: Part = "minor",
+    *,
+    method: Method = "auto",
+    tol: float = 1e-3,
+    generator: torch.Generator | None = None,
+) -> Factors:
+    """Return `rank` singular triplets of `weight` (out, in): the last, the first, or a random choice.
+
+    Works in float32 (float64 for a float64 weight) on the weight's device and leaves the weight as it is. Signs are
+    fixed: the entry of largest magnitude in each row of Vh is positive.
+
+    `method`: `auto` decomposes small matrices whole and searches large ones for the wanted components; `fast` searches
+    small ones too; `exact` is torch.linalg.svd. A search proves a bound of its error; where that exceeds `tol` (the
+    relative excess of ||S||) the next more careful way is taken, a whole decomposition at last: `Factors.method` and
+    `Factors.excess` tell. Random parts need a whole decomposition. `generator` draws the random part and the start of
+    the search (seed 0 without one).
+
+    Raises ValueError for a weight that is not a finite floating-point matrix and for a rank outside 1..min(out, in).
+
+    >>> f = decompose(torch.diag(torch.tensor([3.0, 1.0, 2.0])), rank=2)
+    >>> [round(s, 6) for s in f.S.tolist()], f.excess
+    ([2.0, 1.0], 0.0)
+    """
+    _check(weight, rank, part, method, tol)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    generator = generator or torch.Generator().manual_seed(0)
+    with full_precision(weight.device):
+        W = weight.detach().to(dtype)
+        W, norm, scale = _within_range(W if W.shape[0] >= W.shape[1] else W.T)
+        found = None
+        if method == "fast" or (method == "auto" and W.shape[1] > max(DENSE, DENSE_SHARE * (rank + EXTRA))):
+            found = _search(W, norm, rank, part, tol, generator)
+        found = found or _whole(W, norm, rank, part, method, generator)
+        U, Vh = (found.U, found.Vh) if W.shape == weight.shape else (found.Vh.T, found.U.T)
+        sign = torch.where(Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0).to(dtype)
+        return replace(
+            found,
+            U=(U * sign.T).contiguous(),
+            S=(found.S * scale).contiguous(),
+            Vh=(Vh * sign).contiguous(),
+            norm=found.norm * scale,
+            sigma_max=found.sigma_max * scale,
+        )
+
+
+def _within_range(W: Tensor) -> tuple[Tensor, float, float]:
+    """W divided by a power of two where its squares would leave the dtype's range; its norm, and that power."""
+    norm = float(torch.linalg.vector_norm(W))
+    if 1e-12 < norm < 1e12:
+        return W, norm, 1.0
+    if not torch.isfinite(W).all():
+        bad = int((~torch.isfinite(W)).sum())
+        raise ValueError(f"the weight holds {bad:,} values that are NaN or infinite, of {W.numel():,}")
+    largest_entry = float(W.abs().max())
+    if largest_entry == 0:
+        return W, 0.0, 1.0
+    scale = 2.0 ** math.floor(math.log2(largest_entry))
+    W = W / scale
+    return W, float(torch.linalg.vector_norm(W)), scale
+
+
+def _search(W: Tensor, norm: float, rank: int, part: Part, tol: float, generator: torch.Generator) -> Factors | None:
+    """Find the wanted triplets of W (m, n), m >= n, alone; None where that is not possible or not certain."""
+    if part == "random" or rank + EXTRA >= W.shape[1]:
+        return None
+    for dtype in dict.fromkeys((W.dtype, torch.float64)):
+        search = Search(W, norm, rank, 1 if part == "minor" else -1, dtype, generator)
+        found = search.run(tol)
+        if found is not None:
+            sigma_max = search.flat.sigma_max if part == "minor" else float(found.S[0])
+            index = _positions(W.shape[1], rank, part, generator)
+            name = "gram" if dtype == torch.float32 else "gram64"
+            return Factors(found.U, found.S, found.V.T, index, norm, sigma_max, found.excess, name)
+    return None
+
+
+def _whole(W: Tensor, norm: float, rank: int, part: Part, method: Method, generator: torch.Generator) -> Factors:
+    """Decompose W (m, n), m >= n, whole: float64 eigenvectors of W'W see more than a float32 decomposition of W."""
+    index = _positions(W.shape[1], rank, part, generator)
+    if method == "exact" or W.dtype == torch.float64:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        chosen = index.to(S.device)
+        return Factors(U[:, chosen], S[chosen], Vh[chosen], index, norm, float(S[0]), 0.0, "exact")
+    wide = W.double()
+    squares, vectors = torch.linalg.eigh(wide.T @ wide)
+    squares, vectors = squares.flip(0), vectors.flip(1)
+    sigma_max = float(squares[0].clamp(min=0).sqrt())
+    V = vectors[:, index.to(W.device)].to(W.dtype)
+    # What a float32 product can have put into U comes from far larger singular values.
+    least = squares[index[0]].clamp(min=(16 * torch.finfo(W.dtype).eps * sigma_max) ** 2)
+    basis, inverse = vectors[:, squares > least], 1 / squares[squares > least]
+    solve = lambda P: (basis @ (inverse[:, None] * (basis.T @ P.double()))).to(W.dtype)  # noqa: E731
+    U, S, V = triplets(W @ V, V)
+    U = polished(W, U, S, V, sigma_max, solve)
+    return Factors(U, S, V.T, index, norm, sigma_max, 0.0, "eigh")
+
+
+def _positions(count: int, rank: int, part: Part, generator: torch.Generator) -> Tensor:
+    """Positions of the wanted triplets among `count`, ascending (so that S stays descending)."""
+    if part == "principal":
+        return torch.arange(rank)
+    if part == "minor":
+        return torch.arange(count - rank, count)
+    drawn = torch.randperm(count, generator=generator, device=generator.device)[:rank]
+    return drawn.sort().values.cpu()
+
+
+def _check(weight: Tensor, rank: int, part: str, method: str, tol: float) -> None:
+    if weight.ndim != 2:
+        raise ValueError(f"the weight must have 2 dimensions (out, in), got shape {tuple(weight.shape)}")
+    if not weight.dtype.is_floating_point:
+        raise ValueError(f"the weight must be floating point, got {weight.dtype}: dequantise it first")
+    if weight.numel() == 0:
+        raise ValueError(f"the weight is empty, shape {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device: it has no values; load the model first")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(weight.shape):
+        largest_rank = min(weight.shape)
+        raise ValueError(f"rank must be an integer in 1..{largest_rank} for shape {tuple(weight.shape)}, got {rank!r}")
+    if part not in get_args(Part):
+        raise ValueError(f"part must be one of {', '.join(get_args(Part))}, got {part!r}")
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if not tol > 0:
+        raise ValueError(f"tol must be positive, got {tol}")
