@@ -59,7 +59,8 @@ def decompose(
         W, norm, scale = _within_range(W if W.shape[0] >= W.shape[1] else W.T)
         found = None
         if method == "fast" or (method == "auto" and W.shape[1] > max(DENSE, DENSE_SHARE * (rank + EXTRA))):
-            found = _search(W, norm, rank, part, tol, generator)
+            is_mirrored = W.shape != weight.shape
+            found = _search(W, norm, rank, part, tol, generator, is_mirrored)
         found = found or _whole(W, norm, rank, part, method, generator)
         U, Vh = (found.U, found.Vh) if W.shape == weight.shape else (found.Vh.T, found.U.T)
         sign = torch.where(Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0).to(dtype)
@@ -89,15 +90,17 @@ def _within_range(W: Tensor) -> tuple[Tensor, float, float]:
     return W, float(torch.linalg.vector_norm(W)), scale
 
 
-def _search(W: Tensor, norm: float, rank: int, part: Part, tol: float, generator: torch.Generator) -> Factors | None:
+def _search(
+    W: Tensor, norm: float, rank: int, part: Part, tol: float, generator: torch.Generator, is_mirrored: bool
+) -> Factors | None:
     """Find the wanted triplets of W (m, n), m >= n, alone; None where that is not possible or not certain."""
     if part == "random" or rank + EXTRA >= W.shape[1]:
         return None
     for dtype in dict.fromkeys((W.dtype, torch.float64)):
-        search = Search(W, norm, rank, 1 if part == "minor" else -1, dtype, generator)
+        search = Search(W, norm, rank, 1 if part == "minor" else -1, dtype, generator, is_mirrored)
         found = search.run(tol)
         if found is not None:
-            sigma_max = search.flat.sigma_max if part == "minor" else float(found.S[0])
+            sigma_max = search.sigma_max if part == "minor" else float(found.S[0])
             index = _positions(W.shape[1], rank, part, generator)
             name = "gram" if dtype == torch.float32 else "gram64"
             return Factors(found.U, found.S, found.V.T, index, norm, sigma_max, found.excess, name)
@@ -115,14 +118,13 @@ def _whole(W: Tensor, norm: float, rank: int, part: Part, method: Method, genera
     squares, vectors = torch.linalg.eigh(wide.T @ wide)
     squares, vectors = squares.flip(0), vectors.flip(1)
     sigma_max = float(squares[0].clamp(min=0).sqrt())
-    V = vectors[:, index.to(W.device)].to(W.dtype)
-    # What a float32 product can have put into U comes from far larger singular values.
-    least = squares[index[0]].clamp(min=(16 * torch.finfo(W.dtype).eps * sigma_max) ** 2)
-    basis, inverse = vectors[:, squares > least], 1 / squares[squares > least]
-    solve = lambda P: (basis @ (inverse[:, None] * (basis.T @ P.double()))).to(W.dtype)  # noqa: E731
-    U, S, V = triplets(W @ V, V)
-    U = polished(W, U, S, V, sigma_max, solve)
-    return Factors(U, S, V.T, index, norm, sigma_max, 0.0, "eigh")
+    V = vectors[:, index.to(W.device)]
+    # What rounding can have put into U comes from far larger singular values.
+    strong = squares > squares[index[0]].clamp(min=(1e-6 * sigma_max) ** 2)
+    basis, inverse = vectors[:, strong], 1 / squares[strong]
+    U, S, V = triplets(wide @ V, V)
+    U = polished(wide, U, S, V, sigma_max, lambda P: basis @ (inverse[:, None] * (basis.T @ P)))
+    return Factors(U.to(W.dtype), S.to(W.dtype), V.T.to(W.dtype), index, norm, sigma_max, 0.0, "eigh")
 
 
 def _positions(count: int, rank: int, part: Part, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from milora_vl.svd.cholesky import Cholesky, lower_gram, mean_eigenvalue
 from milora_vl.svd.flatten import flatten
 from milora_vl.svd.lanczos import Lanczos
-from milora_vl.svd.triplets import polished, triplets
+from milora_vl.svd.triplets import mirrored, polished, triplets
 
 EXTRA = 16  # columns of V beyond the rank: they keep t clear of the wanted eigenvalues
 ROUNDS = 5
@@ -33,6 +33,7 @@ SETTLED = 0.12  # relative change of the wanted energy by one Lanczos block: the
 CROWDED = 0.1  # ratio of the first to the last wanted eigenvalue above which they need more than that
 BASIS = 5  # times the columns of V: the largest first basis
 MISSING_BLOCKS = 4
+SAFE = 1e-4  # of the largest singular value: where left vectors are corrected with care
 NOISE_LIMIT = 0.05  # of t: above it the Gram matrix is too coarse in its dtype
 
 
@@ -59,26 +60,37 @@ class Search:
     """The lowest eigenvectors of H = sign * W'W for a tall W (m, n), through a Gram matrix in `dtype`."""
 
     def __init__(
-        self, W: Tensor, norm: float, rank: int, sign: int, dtype: torch.dtype, generator: torch.Generator
+        self,
+        W: Tensor,
+        norm: float,
+        rank: int,
+        sign: int,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+        is_mirrored: bool = False,
     ) -> None:
-        """`norm` is ||W||_F; rank + EXTRA must be less than n."""
+        """`norm` is ||W||_F; rank + EXTRA must be less than n. Of a mirrored W, W'U = V S shall hold, not W V = U S."""
+        self.is_mirrored = is_mirrored
         self.W, self.rank, self.sign, self.dtype, self.generator = W, rank, sign, dtype, generator
         self.keep = rank + EXTRA
         self.block = max(16, 3 * rank // 4)
         # Differences below it are rounding, not an error of the subspace.
-        self.floor = 4 * torch.finfo(W.dtype).eps * norm
+        self.norm, self.floor = norm, 4 * torch.finfo(W.dtype).eps * norm
         # In a higher precision than W's own, clipping in W's would only add rounding.
         self.flat = flatten(W, sign > 0 and dtype == W.dtype, generator)
 
     def run(self, tol: float) -> Found | None:
         """Return triplets with an excess of at most `tol`; None where this Gram matrix does not lead there."""
         self.G = lower_gram(self.flat.rows(self.dtype), self.W.shape[1])
-        # Rounding in G is a share of its largest eigenvalue, of which both of these are lower estimates.
-        self.noise = 2 * torch.finfo(self.dtype).eps * max(self.flat.flat_max**2, mean_eigenvalue(self.G))
+        # Rounding in G is a share of its largest eigenvalue, for which there are two estimates.
+        mean = mean_eigenvalue(self.G) ** 0.5
+        self.noise = 2 * torch.finfo(self.dtype).eps * max(self.flat.flat_max, mean) ** 2
+        self.sigma_max = max(mean, self.flat.sigma_max) if len(self.flat.damping) else mean
         if self.sign < 0:
             self.G.neg_()
         self.out = torch.empty_like(self.G)
-        self.newest: Cholesky | None = None
+        self.newest: tuple[Cholesky, float] | None = None
+        self.plain: tuple[Cholesky, float] | None = None  # the first one, next to H itself
         V = self._guess()
         if V is None:
             return None
@@ -111,10 +123,25 @@ class Search:
 
     def _found(self, space: Space, excess: float) -> Found:
         U, S, V = triplets(space.Y[:, : self.rank], space.V[:, : self.rank])
-        factor = self.newest
-        if self.sign > 0 and factor is not None:
-            U = polished(self.W, U, S, V, self.flat.sigma_max, lambda P: self._solve(factor, P))
+        if self.sign > 0:
+            U, S, V = self._with_left_vectors(U, S, V)
+        elif self.is_mirrored:
+            U, S, V = mirrored(self.W, U, V, None)
         return Found(U, S, V, excess)
+
+    def _with_left_vectors(self, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take out of U what rounding put in, with the factor at hand, or a safer one where S is next to nothing."""
+        plain, newest, passes = self.plain, self.newest, 1
+        safe = max(self.noise, (SAFE * self.sigma_max) ** 2)
+        if float(S[-1]) ** 2 < self.floor**2 or newest is None or newest[1] < safe:
+            made = self._factor([-safe * 8**k for k in range(5)])
+            plain, newest, passes = made, made, 3
+        if newest is not None:
+            for _ in range(passes):
+                U = polished(self.W, U, S, V, self.sigma_max, lambda P: self._solve(newest[0], P))
+        if self.is_mirrored and plain is not None:
+            return mirrored(self.W, U, V, lambda P: self._solve(plain[0], P))
+        return U, S, V
 
     def _guess(self) -> Tensor | None:
         """A first V (n, keep)."""
@@ -124,6 +151,8 @@ class Search:
         if made is None:
             return None
         factor, shift = made
+        if self.is_mirrored:
+            self.plain, self.out = made, torch.empty_like(self.G)
         return self._first(Lanczos(lambda X: self._solve(factor, X), self._random()), lambda mu: 1 / mu + shift)
 
     def _first(self, lanczos: Lanczos, eigenvalues: Callable[[Tensor], Tensor]) -> Tensor:
@@ -168,9 +197,10 @@ class Search:
         """The factor at the first shift that works, and that shift; it is made where the one before it was."""
         lifted = None if V is None else self.flat.scale(V).to(self.dtype)
         for shift in shifts:
-            self.newest = Cholesky.of(self.G, self.out, shift, lifted, lift)
+            factor = Cholesky.of(self.G, self.out, shift, lifted, lift)
+            self.newest = None if factor is None else (factor, shift)
             if self.newest is not None:
-                return self.newest, shift
+                return self.newest
         return None
 
     def _solve(self, factor: Cholesky, X: Tensor) -> Tensor:

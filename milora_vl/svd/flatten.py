@@ -13,6 +13,7 @@ from torch import Tensor
 
 CLIPPED = 80
 ROWS = 2048  # of W at a time, in the precision of its Gram matrix
+SAMPLE, STRETCHES = 1024, 4
 STANDS_OUT = 3.0  # the first over the last of them
 DEEPEST = 1e-3  # no singular value is scaled down by more
 
@@ -21,8 +22,7 @@ DEEPEST = 1e-3  # no singular value is scaled down by more
 class Flattened:
     """W M (m, n) with M = I - V diag(damping) V', positive definite and at most I whatever the orthonormal V (n, k).
 
-    U (m, k) is W V diag(damping). `sigma_max` is about the largest singular value of W, from below, `flat_max` that of
-    W M.
+    U (m, k) is W V diag(damping). `sigma_max` and `flat_max` are about the largest singular values of W and of W M.
     """
 
     W: Tensor
@@ -65,17 +65,35 @@ def flatten(W: Tensor, clip: bool, generator: torch.Generator) -> Flattened:
     """Clip the largest singular values of W (m, n) to the last of them, if they stand out and `clip` allows it."""
     n = W.shape[1]
     X = torch.randn(n, min(CLIPPED, n // 4), generator=generator, device=generator.device).to(W)
+    sample = _sample(W)
+    sigma = _in_space(sample @ torch.linalg.qr(sample.T @ (sample @ X)).Q)[0]
+    if not clip or _alike(sigma):
+        nothing = W.new_empty(0)
+        sigma_max = float(sigma[-1]) * (len(W) / len(sample)) ** 0.5
+        return Flattened(W, nothing, nothing, nothing, sigma_max, sigma_max)
     X, _ = torch.linalg.qr(W.T @ (W @ X))
     Y = W @ X
+    sigma, rotation = _in_space(Y)
+    level = max(float(sigma[0]), DEEPEST * float(sigma[-1]))
+    damping = (1 - level / sigma.clamp(min=level)).to(W.dtype)
+    # One step of subspace iteration finds the last of them too small by less than a factor of two.
+    return Flattened(W, Y @ (rotation * damping), X @ rotation, damping, float(sigma[-1]), 2 * level)
+
+
+def _in_space(Y: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values (k,), ascending in float64, and right singular vectors (k, k) of Y (m, k)."""
     wide = Y.double()
     squares, rotation = torch.linalg.eigh(wide.T @ wide)
-    sigma = squares.clamp(min=0).sqrt()
-    level, sigma_max = float(sigma[0]), float(sigma[-1])
-    if not clip or sigma_max <= STANDS_OUT * level:
-        nothing = W.new_empty(0)
-        return Flattened(W, nothing, nothing, nothing, sigma_max, sigma_max)
-    level = max(level, DEEPEST * sigma_max)
-    damping = (1 - level / sigma.clamp(min=level)).to(W.dtype)
-    rotation = rotation.to(W.dtype)
-    # One step of subspace iteration finds the last of them too small by less than a factor of two.
-    return Flattened(W, Y @ (rotation * damping), X @ rotation, damping, sigma_max, 2 * level)
+    return squares.clamp(min=0).sqrt(), rotation.to(Y.dtype)
+
+
+def _alike(sigma: Tensor) -> bool:
+    return float(sigma[-1]) <= STANDS_OUT * float(sigma[0])
+
+
+def _sample(W: Tensor) -> Tensor:
+    """A few stretches of rows, evenly spread: enough to see whether strong components are there at all."""
+    if len(W) < 2 * SAMPLE:
+        return W
+    starts = [len(W) * k // STRETCHES for k in range(STRETCHES)]
+    return torch.cat([W[start : start + SAMPLE // STRETCHES] for start in starts])

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-WEAK = 3e-5  # of the largest singular value: float32 leaves two digits of the left vectors of those below
+# Of the largest singular value: below it two digits or less are left of a left vector (3e-5 in float32).
+WEAK_EPS = 256
 
 
 def triplets(Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,7 +24,7 @@ def polished(W: Tensor, U: Tensor, S: Tensor, V: Tensor, sigma_max: float, solve
     That is a share of the largest singular value: next to a far smaller one it points anywhere, also along the
     strongest left vectors. `solve` multiplies by an approximate inverse of W'W outside the span of V (n, r).
     """
-    sound = int(S.gt(WEAK * sigma_max).sum())  # S descends
+    sound = int(S.gt(WEAK_EPS * torch.finfo(S.dtype).eps * sigma_max).sum())  # S descends
     strong, weak = U[:, :sound], U[:, sound:]
     if not weak.shape[1]:
         return U
@@ -34,3 +35,22 @@ def polished(W: Tensor, U: Tensor, S: Tensor, V: Tensor, sigma_max: float, solve
     # W V = U S must go on, not W V = -U S.
     against = (pure * weak).sum(dim=0) < 0
     return torch.cat([strong, torch.where(against, -pure, pure)], dim=1)
+
+
+def mirrored(
+    W: Tensor, U: Tensor, V: Tensor, solve: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return triplets of which W'U = V S holds to rounding, as W V = U S does for U and V as given.
+
+    `solve` multiplies by the inverse of W'W outside the span of V, for minor components: U takes in what is missing.
+    Without it V does, for principal ones.
+    """
+    P = W.T @ U
+    if solve is None:
+        V, core = torch.linalg.qr(P)
+    else:
+        held = V.T @ P
+        U, R = torch.linalg.qr(U - W @ solve(P - V @ held))
+        core = torch.linalg.solve_triangular(R, held, upper=True, left=False)
+    left, S, right = torch.linalg.svd(core)
+    return U @ right.T, S, V @ left
