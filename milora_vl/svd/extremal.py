@@ -133,7 +133,7 @@ class Search:
         """Take out of U what rounding put in, with the factor at hand, or a safer one where S is next to nothing."""
         plain, newest, passes = self.plain, self.newest, 1
         safe = max(self.noise, (SAFE * self.sigma_max) ** 2)
-        if float(S[-1]) ** 2 < self.floor**2 or newest is None or newest[1] < safe:
+        if newest is None or newest[1] < safe:
             made = self._factor([-safe * 8**k for k in range(5)])
             plain, newest, passes = made, made, 3
         if newest is not None:
