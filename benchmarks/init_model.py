@@ -1,0 +1,108 @@
+"""A whole model's initialisation: ours, from the cache, PEFT's `pissa`, and a full SVD per layer; time, memory, errors.
+
+python benchmarks/init_model.py [--model smollm2|FOLDER] [--rank 32] [--out FOLDER]
+
+smollm2 is the language model of smol-llava (SmolLM2-135M, 210 linear layers); a FOLDER holds a transformers model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from milora_vl.initialize import initialize
+from milora_vl.lora.weights import read_matrix
+from milora_vl.models import load_model
+from milora_vl.policy import Policy, Target
+
+
+def main() -> None:
+    """Measure all ways, one after the other, and print the table."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default="smollm2")
+    options.add_argument("--rank", type=int, default=32)
+    options.add_argument("--out", type=Path)
+    chosen = options.parse_args()
+    model = language_model(chosen.model)
+    policy = [{"modules": "language", "method": "milora", "rank": chosen.rank}]
+    targets = Policy.parse(policy).resolve(model)
+    rows = [*ours(model, targets), full(model, targets), pissa(model, targets, chosen.rank)]
+    table = Table(
+        "way", "seconds", "peak memory grew by", "layers", title=f"{chosen.model}, {torch.get_num_threads()} threads"
+    )
+    for row in rows:
+        table.add_row(row["way"], f"{row['seconds']:.2f}", f"{row['grew_mib']:.0f} MiB", row["layers"])
+    Console(width=140).print(table)
+    if chosen.out is not None:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        (chosen.out / "init_model.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def language_model(name: str) -> nn.Module:
+    """The causal language model called so."""
+    if name == "smollm2":
+        return load_model("smol-llava", dtype=torch.float32)[0].model.language_model
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+
+
+def ours(model: nn.Module, targets: list[Target]) -> list[dict[str, Any]]:
+    """Without a cache, filling one, and from it."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain, made = measured("milora_vl", lambda: initialize(model, targets))
+        filled, _ = measured("milora_vl, filling its cache", lambda: initialize(model, targets, cache_dir=folder))
+        cached, _ = measured("milora_vl, from its cache", lambda: initialize(model, targets, cache_dir=folder))
+    ways = Counter(initial.report.svd for initial in made.values())
+    worst = max(initial.report.excess for initial in made.values())
+    layers = ", ".join(f"{count} {way}" for way, count in ways.items()) + f"; excess at most {worst:.1e}"
+    return [row | {"layers": layers} for row in (plain, filled, cached)]
+
+
+def full(model: nn.Module, targets: list[Target]) -> dict[str, Any]:
+    """torch.linalg.svd of every weight."""
+
+    def every() -> None:
+        for target in targets:
+            torch.linalg.svd(read_matrix(model.get_submodule(target.path)).float(), full_matrices=False)
+
+    row, _ = measured("torch.linalg.svd, each", every)
+    return row | {"layers": f"{len(targets)}"}
+
+
+def pissa(model: nn.Module, targets: list[Target], rank: int) -> dict[str, Any]:
+    """PEFT's own initialisation by principal components; it changes the model, so it comes last."""
+    names = sorted({target.path.rpartition(".")[2] for target in targets})
+    config = LoraConfig(r=rank, target_modules=names, init_lora_weights="pissa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row, _ = measured("PEFT pissa", lambda: get_peft_model(model, config))
+    return row | {"layers": f"{len(targets)}"}
+
+
+def measured(way: str, function: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
+    """Seconds, and by how much the process's peak memory grew."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - start
+    grew = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"way": way, "seconds": seconds, "grew_mib": grew}, result
+
+
+if __name__ == "__main__":
+    main()

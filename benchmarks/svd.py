@@ -1,0 +1,258 @@
+"""Time and error of `milora_vl.svd.decompose` against torch.linalg.svd, in turns in one process.
+
+python benchmarks/svd.py headline [--repeats 3]    r = 128 at 4096 x 4096 and 4096 x 11008, two spectra
+python benchmarks/svd.py families                  spectrum families at 2048 x 2048
+python benchmarks/svd.py ranks                     ranks 8 to 512 at 4096 x 4096
+python benchmarks/svd.py principal                 principal part beside PEFT's pissa_niter_4
+python benchmarks/svd.py llama [--size 7b 13b]     every shape of a LLaMA, measured once, times its count; a plot
+
+Each prints a table and, with --out FOLDER, writes NAME.json (and a plot) there. Errors are true ones: the relative
+excess of the norm of the singular values, against those of the full decomposition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from milora_vl.svd import Factors, decompose
+
+# (out, in) and how many of them, by layer kind; blocks, hidden size and MLP size of LLaMA.
+LLAMA = {"7b": (32, 4096, 11008), "13b": (40, 5120, 13824)}
+FAMILIES = ("gaussian", "low-rank", "power 1/i", "exponential 1e-4", "exponential 1e-6", "rank-deficient", "clustered")
+
+
+def main() -> None:
+    """Run the chosen part."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("part", choices=sorted(PARTS))
+    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--rank", type=int, default=128)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--scale", type=int, default=1, help="divide all sizes by this, for a quick look")
+    options.add_argument("--size", nargs="+", choices=sorted(LLAMA), default=["7b"])
+    options.add_argument("--out", type=Path)
+    chosen = options.parse_args()
+    rows = PARTS[chosen.part](chosen)
+    show(rows, f"{chosen.part}: {torch.get_num_threads()} threads, torch {torch.__version__}, {chosen.device}")
+    if chosen.out is not None:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        (chosen.out / f"{chosen.part}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        if chosen.part == "llama":
+            plot(rows, chosen.out / "llama.png")
+
+
+def headline(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """The two shapes of LLaMA-7B, Gaussian and Gaussian plus a strong low-rank part."""
+    rows = []
+    for out, inn in ((4096, 4096), (4096, 11008)):
+        weights = {name: matrix(out, inn, name, chosen) for name in FAMILIES[:2]}
+        rows += compare(weights, chosen.rank // chosen.scale, chosen)
+    return rows
+
+
+def families(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every family of spectra at one size, minor and principal part."""
+    weights = {name: matrix(2048, 2048, name, chosen) for name in FAMILIES}
+    rank = 64 // chosen.scale
+    return compare(weights, rank, chosen) + compare(weights, rank, chosen, part="principal")
+
+
+def ranks(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """One Gaussian matrix, many ranks."""
+    W = matrix(4096, 4096, "gaussian", chosen)
+    peer, S = timed(lambda: torch.linalg.svd(W, full_matrices=False).S, W.device)
+    rows = []
+    for rank in (8, 16, 32, 64, 128, 256, 512):
+        seconds, found = timed(lambda rank=rank: decompose(W, rank // chosen.scale or 1), W.device)
+        rows.append(row("gaussian", W, found, seconds, peer, S, "minor"))
+    return rows
+
+
+def principal(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """The principal part, and PEFT's way to it: torch.svd_lowrank with niter 4 (pissa_niter_4)."""
+    rows = []
+    rank = chosen.rank // chosen.scale
+    for name in FAMILIES[:3]:
+        W = matrix(4096, 4096, name, chosen)
+        full, S = timed(lambda W=W: torch.linalg.svd(W, full_matrices=False).S, W.device)
+        seconds, found = timed(lambda W=W: decompose(W, rank, "principal"), W.device)
+        rows.append(row(name, W, found, seconds, full, S, "principal"))
+        torch.manual_seed(0)
+        lowrank, peer = timed(lambda W=W: torch.svd_lowrank(W, rank, niter=4), W.device)
+        true = float(torch.linalg.vector_norm(S[:rank], dtype=torch.float64))
+        missed = 1 - float(torch.linalg.vector_norm(peer[1], dtype=torch.float64)) / true
+        told = {"spectrum": name, "shape": f"{W.shape[0]}x{W.shape[1]}", "rank": rank, "part": "principal"}
+        rows.append(told | {"method": "pissa_niter_4", "seconds": lowrank, "svd": full, "ratio": full / lowrank,
+                            "true": missed, "certificate": None})  # fmt: skip
+    return rows
+
+
+def llama(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """All linear layers of the blocks, each shape measured once."""
+    rows: list[dict[str, Any]] = []
+    for size in chosen.size:
+        blocks, hidden, mlp = LLAMA[size]
+        kinds = {"attention (q, k, v, o)": (hidden, hidden, 4), "MLP in (gate, up)": (mlp, hidden, 2),
+                 "MLP out (down)": (hidden, mlp, 1)}  # fmt: skip
+        for kind, (out, inn, count) in kinds.items():
+            W = matrix(out, inn, "gaussian", chosen)
+            (measured,) = compare({"gaussian": W}, chosen.rank // chosen.scale, chosen, repeats=1)
+            rows.append({"model": size, "layer": kind, "count": count * blocks} | measured)
+        own = [entry for entry in rows if entry["model"] == size]
+        total, full = (sum(entry[key] * entry["count"] for entry in own) for key in ("seconds", "svd"))
+        number = sum(entry["count"] for entry in own)
+        rows.append(
+            {"model": size, "layer": "all", "count": number, "seconds": total, "svd": full, "ratio": full / total}
+        )
+    return rows
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "headline": headline, "families": families, "ranks": ranks, "principal": principal, "llama": llama
+}  # fmt: skip
+
+
+def compare(
+    weights: dict[str, Tensor], rank: int, chosen: argparse.Namespace, part: Any = "minor", repeats: int | None = None
+) -> list[dict[str, Any]]:
+    """Time the full SVD and ours in turns; the medians count."""
+    times: dict[str, list[float]] = {name: [] for name in weights}
+    peers: dict[str, list[float]] = {name: [] for name in weights}
+    results: dict[str, tuple[Factors, Tensor]] = {}
+    for _ in range(repeats or chosen.repeats):
+        for name, W in weights.items():
+            peer, S = timed(lambda W=W: torch.linalg.svd(W, full_matrices=False).S, W.device)
+            seconds, found = timed(lambda W=W: decompose(W, rank, part), W.device)
+            times[name].append(seconds)
+            peers[name].append(peer)
+            results[name] = (found, S)
+    return [
+        row(
+            name,
+            W,
+            results[name][0],
+            statistics.median(times[name]),
+            statistics.median(peers[name]),
+            results[name][1],
+            part,
+        )
+        for name, W in weights.items()
+    ]
+
+
+def row(name: str, W: Tensor, found: Factors, seconds: float, peer: float, S: Tensor, part: str) -> dict[str, Any]:
+    """One line of the table."""
+    rank = found.S.numel()
+    return {
+        "spectrum": name, "shape": f"{W.shape[0]}x{W.shape[1]}", "rank": rank, "part": part, "method": found.method,
+        "seconds": seconds, "svd": peer, "ratio": peer / seconds, "true": excess(W, found, S, part),
+        "certificate": found.excess,
+    }  # fmt: skip
+
+
+def excess(W: Tensor, found: Factors, S: Tensor, part: str) -> float:
+    """How much more (principal: less) of W the space holds than the true one; below the float32 floor it is 0."""
+    tall = W.shape[0] >= W.shape[1]
+    held = float(torch.linalg.vector_norm(W @ found.Vh.T if tall else found.U.T @ W, dtype=torch.float64))
+    chosen = S[-len(found.S) :] if part == "minor" else S[: len(found.S)]
+    true = float(torch.linalg.vector_norm(chosen, dtype=torch.float64))
+    difference = held - true if part == "minor" else true - held
+    if abs(difference) <= 5e-7 * float(torch.linalg.vector_norm(W)):
+        return 0.0
+    return difference / true if true > 0 else float("inf")
+
+
+def matrix(out: int, inn: int, family: str, chosen: argparse.Namespace) -> Tensor:
+    """A float32 matrix with the spectrum named."""
+    out, inn = out // chosen.scale, inn // chosen.scale
+    generator = torch.Generator().manual_seed(1)
+    if family == "gaussian":
+        return torch.randn(out, inn, generator=generator).to(chosen.device)
+    if family == "low-rank":  # entries of the strong part are 30 times those of the rest
+        left, right = torch.randn(out, 64, generator=generator), torch.randn(64, inn, generator=generator)
+        return (torch.randn(out, inn, generator=generator) + 30 / 8 * left @ right).to(chosen.device)
+    count = min(out, inn)
+    i = torch.arange(count, dtype=torch.float64)
+    noise = torch.rand(count, generator=generator, dtype=torch.float64)
+    S = {
+        "power 1/i": 1 / (i + 1),
+        "exponential 1e-4": 10 ** (-4 * i / count),
+        "exponential 1e-6": 10 ** (-6 * i / count),
+        "rank-deficient": torch.where(i < count - count // 8, 1 - 0.5 * i / count, 0.0 * i),
+        "clustered": torch.where(i < count - count // 8, 2 - i / count, 0.5 + 1e-4 * noise),
+    }[family]  # fmt: skip
+    U = torch.linalg.qr(torch.randn(out, count, generator=generator, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(inn, count, generator=generator, dtype=torch.float64)).Q
+    return ((U * S) @ V.T).float().to(chosen.device)
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds and result of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    """Print the rows."""
+    columns = list(dict.fromkeys(key for entry in rows for key in entry))
+    table = Table(*columns, title=title)
+    for entry in rows:
+        table.add_row(*("" if entry.get(key) is None else cell(key, entry[key]) for key in columns))
+    Console(width=160).print(table)
+
+
+def cell(key: str, value: Any) -> str:
+    """A number as it is read best."""
+    if not isinstance(value, float):
+        return str(value)
+    if key in ("true", "certificate"):
+        return f"{value:.1e}" if value else "0"
+    return f"{value:.1f}x" if key == "ratio" else f"{value:.3f}"
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Seconds per layer kind, ours and the full SVD's, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [entry for entry in rows if entry["layer"] != "all"]
+    figure, axes = plt.subplots(figsize=(8, 0.6 * len(shown) + 1.4), layout="constrained")
+    heights = range(len(shown))
+    axes.barh([y + 0.2 for y in heights], [e["svd"] for e in shown], 0.38, label="torch.linalg.svd", color="#9aa5b1")
+    axes.barh([y - 0.2 for y in heights], [e["seconds"] for e in shown], 0.38, label="milora_vl", color="#2f6f9f")
+    for y, entry in enumerate(shown):
+        axes.text(
+            entry["seconds"] * 1.08,
+            y - 0.2,
+            f"{entry['seconds']:.2f} s, {entry['ratio']:.1f}x",
+            va="center",
+            fontsize=9,
+        )
+    axes.set_yticks(list(heights), [f"{e['model']} {e['layer']}\n{e['shape']}" for e in shown], fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlabel(f"seconds per matrix, rank {shown[0]['rank']}")
+    axes.legend(loc="lower right", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
