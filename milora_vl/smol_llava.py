@@ -58,7 +58,7 @@ def smol_llava_folder(*, aligned: bool = True) -> Path:
 def _write(folder: Path, *, aligned: bool) -> None:
     from safetensors.torch import load
 
-    language, tokenizer = _language()
+    language, tokenizer = language_model()
     model = compose(_tower(), language, tokenizer)
     if aligned:
         weights = {name.removeprefix("multi_modal_projector."): w for name, w in load(PROJECTOR.read_bytes()).items()}
@@ -67,7 +67,7 @@ def _write(folder: Path, *, aligned: bool) -> None:
     processor_for(tokenizer, image_size=IMAGE_SIZE, grid=GRID, mean=MEAN, std=STD).save_pretrained(folder)
 
 
-def _language() -> tuple[Any, Any]:
+def language_model() -> tuple[Any, Any]:
     """Return the causal LM of the 4-bit GGUF file with plain float32 weights, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 

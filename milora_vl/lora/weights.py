@@ -18,6 +18,6 @@ def read_matrix(module: nn.Module) -> Tensor:
 
 
 def factor_dtype(module: nn.Module) -> torch.dtype:
-    """Return the dtype anchors are kept in: the weight's own, float32 where that is packed integers."""
-    weight = module.get_parameter("weight")
-    return weight.dtype if weight.dtype.is_floating_point else torch.float32
+    """Return the dtype anchors are kept in: the weight's own, float32 where that is no dtype to train in."""
+    dtype = module.get_parameter("weight").dtype
+    return dtype if dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) else torch.float32
