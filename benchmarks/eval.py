@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from milora_data.records import Turn
-from milora_eval import vqa
+from milora_eval.rules import vqa
 from milora_vl.generate import Prompt, generate
 from milora_vl.models import load_model
 
