@@ -6,7 +6,9 @@ each, or the file is {"metric": ..., "questions": [...]}; without one, answers a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,13 @@ class OwnData(Benchmark):
         if not path.is_file():
             raise MissingData(f"there is no file {self.path}, neither here nor in {data_dir}")
         rows, metric = _rows(path)
-        return [_item(row, number, path, metric) for number, row in enumerate(rows, start=1)]
+        items = [_item(row, number, path, metric) for number, row in enumerate(rows, start=1)]
+        # Training data may use an id for several records; the number of the record tells them apart.
+        times = Counter(item.id for item in items)
+        return [
+            replace(item, id=f"{item.id}#{number}") if times[item.id] > 1 else item
+            for number, item in enumerate(items, start=1)
+        ]
 
     def score(self, item: Item, text: str) -> float:
         """Return the value by the row's metric."""

@@ -47,7 +47,7 @@ class ScienceQA(Benchmark):
         right = sum(self.score(a.item, a.text) for a in answers)
         chosen = {a.item.id: scienceqa_index(a.text, a.item.meta["num_choices"]) for a in answers}
         result = {
-            "acc": 100 * right / len(answers),
+            "acc": right / len(answers) * 100,
             "correct": int(right),
             "count": len(answers),
             "results": chosen,
