@@ -105,6 +105,19 @@ def test_two_evaluations_are_compared_with_intervals_and_tests(
     assert f1.value == pytest.approx(pairs["pope", "mean F1"].b.value - pairs["pope", "mean F1"].a.value)
     assert f1.low <= f1.value <= f1.high
     assert pairs["pope", "random accuracy"].difference is None
+    circular = pairs["mmbench", "circular accuracy"].difference  # over questions, not over their rotations
+    assert circular is not None
+    assert circular.n == 3
+
+
+def test_points_are_compared_by_drawing_pictures(data: Path, tmp_path: Path) -> None:
+    a, b = stored("llava-1.5", data, tmp_path / "a", 3), stored("llava-1.5", data, tmp_path / "b", 1)
+    pairs = {(pair.benchmark, pair.b.name): pair for pair in compare(lines_of(a), lines_of(b))}
+    points = pairs["mme", "perception"].difference
+    assert points is not None
+    assert points.value == pairs["mme", "perception"].b.value - pairs["mme", "perception"].a.value > 0
+    assert points.stderr is not None
+    assert points.low < points.high
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:

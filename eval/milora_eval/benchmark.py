@@ -6,7 +6,7 @@ everything their scoring needs, so that stored answers can be scored again witho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -138,6 +138,10 @@ class Benchmark:
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the benchmark's numbers, the headline first: the mean, and that of each type if there are several."""
         return means(answers, self.metric)
+
+    def units(self, answers: Sequence[Answer]) -> Sequence[Answer]:
+        """Return what the headline is the mean of, in the order of the items: the answers, or one for several."""
+        return answers
 
     def llava_question(self, item: Item) -> dict[str, Any]:
         """Return the item as a line of LLaVA's question files; answers are joined by its question_id."""

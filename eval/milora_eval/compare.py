@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from milora_data.errors import UserError
 from milora_eval.benchmark import Answer, Benchmark, Metric
@@ -12,7 +12,7 @@ from milora_eval.stats import Difference, paired_difference, resampled_differenc
 from milora_eval.store import Line
 from milora_eval.suites import find_benchmark
 
-WORK = 2_000_000  # answers that a bootstrap may score
+WORK = 1_000_000  # answers that a bootstrap may score
 MIN_RESAMPLES = 100
 
 
@@ -60,7 +60,8 @@ def _pairs(name: str, a: Sequence[Answer], b: Sequence[Answer]) -> list[Pair]:
     right = {metric.name: metric for metric in benchmark.summarise(b)}
     pairs = [(metric, right[metric.name]) for metric in benchmark.summarise(a) if metric.name in right]
     resampled = _resampled(benchmark, pairs, a, b)
-    return [Pair(name, left, own, resampled.get(left.name) or _difference(left, a, b)) for left, own in pairs]
+    units = benchmark.units(a), benchmark.units(b)
+    return [Pair(name, left, own, resampled.get(left.name) or _difference(left, *units)) for left, own in pairs]
 
 
 def _difference(metric: Metric, a: Sequence[Answer], b: Sequence[Answer]) -> Difference | None:
@@ -77,6 +78,13 @@ def _difference(metric: Metric, a: Sequence[Answer], b: Sequence[Answer]) -> Dif
     )
 
 
+def _copy(answer: Answer, times: int) -> Answer:
+    """Return the answer as that of another picture, for one that is drawn again."""
+    if not times:
+        return answer
+    return replace(answer, item=replace(answer.item, group=f"{answer.item.group} again {times}"))
+
+
 def _resampled(
     benchmark: Benchmark, pairs: Sequence[tuple[Metric, Metric]], a: Sequence[Answer], b: Sequence[Answer]
 ) -> dict[str, Difference]:
@@ -88,13 +96,15 @@ def _resampled(
     if not pairs or pairs[0][0].mean_of is not None or not benchmark.can_resample or resamples < MIN_RESAMPLES:
         return {}
 
-    def compute(places: list[int]) -> float:
-        left, right = (benchmark.summarise([side[place] for place in places]) for side in (a, b))
-        return right[0].value - left[0].value
+    def compute(drawn: list[tuple[int, int]]) -> float | None:
+        sides = [benchmark.summarise([_copy(side[place], times) for place, times in drawn]) for side in (a, b)]
+        left, right = ({metric.name: metric.value for metric in side} for side in sides)
+        return right[name] - left[name] if name in left and name in right else None
 
     groups = [answer.item.group for answer in a]
     if len(set(groups)) < 2:
         return {}
+    name = pairs[0][0].name
     stderr, low, high, p_value = resampled_difference(compute, groups, resamples)
     (left, right), only = pairs[0], [x.worth - y.worth for x, y in zip(a, b, strict=True)]
     return {

@@ -6,7 +6,7 @@ The first two agree with lmms-eval (lmms_eval/api/metrics.py): ddof 1, and clust
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -121,20 +121,27 @@ def paired_difference(
 
 
 def resampled_difference(
-    compute: Callable[[list[int]], float], groups: Sequence[Hashable], resamples: int
+    compute: Callable[[list[tuple[int, int]]], float | None], groups: Sequence[Hashable], resamples: int
 ) -> tuple[float, float, float, float]:
-    """Return standard error, interval and p-value of a difference that `compute` gets from the places of some items.
+    """Return standard error, interval and p-value of a difference that `compute` gets from some of the items.
 
-    Whole groups (pictures) are drawn with replacement. For numbers that are no means: an F1, a sum of points.
+    It is given (place, how often its group was drawn before): whole groups (pictures) are drawn with replacement. For
+    numbers that are no means: an F1, a sum of points. None: these items have no such number.
     """
     members: dict[Hashable, list[int]] = defaultdict(list)
     for place, group in enumerate(groups):
         members[group].append(place)
     parts, generator = list(members.values()), np.random.default_rng(0)
-    draws = []
+    draws: list[float] = []
     for _ in range(resamples):
         chosen = generator.integers(len(parts), size=len(parts))
-        draws.append(compute([place for number in chosen for place in parts[number]]))
+        seen: Counter[int] = Counter()
+        drawn = []
+        for number in chosen.tolist():
+            drawn += [(place, seen[number]) for place in parts[number]]
+            seen[number] += 1
+        difference = compute(drawn)
+        draws += [] if difference is None else [difference]
     low, high = interval(draws)
     return float(np.std(draws, ddof=1)), low, high, bootstrap_p(draws)
 

@@ -7,12 +7,12 @@ each), which LLaVA asks once each; of a file without rotations they are made her
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric, Tally, plain_text
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means, plain_text
 from milora_eval.benchmarks.llava_prompts import LETTER, LETTER_CN, lettered, picture_item
 from milora_eval.benchmarks.xlsx import write_xlsx
 from milora_eval.data_files import find, read_table, table_columns, unpack_picture
@@ -51,27 +51,21 @@ class MMBench(Benchmark):
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return circular accuracy, the accuracy of the first rotation, circular accuracy of each category."""
-        right: dict[int, float] = {}
-        first: dict[int, float] = {}
-        about: dict[int, tuple[str, str]] = {}
+        scored = [answer for answer in answers if answer.value is not None]
+        if not scored:
+            return []
+        circular = means(self.units(scored), self.metric)
+        first = means((a for a in scored if a.item.meta["index"] < ROTATION), "first rotation")
+        return [circular[0], *(replace(metric, mean_of=None) for metric in first[:1]), *circular[1:]]
+
+    def units(self, answers: Sequence[Answer]) -> list[Answer]:
+        """Return one answer a question: right where all of its rotations are."""
+        worst: dict[int, Answer] = {}
         for answer in answers:
-            if answer.value is None:
-                continue
-            index = answer.item.meta["index"]
-            base = index % ROTATION
-            right[base] = min(right.get(base, 1.0), answer.value)
-            about[base] = (answer.item.kind, answer.item.group)
-            if index < ROTATION:
-                first[base] = answer.value
-        circular, plain = Tally(), Tally()
-        for base, (kind, group) in about.items():
-            circular.add(right[base], kind, group)
-        for base, value in first.items():
-            plain.add(value, "", about[base][1])
-        found = circular.metrics(self.metric)
-        # The values of items are those of single rotations: a circular number is no mean of theirs.
-        found = [_without_mean(metric) for metric in found]
-        return [*found[:1], *(_without_mean(metric) for metric in plain.metrics("first rotation")), *found[1:]]
+            known = worst.setdefault(answer.item.meta["index"] % ROTATION, answer)
+            if answer.worth < known.worth:
+                worst[answer.item.meta["index"] % ROTATION] = answer
+        return list(worst.values())
 
     def llava_keys(self, item: Item) -> tuple[Any, ...]:
         """Row and round."""
@@ -165,7 +159,3 @@ def _pictures(rows: Iterable[Mapping[str, str]]) -> dict[str, Path]:
 
 def _cell(name: str, text: str | None) -> str | int | None:
     return int(text) if name == "index" and text else text
-
-
-def _without_mean(metric: Metric) -> Metric:
-    return replace(metric, mean_of=None)

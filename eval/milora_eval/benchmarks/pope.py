@@ -6,6 +6,7 @@ wrong with the files of today, whose random set has 3,000 questions and not 2,91
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,22 +62,28 @@ class POPE(Benchmark):
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the mean F1, then F1, accuracy, precision, recall and the share of yes of each set."""
-        texts: dict[str, list[str]] = defaultdict(list)
+        said: dict[str, list[str]] = defaultdict(list)
         labels: dict[str, list[str]] = defaultdict(list)
+        groups: dict[str, list[str]] = defaultdict(list)
         for answer in answers:
-            texts[answer.item.kind].append(pope_answer(answer.text))
+            said[answer.item.kind].append(pope_answer(answer.text))
             labels[answer.item.kind].append(answer.item.answers[0])
-        numbers = {name: pope_numbers(texts[name], labels[name]) for name in sorted(texts, key=_place)}
-        if not numbers:
+            groups[answer.item.kind].append(answer.item.group)
+        names = [name for name in SETS if name in said]
+        if not names:
             return []
-        count = sum(map(len, texts.values()))
+        numbers = {name: pope_numbers(said[name], labels[name]) for name in names}
+        shares = {name: _shares(said[name], labels[name], groups[name], numbers[name].f1) for name in names}
         missing = [name for name in SETS if name not in numbers]
-        note = f"without {', '.join(missing)}" if missing else None
-        headline = Metric(self.metric, mean([own.f1 for own in numbers.values()]), None, count, note=note)
-        return [
-            headline,
-            *(metric for name, own in numbers.items() for metric in _metrics(name, own, len(texts[name]))),
-        ]
+        headline = Metric(
+            self.metric,
+            mean([own.f1 for own in numbers.values()]),
+            _stderr([shares[name] for name in names]),
+            sum(map(len, said.values())),
+            note=f"without {', '.join(missing)}" if missing else None,
+        )
+        sets = [_metrics(name, numbers[name], len(said[name]), _stderr([shares[name]])) for name in names]
+        return [headline, *(metric for own in sets for metric in own)]
 
     def llava_keys(self, item: Item) -> tuple[str, ...]:
         """Our own number of the question only where LLaVA's is known; its own id always."""
@@ -105,17 +112,32 @@ class POPE(Benchmark):
         return files
 
 
-def _metrics(name: str, own: PopeNumbers, count: int) -> list[Metric]:
-    shown = {"F1": own.f1, "accuracy": own.accuracy}
+def _metrics(name: str, own: PopeNumbers, count: int, stderr: float | None) -> list[Metric]:
     details = {"precision": own.precision, "recall": own.recall, "share of yes": own.yes_ratio}
     return [
-        *(Metric(f"{name} {what}", value, None, count) for what, value in shown.items()),
+        Metric(f"{name} F1", own.f1, stderr, count),
+        Metric(f"{name} accuracy", own.accuracy, None, count),
         *(Metric(f"{name} {what}", value, None, count, detail=True) for what, value in details.items()),
     ]
 
 
-def _place(name: str) -> int:
-    return SETS.index(name)
+def _shares(said: list[str], labels: list[str], groups: list[str], f1: float) -> dict[str, float]:
+    """Return how each picture pulls at F1 = 2 x true yes / (said yes + are yes), linearised."""
+    whole = sum(text == "yes" for text in said) + sum(label != "no" for label in labels)
+    pulls: dict[str, float] = defaultdict(float)
+    for text, label, group in zip(said, labels, groups, strict=True):
+        yes, true = text == "yes", label != "no"
+        pulls[group] += (2 * (yes and true) - f1 * (yes + true)) / whole if whole else 0.0
+    return pulls
+
+
+def _stderr(sets: list[dict[str, float]]) -> float | None:
+    """Return the standard error of the mean F1 of sets about the same pictures; None for a single picture."""
+    groups = {group for pulls in sets for group in pulls}
+    if len(groups) < 2:
+        return None
+    squares = math.fsum((sum(pulls.get(group, 0.0) for pulls in sets) / len(sets)) ** 2 for group in groups)
+    return math.sqrt(squares * len(groups) / (len(groups) - 1))
 
 
 def _llava_ids(data_dir: Path) -> dict[tuple[str, str, str], Any]:
