@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import textwrap
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,14 @@ from drawn import draw
 from milora_data.errors import UserError
 from milora_eval.__main__ import main
 
-CODE = '''
-from pathlib import Path
-
-from milora_data.records import Turn
-from milora_eval import Benchmark, Item
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "evaluation.md"
 
 
-class Shades(Benchmark):
-    """Which of two is darker."""
-
-    name = "shades"
-    max_new_tokens = 2
-    files = ("shades.txt",)
-    source = "my desk"
-
-    def load(self, data_dir: Path) -> list[Item]:
-        lines = (data_dir / "shades.txt").read_text().splitlines()
-        return [Item(f"s{i}", (Turn("user", line),), answers=("black",), group=line) for i, line in enumerate(lines)]
-
-    def score(self, item: Item, text: str) -> float:
-        return float(item.answers[0] in text.lower())
-'''
+def code_of_the_docs() -> str:
+    """The file that the documentation shows."""
+    found = re.search(r"```python\n(from pathlib.*?class Shades.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return found.group(1)
 
 
 def llava_json(folder: Path, *, repeated: bool = False) -> Path:
@@ -85,11 +71,11 @@ def test_rows_with_a_metrics_name_need_no_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["shades.py", "shades.py:Shades"])
 def test_a_file_of_code_is_a_benchmark(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("shades.py").write_text(textwrap.dedent(CODE))
+    Path("shades.py").write_text(code_of_the_docs())
     Path("shades.txt").write_text("Grey or black?\nWhite or black?\n")
     results = evaluate(name, tmp_path / "out", "--data", ".")
     assert [metric["name"] for metric in results["benchmarks"][0]["metrics"]] == ["accuracy"]
-    assert len(CODE.splitlines()) <= 50
+    assert len(code_of_the_docs().splitlines()) <= 50
 
 
 @pytest.mark.parametrize(

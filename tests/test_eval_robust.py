@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milora_data.errors import UserError
+from milora_eval.__main__ import main
 from milora_eval.benchmark import Answer, Item
 from milora_eval.benchmarks.own_data import METRICS
+from milora_eval.data_files import load_items
 from milora_eval.lines import to_answer, to_line
 from milora_eval.results import numbers, read_results, score, write_results
 from milora_eval.rules import mmmu
@@ -149,6 +151,21 @@ def test_a_missing_id_is_named(data: Path, tmp_path: Path) -> None:
     write(tmp_path, lines[:2] + lines[3:])
     with pytest.raises(UserError, match=f'missing: gqa "{lines[2]["id"]}"'):
         score(tmp_path)
+
+
+def test_predictions_alone_are_enough(data: Path, tmp_path: Path) -> None:
+    stored(data, tmp_path / "gqa" / "final")
+    before = read_results(tmp_path / "gqa" / "final")["benchmarks"]
+    (tmp_path / "gqa" / "final" / "results.json").unlink()
+    assert main(["score", str(tmp_path / "gqa" / "final")]) == 0
+    assert read_results(tmp_path / "gqa" / "final")["benchmarks"] == before
+
+
+def test_files_of_another_form_are_a_message(data: Path, tmp_path: Path) -> None:
+    official_data.gqa(tmp_path)
+    (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"text": "Why?"}}')
+    with pytest.raises(UserError, match=r"benchmark gqa: .* not of the published form: no 'question'"):
+        load_items(find_benchmark("gqa"), tmp_path)
 
 
 def write(folder: Path, lines: list[dict[str, Any]]) -> None:

@@ -141,5 +141,5 @@ def test_a_protocol_is_chosen_for_all_that_have_it(data: Path, tmp_path: Path) -
     assert entries[0]["reference"] == "gqa@official"
     with pytest.raises(UserError, match="none of these benchmarks has it"):
         main(["run", "--model", "tiny", "--benchmarks", "scienceqa", *flags])
-    with pytest.raises(UserError, match='gqa has no protocol "oficial".*\n.*did you mean official'):
-        main(["run", "--model", "tiny", "--benchmarks", "gqa@oficial", *flags[:-2]])
+    with pytest.raises(UserError, match='gqa has no protocol "officia".*\n.*did you mean official'):
+        main(["run", "--model", "tiny", "--benchmarks", "gqa@officia", *flags[:-2]])

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from milora_data.command import positive
 from milora_data.errors import UserError
 from milora_eval.benchmark import Benchmark
+from milora_eval.data_files import load_items
 from milora_eval.evaluate import write_table
 from milora_eval.exports import export
 from milora_eval.identity import digest
@@ -38,7 +40,7 @@ def add_arguments(options: argparse.ArgumentParser) -> None:
     options.add_argument("--benchmark", help="of which benchmark a file's predictions are")
     options.add_argument("--protocol", help="official or llava, where a benchmark has both")
     options.add_argument("--data", type=Path, metavar="DIR", help="folder of that benchmark's files")
-    options.add_argument("--limit", type=int, metavar="N", help="of the same N items as `run --limit N`")
+    options.add_argument("--limit", type=positive, metavar="N", help="of the same N items as `run --limit N`")
     options.add_argument("--output_dir", type=Path, metavar="O", help="keep the results in O/eval/BENCHMARK/FILE")
     options.add_argument("--format", choices=FORMATS, default="human", help="of what is printed")
 
@@ -86,7 +88,7 @@ def _score_file(options: argparse.Namespace, path: Path) -> int:
 
 def _results(benchmark: Benchmark, path: Path, options: argparse.Namespace, folder: Path) -> Results:
     data = folder_of(benchmark, options.data)
-    items = select(benchmark.load(data), options.limit)
+    items = select(load_items(benchmark, data), options.limit)
     texts = join(benchmark, items, _rows(path), path)
     keys = {item.id: digest([str(path), item.id]) for item in items}
     write_lines(folder / PREDICTIONS, (to_line(benchmark, item, texts[item.id], keys[item.id], data) for item in items))

@@ -15,7 +15,7 @@ from typing import Any
 
 from milora_data.assets import cache_dir
 from milora_data.errors import DataError
-from milora_eval.benchmark import Benchmark, MissingData
+from milora_eval.benchmark import Benchmark, Item, MissingData
 
 # What pandas reads as "not a number" where LLaVA's scripts read tables with it.
 NOT_A_NUMBER = frozenset(
@@ -33,6 +33,24 @@ def find(benchmark: Benchmark, data_dir: Path, names: str) -> Path:
     raise MissingData(
         f"benchmark {benchmark.name}: no {names.replace('|', ' or ')} in {data_dir}\nput there:\n{wanted}{source}"
     )
+
+
+def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
+    """Return a benchmark's items; DataError where its official files have another form than was published.
+
+    The mistakes of a benchmark of the user's own are not caught: their traceback says where they are.
+    """
+    if not type(benchmark).__module__.startswith("milora_eval."):
+        return benchmark.load(data_dir)
+    try:
+        return benchmark.load(data_dir)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        files = ", ".join(name.partition("|")[0] for name in benchmark.files)
+        raise DataError(
+            f"benchmark {benchmark.name}: a file in {data_dir} is not of the published form: {what}\n"
+            f"files: {files}\nthey come from: {benchmark.source}"
+        ) from None
 
 
 def read_json(path: Path) -> Any:

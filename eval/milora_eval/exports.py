@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,8 +20,10 @@ def export(folder: Path) -> list[Path]:
     """Write submission/BENCHMARK/* for all benchmarks of a results folder that have files for others.
 
     A part of a benchmark (--limit) makes no submission; what cannot be written is said and does not stop the rest.
+    Files of earlier answers do not stay behind.
     """
     results = read_results(folder)
+    shutil.rmtree(folder / SUBMISSION, ignore_errors=True)
     if results.get("limit") is not None:
         return []
     data, model, written = Path(results.get("data") or "."), str(results.get("model", "")), []

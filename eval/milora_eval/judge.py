@@ -70,8 +70,8 @@ def judge_from_file(path: Path, folder: Path) -> int:
     """
     content: Any = read_json(path) if path.suffix == ".json" else list(read_jsonl(path))
     rows = content.items() if isinstance(content, dict) else [_review(row, path) for row in content]
-    waiting = {key: line for line in unjudged(folder) for key in _keys(line)}
-    known = {key for line in each_line(folder / PREDICTIONS) for key in _keys(line)}
+    waiting = {line["id"]: line for line in unjudged(folder)}
+    known = {line["id"] for line in each_line(folder / PREDICTIONS) if find_benchmark(line["benchmark"]).judge}
     count = 0
     for name, said in rows:
         if str(name) not in known:
@@ -90,10 +90,6 @@ def _review(row: Any, path: Path) -> tuple[str, str]:
         if name is not None and said is not None:
             return str(name), str(said)
     raise UserError(f'{path}: expected {{"question_id": ..., "content": ...}}, got {row!r:.80}')
-
-
-def _keys(line: Line) -> set[str]:
-    return {line["id"], str(line.get("meta", {}).get("question_id", line["id"]))}
 
 
 def _keep(line: Line, said: str, judge: str, folder: Path) -> None:

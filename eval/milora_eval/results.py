@@ -56,7 +56,8 @@ def score(folder: str | Path) -> Results:
             yield line | {"correct": to_answer(benchmark, line, review_of(line, reviews)).value}
 
     write_lines(folder / PREDICTIONS, rescored())
-    results = before | numbers(folder, str(before.get("suite", "")))
+    about = {"suite": folder.absolute().parent.name, "which": folder.absolute().name} | before
+    results = about | numbers(folder, str(about["suite"]))
     write_results(folder, results)
     return results
 

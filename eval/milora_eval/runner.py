@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from milora_data.errors import UserError
 from milora_eval.benchmark import Benchmark, Item, MissingData
+from milora_eval.data_files import load_items
 from milora_eval.identity import answer_key
 from milora_eval.lines import to_line
 from milora_eval.selection import select, take_shard
@@ -60,7 +61,7 @@ def questions(plan: Plan) -> list[Question]:
     found, missing = [], {}
     for benchmark in plan.benchmarks:
         try:
-            loaded = benchmark.load(folder_of(benchmark, plan.data_dir))
+            loaded = load_items(benchmark, folder_of(benchmark, plan.data_dir))
         except MissingData as error:
             missing[benchmark.name] = error
             continue

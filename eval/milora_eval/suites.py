@@ -125,6 +125,8 @@ def find_benchmark(name: str) -> Benchmark:
         raise UserError(
             f'cannot import the benchmark "{place}": {error}\nexpected: module:Class or file.py:Class'
         ) from None
+    if not (isinstance(kind, type) and issubclass(kind, Benchmark)):
+        raise UserError(f"{place} is no benchmark\nexpected: a class that derives from milora_eval.Benchmark")
     made: Benchmark = kind(protocol) if protocol else kind()
     made.origin = (
         "" if spec in BENCHMARKS else f"{holder.__file__}:{kind.__name__}" if module.endswith(".py") else place

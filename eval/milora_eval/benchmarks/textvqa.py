@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from milora_data.errors import DataError
 from milora_eval.benchmark import Answer, Benchmark, Item, plain_text
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.benchmarks.submissions import write_rows
@@ -37,6 +38,11 @@ class TextVQA(Benchmark):
         entries = read_json(find(self, data_dir, self.files[0]))["data"]
         pictures = find(self, data_dir, self.files[1])
         texts = self._texts(data_dir, entries)
+        odd = next((entry for entry in entries if len(entry.get("answers", range(10))) != 10), None)
+        if odd is not None:
+            raise DataError(
+                f"{self.files[0]}: question {odd['question_id']} has {len(odd['answers'])} answers, not ten"
+            )
         return [
             picture_item(
                 entry["image_id"],
