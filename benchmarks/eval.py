@@ -1,6 +1,7 @@
-"""Evaluation speed: several questions about one picture against batch 1, and scoring VQAv2 against the plain rules.
+"""Evaluation: several questions about one picture against batch 1, VQAv2 scoring against the plain rules, memory.
 
-python benchmarks/eval.py [--model smol-llava] [--pictures 16] [--questions 6] [--answers 200000]   prints a JSON line
+python benchmarks/eval.py [--model smol-llava] [--pictures 16] [--questions 6] [--answers 200000]
+    [--predictions 1000000]   prints a JSON line
 """
 
 from __future__ import annotations
@@ -8,18 +9,33 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 
 from milora_data.records import Turn
-from milora_eval import vqa
+from milora_eval.benchmarks.llava_prompts import picture_item
+from milora_eval.benchmarks.vqav2 import VQAv2
+from milora_eval.lines import to_line
+from milora_eval.rules import vqa
+from milora_eval.store import PREDICTIONS
 from milora_vl.generate import Prompt, generate
 from milora_vl.models import load_model
 
+# The high-water mark of a process starts anew at exec; that of getrusage would be this one's.
+SCORE_ALONE = """
+from pathlib import Path
+from milora_eval.results import numbers
+numbers(Path({folder!r}), "")
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
 THINGS = ("dog", "chair", "cup", "person", "tree", "car", "bottle", "bird", "table", "book")
 
 
@@ -31,9 +47,10 @@ def main() -> None:
     options.add_argument("--questions", type=int, default=6)
     options.add_argument("--batch_size", type=int, default=32)
     options.add_argument("--answers", type=int, default=200_000)
+    options.add_argument("--predictions", type=int, default=1_000_000)
     chosen = options.parse_args()
     measured = asking(chosen.model, chosen.pictures, chosen.questions, chosen.batch_size) | scoring(chosen.answers)
-    print(json.dumps(measured))
+    print(json.dumps(measured | memory(chosen.predictions)))
 
 
 def asking(name: str, num_pictures: int, num_questions: int, batch_size: int) -> dict[str, Any]:
@@ -64,6 +81,34 @@ def asking(name: str, num_pictures: int, num_questions: int, batch_size: int) ->
         "speedup_over_batch1": round(one_by_one / seconds, 2),
         "changed_answers": sum(a != b for a, b in zip(batched, single, strict=True)),
     }
+
+
+def memory(count: int) -> dict[str, Any]:
+    """Peak memory of scoring stored answers: of a tenth and of all, each in a process of its own."""
+    peaks = []
+    for number in (count // 10, count):
+        with tempfile.TemporaryDirectory() as folder:
+            write_predictions(Path(folder), number)
+            code = SCORE_ALONE.format(folder=folder)
+            seconds, done = timed(lambda code=code: subprocess.run([sys.executable, "-c", code], capture_output=True))
+            peaks.append((int(done.stdout), seconds))
+    (small, _), (large, seconds) = peaks
+    return {
+        "predictions": count,
+        "score_s": round(seconds, 1),
+        "peak_mb_of_a_tenth": round(small / 1024),
+        "peak_mb": round(large / 1024),
+    }
+
+
+def write_predictions(folder: Path, count: int) -> None:
+    """Lines of predictions.jsonl for VQAv2, written one by one."""
+    benchmark, data = VQAv2(), Path("data")
+    with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
+        for i in range(count):
+            picture = data / "val2014" / f"COCO_val2014_{i // 6:012d}.jpg"
+            item = picture_item(i, "Is there a dog?", picture, answers=["yes"] * 7 + ["no"] * 3, kind="yes/no")
+            file.write(json.dumps(to_line(benchmark, item, ("yes", "no", "2")[i % 3], f"{i:016x}", data)) + "\n")
 
 
 def drawing(rng: random.Random) -> Image.Image:

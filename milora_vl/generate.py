@@ -21,6 +21,8 @@ from milora_data.encode import encode_prompt
 from milora_data.errors import UserError
 from milora_data.images import expand_to_square, load_image, to_rgb
 from milora_data.records import Record, Turn
+from milora_data.templates import IMAGE, get_template, render
+from milora_data.tokens import bos_ids, eos_text, fast_backend
 from milora_vl.models import image_token_id, image_tokens, split_processor
 
 if TYPE_CHECKING:
@@ -32,10 +34,15 @@ OnBatch = Callable[[list[int], list[str]], None]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation up to a question, and its pictures: paths or PIL images, one for each `<image>` in the turns."""
+    """A conversation up to a question, and its pictures: paths or PIL images, one for each `<image>` in the turns.
+
+    form: training, as training encodes the turns (pictures to the front, text stripped); exact, as they stand, which is
+    what LLaVA's evaluation does; raw, the last turn's text without any template.
+    """
 
     turns: tuple[Turn, ...]
     images: tuple[str | Path | Image.Image, ...] = ()
+    form: Literal["training", "exact", "raw"] = "training"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,7 @@ def generate(
     *,
     template: str = "vicuna_v1",
     max_new_tokens: int = 128,
+    num_beams: int = 1,
     batch_size: int = 16,
     image_aspect_ratio: Literal["pad", "plain"] = "pad",
     share_pictures: bool = True,
@@ -76,12 +84,43 @@ def generate(
     answers = [""] * len(prompts)
     with torch.inference_mode(), _evaluating(model):
         for rows in _batches([reader.row(i, prompt) for i, prompt in enumerate(prompts)], batch_size):
-            texts = _answer(reader, rows, max_new_tokens, share_pictures, streamer)
+            texts = _answer(reader, rows, (max_new_tokens, num_beams), share_pictures and num_beams == 1, streamer)
             for row, text in zip(rows, texts, strict=True):
                 answers[row.place] = text
             if on_batch is not None:
                 on_batch([row.place for row in rows], texts)
     return answers
+
+
+def prompt_ids(
+    prompt: Prompt, tokenizer: Any, template: str, *, image_token_id: int, image_tokens: int = 576
+) -> list[int]:
+    """Return the ids of a prompt, each picture as `image_tokens` copies of `image_token_id`.
+
+    Form exact is LLaVA's tokenizer_image_token on its conversation's text. Raises UserError where the number of
+    `<image>` is not that of the pictures.
+    """
+    if prompt.form == "training":
+        return encode_prompt(
+            Record("", ("",) * len(prompt.images), prompt.turns, source="prompt"),
+            tokenizer,
+            template=template,
+            image_token_id=image_token_id,
+            image_tokens=image_tokens,
+        )
+    text = prompt.turns[-1].text
+    if prompt.form == "exact":
+        segments = render(prompt.turns, get_template(template), eos_text(tokenizer), prompt=True)
+        text = "".join(segment.text for segment in segments)
+    # Text between pictures is tokenized stretch by stretch.
+    first, *rest = text.split(IMAGE) if prompt.images else [text]
+    if len(rest) != len(prompt.images):
+        raise UserError(f"{len(rest)} {IMAGE} in the prompt, but {len(prompt.images)} pictures")
+    backend = fast_backend(tokenizer)
+    ids = [*bos_ids(tokenizer), *backend.encode(first, add_special_tokens=False).ids]
+    for stretch in rest:
+        ids += [image_token_id] * image_tokens + backend.encode(stretch, add_special_tokens=False).ids
+    return ids
 
 
 class _Reader:
@@ -102,13 +141,8 @@ class _Reader:
         """Encode one prompt."""
         if prompt.images and self.image_token is None:
             raise UserError("a question with a picture, but this model reads only text\nuse a vision-language model")
-        ids = encode_prompt(
-            Record("", ("",) * len(prompt.images), prompt.turns, source="prompt"),
-            self.tokenizer,
-            template=self.template,
-            image_token_id=-1 if self.image_token is None else self.image_token,
-            image_tokens=self.image_tokens,
-        )
+        image = -1 if self.image_token is None else self.image_token
+        ids = prompt_ids(prompt, self.tokenizer, self.template, image_token_id=image, image_tokens=self.image_tokens)
         names = tuple(str(image) if isinstance(image, str | Path) else id(image) for image in prompt.images)
         return _Row(place, ids, prompt.images, names)
 
@@ -149,7 +183,7 @@ def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
 def _answer(
     reader: _Reader,
     rows: Sequence[_Row],
-    max_new_tokens: int,
+    decoding: tuple[int, int],
     share_pictures: bool,
     streamer: BaseStreamer | None,
 ) -> list[str]:
@@ -168,7 +202,7 @@ def _answer(
         inputs |= _shared_cache(reader, list(first.values()), rows, prefix)
     else:
         inputs |= reader.pixels(rows)
-    config = _greedy(reader, max_new_tokens)
+    config = _greedy(reader, *decoding)
     output = reader.model.generate(**inputs, generation_config=config, streamer=streamer)[:, width:].tolist()
     ends = set(config.eos_token_id)
     return [
@@ -207,7 +241,7 @@ def _shared_cache(reader: _Reader, first: Sequence[_Row], rows: Sequence[_Row], 
     return {name: cache}
 
 
-def _greedy(reader: _Reader, max_new_tokens: int) -> Any:
+def _greedy(reader: _Reader, max_new_tokens: int, num_beams: int) -> Any:
     """Return a config that says everything: what it left open, `generate` would take from the model's own."""
     from transformers import GenerationConfig
 
@@ -216,7 +250,7 @@ def _greedy(reader: _Reader, max_new_tokens: int) -> Any:
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        num_beams=1,
+        num_beams=num_beams,
         temperature=1.0,
         top_k=50,
         top_p=1.0,

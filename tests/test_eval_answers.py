@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from milora_eval.answers import exact_match, normalise
+from milora_eval.rules.answers import exact_match, normalise
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,9 @@ def test_two_evaluations_are_compared(
     assert main(["compare", str(folder / "base"), str(folder / "final"), "--format", "json"]) == 0
     pairs = json.loads(capsys.readouterr().out)
     assert pairs[0]["a"]["name"] == "mean over types"
-    assert {"value", "stderr", "low", "high", "only_a", "only_b", "p_value", "n"} == set(pairs[0]["difference"])
+    assert {"value", "stderr", "low", "high", "only_a", "only_b", "p_value", "n", "p_bootstrap"} == set(
+        pairs[0]["difference"]
+    )
 
 
 def test_a_checkpoint_is_named_after_its_step(adapter: Path, data: Path, tmp_path: Path) -> None:
@@ -196,7 +198,8 @@ def test_a_benchmark_of_ones_own_is_named_by_module_and_class(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_bench.py").write_text(
-        "from milora_eval.emoji import Emoji\n\nclass Mine(Emoji):\n    name = 'mine'\n    max_new_tokens = 2\n"
+        "from milora_eval.benchmarks.emoji import Emoji\n\n"
+        "class Mine(Emoji):\n    name = 'mine'\n    max_new_tokens = 2\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     flags = ["--model", "tiny", "--benchmarks", "my_bench:Mine", "--data", str(data), "--output_dir", str(tmp_path)]

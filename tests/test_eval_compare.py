@@ -9,8 +9,8 @@ import pytest
 from eval_questions import write_questions
 
 from milora_data.errors import UserError
+from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.compare import compare, num_common
-from milora_eval.emoji import Emoji
 from milora_eval.lines import to_line
 
 

@@ -9,7 +9,7 @@ import pytest
 from eval_questions import record, write_questions
 
 from milora_eval.benchmark import Answer, MissingData
-from milora_eval.emoji import Emoji
+from milora_eval.benchmarks.emoji import Emoji
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from eval_questions import write_questions
 
 from milora_data.records import Turn
-from milora_eval.emoji import Emoji
+from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.evaluate import settings
 from milora_eval.identity import adapter_digest, answer_key, weights_digest
 

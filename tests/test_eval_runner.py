@@ -82,7 +82,7 @@ def test_a_killed_process_loses_at_most_a_batch(model: Made, data: Path, tmp_pat
         textwrap.dedent("""
         import sys, time
         from milora_eval import run
-        from milora_eval.emoji import Emoji
+        from milora_eval.benchmarks.emoji import Emoji
         from milora_vl.tiny import tiny_llava
 
         class Slow(Emoji):

@@ -8,11 +8,14 @@ import statistics
 
 import pytest
 
+from milora_eval.benchmark import Answer, Item
+from milora_eval.benchmarks.pope import POPE
 from milora_eval.stats import (
     clustered_stderr,
     mcnemar,
     mean_stderr,
     paired_difference,
+    resampled_difference,
     stratified_mean,
     stratified_stderr,
 )
@@ -95,3 +98,22 @@ def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int, p: float) 
 def test_mcnemar_takes_large_counts() -> None:
     assert mcnemar(40_000, 40_000) == pytest.approx(1.0)
     assert mcnemar(39_000, 41_000) < 1e-10
+
+
+def test_the_error_of_an_f1_is_that_of_drawing_pictures_again() -> None:
+    rng = random.Random(0)
+    answers = []
+    for picture in range(80):
+        skill = rng.random()  # the questions of a picture are alike
+        for name in ("random", "popular"):
+            for label in ("yes", "no", "yes"):
+                said = label if rng.random() < skill else {"yes": "no", "no": "yes"}[label]
+                item = Item("x", (), answers=(label,), kind=name, group=f"p{picture}")
+                answers.append(Answer(item, said, float(said == label)))
+    headline = POPE().summarise(answers)[0]
+    stderr, *_ = resampled_difference(
+        lambda drawn: POPE().summarise([answers[place] for place, _ in drawn])[0].value,
+        [answer.item.group for answer in answers],
+        400,
+    )
+    assert headline.stderr == pytest.approx(stderr, rel=0.15)

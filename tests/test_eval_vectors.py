@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from milora_eval import (
+from milora_eval import stats
+from milora_eval.rules import (
     anls,
     chartqa,
     cider,
@@ -23,7 +24,6 @@ from milora_eval import (
     refcoco,
     scienceqa,
     short_rules,
-    stats,
     textvqa,
     vqa,
 )

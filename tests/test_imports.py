@@ -20,7 +20,14 @@ SOURCES = [
     ROOT / "eval" / "milora_eval",
 ]
 OURS = {source.name for source in SOURCES}
-FILES = sorted(path for source in SOURCES for path in source.rglob("*.py"))
+# Plug-ins that their host imports; tests/test_eval_plugins.py runs them in one.
+NEED_THEIR_HOST = {"milora_eval/lmms.py"}
+FILES = sorted(
+    path
+    for source in SOURCES
+    for path in source.rglob("*.py")
+    if path.relative_to(source.parent).as_posix() not in NEED_THEIR_HOST
+)
 
 
 def module_name(path: Path) -> str:

@@ -1,18 +1,25 @@
-"""The command `python -m milora_eval`: run, ls, score, compare. Torch is imported only once a model must be loaded."""
+"""The command `python -m milora_eval`: run, ls, score, judge, compare, view.
+
+Torch is imported only once a model must be loaded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from milora_data.command import parser, run
-from milora_eval import command_compare, command_ls, command_run, command_score
+from milora_eval import command_compare, command_judge, command_ls, command_run, command_score, command_view
 
 COMMANDS = {
     "run": (command_run, "ask a model, score its answers, compare with its base"),
     "ls": (command_ls, "list suites and benchmarks"),
-    "score": (command_score, "score stored answers again, without a model"),
+    "score": (command_score, "score stored answers, or another program's predictions, without a model"),
+    "judge": (command_judge, "have free answers graded by a model (MM-Vet, LLaVA-Bench)"),
     "compare": (command_compare, "paired differences of two evaluations"),
+    "view": (command_view, "one HTML page to browse the answers of one run, or of two"),
 }
+
+EXAMPLES = {"run": command_run.EXAMPLES, "score": command_score.EXAMPLES}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser("python -m milora_eval", "Evaluate vision-language models.", command_run.EXAMPLES)
     commands = options.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, about) in COMMANDS.items():
-        epilog = command_run.EXAMPLES if name == "run" else ""
+        epilog = EXAMPLES.get(name, "")
         own = commands.add_parser(
             name,
             help=about,

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from milora_eval.compare import Pair, compare, num_common
 from milora_eval.results import require_lines
-from milora_eval.table import pairs_table
+from milora_eval.table import FORMATS, pairs_table, show
 
 
 def add_arguments(options: argparse.ArgumentParser) -> None:
     """Declare the arguments of `compare`."""
     options.add_argument("a", type=Path, metavar="A", help="a results folder, such as runs/one/eval/emoji/final")
     options.add_argument("b", type=Path, metavar="B", help="another one; differences are B minus A")
-    options.add_argument("--format", choices=("human", "markdown", "json"), default="human", help="of what is printed")
+    options.add_argument("--format", choices=FORMATS, default="human", help="of what is printed")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -30,21 +30,19 @@ def main(options: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps([asdict(pair) for pair in pairs], indent=1) + "\n")
         return 0
     table = pairs_table(f"A {options.a}, B {options.b}", pairs, ("A", "B"))
-    if options.format == "markdown":
-        sys.stdout.write(table.markdown())
-    else:
-        from rich.console import Console
-
-        Console(width=None if sys.stdout.isatty() else 120).print(table.rich())
-    sys.stdout.write("".join(_sentence(pair) for pair in pairs if pair.difference is not None))
+    show(table, options.format)
+    if options.format == "human":
+        shown = [pair for pair in pairs if pair.difference is not None and not pair.b.detail]
+        sys.stdout.write("".join(map(_sentence, shown)))
     return 0
 
 
 def _sentence(pair: Pair) -> str:
     found, scale = pair.difference, 100.0 if pair.b.unit == "fraction" else 1.0
     assert found is not None
+    tests = [] if found.p_value is None else [f"McNemar p = {found.p_value:.2g}"]
+    tests += [] if found.p_bootstrap is None else [f"bootstrap p = {found.p_bootstrap:.2g}"]
     return (
-        f"{pair.b.name}: B - A = {scale * found.value:+.1f}, 95 % interval {scale * found.low:+.1f} to "
-        f"{scale * found.high:+.1f}; only A right {found.only_a}, only B {found.only_b}, "
-        f"McNemar p = {found.p_value:.2g}\n"
+        f"{pair.benchmark} {pair.b.name}: B - A = {scale * found.value:+.1f}, 95 % interval {scale * found.low:+.1f} "
+        f"to {scale * found.high:+.1f}; only A right {found.only_a}, only B {found.only_b}, {', '.join(tests)}\n"
     )

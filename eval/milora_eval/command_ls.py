@@ -27,10 +27,12 @@ def main(options: argparse.Namespace) -> int:
     sys.stdout.write("suites\n")
     for name, suite in SUITES.items():
         sys.stdout.write(f"  {name:14} {suite.about}\n")
-    sys.stdout.write("benchmarks (reads from --data DIR, or DIR/NAME)\n")
+    sys.stdout.write("benchmarks (read from DIR/NAME, or from DIR, with --data DIR)\n")
     for entry in benchmarks:
         there = {None: "", True: "found    ", False: "missing  "}[entry["found"]]
-        sys.stdout.write(f"  {entry['name']:14} {there}{', '.join(entry['files'])}: {entry['protocol']}\n")
+        files = ", ".join(name.partition("|")[0] for name in entry["files"])
+        rules = " or ".join(entry["protocols"])
+        sys.stdout.write(f"  {entry['name']:14} {there}{entry['split']}, {rules}: {files}\n")
     return 0
 
 
@@ -40,6 +42,7 @@ def _about(name: str, data: Path | None) -> dict[str, Any]:
         "name": name,
         "version": benchmark.version,
         "protocol": benchmark.protocol,
+        "protocols": list(benchmark.protocols),
         "split": benchmark.split,
         "files": list(benchmark.files),
         "found": None if data is None else has_files(benchmark, data),

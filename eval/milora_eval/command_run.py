@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from milora_data.command import count, positive
 from milora_data.errors import UserError
 from milora_eval.places import Subject, recipe_of, subject
 from milora_eval.selection import parse_shard
-from milora_eval.suites import find_benchmark, find_suite, has_files
+from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
+from milora_eval.table import FORMATS, show
 from milora_vl.adapter_folders import holds_adapter
 
 EXAMPLES = """\
 examples:
   python -m milora_eval run --model smol-llava --adapter runs/demo --suite emoji --data data/emoji \\
       --with_base --output_dir runs/demo
-  python -m milora_eval run --model llava-1.5-7b --benchmarks emoji --data data/emoji --limit 100 --output_dir out
+  python -m milora_eval run --model llava-1.5-7b --suite llava-paper --data playground/data/eval --output_dir out
+  python -m milora_eval run --model llava-1.5-7b --benchmarks pope,gqa@official --data data --limit 100 --output_dir out
+  python -m milora_eval run --model llava-1.5-7b --benchmarks my_questions.json --output_dir out
 """
 
 
@@ -32,7 +36,7 @@ def add_arguments(options: argparse.ArgumentParser) -> None:
     options.add_argument("--base", metavar="B", help="what a fully trained --model is compared with")
     what = options.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", help="named list of benchmarks; see: python -m milora_eval ls")
-    what.add_argument("--benchmarks", metavar="a,b", help="names, or module:Class for one of your own")
+    what.add_argument("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class")
     options.add_argument(
         "--data", type=Path, metavar="DIR", help="folder of the benchmarks' files (default: data/SUITE)"
     )
@@ -52,7 +56,8 @@ def add_arguments(options: argparse.ArgumentParser) -> None:
     )
     options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU)")
     options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    options.add_argument("--format", choices=("human", "json"), default="human", help="of what is printed")
+    options.add_argument("--protocol", metavar="P", help="official or llava, for the benchmarks that have both")
+    options.add_argument("--format", choices=FORMATS, default="human", help="of what is printed")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -85,6 +90,8 @@ def _arguments(options: argparse.Namespace, who: Subject) -> dict[str, Any]:
         names = tuple(part.strip() for part in options.benchmarks.split(",") if part.strip())
         name, limit, partial = None, options.limit, False
     data = options.data or Path("data") / (options.suite or names[0])
+    if options.protocol is not None:
+        names = tuple(_with_protocol(names, options.protocol))
     benchmarks = [find_benchmark(entry) for entry in names]
     if partial:
         benchmarks = [benchmark for benchmark in benchmarks if has_files(benchmark, data)]
@@ -105,6 +112,15 @@ def _arguments(options: argparse.Namespace, who: Subject) -> dict[str, Any]:
         "template": options.template or own.get("template") or "vicuna_v1",
         "image_aspect_ratio": own.get("image_aspect_ratio") or "pad",
     }
+
+
+def _with_protocol(names: Sequence[str], protocol: str) -> list[str]:
+    """Return the names with the protocol where they have it; UserError where none does."""
+    chosen = [with_protocol(name, protocol) for name in names]
+    if not any(protocol in find_benchmark(name).protocols for name in names):
+        known = sorted({own for name in names for own in find_benchmark(name).protocols})
+        raise UserError(f"--protocol {protocol}: none of these benchmarks has it\ntheirs are: {', '.join(known)}")
+    return chosen
 
 
 def _evaluate(options: argparse.Namespace, who: Subject, arguments: dict[str, Any]) -> list[Path] | None:
@@ -143,8 +159,6 @@ def _load(options: argparse.Namespace, name: str, adapter: Path | None) -> tuple
 
 
 def _print(options: argparse.Namespace, folders: list[Path]) -> None:
-    from rich.console import Console
-
     from milora_eval.evaluate import write_table
     from milora_eval.results import read_results
 
@@ -154,11 +168,7 @@ def _print(options: argparse.Namespace, folders: list[Path]) -> None:
             json.dumps({result["which"]: result for result in results}, ensure_ascii=False, indent=1) + "\n"
         )
     else:
-        table = write_table(folders[-1])
-        console = Console(width=None if sys.stdout.isatty() else 120)
-        console.print(table.rich())
-        for note in table.notes:
-            console.print(note, style="dim", highlight=False)
+        show(write_table(folders[-1]), options.format)
     for result in results:
         if result.get("audit"):
             sys.stderr.write(f"audit of {result['which']}: {result['audit']['changed']} of {result['audit']['n']} ")

@@ -1,33 +1,110 @@
-"""`python -m milora_eval score FOLDER`: score stored answers again, without a model."""
+"""`python -m milora_eval score`: score stored answers again, or another program's predictions; no model needed."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from milora_data.command import positive
+from milora_data.errors import UserError
+from milora_eval.benchmark import Benchmark
+from milora_eval.data_files import load_items
 from milora_eval.evaluate import write_table
-from milora_eval.results import require_lines, score
+from milora_eval.exports import export
+from milora_eval.identity import digest
+from milora_eval.lines import to_line
+from milora_eval.llava_files import join, read_llava_answers
+from milora_eval.results import Results, numbers, score, write_results
+from milora_eval.selection import select
+from milora_eval.store import PREDICTIONS, write_lines
+from milora_eval.suites import find_benchmark, folder_of, with_protocol
+from milora_eval.table import FORMATS, show
+from milora_eval.vlmevalkit import read_predictions
+
+EXAMPLES = """\
+examples:
+  python -m milora_eval score runs/one/eval/llava-paper/final
+  python -m milora_eval score merge.jsonl --benchmark gqa --data playground/data/eval      (LLaVA's answers file)
+  python -m milora_eval score MODEL_MMBench_DEV_EN.xlsx --benchmark mmbench --data data     (VLMEvalKit's)
+"""
 
 
 def add_arguments(options: argparse.ArgumentParser) -> None:
     """Declare the arguments of `score`."""
-    options.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="a results folder, such as runs/one/eval/emoji/final"
-    )
-    options.add_argument("--format", choices=("human", "json"), default="human", help="of what is printed")
+    options.add_argument("folder", type=Path, metavar="PATH", help="a results folder, or a file with predictions")
+    options.add_argument("--benchmark", help="of which benchmark a file's predictions are")
+    options.add_argument("--protocol", help="official or llava, where a benchmark has both")
+    options.add_argument("--data", type=Path, metavar="DIR", help="folder of that benchmark's files")
+    options.add_argument("--limit", type=positive, metavar="N", help="of the same N items as `run --limit N`")
+    options.add_argument("--output_dir", type=Path, metavar="O", help="keep the results in O/eval/BENCHMARK/FILE")
+    options.add_argument("--format", choices=FORMATS, default="human", help="of what is printed")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the command: results.json and table.md are written anew."""
-    require_lines(options.folder)
-    results = score(options.folder)
-    table = write_table(options.folder)
+    """Run the command: a folder's results.json, table.md and submission files are written anew."""
+    path = options.folder
+    if path.is_file() and path.name == PREDICTIONS and options.benchmark is None:
+        path = path.parent
+    if path.is_file():
+        return _score_file(options, path)
+    given = [flag for flag in ("benchmark", "protocol", "data", "limit", "output_dir") if getattr(options, flag)]
+    if given:
+        raise UserError(
+            f"--{given[0]} is for a file with predictions; {path} is scored by what its answers say themselves"
+        )
+    results = score(path)
+    _print(options, path, results)
+    for file in export(path):
+        sys.stderr.write(f"written: {file}\n")
+    return 0
+
+
+def _score_file(options: argparse.Namespace, path: Path) -> int:
+    if options.benchmark is None or options.data is None:
+        raise UserError(
+            f"{path} is a file with predictions: --benchmark NAME and --data DIR are needed\n{EXAMPLES}".rstrip()
+        )
+    name = with_protocol(options.benchmark, options.protocol) if options.protocol else options.benchmark
+    benchmark = find_benchmark(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if options.output_dir is not None:
+            folder = options.output_dir / "eval" / benchmark.name / path.stem
+            if (folder / PREDICTIONS).exists():
+                raise UserError(f"{folder} holds results already\nname another --output_dir")
+            folder.mkdir(parents=True, exist_ok=True)
+        results = _results(benchmark, path, options, folder)
+        _print(options, folder, results)
+        if options.output_dir is not None:
+            export(folder)
+            sys.stderr.write(f"written: {folder}\n")
+    return 0
+
+
+def _results(benchmark: Benchmark, path: Path, options: argparse.Namespace, folder: Path) -> Results:
+    data = folder_of(benchmark, options.data)
+    items = select(load_items(benchmark, data), options.limit)
+    texts = join(benchmark, items, _rows(path), path)
+    keys = {item.id: digest([str(path), item.id]) for item in items}
+    write_lines(folder / PREDICTIONS, (to_line(benchmark, item, texts[item.id], keys[item.id], data) for item in items))
+    about = {"suite": benchmark.name, "which": path.stem, "model": str(path), "adapter": None}
+    results = about | {"data": str(options.data), "limit": options.limit} | numbers(folder, benchmark.name)
+    write_results(folder, results)
+    return results
+
+
+def _rows(path: Path) -> Sequence[Mapping[str, Any]]:
+    return read_llava_answers(path) if path.suffix in (".jsonl", ".json") else read_predictions(path)
+
+
+def _print(options: argparse.Namespace, folder: Path, results: Results) -> None:
+    table = write_table(folder)
     if options.format == "json":
         sys.stdout.write(json.dumps(results, ensure_ascii=False, indent=1) + "\n")
-        return 0
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 120).print(table.rich())
-    return 0
+    else:
+        show(table, options.format)

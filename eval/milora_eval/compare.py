@@ -1,16 +1,19 @@
-"""Two evaluations of the same items: paired differences with standard error, interval and McNemar's test."""
+"""Two evaluations of the same items: paired differences with standard error, interval, McNemar's test and bootstrap."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from milora_data.errors import UserError
-from milora_eval.benchmark import Answer, Metric
+from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.lines import to_answer
-from milora_eval.stats import Difference, paired_difference
+from milora_eval.stats import Difference, paired_difference, resampled_difference
 from milora_eval.store import Line
 from milora_eval.suites import find_benchmark
+
+WORK = 1_000_000  # answers that a bootstrap may score
+MIN_RESAMPLES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +50,73 @@ def _common(name: str, a: Sequence[Line], b: Sequence[Line]) -> tuple[list[Answe
     benchmark = find_benchmark(name)
     others = {line["id"]: line for line in b if line["benchmark"] == name}
     lines = [line for line in a if line["benchmark"] == name and line["id"] in others]
-    return [to_answer(benchmark, line) for line in lines], [to_answer(benchmark, others[line["id"]]) for line in lines]
+    return [to_answer(benchmark, line, line.get("judgement")) for line in lines], [
+        to_answer(benchmark, others[line["id"]], others[line["id"]].get("judgement")) for line in lines
+    ]
 
 
 def _pairs(name: str, a: Sequence[Answer], b: Sequence[Answer]) -> list[Pair]:
     benchmark = find_benchmark(name)
     right = {metric.name: metric for metric in benchmark.summarise(b)}
-    return [
-        Pair(name, metric, right[metric.name], _difference(metric, a, b))
-        for metric in benchmark.summarise(a)
-        if metric.name in right
-    ]
+    pairs = [(metric, right[metric.name]) for metric in benchmark.summarise(a) if metric.name in right]
+    resampled = _resampled(benchmark, pairs, a, b)
+    units = benchmark.units(a), benchmark.units(b)
+    return [Pair(name, left, own, resampled.get(left.name) or _difference(left, *units)) for left, own in pairs]
 
 
 def _difference(metric: Metric, a: Sequence[Answer], b: Sequence[Answer]) -> Difference | None:
     if metric.mean_of is None:
         return None
-    places = list(range(len(a)))
+    places = [place for place in range(len(a)) if a[place].value is not None and b[place].value is not None]
     if metric.mean_of == "items":
         places = [place for place in places if a[place].item.kind == metric.name] or places
     return paired_difference(
-        [a[place].value for place in places],
-        [b[place].value for place in places],
+        [a[place].worth for place in places],
+        [b[place].worth for place in places],
         [a[place].item.kind if metric.mean_of == "types" else "" for place in places],
         [a[place].item.group for place in places],
     )
+
+
+def _copy(answer: Answer, times: int) -> Answer:
+    """Return the answer as that of another picture, for one that is drawn again."""
+    if not times:
+        return answer
+    return replace(answer, item=replace(answer.item, group=f"{answer.item.group} again {times}"))
+
+
+def _resampled(
+    benchmark: Benchmark, pairs: Sequence[tuple[Metric, Metric]], a: Sequence[Answer], b: Sequence[Answer]
+) -> dict[str, Difference]:
+    """Return the difference of the headline where it is no mean over items, by drawing pictures again and again.
+
+    The draws are fewer for many answers, since each computes the benchmark's numbers anew.
+    """
+    resamples = min(1000, WORK // max(len(a), 1))
+    if not pairs or pairs[0][0].mean_of is not None or not benchmark.can_resample or resamples < MIN_RESAMPLES:
+        return {}
+
+    def compute(drawn: list[tuple[int, int]]) -> float | None:
+        sides = [benchmark.summarise([_copy(side[place], times) for place, times in drawn]) for side in (a, b)]
+        left, right = ({metric.name: metric.value for metric in side} for side in sides)
+        return right[name] - left[name] if name in left and name in right else None
+
+    groups = [answer.item.group for answer in a]
+    if len(set(groups)) < 2:
+        return {}
+    name = pairs[0][0].name
+    stderr, low, high, p_value = resampled_difference(compute, groups, resamples)
+    (left, right), only = pairs[0], [x.worth - y.worth for x, y in zip(a, b, strict=True)]
+    return {
+        left.name: Difference(
+            value=right.value - left.value,
+            stderr=stderr,
+            low=low,
+            high=high,
+            only_a=sum(gap > 0 for gap in only),
+            only_b=sum(gap < 0 for gap in only),
+            p_value=None,
+            n=len(a),
+            p_bootstrap=p_value,
+        )
+    }

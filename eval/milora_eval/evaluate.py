@@ -9,18 +9,11 @@ from typing import Any, Literal
 
 from milora_eval.benchmark import Benchmark
 from milora_eval.compare import compare
+from milora_eval.exports import export
 from milora_eval.identity import adapter_digest, digest, tokenizer_digest, weights_digest
-from milora_eval.results import (
-    TABLE,
-    Results,
-    lines_digest,
-    read_results,
-    summarise,
-    write_results,
-    write_text,
-)
+from milora_eval.results import TABLE, Results, numbers, read_results, require_lines, write_results
 from milora_eval.runner import Outcome, Plan, ask, audit, questions
-from milora_eval.store import PREDICTIONS, read_lines
+from milora_eval.store import PREDICTIONS, write_whole
 from milora_eval.suites import find_benchmark
 from milora_eval.table import Table, pairs_table, results_table, with_forgetting
 
@@ -66,19 +59,24 @@ def run(
     folder = results_folder(output_dir, suite, which)
     asked = questions(plan)
     outcome = ask(model, processor, plan, asked, folder)
-    if outcome.lines is None:
+    if outcome.missing:
         return None
     before = read_results(folder)
-    results = _results(plan, outcome, before) | {
-        "suite": suite,
-        "which": which,
-        "model": model_name,
-        "adapter": None if adapter is None else str(adapter),
-        "forgetting": before.get("forgetting"),
-        "audit": audit(model, processor, plan, asked, outcome.lines) if audit_items else before.get("audit"),
-    }
+    results = (
+        _results(plan, outcome, before)
+        | numbers(folder, suite)
+        | {
+            "suite": suite,
+            "which": which,
+            "model": model_name,
+            "adapter": None if adapter is None else str(adapter),
+            "forgetting": before.get("forgetting"),
+            "audit": audit(model, processor, plan, asked, folder) if audit_items else before.get("audit"),
+        }
+    )
     write_results(folder, results)
     write_table(folder)
+    export(folder)
     return results
 
 
@@ -125,31 +123,30 @@ def add_forgetting(
 def write_table(folder: Path) -> Table:
     """Write table.md beside results.json: beside the base's numbers where those are there; returns the table."""
     results = read_results(folder)
-    base, own = (read_lines(path / PREDICTIONS) for path in (folder.parent / "base", folder))
+    base = folder.parent / "base"
     table = results_table(results)
-    if results["which"] != "base" and base:
+    if results.get("which") not in ("base", None) and (base / PREDICTIONS).is_file():
         names = ("base", "tuned" if results["which"] == "final" else results["which"])
-        table = pairs_table(table.title, compare(base, own), names)
+        means = (read_results(base).get("mean"), results.get("mean"))
+        pairs = compare(require_lines(base), require_lines(folder))
+        table = pairs_table(table.title, pairs, names, means)
     table = with_forgetting(table, results.get("forgetting"))
-    write_text(folder / TABLE, table.markdown())
+    write_whole(folder / TABLE, table.markdown())
     return table
 
 
 def _results(plan: Plan, outcome: Outcome, before: Results) -> Results:
-    lines = outcome.lines or []
     seconds = outcome.seconds if outcome.asked else before.get("seconds", outcome.seconds)
     return {
         "template": plan.template,
         "data": str(plan.data_dir),
         "limit": plan.limit,
-        "benchmarks": summarise(lines),
         "generation": plan.settings
         | {
             "key": digest(plan.settings),
             "batch_size": plan.batch_size,
             "max_new_tokens": {benchmark.name: benchmark.max_new_tokens for benchmark in plan.benchmarks},
         },
-        "predictions": lines_digest(lines),
         "seconds": round(seconds, 1),
         "asked": outcome.asked,
     }

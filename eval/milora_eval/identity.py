@@ -68,7 +68,8 @@ def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item) ->
         path = Path(image)
         pictures.append([path.name, path.stat().st_size if path.is_file() else None])
     turns = [[turn.role, turn.text] for turn in benchmark.prompt(item)]
-    return digest([settings, benchmark.name, benchmark.max_new_tokens, turns, pictures])
+    decoding = [benchmark.max_new_tokens, benchmark.num_beams, benchmark.form]
+    return digest([settings, benchmark.name, decoding, turns, pictures])
 
 
 def _own_name(name: str) -> str | None:

@@ -12,7 +12,7 @@ from milora_eval.suites import reference
 
 
 def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path) -> dict[str, Any]:
-    """Return the line of one answer, scored."""
+    """Return the line of one answer, scored; `correct` is None where a judge or a server scores."""
     picture = item.images[0] if item.images else None
     turns = benchmark.prompt(item)
     line: dict[str, Any] = {
@@ -38,10 +38,11 @@ def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Pat
     return line
 
 
-def to_answer(benchmark: Benchmark, line: Mapping[str, Any]) -> Answer:
-    """Return the answer of a line, scored anew."""
-    item = to_item(line)
-    return Answer(item, line["prediction"], benchmark.score(item, line["prediction"]))
+def to_answer(benchmark: Benchmark, line: Mapping[str, Any], judgement: str | None = None) -> Answer:
+    """Return the answer of a line, scored anew; with a judgement, graded by it."""
+    item, text = to_item(line), line["prediction"]
+    value = benchmark.score(item, text) if judgement is None else benchmark.grade(item, judgement)
+    return Answer(item, text, value, judgement)
 
 
 def to_item(line: Mapping[str, Any]) -> Item:

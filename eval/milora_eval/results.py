@@ -1,70 +1,157 @@
-"""results.json: the numbers of one model on one suite, computed from the lines of predictions.jsonl alone."""
+"""results.json: the numbers of one model on one suite, computed from the lines of predictions.jsonl alone.
+
+The lines are read one by one and never all held, so that a million of them take little memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from milora_data.errors import UserError
-from milora_eval.benchmark import Metric
+from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.lines import to_answer
-from milora_eval.store import PREDICTIONS, Line, read_lines, write_lines
-from milora_eval.suites import find_benchmark
+from milora_eval.stats import mean
+from milora_eval.store import JUDGEMENTS, PREDICTIONS, Line, each_line, read_lines, write_lines, write_whole
+from milora_eval.suites import SUITES, find_benchmark, folder_of
 
 RESULTS, TABLE = "results.json", "table.md"
 Results = dict[str, Any]
 
 
-def summarise(lines: Sequence[Line]) -> list[dict[str, Any]]:
+def summarise(folder: Path) -> list[dict[str, Any]]:
     """Return the `benchmarks` entry of results.json; every answer is scored anew."""
-    found = []
-    for name in dict.fromkeys(line["benchmark"] for line in lines):
-        benchmark = find_benchmark(name)
-        answers = [to_answer(benchmark, line) for line in lines if line["benchmark"] == name]
-        found.append(
-            {
-                "name": benchmark.name,
-                "version": benchmark.version,
-                "protocol": benchmark.protocol,
-                "split": benchmark.split,
-                "n": len(answers),
-                "metrics": [asdict(metric) for metric in benchmark.summarise(answers)],
-            }
-        )
-    return found
+    path, reviews = folder / PREDICTIONS, judgements(folder)
+    runs = [name for name, _ in groupby(line["benchmark"] for line in each_line(path))]
+    if len(set(runs)) == len(runs):  # each benchmark's lines stand together, as they are written
+        return [
+            _entry(name, lines, reviews) for name, lines in groupby(each_line(path), lambda line: line["benchmark"])
+        ]
+    names = list(dict.fromkeys(runs))
+    return [_entry(name, (line for line in each_line(path) if line["benchmark"] == name), reviews) for name in names]
 
 
 def score(folder: str | Path) -> Results:
     """Score the stored answers of an evaluation again, without its model, and rewrite its results.json.
 
-    Raises UserError for a folder without answers.
+    Raises UserError for a folder without answers, for an answer that is there twice, and for one that is missing.
     """
     folder = Path(folder)
-    lines = require_lines(folder)
-    write_lines(folder / PREDICTIONS, [_rescored(line) for line in lines])
-    results = read_results(folder) | {"benchmarks": summarise(lines), "predictions": lines_digest(lines)}
+    require_answers(folder)
+    before = read_results(folder)
+    check_ids(folder, before)
+    made: dict[str, Benchmark] = {}
+
+    def rescored() -> Iterator[Line]:
+        reviews = judgements(folder)
+        for line in each_line(folder / PREDICTIONS):
+            benchmark = made.setdefault(line["benchmark"], find_benchmark(line["benchmark"]))
+            yield line | {"correct": to_answer(benchmark, line, review_of(line, reviews)).value}
+
+    write_lines(folder / PREDICTIONS, rescored())
+    about = {"suite": folder.absolute().parent.name, "which": folder.absolute().name} | before
+    results = about | numbers(folder, str(about["suite"]))
     write_results(folder, results)
     return results
 
 
-def require_lines(folder: Path) -> list[Line]:
-    """Return the answers in `folder`; UserError that names the folders which have some."""
-    lines = read_lines(folder / PREDICTIONS)
-    if not lines:
+def numbers(folder: Path, suite: str) -> dict[str, Any]:
+    """Return the entries of results.json that follow from the answers: benchmarks, the suite's mean, a digest."""
+    entries = summarise(folder)
+    return {
+        "benchmarks": entries,
+        "mean": suite_mean(suite, entries),
+        "predictions": lines_digest(each_line(folder / PREDICTIONS)),
+    }
+
+
+def suite_mean(suite: str, entries: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the plain mean of the headlines that the suite averages, in percent, unrounded; None while some lack."""
+    wanted = SUITES[suite].mean if suite in SUITES else ()
+    headlines = {entry["name"]: entry["metrics"][0]["value"] for entry in entries if entry["metrics"]}
+    if not wanted or not set(wanted) <= set(headlines):
+        return None
+    return {"value": mean([100 * headlines[name] for name in wanted]), "of": list(wanted)}
+
+
+def judgements(folder: Path) -> dict[tuple[str, str, str], str]:
+    """Return what the judge said, by benchmark, item and answer: a new answer has no judgement yet."""
+    found = each_line(folder / JUDGEMENTS)
+    return {(line["benchmark"], line["id"], line["prediction"]): line["judgement"] for line in found}
+
+
+def review_of(line: Line, reviews: Mapping[tuple[str, str, str], str]) -> str | None:
+    """Return the judgement of a line's answer."""
+    return reviews.get((line["benchmark"], line["id"], line["prediction"])) if reviews else None
+
+
+def require_answers(folder: Path) -> None:
+    """Raise UserError where a folder holds no answers, with the folders that have some."""
+    if next(each_line(folder / PREDICTIONS), None) is None:
         near = sorted(path.parent for path in folder.glob(f"**/{PREDICTIONS}"))[:5] if folder.is_dir() else []
         hint = "there are answers in: " + ", ".join(map(str, near)) if near else "make some: python -m milora_eval run"
         raise UserError(f"{folder} holds no answers: no {PREDICTIONS}\n{hint}")
-    return lines
 
 
-def lines_digest(lines: Sequence[Line]) -> str:
+def require_lines(folder: Path) -> list[Line]:
+    """Return the answers in `folder`, with their judgements; UserError that names the folders which have some."""
+    require_answers(folder)
+    reviews = judgements(folder)
+    lines = read_lines(folder / PREDICTIONS)
+    return [line | {"judgement": review_of(line, reviews)} for line in lines] if reviews else lines
+
+
+def check_ids(folder: Path, results: Mapping[str, Any]) -> None:
+    """Raise UserError that names an answer which is there twice, or one that the results had and is gone."""
+    path = folder / PREDICTIONS
+    hashes = np.fromiter((hash(_name(line)) for line in each_line(path)), dtype=np.int64)
+    values, counts = np.unique(hashes, return_counts=True)
+    if (counts > 1).any():
+        twice = set(values[counts > 1].tolist())
+        name = next(_name(line) for line in each_line(path) if hash(_name(line)) in twice)
+        raise UserError(
+            f'{path}: {name[0]} has two answers for the id "{name[1]}"\nleave one of them, then score again'
+        )
+    expected = sum(entry["n"] for entry in results.get("benchmarks", ()))
+    if len(values) < expected:
+        raise UserError(f"{path} holds {len(values)} answers, {expected} were asked{_gone(path, results)}")
+
+
+def _gone(path: Path, results: Mapping[str, Any]) -> str:
+    """Return which ids are missing, where the questions can still be read."""
+    from milora_eval.selection import select
+
+    have, again = {_name(line) for line in each_line(path)}, "\nask them again: the same python -m milora_eval run"
+    missing: list[str] = []
+    for entry in results["benchmarks"]:
+        try:
+            benchmark = find_benchmark(entry.get("reference", entry["name"]))
+            items = select(benchmark.load(folder_of(benchmark, Path(results["data"]))), results.get("limit"))
+        except (UserError, KeyError, OSError):
+            continue
+        name = entry.get("reference", entry["name"])
+        missing += [f'{entry["name"]} "{item.id}"' for item in items if (name, item.id) not in have]
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    return (f"\nmissing: {', '.join(missing[:5])}{more}" if missing else "") + again
+
+
+def _name(line: Line) -> tuple[str, str]:
+    return line["benchmark"], line["id"]
+
+
+def lines_digest(lines: Iterable[Line]) -> str:
     """Return a hash of who was asked what and answered what."""
-    answers = [[line["benchmark"], line["id"], line["prediction"]] for line in lines]
-    return hashlib.sha256(json.dumps(answers, ensure_ascii=False).encode()).hexdigest()[:16]
+    total = hashlib.sha256()
+    for line in lines:
+        total.update(json.dumps([line["benchmark"], line["id"], line["prediction"]]).encode())
+    return total.hexdigest()[:16]
 
 
 def read_results(folder: Path) -> Results:
@@ -75,14 +162,7 @@ def read_results(folder: Path) -> Results:
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write results.json as a whole."""
-    write_text(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write one file as a whole: a killed process leaves the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 def metrics_of(results: Mapping[str, Any]) -> dict[tuple[str, str], Metric]:
@@ -94,5 +174,22 @@ def metrics_of(results: Mapping[str, Any]) -> dict[tuple[str, str], Metric]:
     }
 
 
-def _rescored(line: Line) -> Line:
-    return line | {"correct": to_answer(find_benchmark(line["benchmark"]), line).value}
+def _entry(name: str, lines: Iterable[Line], reviews: Mapping[tuple[str, str, str], str]) -> dict[str, Any]:
+    benchmark, count = find_benchmark(name), 0
+
+    def answers() -> Iterator[Answer]:
+        nonlocal count
+        for line in lines:
+            count += 1
+            yield to_answer(benchmark, line, review_of(line, reviews))
+
+    metrics = [asdict(metric) for metric in benchmark.summarise(answers())]
+    return {
+        "name": benchmark.name,
+        "reference": name,
+        "version": benchmark.version,
+        "protocol": benchmark.protocol,
+        "split": benchmark.split,
+        "n": count,
+        "metrics": metrics,
+    }

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from milora_data.errors import UserError
-from milora_eval.benchmark import Benchmark, Item
+from milora_eval.benchmark import Benchmark, Item, MissingData
+from milora_eval.data_files import load_items
 from milora_eval.identity import answer_key
 from milora_eval.lines import to_line
 from milora_eval.selection import select, take_shard
@@ -48,9 +49,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """All answers in the order of the items, or None while other shards are missing; how many were new."""
+    """How many answers were asked for, and how many are missing still: those of other shards."""
 
-    lines: list[Line] | None
     asked: int
     seconds: float
     missing: int = 0
@@ -58,13 +58,23 @@ class Outcome:
 
 def questions(plan: Plan) -> list[Question]:
     """Read the items of all benchmarks, all shards; raises UserError for missing data and for pictures not there."""
-    found = []
+    found, missing = [], {}
     for benchmark in plan.benchmarks:
-        items = select(benchmark.load(folder_of(benchmark, plan.data_dir)), plan.limit)
+        try:
+            loaded = load_items(benchmark, folder_of(benchmark, plan.data_dir))
+        except MissingData as error:
+            missing[benchmark.name] = error
+            continue
+        items = select(loaded, plan.limit)
         if not items:
             raise UserError(f"no questions in the data of benchmark {benchmark.name} in {plan.data_dir}")
+        _check_ids(benchmark, items)
         _check_pictures(benchmark, items)
         found += [Question(benchmark, item, answer_key(plan.settings, benchmark, item)) for item in items]
+    if missing:
+        first, *others = missing
+        more = f"\nthe files of {', '.join(others)} are missing too: python -m milora_eval ls --data {plan.data_dir}"
+        raise MissingData(f"{missing[first]}{more if others else ''}")
     return found
 
 
@@ -81,17 +91,13 @@ def ask(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folde
     seconds = time.perf_counter() - start
     missing = sum(question.key not in known for question in asked)
     if missing:
-        return Outcome(None, len(todo), seconds, missing)
+        return Outcome(len(todo), seconds, missing)
     # Scored anew, so that an answer taken over from an older version follows today's rules.
-    lines = [
-        to_line(q.benchmark, q.item, known[q.key]["prediction"], q.key, folder_of(q.benchmark, plan.data_dir))
-        for q in asked
-    ]
-    store.finish(lines)
-    return Outcome(lines, len(todo), seconds)
+    store.finish(_line(plan, question, known[question.key]) for question in asked)
+    return Outcome(len(todo), seconds)
 
 
-def audit(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], lines: Sequence[Line]) -> dict[str, Any]:
+def audit(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folder: Path) -> dict[str, Any]:
     """Ask `plan.audit` of the questions again, one by one without sharing, and report whose answer changed."""
     chosen = {id(item) for item in select([question.item for question in asked], plan.audit)}
     again = [question for question in asked if id(question.item) in chosen]
@@ -101,7 +107,7 @@ def audit(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], lin
         texts.update(zip((question.key for question in done), answers, strict=True))
 
     _run_model(model, processor, plan, again, keep, batch_size=1, share_pictures=False)
-    stored = {line["key"]: line["prediction"] for line in lines}
+    stored = Store(folder).known()
     changed = [q.item.id for q in again if stored[q.key] != texts[q.key]]
     return {"n": len(again), "changed": len(changed), "ids": changed}
 
@@ -113,12 +119,7 @@ def _generate(model: Any, processor: Any, plan: Plan, todo: Sequence[Question], 
     with tqdm(total=len(todo), desc=plan.label, unit="question", file=sys.stderr, mininterval=interval) as bar:
 
         def keep(done: Sequence[Question], answers: Sequence[str]) -> None:
-            store.append(
-                [
-                    to_line(q.benchmark, q.item, text, q.key, folder_of(q.benchmark, plan.data_dir))
-                    for q, text in zip(done, answers, strict=True)
-                ]
-            )
+            store.append([_line(plan, question, text) for question, text in zip(done, answers, strict=True)])
             bar.update(len(done))
 
         _run_model(model, processor, plan, todo, keep, batch_size=plan.batch_size, share_pictures=True)
@@ -138,7 +139,7 @@ def _run_model(
 
     for benchmark in plan.benchmarks:
         part = [question for question in todo if question.benchmark is benchmark]
-        prompts = [Prompt(benchmark.prompt(question.item), question.item.images) for question in part]
+        prompts = [Prompt(benchmark.prompt(q.item), q.item.images, benchmark.form) for q in part]
 
         def on_batch(places: list[int], texts: list[str], part: list[Question] = part) -> None:
             keep([part[place] for place in places], texts)
@@ -149,6 +150,7 @@ def _run_model(
             prompts,
             template=plan.template,
             max_new_tokens=benchmark.max_new_tokens,
+            num_beams=benchmark.num_beams,
             batch_size=batch_size,
             image_aspect_ratio=plan.image_aspect_ratio,
             share_pictures=share_pictures,
@@ -156,9 +158,22 @@ def _run_model(
         )
 
 
+def _line(plan: Plan, question: Question, text: str) -> Line:
+    folder = folder_of(question.benchmark, plan.data_dir)
+    return to_line(question.benchmark, question.item, text, question.key, folder)
+
+
 def _of_shard(asked: Sequence[Question], shard: tuple[int, int]) -> list[Question]:
     kept = {id(item) for item in take_shard([question.item for question in asked], shard)}
     return [question for question in asked if id(question.item) in kept]
+
+
+def _check_ids(benchmark: Benchmark, items: Sequence[Item]) -> None:
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise UserError(f'benchmark {benchmark.name}: the id "{item.id}" comes twice in its questions')
+        seen.add(item.id)
 
 
 def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:

@@ -6,8 +6,8 @@ The first two agree with lmms-eval (lmms_eval/api/metrics.py): ddof 1, and clust
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +70,11 @@ def stratified_stderr(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A paired difference B minus A on the same items: its 95 % interval is a bootstrap over clusters."""
+    """A paired difference B minus A on the same items: interval (95 %) and `p_bootstrap` resample whole clusters.
+
+    `p_value` is McNemar's, over the items that only one side got right (or more right); None for a number that is no
+    mean over items.
+    """
 
     value: float
     stderr: float | None
@@ -78,8 +82,9 @@ class Difference:
     high: float
     only_a: int
     only_b: int
-    p_value: float
+    p_value: float | None
     n: int
+    p_bootstrap: float | None = None
 
 
 def paired_difference(
@@ -99,7 +104,8 @@ def paired_difference(
     gaps = [right - left for left, right in zip(a, b, strict=True)]
     strata = strata if strata is not None else ["all"] * len(gaps)
     clusters = clusters if clusters is not None else list(range(len(gaps)))
-    low, high = _bootstrap(gaps, strata, clusters, resamples)
+    draws = _bootstrap(gaps, strata, clusters, resamples)
+    low, high = interval(draws)
     only_a, only_b = sum(gap < 0 for gap in gaps), sum(gap > 0 for gap in gaps)
     return Difference(
         value=stratified_mean(gaps, strata),
@@ -110,7 +116,52 @@ def paired_difference(
         only_b=only_b,
         p_value=mcnemar(only_a, only_b),
         n=len(gaps),
+        p_bootstrap=bootstrap_p(draws),
     )
+
+
+def resampled_difference(
+    compute: Callable[[list[tuple[int, int]]], float | None], groups: Sequence[Hashable], resamples: int
+) -> tuple[float, float, float, float]:
+    """Return standard error, interval and p-value of a difference that `compute` gets from some of the items.
+
+    It is given (place, how often its group was drawn before): whole groups (pictures) are drawn with replacement. For
+    numbers that are no means: an F1, a sum of points. None: these items have no such number.
+    """
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for place, group in enumerate(groups):
+        members[group].append(place)
+    parts, generator = list(members.values()), np.random.default_rng(0)
+    draws: list[float] = []
+    for _ in range(resamples):
+        chosen = generator.integers(len(parts), size=len(parts))
+        seen: Counter[int] = Counter()
+        drawn = []
+        for number in chosen.tolist():
+            drawn += [(place, seen[number]) for place in parts[number]]
+            seen[number] += 1
+        difference = compute(drawn)
+        draws += [] if difference is None else [difference]
+    low, high = interval(draws)
+    return float(np.std(draws, ddof=1)), low, high, bootstrap_p(draws)
+
+
+def interval(draws: Sequence[float]) -> tuple[float, float]:
+    """Return the 2.5 and 97.5 percentiles; nan for no draws."""
+    if not len(draws):
+        return math.nan, math.nan
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrap_p(draws: Sequence[float]) -> float:
+    """Return the two-sided p-value of "no difference": how rarely a resampled difference lies beyond zero.
+
+    >>> bootstrap_p([0.1, 0.2, 0.3])
+    0.5
+    """
+    beyond = min(sum(draw <= 0 for draw in draws), sum(draw >= 0 for draw in draws))
+    return min(1.0, 2 * (beyond + 1) / (len(draws) + 1))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -133,10 +184,10 @@ def _parts(values: Sequence[float], strata: Sequence[Hashable]) -> dict[Hashable
 
 def _bootstrap(
     values: Sequence[float], strata: Sequence[Hashable], clusters: Sequence[Hashable], resamples: int
-) -> tuple[float, float]:
-    """Return the 2.5 and 97.5 percentiles of the stratified mean over whole clusters drawn with replacement."""
+) -> list[float]:
+    """Return the stratified mean over whole clusters drawn with replacement, again and again."""
     if not values:
-        return math.nan, math.nan
+        return []
     rows, columns = _numbered(clusters), _numbered(strata)
     shape = (max(rows) + 1, max(columns) + 1)
     totals, counts = np.zeros(shape), np.zeros(shape)
@@ -147,8 +198,7 @@ def _bootstrap(
         times = np.bincount(generator.integers(shape[0], size=shape[0]), minlength=shape[0])
         drawn = times @ counts
         draws.append(float(np.mean((times @ totals)[drawn > 0] / drawn[drawn > 0])))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+    return draws
 
 
 def _numbered(names: Sequence[Hashable]) -> list[int]:

@@ -3,39 +3,55 @@
 predictions.jsonl   the answers of the results beside it, in the order of the items
 predictions.K-of-N.jsonl   those of one shard, until the answers of all are there
 spare.jsonl         answers of earlier selections or settings; used again when their key fits, never scored
+judgements.jsonl    what a judge model said to answers, for the benchmarks that need one
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
-PREDICTIONS, SPARE = "predictions.jsonl", "spare.jsonl"
+PREDICTIONS, SPARE, JUDGEMENTS = "predictions.jsonl", "spare.jsonl", "judgements.jsonl"
+
+
+def each_line(path: Path) -> Iterator[Line]:
+    """Yield the lines of a file one by one, none if it does not exist; a last one cut off by a kill is left out."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", newline="\n", errors="replace") as file:  # answers may hold other line ends
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and "key" in line:
+                yield line
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return the lines of a file, none if it does not exist; a last one cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and "key" in line:
-            lines.append(line)
-    return lines
+    """Return the lines of a file."""
+    return list(each_line(path))
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write a file as a whole; it is there in full or not at all."""
+    """Write a file as a whole, line by line; it is there in full or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(_line(line) for line in lines), encoding="utf-8")
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(_text(line) for line in lines)
     partial.replace(path)
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write one file as a whole: a killed process leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    partial.replace(path)
+    return path
 
 
 class Store:
@@ -47,27 +63,36 @@ class Store:
         number, count = shard
         self.path = folder / (PREDICTIONS if count == 1 else f"predictions.{number}-of-{count}.jsonl")
 
-    def known(self) -> dict[str, Line]:
-        """Return every answer in the folder by its key, those of other shards too."""
-        return {line["key"]: line for path in self._paths() for line in read_lines(path)}
+    def known(self) -> dict[str, str]:
+        """Return every answer's text in the folder by its key, those of other shards too."""
+        return {line["key"]: line["prediction"] for path in self._paths() for line in each_line(path)}
 
     def open(self) -> None:
         """Prepare for `append`: drop a line that was cut off, so that the next one does not continue it."""
         if self.path.is_file():
-            write_lines(self.path, read_lines(self.path))
+            write_lines(self.path, each_line(self.path))
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines; they are in the system's hands when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(_line(line) for line in lines)
+        """Add lines; they are on the disk when this returns."""
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            file.writelines(_text(line) for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
 
-    def finish(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def finish(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Leave exactly `lines` in predictions.jsonl, in their order; every other answer goes to the spare ones."""
-        keys = {line["key"] for line in lines}
-        spare = {key: line for key, line in self.known().items() if key not in keys}
+        complete, kept = self.folder / ".complete.jsonl", set()
+
+        def noted() -> Iterator[Mapping[str, Any]]:
+            for line in lines:
+                kept.add(line["key"])
+                yield line
+
+        write_lines(complete, noted())
+        spare = {line["key"]: line for path in self._paths() for line in each_line(path) if line["key"] not in kept}
         if spare:
             write_lines(self.folder / SPARE, spare.values())
-        write_lines(self.folder / PREDICTIONS, lines)
+        complete.replace(self.folder / PREDICTIONS)
         for path in self._paths():
             if path.name not in (SPARE, PREDICTIONS):
                 path.unlink(missing_ok=True)
@@ -76,5 +101,10 @@ class Store:
         return [self.folder / SPARE, *sorted(self.folder.glob("predictions*.jsonl"))]
 
 
-def _line(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+def _text(line: Mapping[str, Any]) -> str:
+    text = json.dumps(line, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 cannot hold and JSON can
+        text = json.dumps(line)
+    return text + "\n"

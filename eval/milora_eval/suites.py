@@ -1,35 +1,99 @@
-"""Names of benchmarks and suites. Benchmarks are imported when used; `module:Class` names one outside this table."""
+"""Names of benchmarks and suites. Benchmarks are imported when used.
+
+`module:Class` and files name one that is not in the table. A name may carry a protocol: `gqa@official`.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_eval.benchmark import Benchmark
 
+_HERE = "milora_eval.benchmarks"
 BENCHMARKS: dict[str, str] = {
-    "emoji": "milora_eval.emoji:Emoji",
+    "vqav2": f"{_HERE}.vqav2:VQAv2",
+    "vqav2-testdev": f"{_HERE}.vqav2:VQAv2TestDev",
+    "gqa": f"{_HERE}.gqa:GQA",
+    "vizwiz": f"{_HERE}.vizwiz:VizWiz",
+    "vizwiz-test": f"{_HERE}.vizwiz:VizWizTest",
+    "scienceqa": f"{_HERE}.scienceqa:ScienceQAImages",
+    "scienceqa-all": f"{_HERE}.scienceqa:ScienceQA",
+    "textvqa": f"{_HERE}.textvqa:TextVQA",
+    "textvqa-no-ocr": f"{_HERE}.textvqa:TextVQAWithoutOCR",
+    "pope": f"{_HERE}.pope:POPE",
+    "mmbench": f"{_HERE}.mmbench:MMBench",
+    "mmbench-cn": f"{_HERE}.mmbench:MMBenchCN",
+    "mmbench-test": f"{_HERE}.mmbench:MMBenchTest",
+    "mme": f"{_HERE}.mme:MME",
+    "seed-bench": f"{_HERE}.seed_bench:SEEDBench",
+    "mm-vet": f"{_HERE}.mm_vet:MMVet",
+    "llava-bench": f"{_HERE}.llava_bench:LLaVABench",
+    "mmmu": f"{_HERE}.mmmu:MMMU",
+    "chartqa": f"{_HERE}.chartqa:ChartQA",
+    "docvqa": f"{_HERE}.docvqa:DocVQA",
+    "infovqa": f"{_HERE}.docvqa:InfoVQA",
+    "okvqa": f"{_HERE}.okvqa:OKVQA",
+    "refcoco": f"{_HERE}.refcoco:RefCOCO",
+    "refcoco+": f"{_HERE}.refcoco:RefCOCOPlus",
+    "refcocog": f"{_HERE}.refcoco:RefCOCOg",
+    "coco-captions": f"{_HERE}.captions:COCOCaptions",
+    "nocaps": f"{_HERE}.captions:NoCaps",
+    "boolq": f"{_HERE}.commonsense:BoolQ",
+    "piqa": f"{_HERE}.commonsense:PIQA",
+    "siqa": f"{_HERE}.commonsense:SIQA",
+    "hellaswag": f"{_HERE}.commonsense:HellaSwag",
+    "winogrande": f"{_HERE}.commonsense:WinoGrande",
+    "arc-e": f"{_HERE}.commonsense:ARCEasy",
+    "arc-c": f"{_HERE}.commonsense:ARCChallenge",
+    "obqa": f"{_HERE}.commonsense:OBQA",
+    "gsm8k": f"{_HERE}.mathematics:GSM8K",
+    "math": f"{_HERE}.mathematics:MATH",
+    "emoji": f"{_HERE}.emoji:Emoji",
 }
+LLAVA_PAPER = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench")
+COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa")
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Benchmarks under one name; with `limit`, that many items of each. `partial`: only those whose files are there."""
+    """Benchmarks under one name; with `limit`, that many items of each. `partial`: only those whose files are there.
+
+    `mean`: the benchmarks whose headlines' plain mean is the suite's own number.
+    """
 
     benchmarks: tuple[str, ...]
     about: str
     limit: int | None = None
     partial: bool = False
+    mean: tuple[str, ...] = ()
 
 
 SUITES: dict[str, Suite] = {
-    "emoji": Suite(("emoji",), "the demo's held-out emoji, eight question types"),
-    "quick": Suite(
-        tuple(BENCHMARKS), "200 items each of the benchmarks whose files are there", limit=200, partial=True
+    "llava-paper": Suite(LLAVA_PAPER, "the MiLoRA paper's seven columns and their plain mean", mean=LLAVA_PAPER),
+    "llava-1.5": Suite(
+        (*LLAVA_PAPER, "mme", "mmbench-cn", "seed-bench", "llava-bench", "mm-vet"), "all that LLaVA-1.5 reports"
     ),
+    "text": Suite(
+        (*COMMONSENSE, "gsm8k", "math"),
+        "eight commonsense sets (and their mean), GSM8K and MATH, as the MiLoRA paper scores them",
+        mean=COMMONSENSE,
+    ),
+    "quick": Suite(
+        tuple(name for name in BENCHMARKS if not name.endswith(("-test", "-testdev"))),
+        "200 items each of the benchmarks whose files are there",
+        limit=200,
+        partial=True,
+    ),
+    "emoji": Suite(("emoji",), "the demo's held-out emoji, eight question types"),
 }
 
 
@@ -41,36 +105,91 @@ def find_suite(name: str) -> Suite:
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """Return a benchmark by its name in BENCHMARKS, or by `module:Class`; UserError with the names there are."""
-    place = BENCHMARKS.get(name, name)
+    """Return a benchmark by its name in BENCHMARKS, by `module:Class`, or from a file (.json, .jsonl, .py).
+
+    `name@protocol` picks one of its protocols. Raises UserError with the names there are.
+    """
+    spec, _, protocol = name.partition("@")
+    place = BENCHMARKS.get(spec, spec)
+    if place.startswith("data:") or Path(place).suffix in (".json", ".jsonl"):
+        from milora_eval.benchmarks.own_data import OwnData
+
+        return OwnData(place)
     module, _, attribute = place.partition(":")
-    if not attribute:
+    if not attribute and not module.endswith(".py"):
         raise UserError(_unknown("benchmark", name, BENCHMARKS))
     try:
-        made: Benchmark = getattr(import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise UserError(f'cannot import the benchmark "{place}": {error}\nexpected: module:Class') from None
+        holder = _import_file(Path(module)) if module.endswith(".py") else import_module(module)
+        kind = getattr(holder, attribute) if attribute else _only_benchmark(holder)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+        raise UserError(
+            f'cannot import the benchmark "{place}": {error}\nexpected: module:Class or file.py:Class'
+        ) from None
+    if not (isinstance(kind, type) and issubclass(kind, Benchmark)):
+        raise UserError(f"{place} is no benchmark\nexpected: a class that derives from milora_eval.Benchmark")
+    made: Benchmark = kind(protocol) if protocol else kind()
+    made.origin = (
+        "" if spec in BENCHMARKS else f"{holder.__file__}:{kind.__name__}" if module.endswith(".py") else place
+    )
     return made
 
 
+def with_protocol(name: str, protocol: str) -> str:
+    """Return the name with a protocol, where that benchmark has it and none is named; else the name as it is."""
+    own = find_benchmark(name)
+    return f"{name}@{protocol}" if "@" not in name and protocol in own.protocols and len(own.protocols) > 1 else name
+
+
 def reference(benchmark: Benchmark) -> str:
-    """Return what `find_benchmark` finds this benchmark by: its name in the table, or `module:Class`."""
-    place = f"{type(benchmark).__module__}:{type(benchmark).__qualname__}"
-    return benchmark.name if BENCHMARKS.get(benchmark.name) == place else place
+    """Return what `find_benchmark` finds this benchmark by, its protocol included where it is not the default."""
+    own = f"{type(benchmark).__module__}:{type(benchmark).__qualname__}"
+    name = benchmark.origin or (benchmark.name if BENCHMARKS.get(benchmark.name) == own else own)
+    return name if benchmark.protocol == benchmark.protocols[0] else f"{name}@{benchmark.protocol}"
 
 
 def folder_of(benchmark: Benchmark, data_dir: Path) -> Path:
-    """Return where a benchmark's files are: the folder of its name in the data folder, or else the data folder."""
-    own = data_dir / benchmark.name
-    return own if own.is_dir() else data_dir
+    """Return where a benchmark's files are: the subfolder with one of its names, or else the data folder."""
+    for name in (benchmark.name, *benchmark.folders):
+        if (data_dir / name).is_dir():
+            return data_dir / name
+    return data_dir
 
 
 def has_files(benchmark: Benchmark, data_dir: Path) -> bool:
     """Tell whether everything that the benchmark reads is there."""
-    return all((folder_of(benchmark, data_dir) / name).exists() for name in benchmark.files)
+    folder = folder_of(benchmark, data_dir)
+    return all(any((folder / name).exists() for name in names.split("|")) for names in benchmark.files)
 
 
-def _unknown(what: str, name: str, known: dict[str, str] | dict[str, Suite]) -> str:
+def _import_file(path: Path) -> ModuleType:
+    """Import a file once, under a name of its own."""
+    path = path.absolute()
+    if not path.is_file():
+        raise ImportError(f"there is no file {path}")
+    name = f"milora_eval_own.{path.stem}_{abs(hash(str(path)))}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
+
+
+def _only_benchmark(module: ModuleType) -> type[Benchmark]:
+    own = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Benchmark) and value.__module__ == module.__name__
+    ]
+    if len(own) != 1:
+        names = ", ".join(value.__name__ for value in own) or "none"
+        raise AttributeError(f"expected one class that derives from milora_eval.Benchmark, found: {names}")
+    return own[0]
+
+
+def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
     near = suggest(name, known)
     hint = f"\ndid you mean {near[0]} ?" if near else ""
     return f'unknown {what} "{name}"; expected one of: {", ".join(known)}{hint}\nsee: python -m milora_eval ls'

@@ -1,7 +1,8 @@
-"""Result tables: the same cells for the terminal and as markdown."""
+"""Result tables: the same cells for the terminal, as markdown and as LaTeX."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,25 @@ from milora_eval.results import Results, metrics_of
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+
+FORMATS = ("human", "markdown", "latex", "json")
+_LATEX = str.maketrans(
+    {
+        "&": r"\&",
+        "%": r"\%",
+        "_": r"\_",
+        "#": r"\#",
+        "$": r"\$",
+        "±": r"$\pm$",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "\\": r"\textbackslash{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +50,13 @@ class Table:
         lines += ["", *(f"{note}  " for note in self.notes)]
         return "\n".join(lines).rstrip() + "\n"
 
+    def latex(self) -> str:
+        """Return a tabular for a LaTeX document (booktabs), title and notes as comments."""
+        lines = [f"% {self.title}", rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\toprule"]
+        body = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in (self.header, *self.rows)]
+        lines += [body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"]
+        return "\n".join([*lines, *(f"% {note}" for note in self.notes)]) + "\n"
+
     def rich(self) -> RichTable:
         """Return the table for rich's console."""
         from rich import box
@@ -43,20 +70,47 @@ class Table:
         return table
 
 
+def show(table: Table, form: str) -> None:
+    """Print a table to stdout: human, markdown or latex."""
+    if form != "human":
+        sys.stdout.write(table.markdown() if form == "markdown" else table.latex())
+        return
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table.rich())
+    for note in table.notes:
+        console.print(note, style="dim", highlight=False)
+
+
 def results_table(results: Results) -> Table:
-    """Return one model's numbers: metric, n, baseline, value."""
-    found = metrics_of(results)
-    rows = tuple(
+    """Return one model's numbers: metric, n, baseline, value; with several benchmarks, their protocol and version."""
+    found = shown(metrics_of(results))
+    rows: list[tuple[str, ...]] = [
         (label(benchmark, name, found), f"{metric.n:,}", baseline(metric), value(metric))
         for (benchmark, name), metric in found.items()
-    )
-    return Table(_title(results), ("", "n", "baseline", results["which"]), rows, tuple(_notes(found)))
+    ]
+    header: tuple[str, ...] = ("", "n", "baseline", results["which"])
+    notes = _notes(found, results)
+    entries = {entry["name"]: entry for entry in results["benchmarks"]}
+    if len(entries) > 1:
+        about = [(entries[name]["protocol"], entries[name]["version"]) for name, _ in found]
+        header = (*header, "protocol", "version")
+        rows = [(*row, *more) for row, more in zip(rows, about, strict=True)]
+    if results.get("mean"):
+        blank = ("",) * (len(header) - 4)
+        rows.insert(0, (mean_label(results["mean"]), "", "", repr(results["mean"]["value"]), *blank))
+    return Table(_title(results), header, tuple(rows), tuple(notes))
 
 
-def pairs_table(title: str, pairs: Sequence[Pair], names: tuple[str, str]) -> Table:
-    """Return two models side by side: metric, n, baseline, a, b, paired difference."""
+def pairs_table(title: str, pairs: Sequence[Pair], names: tuple[str, str], means: Sequence[Any] = ()) -> Table:
+    """Return two models side by side: metric, n, baseline, a, b, paired difference.
+
+    `means`: the suite's mean of both, for a first row; unrounded like that of one model.
+    """
+    pairs = [pair for pair in pairs if not pair.b.detail]
     found = {(pair.benchmark, pair.b.name): pair.b for pair in pairs}
-    rows = tuple(
+    rows = [
         (
             label(pair.benchmark, pair.b.name, found),
             f"{pair.b.n:,}",
@@ -66,13 +120,16 @@ def pairs_table(title: str, pairs: Sequence[Pair], names: tuple[str, str]) -> Ta
             difference(pair),
         )
         for pair in pairs
-    )
-    return Table(title, ("", "n", "baseline", *names, "difference"), rows, tuple(_notes(found)))
+    ]
+    if means and all(means):
+        a, b = (entry["value"] for entry in means)
+        rows.insert(0, (mean_label(means[1]), "", "", repr(a), repr(b), f"{b - a:+}"))
+    return Table(title, ("", "n", "baseline", *names, "difference"), tuple(rows), tuple(_notes(found)))
 
 
 def with_forgetting(table: Table, forgetting: Mapping[str, Any] | None) -> Table:
     """Return the table with the text-forgetting row and its explanation."""
-    if not forgetting or len(table.header) != 6:
+    if not forgetting or "difference" not in table.header:
         return table
     row = (
         "text forgetting",
@@ -89,9 +146,19 @@ def with_forgetting(table: Table, forgetting: Mapping[str, Any] | None) -> Table
     return replace(table, rows=(*table.rows, row), notes=(*table.notes, note))
 
 
+def shown(found: Mapping[tuple[str, str], Metric]) -> dict[tuple[str, str], Metric]:
+    """Return the metrics that stand in a table: not the details."""
+    return {key: metric for key, metric in found.items() if not metric.detail}
+
+
 def label(benchmark: str, name: str, found: Mapping[tuple[str, str], Metric]) -> str:
     """Return a metric's name, with its benchmark where there are several."""
     return name if len({key[0] for key in found}) == 1 else f"{benchmark}: {name}"
+
+
+def mean_label(entry: Mapping[str, Any]) -> str:
+    """Return the name of a suite's mean."""
+    return f"mean of {len(entry['of'])}"
 
 
 def value(metric: Metric) -> str:
@@ -127,16 +194,21 @@ def _scale(metric: Metric) -> float:
     return 100.0 if metric.unit == "fraction" else 1.0
 
 
-def _notes(found: Mapping[tuple[str, str], Metric]) -> list[str]:
+def _notes(found: Mapping[tuple[str, str], Metric], results: Mapping[str, Any] | None = None) -> list[str]:
     notes = [f"{label(*key, found)}: {metric.note}" for key, metric in found.items() if metric.note]
     if any(metric.baseline is not None for metric in found.values()):
         notes.insert(0, "baseline: the most frequent answer, or the best fixed choice, without looking at the picture")
+    for entry in (results or {}).get("benchmarks", ()):
+        if not entry["metrics"]:
+            notes.append(f"{entry['name']}: {entry['n']:,} answers, scored by a server or a judge (docs/evaluation.md)")
     return notes
 
 
 def _title(results: Results) -> str:
-    about = [f"{entry['name']} {entry['version']}, {entry['protocol']}" for entry in results["benchmarks"]]
-    return "; ".join(about)
+    entries = results["benchmarks"]
+    if len(entries) > 1:
+        return f"suite {results['suite']}, {len(entries)} benchmarks"
+    return "; ".join(f"{entry['name']} {entry['version']}, {entry['protocol']}" for entry in entries)
 
 
 def _row(cells: Sequence[str]) -> str:

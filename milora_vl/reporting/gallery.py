@@ -127,7 +127,7 @@ def _asked(text: str) -> str:
 def _said(line: Json | None) -> Said | None:
     return (
         Said(shorten(str(line["prediction"]).strip(), 160, placeholder=" ..."), float(line["correct"]))
-        if line
+        if line and line["correct"] is not None  # None: a judge or a server scores
         else None
     )
 

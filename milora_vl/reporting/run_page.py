@@ -190,6 +190,7 @@ def _evaluation(folder: Path) -> Evaluation:
         (str(benchmark["name"]), Metric(**{key: value for key, value in metric.items() if key in Metric.__slots__}))
         for benchmark in results.get("benchmarks", ())
         for metric in benchmark["metrics"]
+        if not metric.get("detail")
     ]
     return Evaluation(folder.parent.name, folder.name, results, tuple(metrics), tuple(_lines(folder)))
 
@@ -197,7 +198,7 @@ def _evaluation(folder: Path) -> Evaluation:
 def _lines(folder: Path) -> Iterator[Json]:
     """The predictions; a last line cut off by a killed evaluation is left out."""
     path = folder / "predictions.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         try:
             yield json.loads(line)
         except ValueError:

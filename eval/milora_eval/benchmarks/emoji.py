@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from milora_data.records import Record, Turn, load_records
-from milora_eval.answers import exact_match, normalise
-from milora_eval.benchmark import Answer, Item, Metric, MissingData
+from milora_data.records import Record, load_records
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, MissingData
+from milora_eval.rules.answers import exact_match, normalise
 from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr
 
 LENIENT = "mean, answer in first line"
@@ -24,13 +24,14 @@ LENIENT_NOTE = (
 LETTER_NOTE = "small models seldom learn to answer by letter: this type may stay at its baseline"
 
 
-class Emoji:
+class Emoji(Benchmark):
     """Held-out emoji: accuracy by question type, the mean over the types as the headline, and a lenient mean last."""
 
     name = "emoji"
     version = "1"
-    protocol = "exact match after normalisation"
+    protocols = ("exact match after normalisation",)
     split = "test"
+    form = "training"
     max_new_tokens = 12  # the longest accepted answer is 7 tokens of SmolLM2; a longer reply is wrong anyway
     files = ("test.json", "images")
 
@@ -43,20 +44,17 @@ class Emoji:
         baselines = _baselines(records)
         return [_item(record, data_dir, baselines[record.id]) for record in records]
 
-    def prompt(self, item: Item) -> tuple[Turn, ...]:
-        """Return the turns as they are: the questions say themselves how to answer."""
-        return item.turns
-
     def score(self, item: Item, text: str) -> float:
         """Return 1.0 for an accepted answer, else 0.0."""
         return float(exact_match(text, item.answers))
 
-    def summarise(self, answers: Sequence[Answer]) -> list[Metric]:
+    def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the mean over types, then each type; errors are clustered by picture."""
+        answers = list(answers)
         by_type: dict[str, list[Answer]] = defaultdict(list)
         for answer in answers:
             by_type[answer.item.kind].append(answer)
-        values, types = [a.value for a in answers], [a.item.kind for a in answers]
+        values, types = [a.worth for a in answers], [a.item.kind for a in answers]
         metrics = [_accuracy(kind, part) for kind, part in by_type.items()]
         baselines = [metric.baseline for metric in metrics if metric.baseline is not None]
         overall = Metric(
@@ -76,7 +74,7 @@ def make_command(data_dir: Path) -> str:
 
 
 def _accuracy(kind: str, answers: Sequence[Answer]) -> Metric:
-    values = [answer.value for answer in answers]
+    values = [answer.worth for answer in answers]
     baselines = [answer.item.baseline for answer in answers if answer.item.baseline is not None]
     return Metric(
         name=kind,

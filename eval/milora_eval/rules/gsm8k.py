@@ -6,6 +6,7 @@ Follows sufenlp/MiLoRA inference/gsm8k_inference.py.
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from fractions import Fraction
 
 MARKER = "The answer is: "
@@ -28,15 +29,20 @@ def gsm8k_number(text: str) -> int | None:
     if "/" in number:
         return _rounded_fraction(*number.split("/"))
     value = float(number)
-    return None if value == float("inf") else round(value)
+    return None if abs(value) == float("inf") else round(value)
 
 
 def _rounded_fraction(numerator: str, denominator: str) -> int | None:
     if not numerator.strip("+-"):
         return None
     if denominator == "0":
-        return round(float(numerator))
-    if int(denominator) == 0:  # "1/00", which the script divides by
+        value = float(numerator)
+        return None if abs(value) == float("inf") else round(value)
+    # Through Decimal, since int() refuses texts of more than 4,300 digits.
+    if int(Decimal(denominator)) == 0:  # "1/00", which the script divides by
         return None
-    fraction = Fraction(f"{numerator}/{denominator}")
-    return round(fraction.numerator / fraction.denominator)
+    fraction = Fraction(int(Decimal(numerator)), int(Decimal(denominator)))
+    try:
+        return round(fraction.numerator / fraction.denominator)
+    except OverflowError:
+        return None

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from milora_eval.vqa import clean, leave_one_out, normalise_words, strip_punctuation
+from milora_eval.rules.vqa import clean, leave_one_out, normalise_words, strip_punctuation
 
 
 @lru_cache(maxsize=1 << 18)

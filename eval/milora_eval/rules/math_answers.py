@@ -12,8 +12,8 @@ import math
 import re
 from typing import Any
 
-from milora_eval.gsm8k import MARKER
-from milora_eval.math_text import simplified
+from milora_eval.rules.gsm8k import MARKER
+from milora_eval.rules.math_text import simplified
 
 _BRACES = str.maketrans("", "", "{}()")
 _NAMES = frozenset(("sqrt", "sin", "cos", "tan", "log", "ln", "exp", "pi", "E", "I", "factorial"))

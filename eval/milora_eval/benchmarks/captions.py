@@ -1,0 +1,98 @@
+"""COCO captions (Karpathy test) and NoCaps (val): CIDEr-D, x 100, with document frequencies from all references.
+
+Words are split by Penn Treebank rules without their Java tokenizer: lower-case, punctuation dropped, clitics apart. On
+ordinary captions that gives the same words; the official number needs Java.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric
+from milora_eval.benchmarks.llava_prompts import picture_item
+from milora_eval.benchmarks.submissions import write_rows
+from milora_eval.data_files import find, read_json
+from milora_eval.rules.cider import cider_d
+from milora_eval.stats import mean, mean_stderr
+
+PROMPT = "Provide a one-sentence caption for the provided image."
+NOTE = "points, 100 x CIDEr-D; words split here, not by the Java tokenizer"
+_CLITIC = re.compile(r"(n't|'s|'re|'ve|'ll|'d|'m)\b")
+_WORD = re.compile(r"n't|'\w+|[\w]+(?:[-.,/:]\w+)*", re.UNICODE)
+
+
+class COCOCaptions(Benchmark):
+    """The Karpathy test split."""
+
+    name = "coco-captions"
+    split = "karpathy test"
+    files: tuple[str, ...] = ("dataset_coco.json", "val2014|images|.")
+    source = "cs.stanford.edu/people/karpathy/deepimagesent (dataset_coco.json) and cocodataset.org (val2014)"
+    metric = "CIDEr-D"
+    can_resample = False  # pictures drawn twice would change the document frequencies
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read the pictures and their captions."""
+        entries = read_json(find(self, data_dir, self.files[0]))["images"]
+        pictures = find(self, data_dir, self.files[1])
+        return [
+            picture_item(
+                entry["cocoid"],
+                PROMPT,
+                pictures / entry["filename"],
+                answers=[sentence["raw"] for sentence in entry["sentences"]],
+            )
+            for entry in entries
+            if entry["split"] == "test"
+        ]
+
+    def score(self, item: Item, text: str) -> None:
+        """Return None: a caption's worth depends on the other pictures' captions."""
+
+    def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
+        """Return CIDEr-D; the standard error takes the references as given."""
+        done = [answer for answer in answers if answer.item.answers]
+        if not done:
+            return []
+        references = [[words(text) for text in answer.item.answers] for answer in done]
+        scores = [100 * score for score in cider_d([words(answer.text) for answer in done], references)]
+        return [Metric(self.metric, mean(scores), mean_stderr(scores), len(done), unit="points", note=NOTE)]
+
+    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+        """Write [{image_id, caption}]."""
+        rows = [{"image_id": a.item.meta["question_id"], "caption": a.text} for a in answers]
+        types = {"image_id": int, "caption": str}
+        return [write_rows(folder / f"{self.name}_results.json", rows, types, "image_id")]
+
+
+class NoCaps(COCOCaptions):
+    """Pictures of objects that COCO does not name."""
+
+    name = "nocaps"
+    split = "val"
+    files = ("nocaps_val_4500_captions.json", "images|val|.")
+    source = "nocaps.org/download"
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read the pictures and their captions."""
+        content = read_json(find(self, data_dir, self.files[0]))
+        pictures = find(self, data_dir, self.files[1])
+        captions = defaultdict(list)
+        for entry in content["annotations"]:
+            captions[entry["image_id"]].append(entry["caption"])
+        return [
+            picture_item(entry["id"], PROMPT, pictures / entry["file_name"], answers=captions[entry["id"]])
+            for entry in content["images"]
+        ]
+
+
+def words(caption: str) -> str:
+    """Return the words of a caption, separated by blanks.
+
+    >>> words("A dog's ball, isn't it?")
+    "a dog 's ball is n't it"
+    """
+    return " ".join(_WORD.findall(_CLITIC.sub(r" \1", caption.lower())))

@@ -1,0 +1,64 @@
+"""ChartQA, test: relaxed accuracy (five percent for numbers) on the human and the augmented half, and their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric
+from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
+from milora_eval.data_files import find, read_json
+from milora_eval.rules.chartqa import chartqa_correct
+from milora_eval.stats import stratified_mean, stratified_stderr
+
+HALVES = ("human", "augmented")
+
+
+class ChartQA(Benchmark):
+    """The mean of the halves, then each."""
+
+    name = "chartqa"
+    files = (
+        *(f"test/test_{half}.json|test_{half}.json|ChartQA Dataset/test/test_{half}.json" for half in HALVES),
+        "test/png|png|ChartQA Dataset/test/png",
+    )
+    source = "github.com/vis-nlp/ChartQA"
+    metric = "mean of halves"
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read both halves."""
+        pictures = find(self, data_dir, self.files[2])
+        return [
+            picture_item(
+                f"{half}/{number}",
+                entry["query"] + SHORT,
+                pictures / entry["imgname"],
+                answers=[entry["label"]],
+                kind=half,
+            )
+            for half, file in zip(HALVES, self.files, strict=False)
+            for number, entry in enumerate(read_json(find(self, data_dir, file)))
+        ]
+
+    def score(self, item: Item, text: str) -> float:
+        """Return 1.0 for an answer that is near enough."""
+        return float(chartqa_correct(text, item.answers[0]))
+
+    def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
+        """Return the mean of the halves and each half."""
+        scored = [(a.value, a.item.kind, a.item.group) for a in answers if a.value is not None]
+        if not scored:
+            return []
+        values, kinds, groups = [row[0] for row in scored], [row[1] for row in scored], [row[2] for row in scored]
+        value, stderr = stratified_mean(values, kinds), stratified_stderr(values, kinds, groups)
+        headline = Metric(self.metric, value, stderr, len(values), mean_of="types")
+        halves = [_half(name, scored) for name in HALVES if name in kinds]
+        return [headline, *halves]
+
+
+def _half(name: str, scored: list[tuple[float, str, str]]) -> Metric:
+    own = [row for row in scored if row[1] == name]
+    values, groups = [row[0] for row in own], [row[2] for row in own]
+    metric = Metric(name, stratified_mean(values, [name] * len(own)), None, len(own), mean_of="items")
+    return replace(metric, stderr=stratified_stderr(values, [name] * len(own), groups))

@@ -1,0 +1,58 @@
+"""DocVQA and InfographicVQA: average normalised Levenshtein similarity (ANLS), by the RRC script's rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from milora_eval.benchmark import Answer, Benchmark, Item
+from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
+from milora_eval.benchmarks.submissions import write_rows
+from milora_eval.data_files import find, read_json
+from milora_eval.rules.anls import anls
+
+
+class DocVQA(Benchmark):
+    """val of task 1."""
+
+    name = "docvqa"
+    split = "val"
+    files: tuple[str, ...] = ("val_v1.0_withQT.json|val_v1.0.json|val/val_v1.0.json", "documents|val/documents")
+    source = "rrc.cvc.uab.es, Document Visual Question Answering, task 1"
+    metric = "ANLS"
+    picture_key = "image"
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read the questions."""
+        entries = read_json(find(self, data_dir, self.files[0]))["data"]
+        pictures = find(self, data_dir, self.files[1])
+        return [
+            picture_item(
+                entry["questionId"],
+                entry["question"] + SHORT,
+                pictures / Path(entry[self.picture_key]).name,
+                answers=entry.get("answers", ()),
+            )
+            for entry in entries
+        ]
+
+    def score(self, item: Item, text: str) -> float | None:
+        """Return the similarity to the nearest reference."""
+        return anls(text, item.answers) if item.answers else None
+
+    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+        """Write [{questionId, answer}]."""
+        rows = [{"questionId": a.item.meta["question_id"], "answer": a.text} for a in answers]
+        types = {"questionId": int, "answer": str}
+        return [write_rows(folder / f"{self.name}_{self.split}.json", rows, types, "questionId")]
+
+
+class InfoVQA(DocVQA):
+    """val of task 3."""
+
+    name = "infovqa"
+    files = (
+        "infographicsVQA_val_v1.0_withQT.json|infographicsVQA_val_v1.0.json",
+        "infographicsvqa_images|infographicVQA_val_v1.0_images|images",
+    )
+    source = "rrc.cvc.uab.es, Document Visual Question Answering, task 3"
+    picture_key = "image_local_name"

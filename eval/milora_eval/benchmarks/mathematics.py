@@ -1,0 +1,89 @@
+"""GSM8K and MATH as MiLoRA evaluates them: the answer behind "The answer is: ".
+
+Follows sufenlp/MiLoRA inference/ (MetaMath's scripts): the Alpaca prompt with "Let's think step by step.", greedy,
+stopped at words that begin another question. Files: MetaMath's GSM8K_test.jsonl and MATH_test.jsonl, or the sets' own.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from milora_data.errors import DataError
+from milora_data.records import Turn
+from milora_eval.benchmark import Benchmark, Item
+from milora_eval.data_files import find, read_jsonl
+from milora_eval.rules.gsm8k import gsm8k_number
+from milora_eval.rules.math_answers import math_correct
+from milora_eval.rules.math_text import last_boxed
+
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response: Let's think step by step."
+)
+_STOP = re.compile("Question|USER|ASSISTANT|Instruction|Response")
+
+
+class GSM8K(Benchmark):
+    """School arithmetic in words."""
+
+    name = "gsm8k"
+    protocols = ("milora",)
+    max_new_tokens = 1024
+    form = "raw"
+    files: tuple[str, ...] = ("GSM8K_test.jsonl|test.jsonl",)
+    source = "github.com/meta-math/MetaMath (data/test) or github.com/openai/grade-school-math"
+    questions: tuple[str, ...] = ("query", "question")
+    solutions: tuple[str, ...] = ("response", "answer")
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read one JSON object a line: query and response, or question and answer."""
+        path = find(self, data_dir, self.files[0])
+        return [self._item(number, entry, path) for number, entry in enumerate(read_jsonl(path), start=1)]
+
+    def score(self, item: Item, text: str) -> float:
+        """Return 1.0 for the right number."""
+        return float(gsm8k_number(stopped(text)) == int(item.answers[0]))
+
+    def truth(self, solution: str) -> str:
+        """Return the number behind the last ####."""
+        return str(int(float(solution.split("#### ")[-1].replace(",", ""))))
+
+    def _item(self, number: int, entry: dict[str, Any], path: Path) -> Item:
+        question = next((entry[key] for key in self.questions if key in entry), None)
+        solution = next((entry[key] for key in self.solutions if key in entry), None)
+        if question is None or solution is None:
+            raise DataError(f"{path}:{number}: expected {self.questions[0]} and {self.solutions[0]}, got {list(entry)}")
+        return Item(
+            id=str(number),
+            turns=(Turn("user", PROMPT.format(question)),),
+            answers=(self.truth(solution),),
+            kind=str(entry.get("type", "")),
+            group=str(number),
+            meta={"question_id": number},
+        )
+
+
+class MATH(GSM8K):
+    """Competition mathematics; by subject where the file says it."""
+
+    name = "math"
+    max_new_tokens = 2048
+    files = ("MATH_test.jsonl|test.jsonl",)
+    source = "github.com/meta-math/MetaMath (data/test)"
+    questions = ("instruction", "query", "problem")
+    solutions = ("output", "response", "solution")
+
+    def score(self, item: Item, text: str) -> float:
+        """Return 1.0 for an equivalent answer."""
+        return float(math_correct(stopped(text), item.answers[0]))
+
+    def truth(self, solution: str) -> str:
+        """Return what the last \\boxed holds."""
+        return last_boxed(solution) or ""
+
+
+def stopped(text: str) -> str:
+    """Return an answer up to the first of the words at which the scripts stop generating."""
+    return _STOP.split(text, maxsplit=1)[0]

@@ -1,0 +1,75 @@
+"""MM-Vet: free answers, graded 0 to 1 by a judge model. Follows yuweihao/MM-Vet mm-vet_evaluator.
+
+A grade's text that holds no number counts as no grade, not as 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, Tally, means, plain_text
+from milora_eval.benchmarks.llava_prompts import picture_item
+from milora_eval.benchmarks.submissions import write_object
+from milora_eval.data_files import find, read_json
+
+CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
+
+
+class MMVet(Benchmark):
+    """The mean grade, and that of every capability; a question counts for each that it needs."""
+
+    name = "mm-vet"
+    max_new_tokens = 1024
+    files = ("mm-vet.json", "images")
+    folders = ("mmvet",)
+    source = "github.com/yuweihao/MM-Vet"
+    metric = "grade"
+    judge = "gpt-4-0613"
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read the questions, asked as they are."""
+        pictures = find(self, data_dir, self.files[1])
+        return [
+            picture_item(
+                name.removeprefix("v1_"),
+                entry["question"],
+                pictures / entry["imagename"],
+                name=name,
+                answers=[entry["answer"]],
+                meta={"capability": list(entry["capability"])},
+            )
+            for name, entry in read_json(find(self, data_dir, self.files[0])).items()
+        ]
+
+    def score(self, item: Item, text: str) -> None:
+        """Return None: the judge grades."""
+
+    def grade(self, item: Item, judgement: str) -> float | None:
+        """Return the number of the judge's answer."""
+        found = re.fullmatch(r"\s*([01](?:\.\d+)?)\s*", judgement.split("\n")[0])
+        value = float(found.group(1)) if found else None
+        return value if value is not None and value <= 1 else None
+
+    def judge_prompt(self, item: Item, text: str) -> str:
+        """Return the evaluator's few-shot prompt, ending where the grade goes."""
+        truth = item.answers[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+        head = Path(__file__).with_name("mm_vet_prompt.txt").read_text(encoding="utf-8")
+        return f"{head}\n" + " | ".join([plain_text(item), truth, text, ""])
+
+    def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
+        """Return the mean grade and that of each capability."""
+        graded = [answer for answer in answers if answer.value is not None]
+        found = means(graded, self.metric)
+        for name in CAPABILITIES:
+            tally = Tally()
+            for answer in graded:
+                if name in answer.item.meta["capability"]:
+                    tally.add(answer.worth, "", answer.item.group)
+            found += [Metric(name, m.value, m.stderr, m.n) for m in tally.metrics(name)]
+        return found
+
+    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+        """Write {"v1_0": answer} for the online evaluator."""
+        return [write_object(folder / "mm-vet_results.json", {a.item.id: a.text for a in answers})]

@@ -1,0 +1,161 @@
+"""MMBench, English and Chinese: a question counts where the model is right for every rotation of its options.
+
+Prompts follow llava/eval/model_vqa_mmbench.py, options are read by VLMEvalKit's exact matching (no judge), the upload
+is that of scripts/convert_mmbench_for_submission.py. The legacy dev file has a row for each rotation (index + 1,000,000
+each), which LLaVA asks once each; of a file without rotations they are made here, as its --all-rounds does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means, plain_text
+from milora_eval.benchmarks.llava_prompts import LETTER, LETTER_CN, lettered, picture_item
+from milora_eval.benchmarks.xlsx import write_xlsx
+from milora_eval.data_files import find, read_table, table_columns, unpack_picture
+from milora_eval.rules.mmbench import mmbench_option
+
+ROTATION = 1_000_000
+DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
+
+
+class MMBench(Benchmark):
+    """dev, English: circular accuracy, by category; the plain accuracy of the first rotation."""
+
+    name = "mmbench"
+    version = "20230712"
+    split = "dev"
+    max_new_tokens = 1024
+    files: tuple[str, ...] = ("mmbench_dev_20230712.tsv|MMBench_DEV_EN_legacy.tsv|MMBench_DEV_EN.tsv",)
+    source = "download.openmmlab.com/mmclassic/datasets/mmbench"
+    metric = "circular accuracy"
+    suffix = LETTER
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read the table; its pictures are unpacked into the user's cache."""
+        rows = read_table(find(self, data_dir, self.files[0]))
+        pictures = _pictures(rows)
+        rotated = any(int(row["index"]) >= ROTATION for row in rows)
+        return [
+            self._item(row, pictures[row["index"]], turn)
+            for row in rows
+            for turn in range(1 if rotated else max(1, len(_options(row))))
+        ]
+
+    def score(self, item: Item, text: str) -> float | None:
+        """Return 1.0 where the option that is meant is the right one; None where the table has no answers."""
+        return float(mmbench_option(text, item.meta["options"]) == item.answers[0]) if item.answers else None
+
+    def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
+        """Return circular accuracy, the accuracy of the first rotation, circular accuracy of each category."""
+        scored = [answer for answer in answers if answer.value is not None]
+        if not scored:
+            return []
+        circular = means(self.units(scored), self.metric)
+        first = means((a for a in scored if a.item.meta["index"] < ROTATION), "first rotation")
+        return [circular[0], *(replace(metric, mean_of=None) for metric in first[:1]), *circular[1:]]
+
+    def units(self, answers: Sequence[Answer]) -> list[Answer]:
+        """Return one answer a question: right where all of its rotations are."""
+        worst: dict[int, Answer] = {}
+        for answer in answers:
+            known = worst.setdefault(answer.item.meta["index"] % ROTATION, answer)
+            if answer.worth < known.worth:
+                worst[answer.item.meta["index"] % ROTATION] = answer
+        return list(worst.values())
+
+    def llava_keys(self, item: Item) -> tuple[Any, ...]:
+        """Row and round."""
+        index, turn = item.meta["index"], item.meta["round"]
+        return ((index, 0), (index % ROTATION, turn)) if turn else ((index, 0),)
+
+    def llava_key(self, line: Mapping[str, Any]) -> Any:
+        """Row and round."""
+        return int(line["question_id"]), int(line.get("round_id", 0))
+
+    def llava_question(self, item: Item) -> dict[str, Any]:
+        """Return the prompt as model_vqa_mmbench.py stores it: without the request for a letter."""
+        return super().llava_question(item) | {"text": plain_text(item).removesuffix(self.suffix)}
+
+    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+        """Write the table of the upload: the rows of the file, with the column `prediction` as the seventh."""
+        texts = {a.item.meta["index"]: a.text for a in answers}
+        path = find(self, data_dir, self.files[0])
+        rows = read_table(path)
+        names = [name for name in table_columns(path) if name not in DROPPED]
+        names.insert(min(6, len(names)), "prediction")
+        table = [
+            [texts.get(int(row["index"])) if name == "prediction" else _cell(name, row.get(name)) for name in names]
+            for row in rows
+        ]
+        return [write_xlsx(folder / f"{self.name}_{self.split}.xlsx", names, table)]
+
+    def _item(self, row: dict[str, str], picture: Path, turn: int) -> Item:
+        options = _options(row)
+        turned = options[turn:] + options[:turn]
+        question = f"{row['hint']}\n{row['question']}" if _is_there(row.get("hint")) else row["question"]
+        index = int(row["index"]) + turn * ROTATION
+        answer = row.get("answer", "")
+        if turn and answer:
+            answer = "ABCD"[("ABCD".index(answer) - turn) % len(options)]
+        return picture_item(
+            index,
+            question + lettered(turned) + self.suffix,
+            picture,
+            answers=[answer] if answer else [],
+            kind=row.get("l2-category", row.get("category", "")),
+            meta={
+                "index": index,
+                "round": turn,
+                "options": dict(zip("ABCD", turned, strict=False)),
+                "category": row.get("category", ""),
+            },
+        )
+
+
+class MMBenchCN(MMBench):
+    """dev, Chinese."""
+
+    name = "mmbench-cn"
+    version = "20231003"
+    files = ("mmbench_dev_cn_20231003.tsv|MMBench_DEV_CN_legacy.tsv|MMBench_DEV_CN.tsv",)
+    folders = ("mmbench_cn", "mmbench")
+    suffix = LETTER_CN
+
+
+class MMBenchTest(MMBench):
+    """test, English: a file for the server, and a score where the table has answers."""
+
+    name = "mmbench-test"
+    split = "test"
+    files = ("mmbench_test_20230712.tsv|MMBench_TEST_EN_legacy.tsv|MMBench_TEST_EN.tsv",)
+    folders = ("mmbench",)
+
+
+def _options(row: Mapping[str, str]) -> list[str]:
+    """Return the options up to the first that is missing, as LLaVA's get_options."""
+    options: list[str] = []
+    for letter in "ABCD":
+        if not _is_there(row.get(letter)):
+            break
+        options.append(row[letter])
+    return options
+
+
+def _is_there(text: str | None) -> bool:
+    return text is not None and text.lower() not in ("nan", "none")
+
+
+def _pictures(rows: Iterable[Mapping[str, str]]) -> dict[str, Path]:
+    """Return the picture of each row; 64 characters or fewer are the index of the row that holds it."""
+    data = {row["index"]: row["image"] for row in rows}
+    return {
+        index: unpack_picture(data[text] if len(text) <= 64 else text, f"row {index}") for index, text in data.items()
+    }
+
+
+def _cell(name: str, text: str | None) -> str | int | None:
+    return int(text) if name == "index" and text else text

@@ -1,0 +1,134 @@
+"""A benchmark of the user's own as data: a LLaVA JSON as it is, or rows of image, question, answer and a metric's name.
+
+`--benchmarks my.json` reads either; pictures are looked for beside the file and in `images`. Rows may name a `metric`
+each, or the file is {"metric": ..., "questions": [...]}; without one, answers are compared after a light normalisation.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from milora_data.command import suggest
+from milora_data.errors import DataError, UserError
+from milora_data.records import Turn, parse_record
+from milora_eval.benchmark import Benchmark, Form, Item, MissingData
+from milora_eval.data_files import read_json, read_jsonl
+from milora_eval.rules.anls import anls
+from milora_eval.rules.answers import exact_match
+from milora_eval.rules.chartqa import chartqa_correct
+from milora_eval.rules.pope import pope_answer
+from milora_eval.rules.textvqa import m4c_normalise
+from milora_eval.rules.vqa import vqav2_accuracy
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact": lambda text, answers: float(exact_match(text, answers)),
+    "equal": lambda text, answers: float(text in answers),
+    "contains": lambda text, answers: float(any(answer.lower() in text.lower() for answer in answers)),
+    "yes_no": lambda text, answers: float(pope_answer(text) == answers[0].strip().lower()),
+    "vqa": vqav2_accuracy,
+    "m4c": lambda text, answers: float(m4c_normalise(text) in map(m4c_normalise, answers)),
+    "anls": anls,
+    "relaxed": lambda text, answers: max(float(chartqa_correct(text, answer)) for answer in answers),
+}
+
+
+class OwnData(Benchmark):
+    """Questions from one file. `data:NAME` stands in stored answers, which carry their metric with them."""
+
+    protocols = ("own data",)
+    split = "own"
+    form: Form = "training"
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.path = None if place.startswith("data:") else Path(place)
+        self.name = place.removeprefix("data:") if self.path is None else self.path.stem
+        self.origin = f"data:{self.name}"
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read the file; where it is not there, the one of that name in the data folder."""
+        if self.path is None:
+            raise UserError(f"the questions of {self.origin} are needed: name their file, as in --benchmarks FILE.json")
+        path = self.path if self.path.is_file() else data_dir / self.path
+        if not path.is_file():
+            raise MissingData(f"there is no file {self.path}, neither here nor in {data_dir}")
+        rows, metric = _rows(path)
+        items = [_item(row, number, path, metric) for number, row in enumerate(rows, start=1)]
+        # Training data may use an id for several records; the number of the record tells them apart.
+        times = Counter(item.id for item in items)
+        return [
+            replace(item, id=f"{item.id}#{number}") if times[item.id] > 1 else item
+            for number, item in enumerate(items, start=1)
+        ]
+
+    def score(self, item: Item, text: str) -> float:
+        """Return the value by the row's metric."""
+        return METRICS[item.meta["metric"]](text, item.answers)
+
+
+def _rows(path: Path) -> tuple[list[Any], str]:
+    if path.suffix == ".jsonl":
+        return list(read_jsonl(path)), "exact"
+    content = read_json(path)
+    if isinstance(content, dict):
+        unknown = set(content) - {"metric", "questions"}
+        if unknown or not isinstance(content.get("questions"), list):
+            raise DataError(f'{path}: expected a list of questions, or {{"metric": ..., "questions": [...]}}')
+        return content["questions"], content.get("metric", "exact")
+    if not isinstance(content, list):
+        raise DataError(f"{path}: expected a list of questions, got {type(content).__name__}")
+    return content, "exact"
+
+
+def _item(row: Any, number: int, path: Path, metric: str) -> Item:
+    place = f"{path}, question {number}"
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected an object, got {type(row).__name__}")
+    metric = row.get("metric", metric)
+    if metric not in METRICS:
+        near = suggest(str(metric), METRICS)
+        hint = f"\ndid you mean {near[0]} ?" if near else ""
+        raise DataError(f'{place}: unknown metric "{metric}"; expected one of: {", ".join(METRICS)}{hint}')
+    turns, images, answers = _conversation(row, place) if "conversations" in row else _question(row, place)
+    if not answers:
+        raise DataError(f"{place}: no answer to compare with")
+    return Item(
+        id=str(row.get("id") or row.get("question_id") or number),
+        turns=turns,
+        images=tuple(str(_picture(path.parent, name)) for name in images),
+        answers=answers,
+        kind=str(row.get("type") or row.get("category") or ""),
+        group=images[0] if images else f"{number}",
+        meta={"metric": metric},
+    )
+
+
+def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return the turns up to the last answer, the pictures, and that answer (or the row's `answers`)."""
+    record = parse_record(row, source=place)
+    turns = record.turns
+    answers = row.get("answers")
+    if turns and turns[-1].role == "assistant":
+        answers = answers or [turns[-1].text]
+        turns = turns[:-1]
+    return turns, record.images, tuple(map(str, answers or ()))
+
+
+def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
+    if not isinstance(row.get("question"), str):
+        raise DataError(f'{place}: no text under "question"; its keys: {", ".join(map(str, row)) or "none"}')
+    found = row.get("images", row.get("image")) or []
+    images = tuple([found] if isinstance(found, str) else found)
+    answers = row.get("answers", row.get("answer"))
+    answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
+    text = row["question"] if "<image>" in row["question"] else "<image>\n" * len(images) + row["question"]
+    return (Turn("user", text),), images, tuple(map(str, answers))
+
+
+def _picture(folder: Path, name: str) -> Path:
+    beside = folder / name
+    return (beside if beside.is_file() else folder / "images" / name).absolute()

@@ -1,0 +1,99 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg: a box for a sentence, right from an overlap (IoU) of 0.5.
+
+Reads the files of lichengunc/refer. The truth is put on the square that LLaVA pads a picture to (its issues 606, 822).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from milora_data.errors import DataError
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
+from milora_eval.benchmarks.llava_prompts import picture_item
+from milora_eval.data_files import find, read_json
+from milora_eval.rules.refcoco import box_of, iou, on_padded_square
+
+PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: "
+
+
+class RefCOCO(Benchmark):
+    """Accuracy over val, testA and testB, and each of them."""
+
+    name = "refcoco"
+    version = "unc"
+    split = "val, testA, testB"
+    protocols = ("llava",)
+    files: tuple[str, ...] = ("refs(unc).p", "instances.json", "train2014|images|.")
+    source = "github.com/lichengunc/refer and cocodataset.org (train2014)"
+    metric = "accuracy at IoU 0.5"
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read the sentences of all splits but train."""
+        path = find(self, data_dir, self.files[0])
+        instances = read_json(find(self, data_dir, self.files[1]))
+        pictures = find(self, data_dir, self.files[2])
+        boxes = {entry["id"]: entry["bbox"] for entry in instances["annotations"]}
+        sizes = {entry["id"]: entry for entry in instances["images"]}
+        return [
+            _item(ref, sentence, boxes[ref["ann_id"]], sizes[ref["image_id"]], pictures)
+            for ref in _read_pickle(path)
+            if ref["split"] != "train"
+            for sentence in ref["sentences"]
+        ]
+
+    def score(self, item: Item, text: str) -> float:
+        """Return 1.0 for a box that overlaps by half."""
+        return float(iou(box_of(text), item.meta["box"]) >= 0.5)
+
+    def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
+        """Return the accuracy, and that of each split."""
+        return means(answers, self.metric)
+
+
+class RefCOCOPlus(RefCOCO):
+    """Sentences without words of place."""
+
+    name = "refcoco+"
+
+
+class RefCOCOg(RefCOCO):
+    """Longer sentences, UMD split."""
+
+    name = "refcocog"
+    version = "umd"
+    split = "val, test"
+    files = ("refs(umd).p", "instances.json", "train2014|images|.")
+
+
+def _item(
+    ref: dict[str, Any], sentence: dict[str, Any], box: list[float], size: dict[str, Any], pictures: Path
+) -> Item:
+    left, top, width, height = box
+    truth = on_padded_square((left, top, left + width, top + height), size["width"], size["height"])
+    return picture_item(
+        sentence["sent_id"],
+        PROMPT + sentence["sent"],
+        pictures / size["file_name"],
+        answers=["[" + ", ".join(f"{value:.2f}" for value in truth) + "]"],
+        kind=ref["split"],
+        meta={"box": list(truth)},
+    )
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dicts, numbers and text; a pickle that wants anything else could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise DataError(f"a pickle of plain lists and dicts was expected, this one asks for {module}.{name}")
+
+
+def _read_pickle(path: Path) -> list[dict[str, Any]]:
+    try:
+        content: list[dict[str, Any]] = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    except (pickle.UnpicklingError, DataError, EOFError) as error:
+        raise DataError(f"{path}: {error}") from None
+    return content

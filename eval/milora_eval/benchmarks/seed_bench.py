@@ -1,0 +1,71 @@
+"""SEED-Bench, pictures and middle frames of videos: the letter, exactly, as LLaVA's convert_seed_for_submission.py.
+
+The benchmark's own script ranks the likelihoods of the options instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
+from milora_eval.benchmarks.llava_prompts import LETTER, lettered, picture_item
+from milora_eval.benchmarks.submissions import write_rows
+from milora_eval.data_files import find, read_json
+from milora_eval.rules.short_rules import seed_correct
+
+CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
+VIDEO = "SEED-Bench-video-image"
+
+
+class SEEDBench(Benchmark):
+    """Accuracy over all, over pictures and over videos; types in results.json. Without frames, pictures alone."""
+
+    name = "seed-bench"
+    protocols = ("llava",)
+    files = ("SEED-Bench.json", "SEED-Bench-image")
+    folders = ("seed_bench",)
+    source = "github.com/AILab-CVC/SEED-Bench (frames: LLaVA's extract_video_frames.py, into SEED-Bench-video-image)"
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read the questions; those about videos where their frames are there."""
+        content = read_json(find(self, data_dir, self.files[0]))
+        pictures = find(self, data_dir, self.files[1])
+        types = {number: name for name, number in content["question_type"].items()}
+        frames = {path.stem: path for path in (data_dir / VIDEO).glob("*")} if (data_dir / VIDEO).is_dir() else {}
+        items = []
+        for entry in content["questions"]:
+            is_picture = entry["data_type"] == "image"
+            if is_picture or frames:
+                frame = frames.get(f"{entry['question_type_id']}_{entry['question_id']}") or frames.get(
+                    str(entry["question_id"]), data_dir / VIDEO / f"{entry['question_id']}.png"
+                )
+                items.append(_item(entry, pictures / entry["data_id"] if is_picture else frame, types))
+        return items
+
+    def score(self, item: Item, text: str) -> float:
+        """Return 1.0 for the letter."""
+        return float(seed_correct(text, item.answers[0]))
+
+    def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
+        """Return the accuracy, that of pictures and videos."""
+        return means(answers, self.metric)
+
+    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+        """Write {question_id, prediction} lines."""
+        rows = [{"question_id": a.item.meta["question_id"], "prediction": a.text} for a in answers]
+        types: dict[str, type | tuple[type, ...]] = {"question_id": (str, int), "prediction": str}
+        return [write_rows(folder / "seed_bench_predictions.jsonl", rows, types, "question_id")]
+
+
+def _item(entry: dict[str, Any], picture: Path, types: dict[int, str]) -> Item:
+    options = [str(entry[name]) for name in CHOICES if entry.get(name) is not None]
+    return picture_item(
+        entry["question_id"],
+        entry["question"] + lettered(options) + LETTER,
+        picture,
+        answers=[entry["answer"]],
+        kind=entry["data_type"],
+        meta={"type": types.get(entry["question_type_id"], "")},
+    )

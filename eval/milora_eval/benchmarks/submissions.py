@@ -1,0 +1,42 @@
+"""Files for servers and official scripts: written, read back and compared with what the format asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from milora_data.errors import DataError
+from milora_eval.store import write_whole
+
+Row = Mapping[str, Any]
+
+
+def write_rows(path: Path, rows: Sequence[Row], types: Mapping[str, type | tuple[type, ...]], key: str) -> Path:
+    """Write a JSON list of objects, or JSONL by the name's ending; every row has exactly the keys of `types`.
+
+    Raises DataError for a row of another form and for a `key` that comes twice.
+    """
+    check_rows(rows, types, key)
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        text = json.dumps(list(rows), ensure_ascii=False)
+    return write_whole(path, text)
+
+
+def write_object(path: Path, value: Mapping[str, Any]) -> Path:
+    """Write one JSON object."""
+    return write_whole(path, json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def check_rows(rows: Sequence[Row], types: Mapping[str, type | tuple[type, ...]], key: str) -> None:
+    """Raise DataError for a row whose keys or types differ from `types`, and for a `key` that comes twice."""
+    seen = set()
+    for number, row in enumerate(rows, start=1):
+        if set(row) != set(types) or not all(isinstance(row[name], kind) for name, kind in types.items()):
+            raise DataError(f"row {number} of the submission is {row!r}, expected {dict(types)}")
+        if row[key] in seen:
+            raise DataError(f"row {number} of the submission: {key} {row[key]!r} comes twice")
+        seen.add(row[key])

@@ -1,0 +1,98 @@
+"""TextVQA, val 0.5.1, with and without the OCR tokens that LLaVA puts into the prompt (they are worth ten points).
+
+Scored by the M4C rule (llava/eval/m4c_evaluator.py). LLaVA's answers are joined by picture and question, since in its
+question file the picture is the question_id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from milora_data.errors import DataError
+from milora_eval.benchmark import Answer, Benchmark, Item, plain_text
+from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
+from milora_eval.benchmarks.submissions import write_rows
+from milora_eval.data_files import find, read_json, read_jsonl
+from milora_eval.rules.textvqa import question_of, textvqa_accuracy
+
+LLAVA_FILE = "llava_textvqa_val_v051_ocr.jsonl"
+
+
+class TextVQA(Benchmark):
+    """With OCR tokens: from LLaVA's question file word for word where that is there, else from the Rosetta file."""
+
+    name = "textvqa"
+    version = "0.5.1"
+    split = "val"
+    files: tuple[str, ...] = (
+        "TextVQA_0.5.1_val.json",
+        "train_images|train_val_images/train_images",
+        f"{LLAVA_FILE}|TextVQA_Rosetta_OCR_v0.2_val.json",
+    )
+    source = "textvqa.org/dataset"
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read the questions and their tokens."""
+        entries = read_json(find(self, data_dir, self.files[0]))["data"]
+        pictures = find(self, data_dir, self.files[1])
+        texts = self._texts(data_dir, entries)
+        odd = next((entry for entry in entries if len(entry.get("answers", range(10))) != 10), None)
+        if odd is not None:
+            raise DataError(
+                f"{self.files[0]}: question {odd['question_id']} has {len(odd['answers'])} answers, not ten"
+            )
+        return [
+            picture_item(
+                entry["image_id"],
+                text,
+                pictures / f"{entry['image_id']}.jpg",
+                name=str(entry["question_id"]),
+                answers=entry.get("answers", ()),
+                meta={"server_id": entry["question_id"]},
+            )
+            for entry, text in zip(entries, texts, strict=True)
+        ]
+
+    def score(self, item: Item, text: str) -> float | None:
+        """Return the accuracy over the ten annotators."""
+        return textvqa_accuracy(text, item.answers) if item.answers else None
+
+    def llava_keys(self, item: Item) -> tuple[Any, ...]:
+        """Picture and question."""
+        return ((item.meta["question_id"], question_of(plain_text(item))),)
+
+    def llava_key(self, line: Mapping[str, Any]) -> Any:
+        """Picture and question."""
+        return line["question_id"], question_of(line["prompt"])
+
+    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+        """Write [{question_id, answer}], as the EvalAI server reads it."""
+        rows = [{"question_id": a.item.meta["server_id"], "answer": a.text} for a in answers]
+        return [write_rows(folder / "textvqa_val.json", rows, {"question_id": int, "answer": str}, "question_id")]
+
+    def _texts(self, data_dir: Path, entries: list[dict[str, Any]]) -> list[str]:
+        path = find(self, data_dir, self.files[2])
+        if path.name == LLAVA_FILE:
+            known = {(line["question_id"], question_of(line["text"])): line["text"] for line in read_jsonl(path)}
+            return [known[entry["image_id"], entry["question"].lower()] for entry in entries]
+        tokens = {entry["image_id"]: entry["ocr_tokens"] for entry in read_json(path)["data"]}
+        return [_with_tokens(entry["question"], tokens.get(entry["image_id"], ())) for entry in entries]
+
+
+class TextVQAWithoutOCR(TextVQA):
+    """The question alone."""
+
+    name = "textvqa-no-ocr"
+    files = TextVQA.files[:2]
+    folders = ("textvqa",)
+
+    def _texts(self, data_dir: Path, entries: list[dict[str, Any]]) -> list[str]:
+        return [entry["question"] + SHORT for entry in entries]
+
+
+def _with_tokens(question: str, tokens: list[str]) -> str:
+    # A newline in a token would make a prompt of four lines, which LLaVA's scorer does not read.
+    listed = ", ".join(token.replace("\n", " ") for token in tokens)
+    return f"{question}\nReference OCR token: {listed}" + SHORT

@@ -1,0 +1,69 @@
+"""VizWiz-VQA: val is scored here, test by the EvalAI server.
+
+The official script normalises the answer and never the references; protocol llava applies the M4C normaliser before,
+as scripts/convert_vizwiz_for_submission.py does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from milora_eval.benchmark import Answer, Benchmark, Item
+from milora_eval.benchmarks.llava_prompts import SHORT, UNANSWERABLE, picture_item
+from milora_eval.benchmarks.submissions import write_rows
+from milora_eval.data_files import find, read_json
+from milora_eval.rules.textvqa import m4c_normalise
+from milora_eval.rules.vqa import vizwiz_accuracy
+
+
+class VizWiz(Benchmark):
+    """val: the accuracy, and that of each answer type."""
+
+    name = "vizwiz"
+    protocols = ("llava", "official")
+    split = "val"
+    files: tuple[str, ...] = ("val.json|Annotations/val.json", "val|images|.")
+    source = "vizwiz.org/tasks-and-datasets/vqa"
+
+    def load(self, data_dir: Path) -> list[Item]:
+        """Read the questions; their pictures name them."""
+        entries = read_json(find(self, data_dir, self.files[0]))
+        pictures = find(self, data_dir, self.files[1])
+        return [
+            picture_item(
+                number,
+                entry["question"] + UNANSWERABLE + SHORT,
+                pictures / entry["image"],
+                name=entry["image"],
+                answers=[answer["answer"] for answer in entry.get("answers", ())],
+                kind=entry.get("answer_type", ""),
+                meta={"image": entry["image"]},
+            )
+            for number, entry in enumerate(entries)
+        ]
+
+    def score(self, item: Item, text: str) -> float | None:
+        """Return the accuracy over the annotators; None without any."""
+        return vizwiz_accuracy(self.answer(text), item.answers) if item.answers else None
+
+    def answer(self, text: str) -> str:
+        """Return the answer as it is submitted."""
+        return m4c_normalise(text) if self.protocol == "llava" else text
+
+    def llava_keys(self, item: Item) -> tuple[str, ...]:
+        """The number of the question, or the picture's name."""
+        return str(item.meta["question_id"]), item.id
+
+    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+        """Write [{image, answer}]."""
+        rows = [{"image": a.item.meta["image"], "answer": self.answer(a.text)} for a in answers]
+        return [write_rows(folder / f"vizwiz_{self.split}.json", rows, {"image": str, "answer": str}, "image")]
+
+
+class VizWizTest(VizWiz):
+    """test: a file for the server."""
+
+    name = "vizwiz-test"
+    split = "test"
+    files = ("test.json|Annotations/test.json", "test|images|.")
+    folders = ("vizwiz",)

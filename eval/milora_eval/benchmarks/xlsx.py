@@ -1,0 +1,52 @@
+"""Tables for Excel, written and read with openpyxl (extra `eval`); text stays text, also what looks like a formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from milora_data.errors import UserError
+
+Cell = str | int | float | None
+
+
+def write_xlsx(path: Path, names: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Path:
+    """Write one sheet with a header, and check that it reads back the same. Control characters are left out."""
+    workbook, illegal = _openpyxl()
+    book = workbook()
+    sheet = book.active
+    sheet.title = "Sheet1"
+    for number, row in enumerate([list(names), *rows], start=1):
+        for place, value in enumerate(row, start=1):
+            cell = sheet.cell(number, place)
+            if isinstance(value, str):
+                cell.value = illegal.sub("", value)[:32767]
+                cell.data_type = "s"
+            else:
+                cell.value = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    book.save(partial)
+    partial.replace(path)
+    if len(read_xlsx(path)) != len(rows):
+        raise ValueError(f"{path} does not read back")
+    return path
+
+
+def read_xlsx(path: Path) -> list[dict[str, Cell]]:
+    """Return the rows of the first sheet by the names in its header; empty cells are None."""
+    from openpyxl import load_workbook
+
+    sheet = load_workbook(path, read_only=True).worksheets[0]
+    rows = list(sheet.iter_rows(values_only=True))
+    return [dict(zip(map(str, rows[0]), row, strict=False)) for row in rows[1:]] if rows else []
+
+
+def _openpyxl() -> tuple[Any, Any]:
+    try:
+        from openpyxl import Workbook
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+    except ImportError:
+        raise UserError("writing .xlsx files needs openpyxl\ninstall it: pip install 'milora-vl[eval]'") from None
+    return Workbook, ILLEGAL_CHARACTERS_RE

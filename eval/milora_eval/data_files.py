@@ -1,0 +1,103 @@
+"""Reading the official files of benchmarks; what is not there is said with where it comes from."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from milora_data.assets import cache_dir
+from milora_data.errors import DataError
+from milora_eval.benchmark import Benchmark, Item, MissingData
+
+# What pandas reads as "not a number" where LLaVA's scripts read tables with it.
+NOT_A_NUMBER = frozenset(
+    "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null|".split("|")
+)
+
+
+def find(benchmark: Benchmark, data_dir: Path, names: str) -> Path:
+    """Return the first of the files or folders `names` ("a|b") in a folder; raises MissingData with what goes where."""
+    for name in names.split("|"):
+        if (data_dir / name).exists():
+            return data_dir / name
+    wanted = "\n".join(f"  {spec.replace('|', '  or  ')}" for spec in benchmark.files[:3])
+    source = f"\nthey come from: {benchmark.source}" if benchmark.source else ""
+    raise MissingData(
+        f"benchmark {benchmark.name}: no {names.replace('|', ' or ')} in {data_dir}\nput there:\n{wanted}{source}"
+    )
+
+
+def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
+    """Return a benchmark's items; DataError where its official files have another form than was published.
+
+    The mistakes of a benchmark of the user's own are not caught: their traceback says where they are.
+    """
+    if not type(benchmark).__module__.startswith("milora_eval."):
+        return benchmark.load(data_dir)
+    try:
+        return benchmark.load(data_dir)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        files = ", ".join(name.partition("|")[0] for name in benchmark.files)
+        raise DataError(
+            f"benchmark {benchmark.name}: a file in {data_dir} is not of the published form: {what}\n"
+            f"files: {files}\nthey come from: {benchmark.source}"
+        ) from None
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; DataError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: not a JSON file: {error}") from None
+
+
+def read_jsonl(path: Path) -> Iterator[Any]:
+    """Yield the values of a JSONL file; DataError that names file and line."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: not JSON: {error}") from None
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a tab-separated file with a header, as text; what pandas calls NaN is left out of a row."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        return [
+            {key: text for key, text in row.items() if text is not None and text not in NOT_A_NUMBER} for row in rows
+        ]
+
+
+def table_columns(path: Path) -> list[str]:
+    """Return the header of a tab-separated file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file, delimiter="\t"), [])
+
+
+def unpack_picture(data: str | bytes, place: str) -> Path:
+    """Write a picture (bytes or base64) into the user's cache under the hash of its bytes; return its path."""
+    try:
+        content = base64.b64decode(data) if isinstance(data, str) else data
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"{place}: the picture is not base64: {error}") from None
+    path = cache_dir() / "eval-pictures" / f"{hashlib.sha256(content).hexdigest()[:24]}.img"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")  # shards may do the same at the same time
+        partial.write_bytes(content)
+        partial.replace(path)
+    return path

@@ -1,0 +1,42 @@
+"""Files for other programs from stored answers: submissions for servers and official scripts, LLaVA's answers files."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from milora_data.errors import UserError
+from milora_eval.lines import to_answer
+from milora_eval.llava_files import write_llava_files
+from milora_eval.results import judgements, read_results, review_of
+from milora_eval.store import PREDICTIONS, each_line
+from milora_eval.suites import find_benchmark, folder_of
+
+SUBMISSION = "submission"
+
+
+def export(folder: Path) -> list[Path]:
+    """Write submission/BENCHMARK/* for all benchmarks of a results folder that have files for others.
+
+    A part of a benchmark (--limit) makes no submission; what cannot be written is said and does not stop the rest.
+    Files of earlier answers do not stay behind.
+    """
+    results = read_results(folder)
+    shutil.rmtree(folder / SUBMISSION, ignore_errors=True)
+    if results.get("limit") is not None:
+        return []
+    data, model, written = Path(results.get("data") or "."), str(results.get("model", "")), []
+    reviews = judgements(folder)
+    for entry in results.get("benchmarks", ()):
+        benchmark = find_benchmark(entry["reference"])
+        lines = [line for line in each_line(folder / PREDICTIONS) if line["benchmark"] == entry["reference"]]
+        answers = [to_answer(benchmark, line, review_of(line, reviews)) for line in lines]
+        target = folder / SUBMISSION / benchmark.name
+        try:
+            written += benchmark.submission(answers, target, folder_of(benchmark, data))
+            if benchmark.form == "exact":
+                written += write_llava_files(benchmark, answers, target, model)
+        except UserError as error:
+            sys.stderr.write(f"no submission for {benchmark.name}: {error}\n")
+    return written

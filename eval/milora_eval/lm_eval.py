@@ -1,0 +1,97 @@
+"""`python -m milora_eval.lm_eval`: base + adapter on tasks of lm-evaluation-harness, for what a model forgot of text.
+
+The harness' release has no entry point for models, and its own `peft=` argument knows neither LLaVA's language tower
+nor a projector beside the adapter. Its multiple-choice numbers are likelihoods: not comparable with the suite `text`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from milora_data.command import parser, positive, run
+from milora_data.errors import UserError
+from milora_eval.store import write_whole
+
+EXAMPLES = """\
+examples:
+  python -m milora_eval.lm_eval --model llava-1.5-7b --adapter runs/a --tasks hellaswag,arc_easy --limit 200
+  python -m milora_eval.lm_eval --model smol-llava --tasks my_task --include_path my_tasks --output_dir out
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command: the harness' table goes to stdout, its results to O/lm_eval.json."""
+    options = _options().parse_args(argv)
+    evaluator, tasks, harness, utils = _harness()
+    manager = tasks.TaskManager(include_path=None if options.include_path is None else str(options.include_path))
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown:
+        raise UserError(f"lm_eval has no task {', '.join(unknown)}\nyour own: --include_path DIR with its yaml file")
+    results = evaluator.simple_evaluate(
+        model=model(harness.HFLM, options.model, options.adapter, options.dtype, options.device, options.batch_size),
+        tasks=names,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        task_manager=manager,
+        log_samples=False,
+    )
+    if options.output_dir is not None:
+        kept = {key: results[key] for key in ("results", "versions", "n-shot", "higher_is_better", "n-samples")}
+        about = {"model": options.model, "adapter": None if options.adapter is None else str(options.adapter)}
+        path = write_whole(options.output_dir / "lm_eval.json", json.dumps(about | kept, indent=1, default=str) + "\n")
+        sys.stderr.write(f"written: {path}\n")
+    if options.format == "json":
+        sys.stdout.write(json.dumps(results["results"], indent=1, default=str) + "\n")
+    else:
+        sys.stdout.write(utils.make_table(results) + "\n")
+    return 0
+
+
+def model(wrapper: Any, name: str, adapter: Path | None, dtype: str | None, device: str | None, batch_size: int) -> Any:
+    """Return the harness' own wrapper (HFLM) around base + adapter as `load_model` makes them."""
+    import torch
+
+    from milora_vl.models import load_model, split_processor
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded, processor = load_model(name, adapter=adapter, dtype=getattr(torch, dtype) if dtype else None, device=device)
+    tokenizer = split_processor(processor)[0]
+    return wrapper(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+
+
+def _options() -> argparse.ArgumentParser:
+    options = parser("python -m milora_eval.lm_eval", "Run lm-evaluation-harness on base + adapter.", EXAMPLES)
+    options.add_argument("--model", required=True, metavar="M", help="name, hub id or folder of the model")
+    options.add_argument("--adapter", type=Path, metavar="A", help="folder with an adapter or a projector")
+    options.add_argument("--tasks", required=True, metavar="a,b", help="names of the harness' tasks")
+    options.add_argument("--include_path", type=Path, metavar="DIR", help="folder with tasks of your own")
+    options.add_argument("--num_fewshot", type=int, metavar="N", help="examples in the prompt (default: the task's)")
+    options.add_argument("--limit", type=positive, metavar="N", help="the first N questions of each task")
+    options.add_argument("--batch_size", type=positive, default=8, help="(default: %(default)s)")
+    options.add_argument("--output_dir", type=Path, metavar="O", help="results go to O/lm_eval.json")
+    options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU)")
+    options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    options.add_argument("--format", choices=("human", "json"), default="human", help="of what is printed")
+    return options
+
+
+def _harness() -> tuple[Any, Any, Any, Any]:
+    names = ("lm_eval.evaluator", "lm_eval.tasks", "lm_eval.models.huggingface", "lm_eval.utils")
+    try:
+        evaluator, tasks, harness, utils = map(importlib.import_module, names)
+    except ImportError as error:
+        raise UserError(
+            f"lm-evaluation-harness is not installed: {error}\ninstall it: pip install 'lm_eval[hf]'"
+        ) from None
+    return evaluator, tasks, harness, utils
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,98 @@
+"""The model `milora` of lmms-eval: base + adapter, which its own LLaVA wrappers cannot load.
+
+lmms-eval finds it through the entry point `lmms_eval.models` (see pyproject.toml):
+    python -m lmms_eval --model milora --model_args pretrained=llava-1.5-7b,adapter=runs/a --tasks mme
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+
+from milora_data.errors import UserError
+from milora_data.records import Turn
+from milora_eval.likelihood import loglikelihoods
+from milora_vl.generate import Prompt, generate
+from milora_vl.models import load_model
+
+MANIFEST = ModelManifest(model_id="milora", simple_class_path="milora_eval.lmms.Milora")
+
+
+class Milora(lmms):
+    """Greedy answers in batches; questions about one picture share its computation."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "llava-1.5-7b",
+        adapter: str | None = None,
+        template: str = "vicuna_v1",
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        kind = getattr(torch, dtype) if dtype else None
+        self.loaded, self.processor = load_model(pretrained, adapter=adapter, dtype=kind, device=place)
+        self.template, self.batch_size = template, int(batch_size)
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Return the answers to requests (context, options, pictures of, document, task, split)."""
+        answers = [""] * len(requests)
+        places = sorted(range(len(requests)), key=lambda place: repr(requests[place].args[1]))
+        for _, alike in groupby(places, key=lambda place: repr(requests[place].args[1])):
+            chosen = list(alike)
+            options = requests[chosen[0]].args[1]
+            texts = generate(
+                self.loaded,
+                self.processor,
+                [self._prompt(*requests[place].args[:1], *requests[place].args[2:]) for place in chosen],
+                template=self.template,
+                max_new_tokens=int(options.get("max_new_tokens", 128)),
+                num_beams=_beams(options),
+                batch_size=self.batch_size,
+            )
+            for place, text in zip(chosen, texts, strict=True):
+                answers[place] = _until(text, options.get("until", ()))
+        return answers
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Return the log-probability of each target, and whether greedy decoding says it."""
+        pairs = []
+        for request in requests:
+            context, target, *rest = request.args
+            text = target if isinstance(target, str) else target(self._document(*rest[1:]))
+            pairs.append((self._prompt(context, *rest), f" {text}"))
+        return loglikelihoods(self.loaded, self.processor, pairs, template=self.template)
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        """Raises UserError: the tasks with several rounds need another model class."""
+        raise UserError("the model milora does not take tasks with several rounds")
+
+    def _document(self, number: int, task: str, split: str) -> Any:
+        return self.task_dict[task][split][number]
+
+    def _prompt(self, context: str, pictures_of: Any, number: int, task: str, split: str) -> Prompt:
+        images = tuple(pictures_of(self._document(number, task, split)) or ())
+        marks = "" if "<image>" in context else "<image>\n" * len(images)
+        return Prompt((Turn("user", marks + context),), images, "exact")
+
+
+def _beams(options: dict[str, Any]) -> int:
+    if options.get("do_sample") and options.get("temperature", 1.0):
+        raise UserError(f"the model milora decodes greedily, the task asks for {options}")
+    return int(options.get("num_beams") or 1)
+
+
+def _until(text: str, stops: Any) -> str:
+    """Return the text up to the first of the stop strings."""
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.split(stop)[0] if stop else text
+    return text.strip()

@@ -1,0 +1,91 @@
+"""VLMEvalKit's tables, with and without VLMEvalKit: its question TSV, its predictions (xlsx, tsv), and its model class.
+
+`milora_vlm(...)` gives a model for `vlmeval.config.supported_VLM`; VLMEvalKit has no plug-in hook (`register` sets it).
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from milora_data.errors import DataError, UserError
+from milora_data.records import Turn
+from milora_eval.benchmark import Answer, Item, plain_text
+from milora_eval.benchmarks.xlsx import read_xlsx, write_xlsx
+from milora_eval.data_files import read_table
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a predictions table as {question_id, text}; DataError for one that is none."""
+    rows: Sequence[Mapping[str, Any]] = read_xlsx(path) if path.suffix == ".xlsx" else read_table(path)
+    if not rows or "index" not in rows[0] or not any("prediction" in row for row in rows):
+        found = ", ".join(map(str, rows[0])) if rows else "nothing"
+        raise DataError(f"{path}: expected a table with the columns index and prediction, got: {found}")
+    return [{"question_id": row["index"], "text": str(row.get("prediction") or "")} for row in rows]
+
+
+def write_predictions(path: Path, answers: Sequence[Answer]) -> Path:
+    """Write predictions as VLMEvalKit reads them (MODEL_DATASET.xlsx): index, question, prediction, answer."""
+    rows = [
+        [_index(a.item), plain_text(a.item), a.text, a.item.answers[0] if a.item.answers else None] for a in answers
+    ]
+    return write_xlsx(path, ("index", "question", "prediction", "answer"), rows)
+
+
+def write_questions(path: Path, items: Sequence[Item]) -> Path:
+    """Write a question TSV for $LMUData: index, image (base64), question, options, answer."""
+    rows = []
+    for number, item in enumerate(items):
+        row = {"index": _index(item, number), "question": plain_text(item), "answer": "|".join(item.answers[:1])}
+        if item.images:
+            row["image"] = base64.b64encode(Path(item.images[0]).read_bytes()).decode()
+        rows.append(row | dict(item.meta.get("options", {})) | ({"category": item.kind} if item.kind else {}))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names, delimiter="\t", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def register(name: str, model: str, adapter: str | None = None, *, template: str = "vicuna_v1") -> None:
+    """Make a model with our adapter known to VLMEvalKit under `name`. Raises UserError where it is not installed."""
+    try:
+        known = importlib.import_module("vlmeval.config").supported_VLM
+        base = importlib.import_module("vlmeval.vlm.base").BaseModel
+    except ImportError as error:
+        raise UserError(
+            f"VLMEvalKit is not installed: {error}\ninstall it from its repository, then try again"
+        ) from None
+    known[name] = lambda: milora_vlm(base, model, adapter, template)
+
+
+def milora_vlm(base: type, model: str, adapter: str | None, template: str) -> Any:
+    """Return an instance of a subclass of VLMEvalKit's BaseModel that answers with base + adapter, greedily."""
+    from milora_vl.generate import Prompt, generate
+    from milora_vl.models import load_model
+
+    loaded, processor = load_model(model, adapter=adapter)
+
+    class MiloraVLM(base):  # type: ignore[misc]
+        """A message is a list of {type: image or text, value}; pictures come first, as LLaVA has them."""
+
+        INTERLEAVE = False
+
+        def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
+            images = tuple(part["value"] for part in message if part["type"] == "image")
+            text = "\n".join(part["value"] for part in message if part["type"] == "text")
+            turn = Turn("user", "<image>\n" * len(images) + text)
+            return generate(loaded, processor, [Prompt((turn,), images, "exact")], template=template, batch_size=1)[0]
+
+    return MiloraVLM()
+
+
+def _index(item: Item, number: int = 0) -> int | str:
+    found = item.meta.get("index", item.meta.get("question_id", number))
+    return found if isinstance(found, int | str) else str(found)

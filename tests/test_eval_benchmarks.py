@@ -1,0 +1,194 @@
+"""Every benchmark from its official files to its submission: prompts as LLaVA's, answers by `tiny`, numbers, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import official_data
+import pytest
+from llava_oracle import llama_tokenizer, llava_train
+
+from milora_eval import run
+from milora_eval.benchmark import MissingData
+from milora_eval.benchmarks.xlsx import read_xlsx
+from milora_eval.store import read_lines
+from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, folder_of, has_files
+from milora_vl.generate import Prompt, prompt_ids
+
+Made = tuple[Any, Any]
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+REGION = "Please provide the bounding box coordinate of the region this sentence describes: red disc"
+
+# The question that LLaVA's scripts put behind "<image>\n", of the last item but where another is named.
+PROMPTS: dict[str, tuple[int, str]] = {
+    "vqav2": (1, " Is it  red? " + SHORT),
+    "vqav2-testdev": (0, "What is it?" + SHORT),
+    "gqa": (0, "What color is it?" + SHORT),
+    "vizwiz": (0, "What is this?" + UNANSWERABLE + SHORT),
+    "vizwiz-test": (0, "Which one?" + UNANSWERABLE + SHORT),
+    "scienceqa": (1, "Context: Look at it.\nQuestion: Which color?\nOptions: (A) red (B) green (C) blue" + LETTER),
+    "scienceqa-all": (0, "Context: N/A\nQuestion: Which color?\nOptions: (A) red (B) green (C) blue" + LETTER),
+    "textvqa": (2, "what is written?\nReference OCR token: STOP, GREEN" + SHORT),
+    "textvqa-no-ocr": (2, "what is written?" + SHORT),
+    "pope": (0, "Is there a disc in the image?" + SHORT),
+    "mmbench": (0, "Look.\nWhich\tcolor?\nA. red\nB. green\nC. blue\nD. yellow, or = none" + LETTER),
+    "mmbench-cn": (1, "Look.\n哪种颜色?\nA. green\nB. blue\nC. yellow, or = none\nD. red\n请直接回答选项字母。"),
+    "mmbench-test": (-1, "Which\tcolor?\nA. blue\nB. red\nC. green" + LETTER),  # an option "None" is none
+    "mme": (1, "Is it a dog?" + SHORT),
+    "seed-bench": (2, "Which color?\nA. red\nB. green\nC. blue\nD. none" + LETTER),
+    "mm-vet": (0, "What is it? "),
+    "llava-bench": (0, "Describe it."),
+    "mmmu": (0, "Which color is <image 1>?\n\n(A) red\n(B) green\n(C) blue\n" + LETTER),
+    "chartqa": (0, "How many?" + SHORT),
+    "docvqa": (0, "What title?" + SHORT),
+    "infovqa": (0, "What title?" + SHORT),
+    "okvqa": (0, "What color is the disc?" + SHORT),
+    "refcoco": (0, REGION),
+    "refcoco+": (0, REGION),
+    "refcocog": (0, REGION),
+    "coco-captions": (0, "Provide a one-sentence caption for the provided image."),
+    "nocaps": (0, "Provide a one-sentence caption for the provided image."),
+}
+SUBMISSIONS = {
+    "vqav2-testdev": ("vqav2_test-dev2015_results.json", [{"question_id": 5000}, {"question_id": 6000, "answer": ""}]),
+    "vizwiz-test": ("vizwiz_test.json", [{"image": "VizWiz_test_00000000.jpg"}]),
+    "gqa": ("testdev_balanced_predictions.json", [{"questionId": f"0{i}{j}"} for i in range(3) for j in range(2)]),
+    "docvqa": ("docvqa_val.json", [{"questionId": i} for i in range(3)]),
+    "coco-captions": ("coco-captions_results.json", [{"image_id": i} for i in range(3)]),
+}
+OFFICIAL = [name for name in BENCHMARKS if name != "emoji"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return official_data.write_all(tmp_path_factory.mktemp("official"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llava: Callable[..., Made]) -> Made:
+    return tiny_llava()
+
+
+def evaluate(model: Made, name: str, data: Path, output: Path) -> tuple[dict[str, Any], Path]:
+    benchmark = find_benchmark(name)
+    benchmark.max_new_tokens = 3
+    results = run(*model, [benchmark], data_dir=data, output_dir=output)
+    assert results is not None
+    return results, output / "eval" / name / "final"
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_from_official_files_to_numbers(name: str, model: Made, data: Path, tmp_path: Path) -> None:
+    benchmark = find_benchmark(name)
+    assert has_files(benchmark, data)
+    results, folder = evaluate(model, name, data, tmp_path)
+    entry = results["benchmarks"][0]
+    lines = read_lines(folder / "predictions.jsonl")
+    assert entry["n"] == len(lines) > 0
+    assert entry["protocol"] == benchmark.protocol
+    assert bool(entry["metrics"]) == (benchmark.judge == "" and not name.endswith(("-test", "-testdev")))
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_are_llavas_byte_for_byte(name: str, data: Path) -> None:
+    benchmark = find_benchmark(name)
+    number, expected = PROMPTS[name]
+    turns = benchmark.prompt(benchmark.load(folder_of(benchmark, data))[number])
+    assert [turn.text for turn in turns] == ["<image>\n" + expected]
+    assert benchmark.form == "exact"
+
+
+@pytest.mark.parametrize("name", ["boolq", "obqa"])
+def test_text_prompts_have_the_indentation_of_the_script(name: str, data: Path) -> None:
+    benchmark = find_benchmark(name)
+    (turn,) = benchmark.prompt(benchmark.load(data)[0])
+    indent = "\n" + 16 * " "
+    question = f"{indent}### Instruction:{indent}Which?\n\nAnswer format: x\n{indent}### Response:{indent}"
+    assert turn.text == f"{ALPACA} \n{question}"
+    assert (benchmark.num_beams, benchmark.max_new_tokens, benchmark.form) == (4, 32, "raw")
+
+
+def test_mathematics_is_asked_step_by_step(data: Path) -> None:
+    (item,) = find_benchmark("gsm8k").load(folder_of(find_benchmark("gsm8k"), data))
+    assert item.question == f"{ALPACA}\n\n### Instruction:\n1 + 1?\n\n### Response: Let's think step by step."
+    assert find_benchmark("gsm8k").score(item, "The answer is: 1,002. Question: The answer is: 3") == 1.0
+    (item,) = find_benchmark("math").load(folder_of(find_benchmark("math"), data))
+    assert find_benchmark("math").score(item, "so. The answer is: 0.5") == 1.0
+
+
+@pytest.mark.parametrize("kind", ["legacy", "prepend"])
+def test_the_ids_are_those_of_llavas_evaluation(kind: str, data: Path) -> None:
+    llava_train()
+    from llava.constants import IMAGE_TOKEN_INDEX
+    from llava.conversation import conv_templates
+    from llava.mm_utils import tokenizer_image_token
+
+    tokenizer = llama_tokenizer(kind)
+    for name in ("vqav2", "mmbench-cn", "mm-vet", "mmmu", "textvqa"):
+        benchmark = find_benchmark(name)
+        for item in benchmark.load(folder_of(benchmark, data)):
+            conversation = conv_templates["vicuna_v1"].copy()
+            conversation.append_message(conversation.roles[0], item.question)
+            conversation.append_message(conversation.roles[1], None)
+            theirs = tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX)
+            prompt = Prompt(benchmark.prompt(item), item.images, benchmark.form)
+            assert prompt_ids(prompt, tokenizer, "vicuna_v1", image_token_id=-200, image_tokens=1) == theirs
+
+
+@pytest.mark.parametrize("name", SUBMISSIONS)
+def test_submissions_have_the_exact_form(name: str, model: Made, data: Path, tmp_path: Path) -> None:
+    _, folder = evaluate(model, name, data, tmp_path)
+    file, expected = SUBMISSIONS[name]
+    rows = json.loads((folder / "submission" / name / file).read_text(encoding="utf-8"))
+    keys = {key for row in rows for key in row}
+    assert len(keys) == 2
+    assert [{key: row[key] for key in own} for row, own in zip(rows, expected, strict=True)] == expected
+
+
+def test_the_upload_of_mmbench_has_llavas_columns(model: Made, data: Path, tmp_path: Path) -> None:
+    _, folder = evaluate(model, "mmbench", data, tmp_path)
+    rows = read_xlsx(folder / "submission" / "mmbench" / "mmbench_dev.xlsx")
+    assert list(rows[0]) == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    answers = {line["meta"]["index"]: line["prediction"] for line in read_lines(folder / "predictions.jsonl")}
+    assert [row["prediction"] for row in rows] == [answers[index] for index in range(3)]
+    assert [row["D"] for row in rows] == ["yellow, or = none", None, None]
+
+
+def test_mme_pairs_stand_together_for_its_script(model: Made, data: Path, tmp_path: Path) -> None:
+    _, folder = evaluate(model, "mme", data, tmp_path)
+    rows = [line.split("\t") for line in (folder / "submission" / "mme" / "artwork.txt").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["0000.png", "0000.png", "0001.png", "0001.png"]
+    assert [row[2] for row in rows] == ["Yes", "No", "Yes", "No"]
+    assert rows[1][1] == "Is it a dog?  Please answer yes or no."
+    assert all(len(row) == 4 for row in rows)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_missing_files_are_said_with_what_goes_where(name: str, tmp_path: Path) -> None:
+    with pytest.raises(MissingData) as caught:
+        find_benchmark(name).load(tmp_path)
+    lines = str(caught.value).splitlines()
+    assert name in lines[0]
+    assert str(tmp_path) in lines[0]
+    assert "put there:" in lines
+    assert "they come from: " in lines[-1]
+    assert len(lines) <= 6
+
+
+def test_every_suite_names_benchmarks_that_exist() -> None:
+    assert {name for suite in SUITES.values() for name in suite.benchmarks} <= set(BENCHMARKS)
+    assert SUITES["llava-paper"].mean == ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench")
+    assert list(SUITES) == ["llava-paper", "llava-1.5", "text", "quick", "emoji"]
