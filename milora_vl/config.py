@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
 
 from milora_data.errors import UserError
-from milora_data.templates import get_template
+from milora_data.templates import template_name
 from milora_vl.training import hf_arguments
 
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
@@ -87,8 +87,7 @@ class Recipe(_Strict):
     @field_validator("template")
     @classmethod
     def _known_template(cls, value: str) -> str:
-        get_template(value)
-        return value
+        return template_name(value)
 
     @classmethod
     def parse(

@@ -20,7 +20,7 @@ from milora_data.templates import IMAGE, TEMPLATES
 CONVERSATIONS = json.loads((Path(__file__).parent / "reference" / "conversations.json").read_text(encoding="utf-8"))
 KINDS = ("legacy", "new", "prepend")
 IMG = 32000
-SYSTEM = TEMPLATES["vicuna_v1"].system
+SYSTEM = TEMPLATES["vicuna_v1"].system + " "
 
 
 def record(*texts: str, images: int = 0) -> dict[str, Any]:

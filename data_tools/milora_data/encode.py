@@ -1,7 +1,7 @@
 """Conversations to token ids and labels, by segments: the mask is known while the text is put together.
 
-Equal to LLaVA's `preprocess_v1` and `preprocess_plain` (llava/train/train.py) on well-formed records, without their
-re-counting, which masks a whole conversation as soon as a count is off by one.
+Equal to LLaVA's `preprocess_v1`, `preprocess_plain` and `preprocess_llama_2` (llava/train/train.py) on well-formed
+records, without their re-counting, which masks a whole conversation as soon as a count is off by one.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .conversation import segments_of
 from .errors import DataError
 from .records import Record, Turn, parse_record
-from .templates import IMAGE, Segment, get_template, place_images, render
-from .tokens import bos_ids, eos_text, fast_backend
+from .templates import IMAGE, Segment, place_images
+from .tokens import fast_backend, puts_blank_in_front
 
 IGNORE = -100
 
@@ -54,8 +55,8 @@ def encode(
     record = record if isinstance(record, Record) else parse_record(record)
     try:
         turns = place_images(record.turns, len(record.images))
-        segments = render(turns, get_template(template), eos_text(tokenizer))
-        encoded = _join(_tokenize(segments, tokenizer), bos_ids(tokenizer), image_token_id, image_tokens, max_length)
+        bos, segments = segments_of(turns, template, tokenizer)
+        encoded = _join(_tokenize(segments, tokenizer), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
             cut = f"; max_length {max_length} cuts off {encoded.num_cut} tokens" if encoded.num_cut else ""
             raise NothingToLearn(f"no answer to learn from in this record{cut}")
@@ -84,17 +85,18 @@ def encode_prompt(
         raise DataError(f"{record.source or 'prompt'}: the last turn must be a question")
     num_images = len(record.images) if record is record_or_turns else None
     try:
-        segments = render(place_images(turns, num_images), get_template(template), eos_text(tokenizer), prompt=True)
+        bos, segments = segments_of(place_images(turns, num_images), template, tokenizer, prompt=True)
     except DataError as error:
         raise DataError(f"{record.source or 'prompt'}: {error}") from None
-    return _join(_tokenize(segments, tokenizer), bos_ids(tokenizer), image_token_id, image_tokens).input_ids
+    return _join(_tokenize(segments, tokenizer), bos, image_token_id, image_tokens).input_ids
 
 
 def _tokenize(segments: Sequence[Segment], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of each stretch of text between two pictures.
 
     A stretch is tokenized as a whole and alone, as LLaVA does: pieces may join across segments (never across a
-    picture), and the offsets say which piece belongs to which segment.
+    picture), and the offsets say which piece belongs to which segment. Where a text may be cut (not with SentencePiece)
+    each answer is tokenized alone, so that the prompt has the same pieces in training as when the model is asked.
     """
     texts, spans = [""], [[]]  # type: tuple[list[str], list[list[tuple[int, int]]]]
     for text, learnt in segments:
@@ -107,21 +109,47 @@ def _tokenize(segments: Sequence[Segment], tokenizer: Any) -> list[tuple[list[in
             texts[-1] += part
     backend = fast_backend(tokenizer)
     try:
-        encodings = [backend.encode(text, add_special_tokens=False) for text in texts]
+        one = _whole if puts_blank_in_front(backend) else _in_parts
+        return [one(text, learnt, backend) for text, learnt in zip(texts, spans, strict=True)]
     except TypeError:  # what the Rust side says to a text that UTF-8 cannot hold
         raise DataError("a text is no valid Unicode: it holds half of a surrogate pair (\\ud800 to \\udfff)") from None
-    return [
-        (encoding.ids, _labels(encoding.ids, [start for start, _ in encoding.offsets], learnt))
-        for encoding, learnt in zip(encodings, spans, strict=True)
-    ]
 
 
-def _labels(ids: list[int], starts: list[int], spans: Sequence[tuple[int, int]]) -> list[int]:
+def _in_parts(text: str, spans: Sequence[tuple[int, int]], backend: Any) -> tuple[list[int], list[int]]:
+    """Return ids and labels of one text, of which the characters of `spans` are learnt, each tokenized alone."""
+    ids: list[int] = []
+    labels: list[int] = []
+    at = 0
+    for start, end in [*spans, (len(text), len(text))]:
+        given = backend.encode(text[at:start], add_special_tokens=False).ids
+        learnt = backend.encode(text[start:end], add_special_tokens=False).ids
+        ids += given + learnt
+        labels += [IGNORE] * len(given) + learnt
+        at = end
+    return ids, labels
+
+
+def _whole(text: str, spans: Sequence[tuple[int, int]], backend: Any) -> tuple[list[int], list[int]]:
+    """Return ids and labels of one text, of which the characters of `spans` are learnt."""
+    encoding = backend.encode(text, add_special_tokens=False)
+    ids, offsets = encoding.ids, encoding.offsets
     labels = [IGNORE] * len(ids)
+    starts = [start for start, _ in offsets]
     for start, end in spans:
-        learnt = slice(bisect_left(starts, start), bisect_left(starts, end))
-        labels[learnt] = ids[learnt]
-    return labels
+        first, last = bisect_left(starts, start), bisect_left(starts, end)
+        for place, edge in ((first, start), (last, end)):
+            if place and offsets[place - 1][1] > edge:
+                return _cut(text, spans, edge, backend)  # one piece on both sides, such as "><"
+        labels[first:last] = ids[first:last]
+    return ids, labels
+
+
+def _cut(text: str, spans: Sequence[tuple[int, int]], edge: int, backend: Any) -> tuple[list[int], list[int]]:
+    before = [(start, min(end, edge)) for start, end in spans if start < edge]
+    after = [(max(start, edge) - edge, end - edge) for start, end in spans if end > edge]
+    ids, labels = _whole(text[:edge], before, backend)
+    more_ids, more_labels = _whole(text[edge:], after, backend)
+    return ids + more_ids, labels + more_labels
 
 
 def _join(

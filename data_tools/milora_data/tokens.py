@@ -25,10 +25,27 @@ def fast_backend(tokenizer: Any) -> Any:
     return backend
 
 
+def puts_blank_in_front(backend: Any) -> bool:
+    """Return whether a text gets a blank put in front of it, as SentencePiece does: such texts must not be cut."""
+    return str(backend.encode("a", add_special_tokens=False).tokens[0]).startswith("\u2581")
+
+
 def bos_ids(tokenizer: Any) -> list[int]:
     """Return what the tokenizer itself puts in front of a text: its BOS, or nothing."""
     added = fast_backend(tokenizer).encode("").ids
     return added[:1] if added and added[0] == tokenizer.bos_token_id else []
+
+
+def bos_text(tokenizer: Any) -> str:
+    """Return the text of the BOS for a tokenizer that puts one in front of a text, else nothing."""
+    return str(tokenizer.bos_token) if bos_ids(tokenizer) else ""
+
+
+def own_template(tokenizer: Any) -> str:
+    """Return the tokenizer's own chat template; raises `UserError` if it has none."""
+    if not tokenizer.chat_template:
+        raise UserError("this tokenizer has no chat template of its own\nname one of ours with --template")
+    return str(tokenizer.chat_template)
 
 
 def eos_text(tokenizer: Any) -> str:
