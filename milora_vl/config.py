@@ -38,6 +38,7 @@ class DataConfig(_Strict):
     eval_path: str | None = None  # held-out records, for the evaluation loss
     max_length: PositiveInt = 2048
     image_aspect_ratio: Literal["pad", "plain"] = "pad"
+    jpeg_decoding: Literal["exact", "draft"] = "exact"  # draft: large photos at a part of their size, much sooner
     packing: bool = False
     bad_images: Literal["raise", "skip", "replace"] = "raise"
     limit: PositiveInt | None = None  # the first N records only

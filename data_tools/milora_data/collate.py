@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from torch.utils.data import get_worker_info
 
 from .encode import IGNORE, Encoded, NothingToLearn, encode
 from .errors import DataError, UserError
-from .images import ImageError, ImagePolicy, expand_to_square, load_image
+from .images import ImageError, ImagePolicy
+from .pixels import AspectRatio, JpegDecoding, PixelMaker
 from .records import Record, parse_record
 from .templates import IMAGE
 
@@ -55,18 +56,21 @@ class ImageTextCollator:
         image_token_id: int | None = None,
         image_folder: str | Path | None = None,
         max_length: int | None = None,
-        image_aspect_ratio: Literal["pad", "plain"] = "pad",
+        image_aspect_ratio: AspectRatio = "pad",
         bad_images: ImagePolicy = "raise",
+        jpeg_decoding: JpegDecoding = "exact",
         pad_to_multiple_of: int = 1,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.image_aspect_ratio: AspectRatio = image_aspect_ratio
+        self.jpeg_decoding: JpegDecoding = jpeg_decoding
+        self._maker: PixelMaker | None = None
         self.template = template
         self.image_tokens = image_tokens
         self.image_token_id = self._own_image_token() if image_token_id is None else image_token_id
         self.image_folder = Path(image_folder or "")
         self.max_length = max_length
-        self.image_aspect_ratio = image_aspect_ratio
         self.bad_images = bad_images
         self.pad_to_multiple_of = pad_to_multiple_of
         # One row per loader process, in shared memory: the process that reports is not the one that counts.
@@ -128,28 +132,18 @@ class ImageTextCollator:
 
     def _image(self, path: Path) -> Any:
         try:
-            image = load_image(path)
+            return self._pixels().read(path)
         except ImageError as error:
             if self.bad_images != "replace":
                 raise
             self._count("replaced")
             log.warning("%s (a plain picture takes its place)", error)
-            return self._plain_image()
-        return expand_to_square(image, self._mean_color()) if self.image_aspect_ratio == "pad" else image
+            return self._pixels().plain_image()
 
-    def _process(self, images: list[Any]) -> Tensor:
-        # What is square already is not padded again; a processor that pads by itself must not do so for "plain".
-        options = {"do_pad": False} if self.image_processor.to_dict().get("do_pad") else {}
-        return self.image_processor(images=images, return_tensors="pt", **options)["pixel_values"]
-
-    def _mean_color(self) -> tuple[int, int, int]:
-        red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)
-        return red, green, blue
-
-    def _plain_image(self) -> Any:
-        from PIL import Image
-
-        return Image.new("RGB", (32, 32), self._mean_color())
+    def _pixels(self) -> PixelMaker:
+        if self._maker is None or self._maker.image_processor is not self.image_processor:
+            self._maker = PixelMaker(self.image_processor, self.image_aspect_ratio, self.jpeg_decoding)
+        return self._maker
 
     def _leave_out(self, counter: str, error: DataError) -> None:
         self._count(counter)
@@ -171,10 +165,10 @@ class ImageTextCollator:
         lengths = [len(ids) for ids, _ in rows]
         if self.image_processor is not None and not images:
             self._add_hidden_image(rows, lengths)
-            images = [self._plain_image()]
+            images = [self._pixels().plain_image()]
         batch = self._pad(rows, lengths)
         if images:
-            batch["pixel_values"] = self._process(images)
+            batch["pixel_values"] = self._pixels()(images)
             num_tokens = int((batch["input_ids"] == self.image_token_id).sum())
             assert num_tokens == len(batch["pixel_values"]) * self.image_tokens
         return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,16 +19,21 @@ class ImageError(DataError):
     """A picture file that is missing or cannot be decoded."""
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, *, longest: int | None = None, shortest: int | None = None) -> Image.Image:
     """Return the picture in `path`, decoded, upright (EXIF) and RGB; alpha is dropped as LLaVA does.
 
-    16-bit grey is scaled to 8 bits (PIL alone would clip it to white).
-    Raises `ImageError`: missing, empty, cut off, not a picture.
+    16-bit grey is scaled to 8 bits (PIL alone would clip it to white); of an animation, the first picture counts.
+    With `longest` (or `shortest`), a JPEG is decoded smaller than it is, with at least so many pixels on that side.
+    Raises `ImageError`: missing, empty, cut off, not a picture, far more pixels than a photo has.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
+            least = longest or shortest
+            if least:
+                share = least / (max(image.size) if longest else min(image.size))
+                image.draft(None, (math.ceil(image.width * share), math.ceil(image.height * share)))
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:

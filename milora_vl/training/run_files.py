@@ -37,6 +37,7 @@ def collator(recipe: Recipe, base: nn.Module, processor: Any) -> ImageTextCollat
         max_length=recipe.data.max_length,
         image_aspect_ratio=recipe.data.image_aspect_ratio,
         bad_images=recipe.data.bad_images,
+        jpeg_decoding=recipe.data.jpeg_decoding,
     )
 
 
