@@ -39,7 +39,7 @@ class DataConfig(_Strict):
     max_length: PositiveInt = 2048
     image_aspect_ratio: Literal["pad", "plain"] = "pad"
     jpeg_decoding: Literal["exact", "draft"] = "exact"  # draft: large photos at a part of their size, much sooner
-    packing: bool = False
+    packing: bool = False  # several records in a row of twice max_length
     bad_images: Literal["raise", "skip", "replace"] = "raise"
     limit: PositiveInt | None = None  # the first N records only
 
@@ -48,13 +48,6 @@ class DataConfig(_Strict):
     def _one_source(cls, value: Any) -> Any:
         if isinstance(value, list):
             raise ValueError("several sources with weights are not supported yet; give one JSON file")
-        return value
-
-    @field_validator("packing")
-    @classmethod
-    def _no_packing(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("packing is not supported yet; leave it false")
         return value
 
 

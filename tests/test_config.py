@@ -41,7 +41,6 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("section", "word"),
     [
-        ({"packing": True}, "packing is not supported yet"),
         ({"path": [{"path": "a.json", "weight": 1}]}, "several sources"),
         ({"max_length": 0}, "greater than 0"),
         ({"bad_images": "ignore"}, "'raise', 'skip' or 'replace'"),

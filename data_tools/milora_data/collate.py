@@ -86,7 +86,8 @@ class ImageTextCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.layout = layout
         self.packing = packing
-        self.substitutes = substitutes
+        self._untried = list(reversed(substitutes))
+        self._spare_given: Sample | None = None
         # One row per loader process, in shared memory: the process that reports is not the one that counts.
         self._counts = torch.zeros(_MAX_WORKERS, len(_COUNTERS), dtype=torch.long).share_memory_()
         self._spare: Sample | None = None
@@ -119,15 +120,7 @@ class ImageTextCollator:
     def _sample(self, record: Item) -> Sample | None:
         record = record if isinstance(record, Record) else parse_record(record)
         try:
-            encoded = encode(
-                record,
-                self.tokenizer,
-                template=self.template,
-                image_token_id=self.image_token_id,
-                image_tokens=self.image_tokens,
-                max_length=self.max_length,
-            )
-            images = self._images(record, encoded.num_images)
+            sample = self._read(record)
         except NothingToLearn as error:
             self._leave_out("unlearnable", error)
             return None
@@ -137,15 +130,26 @@ class ImageTextCollator:
                 raise ImageError(f"{error}\nneeded by {place}; --bad_images skip leaves it out") from None
             self._leave_out("skipped", error)
             return None
+        if sample.encoded.num_cut:
+            self._count("cut")
+        return sample
+
+    def _read(self, record: Record) -> Sample:
+        encoded = encode(
+            record,
+            self.tokenizer,
+            template=self.template,
+            image_token_id=self.image_token_id,
+            image_tokens=self.image_tokens,
+            max_length=self.max_length,
+        )
         found = encoded.input_ids.count(self.image_token_id)
         if found != encoded.num_images * self.image_tokens:
             raise DataError(
                 f"{record.source or record.id}: {found} tokens of pictures for {encoded.num_images} pictures "
                 f"of {self.image_tokens}: the text itself holds the picture token ({self.image_token_id})"
             )
-        if encoded.num_cut:
-            self._count("cut")
-        return Sample(encoded, images)
+        return Sample(encoded, self._images(record, encoded.num_images))
 
     def _images(self, record: Record, num_images: int) -> list[Any]:
         if num_images and self.image_processor is None:
@@ -174,8 +178,13 @@ class ImageTextCollator:
 
     def _substitute(self) -> Sample:
         # A step must have a batch. Given records come first: with them, a resumed run does what an unbroken one does.
-        given = (self._sample(record) for record in self.substitutes)
-        found = next((sample for sample in given if sample is not None), self._spare)
+        while self._spare_given is None and self._untried:
+            record = self._untried.pop()
+            try:
+                self._spare_given = self._read(record if isinstance(record, Record) else parse_record(record))
+            except DataError:
+                continue  # it is reported where it comes up itself
+        found = self._spare_given or self._spare
         if found is None:
             raise DataError("every record of the first batch was left out; see the warnings above")
         return found

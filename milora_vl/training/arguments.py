@@ -34,6 +34,7 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "max_length": ("data.max_length", "int", ("model_max_length",), "longest sequence in tokens, pictures included"),
     "jpeg_decoding": ("data.jpeg_decoding", "str", (), "exact, or draft: large photos decoded at a part of their size"),
     "image_aspect_ratio": ("data.image_aspect_ratio", "str", (), "pad, or plain (LLaVA: square)"),
+    "packing": ("data.packing", "bool", (), "several records in one row, so that little of a step is padding"),
     "bad_images": ("data.bad_images", "str", (), "missing or broken pictures: raise, skip or replace"),
     "template": ("template", "str", ("version",), "prompt format, e.g. vicuna_v1 (LLaVA: v1) or plain"),
     "form": ("form", "str", (), "anchored or residual"),
