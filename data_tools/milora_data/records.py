@@ -22,6 +22,7 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+CHARACTERS_PER_TOKEN = 4
 KNOWN_KEYS = ("id", "image", "images", "conversations")
 
 
@@ -72,6 +73,15 @@ def parse_record(value: object, *, source: str = "") -> Record:
     except DataError as error:
         place = source or "record"
         raise DataError(f"{place}: {error}") from None
+
+
+def estimated_length(record: Record, image_tokens: int) -> int:
+    """Return about how many tokens a record takes, without a tokenizer: for sorting, not for counting.
+
+    >>> estimated_length(Record("a", ("a.png",), (Turn("user", "<image>\\nWhat is it?"),), "x:1", {}), 576)
+    580
+    """
+    return sum(len(turn.text) for turn in record.turns) // CHARACTERS_PER_TOKEN + len(record.images) * image_tokens
 
 
 def _images(value: dict[str, Any]) -> tuple[str, ...]:

@@ -10,20 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.utils.data import Sampler
 
-from .records import Record
-
 CHUNKS_PER_POOL = 50  # of so many batches the records are sorted together: long enough to group, short enough to mix
-CHARACTERS_PER_TOKEN = 4
-
-
-def estimated_length(record: Record, image_tokens: int) -> int:
-    """Return about how many tokens a record takes, without a tokenizer: for sorting, not for counting.
-
-    >>> from milora_data.records import Turn
-    >>> estimated_length(Record("a", ("a.png",), (Turn("user", "<image>\\nWhat is it?"),), "x:1", {}), 576)
-    580
-    """
-    return sum(len(turn.text) for turn in record.turns) // CHARACTERS_PER_TOKEN + len(record.images) * image_tokens
 
 
 class LengthGroupedSampler(Sampler[int]):

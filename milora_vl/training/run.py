@@ -54,6 +54,10 @@ class Run:
             self.data = run_data.read(self.recipe.data)
         if self.data.skipped:
             self.screen.warn(f"{self.data.skipped:,} records with missing pictures are left out (--bad_images skip)")
+        for finding in self.data.broken[:5]:
+            self.screen.warn(f"{finding.where}: {finding.message}")
+        if self.data.broken:
+            self.screen.warn(f"{len(self.data.broken):,} broken records are left out (python -m milora_data check)")
         if self.data.unlearnable:
             self.screen.warn(f"{self.data.unlearnable:,} records without an answer are left out")
         from milora_vl.training import training_args
