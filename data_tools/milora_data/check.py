@@ -16,7 +16,7 @@ from .findings import Finding, examine
 from .images import ImagePolicy
 from .jsonfile import read_objects
 from .pictures import MissingImages, elsewhere, find_faults, find_missing, uses
-from .records import Record, load_records, parse_record
+from .records import Record, is_json, load_records, parse_record
 from .report import Report, as_json, as_text
 
 EPILOG = """\
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = image_folder(chosen.data, chosen.image_folder)
     if chosen.fix is not None and chosen.fix.exists():
         raise UserError(f"{chosen.fix} exists already\nnothing was written; name a new file with --fix")
+    if chosen.fix is not None and not is_json(chosen.data):
+        raise UserError(f"--fix repairs JSON and JSON lines, not {chosen.data}\nconvert it first: milora_data convert")
     report = scan(chosen.data, folder, pictures=chosen.pictures)
     sys.stdout.write(as_json(report) if chosen.format == "json" else as_text(report, chosen.limit))
     if chosen.fix is not None:
@@ -106,6 +108,9 @@ def readable(path: Path, report: Report) -> Iterator[Record]:
         where, _, message = str(error).partition(": broken JSON: ")
         report.findings.append(Finding("broken_json", where, message or "not UTF-8"))
 
+    if not is_json(path):
+        yield from load_records(path)
+        return
     objects = read_objects(path, on_error=broken)
     while True:
         try:

@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 from .batches import Row, joined, packed, padded, with_single_image_tokens
 from .encode import IGNORE, Encoded, NothingToLearn, encode
 from .errors import DataError, UserError
-from .images import ImageError, ImagePolicy
+from .images import ImageError, ImagePolicy, place_of
 from .pixels import AspectRatio, JpegDecoding, PixelMaker
 from .records import Record, parse_record
 from .templates import IMAGE
@@ -155,9 +155,9 @@ class ImageTextCollator:
         if num_images and self.image_processor is None:
             raise DataError(f"{record.source or record.id}: a record with pictures, but this model reads only text")
         # max_length may have cut off the last ones.
-        return [self._image(self.image_folder / name) for name in record.images[:num_images]]
+        return [self._image(place_of(self.image_folder, name)) for name in record.images[:num_images]]
 
-    def _image(self, path: Path) -> Any:
+    def _image(self, path: str | Path) -> Any:
         try:
             return self._pixels().read(path)
         except ImageError as error:

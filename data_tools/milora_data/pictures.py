@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import DataError
-from .images import ImageError, load_image
+from .images import ImageError, StoredPicture, load_image, opened, place_of
 from .records import Record
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def uses(records: Iterable[Record]) -> dict[str, list[str]]:
 
 def find_missing(names: Iterable[str], folder: Path) -> list[str]:
     """Return the names for which there is no file below `folder`."""
-    return [name for name in names if not (folder / name).is_file()]
+    return [name for name in names if not (isinstance(name, StoredPicture) or (folder / name).is_file())]
 
 
 def find_faults(names: Sequence[str], folder: Path, *, threads: int = 8) -> Iterator[tuple[str, str, str]]:
@@ -60,19 +60,19 @@ def find_faults(names: Sequence[str], folder: Path, *, threads: int = 8) -> Iter
     from tqdm import tqdm
 
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda name: list(faults(folder / name)), names)
+        found = pool.map(lambda name: list(faults(place_of(folder, name))), names)
         for name, some in zip(names, tqdm(found, "pictures", len(names), disable=None, leave=False), strict=True):
             for kind, message in some:
                 yield name, kind, message
 
 
-def faults(path: Path) -> Iterator[tuple[str, str]]:
+def faults(path: str | Path) -> Iterator[tuple[str, str]]:
     """Yield (kind of finding, what exactly) of one picture file, which is decoded as training does."""
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            notes = list(_peculiarities(image, path.suffix.lower()))
+        with Image.open(opened(path)) as image:
+            notes = list(_peculiarities(image, Path(path).suffix.lower()))
         load_image(path)
     except ImageError as error:
         yield "corrupt_picture", str(error).split("cannot read this picture: ", 1)[-1]

@@ -13,7 +13,7 @@ from .check import image_folder
 from .command import count, parser
 from .encode import encode
 from .errors import UserError
-from .images import ImageError, load_image
+from .images import ImageError, load_image, place_of
 from .preview import Piece, as_rich, text_pieces, token_pieces
 from .records import Record, load_records
 from .tokens import load_tokenizer
@@ -105,7 +105,7 @@ def _print(record: Record, pieces: Sequence[Piece], counts: dict[str, int], fold
         console.print()
     console.print(f"{record.id or '(no id)'}   {record.source}", style="bold")
     for name in record.images:
-        console.print(f"picture: {name} ({_size(folder / name)})", style="dim")
+        console.print(f"picture: {name} ({_size(place_of(folder, name))})", style="dim")
     if record.extra:
         console.print(f"more keys: {json.dumps(dict(record.extra), ensure_ascii=False)}", style="dim")
     if counts:
@@ -113,7 +113,7 @@ def _print(record: Record, pieces: Sequence[Piece], counts: dict[str, int], fold
     console.print(as_rich(pieces))
 
 
-def _size(path: Path) -> str:
+def _size(path: str | Path) -> str:
     try:
         return "{} x {}".format(*load_image(path).size)
     except ImageError as error:
