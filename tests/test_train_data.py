@@ -78,3 +78,18 @@ def test_broken_pictures_cost_no_run_and_are_counted(policy: str, tiny_data: Pat
     assert main(words(tiny_data, run, *extra, "--dataloader_num_workers", "1")) == 0
     what = "a record was left out because a picture" if policy == "skip" else "a missing or broken picture was replaced"
     assert f"3 times while training: {what}" in capfd.readouterr().err
+
+
+def test_a_recipe_mixes_sources_by_weight(tiny_data: Path, tmp_path: Path) -> None:
+    images = str(tiny_data / "images")
+    sources = [
+        {"path": str(tiny_data / "train.json"), "weight": 2, "image_folder": images},
+        {"path": str(tiny_data / "val.json"), "weight": 0, "image_folder": images},
+    ]
+    content = {"model": "tiny", "data": {"path": sources}, "policy": [{"modules": "projector", "method": "full"}]}
+    (tmp_path / "mix.yaml").write_text(json.dumps(content))
+    run = tmp_path / "run"
+    assert (
+        main(["--recipe", str(tmp_path / "mix.yaml"), "--output_dir", str(run), "--max_steps", "1", "--use_cpu"]) == 0
+    )
+    assert json.loads((run / "environment.json").read_text())["data"]["train"] == 24

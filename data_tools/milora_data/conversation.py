@@ -13,14 +13,14 @@ from typing import Any
 from .errors import DataError
 from .records import Turn
 from .templates import OWN, TEMPLATES, Segment, render, split_turns, template_name
-from .tokens import bos_ids, bos_text, eos_text, own_template
+from .tokens import Habits, eos_text, habits, own_template
 
 _HOLE = "\ue000{}\ue001"  # private use: no template knows them
 _HOLES = re.compile("\ue000([0-9]+)\ue001")
 
 
 def segments_of(
-    turns: Sequence[Turn], template: str, tokenizer: Any, *, prompt: bool = False
+    turns: Sequence[Turn], template: str, tokenizer: Any, *, prompt: bool = False, knows: Habits | None = None
 ) -> tuple[list[int], list[Segment]]:
     """Return the ids in front of the conversation (BOS, or none) and its segments, made for `tokenizer`.
 
@@ -29,8 +29,9 @@ def segments_of(
     name = template_name(template)
     if name == OWN:
         return [], own_segments(turns, tokenizer, prompt=prompt)
-    bos = bos_text(tokenizer)
-    return bos_ids(tokenizer), render(turns, TEMPLATES[name], eos_text(tokenizer), bos=bos, prompt=prompt)
+    bos = habits(tokenizer).bos if knows is None else knows.bos
+    text = str(tokenizer.bos_token) if bos else ""
+    return bos, render(turns, TEMPLATES[name], eos_text(tokenizer), bos=text, prompt=prompt)
 
 
 def own_segments(turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False) -> list[Segment]:

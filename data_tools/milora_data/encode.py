@@ -6,7 +6,6 @@ records, without their re-counting, which masks a whole conversation as soon as 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from .conversation import segments_of
 from .errors import DataError
 from .records import Record, Turn, parse_record
 from .templates import IMAGE, Segment, place_images
-from .tokens import fast_backend, puts_blank_in_front
+from .tokens import Habits, habits
 
 IGNORE = -100
 
@@ -55,8 +54,9 @@ def encode(
     record = record if isinstance(record, Record) else parse_record(record)
     try:
         turns = place_images(record.turns, len(record.images))
-        bos, segments = segments_of(turns, template, tokenizer)
-        encoded = _join(_tokenize(segments, tokenizer), bos, image_token_id, image_tokens, max_length)
+        knows = habits(tokenizer)
+        bos, segments = segments_of(turns, template, tokenizer, knows=knows)
+        encoded = _join(_tokenize(segments, knows), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
             cut = f"; max_length {max_length} cuts off {encoded.num_cut} tokens" if encoded.num_cut else ""
             raise NothingToLearn(f"no answer to learn from in this record{cut}")
@@ -85,13 +85,14 @@ def encode_prompt(
         raise DataError(f"{record.source or 'prompt'}: the last turn must be a question")
     num_images = len(record.images) if record is record_or_turns else None
     try:
-        bos, segments = segments_of(place_images(turns, num_images), template, tokenizer, prompt=True)
+        knows = habits(tokenizer)
+        bos, segments = segments_of(place_images(turns, num_images), template, tokenizer, prompt=True, knows=knows)
     except DataError as error:
         raise DataError(f"{record.source or 'prompt'}: {error}") from None
-    return _join(_tokenize(segments, tokenizer), bos, image_token_id, image_tokens).input_ids
+    return _join(_tokenize(segments, knows), bos, image_token_id, image_tokens).input_ids
 
 
-def _tokenize(segments: Sequence[Segment], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+def _tokenize(segments: Sequence[Segment], knows: Habits) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of each stretch of text between two pictures.
 
     A stretch is tokenized as a whole and alone, as LLaVA does: pieces may join across segments (never across a
@@ -107,10 +108,9 @@ def _tokenize(segments: Sequence[Segment], tokenizer: Any) -> list[tuple[list[in
             if learnt:
                 spans[-1].append((len(texts[-1]), len(texts[-1]) + len(part)))
             texts[-1] += part
-    backend = fast_backend(tokenizer)
     try:
-        one = _whole if puts_blank_in_front(backend) else _in_parts
-        return [one(text, learnt, backend) for text, learnt in zip(texts, spans, strict=True)]
+        one = _whole if knows.blank else _in_parts
+        return [one(text, learnt, knows.backend) for text, learnt in zip(texts, spans, strict=True)]
     except TypeError:  # what the Rust side says to a text that UTF-8 cannot hold
         raise DataError("a text is no valid Unicode: it holds half of a surrogate pair (\\ud800 to \\udfff)") from None
 
@@ -132,16 +132,24 @@ def _in_parts(text: str, spans: Sequence[tuple[int, int]], backend: Any) -> tupl
 def _whole(text: str, spans: Sequence[tuple[int, int]], backend: Any) -> tuple[list[int], list[int]]:
     """Return ids and labels of one text, of which the characters of `spans` are learnt."""
     encoding = backend.encode(text, add_special_tokens=False)
-    ids, offsets = encoding.ids, encoding.offsets
+    ids = encoding.ids
     labels = [IGNORE] * len(ids)
-    starts = [start for start, _ in offsets]
     for start, end in spans:
-        first, last = bisect_left(starts, start), bisect_left(starts, end)
+        first, last = _piece(encoding, start, text), _piece(encoding, end, text)
         for place, edge in ((first, start), (last, end)):
-            if place and offsets[place - 1][1] > edge:
+            if place < len(ids) and encoding.token_to_chars(place)[0] < edge:
                 return _cut(text, spans, edge, backend)  # one piece on both sides, such as "><"
         labels[first:last] = ids[first:last]
     return ids, labels
+
+
+def _piece(encoding: Any, character: int, text: str) -> int:
+    """Return the place of the first piece that holds a character, or a later one if none does."""
+    for place in range(character, len(text)):
+        found = encoding.char_to_token(place)
+        if found is not None:
+            return int(found)
+    return len(encoding)
 
 
 def _cut(text: str, spans: Sequence[tuple[int, int]], edge: int, backend: Any) -> tuple[list[int], list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import UserError
 
@@ -25,9 +25,21 @@ def fast_backend(tokenizer: Any) -> Any:
     return backend
 
 
-def puts_blank_in_front(backend: Any) -> bool:
-    """Return whether a text gets a blank put in front of it, as SentencePiece does: such texts must not be cut."""
-    return str(backend.encode("a", add_special_tokens=False).tokens[0]).startswith("\u2581")
+class Habits(NamedTuple):
+    """What a tokenizer does to a text."""
+
+    backend: Any
+    bos: list[int]  # what it puts in front of it
+    blank: bool  # it puts a blank in front of it, as SentencePiece does: such texts must not be cut
+
+
+def habits(tokenizer: Any) -> Habits:
+    """Return what the tokenizer does to a text, by trying it out: once a record, so that no change goes unseen."""
+    backend = fast_backend(tokenizer)
+    tried = backend.encode("a")
+    ids, tokens = tried.ids, tried.tokens
+    first = 1 if tokens[0] == tokenizer.bos_token else 0
+    return Habits(backend, ids[:first], tokens[first].startswith("\u2581"))
 
 
 def bos_ids(tokenizer: Any) -> list[int]:

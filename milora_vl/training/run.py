@@ -50,7 +50,7 @@ class Run:
 
     def read_data(self) -> None:
         """Read and check the records, and settle HF's arguments and the number of steps."""
-        with self.screen.step(f"reading {self.recipe.data.path}"):
+        with self.screen.step(f"reading {run_data.describe(self.recipe.data)}"):
             self.data = run_data.read(self.recipe.data)
         if self.data.skipped:
             self.screen.warn(f"{self.data.skipped:,} records with missing pictures are left out (--bad_images skip)")

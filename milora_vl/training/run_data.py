@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,10 +10,11 @@ from pathlib import Path
 from milora_data.check import check_for_training, readable
 from milora_data.errors import UserError
 from milora_data.findings import Finding, examine
+from milora_data.mix import Source, mixed_records
 from milora_data.pictures import find_missing, uses
 from milora_data.records import Record, load_records
 from milora_data.report import Report
-from milora_vl.config import DataConfig
+from milora_vl.config import DataConfig, SourceConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,10 @@ def read(config: DataConfig) -> RunData:
     """The records that `config` names. UserError for anything in the files that would fail later."""
     if config.path is None:
         raise UserError("nothing to train on: name the records with --data_path, or data.path in the recipe")
-    train = _checked(Path(config.path), config)
+    train = _checked(config.path, config)
     if config.eval_path is None:
         return train
-    held_out = _checked(Path(config.eval_path), config)
+    held_out = _checked(config.eval_path, config)
     return RunData(
         train.train,
         held_out.train,
@@ -53,10 +54,24 @@ def read(config: DataConfig) -> RunData:
     )
 
 
-def _checked(path: Path, config: DataConfig) -> RunData:
+def describe(config: DataConfig) -> str:
+    """The data in a few words: its file, or the files of its sources with their weights."""
+    if not isinstance(config.path, list):
+        return str(config.path)
+    return ", ".join(f"{source.weight:g} x {source.path}" for source in config.path)
+
+
+def _checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
     report = Report(str(path), str(config.image_folder))
-    source = load_records(path) if config.bad_images == "raise" else _usable(path, report)
-    records = list(islice(source, config.limit))
+    if isinstance(path, list):
+        sources = [Source(source.path, source.weight, source.image_folder) for source in path]
+        found_records = mixed_records(sources)
+        path = describe(config)
+    else:
+        found_records = load_records(path) if config.bad_images == "raise" else readable(Path(path), report)
+    if config.bad_images != "raise":
+        found_records = _usable(found_records, report)
+    records = list(islice(found_records, config.limit))
     if not records:
         raise UserError(f"{path} holds no records")
     found = check_for_training(records, config.image_folder, config.bad_images)
@@ -72,9 +87,9 @@ def _checked(path: Path, config: DataConfig) -> RunData:
     return RunData(kept, None, skipped, len(records) - skipped - len(kept), tuple(report.findings))
 
 
-def _usable(path: Path, report: Report) -> Iterator[Record]:
+def _usable(records: Iterable[Record], report: Report) -> Iterator[Record]:
     """The records that can be encoded; why another one cannot is added to the findings of `report`."""
-    for record in readable(path, report):
+    for record in records:
         errors = [finding for finding in examine(record) if finding.severity == "error"]
         if all(finding.kind == "no_answer" for finding in errors):
             yield record
