@@ -14,9 +14,8 @@ from .conversation import segments_of
 from .errors import DataError
 from .records import Record, Turn, parse_record
 from .templates import IMAGE, Segment, place_images
-from .tokens import Habits, habits
-
-IGNORE = -100
+from .tokens import IGNORE, Habits, habits
+from .words import words_of
 
 
 class NothingToLearn(DataError):
@@ -56,7 +55,7 @@ def encode(
         turns = place_images(record.turns, len(record.images))
         knows = habits(tokenizer)
         bos, segments = segments_of(turns, template, tokenizer, knows=knows)
-        encoded = _join(_tokenize(segments, knows), bos, image_token_id, image_tokens, max_length)
+        encoded = _join(_tokenize(segments, tokenizer, knows), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
             cut = f"; max_length {max_length} cuts off {encoded.num_cut} tokens" if encoded.num_cut else ""
             raise NothingToLearn(f"no answer to learn from in this record{cut}")
@@ -89,10 +88,10 @@ def encode_prompt(
         bos, segments = segments_of(place_images(turns, num_images), template, tokenizer, prompt=True, knows=knows)
     except DataError as error:
         raise DataError(f"{record.source or 'prompt'}: {error}") from None
-    return _join(_tokenize(segments, knows), bos, image_token_id, image_tokens).input_ids
+    return _join(_tokenize(segments, tokenizer, knows), bos, image_token_id, image_tokens).input_ids
 
 
-def _tokenize(segments: Sequence[Segment], knows: Habits) -> list[tuple[list[int], list[int]]]:
+def _tokenize(segments: Sequence[Segment], tokenizer: Any, knows: Habits) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of each stretch of text between two pictures.
 
     A stretch is tokenized as a whole and alone, as LLaVA does: pieces may join across segments (never across a
@@ -109,8 +108,13 @@ def _tokenize(segments: Sequence[Segment], knows: Habits) -> list[tuple[list[int
                 spans[-1].append((len(texts[-1]), len(texts[-1]) + len(part)))
             texts[-1] += part
     try:
-        one = _whole if knows.blank else _in_parts
-        return [one(text, learnt, knows.backend) for text, learnt in zip(texts, spans, strict=True)]
+        if not knows.blank:
+            return [_in_parts(text, learnt, knows.backend) for text, learnt in zip(texts, spans, strict=True)]
+        words = words_of(tokenizer, knows.backend)
+        return [
+            (words.encode(text, learnt) if words.usable else None) or _whole(text, learnt, knows.backend)
+            for text, learnt in zip(texts, spans, strict=True)
+        ]
     except TypeError:  # what the Rust side says to a text that UTF-8 cannot hold
         raise DataError("a text is no valid Unicode: it holds half of a surrogate pair (\\ud800 to \\udfff)") from None
 

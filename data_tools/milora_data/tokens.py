@@ -25,6 +25,9 @@ def fast_backend(tokenizer: Any) -> Any:
     return backend
 
 
+IGNORE = -100
+
+
 class Habits(NamedTuple):
     """What a tokenizer does to a text."""
 
