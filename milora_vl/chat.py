@@ -192,10 +192,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _check(options: argparse.Namespace) -> None:
     """Find out before the model loads what would go wrong after."""
-    from milora_data.templates import get_template
+    from milora_data.templates import template_name
 
     if options.template:
-        get_template(options.template)
+        template_name(options.template)
     adapter = options.adapter
     if adapter and not (holds_adapter(adapter) or holds_projector_alone(adapter)):
         raise UserError(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, ValidationError, field_validator
 
 from milora_data.errors import UserError
-from milora_data.templates import get_template
+from milora_data.templates import template_name
 from milora_vl.training import hf_arguments
 
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
@@ -30,31 +30,44 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class SourceConfig(_Strict):
+    """One of several sources."""
+
+    path: str
+    weight: NonNegativeFloat = 1.0  # how often its records come in an epoch
+    image_folder: str | None = None
+
+
 class DataConfig(_Strict):
     """What is learnt from."""
 
-    path: str | None = None  # LLaVA JSON or JSONL
+    path: str | list[SourceConfig] | None = None  # LLaVA JSON or JSONL, parquet, shards, a mixture in YAML; or sources
     image_folder: str | None = None
     eval_path: str | None = None  # held-out records, for the evaluation loss
     max_length: PositiveInt = 2048
     image_aspect_ratio: Literal["pad", "plain"] = "pad"
-    packing: bool = False
+    jpeg_decoding: Literal["exact", "draft"] = "exact"  # draft: large photos at a part of their size, much sooner
+    packing: bool = False  # several records in a row of twice max_length
     bad_images: Literal["raise", "skip", "replace"] = "raise"
     limit: PositiveInt | None = None  # the first N records only
 
     @field_validator("path", mode="before")
     @classmethod
-    def _one_source(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            raise ValueError("several sources with weights are not supported yet; give one JSON file")
-        return value
+    def _sources(cls, value: Any) -> Any:
+        if value is None or isinstance(value, str):
+            return value
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"expected a file, or a list of {{path, weight, image_folder}}, got {value!r}")
+        return [_source(entry, f"source {number}") for number, entry in enumerate(value, start=1)]
 
-    @field_validator("packing")
-    @classmethod
-    def _no_packing(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("packing is not supported yet; leave it false")
-        return value
+
+def _source(entry: Any, place: str) -> SourceConfig:
+    try:
+        return entry if isinstance(entry, SourceConfig) else SourceConfig.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors()[0]
+        known = f"; known: {', '.join(SourceConfig.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise ValueError(f"{place}: {_dotted(first['loc'])}: {first['msg']}{known}") from None
 
 
 class EvalConfig(_Strict):
@@ -87,8 +100,7 @@ class Recipe(_Strict):
     @field_validator("template")
     @classmethod
     def _known_template(cls, value: str) -> str:
-        get_template(value)
-        return value
+        return template_name(value)
 
     @classmethod
     def parse(

@@ -36,6 +36,7 @@ def train(request: arguments.Request) -> int:
     job.read_data()
     job.check_evaluation()
     job.load_model()
+    job.arrange_data()
     job.apply_policy()
     job.open_folder()
     job.train()

@@ -42,7 +42,7 @@ class LogBeforeSave(TrainerCallback):
 class MiloraTrainer(Trainer):
     """Train what `targets` says; `saves` is what a checkpoint holds: adapter, projector alone, or the whole model.
 
-    With `lengths`, one for each training record, batches are made of records of similar length.
+    With `lengths`, one for each training record, batches are made of records of similar length and of one of `kinds`.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class MiloraTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         lengths: Sequence[int] | None = None,
+        kinds: Sequence[object] | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -69,7 +70,7 @@ class MiloraTrainer(Trainer):
         )
         self.targets = targets
         self.saves = saves
-        self.lengths = lengths
+        self.lengths, self.kinds = lengths, kinds
         self.by_columns = takes_columns(_base(model))
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch whatever the model
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
@@ -101,7 +102,7 @@ class MiloraTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(self.lengths, per_step, seed)
+        return LengthGroupedSampler(self.lengths, per_step, seed, kinds=self.kinds)
 
     def compute_loss(
         self,

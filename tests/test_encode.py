@@ -16,11 +16,12 @@ from milora_data.encode import IGNORE, NothingToLearn, encode, encode_prompt
 from milora_data.errors import DataError, UserError
 from milora_data.records import Turn, parse_record
 from milora_data.templates import IMAGE, TEMPLATES
+from milora_data.words import words_of
 
 CONVERSATIONS = json.loads((Path(__file__).parent / "reference" / "conversations.json").read_text(encoding="utf-8"))
 KINDS = ("legacy", "new", "prepend")
 IMG = 32000
-SYSTEM = TEMPLATES["vicuna_v1"].system
+SYSTEM = TEMPLATES["vicuna_v1"].system + " "
 
 
 def record(*texts: str, images: int = 0) -> dict[str, Any]:
@@ -252,3 +253,17 @@ def test_mistakes_with_tokenizer_and_template_are_explained() -> None:
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end-of-sequence token"):
         encode(record("a", "b"), tokenizer, image_token_id=IMG)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=texts | st.text(alphabet=" ab\u2581\n</s>", max_size=25))
+def test_remembered_words_have_the_tokenizers_own_pieces(kind: str, text: str) -> None:
+    assume(text.encode("utf-8", "replace").decode() == text)
+    tokenizer = llama_tokenizer(kind)
+    backend = tokenizer.backend_tokenizer
+    words = words_of(tokenizer, backend)
+    assert words.usable
+    made = words.encode(text, [])
+    assert (made is None) == ("\u2581" in text)
+    assert made is None or made[0] == backend.encode(text, add_special_tokens=False).ids

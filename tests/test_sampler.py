@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from milora_data.records import parse_record
-from milora_data.sampler import LengthGroupedSampler, estimated_length
+from milora_data.records import estimated_length, parse_record
+from milora_data.sampler import LengthGroupedSampler
 
 LENGTHS = [(37 * i) % 101 + 20 for i in range(1000)]
 
@@ -61,3 +63,30 @@ def test_a_picture_counts_as_its_tokens() -> None:
 def test_batch_size_must_be_positive() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
         LengthGroupedSampler([1, 2], 0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 500), st.booleans()), max_size=200), st.integers(1, 9), st.data())
+def test_it_goes_on_in_the_middle_of_an_epoch(
+    records: list[tuple[int, bool]], batch_size: int, data: st.DataObject
+) -> None:
+    lengths, kinds = [length for length, _ in records], [kind for _, kind in records]
+    whole, begun, resumed = (LengthGroupedSampler(lengths, batch_size, 3, kinds=kinds) for _ in range(3))
+    for sampler in (whole, begun):
+        sampler.set_epoch(2)
+    expected = list(whole)
+    assert sorted(expected) == list(range(len(lengths)))
+    done = data.draw(st.integers(0, max(0, len(lengths) - 1)))
+    first = list(islice(begun, done))
+    resumed.load_state_dict(begun.state_dict())
+    assert first + list(resumed) == expected
+    assert list(resumed) == expected  # the epoch after, until it is told that another one begins
+
+
+def test_kinds_are_not_mixed_but_at_the_end() -> None:
+    kinds = [number % 3 == 0 for number in range(1000)]
+    order = list(LengthGroupedSampler(LENGTHS, 8, kinds=kinds))
+    batches = [{kinds[i] for i in order[start : start + 8]} for start in range(0, 1000, 8)]
+    assert all(len(batch) == 1 for batch in batches[:-2])
+    assert padding(order, 8) < 0.15 * padding(list(range(1000)), 8)
+    with pytest.raises(ValueError, match="2 kinds for 3 lengths"):
+        LengthGroupedSampler([1, 2, 3], 2, kinds=[True, False])

@@ -152,7 +152,7 @@ def test_a_picture_token_that_eats_blanks_is_refused() -> None:
 def test_segments_are_the_text_and_say_what_is_learnt() -> None:
     turns = [Turn("user", "What?"), Turn("assistant", "That."), Turn("user", "Why?"), Turn("assistant", "So.")]
     segments = render(turns, TEMPLATES["vicuna_v1"], "</s>")
-    system = TEMPLATES["vicuna_v1"].system
+    system = TEMPLATES["vicuna_v1"].system + " "
     assert "".join(text for text, _ in segments) == (
         f"{system}USER: What? ASSISTANT: That.</s>USER: Why? ASSISTANT: So.</s>"
     )

@@ -6,7 +6,7 @@ Training calls `check_for_training` before it loads a model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +15,8 @@ from .errors import DataError, UserError
 from .findings import Finding, examine
 from .images import ImagePolicy
 from .jsonfile import read_objects
-from .pictures import MissingImages, elsewhere, find_corrupt, find_missing, uses
-from .records import Record, load_records, parse_record
+from .pictures import MissingImages, elsewhere, find_faults, find_missing, uses
+from .records import Record, is_json, load_records, parse_record
 from .report import Report, as_json, as_text
 
 EPILOG = """\
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = image_folder(chosen.data, chosen.image_folder)
     if chosen.fix is not None and chosen.fix.exists():
         raise UserError(f"{chosen.fix} exists already\nnothing was written; name a new file with --fix")
+    if chosen.fix is not None and not is_json(chosen.data):
+        raise UserError(f"--fix repairs JSON and JSON lines, not {chosen.data}\nconvert it first: milora_data convert")
     report = scan(chosen.data, folder, pictures=chosen.pictures)
     sys.stdout.write(as_json(report) if chosen.format == "json" else as_text(report, chosen.limit))
     if chosen.fix is not None:
@@ -78,26 +80,37 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
     Raises `DataError` only if there is nothing to read.
     """
     report = Report(str(path), str(folder))
-    records = list(_readable(path, report))
-    report.records += len(records)
-    report.with_pictures = sum(bool(record.images) for record in records)
-    seen: dict[str, str] = {}
-    for record in records:
+    ids: dict[str, str] = {}
+    contents: dict[int, str] = {}
+    used: dict[str, list[str]] = {}
+    for record in readable(path, report):
+        report.records += 1
+        report.with_pictures += bool(record.images)
         report.findings += examine(record)
-        if record.id and record.id in seen:
-            report.findings.append(Finding("duplicate_id", record.source, f"{record.id} (first at {seen[record.id]})"))
-        seen.setdefault(record.id, record.source)
-    _scan_pictures(records, folder, pictures, report)
+        repeated = bool(record.id) and record.id in ids
+        if repeated:
+            report.findings.append(Finding("duplicate_id", record.source, f"{record.id} (first at {ids[record.id]})"))
+        ids.setdefault(record.id, record.source)
+        content = hash((record.images, record.turns))
+        if content in contents and not repeated:
+            report.findings.append(Finding("duplicate_record", record.source, f"first at {contents[content]}"))
+        contents.setdefault(content, record.source)
+        for name in record.images:
+            used.setdefault(name, []).append(record.source)
+    _scan_pictures(used, folder, pictures, report)
     return report
 
 
-def _readable(path: Path, report: Report) -> Iterator[Record]:
-    """Yield the records; what is none becomes a finding."""
+def readable(path: Path, report: Report) -> Iterator[Record]:
+    """Yield the records; what is none becomes a finding of `report`. Raises `DataError` if there is no such file."""
 
     def broken(error: DataError) -> None:
         where, _, message = str(error).partition(": broken JSON: ")
         report.findings.append(Finding("broken_json", where, message or "not UTF-8"))
 
+    if not is_json(path):
+        yield from load_records(path)
+        return
     objects = read_objects(path, on_error=broken)
     while True:
         try:
@@ -116,19 +129,14 @@ def _readable(path: Path, report: Report) -> Iterator[Record]:
             report.findings.append(Finding("not_a_record", where, str(error).removeprefix(f"{where}: ")))
 
 
-def _scan_pictures(records: Sequence[Record], folder: Path, how: str, report: Report) -> None:
-    used = uses(records)
+def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report: Report) -> None:
     report.picture_files = len(used)
     missing = find_missing(used, folder)
     report.findings += [Finding("missing_picture", where, name) for name in missing for where in used[name]]
     if how == "decode":
         gone = set(missing)
-        corrupt = find_corrupt([name for name in used if name not in gone], folder)
-        report.findings += [
-            Finding("corrupt_picture", where, f"{name}: {reason}")
-            for name, reason in corrupt.items()
-            for where in used[name]
-        ]
+        for name, kind, message in find_faults([name for name in used if name not in gone], folder):
+            report.findings += [Finding(kind, where, f"{name}: {message}") for where in used[name]]
 
 
 def check_for_training(

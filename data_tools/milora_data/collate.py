@@ -1,4 +1,4 @@
-"""Records to a batch for any HF LLaVA model: encoded, right-padded, with the pixels of their pictures.
+"""Records to a batch for HF's LLaVA models or LLaVA's own: encoded, padded or packed, with their pixels.
 
 A batch without any picture gets a plain one, whose tokens are hidden from attention and from the loss: tower and
 projector stay in the graph with gradient zero, as DDP and ZeRO-3 need it (LLaVA splices features of length zero).
@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from .batches import Row, joined, packed, padded, with_single_image_tokens
 from .encode import IGNORE, Encoded, NothingToLearn, encode
 from .errors import DataError, UserError
-from .images import ImageError, ImagePolicy, expand_to_square, load_image
+from .images import ImageError, ImagePolicy, place_of
+from .pixels import AspectRatio, JpegDecoding, PixelMaker
 from .records import Record, parse_record
 from .templates import IMAGE
 
 log = logging.getLogger(__name__)
 
+LLAVA_IMAGE_ID = -200
 _MAX_WORKERS = 256
 _COUNTERS = ("skipped", "replaced", "unlearnable", "cut")
+
+
+Item = Record | Mapping[str, Any]
 
 
 class Sample(NamedTuple):
@@ -39,10 +44,14 @@ class ImageTextCollator:
 
     `__call__` returns input_ids, attention_mask, labels (batch, length) and, with an image processor, pixel_values
     (num_images, 3, H, W): the pictures of all records in order. Labels are -100 wherever nothing is learnt.
+    A list of records in place of one is packed into one row (pack.py): position_ids and use_cache then stand for
+    attention_mask, and `packing="flat"` makes one row of all, as flash attention needs it.
     `image_token_id` is the tokenizer's `<image>` unless given; `image_folder` None takes picture names as they are.
+    `layout="llava"` is for LLaVA's own classes: one -200 for each picture, and `images`, a plain one for text alone.
 
     `bad_images` says what happens with a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
-    plain one. A record with nothing to learn is left out. Each case is logged, and counted in `counts()`.
+    plain one. A record with nothing to learn is left out. Each case is logged, and counted in `counts()`. Of
+    `substitutes`, the first good one stands in for a batch of which nothing is left (else the last good record does).
     """
 
     def __init__(
@@ -55,31 +64,44 @@ class ImageTextCollator:
         image_token_id: int | None = None,
         image_folder: str | Path | None = None,
         max_length: int | None = None,
-        image_aspect_ratio: Literal["pad", "plain"] = "pad",
+        image_aspect_ratio: AspectRatio = "pad",
         bad_images: ImagePolicy = "raise",
+        jpeg_decoding: JpegDecoding = "exact",
         pad_to_multiple_of: int = 1,
+        layout: Literal["hf", "llava"] = "hf",
+        packing: Literal["rows", "flat"] = "rows",
+        substitutes: Sequence[Item] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.image_aspect_ratio: AspectRatio = image_aspect_ratio
+        self.jpeg_decoding: JpegDecoding = jpeg_decoding
+        self._maker: PixelMaker | None = None
         self.template = template
         self.image_tokens = image_tokens
         self.image_token_id = self._own_image_token() if image_token_id is None else image_token_id
         self.image_folder = Path(image_folder or "")
         self.max_length = max_length
-        self.image_aspect_ratio = image_aspect_ratio
         self.bad_images = bad_images
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.layout = layout
+        self.packing = packing
+        self._untried = list(reversed(substitutes))
+        self._spare_given: Sample | None = None
         # One row per loader process, in shared memory: the process that reports is not the one that counts.
         self._counts = torch.zeros(_MAX_WORKERS, len(_COUNTERS), dtype=torch.long).share_memory_()
         self._spare: Sample | None = None
 
-    def __call__(self, records: Sequence[Record | Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         """Return the batch of `records`; raises `DataError` with file and line."""
-        samples = [sample for record in records if (sample := self._sample(record)) is not None]
-        if not samples:
-            samples = [self._substitute()]
-        self._spare = samples[-1]
-        return self._batch(samples)
+        packs = [[item] if isinstance(item, Record | Mapping) else list(item) for item in records]
+        is_packed = any(not isinstance(item, Record | Mapping) for item in records)
+        if is_packed and self.layout == "llava":
+            raise UserError("LLaVA's own classes make their positions themselves: they cannot take packed records")
+        read = [[sample for item in pack if (sample := self._sample(item)) is not None] for pack in packs]
+        rows = [samples for samples in read if samples] or [[self._substitute()]]
+        self._spare = rows[-1][-1]
+        return self._batch(rows, is_packed)
 
     def counts(self) -> dict[str, int]:
         """Return how many records were skipped, unlearnable or cut, and pictures replaced, in all loader processes."""
@@ -95,18 +117,10 @@ class ImageTextCollator:
             )
         return int(found)
 
-    def _sample(self, record: Record | Mapping[str, Any]) -> Sample | None:
+    def _sample(self, record: Item) -> Sample | None:
         record = record if isinstance(record, Record) else parse_record(record)
         try:
-            encoded = encode(
-                record,
-                self.tokenizer,
-                template=self.template,
-                image_token_id=self.image_token_id,
-                image_tokens=self.image_tokens,
-                max_length=self.max_length,
-            )
-            images = self._images(record, encoded.num_images)
+            sample = self._read(record)
         except NothingToLearn as error:
             self._leave_out("unlearnable", error)
             return None
@@ -116,84 +130,110 @@ class ImageTextCollator:
                 raise ImageError(f"{error}\nneeded by {place}; --bad_images skip leaves it out") from None
             self._leave_out("skipped", error)
             return None
-        if encoded.num_cut:
+        if sample.encoded.num_cut:
             self._count("cut")
-        return Sample(encoded, images)
+        return sample
+
+    def _read(self, record: Record) -> Sample:
+        encoded = encode(
+            record,
+            self.tokenizer,
+            template=self.template,
+            image_token_id=self.image_token_id,
+            image_tokens=self.image_tokens,
+            max_length=self.max_length,
+        )
+        found = encoded.input_ids.count(self.image_token_id)
+        if found != encoded.num_images * self.image_tokens:
+            raise DataError(
+                f"{record.source or record.id}: {found} tokens of pictures for {encoded.num_images} pictures "
+                f"of {self.image_tokens}: the text itself holds the picture token ({self.image_token_id})"
+            )
+        return Sample(encoded, self._images(record, encoded.num_images))
 
     def _images(self, record: Record, num_images: int) -> list[Any]:
         if num_images and self.image_processor is None:
             raise DataError(f"{record.source or record.id}: a record with pictures, but this model reads only text")
         # max_length may have cut off the last ones.
-        return [self._image(self.image_folder / name) for name in record.images[:num_images]]
+        return [self._image(place_of(self.image_folder, name)) for name in record.images[:num_images]]
 
-    def _image(self, path: Path) -> Any:
+    def _image(self, path: str | Path) -> Any:
         try:
-            image = load_image(path)
+            return self._pixels().read(path)
         except ImageError as error:
             if self.bad_images != "replace":
                 raise
             self._count("replaced")
             log.warning("%s (a plain picture takes its place)", error)
-            return self._plain_image()
-        return expand_to_square(image, self._mean_color()) if self.image_aspect_ratio == "pad" else image
+            return self._pixels().plain_image()
 
-    def _process(self, images: list[Any]) -> Tensor:
-        # What is square already is not padded again; a processor that pads by itself must not do so for "plain".
-        options = {"do_pad": False} if self.image_processor.to_dict().get("do_pad") else {}
-        return self.image_processor(images=images, return_tensors="pt", **options)["pixel_values"]
-
-    def _mean_color(self) -> tuple[int, int, int]:
-        red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)
-        return red, green, blue
-
-    def _plain_image(self) -> Any:
-        from PIL import Image
-
-        return Image.new("RGB", (32, 32), self._mean_color())
+    def _pixels(self) -> PixelMaker:
+        if self._maker is None or self._maker.image_processor is not self.image_processor:
+            self._maker = PixelMaker(self.image_processor, self.image_aspect_ratio, self.jpeg_decoding)
+        return self._maker
 
     def _leave_out(self, counter: str, error: DataError) -> None:
         self._count(counter)
         log.warning("left out: %s", error)
 
     def _substitute(self) -> Sample:
-        # A step must have a batch: the last good record of this process stands in, which is counted above and logged.
-        if self._spare is None:
+        # A step must have a batch. Given records come first: with them, a resumed run does what an unbroken one does.
+        while self._spare_given is None and self._untried:
+            record = self._untried.pop()
+            try:
+                self._spare_given = self._read(record if isinstance(record, Record) else parse_record(record))
+            except DataError:
+                continue  # it is reported where it comes up itself
+        found = self._spare_given or self._spare
+        if found is None:
             raise DataError("every record of the first batch was left out; see the warnings above")
-        return self._spare
+        return found
 
     def _count(self, counter: str) -> None:
         worker = get_worker_info()
         self._counts[worker.id % (_MAX_WORKERS - 1) + 1 if worker else 0, _COUNTERS.index(counter)] += 1
 
-    def _batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        images = [image for sample in samples for image in sample.images]
-        rows = [(sample.encoded.input_ids, sample.encoded.labels) for sample in samples]
-        lengths = [len(ids) for ids, _ in rows]
+    def _batch(self, samples: Sequence[Sequence[Sample]], is_packed: bool) -> dict[str, Any]:
+        images = [image for row in samples for sample in row for image in sample.images]
+        rows = [joined([_row(sample) for sample in row]) if is_packed else _row(row[0]) for row in samples]
+        if is_packed and self.packing == "flat":
+            rows = [joined(rows)]
+        if self.layout == "llava":
+            return self._llava_batch(rows, [row[0].images for row in samples])
         if self.image_processor is not None and not images:
-            self._add_hidden_image(rows, lengths)
-            images = [self._plain_image()]
-        batch = self._pad(rows, lengths)
+            rows = self._with_hidden_image(rows)
+            images = [self._pixels().plain_image()]
+        batch = (packed if is_packed else padded)(rows, self._pad_id(), self.pad_to_multiple_of)
         if images:
-            batch["pixel_values"] = self._process(images)
+            batch["pixel_values"] = self._pixels()(images)
             num_tokens = int((batch["input_ids"] == self.image_token_id).sum())
             assert num_tokens == len(batch["pixel_values"]) * self.image_tokens
         return batch
 
-    def _add_hidden_image(self, rows: list[tuple[list[int], list[int]]], lengths: Sequence[int]) -> None:
+    def _with_hidden_image(self, rows: Sequence[Row]) -> list[Row]:
         # Behind the shortest row, beyond its attended length, so that the batch grows as little as it can.
-        shortest = min(range(len(rows)), key=lambda row: lengths[row])
-        ids, labels = rows[shortest]
-        rows[shortest] = (ids + [self.image_token_id] * self.image_tokens, labels + [IGNORE] * self.image_tokens)
+        shortest = min(range(len(rows)), key=lambda row: len(rows[row].input_ids))
+        hidden = [self.image_token_id] * self.image_tokens, [IGNORE] * self.image_tokens
+        return [
+            Row(row.input_ids + hidden[0], row.labels + hidden[1], row.lengths) if number == shortest else row
+            for number, row in enumerate(rows)
+        ]
 
-    def _pad(self, rows: Sequence[tuple[list[int], list[int]]], lengths: Sequence[int]) -> dict[str, Tensor]:
-        longest = max(len(ids) for ids, _ in rows)
-        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        input_ids = torch.full((len(rows), width), pad_id)
-        labels = torch.full((len(rows), width), IGNORE)
-        attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for row, ((ids, targets), length) in enumerate(zip(rows, lengths, strict=True)):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            labels[row, : len(ids)] = torch.tensor(targets)
-            attention_mask[row, :length] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    def _llava_batch(self, rows: Sequence[Row], images: Sequence[list[Any]]) -> dict[str, Any]:
+        own = (self.image_token_id, self.image_tokens, LLAVA_IMAGE_ID)
+        batch = padded([with_single_image_tokens(row, *own) for row in rows], self._pad_id(), self.pad_to_multiple_of)
+        batch["attention_mask"] = batch["attention_mask"].bool()
+        if self.image_processor is not None:
+            # LLaVA takes a picture for every row, and none of the features of those that have no place for it.
+            pictures = [image for row in images for image in (row or [self._pixels().plain_image()])]
+            batch["images"] = self._pixels()(pictures)
+        return batch
+
+    def _pad_id(self) -> int:
+        own = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if own is None else own)
+
+
+def _row(sample: Sample) -> Row:
+    encoded = sample.encoded
+    return Row(encoded.input_ids, encoded.labels, [len(encoded.input_ids)])

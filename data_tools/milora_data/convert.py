@@ -1,18 +1,24 @@
-"""`python -m milora_data convert`: LLaVA JSON out of other formats. Pictures stay where they are."""
+"""`python -m milora_data convert`: LLaVA JSON out of other formats."""
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .captions import caption_records
 from .command import parser
 from .errors import DataError, UserError
+from .images import StoredPicture
 from .jsonfile import read_objects, write_objects
 from .messages import from_messages
-from .records import parse_record
+from .other_files import DEFAULT_PROMPT, coco_captions, refcoco, sharegpt, table
+from .records import Record, parse_record
+from .stored import stored_records
+from .vqa_files import Converter, Options, Records, aokvqa, gqa, ocrvqa, scienceqa, textvqa, vizwiz, vqa
 
 EPILOG = """\
 formats (--from):
@@ -20,54 +26,150 @@ formats (--from):
   messages       {"messages": [{"role", "content"}], "images": [...]}, as TRL and others use; a list or one a line
   folder         pictures with a text file each (a.jpg, a.txt), or with one table: captions.json, .jsonl or .csv,
                  metadata.csv or .jsonl
+  csv            a table (.csv, .tsv) with columns for picture, question and answer, or picture and caption
+  hub            FILE.parquet, FILE.tar (webdataset), hub:OWNER/NAME[:SPLIT]; pictures are written to images/
+  vqav2, okvqa   the questions file and the annotations file
+  gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file of questions and answers
+  scienceqa      problems.json            refcoco   refs(...).p and instances.json
+  coco           captions_....json        sharegpt  conversations without pictures
 
 examples:
   python -m milora_data convert --from jsonl a.jsonl b.jsonl --output_dir data
   python -m milora_data convert --from folder my_pictures --output_dir data --prompt "What is this?"
+  python -m milora_data convert --from vqav2 questions.json annotations.json --output_dir data
+  python -m milora_data convert --from gqa questions.json --image_pattern "gqa/images/{}.jpg" --output_dir data
 """
-DEFAULT_PROMPT = "Describe this picture."
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One format: how it is read, and which of the flags say something about it."""
+
+    convert: Converter
+    flags: tuple[str, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser("python -m milora_data convert", "Make LLaVA JSON of another format.", EPILOG)
     options.add_argument("--from", dest="kind", choices=KINDS, required=True, help="format of SOURCE")
-    options.add_argument("sources", type=Path, nargs="+", metavar="SOURCE", help="file, or folder of pictures")
+    options.add_argument("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures")
     options.add_argument("--output_dir", type=Path, required=True, help="folder for data.json, which must not exist")
-    options.add_argument("--prompt", help=f'with --from folder: what is asked (default: "{DEFAULT_PROMPT}")')
+    options.add_argument("--prompt", help=f'what is asked about a caption\'s picture (default: "{DEFAULT_PROMPT}")')
+    options.add_argument("--split", help="of sets whose file holds all splits (default: train)")
+    options.add_argument("--image_pattern", help="file name of a picture from its id, such as coco/{:012d}.jpg")
     chosen = options.parse_args(argv)
-    if chosen.prompt is not None and chosen.kind != "folder":
-        raise UserError(f"--prompt is for --from folder; records of --from {chosen.kind} hold their questions")
-    if chosen.kind == "folder" and len(chosen.sources) > 1:
-        raise UserError("--from folder takes one folder, to which the names of the pictures are relative")
-    out = chosen.output_dir / "data.json"
-    convert = KINDS[chosen.kind]
-    prompt = DEFAULT_PROMPT if chosen.prompt is None else chosen.prompt
-    count = write_objects(out, (value for source in chosen.sources for value in convert(source, prompt)))
+    _check_flags(chosen)
+    images, out = chosen.output_dir / "images", chosen.output_dir / "data.json"
+    if chosen.kind == "hub" and images.exists():
+        raise UserError(f"{images} exists already\nnothing was written; name a new --output_dir")
+    given = Options(chosen.prompt, chosen.split or "train", chosen.image_pattern)
+    sources = chosen.sources if chosen.kind == "hub" else [Path(source) for source in chosen.sources]
+    count = write_objects(out, _with_written_pictures(_read(chosen.kind, sources, given), images))
     sys.stdout.write(f"{out}: {count:,} records\n")
-    folder = chosen.sources[0] if chosen.kind == "folder" else "FOLDER"
+    folder = {"folder": sources[0], "hub": images}.get(chosen.kind, "FOLDER")
     sys.stderr.write(f"next: python -m milora_data check {out} --image_folder {folder}\n")
     return 0
 
 
-def _llava(source: Path, prompt: str) -> Iterator[dict[str, Any]]:
-    for line, value in read_objects(source):
-        parse_record(value, source=f"{source}:{line}")
-        assert isinstance(value, dict)
+def _check_flags(chosen: argparse.Namespace) -> None:
+    for flag in ("prompt", "split", "image_pattern"):
+        if vars(chosen)[flag] is not None and flag not in KINDS[chosen.kind].flags:
+            kinds = ", ".join(name for name, kind in KINDS.items() if flag in kind.flags)
+            raise UserError(f"--{flag} is for --from {kinds}; --from {chosen.kind} has no use for it")
+    if chosen.kind == "folder" and len(chosen.sources) > 1:
+        raise UserError("--from folder takes one folder, to which the names of the pictures are relative")
+
+
+def _read(kind: str, sources: Sequence[Any], options: Options) -> Records:
+    """Yield the records; a file that is not of its kind is said to be none."""
+    try:
+        yield from KINDS[kind].convert(sources, options)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        names = ", ".join(map(str, sources))
+        what = f"no {error} in it" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{names}: not what --from {kind} expects: {what}") from None
+
+
+def _with_written_pictures(records: Records, folder: Path) -> Records:
+    """Yield the records after their stored pictures have been written to `folder`, which names them."""
+    used: set[str] = set()
+    for value in records:
+        images = value.get("image")
+        if isinstance(images, StoredPicture):
+            value["image"] = _write_picture(images, folder, used)
+        elif isinstance(images, list):
+            value["image"] = [_write_picture(i, folder, used) if isinstance(i, StoredPicture) else i for i in images]
         yield value
 
 
-def _messages(source: Path, prompt: str) -> Iterator[dict[str, Any]]:
-    for line, value in read_objects(source):
-        try:
-            yield from_messages(value, number=line)
-        except DataError as error:
-            raise DataError(f"{source}:{line}: {error}") from None
+def _write_picture(picture: StoredPicture, folder: Path, used: set[str]) -> str:
+    stem, suffix = Path(picture).stem or "picture", Path(picture).suffix or _suffix(picture.content)
+    name, number = f"{stem}{suffix}", 1
+    while name in used:
+        number += 1
+        name = f"{stem}-{number}{suffix}"
+    used.add(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(picture.content)
+    return name
 
 
-KINDS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {
-    "llava": _llava,
-    "jsonl": _llava,
-    "messages": _messages,
-    "folder": caption_records,
+def _suffix(content: bytes) -> str:
+    signs = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"GI": ".gif", b"RI": ".webp", b"BM": ".bmp"}
+    return signs.get(content[:2], ".img")
+
+
+def _llava(sources: Sequence[Path], options: Options) -> Records:
+    for source in sources:
+        for line, value in read_objects(source):
+            parse_record(value, source=f"{source}:{line}")
+            assert isinstance(value, dict)
+            yield value
+
+
+def _messages(sources: Sequence[Path], options: Options) -> Records:
+    for source in sources:
+        for line, value in read_objects(source):
+            try:
+                yield from_messages(value, number=line)
+            except DataError as error:
+                raise DataError(f"{source}:{line}: {error}") from None
+
+
+def _folder(sources: Sequence[Path], options: Options) -> Records:
+    return caption_records(sources[0], DEFAULT_PROMPT if options.prompt is None else options.prompt)
+
+
+def _stored(sources: Sequence[Any], options: Options) -> Records:
+    for source in sources:
+        for number, record in enumerate(stored_records(str(source), options)):
+            yield _as_llava(record, str(number))
+
+
+def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    images = {"image": record.images[0] if len(record.images) == 1 else list(record.images)} if record.images else {}
+    turns = [{"from": names[turn.role], "value": turn.text} for turn in record.turns]
+    return {"id": record.id or identifier, **images, "conversations": turns}
+
+
+KINDS: dict[str, Kind] = {
+    "llava": Kind(_llava),
+    "jsonl": Kind(_llava),
+    "messages": Kind(_messages),
+    "folder": Kind(_folder, ("prompt",)),
+    "csv": Kind(table, ("prompt",)),
+    "hub": Kind(_stored, ("prompt",)),
+    "vqav2": Kind(vqa, ("image_pattern",)),
+    "okvqa": Kind(vqa, ("image_pattern",)),
+    "gqa": Kind(gqa, ("image_pattern",)),
+    "vizwiz": Kind(vizwiz, ("image_pattern",)),
+    "textvqa": Kind(textvqa, ("image_pattern",)),
+    "ocrvqa": Kind(ocrvqa, ("image_pattern", "split")),
+    "aokvqa": Kind(aokvqa, ("image_pattern",)),
+    "scienceqa": Kind(scienceqa, ("image_pattern", "split")),
+    "refcoco": Kind(refcoco, ("image_pattern", "split")),
+    "coco": Kind(coco_captions, ("prompt", "image_pattern")),
+    "sharegpt": Kind(sharegpt),
 }

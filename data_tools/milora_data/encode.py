@@ -1,22 +1,21 @@
 """Conversations to token ids and labels, by segments: the mask is known while the text is put together.
 
-Equal to LLaVA's `preprocess_v1` and `preprocess_plain` (llava/train/train.py) on well-formed records, without their
-re-counting, which masks a whole conversation as soon as a count is off by one.
+Equal to LLaVA's `preprocess_v1`, `preprocess_plain` and `preprocess_llama_2` (llava/train/train.py) on well-formed
+records, without their re-counting, which masks a whole conversation as soon as a count is off by one.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .conversation import segments_of
 from .errors import DataError
 from .records import Record, Turn, parse_record
-from .templates import IMAGE, Segment, get_template, place_images, render
-from .tokens import bos_ids, eos_text, fast_backend
-
-IGNORE = -100
+from .templates import IMAGE, Segment, place_images
+from .tokens import IGNORE, Habits, habits
+from .words import words_of
 
 
 class NothingToLearn(DataError):
@@ -54,8 +53,9 @@ def encode(
     record = record if isinstance(record, Record) else parse_record(record)
     try:
         turns = place_images(record.turns, len(record.images))
-        segments = render(turns, get_template(template), eos_text(tokenizer))
-        encoded = _join(_tokenize(segments, tokenizer), bos_ids(tokenizer), image_token_id, image_tokens, max_length)
+        knows = habits(tokenizer)
+        bos, segments = segments_of(turns, template, tokenizer, knows=knows)
+        encoded = _join(_tokenize(segments, tokenizer, knows), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
             cut = f"; max_length {max_length} cuts off {encoded.num_cut} tokens" if encoded.num_cut else ""
             raise NothingToLearn(f"no answer to learn from in this record{cut}")
@@ -84,17 +84,19 @@ def encode_prompt(
         raise DataError(f"{record.source or 'prompt'}: the last turn must be a question")
     num_images = len(record.images) if record is record_or_turns else None
     try:
-        segments = render(place_images(turns, num_images), get_template(template), eos_text(tokenizer), prompt=True)
+        knows = habits(tokenizer)
+        bos, segments = segments_of(place_images(turns, num_images), template, tokenizer, prompt=True, knows=knows)
     except DataError as error:
         raise DataError(f"{record.source or 'prompt'}: {error}") from None
-    return _join(_tokenize(segments, tokenizer), bos_ids(tokenizer), image_token_id, image_tokens).input_ids
+    return _join(_tokenize(segments, tokenizer, knows), bos, image_token_id, image_tokens).input_ids
 
 
-def _tokenize(segments: Sequence[Segment], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+def _tokenize(segments: Sequence[Segment], tokenizer: Any, knows: Habits) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of each stretch of text between two pictures.
 
     A stretch is tokenized as a whole and alone, as LLaVA does: pieces may join across segments (never across a
-    picture), and the offsets say which piece belongs to which segment.
+    picture), and the offsets say which piece belongs to which segment. Where a text may be cut (not with SentencePiece)
+    each answer is tokenized alone, so that the prompt has the same pieces in training as when the model is asked.
     """
     texts, spans = [""], [[]]  # type: tuple[list[str], list[list[tuple[int, int]]]]
     for text, learnt in segments:
@@ -105,23 +107,61 @@ def _tokenize(segments: Sequence[Segment], tokenizer: Any) -> list[tuple[list[in
             if learnt:
                 spans[-1].append((len(texts[-1]), len(texts[-1]) + len(part)))
             texts[-1] += part
-    backend = fast_backend(tokenizer)
     try:
-        encodings = [backend.encode(text, add_special_tokens=False) for text in texts]
+        if not knows.blank:
+            return [_in_parts(text, learnt, knows.backend) for text, learnt in zip(texts, spans, strict=True)]
+        words = words_of(tokenizer, knows.backend)
+        return [
+            (words.encode(text, learnt) if words.usable else None) or _whole(text, learnt, knows.backend)
+            for text, learnt in zip(texts, spans, strict=True)
+        ]
     except TypeError:  # what the Rust side says to a text that UTF-8 cannot hold
         raise DataError("a text is no valid Unicode: it holds half of a surrogate pair (\\ud800 to \\udfff)") from None
-    return [
-        (encoding.ids, _labels(encoding.ids, [start for start, _ in encoding.offsets], learnt))
-        for encoding, learnt in zip(encodings, spans, strict=True)
-    ]
 
 
-def _labels(ids: list[int], starts: list[int], spans: Sequence[tuple[int, int]]) -> list[int]:
+def _in_parts(text: str, spans: Sequence[tuple[int, int]], backend: Any) -> tuple[list[int], list[int]]:
+    """Return ids and labels of one text, of which the characters of `spans` are learnt, each tokenized alone."""
+    ids: list[int] = []
+    labels: list[int] = []
+    at = 0
+    for start, end in [*spans, (len(text), len(text))]:
+        given = backend.encode(text[at:start], add_special_tokens=False).ids
+        learnt = backend.encode(text[start:end], add_special_tokens=False).ids
+        ids += given + learnt
+        labels += [IGNORE] * len(given) + learnt
+        at = end
+    return ids, labels
+
+
+def _whole(text: str, spans: Sequence[tuple[int, int]], backend: Any) -> tuple[list[int], list[int]]:
+    """Return ids and labels of one text, of which the characters of `spans` are learnt."""
+    encoding = backend.encode(text, add_special_tokens=False)
+    ids = encoding.ids
     labels = [IGNORE] * len(ids)
     for start, end in spans:
-        learnt = slice(bisect_left(starts, start), bisect_left(starts, end))
-        labels[learnt] = ids[learnt]
-    return labels
+        first, last = _piece(encoding, start, text), _piece(encoding, end, text)
+        for place, edge in ((first, start), (last, end)):
+            if place < len(ids) and encoding.token_to_chars(place)[0] < edge:
+                return _cut(text, spans, edge, backend)  # one piece on both sides, such as "><"
+        labels[first:last] = ids[first:last]
+    return ids, labels
+
+
+def _piece(encoding: Any, character: int, text: str) -> int:
+    """Return the place of the first piece that holds a character, or a later one if none does."""
+    for place in range(character, len(text)):
+        found = encoding.char_to_token(place)
+        if found is not None:
+            return int(found)
+    return len(encoding)
+
+
+def _cut(text: str, spans: Sequence[tuple[int, int]], edge: int, backend: Any) -> tuple[list[int], list[int]]:
+    before = [(start, min(end, edge)) for start, end in spans if start < edge]
+    after = [(max(start, edge) - edge, end - edge) for start, end in spans if end > edge]
+    ids, labels = _whole(text[:edge], before, backend)
+    more_ids, more_labels = _whole(text[edge:], after, backend)
+    return ids + more_ids, labels + more_labels
 
 
 def _join(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from .errors import DataError
-from .records import Record
+from .records import Record, estimated_length
 from .templates import IMAGE, place_images, split_turns
 
 Severity = Literal["error", "warning"]
@@ -36,12 +36,38 @@ KINDS: Mapping[str, Kind] = {
     "answer_first": Kind("warning", "starts with an answer, which is left out"),
     "unanswered": Kind("warning", "ends with a question, which teaches nothing"),
     "special_token": Kind("warning", "text holds a special token, which is encoded as such"),
+    "picture_in_answer": Kind("warning", f"answer holds {IMAGE}"),
+    "role_in_text": Kind("warning", "text plays another role, as if answers had run on"),
+    "damaged_text": Kind("warning", "text with characters that were lost in a conversion"),
+    "control_character": Kind("warning", "text with control characters"),
+    "long_record": Kind("warning", "longer than 2,048 tokens, by estimate: max_length will cut it"),
+    "duplicate_record": Kind("warning", "same picture and same conversation as before"),
+    "outside_folder": Kind("warning", "picture named by an absolute path, or by one that leaves the folder"),
+    "wrong_suffix": Kind("warning", "picture of another format than its name says"),
+    "animated_picture": Kind("warning", "animated picture: its first frame is used"),
+    "rotated_picture": Kind("warning", "picture stored on its side: it is turned upright (LLaVA does not)"),
+    "cmyk_picture": Kind("warning", "picture in print colours (CMYK): converted"),
+    "deep_picture": Kind("warning", "picture of 16 bits and more: scaled to 8"),
+    "transparent_picture": Kind("warning", "picture with transparency, which is dropped as LLaVA does"),
+    "long_picture": Kind("warning", "picture more than 10 times as long as wide: mostly padding"),
+    "tiny_picture": Kind("warning", "picture of less than 16 pixels a side"),
+    "huge_picture": Kind("warning", "picture of more than 40 megapixels: slow to decode (--jpeg_decoding draft)"),
 }
 # Of Llama, Vicuna, Qwen, SmolLM and GPT-2; which of them means something depends on the tokenizer.
-SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")
 
 _LONGEST = 300
+_ESTIMATED_TOKENS = 2048
+_ROLE = re.compile(r"(?:^|\n| )(?:ASSISTANT|USER|### ?(?:Human|Assistant)): ")
+_LOST = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00e2\u20ac")  # the signs of UTF-8 read as Latin-1
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_PATTERNS = {
+    "broken_text": _SURROGATE,
+    "role_in_text": _ROLE,
+    "damaged_text": _LOST,
+    "control_character": CONTROL,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +110,12 @@ def examine(record: Record) -> Iterator[Finding]:
         yield found("unanswered", exchange[-1].text)
     if len(exchange) < sum(turn.role != "system" for turn in record.turns):
         yield found("answer_first", next(turn.text for turn in record.turns if turn.role == "assistant"))
+    tokens = estimated_length(record, 576)
+    if tokens > _ESTIMATED_TOKENS:
+        yield found("long_record", f"about {tokens:,} tokens")
+    outside = [name for name in record.images if name.startswith(("/", "~", "\\")) or ".." in name.split("/")]
+    if outside:
+        yield found("outside_folder", outside[0])
     yield from _texts(record)
 
 
@@ -95,8 +127,12 @@ def _texts(record: Record) -> Iterator[Finding]:
                 yield Finding("empty_answer", record.source, where)
             elif turn.role == "user" and IMAGE not in turn.text:
                 yield Finding("empty_question", record.source, where)
-        if _SURROGATE.search(turn.text):
-            yield Finding("broken_text", record.source, where)
+        if turn.role == "assistant" and IMAGE in turn.text:
+            yield Finding("picture_in_answer", record.source, where)
+        for kind, pattern in _PATTERNS.items():
+            if (match := pattern.search(turn.text)) is not None:
+                excerpt = turn.text[max(0, match.start() - 20) : match.end() + 20]
+                yield Finding(kind, record.source, f"{where}: {excerpt!r}" if kind != "broken_text" else where)
         specials = [token for token in SPECIAL_TOKENS if token in turn.text]
         if specials:
             yield Finding("special_token", record.source, f"{where}: {', '.join(specials)}")

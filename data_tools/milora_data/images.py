@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,29 +16,60 @@ ImagePolicy = Literal["raise", "skip", "replace"]
 """What to do with a picture that cannot be read: stop, leave its record out, or show a plain picture in its place."""
 
 
+class StoredPicture(str):
+    """The name of a picture that is stored inside a data set; `content` holds the bytes of its file."""
+
+    content: bytes
+
+    def __new__(cls, name: str, content: bytes) -> StoredPicture:
+        """Return `name` with the bytes of its file."""
+        made = super().__new__(cls, name)
+        made.content = content
+        return made
+
+    def __reduce__(self) -> tuple[type[StoredPicture], tuple[str, bytes]]:
+        return type(self), (str(self), self.content)
+
+
+def place_of(folder: Path, name: str) -> str | Path:
+    """Return what `load_image` reads for the picture `name` of a record: a file below `folder`, or the stored one."""
+    return name if isinstance(name, StoredPicture) else folder / name
+
+
 class ImageError(DataError):
     """A picture file that is missing or cannot be decoded."""
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path, *, longest: int | None = None, shortest: int | None = None) -> Image.Image:
     """Return the picture in `path`, decoded, upright (EXIF) and RGB; alpha is dropped as LLaVA does.
 
-    16-bit grey is scaled to 8 bits (PIL alone would clip it to white).
-    Raises `ImageError`: missing, empty, cut off, not a picture.
+    16-bit grey is scaled to 8 bits (PIL alone would clip it to white); of an animation, the first picture counts.
+    With `longest` (or `shortest`), a JPEG is decoded smaller than it is, with at least so many pixels on that side.
+    Raises `ImageError`: missing, empty, cut off, not a picture, far more pixels than a photo has.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        with Image.open(opened(path)) as image:
+            least = longest or shortest
+            if least:
+                share = least / (max(image.size) if longest else min(image.size))
+                image.draft(None, (math.ceil(image.width * share), math.ceil(image.height * share)))
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         reason = "no such file"
     except UnidentifiedImageError:
-        reason = "not a picture" if Path(path).stat().st_size else "the file is empty"
+        size = len(path.content) if isinstance(path, StoredPicture) else Path(path).stat().st_size
+        reason = "not a picture" if size else "the file is empty"
     except Exception as error:  # PIL's plugins raise whatever they trip over: OSError, SyntaxError, struct.error, ...
         reason = str(error) or type(error).__name__
     raise ImageError(f"{path}: cannot read this picture: {reason}")
+
+
+def opened(path: str | Path) -> str | Path | BytesIO:
+    """Return what PIL opens: the path, or the bytes of a stored picture."""
+    return BytesIO(path.content) if isinstance(path, StoredPicture) else path
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

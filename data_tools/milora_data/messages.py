@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import DataError
+from .images import StoredPicture
 from .records import ROLES
 from .templates import IMAGE
 
@@ -59,6 +60,8 @@ def _part(part: object, place: int, named: list[str]) -> str:
 
 
 def _file(image: object) -> str:
+    if isinstance(image, StoredPicture):
+        return image
     name = (image.get("path") or image.get("url")) if isinstance(image, dict) else image
     if not isinstance(name, str) or name.startswith(("http://", "https://", "data:")):
         raise DataError(f"a picture must be a file name, got {str(image)[:60]}; save it to a file first")

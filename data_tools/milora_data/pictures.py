@@ -1,15 +1,31 @@
-"""Which pictures of a data set are missing, and which cannot be read."""
+"""Which pictures of a data set are missing, which cannot be read, and what is peculiar about others."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import DataError
-from .images import ImageError, load_image
+from .images import ImageError, StoredPicture, load_image, opened, place_of
 from .records import Record
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SUFFIXES = {
+    ".jpg": ("JPEG", "MPO"),
+    ".jpeg": ("JPEG", "MPO"),
+    ".png": ("PNG",),
+    ".gif": ("GIF",),
+    ".webp": ("WEBP",),
+    ".bmp": ("BMP", "DIB"),
+    ".tif": ("TIFF",),
+    ".tiff": ("TIFF",),
+}
+_ORIENTATION = 0x0112
 
 
 class MissingImages(DataError):
@@ -36,23 +52,63 @@ def uses(records: Iterable[Record]) -> dict[str, list[str]]:
 
 def find_missing(names: Iterable[str], folder: Path) -> list[str]:
     """Return the names for which there is no file below `folder`."""
-    return [name for name in names if not (folder / name).is_file()]
+    return [name for name in names if not (isinstance(name, StoredPicture) or (folder / name).is_file())]
 
 
-def find_corrupt(names: Sequence[str], folder: Path, *, threads: int = 8) -> Mapping[str, str]:
-    """Return, by name, what is wrong with each picture that cannot be decoded; a progress bar shows on a terminal."""
+def find_faults(names: Sequence[str], folder: Path, *, threads: int = 8) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, kind of finding, what exactly) of each picture, decoded; a bar shows on a terminal how far it is."""
     from tqdm import tqdm
 
-    def reason(name: str) -> str | None:
-        try:
-            load_image(folder / name)
-        except ImageError as error:
-            return str(error).split("cannot read this picture: ", 1)[-1]
-        return None
-
     with ThreadPoolExecutor(threads) as pool:
-        reasons = tqdm(pool.map(reason, names), "pictures", len(names), disable=None, file=sys.stderr, leave=False)
-        return {name: text for name, text in zip(names, reasons, strict=True) if text is not None}
+        found = pool.map(lambda name: list(faults(place_of(folder, name))), names)
+        for name, some in zip(names, tqdm(found, "pictures", len(names), disable=None, leave=False), strict=True):
+            for kind, message in some:
+                yield name, kind, message
+
+
+def faults(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yield (kind of finding, what exactly) of one picture file, which is decoded as training does."""
+    from PIL import Image
+
+    try:
+        with Image.open(opened(path)) as image:
+            notes = list(_peculiarities(image, Path(path).suffix.lower()))
+        load_image(path)
+    except ImageError as error:
+        yield "corrupt_picture", str(error).split("cannot read this picture: ", 1)[-1]
+        return
+    except Exception:  # PIL's plugins raise whatever they trip over; load_image says it in words
+        try:
+            load_image(path)
+        except ImageError as error:
+            yield "corrupt_picture", str(error).split("cannot read this picture: ", 1)[-1]
+        return
+    yield from notes
+
+
+def _peculiarities(image: Image.Image, suffix: str) -> Iterator[tuple[str, str]]:
+    width, height = image.size
+    size = f"{width:,} x {height:,}"
+    if suffix in SUFFIXES and image.format not in SUFFIXES[suffix]:
+        yield "wrong_suffix", f"{image.format} inside"
+    if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
+        yield "rotated_picture", f"EXIF orientation {image.getexif()[_ORIENTATION]}"
+    if image.mode == "CMYK":
+        yield "cmyk_picture", size
+    if image.mode.startswith(("I", "F")):
+        yield "deep_picture", f"mode {image.mode}"
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        yield "transparent_picture", f"mode {image.mode}"
+    if max(width, height) > 10 * min(width, height):
+        yield "long_picture", size
+    if max(width, height) < 16:
+        yield "tiny_picture", size
+    if width * height > 40_000_000:
+        yield "huge_picture", size
+    if image.format != "MPO":
+        with suppress(EOFError):
+            image.seek(1)
+            yield "animated_picture", str(image.format)
 
 
 def elsewhere(missing: Sequence[str], folder: Path, beside: Path | None) -> Path | None:

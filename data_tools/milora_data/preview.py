@@ -27,7 +27,7 @@ class Piece(NamedTuple):
 def text_pieces(record: Record, *, template: str = "vicuna_v1", eos: str = "</s>") -> list[Piece]:
     """Return the pieces of a record without a tokenizer. Raises `DataError` with file and line, as `encode` does."""
     try:
-        segments = render(place_images(record.turns, len(record.images)), get_template(template), eos)
+        segments = render(place_images(record.turns, len(record.images)), get_template(template), eos, bos="<s>")
     except DataError as error:
         raise DataError(f"{record.source or f'record {record.id!r}'}: {error}") from None
     pieces = []

@@ -22,6 +22,7 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+CHARACTERS_PER_TOKEN = 4
 KNOWN_KEYS = ("id", "image", "images", "conversations")
 
 
@@ -45,12 +46,28 @@ class Record:
 
 
 def load_records(path: str | Path) -> Iterator[Record]:
-    """Yield the records of a LLaVA JSON file (a list) or a JSONL file, in order.
+    """Yield the records of a data set, in order and one by one: nothing is held in memory.
 
+    A JSON file (a list) or JSON lines of LLaVA's records or of `messages`; .parquet, .tar (webdataset) and
+    hub:OWNER/NAME[:SPLIT] through `datasets`; .yaml, a mixture of such sources (mix.py).
     Raises `DataError` with file and line: no such file, broken JSON, a record that is not one.
     """
-    for line, value in read_objects(Path(path)):
-        yield parse_record(value, source=f"{path}:{line}")
+    if is_json(path):
+        for line, value in read_objects(Path(path)):
+            yield parse_record(value, source=f"{path}:{line}")
+    elif str(path).endswith((".yaml", ".yml")):
+        from .mix import mixed_records, read_sources
+
+        yield from mixed_records(*read_sources(Path(path)))
+    else:
+        from .stored import stored_records
+
+        yield from stored_records(str(path))
+
+
+def is_json(path: str | Path) -> bool:
+    """Return whether `path` is read as JSON: what is neither a mixture nor stored in a format of `datasets`."""
+    return not str(path).startswith("hub:") and Path(path).suffix not in (".yaml", ".yml", ".parquet", ".tar", ".arrow")
 
 
 def parse_record(value: object, *, source: str = "") -> Record:
@@ -62,6 +79,10 @@ def parse_record(value: object, *, source: str = "") -> Record:
     try:
         if not isinstance(value, dict):
             raise DataError(f"expected a record (an object), got {type(value).__name__}")
+        if "messages" in value and "conversations" not in value:
+            from .messages import from_messages
+
+            value = from_messages(value, number=0) | ({} if "id" in value else {"id": ""})
         return Record(
             id=str(value.get("id", "")),
             images=_images(value),
@@ -74,11 +95,20 @@ def parse_record(value: object, *, source: str = "") -> Record:
         raise DataError(f"{place}: {error}") from None
 
 
+def estimated_length(record: Record, image_tokens: int) -> int:
+    """Return about how many tokens a record takes, without a tokenizer: for sorting, not for counting.
+
+    >>> estimated_length(Record("a", ("a.png",), (Turn("user", "<image>\\nWhat is it?"),), "x:1", {}), 576)
+    580
+    """
+    return sum(len(turn.text) for turn in record.turns) // CHARACTERS_PER_TOKEN + len(record.images) * image_tokens
+
+
 def _images(value: dict[str, Any]) -> tuple[str, ...]:
     found = value.get("images", value.get("image"))
     if found is None:
         return ()
-    names = [found] if isinstance(found, str) else found
+    names = found if isinstance(found, list) else [found]
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise DataError(f'"image" must be a file name or a list of file names, got {found!r}')
     return tuple(names)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError
-from .findings import KINDS, examine
+from .findings import CONTROL, KINDS, examine
 from .jsonfile import read_objects, write_objects
 from .records import ROLES, parse_record
 from .templates import IMAGE
@@ -36,6 +36,11 @@ def repair(value: dict[str, Any], done: Counter[str]) -> dict[str, Any]:
     if turns and ROLES[turns[-1]["from"]] == "user" and IMAGE not in turns[-1]["value"]:
         del turns[-1]
         done["questions without answer removed"] += 1
+    for turn in turns:
+        clean = CONTROL.sub("", turn["value"])
+        if clean != turn["value"]:
+            turn["value"] = clean
+            done["texts without their control characters"] += 1
     pictures = parse_record(value).images
     if pictures and turns[start:] and not any(IMAGE in turn["value"] for turn in turns):
         turns[start]["value"] = f"{IMAGE}\n" * len(pictures) + turns[start]["value"]

@@ -13,9 +13,10 @@ from .check import image_folder
 from .command import count, parser
 from .encode import encode
 from .errors import UserError
-from .images import ImageError, load_image
+from .images import ImageError, load_image, place_of
 from .preview import Piece, as_rich, text_pieces, token_pieces
 from .records import Record, load_records
+from .show_page import shown, write_page
 from .tokens import load_tokenizer
 
 EPILOG = """\
@@ -23,6 +24,7 @@ what is learnt stands in [[ ]]; with --tokenizer the text is decoded from the ve
 
 examples:
   python -m milora_data show train.json
+  python -m milora_data show train.json --limit 50 --html records.html
   python -m milora_data show train.json --id 000000033471 --tokenizer runs/demo --image_tokens 16
 """
 
@@ -39,16 +41,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--tokenizer", help="folder or name of a tokenizer, to see tokens")
     options.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
     options.add_argument("--max_length", type=count, help="cut as training would")
+    options.add_argument("--html", type=Path, metavar="OUT", help="write a page with the pictures to this new file")
     options.add_argument("--format", choices=("human", "json"), default="human", help="(default: %(default)s)")
     chosen = options.parse_args(argv)
     folder = image_folder(chosen.data, chosen.image_folder)
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
+    page = []
     for number, record in enumerate(_chosen(chosen.data, chosen.id, chosen.index, chosen.limit)):
         pieces, counts = _pieces(record, tokenizer, chosen.template, chosen.image_tokens, chosen.max_length)
-        if chosen.format == "json":
+        if chosen.html is not None:
+            page.append(shown(record, pieces, counts, folder))
+        elif chosen.format == "json":
             sys.stdout.write(json.dumps(_content(record, pieces, counts), ensure_ascii=False) + "\n")
         else:
             _print(record, pieces, counts, folder, separate=number > 0)
+    if chosen.html is not None:
+        write_page(chosen.html, f"{chosen.data}: {len(page):,} records", page)
+        sys.stdout.write(f"{chosen.html}: {len(page):,} records\n")
     return 0
 
 
@@ -105,7 +114,7 @@ def _print(record: Record, pieces: Sequence[Piece], counts: dict[str, int], fold
         console.print()
     console.print(f"{record.id or '(no id)'}   {record.source}", style="bold")
     for name in record.images:
-        console.print(f"picture: {name} ({_size(folder / name)})", style="dim")
+        console.print(f"picture: {name} ({_size(place_of(folder, name))})", style="dim")
     if record.extra:
         console.print(f"more keys: {json.dumps(dict(record.extra), ensure_ascii=False)}", style="dim")
     if counts:
@@ -113,7 +122,7 @@ def _print(record: Record, pieces: Sequence[Piece], counts: dict[str, int], fold
     console.print(as_rich(pieces))
 
 
-def _size(path: Path) -> str:
+def _size(path: str | Path) -> str:
     try:
         return "{} x {}".format(*load_image(path).size)
     except ImageError as error:

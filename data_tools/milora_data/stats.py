@@ -9,9 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .check import image_folder
 from .command import count, parser
+from .duplicates import duplicate_statistics, leakage
 from .encode import encode
-from .errors import DataError
+from .errors import DataError, UserError
 from .records import Record, load_records
 from .templates import IMAGE
 from .tokens import load_tokenizer
@@ -20,13 +22,21 @@ EPILOG = """\
 examples:
   python -m milora_data stats train.json
   python -m milora_data stats train.json --tokenizer runs/demo --image_tokens 16 --max_length 2048
+  python -m milora_data stats train.json --image_folder images --copies near --against test.json
 """
+
+
+SECTIONS = ("tokens", "duplicates", "leakage")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser("python -m milora_data stats", "Count records, pictures, turns and lengths.", EPILOG)
     options.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
+    options.add_argument("--image_folder", type=Path, help="folder of the pictures (default: beside DATA)")
+    options.add_argument("--copies", choices=("exact", "near"), help="look for pictures that occur twice")
+    options.add_argument("--against", type=Path, metavar="TEST", help="count what of this test set is in DATA")
+    options.add_argument("--against_image_folder", type=Path, help="folder of its pictures (default: beside TEST)")
     options.add_argument("--tokenizer", help="folder or name of a tokenizer, to count tokens")
     options.add_argument("--template", default="vicuna_v1", help="prompt format (default: %(default)s)")
     options.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
@@ -39,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not records:
         raise DataError(f"{chosen.data}: no records")
     content = statistics(records)
+    folder = image_folder(chosen.data, chosen.image_folder)
+    content["duplicates"] = duplicate_statistics(records, folder, chosen.copies)
+    if chosen.against is not None:
+        folders = (folder, image_folder(chosen.against, chosen.against_image_folder))
+        content["leakage"] = leakage(records, list(load_records(chosen.against)), folders, chosen.copies)
+    elif chosen.against_image_folder is not None:
+        raise UserError("--against_image_folder needs --against TEST")
     if tokenizer is not None:
         content["tokens"] = token_statistics(
             records,
@@ -119,8 +136,8 @@ def as_text(content: dict[str, Any], limit: int) -> str:
         title = name.replace("_", " ")
         if isinstance(value, int):
             lines.append(f"  {title:<24}{value:>12,}")
-        elif name == "tokens":
-            lines += ["", "tokens", as_text(value, limit).rstrip("\n")]
+        elif name in SECTIONS:
+            lines += ["", title, as_text(value, limit).rstrip("\n")]
         elif isinstance(value, dict):
             lines.append(f"  {title:<24}" + "   ".join(f"{key} {number:,}" for key, number in value.items()))
         elif value:

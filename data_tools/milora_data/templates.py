@@ -1,7 +1,8 @@
 """Prompt formats as data, and the text of a conversation as segments of which it is known whether they are learnt.
 
-`vicuna_v1` and `plain` are LLaVA's `conv_vicuna_v1` and `conv_llava_plain` (llava/conversation.py), made for Llama;
-for other tokenizers the separator `</s>` is their own EOS.
+`vicuna_v1`, `plain`, `llava_llama_2`, `mpt` and `mistral` are LLaVA's own (llava/conversation.py), `llama_3` is
+LLaVA-NeXT's, `qwen` and `chatml` are those of the models' makers. `chat_template` is whatever the tokenizer brings
+(own_template.py). Made for one tokenizer, they hold for others: EOS and BOS are those of the tokenizer at hand.
 """
 
 from __future__ import annotations
@@ -15,23 +16,30 @@ from typing import Any, NamedTuple
 from .command import suggest
 from .errors import DataError, UserError
 from .records import Turn
-from .tokens import bos_ids, eos_text, glue_after
+from .tokens import bos_ids, bos_text, eos_text, glue_after, own_template
 
 IMAGE = "<image>"
-EOS = "{eos}"
+EOS, BOS = "{eos}", "{bos}"
+OWN = "chat_template"
+"""The name of the template that is none of ours: the tokenizer's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """One prompt format: `system`, then for each exchange `user[0]` + question + `user[1]` + `assistant` + answer.
+    """One prompt format: the system text in its frame, then questions and answers.
 
+    A question is `user[0]` + text + `user[1]`, an answer `assistant`, `answer[0]` + text + `answer[1]`, `closing`.
     What is learnt of it is the answer: `answer[0]` + text + `answer[1]`.
     """
 
-    system: str
     user: tuple[str, str]
     assistant: str
     answer: tuple[str, str]
+    system: str = ""
+    frame: tuple[str, str] = ("", "")  # around the system text; without one it is left out
+    system_in_question: bool = False  # the framed system text stands within the first question
+    closing: str = ""  # behind an answer, not learnt
+    between: str = ""  # in front of every question but the first
     captions: bool = False  # a picture and its caption, nothing else: what the user says is left out
 
 
@@ -42,48 +50,132 @@ class Segment(NamedTuple):
     learnt: bool
 
 
+_VISION_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+        frame=("", " "),
         user=("USER: ", " "),
         assistant="ASSISTANT:",
         answer=(" ", EOS),
     ),
-    "plain": Template(system="", user=("", ""), assistant="", answer=("", "\n"), captions=True),
+    "plain": Template(user=("", ""), assistant="", answer=("", "\n"), captions=True),
+    "llava_llama_2": Template(
+        system=_VISION_SYSTEM,
+        frame=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+        system_in_question=True,
+        user=("[INST] ", " [/INST]"),
+        assistant="",
+        answer=(" ", " " + EOS),
+        between=BOS,
+    ),
+    "mistral": Template(
+        frame=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+        system_in_question=True,
+        user=("[INST] ", " [/INST]"),
+        assistant="",
+        answer=(" ", " " + EOS),
+    ),
+    "mpt": Template(
+        system="A conversation between a user and an LLM-based AI assistant. "
+        "The assistant gives helpful and honest answers.",
+        frame=("<|im_start|>system\n", "<|im_end|>"),
+        user=("<|im_start|>user\n", "<|im_end|>"),
+        assistant="<|im_start|>assistant\n",
+        answer=("", "<|im_end|>"),
+    ),
+    "chatml": Template(
+        frame=("<|im_start|>system\n", "<|im_end|>\n"),
+        user=("<|im_start|>user\n", "<|im_end|>\n"),
+        assistant="<|im_start|>assistant\n",
+        answer=("", "<|im_end|>"),
+        closing="\n",
+    ),
+    "qwen": Template(
+        system="You are a helpful assistant.",
+        frame=("<|im_start|>system\n", "<|im_end|>\n"),
+        user=("<|im_start|>user\n", "<|im_end|>\n"),
+        assistant="<|im_start|>assistant\n",
+        answer=("", "<|im_end|>"),
+        closing="\n",
+    ),
+    "llama_3": Template(
+        system=_VISION_SYSTEM,
+        frame=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+        user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer=("", "<|eot_id|>"),
+    ),
+}
+# LLaVA's and LLaVA-NeXT's names for --version.
+ALIASES = {
+    "v1": "vicuna_v1",
+    "llama_2": "llava_llama_2",
+    "mistral_instruct": "mistral",
+    "llava_llama_3": "llama_3",
+    "llama3": "llama_3",
+    "qwen_1_5": "qwen",
+    "qwen_2": "qwen",
+    "qwen2": "qwen",
 }
 
 
+def template_name(name: str) -> str:
+    """Return the name of a template as we spell it, for any of its names; raises `UserError` with those there are.
+
+    >>> template_name("llama-3")
+    'llama_3'
+    """
+    plain = name.replace("-", "_")
+    plain = ALIASES.get(plain, plain)
+    if plain == OWN or plain in TEMPLATES:
+        return plain
+    names = [*TEMPLATES, OWN]
+    near = suggest(plain, names)
+    hint = f"\ndid you mean {near[0]} ?" if near else ""
+    raise UserError(f'unknown template "{name}"; expected one of: {", ".join(names)}{hint}')
+
+
 def get_template(name: str) -> Template:
-    """Return the template called `name`; raises `UserError` with the names there are."""
-    if name not in TEMPLATES:
-        near = suggest(name, TEMPLATES)
-        hint = f"\ndid you mean {near[0]} ?" if near else ""
-        raise UserError(f'unknown template "{name}"; expected one of: {", ".join(TEMPLATES)}{hint}')
+    """Return the template called `name`; raises `UserError` for an unknown one and for the tokenizer's own."""
+    name = template_name(name)
+    if name == OWN:
+        raise UserError(f'the template "{OWN}" is the tokenizer\'s own, and there is none here\nname a tokenizer')
     return TEMPLATES[name]
 
 
-def render(turns: Sequence[Turn], template: Template, eos: str, *, prompt: bool = False) -> list[Segment]:
+def render(
+    turns: Sequence[Turn], template: Template, eos: str, *, bos: str = "", prompt: bool = False
+) -> list[Segment]:
     """Return the segments of a conversation; with `prompt`, they end where the next answer begins.
 
     The text of all segments together is the conversation, with `<image>` where a picture goes.
     Raises `DataError` for turns that are not in order.
     """
     system, exchange = split_turns(turns)
-    segments = [Segment(template.system if system is None else system + " ", learnt=False)]
-    for turn in exchange:
+    text = template.system if system is None else system
+    framed = template.frame[0] + text + template.frame[1] if text else ""
+    segments = [] if template.system_in_question else [Segment(framed, learnt=False)]
+    for number, turn in enumerate(exchange):
         if turn.role == "user":
-            text = IMAGE if template.captions else turn.text
-            segments.append(Segment(template.user[0] + text + template.user[1], learnt=False))
+            first, last = template.user
+            first = template.between.replace(BOS, bos) + first if number else first
+            first += framed if template.system_in_question and not number else ""
+            segments.append(Segment(first + (IMAGE if template.captions else turn.text) + last, learnt=False))
         else:
             before, after = template.answer
             segments.append(Segment(template.assistant, learnt=False))
             segments.append(Segment(before + turn.text + after.replace(EOS, eos), learnt=True))
+            segments.append(Segment(template.closing, learnt=False))
     if template.captions:
         _require_caption(exchange, prompt)
     if prompt:
         segments.append(Segment(template.assistant, learnt=False))
-    return segments
+    return [segment for segment in segments if segment.text]
 
 
 def split_turns(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
@@ -144,6 +236,8 @@ def render_chat_template(template: str, tokenizer: Any, *, bos: bool = False) ->
 
     >>> processor.chat_template = render_chat_template("vicuna_v1", processor.tokenizer)  # doctest: +SKIP
     """
+    if template_name(template) == OWN:
+        return own_template(tokenizer)
     form = get_template(template)
     first = tokenizer.bos_token if bos and bos_ids(tokenizer) else ""
     special = IMAGE if IMAGE in tokenizer.get_vocab() else first
@@ -151,13 +245,21 @@ def render_chat_template(template: str, tokenizer: Any, *, bos: bool = False) ->
         "GLUE": glue_after(special, tokenizer) if special else "",
         "FIRST": first,
         "SYSTEM": form.system,
+        "OPEN": form.frame[0],
+        "CLOSE": form.frame[1],
+        "INSIDE": form.system_in_question,
         "BEFORE": form.user[0],
         "AFTER": form.user[1],
         "ASSISTANT": form.assistant,
         "LEAD": form.answer[0],
         "END": form.answer[1].replace(EOS, eos_text(tokenizer)),
+        "BEHIND": form.closing,
+        "BETWEEN": form.between.replace(BOS, bos_text(tokenizer)),
     }
     text = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
     for name, value in values.items():
         text = text.replace(f"${name}$", json.dumps(value, ensure_ascii=False))
+    # Nothing is put in front of a text that starts with a blank or with a token of its own.
+    alone = [" ", *(token.content for token in tokenizer.added_tokens_decoder.values())]
+    text = text.replace("$ALONE$", "(" + "".join(json.dumps(mark, ensure_ascii=False) + "," for mark in alone) + ")")
     return text.replace("$QUESTION$", f"'{IMAGE}'" if form.captions else "content(message)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import UserError
 
@@ -25,10 +25,42 @@ def fast_backend(tokenizer: Any) -> Any:
     return backend
 
 
+IGNORE = -100
+
+
+class Habits(NamedTuple):
+    """What a tokenizer does to a text."""
+
+    backend: Any
+    bos: list[int]  # what it puts in front of it
+    blank: bool  # it puts a blank in front of it, as SentencePiece does: such texts must not be cut
+
+
+def habits(tokenizer: Any) -> Habits:
+    """Return what the tokenizer does to a text, by trying it out: once a record, so that no change goes unseen."""
+    backend = fast_backend(tokenizer)
+    tried = backend.encode("a")
+    ids, tokens = tried.ids, tried.tokens
+    first = 1 if tokens[0] == tokenizer.bos_token else 0
+    return Habits(backend, ids[:first], tokens[first].startswith("\u2581"))
+
+
 def bos_ids(tokenizer: Any) -> list[int]:
     """Return what the tokenizer itself puts in front of a text: its BOS, or nothing."""
     added = fast_backend(tokenizer).encode("").ids
     return added[:1] if added and added[0] == tokenizer.bos_token_id else []
+
+
+def bos_text(tokenizer: Any) -> str:
+    """Return the text of the BOS for a tokenizer that puts one in front of a text, else nothing."""
+    return str(tokenizer.bos_token) if bos_ids(tokenizer) else ""
+
+
+def own_template(tokenizer: Any) -> str:
+    """Return the tokenizer's own chat template; raises `UserError` if it has none."""
+    if not tokenizer.chat_template:
+        raise UserError("this tokenizer has no chat template of its own\nname one of ours with --template")
+    return str(tokenizer.chat_template)
 
 
 def eos_text(tokenizer: Any) -> str:

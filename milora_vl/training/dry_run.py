@@ -111,8 +111,7 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
     )
     screen.say(f"\ndata   {len(read.train):,} records, {read.num_with_images:,} with pictures")
     screen.say(f"first batch: {len(first)} records, {counts.describe()}   (> is learnt, . is only read)")
-    eos = tokenizer.eos_token if tokenizer else "</s>"
-    for line in first_batch.lines(first, template=recipe.template, image_tokens=image_tokens, eos=eos):
+    for line in first_batch.lines(first, template=recipe.template, image_tokens=image_tokens, tokenizer=tokenizer):
         screen.say(line)
     return counts, len(read.train)
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from milora_data.conversation import segments_of
 from milora_data.encode import encode
-from milora_data.records import Record
-from milora_data.templates import IMAGE, get_template, place_images, render
+from milora_data.records import Record, Turn
+from milora_data.templates import IMAGE, Segment, get_template, place_images, render
 
 CHARACTERS_PER_TOKEN = 4  # of English text, where no tokenizer is at hand
 SHOWN, LONGEST = 2, 300
@@ -37,14 +38,14 @@ def count(
     return Counts(tokens, learnt, exact=tokenizer is not None)
 
 
-def lines(records: Sequence[Record], *, template: str, image_tokens: int, eos: str = "</s>") -> list[str]:
+def lines(records: Sequence[Record], *, template: str, image_tokens: int, tokenizer: Any | None) -> list[str]:
     """The first records as text, one line per piece: `>` before what is learnt, `.` before what is only read."""
     out = []
     for record in records[:SHOWN]:
         out.append(f"{record.source or record.id}  {' '.join(record.images) or '(no picture)'}")
         turns = place_images(record.turns, len(record.images))
         joined: list[tuple[bool, str]] = []
-        for segment in render(turns, get_template(template), eos):
+        for segment in _segments(turns, template, tokenizer):
             if joined and joined[-1][0] == segment.learnt:
                 joined[-1] = (segment.learnt, joined[-1][1] + segment.text)
             else:
@@ -63,10 +64,16 @@ def _count_one(
         )
         return len(encoded.input_ids), sum(label != -100 for label in encoded.labels)
     turns = place_images(record.turns, len(record.images))
-    segments = render(turns, get_template(template), "</s>")
+    segments = _segments(turns, template, None)
     learnt = sum(len(s.text) // CHARACTERS_PER_TOKEN + 1 for s in segments if s.learnt)
     read = sum(len(s.text.replace(IMAGE, "")) // CHARACTERS_PER_TOKEN + 1 for s in segments if not s.learnt)
     return min(read + learnt + image_tokens * len(record.images), max_length), learnt
+
+
+def _segments(turns: Sequence[Turn], template: str, tokenizer: Any | None) -> list[Segment]:
+    if tokenizer is None:
+        return render(turns, get_template(template), "</s>", bos="<s>")
+    return segments_of(turns, template, tokenizer)[1]
 
 
 def _shown(text: str, image_tokens: int) -> str:

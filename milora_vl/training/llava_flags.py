@@ -55,7 +55,6 @@ ALREADY_SO: dict[str, tuple[Any, ...]] = {
     "mm_vision_select_layer": (-2,),
     "mm_vision_select_feature": ("patch",),
     "vision_tower": ("openai/clip-vit-large-patch14-336",),
-    "group_by_modality_length": (False,),
 }
 REFUSED: dict[str, str] = {
     "lora_weight_path": "continuing from another adapter is not supported yet; merge it into the base first",
@@ -63,7 +62,7 @@ REFUSED: dict[str, str] = {
     "mm_use_im_patch_token": "only False is supported: LLaVA-1.5 has no patch token",
     "lora_bias": "only none is supported",
 }
-WITHOUT_EFFECT = ("group_by_modality_length", "cache_dir", "mpt_attn_impl", "double_quant", "quant_type")
+WITHOUT_EFFECT = ("cache_dir", "mpt_attn_impl", "double_quant", "quant_type")
 MADE_WITH = ("vision_tower", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
 
 

@@ -24,7 +24,7 @@ def render(path: Path, recipe: Recipe) -> str:
         "library_name": "peft" if (path / "adapter_config.json").is_file() else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": sorted({"milora"} | {str(rule["method"]) for rule in recipe.policy or () if "method" in rule}),
-        "datasets": [Path(recipe.data.path).name] if recipe.data.path else [],
+        "datasets": [Path(path).name for path in _data_files(recipe)],
     }
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
@@ -106,3 +106,8 @@ def _json(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def _data_files(recipe: Recipe) -> list[str]:
+    path = recipe.data.path
+    return [source.path for source in path] if isinstance(path, list) else [path] if path else []

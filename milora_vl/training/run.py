@@ -50,17 +50,26 @@ class Run:
 
     def read_data(self) -> None:
         """Read and check the records, and settle HF's arguments and the number of steps."""
-        with self.screen.step(f"reading {self.recipe.data.path}"):
+        with self.screen.step(f"reading {run_data.describe(self.recipe.data)}"):
             self.data = run_data.read(self.recipe.data)
         if self.data.skipped:
             self.screen.warn(f"{self.data.skipped:,} records with missing pictures are left out (--bad_images skip)")
+        for finding in self.data.broken[:5]:
+            self.screen.warn(f"{finding.where}: {finding.message}")
+        if self.data.broken:
+            self.screen.warn(f"{len(self.data.broken):,} broken records are left out (python -m milora_data check)")
         if self.data.unlearnable:
             self.screen.warn(f"{self.data.unlearnable:,} records without an answer are left out")
         from milora_vl.training import training_args
 
         self.args, warnings = training_args.make(self.recipe, self.folder.path)
+        self._count_steps(len(self.data.train))
+        for warning in [*warnings, *self._warnings()]:
+            self.screen.warn(warning)
+
+    def _count_steps(self, num_items: int) -> None:
         self.batching = Batching(
-            num_records=len(self.data.train),
+            num_records=num_items,
             per_device=self.args.per_device_train_batch_size,
             accumulation=self.args.gradient_accumulation_steps,
             num_devices=self.args.world_size,
@@ -73,8 +82,6 @@ class Run:
                 f"{self.folder.checkpoint} is beyond the end of this run, step {self.batching.steps:,}\n"
                 "raise --max_steps or --num_train_epochs to train on from it"
             )
-        for warning in [*warnings, *self._warnings()]:
-            self.screen.warn(warning)
 
     def check_evaluation(self) -> None:
         """Find out now what the evaluation after the training would stumble over."""
@@ -89,6 +96,19 @@ class Run:
             self.base, self.processor = build.load_base(self.recipe, dtype, training_args.load_device(self.args))
         self.dtype = dtype
         self.recipe = build.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
+
+    def arrange_data(self) -> None:
+        """Count tokens where the recipe groups records by length, and pack them where it asks for that."""
+        from milora_vl.training import run_files
+
+        self.items: Any = self.data.train
+        self.lengths = run_files.lengths(self.recipe, self.base, self.processor, self.data.train[:100])
+        if self.recipe.data.packing:
+            assert self.lengths is not None
+            self.items, line = run_files.packed(self.recipe, self.data.train, self.lengths)
+            self.lengths = None
+            self.screen.say(line)
+            self._count_steps(len(self.items))
 
     def apply_policy(self) -> None:
         """Make the adapters, or put a checkpoint's back; nothing of the base changes in the anchored form."""
@@ -147,17 +167,18 @@ class Run:
         from milora_vl.trainer import MiloraTrainer
         from milora_vl.training import failures, run_files
 
-        self.collator = run_files.collator(self.recipe, self.base, self.processor)
+        self.collator = run_files.collator(self.recipe, self.base, self.processor, self.data.train[:100])
         self.trainer = MiloraTrainer(
             self.built.model,
             self.args,
             targets=self.built.targets,
             saves=self.built.saves,
             data_collator=self.collator,
-            train_dataset=self.data.train,
+            train_dataset=self.items,
             eval_dataset=self.data.evaluation,
             processing_class=self.processor,
-            lengths=run_files.lengths(self.recipe, self.base, self.data.train),
+            lengths=self.lengths,
+            kinds=[bool(record.images) for record in self.data.train],
         )
         checkpoint = self.folder.checkpoint
         try:

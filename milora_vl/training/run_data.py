@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from milora_data.check import check_for_training
+from milora_data.check import check_for_training, readable
 from milora_data.errors import UserError
-from milora_data.findings import examine
+from milora_data.findings import Finding, examine
+from milora_data.mix import Source, mixed_records
 from milora_data.pictures import find_missing, uses
 from milora_data.records import Record, load_records
-from milora_vl.config import DataConfig
+from milora_data.report import Report
+from milora_vl.config import DataConfig, SourceConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,7 @@ class RunData:
     evaluation: list[Record] | None
     skipped: int = 0  # a picture of theirs is missing, and --bad_images skip says so
     unlearnable: int = 0  # they have no answer
+    broken: tuple[Finding, ...] = ()  # they are no records, and --bad_images is not raise
 
     @property
     def num_with_images(self) -> int:
@@ -37,16 +41,37 @@ def read(config: DataConfig) -> RunData:
     """The records that `config` names. UserError for anything in the files that would fail later."""
     if config.path is None:
         raise UserError("nothing to train on: name the records with --data_path, or data.path in the recipe")
-    train = _checked(Path(config.path), config)
+    train = _checked(config.path, config)
     if config.eval_path is None:
-        return RunData(train.train, None, train.skipped, train.unlearnable)
-    held_out = _checked(Path(config.eval_path), config)
-    skipped, unlearnable = train.skipped + held_out.skipped, train.unlearnable + held_out.unlearnable
-    return RunData(train.train, held_out.train, skipped, unlearnable)
+        return train
+    held_out = _checked(config.eval_path, config)
+    return RunData(
+        train.train,
+        held_out.train,
+        train.skipped + held_out.skipped,
+        train.unlearnable + held_out.unlearnable,
+        train.broken + held_out.broken,
+    )
 
 
-def _checked(path: Path, config: DataConfig) -> RunData:
-    records = list(islice(load_records(path), config.limit))
+def describe(config: DataConfig) -> str:
+    """The data in a few words: its file, or the files of its sources with their weights."""
+    if not isinstance(config.path, list):
+        return str(config.path)
+    return ", ".join(f"{source.weight:g} x {source.path}" for source in config.path)
+
+
+def _checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
+    report = Report(str(path), str(config.image_folder))
+    if isinstance(path, list):
+        sources = [Source(source.path, source.weight, source.image_folder) for source in path]
+        found_records = mixed_records(sources)
+        path = describe(config)
+    else:
+        found_records = load_records(path) if config.bad_images == "raise" else readable(Path(path), report)
+    if config.bad_images != "raise":
+        found_records = _usable(found_records, report)
+    records = list(islice(found_records, config.limit))
     if not records:
         raise UserError(f"{path} holds no records")
     found = check_for_training(records, config.image_folder, config.bad_images)
@@ -59,4 +84,14 @@ def _checked(path: Path, config: DataConfig) -> RunData:
         kept = [record for record in kept if all(finding.kind != "no_answer" for finding in examine(record))]
     if not kept:
         raise UserError(f"no record of {path} is left: their pictures are missing, or they have no answers")
-    return RunData(kept, None, skipped, len(records) - skipped - len(kept))
+    return RunData(kept, None, skipped, len(records) - skipped - len(kept), tuple(report.findings))
+
+
+def _usable(records: Iterable[Record], report: Report) -> Iterator[Record]:
+    """The records that can be encoded; why another one cannot is added to the findings of `report`."""
+    for record in records:
+        errors = [finding for finding in examine(record) if finding.severity == "error"]
+        if all(finding.kind == "no_answer" for finding in errors):
+            yield record
+        else:
+            report.findings.append(errors[0])

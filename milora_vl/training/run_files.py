@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from milora_data.collate import ImageTextCollator
+from milora_data.lengths import encoded_lengths
+from milora_data.pack import PackedRecords, fill, pack
 from milora_data.records import Record
-from milora_data.sampler import estimated_length
 from milora_data.templates import render_chat_template
 from milora_data.tokens import remember_legacy
 from milora_vl import models
@@ -23,7 +24,7 @@ from milora_vl.towers import find_towers
 from milora_vl.training.build import Built, targets_of
 
 
-def collator(recipe: Recipe, base: nn.Module, processor: Any) -> ImageTextCollator:
+def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Sequence[Record] = ()) -> ImageTextCollator:
     """The collator for this model; without pictures for a text-only one."""
     tokenizer, image_processor = models.split_processor(processor)
     reads_pictures = find_towers(base).vision is not None
@@ -37,15 +38,33 @@ def collator(recipe: Recipe, base: nn.Module, processor: Any) -> ImageTextCollat
         max_length=recipe.data.max_length,
         image_aspect_ratio=recipe.data.image_aspect_ratio,
         bad_images=recipe.data.bad_images,
+        jpeg_decoding=recipe.data.jpeg_decoding,
+        packing="flat" if recipe.attn_implementation == "flash_attention_2" else "rows",
+        substitutes=substitutes,
     )
 
 
-def lengths(recipe: Recipe, base: nn.Module, records: Sequence[Record]) -> list[int] | None:
-    """About how many tokens each record takes, where the recipe asks for batches of similar length."""
-    if recipe.train.get("train_sampling_strategy") != "group_by_length":
+def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[Record]) -> list[int] | None:
+    """How many tokens each record takes, where the recipe asks for packing or for batches of similar length."""
+    if not (recipe.data.packing or recipe.train.get("train_sampling_strategy") == "group_by_length"):
         return None
-    per_picture = models.image_tokens(base.config) if find_towers(base).vision is not None else 0
-    return [estimated_length(record, per_picture) for record in records]
+    return encoded_lengths(
+        records,
+        models.split_processor(processor)[0],
+        template=recipe.template,
+        image_tokens=models.image_tokens(base.config) if find_towers(base).vision is not None else 0,
+        max_length=recipe.data.max_length,
+        beside=Path(recipe.data.path) if isinstance(recipe.data.path, str) else None,
+    )
+
+
+def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) -> tuple[PackedRecords, str]:
+    """The records in rows of twice max_length, in an order of the data's seed, and a line about how full they are."""
+    capacity = 2 * recipe.data.max_length
+    seed = recipe.train.get("data_seed") or recipe.train.get("seed", 42)
+    rows = pack(lengths, capacity, seed)
+    share = fill(rows, lengths, capacity)
+    return PackedRecords(records, rows), f"packed into {len(rows):,} rows of {capacity:,} tokens, {share:.1%} full"
 
 
 def set_chat_template(processor: Any, template: str) -> None:

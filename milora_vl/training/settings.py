@@ -38,6 +38,8 @@ def resolve(request: Request) -> Settings:
     merged = _merge(base.model_dump(), request.overrides)
     if meaning and meaning.quantization:
         merged["quantization"] = meaning.quantization
+    if request.llava and request.llava.get("group_by_modality_length"):
+        merged["train"].setdefault("train_sampling_strategy", "group_by_length")
     rules = _policy(request, base, meaning)
     implicit = rules is None
     merged["policy"] = edited(rules, request.edits)

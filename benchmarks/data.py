@@ -1,0 +1,195 @@
+"""Data speed: encoding against LLaVA's preprocess_v1, pixels against LLaVA's path, packing, memory over many records.
+
+python benchmarks/data.py [--records 2000] [--lines 1000000]    prints a JSON line; ratios are from this one run
+Needs the development packages (llava-torch and mistral-common): make setup
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from llava_oracle import llama_tokenizer, llava_train
+
+from milora_data.encode import encode
+from milora_data.pack import fill, pack
+from milora_data.pixels import PixelMaker
+from milora_data.records import load_records
+
+# 30,000 made-up words, the frequent ones frequent by Zipf's law and short, as those of a language are.
+_letters = random.Random(0)
+WORDS = ["".join(_letters.choices("etaoinshrdlucmfwypvbgk", k=2 + rank.bit_length() // 2)) for rank in range(1, 30_001)]
+WEIGHTS = list(accumulate(1 / rank for rank in range(1, 30_001)))
+# exchanges and words of question and answer, as in the parts of mix665k
+ROUNDS = 5
+KINDS = {"VQA": (8, 9, 1), "captions": (1, 12, 60), "conversations": (3, 14, 80)}
+
+
+def main() -> None:
+    """Measure all of it and print the figures."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--records", type=int, default=1000)
+    options.add_argument("--lines", type=int, default=1_000_000)
+    chosen = options.parse_args()
+    torch.set_num_threads(1)
+    # Memory first: nothing else has raised the peak yet.
+    measured = {"threads": 1, **memory(chosen.lines), **encoding(chosen.records), **pixels(), **packing()}
+    print(json.dumps(measured))
+
+
+def text(rng: random.Random, count: int) -> str:
+    """Return `count` random words."""
+    return " ".join(rng.choices(WORDS, cum_weights=WEIGHTS, k=count))
+
+
+def records(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return records of one kind, each with a picture."""
+    rng = random.Random(seed)
+    exchanges, question, answer = KINDS[kind]
+    made = []
+    for number in range(count):
+        turns = []
+        for place in range(exchanges):
+            asked = ("<image>\n" if place == 0 else "") + text(rng, rng.randint(question // 2, question * 3 // 2))
+            said = text(rng, rng.randint((answer + 1) // 2, answer * 3 // 2))
+            turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+        made.append({"id": str(number), "image": "a.jpg", "conversations": turns})
+    return made
+
+
+def encoding(count: int) -> dict[str, Any]:
+    """Records per second and core, ours with 576 image tokens; LLaVA's as its data set calls it, copy included."""
+    train, tokenizer = llava_train(), llama_tokenizer("new")
+    train.conversation_lib.default_conversation = train.conversation_lib.conv_templates["v1"]
+    arguments = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False)
+
+    def theirs(value: dict[str, Any]) -> None:
+        sources = train.preprocess_multimodal(copy.deepcopy([value["conversations"]]), arguments)
+        train.preprocess(sources, tokenizer, has_image=True)
+
+    def ours(value: dict[str, Any]) -> None:
+        encode(value, tokenizer, image_token_id=32000)
+
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        fresh = [records(kind, count, seed) for seed in range(ROUNDS)]  # no text comes twice
+        rounds = iter(fresh), iter(fresh)
+        with contextlib.redirect_stdout(io.StringIO()):
+            slow, fast = alternating(
+                lambda r=rounds[0]: [theirs(x) for x in next(r)], lambda r=rounds[1]: [ours(x) for x in next(r)]
+            )
+        found[f"encode_{kind}"] = {"ms": fast / count * 1e3, "llava_ms": slow / count * 1e3, "ratio": slow / fast}
+    return found
+
+
+def photo(width: int, height: int, path: Path) -> None:
+    """Write a JPEG with structure of all sizes, as photos have it."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 255, (height // 16, width // 16, 3), dtype=np.uint8))
+    fine = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    noisy = fine + rng.normal(0, 6, (height, width, 1)).astype(np.int16)
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def pixels() -> dict[str, Any]:
+    """Milliseconds a file, and the largest and the mean difference in levels of 255."""
+    from llava.mm_utils import expand2square
+    from transformers import CLIPImageProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    size: dict[str, Any] = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    slow = CLIPImageProcessorPil(**size)
+    color = tuple(int(x * 255) for x in slow.image_mean)
+    levels = torch.tensor(slow.image_std)[:, None, None] * 255
+
+    def theirs(path: Path) -> torch.Tensor:
+        image = expand2square(Image.open(path).convert("RGB"), color)
+        return slow.preprocess(image, return_tensors="pt")["pixel_values"]
+
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape, decoding, times in (("640x480", (640, 480), "exact", 30), ("12MP", (4000, 3000), "draft", 2)):
+            path = Path(folder) / f"{name}.jpg"
+            photo(*shape, path)
+            make = PixelMaker(CLIPImageProcessor(**size), jpeg_decoding=decoding)  # type: ignore[arg-type]
+
+            def ours(path: Path = path, make: PixelMaker = make) -> torch.Tensor:
+                return make([make.read(path)])
+
+            difference = ((ours() - theirs(path)) * levels).abs()
+            them, us = alternating(
+                lambda p=path, n=times: [theirs(p) for _ in range(n)], lambda o=ours, n=times: [o() for _ in range(n)]
+            )
+            found[f"jpeg_{name}"] = {
+                "ms": us / times * 1e3, "llava_ms": them / times * 1e3, "ratio": them / us, "decoding": decoding,
+                "largest_difference": float(difference.max()), "mean_difference": float(difference.mean()),
+            }  # fmt: skip
+    return found
+
+
+def packing() -> dict[str, Any]:
+    """Share of positions that hold a token: records in random order padded to the longest of 16, and packed."""
+    rng = np.random.default_rng(0)
+    pictures, texts = 576 + 45 + rng.gamma(1.5, 80, 100_000), 45 + rng.lognormal(6, 0.9, 100_000)
+    lengths = [int(n) for n in np.where(rng.random(100_000) < 0.94, pictures, texts).clip(60, 2048)]
+    batches = np.array(lengths[: len(lengths) // 16 * 16]).reshape(-1, 16)
+    start = time.perf_counter()
+    rows = pack(lengths, 4096)
+    seconds = time.perf_counter() - start
+    padded = float(batches.sum() / (batches.max(1) * 16).sum())
+    return {"packing": {"packed": fill(rows, lengths, 4096), "padded": padded, "seconds_per_100k": seconds}}
+
+
+def memory(lines: int) -> dict[str, Any]:
+    """Peak memory (MB) that reading JSON lines adds, after a tenth of them and after all."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "many.jsonl"
+        some = "".join(json.dumps(value) + "\n" for value in records("VQA", 1000))
+        with path.open("w") as file:
+            for _ in range(lines // 1000):
+                file.write(some)
+        before = peak()
+        start, tenth = time.perf_counter(), 0.0
+        for number, _ in enumerate(load_records(path)):
+            if number == lines // 10:
+                tenth = peak() - before
+        seconds = time.perf_counter() - start
+    return {"jsonl": {"lines": lines, "MB_after_a_tenth": tenth, "MB_after_all": peak() - before, "seconds": seconds}}
+
+
+def peak() -> float:
+    """Return the peak memory of this process in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def alternating(one: Callable[[], Any], other: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, float]:
+    """Return the shortest times of both, measured in turns, so that a slow moment of the machine meets both."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for function, found in zip((one, other), times, strict=True):
+            start = time.perf_counter()
+            function()
+            found.append(time.perf_counter() - start)
+    return min(times[0]), min(times[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Rows of tokens to tensors: padded for HF models, packed with positions that start anew, or as LLaVA's own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .encode import IGNORE
+
+
+class Row(NamedTuple):
+    """Ids and labels of one row. `lengths` are those of its records; what stands behind them is attended by nothing."""
+
+    input_ids: list[int]
+    labels: list[int]
+    lengths: list[int]
+
+
+def joined(rows: Sequence[Row]) -> Row:
+    """Return the records of all `rows` in one; the first token of each is predicted from nothing, so it is not learnt.
+
+    >>> joined([Row([5, 6], [-100, 6], [2]), Row([7, 8], [7, 8], [2])])
+    Row(input_ids=[5, 6, 7, 8], labels=[-100, 6, -100, 8], lengths=[2, 2])
+    """
+    return Row(
+        [token for row in rows for token in row.input_ids],
+        [label for row in rows for label in (IGNORE, *row.labels[1:])],
+        [length for row in rows for length in row.lengths],
+    )
+
+
+def padded(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:
+    """Return input_ids, attention_mask and labels (rows, length), padded on the right; the mask comes from lengths."""
+    input_ids, labels = _tensors(rows, pad_id, multiple)
+    attention_mask = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        attention_mask[number, : sum(row.lengths)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def packed(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, Any]:
+    """Return input_ids, position_ids, labels (rows, length) and use_cache: positions start at 0 with each record.
+
+    Without attention mask and cache, transformers takes them for what they are and keeps the records apart: by a block
+    mask with sdpa and eager, as sequences of their own with flash attention, which needs all of them in one row.
+    """
+    input_ids, labels = _tensors(rows, pad_id, multiple)
+    position_ids = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        rest = input_ids.shape[1] - sum(row.lengths)
+        starts = [*row.lengths, rest] if rest else row.lengths
+        position_ids[number] = torch.cat([torch.arange(length) for length in starts])
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "use_cache": False}
+
+
+def with_single_image_tokens(row: Row, image_token_id: int, image_tokens: int, llava_id: int) -> Row:
+    """Return a row in LLaVA's own form: one `llava_id` for each picture, whose features LLaVA splices in by itself."""
+    kept, seen = [], 0
+    for place, token in enumerate(row.input_ids):
+        if token == image_token_id:
+            seen += 1
+            if (seen - 1) % image_tokens:
+                continue
+        kept.append(place)
+    ids = [llava_id if row.input_ids[place] == image_token_id else row.input_ids[place] for place in kept]
+    return Row(ids, [row.labels[place] for place in kept], [len(kept)])
+
+
+def _tensors(rows: Sequence[Row], pad_id: int, multiple: int) -> tuple[Tensor, Tensor]:
+    longest = max(len(row.input_ids) for row in rows)
+    width = -(-longest // multiple) * multiple
+    input_ids = torch.full((len(rows), width), pad_id)
+    labels = torch.full((len(rows), width), IGNORE)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row.input_ids)] = torch.tensor(row.input_ids)
+        labels[number, : len(row.labels)] = torch.tensor(row.labels)
+    return input_ids, labels

@@ -1,0 +1,78 @@
+"""True lengths of records, in tokens with those of pictures: counted once, and kept beside the data."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .encode import NothingToLearn, encode
+from .records import Record
+from .tokens import fast_backend
+
+log = logging.getLogger(__name__)
+
+
+def encoded_lengths(
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    template: str,
+    image_tokens: int,
+    max_length: int | None = None,
+    beside: Path | None = None,
+) -> list[int]:
+    """Return the number of tokens of each record, at most `max_length`; a bar shows how far it is.
+
+    `beside` is the data file: the lengths are kept next to it (NAME.lengths-KEY.npy) and used again for the same
+    records, tokenizer and template. A folder that cannot be written to is no error. Raises `DataError` like `encode`.
+    """
+    cache = (
+        None if beside is None else beside.with_name(f"{beside.name}.lengths-{_key(records, tokenizer, template)}.npy")
+    )
+    if cache is not None and cache.is_file():
+        texts, pictures = np.load(cache)
+    else:
+        texts, pictures = _counted(records, tokenizer, template)
+        if cache is not None:
+            _keep(cache, np.stack([texts, pictures]))
+    lengths = texts + image_tokens * pictures
+    return list(map(int, lengths if max_length is None else np.minimum(lengths, max_length)))
+
+
+def _counted(records: Sequence[Record], tokenizer: Any, template: str) -> tuple[np.ndarray, np.ndarray]:
+    from tqdm import tqdm
+
+    counts = np.zeros((2, len(records)), dtype=np.int64)
+    bar = tqdm(records, "counting tokens", disable=None, file=sys.stderr, leave=False)
+    for number, record in enumerate(bar):
+        try:
+            made = encode(record, tokenizer, template=template, image_token_id=-1, image_tokens=0)
+        except NothingToLearn:
+            continue  # the collator leaves it out
+        counts[:, number] = len(made.input_ids), made.num_images
+    return counts[0], counts[1]
+
+
+def _key(records: Sequence[Record], tokenizer: Any, template: str) -> str:
+    found = hashlib.blake2b(digest_size=6)
+    found.update(f"{template}\0{fast_backend(tokenizer).to_str()}\0{tokenizer.eos_token}\0".encode())
+    for record in records:
+        text = "\0".join([str(len(record.images)), *(f"{turn.role}\1{turn.text}" for turn in record.turns)])
+        found.update(text.encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
+
+
+def _keep(path: Path, counts: np.ndarray) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            np.save(file, counts)
+        part.replace(path)
+    except OSError as error:
+        log.info("lengths are not kept: %s", error)

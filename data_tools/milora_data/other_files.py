@@ -1,0 +1,140 @@
+"""RefCOCO, COCO captions, ShareGPT, and tables with columns for picture, question and answer, as LLaVA records."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+from .jsonfile import missing_file, read_objects
+from .templates import IMAGE
+from .vqa_files import Options, Records, read_json, record
+
+DEFAULT_PROMPT = "Describe this picture."
+WHERE_IS = "Please provide the bounding box coordinate of the region this sentence describes: {}"
+COLUMNS = {
+    "image": ("image", "image_path", "file_name", "filename", "file", "path", "images"),
+    "question": ("question", "query", "instruction", "prompt", "problem"),
+    "answer": ("answer", "answers", "response", "output", "label", "multiple_choice_answer", "solution"),
+    "caption": ("caption", "text", "description", "captions"),
+}
+_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "chatgpt": "gpt", "bing": "gpt", "bard": "gpt"}
+
+
+def coco_captions(sources: Sequence[Path], options: Options) -> Records:
+    """COCO captions: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
+    for path in sources:
+        content = read_json(path)
+        names = {row["id"]: row["file_name"] for row in content["images"]}
+        for row in content["annotations"]:
+            name = names.get(row["image_id"])
+            if name is None:
+                raise DataError(f"{path}: a caption for picture {row['image_id']}, which the file does not list")
+            image = options.image(row["image_id"], name.replace("{", "{{").replace("}", "}}"))
+            yield record(
+                row.get("id", row["image_id"]), image, [(options.prompt or DEFAULT_PROMPT, row["caption"].strip())]
+            )
+
+
+def refcoco(sources: Sequence[Path], options: Options) -> Records:
+    """RefCOCO, RefCOCO+, RefCOCOg: refs(...).p or .json, and instances.json; boxes as shares of width and height."""
+    contents = [_plain_pickle(path) if path.suffix == ".p" else read_json(path) for path in sources]
+    refs = next((content for content in contents if isinstance(content, list)), None)
+    instances = next((content for content in contents if isinstance(content, dict)), None)
+    if refs is None or instances is None:
+        raise DataError("expected two files: refs(...).p (or the same as JSON) and instances.json")
+    images = {row["id"]: row for row in instances["images"]}
+    boxes = {row["id"]: row["bbox"] for row in instances["annotations"]}
+    for ref in refs:
+        if ref.get("split", options.split) != options.split:
+            continue
+        image, (left, top, width, height) = images[ref["image_id"]], boxes[ref["ann_id"]]
+        shares = [left / image["width"], top / image["height"]]
+        shares += [(left + width) / image["width"], (top + height) / image["height"]]
+        box = "[" + ", ".join(f"{share:.2f}" for share in shares) + "]"
+        name = options.image(ref["image_id"], image["file_name"].replace("{", "{{").replace("}", "}}"))
+        questions = dict.fromkeys(WHERE_IS.format(sentence["sent"]) for sentence in ref["sentences"])
+        yield record(ref["ref_id"], name, [(question, box) for question in questions])
+
+
+def sharegpt(sources: Sequence[Path], options: Options) -> Records:
+    """ShareGPT: conversations between human and gpt; each is kept as far as its turns alternate."""
+    short = 0
+    for path in sources:
+        for line, value in read_objects(path):
+            turns = value.get("conversations", value.get("items")) if isinstance(value, dict) else None
+            if not isinstance(value, dict) or not isinstance(turns, list):
+                raise DataError(f'{path}:{line}: expected an object with "conversations", a list')
+            kept = _alternating(turns)
+            short += len(kept) < len(turns)
+            if len(kept) >= 2:
+                yield {"id": str(value.get("id", line)), "conversations": kept}
+    if short:
+        sys.stderr.write(f"shortened or left out: {short:,} conversations whose turns do not alternate\n")
+
+
+def table(sources: Sequence[Path], options: Options) -> Records:
+    """A CSV or TSV file with columns for picture, question and answer, or picture and caption."""
+    for path in sources:
+        if not path.is_file():
+            raise DataError(missing_file(path))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            for number, row in enumerate(reader, start=2):
+                yield row_record(row, options, place=f"{path}:{number}", identifier=str(number - 2))
+
+
+def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifier: str) -> dict[str, Any]:
+    """Return the record of one row; its columns are known by their names. Raises `DataError` without such columns."""
+    found = {what: next((row[name] for name in names if row.get(name)), None) for what, names in COLUMNS.items()}
+    answer = found["answer"] if found["question"] else found["caption"] or found["answer"]
+    if isinstance(answer, list | tuple):
+        answer = answer[0] if answer else None
+    if not isinstance(answer, str) or not (found["question"] or found["image"]):
+        expected = "; ".join(f"{what}: {', '.join(names)}" for what, names in COLUMNS.items())
+        raise DataError(
+            f"{place}: no question with an answer, and no picture with a caption\ncolumns: {', '.join(map(str, row))}\n"
+            f"expected: {expected}"
+        )
+    question = str(found["question"] or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
+    images = found["image"] if isinstance(found["image"], list) else [found["image"]] if found["image"] else []
+    made = record(row.get("id") or row.get("question_id") or identifier, None, [(question, answer.strip())])
+    if images:
+        made["conversations"][0]["value"] = f"{IMAGE}\n" * len(images) + question
+        made = {"id": made["id"], "image": images[0] if len(images) == 1 else images, **made}
+    return made
+
+
+def _alternating(turns: Sequence[Any]) -> list[dict[str, str]]:
+    kept: list[dict[str, str]] = []
+    for turn in turns:
+        role = _SPEAKERS.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
+        text = turn.get("value", turn.get("content", turn.get("text"))) if isinstance(turn, dict) else None
+        if not kept and role == "gpt":
+            continue
+        if role != ("gpt" if len(kept) % 2 else "human") or not isinstance(text, str):
+            break
+        kept.append({"from": role, "value": re.sub(re.escape(IMAGE), "", text)})
+    return kept[: len(kept) - len(kept) % 2]
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """A pickle may run any code when it is read; this one takes lists, dicts, texts and numbers alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, not data alone")
+
+
+def _plain_pickle(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(missing_file(path))
+    try:
+        with path.open("rb") as file:
+            return _PlainUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as refs of RefCOCO: {error}") from None

@@ -1,0 +1,74 @@
+"""A folder with everything wrong in it: check finds and counts it, --fix drops it, training survives it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dirty_data
+import pytest
+from test_train import words
+
+from milora_data.__main__ import main as data_main
+from milora_data.check import scan
+from milora_data.errors import UserError
+from milora_data.records import load_records
+from milora_vl.train import main
+
+
+@pytest.fixture
+def dirty(tmp_path: Path) -> Path:
+    return dirty_data.make(tmp_path / "dirty")
+
+
+def test_every_kind_is_found(dirty: Path) -> None:
+    report = scan(dirty, dirty.parent / "images")
+    found = [(finding.kind, finding.message) for finding in report.findings]
+    kinds = {kind for kind, _ in found}
+    expected = {kind for kind, _ in [*dirty_data.BROKEN, *dirty_data.ODD] if kind != "forgotten"}
+    expected |= {kind for kind, _ in dirty_data.PECULIAR.values()} | {"corrupt_picture", "broken_json"}
+    assert expected <= kinds
+    assert len(dirty_data.UNREADABLE) + len(dirty_data.PECULIAR) + len(dirty_data.BROKEN) + len(dirty_data.ODD) >= 40
+    for name in dirty_data.UNREADABLE:
+        kind = "missing_picture" if name == "folder.png" else "corrupt_picture"
+        assert any(found_kind == kind and name in message for found_kind, message in found), name
+    for name, (kind, _) in dirty_data.PECULIAR.items():
+        assert any(found_kind == kind and name in message for found_kind, message in found), name
+    assert report.records == len(dirty.read_bytes().splitlines()) - 2  # the broken line and an empty one
+
+
+def test_the_fixed_copy_is_clean_and_every_loss_is_counted(dirty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, images = dirty.parent / "clean.jsonl", dirty.parent / "images"
+    assert data_main(["check", str(dirty), "--image_folder", str(images), "--fix", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert scan(out, images).count("error") == 0
+    left_out = sum(int(line.split()[0]) for line in said.splitlines() if "left out" in line)
+    assert len(list(load_records(out))) + left_out == len(dirty.read_bytes().splitlines()) - 1
+    assert "forgotten <image> put in front" in said
+
+
+@pytest.mark.parametrize(("policy", "workers"), [("skip", "2"), ("replace", "0")])
+def test_training_survives_it_and_says_what_it_cost(
+    policy: str, workers: str, dirty: Path, tmp_path: Path, capfd: Any
+) -> None:
+    run = tmp_path / "run"
+    folder = dirty.parent
+    (folder / "train.json").write_text("")  # `words` names it; the flag below wins
+    extra = ["--data_path", str(dirty), "--bad_images", policy, "--rank", "4", "--max_steps", "30"]
+    extra += ["--per_device_train_batch_size", "1", "--save_steps", "30", "--dataloader_num_workers", workers]
+    assert main(words(folder, run, *extra)) == 0
+    said = capfd.readouterr().err
+    assert "11 broken records are left out" in said
+    assert "2 records without an answer are left out" in said
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert state["global_step"] == 30
+    if policy == "skip":
+        assert "2 records with missing pictures are left out" in said
+    assert "times while training: " in said
+
+
+def test_by_default_training_says_what_is_wrong_before_it_starts(dirty: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train.jsonl"):
+        main(words(dirty.parent, tmp_path / "run", "--data_path", str(dirty), "--rank", "4"))
+    assert not (tmp_path / "run").exists()

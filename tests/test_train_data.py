@@ -1,0 +1,95 @@
+"""What a training does with its data: packing, batches of one kind, broken pictures under each policy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train import losses, words
+
+from milora_vl.train import main
+
+
+def many(data: Path, count: int) -> None:
+    """Make train.json longer: records of different lengths, some without a picture."""
+    records = json.loads((data / "train.json").read_text())
+    for number in range(count):
+        turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "word " * (number % 7)}]
+        records.append({"id": f"m{number}", "conversations": turns})
+    (data / "train.json").write_text(json.dumps(records))
+
+
+def test_packed_records_train_and_resume(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    many(tiny_data, 60)
+    extra = ["--rank", "4", "--packing", "--max_length", "256", "--per_device_train_batch_size", "2", "--dropout", "0"]
+    assert main(words(tiny_data, tmp_path / "whole", *extra)) == 0
+    assert "packed into" in capfd.readouterr().err
+    assert len(list(tiny_data.glob("train.json.lengths-*.npy"))) == 1
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "half" / f"checkpoint-{step}")
+    half = words(tiny_data, tmp_path / "half", *extra)
+    assert main([*half, "--resume_from_checkpoint", str(tmp_path / "half" / "checkpoint-2")]) == 0
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+
+
+def test_llavas_flag_makes_batches_of_one_kind(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert (
+        main(
+            words(
+                tiny_data,
+                run,
+                "--lora_enable",
+                "True",
+                "--lora_r",
+                "4",
+                "--group_by_modality_length",
+                "True",
+                "--max_steps",
+                "3",
+            )
+        )
+        == 0
+    )
+    assert len(losses(run)) == 3
+
+
+@pytest.mark.parametrize("policy", ["skip", "replace"])
+def test_broken_pictures_cost_no_run_and_are_counted(policy: str, tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    for name in ("0.png", "1.png", "5.png"):
+        (tiny_data / "images" / name).write_bytes((tiny_data / "images" / name).read_bytes()[:50])
+    run = tmp_path / "run"
+    extra = [
+        "--rank",
+        "4",
+        "--bad_images",
+        policy,
+        "--per_device_train_batch_size",
+        "1",
+        "--max_steps",
+        "12",
+        "--num_train_epochs",
+        "1",
+    ]
+    assert main(words(tiny_data, run, *extra, "--dataloader_num_workers", "1")) == 0
+    what = "a record was left out because a picture" if policy == "skip" else "a missing or broken picture was replaced"
+    assert f"3 times while training: {what}" in capfd.readouterr().err
+
+
+def test_a_recipe_mixes_sources_by_weight(tiny_data: Path, tmp_path: Path) -> None:
+    images = str(tiny_data / "images")
+    sources = [
+        {"path": str(tiny_data / "train.json"), "weight": 2, "image_folder": images},
+        {"path": str(tiny_data / "val.json"), "weight": 0, "image_folder": images},
+    ]
+    content = {"model": "tiny", "data": {"path": sources}, "policy": [{"modules": "projector", "method": "full"}]}
+    (tmp_path / "mix.yaml").write_text(json.dumps(content))
+    run = tmp_path / "run"
+    assert (
+        main(["--recipe", str(tmp_path / "mix.yaml"), "--output_dir", str(run), "--max_steps", "1", "--use_cpu"]) == 0
+    )
+    assert json.loads((run / "environment.json").read_text())["data"]["train"] == 24
