@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ def resolve(rules: Sequence[Rule], model: nn.Module) -> list[Target]:
     problems += _shared_weights(model, [t.path for t in settled])
     if problems:
         raise PolicyError("\n".join(dict.fromkeys(problems)))
+    _warn_of_experts(selector, settled)
     return _without_nested(settled)
 
 
@@ -157,6 +159,25 @@ def _shared_weights(model: nn.Module, paths: list[str]) -> list[str]:
         for path in paths
         if path in shared
     ]
+
+
+def _warn_of_experts(selector: Selector, targets: Sequence[Target]) -> None:
+    """Mixtures of experts keep these as one 3-D parameter, which is no layer that an adapter could sit on."""
+    blocks = {(t.tower, selector.towers.block_of(t.path)) for t in targets if t.method != "frozen"}
+    experts = [
+        path
+        for path, module in selector.modules.items()
+        if not isinstance(module, nn.Conv1d)
+        and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+        and (selector.towers.tower_of(path), selector.towers.block_of(path)) in blocks
+        and selector.towers.family_of(path) == "mlp"
+    ]
+    if experts:
+        warnings.warn(
+            f"{len(experts):,} modules hold experts as 3-D weights (first: {experts[0]}): "
+            "no adapter can sit on them, they stay as they are",
+            stacklevel=4,
+        )
 
 
 def _without_nested(targets: list[Target]) -> list[Target]:
