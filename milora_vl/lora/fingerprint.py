@@ -39,7 +39,7 @@ class Sketch:
 
 def sketch(W: Tensor, shape: tuple[int, int] | None = None) -> Sketch:
     """Return the sketch of W (out, in); of its first rows and columns with `shape` (padded vocabularies)."""
-    eps = torch.finfo(W.dtype).eps
+    eps = _precision(W)
     rows, columns = shape or (W.shape[0], W.shape[1])
     W = W[:rows, :columns].detach().float()
     norm = float(torch.linalg.vector_norm(W, dtype=torch.float64))
@@ -59,6 +59,13 @@ def distance(saved: Sketch, W: Tensor) -> float:
     apart = max(abs(a - b) for a, b in zip(saved.values, here.values, strict=True))
     norms = abs(saved.norm - here.norm) / max(saved.norm, here.norm, 1e-30)
     return max(apart, norms) / allowed
+
+
+def _precision(W: Tensor) -> float:
+    """The rounding unit of the values: a half-precision checkpoint that was loaded wider is still rounded."""
+    start = W[:64].detach()
+    coarse = [t for t in (torch.bfloat16, torch.float16) if torch.equal(start.to(t).to(start.dtype), start)]
+    return max(torch.finfo(dtype).eps for dtype in [W.dtype, *coarse])
 
 
 @lru_cache(maxsize=64)
