@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,17 +47,24 @@ class Job:
         if form == "merged":
             self._write_merged(base)
         elif form == "llava":
-            config = config_for_llava(base.config, self.vision_tower)
-            adapter = read_llava(self.source.folder) if self.source.kind == "llava" else self._read(base, False)[0]
-            write_llava(replace(adapter, base=base.name), self.out, config, self.dtype)
+            self._write_llava(base)
         elif form == "residual":
-            adapter, _ = self._read(base, True)
+            adapter, _ = self._read(base, needs_base=True)
             drift = write_residual(adapter, base.model, self.out, str(self.target), self.dtype)
             layers = {path: (adapter.factors[path].rank // 2, value) for path, value in drift.items()}
         else:
             layers, total = self._write_adapter(base, form, rank, with_base)
         copy_processor(self.source.folder, self.out, base)
         return layers, total
+
+    def _write_llava(self, base: Base) -> None:
+        if self.source.kind == "llava":
+            adapter = read_llava(self.source.folder)
+            config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
+        else:
+            adapter, _ = self._read(base, needs_base=False)
+            config = config_for_llava(base.config, self.vision_tower)
+        write_llava(adapter, self.out, config, self.dtype)
 
     def _write_adapter(self, base: Base, form: str, rank: int | None, with_base: bool) -> tuple[Layers, float | None]:
         adapter, drift = self._read(base, form == "adapter" and self.source.kind != "ours")

@@ -67,17 +67,17 @@ def canonical_of_original(path: str) -> str:
     return _ORIGINAL.canonical(path)
 
 
-def canonical_of_hf(path: str) -> str:
-    """Return the layout-free name of a module of HF's LLaVA, of any version of transformers.
+def canonical_of_any(path: str) -> str:
+    """Return the layout-free name of a module of HF's LLaVA, of any version of transformers, or of LLaVA's own.
 
-    >>> canonical_of_hf("language_model.model.layers.0.mlp.up_proj")
+    >>> canonical_of_any("language_model.model.layers.0.mlp.up_proj")
     'language.layers.0.mlp.up_proj'
     """
     path = re.sub(r"^language_model\.model\.", "model.language_model.", path)
     path = re.sub(r"^language_model\.lm_head", "lm_head", path)
     path = re.sub(r"^(multi_modal_projector|vision_tower)", r"model.\1", path)
     path = path.replace("model.vision_tower.vision_model.", "model.vision_tower.")
-    return _HF.canonical(path)
+    return _HF.canonical(path) if _HF.tower_of(path) is not None else canonical_of_original(path)
 
 
 def original_path(canonical: str) -> str:
@@ -112,7 +112,7 @@ def write_llava(
     names = dict(sidecar.names) if sidecar is not None else {}
 
     def renamed(path: str) -> str:
-        return original_path(names.get(path) or canonical_of_hf(path))
+        return original_path(names.get(path) or canonical_of_any(path))
 
     factors = {renamed(path): _cut(path, low, vocabulary) for path, low in adapter.factors.items()}
     whole = {}
