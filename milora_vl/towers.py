@@ -212,6 +212,12 @@ def is_wrapped_by_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") or any("lora_A" in name.split(".") for name, _ in model.named_modules())
 
 
+def forget_peft(model: nn.Module) -> None:
+    """Remove what older versions of PEFT leave on a base model that they have unloaded an adapter from."""
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 def _inside(path: str, root: str) -> bool:
     return root == "" or path == root or path.startswith(f"{root}.")
 
