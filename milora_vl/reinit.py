@@ -101,7 +101,7 @@ def _the_adapter(model: PeftModel) -> str:
 def _require_fresh(layers: dict[str, LoraLayer], adapter: str) -> None:
     for path, layer in layers.items():
         is_zero = not all(factor.any() for factor in factors(layer, adapter))
-        change = 0.0 if is_zero else float(torch.linalg.vector_norm(layer.get_delta_weight(adapter)))  # type: ignore[operator]
+        change = 0.0 if is_zero else float(torch.linalg.vector_norm(layer.get_delta_weight(adapter)))  # type: ignore[attr-defined]
         if change > 1e-5:
             raise AdapterError(
                 f"{path}: this adapter has been trained, which a new start would lose\n"

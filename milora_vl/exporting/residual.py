@@ -32,7 +32,7 @@ def write_residual(
     The drift is what rounding the residual to the base's dtype loses, relative to ||W||_F.
     UserError for an adapter without initial factors.
     """
-    parts = {t.path: t for t in adapter.sidecar.targets if t.part is not None} if adapter.sidecar is not None else {}
+    parts = {t.path: t for t in adapter.sidecar.targets if t.has_anchor} if adapter.sidecar is not None else {}
     if not parts:
         raise UserError(
             "this adapter has no initial factors (milora, pissa or random rules): nothing to take out of the base\n"

@@ -262,7 +262,7 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar) -> MiloraMixin:
         if target.rank is None:
             continue
         layer = lora_layer(ours, target.path)
-        if target.part is not None and not has_halves(layer, adapter):
+        if target.has_anchor and not has_halves(layer, adapter):
             install_loaded(layer, adapter)
         set_dropout(layer, adapter, target.dropout)
     ours.remember(adapter, sidecar)

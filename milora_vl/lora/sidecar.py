@@ -53,7 +53,7 @@ class Sidecar:
     @property
     def ranks(self) -> dict[str, int]:
         """Return the rank r of every module with a trained half and an anchor, by path."""
-        return {t.path: t.rank for t in self.targets if t.part is not None and t.rank is not None}
+        return {t.path: t.rank for t in self.targets if t.has_anchor and t.rank is not None}
 
 
 def read_sidecar(folder: Path) -> Sidecar | None:
