@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from milora_vl.initialize import Initial, initialize
+from milora_vl.lora.base_check import precision, require_readable
 from milora_vl.lora.config import make_lora
 from milora_vl.lora.fingerprint import sketch
 from milora_vl.lora.install import install, lora_layer, set_dropout
@@ -55,6 +56,7 @@ def apply_milora(
         raise AdapterError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
     if is_wrapped_by_peft(model):
         raise AdapterError("this model holds a PEFT adapter already: pass the base model, or unload the adapter first")
+    require_readable(model)
     targets = Policy.settle(policy, model)
     if all(target.rank is None for target in targets):
         return _train_in_full(model, targets)
@@ -102,6 +104,8 @@ def _describe(model: nn.Module, targets: Sequence[Target], initial: Mapping[str,
         for t in targets
         if t.rank is not None and t.path not in initial
     }
+    for path, made in sketches.items():
+        sketches[path] = replace(made, eps=max(made.eps, precision(model.get_submodule(path))))
     reports = {path: made.report for path, made in initial.items()}
     return Sidecar(form, targets, {t.path: names[t.path] for t in targets}, sketches, reports)
 

@@ -12,7 +12,7 @@ import sys
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -22,9 +22,9 @@ from torch import nn
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_adapter
+from milora_vl.quantized import Quantization, quantization_config
 from milora_vl.screen_noise import quiet_bars
-
-Quantization = Literal["4bit", "8bit"]
+from milora_vl.towers import keep_weights_readable
 
 # Name -> id on the model hub; those of MADE_HERE need no hub.
 NAMED_MODELS: dict[str, str] = {
@@ -95,10 +95,11 @@ def load_weights(
     auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
     arguments: dict[str, Any] = {"dtype": dtype or "auto"}
     if quantization is not None:
-        arguments |= {"quantization_config": _quantization_config(quantization), "device_map": {"": device or "cpu"}}
+        arguments |= {"quantization_config": quantization_config(quantization), "device_map": {"": device or "cpu"}}
     small = name in MADE_HERE or not sys.stderr.isatty()
     with quiet_bars() if small else nullcontext():
         model = _read(auto.from_pretrained, source, name, **arguments)
+    keep_weights_readable(model)
     return _named(model, name)
 
 
@@ -259,19 +260,6 @@ def _complete(processor: Any, config: Any) -> None:
     processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
     if "do_pad" in type(processor.image_processor).__dict__:
         processor.image_processor.do_pad = True
-
-
-def _quantization_config(quantization: Quantization) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:

@@ -212,6 +212,25 @@ def is_wrapped_by_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") or any("lora_A" in name.split(".") for name, _ in model.named_modules())
 
 
+def keep_weights_readable(model: nn.Module) -> list[str]:
+    """Keep bitsandbytes from repacking 4-bit weights in an eval forward on CPUs with AVX512-BF16.
+
+    What dequantisation makes of repacked weights is garbage, and with it factors, fingerprints and merges. Of 8-bit
+    weights a forward moves the scales elsewhere, and reading the weight would then lose them. Returns the paths of the
+    modules that are repacked already.
+    """
+    repacked = []
+    for path, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                repacked.append(path)
+        elif type(module).__name__ == "Linear8bitLt" and module.weight.SCB is None:  # type: ignore[union-attr]
+            module.weight.SCB = module.state.SCB  # type: ignore[union-attr]
+    return repacked
+
+
 def forget_peft(model: nn.Module) -> None:
     """Remove what older versions of PEFT leave on a base model that they have unloaded an adapter from."""
     if hasattr(model, "peft_config"):
