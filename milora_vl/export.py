@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +76,8 @@ def export(
     """
     from milora_vl.exporting.job import Job
     from milora_vl.exporting.source import find_source
-    from milora_vl.lora.sidecar import AdapterError
+    from milora_vl.lora.errors import AdapterError
+    from milora_vl.screen_noise import quiet_bars
 
     form, rank = _form(to)
     if with_base and form not in ("adapter", "rank"):
@@ -89,7 +91,8 @@ def export(
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     job = Job(source, base, dtype, partial, target, vision_tower, allow_base_mismatch)
     try:
-        layers, total = job.write(form, rank, with_base)
+        with nullcontext() if sys.stderr.isatty() else quiet_bars():
+            layers, total = job.write(form, rank, with_base)
         if target.exists():
             target.rmdir()
         partial.chmod(0o755)  # mkdtemp's folders are for their owner alone

@@ -20,6 +20,7 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
         "use_cpu": True,
+        "bf16": False,
         "report_to": "none",
         "max_steps": 2,
         "per_device_train_batch_size": 2,
