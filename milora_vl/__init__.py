@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from milora_vl.adapter_io import load_adapter, save_adapter
     from milora_vl.models import load_model
     from milora_vl.policy import Policy, Rule
+    from milora_vl.reinit import reinit_peft, restore_split
     from milora_vl.svd import Factors, decompose
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "load_adapter",
     "load_model",
     "merge",
+    "reinit_peft",
+    "restore_split",
     "save_adapter",
 ]
 
@@ -36,6 +39,8 @@ _HOME = {
     "load_adapter": "adapter_io",
     "load_model": "models",
     "merge": "adapter",
+    "reinit_peft": "reinit",
+    "restore_split": "reinit",
     "save_adapter": "adapter_io",
 }
 

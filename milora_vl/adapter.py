@@ -14,9 +14,11 @@ from peft import PeftModel
 from torch import nn
 
 from milora_vl.initialize import Initial, Progress, initialize
+from milora_vl.lora.base_check import precision, require_readable
 from milora_vl.lora.config import make_lora
 from milora_vl.lora.fingerprint import sketch
 from milora_vl.lora.install import install, lora_layer, set_dropout
+from milora_vl.lora.olora import start_olora
 from milora_vl.lora.peft_model import adopt
 from milora_vl.lora.residual import make_residual, require_residual
 from milora_vl.lora.sidecar import AdapterError, Sidecar
@@ -54,12 +56,13 @@ def apply_milora(
         raise AdapterError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
     if is_wrapped_by_peft(model):
         raise AdapterError("this model holds a PEFT adapter already: pass the base model, or unload the adapter first")
-    targets = Policy.parse(policy).resolve(model)
+    require_readable(model)
+    targets = Policy.settle(policy, model)
     if all(target.rank is None for target in targets):
         return _train_in_full(model, targets)
     if form == "residual":
         _require_residual(model, targets)
-    initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
+    initial = initialize(model, targets, cache_dir=cache_dir, progress=progress) | start_olora(model, targets)
     sidecar = _describe(model, targets, initial, form)
     tuned = adopt(make_lora(model, targets))
     for target in targets:
@@ -96,13 +99,19 @@ def _describe(model: nn.Module, targets: Sequence[Target], initial: Mapping[str,
     """Everything milora.json will say, while the weights are still those of the base."""
     names = canonical_names(model)
     sketches = {path: made.sketch for path, made in initial.items()}
-    sketches |= {t.path: sketch(read_matrix(model.get_submodule(t.path))) for t in targets if t.method == "lora"}
+    sketches |= {
+        t.path: sketch(read_matrix(model.get_submodule(t.path)))
+        for t in targets
+        if t.rank is not None and t.path not in initial
+    }
+    for path, made in sketches.items():
+        sketches[path] = replace(made, eps=max(made.eps, precision(model.get_submodule(path))))
     reports = {path: made.report for path, made in initial.items()}
     return Sidecar(form, targets, {t.path: names[t.path] for t in targets}, sketches, reports)
 
 
 def _require_residual(model: nn.Module, targets: Sequence[Target]) -> None:
-    require_residual(model, [t.path for t in targets if t.part is not None])
+    require_residual(model, [t.path for t in targets if t.has_anchor])
     free = [t.path for t in targets if t.sigma != "keep"]
     if free:
         raise AdapterError(

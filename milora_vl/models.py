@@ -12,7 +12,7 @@ import sys
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -22,9 +22,9 @@ from torch import nn
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_adapter
+from milora_vl.quantized import Quantization, quantization_config
 from milora_vl.screen_noise import quiet_bars
-
-Quantization = Literal["4bit", "8bit"]
+from milora_vl.towers import keep_weights_readable
 
 # Name -> id on the model hub; those of MADE_HERE need no hub.
 NAMED_MODELS: dict[str, str] = {
@@ -65,12 +65,60 @@ def load_model(
         name, adapter = base_of(Path(name)), name
     device = torch.device(device or "cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else None)
-    model, processor = _load_base(name, dtype, quantization, device)
+    model, processor = load_weights(name, dtype, quantization=quantization, device=device), load_processor(name)
     if adapter is not None:
         model = _with_adapter(model, Path(adapter))
     if quantization is None:
         model = model.to(device)
     return model.eval(), processor
+
+
+def load_weights(
+    name_or_path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    quantization: Quantization | None = None,
+    device: torch.device | None = None,
+) -> nn.Module:
+    """Return a model without its processor, in the dtype it was saved in unless one is given.
+
+    Raises UserError for an unknown name, a model that cannot be had, and a folder that holds none.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    name = str(name_or_path)
+    if name in ("tiny", "tiny-text"):
+        return _named(_tiny(name)[0].to(dtype or torch.float32), name)
+    source = _source(name)
+    config = _read(AutoConfig.from_pretrained, source, name)
+    _refuse_original_layout(config, name)
+    auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
+    arguments: dict[str, Any] = {"dtype": dtype or "auto"}
+    if quantization is not None:
+        arguments |= {"quantization_config": quantization_config(quantization), "device_map": {"": device or "cpu"}}
+    small = name in MADE_HERE or not sys.stderr.isatty()
+    with quiet_bars() if small else nullcontext():
+        model = _read(auto.from_pretrained, source, name, **arguments)
+    keep_weights_readable(model)
+    return _named(model, name)
+
+
+def load_processor(name: str | Path) -> Any:
+    """Return the processor of a model (of a text-only one its tokenizer), without its weights.
+
+    Raises UserError for an unknown name and a processor that cannot be had.
+    """
+    from transformers import AutoProcessor, AutoTokenizer
+
+    name = str(name)
+    if name in ("tiny", "tiny-text"):
+        return _tiny(name)[1]
+    config = config_of(name)
+    sees = "vision_config" in config.to_dict()
+    processor = _read((AutoProcessor if sees else AutoTokenizer).from_pretrained, _source(name), name)
+    if sees:
+        _complete(processor, config)
+    return processor
 
 
 def config_of(name: str) -> Any:
@@ -108,31 +156,6 @@ def split_processor(processor: Any) -> tuple[Any, Any | None]:
     if isinstance(processor, ProcessorMixin):
         return processor.tokenizer, processor.image_processor
     return processor, None
-
-
-def _load_base(
-    name: str, dtype: torch.dtype | None, quantization: Quantization | None, device: torch.device
-) -> tuple[nn.Module, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-
-    if name in ("tiny", "tiny-text"):
-        model, processor = _tiny(name)
-        return _named(model.to(dtype or torch.float32), name), processor
-    source = _source(name)
-    config = _read(AutoConfig.from_pretrained, source, name)
-    _refuse_original_layout(config, name)
-    sees = "vision_config" in config.to_dict()
-    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    arguments: dict[str, Any] = {"dtype": dtype or "auto"}
-    if quantization is not None:
-        arguments |= {"quantization_config": _quantization_config(quantization), "device_map": {"": device}}
-    small = name in MADE_HERE or not sys.stderr.isatty()
-    with quiet_bars() if small else nullcontext():
-        model = _read(auto.from_pretrained, source, name, **arguments)
-    processor = _read((AutoProcessor if sees else AutoTokenizer).from_pretrained, source, name)
-    if sees:
-        _complete(processor, model.config)
-    return _named(model, name), processor
 
 
 def _tiny(name: str) -> tuple[Any, Any]:
@@ -237,19 +260,6 @@ def _complete(processor: Any, config: Any) -> None:
     processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
     if "do_pad" in type(processor.image_processor).__dict__:
         processor.image_processor.do_pad = True
-
-
-def _quantization_config(quantization: Quantization) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:

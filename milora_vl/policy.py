@@ -34,20 +34,26 @@ class Policy:
         """
         if isinstance(source, Policy):
             return source
-        items = _load_yaml(source) if isinstance(source, str) else source
-        if isinstance(items, Mapping) or not isinstance(items, Sequence) or isinstance(items, str):
-            raise PolicyError(f"policy: expected a list of rules, got {type(items).__name__}")
-        rules, problems = [], []
-        for number, item in enumerate(items):
-            try:
-                rules.append(item if isinstance(item, Rule) else _parse_rule(item))
-            except PolicyError as error:
-                problems += [f"policy[{number}]{line}" for line in str(error).splitlines()]
-        if not items:
-            problems.append("policy: no rules, so nothing would train")
+        rules, problems = _read(source)
         if problems:
             raise PolicyError("\n".join(problems))
-        return Policy(tuple(rules))
+        return Policy(tuple(rule for rule in rules if rule is not None))
+
+    @staticmethod
+    def settle(source: str | Sequence[Mapping[str, Any] | Rule] | Policy, model: nn.Module) -> list[Target]:
+        """Parse and resolve in one go, so that the faults of both come in one PolicyError."""
+        from milora_vl.policies.resolve import resolve
+
+        if isinstance(source, Policy):
+            return source.resolve(model)
+        rules, problems = _read(source)
+        try:
+            targets = resolve(rules, model, is_complete=not problems)
+        except PolicyError as error:
+            problems.append(str(error))
+        if problems:
+            raise PolicyError("\n".join(problems))
+        return targets
 
     def resolve(self, model: nn.Module) -> list[Target]:
         """Settle the rules on `model`: one Target per module that trains, in model order.
@@ -64,6 +70,20 @@ class Policy:
         return [{"modules": r.modules, **{k: _plain(v) for k, v in r.named_fields().items()}} for r in self.rules]
 
 
+def _read(source: str | Sequence[Mapping[str, Any] | Rule]) -> tuple[list[Rule | None], list[str]]:
+    """The rules, and all faults. Of a faulty rule what is right of it; None where not even `modules` is."""
+    items = _load_yaml(source) if isinstance(source, str) else source
+    if isinstance(items, Mapping) or not isinstance(items, Sequence) or isinstance(items, str):
+        raise PolicyError(f"policy: expected a list of rules, got {type(items).__name__}")
+    rules: list[Rule | None] = []
+    problems = [] if items else ["policy: no rules, so nothing would train"]
+    for number, item in enumerate(items):
+        rule, found = (item, []) if isinstance(item, Rule) else _parse_rule(item)
+        rules.append(rule)
+        problems += [f"policy[{number}]{line}" for line in found]
+    return rules, problems
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, SpectralRank):
         pairs = dataclasses.asdict(value).items()
@@ -78,9 +98,9 @@ def _load_yaml(text: str) -> Any:
         raise PolicyError(f"policy: not valid YAML: {error}") from error
 
 
-def _parse_rule(item: object) -> Rule:
+def _parse_rule(item: object) -> tuple[Rule | None, list[str]]:
     if not isinstance(item, Mapping):
-        raise PolicyError(f": a rule is a mapping such as {{modules: language, method: milora}}, got {item!r}")
+        return None, [f": a rule is a mapping such as {{modules: language, method: milora}}, got {item!r}"]
     known = [f.name for f in dataclasses.fields(Rule)]
     problems = [f".{key}: {_unknown(str(key), known)}" for key in item if key not in known]
     if "modules" not in item:
@@ -96,10 +116,11 @@ def _parse_rule(item: object) -> Rule:
     try:
         rule = Rule(**{"modules": "?", **fields})
     except PolicyError as error:
-        problems += str(error).splitlines()
-    if problems:
-        raise PolicyError("\n".join(problems))
-    return rule
+        lines = str(error).splitlines()
+        problems += lines
+        wrong = {line[1:].split(":")[0].split(".")[0] for line in lines}
+        rule = Rule(**{"modules": "?", **{name: value for name, value in fields.items() if name not in wrong}})
+    return (rule if rule.modules != "?" else None), problems
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
@@ -110,8 +131,6 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 def _parse_rank(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    if "budget" in value:
-        raise PolicyError(".rank.budget: not available in this version; use an integer, {energy: x} or {threshold: x}")
     known = [f.name for f in dataclasses.fields(SpectralRank)]
     problems = [f".rank.{key}: {_unknown(str(key), known)}" for key in value if key not in known]
     if problems:

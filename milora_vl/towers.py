@@ -8,7 +8,8 @@ The only file of the library that asks a model what attributes it has.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -20,63 +21,108 @@ TOWERS: tuple[Tower, ...] = get_args(Tower)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One row of the table: the module paths of the parts. Several paths where a model has several."""
+    """One row of the table: the module paths of the parts, without a leading `model.`. Each is one path or several;
 
-    name: str
-    language: tuple[str, ...]
-    projector: tuple[str, ...]
-    vision: tuple[str, ...]
+    `.` is the module that holds the others, less those.
+    """
+
+    families: str
+    language: str
+    projector: str
+    vision: str
+
+    def paths(self, tower: Tower, prefix: str) -> tuple[str, ...]:
+        """Return the full paths of a part."""
+        words: dict[Tower, str] = {"language": self.language, "projector": self.projector, "vision": self.vision}
+        return tuple(prefix.rstrip(".") if path == "." else prefix + path for path in words[tower].split())
 
 
 LAYOUTS: tuple[Layout, ...] = (
-    # HF LLaVA, LLaVA-NeXT, VipLLaVA and others from transformers 4.52 on
-    Layout("llava", ("model.language_model",), ("model.multi_modal_projector",), ("model.vision_tower",)),
-    # HF LLaVA up to transformers 4.51, and LlavaModel (without the head) of later ones
-    Layout("llava (to 4.51)", ("language_model",), ("multi_modal_projector",), ("vision_tower",)),
-    # haotian-liu/LLaVA and LLaVA-NeXT
-    Layout("llava (original)", ("model.layers",), ("model.mm_projector",), ("model.vision_tower",)),
+    # families, by their model_type in transformers            language, projector, vision
+    Layout(
+        "llava (BakLLaVA), llava_next, llava_next_video, llava_onevision, vipllava, paligemma, gemma3, internvl, "
+        "mistral3, aya_vision, cohere2_vision, lfm2_vl, perception_lm, fast_vlm, got_ocr2, aria, florence2, molmo2",
+        *("language_model", "multi_modal_projector", "vision_tower"),
+    ),
+    Layout("mllama, llama4, step3p7", "language_model", "multi_modal_projector", "vision_model"),
+    Layout("video_llava", "language_model", "multi_modal_projector", "image_tower video_tower"),
+    Layout("idefics2, idefics3, smolvlm", "text_model", "connector", "vision_model"),
+    # The mergers lie inside the vision module; the longer path decides.
+    Layout("qwen3_vl", "language_model", "visual.merger visual.deepstack_merger_list", "visual"),
+    Layout("qwen2_vl, qwen2_5_vl, qwen3_5, glm4v, exaone4_5", "language_model", "visual.merger", "visual"),
+    Layout("deepseek_vl, janus", "language_model", "aligner", "vision_model"),
+    Layout("blip-2, instructblip (the Q-Former is no tower)", "language_model", "language_projection", "vision_model"),
+    Layout("gemma3n, gemma4", "language_model", "embed_vision", "vision_tower"),
+    Layout("paddleocr_vl", "language_model", "projector", "visual"),
+    Layout("video_llama_3, hyperclovax_vision_v2", "language_model", "projector", "vision_model"),
+    Layout("minicpmv4_6", "language_model", "merger", "vision_tower"),
+    Layout("kosmos-2", "text_model", "image_to_text_projection", "vision_model"),
+    Layout("idefics", "embed_tokens layers gated_cross_attn_layers norm", "", "vision_model"),
+    # Other people's code bases.
+    Layout("LLaVA-NeXT (original)", ".", "mm_projector vision_resampler", "vision_tower"),
+    Layout("LLaVA (original)", ".", "mm_projector", "vision_tower"),
+    Layout("LLaVA (original) under FSDP, which hides the tower in a list", ".", "mm_projector", ""),
+    Layout("TinyLLaVA", "language_model", "connector", "vision_tower"),
+    Layout("nanoVLM", "decoder", "MP", "vision_encoder"),
 )
+# `model.` from transformers 4.52 on; none before, and in the models without a head (LlavaModel).
+_PREFIXES = ("model.", "")
+_HEAD = "lm_head"  # stands beside the language tower and belongs to it
 
 # A model outside the table that has such a module is no text-only model: its parts must be named by full path.
-_LOOKS_MULTIMODAL = re.compile(r"(^|\.)(vision|visual|image|video|audio)(_|\.|$)|(^|\.)mm_projector", re.IGNORECASE)
+_LOOKS_MULTIMODAL = re.compile(
+    r"(^|\.)(vision|visual|image|video|audio|mm_projector|vqmodel|speech)(_|\.|$)", re.IGNORECASE
+)
 _ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
+# A list of blocks with a smaller share of the largest list's weights is something else (a few heads, a few adapters).
+_SMALLEST_STACK = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Towers:
-    """The parts of one model. A path of a part is None where the model has no such part.
+    """The parts of one model: the paths of each (none where the model has no such part).
 
-    `stacks` names, per tower, the module that holds its repeated blocks (`model.language_model.layers`).
+    `stacks` names, per tower, the modules that hold its repeated blocks (`model.language_model.layers`).
     """
 
     layout: str
-    language: str | None
-    projector: str | None
-    vision: str | None
-    stacks: Mapping[str, str] = field(default_factory=dict)
+    roots: Mapping[Tower, tuple[str, ...]]
+    stacks: Mapping[Tower, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def language(self) -> str | None:
+        """The path of the language tower; the first where it has several, None where it is not known."""
+        return self._first("language")
+
+    @property
+    def projector(self) -> str | None:
+        """The path of the projector, as above."""
+        return self._first("projector")
+
+    @property
+    def vision(self) -> str | None:
+        """The path of the vision tower, as above."""
+        return self._first("vision")
+
+    def _first(self, tower: Tower) -> str | None:
+        return next(iter(self.roots.get(tower, ())), None)
 
     def tower_of(self, path: str) -> Tower | None:
-        """Return the tower that the module at `path` belongs to; None in a multimodal model of unknown layout."""
-        if self.layout == "unknown":
-            return None
-        if self.vision is not None and _inside(path, self.vision):
-            return "vision"
-        if self.projector is not None and _inside(path, self.projector):
-            return "projector"
-        return "language"
+        """Return the tower that the module at `path` belongs to; None for modules beside the three."""
+        holding = [(len(root), tower) for tower, roots in self.roots.items() for root in roots if _inside(path, root)]
+        if holding:
+            return max(holding)[1]
+        return "language" if self.roots.get("language") and _inside(path, _HEAD) else None
 
     def block_of(self, path: str) -> int | None:
         """Return the number of the block that `path` lies in, None outside the blocks.
 
-        >>> Towers("text", "", None, None, {"language": "model.layers"}).block_of("model.layers.3.mlp.up_proj")
+        >>> Towers("text", {"language": ("",)}, {"language": ("model.layers",)}).block_of("model.layers.3.mlp.up_proj")
         3
         """
-        tower = self.tower_of(path)
-        stack = self.stacks.get(tower) if tower else None
-        if stack is None or not path.startswith(f"{stack}."):
-            return None
+        stack = self._stack_of(path)
         number = path.removeprefix(f"{stack}.").split(".")[0]
-        return int(number) if number.isdecimal() else None
+        return int(number) if stack is not None and number.isdecimal() else None
 
     def family_of(self, path: str) -> Literal["attention", "mlp"] | None:
         """Return the family of a layer inside a block: attention if its path there says so, else mlp."""
@@ -86,46 +132,60 @@ class Towers:
 
     def inside_block(self, path: str) -> str:
         """Return the path of a layer within its block: `self_attn.q_proj`."""
-        tower = self.tower_of(path)
-        assert tower is not None
-        return path.removeprefix(f"{self.stacks[tower]}.").partition(".")[2]
+        return path.removeprefix(f"{self._stack_of(path)}.").partition(".")[2]
 
     def canonical(self, path: str) -> str:
         """Return a name that is the same in HF's and in LLaVA's own layout: `language.layers.0.mlp.up_proj`."""
-        tower = self.tower_of(path)
-        stack = self.stacks.get(tower) if tower else None
-        if stack is not None and path.startswith(f"{stack}."):
+        tower, stack = self.tower_of(path), self._stack_of(path)
+        if tower is None:
+            return path
+        if stack is not None and len(self.stacks[tower]) == 1:
             return f"{tower}.layers.{path.removeprefix(f'{stack}.')}"
+        if stack is not None:
+            return f"{tower}.{path}"
         if tower == "language":
             return f"language.{path.split('.')[-1]}"
-        root = self.projector if tower == "projector" else self.vision
+        root = max((root for root in self.roots[tower] if _inside(path, root)), key=len)
         inside = path.removeprefix(f"{root}.")
         if tower == "projector" and inside.isdecimal() and int(inside) % 2 == 0:  # LLaVA: 0 a layer, 1 an activation
             inside = f"linear_{int(inside) // 2 + 1}"
         return f"{tower}.{inside}"
 
+    def _stack_of(self, path: str) -> str | None:
+        tower = self.tower_of(path)
+        stacks = self.stacks.get(tower, ()) if tower else ()
+        return next((stack for stack in stacks if path.startswith(f"{stack}.")), None)
+
 
 def find_towers(model: nn.Module) -> Towers:
     """Find the parts of `model` by the table; a model with no vision module is `language` as a whole.
+
+    Outside the table the language tower of a multimodal model is the decoder that it names itself, if that holds
+    nothing but text; where there is none the layout is `unknown`.
 
     >>> find_towers(nn.Sequential(nn.Linear(2, 2))).tower_of("0")
     'language'
     """
     modules = dict(model.named_modules())
     for layout in LAYOUTS:
-        rows = (layout.language, layout.projector, layout.vision)
-        if all(path in modules for row in rows for path in row):
-            language, projector, vision = (row[0] for row in rows)
-            return _with_stacks(model, Towers(layout.name, language, projector, vision))
-    if any(_LOOKS_MULTIMODAL.search(name) for name in modules):
-        return Towers("unknown", None, None, None)
-    return _with_stacks(model, Towers("text", "", None, None))
+        for prefix in _PREFIXES:
+            roots = {tower: layout.paths(tower, prefix) for tower in TOWERS}
+            if all(path in modules for paths in roots.values() for path in paths):
+                return _with_stacks(modules, Towers(layout.families, roots))
+    if not any(_LOOKS_MULTIMODAL.search(name) for name in modules):
+        return _with_stacks(modules, Towers("text", {"language": ("",)}))
+    decoder = _decoder_path(model, modules)
+    if decoder is not None:
+        return _with_stacks(modules, Towers("decoder alone", {"language": (decoder,)}))
+    return Towers("unknown", {})
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
     """Return the layout-free name (see `Towers.canonical`) of every module, by path."""
     towers = find_towers(model)
-    return {path: towers.canonical(path) for path, _ in model.named_modules() if path}
+    names = {path: towers.canonical(path) for path, _ in model.named_modules() if path}
+    times = Counter(names.values())
+    return {path: name if times[name] == 1 else path for path, name in names.items()}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -152,32 +212,64 @@ def is_wrapped_by_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") or any("lora_A" in name.split(".") for name, _ in model.named_modules())
 
 
+def keep_weights_readable(model: nn.Module) -> list[str]:
+    """Keep bitsandbytes from repacking 4-bit weights in an eval forward on CPUs with AVX512-BF16.
+
+    What dequantisation makes of repacked weights is garbage, and with it factors, fingerprints and merges. Of 8-bit
+    weights a forward moves the scales elsewhere, and reading the weight would then lose them. Returns the paths of the
+    modules that are repacked already.
+    """
+    repacked = []
+    for path, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                repacked.append(path)
+        elif type(module).__name__ == "Linear8bitLt" and module.weight.SCB is None:  # type: ignore[union-attr]
+            module.weight.SCB = module.state.SCB  # type: ignore[union-attr]
+    return repacked
+
+
+def forget_peft(model: nn.Module) -> None:
+    """Remove what older versions of PEFT leave on a base model that they have unloaded an adapter from."""
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 def _inside(path: str, root: str) -> bool:
     return root == "" or path == root or path.startswith(f"{root}.")
 
 
-def _with_stacks(model: nn.Module, towers: Towers) -> Towers:
-    stacks: dict[str, str] = {}
+def _decoder_path(model: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+    get = getattr(model, "get_decoder", None)
+    decoder = get() if callable(get) else None
+    path = next((name for name, module in modules.items() if module is decoder and name), None)
+    if path is None or any(_inside(name, path) and _LOOKS_MULTIMODAL.search(name) for name in modules):
+        return None
+    return path
+
+
+def _with_stacks(modules: Mapping[str, nn.Module], towers: Towers) -> Towers:
+    stacks: dict[Tower, tuple[str, ...]] = {}
     towers_with_blocks: tuple[Tower, ...] = ("language", "vision")  # a projector counts as a whole
     for tower in towers_with_blocks:
-        stack = _largest_stack(model, towers, tower)
-        if stack is not None:
-            stacks[tower] = stack
-    return Towers(towers.layout, towers.language, towers.projector, towers.vision, stacks)
+        held = [name for name, module in modules.items() if towers.tower_of(name) == tower and _is_stack(name, module)]
+        outermost = [name for name in held if not any(name.startswith(f"{other}.") for other in held)]
+        sizes = {name: _size(modules[name].parameters()) for name in outermost}
+        if sizes:
+            least = _SMALLEST_STACK * max(sizes.values())
+            stacks[tower] = tuple(name for name, size in sizes.items() if size >= least)
+    return Towers(towers.layout, towers.roots, stacks)
 
 
-def _largest_stack(model: nn.Module, towers: Towers, tower: Tower) -> str | None:
-    """The ModuleList with the most weights in a tower (timm names a Sequential `blocks`)."""
-    sizes = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in _stacks(model)
-        if towers.tower_of(name) == tower
-    }
-    return max(sizes, key=lambda name: sizes[name]) if sizes else None
+def _is_stack(name: str, module: nn.Module) -> bool:
+    """A list of blocks: its members have parts themselves. timm names a Sequential `blocks`."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        return False
+    is_list = isinstance(module, nn.ModuleList) or name.split(".")[-1] == "blocks"
+    return is_list and any(next(block.children(), None) is not None for block in module)
 
 
-def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        is_blocks = isinstance(module, nn.Sequential) and name.split(".")[-1] == "blocks"
-        if len(list(module.children())) > 0 and (isinstance(module, nn.ModuleList) or is_blocks):
-            yield name, module
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

@@ -94,3 +94,41 @@ def byte_bpe() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
+
+
+def original_llava(hf: Any, processor: Any, folder: Path) -> Any:
+    """Return LLaVA's own class with the weights of a small HF LLaVA; the CLIP tower is put into `folder`/clip.
+
+    The vocabulary ends where HF's `<image>` begins, as in the published checkpoints.
+    """
+    pytest.importorskip("llava")
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    clip = CLIPVisionModel(hf.config.vision_config)
+    clip.load_state_dict({f"{key}": t for key, t in hf.model.vision_tower.state_dict().items()})
+    clip.save_pretrained(folder / "clip")
+    picture = processor.image_processor
+    CLIPImageProcessor(size=dict(picture.size), crop_size=dict(picture.crop_size)).save_pretrained(folder / "clip")
+    vocabulary = hf.config.image_token_id
+    settings = {k: v for k, v in hf.config.text_config.to_dict().items() if k not in ("model_type", "vocab_size")}
+    settings |= {
+        "vocab_size": vocabulary,
+        "mm_vision_tower": str(folder / "clip"),
+        "mm_hidden_size": hf.config.vision_config.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "tokenizer_model_max_length": 2048,
+    }
+    model = LlavaLlamaForCausalLM(LlavaConfig(**settings)).eval()
+    state = {f"model.{key}": t for key, t in hf.model.language_model.state_dict().items()}
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][:vocabulary]
+    state["lm_head.weight"] = hf.lm_head.weight[:vocabulary]
+    for name, tensor in hf.model.multi_modal_projector.state_dict().items():
+        state["model.mm_projector." + name.replace("linear_1", "0").replace("linear_2", "2")] = tensor
+    missing, unknown = model.load_state_dict(state, strict=False)
+    assert not missing, missing
+    assert not unknown, unknown
+    return model

@@ -43,8 +43,8 @@ def test_all_faults_come_together_with_their_dotted_place() -> None:
         ("language", "expected a list of rules, got str"),
         ([], "no rules, so nothing would train"),
         (
-            [{"modules": "language", "rank": {"budget": 1000}}],
-            r"policy\[0\].rank.budget: not available",
+            [{"modules": "language", "rank": {"budget": 0.5}}],
+            r"policy\[0\].rank.budget: expected a number of parameters, got 0.5",
         ),
         (
             [{"modules": "language", "rank": {"energie": 0.1}}],

@@ -65,4 +65,4 @@ def test_a_flag_without_use_is_an_error(rules: list, edits: PolicyEdits, message
 
 
 def test_methods_are_those_of_the_command() -> None:
-    assert METHODS == ("milora", "lora", "pissa", "random", "full", "projector")
+    assert METHODS == ("milora", "lora", "pissa", "random", "dora", "olora", "mica", "full", "projector")

@@ -18,6 +18,9 @@ MAX_FILE, MAX_FUNCTION, MEDIAN_FILE = 350, 60, 120
 # `path:function` -> why its **kwargs is no sink: the signature is someone else's, and everything is passed on.
 FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/models.py:_read": "from_pretrained's keywords, passed on to it",
+    "milora_vl/integrations/llava.py:_ignoring_arguments.<locals>.call": "Trainer passes what LLaVA's does not take",
+    "milora_vl/integrations/llava.py:_tokenizer_argument.<locals>.initialise": "Trainer's constructor",
+    "milora_vl/integrations/replace.py:_maker.<locals>.get_peft_model": "PEFT's function",
     "milora_vl/lora/peft_model.py:MiloraMixin.load_adapter": "PeftModel's method",
     "milora_vl/lora/peft_model.py:MiloraMixin.save_pretrained": "PeftModel's method",
     "milora_vl/timm_tower.py:TimmTower.forward": "LLaVA passes every vision tower the same keywords",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from peft import PeftModel
 from torch import nn
 
-from milora_vl.lora.fingerprint import distance
+from milora_vl.lora.fingerprint import QUANTIZED_EPS, distance
 from milora_vl.lora.install import base_layer
 from milora_vl.lora.sidecar import FILE_NAME, AdapterError, Sidecar, locate
 from milora_vl.lora.weights import read_matrix
-from milora_vl.towers import canonical_names
+from milora_vl.towers import canonical_names, keep_weights_readable
+
+logger = logging.getLogger(__name__)
 
 
 def fitted(model: nn.Module, sidecar: Sidecar, *, allow_base_mismatch: bool) -> Sidecar:
@@ -20,6 +23,7 @@ def fitted(model: nn.Module, sidecar: Sidecar, *, allow_base_mismatch: bool) -> 
     Raises AdapterError for modules that are missing and, unless allowed, for weights that differ.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    require_readable(base)
     found = locate(sidecar, canonical_names(base))
     if not allow_base_mismatch:
         _require_base(base, found)
@@ -27,13 +31,33 @@ def fitted(model: nn.Module, sidecar: Sidecar, *, allow_base_mismatch: bool) -> 
 
 
 def _require_base(base: nn.Module, sidecar: Sidecar) -> None:
-    apart = {path: distance(s, read_matrix(base_layer(base, path))) for path, s in sidecar.sketches.items()}
+    layers = {path: base_layer(base, path) for path in sidecar.sketches}
+    if any(precision(layer) for layer in layers.values()):
+        logger.warning("this base is quantised: only a clearly different model can be told from the right one")
+    apart = {
+        path: distance(s, read_matrix(layers[path]), precision(layers[path])) for path, s in sidecar.sketches.items()
+    }
     wrong = sorted((path for path in apart if apart[path] > 1), key=lambda path: -apart[path])
     if wrong:
         raise AdapterError(
             f"this is not the base model that the adapter was made for: {len(wrong):,} of {len(apart):,} weights "
             f"differ,\nmost of all {wrong[0]} ({apart[wrong[0]]:.0f} times what rounding explains)\n"
             "load the right base, or pass allow_base_mismatch=True (--allow-base-mismatch)"
+        )
+
+
+def precision(layer: nn.Module) -> float:
+    """Return the relative precision of a quantised weight; 0 for a plain one, whose dtype tells."""
+    return QUANTIZED_EPS.get(layer.get_parameter("weight").dtype, 0.0)
+
+
+def require_readable(base: nn.Module) -> None:
+    """Raise AdapterError where bitsandbytes has repacked 4-bit weights, so that they cannot be read any more."""
+    repacked = keep_weights_readable(base)
+    if repacked:
+        raise AdapterError(
+            f"{repacked[0]}: a forward in eval mode has repacked this 4-bit weight ({len(repacked):,} in all)\n"
+            "bitsandbytes cannot dequantise it any more: load the base again, and add the adapter before any forward"
         )
 
 

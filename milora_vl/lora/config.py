@@ -49,8 +49,10 @@ def quiet_peft() -> Iterator[None]:
 
 
 def _config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -> LoraConfig:
+    use_rslora = all(t.rslora for t in adapters)  # PEFT has one switch for all modules
     ranks = {t.path: _peft_rank(t) for t in adapters}
-    alphas = {t.path: _peft_alpha(t) for t in adapters}
+    alphas = {t.path: _peft_alpha(t, use_rslora) for t in adapters}
+    method = adapters[0].method
     rank, alpha = _most_common(ranks), _most_common(alphas)
     return LoraConfig(
         r=rank,
@@ -60,6 +62,9 @@ def _config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -> Lo
         rank_pattern={f"^{path}": r for path, r in ranks.items() if r != rank},
         alpha_pattern={f"^{path}": a for path, a in alphas.items() if a != alpha},
         modules_to_save=full or None,
+        use_rslora=use_rslora,
+        use_dora=method == "dora",
+        init_lora_weights="mica" if method == "mica" else True,
         fan_in_fan_out=isinstance(model.get_submodule(adapters[0].path), Conv1D),
         task_type=peft_task(model),
     )
@@ -96,13 +101,14 @@ def _require_exactly(tuned: PeftModel, ranks: Mapping[str, int]) -> None:
 
 def _peft_rank(target: Target) -> int:
     assert target.rank is not None
-    return target.rank * (1 if target.part is None else 2)
+    return target.rank * (2 if target.has_anchor else 1)
 
 
-def _peft_alpha(target: Target) -> int | float:
-    assert target.alpha is not None
-    alpha = target.alpha * (1 if target.part is None else 2)
-    return int(alpha) if float(alpha).is_integer() else alpha
+def _peft_alpha(target: Target, use_rslora: bool) -> int | float:
+    """The alpha that gives the target's scaling at PEFT's rank: 2 alpha at 2r, alpha sqrt(2) with rsLoRA."""
+    rank = _peft_rank(target)
+    alpha = target.scaling * (rank**0.5 if use_rslora else rank)
+    return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.products import multiply_down, multiply_up
 
 TRAINED, ANCHOR = "trained", "anchor"
@@ -48,6 +49,33 @@ def rank_message(path: str, got: torch.Size, expected: torch.Size, axis: int) ->
     return f"{path}: the saved factor has shape {tuple(got)}, expected {tuple(expected)}"
 
 
+class Joined(Tensor):
+    """A joined factor as others see it. Writing into it would change nothing but a copy, so that raises.
+
+    PEFT's hotswap_adapter, reset_lora_parameters and weight surgery of other kinds write into `lora_A[name].weight`.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func` on plain tensors; what looks at the same numbers stays guarded."""
+        name = func.__name__
+        if args and isinstance(args[0], Joined) and (name in ("__setitem__", "__set__") or _is_in_place(name)):
+            raise AdapterError(
+                f"{name} into the joined factor [A; A0] or [B, -B0] would change a copy and nothing else\n"
+                "to put another adapter in:  model.load_adapter(folder, name); to change A or B: their `trained` half"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        is_view = name in ("__get__", "__getitem__", "detach") and isinstance(out, Tensor)
+        return out.as_subclass(Joined) if is_view else out
+
+
+def _is_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.startswith("__")
+
+
 class Halves(nn.Module):
     """What the classes below share. `axis` is the dimension of the factor that the rank runs along."""
 
@@ -75,8 +103,8 @@ class Halves(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The factor that PEFT multiplies and merges with."""
-        return self.joined
+        """The factor that PEFT multiplies and merges with, to be read."""
+        return self.joined if torch.compiler.is_compiling() else self.joined.as_subclass(Joined)
 
     def anchor_for(self, x: Tensor) -> Tensor:
         """Return the anchor in the dtype of the multiplication; autocast casts both halves alike by itself."""

@@ -36,8 +36,12 @@ def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
-def why_refused(module: nn.Module) -> str | None:
-    """Return why an adapter on this layer would be wrong in stock PEFT, None if it is right."""
+def why_refused(module: nn.Module, method: str = "lora") -> str | None:
+    """Return why an adapter of a method on this layer would be wrong in stock PEFT, None if it is right."""
+    if method in ("olora", "mica") and not is_linear(module):
+        return f"a layer of kind {type(module).__name__} with method {method}, which is for linear layers"
+    if method == "mica" and not next(module.parameters()).is_floating_point():
+        return "a quantised layer with method mica (PEFT reads float weights for it)"
     if not isinstance(module, nn.Conv2d):
         return None
     if module.groups > 1:

@@ -6,7 +6,7 @@ Everything else (forward, merge, generate, set_adapter, ...) is PEFT's.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
 from milora_vl.initialize import LayerReport
+from milora_vl.lora.atomic import written_whole
 from milora_vl.lora.base_check import fitted, require_same_kind
+from milora_vl.lora.halves import ANCHOR, TRAINED
+from milora_vl.lora.halves_embedding import ANCHOR_SUFFIX
 from milora_vl.lora.install import (
     anchor_names,
     anchors_of,
@@ -60,18 +63,43 @@ class MiloraMixin(PeftModel):
                 "path_initial_model_for_weight_conversion is for PiSSA and its kin: this adapter is saved as a plain\n"
                 "LoRA for the untouched base model already; leave the argument out"
             )
+        self._require_halves()
         if kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = joined_state(kwargs["state_dict"])
+            kwargs["state_dict"] = joined_state(self._with_anchors(kwargs["state_dict"]))
         if save_embedding_layers == "auto":
             save_embedding_layers = self._vocabulary_has_grown()
-        super().save_pretrained(
-            save_directory, safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
-        )
-        if is_main_process:
+        with written_whole(Path(save_directory), is_main_process) as folder:
+            super().save_pretrained(
+                str(folder), safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
+            )
             for name in selected_adapters or self.peft_config:
-                if name in self.sidecars:
-                    folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-                    (folder / FILE_NAME).write_text(self.sidecars[name].to_json(), encoding="utf-8")
+                if is_main_process and name in self.sidecars:
+                    place = folder if name == "default" else folder / name
+                    (place / FILE_NAME).write_text(self.sidecars[name].to_json(), encoding="utf-8")
+
+    def train(self, mode: bool = True) -> MiloraMixin:
+        """Switch to training as PyTorch does. AdapterError if something has put stock factors in the place of ours."""
+        if mode:
+            self._require_halves()
+        return super().train(mode)
+
+    def _require_halves(self) -> None:
+        """PEFT's prepare_model_for_compiled_hotswap, for one, pads factors by replacing them: all of it would train."""
+        for adapter, sidecar in self.sidecars.items():
+            lost = [path for path in sidecar.ranks if not has_halves(lora_layer(self, path), adapter)]
+            if lost:
+                raise AdapterError(
+                    f"{lost[0]}: its two halves were replaced by stock factors ({len(lost):,} modules of {adapter!r})\n"
+                    "save before, or load the folder into the base model with stock PEFT, to serve it"
+                )
+
+    def _with_anchors(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The state dict with the anchors it lacks: collected from named_parameters (LLaVA) it has no buffers."""
+        halves = {
+            name: name.replace(f".{ANCHOR}", f".{TRAINED}").removesuffix(ANCHOR_SUFFIX) for name in anchor_names(self)
+        }
+        missing = {name for name, trained in halves.items() if trained in state and name not in state}
+        return {**state, **{name: buffer for name, buffer in self.named_buffers() if name in missing}}
 
     def _vocabulary_has_grown(self) -> bool:
         """Whether the embeddings were resized, as far as this machine knows the base's config.
@@ -234,7 +262,7 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar) -> MiloraMixin:
         if target.rank is None:
             continue
         layer = lora_layer(ours, target.path)
-        if target.part is not None and not has_halves(layer, adapter):
+        if target.has_anchor and not has_halves(layer, adapter):
             install_loaded(layer, adapter)
         set_dropout(layer, adapter, target.dropout)
     ours.remember(adapter, sidecar)

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.initialize import LayerReport
+from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.fingerprint import Sketch
 from milora_vl.policies.rules import FloorSigma, Target
 
+__all__ = ["FILE_NAME", "FORMAT_VERSION", "AdapterError", "Sidecar", "locate", "read_sidecar"]
+
 FILE_NAME = "milora.json"
 FORMAT_VERSION = 1
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be made, saved or loaded as asked; the message says what was found and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class Sidecar:
     @property
     def ranks(self) -> dict[str, int]:
         """Return the rank r of every module with a trained half and an anchor, by path."""
-        return {t.path: t.rank for t in self.targets if t.part is not None and t.rank is not None}
+        return {t.path: t.rank for t in self.targets if t.has_anchor and t.rank is not None}
 
 
 def read_sidecar(folder: Path) -> Sidecar | None:

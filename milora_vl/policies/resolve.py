@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import product
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from milora_vl.lora.layers import is_adaptable, matrix_shape, why_refused
-from milora_vl.lora.weights import read_matrix
-from milora_vl.policies.rules import FIELDS_OF_METHOD, PolicyError, Rule, SpectralRank, Target
+from milora_vl.policies.ranks import find_rank, share_budget
+from milora_vl.policies.rules import (
+    FIELDS_OF_METHOD,
+    WHOLE_RUN_METHODS,
+    PolicyError,
+    Rule,
+    SpectralRank,
+    Target,
+)
 from milora_vl.policies.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
 
 
 @dataclass(slots=True)
 class _Plan:
-    """What the rules so far say about one module. `alpha_at` is the rank in force when alpha was set."""
+    """What the rules so far say about one module.
+
+    `alpha_at` is the rank in force when alpha was set, `rank_from` the number of the rule that set the rank.
+    """
 
     fields: dict[str, Any] = field(default_factory=dict)
     alpha_at: int | SpectralRank | None = None
+    rank_from: int = -1
     rules: list[int] = field(default_factory=list)
 
     def apply(self, number: int, named: dict[str, Any]) -> None:
@@ -32,31 +44,42 @@ class _Plan:
         if usable is not None:
             self.fields = {k: v for k, v in self.fields.items() if k == "method" or k in usable}
         self.fields |= named
+        if "rank" in named:
+            self.rank_from = number
         if "alpha" in named:
             self.alpha_at = self.fields.get("rank")
         self.rules.append(number)
 
 
-def resolve(rules: Sequence[Rule], model: nn.Module) -> list[Target]:
-    """Return one Target per module that trains, in model order. Raises PolicyError with all faults together."""
+def resolve(rules: Sequence[Rule | None], model: nn.Module, *, is_complete: bool = True) -> list[Target]:
+    """Return one Target per module that trains, in model order. Raises PolicyError with all faults together.
+
+    With `is_complete` False some rules lack what was wrong with them (None: all): what is missing then is no fault.
+    """
     selector = Selector(model, find_towers(model))
     problems: list[str] = []
     plans = _collect(rules, selector, problems)
-    problems += _without_method(plans, rules)
+    if is_complete:
+        problems += _without_method(plans, rules)
     targets = []
     for path in selector.modules:
         if path in plans and plans[path].fields.get("method") not in ("frozen", None):
             targets.append((plans[path].rules[-1], path))
-    settled = _settle(targets, plans, selector, problems)
+    _share_budgets([path for _, path in targets], plans, selector, problems)
+    settled = _settle(targets, plans, selector, problems, is_complete)
+    problems += _mixed_baselines(settled)
     problems += _shared_weights(model, [t.path for t in settled])
     if problems:
         raise PolicyError("\n".join(dict.fromkeys(problems)))
+    _warn_of_experts(selector, settled)
     return _without_nested(settled)
 
 
-def _collect(rules: Sequence[Rule], selector: Selector, problems: list[str]) -> dict[str, _Plan]:
+def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[str]) -> dict[str, _Plan]:
     plans: dict[str, _Plan] = defaultdict(_Plan)
     for number, rule in enumerate(rules):
+        if rule is None:
+            continue
         try:
             whole = rule.method in ("full", "frozen")
             paths = selector.match(rule.modules, whole_modules=whole, planned=plans.keys())
@@ -74,22 +97,51 @@ def _collect(rules: Sequence[Rule], selector: Selector, problems: list[str]) -> 
     return plans
 
 
-def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule]) -> list[str]:
+def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule | None]) -> list[str]:
     """Rules of which no module has a method in the end: their fields would be ignored."""
     useful = {number for plan in plans.values() if "method" in plan.fields for number in plan.rules}
     matched = {number for plan in plans.values() for number in plan.rules}
     return [
-        f'policy[{number}]: no rule gives a method to "{rules[number].modules}"' for number in sorted(matched - useful)
+        f'policy[{number}]: no rule gives a method to "{rule.modules}"'
+        for number, rule in enumerate(rules)
+        if rule is not None and number in matched - useful
     ]
 
 
+def _share_budgets(paths: list[str], plans: dict[str, _Plan], selector: Selector, problems: list[str]) -> None:
+    """Replace every budget by the ranks it comes to; all modules whose rank one rule decides share that rule's."""
+    sharing: dict[int, list[str]] = defaultdict(list)
+    for path in paths:
+        rank = plans[path].fields.get("rank")
+        if isinstance(rank, SpectralRank) and rank.budget is not None and is_adaptable(selector.modules[path]):
+            sharing[plans[path].rank_from].append(path)
+    for number, members in sharing.items():
+        budget = plans[members[0]].fields["rank"]
+        try:
+            found = share_budget(budget, {path: selector.modules[path] for path in members})
+        except PolicyError as error:
+            problems.append(f"policy[{number}]{error}")
+            found = dict.fromkeys(members, budget.min)
+        for path, rank in found.items():
+            plan = plans[path]
+            if plan.alpha_at is budget:
+                plan.alpha_at = rank
+            plan.fields = {**plan.fields, "rank": rank}
+
+
 def _settle(
-    targets: list[tuple[int, str]], plans: dict[str, _Plan], selector: Selector, problems: list[str]
+    targets: list[tuple[int, str]],
+    plans: dict[str, _Plan],
+    selector: Selector,
+    problems: list[str],
+    is_complete: bool,
 ) -> list[Target]:
     """Decide rank and alpha of every target; faults are grouped per rule, as one rule may mean hundreds of modules."""
     faults: dict[str, list[str]] = defaultdict(list)
     settled = []
     for number, path in targets:
+        if not is_complete and plans[path].fields["method"] != "full" and "rank" not in plans[path].fields:
+            continue
         try:
             settled.append(_target(path, plans[path], selector))
         except PolicyError as error:
@@ -105,44 +157,42 @@ def _target(path: str, plan: _Plan, selector: Selector) -> Target:
     if fields["method"] == "full":
         shape = matrix_shape(module) if is_adaptable(module) else tuple(next(module.parameters()).shape)
         return Target(path=path, shape=shape, tower=tower, **fields)
-    refused = why_refused(module)
+    refused = why_refused(module, fields["method"])
     if refused is not None:
         raise PolicyError(f".modules: no adapter on {refused}")
     shape = matrix_shape(module)
     if "rank" not in fields:
         raise PolicyError(f".rank: method {fields['method']} needs a rank")
-    rank = _rank(fields["rank"], module)
-    if rank > min(shape) and fields["method"] != "lora":
+    rank = find_rank(fields["rank"], module)
+    if rank > min(shape) and fields["method"] not in ("lora", "dora"):
         raise PolicyError(f".rank: {rank} is larger than min(out, in) = {min(shape)} of shape {shape}")
     alpha = _alpha(fields, plan, rank, module)
     return Target(path=path, shape=shape, tower=tower, **{**fields, "rank": rank, "alpha": alpha})
 
 
 def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module) -> float:
-    """The rank unless set; alpha set together with another rank than the final one keeps its scale alpha/rank."""
+    """The rank unless set; alpha set together with another rank than the final one keeps its scale.
+
+    The scale is alpha/rank, or alpha/sqrt(rank) with rsLoRA.
+    """
     if "alpha" not in fields:
         return float(rank)
     if plan.alpha_at is None or plan.alpha_at == fields["rank"]:
         return float(fields["alpha"])
-    return float(fields["alpha"]) / _rank(plan.alpha_at, module) * rank
+    growth = rank / find_rank(plan.alpha_at, module)
+    return float(fields["alpha"]) * (growth**0.5 if fields.get("rslora") else growth)
 
 
-def _rank(rank: int | SpectralRank, module: nn.Module) -> int:
-    """The rank itself, or the one the weight's spectrum gives; its upper bound where there are no weights (meta)."""
-    if isinstance(rank, int):
-        return rank
-    largest = min(rank.max or min(matrix_shape(module)), min(matrix_shape(module)))
-    if next(module.parameters()).is_meta:
-        return largest
-    sigma = torch.linalg.svdvals(read_matrix(module).float()).flip(0)
-    return max(min(_count_minor(sigma, rank), largest), min(rank.min, largest))
-
-
-def _count_minor(ascending: Tensor, rank: SpectralRank) -> int:
-    if rank.threshold is not None:
-        return int((ascending <= rank.threshold * ascending[-1]).sum())
-    energy = ascending.double().square().cumsum(0)
-    return int((energy <= (rank.energy or 0.0) * energy[-1]).sum())
+def _mixed_baselines(targets: Sequence[Target]) -> list[str]:
+    """DoRA, OLoRA and MiCA are PEFT's for all modules of an adapter."""
+    methods = sorted({t.method for t in targets if t.rank is not None})
+    baselines = [method for method in methods if method in WHOLE_RUN_METHODS]
+    if baselines and len(methods) > 1:
+        others = ", ".join(method for method in methods if method != baselines[0])
+        return [f"policy: {baselines[0]} is a baseline for a whole run, it does not mix with {others}"]
+    if baselines == ["mica"] and tuple(map(int, version("peft").split(".")[:2])) < (0, 20):
+        return [f"policy: method mica needs peft 0.20 or newer, this is {version('peft')}"]
+    return []
 
 
 def _shared_weights(model: nn.Module, paths: list[str]) -> list[str]:
@@ -157,6 +207,25 @@ def _shared_weights(model: nn.Module, paths: list[str]) -> list[str]:
         for path in paths
         if path in shared
     ]
+
+
+def _warn_of_experts(selector: Selector, targets: Sequence[Target]) -> None:
+    """Mixtures of experts keep these as one 3-D parameter, which is no layer that an adapter could sit on."""
+    blocks = {(t.tower, selector.towers.block_of(t.path)) for t in targets if t.method != "frozen"}
+    experts = [
+        path
+        for path, module in selector.modules.items()
+        if not isinstance(module, nn.Conv1d)
+        and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+        and (selector.towers.tower_of(path), selector.towers.block_of(path)) in blocks
+        and selector.towers.family_of(path) == "mlp"
+    ]
+    if experts:
+        warnings.warn(
+            f"{len(experts):,} modules hold experts as 3-D weights (first: {experts[0]}): "
+            "no adapter can sit on them, they stay as they are",
+            stacklevel=4,
+        )
 
 
 def _without_nested(targets: list[Target]) -> list[Target]:

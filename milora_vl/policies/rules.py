@@ -8,16 +8,19 @@ from typing import Any, Literal, get_args
 
 from milora_vl.svd import Part
 
-RuleMethod = Literal["milora", "pissa", "random", "lora", "full", "frozen"]
+RuleMethod = Literal["milora", "pissa", "random", "lora", "full", "frozen", "dora", "olora", "mica"]
 METHODS: tuple[RuleMethod, ...] = get_args(RuleMethod)
 PART_OF_METHOD: dict[str, Part] = {"milora": "minor", "pissa": "principal", "random": "random"}
+# Baselines: all adapters of a policy are of this method, or none.
 WHOLE_RUN_METHODS = ("dora", "olora", "mica")
+# Methods that start from given factors of the weight, whose copy is subtracted again.
+ANCHORED_METHODS = (*PART_OF_METHOD, "olora")
 
 # The fields each method uses beside `modules` and `method`; any other one in its rule is an error.
-_ADAPTER_FIELDS = frozenset({"rank", "alpha", "dropout", "learning_rate", "weight_decay"})
+_ADAPTER_FIELDS = frozenset({"rank", "alpha", "rslora", "dropout", "learning_rate", "weight_decay"})
 FIELDS_OF_METHOD: dict[str, frozenset[str]] = {
     **{method: _ADAPTER_FIELDS | {"sigma"} for method in PART_OF_METHOD},
-    "lora": _ADAPTER_FIELDS,
+    **dict.fromkeys(("lora", *WHOLE_RUN_METHODS), _ADAPTER_FIELDS),
     "full": frozenset({"learning_rate", "weight_decay"}),
     "frozen": frozenset(),
 }
@@ -32,11 +35,13 @@ class SpectralRank:
     """A rank found from the singular values of each weight, kept within min..max.
 
     `energy`: the largest r whose minor components hold at most that share of ||W||^2; `threshold`: the components
-    with sigma at most that share of the largest.
+    with sigma at most that share of the largest; `budget`: as many trainable parameters for all modules of the rule
+    together, spent on the components with the smallest such share first.
     """
 
     energy: float | None = None
     threshold: float | None = None
+    budget: int | None = None
     min: int = 1
     max: int | None = None
 
@@ -59,6 +64,7 @@ class Rule:
     method: RuleMethod | None = None
     rank: int | SpectralRank | None = None
     alpha: float | None = None
+    rslora: bool | None = None
     dropout: float | None = None
     sigma: Sigma | None = None
     learning_rate: float | None = None
@@ -85,6 +91,7 @@ class Target:
     method: RuleMethod
     rank: int | None = None
     alpha: float | None = None
+    rslora: bool = False
     dropout: float = 0.0
     sigma: Sigma = "keep"
     learning_rate: float | None = None
@@ -92,15 +99,20 @@ class Target:
 
     @property
     def scaling(self) -> float:
-        """Return alpha/rank, the s of the paper. Only for targets with an adapter."""
+        """Return alpha/rank, the s of the paper; alpha/sqrt(rank) with rsLoRA (arXiv:2312.03732). Adapters only."""
         assert self.rank is not None
         assert self.alpha is not None
-        return self.alpha / self.rank
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     @property
     def part(self) -> Part | None:
-        """Return which singular components train: None for `lora` and `full`."""
+        """Return which singular components train; None for methods that start from no such part."""
         return PART_OF_METHOD.get(self.method)
+
+    @property
+    def has_anchor(self) -> bool:
+        """Tell whether a frozen copy of the initial factors is subtracted, so that the stored rank is 2r."""
+        return self.method in ANCHORED_METHODS
 
 
 def _is_number(value: object) -> bool:
@@ -115,15 +127,15 @@ def _rule_problems(rule: Rule) -> list[str]:
     found = []
     if not isinstance(rule.modules, str) or not rule.modules:
         found.append(f".modules: expected a tower, a selector or a glob, got {rule.modules!r}")
-    if rule.method in WHOLE_RUN_METHODS:
-        found.append(f".method: {rule.method} is a baseline for a whole run, not available in this version")
-    elif rule.method is not None and rule.method not in METHODS:
+    if rule.method is not None and rule.method not in METHODS:
         found.append(f".method: expected one of {', '.join(METHODS)}, got {rule.method!r}")
     found += _rank_problems(rule.rank)
     if rule.sigma not in (None, "keep", "none") and not (
         isinstance(rule.sigma, FloorSigma) and _is_number(rule.sigma.floor) and 0 < rule.sigma.floor <= 1
     ):
         found.append(f".sigma: expected keep, none or {{floor: share of the median, up to 1}}, got {rule.sigma!r}")
+    if rule.rslora not in (None, True, False):
+        found.append(f".rslora: expected true or false, got {rule.rslora!r}")
     limits = {"alpha": (0, None), "dropout": (None, 1), "learning_rate": (0, None), "weight_decay": (None, None)}
     for name, (above, below) in limits.items():
         value = getattr(rule, name)
@@ -140,11 +152,13 @@ def _rank_problems(rank: Any) -> list[str]:
     if rank is None or _is_count(rank):
         return []
     if not isinstance(rank, SpectralRank):
-        return [f".rank: expected a positive integer, {{energy: x}} or {{threshold: x}}, got {rank!r}"]
+        return [f".rank: expected a positive integer, {{energy: x}}, {{threshold: x}} or {{budget: N}}, got {rank!r}"]
     found = []
     shares = [value for value in (rank.energy, rank.threshold) if value is not None]
-    if len(shares) != 1:
-        found.append(".rank: give exactly one of energy and threshold")
+    if len(shares) + (rank.budget is not None) != 1:
+        found.append(".rank: give exactly one of energy, threshold and budget")
+    if rank.budget is not None and not _is_count(rank.budget):
+        found.append(f".rank.budget: expected a number of parameters, got {rank.budget!r}")
     if any(not _is_number(value) or not 0 < value <= 1 for value in shares):
         found.append(f".rank: energy and threshold are shares above 0, at most 1, got {shares}")
     if not _is_count(rank.min) or not (rank.max is None or (_is_count(rank.max) and rank.max >= rank.min)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -58,11 +58,14 @@ class Selector:
         if selector["first"] is None:
             return
         first, last = int(selector["first"]), int(selector["last"] or selector["first"])
-        stack = self.towers.stacks.get(selector["tower"])
-        count = 0 if stack is None else len(list(self.modules[stack].children()))
-        if not first <= last < count:
-            there = f"{stack}[0-{count - 1}]" if count else "none"
-            raise SelectorError(f"no layers [{first}-{last}] in {selector['tower']}\nits blocks are {there}")
+        blocks = self._blocks(str(selector["tower"]))
+        if not first <= last < max(blocks.values(), default=0):
+            raise SelectorError(f"no layers [{first}-{last}] in {selector['tower']}\nits blocks are {_listed(blocks)}")
+
+    def _blocks(self, tower: str) -> dict[str, int]:
+        """The lists of blocks of a tower, with their lengths; an encoder and a decoder are two."""
+        stacks = next((paths for name, paths in self.towers.stacks.items() if name == tower), ())
+        return {path: len(list(self.modules[path].children())) for path in stacks}
 
     def _counts(self, path: str, whole_modules: bool) -> bool:
         module = self.modules[path]
@@ -95,10 +98,10 @@ class Selector:
         if not whole_modules and any(fnmatchcase(p, text) for p in self.modules):
             kinds = sorted({type(m).__name__ for p, m in self.modules.items() if fnmatchcase(p, text)})
             lines.append(f"it names modules of kind {', '.join(kinds[:4])}: no layer an adapter can sit on")
-        if self.towers.layout == "unknown":
+        if self.towers.layout in ("unknown", "decoder alone"):
             lines.append("this model has a vision part but no known layout: name its modules by full path or glob")
-        for tower, stack in self.towers.stacks.items():
-            lines.append(f"this model's {tower} blocks are {stack}[0-{len(list(self.modules[stack].children())) - 1}]")
+        for tower in self.towers.stacks:
+            lines.append(f"this model's {tower} blocks are {_listed(self._blocks(tower))}")
         projector = [p for p in self.modules if self.towers.tower_of(p) == "projector" and self._counts(p, False)]
         if projector:
             lines.append(f"its projector is {', '.join(projector[:4])}")
@@ -112,3 +115,7 @@ class Selector:
         towers = [t for t in TOWERS if any(self.towers.tower_of(p) == t for p in self.modules)]
         leaves = {p.split(".")[-1] for p, m in self.modules.items() if is_linear(m)}
         return [*towers, *(f"{t}.{leaf}" for t in towers for leaf in (*sorted(leaves), "attention", "mlp"))]
+
+
+def _listed(blocks: Mapping[str, int]) -> str:
+    return ", ".join(f"{path}[0-{count - 1}]" for path, count in blocks.items()) or "none"

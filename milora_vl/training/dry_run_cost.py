@@ -85,7 +85,7 @@ def _plan(
     return Plan(
         total=sum(p.numel() for p in base.parameters()),
         adapters=adapters,
-        anchors=sum(sizes[t.path] for t in targets if t.part is not None),
+        anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
         full=sum(sizes.values()) - adapters,
         base_bytes=BYTES[quantization] if half or quantization != "none" else 4.0,
         stage=zero_stage(train.get("deepspeed")),

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from milora_data.errors import UserError
+from milora_vl.policies.rules import PART_OF_METHOD
 
-ADAPTERS = ("milora", "lora", "pissa", "random")
+ADAPTERS = ("milora", "lora", "pissa", "random", "dora", "olora", "mica")
 METHODS = (*ADAPTERS, "full", "projector")
-ADAPTER_FIELDS = ("rank", "alpha", "dropout", "sigma")
+ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma")
 RuleDict = dict[str, Any]
 
 # The paper's choice for LLaVA-1.5-7B (arXiv:2406.09044, Table 11); the projector as LLaVA's own LoRA script trains it.
@@ -77,8 +78,8 @@ def _refuse_useless(adapters: Sequence[RuleDict], edits: PolicyEdits) -> None:
 def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
     if edits.method in ADAPTERS and "method" in rule:
         rule["method"] = edits.method
-        if edits.method == "lora":
-            rule.pop("sigma", None)  # the scale of minor factors; LoRA has none
+        if edits.method not in PART_OF_METHOD:
+            rule.pop("sigma", None)  # the scale of singular factors; the others have none
     if edits.rank is not None:
         old, alpha = rule.get("rank"), rule.get("alpha")
         rule["rank"] = edits.rank

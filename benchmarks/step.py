@@ -1,0 +1,166 @@
+"""Time and memory of a training step against stock PEFT LoRA of rank r on the same layers, interleaved in one process.
+
+python benchmarks/step.py [--width 4096] [--rank 128] [--tokens 512] [--layers 2] [--dtype bfloat16] [--checkpointing]
+prints one JSON line: for each form the ratio of medians and its bound; anchors and peak activations beside it
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+import warnings
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from milora_vl import apply_milora
+
+ALLOWANCE = 1.03  # beyond what counting operations predicts
+
+
+class Block(nn.Module):
+    """A linear layer with a residual connection, as both kinds of layers of a language model have."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, width) -> (tokens, width)."""
+        out = self.up(x)
+        return x + out if out.shape == x.shape else x + out[..., : x.shape[-1]]
+
+
+class Model(nn.Module):
+    """A stack of blocks, nothing else: what attention and norms cost would hide the difference."""
+
+    def __init__(self, width: int, inner: int, num_layers: int, checkpointing: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width, inner) for _ in range(num_layers))
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, width) -> (tokens, width)."""
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
+        return x
+
+
+def main() -> None:
+    """Measure all forms and print the ratios."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--width", type=int, default=4096)
+    options.add_argument("--inner", type=int, help="outputs of a layer; default: the width")
+    options.add_argument("--rank", type=int, default=128)
+    options.add_argument("--tokens", type=int, default=512)
+    options.add_argument("--layers", type=int, default=2)
+    options.add_argument("--steps", type=int, default=10)
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options.add_argument("--autocast", action="store_true", help="bfloat16 autocast over float32 weights")
+    options.add_argument("--checkpointing", action="store_true")
+    options.add_argument("--compile", action="store_true")
+    options.add_argument("--device", default="cpu")
+    chosen = options.parse_args()
+    print(json.dumps(measure(chosen)))
+
+
+def measure(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Time the three models step by step in turns; ratios are of medians."""
+    inner = chosen.inner or chosen.width
+    models = {name: build(name, chosen, inner) for name in ("lora", "anchored", "residual")}
+    x = torch.randn(chosen.tokens, chosen.width, device=chosen.device, dtype=getattr(torch, chosen.dtype))
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(chosen.steps + 2):
+        for name, model in models.items():
+            took = step(model, x, chosen)
+            if number >= 2:  # the first two warm up
+                seconds[name].append(took)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    predicted = flops(chosen.width, inner, chosen.rank, chosen.checkpointing)
+    return {
+        **{key: value for key, value in vars(chosen).items() if key != "inner"},
+        "inner": inner,
+        "threads": torch.get_num_threads(),
+        "seconds": median,
+        "anchored": round(median["anchored"] / median["lora"], 4),
+        "anchored_bound": round(ALLOWANCE * predicted, 4),
+        "flops_predict": round(predicted, 4),
+        "residual": round(median["residual"] / median["lora"], 4),
+        "residual_bound": 1.02,
+        "anchor_bytes": sum(b.numel() * b.element_size() for b in models["anchored"].buffers()),
+        "saved_for_backward_bytes": {name: activations(model, x, chosen) for name, model in models.items()},
+    }
+
+
+def build(name: str, chosen: argparse.Namespace, inner: int) -> nn.Module:
+    """Return the same model with stock LoRA, or with ours in one of its forms. Factors of any kind cost alike."""
+    torch.manual_seed(0)
+    base = Model(chosen.width, inner, chosen.layers, chosen.checkpointing)
+    base = base.to(chosen.device, getattr(torch, chosen.dtype))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if name == "lora":
+            model: Any = get_peft_model(base, LoraConfig(r=chosen.rank, lora_alpha=chosen.rank, target_modules=["up"]))
+        else:
+            rules = [{"modules": "language", "method": "milora", "rank": chosen.rank}]
+            model = apply_milora(base, rules, form=name)  # type: ignore[arg-type]
+    return torch.compile(model) if chosen.compile else model  # type: ignore[return-value]
+
+
+def step(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> float:
+    """One forward and backward, the input's gradient included as below every layer but the first."""
+    x = x.detach().requires_grad_()
+    model.zero_grad(set_to_none=True)
+    start = now(chosen.device)
+    forward(model, x, chosen).float().square().mean().backward()
+    return now(chosen.device) - start
+
+
+def forward(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> Tensor:
+    """Run the model, under autocast if that was asked for."""
+    with torch.autocast(torch.device(chosen.device).type, torch.bfloat16, enabled=chosen.autocast):
+        out: Tensor = model(x)
+        return out
+
+
+def activations(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> int:
+    """Bytes that autograd keeps from forward to backward, each storage once, weights left out."""
+    owned = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = forward(model, x.detach().requires_grad_(), chosen)
+    del out
+    gc.collect()
+    return sum(kept.values())
+
+
+def flops(width: int, inner: int, rank: int, checkpointing: bool) -> float:
+    """The ratio that counting multiplications predicts: the anchor adds its forward and its input's gradient."""
+    forward, weight = 1 + checkpointing, width * inner
+    adapter = rank * (width + inner)
+    lora = forward * (weight + adapter) + (weight + adapter) + adapter
+    return (lora + (forward + 1) * adapter) / lora
+
+
+def now(device: str) -> float:
+    """Seconds, after what the device still has to do."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The base model of an export: its config, its weights and its processor, each had only when it is asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from milora_data.errors import UserError
+from milora_vl import models
+
+
+class Base:
+    """A base model by name (or folder, or hub id), or one at hand. `name` is what adapters record."""
+
+    def __init__(self, source: str | Path | nn.Module | None, dtype: torch.dtype | None) -> None:
+        self._source = source
+        self._dtype = dtype
+
+    @property
+    def name(self) -> str:
+        """The name the base was given by; of a model at hand the one it knows itself."""
+        if isinstance(self._source, nn.Module):
+            return str(self.config.name_or_path)
+        if not self._source:
+            raise UserError("which base model? its adapter_config.json does not say\nsay:  --base NAME-OR-FOLDER")
+        return str(self._source)
+
+    @property
+    def config(self) -> Any:
+        """The HF config, without the weights."""
+        return self._source.config if isinstance(self._source, nn.Module) else models.config_of(self.name)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model with its weights, in the dtype they were saved in unless one was asked for."""
+        return self._source if isinstance(self._source, nn.Module) else models.load_weights(self.name, self._dtype)
+
+    def processor(self) -> Any:
+        """Return the processor (of a text-only model the tokenizer); None for a model at hand. Needs no weights."""
+        return None if isinstance(self._source, nn.Module) else models.load_processor(self.name)

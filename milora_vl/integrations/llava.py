@@ -1,0 +1,147 @@
+"""The training code of LLaVA and LLaVA-NeXT with MiLoRA in the place of LoRA, and no edit of theirs:
+
+    python -m milora_vl.integrations.llava llava/train/train_mem.py --lora_enable True --lora_r 128 ...
+
+LLaVA pins transformers 4.37.2, older than what this package runs on, so training needs an environment of its own with
+LLaVA installed without its pins. The shims below bridge what changed since; each is one function. What is saved (with
+the projector in non_lora_trainables.bin) loads in LLaVA's own environment and its own load_pretrained_model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from milora_data.command import run
+from milora_data.errors import UserError
+from milora_vl.exporting.llava import KNOWN_KEYS
+from milora_vl.integrations.replace import get_peft_model_replaced, launch, options
+from milora_vl.svd import Part
+
+# Flags of LLaVA's scripts that newer versions of transformers call otherwise.
+RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}
+
+
+@contextmanager
+def milora_in_llava(part: Part = "minor", form: str = "anchored") -> Iterator[None]:
+    """While this is open, LLaVA's `train()` makes MiLoRA adapters, and runs on this version of transformers.
+
+    Raises UserError where llava is not installed.
+    """
+    if find_spec("llava") is None:
+        raise UserError("llava is not installed here\ntry:  pip install --no-deps llava-torch   (or -e the repository)")
+    import transformers.trainer
+
+    with ExitStack() as shims:
+        for shim in (_layernorm_layers, _tokenizer_argument, _sampler_and_optimizer, _without_deepspeed):
+            shim(shims, transformers)
+        shims.enter_context(get_peft_model_replaced(part=part, form=form))
+        yield
+
+
+def renamed_flags(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with the flags that the installed TrainingArguments knows.
+
+    >>> renamed_flags(["--warmup_ratio", "0.03", "--bf16=True"])
+    ['--warmup_steps', '0.03', '--bf16=True']
+    """
+    from transformers import TrainingArguments
+
+    known = signature(TrainingArguments.__init__).parameters
+    out = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        new = RENAMED_FLAGS.get(flag, flag)
+        out.append((flag if flag.removeprefix("--") in known else new) + equals + value)
+    return out
+
+
+def trim_config(folder: Path) -> None:
+    """Leave in adapter_config.json of a finished run only what the PEFT of LLaVA's own environment knows."""
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        known = {key: value for key, value in content.items() if key in KNOWN_KEYS}
+        file.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _layernorm_layers(shims: ExitStack, transformers: Any) -> None:
+    """`ALL_LAYERNORM_LAYERS` left transformers.trainer; LLaVA's trainer imports it."""
+    import torch
+
+    if "ALL_LAYERNORM_LAYERS" not in transformers.trainer.__dict__:
+        shims.enter_context(
+            patch.object(transformers.trainer, "ALL_LAYERNORM_LAYERS", [torch.nn.LayerNorm], create=True)
+        )
+
+
+def _tokenizer_argument(shims: ExitStack, transformers: Any) -> None:
+    """`Trainer(tokenizer=...)` is now `processing_class`."""
+    stock = transformers.Trainer.__init__
+    if "tokenizer" in signature(stock).parameters:
+        return
+
+    def initialise(self: Any, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
+        if tokenizer is not None:
+            kwargs.setdefault("processing_class", tokenizer)
+        stock(self, *args, **kwargs)
+        self.tokenizer = tokenizer
+
+    shims.enter_context(patch.object(transformers.Trainer, "__init__", initialise))
+
+
+def _sampler_and_optimizer(shims: ExitStack, transformers: Any) -> None:
+    """Trainer passes the data set to `_get_train_sampler` and the model to `create_optimizer`; LLaVA's take neither."""
+    trainer = import_module("llava.train.llava_trainer").LLaVATrainer
+    for name in ("_get_train_sampler", "create_optimizer"):
+        if len(signature(trainer.__dict__[name]).parameters) == 1:
+            shims.enter_context(patch.object(trainer, name, _ignoring_arguments(trainer.__dict__[name])))
+    sampler = transformers.Trainer._get_train_sampler
+    if len(signature(sampler).parameters) > 1:  # LLaVA calls super()._get_train_sampler()
+        shims.enter_context(patch.object(transformers.Trainer, "_get_train_sampler", _on_train_dataset(sampler)))
+
+
+def _ignoring_arguments(method: Callable[[Any], Any]) -> Callable[..., Any]:
+    def call(self: Any, *_: Any, **__: Any) -> Any:
+        return method(self)
+
+    return call
+
+
+def _on_train_dataset(method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, train_dataset: Any = None) -> Any:
+        return method(self, self.train_dataset if train_dataset is None else train_dataset)
+
+    return call
+
+
+def _without_deepspeed(shims: ExitStack, transformers: Any) -> None:
+    """LLaVA's `maybe_zero_3` imports deepspeed even where nothing is partitioned."""
+    if find_spec("deepspeed") is None:
+        train = import_module("llava.train.train")
+        shims.enter_context(patch.object(train, "maybe_zero_3", lambda param, *_, **__: param.detach().cpu().clone()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run LLaVA's script. Returns the exit code."""
+    chosen = options("python -m milora_vl.integrations.llava", "Run LLaVA's train.py with MiLoRA as its LoRA.", argv)
+    arguments = renamed_flags(chosen.arguments)
+    if "--lora_enable" not in [argument.partition("=")[0] for argument in arguments]:
+        sys.stderr.write("milora: --lora_enable is not given, so this run trains without an adapter\n")
+    with milora_in_llava(chosen.part, chosen.form):
+        launch(chosen.script, arguments)
+    if "--output_dir" in arguments:
+        trim_config(Path(arguments[arguments.index("--output_dir") + 1]))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

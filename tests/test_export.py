@@ -1,0 +1,228 @@
+"""Every form of an adapter, and back: the same logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from adapter_cases import LLAVA_POLICY, llava_batch, move
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from milora_data.errors import UserError
+from milora_vl import apply_milora, load_adapter, load_model, save_adapter
+from milora_vl.export import export, main
+
+Factory = Callable[..., tuple[Any, Any]]
+Q = "model.language_model.layers.0.self_attn.q_proj"
+
+
+@torch.no_grad()
+def logits(model: nn.Module, base: nn.Module) -> torch.Tensor:
+    return model.eval()(**llava_batch(base)).logits
+
+
+@pytest.fixture
+def run(tiny_llava: Factory, tmp_path: Path) -> SimpleNamespace:
+    """A base on disk, an adapter of every method on it, and the logits of both."""
+    base, processor = tiny_llava()
+    base.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    base = fresh(tmp_path)
+    before = logits(base, base)
+    rules = [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "rank": 3}]
+    model = apply_milora(base, rules)
+    move(model)
+    save_adapter(model, tmp_path / "adapter")
+    return SimpleNamespace(root=tmp_path, model=model, before=before, after=logits(model, base))
+
+
+def fresh(root: Path) -> nn.Module:
+    return load_model(root / "base")[0]
+
+
+def same(run: SimpleNamespace, model: nn.Module, atol: float = 1e-5) -> bool:
+    got = logits(model, fresh(run.root))
+    assert not torch.allclose(got, run.before, atol=1e-3)
+    return torch.allclose(got, run.after, atol=atol)
+
+
+def test_adapter_of_another_dtype_is_half_as_large_and_still_ours(run) -> None:
+    done = export(run.root / "adapter", "adapter", run.root / "out", dtype=torch.bfloat16)
+    assert done.origin == "ours"
+    stored = load_file(run.root / "out" / "adapter_model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    model = load_adapter(fresh(run.root), run.root / "out", is_trainable=True)
+    assert same(run, model, atol=0.05)
+    assert {t.method for t in model.milora_targets} == {"milora", "lora", "full"}
+    assert AutoProcessor.from_pretrained(run.root / "out").tokenizer
+
+
+def test_merged_loads_in_plain_transformers_with_its_processor(run) -> None:
+    export(run.root / "adapter", "merged", run.root / "merged")
+    assert same(run, AutoModelForImageTextToText.from_pretrained(run.root / "merged"))
+    assert AutoProcessor.from_pretrained(run.root / "merged").tokenizer
+    assert not (run.root / "merged" / "adapter_config.json").exists()
+
+
+def test_merged_keeps_the_dtype_of_the_base(run, tiny_llava: Factory) -> None:
+    tiny_llava()[0].to(torch.bfloat16).save_pretrained(run.root / "base")
+    export(run.root / "adapter", "merged", run.root / "merged")
+    kept = load_file(run.root / "merged" / "model.safetensors")
+    assert {t.dtype for t in kept.values()} == {torch.bfloat16}
+    export(run.root / "adapter", "merged", run.root / "wide", dtype=torch.float32)
+    assert {t.dtype for t in load_file(run.root / "wide" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_residual_and_back(run) -> None:
+    done = export(run.root / "adapter", "residual", run.root / "residual")
+    assert len(done.layers) == 14
+    assert 0 < max(drift for _, drift in done.layers.values()) < 1e-6
+    residual = AutoModelForImageTextToText.from_pretrained(run.root / "residual")
+    assert not torch.equal(
+        residual.get_submodule(Q.replace("0", "1", 1)).weight, fresh(run.root).get_submodule(Q).weight
+    )
+    stock = PeftModel.from_pretrained(residual, run.root / "residual", subfolder="lora")
+    assert same(run, stock)
+    back = export(run.root / "residual", "adapter", run.root / "back", base=run.root / "base")
+    assert back.origin == "residual"
+    model = load_adapter(fresh(run.root), run.root / "back", is_trainable=True)
+    assert same(run, model)
+    assert {t.method for t in model.milora_targets} == {"milora", "lora", "full"}
+    export(run.root / "residual", "merged", run.root / "merged")
+    assert same(run, AutoModelForImageTextToText.from_pretrained(run.root / "merged"))
+
+
+@pytest.mark.parametrize("form", ["rank-12", "rank-r", "rank-1"])
+def test_recompression_loses_what_it_says(run, form: str) -> None:
+    done = export(run.root / "adapter", form, run.root / "small")
+    assert done.total is not None
+    full, small = (PeftModel.from_pretrained(fresh(run.root), run.root / name) for name in ("adapter", "small"))
+    squares = []
+    for path, (rank, error) in done.layers.items():
+        changes = [model.get_base_model().get_submodule(path).get_delta_weight("default") for model in (full, small)]
+        lost, whole = torch.linalg.vector_norm(changes[0] - changes[1]), torch.linalg.vector_norm(changes[0])
+        assert float(lost / whole) == pytest.approx(error, abs=2e-6)
+        assert torch.linalg.matrix_rank(changes[1]) <= rank
+        squares.append((float(lost) ** 2, float(whole) ** 2))
+    assert (sum(a for a, _ in squares) / sum(b for _, b in squares)) ** 0.5 == pytest.approx(done.total, abs=2e-6)
+    if form == "rank-12":
+        assert done.total < 1e-6
+        assert same(run, small)
+    else:
+        assert done.total > 0.01
+
+
+def test_with_base_the_adapter_is_lora_alone(run) -> None:
+    export(run.root / "adapter", "rank-12", run.root / "served", with_base=True, dtype=torch.float32)
+    config = json.loads((run.root / "served" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["modules_to_save"] is None
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["base_model_name_or_path"] == str(run.root / "served" / "base")
+    base = AutoModelForImageTextToText.from_pretrained(run.root / "served" / "base")
+    assert same(run, PeftModel.from_pretrained(base, run.root / "served"))
+
+
+def test_a_plain_peft_folder_becomes_ours(run) -> None:
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=[Q], use_rslora=True, task_type="CAUSAL_LM")
+    model = get_peft_model(fresh(run.root), config)
+    move(model, 0.2)
+    model.save_pretrained(run.root / "plain")
+    expected = logits(model, fresh(run.root))
+    done = export(run.root / "plain", "adapter", run.root / "ours")
+    assert done.origin == "plain"
+    ours = load_adapter(fresh(run.root), run.root / "ours")
+    assert torch.allclose(logits(ours, fresh(run.root)), expected, atol=1e-5)
+    assert [(t.path, t.method, t.rank) for t in ours.milora_targets] == [(Q, "lora", 3)]
+    with pytest.raises(UserError, match="no initial factors"):
+        export(run.root / "plain", "residual", run.root / "residual")
+
+
+def pissa(root: Path) -> PeftModel:
+    """As PiSSA's scripts do: initial factors and residual base on disk, then training on that base."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*(q|up)_proj", init_lora_weights="pissa")
+    model = get_peft_model(fresh(root), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(root / "residual" / "pissa_init")
+    model.unload().save_pretrained(root / "residual")
+    residual = AutoModelForImageTextToText.from_pretrained(root / "residual")
+    tuned = PeftModel.from_pretrained(residual, root / "residual", subfolder="pissa_init", is_trainable=True)
+    move(tuned, 0.1)
+    tuned.save_pretrained(root / "trained")
+    return tuned
+
+
+@pytest.mark.parametrize("how", ["one folder", "official names", "residual named", "initial alone", "both bases"])
+def test_a_pissa_checkpoint_becomes_an_adapter_of_the_untouched_base(run, how: str) -> None:
+    tuned = pissa(run.root)
+    expected = logits(tuned, fresh(run.root))
+    start, folder = run.root / "residual" / "pissa_init", run.root / "trained"
+    given: dict[str, Any] = {"residual": run.root / "residual"}
+    if how == "one folder":
+        folder = folder.rename(run.root / "residual" / "ft").parent
+        given = {}
+    elif how == "official names":
+        start.rename(run.root / "residual" / "lora")
+    elif how == "initial alone":
+        given = {"initial": start.rename(run.root / "start")}
+    elif how == "both bases":
+        start.rename(run.root / "start")
+    done = export(folder, "adapter", run.root / "ours", base=run.root / "base", **given)
+    assert done.origin == "residual"
+    ours = load_adapter(fresh(run.root), run.root / "ours", is_trainable=True)
+    assert torch.allclose(logits(ours, fresh(run.root)), expected, atol=1e-5)
+    assert {t.method for t in ours.milora_targets} == {"pissa"}
+    stock = PeftModel.from_pretrained(fresh(run.root), run.root / "ours")
+    assert torch.allclose(logits(stock, fresh(run.root)), expected, atol=1e-5)
+
+
+def test_a_residual_of_another_base_is_refused(run, tiny_llava: Factory) -> None:
+    pissa(run.root)
+    residual = run.root / "residual"
+    with pytest.raises(UserError, match="not the one that the residual was made of"):
+        export(run.root / "trained", "adapter", run.root / "ours", residual=residual, base=tiny_llava(seed=1)[0])
+    with pytest.raises(UserError, match="which base model was the residual made of"):
+        export(run.root / "trained", "adapter", run.root / "ours", residual=residual)
+
+
+def test_unconverted_starts_of_peft_are_refused_where_they_would_be_wrong(run) -> None:
+    config = LoraConfig(r=4, target_modules=[Q], init_lora_weights="pissa")
+    model = get_peft_model(fresh(run.root), config)
+    model.save_pretrained(run.root / "plain")
+    with pytest.raises(UserError, match=r"--initial FOLDER"):
+        export(run.root / "plain", "rank-2", run.root / "out")
+    assert not (run.root / "out").exists()
+
+
+def test_another_base_is_refused(run, tiny_llava: Factory) -> None:
+    for form in ("merged", "residual"):
+        with pytest.raises(UserError, match="not the base model that the adapter was made for"):
+            export(run.root / "adapter", form, run.root / "out", base=tiny_llava(seed=1)[0])
+    assert not [path for path in run.root.iterdir() if path.name.startswith(".out")]
+
+
+def test_the_command(run, capsys) -> None:
+    assert main([str(run.root / "adapter"), "--to", "rank-2"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == str(run.root / "adapter-rank-2")
+    assert out[-2].startswith("total  error ")
+    assert len(out) == 17
+    assert main([str(run.root / "adapter"), "--to", "rank-r", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"][0]["rank"] > 0
+    for arguments, message in {
+        ("--to", "rank-2"): "exists and is not empty",
+        ("--to", "rank-0"): "unknown form",
+        ("--to", "merged", "--with_base"): "with_base is for",
+        ("--to", "merged", "--base", str(run.root / "nowhere" / "x")): "unknown model",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            main([str(run.root / "adapter"), *arguments])
+    with pytest.raises(UserError, match="holds no adapter\nfound:"):
+        main([str(run.root / "base"), "--to", "merged", "--output_dir", str(run.root / "x")])

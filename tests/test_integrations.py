@@ -1,0 +1,162 @@
+"""Code of others that calls get_peft_model; LLaVA's own training as it is (slow)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from llava_oracle import llama_tokenizer
+from peft import LoraConfig, PeftModel, PrefixTuningConfig
+
+from milora_data.errors import UserError
+from milora_vl.exporting.llava import KNOWN_KEYS
+from milora_vl.integrations.llava import renamed_flags
+from milora_vl.integrations.replace import get_peft_model_replaced, main
+
+SCRIPT = """
+import sys
+from peft import LoraConfig, get_peft_model
+from milora_vl.tiny import tiny_llama
+
+config = LoraConfig(r=int(sys.argv[1]), target_modules=["q_proj"], task_type="CAUSAL_LM")
+model = get_peft_model(tiny_llama()[0], config)
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def test_a_script_runs_with_milora_as_its_lora(tmp_path: Path, capsys) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    stock = peft.get_peft_model
+    assert main(["--part", "principal", str(script), "4", str(tmp_path / "out")]) == 0
+    assert peft.get_peft_model is stock
+    assert (tmp_path / "out" / "milora.json").is_file()
+    assert "2 modules start with method pissa" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"MiLoRA cannot start this LoRA\npolicy.*rank: 65"):
+        main([str(script), "65", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="no script at"):
+        main([str(tmp_path / "nothing.py")])
+
+
+def test_modules_that_imported_the_function_before_are_reached(tiny_llama) -> None:
+    import adapter_cases
+
+    adapter_cases.get_peft_model = peft.get_peft_model  # type: ignore[attr-defined]
+    with get_peft_model_replaced("adapter_cases"):
+        model = adapter_cases.get_peft_model(tiny_llama()[0], LoraConfig(r=2, target_modules=["q_proj"]))
+    assert model.milora_targets[0].method == "milora"
+    del adapter_cases.get_peft_model
+
+
+def test_names_shared_with_the_vision_tower_hit_the_language_alone(tiny_llava, capsys) -> None:
+    with get_peft_model_replaced():
+        model = peft.get_peft_model(tiny_llava()[0], LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    assert {t.tower for t in model.milora_targets} == {"language"}
+    assert "6 modules of the vision tower, hit by their names alone, stay frozen" in capsys.readouterr().err
+
+
+def test_what_is_no_lora_is_made_as_it_is(tiny_llama, capsys) -> None:
+    with get_peft_model_replaced():
+        made = peft.get_peft_model(tiny_llama()[0], PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    assert type(made).__module__.startswith("peft")
+    assert "PrefixTuningConfig is no LoRA" in capsys.readouterr().err
+
+
+def test_flags_of_llavas_scripts_get_the_names_of_today() -> None:
+    given = ["--evaluation_strategy", "no", "--warmup_ratio=0.03", "--lora_r", "4"]
+    assert renamed_flags(given) == ["--eval_strategy", "no", "--warmup_steps=0.03", "--lora_r", "4"]
+
+
+TRAIN = """
+import sys
+import torch
+import llava.train.train as llava
+
+kept = []
+
+class Keeping(llava.LLaVATrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        kept.append(self.model)
+
+llava.LLaVATrainer = Keeping
+llava.train()
+model = kept[0].eval().float()
+ids = torch.arange(5, 15)[None]
+ids[0, 3] = -200
+images = torch.ones(1, 3, 32, 32)
+logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), images=images).logits
+torch.save(logits.detach(), sys.argv[0] + ".logits")
+"""
+
+
+@pytest.mark.slow
+def test_llavas_own_training_runs_and_its_own_classes_load_what_it_saved(tmp_path: Path, tiny_records) -> None:
+    pytest.importorskip("llava")
+    from PIL import Image
+
+    _small_vicuna_and_clip(tmp_path)
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.new("RGB", (40, 30), (30 * i, 10, 200)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "train.json").write_text(json.dumps(tiny_records), encoding="utf-8")
+    (tmp_path / "train.py").write_text(TRAIN, encoding="utf-8")
+    out = tmp_path / "llava-lora"
+    flags = f"""--lora_enable True --lora_r 4 --lora_alpha 8 --mm_projector_lr 2e-3
+        --model_name_or_path {tmp_path}/vicuna --version v1 --data_path {tmp_path}/train.json
+        --image_folder {tmp_path}/images --vision_tower {tmp_path}/clip
+        --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False
+        --mm_use_im_patch_token False --image_aspect_ratio pad --group_by_modality_length True --bf16 False
+        --output_dir {out} --num_train_epochs 1 --per_device_train_batch_size 4 --evaluation_strategy no
+        --save_strategy no --learning_rate 2e-3 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
+        --logging_steps 1 --model_max_length 2048 --gradient_checkpointing True --lazy_preprocess True
+        --report_to none --use_cpu True""".split()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "milora_vl.integrations.llava", str(tmp_path / "train.py"), *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "milora: 14 modules start with method milora" in done.stderr
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config.keys() <= KNOWN_KEYS
+    assert config["r"] == 8
+    assert torch.allclose(_as_llava_loads(tmp_path, out), torch.load(tmp_path / "train.py.logits"), atol=1e-4)
+
+
+def _small_vicuna_and_clip(root: Path) -> None:
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    from milora_vl.tiny import tiny_llava
+
+    torch.manual_seed(0)
+    CLIPVisionModel(tiny_llava()[0].config.vision_config).save_pretrained(root / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(root / "clip")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlavaLlamaForCausalLM(LlavaConfig(vocab_size=32000, **sizes)).save_pretrained(root / "vicuna")
+    llama_tokenizer("legacy").save_pretrained(root / "vicuna")
+
+
+@torch.no_grad()
+def _as_llava_loads(root: Path, folder: Path) -> torch.Tensor:
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    config = LlavaConfig.from_pretrained(folder)
+    model = LlavaLlamaForCausalLM.from_pretrained(root / "vicuna", config=config, dtype=torch.float32)
+    stored = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    assert any("mm_projector" in key for key in stored)
+    model.load_state_dict({key.removeprefix("base_model.model."): t for key, t in stored.items()}, strict=False)
+    model.get_vision_tower().load_model()
+    tuned = PeftModel.from_pretrained(model, folder).eval()
+    ids = torch.arange(5, 15)[None]
+    ids[0, 3] = -200
+    images = torch.ones(1, 3, 32, 32)
+    return tuned(input_ids=ids, attention_mask=torch.ones_like(ids), images=images).logits

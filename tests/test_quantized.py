@@ -1,0 +1,64 @@
+"""Quantised bases (bitsandbytes on a CPU): step 0 equals the quantised base, and what trained comes back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_cases import LLAVA_POLICY, llava_batch, train_steps
+from torch import nn
+
+from milora_vl import apply_milora, load_adapter, load_model, save_adapter
+from milora_vl.lora.errors import AdapterError
+
+pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+Q = "model.language_model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def folder(tiny_llava, tmp_path: Path) -> Path:
+    base, processor = tiny_llava()
+    base.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model.eval()(**llava_batch(model)).logits
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_it_starts_at_the_quantised_base_trains_and_comes_back(folder: Path, bits, caplog) -> None:
+    base = load_model(folder, quantization=bits)[0]
+    kinds = {name: type(module).__name__ for name, module in base.named_modules()}
+    assert kinds[Q].startswith("Linear4bit" if bits == "4bit" else "Linear8bit")
+    assert kinds["model.multi_modal_projector.linear_1"] == kinds["lm_head"] == "Linear"  # they may train
+    before = logits(base)
+    assert not torch.equal(before, logits(load_model(folder)[0]))
+    model = apply_milora(base, LLAVA_POLICY)
+    assert torch.allclose(logits(model), before, atol=1e-6)
+    losses = train_steps(model.train(), llava_batch(model))
+    assert losses[-1] < losses[0]
+    trained = logits(model)
+    save_adapter(model, folder / "adapter")
+    with caplog.at_level(logging.WARNING):
+        loaded = load_adapter(load_model(folder, quantization=bits)[0], folder / "adapter")
+    assert "only a clearly different model can be told" in caplog.text
+    assert torch.allclose(logits(loaded), trained, atol=1e-6)
+    assert torch.isfinite(logits(load_adapter(load_model(folder)[0], folder / "adapter"))).all()  # the same model
+
+
+def test_another_base_is_told_from_a_quantised_one(folder: Path, tiny_llava) -> None:
+    model = apply_milora(load_model(folder, quantization="4bit")[0], LLAVA_POLICY)
+    save_adapter(model, folder / "adapter")
+    with pytest.raises(AdapterError, match="not the base model"):
+        load_adapter(tiny_llava(seed=1)[0], folder / "adapter")
+
+
+def test_the_residual_form_is_refused(folder: Path) -> None:
+    with pytest.raises(AdapterError, match="needs an unquantised base"):
+        apply_milora(load_model(folder, quantization="4bit")[0], LLAVA_POLICY, form="residual")
