@@ -56,3 +56,9 @@ def share(
         buffer = torch.empty(shape, dtype=dtype, device=travels)
     dist.broadcast(buffer, src=owner)
     return buffer.to(device)
+
+
+def from_first_rank(tensor: Tensor) -> Tensor:
+    """Return the tensor as rank 0 has it: signs and nearly equal components may differ between machines."""
+    rank, _ = place()
+    return share(tensor if rank == 0 else None, tuple(tensor.shape), tensor.dtype, tensor.device, owner=0)

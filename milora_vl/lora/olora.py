@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from milora_vl.initialize import Initial, LayerReport, from_first_rank
+from milora_vl.initialize import Initial, LayerReport
+from milora_vl.lora.dealing import from_first_rank
 from milora_vl.lora.fingerprint import sketch
 from milora_vl.lora.weights import factor_dtype, read_matrix
 from milora_vl.policies.rules import Target
