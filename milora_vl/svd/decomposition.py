@@ -130,9 +130,9 @@ def _whole(W: Tensor, norm: float, rank: int, part: Part, method: Method, genera
 def _positions(count: int, rank: int, part: Part, generator: torch.Generator) -> Tensor:
     """Positions of the wanted triplets among `count`, ascending (so that S stays descending)."""
     if part == "principal":
-        return torch.arange(rank)
+        return torch.arange(rank, device="cpu")
     if part == "minor":
-        return torch.arange(count - rank, count)
+        return torch.arange(count - rank, count, device="cpu")
     drawn = torch.randperm(count, generator=generator, device=generator.device)[:rank]
     return drawn.sort().values.cpu()
 

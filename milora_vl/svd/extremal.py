@@ -67,7 +67,7 @@ class Search:
         sign: int,
         dtype: torch.dtype,
         generator: torch.Generator,
-        is_mirrored: bool = False,
+        is_mirrored: bool,
     ) -> None:
         """`norm` is ||W||_F; rank + EXTRA must be less than n. Of a mirrored W, W'U = V S shall hold, not W V = U S."""
         self.is_mirrored = is_mirrored
@@ -75,7 +75,7 @@ class Search:
         self.keep = rank + EXTRA
         self.block = max(16, 3 * rank // 4)
         # Differences below it are rounding, not an error of the subspace.
-        self.norm, self.floor = norm, 4 * torch.finfo(W.dtype).eps * norm
+        self.floor = 4 * torch.finfo(W.dtype).eps * norm
         # In a higher precision than W's own, clipping in W's would only add rounding.
         self.flat = flatten(W, sign > 0 and dtype == W.dtype, generator)
 
