@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,14 @@ def tiny_llama() -> Callable[..., Made]:
     from milora_vl.tiny import tiny_llama
 
     return tiny_llama
+
+
+@pytest.fixture(scope="module")
+def picture_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache, into which pictures of tables are unpacked, in a folder of the test's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

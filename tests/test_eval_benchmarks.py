@@ -18,6 +18,7 @@ from milora_eval.store import read_lines
 from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, folder_of, has_files
 from milora_vl.generate import Prompt, prompt_ids
 
+pytestmark = pytest.mark.usefixtures("picture_cache")
 Made = tuple[Any, Any]
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -68,13 +69,6 @@ OFFICIAL = [name for name in BENCHMARKS if name != "emoji"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return official_data.write_all(tmp_path_factory.mktemp("official"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +140,14 @@ def test_the_ids_are_those_of_llavas_evaluation(kind: str, data: Path) -> None:
             theirs = tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX)
             prompt = Prompt(benchmark.prompt(item), item.images, benchmark.form)
             assert prompt_ids(prompt, tokenizer, "vicuna_v1", image_token_id=-200, image_tokens=1) == theirs
+
+
+def test_a_question_that_several_sets_ask_is_asked_once(model: Made, data: Path, tmp_path: Path) -> None:
+    results, folder = evaluate(model, "pope", data, tmp_path)
+    lines = read_lines(folder / "predictions.jsonl")
+    assert (results["asked"], len(lines)) == (12, 18)  # random and adversarial are alike here
+    texts = {(line["image"], line["question"]): line["prediction"] for line in lines}
+    assert all(line["prediction"] == texts[line["image"], line["question"]] for line in lines)
 
 
 @pytest.mark.parametrize("name", SUBMISSIONS)

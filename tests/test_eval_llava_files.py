@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import official_data
 import pytest
@@ -20,15 +19,9 @@ from milora_eval.benchmarks.llava_prompts import SHORT
 from milora_eval.llava_files import join, write_llava_files
 from milora_eval.suites import find_benchmark, folder_of
 
+pytestmark = pytest.mark.usefixtures("picture_cache")
 NAMES = ["vqav2", "gqa", "vizwiz", "scienceqa", "scienceqa-all", "textvqa", "textvqa-no-ocr", "mmbench", "mmbench-cn"]
 NAMES += ["mme", "seed-bench", "mm-vet", "llava-bench", "pope", "refcoco", "docvqa", "mmmu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from milora_eval.suites import find_benchmark, folder_of
 from milora_eval.vlmevalkit import milora_vlm, register, write_predictions, write_questions
 from milora_vl.generate import Prompt, generate
 
+pytestmark = pytest.mark.usefixtures("picture_cache")
 Made = tuple[Any, Any]
 
 TEXT_TASK = """
@@ -57,13 +58,6 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 metadata: {{version: 1}}
 """
 VISUAL = "from PIL import Image\n\n\ndef visual(doc):\n    return [Image.new('RGB', (40, 30), doc['color'])]\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

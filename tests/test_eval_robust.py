@@ -25,6 +25,7 @@ from milora_eval.rules import mmmu
 from milora_eval.store import Store, read_lines
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
 
+pytestmark = pytest.mark.usefixtures("picture_cache")
 OFFICIAL = [name for name in BENCHMARKS if name != "emoji"]
 STRANGE = [
     "",
@@ -52,13 +53,6 @@ STRANGE = [
     "<script>alert(1)</script>",
     "=1+1",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

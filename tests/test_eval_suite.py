@@ -19,12 +19,7 @@ from milora_eval.results import numbers, read_results, write_results
 from milora_eval.store import Store
 from milora_eval.suites import SUITES, find_benchmark, folder_of
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("picture_cache")
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,9 @@ def ask(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folde
     store, start = Store(folder, plan.shard), time.perf_counter()
     known = store.known()
     mine = {question.key for question in _of_shard(asked, plan.shard)}
-    todo = [question for question in asked if question.key in mine and question.key not in known]
+    # POPE asks some questions in each of its sets: the same question about the same picture is asked once.
+    new = {question.key: question for question in asked if question.key in mine and question.key not in known}
+    todo = list(new.values())
     if todo:
         store.open()
         _generate(model, processor, plan, todo, store)
