@@ -205,6 +205,8 @@ def test_another_base_is_refused(run, tiny_llava: Factory) -> None:
     for form in ("merged", "residual"):
         with pytest.raises(UserError, match="not the base model that the adapter was made for"):
             export(run.root / "adapter", form, run.root / "out", base=tiny_llava(seed=1)[0])
+    with pytest.raises(UserError, match="not the base model that the adapter was made for"):
+        export(run.root / "adapter", "rank-2", run.root / "out", base=tiny_llava(seed=1)[0], with_base=True)
     assert not [path for path in run.root.iterdir() if path.name.startswith(".out")]
 
 

@@ -38,6 +38,13 @@ def test_hot_swapping_is_refused_and_loading_into_the_adapter_does_it(model, tin
     assert torch.allclose(model(IDS).logits, other.eval()(IDS).logits, atol=1e-5)
 
 
+def test_hot_swapping_is_refused_in_the_residual_form_too(tiny_llama, tmp_path: Path) -> None:
+    model = apply_milora(tiny_llama()[0], one_rule(), form="residual")
+    save_adapter(model, tmp_path)
+    with pytest.raises(AdapterError, match="would change a copy"):
+        hotswap_adapter(model, str(tmp_path), adapter_name="default")
+
+
 def test_weight_surgery_on_the_joined_factor_is_refused(model) -> None:
     layer = lora_layer(model, Q)
     weight = layer.lora_A["default"].weight

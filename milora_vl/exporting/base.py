@@ -16,9 +16,12 @@ from milora_vl import models
 class Base:
     """A base model by name (or folder, or hub id), or one at hand. `name` is what adapters record."""
 
-    def __init__(self, source: str | Path | nn.Module | None, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, source: str | Path | nn.Module | None, dtype: torch.dtype | None, *, is_rounded_later: bool = False
+    ) -> None:
         self._source = source
         self._dtype = dtype
+        self._is_rounded_later = is_rounded_later
 
     @property
     def name(self) -> str:
@@ -37,7 +40,12 @@ class Base:
     @cached_property
     def model(self) -> nn.Module:
         """The model with its weights, in the dtype they were saved in unless one was asked for."""
-        return self._source if isinstance(self._source, nn.Module) else models.load_weights(self.name, self._dtype)
+        if isinstance(self._source, nn.Module):
+            return self._source
+        dtype, saved = self._dtype, self.config.dtype
+        if dtype is not None and self._is_rounded_later and isinstance(saved, torch.dtype):
+            dtype = torch.promote_types(dtype, saved)
+        return models.load_weights(self.name, dtype)
 
     def processor(self) -> Any:
         """Return the processor (of a text-only model the tokenizer); None for a model at hand. Needs no weights."""

@@ -41,7 +41,8 @@ class Job:
 
     def write(self, form: str, rank: int | None, with_base: bool) -> tuple[Layers, float | None]:
         """Write one form; return what it cost per layer (rank and error), and in total."""
-        base = Base(self._base_for(form), self.dtype)
+        # A merge into fewer bits rounds once, at its end.
+        base = Base(self._base_for(form), self.dtype, is_rounded_later=form == "merged")
         layers: Layers = {}
         total = None
         if form == "merged":
@@ -67,7 +68,8 @@ class Job:
         write_llava(adapter, self.out, config, self.dtype)
 
     def _write_adapter(self, base: Base, form: str, rank: int | None, with_base: bool) -> tuple[Layers, float | None]:
-        adapter, drift = self._read(base, form == "adapter" and self.source.kind != "ours")
+        needs_base = with_base or (form == "adapter" and self.source.kind != "ours")
+        adapter, drift = self._read(base, needs_base)
         layers = {path: (adapter.factors[path].rank // 2, value) for path, value in drift.items()}
         total = None
         if form == "rank":

@@ -17,14 +17,15 @@ from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from milora_data.command import run
 from milora_data.errors import UserError
-from milora_vl.exporting.llava import KNOWN_KEYS
 from milora_vl.integrations.replace import get_peft_model_replaced, launch, options
-from milora_vl.svd import Part
+
+if TYPE_CHECKING:
+    from milora_vl.svd import Part
 
 # Flags of LLaVA's scripts that newer versions of transformers call otherwise.
 RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}
@@ -66,6 +67,8 @@ def renamed_flags(arguments: Sequence[str]) -> list[str]:
 
 def trim_config(folder: Path) -> None:
     """Leave in adapter_config.json of a finished run only what the PEFT of LLaVA's own environment knows."""
+    from milora_vl.exporting.llava import KNOWN_KEYS
+
     file = folder / "adapter_config.json"
     if file.is_file():
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from milora_data.command import parser, run
 from milora_data.errors import UserError
-from milora_vl.svd import Part
 
-FORMS = ("anchored", "residual")
+if TYPE_CHECKING:
+    from milora_vl.svd import Part
+
+PARTS, FORMS = ("minor", "principal", "random"), ("anchored", "residual")
 
 
 @contextmanager
@@ -104,7 +106,7 @@ def launch(script: Path, arguments: Sequence[str]) -> None:
 def options(prog: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the launcher's own flags, the script, and what is the script's."""
     parse = parser(prog, description)
-    parse.add_argument("--part", choices=get_args(Part), default="minor", help="which components train")
+    parse.add_argument("--part", choices=PARTS, default="minor", help="which components train")
     parse.add_argument("--form", choices=FORMS, default="anchored")
     parse.add_argument("--in", dest="modules", action="append", default=[], metavar="MODULE")
     parse.add_argument("script", type=Path)

@@ -61,15 +61,21 @@ class Joined(Tensor):
     ) -> Any:
         """Run `func` on plain tensors; what looks at the same numbers stays guarded."""
         name = func.__name__
-        if args and isinstance(args[0], Joined) and (name in ("__setitem__", "__set__") or _is_in_place(name)):
-            raise AdapterError(
-                f"{name} into the joined factor [A; A0] or [B, -B0] would change a copy and nothing else\n"
-                "to put another adapter in:  model.load_adapter(folder, name); to change A or B: their `trained` half"
-            )
+        if args and isinstance(args[0], Joined) and (name == "__setitem__" or _is_in_place(name)):
+            raise AdapterError(_NO_WRITES)
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **(kwargs or {}))
         is_view = name in ("__get__", "__getitem__", "detach") and isinstance(out, Tensor)
         return out.as_subclass(Joined) if is_view else out
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AdapterError(_NO_WRITES)
+
+
+_NO_WRITES = (
+    "writing into the joined factor [A; A0] or [B, -B0] would change a copy and nothing else\n"
+    "to put another adapter in:  model.load_adapter(folder, name); to change A or B: their `trained` half"
+)
 
 
 def _is_in_place(name: str) -> bool:
@@ -194,8 +200,8 @@ class _Residual(Halves):
 
     @property
     def weight(self) -> Tensor:
-        """The trained half alone."""
-        return self.trained
+        """The trained half alone, to be read."""
+        return self.trained if torch.compiler.is_compiling() else self.trained.as_subclass(Joined)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the trained half."""
