@@ -45,7 +45,7 @@ def sketch(W: Tensor, shape: tuple[int, int] | None = None) -> Sketch:
     eps = _precision(W)
     rows, columns = shape or (W.shape[0], W.shape[1])
     W = W[:rows, :columns].detach().float()
-    norm = float(torch.linalg.vector_norm(W, dtype=torch.float64))
+    norm = float(torch.linalg.vector_norm(W))
     left, right = _signs(rows, 0).to(W.device), _signs(columns, 1).to(W.device)
     values = ((W @ right) * left).sum(0, dtype=torch.float64)
     return Sketch(tuple(float(v) / norm if norm > 0 else 0.0 for v in values), norm, (rows, columns), eps)
