@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from milora_vl.svd import frobenius
+
 PROJECTIONS = 8
 # Rounding to b bits moves a projection by about 0.3 eps ||W||_F; the largest of many thousands stays below 2 eps.
 ALLOWED_EPS = 2.0
@@ -45,7 +47,7 @@ def sketch(W: Tensor, shape: tuple[int, int] | None = None) -> Sketch:
     eps = _precision(W)
     rows, columns = shape or (W.shape[0], W.shape[1])
     W = W[:rows, :columns].detach().float()
-    norm = float(torch.linalg.vector_norm(W))
+    norm = frobenius(W)
     left, right = _signs(rows, 0).to(W.device), _signs(columns, 1).to(W.device)
     values = ((W @ right) * left).sum(0, dtype=torch.float64)
     return Sketch(tuple(float(v) / norm if norm > 0 else 0.0 for v in values), norm, (rows, columns), eps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from milora_vl.svd.extremal import EXTRA, Search
 from milora_vl.svd.factors import Factors
 from milora_vl.svd.precision import full_precision
-from milora_vl.svd.triplets import polished, triplets
+from milora_vl.svd.triplets import Inverse, polished, triplets
 
 Part = Literal["minor", "principal", "random"]
 Method = Literal["auto", "exact", "fast"]
@@ -57,26 +58,37 @@ def decompose(
     with full_precision(weight.device):
         W = weight.detach().to(dtype)
         W, norm, scale = _within_range(W if W.shape[0] >= W.shape[1] else W.T)
+        is_mirrored = W.shape != weight.shape
         found = None
         if method == "fast" or (method == "auto" and W.shape[1] > max(DENSE, DENSE_SHARE * (rank + EXTRA))):
-            is_mirrored = W.shape != weight.shape
             found = _search(W, norm, rank, part, tol, generator, is_mirrored)
-        found = found or _whole(W, norm, rank, part, method, generator)
-        U, Vh = (found.U, found.Vh) if W.shape == weight.shape else (found.Vh.T, found.U.T)
+        if found is None and method != "exact" and dtype == torch.float32:
+            found = _by_gram_matrix(W, norm, rank, part, generator)
+        found = found or _by_svd(W, norm, rank, part, generator)
+        U, Vh = (found.Vh.T, found.U.T) if is_mirrored else (found.U, found.Vh)
         sign = torch.where(Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0).to(dtype)
+        S = (found.S * scale).contiguous()
+        if not torch.isfinite(S).all():
+            raise ValueError(f"the weight is too large: its singular values leave the range of {dtype}")
         return replace(
             found,
             U=(U * sign.T).contiguous(),
-            S=(found.S * scale).contiguous(),
+            S=S,
             Vh=(Vh * sign).contiguous(),
             norm=found.norm * scale,
             sigma_max=found.sigma_max * scale,
         )
 
 
+def frobenius(W: Tensor) -> float:
+    """Return ||W||_F, summed row by row as it lies in memory: one long float32 sum would lose digits."""
+    rows = W if W.stride(-1) == 1 else W.T
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1), dtype=torch.float64))
+
+
 def _within_range(W: Tensor) -> tuple[Tensor, float, float]:
     """W divided by a power of two where its squares would leave the dtype's range; its norm, and that power."""
-    norm = float(torch.linalg.vector_norm(W))
+    norm = frobenius(W)
     if 1e-12 < norm < 1e12:
         return W, norm, 1.0
     if not torch.isfinite(W).all():
@@ -87,18 +99,21 @@ def _within_range(W: Tensor) -> tuple[Tensor, float, float]:
         return W, 0.0, 1.0
     scale = 2.0 ** math.floor(math.log2(largest_entry))
     W = W / scale
-    return W, float(torch.linalg.vector_norm(W)), scale
+    return W, frobenius(W), scale
 
 
 def _search(
     W: Tensor, norm: float, rank: int, part: Part, tol: float, generator: torch.Generator, is_mirrored: bool
 ) -> Factors | None:
     """Find the wanted triplets of W (m, n), m >= n, alone; None where that is not possible or not certain."""
-    if part == "random" or rank + EXTRA >= W.shape[1]:
+    if part == "random" or rank + EXTRA >= W.shape[1] or norm == 0:
         return None
     for dtype in dict.fromkeys((W.dtype, torch.float64)):
         search = Search(W, norm, rank, 1 if part == "minor" else -1, dtype, generator, is_mirrored)
-        found = search.run(tol)
+        try:
+            found = search.run(tol)
+        except torch.linalg.LinAlgError:  # numbers that make no sense any more: the next way is more careful
+            found = None
         if found is not None:
             sigma_max = search.sigma_max if part == "minor" else float(found.S[0])
             index = _positions(W.shape[1], rank, part, generator)
@@ -107,24 +122,34 @@ def _search(
     return None
 
 
-def _whole(W: Tensor, norm: float, rank: int, part: Part, method: Method, generator: torch.Generator) -> Factors:
+def _by_gram_matrix(W: Tensor, norm: float, rank: int, part: Part, generator: torch.Generator) -> Factors | None:
     """Decompose W (m, n), m >= n, whole: float64 eigenvectors of W'W see more than a float32 decomposition of W."""
-    index = _positions(W.shape[1], rank, part, generator)
-    if method == "exact" or W.dtype == torch.float64:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        chosen = index.to(S.device)
-        return Factors(U[:, chosen], S[chosen], Vh[chosen], index, norm, float(S[0]), 0.0, "exact")
     wide = W.double()
-    squares, vectors = torch.linalg.eigh(wide.T @ wide)
-    squares, vectors = squares.flip(0), vectors.flip(1)
-    sigma_max = float(squares[0].clamp(min=0).sqrt())
-    V = vectors[:, index.to(W.device)]
-    # What rounding can have put into U comes from far larger singular values.
-    strong = squares > squares[index[0]].clamp(min=(1e-6 * sigma_max) ** 2)
-    basis, inverse = vectors[:, strong], 1 / squares[strong]
+    try:
+        squares, vectors = torch.linalg.eigh(wide.T @ wide)
+    except torch.linalg.LinAlgError:
+        return None
+    squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
+    index = _positions(W.shape[1], rank, part, generator)
+    wanted = torch.zeros(len(squares), dtype=torch.bool, device=W.device)
+    wanted[index.to(W.device)] = True
+    others = ~wanted & (squares > 1e-14 * squares[0])
+    basis, weights = vectors[:, others], 1 / squares[others, None]
+    inverse = Inverse(lambda P: basis @ (weights * (basis.T @ P)), is_safe=True)
+    V = vectors[:, wanted]
     U, S, V = triplets(wide @ V, V)
-    U = polished(wide, U, S, V, sigma_max, lambda P: basis @ (inverse[:, None] * (basis.T @ P)))
-    return Factors(U.to(W.dtype), S.to(W.dtype), V.T.to(W.dtype), index, norm, sigma_max, 0.0, "eigh")
+    sigma_max = float(squares[0].sqrt())
+    clean = polished(wide, U, S, V, sigma_max, inverse, generator)
+    if clean is None or float(torch.linalg.vector_norm(wide.T @ clean - V * S)) > 1e-6 * norm:
+        return None
+    return Factors(clean.to(W.dtype), S.to(W.dtype), V.T.to(W.dtype), index, norm, sigma_max, 0.0, "eigh")
+
+
+def _by_svd(W: Tensor, norm: float, rank: int, part: Part, generator: torch.Generator) -> Factors:
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    index = _positions(W.shape[1], rank, part, generator)
+    chosen = index.to(S.device)
+    return Factors(U[:, chosen], S[chosen], Vh[chosen], index, norm, float(S[0]), 0.0, "exact")
 
 
 def _positions(count: int, rank: int, part: Part, generator: torch.Generator) -> Tensor:
@@ -138,6 +163,8 @@ def _positions(count: int, rank: int, part: Part, generator: torch.Generator) ->
 
 
 def _check(weight: Tensor, rank: int, part: str, method: str, tol: float) -> None:
+    if not isinstance(weight, Tensor) or weight.layout != torch.strided:
+        raise ValueError(f"the weight must be a dense torch tensor, got {getattr(weight, 'layout', type(weight))}")
     if weight.ndim != 2:
         raise ValueError(f"the weight must have 2 dimensions (out, in), got shape {tuple(weight.shape)}")
     if not weight.dtype.is_floating_point:
@@ -146,7 +173,7 @@ def _check(weight: Tensor, rank: int, part: str, method: str, tol: float) -> Non
         raise ValueError(f"the weight is empty, shape {tuple(weight.shape)}")
     if weight.is_meta:
         raise ValueError("the weight is on the meta device: it has no values; load the model first")
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(weight.shape):
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= min(weight.shape):
         largest_rank = min(weight.shape)
         raise ValueError(f"rank must be an integer in 1..{largest_rank} for shape {tuple(weight.shape)}, got {rank!r}")
     if part not in get_args(Part):

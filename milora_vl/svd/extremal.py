@@ -25,7 +25,7 @@ from torch import Tensor
 from milora_vl.svd.cholesky import Cholesky, lower_gram, mean_eigenvalue
 from milora_vl.svd.flatten import flatten
 from milora_vl.svd.lanczos import Lanczos
-from milora_vl.svd.triplets import mirrored, polished, triplets
+from milora_vl.svd.triplets import Inverse, mirrored, polished, triplets
 
 EXTRA = 16  # columns of V beyond the rank: they keep t clear of the wanted eigenvalues
 ROUNDS = 5
@@ -75,7 +75,7 @@ class Search:
         self.keep = rank + EXTRA
         self.block = max(16, 3 * rank // 4)
         # Differences below it are rounding, not an error of the subspace.
-        self.floor = 4 * torch.finfo(W.dtype).eps * norm
+        self.norm, self.floor = norm, 4 * torch.finfo(W.dtype).eps * norm
         # In a higher precision than W's own, clipping in W's would only add rounding.
         self.flat = flatten(W, sign > 0 and dtype == W.dtype, generator)
 
@@ -121,27 +121,40 @@ class Search:
             space = self._ritz(both)
         return None
 
-    def _found(self, space: Space, excess: float) -> Found:
+    def _found(self, space: Space, excess: float) -> Found | None:
+        """Triplets of the space; None where they do not come out as certified."""
         U, S, V = triplets(space.Y[:, : self.rank], space.V[:, : self.rank])
+        made: tuple[Tensor, Tensor, Tensor] | None = U, S, V
         if self.sign > 0:
-            U, S, V = self._with_left_vectors(U, S, V)
+            made = self._with_left_vectors(U, S, V)
         elif self.is_mirrored:
-            U, S, V = mirrored(self.W, U, V, None)
-        return Found(U, S, V, excess)
+            made = mirrored(self.W, U, V, None, self.floor)
+        if made is None:
+            return None
+        before, after = (float(torch.linalg.vector_norm(s, dtype=torch.float64)) for s in (S, made[1]))
+        return Found(*made, excess) if abs(after - before) <= self.floor + 1e-6 * before else None
 
-    def _with_left_vectors(self, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take out of U what rounding put in, with the factor at hand, or a safer one where S is next to nothing."""
-        plain, newest, passes = self.plain, self.newest, 1
+    def _with_left_vectors(self, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Take out of U what rounding put in, with the factor at hand, or a safe one where S is next to nothing."""
+        inverse, near = self._inverse(self.newest, is_safe=False), self._inverse(self.plain, is_safe=True)
+        clean = None
         safe = max(self.noise, (SAFE * self.sigma_max) ** 2)
-        if newest is None or newest[1] < safe:
-            made = self._factor([-safe * 8**k for k in range(5)])
-            plain, newest, passes = made, made, 3
-        if newest is not None:
-            for _ in range(passes):
-                U = polished(self.W, U, S, V, self.sigma_max, lambda P: self._solve(newest[0], P))
-        if self.is_mirrored and plain is not None:
-            return mirrored(self.W, U, V, lambda P: self._solve(plain[0], P))
-        return U, S, V
+        if inverse is not None and self.newest is not None and self.newest[1] >= safe:
+            clean = polished(self.W, U, S, V, self.sigma_max, inverse, self.generator)
+        if clean is None:
+            near = self._inverse(self._factor([-safe * 8**k for k in range(5)]), is_safe=True)
+            if near is None:
+                return None
+            clean = polished(self.W, U, S, V, self.sigma_max, near, self.generator)
+            assert clean is not None
+            if float(torch.linalg.vector_norm(self.W.T @ clean - V * S)) > 0.01 * self.norm:
+                return None
+        if self.is_mirrored:
+            return mirrored(self.W, clean, V, near, self.floor) if near is not None else None
+        return clean, S, V
+
+    def _inverse(self, made: tuple[Cholesky, float] | None, *, is_safe: bool) -> Inverse | None:
+        return None if made is None else Inverse(lambda P: self._solve(made[0], P), is_safe)
 
     def _guess(self) -> Tensor | None:
         """A first V (n, keep)."""
@@ -255,7 +268,8 @@ class Search:
 
     def _random(self) -> Tensor:
         shape = self.W.shape[1], self.block
-        return torch.randn(shape, generator=self.generator, device=self.generator.device).to(self.W)
+        drawn = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=torch.float32)
+        return drawn.to(self.W)
 
 
 def _edge(theta: Tensor, allowance: float) -> float:

@@ -64,7 +64,8 @@ class Flattened:
 def flatten(W: Tensor, clip: bool, generator: torch.Generator) -> Flattened:
     """Clip the largest singular values of W (m, n) to the last of them, if they stand out and `clip` allows it."""
     n = W.shape[1]
-    X = torch.randn(n, min(CLIPPED, n // 4), generator=generator, device=generator.device).to(W)
+    shape = n, min(CLIPPED, n // 4)
+    X = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(W)
     sample = _sample(W)
     sigma = _in_space(sample @ torch.linalg.qr(sample.T @ (sample @ X)).Q)[0]
     if not clip or _alike(sigma):
