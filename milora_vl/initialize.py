@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -99,7 +99,7 @@ def initialize(
                 if progress == "lines" and rank == 0:
                     bar.write(str(initial.report), file=sys.stderr)
             bar.update(len(hand))
-    _warn_of_zeros([initial.report for initial in made.values()], wanted)
+    _warn_of_zeros(made, wanted)
     return {target.path: made[target.path] for target in wanted}
 
 
@@ -119,10 +119,15 @@ def _play(model: nn.Module, hand: Sequence[Target], cache: Path | None) -> list[
             gathered = read_matrix(model.get_submodule(target.path))
             W = gathered if owner == rank else W
     if W is not None:
+        target = hand[rank]
         try:
-            own = _initial(W, factor_dtype(model.get_submodule(hand[rank].path)), hand[rank], cache)
+            own = _initial(W, factor_dtype(model.get_submodule(target.path)), target, cache)
         except WeightError as problem:
             error = str(problem)
+        except Exception as problem:  # whatever it is: the other processes wait for this one
+            if place()[1] == 1:
+                raise
+            error = f"{target.path}: {type(problem).__name__}: {problem}"
     told = gather((error, own and (own.sketch, own.report, own.A0.dtype, own.A0.shape, own.B0.shape)))
     for failure, _ in told:
         if failure is not None:
@@ -159,10 +164,13 @@ def _factors(W: Tensor, target: Target, cache: Path | None) -> Factors:
         return replace(stored, U=stored.U.to(W.device), S=stored.S.to(W.device), Vh=stored.Vh.to(W.device))
     try:
         factors = decompose(W, target.rank, target.part, generator=torch.Generator().manual_seed(seed))
-    except ValueError as error:
+    except (ValueError, torch.linalg.LinAlgError) as error:
         raise WeightError(f"{target.path}: {error}") from error
     if cache is not None:
-        write_factors(cache, key, factors)
+        try:
+            write_factors(cache, key, factors)
+        except OSError as error:
+            warnings.warn(f"factors are not kept in {cache}: {error}", stacklevel=2)
     return factors
 
 
@@ -195,13 +203,23 @@ def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
     )
 
 
-def _warn_of_zeros(reports: Sequence[LayerReport], targets: Sequence[Target]) -> None:
-    kept = {t.path for t in targets if t.sigma == "keep"}
-    # Zero within float32: below the rounding of the largest singular value.
-    dead = [r for r in reports if r.path in kept and r.sigma_min <= 1e-7 * r.sigma_top]
+def _warn_of_zeros(made: Mapping[str, Initial], targets: Sequence[Target]) -> None:
+    """Tell of singular values that are zero within float32, after any floor: below the rounding of the largest."""
+    dead = [
+        target.path
+        for target in targets
+        if target.sigma != "none" and _weakest(made[target.path], target) <= 1e-7 * made[target.path].report.sigma_top
+    ]
     if dead:
         warnings.warn(
-            f"{len(dead):,} of {len(kept):,} adapters hold singular values at zero (first: {dead[0].path}): A and B "
-            "start at 0 there and learn slowly or not at all; set  sigma: {floor: 0.1}  in their rule, or a lower rank",
+            f"{len(dead):,} of {len(targets):,} adapters hold singular values at zero (first: {dead[0]}): A and B "
+            "start at 0 there and learn slowly or not at all; set  sigma: {floor: 0.1}  in their rule (none, where "
+            "even the median is zero), or a lower rank",
             stacklevel=3,
         )
+
+
+def _weakest(initial: Initial, target: Target) -> float:
+    """The smallest singular value the adapter starts with: rows of A0 are as long as the root of S over the scaling."""
+    lengths = torch.linalg.vector_norm(initial.A0, dim=1, dtype=torch.float64)
+    return float(lengths.min()) ** 2 * target.scaling

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -35,6 +36,16 @@ def test_damaged_and_missing_entries_are_none(tmp_path: Path) -> None:
     for damage in (file.read_bytes()[:-9], b"", b"junk", bytes(flipped)):
         file.write_bytes(damage)
         assert read_factors(tmp_path, "k") is None
+
+
+def test_an_entry_under_another_name_is_none_and_a_shared_folder_can_be_read(tmp_path: Path) -> None:
+    write_factors(tmp_path, "k", decompose(W, 2))
+    file = tmp_path / "k.safetensors"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+    file.rename(tmp_path / "other.safetensors")
+    assert read_factors(tmp_path, "other") is None
 
 
 def test_the_key_depends_on_everything_that_changes_the_factors() -> None:

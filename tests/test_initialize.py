@@ -116,6 +116,30 @@ def test_cached_factors_are_the_same_and_a_damaged_entry_is_made_anew(tmp_path) 
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="factors are not kept in"):
+        made = initial(linear(W), one_rule(), cache_dir=tmp_path / "file")
+    assert torch.equal(made["0"].A0, initial(linear(W), one_rule())["0"].A0)
+
+
+def test_a_floor_that_is_zero_itself_is_warned_of() -> None:
+    low = torch.zeros(9, 9)
+    low[0, 0] = 1.0
+    with pytest.warns(UserWarning, match="1 of 1 adapters hold singular values at zero"):
+        initial(linear(low), one_rule(sigma={"floor": 0.1}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        initial(linear(low), one_rule(sigma="none"))
+
+
+def test_lines_tell_of_every_layer(capfd) -> None:
+    initial(nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4)), one_rule(), progress="lines")
+    err = capfd.readouterr().err
+    assert "0  6x9  milora rank 2  sigma" in err
+    assert "1  4x6  milora rank 2  sigma" in err
+
+
 def test_progress_goes_to_stderr_and_only_on_request(capfd) -> None:
     initial(linear(W), one_rule())
     assert capfd.readouterr() == ("", "")

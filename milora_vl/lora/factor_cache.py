@@ -7,14 +7,14 @@ its own bytes: a damaged one is made anew.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from milora_vl.svd import Factors
@@ -35,15 +35,15 @@ def cache_key(W: Tensor, rank: int, part: str, salt: int) -> str:
 
 
 def read_factors(folder: Path, key: str) -> Factors | None:
-    """Return a stored entry, None where there is none or it is damaged."""
+    """Return a stored entry, None where there is none, it is damaged, or it is another's under this name."""
     file = folder / f"{key}.safetensors"
-    if not file.is_file():
-        return None
     try:
+        if not file.is_file():
+            return None
         with safe_open(file, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in _TENSORS}
             metadata = stored.metadata()
-        if metadata["hash"] != _hash(tensors, metadata):
+        if metadata["hash"] != _hash(key, tensors, metadata):
             return None
         norm, sigma_max, excess = (float(metadata[name]) for name in ("norm", "sigma_max", "excess"))
         return Factors(**tensors, norm=norm, sigma_max=sigma_max, excess=excess, method=metadata["method"])
@@ -52,7 +52,7 @@ def read_factors(folder: Path, key: str) -> Factors | None:
 
 
 def write_factors(folder: Path, key: str, factors: Factors) -> None:
-    """Store an entry; another process sees it whole or not at all."""
+    """Store an entry; another process sees it whole or not at all. Raises OSError where it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         "U": factors.U.cpu().contiguous(),
@@ -66,17 +66,18 @@ def write_factors(folder: Path, key: str, factors: Factors) -> None:
         "excess": repr(factors.excess),
         "method": factors.method,
     }
-    metadata["hash"] = _hash(tensors, metadata)
-    part = folder / f".{key}.{os.getpid()}"
+    metadata["hash"] = _hash(key, tensors, metadata)
+    part = folder / f".{key}.{uuid4().hex}"
     try:
-        save_file(tensors, part, metadata=metadata)
+        # Not safetensors' save_file: its files can be read by their owner alone, and a cache may be shared.
+        part.write_bytes(save(tensors, metadata=metadata))
         part.replace(folder / f"{key}.safetensors")
     finally:
         part.unlink(missing_ok=True)
 
 
-def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256()
+def _hash(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(key.encode())
     for name in _TENSORS:
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode() + _digest(tensors[name]))
     for name in sorted(metadata.keys() - {"hash"}):

@@ -163,8 +163,10 @@ def _positions(count: int, rank: int, part: Part, generator: torch.Generator) ->
 
 
 def _check(weight: Tensor, rank: int, part: str, method: str, tol: float) -> None:
-    if not isinstance(weight, Tensor) or weight.layout != torch.strided:
-        raise ValueError(f"the weight must be a dense torch tensor, got {getattr(weight, 'layout', type(weight))}")
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"the weight must be a torch tensor, got {type(weight).__name__}")
+    if weight.layout != torch.strided:
+        raise ValueError(f"the weight must be a dense torch tensor, got {weight.layout}")
     if weight.ndim != 2:
         raise ValueError(f"the weight must have 2 dimensions (out, in), got shape {tuple(weight.shape)}")
     if not weight.dtype.is_floating_point:
