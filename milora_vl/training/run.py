@@ -102,7 +102,7 @@ class Run:
         from milora_vl.training import run_files
 
         self.items: Any = self.data.train
-        self.lengths = run_files.lengths(self.recipe, self.base, self.processor, self.data.train[:100])
+        self.lengths = run_files.lengths(self.recipe, self.base, self.processor, self.data.train)
         if self.recipe.data.packing:
             assert self.lengths is not None
             self.items, line = run_files.packed(self.recipe, self.data.train, self.lengths)
