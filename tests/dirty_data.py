@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -59,6 +60,7 @@ UNREADABLE: dict[str, Saver] = {
     "garbled.png": lambda path: path.write_bytes(bytes_of("png", path.parent)[:60] + b"\0" * 500) and None,
     "bomb.png": lambda path: path.write_bytes(bomb()) and None,
     "folder.png": lambda path: path.mkdir(),
+    "pipe.png": lambda path: os.mkfifo(path),
 }
 PECULIAR: dict[str, tuple[str, Saver]] = {
     "gif.jpg": ("wrong_suffix", lambda path: photo().save(path, format="GIF")),
