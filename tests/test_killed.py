@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_train import losses, words
 from test_train_data import many
 
@@ -33,3 +35,17 @@ def test_it_goes_on_with_exactly_the_records_that_were_due(tiny_data: Path, tmp_
     assert main(words(tiny_data, whole, *extra)) == 0
     assert [step for step, _ in losses(killed)] == list(range(1, 19))
     assert losses(killed) == losses(whole)
+
+
+def test_a_run_that_was_killed_after_its_last_step_makes_no_other(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(words(tiny_data, run, "--rank", "4")) == 0
+    before = load_file(run / "adapter_model.safetensors")
+    for name in ("trainer_state.json", "adapter_model.safetensors"):
+        (run / name).unlink()
+    for choice in ("auto", "True"):
+        assert main(words(tiny_data, run, "--rank", "4", "--resume_from_checkpoint", choice)) == 0
+        assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
+        after = load_file(run / "adapter_model.safetensors")
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert not (run / "checkpoint-7").exists()
