@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -59,6 +60,7 @@ UNREADABLE: dict[str, Saver] = {
     "garbled.png": lambda path: path.write_bytes(bytes_of("png", path.parent)[:60] + b"\0" * 500) and None,
     "bomb.png": lambda path: path.write_bytes(bomb()) and None,
     "folder.png": lambda path: path.mkdir(),
+    "pipe.png": lambda path: os.mkfifo(path),
 }
 PECULIAR: dict[str, tuple[str, Saver]] = {
     "gif.jpg": ("wrong_suffix", lambda path: photo().save(path, format="GIF")),
@@ -90,12 +92,23 @@ BROKEN: list[tuple[str, Any]] = [
     ("placeholders", ask("<image>\nWhere is it?", "Nowhere.")),
     ("placeholders", ask("<image>\n<image>\n<image>\nThree?", "Two.", image=["0.png", "1.png"])),
     ("missing_picture", ask("<image>\nGone?", "Yes.", image="gone.png")),
+    ("missing_picture", ask("<image>\nLong?", "Too long for a file system.", image="a" * 300 + ".png")),
+    ("missing_picture", ask("<image>\nNul?", "No name.", image="nul\0.png")),
     ("broken_text", ask("Half \ud83d?", "Yes.")),
     ("not_a_record", {"text": "something else"}),
     ("not_a_record", {"conversations": [{"from": "narrator", "value": "Once"}]}),
     ("not_a_record", {"conversations": [{"from": "human"}]}),
     ("not_a_record", ["a", "list"]),
     ("not_a_record", ask("<image>\na", "b", image=17)),
+    ("not_a_record", {"messages": [{"role": ["user"], "content": "a"}]}),
+    ("not_a_record", {"messages": [], "images": 17}),
+]
+# lines that are no JSON; each costs itself alone
+LINES: list[bytes] = [
+    b'{"id": "latin-1", "conversations": [{"from": "human", "value": "caf\xe9"}]}',
+    b"[" * 50_000,
+    b'{"id": ' + b"9" * 5000 + b"}",
+    b'{"id": "broken", "conversations": [}',
 ]
 ODD: list[tuple[str, Any]] = [
     ("empty_answer", ask("Nothing?", "")),
@@ -112,6 +125,7 @@ ODD: list[tuple[str, Any]] = [
     ("duplicate_record", ask("Is it so?", "It is.")),
     ("outside_folder", ask("<image>\nOutside?", "No.", image="../images/0.png")),
     ("forgotten", ask("What is it?", "A thing.", image="1.png")),
+    ("unanswered", {"messages": [{"role": role, "content": "Hm?"} for role in ("user", "assistant", "user")]}),
 ]
 
 
@@ -130,7 +144,9 @@ def make(folder: Path) -> Path:
         save(images / name)
         lines.append(ask(f"<image>\n{name}?", "Peculiar.", image=name, id=name))
     lines += [record for _, record in [*BROKEN, *ODD]]
-    text = "\n".join([*map(json.dumps, lines), '{"id": "broken", "conversations": [}'])
+    text = "\n".join([*map(json.dumps, lines), ""]).replace("\n", "\r\n", 5).encode()
     path = folder / "train.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n", 5).encode() + b"\n\n")
+    path.write_bytes(
+        b"\xef\xbb\xbf" + text.replace(b"\n", b"\n" + LINES[0] + b"\n", 1) + b"\n".join(LINES[1:]) + b"\n\n"
+    )
     return path

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_train import losses, words
 
@@ -34,6 +36,19 @@ def test_packed_records_train_and_resume(tiny_data: Path, tmp_path: Path, capfd:
     half = words(tiny_data, tmp_path / "half", *extra)
     assert main([*half, "--resume_from_checkpoint", str(tmp_path / "half" / "checkpoint-2")]) == 0
     assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", [["--packing"], ["--train_sampling_strategy", "group_by_length"]])
+def test_every_record_of_a_long_file_is_arranged(how: list[str], tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    many(tiny_data, 200)
+    extra = ["--rank", "4", *how, "--max_length", "512", "--max_steps", "1"]
+    assert main(words(tiny_data, tmp_path / "run", *extra)) == 0
+    texts, pictures = np.load(next(tiny_data.glob("train.json.lengths-*.npy")))
+    assert len(texts) == 212
+    if "--packing" in how:
+        said = re.search(r"packed into (\d+) rows of 1,024", capfd.readouterr().err)
+        assert said is not None
+        assert int(said[1]) * 1024 >= int(texts.sum() + 16 * pictures.sum())
 
 
 def test_llavas_flag_makes_batches_of_one_kind(tiny_data: Path, tmp_path: Path) -> None:

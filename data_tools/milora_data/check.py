@@ -105,8 +105,10 @@ def readable(path: Path, report: Report) -> Iterator[Record]:
     """Yield the records; what is none becomes a finding of `report`. Raises `DataError` if there is no such file."""
 
     def broken(error: DataError) -> None:
-        where, _, message = str(error).partition(": broken JSON: ")
-        report.findings.append(Finding("broken_json", where, message or "not UTF-8"))
+        where, known, message = str(error).partition(": broken JSON: ")
+        if not known:
+            where, _, message = str(error).rpartition(": ")
+        report.findings.append(Finding("broken_json", where, message))
 
     if not is_json(path):
         yield from load_records(path)

@@ -68,8 +68,12 @@ def load_image(path: str | Path, *, longest: int | None = None, shortest: int | 
 
 
 def opened(path: str | Path) -> str | Path | BytesIO:
-    """Return what PIL opens: the path, or the bytes of a stored picture."""
-    return BytesIO(path.content) if isinstance(path, StoredPicture) else path
+    """Return what PIL opens: the path, or the bytes of a stored picture. Raises `FileNotFoundError`."""
+    if isinstance(path, StoredPicture):
+        return BytesIO(path.content)
+    if not Path(path).is_file():
+        raise FileNotFoundError(path)  # PIL would wait for ever for what comes out of a named pipe
+    return path
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

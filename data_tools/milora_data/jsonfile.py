@@ -12,22 +12,23 @@ from .errors import DataError
 
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
 _DECODER = json.JSONDecoder()
 
 
 def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[int, object]]:
     """Yield (line, value) for each element of a JSON list, or for each line of JSON lines.
 
-    Raises `DataError` with file, line and an excerpt with a caret. With `on_error`, a broken line of JSON lines is
-    handed to it and left out; a broken list still raises, as nothing is known of what follows.
+    Raises `DataError` with file, line and an excerpt with a caret. With `on_error`, a broken line of JSON lines, or an
+    element with bytes that are not UTF-8, is handed to it and left out; a list of broken JSON still raises, as nothing
+    is known of what follows.
     """
     if not path.is_file():
         raise DataError(missing_file(path))
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        # Bytes that are not UTF-8 pass as lone surrogates: they cost the record that holds them, not the file.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             yield from _Reader(path, file, on_error).objects()
-    except UnicodeDecodeError:
-        raise DataError(_bad_bytes(path)) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -62,16 +63,6 @@ def missing_file(path: Path) -> str:
     return text + (f"\nin {found}: {', '.join(names)}" if names else "")
 
 
-def _bad_bytes(path: Path) -> str:
-    with path.open("rb") as file:
-        for line, content in enumerate(file, start=1):
-            try:
-                content.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x} at column {error.start + 1})"
-    return f"{path}: not UTF-8"
-
-
 class _Reader:
     """A window on the file: `text[at:]` is not consumed yet, `line` is the number of the line `at` stands on."""
 
@@ -90,7 +81,12 @@ class _Reader:
     def _elements(self) -> Iterator[tuple[int, object]]:
         following = self._skip()
         while following != "]":
-            yield self.line, self._value()
+            line = self.line
+            value, error = self._value()
+            if error is None:
+                yield line, value
+            else:
+                self._report(error)
             following = self._skip()
             if following == ",":
                 self._advance(self.at + 1)
@@ -105,17 +101,34 @@ class _Reader:
     def _lines(self) -> Iterator[tuple[int, object]]:
         while self._skip():
             end = self._line_end()
+            broken = self._not_utf8(end)
             try:
-                value = json.loads(self.text[self.at : end])
+                value = None if broken else json.loads(self.text[self.at : end])
             except json.JSONDecodeError as error:
                 hint = "; expected a list [...] or one record per line" if self.line == 1 else ""
                 broken = self._error(self.at + error.pos, error.msg + hint)
-                if self.on_error is None:
-                    raise broken from None
-                self.on_error(broken)
-            else:
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+                broken = self._error(self.at, str(error))
+            if broken is None:
                 yield self.line, value
+            else:
+                self._report(broken)
             self._advance(end)
+
+    def _report(self, error: DataError) -> None:
+        if self.on_error is None:
+            raise error
+        self.on_error(error)
+
+    def _not_utf8(self, end: int) -> DataError | None:
+        found = _NOT_UTF8.search(self.text, self.at, end)
+        if found is None:
+            return None
+        line = self.line + self.text.count("\n", self.at, found.start())
+        before = self.text[self.text.rfind("\n", 0, found.start()) + 1 : found.start()]
+        column = len(before.encode("utf-8", "surrogateescape")) + 1
+        byte = ord(found[0]) - 0xDC00
+        return DataError(f"{self.path}:{line}: not UTF-8 (byte 0x{byte:02x} at column {column})")
 
     def _line_end(self) -> int:
         while (end := self.text.find("\n", self.at)) < 0:
@@ -123,7 +136,8 @@ class _Reader:
                 return len(self.text)
         return end
 
-    def _value(self) -> object:
+    def _value(self) -> tuple[object, DataError | None]:
+        """Return the next element of the list, or None and what is wrong with its bytes."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
@@ -131,11 +145,14 @@ class _Reader:
                 # It may only be cut off by the end of the window.
                 if not self._more():
                     raise self._error(error.pos, error.msg) from None
+            except (ValueError, RecursionError) as error:
+                raise self._error(self.at, str(error)) from None
             else:
                 if end == len(self.text) and self._more():
                     continue  # a number may go on
+                broken = self._not_utf8(end)
                 self._advance(end)
-                return value
+                return value, broken
 
     def _skip(self) -> str:
         """Pass over white space and return the next character, "" at the end of the file."""

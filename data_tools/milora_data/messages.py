@@ -23,7 +23,8 @@ def from_messages(value: object, *, number: int) -> dict[str, Any]:
         raise DataError('expected an object with "messages", a list')
     named: list[str] = []
     turns = [_turn(message, place, named) for place, message in enumerate(value["messages"], start=1)]
-    listed = [_file(image) for image in value.get("images") or []]
+    given = value.get("images") or []
+    listed = [_file(image) for image in (given if isinstance(given, list) else [given])]
     if named and listed:
         raise DataError('pictures are named by the messages and by "images"; expected one of both')
     images = named or listed
@@ -37,15 +38,15 @@ def from_messages(value: object, *, number: int) -> dict[str, Any]:
 
 
 def _turn(message: object, place: int, named: list[str]) -> dict[str, str]:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        role = message.get("role") if isinstance(message, dict) else message
+    role = message.get("role") if isinstance(message, dict) else message
+    if not isinstance(message, dict) or not isinstance(role, str) or role not in ROLES:
         raise DataError(f"message {place}: unknown role {role!r}; expected {', '.join(_SPEAKERS)}")
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise DataError(f'message {place}: "content" must be a text or a list of parts')
     texts = [_part(part, place, named) for part in parts]
-    return {"from": _SPEAKERS[ROLES[message["role"]]], "value": "".join(texts)}
+    return {"from": _SPEAKERS[ROLES[role]], "value": "".join(texts)}
 
 
 def _part(part: object, place: int, named: list[str]) -> str:

@@ -52,7 +52,14 @@ def uses(records: Iterable[Record]) -> dict[str, list[str]]:
 
 def find_missing(names: Iterable[str], folder: Path) -> list[str]:
     """Return the names for which there is no file below `folder`."""
-    return [name for name in names if not (isinstance(name, StoredPicture) or (folder / name).is_file())]
+    return [name for name in names if not (isinstance(name, StoredPicture) or _is_file(folder / name))]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long for a file system, say
+        return False
 
 
 def find_faults(names: Sequence[str], folder: Path, *, threads: int = 8) -> Iterator[tuple[str, str, str]]:
@@ -115,4 +122,4 @@ def elsewhere(missing: Sequence[str], folder: Path, beside: Path | None) -> Path
     """Return the folder below which the first missing pictures do lie: a neighbour of `folder`, or the data's own."""
     candidates = [folder.parent, *([beside, beside / "images"] if beside else []), folder / "images"]
     near = (place for place in candidates if place != folder)
-    return next((place for place in near if missing and any((place / name).is_file() for name in missing[:5])), None)
+    return next((place for place in near if missing and any(_is_file(place / name) for name in missing[:5])), None)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import DataError
 from .findings import CONTROL, KINDS, examine
 from .jsonfile import read_objects, write_objects
+from .messages import from_messages
 from .records import ROLES, parse_record
 from .templates import IMAGE
 
@@ -58,6 +59,8 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
             kind = lost.get(where) or _hopeless(value)
             if kind is None:
                 assert isinstance(value, dict)
+                if "conversations" not in value:
+                    value = from_messages(value, number=line)
                 repaired = repair(value, done)
                 kind = next((f.kind for f in examine(parse_record(repaired)) if f.severity == "error"), None)
             if kind is None:

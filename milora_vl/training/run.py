@@ -102,7 +102,7 @@ class Run:
         from milora_vl.training import run_files
 
         self.items: Any = self.data.train
-        self.lengths = run_files.lengths(self.recipe, self.base, self.processor, self.data.train[:100])
+        self.lengths = run_files.lengths(self.recipe, self.base, self.processor, self.data.train)
         if self.recipe.data.packing:
             assert self.lengths is not None
             self.items, line = run_files.packed(self.recipe, self.data.train, self.lengths)
@@ -163,6 +163,7 @@ class Run:
         """Train with HF's Trainer; a keyboard interrupt says how to go on."""
         import torch
         from peft.helpers import disable_input_dtype_casting
+        from transformers import TrainerState
 
         from milora_vl.trainer import MiloraTrainer
         from milora_vl.training import failures, run_files
@@ -181,6 +182,9 @@ class Run:
             kinds=[bool(record.images) for record in self.data.train],
         )
         checkpoint = self.folder.checkpoint
+        if checkpoint is not None and self._has_all_steps(checkpoint):
+            self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            return
         try:
             # Autocast casts what it multiplies; PEFT would first widen every input to the adapter's float32.
             with disable_input_dtype_casting(self.trainer.trained(), active=self.trainer.accelerator.native_amp):
@@ -194,6 +198,13 @@ class Run:
         for what, count in self.collator.counts().items():
             if count:
                 self.screen.warn(f"{count:,} times while training: {WHAT_HAPPENED[what]}")
+
+    def _has_all_steps(self, checkpoint: Path) -> bool:
+        """Whether only the end of the run was lost: HF's loop would make one more step before it sees max_steps."""
+        # Shards and the best checkpoint are put together by that loop.
+        sharded = self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled
+        done = step_of(checkpoint) == self.batching.steps
+        return done and not sharded and not self.args.load_best_model_at_end
 
     def save(self) -> None:
         """Write the final weights, processor and HF's state at the root of the run folder."""

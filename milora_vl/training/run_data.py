@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from milora_data.check import check_for_training, readable
+from milora_data.compact import CompactRecords
 from milora_data.errors import UserError
 from milora_data.findings import Finding, examine
 from milora_data.mix import Source, mixed_records
@@ -21,8 +22,8 @@ from milora_vl.config import DataConfig, SourceConfig
 class RunData:
     """What is trained and evaluated on. The counts are of records that were left out."""
 
-    train: list[Record]
-    evaluation: list[Record] | None
+    train: Sequence[Record]
+    evaluation: Sequence[Record] | None
     skipped: int = 0  # a picture of theirs is missing, and --bad_images skip says so
     unlearnable: int = 0  # they have no answer
     broken: tuple[Finding, ...] = ()  # they are no records, and --bad_images is not raise
@@ -84,7 +85,7 @@ def _checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
         kept = [record for record in kept if all(finding.kind != "no_answer" for finding in examine(record))]
     if not kept:
         raise UserError(f"no record of {path} is left: their pictures are missing, or they have no answers")
-    return RunData(kept, None, skipped, len(records) - skipped - len(kept), tuple(report.findings))
+    return RunData(CompactRecords(kept), None, skipped, len(records) - skipped - len(kept), tuple(report.findings))
 
 
 def _usable(records: Iterable[Record], report: Report) -> Iterator[Record]:
