@@ -11,8 +11,14 @@ PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Whether `folder` holds a PEFT adapter (and not a whole model beside it)."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    """Whether `folder` holds an adapter: PEFT's files and no whole model beside them, or LLaVA's, with its config."""
+    is_llava = (folder / "non_lora_trainables.bin").is_file()
+    return (folder / "adapter_config.json").is_file() and (is_llava or not (folder / "config.json").is_file())
+
+
+def holds_residual(folder: Path) -> bool:
+    """Whether `folder` holds a model that an adapter in one of its subfolders was trained on (PiSSA's, MiLoRA's)."""
+    return (folder / "config.json").is_file() and any(folder.glob("*/adapter_config.json"))
 
 
 def holds_projector_alone(folder: Path) -> bool:

@@ -51,7 +51,8 @@ def load_model(
     """Load a model and its processor (of a text-only model: its tokenizer), in eval mode.
 
     name_or_path: a name of NAMED_MODELS, a hub id, or a folder; a folder with an adapter brings its base along.
-    adapter: a folder with an adapter, or with a projector alone (`mm_projector.safetensors`).
+    adapter: a folder with an adapter of ours, PEFT's, LLaVA's own code, or one trained on a residual base that it
+    brings along, told by its files; or with a projector alone (`mm_projector.safetensors`).
     dtype: default float32 on a CPU, as saved elsewhere. device: default the CPU.
 
     Raises UserError for an unknown name, a model that cannot be had, and a folder that holds none.
@@ -264,7 +265,7 @@ def _complete(processor: Any, config: Any) -> None:
 
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     from milora_vl.adapter_folders import holds_projector_alone
-    from milora_vl.adapter_io import load_adapter
+    from milora_vl.exporting.foreign import load_any
     from milora_vl.lora.sidecar import AdapterError
     from milora_vl.projector import load_projector
 
@@ -272,6 +273,6 @@ def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
         load_projector(model, folder)
         return model
     try:
-        return load_adapter(model, folder)
+        return load_any(model, folder)
     except AdapterError as error:
         raise UserError(str(error)) from None

@@ -72,7 +72,7 @@ def vizwiz(folder: Path) -> None:
     entries = []
     for i, name in enumerate(NAMES):
         draw(folder / "val" / f"VizWiz_val_{i:08d}.jpg", name)
-        entry = {"image": f"VizWiz_val_{i:08d}.jpg", "question": "What is this?", "answers": votes(name)}
+        entry = {"image": f"VizWiz_val_{i:08d}.jpg", "question": "What is this? Can I eat it? ", "answers": votes(name)}
         entries.append(entry | {"answer_type": "other" if i else "unanswerable", "answerable": min(i, 1)})
     dump(folder / "val.json", entries)
     draw(folder / "test" / "VizWiz_test_00000000.jpg", "red")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from milora_eval.rules.anls import anls
 from milora_eval.rules.answers import exact_match, normalise
 
 
@@ -31,3 +32,7 @@ def test_an_answer_matches_any_accepted_one_and_nothing_near() -> None:
     assert not exact_match("red fox", ["fox"])
     assert not exact_match("yes, it is", ["yes"])
     assert not exact_match("", ["yes"])
+
+
+def test_the_length_of_a_document_answer_is_that_of_its_capitals() -> None:
+    assert anls("Maß", ["Mas"]) == 0.75  # 1 of the 4 letters of MASS, as in the RRC script

@@ -12,7 +12,7 @@ import pytest
 from llava_oracle import llama_tokenizer, llava_train
 
 from milora_eval import run
-from milora_eval.benchmark import MissingData
+from milora_eval.benchmark import Answer, MissingData
 from milora_eval.benchmarks.xlsx import read_xlsx
 from milora_eval.store import read_lines
 from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, folder_of, has_files
@@ -31,7 +31,7 @@ PROMPTS: dict[str, tuple[int, str]] = {
     "vqav2": (1, " Is it  red? " + SHORT),
     "vqav2-testdev": (0, "What is it?" + SHORT),
     "gqa": (0, "What color is it?" + SHORT),
-    "vizwiz": (0, "What is this?" + UNANSWERABLE + SHORT),
+    "vizwiz": (0, "What is this? can i eat it? " + UNANSWERABLE + SHORT),
     "vizwiz-test": (0, "Which one?" + UNANSWERABLE + SHORT),
     "scienceqa": (1, "Context: Look at it.\nQuestion: Which color?\nOptions: (A) red (B) green (C) blue" + LETTER),
     "scienceqa-all": (0, "Context: N/A\nQuestion: Which color?\nOptions: (A) red (B) green (C) blue" + LETTER),
@@ -45,7 +45,7 @@ PROMPTS: dict[str, tuple[int, str]] = {
     "seed-bench": (2, "Which color?\nA. red\nB. green\nC. blue\nD. none" + LETTER),
     "mm-vet": (0, "What is it? "),
     "llava-bench": (0, "Describe it."),
-    "mmmu": (0, "Which color is <image 1>?\n\n(A) red\n(B) green\n(C) blue\n" + LETTER),
+    "mmmu": (0, "Which color is <image 1>?\n(A) red\n(B) green\n(C) blue\n" + LETTER),
     "chartqa": (0, "How many?" + SHORT),
     "docvqa": (0, "What title?" + SHORT),
     "infovqa": (0, "What title?" + SHORT),
@@ -194,3 +194,31 @@ def test_every_suite_names_benchmarks_that_exist() -> None:
     assert {name for suite in SUITES.values() for name in suite.benchmarks} <= set(BENCHMARKS)
     assert SUITES["llava-paper"].mean == ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench")
     assert list(SUITES) == ["llava-paper", "llava-1.5", "text", "quick", "emoji"]
+
+
+def test_mme_ids_are_the_places_of_the_pictures_as_in_llavas_questions(data: Path) -> None:
+    benchmark = find_benchmark("mme")
+    asked = [benchmark.llava_question(item) for item in benchmark.load(folder_of(benchmark, data))]
+    places = {"existence/0000.png", "artwork/images/0001.png", "code_reasoning/0000.png"}
+    assert places <= {line["question_id"] for line in asked}
+    assert all(line["question_id"] == line["image"] for line in asked)
+
+
+def test_vqa_is_scored_by_type_of_question_too(data: Path) -> None:
+    benchmark = find_benchmark("vqav2@official")
+    items = benchmark.load(folder_of(benchmark, data))
+    answers = [Answer(item, "red", benchmark.score(item, "red")) for item in items]
+    found = {metric.name: metric for metric in benchmark.summarise(answers)}
+    values = [answer.worth for answer in answers if answer.item.meta["question_type"] == "what"]
+    assert found["question type: what"].value == pytest.approx(sum(values) / len(values))
+    assert found["question type: what"].detail
+    assert not found["other"].detail
+
+
+def test_a_question_of_mmbench_that_the_limit_cut_is_left_out(data: Path) -> None:
+    benchmark = find_benchmark("mmbench")
+    items = benchmark.load(folder_of(benchmark, data))
+    right = [Answer(item, item.answers[0], 1.0) for item in items[:5]]  # four rotations of one, one of another
+    circular = benchmark.summarise(right)[0]
+    assert (circular.name, circular.value, circular.n) == ("circular accuracy", 1.0, 1)
+    assert benchmark.summarise(right[:3])[0].note == "no question has all of its rotations: --limit is too small"

@@ -14,6 +14,7 @@ import pytest
 
 from milora_data.errors import UserError
 from milora_eval.__main__ import main
+from milora_eval.benchmark import Item
 from milora_eval.lines import to_line
 from milora_eval.results import numbers, read_results, write_results
 from milora_eval.store import Store
@@ -79,6 +80,13 @@ def test_grades_come_from_a_server_and_are_kept(server: str, tmp_path: Path) -> 
     assert prompt.startswith("Compare the ground truth and prediction from AI models")
     metrics = {metric["name"]: metric["value"] for metric in read_results(folder)["benchmarks"][0]["metrics"]}
     assert metrics == {"grade": 0.5, "rec": 0.5, "ocr": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("said", "grade"), [("0.5", 0.5), ("1", 1.0), (".7", 0.7), ("0.5 | What", 0.5), ("0.9\nas", 0.9), ("", None)]
+)
+def test_a_grade_is_the_first_word(said: str, grade: float | None) -> None:
+    assert find_benchmark("mm-vet").grade(Item("v1_0", ()), said) == grade
 
 
 def test_a_grade_that_is_no_number_is_none_and_not_zero(tmp_path: Path) -> None:

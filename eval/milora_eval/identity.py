@@ -13,8 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from milora_eval.benchmark import Benchmark, Item
+from milora_vl.adapter_folders import holds_adapter, holds_residual
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json", "mm_projector.safetensors")
+ADAPTER_FILES = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "adapter_config.json",
+    "mm_projector.safetensors",
+    "mm_projector.bin",
+    "non_lora_trainables.bin",
+)
+# Where the factors are beside a residual base, which is then a part of the adapter.
+RESIDUAL_FILES = ("*/adapter_model.safetensors", "*/adapter_model.bin", "*.safetensors", "pytorch_model*.bin")
 _SAMPLES = 256
 
 
@@ -26,10 +36,11 @@ def digest(value: Any) -> str:
 def adapter_digest(folder: Path) -> str:
     """Return a hash of the bytes of a folder's adapter or projector files."""
     total = hashlib.sha256()
-    for name in ADAPTER_FILES:
-        if (folder / name).is_file():
-            total.update(name.encode())
-            with (folder / name).open("rb") as file:
+    patterns = RESIDUAL_FILES if holds_residual(folder) and not holds_adapter(folder) else ADAPTER_FILES
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            total.update(path.relative_to(folder).as_posix().encode())
+            with path.open("rb") as file:
                 while chunk := file.read(1 << 22):
                     total.update(chunk)
     return total.hexdigest()[:16]

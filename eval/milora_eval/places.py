@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone
+from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone, holds_residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def recipe_of(folder: Path) -> dict[str, object]:
 
 
 def _check_adapter(folder: Path, model: str) -> None:
-    if holds_adapter(folder) or holds_projector_alone(folder):
+    if holds_adapter(folder) or holds_projector_alone(folder) or holds_residual(folder):
         return
     if not folder.is_dir():
         raise UserError(

@@ -5,7 +5,6 @@ A grade's text that holds no number counts as no grade, not as 0.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,10 +46,12 @@ class MMVet(Benchmark):
         """Return None: the judge grades."""
 
     def grade(self, item: Item, judgement: str) -> float | None:
-        """Return the number of the judge's answer."""
-        found = re.fullmatch(r"\s*([01](?:\.\d+)?)\s*", judgement.split("\n")[0])
-        value = float(found.group(1)) if found else None
-        return value if value is not None and value <= 1 else None
+        """Return the first word of what the judge said as a number, None where it is none from 0 to 1."""
+        try:
+            value = float(judgement.split()[0])
+        except (ValueError, IndexError):
+            return None
+        return value if 0 <= value <= 1 else None
 
     def judge_prompt(self, item: Item, text: str) -> str:
         """Return the evaluator's few-shot prompt, ending where the grade goes."""

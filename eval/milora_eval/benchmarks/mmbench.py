@@ -7,6 +7,7 @@ each), which LLaVA asks once each; of a file without rotations they are made her
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,12 +39,14 @@ class MMBench(Benchmark):
         """Read the table; its pictures are unpacked into the user's cache."""
         rows = read_table(find(self, data_dir, self.files[0]))
         pictures = _pictures(rows)
-        rotated = any(int(row["index"]) >= ROTATION for row in rows)
-        return [
-            self._item(row, pictures[row["index"]], turn)
-            for row in rows
-            for turn in range(1 if rotated else max(1, len(_options(row))))
-        ]
+        asked = Counter(int(row["index"]) % ROTATION for row in rows)
+        rotated = len(asked) < len(rows)
+        items = []
+        for row in rows:
+            turns = 1 if rotated else max(1, len(_options(row)))
+            count = asked[int(row["index"]) % ROTATION] if rotated else turns
+            items += [self._item(row, pictures[row["index"]], turn, count) for turn in range(turns)]
+        return items
 
     def score(self, item: Item, text: str) -> float | None:
         """Return 1.0 where the option that is meant is the right one; None where the table has no answers."""
@@ -55,17 +58,16 @@ class MMBench(Benchmark):
         if not scored:
             return []
         circular = means(self.units(scored), self.metric)
+        if not any(map(_is_whole, _questions(scored))):
+            circular[0] = replace(circular[0], note="no question has all of its rotations: --limit is too small")
         first = means((a for a in scored if a.item.meta["index"] < ROTATION), "first rotation")
         return [circular[0], *(replace(metric, mean_of=None) for metric in first[:1]), *circular[1:]]
 
     def units(self, answers: Sequence[Answer]) -> list[Answer]:
-        """Return one answer a question: right where all of its rotations are."""
-        worst: dict[int, Answer] = {}
-        for answer in answers:
-            known = worst.setdefault(answer.item.meta["index"] % ROTATION, answer)
-            if answer.worth < known.worth:
-                worst[answer.item.meta["index"] % ROTATION] = answer
-        return list(worst.values())
+        """Return one answer a question: right where all rotations are. A question that a limit cut is left out."""
+        questions = _questions(answers)
+        whole = [own for own in questions if _is_whole(own)]
+        return [min(own, key=lambda answer: answer.worth) for own in whole or questions]
 
     def llava_keys(self, item: Item) -> tuple[Any, ...]:
         """Row and round."""
@@ -93,7 +95,7 @@ class MMBench(Benchmark):
         ]
         return [write_xlsx(folder / f"{self.name}_{self.split}.xlsx", names, table)]
 
-    def _item(self, row: dict[str, str], picture: Path, turn: int) -> Item:
+    def _item(self, row: dict[str, str], picture: Path, turn: int, rotations: int) -> Item:
         options = _options(row)
         turned = options[turn:] + options[:turn]
         question = f"{row['hint']}\n{row['question']}" if _is_there(row.get("hint")) else row["question"]
@@ -110,6 +112,7 @@ class MMBench(Benchmark):
             meta={
                 "index": index,
                 "round": turn,
+                "rotations": rotations,
                 "options": dict(zip("ABCD", turned, strict=False)),
                 "category": row.get("category", ""),
             },
@@ -133,6 +136,18 @@ class MMBenchTest(MMBench):
     split = "test"
     files = ("mmbench_test_20230712.tsv|MMBench_TEST_EN_legacy.tsv|MMBench_TEST_EN.tsv",)
     folders = ("mmbench",)
+
+
+def _questions(answers: Iterable[Answer]) -> list[list[Answer]]:
+    """Return the answers to the rotations of each question."""
+    found: dict[int, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        found[answer.item.meta["index"] % ROTATION].append(answer)
+    return list(found.values())
+
+
+def _is_whole(own: Sequence[Answer]) -> bool:
+    return len(own) >= own[0].item.meta["rotations"]
 
 
 def _options(row: Mapping[str, str]) -> list[str]:

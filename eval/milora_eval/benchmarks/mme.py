@@ -82,15 +82,16 @@ def _subtask(folder: Path) -> list[Item]:
             question, tab, answer = line.rpartition("\t")
             if not tab or answer.strip() not in ("Yes", "No"):
                 raise DataError(f"{file}:{number}: expected a question, a tab, Yes or No; got {line[:80]!r}")
+            place = picture.relative_to(folder.parent).as_posix()
             item = picture_item(
-                f"{folder.name}/{picture.name}",
+                place,
                 question.strip().removesuffix(YES_OR_NO).rstrip() + SHORT,
                 picture,
                 name=f"{folder.name}/{picture.name}/{number}",
                 answers=[answer.strip()],
                 kind=folder.name,
                 group=f"{folder.name}/{picture.name}",
-                meta={"question": question, "image": picture.relative_to(folder.parent).as_posix()},
+                meta={"question": question, "image": place},
             )
             items.append(item)
     return items

@@ -1,7 +1,8 @@
 """MMMU, validation: college-level questions of 30 subjects, multiple-choice and open.
 
-Prompts follow the benchmark's mmmu/configs/llava1.5.yaml and run_llava.py, which show the first picture alone; scored
-by mmmu/utils/eval_utils.py. Questions whose options are pictures are answered at random there: they are asked here too.
+Prompts follow the benchmark's mmmu/configs/llava1.5.yaml and run_llava.py, which show the first picture alone (its
+check for options that are pictures walks the letters of a text and finds none); scored by mmmu/utils/eval_utils.py. In
+the yaml an empty line inside quotes is one newline: none stands between a question and its options.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ class MMMU(Benchmark):
 
     name = "mmmu"
     split = "validation"
-    max_new_tokens = 1024
     files = ("Accounting/validation-00000-of-00001.parquet|validation-00000-of-00001.parquet",)
     source = "huggingface.co/datasets/MMMU/MMMU (a folder of parquet files per subject)"
 
@@ -61,7 +61,7 @@ def _item(row: dict[str, Any]) -> Item:
     options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else list(row["options"] or ())
     is_choice = row["question_type"] == "multiple-choice"
     lines = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options, strict=False))
-    text = f"{row['question']}\n\n{lines}{LETTER}" if is_choice else f"{row['question']}\n{SHORT}"
+    text = f"{row['question']}\n{lines}{LETTER}" if is_choice else f"{row['question']}{SHORT}"
     truth = row["answer"]
     if not is_choice and isinstance(truth, str) and truth.startswith("["):
         truth = ast.literal_eval(truth)

@@ -1,7 +1,8 @@
 """VizWiz-VQA: val is scored here, test by the EvalAI server.
 
 The official script normalises the answer and never the references; protocol llava applies the M4C normaliser before,
-as scripts/convert_vizwiz_for_submission.py does.
+as scripts/convert_vizwiz_for_submission.py does. Questions have one capital, their first letter, and the number of
+their line as id, as in LLaVA's question file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class VizWiz(Benchmark):
         return [
             picture_item(
                 number,
-                entry["question"] + UNANSWERABLE + SHORT,
+                entry["question"].capitalize() + UNANSWERABLE + SHORT,  # "What is this? and can i eat it?"
                 pictures / entry["image"],
                 name=entry["image"],
                 answers=[answer["answer"] for answer in entry.get("answers", ())],

@@ -6,11 +6,12 @@ scripts/convert_vqav2_for_submission.py does before the upload.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, Tally, means
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.benchmarks.submissions import write_rows
 from milora_eval.data_files import find, read_json
@@ -46,7 +47,17 @@ class VQAv2(Benchmark):
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the accuracy, that of each answer type, and that of each question type as a detail."""
-        return means(answers, self.metric)
+        asked = Tally()
+
+        def noted() -> Iterator[Answer]:
+            for answer in answers:
+                if answer.value is not None:
+                    asked.add(answer.value, answer.item.meta["question_type"], answer.item.group)
+                yield answer
+
+        found = means(noted(), self.metric)
+        kinds = asked.metrics(self.metric, detail=True)[1:]
+        return [*found, *(replace(own, name=f"question type: {own.name}", mean_of=None) for own in kinds)]
 
     def answer(self, text: str) -> str:
         """Return the answer as it is submitted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def read_xlsx(path: Path) -> list[dict[str, Cell]]:
     """Return the rows of the first sheet by the names in its header; empty cells are None."""
     from openpyxl import load_workbook
 
-    sheet = load_workbook(path, read_only=True).worksheets[0]
-    rows = list(sheet.iter_rows(values_only=True))
+    with closing(load_workbook(path, read_only=True)) as book:
+        rows = list(book.worksheets[0].iter_rows(values_only=True))
     return [dict(zip(map(str, rows[0]), row, strict=False)) for row in rows[1:]] if rows else []
 
 

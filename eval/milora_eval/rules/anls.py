@@ -14,14 +14,15 @@ THRESHOLD = 0.5
 def anls(text: str, references: Sequence[str]) -> float:
     """Return the similarity to the nearest reference, 0 below 0.5.
 
-    Case and blanks are evened out for the distance, but not for the length it is divided by.
+    Case and blanks are evened out for the distance, but not for the length it is divided by, which is that of the
+    capitals: "ß" counts as the two letters of "SS".
 
     >>> anls("helo", ["hello"]), anls("ab  ", ["ax"])
     (0.8, 0.75)
     """
     distances = []
     for reference in references:
-        length = max(len(text), len(reference))
+        length = max(len(text.upper()), len(reference.upper()))
         distance = levenshtein(" ".join(reference.lower().split()), " ".join(text.lower().split()))
         distances.append(distance / length if length else 0.0)
     similarity = 1 - min(distances)
