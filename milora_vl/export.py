@@ -86,7 +86,10 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: nothing is overwritten\nsay:  --output_dir ANOTHER")
     given = [None if path is None else Path(path) for path in (residual, initial)]
-    source = find_source(Path(folder), *given)
+    try:
+        source = find_source(Path(folder), *given)
+    except AdapterError as error:
+        raise UserError(str(error)) from None
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     job = Job(source, base, dtype, partial, target, vision_tower, allow_base_mismatch)

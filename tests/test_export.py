@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from milora_data.errors import UserError
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.export import export, main
+from milora_vl.models import load_processor
 
 Factory = Callable[..., tuple[Any, Any]]
 Q = "model.language_model.layers.0.self_attn.q_proj"
@@ -228,3 +229,32 @@ def test_the_command(run, capsys) -> None:
             main([str(run.root / "adapter"), *arguments])
     with pytest.raises(UserError, match="holds no adapter\nfound:"):
         main([str(run.root / "base"), "--to", "merged", "--output_dir", str(run.root / "x")])
+
+
+@pytest.mark.parametrize("form", ["rank-2", "merged"])
+def test_damaged_files_are_refused_by_name(run, form: str) -> None:
+    weights, config = run.root / "adapter" / "adapter_model.safetensors", run.root / "adapter" / "adapter_config.json"
+    whole, good = weights.read_bytes(), config.read_text(encoding="utf-8")
+    for content in ("{", "[]"):
+        config.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"adapter_config.json (is not valid JSON|holds no mapping)"):
+            export(run.root / "adapter", form, run.root / "out")
+    config.write_text(good, encoding="utf-8")
+    weights.write_bytes(whole[:3000])
+    with pytest.raises(UserError, match=r"adapter_model.safetensors cannot be read \(cut off\?\)"):
+        export(run.root / "adapter", form, run.root / "out")
+    weights.write_bytes(whole)
+    base = run.root / "base" / "model.safetensors"
+    base.write_bytes(base.read_bytes()[:3000])
+    with pytest.raises(UserError, match="cannot read the model in"):
+        export(run.root / "adapter", "merged", run.root / "out")
+
+
+def test_a_base_without_its_tokenizer_costs_no_export(run, tiny_llama: Factory, capsys) -> None:
+    (run.root / "base" / "tokenizer.json").unlink()
+    export(run.root / "adapter", "merged", run.root / "merged")
+    assert (run.root / "merged" / "model.safetensors").is_file()
+    assert "no processor written: cannot read the model in" in capsys.readouterr().err
+    tiny_llama()[0].save_pretrained(run.root / "text")
+    with pytest.raises(UserError, match="cannot read the model in"):
+        load_processor(run.root / "text")
