@@ -42,7 +42,10 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written. `layers`: per module the error of re-compression or the drift of a residual, and its rank."""
+    """What was written. `layers`: per module the error of re-compression or the drift of a residual, and its rank.
+
+    `total`: relative error of the whole change, of re-compression or of rounding to another dtype.
+    """
 
     folder: Path
     form: str
@@ -170,7 +173,7 @@ def _show(done: Exported, style: str) -> None:
     for path, (rank, error) in done.layers.items():
         sys.stdout.write(f"{path}  rank {rank}  {what} {error:.3e}\n")
     if done.total is not None:
-        sys.stdout.write(f"total  {what} {done.total:.3e}\n")
+        sys.stdout.write(f"total  error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"{_ORIGINS[done.origin]}, now: {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
 
