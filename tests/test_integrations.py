@@ -188,6 +188,7 @@ def _as_llava_loads(root: Path, folder: Path) -> torch.Tensor:
     assert any("mm_projector" in key for key in stored)
     model.load_state_dict({key.removeprefix("base_model.model."): t for key, t in stored.items()}, strict=False)
     model.get_vision_tower().load_model()
+    model.get_vision_tower().half().float()  # LLaVA's train() rounds the tower to float16 without --bf16
     tuned = PeftModel.from_pretrained(model, folder).eval()
     ids = torch.arange(5, 15)[None]
     ids[0, 3] = -200
