@@ -54,7 +54,7 @@ def load_adapter(
     adapter, one that does not fit, and a base model that is not the one it was made for.
     """
     folder = Path(path)
-    _require_adapter(folder)
+    require_adapter(folder)
     if is_wrapped_by_peft(base):
         raise AdapterError(
             "this model holds an adapter already: pass the base model, or use its own load_adapter(path, name)"
@@ -88,7 +88,8 @@ def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:
             raise AdapterError(f"the adapter in {folder} does not fit {type(base).__name__}\n{first[:300]}") from error
 
 
-def _require_adapter(folder: Path) -> None:
+def require_adapter(folder: Path) -> None:
+    """Raise AdapterError unless the folder holds an adapter whose config and weights can be read."""
     if not folder.is_dir():
         raise AdapterError(f"no adapter folder at {folder}: {'it is a file' if folder.exists() else 'nothing there'}")
     names = sorted(entry.name for entry in folder.iterdir())
@@ -100,9 +101,11 @@ def _require_adapter(folder: Path) -> None:
             f"{folder} holds no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}{hint}"
         )
     try:
-        json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{folder / CONFIG_NAME} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder / CONFIG_NAME} holds no mapping, but a {type(config).__name__}")
     if WEIGHT_NAMES[0] in names:
         try:
             with safe_open(folder / WEIGHT_NAMES[0], framework="pt"):

@@ -21,7 +21,7 @@ class RecipeError(UserError):
     """All mistakes of a recipe together, each with file, line and dotted path."""
 
     def __init__(self, source: str, problems: Iterable[str]) -> None:
-        self.problems = list(problems)
+        self.source, self.problems = source, list(problems)
         more = f"{len(self.problems)} mistakes in {source}:\n" if len(self.problems) > 1 else ""
         super().__init__(more + "\n".join(self.problems))
 
@@ -115,7 +115,7 @@ class Recipe(_Strict):
             problems += [(_dotted(e["loc"]), _explain(e)) for e in error.errors()]
             recipe = None
         if recipe is None or problems:
-            raise RecipeError(source, [_located(source, lines or {}, path, text) for path, text in problems])
+            raise RecipeError(source, [located(source, lines or {}, path, text) for path, text in problems])
         return recipe.model_copy(update={"train": train})
 
     def to_yaml(self) -> str:
@@ -200,6 +200,7 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(known)}" if len(known) < 15 else "; any TrainingArguments of transformers is known"
 
 
-def _located(source: str, lines: Mapping[str, int], path: str, text: str) -> str:
+def located(source: str, lines: Mapping[str, int], path: str, text: str) -> str:
+    """Return one mistake with its file, line and dotted path."""
     line = f":{lines[path]}" if path in lines else ""
     return f"{source}{line}: {path}: {text}"

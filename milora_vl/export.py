@@ -42,7 +42,10 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written. `layers`: per module the error of re-compression or the drift of a residual, and its rank."""
+    """What was written. `layers`: per module the error of re-compression or the drift of a residual, and its rank.
+
+    `total`: relative error of the whole change, of re-compression or of rounding to another dtype.
+    """
 
     folder: Path
     form: str
@@ -86,7 +89,10 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: nothing is overwritten\nsay:  --output_dir ANOTHER")
     given = [None if path is None else Path(path) for path in (residual, initial)]
-    source = find_source(Path(folder), *given)
+    try:
+        source = find_source(Path(folder), *given)
+    except AdapterError as error:
+        raise UserError(str(error)) from None
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     job = Job(source, base, dtype, partial, target, vision_tower, allow_base_mismatch)
@@ -167,7 +173,7 @@ def _show(done: Exported, style: str) -> None:
     for path, (rank, error) in done.layers.items():
         sys.stdout.write(f"{path}  rank {rank}  {what} {error:.3e}\n")
     if done.total is not None:
-        sys.stdout.write(f"total  {what} {done.total:.3e}\n")
+        sys.stdout.write(f"total  error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"{_ORIGINS[done.origin]}, now: {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from milora_data.errors import UserError
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.export import export, main
+from milora_vl.models import load_processor
 
 Factory = Callable[..., tuple[Any, Any]]
 Q = "model.language_model.layers.0.self_attn.q_proj"
@@ -57,6 +58,8 @@ def same(run: SimpleNamespace, model: nn.Module, atol: float = 1e-5) -> bool:
 def test_adapter_of_another_dtype_is_half_as_large_and_still_ours(run) -> None:
     done = export(run.root / "adapter", "adapter", run.root / "out", dtype=torch.bfloat16)
     assert done.origin == "ours"
+    assert done.total == pytest.approx(lost(run, "adapter", "out")[0], rel=1e-3)
+    assert done.total > 1e-4
     stored = load_file(run.root / "out" / "adapter_model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.bfloat16}
     model = load_adapter(fresh(run.root), run.root / "out", is_trainable=True)
@@ -100,20 +103,33 @@ def test_residual_and_back(run) -> None:
     assert same(run, AutoModelForImageTextToText.from_pretrained(run.root / "merged"))
 
 
+def lost(run, whole: str, small: str) -> tuple[float, dict[str, float]]:
+    """How far the changes of one saved adapter are from those of another, relatively: in total and by module."""
+    full, other = (PeftModel.from_pretrained(fresh(run.root), run.root / name) for name in (whole, small))
+    squares = {}
+    for path in (t.path for t in run.model.milora_targets if t.rank is not None):
+        first, second = (
+            model.get_base_model().get_submodule(path).get_delta_weight("default").double() for model in (full, other)
+        )
+        squares[path] = float((first - second).square().sum()), float(first.square().sum())
+    total = (sum(a for a, _ in squares.values()) / sum(b for _, b in squares.values())) ** 0.5
+    return total, {path: (a / b) ** 0.5 for path, (a, b) in squares.items()}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("form", ["rank-12", "rank-r", "rank-1"])
-def test_recompression_loses_what_it_says(run, form: str) -> None:
-    done = export(run.root / "adapter", form, run.root / "small")
+def test_recompression_loses_what_it_says(run, form: str, dtype: torch.dtype | None) -> None:
+    done = export(run.root / "adapter", form, run.root / "small", dtype=dtype)
     assert done.total is not None
-    full, small = (PeftModel.from_pretrained(fresh(run.root), run.root / name) for name in ("adapter", "small"))
-    squares = []
-    for path, (rank, error) in done.layers.items():
-        changes = [model.get_base_model().get_submodule(path).get_delta_weight("default") for model in (full, small)]
-        lost, whole = torch.linalg.vector_norm(changes[0] - changes[1]), torch.linalg.vector_norm(changes[0])
-        assert float(lost / whole) == pytest.approx(error, abs=2e-6)
-        assert torch.linalg.matrix_rank(changes[1]) <= rank
-        squares.append((float(lost) ** 2, float(whole) ** 2))
-    assert (sum(a for a, _ in squares) / sum(b for _, b in squares)) ** 0.5 == pytest.approx(done.total, abs=2e-6)
-    if form == "rank-12":
+    total, by_module = lost(run, "adapter", "small")
+    assert done.total == pytest.approx(total, abs=2e-6)
+    assert {path: error for path, (_, error) in done.layers.items()} == pytest.approx(by_module, abs=2e-6)
+    small = PeftModel.from_pretrained(fresh(run.root), run.root / "small")
+    for path, (rank, _) in done.layers.items():
+        assert torch.linalg.matrix_rank(small.get_base_model().get_submodule(path).get_delta_weight("default")) <= rank
+    if dtype is not None:
+        assert done.total > 1e-3
+    elif form == "rank-12":
         assert done.total < 1e-6
         assert same(run, small)
     else:
@@ -228,3 +244,47 @@ def test_the_command(run, capsys) -> None:
             main([str(run.root / "adapter"), *arguments])
     with pytest.raises(UserError, match="holds no adapter\nfound:"):
         main([str(run.root / "base"), "--to", "merged", "--output_dir", str(run.root / "x")])
+
+
+@pytest.mark.parametrize("form", ["rank-2", "merged"])
+def test_damaged_files_are_refused_by_name(run, form: str) -> None:
+    weights, config = run.root / "adapter" / "adapter_model.safetensors", run.root / "adapter" / "adapter_config.json"
+    whole, good = weights.read_bytes(), config.read_text(encoding="utf-8")
+    for content in ("{", "[]"):
+        config.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"adapter_config.json (is not valid JSON|holds no mapping)"):
+            export(run.root / "adapter", form, run.root / "out")
+    config.write_text(good, encoding="utf-8")
+    weights.write_bytes(whole[:3000])
+    with pytest.raises(UserError, match=r"adapter_model.safetensors cannot be read \(cut off\?\)"):
+        export(run.root / "adapter", form, run.root / "out")
+    weights.write_bytes(whole)
+    base = run.root / "base" / "model.safetensors"
+    base.write_bytes(base.read_bytes()[:3000])
+    with pytest.raises(UserError, match="cannot read the model in"):
+        export(run.root / "adapter", "merged", run.root / "out")
+
+
+def test_a_base_without_its_tokenizer_costs_no_export(run, tiny_llama: Factory, capsys) -> None:
+    (run.root / "base" / "tokenizer.json").unlink()
+    export(run.root / "adapter", "merged", run.root / "merged")
+    assert (run.root / "merged" / "model.safetensors").is_file()
+    assert "no processor written: cannot read the model in" in capsys.readouterr().err
+    tiny_llama()[0].save_pretrained(run.root / "text")
+    with pytest.raises(UserError, match="cannot read the model in"):
+        load_processor(run.root / "text")
+
+
+def test_the_drift_of_a_residual_is_that_of_what_is_written(run) -> None:
+    done = export(run.root / "adapter", "residual", run.root / "out", dtype=torch.bfloat16)
+    base, residual = fresh(run.root), AutoModelForImageTextToText.from_pretrained(run.root / "out", dtype="auto")
+    start = load_file(run.root / "out" / "lora_init" / "adapter_model.safetensors")
+    scaling = {target.path: target.scaling for target in run.model.milora_targets if target.rank is not None}
+    for path, (_, drift) in done.layers.items():
+        if path.endswith("embed_tokens"):
+            continue
+        A0, B0 = (start[f"base_model.model.{path}.lora_{half}.weight"].float() for half in "AB")
+        W, written = base.get_submodule(path).weight, residual.get_submodule(path).weight
+        assert written.dtype == torch.bfloat16
+        off = written.float() + scaling[path] * B0 @ A0 - W
+        assert drift == pytest.approx(float(off.norm() / W.norm()), rel=1e-3)

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig
 
 from milora_data.errors import UserError
 from milora_vl.exporting.llava import KNOWN_KEYS
+from milora_vl.integrations.llava import main as llava_main
 from milora_vl.integrations.llava import renamed_flags
 from milora_vl.integrations.replace import get_peft_model_replaced, main
 
@@ -71,6 +72,38 @@ def test_what_is_no_lora_is_made_as_it_is(tiny_llama, capsys) -> None:
 def test_flags_of_llavas_scripts_get_the_names_of_today() -> None:
     given = ["--evaluation_strategy", "no", "--warmup_ratio=0.03", "--lora_r", "4"]
     assert renamed_flags(given) == ["--eval_strategy", "no", "--warmup_steps=0.03", "--lora_r", "4"]
+
+
+SAVES = """
+import sys
+from pathlib import Path
+import llava_user
+
+llava_user.train()
+sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("spelling", ["--output_dir=", "--output_dir "])
+def test_the_launcher_of_llava_trims_the_config_and_reaches_the_named_modules(
+    tmp_path: Path, monkeypatch, spelling: str
+) -> None:
+    pytest.importorskip("llava")
+    (tmp_path / "train.py").write_text(SAVES, encoding="utf-8")
+    (tmp_path / "llava_user.py").write_text(
+        "from peft import LoraConfig, get_peft_model\nfrom milora_vl.tiny import tiny_llama\n\n"
+        "def train():\n    config = LoraConfig(r=4, target_modules=['q_proj'])\n"
+        f"    get_peft_model(tiny_llama()[0], config).save_pretrained({str(tmp_path / 'out')!r})\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "llava_user", raising=False)
+    with pytest.raises(SystemExit):
+        llava_main(["--in", "llava_user", str(tmp_path / "train.py"), *f"{spelling}{tmp_path / 'out'}".split()])
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config.keys() <= KNOWN_KEYS
+    assert config["r"] == 8
 
 
 TRAIN = """
@@ -155,6 +188,7 @@ def _as_llava_loads(root: Path, folder: Path) -> torch.Tensor:
     assert any("mm_projector" in key for key in stored)
     model.load_state_dict({key.removeprefix("base_model.model."): t for key, t in stored.items()}, strict=False)
     model.get_vision_tower().load_model()
+    model.get_vision_tower().half().float()  # LLaVA's train() rounds the tower to float16 without --bf16
     tuned = PeftModel.from_pretrained(model, folder).eval()
     ids = torch.arange(5, 15)[None]
     ids[0, 3] = -200

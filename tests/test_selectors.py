@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from adapter_cases import tiny_gpt2
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from milora_vl.policies.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
@@ -96,3 +97,37 @@ def test_an_unknown_multimodal_layout_is_named_by_glob_alone() -> None:
     with pytest.raises(SelectorError, match="no known layout: name its modules by full path or glob"):
         selector.match("language", whole_modules=False)
     assert selector.match("text", whole_modules=False) == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_about_experts"),
+    [
+        ("language.mlp", True),
+        ("language.gate_up_proj", True),
+        ("*.experts", True),
+        ("*experts.down_proj", True),
+        ("language.fc1", False),
+    ],
+)
+def test_experts_in_3d_weights_are_told_of_by_the_selector_that_names_them(text: str, is_about_experts: bool) -> None:
+    config = MixtralConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=16, num_local_experts=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    selector = Selector(model, find_towers(model))
+    with pytest.raises(SelectorError) as caught:
+        selector.match(text, whole_modules=False)
+    named = "model.layers.0.mlp.experts keeps its experts in 3-D weights"
+    assert (named in str(caught.value)) is is_about_experts
+    assert selector.match("model.layers.0.mlp.experts", whole_modules=True) == ["model.layers.0.mlp.experts"]
+
+
+@pytest.mark.parametrize("text", ["model.language_model.norm", "vision.mlpp", "projector.q_proj", "language.norm"])
+def test_what_is_proposed_would_match(selector: Selector, text: str) -> None:
+    with pytest.raises(SelectorError) as caught:
+        selector.match(text, whole_modules=False)
+    (line,) = [line for line in str(caught.value).splitlines() if line.startswith("did you mean  ")]
+    for proposed in line.removeprefix("did you mean  ").removesuffix(" ?").split("  or  "):
+        assert proposed != text
+        assert selector.match(proposed, whole_modules=False)

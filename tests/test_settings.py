@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from milora_data.errors import UserError
@@ -89,3 +91,41 @@ def test_a_policy_can_be_given_as_text() -> None:
     bad = parse(["--model", "tiny", "--policy", "[{modules: projector, method: fool}]"])
     with pytest.raises(UserError, match=r"policy\[0\].method: expected one of"):
         resolve(bad)
+
+
+FAULTY = """
+model: tiny
+policy:
+  - {modules: language, method: milora, rank: 0, alfa: 3}
+  - {modules: "*.nothing", method: milora, rank: 4}
+  - {modules: projector.linear_1, method: milora, rank: 4000}
+  - {modules: "language.layers[0]", method: full, sigma: none}
+train: {max_stepps: 3}
+"""
+
+
+def test_faults_of_the_recipe_and_those_that_need_the_model_come_in_one_message(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(FAULTY, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        settings(f"--recipe {file}")
+    text = str(caught.value)
+    assert text.startswith(f"6 mistakes in {file}:\n")
+    for fault in (
+        ":8: train.max_stepps: unknown key",
+        ":4: policy[0].alfa: unknown key",
+        ":4: policy[0].rank: expected a positive integer",
+        ':5: policy[1].modules: no module matches "*.nothing"',
+        ":6: policy[2].rank: 4000 is larger than min(out, in)",
+        ":7: policy[3].sigma: method full cannot use it",
+    ):
+        assert text.count(f"{file}{fault}") == 1
+
+
+def test_a_model_that_is_not_here_hides_no_fault_of_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(FAULTY.replace("tiny", str(tmp_path)), encoding="utf-8")
+    with pytest.raises(UserError, match="^3 mistakes in"):
+        settings(f"--recipe {file}")
+    with pytest.raises(UserError, match=r"(?s)--policy: policy\[0\].rank: .*--policy: policy\[1\].modules: no module"):
+        resolve(parse(["--model", "tiny", "--policy", "[{modules: language, rank: 0}, {modules: x, method: full}]"]))

@@ -17,7 +17,7 @@ from milora_vl.exporting.imported import import_adapter, refuse_mutating
 from milora_vl.exporting.llava import config_for_llava, read_llava, write_llava
 from milora_vl.exporting.plain import PlainAdapter, read_config, read_plain, write_plain
 from milora_vl.exporting.processor import copy_processor
-from milora_vl.exporting.recompress import recompress, total_error
+from milora_vl.exporting.recompress import loss_of, recompress, total_error
 from milora_vl.exporting.residual import write_residual
 from milora_vl.exporting.source import Source
 from milora_vl.lora.base_check import fitted
@@ -41,8 +41,8 @@ class Job:
 
     def write(self, form: str, rank: int | None, with_base: bool) -> tuple[Layers, float | None]:
         """Write one form; return what it cost per layer (rank and error), and in total."""
-        # A merge into fewer bits rounds once, at its end.
-        base = Base(self._base_for(form), self.dtype, is_rounded_later=form == "merged")
+        # A merge or a residual in fewer bits is rounded once, at its end.
+        base = Base(self._base_for(form), self.dtype, is_rounded_later=form in ("merged", "residual"))
         layers: Layers = {}
         total = None
         if form == "merged":
@@ -73,9 +73,11 @@ class Job:
         layers = {path: (adapter.factors[path].rank // 2, value) for path, value in drift.items()}
         total = None
         if form == "rank":
-            adapter, losses = recompress(adapter, rank)
+            adapter, losses = recompress(adapter, rank, self.dtype)
             layers = {path: (loss.rank, loss.error) for path, loss in losses.items()}
             total = total_error(losses)
+        elif self.dtype is not None:
+            total = total_error({path: loss_of(low, low.cast(self.dtype)) for path, low in adapter.factors.items()})
         if with_base:
             adapter = self._into_base(adapter, base)
         write_plain(adapter.cast(self.dtype), self.out, uniform=form == "rank")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -135,7 +136,10 @@ def _cut(path: str, low: LowRank, vocabulary: int) -> LowRank:
 def read_llava(folder: Path) -> PlainAdapter:
     """Read a LoRA folder of LLaVA; paths as in LLaVA's classes, the projector in `whole`."""
     adapter = read_plain(folder)
-    stored = torch.load(folder / NON_LORA, map_location="cpu", weights_only=True)
+    try:
+        stored = torch.load(folder / NON_LORA, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise UserError(f"{folder / NON_LORA} cannot be read (cut off?): {str(error).splitlines()[0]}") from None
     # Older runs wrote `base_model.model.`, merged ones `model.`; LLaVA's loader strips both, so do we.
     whole = {re.sub(r"^base_model\.model\.", "", name): tensor for name, tensor in stored.items()}
     return replace(adapter, whole={**adapter.whole, **whole})

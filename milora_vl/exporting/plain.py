@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class LowRank:
         """Return A (r, in) and scaling * B (out, r) in float32; a convolution's kernel is flattened."""
         return self.A.float().flatten(1), self.scaling * self.B.float().flatten(1)
 
+    def cast(self, dtype: torch.dtype) -> LowRank:
+        """Return the factors in `dtype`."""
+        return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
+
     def replaced(self, A: Tensor, B: Tensor, scaling: float) -> LowRank:
         """Return factors (matrices) of another rank for the same module, in its shapes."""
         tail_A, tail_B = self.A.shape[1:], self.B.shape[2:]
@@ -67,7 +71,7 @@ class PlainAdapter:
         """Return it with every number in `dtype`; None leaves them."""
         if dtype is None:
             return self
-        factors = {p: LowRank(f.A.to(dtype), f.B.to(dtype), f.scaling, f.is_embedding) for p, f in self.factors.items()}
+        factors = {path: low.cast(dtype) for path, low in self.factors.items()}
         whole = {name: t.to(dtype) for name, t in self.whole.items()}
         return PlainAdapter(self.base, factors, whole, self.dropout, self.task_type, self.sidecar)
 

@@ -27,15 +27,31 @@ class Loss:
         return (self.lost / self.total) ** 0.5 if self.total > 0 else 0.0
 
 
-def recompress(adapter: PlainAdapter, rank: int | None) -> tuple[PlainAdapter, dict[str, Loss]]:
+def recompress(
+    adapter: PlainAdapter, rank: int | None, dtype: torch.dtype | None = None
+) -> tuple[PlainAdapter, dict[str, Loss]]:
     """Return the adapter with factors of `rank` (None: half of what each module has, its r), and the loss by module.
 
-    Modules of a lower rank keep theirs, exactly.
+    Modules of a lower rank keep theirs. The loss is that of the factors as stored, in `dtype`: rounding counts.
     """
     factors, losses = {}, {}
     for path, low in adapter.factors.items():
-        factors[path], losses[path] = _truncate(low, rank if rank is not None else max(1, low.rank // 2))
+        small = _truncate(low, rank if rank is not None else max(1, low.rank // 2))
+        factors[path] = small if dtype is None else small.cast(dtype)
+        losses[path] = loss_of(low, factors[path])
     return replace(adapter, factors=factors, sidecar=None), losses
+
+
+def loss_of(low: LowRank, stored: LowRank) -> Loss:
+    """What `stored` lacks of the change that `low` makes; by QR, without a matrix of full size."""
+    (A, B), (A1, B1) = ([t.double() for t in factors.matrices()] for factors in (low, stored))
+    return Loss(stored.rank, _square(B, A), _square(torch.cat([B, -B1], dim=1), torch.cat([A, A1])))
+
+
+def _square(B: Tensor, A: Tensor) -> float:
+    """||B A||_F^2."""
+    R_B, R_A = torch.linalg.qr(B).R, torch.linalg.qr(A.T).R
+    return float((R_B @ R_A.T).square().sum())
 
 
 def total_error(losses: dict[str, Loss]) -> float:
@@ -43,7 +59,7 @@ def total_error(losses: dict[str, Loss]) -> float:
     return Loss(0, sum(loss.total for loss in losses.values()), sum(loss.lost for loss in losses.values())).error
 
 
-def _truncate(low: LowRank, rank: int) -> tuple[LowRank, Loss]:
+def _truncate(low: LowRank, rank: int) -> LowRank:
     A, B = (t.double() for t in low.matrices())
     Q_B, R_B = torch.linalg.qr(B)
     Q_A, R_A = torch.linalg.qr(A.T)
@@ -51,9 +67,7 @@ def _truncate(low: LowRank, rank: int) -> tuple[LowRank, Loss]:
     kept = min(rank, S.numel())
     root = S[:kept].sqrt()
     new_A, new_B = root[:, None] * (Vh[:kept] @ Q_A.T), (Q_B @ U[:, :kept]) * root
-    squares = S.square()
-    loss = Loss(kept, float(squares.sum()), float(squares[kept:].sum()))
-    return low.replaced(_like(new_A, low.A), _like(new_B, low.B), 1.0), loss
+    return low.replaced(_like(new_A, low.A), _like(new_B, low.B), 1.0)
 
 
 def _like(tensor: Tensor, stored: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def write_residual(
 
     `name` is what the two adapters call their base: the folder where all this will be.
 
-    The drift is what rounding the residual to the base's dtype loses, relative to ||W||_F.
+    The drift is what rounding the residual to the dtype it is written in loses, relative to ||W||_F.
     UserError for an adapter without initial factors.
     """
     parts = {t.path: t for t in adapter.sidecar.targets if t.has_anchor} if adapter.sidecar is not None else {}
@@ -41,7 +41,9 @@ def write_residual(
     trained, initial = dict(adapter.factors), {}
     for path in parts:
         trained[path], initial[path] = _halves(adapter.factors[path])
-    drift = {path: _take_out(base.get_submodule(path), low) for path, low in initial.items()}
+    if dtype is not None:  # what is taken out is what is written beside
+        initial = {path: low.cast(dtype) for path, low in initial.items()}
+    drift = {path: _take_out(base.get_submodule(path), low, dtype) for path, low in initial.items()}
     (base if dtype is None else base.to(dtype)).save_pretrained(folder, max_shard_size="5GB")  # type: ignore[operator]
     for subfolder, factors, whole in ((OFFICIAL_NAME, trained, adapter.whole), (INITIAL, initial, {})):
         part = replace(adapter, base=name, factors=factors, whole=whole, sidecar=None)
@@ -56,11 +58,11 @@ def _halves(low: LowRank) -> tuple[LowRank, LowRank]:
 
 
 @torch.no_grad()
-def _take_out(module: nn.Module, initial: LowRank) -> float:
+def _take_out(module: nn.Module, initial: LowRank, dtype: torch.dtype | None) -> float:
     weight: Tensor = module.get_parameter("weight").data
     matrix = as_matrix(module, weight)  # a view: writing into it changes the module
     W = matrix.float().clone()
     A0, B0 = initial.matrices()
-    matrix.copy_(W - B0 @ A0)
+    matrix.copy_((W - B0 @ A0).to(dtype or matrix.dtype))
     difference = matrix.float() + B0 @ A0 - W
     return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(W).clamp(min=1e-30))

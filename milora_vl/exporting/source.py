@@ -9,6 +9,7 @@ from typing import Literal
 
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import holds_projector_alone
+from milora_vl.adapter_io import require_adapter
 from milora_vl.exporting.llava import is_llava_folder
 from milora_vl.lora.sidecar import FILE_NAME
 
@@ -30,15 +31,22 @@ class Source:
 
 
 def find_source(folder: Path, residual: Path | None = None, initial: Path | None = None) -> Source:
-    """Tell what `folder` is; `residual` and `initial` name what it does not tell. UserError for no known kind."""
+    """Tell what `folder` is; `residual` and `initial` name what it does not tell. UserError for no known kind.
+
+    Raises AdapterError for files that cannot be read.
+    """
     if not folder.is_dir():
         raise UserError(f"no folder at {folder}")
     for path in (residual, initial):
         if path is not None and not path.is_dir():
             raise UserError(f"no folder at {path}")
-    trained, residual = _trained(folder), residual or _residual_of(folder)
+    trained = _trained(folder)
     if trained is None:
         raise UserError(_explain(folder))
+    for path in (trained, initial):
+        if path is not None:
+            require_adapter(path)
+    residual = residual or _residual_of(folder)
     if is_llava_folder(trained):
         return Source("llava", trained)
     if residual is None and initial is None and _has(trained, FILE_NAME):

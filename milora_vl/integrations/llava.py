@@ -32,8 +32,10 @@ RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "
 
 
 @contextmanager
-def milora_in_llava(part: Part = "minor", form: str = "anchored") -> Iterator[None]:
+def milora_in_llava(part: Part = "minor", form: str = "anchored", modules: Sequence[str] = ()) -> Iterator[None]:
     """While this is open, LLaVA's `train()` makes MiLoRA adapters, and runs on this version of transformers.
+
+    modules: those that have imported `get_peft_model` before; LLaVA's own imports it when it trains.
 
     Raises UserError where llava is not installed.
     """
@@ -44,7 +46,7 @@ def milora_in_llava(part: Part = "minor", form: str = "anchored") -> Iterator[No
     with ExitStack() as shims:
         for shim in (_layernorm_layers, _tokenizer_argument, _sampler_and_optimizer, _without_deepspeed):
             shim(shims, transformers)
-        shims.enter_context(get_peft_model_replaced(part=part, form=form))
+        shims.enter_context(get_peft_model_replaced(*modules, part=part, form=form))
         yield
 
 
@@ -139,11 +141,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = renamed_flags(chosen.arguments)
     if "--lora_enable" not in [argument.partition("=")[0] for argument in arguments]:
         sys.stderr.write("milora: --lora_enable is not given, so this run trains without an adapter\n")
-    with milora_in_llava(chosen.part, chosen.form):
-        launch(chosen.script, arguments)
-    if "--output_dir" in arguments:
-        trim_config(Path(arguments[arguments.index("--output_dir") + 1]))
+    try:
+        with milora_in_llava(chosen.part, chosen.form, chosen.modules):
+            launch(chosen.script, arguments)
+    finally:  # a script may leave by sys.exit
+        for folder in _output_dirs(arguments):
+            trim_config(folder)
     return 0
+
+
+def _output_dirs(arguments: Sequence[str]) -> list[Path]:
+    """The folder that --output_dir names, in both spellings; none, where it is not given."""
+    values = []
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag == "--output_dir":
+            values.append(value if equals else after)
+    return [Path(value) for value in values if value]
 
 
 if __name__ == "__main__":

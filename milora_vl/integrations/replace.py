@@ -107,9 +107,12 @@ def options(prog: str, description: str, argv: Sequence[str] | None) -> argparse
     """Parse the launcher's own flags, the script, and what is the script's."""
     parse = parser(prog, description)
     parse.add_argument("--part", choices=PARTS, default="minor", help="which components train")
-    parse.add_argument("--form", choices=FORMS, default="anchored")
-    parse.add_argument("--in", dest="modules", action="append", default=[], metavar="MODULE")
-    parse.add_argument("script", type=Path)
+    parse.add_argument("--form", choices=FORMS, default="anchored", help="residual: W - s B0 A0 takes the base's place")
+    parse.add_argument(
+        "--in", dest="modules", action="append", default=[], metavar="MODULE",
+        help="a module that has imported get_peft_model before; may be repeated",
+    )  # fmt: skip
+    parse.add_argument("script", type=Path, metavar="script.py", help="what follows it are its own arguments")
     given = list(sys.argv[1:] if argv is None else argv)
     split = next((i for i, word in enumerate(given) if word.endswith(".py")), len(given))
     parsed: argparse.Namespace = parse.parse_args(given[: split + 1])

@@ -214,11 +214,8 @@ def _warn_of_experts(selector: Selector, targets: Sequence[Target]) -> None:
     blocks = {(t.tower, selector.towers.block_of(t.path)) for t in targets if t.method != "frozen"}
     experts = [
         path
-        for path, module in selector.modules.items()
-        if not isinstance(module, nn.Conv1d)
-        and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-        and (selector.towers.tower_of(path), selector.towers.block_of(path)) in blocks
-        and selector.towers.family_of(path) == "mlp"
+        for path in selector.experts()
+        if (selector.towers.tower_of(path), selector.towers.block_of(path)) in blocks
     ]
     if experts:
         warnings.warn(

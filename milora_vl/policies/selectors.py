@@ -54,6 +54,16 @@ class Selector:
             raise SelectorError(self._explain(text, whole_modules))
         return found
 
+    def experts(self) -> list[str]:
+        """Return the modules of the blocks that keep a mixture's experts in 3-D weights, where no adapter can sit."""
+        return [
+            path
+            for path, module in self.modules.items()
+            if not isinstance(module, nn.Conv1d)
+            and any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+            and self.towers.family_of(path) == "mlp"
+        ]
+
     def _require_blocks(self, selector: re.Match[str]) -> None:
         if selector["first"] is None:
             return
@@ -98,6 +108,10 @@ class Selector:
         if not whole_modules and any(fnmatchcase(p, text) for p in self.modules):
             kinds = sorted({type(m).__name__ for p, m in self.modules.items() if fnmatchcase(p, text)})
             lines.append(f"it names modules of kind {', '.join(kinds[:4])}: no layer an adapter can sit on")
+        experts = [path for path in self.experts() if self._means_experts(text, path)]
+        if experts:
+            lines.append(f"{experts[0]} keeps its experts in 3-D weights, where no adapter can sit")
+            lines.append(f"to train them in full, name the module:  {{modules: {experts[0]}, method: full}}")
         if self.towers.layout in ("unknown", "decoder alone"):
             lines.append("this model has a vision part but no known layout: name its modules by full path or glob")
         for tower in self.towers.stacks:
@@ -105,16 +119,32 @@ class Selector:
         projector = [p for p in self.modules if self.towers.tower_of(p) == "projector" and self._counts(p, False)]
         if projector:
             lines.append(f"its projector is {', '.join(projector[:4])}")
-        near = difflib.get_close_matches(text, [*self._names(), *self.modules], n=3, cutoff=0.5)
+        candidates = {*self._names(), *(path for path in self.modules if self._counts(path, whole_modules))} - {text}
+        near = difflib.get_close_matches(text, sorted(candidates), n=3, cutoff=0.5)
         if near:
             lines.append(f"did you mean  {'  or  '.join(near)} ?")
         return "\n".join(lines)
 
+    def _means_experts(self, text: str, path: str) -> bool:
+        """Whether `text` names the experts at `path`, or one of their weights."""
+        names = [path, *(f"{path}.{name}" for name, _ in self.modules[path].named_parameters(recurse=False))]
+        selector = _TOWER_SELECTOR.fullmatch(text)
+        if selector is None:
+            return any(fnmatchcase(name, text) for name in names)
+        tail = selector["tail"]
+        in_tail = tail in (None, "mlp") or any(name.endswith(f".{tail}") for name in names)
+        return in_tail and self.towers.tower_of(path) == selector["tower"]
+
     def _names(self) -> list[str]:
-        """Tower selectors that exist in this model."""
-        towers = [t for t in TOWERS if any(self.towers.tower_of(p) == t for p in self.modules)]
-        leaves = {p.split(".")[-1] for p, m in self.modules.items() if is_linear(m)}
-        return [*towers, *(f"{t}.{leaf}" for t in towers for leaf in (*sorted(leaves), "attention", "mlp"))]
+        """Tower selectors that match something in this model."""
+        found: set[str] = set()
+        for tower in TOWERS:
+            layers = [path for path in self.modules if self.towers.tower_of(path) == tower]
+            layers = [path for path in layers if self._in_tower(path, tower, False)]
+            found |= {tower} if layers else set()
+            found |= {f"{tower}.{self.towers.family_of(path) or path.split('.')[-1]}" for path in layers}
+            found |= {f"{tower}.{path.split('.')[-1]}" for path in layers}
+        return sorted(found)
 
 
 def _listed(blocks: Mapping[str, int]) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
-from milora_vl.config import Recipe, RecipeError, policy_problems
+from milora_vl.config import Recipe, RecipeError, located, policy_problems
 from milora_vl.training import llava_flags, yaml_file
 from milora_vl.training.arguments import PROG, Request
-from milora_vl.training.policy_edits import ADAPTERS, edited
+from milora_vl.training.policy_edits import ADAPTERS, PolicyEdits, edited
 
 DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
 
@@ -32,6 +32,31 @@ class Settings:
 
 def resolve(request: Request) -> Settings:
     """Merge recipe, flags and LLaVA's flags, strictly. UserError, with everything that is wrong in the recipe."""
+    try:
+        return _resolve(request)
+    except RecipeError as error:
+        raise _with_faults_on_model(error, request) from None
+
+
+def _with_faults_on_model(error: RecipeError, request: Request) -> RecipeError:
+    """The error with what the rules say wrongly of the model, so that the next run does not stumble over that."""
+    from milora_vl.training.model_faults import faults_on
+
+    if request.edits != PolicyEdits():
+        return error  # flags change the rules, and these are too broken to be changed
+    content, lines, source = read_recipe(request.recipe)
+    rules = content.get("policy")
+    if request.policy is not None:
+        (rules, source), lines = _read_policy(request.policy), {}
+    found = [
+        located(source, lines, *fault.split(": ", 1)) if fault.startswith("policy[") else f"{source}: {fault}"
+        for fault in faults_on(rules, request.overrides.get("model") or content.get("model"))
+        if not any(fault in problem for problem in error.problems)
+    ]
+    return RecipeError(error.source, [*error.problems, *found])
+
+
+def _resolve(request: Request) -> Settings:
     content, lines, source = read_recipe(request.recipe)
     base = Recipe.parse(content, source, lines)
     meaning = _llava(request)
@@ -93,6 +118,15 @@ def _policy(request: Request, base: Recipe, meaning: llava_flags.Meaning | None)
 
 
 def _given_policy(text: str) -> list[dict[str, Any]]:
+    rules, source = _read_policy(text)
+    problems = policy_problems(rules)
+    if problems:
+        raise RecipeError(source, [f"{source}: {path}: {text}" for path, text in problems])
+    return rules
+
+
+def _read_policy(text: str) -> tuple[list[dict[str, Any]], str]:
+    """The rules of --policy, unchecked, and what to call their source."""
     is_file = "\n" not in text and Path(text).is_file()
     source = text if is_file else "--policy"
     body = Path(text).read_text(encoding="utf-8") if is_file else text
@@ -104,10 +138,7 @@ def _given_policy(text: str) -> list[dict[str, Any]]:
         rules = rules.get("policy", [rules])
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
         raise UserError(f"{source}: expected a list of rules, e.g. [{{modules: language, method: milora, rank: 64}}]")
-    problems = policy_problems(rules)
-    if problems:
-        raise RecipeError(source, [f"{source}: {path}: {text}" for path, text in problems])
-    return [dict(rule) for rule in rules]
+    return [dict(rule) for rule in rules], source
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
