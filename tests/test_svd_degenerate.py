@@ -15,8 +15,10 @@ generator = torch.Generator().manual_seed(0)
 
 def noise(rows: int, columns: int, alive_rows: int | None = None, alive_columns: int | None = None) -> Tensor:
     W = torch.randn(rows, columns, generator=generator)
-    W[alive_rows:] = 0 if alive_rows is not None else W[alive_rows:]
-    W[:, alive_columns:] = 0 if alive_columns is not None else W[:, alive_columns:]
+    if alive_rows is not None:
+        W[alive_rows:] = 0
+    if alive_columns is not None:
+        W[:, alive_columns:] = 0
     return W
 
 
