@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from milora_data.errors import UserError
 from milora_vl.exporting.llava import in_hf_layout, read_llava
-from milora_vl.exporting.plain import LowRank, PlainAdapter, read_config, read_plain
+from milora_vl.exporting.plain import LowRank, PlainAdapter, read_config, read_plain, whole_modules
 from milora_vl.exporting.source import Source
 from milora_vl.lora.fingerprint import distance, sketch
 from milora_vl.lora.layers import as_matrix, is_adaptable, matrix_shape
@@ -91,8 +91,7 @@ def _with_whole(sidecar: Sidecar, whole: Mapping[str, Tensor], base: nn.Module) 
 def whole_targets(whole: Mapping[str, Tensor], base: nn.Module) -> list[Target]:
     """Return the modules trained in full, as milora.json lists them."""
     towers = find_towers(base)
-    paths = dict.fromkeys(name.rpartition(".")[0] for name in whole)
-    shapes = {path: tuple(next(base.get_submodule(path).parameters()).shape) for path in paths}
+    shapes = {path: tuple(next(base.get_submodule(path).parameters()).shape) for path in whole_modules(whole)}
     return [Target(path=p, shape=shape, tower=towers.tower_of(p), method="full") for p, shape in shapes.items()]
 
 

@@ -191,11 +191,21 @@ def config_of(adapter: PlainAdapter) -> LoraConfig:
         target_modules=sorted(ranks),
         rank_pattern={f"^{path}": r for path, r in ranks.items() if r != rank},
         alpha_pattern={f"^{path}": a for path, a in alphas.items() if a != alpha},
-        modules_to_save=sorted({name.rpartition(".")[0] for name in adapter.whole}) or None,
+        modules_to_save=whole_modules(adapter.whole) or None,
         task_type=adapter.task_type,
         base_model_name_or_path=adapter.base,
         inference_mode=True,
     )
+
+
+def whole_modules(whole: Mapping[str, Tensor]) -> list[str]:
+    """Return the modules that hold the weights named; one inside another, which holds it, is not named itself.
+
+    >>> whole_modules({"projector.scale": torch.ones(1), "projector.norm.weight": torch.ones(1)})
+    ['projector']
+    """
+    modules = {name.rpartition(".")[0] for name in whole}
+    return sorted(m for m in modules if not any(m.startswith(f"{other}.") for other in modules))
 
 
 def _number(alpha: float) -> int | float:
