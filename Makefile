@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format docs wheel clean
+.PHONY: help setup demo test test-all check format bench docs wheel clean
 # An interrupted command must not cost the user a finished file.
 .PRECIOUS: $(DATA)/test.json $(RUN)/adapter_model.safetensors $(RUN)/eval/emoji/final/results.json
 
@@ -37,6 +37,9 @@ check: $(INSTALLED)  ## lint, format, types, import direction, spelling: all of 
 format: $(INSTALLED)  ## rewrite the code the way `check` wants it
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+bench: $(INSTALLED)  ## all benchmarks, one after the other (an hour): benchmarks/results.json, docs/performance.md
+	$(BIN)/python benchmarks/all.py
 
 docs: $(INSTALLED)  ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

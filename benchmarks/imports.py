@@ -1,4 +1,4 @@
-"""What `import milora_vl` costs beyond `import torch`, and how long each program's --help takes; medians of fresh processes.
+"""What `import milora_vl` adds to `import torch`, and how long each program's --help takes; fresh processes, medians.
 
 python benchmarks/imports.py [--repeats 7]    prints a JSON line
 """

@@ -1,6 +1,6 @@
 """A whole model's initialisation: ours, from the cache, PEFT's `pissa`, and a full SVD per layer; time, memory, errors.
 
-python benchmarks/init_model.py [--model smollm2|7b-block|FOLDER] [--rank 32] [--dtype float32|bfloat16] [--out FOLDER]
+python benchmarks/init_model.py [--model smollm2|7b-block|FOLDER] [--rank 32] [--dtype float32|bfloat16]
 
 smollm2 is the language model of smol-llava (SmolLM2-135M, 210 linear layers); 7b-block holds the seven linear layers of
 one block of LLaMA-7B, Gaussian; a FOLDER holds a transformers model.
@@ -36,7 +36,6 @@ def main() -> None:
     options.add_argument("--model", default="smollm2")
     options.add_argument("--rank", type=int, default=32)
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    options.add_argument("--out", type=Path)
     chosen = options.parse_args()
     model = language_model(chosen.model, getattr(torch, chosen.dtype))
     policy = [{"modules": "language", "method": "milora", "rank": chosen.rank}]
@@ -47,10 +46,8 @@ def main() -> None:
     )
     for row in rows:
         table.add_row(row["way"], f"{row['seconds']:.2f}", f"{row['grew_mib']:.0f} MiB", row["layers"])
-    Console(width=140).print(table)
-    if chosen.out is not None:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        (chosen.out / "init_model.json").write_text(json.dumps(rows, indent=1) + "\n")
+    Console(stderr=True, width=140).print(table)
+    print(json.dumps(rows))
 
 
 def language_model(name: str, dtype: torch.dtype) -> nn.Module:
@@ -66,7 +63,7 @@ def language_model(name: str, dtype: torch.dtype) -> nn.Module:
 
 def block(hidden: int, mlp: int) -> nn.Module:
     """The linear layers of one block of LLaMA with Gaussian weights."""
-    shapes = {name: (hidden, hidden) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (hidden, hidden))
     shapes |= {"gate_proj": (hidden, mlp), "up_proj": (hidden, mlp), "down_proj": (mlp, hidden)}
     layers = nn.ModuleDict({name: nn.Linear(*sizes, bias=False) for name, sizes in shapes.items()})
     generator = torch.Generator().manual_seed(1)
