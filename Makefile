@@ -9,12 +9,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench docs wheel clean
+.PHONY: help setup demo test test-all test-lowest check format bench docs wheel clean
 # An interrupted command must not cost the user a finished file.
 .PRECIOUS: $(DATA)/test.json $(RUN)/adapter_model.safetensors $(RUN)/eval/emoji/final/results.json
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PYTHON=python3.11 chooses the interpreter, RUN=runs/other the folder of the demo."
 
@@ -29,6 +29,13 @@ test: $(INSTALLED)  ## run the tests (minutes, CPU, offline)
 
 test-all: $(INSTALLED)  ## the slow tests too
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+test-lowest: $(INSTALLED)  ## the tests with the oldest versions that pyproject.toml allows, in an environment of their own
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-lowest
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev]"
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llava-torch
+	.venv-lowest/bin/python -m pytest $(PYTEST_ARGS)
 
 check: $(INSTALLED)  ## lint, format, types, import direction, spelling: all of them, then the verdict
 	@status=0; for tool in "ruff check ." "ruff format --check ." mypy lint-imports codespell; do \
