@@ -104,6 +104,7 @@ class Benchmark:
     metric = "accuracy"
     can_resample = True  # whether the numbers of some pictures drawn twice mean something, and are had fast
     judge = ""  # the model that grades the answers, for benchmarks that need one
+    judge_system = ""  # the system message it is given
     origin = ""  # `module:Class` or `file.py:Class` of one that is not in the table of suites.py
 
     def __init__(self, protocol: str | None = None) -> None:
