@@ -6,7 +6,7 @@ everything their scoring needs, so that stored answers can be scored again witho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -159,7 +159,7 @@ class Benchmark:
         """Return the key of a line of LLaVA's answers file (question_id, prompt, text)."""
         return str(line["question_id"])
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write what the benchmark's server or official script reads, validated; return the files, none by default."""
         return []
 

@@ -5,7 +5,7 @@ The benchmark's own script ranks the likelihoods of the options instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class SEEDBench(Benchmark):
         """Return the accuracy, that of pictures and videos."""
         return means(answers, self.metric)
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write {question_id, prediction} lines."""
         rows = [{"question_id": a.item.meta["question_id"], "prediction": a.text} for a in answers]
         types: dict[str, type | tuple[type, ...]] = {"question_id": (str, int), "prediction": str}
