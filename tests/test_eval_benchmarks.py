@@ -223,6 +223,15 @@ def test_vqa_is_scored_by_type_of_question_too(data: Path) -> None:
     assert not found["other"].detail
 
 
+def test_seed_bench_is_scored_by_type_too(data: Path) -> None:
+    benchmark = find_benchmark("seed-bench")
+    items = benchmark.load(folder_of(benchmark, data))
+    found = {m.name: m for m in benchmark.summarise(Answer(item, "A", benchmark.score(item, "A")) for item in items)}
+    assert (found["type: Scene"].value, found["type: Scene"].n, found["type: Action"].value) == (0.5, 2, 0.0)
+    assert found["type: Scene"].detail
+    assert not found["image"].detail
+
+
 def test_a_question_of_mmbench_that_the_limit_cut_is_left_out(data: Path) -> None:
     benchmark = find_benchmark("mmbench")
     items = benchmark.load(folder_of(benchmark, data))
