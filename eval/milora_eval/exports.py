@@ -21,7 +21,9 @@ SUBMISSION = "submission"
 class StoredAnswers(Collection[Answer]):
     """The answers to one benchmark, read from the disk each time, so that a million take little memory."""
 
-    def __init__(self, benchmark: Benchmark, reference: str, path: Path, reviews: Mapping[tuple[str, str, str], str]):
+    def __init__(
+        self, benchmark: Benchmark, reference: str, path: Path, reviews: Mapping[tuple[str, str, str], str]
+    ) -> None:
         self._benchmark, self._reference, self._path, self._reviews = benchmark, reference, path, reviews
 
     def __iter__(self) -> Iterator[Answer]:
