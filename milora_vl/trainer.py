@@ -18,7 +18,7 @@ from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
 from milora_vl.policy import Target
 from milora_vl.projector import load_projector, save_projector
-from milora_vl.training.losses import summed_loss, takes_columns
+from milora_vl.training.losses import install, summed_loss
 from milora_vl.training.param_groups import parameter_groups
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class MiloraTrainer(Trainer):
         lengths: Sequence[int] | None = None,
         kinds: Sequence[object] | None = None,
     ) -> None:
+        self.chunked = install(_base(model))  # before anything wraps its forward
         super().__init__(
             model,
             args,
@@ -71,7 +72,6 @@ class MiloraTrainer(Trainer):
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
-        self.by_columns = takes_columns(_base(model))
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch whatever the model
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
 
@@ -115,7 +115,7 @@ class MiloraTrainer(Trainer):
 
         Batch 1 x accumulation 8 therefore equals 8 x 1. UserError for a training batch in which nothing is supervised.
         """
-        summed, num_tokens, outputs = summed_loss(model, inputs, by_columns=self.by_columns)
+        summed, num_tokens = summed_loss(model, inputs, chunked=self.chunked)
         if not model.training:
             self._eval_sums += torch.tensor([float(summed.detach()), num_tokens], dtype=torch.float64)
         elif num_tokens == 0:
@@ -127,7 +127,7 @@ class MiloraTrainer(Trainer):
         loss = summed / (max(num_tokens, 1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     def evaluation_loop(
         self,
