@@ -20,7 +20,7 @@ from milora_vl import models
 from milora_vl.config import Recipe
 from milora_vl.policy import Target
 from milora_vl.towers import TOWERS, find_towers
-from milora_vl.training import build, first_batch, run_data, run_folder, settings, training_args
+from milora_vl.training import bases, build, first_batch, packages, run_data, run_folder, settings, training_args
 from milora_vl.training.arguments import PROG, Request
 from milora_vl.training.batching import Batching
 from milora_vl.training.dry_run_cost import lines as cost_lines
@@ -31,7 +31,8 @@ def show(request: Request) -> int:
     """Print the plan of a run. UserError for whatever would stop it; returns 0."""
     screen = Screen(sys.stdout)
     chosen = settings.resolve(request)
-    config = models.config_of(chosen.recipe.model)
+    packages.check(chosen.recipe.train, chosen.recipe.quantization, chosen.recipe.attn_implementation)
+    config = bases.config_for(chosen.recipe)
     base = meta_model(config)
     recipe = build.rules_for(chosen.recipe, base, implicit=chosen.implicit_policy)
     targets = build.targets_of(recipe, base)
@@ -40,11 +41,13 @@ def show(request: Request) -> int:
     train, warnings = training_args.prepared(recipe)
     for line in [*chosen.notes, *(f"warning: {warning}" for warning in [*chosen.warnings, *warnings])]:
         screen.say(line)
-    screen.say(f"model  {recipe.model}, {count(base):,} parameters")
+    parts = bases.parts_of(recipe)
+    screen.say(f"model  {parts.describe() if parts else recipe.model}, {count(base):,} parameters")
     screen.say(f"run    {path} (not created)\n")
     policy(screen, base, targets)
     counts, num_records, problem = None, None, None
     try:
+        bases.check(recipe)
         counts, num_records = data(screen, recipe, config, base)
     except UserError as error:  # the rest of the plan is worth seeing; it is raised at the end
         problem = error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
-from milora_vl.training import checkpoints, evaluation, run_data, run_folder, settings
+from milora_vl.training import checkpoints, evaluation, packages, run_data, run_folder, settings
 from milora_vl.training.arguments import Request
 from milora_vl.training.batching import Batching
 from milora_vl.training.checkpoints import step_of
@@ -36,6 +36,7 @@ class Run:
         self.recipe = self.settings.recipe
         path = Path(request.output_dir) if request.output_dir else run_folder.default_path(self.recipe, datetime.now())
         self.folder = run_folder.choose(path, request.resume)
+        packages.check(self.recipe.train, self.recipe.quantization, self.recipe.attn_implementation)
         for note in self.settings.notes:
             self.screen.say(note)
         for warning in self.settings.warnings:
@@ -84,13 +85,20 @@ class Run:
             )
 
     def check_evaluation(self) -> None:
-        """Find out now what the evaluation after the training would stumble over."""
+        """Find out now what loading the model, or the evaluation after the training, would stumble over."""
+        from milora_vl.training import bases
+
         evaluation.check(self.recipe.eval)
+        bases.check(self.recipe)
 
     def load_model(self) -> None:
         """Load the base model and its processor."""
-        from milora_vl.training import build, training_args
+        from milora_vl.training import bases, build, training_args
 
+        with self.args.main_process_first(desc="composing the base"):
+            self.recipe, line = bases.settled(self.recipe)
+        if line:
+            self.screen.say(line)
         dtype = training_args.base_dtype(self.recipe, self.recipe.train)
         with self.screen.step(f"loading {self.recipe.model}"):
             self.base, self.processor = build.load_base(self.recipe, dtype, training_args.load_device(self.args))

@@ -11,7 +11,7 @@ import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.config import Recipe, RecipeError, located, policy_problems
-from milora_vl.training import llava_flags, yaml_file
+from milora_vl.training import bases, llava_flags, yaml_file
 from milora_vl.training.arguments import PROG, Request
 from milora_vl.training.policy_edits import ADAPTERS, PolicyEdits, edited
 
@@ -61,10 +61,15 @@ def _resolve(request: Request) -> Settings:
     base = Recipe.parse(content, source, lines)
     meaning = _llava(request)
     merged = _merge(base.model_dump(), request.overrides)
+    notes_on_pictures: list[str] = []
     if meaning and meaning.quantization:
         merged["quantization"] = meaning.quantization
     if request.llava and request.llava.get("group_by_modality_length"):
         merged["train"].setdefault("train_sampling_strategy", "group_by_length")
+    merged["parts"] = {**merged["parts"], **llava_flags.parts(request.llava)}
+    if llava_flags.is_script(request.llava) and not request.recipe and not _gives(request, "data.image_aspect_ratio"):
+        merged["data"]["image_aspect_ratio"] = "plain"
+        notes_on_pictures = ["LLaVA flags: no --image_aspect_ratio means pictures cropped to a square"]
     rules = _policy(request, base, meaning)
     implicit = rules is None
     merged["policy"] = edited(rules, request.edits)
@@ -74,8 +79,13 @@ def _resolve(request: Request) -> Settings:
     per_device = base.train.get("per_device_train_batch_size")
     batch = (int(per_device), int(base.train.get("gradient_accumulation_steps", 1))) if per_device else None
     notes = [meaning.line] if meaning and meaning.line else []
-    warnings = meaning.warnings if meaning else []
-    return Settings(recipe, request.recipe or "", implicit, batch, notes, warnings)
+    warnings = [*(meaning.warnings if meaning else []), *bases.warnings(recipe)]
+    return Settings(recipe, request.recipe or "", implicit, batch, [*notes, *notes_on_pictures], warnings)
+
+
+def _gives(request: Request, path: str) -> bool:
+    section, _, name = path.partition(".")
+    return name in request.overrides.get(section, {})
 
 
 def read_recipe(name: str | None) -> tuple[dict[str, Any], dict[str, int], str]:
