@@ -55,7 +55,7 @@ def show(request: Request) -> int:
         num_records=num_records or 1,
         per_device=train.get("per_device_train_batch_size", 8),
         accumulation=train.get("gradient_accumulation_steps", 1),
-        num_devices=num_devices(),
+        num_devices=request.devices or num_devices(),
         epochs=train.get("num_train_epochs", 3.0),
         max_steps=train.get("max_steps", -1),
         drop_last=train.get("dataloader_drop_last", False),
@@ -63,7 +63,17 @@ def show(request: Request) -> int:
     screen.say(f"\nbatch  {batching.describe()}")
     screen.say(f"steps  {batching.describe_steps() if num_records else 'not known without data'}")
     has_steps = num_records is not None
-    for line in cost_lines(train, config, base, targets, counts, batching, recipe.quantization, has_steps=has_steps):
+    for line in cost_lines(
+        train,
+        config,
+        base,
+        targets,
+        counts,
+        batching,
+        recipe.quantization,
+        has_steps=has_steps,
+        gpu_memory=request.gpu_memory,
+    ):
         screen.say(line)
     if problem:
         raise problem
@@ -148,5 +158,9 @@ def num_devices() -> int:
 
 def command(request: Request) -> str:
     """The command line without --dry-run."""
-    words = [word for word in request.words if word.replace("_", "-") != "--dry-run"]
+    words, planned = [], ("--dry-run", "--devices", "--gpu-memory")
+    for word, before in zip(request.words, ("", *request.words), strict=False):
+        name, valued = word.replace("_", "-").split("=")[0], before.replace("_", "-") in planned[1:]
+        if name not in planned and not valued:
+            words.append(word)
     return f"{PROG} {shlex.join(words)}"

@@ -32,7 +32,7 @@ def check(train: Mapping[str, Any], quantization: str, attn_implementation: str)
         if name in TRACKERS and not any(map(_is_here, TRACKERS[name])):
             raise UserError(
                 f"--report_to {name}: the package {TRACKERS[name][0]} is not installed\n"
-                f"pip install {TRACKERS[name][0]}, or --report_to none: trainer_state.json and report.html hold the losses"
+                f"pip install {TRACKERS[name][0]}, or --report_to none: report.html shows the losses"
             )
     optim = str(train.get("optim") or "")
     if needs_bitsandbytes(optim) and not _is_here("bitsandbytes"):
