@@ -1,9 +1,9 @@
-"""A LLaVA-1.5-7B with random weights in bf16 on this CPU: load, factors, one training step, save; time and peak of each.
+"""A LLaVA-1.5-7B with random weights in bf16 on a CPU: load, factors, one step, save; time and peak memory of each.
 
 MiLoRA of rank 16 on all seven projections of the 32 blocks (224 matrices). The goal is 24 GB and two cores. With
 --layers N the language model has N blocks. Every stage's peak is the kernel's own counter (VmHWM), reset before it; the
-step's is compared with the plan of a dry run. The model is written once into --folder and read from there, as a real one
-would be. Prints one JSON line.
+step's is compared with the plan of a dry run. The model is written once into --folder and read from there, as a real
+one would be. Prints one JSON line.
 """
 
 from __future__ import annotations

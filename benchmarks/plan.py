@@ -1,8 +1,8 @@
 """What the plan of a run says of memory, against what real runs take and what DeepSpeed's own estimators say.
 
 Measured: small LLaVAs of several shapes on this CPU, resident memory at the peak of the third step, each in a
-process of its own (glibc told to give memory back). Printed: one JSON line; with --tables what 7B and 13B need on 1, 2, 4 and 8
-devices of 24, 40 and 80 GB, as markdown for docs/plan.md.
+process of its own (glibc told to give memory back). Printed: one JSON line; with --tables what 7B and 13B need on 1, 2,
+4 and 8 devices of 24, 40 and 80 GB, as markdown for docs/plan.md.
 """
 
 from __future__ import annotations

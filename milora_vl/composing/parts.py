@@ -15,7 +15,6 @@ import torch
 from milora_data.assets import cache_dir
 from milora_data.errors import UserError
 from milora_vl.composing import original, vision
-from milora_vl.composing.vision import TowerPlan
 
 FORMAT = 1  # to be raised with every change of what a base folder holds
 # Rows of the vocabulary: a multiple of this, as Hugging Face's own conversion of LLaVA has it.
@@ -56,8 +55,8 @@ def language_config(name: str) -> Any:
     return original.read_original(folder).text_config() if original.is_original(folder) else models.config_of(name)
 
 
-def llava_config(plan: TowerPlan, text: Any, *, image_token: int) -> Any:
-    """HF's LlavaConfig of the parts."""
+def llava_config(plan: Any, text: Any, *, image_token: int) -> Any:
+    """HF's LlavaConfig of the parts; `plan` is a TowerPlan."""
     from transformers import LlavaConfig
 
     config: Any = LlavaConfig(

@@ -86,7 +86,7 @@ def load_tower(name: str, config: Any, dtype: torch.dtype, weights: str | None =
     from milora_vl.timm_tower import TimmTower
 
     if name.startswith(TIMM):
-        tower = TimmTower(config)
+        tower: Any = TimmTower(config)
         if weights != RANDOM:
             tower.encoder.load_state_dict(_timm_state(config.architecture, weights))
         return tower.to(dtype).eval()

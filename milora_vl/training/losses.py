@@ -52,7 +52,7 @@ def install(model: nn.Module) -> bool:
     if inner is None:
         return False
     own = model.forward
-    size = max(CHUNK // model.config.get_text_config().vocab_size, 1)  # type: ignore[union-attr]
+    size = max(CHUNK // model.config.get_text_config().vocab_size, 1)  # type: ignore[operator, union-attr]
 
     @functools.wraps(own)
     def forward(*args: Any, supervised_labels: Tensor | None = None, **kwargs: Any) -> Any:

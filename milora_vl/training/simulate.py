@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from milora_vl.lora.config import make_lora
 from milora_vl.lora.install import install, lora_layer, set_dropout
+from milora_vl.lora.weights import factor_dtype
 from milora_vl.policy import Target
 from milora_vl.towers import find_towers
 from milora_vl.training.losses import CHUNK, inner_model
@@ -141,14 +142,10 @@ def _adapted(base: nn.Module, targets: Sequence[Target]) -> nn.Module:
             layer = lora_layer(tuned, target.path)
             set_dropout(layer, "default", target.dropout)
             if target.has_anchor:
-                dtype = layer.get_base_layer().weight.dtype
-                out, in_ = target.shape[0], target.shape[1]
-                install(
-                    layer,
-                    "default",
-                    torch.empty(target.rank, in_, dtype=dtype),
-                    torch.empty(out, target.rank, dtype=dtype),
-                )
+                dtype, rank = factor_dtype(layer.get_base_layer()), target.rank or 0
+                A0 = torch.empty(rank, target.shape[1], dtype=dtype)
+                B0 = torch.empty(target.shape[0], rank, dtype=dtype)
+                install(layer, "default", A0, B0)
         model = tuned
     else:
         for target in targets:
