@@ -128,7 +128,7 @@ def write(parts: Parts, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _tower(parts: Parts, plan: TowerPlan, dtype: torch.dtype) -> Any:
+def _tower(parts: Parts, plan: vision.TowerPlan, dtype: torch.dtype) -> Any:
     folder = Path(parts.language)
     if original.is_original(folder):
         inside = original.read_original(folder).tensors(original.TOWER)
