@@ -31,6 +31,7 @@ class Run:
         self.start = time.monotonic()
         self.screen = Screen()
         self.request = request
+        self.trainer: Any = None
         self.failed: list[str] = []  # evaluations that did not come to their end
         self.settings = settings.resolve(request)
         self.recipe = self.settings.recipe
@@ -247,6 +248,14 @@ class Run:
         for command in self.failed:
             self.screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")
         return 1 if self.failed else 0
+
+    def describe_unfinished(self) -> None:
+        """Write the losses so far, the model card and the report of a run that ended before its end."""
+        if self.args.should_save and self.trainer is not None:
+            from milora_vl.training.closing import write_pages
+
+            self.trainer.state.save_to_json(str(self.folder.path / "trainer_state.json"))
+            write_pages(self.folder, self.recipe, self.screen)
 
     def describes_start(self) -> bool:
         """Whether policy and spectra are to be written: not where a resumed run finds those of its start."""
