@@ -160,9 +160,12 @@ def split_processor(processor: Any) -> tuple[Any, Any | None]:
 
 
 def _tiny(name: str) -> tuple[Any, Any]:
+    from transformers.modeling_utils import set_zero3_state
+
     from milora_vl import tiny
 
-    return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
+    with set_zero3_state():  # under ZeRO-3 HF would draw the weights part by part: another model
+        return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
 
 
 def _named(model: Any, name: str) -> nn.Module:

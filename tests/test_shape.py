@@ -26,6 +26,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/timm_tower.py:TimmTower.forward": "LLaVA passes every vision tower the same keywords",
     "milora_vl/timm_tower.py:TimmTowerConfig.__init__": "PretrainedConfig's constructor",
     "milora_vl/trainer.py:LogBeforeSave.on_step_end": "TrainerCallback's hook",
+    "milora_vl/trainer.py:StopOnSignal.on_step_end": "TrainerCallback's hook",
 }
 # file -> why it asks an object for a name it may not have.
 PROBES: dict[str, str] = {
