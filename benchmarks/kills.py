@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
-import subprocess
+import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
+CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def main() -> int:
@@ -28,12 +30,14 @@ def main() -> int:
     options.add_argument("--output_dir", type=Path, required=True)
     options.add_argument("words", nargs="+")
     chosen = options.parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    CONTEXT.set_forkserver_preload(["milora_vl.training.run", "milora_vl.trainer", "peft", "deepspeed"])
     whole, killed = chosen.output_dir / "whole", chosen.output_dir / "killed"
     start = time.monotonic()
-    process = started(chosen.words, whole, chosen.processes)
-    wait_for_checkpoint(process, whole, set())
+    training = Training(chosen.words, whole, chosen.processes)
+    wait_for_checkpoint(training, whole, set())
     seconds = time.monotonic() - start
-    assert process.wait() == 0, f"see {whole}.log"
+    training.ends()
     kills = kill_often(chosen, killed, seconds)
     before, after = losses(whole), losses(killed)
     told = {
@@ -49,14 +53,53 @@ def main() -> int:
     return int(before != after)
 
 
-def started(words: Sequence[str], run: Path, processes: int, *more: str) -> subprocess.Popen[bytes]:
-    """The training; what it says is added to a file beside the run."""
-    run.parent.mkdir(parents=True, exist_ok=True)
-    alone = [sys.executable]
-    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*(alone if processes == 1 else several), "-m", "milora_vl.train", *words, "--output_dir", str(run)]
-    with Path(f"{run}.log").open("ab") as log:
-        return subprocess.Popen([*command, *more], stdout=log, stderr=log)
+class Training:
+    """The processes of one training. They are forked from one that has imported everything: a start costs a second."""
+
+    def __init__(self, words: Sequence[str], run: Path, processes: int) -> None:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        places = [place(rank, processes, port) if processes > 1 else {} for rank in range(processes)]
+        command = [*words, "--output_dir", str(run)]
+        self.processes = [CONTEXT.Process(target=train, args=(command, each, f"{run}.log")) for each in places]
+        for process in self.processes:
+            process.start()
+
+    def ends(self, seconds: float | None = None) -> bool:
+        """Whether all have ended after that time; AssertionError where one has failed."""
+        for process in self.processes:
+            process.join(seconds)
+        codes = [process.exitcode for process in self.processes]
+        assert not any(codes), f"exit codes {codes}; see the log beside the run"
+        return codes == [0] * len(codes)
+
+    def kill(self) -> None:
+        """SIGKILL for all of them."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def place(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    return {name: str(value) for name, value in said.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def train(words: Sequence[str], environment: Mapping[str, str], log: str) -> None:
+    """In a process of its own: milora_vl.train."""
+    os.environ.update(environment)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    from milora_vl.train import main as milora_train
+
+    code = milora_train(words)
+    sys.stdout.flush()
+    os._exit(code)  # gloo sometimes aborts at interpreter exit, after everything is done
 
 
 def kill_often(chosen: argparse.Namespace, run: Path, seconds: float) -> list[dict[str, bool]]:
@@ -68,41 +111,28 @@ def kill_often(chosen: argparse.Namespace, run: Path, seconds: float) -> list[di
     rng = random.Random(chosen.seed)
     kills: list[dict[str, bool]] = []
     while len(kills) < chosen.kills:
-        process = started(chosen.words, run, chosen.processes, "--resume_from_checkpoint", "auto")
+        training = Training([*chosen.words, "--resume_from_checkpoint", "auto"], run, chosen.processes)
         here = set(run.glob("checkpoint-*"))
         if len(kills) % 2:
-            wait_for_checkpoint(process, run, here)
+            wait_for_checkpoint(training, run, here)
             time.sleep(rng.uniform(0, 0.1))
         else:
-            wait(process, rng.uniform(0, 2) * seconds)
-        if process.poll() is not None:
-            assert process.returncode == 0, f"see {run}.log"
+            time.sleep(rng.uniform(0, 2) * seconds)
+        if training.ends(0):
             return kills
-        # torchrun's workers lead sessions of their own
-        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-            each.kill()
-        process.wait()
+        training.kill()
         new = set(run.glob("checkpoint-*")) - here
         saving = any(not (folder / "trainer_state.json").exists() for folder in new)
         kills.append({"training": bool(new), "saving": saving})
         print(f"kill {len(kills)}: {sorted(folder.name for folder in new)} {saving=}", file=sys.stderr)
-    process = started(chosen.words, run, chosen.processes, "--resume_from_checkpoint", "auto")
-    assert process.wait() == 0, f"see {run}.log"
+    Training([*chosen.words, "--resume_from_checkpoint", "auto"], run, chosen.processes).ends()
     return kills
 
 
-def wait_for_checkpoint(process: subprocess.Popen[bytes], run: Path, here: set[Path]) -> None:
-    """Until there is a checkpoint that is not `here`, or the process ends."""
-    while process.poll() is None and set(run.glob("checkpoint-*")) <= here:
+def wait_for_checkpoint(training: Training, run: Path, here: set[Path]) -> None:
+    """Until there is a checkpoint that is not `here`, or the training ends."""
+    while not training.ends(0) and set(run.glob("checkpoint-*")) <= here:
         time.sleep(0.001)
-
-
-def wait(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Until the process ends or the time is over."""
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return
 
 
 def losses(run: Path) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -159,3 +160,20 @@ def test_ways_to_start_that_would_not_keep_their_promise_are_refused(monkeypatch
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="FSDP"):
         launch.check({"deepspeed": "zero3"})
+
+
+def test_an_optimizer_in_deepspeeds_file_gives_way_to_the_rules_and_that_is_said(tmp_path: Path) -> None:
+    """LLaVA's zero3_offload.json has one, and a schedule."""
+    file = tmp_path / "zero3.json"
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    file.write_text(json.dumps({"optimizer": {"type": "AdamW"}, "scheduler": {}, "zero_optimization": zero}))
+    settings, warnings = launch.deepspeed_settings(str(file))
+    assert settings.keys() == {"zero_optimization", "zero_force_ds_cpu_optimizer"}
+    assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    assert [warning.split(",")[0] for warning in warnings] == [
+        "deepspeed: its optimizer has no effect",
+        "deepspeed: its scheduler has no effect",
+    ]
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"zero3.json: not a JSON file: .*line 1"):
+        launch.deepspeed_settings(str(file))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
@@ -26,6 +28,31 @@ def check(train: Mapping[str, Any]) -> None:
         raise UserError(OTHERS_DEEPSPEED)
 
 
+def deepspeed_settings(given: Mapping[str, Any] | str) -> tuple[dict[str, Any], list[str]]:
+    """DeepSpeed's configuration, of a mapping or a file, as a run needs it, and warnings about what was changed.
+
+    Learning rates belong to rules of the policy, so optimizer and schedule are made here; DeepSpeed's own would take
+    one rate for all and say nothing. UserError for a file that holds no JSON object.
+    """
+    content: Any = given
+    if isinstance(given, str):
+        try:
+            content = json.loads(Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--deepspeed {given}: not a JSON file: {error}") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"--deepspeed {given}: expected an object with zero_optimization, ...")
+    settings, warnings = json.loads(json.dumps(content)), []
+    for block, flags in {"optimizer": "--optim and the policy", "scheduler": "--lr_scheduler_type"}.items():
+        if settings.pop(block, None) is not None:
+            warnings.append(f"deepspeed: its {block} has no effect, {flags} decide")
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") == 3:
+        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)  # without it nothing usable is saved
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # it would have to be compiled
+    return settings, warnings
+
+
 def before_arguments(train: Mapping[str, Any]) -> None:
     """Tell DeepSpeed where it runs; it would look for MPI where no launcher has started this process."""
     if train.get("use_cpu"):
@@ -41,6 +68,9 @@ def after_arguments(train: Mapping[str, Any]) -> None:
     if train.get("deepspeed"):
         import deepspeed
 
+        if train.get("use_cpu"):
+            # It would compile a shortcut for inference; one that is killed at that leaves a lock that all wait for.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
 
 

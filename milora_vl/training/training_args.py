@@ -67,8 +67,10 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         del train["train_sampling_strategy"]  # our sampler does it: HF's needs tokenised records
     if unused:
         warnings.append(f"without effect here: {', '.join(unused)}")
-    if isinstance(train.get("deepspeed"), str):
-        train["deepspeed"] = deepspeed_config(train["deepspeed"])
+    if given := train.get("deepspeed"):
+        named = isinstance(given, str)
+        train["deepspeed"], notes = launch.deepspeed_settings(deepspeed_config(given) if named else given)
+        warnings += notes
     if recipe.dtype in ("bfloat16", "float16"):
         train.setdefault("bf16" if recipe.dtype == "bfloat16" else "fp16", True)
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
