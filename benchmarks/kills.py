@@ -106,7 +106,7 @@ def kill_often(chosen: argparse.Namespace, run: Path, seconds: float) -> list[di
     """Start, kill all its processes at a random moment, start again; in the end leave it alone.
 
     Every second kill aims at a checkpoint: it comes within 100 ms of the appearance of its folder. The others come
-    within twice the `seconds` that a start takes up to its first checkpoint.
+    within 1.3 times the `seconds` that a start takes up to its first checkpoint.
     """
     rng = random.Random(chosen.seed)
     kills: list[dict[str, bool]] = []
@@ -117,7 +117,7 @@ def kill_often(chosen: argparse.Namespace, run: Path, seconds: float) -> list[di
             wait_for_checkpoint(training, run, here)
             time.sleep(rng.uniform(0, 0.1))
         else:
-            time.sleep(rng.uniform(0, 2) * seconds)
+            time.sleep(rng.uniform(0, 1.3) * seconds)
         if training.ends(0):
             return kills
         training.kill()

@@ -86,6 +86,8 @@ def run_all(kinds: list[str], method: str, model: Path, data: Path, tmp_path: Pa
     for kind in kinds:
         same(tmp_path / "one", tmp_path / kind, weights)
         assert (tmp_path / kind / "incomplete-checkpoint-6").is_dir()
+        counts = [json.loads((tmp_path / run / "policy.json").read_text()) for run in ("one", kind)]
+        assert all(counts[0][key] == counts[1][key] for key in ("trainable", "total", "targets"))
     return done.stdout
 
 
