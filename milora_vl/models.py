@@ -86,6 +86,7 @@ def load_weights(
     Raises UserError for an unknown name, a model that cannot be had, and a folder that holds none.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     name = str(name_or_path)
     if name in ("tiny", "tiny-text"):
@@ -100,6 +101,9 @@ def load_weights(
     small = name in MADE_HERE or not sys.stderr.isatty()
     with quiet_bars() if small else nullcontext():
         model = _read(auto.from_pretrained, source, name, **arguments)
+    if is_deepspeed_zero3_enabled():
+        # HF then keeps renamings of old checkpoints that this one had no need of, and undoes them when it saves.
+        vars(model).pop("_weight_conversions", None)
     keep_weights_readable(model)
     return _named(model, name)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,34 @@ def test_launchers_take_the_same_command_line(launcher: str, tmp_path: Path, tin
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 devices = 4" in done.stderr + done.stdout
     assert (run / "adapter_model.safetensors").is_file()
+
+
+SRUN = """#!/bin/bash
+"$@" & first=$!
+"$@" & second=$!
+wait $first && wait $second
+"""
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_the_slurm_job_runs_as_two_agents(tmp_path: Path, tiny_data: Path) -> None:
+    """On the loopback address, with a srun that starts both here."""
+    srun = tmp_path / "srun"
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    job = resources.files("llava_recipes") / "cluster" / "slurm.sh"
+    run, extra = tmp_path / "run", ["--rank", "4", "--deepspeed", "zero3", "--per_device_train_batch_size", "2"]
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": str(os.getpid()), "FIRST_MACHINE": "127.0.0.1"}
+    done = subprocess.run(
+        ["bash", str(job), *words(tiny_data, run, *extra)],
+        env={**ENVIRONMENT, **slurm, "PATH": path, "PROCESSES": "1", "PORT": str(20000 + os.getpid() % 20000)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("trainable params: ") == 1
+    assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
