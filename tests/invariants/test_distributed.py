@@ -116,14 +116,18 @@ def test_all_are_the_same(method: str, tmp_path: Path, tiny_data: Path, tiny_fol
     run_all(list(SETTINGS), method, tiny_folder, tiny_data, tmp_path)
 
 
-LAUNCHERS = ["deepspeed --num_gpus 2 --module", "accelerate launch --cpu --num_processes 2 -m"]
+CONFIG = resources.files("llava_recipes") / "accelerate" / "zero2.yaml"
+LAUNCHERS = {
+    "deepspeed": "deepspeed --num_gpus 2 --module",
+    "accelerate": f"accelerate launch --config_file {CONFIG} --num_processes 2 -m",
+}
 
 
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_take_the_same_command_line(launcher: str, tmp_path: Path, tiny_data: Path) -> None:
-    program, *options = launcher.split()
+    program, *options = LAUNCHERS[launcher].split()
     run = tmp_path / "run"
     line = words(tiny_data, run, "--rank", "4", "--deepspeed", "zero2", "--per_device_train_batch_size", "2")
     done = subprocess.run(
