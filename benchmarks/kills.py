@@ -106,7 +106,7 @@ def kill_often(chosen: argparse.Namespace, run: Path, seconds: float) -> list[di
     """Start, kill all its processes at a random moment, start again; in the end leave it alone.
 
     Every second kill aims at a checkpoint: it comes within 100 ms of the appearance of its folder. The others come
-    within 1.3 times the `seconds` that a start takes up to its first checkpoint.
+    within the `seconds` that a start takes up to its first checkpoint.
     """
     rng = random.Random(chosen.seed)
     kills: list[dict[str, bool]] = []
@@ -117,7 +117,7 @@ def kill_often(chosen: argparse.Namespace, run: Path, seconds: float) -> list[di
             wait_for_checkpoint(training, run, here)
             time.sleep(rng.uniform(0, 0.1))
         else:
-            time.sleep(rng.uniform(0, 1.3) * seconds)
+            wait_for_checkpoint(training, run, here, at_most=rng.uniform(0, seconds))
         if training.ends(0):
             return kills
         training.kill()
@@ -129,9 +129,10 @@ def kill_often(chosen: argparse.Namespace, run: Path, seconds: float) -> list[di
     return kills
 
 
-def wait_for_checkpoint(training: Training, run: Path, here: set[Path]) -> None:
-    """Until there is a checkpoint that is not `here`, or the training ends."""
-    while not training.ends(0) and set(run.glob("checkpoint-*")) <= here:
+def wait_for_checkpoint(training: Training, run: Path, here: set[Path], at_most: float = float("inf")) -> None:
+    """Until there is a checkpoint that is not `here`, the training ends, or the seconds are over."""
+    end = time.monotonic() + at_most
+    while not training.ends(0) and set(run.glob("checkpoint-*")) <= here and time.monotonic() < end:
         time.sleep(0.001)
 
 
