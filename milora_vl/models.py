@@ -96,6 +96,7 @@ def load_weights(
     Raises UserError for an unknown name, a model that cannot be had, and a folder that holds none.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     name = str(name_or_path)
     if name in ("tiny", "tiny-text"):
@@ -114,6 +115,9 @@ def load_weights(
     small = name in MADE_HERE or not sys.stderr.isatty()
     with quiet_bars() if small else nullcontext():
         model = _read(auto.from_pretrained, source, name, **arguments)
+    if is_deepspeed_zero3_enabled():
+        # HF then keeps renamings of old checkpoints that this one had no need of, and undoes them when it saves.
+        vars(model).pop("_weight_conversions", None)
     keep_weights_readable(model)
     return _named(model, name)
 
@@ -211,9 +215,12 @@ def split_processor(processor: Any) -> tuple[Any, Any | None]:
 
 
 def _tiny(name: str) -> tuple[Any, Any]:
+    from transformers.modeling_utils import set_zero3_state
+
     from milora_vl import tiny
 
-    return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
+    with set_zero3_state():  # under ZeRO-3 HF would draw the weights part by part: another model
+        return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
 
 
 def _named(model: Any, name: str) -> nn.Module:

@@ -31,6 +31,8 @@ def train(request: arguments.Request) -> int:
 
     # PEFT asks transformers for a name that is being renamed; nothing that a user could act on.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    # DeepSpeed calls torch by names that are being renamed.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     job = Run(request)
     if job.is_done():
         return 0

@@ -23,6 +23,7 @@ from milora_vl.training.meter import Meter, group_rates, tower_norms
 from milora_vl.training.param_groups import parameter_groups, target_path
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from peft import PeftModel
 
 Saves = Literal["adapter", "projector", "full"]
@@ -62,6 +63,29 @@ class TowerNorms(TrainerCallback):
         return {f"grad_norm/{tower}": norm for tower, norm in norms.items()} | self.rates
 
 
+class StopOnSignal(TrainerCallback):
+    """Schedulers send SIGTERM before they take the machine away: save after the step at hand, then stop.
+
+    Processes may hear of it at different steps; all of them stop at the same one.
+    """
+
+    def __init__(self) -> None:
+        self.accelerator: Accelerator | None = None
+        self.heard = self.stopped = False
+
+    def hear(self, *_: object) -> None:
+        """The signal's handler."""
+        self.heard = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a checkpoint and the end where any process has heard the signal."""
+        assert self.accelerator is not None
+        if self.heard:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger() if args.world_size > 1 else self.heard:
+            self.stopped = control.should_save = control.should_log = control.should_training_stop = True
+
+
 class MiloraTrainer(Trainer):
     """Train what `targets` says; `saves` is what a checkpoint holds: adapter, projector alone, or the whole model.
 
@@ -90,8 +114,9 @@ class MiloraTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[LogBeforeSave()],
+            callbacks=[stop := StopOnSignal(), LogBeforeSave()],
         )
+        self.stop_on_signal, stop.accelerator = stop, self.accelerator
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
@@ -194,6 +219,11 @@ class MiloraTrainer(Trainer):
                 "lower --learning_rate, or train in bf16 instead of fp16; then resume from the last checkpoint",
                 exit_code=1,
             )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """HF's, and wait: trainer_state.json is written after it and says that every process has written its part."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.saves == "full":

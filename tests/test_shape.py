@@ -32,6 +32,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/training/simulate.py:_flash_attention.<locals>.attention": "torch's function",
     "milora_vl/trainer.py:TowerNorms.on_pre_optimizer_step": "TrainerCallback's hook",
     "milora_vl/trainer.py:LogBeforeSave.on_step_end": "TrainerCallback's hook",
+    "milora_vl/trainer.py:StopOnSignal.on_step_end": "TrainerCallback's hook",
 }
 # file -> why it asks an object for a name it may not have.
 PROBES: dict[str, str] = {

@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -104,12 +105,20 @@ def report(error: UserError) -> None:
     sys.stderr.write("error: " + text.replace("\n", "\n       ") + "\n")
 
 
+def _let_first_rank_speak() -> None:
+    # A mistake that all processes of a launch find is told by the first: its launcher ends the others while they wait.
+    # What only one of the others finds is told all the same.
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+
+
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run `main` on the command line's arguments and leave the process with its exit code."""
     try:
         code = main(None)
         sys.stdout.flush()
     except UserError as error:
+        _let_first_rank_speak()
         report(error)
         code = error.exit_code
     except KeyboardInterrupt:

@@ -1,17 +1,31 @@
 """Which checkpoints of a run can be resumed from. A process may be killed while it writes one.
 
-A checkpoint is HF Trainer's folder: weights, optimizer, scheduler, random states, and last of all trainer_state.json.
+A checkpoint is HF Trainer's folder: weights, optimizer, scheduler, random states of all processes, and last of all
+trainer_state.json. DeepSpeed keeps the optimizer in a folder global_stepN, with a file for each process.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
 WEIGHTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
 SET_ASIDE = "incomplete-"
+# What only a resumed run needs.
+NO_RESULT = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "latest",
+    "zero_to_*.py",
+    "trainer_state.json",
+)
+SHARDS = "global_step*/*_optim_states.pt"
+SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # of ZeRO-3 alone
 
 
 def step_of(folder: Path) -> int:
@@ -44,6 +58,8 @@ def why_incomplete(folder: Path) -> str | None:
         return "has no weights"
     if not list(folder.glob("rng_state*.pth")):
         return "has no optimizer or random state (--save_only_model); it can be evaluated, not resumed"
+    if is_sharded(folder) and len(list(folder.glob(SHARDS))) != num_processes(folder):
+        return f"has the optimizer of {len(list(folder.glob(SHARDS)))} of {num_processes(folder)} processes"
     for file in folder.rglob("*"):
         if _is_cut_off(file):
             return f"{file.name} is cut off"
@@ -61,6 +77,30 @@ def latest(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, skipped
 
 
+def is_sharded(folder: Path) -> bool:
+    """Whether DeepSpeed wrote the optimizer of a checkpoint."""
+    return any(folder.glob("global_step*"))
+
+
+def zero_stage(folder: Path) -> int:
+    """Which stage of ZeRO a checkpoint is of: 0 without DeepSpeed, 3, or 2 (which 1 looks like)."""
+    if not is_sharded(folder):
+        return 0
+    return 3 if any(folder.glob(SHARDED_WEIGHTS)) else 2
+
+
+def num_processes(folder: Path) -> int:
+    """Of the run that wrote a checkpoint, by its files of random states."""
+    return 1 if (folder / "rng_state.pth").is_file() else len(list(folder.glob("rng_state_*.pth")))
+
+
+def copy_results(folder: Path, run: Path) -> None:
+    """Put what a checkpoint holds besides the means to resume (weights, processor, ...) at the root of a run."""
+    for file in folder.iterdir():
+        if file.is_file() and not any(file.match(pattern) for pattern in NO_RESULT):
+            shutil.copy2(file, run / file.name)
+
+
 def set_aside(folder: Path) -> Path:
     """Rename an incomplete checkpoint, so that neither rotation nor a later resume counts it. Returns the new path."""
     number = 0
@@ -74,7 +114,7 @@ def set_aside(folder: Path) -> Path:
 def _is_cut_off(file: Path) -> bool:
     if file.suffix == ".safetensors":
         return _is_cut_off_safetensors(file)
-    if file.name in ("optimizer.pt", "scheduler.pt", "scaler.pt") or file.suffix == ".pth":
+    if file.suffix in (".pt", ".pth"):
         return not zipfile.is_zipfile(file)  # torch.save writes a zip, whose directory comes last
     return False
 

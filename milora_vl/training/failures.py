@@ -1,27 +1,71 @@
-"""What went wrong while training, in a few lines: data that turned out broken, and memory that did not suffice."""
+"""What went wrong while training, in a few lines: broken data, too little memory or disk, a process that died."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
 
 from milora_data.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+RESUME = "then repeat the command with  --resume_from_checkpoint auto  (what is half written is passed over)"
+# Words of torch and safetensors: they raise RuntimeErrors of no class of their own.
+NOT_WRITTEN = (
+    "No space left",
+    "File too large",
+    "Disk quota",
+    "PytorchStreamWriter",
+    "unexpected pos",
+    "iostream error",
+)
+WORKER_DIED = ("DataLoader worker", "exited unexpectedly")
+OTHER_DIED = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Socket closed")
 
-def explained(error: Exception, args: TrainingArguments) -> UserError:
-    """An error with exit code 1 (the run failed), its message without the traceback of a loader process."""
-    if not isinstance(error, UserError):
-        batch = args.per_device_train_batch_size
-        smaller = f"--per_device_train_batch_size {max(batch // 2, 1)} --gradient_accumulation_steps "
-        return UserError(
-            f"out of memory: {str(error).splitlines()[0]}\n"
-            f"the same step with less: {smaller}{2 * args.gradient_accumulation_steps}\n"
-            "or: --gradient_checkpointing True, --deepspeed zero3, a smaller --max_length",
-            exit_code=1,
+
+@contextmanager
+def explained(args: TrainingArguments) -> Iterator[None]:
+    """Errors inside become UserErrors with exit code 1 (the run failed) where it is known what they mean."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(without_traceback(str(error)), exit_code=1) from None
+    except torch.OutOfMemoryError as error:
+        raise UserError(_out_of_memory(str(error), args), exit_code=1) from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        text = _explanation(str(error), args)
+        if text is None:
+            raise
+        raise UserError(text, exit_code=1) from None
+
+
+def _out_of_memory(said: str, args: TrainingArguments) -> str:
+    batch = args.per_device_train_batch_size
+    smaller = f"--per_device_train_batch_size {max(batch // 2, 1)} --gradient_accumulation_steps "
+    return (
+        f"out of memory: {said.splitlines()[0]}\n"
+        f"the same step with less: {smaller}{2 * args.gradient_accumulation_steps}\n"
+        "or: --gradient_checkpointing True, --deepspeed zero3, a smaller --max_length"
+    )
+
+
+def _explanation(said: str, args: TrainingArguments) -> str | None:
+    first = said.strip().splitlines()[0] if said.strip() else ""
+    if any(words in said for words in WORKER_DIED):
+        return (
+            f"a loader process died: {first}\n"
+            "the system ends processes when memory runs out; try a smaller --dataloader_num_workers\n" + RESUME
         )
-    return UserError(without_traceback(str(error)), exit_code=1)
+    if any(words in said for words in NOT_WRITTEN):
+        return f"cannot write to {args.output_dir}: {first}\nfree some space, or set --save_total_limit\n{RESUME}"
+    if args.world_size > 1 and any(words in said for words in OTHER_DIED):
+        return f"another process of this run has ended; its own message says why\n({first[:200]})\n{RESUME}"
+    return None
 
 
 def without_traceback(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import time
 from datetime import datetime
 from pathlib import Path
@@ -66,10 +67,13 @@ class Run:
             self.screen.warn(f"{len(self.data.broken):,} broken records are left out (python -m milora_data check)")
         if self.data.unlearnable:
             self.screen.warn(f"{self.data.unlearnable:,} records without an answer are left out")
-        from milora_vl.training import training_args
+        from milora_vl.training import resuming, training_args
 
         self.args, warnings = training_args.make(self.recipe, self.folder.path)
         self._count_steps(len(self.data.train))
+        if self.folder.checkpoint is not None:
+            stage = training_args.zero_stage(self.args)
+            warnings += resuming.check(self.folder.checkpoint, processes=self.args.world_size, stage=stage)
         for warning in [*warnings, *self._warnings()]:
             self.screen.warn(warning)
 
@@ -174,12 +178,12 @@ class Run:
 
     def train(self) -> None:
         """Train with HF's Trainer; a keyboard interrupt says how to go on."""
-        import torch
         from peft.helpers import disable_input_dtype_casting
         from transformers import TrainerState
 
         from milora_vl.trainer import MiloraTrainer
         from milora_vl.training import failures, run_files
+        from milora_vl.training.launch import calls_on_sigterm
 
         self.collator = run_files.collator(self.recipe, self.base, self.processor, self.data.train[:100])
         self.trainer = MiloraTrainer(
@@ -195,34 +199,47 @@ class Run:
             kinds=[bool(record.images) for record in self.data.train],
         )
         checkpoint = self.folder.checkpoint
-        if checkpoint is not None and self._has_all_steps(checkpoint):
+        if checkpoint is not None and self.has_all_steps():
             self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             return
         try:
             # Autocast casts what it multiplies; PEFT would first widen every input to the adapter's float32.
-            with disable_input_dtype_casting(self.trainer.trained(), active=self.trainer.accelerator.native_amp):
+            with (
+                failures.explained(self.args),
+                calls_on_sigterm(self.trainer.stop_on_signal.hear),
+                disable_input_dtype_casting(self.trainer.trained(), active=self.trainer.accelerator.native_amp),
+            ):
                 self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except KeyboardInterrupt:
             self.screen.say(f"\nstopped at step {self.trainer.state.global_step}; to go on, repeat the command with")
             self.screen.say("  --resume_from_checkpoint auto")
             raise
-        except (UserError, torch.OutOfMemoryError) as error:
-            raise failures.explained(error, self.args) from None
+        if self.trainer.stop_on_signal.stopped and self.trainer.state.global_step < self.batching.steps:
+            raise UserError(
+                f"stopped by SIGTERM at step {self.trainer.state.global_step}, which is saved\n"
+                "to go on, repeat the command with  --resume_from_checkpoint auto",
+                exit_code=128 + signal.SIGTERM,
+            )
         for what, count in self.collator.counts().items():
             if count:
                 self.screen.warn(f"{count:,} times while training: {WHAT_HAPPENED[what]}")
 
-    def _has_all_steps(self, checkpoint: Path) -> bool:
+    def has_all_steps(self) -> bool:
         """Whether only the end of the run was lost: HF's loop would make one more step before it sees max_steps."""
-        # Shards and the best checkpoint are put together by that loop.
-        sharded = self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled
-        done = step_of(checkpoint) == self.batching.steps
-        return done and not sharded and not self.args.load_best_model_at_end
+        checkpoint = self.folder.checkpoint
+        return checkpoint is not None and step_of(checkpoint) == self.batching.steps
 
     def save(self) -> None:
         """Write the final weights, processor and HF's state at the root of the run folder."""
-        self.trainer.save_model()
-        self.trainer.save_state()
+        from milora_vl.training import failures
+
+        with failures.explained(self.args):
+            if not self.has_all_steps():
+                self.trainer.save_model()
+            elif self.args.should_save:
+                best = self.trainer.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                checkpoints.copy_results(Path(best or str(self.folder.checkpoint)), self.folder.path)
+            self.trainer.save_state()
         if self.args.should_save:
             self.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
             self.environment["seconds"] = round(time.monotonic() - self.start, 1)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_data.collate import ImageTextCollator
 from milora_data.lengths import encoded_lengths
@@ -86,8 +87,8 @@ def policy_json(built: Built) -> dict[str, Any]:
     return {
         "targets": [asdict(target) for target in built.targets],
         "layers": [asdict(layer) for layer in built.report],
-        "trainable": sum(p.numel() for p in built.model.parameters() if p.requires_grad),
-        "total": sum(p.numel() for p in built.model.parameters()),
+        "trainable": get_model_param_count(built.model, trainable_only=True),
+        "total": get_model_param_count(built.model),
     }
 
 

@@ -115,16 +115,18 @@ def policy_rows(
 
 def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
     """Trained numbers of each target by its path: r (in + out) of an adapter, all of a module that trains in full."""
+    from transformers.trainer_pt_utils import get_model_param_count
+
     return {
-        t.path: t.rank * sum(t.shape) if t.rank else sum(p.numel() for p in base.get_submodule(t.path).parameters())
-        for t in targets
+        t.path: t.rank * sum(t.shape) if t.rank else get_model_param_count(base.get_submodule(t.path)) for t in targets
     }
 
 
 def trainable_line(model: nn.Module) -> str:
     """PEFT's line about trained parameters, word for word (people grep it)."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable_text(trained, sum(p.numel() for p in model.parameters()))
+    from transformers.trainer_pt_utils import get_model_param_count
+
+    return trainable_text(get_model_param_count(model, trainable_only=True), get_model_param_count(model))
 
 
 def trainable_text(trained: int, total: int) -> str:

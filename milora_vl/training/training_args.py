@@ -12,7 +12,7 @@ import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
-from milora_vl.training import hf_arguments
+from milora_vl.training import hf_arguments, launch
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,12 +35,15 @@ def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]
     from transformers import TrainingArguments
 
     train, warnings = prepared(recipe)
+    launch.check(train)
     fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
     arguments, absent = hf_arguments.for_installed(train, fields)
     if absent:
         warnings.append(f"the installed transformers has no {', '.join(absent)}: without effect")
     try:
+        launch.before_arguments(train)
         args = TrainingArguments(output_dir=str(output_dir), **arguments)
+        launch.after_arguments(train)
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"train: {error}") from None
     if args.n_gpu > 1:
@@ -64,12 +67,18 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         del train["train_sampling_strategy"]  # our sampler does it: HF's needs tokenised records
     if unused:
         warnings.append(f"without effect here: {', '.join(unused)}")
-    if isinstance(train.get("deepspeed"), str):
-        train["deepspeed"] = deepspeed_config(train["deepspeed"])
+    if given := train.get("deepspeed"):
+        named = isinstance(given, str)
+        train["deepspeed"], notes = launch.deepspeed_settings(deepspeed_config(given) if named else given)
+        warnings += notes
     if recipe.dtype in ("bfloat16", "float16"):
         train.setdefault("bf16" if recipe.dtype == "bfloat16" else "fp16", True)
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         train.setdefault("use_cpu", True)  # HF refuses bf16 on a CPU unless it is told so
+    # A batch without pictures holds a hidden one, so all that trains is used, but for layers of the vision tower that
+    # LLaVA does not read.
+    rules = [str(rule.get("modules", "")) for rule in recipe.policy or ()]
+    train.setdefault("ddp_find_unused_parameters", any(rule.startswith("vision") or "*" in rule for rule in rules))
     on_cpu = bool(train.get("use_cpu")) or not torch.cuda.is_available()
     if on_cpu:
         train.setdefault("dataloader_pin_memory", False)
@@ -90,6 +99,11 @@ def deepspeed_config(name: str) -> Any:
         f"--deepspeed {name}: no such file, and none of {', '.join(llava_recipes.names('deepspeed'))}"
         + (f"\nthe packaged one: --deepspeed {near[0]}" if near else "")
     )
+
+
+def zero_stage(args: TrainingArguments) -> int:
+    """The stage of ZeRO that a run trains in, 0 without DeepSpeed."""
+    return int(args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)) if args.deepspeed else 0
 
 
 def base_dtype(recipe: Recipe, train: dict[str, Any]) -> torch.dtype:
