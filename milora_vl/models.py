@@ -19,6 +19,7 @@ from urllib.request import getproxies
 import torch
 from torch import nn
 
+from milora_data.anyres import Tiling
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_adapter
@@ -30,13 +31,22 @@ from milora_vl.towers import keep_weights_readable
 NAMED_MODELS: dict[str, str] = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    "llava-v1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "llava-v1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+    "llava-v1.6-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
     "smol-llava": "SmolLM2-135M-Instruct + EfficientNet-Lite0, made here at first use",
     "smol-llava-unaligned": "the same before stage 1, with a fresh projector",
     "tiny": "random weights, for tests",
     "tiny-text": "random weights, text only, for tests",
 }
 # Names by which LLaVA's own scripts call the same weights in another layout.
-SAME_WEIGHTS = {"liuhaotian/llava-v1.5-7b": "llava-1.5-7b", "liuhaotian/llava-v1.5-13b": "llava-1.5-13b"}
+SAME_WEIGHTS = {
+    "liuhaotian/llava-v1.5-7b": "llava-1.5-7b",
+    "liuhaotian/llava-v1.5-13b": "llava-1.5-13b",
+    "liuhaotian/llava-v1.6-vicuna-7b": "llava-v1.6-vicuna-7b",
+    "liuhaotian/llava-v1.6-vicuna-13b": "llava-v1.6-vicuna-13b",
+    "liuhaotian/llava-v1.6-mistral-7b": "llava-v1.6-mistral-7b",
+}
 MADE_HERE = ("smol-llava", "smol-llava-unaligned", "tiny", "tiny-text")
 
 
@@ -136,13 +146,25 @@ def config_of(name: str) -> Any:
     return _read(AutoConfig.from_pretrained, _source(name), name)
 
 
+def tiling_of(config: Any) -> Tiling | None:
+    """Return how a model of LLaVA-1.6 tiles pictures; None for models that see a picture once."""
+    if config.model_type != "llava_next":
+        return None
+    vision = config.vision_config
+    pinpoints = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
+    return Tiling(pinpoints, vision.image_size, vision.image_size // vision.patch_size)
+
+
 def image_token_id(config: Any) -> int:
     """Return the id of the token that stands for a picture in the prompt."""
     return int(config.image_token_id)
 
 
 def image_tokens(config: Any) -> int:
-    """Return how many tokens a picture takes, counted from the tower's own sizes."""
+    """Return how many tokens a picture takes, by the tower's own sizes; if it is tiled, one of 640 x 480 pixels."""
+    tiling = tiling_of(config)
+    if tiling is not None:
+        return tiling.num_tokens(480, 640)
     vision = config.vision_config
     side = vision.image_size // vision.patch_size if "patch_size" in dir(vision) else vision.grid
     has_class_token = vision.model_type == "clip_vision_model"
@@ -258,12 +280,14 @@ def _refuse_original_layout(config: Any, name: str) -> None:
 
 def _complete(processor: Any, config: Any) -> None:
     """Set what the processor needs to count image tokens, and square padding, as LLaVA-1.5 was trained."""
-    if config.model_type != "llava":
+    if config.model_type not in ("llava", "llava_next"):
         return
     processor.patch_size = config.vision_config.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
-    if "do_pad" in type(processor.image_processor).__dict__:
+    if config.model_type == "llava_next":
+        processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
+    elif "do_pad" in type(processor.image_processor).__dict__:
         processor.image_processor.do_pad = True
 
 

@@ -16,8 +16,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
+from milora_data.stream import RecordStream
 from milora_vl.policy import Target
 from milora_vl.projector import load_projector, save_projector
+from milora_vl.training import streaming
 from milora_vl.training.losses import summed_loss, takes_columns
 from milora_vl.training.param_groups import parameter_groups
 
@@ -43,6 +45,7 @@ class MiloraTrainer(Trainer):
     """Train what `targets` says; `saves` is what a checkpoint holds: adapter, projector alone, or the whole model.
 
     With `lengths`, one for each training record, batches are made of records of similar length and of one of `kinds`.
+    A `RecordStream` as data set goes on where it was at the checkpoint `stream_from`.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class MiloraTrainer(Trainer):
         processing_class: Any = None,
         lengths: Sequence[int] | None = None,
         kinds: Sequence[object] | None = None,
+        stream_from: Path | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -71,6 +75,7 @@ class MiloraTrainer(Trainer):
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
+        self.stream_from = stream_from
         self.by_columns = takes_columns(_base(model))
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch whatever the model
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
@@ -96,6 +101,18 @@ class MiloraTrainer(Trainer):
             )
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
         return super().create_optimizer(model)
+
+    def get_train_dataloader(self) -> Any:
+        """HF's loader; that of a stream is its own, as each process reads its own share."""
+        if not isinstance(self.train_dataset, RecordStream):
+            return super().get_train_dataloader()
+        self._stream = streaming.loader(self.train_dataset, self.data_collator, self.args, self.stream_from)
+        return self._stream
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if isinstance(self.train_dataset, RecordStream):
+            streaming.keep(self._stream, Path(output_dir), self.args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:

@@ -47,7 +47,7 @@ KINDS: Mapping[str, Kind] = {
     "animated_picture": Kind("warning", "animated picture: its first frame is used"),
     "rotated_picture": Kind("warning", "picture stored on its side: it is turned upright (LLaVA does not)"),
     "cmyk_picture": Kind("warning", "picture in print colours (CMYK): converted"),
-    "deep_picture": Kind("warning", "picture of 16 bits and more: scaled to 8"),
+    "deep_picture": Kind("warning", "picture of 16 bits and more, or of floats: scaled to 8"),
     "transparent_picture": Kind("warning", "picture with transparency, which is dropped as LLaVA does"),
     "long_picture": Kind("warning", "picture more than 10 times as long as wide: mostly padding"),
     "tiny_picture": Kind("warning", "picture of less than 16 pixels a side"),

@@ -65,6 +65,19 @@ def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:
     return recipe.model_copy(update={"policy": rules})
 
 
+def length_warnings(recipe: Recipe, base: nn.Module) -> list[str]:
+    """What max_length would cut of this model's pictures."""
+    from milora_vl.models import tiling_of
+
+    tiling = tiling_of(cast("Any", base).config)
+    if tiling is None or tiling.most_tokens < recipe.data.max_length:
+        return []
+    return [
+        f"a picture takes up to {tiling.most_tokens:,} tokens: at max_length {recipe.data.max_length:,} large ones are "
+        "left out, with all that follows them (--max_length 4096)"
+    ]
+
+
 def targets_of(recipe: Recipe, base: nn.Module) -> list[Target]:
     """The resolved policy on a model. UserError with every fault of the rules."""
     try:

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from milora_data.anyres import Tiling
 from milora_data.collate import ImageTextCollator
+from milora_data.errors import UserError
 from milora_data.lengths import encoded_lengths
 from milora_data.pack import PackedRecords, fill, pack
 from milora_data.records import Record
@@ -41,7 +43,19 @@ def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Seque
         jpeg_decoding=recipe.data.jpeg_decoding,
         packing="flat" if recipe.attn_implementation == "flash_attention_2" else "rows",
         substitutes=substitutes,
+        tiling=_tiling(recipe, base),
     )
+
+
+def _tiling(recipe: Recipe, base: nn.Module) -> Tiling | None:
+    """How the model tiles pictures, if it does. UserError where the recipe asks for another treatment."""
+    assert isinstance(base, PreTrainedModel)
+    tiling = models.tiling_of(base.config)
+    asked = recipe.data.image_aspect_ratio
+    if (asked == "anyres" and tiling is None) or (asked == "plain" and tiling is not None):
+        does = "sees a picture once: pad or plain" if tiling is None else "tiles its pictures: anyres"
+        raise UserError(f"data.image_aspect_ratio: {asked}, but {recipe.model} {does}")
+    return tiling
 
 
 def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[Record]) -> list[int] | None:
@@ -54,6 +68,8 @@ def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[R
         template=recipe.template,
         image_tokens=models.image_tokens(base.config) if find_towers(base).vision is not None else 0,
         max_length=recipe.data.max_length,
+        tiling=_tiling(recipe, base),
+        image_folder=recipe.data.image_folder,
         beside=Path(recipe.data.path) if isinstance(recipe.data.path, str) else None,
     )
 
