@@ -100,7 +100,8 @@ class MiloraTrainer(Trainer):
                 decays=set(self.get_decay_parameter_names(opt_model)),
             )
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
-        return super().create_optimizer(model)
+        # transformers 4 calls this without a model and takes none.
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
 
     def get_train_dataloader(self) -> Any:
         """HF's loader; that of a stream is its own, as each process reads its own share."""
