@@ -109,6 +109,14 @@ def test_what_is_broken_comes_as_an_error_in_its_place(tmp_path: Path) -> None:
     assert errors[1].startswith(f'{path}:3: "conversations" must be a list')
 
 
+def test_a_list_that_breaks_off_gives_what_is_before_the_break_and_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", ["one", "two", "three"])
+    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
+    found = list(islice(record_stream(path, shuffle_buffer=0), 3))
+    assert names(found[:2]) == ["one", "two"]
+    assert "a.json:3: broken JSON: the file ends in the middle of the list" in str(found[2])
+
+
 def test_shards_of_pictures_stream_with_their_bytes(tmp_path: Path) -> None:
     import datasets
 

@@ -192,7 +192,9 @@ class _Reader:
             except json.JSONDecodeError as error:
                 # It may only be cut off by the end of the window.
                 if not self._more():
-                    raise self._error(error.pos, error.msg) from None
+                    ended = not self.text[error.pos :].strip() or error.msg.startswith("Unterminated string")
+                    message = "the file ends in the middle of the list" if ended else error.msg
+                    raise self._error(error.pos, message) from None
             except (ValueError, RecursionError) as error:
                 raise self._error(self.at, str(error)) from None
             else:

@@ -126,13 +126,20 @@ def _rows(source: Source, processes: int) -> datasets.IterableDataset:
 def _json_rows(parts: list[Part], image_folder: str | None) -> Iterator[dict[str, bytes]]:
     for part in parts:
         broken: list[DataError] = []
-        for line, value in read_part(part, broken.append):
-            yield from _drained(broken)
-            try:
-                yield _row(within(parse_record(value, source=f"{part.path}:{line}"), image_folder))
-            except DataError as error:
-                yield _row(error)
+        try:
+            for line, value in read_part(part, broken.append):
+                yield from _drained(broken)
+                yield _row(_json_item(value, f"{part.path}:{line}", image_folder))
+        except DataError as error:  # of a list, nothing is read behind a break
+            broken.append(error)
         yield from _drained(broken)
+
+
+def _json_item(value: object, source: str, image_folder: str | None) -> StreamItem:
+    try:
+        return within(parse_record(value, source=source), image_folder)
+    except DataError as error:
+        return error
 
 
 def _drained(broken: list[DataError]) -> Iterator[dict[str, bytes]]:
