@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,24 @@ def test_what_does_not_go_with_a_stream_is_told_at_once(tiny_data: Path, tmp_pat
         main(words(tiny_data, tmp_path / "run", "--rank", "4", *extra))
     for path in ("data.streaming: ", "data.packing: ", "data.limit: "):
         assert path in str(error.value)
+
+
+@pytest.mark.slow
+def test_two_processes_share_stream_and_features_and_resume(tiny_data: Path, tmp_path: Path) -> None:
+    many(tiny_data, 50)
+
+    def launched(run: str, *extra: str) -> list[tuple[int, float]]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        options = ["--rank", "4", "--dropout", "0", "--save_steps", "3", *extra]
+        line = [*command, "-m", "milora_vl.train", *words(tiny_data, tmp_path / run, *options)]
+        subprocess.run(line, check=False, capture_output=True, timeout=600)  # gloo may abort when all is done
+        return losses(tmp_path / run)
+
+    stream = ["--streaming", "--shuffle_buffer", "8", "--dataloader_num_workers", "1"]
+    whole = launched("whole", *stream)
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoint-6")
+    checkpoint = str(tmp_path / "half" / "checkpoint-3")
+    assert launched("half", *stream, "--resume_from_checkpoint", checkpoint) == whole
+    without, cached = launched("without"), launched("cached", "--feature_cache", str(tmp_path / "cache"))
+    assert [loss for _, loss in cached] == pytest.approx([loss for _, loss in without], rel=1e-5)

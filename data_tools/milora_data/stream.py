@@ -109,7 +109,7 @@ def _rows(source: Source, processes: int) -> datasets.IterableDataset:
         if not parts:
             raise DataError(f"{source.path}: no records")
         return datasets.IterableDataset.from_generator(
-            _json_rows, FEATURES, {"parts": parts, "image_folder": source.image_folder}
+            _json_rows, features=FEATURES, gen_kwargs={"parts": parts, "image_folder": source.image_folder}
         )
     if source.path.endswith((".yaml", ".yml")):
         raise UserError(f"{source.path}: a mixture within a mixture cannot be streamed")

@@ -101,7 +101,7 @@ class Run:
             self.base, self.processor = build.load_base(self.recipe, dtype, training_args.load_device(self.args))
         self.dtype = dtype
         self.recipe = build.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
-        for warning in build.length_warnings(self.recipe, self.base):
+        for warning in build.picture_warnings(self.recipe, self.base):
             self.screen.warn(warning)
 
     def arrange_data(self) -> None:

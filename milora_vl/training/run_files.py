@@ -55,6 +55,8 @@ def _tiling(recipe: Recipe, base: nn.Module) -> Tiling | None:
     if (asked == "anyres" and tiling is None) or (asked == "plain" and tiling is not None):
         does = "sees a picture once: pad or plain" if tiling is None else "tiles its pictures: anyres"
         raise UserError(f"data.image_aspect_ratio: {asked}, but {recipe.model} {does}")
+    if tiling is not None and recipe.data.jpeg_decoding == "draft":
+        raise UserError("data.jpeg_decoding: draft, but tiles are cut from pictures of full size: exact")
     return tiling
 
 
