@@ -56,7 +56,7 @@ def collator(processor: Any, folder: Path, **more: Any) -> ImageTextCollator:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @example(height=1, width=5000)
 @example(height=5000, width=1)
 @example(height=671, width=672)
@@ -66,7 +66,7 @@ def test_counts_are_those_of_hugging_face(parts: tuple[Any, Any], height: int, w
     assert tiling().num_tokens(height, width) == processor._get_number_of_features(height, width, 32, 32) - 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(height=st.integers(20, 4000), width=st.integers(20, 4000))
 def test_counts_are_those_of_llava(height: int, width: int) -> None:
     llava_arch = pytest.importorskip("llava.model.llava_arch")

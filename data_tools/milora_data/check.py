@@ -189,7 +189,7 @@ def check_for_training(
 
 
 def _broken(findings: Sequence[Finding]) -> str:
-    lines = [f"{finding.where}: {finding.message}" for finding in findings[:5]]
+    lines = [f"{finding.where}: {finding.sentence}" for finding in findings[:5]]
     more = [f"... and {len(findings) - 5:,} more"] if len(findings) > 5 else []
     path = findings[0].where.rpartition(":")[0] or "DATA"
     hint = f"see: python -m milora_data check {path}; --fix OUT writes a file without them"

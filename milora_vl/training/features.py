@@ -131,7 +131,7 @@ def _fill(
             if entry not in seen and not entry.is_file():
                 lacking.append((entry, picture))
             seen.add(entry)
-    _announce(reader, len(lacking), len(pictures), tell)
+    _announce(reader, len(lacking), len(seen) - 1, tell)
     PartialState().wait_for_everyone()  # every process has seen the same before one writes
     mine = _Pictures(lacking[args.process_index :: args.world_size], reader.maker)
     loader: Any = torch.utils.data.DataLoader(
@@ -181,7 +181,7 @@ def _announce(reader: FeatureReader, lacking: int, total: int, tell: Says) -> No
         tell.say(have)
         return
     more = "" if reader.tiling is None else " at least"
-    tell.say(f"{have}; the others take{more} {size / 1e9:,.3f} GB ({free / 1e9:,.1f} GB are free)")
+    tell.say(f"{have}; the others take{more} {size / 1e6:,.1f} MB ({free / 1e6:,.0f} MB are free)")
     if size > free:
         raise UserError(
             f"data.feature_cache: {size / 1e9:,.1f} GB are needed in {reader.folder}, {free / 1e9:,.1f} are free"

@@ -60,7 +60,7 @@ class Run:
         if self.data.skipped:
             self.screen.warn(f"{self.data.skipped:,} records with missing pictures are left out (--bad_images skip)")
         for finding in self.data.broken[:5]:
-            self.screen.warn(f"{finding.where}: {finding.message}")
+            self.screen.warn(f"{finding.where}: {finding.sentence}")
         if self.data.broken:
             self.screen.warn(f"{len(self.data.broken):,} broken records are left out (python -m milora_data check)")
         if self.data.unlearnable:
