@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def _looked_at(config: DataConfig) -> RunData:
     """The first records of a stream: what would be wrong with all of them is found before the model loads."""
     from milora_data.stream import record_stream
 
+    if find_spec("torchdata") is None:
+        raise UserError('data.streaming needs torchdata: pip install "milora-vl[data]"')
     assert config.path is not None
     stream = record_stream(sources_of(config.path), shuffle_buffer=0)
     items = list(islice(stream, LOOKED_AT))

@@ -30,10 +30,11 @@ def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
 
 def loader(stream: RecordStream, collator: Any, args: TrainingArguments, checkpoint: Path | None) -> Any:
     """The loader of a stream, which goes on where it was at `checkpoint`. UserError where that does not say so."""
-    stateful = _stateful_data_loader()
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls what torch has deprecated
-        made = stateful(
+        made = StatefulDataLoader(
             stream,
             batch_size=args.train_batch_size,
             collate_fn=collator,
@@ -74,11 +75,3 @@ def _shape(args: TrainingArguments) -> dict[str, int]:
 
 def _name(rank: int) -> str:
     return f"stream_state_{rank}.pth"
-
-
-def _stateful_data_loader() -> Any:
-    try:
-        from torchdata.stateful_dataloader import StatefulDataLoader
-    except ImportError:
-        raise UserError('data.streaming needs torchdata: pip install "milora-vl[data]"') from None
-    return StatefulDataLoader
