@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,17 @@ def test_it_goes_on_where_it_was_stopped_and_bad_pictures_are_left_to_their_poli
     tiny_data: Path, tmp_path: Path, capfd: Any
 ) -> None:
     (tiny_data / "images" / "1.png").write_bytes(b"no picture")
-    extra = [*CACHED, "--feature_cache", str(tmp_path / "cache"), "--bad_images", "skip", "--max_steps", "3"]
+    records = json.loads((tiny_data / "train.json").read_text())
+    records[0]["image"], records[2]["image"], records[3]["image"] = "a" * 300 + ".png", "nul\0.png", "pipe.png"
+    os.mkfifo(tiny_data / "images" / "pipe.png")
+    (tiny_data / "train.json").write_text(json.dumps(records))
+    extra = [*CACHED, "--feature_cache", str(tmp_path / "cache"), "--bad_images", "replace", "--max_steps", "3"]
     assert main(words(tiny_data, tmp_path / "run", *extra)) == 0
-    assert "times while training: a record was left out because a picture" in capfd.readouterr().err
+    assert "4 times while training: a missing or broken picture was replaced" in capfd.readouterr().err
     made = entries(tmp_path / "cache")
-    made[0].unlink()
-    made[1].with_name("left.part").write_bytes(b"by a process that was killed")
-    Image.new("RGB", (30, 30), "orange").save(tiny_data / "images" / "2.png")  # another picture, another entry
+    made[-1].unlink()  # the plain one
+    made[0].with_name("left.part").write_bytes(b"by a process that was killed")
+    Image.new("RGB", (30, 30), "orange").save(tiny_data / "images" / "5.png")  # another picture, another entry
     assert main(words(tiny_data, tmp_path / "again", *extra)) == 0
     assert len(entries(tmp_path / "cache")) == len(made) + 1
 

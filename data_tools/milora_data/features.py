@@ -42,7 +42,7 @@ class FeatureReader:
 
     def read(self, path: str | Path) -> Features:
         """Return the features of a picture. Raises `ImageError`, and `DataError` where they are not kept."""
-        entry = None if not isinstance(path, StoredPicture) and not Path(path).is_file() else self.entry(path)
+        entry = self.entry(path)
         if entry is None or not entry.is_file():
             self.maker.read(path)
             raise DataError(f"{path}: changed, or added, since the features of pictures were computed; start again")
@@ -61,9 +61,17 @@ class FeatureReader:
         sizes = torch.tensor([[image.height, image.width] for image in images])
         return {"pixel_values": torch.stack(rows)[:, :, None], "image_sizes": sizes}
 
-    def entry(self, path: str | Path) -> Path:
-        """Return the file of the picture in `path`, which is read for its hash."""
-        content = path.content if isinstance(path, StoredPicture) else Path(path).read_bytes()
+    def entry(self, path: str | Path) -> Path | None:
+        """Return the file of the picture in `path`, which is read for its hash; None where it cannot be read."""
+        try:
+            if isinstance(path, StoredPicture):
+                content = path.content
+            elif Path(path).is_file():  # a named pipe would be waited for
+                content = Path(path).read_bytes()
+            else:
+                return None
+        except (OSError, ValueError):  # a name that is too long for a file system, say
+            return None
         return self.file(xxhash.xxh3_128_hexdigest(content))
 
     def file(self, name: str) -> Path:

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from milora_data.anyres import Tiling
 from milora_data.errors import UserError
 from milora_data.features import PLAIN, FeatureReader, Features
-from milora_data.images import ImageError, StoredPicture
+from milora_data.images import ImageError
 from milora_data.pixels import PixelMaker
 from milora_vl.policy import Target
 from milora_vl.towers import find_towers
@@ -126,11 +126,12 @@ def _fill(
     seen = {reader.file(PLAIN)}
     lacking: list[tuple[Path, str | Path]] = []
     for picture in tqdm(pictures, "looking for features", disable=None, file=sys.stderr, leave=False):
-        if isinstance(picture, StoredPicture) or Path(picture).is_file():
-            entry = reader.entry(picture)
-            if entry not in seen and not entry.is_file():
-                lacking.append((entry, picture))
-            seen.add(entry)
+        entry = reader.entry(picture)
+        if entry is None:
+            continue  # training comes upon it, and does as --bad_images says
+        if entry not in seen and not entry.is_file():
+            lacking.append((entry, picture))
+        seen.add(entry)
     _announce(reader, len(lacking), len(seen) - 1, tell)
     PartialState().wait_for_everyone()  # every process has seen the same before one writes
     mine = _Pictures(lacking[args.process_index :: args.world_size], reader.maker)
