@@ -16,6 +16,7 @@ from milora_data.errors import UserError
 PROGRAMS = {
     "Train": {
         "train": ("milora_vl.train", "fine-tune a model with MiLoRA, LoRA and others, by flags or a recipe"),
+        "compose": ("milora_vl.compose", "make a LLaVA of a vision tower and a language model"),
         "report": ("milora_vl.report", "write the report of a run folder again"),
     },
     "Use": {

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from milora_data.errors import UserError
 from milora_data.templates import template_name
@@ -45,10 +53,13 @@ class DataConfig(_Strict):
     image_folder: str | None = None
     eval_path: str | None = None  # held-out records, for the evaluation loss
     max_length: PositiveInt = 2048
-    image_aspect_ratio: Literal["pad", "plain"] = "pad"
+    image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad"  # a model of LLaVA-1.6 has anyres for pad
     jpeg_decoding: Literal["exact", "draft"] = "exact"  # draft: large photos at a part of their size, much sooner
+    feature_cache: str | None = None  # a folder for what a frozen vision tower makes of pictures
     packing: bool = False  # several records in a row of twice max_length
     bad_images: Literal["raise", "skip", "replace"] = "raise"
+    streaming: bool = False  # read what is due, and nothing before; weights are shares of the records that come
+    shuffle_buffer: NonNegativeInt = 1000  # of a stream: so many records are mixed at a time
     limit: PositiveInt | None = None  # the first N records only
 
     @field_validator("path", mode="before")
@@ -124,6 +135,8 @@ class Recipe(_Strict):
         except ValidationError as error:
             problems += [(_dotted(e["loc"]), _explain(e)) for e in error.errors()]
             recipe = None
+        if recipe is not None:
+            problems += data_problems(recipe.data, train)
         if recipe is None or problems:
             raise RecipeError(source, [located(source, lines or {}, path, text) for path, text in problems])
         return recipe.model_copy(update={"train": train})
@@ -161,6 +174,26 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         else:
             train[pair[0]] = said[pair[0]] = pair[1]
     return train, problems
+
+
+def data_problems(data: DataConfig, train: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What does not go together with the way the records are read, as (dotted path, text)."""
+    if not data.streaming:
+        return []
+    found = []
+    if train.get("max_steps", -1) < 1:
+        found.append(("data.streaming", "a stream has no end that is known: say train.max_steps (--max_steps N)"))
+    if data.packing:
+        found.append(("data.packing", "needs the lengths of all records, which data.streaming does not read"))
+    if train.get("train_sampling_strategy") == "group_by_length":
+        found.append(
+            ("train.train_sampling_strategy", "group_by_length needs all records, which data.streaming does not read")
+        )
+    if data.feature_cache is not None:
+        found.append(("data.feature_cache", "needs all pictures beforehand, which data.streaming does not read"))
+    if data.limit is not None:
+        found.append(("data.limit", "has no meaning with data.streaming; train.max_steps ends the run"))
+    return found
 
 
 def policy_problems(rules: Any) -> list[tuple[str, str]]:

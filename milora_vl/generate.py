@@ -20,11 +20,12 @@ from torch import Tensor
 
 from milora_data.encode import encode_prompt
 from milora_data.errors import UserError
-from milora_data.images import expand_to_square, load_image, to_rgb
+from milora_data.images import expand_to_square, load_image, picture_size, to_rgb
 from milora_data.records import Record, Turn
 from milora_data.templates import IMAGE, get_template, render
 from milora_data.tokens import bos_ids, eos_text, fast_backend
-from milora_vl.models import image_token_id, image_tokens, split_processor
+from milora_vl.image_tokens import image_token_id, image_tokens, tiling_of
+from milora_vl.models import split_processor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,7 +71,7 @@ def generate(
     max_new_tokens: int = 128,
     num_beams: int = 1,
     batch_size: int = 16,
-    image_aspect_ratio: Literal["pad", "plain"] = "pad",
+    image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad",
     share_pictures: bool = True,
     on_batch: OnBatch | None = None,
     streamer: BaseStreamer | None = None,
@@ -79,8 +80,8 @@ def generate(
 
     `model` is a LLaVA or a text-only causal model, also within a PeftModel. `on_batch(places, texts)` is called after
     each batch, with the numbers of its prompts; transformers' `streamer` gets the tokens of a single prompt as they
-    come. Raises UserError for a picture without a model that sees, ValueError for a streamer with several prompts
-    and for a batch size below 1.
+    come. A model of LLaVA-1.6 tiles its pictures, whatever `image_aspect_ratio` says. Raises UserError for a picture
+    without a model that sees, ValueError for a streamer with several prompts and for a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -100,9 +101,9 @@ def generate(
 
 
 def prompt_ids(
-    prompt: Prompt, tokenizer: Any, template: str, *, image_token_id: int, image_tokens: int = 576
+    prompt: Prompt, tokenizer: Any, template: str, *, image_token_id: int, image_tokens: int | Sequence[int] = 576
 ) -> list[int]:
-    """Return the ids of a prompt, each picture as `image_tokens` copies of `image_token_id`.
+    """Return the ids of a prompt, each picture as `image_tokens` copies of `image_token_id` (a list: one count each).
 
     Form exact is LLaVA's tokenizer_image_token on its conversation's text. Raises UserError where the number of
     `<image>` is not that of the pictures.
@@ -125,8 +126,9 @@ def prompt_ids(
         raise UserError(f"{len(rest)} {IMAGE} in the prompt, but {len(prompt.images)} pictures")
     backend = fast_backend(tokenizer)
     ids = [*bos_ids(tokenizer), *backend.encode(first, add_special_tokens=False).ids]
-    for stretch in rest:
-        ids += [image_token_id] * image_tokens + backend.encode(stretch, add_special_tokens=False).ids
+    counts = [image_tokens] * len(rest) if isinstance(image_tokens, int) else image_tokens
+    for count, stretch in zip(counts, rest, strict=True):
+        ids += [image_token_id] * count + backend.encode(stretch, add_special_tokens=False).ids
     return ids
 
 
@@ -141,6 +143,7 @@ class _Reader:
         self.image_processor: Any = images
         self.image_token = None if images is None else image_token_id(model.config)
         self.image_tokens = 0 if images is None else image_tokens(model.config)
+        self.tiling = None if images is None else tiling_of(model.config)
         own = self.tokenizer.pad_token_id
         self.pad = self.tokenizer.eos_token_id if own is None else own
 
@@ -150,28 +153,39 @@ class _Reader:
             raise UserError("a question with a picture, but this model reads only text\nuse a vision-language model")
         image = -1 if self.image_token is None else self.image_token
         ids = prompt_ids(prompt, self.tokenizer, self.template, image_token_id=image, image_tokens=1)
-        length = len(ids) + len(prompt.images) * (self.image_tokens - 1)
+        length = len(ids) + sum(self._num_tokens(picture) - 1 for picture in prompt.images)
         names = tuple(str(image) if isinstance(image, str | Path) else id(image) for image in prompt.images)
         return _Row(place, array("i", ids), length, prompt.images, names)
 
     def whole(self, row: _Row) -> _Row:
         """Return the row with as many ids for each picture as the model wants."""
-        pictures = {self.image_token: self.image_tokens} if row.images else {}
-        return replace(row, ids=[own for own in row.ids for _ in range(pictures.get(own, 1))])
+        counts = map(self._num_tokens, row.images)
+        times = (next(counts, 1) if own == self.image_token else 1 for own in row.ids)
+        return replace(row, ids=[own for own, count in zip(row.ids, times, strict=True) for _ in range(count)])
 
     def pixels(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
-        """Return {"pixel_values": (num_images, 3, H, W)} of the rows' pictures in order; {} without any."""
+        """Return {"pixel_values": (num_images, 3, H, W)} of the rows' pictures in order; {} without any.
+
+        Of a model that tiles them, (num_images, tiles, 3, H, W), and image_sizes.
+        """
         images = [self._picture(image) for row in rows for image in row.images]
         if not images:
             return {}
         # What is square already is not padded again; a processor that pads by itself must not do so for "plain".
-        options = {"do_pad": False} if self.image_processor.to_dict().get("do_pad") else {}
-        pixels = self.image_processor(images=images, return_tensors="pt", **options)["pixel_values"]
-        return {"pixel_values": pixels.to(self.model.device, self.model.dtype)}
+        options = {"do_pad": False} if self.tiling is None and self.image_processor.to_dict().get("do_pad") else {}
+        made = dict(self.image_processor(images=images, return_tensors="pt", **options))
+        made["pixel_values"] = made["pixel_values"].to(self.model.dtype)
+        return {name: tensor.to(self.model.device) for name, tensor in made.items()}
+
+    def _num_tokens(self, image: str | Path | Image.Image) -> int:
+        if self.tiling is None:
+            return self.image_tokens
+        size = picture_size(image) if isinstance(image, str | Path) else (image.height, image.width)
+        return self.tiling.num_tokens(*size)
 
     def _picture(self, image: str | Path | Image.Image) -> Any:
         picture = load_image(image) if isinstance(image, str | Path) else to_rgb(image)
-        if self.image_aspect_ratio == "plain":
+        if self.tiling is not None or self.image_aspect_ratio == "plain":
             return picture
         red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)
         return expand_to_square(picture, (red, green, blue))

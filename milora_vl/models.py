@@ -23,6 +23,7 @@ from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_adapter
 from milora_vl.composing import original
+from milora_vl.image_tokens import extra_tokens
 from milora_vl.quantized import Quantization, quantization_config
 from milora_vl.screen_noise import quiet_bars
 from milora_vl.towers import keep_weights_readable
@@ -31,13 +32,22 @@ from milora_vl.towers import keep_weights_readable
 NAMED_MODELS: dict[str, str] = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+    "llava-v1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "llava-v1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+    "llava-v1.6-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
     "smol-llava": "SmolLM2-135M-Instruct + EfficientNet-Lite0, made here at first use",
     "smol-llava-unaligned": "the same before stage 1, with a fresh projector",
     "tiny": "random weights, for tests",
     "tiny-text": "random weights, text only, for tests",
 }
 # Names by which LLaVA's own scripts call the same weights in another layout.
-SAME_WEIGHTS = {"liuhaotian/llava-v1.5-7b": "llava-1.5-7b", "liuhaotian/llava-v1.5-13b": "llava-1.5-13b"}
+SAME_WEIGHTS = {
+    "liuhaotian/llava-v1.5-7b": "llava-1.5-7b",
+    "liuhaotian/llava-v1.5-13b": "llava-1.5-13b",
+    "liuhaotian/llava-v1.6-vicuna-7b": "llava-v1.6-vicuna-7b",
+    "liuhaotian/llava-v1.6-vicuna-13b": "llava-v1.6-vicuna-13b",
+    "liuhaotian/llava-v1.6-mistral-7b": "llava-v1.6-mistral-7b",
+}
 # Parts that LLaVA's scripts start from, whose configs lie inside those of the package: a dry run needs no hub.
 PART_OF: dict[str, tuple[str, str, dict[str, int]]] = {
     "lmsys/vicuna-7b-v1.5": ("llava-1.5-7b", "text_config", {"vocab_size": 32000}),
@@ -45,8 +55,6 @@ PART_OF: dict[str, tuple[str, str, dict[str, int]]] = {
     "openai/clip-vit-large-patch14-336": ("llava-1.5-7b", "vision_config", {}),
     "openai/clip-vit-large-patch14": ("llava-1.5-7b", "vision_config", {"image_size": 224}),
 }
-# Of the towers that are met most; others are counted on the meta device.
-EXTRA_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "milora_timm_tower": 0}
 MADE_HERE = ("smol-llava", "smol-llava-unaligned", "tiny", "tiny-text")
 
 
@@ -178,33 +186,6 @@ def read_pretrained(load: Any, name: str, **arguments: Any) -> Any:
         return _read(load.from_pretrained, str(name), str(name), **arguments)
 
 
-def image_token_id(config: Any) -> int:
-    """Return the id of the token that stands for a picture in the prompt."""
-    return int(config.image_token_id)
-
-
-def image_tokens(config: Any) -> int:
-    """Return how many tokens a picture takes, counted from the tower's own sizes."""
-    dropped = config.vision_feature_select_strategy == "default"
-    return _patches(config) + extra_tokens(config) - int(dropped)
-
-
-def extra_tokens(config: Any) -> int:
-    """Return how many tokens the tower of a LLaVA gives beside those of its patches: class token, registers."""
-    vision = config.vision_config
-    if vision.model_type in EXTRA_TOKENS or config.model_type != "llava":
-        return EXTRA_TOKENS.get(vision.model_type, 0)
-    from milora_vl.composing.vision import count_tokens
-
-    return count_tokens(vision, config.vision_feature_layer) - _patches(config)
-
-
-def _patches(config: Any) -> int:
-    vision = config.vision_config
-    side = vision.image_size // vision.patch_size if "patch_size" in dir(vision) else vision.grid
-    return int(side * side)
-
-
 def split_processor(processor: Any) -> tuple[Any, Any | None]:
     """Return (tokenizer, image processor); the second is None for a text-only model."""
     from transformers import ProcessorMixin
@@ -308,12 +289,14 @@ def _register_own() -> None:
 
 def _complete(processor: Any, config: Any) -> None:
     """Set what the processor needs to count image tokens, and square padding, as LLaVA-1.5 was trained."""
-    if config.model_type != "llava":
+    if config.model_type not in ("llava", "llava_next"):
         return
     processor.patch_size = config.vision_config.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     processor.num_additional_image_tokens = extra_tokens(config)
-    if "do_pad" in type(processor.image_processor).__dict__:
+    if config.model_type == "llava_next":
+        processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
+    elif "do_pad" in type(processor.image_processor).__dict__:
         processor.image_processor.do_pad = True
 
 

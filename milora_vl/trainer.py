@@ -16,8 +16,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
+from milora_data.stream import RecordStream
 from milora_vl.policy import Target
 from milora_vl.projector import load_projector, save_projector
+from milora_vl.training import streaming
 from milora_vl.training.losses import install, summed_loss
 from milora_vl.training.meter import Meter, group_rates, tower_norms
 from milora_vl.training.param_groups import parameter_groups, target_path
@@ -90,6 +92,7 @@ class MiloraTrainer(Trainer):
     """Train what `targets` says; `saves` is what a checkpoint holds: adapter, projector alone, or the whole model.
 
     With `lengths`, one for each training record, batches are made of records of similar length and of one of `kinds`.
+    A `RecordStream` as data set goes on where it was at the checkpoint `stream_from`.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class MiloraTrainer(Trainer):
         processing_class: Any = None,
         lengths: Sequence[int] | None = None,
         kinds: Sequence[object] | None = None,
+        stream_from: Path | None = None,
     ) -> None:
         self.chunked = install(_base(model))  # before anything wraps its forward
         super().__init__(
@@ -120,6 +124,7 @@ class MiloraTrainer(Trainer):
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
+        self.stream_from = stream_from
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch whatever the model
         self.meter = Meter(data_collator)
         paths = {target.path: str(target.tower) for target in targets}
@@ -150,6 +155,13 @@ class MiloraTrainer(Trainer):
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
         # transformers 4 calls this without a model and takes none.
         return super().create_optimizer() if model is None else super().create_optimizer(model)
+
+    def get_train_dataloader(self) -> Any:
+        """HF's loader; that of a stream is its own, as each process reads its own share."""
+        if not isinstance(self.train_dataset, RecordStream):
+            return super().get_train_dataloader()
+        self._stream = streaming.loader(self.train_dataset, self.data_collator, self.args, self.stream_from)
+        return self._stream
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:
@@ -223,6 +235,8 @@ class MiloraTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """HF's, and wait: trainer_state.json is written after it and says that every process has written its part."""
         super()._save_rng_state(output_dir)
+        if isinstance(self.train_dataset, RecordStream):
+            streaming.keep(self._stream, Path(output_dir), self.args)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

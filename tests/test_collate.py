@@ -177,7 +177,7 @@ def test_a_record_with_nothing_to_learn_is_left_out_and_counted(
     with caplog.at_level(logging.WARNING):
         batch = collator([question("a", "b"), question("word " * 60, "never reached")])
     assert batch["input_ids"].shape[0] == 1
-    assert collator.counts() == {"skipped": 0, "replaced": 0, "unlearnable": 1, "cut": 0}
+    assert collator.counts() == {"skipped": 0, "replaced": 0, "unlearnable": 1, "cut": 0, "broken": 0}
     assert "no answer to learn from" in caplog.text
 
 
@@ -203,7 +203,7 @@ def test_a_bad_picture_can_be_skipped_or_replaced(
     batch = replace(bad)
     assert batch["pixel_values"].shape[0] == batch["input_ids"].shape[0] == 2
     assert batch["pixel_values"][1].abs().max() < 0.02  # the mean colour
-    assert replace.counts() == {"skipped": 0, "replaced": 1, "unlearnable": 0, "cut": 0}
+    assert replace.counts() == {"skipped": 0, "replaced": 1, "unlearnable": 0, "cut": 0, "broken": 0}
     assert caplog.text.count("cut.png") == 3
 
 

@@ -11,7 +11,7 @@ import pytest
 from test_train import words
 
 from milora_data.__main__ import main as data_main
-from milora_data.check import scan
+from milora_data.check import check_for_training, scan
 from milora_data.errors import UserError
 from milora_data.records import load_records
 from milora_vl.train import main
@@ -82,3 +82,10 @@ def test_bytes_that_are_not_utf8_cost_their_record_of_a_list(tmp_path: Path) -> 
     assert [record.turns[1].text for record in load_records(out)] == ["Yes.", "No."]
     with pytest.raises(UserError, match=r"train.json:2: not UTF-8 \(byte 0xef"):
         list(load_records(path))
+
+
+def test_a_finding_is_understood_alone(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(dirty_data.ask("Half \ud83d?", "Yes.")) + "\n")
+    with pytest.raises(UserError, match=r"train.jsonl:1: text that is no valid Unicode .*: turn 1"):
+        check_for_training(path)

@@ -107,3 +107,12 @@ def test_a_square_has_the_picture_in_its_middle(size: tuple[int, int]) -> None:
     pixels = np.asarray(square)
     assert (pixels[top : top + size[1], left : left + size[0]] == RED).all()
     assert (pixels == (1, 2, 3)).all(-1).sum() == side * side - size[0] * size[1]
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(1.0, 255), (200.0, 200), (5000.0, 255)])
+def test_floats_are_scaled_by_what_they_can_mean(largest: float, expected: int, tmp_path: Path) -> None:
+    shades = np.linspace(0, largest, 16, dtype=np.float32).reshape(4, 4)
+    Image.fromarray(shades).save(tmp_path / "a.tiff")
+    made = np.asarray(load_image(tmp_path / "a.tiff"))
+    assert made.max() == expected
+    assert len(np.unique(made)) == 16

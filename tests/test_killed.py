@@ -17,12 +17,21 @@ from test_train_data import many
 
 from milora_vl.train import main
 
+ARRANGED = [
+    pytest.param(["--train_sampling_strategy", "group_by_length"], id="grouped"),
+    pytest.param(["--streaming", "--shuffle_buffer", "16"], id="streamed", marks=pytest.mark.slow),
+    pytest.param(["--streaming", "--shuffle_buffer", "0"], id="streamed-in-order", marks=pytest.mark.slow),
+]
+
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups are of POSIX")
-def test_it_goes_on_with_exactly_the_records_that_were_due(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arranged", ARRANGED)
+def test_it_goes_on_with_exactly_the_records_that_were_due(
+    arranged: list[str], tiny_data: Path, tmp_path: Path
+) -> None:
     many(tiny_data, 228)  # 60 steps an epoch
     extra = ["--rank", "4", "--dropout", "0", "--max_steps", "18", "--save_steps", "3", "--dataloader_num_workers", "2"]
-    extra += ["--train_sampling_strategy", "group_by_length"]
+    extra += arranged
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "milora_vl.train", *words(tiny_data, killed, *extra)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

@@ -65,7 +65,7 @@ BROKEN = {
     "missing comma": ('[\n{"a": 1}\n{"b": 2}\n]', 3, "expected ',' or ']' after a record", "{"),
     "comma inside": ('[\n{"a": 1 "b": 2}\n]', 2, "expecting ',' delimiter", '"'),
     "trailing comma": ('[\n{"a": 1},\n]', 3, "a comma before the end of the list", "]"),
-    "cut off": ('[\n{"a": 1},\n{"b": [1, 2', 3, "expecting ',' delimiter", None),
+    "cut off": ('[\n{"a": 1},\n{"b": [1, 2', 3, "the file ends in the middle of the list", None),
     "not closed": ('[\n{"a": 1}\n', 3, "expected ',' or ']' after a record", None),
     "text behind": ('[{"a": 1}]\n\n{"b": 2}', 3, "text after the end of the list", "{"),
     "bad line": ('{"a": 1}\n{"b": }\n', 2, "expecting value", "}"),

@@ -31,6 +31,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/training/losses.py:install.<locals>.forward": "a model's forward, passed on to it",
     "milora_vl/training/simulate.py:_flash_attention.<locals>.attention": "torch's function",
     "milora_vl/trainer.py:TowerNorms.on_pre_optimizer_step": "TrainerCallback's hook",
+    "milora_vl/training/features.py:replay.<locals>.forward": "LLaVA passes every vision tower the same keywords",
     "milora_vl/trainer.py:LogBeforeSave.on_step_end": "TrainerCallback's hook",
     "milora_vl/trainer.py:StopOnSignal.on_step_end": "TrainerCallback's hook",
 }

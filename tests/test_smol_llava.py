@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from milora_vl.compose import compose, processor_for
-from milora_vl.models import image_token_id, image_tokens, load_model
+from milora_vl.image_tokens import image_token_id, image_tokens
+from milora_vl.models import load_model
 from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
 
 

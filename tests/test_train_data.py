@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_train import losses, words
 
+from milora_data.errors import UserError
 from milora_vl.train import main
 
 
@@ -108,3 +109,17 @@ def test_a_recipe_mixes_sources_by_weight(tiny_data: Path, tmp_path: Path) -> No
         main(["--recipe", str(tmp_path / "mix.yaml"), "--output_dir", str(run), "--max_steps", "1", "--use_cpu"]) == 0
     )
     assert json.loads((run / "environment.json").read_text())["data"]["train"] == 24
+
+
+def test_records_that_are_none_cost_themselves_alone_in_a_mixture_too(
+    tiny_data: Path, tmp_path: Path, capfd: Any
+) -> None:
+    (tiny_data / "dirty.jsonl").write_text('{"text": 1}\n{broken\n[1]\n')
+    mixture = {"sources": [{"path": "dirty.jsonl"}, {"path": "train.json", "image_folder": "images"}]}
+    (tiny_data / "mix.yaml").write_text(json.dumps(mixture))
+    extra = ["--data_path", str(tiny_data / "mix.yaml"), "--rank", "4", "--max_steps", "1"]
+    assert main(words(tiny_data, tmp_path / "run", *extra, "--bad_images", "skip")) == 0
+    assert "3 broken records are left out" in capfd.readouterr().err
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["data"]["train"] == 12
+    with pytest.raises(UserError, match=r"dirty.jsonl:1: "):
+        main(words(tiny_data, tmp_path / "raise", *extra))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +16,11 @@ from .errors import DataError, UserError
 from .findings import Finding, examine
 from .images import ImagePolicy
 from .jsonfile import read_objects
+from .mix import mixed_records, read_sources
 from .pictures import MissingImages, elsewhere, find_faults, find_missing, uses
 from .records import Record, is_json, load_records, parse_record
 from .report import Report, as_json, as_text
+from .stored import stored_items
 
 EPILOG = """\
 exit code: 0 no errors (warnings may be meant), 1 errors found, 2 the data cannot be read at all
@@ -101,8 +104,23 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
     return report
 
 
-def readable(path: Path, report: Report) -> Iterator[Record]:
+def readable(source: str | Path, report: Report) -> Iterator[Record]:
     """Yield the records; what is none becomes a finding of `report`. Raises `DataError` if there is no such file."""
+    if str(source).endswith((".yaml", ".yml")):
+        yield from mixed_records(*read_sources(Path(source)), read=partial(readable, report=report))
+    elif is_json(source):
+        yield from _readable_json(Path(source), report)
+    else:
+        for item in stored_items(str(source)):
+            if isinstance(item, Record):
+                yield item
+            else:
+                report.records += 1
+                where, _, message = str(item).partition(": ")
+                report.findings.append(Finding("not_a_record", where, message))
+
+
+def _readable_json(path: Path, report: Report) -> Iterator[Record]:
 
     def broken(error: DataError) -> None:
         where, known, message = str(error).partition(": broken JSON: ")
@@ -110,9 +128,6 @@ def readable(path: Path, report: Report) -> Iterator[Record]:
             where, _, message = str(error).rpartition(": ")
         report.findings.append(Finding("broken_json", where, message))
 
-    if not is_json(path):
-        yield from load_records(path)
-        return
     objects = read_objects(path, on_error=broken)
     while True:
         try:
@@ -174,7 +189,7 @@ def check_for_training(
 
 
 def _broken(findings: Sequence[Finding]) -> str:
-    lines = [f"{finding.where}: {finding.message}" for finding in findings[:5]]
+    lines = [f"{finding.where}: {finding.sentence}" for finding in findings[:5]]
     more = [f"... and {len(findings) - 5:,} more"] if len(findings) > 5 else []
     path = findings[0].where.rpartition(":")[0] or "DATA"
     hint = f"see: python -m milora_data check {path}; --fix OUT writes a file without them"

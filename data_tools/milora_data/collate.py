@@ -14,9 +14,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import get_worker_info
 
+from .anyres import Tiling
 from .batches import Row, joined, packed, padded, with_single_image_tokens
 from .encode import IGNORE, Encoded, NothingToLearn, encode
 from .errors import DataError, UserError
+from .features import FeatureReader
 from .images import ImageError, ImagePolicy, place_of
 from .pixels import AspectRatio, JpegDecoding, PixelMaker
 from .records import Record, parse_record
@@ -26,10 +28,10 @@ log = logging.getLogger(__name__)
 
 LLAVA_IMAGE_ID = -200
 _MAX_WORKERS = 256
-_COUNTERS = ("skipped", "replaced", "unlearnable", "cut")
+_COUNTERS = ("skipped", "replaced", "unlearnable", "cut", "broken")
 
 
-Item = Record | Mapping[str, Any]
+Item = Record | Mapping[str, Any] | DataError
 
 
 class Sample(NamedTuple):
@@ -46,11 +48,14 @@ class ImageTextCollator:
     (num_images, 3, H, W): the pictures of all records in order. Labels are -100 wherever nothing is learnt.
     A list of records in place of one is packed into one row (pack.py): position_ids and use_cache then stand for
     attention_mask, and `packing="flat"` makes one row of all, as flash attention needs it.
+    With `tiling` (anyres.py), of LLaVA-1.6, pictures are cut into tiles: each has as many tokens as its size asks for,
+    and the batch has image_sizes too; `image_tokens` and `image_aspect_ratio` are then without meaning.
     `image_token_id` is the tokenizer's `<image>` unless given; `image_folder` None takes picture names as they are.
     `layout="llava"` is for LLaVA's own classes: one -200 for each picture, and `images`, a plain one for text alone.
 
     `bad_images` says what happens with a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
-    plain one. A record with nothing to learn is left out. Each case is logged, and counted in `counts()`. Of
+    plain one. A record with nothing to learn is left out; so is a broken one (a stream gives a `DataError` in its
+    place), unless `raise` is said. Each case is logged, and counted in `counts()`. Of
     `substitutes`, the first good one stands in for a batch of which nothing is left (else the last good record does).
     """
 
@@ -71,10 +76,15 @@ class ImageTextCollator:
         layout: Literal["hf", "llava"] = "hf",
         packing: Literal["rows", "flat"] = "rows",
         substitutes: Sequence[Item] = (),
+        tiling: Tiling | None = None,
     ) -> None:
+        if tiling is not None and layout == "llava":
+            raise UserError("pictures in tiles (anyres) are for Hugging Face's LLaVA-1.6, not for LLaVA's own classes")
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.image_aspect_ratio: AspectRatio = image_aspect_ratio
+        self.tiling = tiling
+        self.features: FeatureReader | None = None  # what the tower makes of pictures, in place of their pixels
+        self.image_aspect_ratio: AspectRatio = "anyres" if tiling else image_aspect_ratio
         self.jpeg_decoding: JpegDecoding = jpeg_decoding
         self._maker: PixelMaker | None = None
         self.template = template
@@ -94,8 +104,8 @@ class ImageTextCollator:
 
     def __call__(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         """Return the batch of `records`; raises `DataError` with file and line."""
-        packs = [[item] if isinstance(item, Record | Mapping) else list(item) for item in records]
-        is_packed = any(not isinstance(item, Record | Mapping) for item in records)
+        packs = [[item] if isinstance(item, Record | Mapping | DataError) else list(item) for item in records]
+        is_packed = any(not isinstance(item, Record | Mapping | DataError) for item in records)
         if is_packed and self.layout == "llava":
             raise UserError("LLaVA's own classes make their positions themselves: they cannot take packed records")
         read = [[sample for item in pack if (sample := self._sample(item)) is not None] for pack in packs]
@@ -117,39 +127,56 @@ class ImageTextCollator:
             )
         return int(found)
 
-    def _sample(self, record: Item) -> Sample | None:
-        record = record if isinstance(record, Record) else parse_record(record)
+    def _sample(self, item: Item) -> Sample | None:
         try:
+            record = _record(item)
             sample = self._read(record)
         except NothingToLearn as error:
             self._leave_out("unlearnable", error)
             return None
         except ImageError as error:
             if self.bad_images == "raise":
-                place = record.source or record.id
-                raise ImageError(f"{error}\nneeded by {place}; --bad_images skip leaves it out") from None
+                raise ImageError(
+                    f"{error}\nneeded by {record.source or record.id}; --bad_images skip leaves it out"
+                ) from None
             self._leave_out("skipped", error)
+            return None
+        except DataError as error:
+            if self.bad_images == "raise":
+                raise
+            self._leave_out("broken", error)
             return None
         if sample.encoded.num_cut:
             self._count("cut")
         return sample
 
     def _read(self, record: Record) -> Sample:
+        if self.tiling is None:
+            encoded = self._encoded(record, [self.image_tokens] * len(record.images))
+            return Sample(encoded, self._images(record, encoded.num_images))
+        images = self._images(record, len(record.images))
+        encoded = self._encoded(record, [self._num_tokens(image) for image in images])
+        return Sample(encoded, images[: encoded.num_images])
+
+    def _num_tokens(self, image: Any) -> int:
+        return self.image_tokens if self.tiling is None else self.tiling.num_tokens(image.height, image.width)
+
+    def _encoded(self, record: Record, counts: list[int]) -> Encoded:
         encoded = encode(
             record,
             self.tokenizer,
             template=self.template,
             image_token_id=self.image_token_id,
-            image_tokens=self.image_tokens,
+            image_tokens=counts,
             max_length=self.max_length,
         )
-        found = encoded.input_ids.count(self.image_token_id)
-        if found != encoded.num_images * self.image_tokens:
+        found, expected = encoded.input_ids.count(self.image_token_id), sum(counts[: encoded.num_images])
+        if found != expected:
             raise DataError(
                 f"{record.source or record.id}: {found} tokens of pictures for {encoded.num_images} pictures "
-                f"of {self.image_tokens}: the text itself holds the picture token ({self.image_token_id})"
+                f"of {expected} in all: the text itself holds the picture token ({self.image_token_id})"
             )
-        return Sample(encoded, self._images(record, encoded.num_images))
+        return encoded
 
     def _images(self, record: Record, num_images: int) -> list[Any]:
         if num_images and self.image_processor is None:
@@ -167,7 +194,11 @@ class ImageTextCollator:
             log.warning("%s (a plain picture takes its place)", error)
             return self._pixels().plain_image()
 
-    def _pixels(self) -> PixelMaker:
+    def _pixels(self) -> PixelMaker | FeatureReader:
+        return self.features or self.maker()
+
+    def maker(self) -> PixelMaker:
+        """Return what makes pixels of picture files for this image processor."""
         if self._maker is None or self._maker.image_processor is not self.image_processor:
             self._maker = PixelMaker(self.image_processor, self.image_aspect_ratio, self.jpeg_decoding)
         return self._maker
@@ -181,7 +212,7 @@ class ImageTextCollator:
         while self._spare_given is None and self._untried:
             record = self._untried.pop()
             try:
-                self._spare_given = self._read(record if isinstance(record, Record) else parse_record(record))
+                self._spare_given = self._read(_record(record))
             except DataError:
                 continue  # it is reported where it comes up itself
         found = self._spare_given or self._spare
@@ -201,19 +232,19 @@ class ImageTextCollator:
         if self.layout == "llava":
             return self._llava_batch(rows, [row[0].images for row in samples])
         if self.image_processor is not None and not images:
-            rows = self._with_hidden_image(rows)
             images = [self._pixels().plain_image()]
+            rows = self._with_hidden_image(rows, self._num_tokens(images[0]))
         batch = (packed if is_packed else padded)(rows, self._pad_id(), self.pad_to_multiple_of)
         if images:
-            batch["pixel_values"] = self._pixels()(images)
+            batch |= self._pixels().inputs(images)
             num_tokens = int((batch["input_ids"] == self.image_token_id).sum())
-            assert num_tokens == len(batch["pixel_values"]) * self.image_tokens
+            assert num_tokens == sum(map(self._num_tokens, images))
         return batch
 
-    def _with_hidden_image(self, rows: Sequence[Row]) -> list[Row]:
+    def _with_hidden_image(self, rows: Sequence[Row], num_tokens: int) -> list[Row]:
         # Behind the shortest row, beyond its attended length, so that the batch grows as little as it can.
         shortest = min(range(len(rows)), key=lambda row: len(rows[row].input_ids))
-        hidden = [self.image_token_id] * self.image_tokens, [IGNORE] * self.image_tokens
+        hidden = [self.image_token_id] * num_tokens, [IGNORE] * num_tokens
         return [
             Row(row.input_ids + hidden[0], row.labels + hidden[1], row.lengths) if number == shortest else row
             for number, row in enumerate(rows)
@@ -226,12 +257,19 @@ class ImageTextCollator:
         if self.image_processor is not None:
             # LLaVA takes a picture for every row, and none of the features of those that have no place for it.
             pictures = [image for row in images for image in (row or [self._pixels().plain_image()])]
-            batch["images"] = self._pixels()(pictures)
+            batch["images"] = self._pixels().inputs(pictures)["pixel_values"]
         return batch
 
     def _pad_id(self) -> int:
         own = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if own is None else own)
+
+
+def _record(item: Item) -> Record:
+    """Return an item as a `Record`. Raises `DataError`, also the one that stands in the place of a broken record."""
+    if isinstance(item, DataError):
+        raise item
+    return item if isinstance(item, Record) else parse_record(item)
 
 
 def _row(sample: Sample) -> Row:

@@ -47,7 +47,7 @@ KINDS: Mapping[str, Kind] = {
     "animated_picture": Kind("warning", "animated picture: its first frame is used"),
     "rotated_picture": Kind("warning", "picture stored on its side: it is turned upright (LLaVA does not)"),
     "cmyk_picture": Kind("warning", "picture in print colours (CMYK): converted"),
-    "deep_picture": Kind("warning", "picture of 16 bits and more: scaled to 8"),
+    "deep_picture": Kind("warning", "picture of 16 bits and more, or of floats: scaled to 8"),
     "transparent_picture": Kind("warning", "picture with transparency, which is dropped as LLaVA does"),
     "long_picture": Kind("warning", "picture more than 10 times as long as wide: mostly padding"),
     "tiny_picture": Kind("warning", "picture of less than 16 pixels a side"),
@@ -57,6 +57,7 @@ KINDS: Mapping[str, Kind] = {
 SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")
 
 _LONGEST = 300
+_SENTENCES = ("broken_json", "not_a_record", "turn_order", "placeholders")  # kinds whose messages say it themselves
 _ESTIMATED_TOKENS = 2048
 _ROLE = re.compile(r"(?:^|\n| )(?:ASSISTANT|USER|### ?(?:Human|Assistant)): ")
 _LOST = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00e2\u20ac")  # the signs of UTF-8 read as Latin-1
@@ -82,6 +83,11 @@ class Finding:
         # Findings are printed: no half surrogate pairs, which no terminal takes, and no whole essays.
         text = self.message.encode("utf-8", "replace").decode()
         object.__setattr__(self, "message", text if len(text) <= _LONGEST else text[:_LONGEST] + " ...")
+
+    @property
+    def sentence(self) -> str:
+        """Return the message as it is understood without the title of its kind."""
+        return self.message if self.kind in _SENTENCES else f"{KINDS[self.kind].title}: {self.message}"
 
     @property
     def severity(self) -> Severity:

@@ -12,6 +12,7 @@ from .errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
+ORIENTATION = 0x0112  # EXIF's tag: values above 4 are pictures stored on their side
 ImagePolicy = Literal["raise", "skip", "replace"]
 """What to do with a picture that cannot be read: stop, leave its record out, or show a plain picture in its place."""
 
@@ -67,6 +68,18 @@ def load_image(path: str | Path, *, longest: int | None = None, shortest: int | 
     raise ImageError(f"{path}: cannot read this picture: {reason}")
 
 
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Return (height, width) of the upright picture in `path` by its header. Raises `ImageError`."""
+    from PIL import Image
+
+    try:
+        with Image.open(opened(path)) as image:
+            width, height = image.size
+            return (width, height) if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8) else (height, width)
+    except Exception as error:  # PIL's plugins raise whatever they trip over
+        raise ImageError(f"{path}: cannot read this picture: {error or type(error).__name__}") from None
+
+
 def opened(path: str | Path) -> str | Path | BytesIO:
     """Return what PIL opens: the path, or the bytes of a stored picture. Raises `FileNotFoundError`."""
     if isinstance(path, StoredPicture):
@@ -77,12 +90,26 @@ def opened(path: str | Path) -> str | Path | BytesIO:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture of any mode as RGB: 16-bit grey scaled to 8 bits, alpha dropped as LLaVA does."""
+    """Return a picture of any mode as RGB: grey of more than 8 bits scaled to them, alpha dropped as LLaVA does.
+
+    Floats mean shares of 1 if none is larger, grey levels if none is above 255, and else shares of the largest.
+    """
+    if image.mode == "F":
+        scale = _levels(image)
+        image = image.point(lambda value: value * scale).convert("L")
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.mode == "P":
         image = image.convert("RGBA")  # palettes with transparency make PIL warn otherwise
     return image.convert("RGB")
+
+
+def _levels(image: Image.Image) -> float:
+    """Return what the floats of a picture are multiplied by to be grey levels of 0 to 255."""
+    import numpy as np
+
+    largest = float(np.nan_to_num(np.asarray(image), posinf=0.0).max())
+    return 255.0 if largest <= 1 else 1.0 if largest <= 255 else 255 / largest
 
 
 def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from .errors import DataError
 
@@ -31,6 +32,52 @@ def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None
             yield from _Reader(path, file, on_error).objects()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+class Part(NamedTuple):
+    """A part of a JSON file: bytes `start` to `end` of JSON lines, from `line` on, or every `step`-th of a list."""
+
+    path: str
+    start: int
+    end: int
+    line: int
+    step: int = 0
+
+
+def parts_of(path: Path, count: int, processes: int = 1) -> list[Part]:
+    """Return about `count` parts of a file of JSON lines; of a list, which must be read as a whole, `processes` parts.
+
+    Every object lies in one of them; `read_part` reads it. Raises `DataError`: no such file.
+    """
+    if not path.is_file():
+        raise DataError(missing_file(path))
+    with path.open("rb") as file:
+        if file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").startswith(b"["):
+            return [Part(str(path), first, 0, 1, processes) for first in range(processes)]
+        size = path.stat().st_size
+        file.seek(0)
+        parts: list[Part] = []
+        start, at, first = 0, 0, 1
+        for number, line in enumerate(file, start=2):
+            at += len(line)
+            if at >= size * (len(parts) + 1) // count:
+                parts.append(Part(str(path), start, at, first))
+                start, first = at, number
+    return parts
+
+
+def read_part(part: Part, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[int, object]]:
+    """Yield (line, value) of each object in a part, like `read_objects`."""
+    path = Path(part.path)
+    if part.step:
+        for number, pair in enumerate(read_objects(path, on_error)):
+            if number % part.step == part.start:
+                yield pair
+        return
+    with path.open("rb") as file:
+        file.seek(part.start)
+        content = file.read(part.end - part.start).decode("utf-8", "surrogateescape")
+    yield from _Reader(path, io.StringIO(content.removeprefix("\ufeff")), on_error, part.line).lines()
 
 
 def write_objects(path: Path, objects: Iterable[object]) -> int:
@@ -66,9 +113,9 @@ def missing_file(path: Path) -> str:
 class _Reader:
     """A window on the file: `text[at:]` is not consumed yet, `line` is the number of the line `at` stands on."""
 
-    def __init__(self, path: Path, file: TextIO, on_error: Callable[[DataError], None] | None) -> None:
+    def __init__(self, path: Path, file: TextIO, on_error: Callable[[DataError], None] | None, line: int = 1) -> None:
         self.path, self.file, self.on_error = path, file, on_error
-        self.text, self.at, self.line = "", 0, 1
+        self.text, self.at, self.line = "", 0, line
 
     def objects(self) -> Iterator[tuple[int, object]]:
         """Yield (line, value) of every element."""
@@ -76,7 +123,7 @@ class _Reader:
             self._advance(self.at + 1)
             yield from self._elements()
         else:
-            yield from self._lines()
+            yield from self.lines()
 
     def _elements(self) -> Iterator[tuple[int, object]]:
         following = self._skip()
@@ -98,7 +145,8 @@ class _Reader:
         if self._skip():
             raise self._error(self.at, "text after the end of the list")
 
-    def _lines(self) -> Iterator[tuple[int, object]]:
+    def lines(self) -> Iterator[tuple[int, object]]:
+        """Yield (line, value) of every line."""
         while self._skip():
             end = self._line_end()
             broken = self._not_utf8(end)
@@ -144,7 +192,9 @@ class _Reader:
             except json.JSONDecodeError as error:
                 # It may only be cut off by the end of the window.
                 if not self._more():
-                    raise self._error(error.pos, error.msg) from None
+                    ended = not self.text[error.pos :].strip() or error.msg.startswith("Unterminated string")
+                    message = "the file ends in the middle of the list" if ended else error.msg
+                    raise self._error(error.pos, message) from None
             except (ValueError, RecursionError) as error:
                 raise self._error(self.at, str(error)) from None
             else:

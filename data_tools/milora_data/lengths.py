@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from .anyres import Tiling
 from .encode import NothingToLearn, encode
+from .images import ImageError, picture_size, place_of
 from .records import Record
 from .tokens import fast_backend
 
@@ -26,26 +28,31 @@ def encoded_lengths(
     image_tokens: int,
     max_length: int | None = None,
     beside: Path | None = None,
+    tiling: Tiling | None = None,
+    image_folder: str | Path | None = None,
 ) -> list[int]:
     """Return the number of tokens of each record, at most `max_length`; a bar shows how far it is.
 
     `beside` is the data file: the lengths are kept next to it (NAME.lengths-KEY.npy) and used again for the same
     records, tokenizer and template. A folder that cannot be written to is no error. Raises `DataError` like `encode`.
+    With `tiling`, a picture takes as many tokens as its size below `image_folder` asks for.
     """
-    cache = (
-        None if beside is None else beside.with_name(f"{beside.name}.lengths-{_key(records, tokenizer, template)}.npy")
-    )
+    key = _key(records, tokenizer, template, tiling)
+    cache = None if beside is None else beside.with_name(f"{beside.name}.lengths-{key}.npy")
     if cache is not None and cache.is_file():
         texts, pictures = np.load(cache)
     else:
-        texts, pictures = _counted(records, tokenizer, template)
+        texts, pictures = _counted(records, tokenizer, template, tiling, Path(image_folder or ""))
         if cache is not None:
             _keep(cache, np.stack([texts, pictures]))
-    lengths = texts + image_tokens * pictures
+    lengths = texts + (pictures if tiling else image_tokens * pictures)
     return list(map(int, lengths if max_length is None else np.minimum(lengths, max_length)))
 
 
-def _counted(records: Sequence[Record], tokenizer: Any, template: str) -> tuple[np.ndarray, np.ndarray]:
+def _counted(
+    records: Sequence[Record], tokenizer: Any, template: str, tiling: Tiling | None, folder: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of texts, and the number of pictures or, where they are tiled, that of their tokens."""
     from tqdm import tqdm
 
     counts = np.zeros((2, len(records)), dtype=np.int64)
@@ -55,16 +62,30 @@ def _counted(records: Sequence[Record], tokenizer: Any, template: str) -> tuple[
             made = encode(record, tokenizer, template=template, image_token_id=-1, image_tokens=0)
         except NothingToLearn:
             continue  # the collator leaves it out
-        counts[:, number] = len(made.input_ids), made.num_images
+        counts[0, number] = len(made.input_ids)
+        counts[1, number] = sum(
+            _num_tokens(place_of(folder, name), tiling) for name in record.images[: made.num_images]
+        )
     return counts[0], counts[1]
 
 
-def _key(records: Sequence[Record], tokenizer: Any, template: str) -> str:
-    found = hashlib.blake2b(digest_size=6)
+def _num_tokens(picture: str | Path, tiling: Tiling | None) -> int:
+    if tiling is None:
+        return 1
+    try:
+        return tiling.num_tokens(*picture_size(picture))
+    except ImageError:  # the collator leaves it out, or shows a plain one
+        return tiling.num_tokens(1, 1)
+
+
+def _key(records: Sequence[Record], tokenizer: Any, template: str, tiling: Tiling | None) -> str:
+    found = hashlib.blake2b(f"{tiling}\0".encode() if tiling else b"", digest_size=6)
     found.update(f"{template}\0{fast_backend(tokenizer).to_str()}\0{tokenizer.eos_token}\0".encode())
     for record in records:
         text = "\0".join([str(len(record.images)), *(f"{turn.role}\1{turn.text}" for turn in record.turns)])
         found.update(text.encode("utf-8", "surrogatepass"))
+        if tiling is not None:
+            found.update("\0".join(record.images).encode("utf-8", "surrogatepass"))
     return found.hexdigest()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,22 +44,31 @@ def read_sources(path: Path) -> tuple[list[Source], int]:
     return [_source(entry, path.parent, f"{path}: source {number}") for number, entry in enumerate(entries, 1)], seed
 
 
-def mixed_records(sources: Sequence[Source], seed: int = 0) -> Iterator[Record]:
+def mixed_records(
+    sources: Sequence[Source], seed: int = 0, read: Callable[[str], Iterator[Record]] = load_records
+) -> Iterator[Record]:
     """Yield the records of all sources, one source after the other, each as often as its weight says.
 
-    Names of pictures are joined to the image folder of their source. Raises `DataError` like `load_records`.
+    Names of pictures are joined to the image folder of their source. Raises what `read` raises.
     """
     for number, source in enumerate(sources):
         chance = random.Random(f"{seed} {number}")
         times, share = divmod(source.weight, 1)
-        for record in load_records(source.path):
+        for record in read(source.path):
             copies = int(times) + (chance.random() < share)
-            if copies and source.image_folder is not None:
-                folder = Path(source.image_folder)
-                names = (n if isinstance(n, StoredPicture) else str((folder / n).absolute()) for n in record.images)
-                record = replace(record, images=tuple(names))
+            if copies:
+                record = within(record, source.image_folder)
             for _ in range(copies):
                 yield record
+
+
+def within(record: Record, image_folder: str | None) -> Record:
+    """Return a record whose pictures are named from anywhere: below the image folder of its source, if it has one."""
+    if image_folder is None:
+        return record
+    folder = Path(image_folder)
+    names = (n if isinstance(n, StoredPicture) else str((folder / n).absolute()) for n in record.images)
+    return replace(record, images=tuple(names))
 
 
 def _source(entry: Any, folder: Path, place: str) -> Source:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import DataError
-from .images import ImageError, StoredPicture, load_image, opened, place_of
+from .images import ORIENTATION, ImageError, StoredPicture, load_image, opened, place_of
 from .records import Record
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ SUFFIXES = {
     ".tif": ("TIFF",),
     ".tiff": ("TIFF",),
 }
-_ORIENTATION = 0x0112
 
 
 class MissingImages(DataError):
@@ -98,8 +97,8 @@ def _peculiarities(image: Image.Image, suffix: str) -> Iterator[tuple[str, str]]
     size = f"{width:,} x {height:,}"
     if suffix in SUFFIXES and image.format not in SUFFIXES[suffix]:
         yield "wrong_suffix", f"{image.format} inside"
-    if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
-        yield "rotated_picture", f"EXIF orientation {image.getexif()[_ORIENTATION]}"
+    if image.getexif().get(ORIENTATION, 1) not in (0, 1):
+        yield "rotated_picture", f"EXIF orientation {image.getexif()[ORIENTATION]}"
     if image.mode == "CMYK":
         yield "cmyk_picture", size
     if image.mode.startswith(("I", "F")):

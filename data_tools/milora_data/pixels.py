@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AspectRatio = Literal["pad", "plain"]
+AspectRatio = Literal["pad", "plain", "anyres"]
 JpegDecoding = Literal["exact", "draft"]
 """`draft` decodes a large JPEG at a half, quarter or eighth of its size, never below twice what is needed."""
 
@@ -44,20 +44,32 @@ class PixelMaker:
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
         """Return the pixel values of pictures that `read` or `prepare` gave, in order."""
+        return self.inputs(images)["pixel_values"]
+
+    def inputs(self, images: Sequence[Any]) -> dict[str, Tensor]:
+        """Return what the model takes: pixel_values, and image_sizes (num_images, 2) where pictures are tiled.
+
+        Tiled, pixel_values are (num_images, tiles, 3, height, width), with zeros for the tiles that a picture lacks.
+        """
         # What is square already is not padded again; a processor that pads by itself must not do so for "plain".
-        options = {"do_pad": False} if self.image_processor.to_dict().get("do_pad") else {}
-        return self.image_processor(images=list(images), return_tensors="pt", **options)["pixel_values"]
+        padding = self.aspect_ratio != "anyres" and self.image_processor.to_dict().get("do_pad")
+        options = {"do_pad": False} if padding else {}
+        return dict(self.image_processor(images=list(images), return_tensors="pt", **options))
 
     def read(self, path: str | Path) -> Any:
         """Return the picture in `path`, small and square if that is what the processor would make of it.
 
         Raises `ImageError` for a file that cannot be read.
         """
+        if self.aspect_ratio == "anyres":  # how it is tiled depends on its true size
+            return load_image(path)
         least = 2 * self.side if self.jpeg_decoding == "draft" else None
         return self.prepare(load_image(path, longest=least if self.aspect_ratio == "pad" else None, shortest=least))
 
     def prepare(self, image: Image.Image) -> Any:
         """Return an RGB picture as this maker takes it."""
+        if self.aspect_ratio == "anyres":
+            return image
         if self.aspect_ratio == "plain":
             return _middle(image)
         if self._two_passes:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--format", choices=("human", "json"), default="human", help="(default: %(default)s)")
     chosen = options.parse_args(argv)
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
-    records = list(load_records(chosen.data))
+    records = _read(chosen.data)
     if not records:
         raise DataError(f"{chosen.data}: no records")
     content = statistics(records)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     content["duplicates"] = duplicate_statistics(records, folder, chosen.copies)
     if chosen.against is not None:
         folders = (folder, image_folder(chosen.against, chosen.against_image_folder))
-        content["leakage"] = leakage(records, list(load_records(chosen.against)), folders, chosen.copies)
+        content["leakage"] = leakage(records, _read(chosen.against), folders, chosen.copies)
     elif chosen.against_image_folder is not None:
         raise UserError("--against_image_folder needs --against TEST")
     if tokenizer is not None:
@@ -70,6 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         else f"{chosen.data}\n" + as_text(content, chosen.limit)
     )
     return 0
+
+
+def _read(path: Path) -> list[Record]:
+    try:
+        return list(load_records(path))
+    except DataError as error:
+        if not path.is_file():
+            raise
+        hint = f"see: python -m milora_data check {path}; --fix OUT writes what is usable, which can be counted"
+        raise DataError(f"{error}\n{hint}") from None
 
 
 def statistics(records: Sequence[Record]) -> dict[str, Any]:

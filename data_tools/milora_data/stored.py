@@ -27,21 +27,31 @@ def stored_records(source: str, options: Options | None = None) -> Iterator[Reco
     Rows are LLaVA records, `messages`, or have columns for picture, question and answer, or picture and caption.
     Raises `DataError` with the number of the row.
     """
-    for number, row in enumerate(rows(source)):
-        place = f"{source}:{number}"
-        if "conversations" in row or "messages" in row:
-            yield parse_record({key: value for key, value in row.items() if value is not None}, source=place)
-        else:
-            yield parse_record(row_record(row, options or Options(), place=place, identifier=str(number)), source=place)
+    for item in stored_items(source, options):
+        if isinstance(item, DataError):
+            raise item
+        yield item
 
 
-def rows(source: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a source as dicts, their pictures as `StoredPicture`."""
-    for number, row in enumerate(_dataset(source)):
-        yield {key: value for key, value in _plain(dict(row), number).items() if value is not None}
+def stored_items(source: str, options: Options | None = None) -> Iterator[Record | DataError]:
+    """Yield the records of a source, and in the place of a row that is none what is wrong with it."""
+    for number, row in enumerate(open_stored(source)):
+        try:
+            yield row_to_record(row, f"{source}:{number}", str(number), options)
+        except DataError as error:
+            yield error
 
 
-def _dataset(source: str) -> Any:
+def row_to_record(row: Mapping[str, Any], place: str, number: str, options: Options | None = None) -> Record:
+    """Return the record of one row of `open_stored`; `number` is its id unless it has one. Raises `DataError`."""
+    plain = {key: value for key, value in _plain(row, number).items() if value is not None}
+    if "conversations" in plain or "messages" in plain:
+        return parse_record(plain, source=place)
+    return parse_record(row_record(plain, options or Options(), place=place, identifier=number), source=place)
+
+
+def open_stored(source: str) -> Any:
+    """Return a source as a `datasets.IterableDataset` whose pictures are not decoded. Raises `UserError`."""
     import datasets
 
     try:
@@ -74,7 +84,7 @@ def _inner(feature: Any) -> Any:
     return feature[0] if isinstance(feature, list) and feature else None
 
 
-def _plain(row: dict[str, Any], number: int) -> dict[str, Any]:
+def _plain(row: Mapping[str, Any], number: str) -> dict[str, Any]:
     """Return a row with its pictures as `StoredPicture`, and with the names that webdataset shards have replaced."""
     made: dict[str, Any] = {}
     for key, value in row.items():
@@ -87,7 +97,7 @@ def _plain(row: dict[str, Any], number: int) -> dict[str, Any]:
         elif isinstance(value, list) and value and all(map(_is_picture, value)):
             made[key] = [_picture(item, f"{number}-{place}") for place, item in enumerate(value)]
         elif _is_picture(value):
-            made["image" if key in ("jpg", "jpeg", "png", "webp") else key] = _picture(value, str(number))
+            made["image" if key in ("jpg", "jpeg", "png", "webp") else key] = _picture(value, number)
         else:
             made[key] = value
     names = [name for name in COLUMNS["image"] if made.get(name) is not None]

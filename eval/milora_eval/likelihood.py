@@ -10,7 +10,8 @@ import torch
 
 from milora_data.images import expand_to_square, load_image, to_rgb
 from milora_vl.generate import Prompt, prompt_ids
-from milora_vl.models import image_token_id, image_tokens, split_processor
+from milora_vl.image_tokens import image_token_id, image_tokens
+from milora_vl.models import split_processor
 
 
 def loglikelihoods(

@@ -29,7 +29,7 @@ class Plan:
     benchmarks: tuple[Benchmark, ...]
     data_dir: Path
     template: str = "vicuna_v1"
-    image_aspect_ratio: Literal["pad", "plain"] = "pad"
+    image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad"
     limit: int | None = None
     shard: tuple[int, int] = (1, 1)
     batch_size: int = 16

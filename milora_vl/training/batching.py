@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Batching:
     """What decides the number of steps. `max_steps` of -1 means: by epochs."""
 
-    num_records: int
+    num_records: int | None  # None: a stream
     per_device: int
     accumulation: int = 1
     num_devices: int = 1
@@ -25,7 +25,9 @@ class Batching:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every record once."""
+        """Optimizer steps that see every record once; of a stream, whose end is not known, all steps of the run."""
+        if self.num_records is None:
+            return self.max_steps
         round_ = math.floor if self.drop_last else math.ceil
         batches = round_(self.num_records / (self.per_device * self.num_devices))
         return max(batches // self.accumulation + (batches % self.accumulation > 0), 1)
@@ -48,4 +50,6 @@ class Batching:
 
     def describe_steps(self) -> str:
         """Steps, and how often each record is seen."""
+        if self.num_records is None:
+            return f"{self.steps:,} ({self.steps * self.total:,} records of a stream)"
         return f"{self.steps:,} ({self.steps / self.steps_per_epoch:.3g} epochs of {self.num_records:,} records)"

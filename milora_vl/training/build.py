@@ -62,6 +62,25 @@ def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:
     return recipe.model_copy(update={"policy": rules})
 
 
+def picture_warnings(recipe: Recipe, base: nn.Module) -> list[str]:
+    """How this model sees pictures in another way than the recipe says, and what max_length would cut of them."""
+    from milora_vl.image_tokens import tiling_of
+
+    tiling = tiling_of(cast("Any", base).config)
+    if tiling is None:
+        return []
+    said = []
+    if recipe.data.image_aspect_ratio == "pad":
+        said.append(f"this model sees pictures in tiles of {tiling.tile} pixels (image_aspect_ratio anyres, not pad)")
+    if tiling.most_tokens < recipe.data.max_length:
+        return said
+    return [
+        *said,
+        f"a picture takes up to {tiling.most_tokens:,} tokens: at max_length {recipe.data.max_length:,} large ones are "
+        "left out, with all that follows them (--max_length 4096)",
+    ]
+
+
 def targets_of(recipe: Recipe, base: nn.Module) -> list[Target]:
     """The resolved policy on a model. UserError with every fault of the rules."""
     try:

@@ -18,6 +18,7 @@ from torch import nn
 from milora_data.errors import UserError
 from milora_vl import models
 from milora_vl.config import Recipe
+from milora_vl.image_tokens import image_tokens
 from milora_vl.policy import Target
 from milora_vl.towers import TOWERS, find_towers
 from milora_vl.training import bases, build, first_batch, packages, run_data, run_folder, settings, training_args
@@ -113,19 +114,19 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
         return None, None
     read = run_data.read(recipe.data)
     sees = find_towers(base).vision is not None
-    image_tokens = models.image_tokens(config) if sees else 0
+    num_tokens = image_tokens(config) if sees else 0
     tokenizer = tokenizer_at_hand(recipe.model)
     first = read.train[: recipe.train.get("per_device_train_batch_size", 8)]
     counts = first_batch.count(
         first,
         template=recipe.template,
         tokenizer=tokenizer,
-        image_tokens=image_tokens,
+        image_tokens=num_tokens,
         max_length=recipe.data.max_length,
     )
     screen.say(f"\ndata   {len(read.train):,} records, {read.num_with_images:,} with pictures")
     screen.say(f"first batch: {len(first)} records, {counts.describe()}   (> is learnt, . is only read)")
-    for line in first_batch.lines(first, template=recipe.template, image_tokens=image_tokens, tokenizer=tokenizer):
+    for line in first_batch.lines(first, template=recipe.template, image_tokens=num_tokens, tokenizer=tokenizer):
         screen.say(line)
     return counts, len(read.train)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from milora_vl.image_tokens import image_tokens
 from milora_vl.policy import Target
 from milora_vl.towers import find_towers
 from milora_vl.training import fit
@@ -90,7 +91,6 @@ def activations(config: Any, base: nn.Module, targets: Sequence[Target], shape: 
 
 def shape_of(config: Any, plan: Plan, counts: Counts, *, checkpointing: bool) -> Shape:
     """What one device computes in a micro-step of a plan."""
-    from milora_vl import models
 
     sees = "vision_config" in config.to_dict()
     return Shape(
@@ -98,7 +98,7 @@ def shape_of(config: Any, plan: Plan, counts: Counts, *, checkpointing: bool) ->
         tokens=max(plan.tokens, 2),
         learnt=int(counts.learnt * plan.records),
         pictures=plan.records if sees else 0,
-        image_tokens=models.image_tokens(config) if sees else 0,
+        image_tokens=image_tokens(config) if sees else 0,
         half=plan.half,
         checkpointing=checkpointing,
         base_dtype=torch.bfloat16 if plan.half else torch.float32,

@@ -6,8 +6,9 @@ import gc
 import signal
 import time
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from milora_data.errors import UserError
 from milora_vl.training import checkpoints, evaluation, packages, run_data, run_folder, settings
@@ -16,12 +17,16 @@ from milora_vl.training.batching import Batching
 from milora_vl.training.checkpoints import step_of
 from milora_vl.training.screen import Screen, policy_rows, trainable_line
 
+if TYPE_CHECKING:
+    from milora_data.features import FeatureReader
+
 # What the collator counts, in words.
 WHAT_HAPPENED = {
     "skipped": "a record was left out because a picture of it is missing or broken",
     "replaced": "a missing or broken picture was replaced by a plain one",
     "unlearnable": "a record was left out because nothing of its answers is left within --max_length",
     "cut": "a record was cut to --max_length",
+    "broken": "a broken record was left out (python -m milora_data check)",
 }
 
 
@@ -62,7 +67,7 @@ class Run:
         if self.data.skipped:
             self.screen.warn(f"{self.data.skipped:,} records with missing pictures are left out (--bad_images skip)")
         for finding in self.data.broken[:5]:
-            self.screen.warn(f"{finding.where}: {finding.message}")
+            self.screen.warn(f"{finding.where}: {finding.sentence}")
         if self.data.broken:
             self.screen.warn(f"{len(self.data.broken):,} broken records are left out (python -m milora_data check)")
         if self.data.unlearnable:
@@ -70,14 +75,14 @@ class Run:
         from milora_vl.training import resuming, training_args
 
         self.args, warnings = training_args.make(self.recipe, self.folder.path)
-        self._count_steps(len(self.data.train))
+        self._count_steps(None if self.recipe.data.streaming else len(self.data.train))
         if self.folder.checkpoint is not None:
             stage = training_args.zero_stage(self.args)
             warnings += resuming.check(self.folder.checkpoint, processes=self.args.world_size, stage=stage)
         for warning in [*warnings, *self._warnings()]:
             self.screen.warn(warning)
 
-    def _count_steps(self, num_items: int) -> None:
+    def _count_steps(self, num_items: int | None) -> None:
         self.batching = Batching(
             num_records=num_items,
             per_device=self.args.per_device_train_batch_size,
@@ -113,6 +118,8 @@ class Run:
             self.base, self.processor = build.load_base(self.recipe, dtype, training_args.load_device(self.args))
         self.dtype = dtype
         self.recipe = build.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
+        for warning in build.picture_warnings(self.recipe, self.base):
+            self.screen.warn(warning)
 
     def arrange_data(self) -> None:
         """Count tokens where the recipe groups records by length, and pack them where it asks for that."""
@@ -126,6 +133,11 @@ class Run:
             self.lengths = None
             self.screen.say(line)
             self._count_steps(len(self.items))
+        if self.recipe.data.streaming:
+            from milora_vl.training import streaming
+
+            self.items = streaming.stream_of(self.recipe, self.args)
+            self.args.ignore_data_skip = True  # a resumed stream is where it was
 
     def apply_policy(self) -> None:
         """Make the adapters, or put a checkpoint's back; nothing of the base changes in the anchored form."""
@@ -186,6 +198,8 @@ class Run:
         from milora_vl.training.launch import calls_on_sigterm
 
         self.collator = run_files.collator(self.recipe, self.base, self.processor, self.data.train[:100])
+        if self.recipe.data.feature_cache:
+            self.collator.features = self._features(Path(self.recipe.data.feature_cache))
         self.trainer = MiloraTrainer(
             self.built.model,
             self.args,
@@ -197,6 +211,7 @@ class Run:
             processing_class=self.processor,
             lengths=self.lengths,
             kinds=[bool(record.images) for record in self.data.train],
+            stream_from=self.folder.checkpoint,
         )
         checkpoint = self.folder.checkpoint
         if checkpoint is not None and self.has_all_steps():
@@ -223,6 +238,18 @@ class Run:
         for what, count in self.collator.counts().items():
             if count:
                 self.screen.warn(f"{count:,} times while training: {WHAT_HAPPENED[what]}")
+
+    def _features(self, folder: Path) -> FeatureReader:
+        """What the frozen tower makes of all pictures, from the cache or computed now."""
+        from milora_data.images import place_of
+        from milora_vl.training import features
+
+        features.check(self.base, self.built.targets)
+        records = chain(self.data.train, self.data.evaluation or ())
+        names = dict.fromkeys(name for record in records for name in record.images)
+        places = [place_of(self.collator.image_folder, name) for name in names]
+        maker = self.collator.maker()
+        return features.prepare(folder, self.base, maker, self.collator.tiling, places, self.args, self.screen)
 
     def has_all_steps(self) -> bool:
         """Whether only the end of the run was lost: HF's loop would make one more step before it sees max_steps."""
@@ -292,7 +319,7 @@ class Run:
         precision = "bf16 autocast" if self.args.bf16 else "fp16 autocast" if self.args.fp16 else "no autocast"
         rows = [
             ("model", f"{recipe.model}{source}"),
-            ("data", f"{len(self.data.train):,} records, {self.data.num_with_images:,} with pictures"),
+            ("data", self.data.describe()),
             ("batch", counted.describe() + beside),
             ("steps", counted.describe_steps()),
             ("dtype", f"{str(self.dtype).removeprefix('torch.')} base, {precision}, on {self.args.device}"),

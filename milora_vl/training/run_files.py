@@ -12,7 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_model_param_count
 
+from milora_data.anyres import Tiling
 from milora_data.collate import ImageTextCollator
+from milora_data.errors import UserError
 from milora_data.lengths import encoded_lengths
 from milora_data.pack import PackedRecords, fill, pack
 from milora_data.records import Record
@@ -20,6 +22,7 @@ from milora_data.templates import render_chat_template
 from milora_data.tokens import remember_legacy
 from milora_vl import models
 from milora_vl.config import Recipe, load
+from milora_vl.image_tokens import image_token_id, image_tokens, tiling_of
 from milora_vl.spectrum import layer_spectra
 from milora_vl.towers import find_towers
 from milora_vl.training.build import Built, targets_of
@@ -33,8 +36,8 @@ def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Seque
         tokenizer,
         image_processor,
         template=recipe.template,
-        image_tokens=models.image_tokens(base.config) if reads_pictures else 0,
-        image_token_id=models.image_token_id(base.config) if reads_pictures else -1,
+        image_tokens=image_tokens(base.config) if reads_pictures else 0,
+        image_token_id=image_token_id(base.config) if reads_pictures else -1,
         image_folder=recipe.data.image_folder,
         max_length=recipe.data.max_length,
         image_aspect_ratio=recipe.data.image_aspect_ratio,
@@ -42,7 +45,21 @@ def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Seque
         jpeg_decoding=recipe.data.jpeg_decoding,
         packing="flat" if recipe.attn_implementation == "flash_attention_2" else "rows",
         substitutes=substitutes,
+        tiling=_tiling(recipe, base),
     )
+
+
+def _tiling(recipe: Recipe, base: nn.Module) -> Tiling | None:
+    """How the model tiles pictures, if it does. UserError where the recipe asks for another treatment."""
+    assert isinstance(base, PreTrainedModel)
+    tiling = tiling_of(base.config)
+    asked = recipe.data.image_aspect_ratio
+    if (asked == "anyres" and tiling is None) or (asked == "plain" and tiling is not None):
+        does = "sees a picture once: pad or plain" if tiling is None else "tiles its pictures: anyres"
+        raise UserError(f"data.image_aspect_ratio: {asked}, but {recipe.model} {does}")
+    if tiling is not None and recipe.data.jpeg_decoding == "draft":
+        raise UserError("data.jpeg_decoding: draft, but tiles are cut from pictures of full size: exact")
+    return tiling
 
 
 def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[Record]) -> list[int] | None:
@@ -53,8 +70,10 @@ def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[R
         records,
         models.split_processor(processor)[0],
         template=recipe.template,
-        image_tokens=models.image_tokens(base.config) if find_towers(base).vision is not None else 0,
+        image_tokens=image_tokens(base.config) if find_towers(base).vision is not None else 0,
         max_length=recipe.data.max_length,
+        tiling=_tiling(recipe, base),
+        image_folder=recipe.data.image_folder,
         beside=Path(recipe.data.path) if isinstance(recipe.data.path, str) else None,
     )
 

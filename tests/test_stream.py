@@ -1,0 +1,144 @@
+"""Records as a stream: every one comes, in its share, and a stream goes on exactly where another one was."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from milora_data.errors import DataError, UserError
+from milora_data.images import StoredPicture
+from milora_data.jsonfile import parts_of, read_objects, read_part
+from milora_data.mix import Source
+from milora_data.records import Record
+from milora_data.stream import record_stream
+
+loaders = pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` waits for 5 s at the end of each pass over shuffled shards, for the threads that have read them."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
+def ask(name: str, text: str = "Yes.", **more: Any) -> dict[str, Any]:
+    return {"id": name, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": text}], **more}
+
+
+def write(path: Path, names: list[str]) -> Path:
+    objects = [json.dumps(ask(name, "täxt\u2028" * (len(name) % 5))) for name in names]
+    path.write_text("[" + ",\n".join(objects) + "]" if path.suffix == ".json" else "\n".join(objects), encoding="utf-8")
+    return path
+
+
+def names(items: list[Any]) -> list[str]:
+    return [item.id if isinstance(item, Record) else str(item) for item in items]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("count", [1, 7, 64, 500])
+def test_the_parts_of_a_file_are_the_file(suffix: str, count: int, tmp_path: Path) -> None:
+    path = write(tmp_path / f"a.{suffix}", [f"r{i}" * (i % 4 + 1) for i in range(53)])
+    parts = parts_of(path, count, 3)
+    assert len(parts) == 3 if suffix == "json" else 1 <= len(parts) <= count
+    found = [pair for part in parts for pair in read_part(part)]
+    assert sorted(found, key=lambda pair: pair[0]) == list(read_objects(path))
+
+
+@pytest.mark.parametrize(
+    ("source", "world_size", "workers"),
+    [("a.jsonl", 1, 0), ("a.jsonl", 3, 2), ("a.json", 1, 0), ("a.json", 3, 2), ("a.parquet", 3, 0)],
+)
+def test_an_epoch_has_every_record_once_over_all_processes(
+    source: str, world_size: int, workers: int, tmp_path: Path
+) -> None:
+    import datasets
+
+    every = [f"r{i}" for i in range(48)]
+    path = write(tmp_path / source.replace("parquet", "jsonl"), every)
+    if source.endswith(".parquet"):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")]
+        path = tmp_path / source
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    found: list[str] = []
+    for rank in range(world_size):
+        stream = record_stream(path, shuffle_buffer=8, rank=rank, world_size=world_size, num_workers=workers)
+        share = iter(stream.rows)  # one epoch
+        found += [row["record"] for row in share]
+        assert len(names(list(islice(stream, 200)))) == 200  # and it never ends
+    assert len(set(found)) == len(found) == 48
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("buffer", [0, 16])
+@pytest.mark.parametrize("stop", [1, 23, 61])
+def test_a_stream_goes_on_with_exactly_what_was_due(workers: int, buffer: int, stop: int, tmp_path: Path) -> None:
+    mixture = [
+        Source(str(write(tmp_path / "a.jsonl", [f"a{i}" for i in range(90)])), 3.0),
+        Source(str(write(tmp_path / "b.json", [f"b{i}" for i in range(20)])), 1.0),
+    ]
+
+    def loader() -> Any:
+        stream = record_stream(mixture, seed=5, shuffle_buffer=buffer, num_workers=workers)
+        return loaders.StatefulDataLoader(stream, batch_size=4, collate_fn=names, num_workers=workers)
+
+    first = loader()
+    batches = iter(first)
+    before = list(islice(batches, stop))
+    state = first.state_dict()
+    due = list(islice(batches, 30))
+    second = loader()
+    second.load_state_dict(state)
+    assert list(islice(second, 30)) == due
+    counts = Counter(name[0] for batch in before + due for name in batch)
+    assert 0.5 < counts["a"] / (3 * counts["b"]) < 2
+
+
+def test_what_is_broken_comes_as_an_error_in_its_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ["one", "two", "three"])
+    lines = path.read_text(encoding="utf-8").split("\n")
+    path.write_text("\n".join([lines[0], "{", '{"text": 1}', *lines[1:]]), encoding="utf-8")
+    found = list(islice(record_stream(path, shuffle_buffer=0), 5))
+    errors = sorted(str(item).split("\n")[0] for item in found if isinstance(item, DataError))
+    assert sorted(item.id for item in found if isinstance(item, Record)) == ["one", "three", "two"]
+    assert errors[0].startswith(f"{path}:2: broken JSON")
+    assert errors[1].startswith(f'{path}:3: "conversations" must be a list')
+
+
+def test_a_list_that_breaks_off_gives_what_is_before_the_break_and_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", ["one", "two", "three"])
+    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
+    found = list(islice(record_stream(path, shuffle_buffer=0), 3))
+    assert names(found[:2]) == ["one", "two"]
+    assert "a.json:3: broken JSON: the file ends in the middle of the list" in str(found[2])
+
+
+def test_shards_of_pictures_stream_with_their_bytes(tmp_path: Path) -> None:
+    import datasets
+
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "red.png")
+    picture = {"bytes": (tmp_path / "red.png").read_bytes(), "path": None}
+    rows = {"image": [picture] * 3, "question": ["q"] * 3, "answer": ["a", "b", "c"]}
+    data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    for number in range(2):
+        data.to_parquet(tmp_path / f"part-{number}.parquet")
+    found = list(islice(record_stream(tmp_path / "part-*.parquet", shuffle_buffer=2), 6))
+    pictures = [item.images[0] for item in found if isinstance(item, Record)]
+    assert len(pictures) == 6
+    assert all(isinstance(picture, StoredPicture) and picture.content[:4] == b"\x89PNG" for picture in pictures)
+
+
+def test_mistakes_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        record_stream(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="no source has a weight"):
+        record_stream([Source("a.jsonl", 0.0)])
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="no records"):
+        record_stream(tmp_path / "empty.jsonl")
