@@ -71,11 +71,12 @@ def _source(entry: Any, place: str) -> SourceConfig:
 
 
 class EvalConfig(_Strict):
-    """What is evaluated after training, in a process of its own."""
+    """What is evaluated: suites after training, in a process of their own; forgetting during it."""
 
     suites: list[str] = []
     data: str | None = None
     limit: PositiveInt | None = None
+    forgetting_every: PositiveInt | None = None  # steps; None: not during training
 
 
 class Recipe(_Strict):

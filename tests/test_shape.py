@@ -25,6 +25,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/lora/peft_model.py:MiloraMixin.save_pretrained": "PeftModel's method",
     "milora_vl/timm_tower.py:TimmTower.forward": "LLaVA passes every vision tower the same keywords",
     "milora_vl/timm_tower.py:TimmTowerConfig.__init__": "PretrainedConfig's constructor",
+    "milora_vl/training/forgetting.py:ForgettingCallback.on_step_end": "TrainerCallback's hook",
     "milora_vl/trainer.py:LogBeforeSave.on_step_end": "TrainerCallback's hook",
 }
 # file -> why it asks an object for a name it may not have.

@@ -170,7 +170,7 @@ def refuse_mutating(folder: Path) -> None:
 
     They change the base: without their initial factors such a folder fits no untouched base.
     """
-    start = read_config(folder).init_lora_weights
+    start = read_config(folder, any_lora=True).init_lora_weights
     if isinstance(start, str) and start.split("_")[0] in ("pissa", "olora", "corda", "lora", "loftq"):
         raise UserError(f"{_no_initial(folder)}\n(its init_lora_weights is {json.dumps(start)})")
 

@@ -96,6 +96,17 @@ class Run:
             self.base, self.processor = build.load_base(self.recipe, dtype, training_args.load_device(self.args))
         self.dtype = dtype
         self.recipe = build.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
+        self._start_forgetting_probe()
+
+    def _start_forgetting_probe(self) -> None:
+        """Keep what the untouched base predicts, where forgetting is to be measured on the way."""
+        self.probe = None
+        if self.recipe.eval.forgetting_every:
+            from milora_vl.models import split_processor
+            from milora_vl.training.forgetting import Probe
+
+            with self.screen.step("keeping the base's predictions, for forgetting"):
+                self.probe = Probe(self.base, split_processor(self.processor)[0])
 
     def arrange_data(self) -> None:
         """Count tokens where the recipe groups records by length, and pack them where it asks for that."""
@@ -181,6 +192,10 @@ class Run:
             lengths=self.lengths,
             kinds=[bool(record.images) for record in self.data.train],
         )
+        if self.probe is not None and self.recipe.eval.forgetting_every:
+            from milora_vl.training.forgetting import ForgettingCallback
+
+            self.trainer.add_callback(ForgettingCallback(self.probe, self.recipe.eval.forgetting_every, self.trainer))
         checkpoint = self.folder.checkpoint
         if checkpoint is not None and self._has_all_steps(checkpoint):
             self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
