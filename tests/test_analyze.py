@@ -157,7 +157,8 @@ def test_a_wrong_base_and_a_place_without_files_are_refused(
     with pytest.raises(UserError, match="not the base model"):
         main([str(tmp_path / "adapter"), "--base", str(tmp_path / "other")])
     (tmp_path / "adapter" / "recipe.yaml").write_text("model: tiny\n")
-    assert main([str(tmp_path / "adapter"), "--base", str(tmp_path / "other"), "--allow-base-mismatch"]) == 0
+    flags = ["--base", str(tmp_path / "other"), "--allow-base-mismatch"]
+    assert main([str(tmp_path / "adapter"), *flags]) == 0
     assert "A lower factor does not by itself mean" in (tmp_path / "adapter" / "report.html").read_text()
     with pytest.raises(UserError, match="where shall the files go"):
         main(["tiny"])

@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_the_definition(pair: tuple[Any, Any, Any]) -> 
     assert {name: asdict(got)[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert got.kl == pytest.approx(got.cross_entropy - got.base_entropy)
     assert got.kl > 0.01
-    assert (got.n_documents, got.n_tokens) == (3, 5 * 39)
+    assert (got.n_documents, got.n_blocks, got.n_tokens) == (3, 5, 5 * 39)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

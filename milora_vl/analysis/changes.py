@@ -106,7 +106,8 @@ def read_changes(folder: Path, base: Weights, *, allow_base_mismatch: bool = Fal
             f"the adapter changes {len(missing):,} modules that {base.name} does not have, first {missing[0]}\n"
             "is it the right base?  --base NAME-OR-FOLDER"
         )
-    return changes
+    order = {path: place for place, (path, _) in enumerate(base.model.named_modules())}
+    return dict(sorted(changes.items(), key=lambda item: order[item[0]]))
 
 
 def changes_of_model(tuned: Weights, base: Weights) -> dict[str, Change]:

@@ -86,7 +86,7 @@ def _panels(
 ) -> Figure:
     from matplotlib.figure import Figure
 
-    columns = 1 if look.narrow else min(3, len(found))
+    columns = 1 if look.narrow else 2 if len(found) == 4 else min(3, len(found))
     lines = -(-len(found) // columns)
     with styled(look):
         figure = Figure(figsize=(look.width, 2.5 * lines + 0.2), layout="constrained")

@@ -48,6 +48,7 @@ class Forgetting:
     loss_change: float
     loss_change_stderr: float | None
     n_tokens: int
+    n_blocks: int
     n_documents: int
     text: str
 
@@ -168,6 +169,7 @@ def summary(sums: Tensor, documents: Sequence[str], what: str) -> Forgetting:
         loss_change=change,
         loss_change_stderr=change_error,
         n_tokens=int(tokens.sum()),
+        n_blocks=len(sums),
         n_documents=len(set(documents)),
         text=what,
     )
