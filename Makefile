@@ -9,12 +9,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format wheel clean
+.PHONY: help setup demo test test-all test-lowest check format bench docs wheel clean
 # An interrupted command must not cost the user a finished file.
 .PRECIOUS: $(DATA)/test.json $(RUN)/adapter_model.safetensors $(RUN)/eval/emoji/final/results.json
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PYTHON=python3.11 chooses the interpreter, RUN=runs/other the folder of the demo."
 
@@ -30,6 +30,13 @@ test: $(INSTALLED)  ## run the tests (minutes, CPU, offline)
 test-all: $(INSTALLED)  ## the slow tests too
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
+test-lowest: $(INSTALLED)  ## the tests with the oldest versions that pyproject.toml allows, in an environment of their own
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-lowest
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev]"
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llava-torch
+	.venv-lowest/bin/python -m pytest $(PYTEST_ARGS)
+
 check: $(INSTALLED)  ## lint, format, types, import direction, spelling: all of them, then the verdict
 	@status=0; for tool in "ruff check ." "ruff format --check ." mypy lint-imports codespell; do \
 	    echo "$$tool"; $(BIN)/$$tool || status=1; done; exit $$status
@@ -38,11 +45,18 @@ format: $(INSTALLED)  ## rewrite the code the way `check` wants it
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+bench: $(INSTALLED)  ## all benchmarks, one after the other (an hour): benchmarks/results.json, docs/performance.md
+	$(BIN)/python benchmarks/all.py
+
+docs: $(INSTALLED)  ## build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open $(abspath site)/index.html"
+
 wheel: $(INSTALLED)  ## build dist/*.whl
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:  ## remove caches and built files (never runs, data or the environment)
-	rm -rf build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf build dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
 
 # Debian's python3 comes without ensurepip; its pip can then install into the bare environment from outside.
 # llava-torch is LLaVA's own code, the truth that our masks are tested against; its pins (torch 2.1) are not taken over.

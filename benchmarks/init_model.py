@@ -1,8 +1,9 @@
 """A whole model's initialisation: ours, from the cache, PEFT's `pissa`, and a full SVD per layer; time, memory, errors.
 
-python benchmarks/init_model.py [--model smollm2|FOLDER] [--rank 32] [--out FOLDER]
+python benchmarks/init_model.py [--model smollm2|7b-block|FOLDER] [--rank 32] [--dtype float32|bfloat16]
 
-smollm2 is the language model of smol-llava (SmolLM2-135M, 210 linear layers); a FOLDER holds a transformers model.
+smollm2 is the language model of smol-llava (SmolLM2-135M, 210 linear layers); 7b-block holds the seven linear layers of
+one block of LLaMA-7B, Gaussian; a FOLDER holds a transformers model.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default="smollm2")
     options.add_argument("--rank", type=int, default=32)
-    options.add_argument("--out", type=Path)
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     chosen = options.parse_args()
-    model = language_model(chosen.model)
+    model = language_model(chosen.model, getattr(torch, chosen.dtype))
     policy = [{"modules": "language", "method": "milora", "rank": chosen.rank}]
     targets = Policy.parse(policy).resolve(model)
     rows = [*ours(model, targets), full(model, targets), pissa(model, targets, chosen.rank)]
@@ -45,19 +46,30 @@ def main() -> None:
     )
     for row in rows:
         table.add_row(row["way"], f"{row['seconds']:.2f}", f"{row['grew_mib']:.0f} MiB", row["layers"])
-    Console(width=140).print(table)
-    if chosen.out is not None:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        (chosen.out / "init_model.json").write_text(json.dumps(rows, indent=1) + "\n")
+    Console(stderr=True, width=140).print(table)
+    print(json.dumps(rows))
 
 
-def language_model(name: str) -> nn.Module:
+def language_model(name: str, dtype: torch.dtype) -> nn.Module:
     """The causal language model called so."""
     if name == "smollm2":
-        return load_model("smol-llava", dtype=torch.float32)[0].model.language_model
+        return load_model("smol-llava", dtype=dtype)[0].model.language_model
+    if name == "7b-block":
+        return block(hidden=4096, mlp=11008).to(dtype)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+
+
+def block(hidden: int, mlp: int) -> nn.Module:
+    """The linear layers of one block of LLaMA with Gaussian weights."""
+    shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (hidden, hidden))
+    shapes |= {"gate_proj": (hidden, mlp), "up_proj": (hidden, mlp), "down_proj": (mlp, hidden)}
+    layers = nn.ModuleDict({name: nn.Linear(*sizes, bias=False) for name, sizes in shapes.items()})
+    generator = torch.Generator().manual_seed(1)
+    for parameter in layers.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return layers
 
 
 def ours(model: nn.Module, targets: list[Target]) -> list[dict[str, Any]]:

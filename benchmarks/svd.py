@@ -6,8 +6,8 @@ python benchmarks/svd.py ranks                     ranks 8 to 512 at 4096 x 4096
 python benchmarks/svd.py principal                 principal part beside PEFT's pissa_niter_4
 python benchmarks/svd.py llama [--size 7b 13b]     every shape of a LLaMA, measured once, times its count; a plot
 
-Each prints a table and, with --out FOLDER, writes NAME.json (and a plot) there. Errors are true ones: the relative
-excess of the norm of the singular values, against those of the full decomposition.
+Each prints a table (stderr) and one JSON line; `llama` with --out FOLDER writes a plot there. Errors are true ones: the
+relative excess of the norm of the singular values, against those of the full decomposition.
 """
 
 from __future__ import annotations
@@ -45,11 +45,10 @@ def main() -> None:
     chosen = options.parse_args()
     rows = PARTS[chosen.part](chosen)
     show(rows, f"{chosen.part}: {torch.get_num_threads()} threads, torch {torch.__version__}, {chosen.device}")
-    if chosen.out is not None:
+    print(json.dumps(rows))
+    if chosen.out is not None and chosen.part == "llama":
         chosen.out.mkdir(parents=True, exist_ok=True)
-        (chosen.out / f"{chosen.part}.json").write_text(json.dumps(rows, indent=1) + "\n")
-        if chosen.part == "llama":
-            plot(rows, chosen.out / "llama.png")
+        plot(rows, chosen.out / "llama.png")
 
 
 def headline(chosen: argparse.Namespace) -> list[dict[str, Any]]:
@@ -214,7 +213,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     table = Table(*columns, title=title)
     for entry in rows:
         table.add_row(*("" if entry.get(key) is None else cell(key, entry[key]) for key in columns))
-    Console(width=160).print(table)
+    Console(stderr=True, width=160).print(table)
 
 
 def cell(key: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""`python -m milora_vl.chat`: ask a model one question about a picture, or talk with it in the terminal.
+"""`python -m milora_vl.chat`: ask a model about a picture, or talk with it in the terminal or (`--web`) in a browser.
 
 Prompt as in training (`milora_data.templates`), answer greedy: what is said here is what an evaluation gets.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.command import parser, report, run, suggest
+from milora_data.command import count, parser, report, run, suggest
 from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_vl.adapter_folders import holds_adapter, holds_projector_alone
@@ -30,6 +32,7 @@ examples:
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png "What is this?"
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png --compare "What is this?"
   python -m milora_vl.chat --model smol-llava --adapter runs/demo        # a conversation; /quit to leave
+  python -m milora_vl.chat --model smol-llava --adapter runs/demo --web --compare
 """
 
 
@@ -39,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(options)
     picture = _open(options.image) if options.image else None
     chat = Chat.load(options)
+    if options.web:
+        from milora_vl.chat_web import serve
+
+        serve(chat, picture, options.port)
+        return 0
     if options.question is None:
         return converse(chat, picture)
     chat.start(picture)
@@ -82,30 +90,39 @@ class Chat:
 
     def ask(self, question: str) -> str:
         """Put a question and write the answer, with `compare` the base's first; only the tuned one is remembered."""
-        text = f"<image>\n{question}" if self.picture is not None and not self.turns else question
-        self.turns.append(Turn("user", text))
+        self.turns.append(self.user_turn(question, self.picture, self.turns))
         if self.compare:
-            with self.model.disable_adapter():
-                self._answer("base   ")
-        answer = self._answer("tuned  " if self.compare else "")
+            self._say("base   ", base=True)
+        answer = self._say("tuned  " if self.compare else "", base=False)
         self.turns.append(Turn("assistant", answer))
         return answer
 
-    def _answer(self, label: str) -> str:
+    @staticmethod
+    def user_turn(question: str, picture: Image.Image | None, turns: Sequence[Turn]) -> Turn:
+        """The question as a turn; the picture stands in the first one."""
+        return Turn("user", f"<image>\n{question}" if picture is not None and not turns else question)
+
+    def reply(self, turns: Sequence[Turn], picture: Image.Image | None, streamer: Any, *, base: bool) -> str:
+        """The answer to the last turn, of the base model if `base`; `streamer` gets its tokens as they come."""
         from milora_vl.generate import Prompt, generate
+
+        prompt = Prompt(tuple(turns), () if picture is None else (picture,))
+        with self.model.disable_adapter() if base else nullcontext():
+            (answer,) = generate(
+                self.model,
+                self.processor,
+                [prompt],
+                template=self.template,
+                max_new_tokens=self.max_new_tokens,
+                streamer=streamer,
+            )
+        return answer
+
+    def _say(self, label: str, *, base: bool) -> str:
         from milora_vl.models import split_processor
 
-        prompt = Prompt(tuple(self.turns), () if self.picture is None else (self.picture,))
         sys.stdout.write(label)
-        (answer,) = generate(
-            self.model,
-            self.processor,
-            [prompt],
-            template=self.template,
-            max_new_tokens=self.max_new_tokens,
-            streamer=_words(split_processor(self.processor)[0]),
-        )
-        return answer
+        return self.reply(self.turns, self.picture, _words(split_processor(self.processor)[0]), base=base)
 
 
 def converse(chat: Chat, picture: Image.Image | None = None) -> int:
@@ -183,6 +200,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--adapter", type=Path, help="folder of a fine-tuning, such as a run's output_dir")
     options.add_argument("--image", type=Path, help="the picture that the question is about")
     options.add_argument("--compare", action="store_true", help="show the base model's answer beside the tuned one's")
+    options.add_argument("--web", action="store_true", help="talk in a browser: pip install 'milora-vl[web]'")
+    options.add_argument("--port", type=count, default=7860, help="of --web; 0 is any free one (default: %(default)s)")
     options.add_argument("--max_new_tokens", type=int, default=256, help="length of an answer (default: %(default)s)")
     options.add_argument("--template", help="prompt format (default: that of the run's recipe.yaml, else vicuna_v1)")
     options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
@@ -196,6 +215,10 @@ def _check(options: argparse.Namespace) -> None:
 
     if options.template:
         template_name(options.template)
+    if options.web and options.question is not None:
+        raise UserError("--web takes no question: type it on the page\nwithout --web the question is answered here")
+    if options.web and find_spec("gradio") is None:
+        raise UserError("--web needs gradio, which is not installed\npip install 'milora-vl[web]'")
     adapter = options.adapter
     if adapter and not (holds_adapter(adapter) or holds_projector_alone(adapter)):
         raise UserError(

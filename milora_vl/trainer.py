@@ -95,7 +95,8 @@ class MiloraTrainer(Trainer):
                 decays=set(self.get_decay_parameter_names(opt_model)),
             )
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
-        return super().create_optimizer(model)
+        # transformers 4 calls this without a model and takes none.
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from milora_vl.svd import Part
+if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
+    from milora_vl.svd import Part
 
 RuleMethod = Literal["milora", "pissa", "random", "lora", "full", "frozen", "dora", "olora", "mica"]
 METHODS: tuple[RuleMethod, ...] = get_args(RuleMethod)

@@ -1,0 +1,100 @@
+"""What we want to reach, and where in the results of `benchmarks/all.py` it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Results = dict[str, Any]  # name of a part -> the JSON that its script printed
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """One figure: measured by `part`, at least (or, with `at_most`, at most) `goal`."""
+
+    what: str
+    against: str
+    part: str
+    value: Callable[[Any], float]
+    goal: float
+    unit: str = "x"
+    at_most: bool = False
+
+    def is_met(self, value: float) -> bool:
+        """Whether `value` reaches the goal."""
+        return value <= self.goal if self.at_most else value >= self.goal
+
+
+def _svd(shape: str, spectrum: str) -> Callable[[Any], float]:
+    return lambda rows: next(r["ratio"] for r in rows if r["shape"] == shape and r["spectrum"] == spectrum)
+
+
+def _way(rows: Any, way: str) -> float:
+    return next(float(row["seconds"]) for row in rows if row["way"] == way)
+
+
+def _cached(rows: Any) -> float:
+    return _way(rows, "milora_vl, from its cache") / _way(rows, "milora_vl")
+
+
+def _whole(rows: Any) -> float:
+    return next(float(row["ratio"]) for row in rows if row["layer"] == "all")
+
+
+def _anchored(result: Any) -> float:
+    return float(result["anchored"])
+
+
+SVD = "`torch.linalg.svd`, float32"
+LORA = "stock PEFT LoRA of rank r"
+GOALS = (
+    Goal("minor factors, r = 128, 4096 x 4096, Gaussian", SVD, "svd", _svd("4096x4096", "gaussian"), 10),
+    Goal("4096 x 4096, with a strong rank-64 part", SVD, "svd", _svd("4096x4096", "low-rank"), 10),
+    Goal("minor factors, r = 128, 4096 x 11008, Gaussian", SVD, "svd", _svd("4096x11008", "gaussian"), 18),
+    Goal("4096 x 11008, with a strong rank-64 part", SVD, "svd", _svd("4096x11008", "low-rank"), 18),
+    Goal("all 224 matrices of a 7B LLaMA", SVD + ", once per shape", "svd_7b", _whole, 14),
+    Goal("factors from the cache, 7B shapes, float32", "the first time", "cache_7b", _cached, 1 / 20, at_most=True),
+    Goal("factors of SmolLM2, 210 layers, r = 32", "", "smollm2", lambda r: _way(r, "milora_vl"), 8, " s", True),
+    Goal("the same from the cache", "", "smollm2", lambda r: _way(r, "milora_vl, from its cache"), 1, " s", True),
+    Goal("training step, anchored, 4096², r = 128, float32", LORA, "step", _anchored, 1.089, at_most=True),
+    Goal("training step, anchored, bfloat16", LORA, "step_bf16", _anchored, 1.089, at_most=True),
+    Goal(
+        "training step, anchored, bfloat16, checkpointing", LORA, "step_bf16_checkpointing", _anchored, 1.089, "x", True
+    ),
+    Goal("training step, residual, bfloat16", LORA, "step_bf16", lambda r: r["residual"], 1.02, at_most=True),
+    Goal("encode and mask, VQA records", "LLaVA's `preprocess_v1`", "data", lambda r: r["encode_VQA"]["ratio"], 5),
+    Goal("encode and mask, captions", "LLaVA's `preprocess_v1`", "data", lambda r: r["encode_captions"]["ratio"], 5),
+    Goal(
+        "encode and mask, conversations", "LLaVA's `preprocess_v1`", "data",
+        lambda r: r["encode_conversations"]["ratio"], 5,
+    ),
+    Goal("JPEG 640x480 to pixel values", "LLaVA's path", "data", lambda r: r["jpeg_640x480"]["ratio"], 1.5),
+    Goal("JPEG of 12 megapixels, draft decoding", "LLaVA's path", "data", lambda r: r["jpeg_12MP"]["ratio"], 4),
+    Goal("positions of packed rows that hold a token", "", "data", lambda r: 100 * r["packing"]["packed"], 95, " %"),
+    Goal(
+        "POPE-like questions, several per picture", "batch-1 generate", "eval", lambda r: r["speedup_over_batch1"], 3
+    ),
+    Goal("scoring 200 k VQAv2 answers", "the rules in plain Python", "eval", lambda r: r["scoring_speedup"], 5),
+    Goal("`import milora_vl`", "`import torch`", "imports", lambda r: r["added"], 0.2, " s more", True),
+    Goal("the slowest --help", "", "imports", lambda r: max(r["help"].values()), 1.5, " s", True),
+)  # fmt: skip
+
+# Why a goal is missed, and what was tried.
+THIN = (
+    "CPUs with matrix units multiply bfloat16 so fast that thin products cost far more than their count of operations: "
+    "512 x 4096 x 128 takes a fifth of the time of 512 x 4096 x 4096, not a thirty-second, in LoRA's own products too. "
+    "Joining the halves into one product would save a part of it and lose what they are for: "
+    "that equal halves cancel to the last bit"
+)
+STRONG = "strong singular values must be found and clipped before float32 suffices; a QR first, or float64, costs more"
+REASONS = {
+    "training step, anchored, bfloat16": THIN,
+    "training step, anchored, bfloat16, checkpointing": "the same; checkpointing repeats the forward products",
+    "all 224 matrices of a 7B LLaMA": (
+        "LAPACK needs some 12 s for 11008 x 4096 (gate, up), and 29 s for its transpose: "
+        "with the latter for all MLP matrices it would be 16 times"
+    ),
+    "4096 x 4096, with a strong rank-64 part": STRONG,
+    "4096 x 11008, with a strong rank-64 part": STRONG,
+}

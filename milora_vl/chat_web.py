@@ -1,0 +1,112 @@
+"""`python -m milora_vl.chat --web`: the same conversation on a page in the browser (gradio).
+
+With `--compare` the base model answers beside the tuned one; the conversation that both see is the tuned one's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from milora_data.errors import UserError
+from milora_data.records import Turn
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from milora_vl.chat import Chat
+
+HEIGHT = "60vh"
+Messages = list[dict[str, str]]
+
+
+def serve(chat: Chat, picture: Image.Image | None, port: int) -> None:
+    """Show the page on this machine alone until Ctrl-C. UserError if the port is taken."""
+    import gradio as gr
+
+    site = page(chat, picture)
+    try:
+        site.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            theme=gr.themes.Soft(
+                font=["system-ui", "sans-serif"], font_mono=["monospace"]
+            ),  # nothing from a font server
+            footer_links=[],
+        )
+    except OSError:
+        raise UserError(f"--port {port}: taken by another program\nname a free one, or 0 for any") from None
+    sys.stderr.write(f"open {site.local_url}     (Ctrl-C ends it)\n")
+    site.block_thread()
+
+
+def page(chat: Chat, picture: Image.Image | None) -> Any:
+    """Return the gradio page: picture, conversation (two beside each other with `compare`), question."""
+    import gradio as gr
+
+    labels = ["base model", "fine-tuned"] if chat.compare else ["answers"]
+    with gr.Blocks(title="milora-vl", analytics_enabled=False) as site:
+        turns = gr.State([])
+        with gr.Row():
+            image = gr.Image(picture, type="pil", label="picture", height=HEIGHT, min_width=300, buttons=[])
+            look = {"height": HEIGHT, "min_width": 300, "scale": 2, "render_markdown": False, "buttons": []}
+            logs = [gr.Chatbot(label=label, **look) for label in labels]
+        with gr.Row():
+            question = gr.Textbox(placeholder="What is this?", show_label=False, autofocus=True, scale=8)
+            ask = gr.Button("Ask", variant="primary", scale=1, min_width=100)
+            afresh = gr.Button("Start again", scale=1, min_width=100)
+
+        def respond(
+            asked: str, seen: Image.Image | None, said: list[Turn], *shown: Messages
+        ) -> Iterator[tuple[Any, ...]]:
+            if not asked.strip():
+                raise gr.Error("Type a question first.", print_exception=False)
+            try:
+                for told, now in answers(chat, asked.strip(), seen, said, list(shown)):
+                    yield ("", told, *now)
+            except UserError as error:
+                raise gr.Error(str(error), print_exception=False) from None
+
+        inputs, outputs = [question, image, turns, *logs], [question, turns, *logs]
+        for event in (ask.click, question.submit):
+            event(respond, inputs, outputs, concurrency_limit=1, concurrency_id="model", api_name=False)
+        for event in (afresh.click, image.change, *(log.clear for log in logs)):
+            event(lambda: ([], *([] for _ in logs)), None, [turns, *logs], api_name=False)
+    return site
+
+
+def answers(
+    chat: Chat, question: str, picture: Image.Image | None, turns: list[Turn], logs: list[Messages]
+) -> Iterator[tuple[list[Turn], list[Messages]]]:
+    """Yield the turns and what each log shows, again and again while the answers grow."""
+    asked = [*turns, chat.user_turn(question, picture, turns)]
+    logs = [[*log, {"role": "user", "content": question}, {"role": "assistant", "content": ""}] for log in logs]
+    for log in logs:
+        base = len(logs) == 2 and log is logs[0]
+        for text in _growing(chat, asked, picture, base=base):
+            log[-1] = {"role": "assistant", "content": text}
+            yield turns, logs
+    yield [*asked, Turn("assistant", logs[-1][-1]["content"])], logs
+
+
+def _growing(chat: Chat, turns: list[Turn], picture: Image.Image | None, *, base: bool) -> Iterator[str]:
+    """Yield an answer as far as it is known; the last one is whole. Errors of the model come out here."""
+    from transformers import TextIteratorStreamer
+
+    from milora_vl.models import split_processor
+
+    tokenizer: Any = split_processor(chat.processor)[0]
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        answer = pool.submit(chat.reply, turns, picture, streamer, base=base)
+        answer.add_done_callback(lambda _: streamer.end())  # type: ignore[no-untyped-call]  # an error ends it too
+        text = ""
+        for piece in streamer:
+            text += piece
+            yield text.lstrip()
+        yield answer.result()

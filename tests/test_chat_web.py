@@ -1,0 +1,85 @@
+"""What the page of `chat --web` shows, with real answers of a tiny model; the page itself where gradio is installed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_data.images import load_image
+from milora_data.records import Turn
+from milora_vl.chat import Chat, main
+from milora_vl.chat_web import answers, page
+from milora_vl.generate import Prompt, generate
+from milora_vl.models import load_model
+
+Options = argparse.Namespace
+
+
+@pytest.fixture
+def options() -> Options:
+    return Options(
+        model="tiny", adapter=None, template=None, device="cpu", dtype="float32", max_new_tokens=6, compare=False
+    )
+
+
+def test_an_answer_grows_and_ends_as_an_evaluation_gets_it(options: Options, tiny_data: Path) -> None:
+    picture = load_image(tiny_data / "images" / "0.png")
+    states = list(answers(Chat.load(options), "What is it?", picture, [], [[]]))
+    model, processor = load_model("tiny")
+    (expected,) = generate(
+        model, processor, [Prompt((Turn("user", "<image>\nWhat is it?"),), (picture,))], max_new_tokens=6
+    )
+    turns, (log,) = states[-1]
+    assert [turn.text for turn in turns] == ["<image>\nWhat is it?", expected]
+    assert log == [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": expected}]
+    assert len(states) > 2
+
+
+def test_a_second_question_goes_on_from_the_first(options: Options) -> None:
+    chat = Chat.load(options)
+    turns, logs = list(answers(chat, "What?", None, [], [[]]))[-1]
+    turns, logs = list(answers(chat, "Why?", None, turns, logs))[-1]
+    assert [turn.role for turn in turns] == ["user", "assistant"] * 2
+    assert [message["content"] for message in logs[0]] == [turn.text for turn in turns]
+
+
+def test_base_and_tuned_answer_the_same_conversation(options: Options, tiny_llava: Callable[..., Any]) -> None:
+    import torch
+
+    from milora_vl import apply_milora
+
+    chat = Chat.load(options)
+    chat.compare = True
+    chat.model = apply_milora(chat.model, "[{modules: language, method: milora, rank: 8}]")
+    with torch.no_grad():
+        for parameter in chat.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    turns, (base, tuned) = list(answers(chat, "What?", None, [], [[], []]))[-1]
+    assert base[0] == tuned[0]
+    assert base[1] != tuned[1]
+    assert turns[-1].text == tuned[1]["content"]
+
+
+def test_an_error_of_the_model_reaches_the_page(options: Options) -> None:
+    chat = Chat.load(options)
+    chat.template = "nonsense"
+    with pytest.raises(UserError, match="template"):
+        list(answers(chat, "What?", None, [], [[]]))
+
+
+def test_the_page_is_built(options: Options) -> None:
+    pytest.importorskip("gradio")
+    shown = str(page(Chat.load(options), None).get_config_file())
+    assert "answers" in shown
+    assert "picture" in shown
+
+
+def test_mistakes_are_found_before_the_model_loads() -> None:
+    with pytest.raises(UserError, match="takes no question"):
+        main(["--model", "tiny", "--web", "What?"])

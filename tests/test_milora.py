@@ -1,0 +1,69 @@
+"""The console script `milora` reaches every program, and helps with a wrong name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+from importlib.metadata import entry_points
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_vl.__main__ import MODULES, main
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_program_is_there_and_helps(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main([name, "--help"])
+    except SystemExit as stop:
+        code = stop.code
+    assert code in (0, None)
+    assert f"usage: python -m {MODULES[name].removesuffix('.__main__')}" in capsys.readouterr().out
+
+
+def test_arguments_reach_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--list-recipes"]) == 0
+    assert "smol-llava-demo" in capsys.readouterr().out
+
+
+def test_help_lists_every_program(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in MODULES)
+
+
+@pytest.mark.parametrize(("words", "said"), [([], "no program given"), (["trian"], "did you mean train")])
+def test_a_wrong_name_is_helped(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        main(words)
+
+
+def test_every_module_with_a_command_is_listed() -> None:
+    from pathlib import Path
+
+    import milora_vl
+
+    folder = Path(milora_vl.__file__).parent
+    commands = {f"milora_vl.{path.stem}" for path in folder.glob("[a-z]*.py") if "run(main)" in path.read_text("utf-8")}
+    assert commands <= set(MODULES.values())
+
+
+def test_the_console_script_is_installed() -> None:
+    (script,) = [entry for entry in entry_points(group="console_scripts") if entry.name == "milora"]
+    assert script.load() is import_module("milora_vl.__main__").console
+
+
+def test_no_help_waits_for_torch() -> None:
+    """It takes a second to import; a program reads its arguments before it needs it."""
+    script = (
+        "import contextlib, io, sys\n"
+        "from milora_vl.__main__ import MODULES, main\n"
+        "for name in MODULES:\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        main([name, '--help'])\n"
+        "    assert 'torch' not in sys.modules, name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
