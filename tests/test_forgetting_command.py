@@ -64,12 +64,13 @@ def test_a_whole_model_is_compared_with_its_base(tmp_path: Path, capsys: pytest.
         (["--model", "tiny", "--adapter", "A", "--base", "tiny"], "--base is for"),
         (["--model", "tiny", "--adapter", "A", "--on", "texts"], "expected some of"),
         (["--model", "tiny", "--adapter", "A", "--text", "no.txt"], "no file no.txt"),
+        (["--model", "tiny", "--adapter", "A", "--text", "A/adapter_model.safetensors"], "codec"),
         (["--model", "tiny-text", "--adapter", "A", "--on", "pictures"], "reads only text"),
     ],
 )
 def test_mistakes_are_said(adapter: Path, flags: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        main([str(adapter) if flag == "A" else flag for flag in flags])
+        main([str(adapter) + flag[1:] if flag.startswith("A") else flag for flag in flags])
 
 
 def test_a_drop_counts_where_the_base_was_good() -> None:

@@ -51,7 +51,7 @@ def plan(
     if base is None:
         weights = open_weights(subject)
         paths = _chosen(weights.paths(), modules)
-        key = _digest("base", subject, rank, modules, weights)
+        key = _digest("base", subject, rank, modules, _stamps(folder))
         return Plan("base", subject, subject, paths, lambda path: base_row(path, weights, device, rank), key)
     weights = open_weights(base)
     if is_adapter:
@@ -140,6 +140,11 @@ def _files(folder: Path) -> list[tuple[str, str]]:
     return digests
 
 
+def _stamps(folder: Path) -> list[tuple[str, int, int]]:
+    """Size and time of a model's files: of a whole model hashing takes too long."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
 def _digest(*parts: object) -> str:
-    words = [part.name if isinstance(part, Weights) else part for part in parts]
-    return hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

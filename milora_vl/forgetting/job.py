@@ -67,7 +67,12 @@ class Job:
         results |= {"base": self.base, "seed": self.seed}
         for name in asked:
             sys.stderr.write(f"forgetting on {name} ...\n")
-            results[name] = asdict(measures[name]())
+            try:
+                results[name] = asdict(measures[name]())
+            except UserError:
+                raise
+            except ValueError as error:  # too little text, text that is none, models of two vocabularies
+                raise UserError(f"--on {name}: {error}") from None
             self._write(results)
         return results
 
@@ -99,13 +104,10 @@ class Job:
         texts = None
         if self.texts:
             texts = {str(path): path.read_text(encoding="utf-8") for path in self.texts}
-        try:
-            return measure_forgetting(
-                self._tuned, self._tokenizer, base=self._reference, texts=texts, num_tokens=self.num_tokens,
-                batch_size=self.batch_size,
-            )  # fmt: skip
-        except ValueError as error:
-            raise UserError(f"--text: {error}") from None
+        return measure_forgetting(
+            self._tuned, self._tokenizer, base=self._reference, texts=texts, num_tokens=self.num_tokens,
+            batch_size=self.batch_size,
+        )  # fmt: skip
 
     def _samples(self) -> Any:
         from milora_vl.forgetting.measure import compare_on

@@ -82,7 +82,7 @@ def measure_forgetting(
 def compare_on(batches: Iterable[Batch], model: Any, *, base: Any | None = None, what: str) -> Forgetting:
     """Compare `model` with its base (see `measure_forgetting`) on any batches; `what` names them in the result.
 
-    Raises ValueError when there is no base, or nothing to compare on.
+    Raises ValueError when there is no base, another vocabulary, or nothing to compare on.
     """
     without = base_context(model, base)
     reference = model if base is None else base
@@ -93,6 +93,8 @@ def compare_on(batches: Iterable[Batch], model: Any, *, base: Any | None = None,
             own = logits_of(model, batch)
             with without():
                 target = logits_of(reference, batch)
+            if own.shape != target.shape:
+                raise ValueError(f"the vocabularies differ: {own.shape[1]:,} tokens, of the base {target.shape[1]:,}")
             rows.append(token_sums(own, target, batch))
             documents += batch.documents
     if not rows:
