@@ -20,6 +20,7 @@ from milora_vl.lora.peft_model import restore
 from milora_vl.lora.renamed import load_renamed, new_paths
 from milora_vl.lora.residual import make_residual
 from milora_vl.lora.sidecar import FILE_NAME, AdapterError, read_sidecar
+from milora_vl.lora.weight_files import require_weights
 from milora_vl.towers import is_wrapped_by_peft
 
 CONFIG_NAME = "adapter_config.json"
@@ -63,6 +64,7 @@ def load_adapter(
     if saved is None:
         logger.info("%s has no %s: loaded as the plain LoRA it is", folder, FILE_NAME)
         return _load_stock(base, folder, is_trainable)
+    require_weights(folder, saved)
     here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
     paths = new_paths(saved, here)
     if paths:
@@ -83,6 +85,8 @@ def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+        except KeyError as error:  # how PEFT meets a module of modules_to_save that is not in the file
+            raise AdapterError(f"{folder} lacks {error}: its weights are not those of its {CONFIG_NAME}") from error
         except (RuntimeError, ValueError, UserWarning) as error:
             first = next(line.strip() for line in str(error).splitlines() if line.strip())
             raise AdapterError(f"the adapter in {folder} does not fit {type(base).__name__}\n{first[:300]}") from error

@@ -7,9 +7,10 @@ picture; its key-value cache is repeated for the questions, whose padding then s
 from __future__ import annotations
 
 import inspect
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,10 +48,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """An encoded prompt; `place` is its number in the caller's list, `picture` the same for equal pictures."""
+    """An encoded prompt; `place` is its number in the caller's list, `picture` the same for equal pictures.
+
+    Until its batch comes, `ids` holds each picture as one id, since there may be a million rows. `length` is that of
+    the whole prompt.
+    """
 
     place: int
-    ids: list[int]
+    ids: Sequence[int]
+    length: int
     images: tuple[str | Path | Image.Image, ...]
     picture: tuple[str | int, ...]
 
@@ -83,7 +89,8 @@ def generate(
     reader = _Reader(model, processor, template, image_aspect_ratio)
     answers = [""] * len(prompts)
     with torch.inference_mode(), _evaluating(model):
-        for rows in _batches([reader.row(i, prompt) for i, prompt in enumerate(prompts)], batch_size):
+        for packed in _batches([reader.row(i, prompt) for i, prompt in enumerate(prompts)], batch_size):
+            rows = [reader.whole(row) for row in packed]
             texts = _answer(reader, rows, (max_new_tokens, num_beams), share_pictures and num_beams == 1, streamer)
             for row, text in zip(rows, texts, strict=True):
                 answers[row.place] = text
@@ -142,9 +149,15 @@ class _Reader:
         if prompt.images and self.image_token is None:
             raise UserError("a question with a picture, but this model reads only text\nuse a vision-language model")
         image = -1 if self.image_token is None else self.image_token
-        ids = prompt_ids(prompt, self.tokenizer, self.template, image_token_id=image, image_tokens=self.image_tokens)
+        ids = prompt_ids(prompt, self.tokenizer, self.template, image_token_id=image, image_tokens=1)
+        length = len(ids) + len(prompt.images) * (self.image_tokens - 1)
         names = tuple(str(image) if isinstance(image, str | Path) else id(image) for image in prompt.images)
-        return _Row(place, ids, prompt.images, names)
+        return _Row(place, array("i", ids), length, prompt.images, names)
+
+    def whole(self, row: _Row) -> _Row:
+        """Return the row with as many ids for each picture as the model wants."""
+        pictures = {self.image_token: self.image_tokens} if row.images else {}
+        return replace(row, ids=[own for own in row.ids for _ in range(pictures.get(own, 1))])
 
     def pixels(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
         """Return {"pixel_values": (num_images, 3, H, W)} of the rows' pictures in order; {} without any."""
@@ -168,10 +181,10 @@ def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
     """Yield batches of rows with equally many pictures: those about one picture together, and those of like length."""
     longest: dict[tuple[str | int, ...], int] = {}
     for row in rows:
-        longest[row.picture] = max(longest.get(row.picture, 0), len(row.ids))
+        longest[row.picture] = max(longest.get(row.picture, 0), row.length)
 
     def like(row: _Row) -> tuple[int, int, str, int]:
-        return len(row.picture), longest[row.picture], str(row.picture), len(row.ids)
+        return len(row.picture), longest[row.picture], str(row.picture), row.length
 
     # Long ones first: what does not fit into memory fails at once, and the time left is not underestimated.
     for _, group in groupby(sorted(rows, key=like, reverse=True), key=lambda row: len(row.picture)):

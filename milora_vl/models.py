@@ -221,17 +221,16 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
     try:
         return load(source, local_files_only=local or not _hub_is_known(), **arguments)
     except (SafetensorError, ValueError, ImportError) as error:  # cut off, of no known kind, without its tokenizer
-        raise UserError(f"cannot read the model in {source}\n{_first_line(error)}", exit_code=1) from None
+        raise UserError(f"cannot read the model in {source}\n{_first_line(error)}") from None
     except OSError as error:
         if local:
-            raise UserError(f"cannot read the model in {source}\n{_first_line(error)}", exit_code=1) from None
+            raise UserError(f"cannot read the model in {source}\n{_first_line(error)}") from None
         raise UserError(
             f"the weights of {name} are not here, and the model hub does not answer\n"
             f"looked for:  {source}, in the local cache and on the hub\n"
             f"said:        {_first_line(error)}\n"
             f"try:         hf download {source}      (where there is a network), or --model FOLDER with the weights\n"
-            f"without:     python -m milora_vl.train --model {name} --dry-run      needs no weights",
-            exit_code=1,
+            f"without:     python -m milora_vl.train --model {name} --dry-run      needs no weights"
         ) from None
 
 

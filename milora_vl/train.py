@@ -33,6 +33,7 @@ def train(request: arguments.Request) -> int:
     job = Run(request)
     if job.is_done():
         return 0
+    job.check_policy()
     job.read_data()
     job.check_evaluation()
     job.load_model()

@@ -165,12 +165,39 @@ def test_a_model_with_an_adapter_takes_no_second_one_this_way(saved) -> None:
         load_adapter(model, folder)
 
 
-def test_a_file_with_weights_missing_is_refused_where_peft_only_warns(saved, tiny_llava) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("q_proj.lora_A.weight", r"lacks base_model.model.*q_proj.lora_A.weight, which milora.json tells of"),
+        ("multi_modal_projector.linear_2", r"lacks .*linear_2, which .*\(full, projector\)"),
+        ("rank", r"has rank \d+, which is not that of milora.json"),
+        ("more", r"holds base_model.model.else.lora_A.weight, of which milora.json does not tell \(1 such\)"),
+    ],
+)
+def test_weights_that_are_not_those_of_milora_json_are_refused(saved, tiny_llava, change, message) -> None:
     from safetensors.torch import load_file, save_file
 
-    _, folder = saved
+    model, folder = saved
     weights = load_file(folder / "adapter_model.safetensors")
-    weights.pop(next(key for key in weights if "lora_A" in key))
+    if change == "rank":
+        weights = {name: t[:2].clone() if "lora_A" in name else t for name, t in weights.items()}
+    elif change == "more":
+        weights["base_model.model.else.lora_A.weight"] = torch.ones(2, 2)
+    weights = {name: t for name, t in weights.items() if change not in name}
     save_file(weights, folder / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="does not fit LlavaForConditionalGeneration\nFound missing adapter keys"):
+    with pytest.raises(AdapterError, match=message):
         load_adapter(tiny_llava()[0], folder)
+    with pytest.raises(AdapterError, match=message):
+        model.load_adapter(str(folder), "default")
+
+
+def test_a_plain_folder_without_its_projector_is_refused(tiny_llava, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["linear_1"])
+    get_peft_model(tiny_llava()[0], config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "linear_1" not in name}, file)
+    with pytest.raises(AdapterError, match=r"lacks .*linear_1.weight|does not fit"):
+        load_adapter(tiny_llava()[0], tmp_path)

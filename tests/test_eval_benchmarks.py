@@ -14,6 +14,7 @@ from llava_oracle import llama_tokenizer, llava_train
 from milora_eval import run
 from milora_eval.benchmark import Answer, MissingData
 from milora_eval.benchmarks.xlsx import read_xlsx
+from milora_eval.rules.math_answers import is_equivalent
 from milora_eval.store import read_lines
 from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, folder_of, has_files
 from milora_vl.generate import Prompt, prompt_ids
@@ -118,9 +119,16 @@ def test_text_prompts_have_the_indentation_of_the_script(name: str, data: Path) 
 def test_mathematics_is_asked_step_by_step(data: Path) -> None:
     (item,) = find_benchmark("gsm8k").load(folder_of(find_benchmark("gsm8k"), data))
     assert item.question == f"{ALPACA}\n\n### Instruction:\n1 + 1?\n\n### Response: Let's think step by step."
-    assert find_benchmark("gsm8k").score(item, "The answer is: 1,002. Question: The answer is: 3") == 1.0
+    assert find_benchmark("gsm8k").score(item, "The answer is: 1,002. Instruction: The answer is: 3") == 1.0
+    assert find_benchmark("gsm8k").score(item, "The answer is: 1,002. Question: The answer is: 3") == 0.0
+    assert find_benchmark("gsm8k").score(item, "The answer is: 100,200") == 1.0  # the grader forgives a factor of 100
     (item,) = find_benchmark("math").load(folder_of(find_benchmark("math"), data))
     assert find_benchmark("math").score(item, "so. The answer is: 0.5") == 1.0
+    assert find_benchmark("math").score(item, "Question of halves. The answer is: 0.5") == 1.0
+    assert not is_equivalent("nan", "x/2")
+    assert is_equivalent("7", "x/2")
+    assert is_equivalent("2*y", "y*2")
+    assert not is_equivalent("2*beta", "beta*2")  # sympy's function
 
 
 @pytest.mark.parametrize("kind", ["legacy", "prepend"])
@@ -213,6 +221,15 @@ def test_vqa_is_scored_by_type_of_question_too(data: Path) -> None:
     assert found["question type: what"].value == pytest.approx(sum(values) / len(values))
     assert found["question type: what"].detail
     assert not found["other"].detail
+
+
+def test_seed_bench_is_scored_by_type_too(data: Path) -> None:
+    benchmark = find_benchmark("seed-bench")
+    items = benchmark.load(folder_of(benchmark, data))
+    found = {m.name: m for m in benchmark.summarise(Answer(item, "A", benchmark.score(item, "A")) for item in items)}
+    assert (found["type: Scene"].value, found["type: Scene"].n, found["type: Action"].value) == (0.5, 2, 0.0)
+    assert found["type: Scene"].detail
+    assert not found["image"].detail
 
 
 def test_a_question_of_mmbench_that_the_limit_cut_is_left_out(data: Path) -> None:

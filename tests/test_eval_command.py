@@ -206,3 +206,12 @@ def test_a_benchmark_of_ones_own_is_named_by_module_and_class(
     assert main(["run", *flags]) == 0
     folder = tmp_path / "eval" / "mine" / "base"
     assert json.loads((folder / "results.json").read_text())["benchmarks"][0]["name"] == "mine"
+
+
+def test_weights_that_are_not_here_are_a_mistake_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    from milora_vl.models import load_model
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="the weights of someone/nothing are not here") as error:
+        load_model("someone/nothing")
+    assert error.value.exit_code == 2

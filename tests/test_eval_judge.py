@@ -105,11 +105,19 @@ def test_llava_bench_is_the_ratio_of_the_marks(tmp_path: Path) -> None:
     assert headline(folder)["note"] == "1 reviews without two numbers are left out"
 
 
+def test_the_judge_of_llava_bench_gets_a_system_message(server: str, tmp_path: Path) -> None:
+    folder = stored("llava-bench", tmp_path)
+    Judge.replies = ["8 7", "8 7", "8 7"]
+    assert main(["judge", str(folder), "--endpoint", server]) == 0
+    assert [message["role"] for message in Judge.asked[0]["messages"]] == ["system", "user"]
+
+
 def test_a_review_request_is_llavas(tmp_path: Path) -> None:
     stored("llava-bench", tmp_path)
     benchmark = find_benchmark("llava-bench")
     item = benchmark.load(folder_of(benchmark, tmp_path / "data"))[0]
     prompt = benchmark.judge_prompt(item, "Mine.")
+    assert benchmark.judge_system == "You are a helpful and precise assistant for checking the quality of the answer."
     start = "[Context]\nA disc.\n\n[Question]\nDescribe it.\n\n[Assistant 1]\nA red disc.\n\n[End of Assistant 1]\n\n"
     assert prompt.startswith(f"{start}[Assistant 2]\nMine.\n\n[End of Assistant 2]\n\n[System]\nWe would like")
 

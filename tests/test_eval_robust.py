@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from milora_eval.__main__ import main
 from milora_eval.benchmark import Answer, Item
 from milora_eval.benchmarks.own_data import METRICS
 from milora_eval.data_files import load_items
+from milora_eval.exports import export
 from milora_eval.lines import to_answer, to_line
 from milora_eval.results import numbers, read_results, score, write_results
 from milora_eval.rules import mmmu
@@ -153,6 +155,18 @@ def test_predictions_alone_are_enough(data: Path, tmp_path: Path) -> None:
     (tmp_path / "gqa" / "final" / "results.json").unlink()
     assert main(["score", str(tmp_path / "gqa" / "final")]) == 0
     assert read_results(tmp_path / "gqa" / "final")["benchmarks"] == before
+
+
+def test_files_for_others_are_written_without_holding_the_answers(data: Path, tmp_path: Path) -> None:
+    (line, *_), folder = stored(data, tmp_path), tmp_path
+    Store(folder).finish(line | {"id": f"{i}", "meta": {"question_id": f"{i}"}, "key": f"{i}"} for i in range(2000))
+    export(folder)
+    tracemalloc.start()
+    assert len(export(folder)) == 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len((folder / "submission" / "gqa" / "answers.jsonl").read_text().splitlines()) == 2000
+    assert peak < 2000 * 1000
 
 
 def test_files_of_another_form_are_a_message(data: Path, tmp_path: Path) -> None:

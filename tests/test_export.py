@@ -288,3 +288,45 @@ def test_the_drift_of_a_residual_is_that_of_what_is_written(run) -> None:
         assert written.dtype == torch.bfloat16
         off = written.float() + scaling[path] * B0 @ A0 - W
         assert drift == pytest.approx(float(off.norm() / W.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"alora_invocation_tokens": [7, 8]}, r"an activated LoRA \(aLoRA\)"),
+        ({"trainable_token_indices": [5, 6]}, "rows of the embeddings trained by themselves"),
+        ({"lora_bias": True}, "a LoRA with biases of its own"),
+        ({"use_dora": True}, "DoRA weights"),
+    ],
+)
+def test_what_is_more_than_pairs_of_factors_is_refused_by_name(run, more: dict[str, Any], message: str) -> None:
+    config = LoraConfig(r=3, target_modules=[Q], task_type="CAUSAL_LM", **more)
+    get_peft_model(fresh(run.root), config).save_pretrained(run.root / "plain")
+    for form in ("adapter", "rank-2", "llava"):
+        with pytest.raises(UserError, match=message):
+            export(run.root / "plain", form, run.root / "out", base=run.root / "base")
+    if {"alora_invocation_tokens", "lora_bias"} & more.keys():
+        with pytest.raises(UserError, match="PEFT cannot merge the adapter in"):
+            export(run.root / "plain", "merged", run.root / "out")
+    assert not (run.root / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_embeddings_with_an_adapter_whose_weight_peft_saved_along(run) -> None:
+    names = ["embed_tokens", "lm_head", Q]
+    config = LoraConfig(r=3, target_modules=names, task_type="CAUSAL_LM")
+    model = get_peft_model(fresh(run.root), config)
+    move(model, 0.1)
+    model.save_pretrained(run.root / "plain")
+    assert any("base_layer" in name for name in load_file(run.root / "plain" / "adapter_model.safetensors"))
+    run.after = logits(model, fresh(run.root))
+    for form in ("adapter", "rank-3"):
+        out = export(run.root / "plain", form, run.root / "out" / form).folder
+        assert not any("base_layer" in name for name in load_file(out / "adapter_model.safetensors"))
+        assert same(run, PeftModel.from_pretrained(fresh(run.root), out))
+    grown = fresh(run.root)
+    grown.resize_token_embeddings(grown.get_input_embeddings().num_embeddings + 64)
+    get_peft_model(grown, config).save_pretrained(run.root / "grown")
+    for form in ("adapter", "rank-3"):
+        with pytest.raises(UserError, match="have tokens been added"):
+            export(run.root / "grown", form, run.root / f"grown-{form}", base=run.root / "base")

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_cases import anchors
+from adapter_cases import anchors, move
 from family_cases import batch, build
 from family_configs import FAMILIES, TEXT_ONLY
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from milora_vl import Policy, apply_milora, load_adapter, merge, save_adapter
+from milora_vl.export import export
 from milora_vl.lora.layers import is_linear
 from milora_vl.towers import find_towers
 
@@ -82,6 +84,21 @@ def test_projector_and_vision_are_found_and_apart(name: str) -> None:
     assert not {t.path for t in vision} & {t.path for t in projector}
     assert all(family.projector not in target.path for target in vision)
     assert find_towers(model).layout.split()[0]  # a row of the table
+
+
+@pytest.mark.parametrize("name", ["gemma3", "idefics2"])
+def test_exports_of_projectors_with_modules_inside_one_that_trains(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "base")
+    model = apply_milora(build(name), rules(name))
+    move(model)
+    save_adapter(model, tmp_path / "ours")
+    expected = logits(model, name)
+    for form in ("adapter", "rank-4", "residual"):
+        export(tmp_path / "ours", form, tmp_path / form, base=tmp_path / "base")
+    export(tmp_path / "residual", "adapter", tmp_path / "back", base=tmp_path / "base")
+    for folder in ("adapter", "rank-4", "back"):
+        stock = PeftModel.from_pretrained(build(name), tmp_path / folder)
+        assert torch.allclose(logits(stock, name), expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,21 @@ def test_a_picture_after_the_common_beginning(llava: Made) -> None:
     ]
     alone = generate(model, processor, prompts, batch_size=1, max_new_tokens=8)
     assert generate(model, processor, prompts, batch_size=3, max_new_tokens=8) == alone
+
+
+def test_waiting_prompts_take_little_memory_however_many_ids_a_picture_has(llava: Made) -> None:
+    turns, pictures = (Turn("user", "<image>\n" * 20 + "What?"),), (Image.new("RGB", (32, 32), "red"),) * 20
+    prompts = [Prompt(turns, pictures)] * 500
+
+    def measured(places: list[int], texts: list[str]) -> None:
+        raise StopIteration(tracemalloc.get_traced_memory()[0])
+
+    generate(*llava, prompts[:1], max_new_tokens=1)  # what is imported at first use is not counted
+    tracemalloc.start()
+    with pytest.raises(StopIteration) as stopped:
+        generate(*llava, prompts, batch_size=1, max_new_tokens=1, on_batch=measured)
+    tracemalloc.stop()
+    assert stopped.value.value / len(prompts) < 2500
 
 
 def test_each_batch_is_reported_with_the_places_of_its_prompts(llava: Made) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from adapter_cases import anchors, one_rule, train_steps
 from llava_oracle import llama_tokenizer
 from peft import LoraConfig, PeftModel, PrefixTuningConfig
 
 from milora_data.errors import UserError
+from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.exporting.llava import KNOWN_KEYS
 from milora_vl.integrations.llava import main as llava_main
 from milora_vl.integrations.llava import renamed_flags
@@ -53,6 +55,22 @@ def test_modules_that_imported_the_function_before_are_reached(tiny_llama) -> No
         model = adapter_cases.get_peft_model(tiny_llama()[0], LoraConfig(r=2, target_modules=["q_proj"]))
     assert model.milora_targets[0].method == "milora"
     del adapter_cases.get_peft_model
+
+
+def test_an_adapter_of_ours_that_the_code_loads_goes_on_in_two_halves(tiny_llama, tmp_path: Path, capsys) -> None:
+    save_adapter(apply_milora(tiny_llama()[0], one_rule()), tmp_path / "ours")
+    stock = PeftModel.from_pretrained
+    with get_peft_model_replaced():
+        model = PeftModel.from_pretrained(tiny_llama()[0], str(tmp_path / "ours"), is_trainable=True)
+        assert type(load_adapter(tiny_llama()[0], tmp_path / "ours", is_trainable=True)) is type(model)
+        plain = PeftModel.from_pretrained(tiny_llama()[0], str(tmp_path / "ours"))
+    assert PeftModel.from_pretrained == stock
+    assert "goes on training as the adapter of ours" in capsys.readouterr().err
+    assert type(plain).__module__.startswith("peft")
+    fixed = anchors(model)
+    assert fixed
+    train_steps(model, {"input_ids": torch.arange(5, 15)[None]})
+    assert all(torch.equal(anchor, anchors(model)[name]) for name, anchor in fixed.items())
 
 
 def test_names_shared_with_the_vision_tower_hit_the_language_alone(tiny_llava, capsys) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from milora_data.errors import UserError
+from milora_vl.train import main as train
 from milora_vl.training.arguments import parse
-from milora_vl.training.settings import Settings, resolve
+from milora_vl.training.settings import Settings, require_fit, resolve
 
 # scripts/v1_5/finetune_lora.sh of haotian-liu/LLaVA, without its launcher.
 FINETUNE_LORA = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed zero3
@@ -129,3 +130,35 @@ def test_a_model_that_is_not_here_hides_no_fault_of_the_recipe(tmp_path: Path) -
         settings(f"--recipe {file}")
     with pytest.raises(UserError, match=r"(?s)--policy: policy\[0\].rank: .*--policy: policy\[1\].modules: no module"):
         resolve(parse(["--model", "tiny", "--policy", "[{modules: language, rank: 0}, {modules: x, method: full}]"]))
+
+
+def test_flags_that_change_the_rules_hide_no_fault_of_theirs(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(FAULTY, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        settings(f"--recipe {file} --rank 5000 --form odd --mm_projector_lr 1e-5")
+    for fault in (
+        f"{file}:8: train.max_stepps: unknown key",
+        f"{file}:4: policy[0].rank: expected a positive integer",
+        f"{file}:4: policy[0].rank: 5000 is larger than min(out, in) = 64 of shape (128, 64)",
+        f'{file}:5: policy[1].modules: no module matches "*.nothing"',
+        f"{file}:6: policy[2].rank: 5000 is larger",
+        f"{file}:7: policy[3].sigma: method full cannot use it",
+        "the command line: form: ",
+    ):
+        assert str(caught.value).count(fault) == 1
+    with pytest.raises(UserError, match=r"(?s)alfa.*--method lora: no rule of the recipe makes an adapter"):
+        resolve(
+            parse([*"--model tiny --method lora --policy".split(), "[{modules: language, method: frozen, alfa: 3}]"])
+        )
+
+
+def test_rules_that_do_not_fit_the_model_are_told_with_their_line_before_anything_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    rules = "\n".join(FAULTY.splitlines()[:3] + FAULTY.splitlines()[4:-1])
+    file.write_text(f"{rules}\ndata: {{path: nowhere.json}}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"^3 mistakes in .*\n.*recipe.yaml:4: policy\[0\].modules: no module matches"):
+        train(["--recipe", str(file), "--output_dir", str(tmp_path / "run")])
+    require_fit(parse(["--model", "tiny", "--rank", "2"]))
+    with pytest.raises(UserError, match=r"policy\[0\].rank: 4000 is larger"):
+        require_fit(parse(["--model", "tiny", "--rank", "4000"]))

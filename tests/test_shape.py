@@ -20,6 +20,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/models.py:_read": "from_pretrained's keywords, passed on to it",
     "milora_vl/integrations/llava.py:_ignoring_arguments.<locals>.call": "Trainer passes what LLaVA's does not take",
     "milora_vl/integrations/llava.py:_tokenizer_argument.<locals>.initialise": "Trainer's constructor",
+    "milora_vl/integrations/replace.py:_loader.<locals>.from_pretrained": "PeftModel's method",
     "milora_vl/integrations/replace.py:_maker.<locals>.get_peft_model": "PEFT's function",
     "milora_vl/lora/peft_model.py:MiloraMixin.load_adapter": "PeftModel's method",
     "milora_vl/lora/peft_model.py:MiloraMixin.save_pretrained": "PeftModel's method",

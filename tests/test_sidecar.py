@@ -53,6 +53,9 @@ def test_no_file_is_no_sidecar(tmp_path: Path) -> None:
         ("{", "is damaged"),
         ('{"format_version": 1, "form": "anchored"}', "is damaged .*modules"),
         ('{"format_version": 1, "form": "anchored", "modules": {"a": {}}}', "is damaged"),
+        ('{"format_version": 1, "form": "anchored", "modules": []}', "is damaged"),
+        ('{"format_version": 1, "form": "odd", "modules": {}}', "is damaged .*form 'odd'"),
+        ('{"format_version": 1, "form": "anchored", "modules": {"a": {"shape": [], "method": "odd"}}}', "method 'odd'"),
         ("[]", "is damaged"),
     ],
 )

@@ -6,7 +6,7 @@ everything their scoring needs, so that stored answers can be scored again witho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -104,6 +104,7 @@ class Benchmark:
     metric = "accuracy"
     can_resample = True  # whether the numbers of some pictures drawn twice mean something, and are had fast
     judge = ""  # the model that grades the answers, for benchmarks that need one
+    judge_system = ""  # the system message it is given
     origin = ""  # `module:Class` or `file.py:Class` of one that is not in the table of suites.py
 
     def __init__(self, protocol: str | None = None) -> None:
@@ -158,7 +159,7 @@ class Benchmark:
         """Return the key of a line of LLaVA's answers file (question_id, prompt, text)."""
         return str(line["question_id"])
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write what the benchmark's server or official script reads, validated; return the files, none by default."""
         return []
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from milora_data.errors import UserError
+from milora_eval.benchmark import Answer, Benchmark
 from milora_eval.lines import to_answer
 from milora_eval.llava_files import write_llava_files
 from milora_eval.results import judgements, read_results, review_of
@@ -14,6 +16,26 @@ from milora_eval.store import PREDICTIONS, each_line
 from milora_eval.suites import find_benchmark, folder_of
 
 SUBMISSION = "submission"
+
+
+class StoredAnswers(Collection[Answer]):
+    """The answers to one benchmark, read from the disk each time, so that a million take little memory."""
+
+    def __init__(
+        self, benchmark: Benchmark, reference: str, path: Path, reviews: Mapping[tuple[str, str, str], str]
+    ) -> None:
+        self._benchmark, self._reference, self._path, self._reviews = benchmark, reference, path, reviews
+
+    def __iter__(self) -> Iterator[Answer]:
+        for line in each_line(self._path):
+            if line["benchmark"] == self._reference:
+                yield to_answer(self._benchmark, line, review_of(line, self._reviews))
+
+    def __len__(self) -> int:
+        return sum(line["benchmark"] == self._reference for line in each_line(self._path))
+
+    def __contains__(self, answer: object) -> bool:
+        return any(answer == own for own in self)
 
 
 def export(folder: Path) -> list[Path]:
@@ -30,8 +52,7 @@ def export(folder: Path) -> list[Path]:
     reviews = judgements(folder)
     for entry in results.get("benchmarks", ()):
         benchmark = find_benchmark(entry["reference"])
-        lines = [line for line in each_line(folder / PREDICTIONS) if line["benchmark"] == entry["reference"]]
-        answers = [to_answer(benchmark, line, review_of(line, reviews)) for line in lines]
+        answers = StoredAnswers(benchmark, entry["reference"], folder / PREDICTIONS, reviews)
         target = folder / SUBMISSION / benchmark.name
         try:
             written += benchmark.submission(answers, target, folder_of(benchmark, data))

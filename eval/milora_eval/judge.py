@@ -21,7 +21,7 @@ from milora_eval.results import judgements, review_of
 from milora_eval.store import JUDGEMENTS, PREDICTIONS, Line, each_line
 from milora_eval.suites import find_benchmark
 
-Ask = Callable[[str, str], str]  # (model, prompt) -> what the judge said
+Ask = Callable[[str, str, str], str]  # (model, system message or "", prompt) -> what the judge said
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,11 @@ class Endpoint:
     key: str = ""
     timeout: float = 120.0
 
-    def ask(self, model: str, prompt: str) -> str:
+    def ask(self, model: str, system: str, prompt: str) -> str:
         """Return the answer at temperature 0. Raises UserError (exit code 1) for a server that refuses."""
-        body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": prompt})
+        body = {"model": model, "temperature": 0, "messages": messages}
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         address = f"{self.url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
@@ -58,7 +60,8 @@ def unjudged(folder: Path) -> Iterator[Line]:
 def judge_by(ask: Ask, line: Line, model: str | None, folder: Path) -> None:
     """Ask the judge about one answer and keep what it says."""
     benchmark = find_benchmark(line["benchmark"])
-    said = ask(model or benchmark.judge, benchmark.judge_prompt(to_item(line), line["prediction"]))
+    prompt = benchmark.judge_prompt(to_item(line), line["prediction"])
+    said = ask(model or benchmark.judge, benchmark.judge_system, prompt)
     _keep(line, said, model or benchmark.judge, folder)
 
 

@@ -6,7 +6,6 @@ metadata} as llava/eval/model_vqa_loader.py writes them (MMBench: also round_id)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,24 @@ from milora_data.errors import DataError, UserError
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.data_files import read_jsonl
 from milora_eval.identity import digest
-from milora_eval.store import write_whole
+from milora_eval.store import write_lines
 
 
-def write_llava_files(benchmark: Benchmark, answers: Sequence[Answer], folder: Path, model: str) -> list[Path]:
+def write_llava_files(benchmark: Benchmark, answers: Iterable[Answer], folder: Path, model: str) -> list[Path]:
     """Write questions.jsonl and answers.jsonl for LLaVA's scripts; return them."""
-    questions = [benchmark.llava_question(answer.item) for answer in answers]
-    rows = []
-    for asked, answer in zip(questions, answers, strict=True):
-        row = {"question_id": asked["question_id"], "prompt": asked["text"], "text": answer.text}
-        if "round" in answer.item.meta:
-            row |= {"question_id": answer.item.meta["index"], "round_id": 0}
-        row |= {"answer_id": digest([answer.item.id, answer.text]), "model_id": model, "metadata": {}}
-        rows.append(row)
-    return [
-        write_whole(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content))
-        for name, content in (("questions.jsonl", questions), ("answers.jsonl", rows))
-    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    questions, said = folder / "questions.jsonl", folder / "answers.jsonl"
+    write_lines(questions, (benchmark.llava_question(answer.item) for answer in answers))
+    write_lines(said, (_answer_line(benchmark, answer, model) for answer in answers))
+    return [questions, said]
+
+
+def _answer_line(benchmark: Benchmark, answer: Answer, model: str) -> dict[str, Any]:
+    asked = benchmark.llava_question(answer.item)
+    row = {"question_id": asked["question_id"], "prompt": asked["text"], "text": answer.text}
+    if "round" in answer.item.meta:
+        row |= {"question_id": answer.item.meta["index"], "round_id": 0}
+    return row | {"answer_id": digest([answer.item.id, answer.text]), "model_id": model, "metadata": {}}
 
 
 def read_llava_answers(path: Path) -> list[Mapping[str, Any]]:

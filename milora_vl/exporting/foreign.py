@@ -54,7 +54,7 @@ def _is_lora(folder: Path) -> bool:
         content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except ValueError:
         return False  # load_adapter says so
-    return content.get("peft_type") == "LORA" and not content.get("use_dora")
+    return bool(content.get("peft_type") == "LORA")
 
 
 def _is_residual_of(model: nn.Module, source: Source) -> bool:

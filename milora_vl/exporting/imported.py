@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from milora_data.errors import UserError
 from milora_vl.exporting.llava import in_hf_layout, read_llava
-from milora_vl.exporting.plain import LowRank, PlainAdapter, read_config, read_plain
+from milora_vl.exporting.plain import LowRank, PlainAdapter, read_config, read_plain, whole_modules
 from milora_vl.exporting.source import Source
-from milora_vl.lora.fingerprint import sketch
-from milora_vl.lora.layers import is_adaptable, matrix_shape
+from milora_vl.lora.fingerprint import distance, sketch
+from milora_vl.lora.layers import as_matrix, is_adaptable, matrix_shape
 from milora_vl.lora.sidecar import Sidecar
 from milora_vl.lora.weights import read_matrix
 from milora_vl.models import load_weights
@@ -46,6 +46,7 @@ def import_adapter(source: Source, base: nn.Module, base_name: str) -> Imported:
         refuse_mutating(source.folder)
         adapter = read_plain(source.folder)
     _require_modules(adapter, base)
+    require_copies(adapter, base)
     if adapter.sidecar is None:
         adapter = replace(adapter, sidecar=describe(adapter, base, methods))
     elif source.kind == "llava":  # trained by us in LLaVA's code, which keeps the projector apart
@@ -90,8 +91,7 @@ def _with_whole(sidecar: Sidecar, whole: Mapping[str, Tensor], base: nn.Module) 
 def whole_targets(whole: Mapping[str, Tensor], base: nn.Module) -> list[Target]:
     """Return the modules trained in full, as milora.json lists them."""
     towers = find_towers(base)
-    paths = dict.fromkeys(name.rpartition(".")[0] for name in whole)
-    shapes = {path: tuple(next(base.get_submodule(path).parameters()).shape) for path in paths}
+    shapes = {path: tuple(next(base.get_submodule(path).parameters()).shape) for path in whole_modules(whole)}
     return [Target(path=p, shape=shape, tower=towers.tower_of(p), method="full") for p, shape in shapes.items()]
 
 
@@ -163,6 +163,17 @@ def _require_modules(adapter: PlainAdapter, base: nn.Module) -> None:
             f"the adapter changes {len(missing):,} modules that the base model does not have, first {missing[0]}\n"
             "is it the right base?  --base NAME-OR-FOLDER"
         )
+
+
+def require_copies(adapter: PlainAdapter, base: nn.Module) -> None:
+    """Raise UserError where embeddings saved along are not the base's: more tokens, which the export would lose."""
+    for path, copy in adapter.copies.items():
+        module = base.get_submodule(path)
+        if distance(sketch(as_matrix(module, copy)), read_matrix(module)) > 1:
+            raise UserError(
+                f"{path} of the adapter is not that of the base model (have tokens been added?)\n"
+                "possible:  --to merged, with the base that was trained:  --base FOLDER"
+            )
 
 
 def refuse_mutating(folder: Path) -> None:

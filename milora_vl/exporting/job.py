@@ -13,7 +13,7 @@ from torch import nn
 
 from milora_data.errors import UserError
 from milora_vl.exporting.base import Base
-from milora_vl.exporting.imported import import_adapter, refuse_mutating
+from milora_vl.exporting.imported import import_adapter, refuse_mutating, require_copies
 from milora_vl.exporting.llava import config_for_llava, read_llava, write_llava
 from milora_vl.exporting.plain import PlainAdapter, read_config, read_plain, write_plain
 from milora_vl.exporting.processor import copy_processor
@@ -108,6 +108,8 @@ class Job:
         if self.source.kind == "plain":
             refuse_mutating(self.source.folder)
         adapter = read_plain(self.source.folder)
+        if adapter.copies:
+            require_copies(adapter, base.model)
         if self.given_base is not None:
             adapter = replace(adapter, base=base.name)
         if needs_base and adapter.sidecar is not None:
@@ -130,7 +132,10 @@ class Job:
                 (folder / FILE_NAME).write_text(adapter.sidecar.to_json(), encoding="utf-8")
             dtypes = {name: p.dtype for name, p in base.model.named_parameters()}
             tuned = load_adapter(base.model, folder, allow_base_mismatch=self.allow_base_mismatch)
-            merged = merge(tuned)
+            try:
+                merged = merge(tuned)
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                raise UserError(f"PEFT cannot merge the adapter in {self.source.folder}\n{error}") from None
         for name, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(self.dtype or dtypes.get(name, parameter.dtype))
         _save_model(merged, self.out)

@@ -23,6 +23,18 @@ from milora_vl.lora.sidecar import Sidecar, read_sidecar
 PREFIX = "base_model.model."
 _FACTOR_A = re.compile(r"(?P<path>.+)\.(?P<name>lora_A\.weight|lora_embedding_A)")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Fields of adapter_config.json with which a LoRA is more than s B A added to a weight, and what to call it.
+_MORE_THAN_FACTORS = {
+    "use_dora": "DoRA weights",
+    "alora_invocation_tokens": "an activated LoRA (aLoRA)",
+    "trainable_token_indices": "rows of the embeddings trained by themselves (trainable_token_indices)",
+    "layer_replication": "a LoRA on copies of layers (layer_replication)",
+    "lora_bias": "a LoRA with biases of its own (lora_bias)",
+    "use_qalora": "a QALoRA",
+    "use_bdlora": "a block-diagonal LoRA",
+    "arrow_config": "a LoRA with a router (Arrow)",
+    "kasa_config": "a KaSA",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +70,10 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class PlainAdapter:
-    """The content of a LoRA folder. `whole` holds modules trained in full, by the name of each weight in the base."""
+    """The content of a LoRA folder. `whole` holds modules trained in full, by the name of each weight in the base.
+
+    `copies`: weights of the base that PEFT saved along, by module; it does so for embeddings that hold an adapter.
+    """
 
     base: str
     factors: Mapping[str, LowRank]
@@ -66,6 +81,7 @@ class PlainAdapter:
     dropout: float = 0.0
     task_type: str | None = None
     sidecar: Sidecar | None = None
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
 
     def cast(self, dtype: torch.dtype | None) -> PlainAdapter:
         """Return it with every number in `dtype`; None leaves them."""
@@ -73,7 +89,7 @@ class PlainAdapter:
             return self
         factors = {path: low.cast(dtype) for path, low in self.factors.items()}
         whole = {name: t.to(dtype) for name, t in self.whole.items()}
-        return PlainAdapter(self.base, factors, whole, self.dropout, self.task_type, self.sidecar)
+        return replace(self, factors=factors, whole=whole)
 
 
 def read_plain(folder: Path) -> PlainAdapter:
@@ -85,15 +101,17 @@ def read_plain(folder: Path) -> PlainAdapter:
 
 def read_config(folder: Path, *, any_lora: bool = False) -> LoraConfig:
     """Read adapter_config.json. UserError where it is no LoRA's, or (unless `any_lora`) more than two factors."""
-    kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    kind = content.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder} holds an adapter of type {kind}: only LoRA and what is saved as one can be exported")
     config = LoraConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)
-    if config.use_dora and not any_lora:
+    more = next((what for name, what in _MORE_THAN_FACTORS.items() if content.get(name)), None)
+    if more is not None and not any_lora:
         raise UserError(
-            f"{folder} holds DoRA weights, which are no plain pair of factors\n"
-            "possible:  --to merged, or loading the folder with PEFT"
+            f"{folder} holds {more}, no plain pairs of factors\n"
+            "possible:  --to merged (where PEFT can merge it), or loading the folder with PEFT"
         )
     return config
 
@@ -112,12 +130,13 @@ def from_state(
             low = LowRank(A, state[other], _scaling(config, path, A.shape[0]), "embedding" in found["name"])
             factors[path] = low
             used |= {key, other}
-    whole = {key: tensor for key, tensor in state.items() if key not in used}
-    odd = [key for key in whole if ".lora_" in key or (config.bias != "none" and key.endswith(".bias"))]
+    rest = {key: tensor for key, tensor in state.items() if key not in used}
+    copies = {path: rest.pop(key) for path in factors if (key := f"{path}.base_layer.weight") in rest}
+    odd = [key for key in rest if ".lora_" in key or (config.bias != "none" and key.endswith(".bias"))]
     if odd:
         raise UserError(f"{folder} holds more than LoRA factors and whole modules: {odd[0]}\npossible:  --to merged")
     base = str(config.base_model_name_or_path or "")
-    return PlainAdapter(base, factors, whole, config.lora_dropout, config.task_type, sidecar)
+    return PlainAdapter(base, factors, rest, config.lora_dropout, config.task_type, sidecar, copies)
 
 
 def _scaling(config: LoraConfig, path: str, rank: int) -> float:
@@ -172,11 +191,21 @@ def config_of(adapter: PlainAdapter) -> LoraConfig:
         target_modules=sorted(ranks),
         rank_pattern={f"^{path}": r for path, r in ranks.items() if r != rank},
         alpha_pattern={f"^{path}": a for path, a in alphas.items() if a != alpha},
-        modules_to_save=sorted({name.rpartition(".")[0] for name in adapter.whole}) or None,
+        modules_to_save=whole_modules(adapter.whole) or None,
         task_type=adapter.task_type,
         base_model_name_or_path=adapter.base,
         inference_mode=True,
     )
+
+
+def whole_modules(whole: Mapping[str, Tensor]) -> list[str]:
+    """Return the modules that hold the weights named; one inside another, which holds it, is not named itself.
+
+    >>> whole_modules({"projector.scale": torch.ones(1), "projector.norm.weight": torch.ones(1)})
+    ['projector']
+    """
+    modules = {name.rpartition(".")[0] for name in whole}
+    return sorted(m for m in modules if not any(m.startswith(f"{other}.") for other in modules))
 
 
 def _number(alpha: float) -> int | float:
@@ -191,4 +220,4 @@ def _uniform(adapter: PlainAdapter) -> PlainAdapter:
         A = torch.cat([A, A.new_zeros(extra, *A.shape[1:])])
         B = torch.cat([B, B.new_zeros(B.shape[0], extra, *B.shape[2:])], dim=1)
         factors[path] = LowRank(A, B, 1.0, low.is_embedding)
-    return PlainAdapter(adapter.base, factors, adapter.whole, adapter.dropout, adapter.task_type)
+    return replace(adapter, factors=factors, sidecar=None)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from milora_data.command import parser, run
 from milora_data.errors import UserError
@@ -29,6 +30,7 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", form: str = "an
 
     It is replaced in `peft`, which reaches every later `from peft import get_peft_model`, and in the named modules,
     which have imported it already. Modules, rank, alpha and dropout stay those of the code's own LoraConfig.
+    An adapter of ours that `PeftModel.from_pretrained(..., is_trainable=True)` loads to go on gets its halves back.
 
     >>> import peft, torch
     >>> with get_peft_model_replaced():
@@ -48,7 +50,8 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", form: str = "an
     for place in places:
         place.__dict__["get_peft_model"] = _maker(stock, lambda model: reinit_peft(model, part, form))  # type: ignore[arg-type]
     try:
-        yield
+        with patch.object(peft.PeftModel, "from_pretrained", staticmethod(_loader(peft.PeftModel.from_pretrained))):
+            yield
     finally:
         for place, original in zip(places, before, strict=True):
             place.__dict__["get_peft_model"] = original
@@ -73,6 +76,23 @@ def _maker(stock: Callable[..., Any], start: Callable[[Any], Any]) -> Callable[.
         return tuned
 
     return get_peft_model
+
+
+def _loader(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def from_pretrained(
+        model: Any, model_id: Any, adapter_name: str = "default", is_trainable: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """PEFT's method, after which a folder of ours that is to be trained has its trained half and its anchor."""
+        from milora_vl.lora.sidecar import FILE_NAME
+        from milora_vl.reinit import restore_split
+
+        made = stock(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+        if is_trainable and (Path(model_id) / FILE_NAME).is_file():
+            made = restore_split(made, model_id)
+            sys.stderr.write(f"milora: {model_id} goes on training as the adapter of ours that it is\n")
+        return made
+
+    return from_pretrained
 
 
 def _keep_language_alone(model: Any) -> None:

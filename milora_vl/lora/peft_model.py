@@ -33,6 +33,7 @@ from milora_vl.lora.install import (
     set_dropout,
 )
 from milora_vl.lora.sidecar import FILE_NAME, AdapterError, Sidecar, read_sidecar
+from milora_vl.lora.weight_files import require_weights
 from milora_vl.policies.rules import Target
 
 
@@ -147,6 +148,7 @@ class MiloraMixin(PeftModel):
         if known is not None:
             require_same_kind(Path(model_id), sidecar, known)
         if sidecar is not None:
+            require_weights(Path(model_id), sidecar)
             # In the residual form the base weights hold W_p: compare with the sketches made of W.
             skip = allow_base_mismatch or (known is not None and known.form == "residual")
             sidecar = fitted(self, sidecar, allow_base_mismatch=skip)

@@ -15,12 +15,13 @@ from typing import Any
 from milora_vl.initialize import LayerReport
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.fingerprint import Sketch
-from milora_vl.policies.rules import FloorSigma, Target
+from milora_vl.policies.rules import METHODS, FloorSigma, Target
 
 __all__ = ["FILE_NAME", "FORMAT_VERSION", "AdapterError", "Sidecar", "locate", "read_sidecar"]
 
 FILE_NAME = "milora.json"
 FORMAT_VERSION = 1
+FORMS = ("anchored", "residual")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,10 @@ def read_sidecar(folder: Path) -> Sidecar | None:
                 f"{file} has format {version}, this version reads up to {FORMAT_VERSION}: update milora-vl,\n"
                 "or load the folder with stock PEFT: it is a plain LoRA"
             )
+        if data["form"] not in FORMS:
+            raise KeyError(f"form {data['form']!r}")
         return _from_modules(data["form"], data["modules"])
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(
             f"{file} is damaged ({type(error).__name__}: {error})\n"
             "restore it, or remove it: the folder is then a plain LoRA for inference"
@@ -88,6 +91,8 @@ def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sideca
         sigma = fields.get("sigma", "keep")
         fields["sigma"] = FloorSigma(sigma["floor"]) if isinstance(sigma, Mapping) else sigma
         fields["shape"] = tuple(fields["shape"])
+        if fields["method"] not in METHODS:
+            raise KeyError(f"method {fields['method']!r}")
         targets.append(Target(path=path, **fields))
         names[path] = entry["name"]
         if "fingerprint" in entry:

@@ -31,6 +31,7 @@ def show(request: Request) -> int:
     """Print the plan of a run. UserError for whatever would stop it; returns 0."""
     screen = Screen(sys.stdout)
     chosen = settings.resolve(request)
+    settings.require_fit(request)
     config = models.config_of(chosen.recipe.model)
     base = meta_model(config)
     recipe = build.rules_for(chosen.recipe, base, implicit=chosen.implicit_policy)

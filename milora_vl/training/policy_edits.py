@@ -83,7 +83,7 @@ def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
     if edits.rank is not None:
         old, alpha = rule.get("rank"), rule.get("alpha")
         rule["rank"] = edits.rank
-        if alpha is not None and isinstance(old, int):
+        if isinstance(alpha, int | float) and isinstance(old, int) and old > 0:
             rule["alpha"] = alpha * edits.rank / old
     for name in ("alpha", "dropout", "learning_rate"):
         value = asdict(edits)[name]

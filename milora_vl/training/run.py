@@ -48,6 +48,10 @@ class Run:
         self.screen.say(f"{self.folder.path} is finished; nothing to resume")
         return True
 
+    def check_policy(self) -> None:
+        """Find out by the model's config, before anything is read, what the rules say wrongly of it."""
+        settings.require_fit(self.request)
+
     def read_data(self) -> None:
         """Read and check the records, and settle HF's arguments and the number of steps."""
         with self.screen.step(f"reading {run_data.describe(self.recipe.data)}"):

@@ -13,7 +13,7 @@ from milora_data.errors import UserError
 from milora_vl.config import Recipe, RecipeError, located, policy_problems
 from milora_vl.training import llava_flags, yaml_file
 from milora_vl.training.arguments import PROG, Request
-from milora_vl.training.policy_edits import ADAPTERS, PolicyEdits, edited
+from milora_vl.training.policy_edits import ADAPTERS, edited
 
 DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
 
@@ -31,29 +31,60 @@ class Settings:
 
 
 def resolve(request: Request) -> Settings:
-    """Merge recipe, flags and LLaVA's flags, strictly. UserError, with everything that is wrong in the recipe."""
+    """Merge recipe, flags and LLaVA's flags, strictly. UserError, with everything that is wrong in them."""
     try:
         return _resolve(request)
     except RecipeError as error:
-        raise _with_faults_on_model(error, request) from None
+        more = _faults_of_flags(request) | faults_on_model(request)
+        new = [text for fault, text in more.items() if not any(fault in problem for problem in error.problems)]
+        raise RecipeError(error.source, [*error.problems, *new]) from None
 
 
-def _with_faults_on_model(error: RecipeError, request: Request) -> RecipeError:
-    """The error with what the rules say wrongly of the model, so that the next run does not stumble over that."""
+def require_fit(request: Request) -> None:
+    """Raise RecipeError with everything that the rules say wrongly of the model, before any data or weights load."""
+    found = faults_on_model(request)
+    if found:
+        raise RecipeError(_rules_of(request)[1], found.values())
+
+
+def faults_on_model(request: Request) -> dict[str, str]:
+    """What the rules, as the flags leave them, say wrongly of the model by its config alone; and that with its file."""
     from milora_vl.training.model_faults import faults_on
 
-    if request.edits != PolicyEdits():
-        return error  # flags change the rules, and these are too broken to be changed
-    content, lines, source = read_recipe(request.recipe)
-    rules = content.get("policy")
+    given, source, lines = _rules_of(request)
+    if not (given is None or (isinstance(given, list) and all(isinstance(rule, Mapping) for rule in given))):
+        return {}  # a fault of the recipe, told already
+    try:
+        rules = edited(given, request.edits)
+    except UserError as error:
+        return {str(error): str(error)}
+    model = request.overrides.get("model") or read_recipe(request.recipe)[0].get("model")
+    if given is None or len(rules) != len(given):
+        lines = {}
+    return {
+        fault: located(source, lines, *fault.split(": ", 1)) if fault.startswith("policy[") else f"{source}: {fault}"
+        for fault in faults_on(rules, model, implicit=given is None)
+    }
+
+
+def _rules_of(request: Request) -> tuple[Any, str, dict[str, int]]:
+    """The rules before the flags change them, unchecked; the name of their source, and its lines. None: the default."""
     if request.policy is not None:
-        (rules, source), lines = _read_policy(request.policy), {}
-    found = [
-        located(source, lines, *fault.split(": ", 1)) if fault.startswith("policy[") else f"{source}: {fault}"
-        for fault in faults_on(rules, request.overrides.get("model") or content.get("model"))
-        if not any(fault in problem for problem in error.problems)
-    ]
-    return RecipeError(error.source, [*error.problems, *found])
+        return *_read_policy(request.policy), {}
+    content, lines, source = read_recipe(request.recipe)
+    meaning = _llava(request)
+    if meaning and meaning.rules:
+        return meaning.rules, "the command line", {}
+    return content.get("policy"), source, lines
+
+
+def _faults_of_flags(request: Request) -> dict[str, str]:
+    """What the flags say wrongly by themselves: the recipe's own faults come first, and would hide it."""
+    try:
+        Recipe.parse(request.overrides, "the command line")
+    except RecipeError as error:
+        return {problem.removeprefix("the command line: "): problem for problem in error.problems}
+    return {}
 
 
 def _resolve(request: Request) -> Settings:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric
@@ -61,7 +61,7 @@ class COCOCaptions(Benchmark):
         scores = [100 * score for score in cider_d([words(answer.text) for answer in done], references)]
         return [Metric(self.metric, mean(scores), mean_stderr(scores), len(done), unit="points", note=NOTE)]
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{image_id, caption}]."""
         rows = [{"image_id": a.item.meta["question_id"], "caption": a.text} for a in answers]
         types = {"image_id": int, "caption": str}

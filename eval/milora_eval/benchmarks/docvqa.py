@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from milora_eval.benchmark import Answer, Benchmark, Item
@@ -39,7 +40,7 @@ class DocVQA(Benchmark):
         """Return the similarity to the nearest reference."""
         return anls(text, item.answers) if item.answers else None
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{questionId, answer}]."""
         rows = [{"questionId": a.item.meta["question_id"], "answer": a.text} for a in answers]
         types = {"questionId": int, "answer": str}

@@ -5,7 +5,7 @@ Open and binary are properties of the question. Consistency and the like need fi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
@@ -54,7 +54,7 @@ class GQA(Benchmark):
         """Return the accuracy, binary, open."""
         return means(answers, self.metric)
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{questionId, prediction}] for eval.py."""
         made = [(a.item.meta["question_id"], a.text) for a in answers]
         if self.protocol == "llava":

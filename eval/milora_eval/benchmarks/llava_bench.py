@@ -41,6 +41,7 @@ class LLaVABench(Benchmark):
     source = "huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
     metric = "relative score"
     judge = "gpt-4-0314"
+    judge_system = "You are a helpful and precise assistant for checking the quality of the answer."
 
     def load(self, data_dir: Path) -> list[Item]:
         """Read questions, descriptions of the pictures, and the reference's answers."""

@@ -1,7 +1,7 @@
 """GSM8K and MATH as MiLoRA evaluates them: the answer behind "The answer is: ".
 
 Follows sufenlp/MiLoRA inference/ (MetaMath's scripts): the Alpaca prompt with "Let's think step by step.", greedy,
-stopped at words that begin another question. Files: MetaMath's GSM8K_test.jsonl and MATH_test.jsonl, or the sets' own.
+stopped where it would begin another task. Files: MetaMath's GSM8K_test.jsonl and MATH_test.jsonl, or the sets' own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from milora_data.errors import DataError
 from milora_data.records import Turn
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.data_files import find, read_jsonl
-from milora_eval.rules.gsm8k import gsm8k_number
+from milora_eval.rules.gsm8k import gsm8k_correct
 from milora_eval.rules.math_answers import math_correct
 from milora_eval.rules.math_text import last_boxed
 
@@ -22,7 +22,7 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response: Let's think step by step."
 )
-_STOP = re.compile("Question|USER|ASSISTANT|Instruction|Response")
+_STOP = re.compile("Instruction|Response")  # MetaMath's own scripts stop at more words, MiLoRA's do not
 
 
 class GSM8K(Benchmark):
@@ -44,7 +44,7 @@ class GSM8K(Benchmark):
 
     def score(self, item: Item, text: str) -> float:
         """Return 1.0 for the right number."""
-        return float(gsm8k_number(stopped(text)) == int(item.answers[0]))
+        return float(gsm8k_correct(stopped(text), int(item.answers[0])))
 
     def truth(self, solution: str) -> str:
         """Return the number behind the last ####."""

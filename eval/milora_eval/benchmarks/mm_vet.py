@@ -5,7 +5,7 @@ A grade's text that holds no number counts as no grade, not as 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, Tally, means, plain_text
@@ -71,6 +71,6 @@ class MMVet(Benchmark):
             found += [Metric(name, m.value, m.stderr, m.n) for m in tally.metrics(name)]
         return found
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write {"v1_0": answer} for the online evaluator."""
         return [write_object(folder / "mm-vet_results.json", {a.item.id: a.text for a in answers})]

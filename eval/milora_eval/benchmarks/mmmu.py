@@ -8,7 +8,7 @@ the yaml an empty line inside quotes is one newline: none stands between a quest
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class MMMU(Benchmark):
         """Return the accuracy and that of each subject."""
         return means(answers, self.metric, detail=True)
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write {id: answer} for main_eval_only.py: letters for multiple choice, text for open questions."""
         rows = {
             a.item.id: mmmu_option(a.text, a.item.meta["options"], seed=a.item.id) if a.item.meta["options"] else a.text

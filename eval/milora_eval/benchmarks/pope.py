@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class POPE(Benchmark):
         """The id; a bare number means nothing without LLaVA's question file."""
         return str(line["question_id"])
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write one JSONL file a set, {question, answer}, in the order of the questions, for evaluate.py."""
         files = []
         for name in SETS:

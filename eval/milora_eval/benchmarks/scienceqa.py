@@ -4,6 +4,7 @@ model_vqa_science.py (--single-pred-prompt) and eval_science_qa.py.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class ScienceQA(Benchmark):
         """Return the prompt with its `<image>`, by which eval_science_qa.py knows the questions with a picture."""
         return super().llava_question(item) | {"text": item.question}
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write what eval_science_qa.py writes: the numbers, the index and the text of every answer."""
         right = sum(self.score(a.item, a.text) for a in answers)
         chosen = {a.item.id: scienceqa_index(a.text, a.item.meta["num_choices"]) for a in answers}

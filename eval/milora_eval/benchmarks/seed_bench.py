@@ -5,11 +5,12 @@ The benchmark's own script ranks the likelihoods of the options instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, Tally, means
 from milora_eval.benchmarks.llava_prompts import LETTER, lettered, picture_item
 from milora_eval.benchmarks.submissions import write_rows
 from milora_eval.data_files import find, read_json
@@ -49,10 +50,19 @@ class SEEDBench(Benchmark):
         return float(seed_correct(text, item.answers[0]))
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the accuracy, that of pictures and videos."""
-        return means(answers, self.metric)
+        """Return the accuracy, that of pictures and videos, and that of each type as a detail."""
+        types = Tally()
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+        def noted() -> Iterator[Answer]:
+            for answer in answers:
+                types.add(answer.worth, answer.item.meta["type"], answer.item.group)
+                yield answer
+
+        found = means(noted(), self.metric)
+        details = types.metrics(self.metric, detail=True)[1:]
+        return [*found, *(replace(own, name=f"type: {own.name}", mean_of=None) for own in details)]
+
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write {question_id, prediction} lines."""
         rows = [{"question_id": a.item.meta["question_id"], "prediction": a.text} for a in answers]
         types: dict[str, type | tuple[type, ...]] = {"question_id": (str, int), "prediction": str}

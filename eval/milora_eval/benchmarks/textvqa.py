@@ -6,7 +6,7 @@ question file the picture is the question_id.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class TextVQA(Benchmark):
         """Picture and question."""
         return line["question_id"], question_of(line["prompt"])
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{question_id, answer}], as the EvalAI server reads it."""
         rows = [{"question_id": a.item.meta["server_id"], "answer": a.text} for a in answers]
         return [write_rows(folder / "textvqa_val.json", rows, {"question_id": int, "answer": str}, "question_id")]

@@ -7,6 +7,7 @@ their line as id, as in LLaVA's question file.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from milora_eval.benchmark import Answer, Benchmark, Item
@@ -55,7 +56,7 @@ class VizWiz(Benchmark):
         """The number of the question, or the picture's name."""
         return str(item.meta["question_id"]), item.id
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{image, answer}]."""
         rows = [{"image": a.item.meta["image"], "answer": self.answer(a.text)} for a in answers]
         return [write_rows(folder / f"vizwiz_{self.split}.json", rows, {"image": str, "answer": str}, "image")]

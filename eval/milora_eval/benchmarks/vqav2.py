@@ -6,7 +6,7 @@ scripts/convert_vqav2_for_submission.py does before the upload.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class VQAv2(Benchmark):
         """Return the answer as it is submitted."""
         return m4c_normalise(text) if self.protocol == "llava" else text
 
-    def submission(self, answers: list[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{question_id, answer}]."""
         rows = [{"question_id": a.item.meta["question_id"], "answer": self.answer(a.text)} for a in answers]
         rows += self._unasked({row["question_id"] for row in rows}, data_dir)

@@ -5,6 +5,7 @@ Follows sufenlp/MiLoRA inference/gsm8k_inference.py.
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 from fractions import Fraction
@@ -30,6 +31,21 @@ def gsm8k_number(text: str) -> int | None:
         return _rounded_fraction(*number.split("/"))
     value = float(number)
     return None if abs(value) == float("inf") else round(value)
+
+
+def gsm8k_correct(text: str, truth: int) -> bool:
+    """Tell whether an answer's number is right; up to 1e-4 or a factor of 100, since the script asks MATH's grader too.
+
+    >>> gsm8k_correct("The answer is: 1,800", 18), gsm8k_correct("The answer is: 19", 18)
+    (True, False)
+    """
+    number = gsm8k_number(text)
+    return number is not None and same_number(float(number), float(truth))
+
+
+def same_number(value: float, truth: float) -> bool:
+    """Tell whether two numbers are the same up to 1e-4 or a factor of 100, as grader.py does."""
+    return any(math.isclose(own, value, rel_tol=1e-4) for own in (truth / 100, truth, truth * 100))
 
 
 def _rounded_fraction(numerator: str, denominator: str) -> int | None:

@@ -12,7 +12,7 @@ import math
 import re
 from typing import Any
 
-from milora_eval.rules.gsm8k import MARKER
+from milora_eval.rules.gsm8k import MARKER, same_number
 from milora_eval.rules.math_text import simplified
 
 _BRACES = str.maketrans("", "", "{}()")
@@ -37,15 +37,15 @@ def is_equivalent(answer: str, reference: str) -> bool:
         own, true = simplified(answer), simplified(reference)
         return math_equal(own, true) or own == true
     except ValueError:
-        # The script compares the answer with itself here.
-        return bool(answer) or answer == reference
+        # The script compares the answer with itself here: right, but for an empty one and for "nan".
+        return math_equal(answer, answer) or answer == reference
 
 
 def math_equal(answer: str, reference: str) -> bool:
     """Tell whether answers are equal as numbers (up to 1e-4 or a factor of 100), as text, in parts, or as formulas."""
     own, true = _number(answer), _number(reference)
     if own is not None and true is not None:
-        return any(math.isclose(value, own, rel_tol=1e-4) for value in (true / 100, true, true * 100))
+        return same_number(own, true)
     if not answer:
         return False
     answer, reference = answer.strip(), reference.strip()
@@ -104,10 +104,13 @@ def _parse(text: str, *, xor_is_power: bool = False) -> Any:
     """Return the sympy expression of a formula; None for what is none, and for what would not be safe to parse."""
     if not _FORMULA.fullmatch(text) or _RISKY.search(text):
         return None
-    from sympy import Symbol
+    import sympy
     from sympy.parsing.sympy_parser import convert_xor, parse_expr, standard_transformations
 
-    symbols = {word: Symbol(word) for word in re.findall("[a-zA-Z]+", text) if word not in _NAMES}
+    words = set(re.findall("[a-zA-Z]+", text)) - _NAMES
+    if words & vars(sympy).keys():  # "2*beta": a function there, which cannot be multiplied
+        return None
+    symbols = {word: sympy.Symbol(word) for word in words}
     rules = (*standard_transformations, convert_xor) if xor_is_power else standard_transformations
     try:
         return parse_expr(text, local_dict=symbols, transformations=rules)
