@@ -1,41 +1,90 @@
-"""Put a vision tower, a projector and a causal language model together into a LLaVA in Hugging Face layout."""
+"""Put a vision tower, a projector and a causal language model together into a LLaVA in Hugging Face layout.
+
+`python -m milora_vl.compose --vision V --language L --output_dir O`: the folder is ready for stage 1, in which the
+projector learns captions (recipe pretrain-projector-llava).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from milora_data import command
+from milora_data.errors import UserError
 
-from milora_data.templates import render_chat_template
+if TYPE_CHECKING:
+    from milora_vl.composing.vision import TowerPlan
 
 IMAGE_TOKEN = "<image>"
+PROG = "python -m milora_vl.compose"
 
 
-def compose(tower: Any, language: Any, tokenizer: Any, *, projector_seed: int = 0) -> Any:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compose what the command line names and write it. UserError where the parts do not fit. Returns the exit code."""
+    parser = command.parser(PROG, "Make a LLaVA from a vision tower and a causal language model.")
+    parser.add_argument("--vision", required=True, metavar="V", help="CLIP, SigLIP, a ViT (folder or id), or timm/NAME")
+    parser.add_argument("--vision_weights", metavar="FILE", help="for timm/NAME without a hub: a file, or random")
+    parser.add_argument("--language", required=True, metavar="L", help="a causal LM: folder or id")
+    parser.add_argument("--projector", metavar="P", help="mm_projector.bin or .safetensors to start from")
+    parser.add_argument("--select_layer", type=int, default=-2, metavar="N", help="of the tower [-2]")
+    parser.add_argument("--select_feature", choices=("patch", "cls_patch"), default="patch")
+    parser.add_argument("--output_dir", required=True, metavar="O", help="folder to write; must not exist")
+    args = parser.parse_args(argv)
+    from milora_vl.composing import parts
+
+    folder = Path(args.output_dir)
+    if folder.exists():
+        raise UserError(f"--output_dir {folder} exists; nothing is overwritten")
+    chosen = parts.Parts(
+        args.language, args.vision, args.projector, args.select_layer, args.select_feature, args.vision_weights
+    )
+    parts.require_parts(chosen)
+    parts.write(chosen, folder)
+    print(f"{folder}: {chosen.describe()}")  # noqa: T201
+    stage = "" if args.projector else " --tune_mm_mlp_adapter True --version plain --learning_rate 1e-3"
+    print(f"next: python -m milora_vl.train --model {folder}{stage} --data_path DATA.json ...")  # noqa: T201
+    return 0
+
+
+def compose(
+    tower: Any,
+    language: Any,
+    tokenizer: Any,
+    *,
+    plan: TowerPlan | None = None,
+    rows: int = 1,
+    projector_seed: int = 0,
+) -> Any:
     """Return a LlavaForConditionalGeneration of a tower and a causal language model, with a fresh two-layer projector.
 
-    `<image>` is added to the tokenizer (in place) and to the embeddings. Tower features are used whole
-    (`vision_feature_layer` -1, strategy `full`). The given models become parts of the new one.
+    `<image>` is added to the tokenizer (in place) and to the embeddings, whose rows become a multiple of `rows`.
+    Without a `plan`, the features of a timm tower are used whole. The given models become parts of the new one, which
+    holds nothing else: a model of 7B is composed in the memory that its parts take.
     """
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    import torch
+    from transformers import LlavaForConditionalGeneration
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    from milora_vl.composing.parts import llava_config
+    from milora_vl.composing.vision import plan_tower
 
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    _add_image_row(language, len(tokenizer))
-    config: Any = LlavaConfig(
-        vision_config=tower.config,
-        text_config=language.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=tower.config.grid**2,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        tie_word_embeddings=language.config.tie_word_embeddings,
-    )
+    _add_image_row(language, -(-len(tokenizer) // rows) * rows)
+    plan = plan_tower(tower.config, layer=-1, feature="patch") if plan is None else plan
+    config = llava_config(plan, language.config, image_token=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    with torch.device("meta"):
+        model: Any = LlavaForConditionalGeneration(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(projector_seed)
-        model: Any = LlavaForConditionalGeneration(config)
+        projector = LlavaMultiModalProjector(config)
+        for layer in (projector.linear_1, projector.linear_2):
+            torch.nn.init.normal_(layer.weight, std=0.02)  # as transformers starts a LLaVA
+            torch.nn.init.zeros_(layer.bias)
+    model.model.multi_modal_projector = projector.to(language.dtype)
     model.model.vision_tower = tower
-    model.model.language_model = language.model
-    model.lm_head = language.lm_head
+    model.model.language_model = language.base_model
+    model.lm_head = language.get_output_embeddings()
     model.tie_weights()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -46,14 +95,18 @@ def processor_for(
     tokenizer: Any,
     *,
     image_size: int,
-    grid: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
     template: str = "vicuna_v1",
+    strategy: str = "full",
+    extra_tokens: int = 0,
 ) -> Any:
-    """Return the LlavaProcessor of a composed model: square padding, our prompt, grid² image tokens."""
+    """Return the LlavaProcessor of a composed model: square padding, our prompt, as many image tokens as features."""
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+
+    from milora_data.templates import render_chat_template
 
     image_processor = LlavaImageProcessor(
         do_pad=True,
@@ -65,16 +118,18 @@ def processor_for(
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=image_size // grid,
-        vision_feature_select_strategy="full",
+        patch_size=patch_size,
+        vision_feature_select_strategy=strategy,
         chat_template=render_chat_template(template, tokenizer),
         image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=0,
+        num_additional_image_tokens=extra_tokens,
     )
 
 
 def _add_image_row(language: Any, size: int) -> None:
     """Grow the embeddings to `size`; new rows are the mean of the old, so that no new token is ever the likeliest."""
+    import torch
+
     old = language.get_input_embeddings().weight
     mean = old.detach().float().mean(0).to(old.dtype)
     count = old.shape[0]
@@ -85,3 +140,7 @@ def _add_image_row(language: Any, size: int) -> None:
     with torch.no_grad():
         for embedding in embeddings:
             embedding.weight[count:] = mean
+
+
+if __name__ == "__main__":
+    command.run(main)

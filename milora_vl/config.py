@@ -70,6 +70,15 @@ def _source(entry: Any, place: str) -> SourceConfig:
         raise ValueError(f"{place}: {_dotted(first['loc'])}: {first['msg']}{known}") from None
 
 
+class PartsConfig(_Strict):
+    """What turns a text-only `model` into a LLaVA: its tower, in LLaVA's words; `projector_weights` go with it."""
+
+    vision_tower: str | None = None  # a folder, a hub id or timm/NAME
+    vision_weights: str | None = None  # for timm/NAME: a file, or random
+    select_layer: int = -2
+    select_feature: Literal["patch", "cls_patch"] = "patch"
+
+
 class EvalConfig(_Strict):
     """What is evaluated: suites after training, in a process of their own; forgetting during it."""
 
@@ -100,6 +109,7 @@ class Recipe(_Strict):
     quantization: Literal["none", "4bit", "8bit"] = "none"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the frozen weights
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    parts: PartsConfig = PartsConfig()
     projector_weights: str | None = None  # file or folder that the projector starts from
     template: str = "vicuna_v1"
     form: Literal["anchored", "residual"] = "anchored"

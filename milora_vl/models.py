@@ -22,6 +22,7 @@ from torch import nn
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_adapter
+from milora_vl.composing import original
 from milora_vl.quantized import Quantization, quantization_config
 from milora_vl.screen_noise import quiet_bars
 from milora_vl.towers import keep_weights_readable
@@ -37,6 +38,15 @@ NAMED_MODELS: dict[str, str] = {
 }
 # Names by which LLaVA's own scripts call the same weights in another layout.
 SAME_WEIGHTS = {"liuhaotian/llava-v1.5-7b": "llava-1.5-7b", "liuhaotian/llava-v1.5-13b": "llava-1.5-13b"}
+# Parts that LLaVA's scripts start from, whose configs lie inside those of the package: a dry run needs no hub.
+PART_OF: dict[str, tuple[str, str, dict[str, int]]] = {
+    "lmsys/vicuna-7b-v1.5": ("llava-1.5-7b", "text_config", {"vocab_size": 32000}),
+    "lmsys/vicuna-13b-v1.5": ("llava-1.5-13b", "text_config", {"vocab_size": 32000}),
+    "openai/clip-vit-large-patch14-336": ("llava-1.5-7b", "vision_config", {}),
+    "openai/clip-vit-large-patch14": ("llava-1.5-7b", "vision_config", {"image_size": 224}),
+}
+# Of the towers that are met most; others are counted on the meta device.
+EXTRA_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "milora_timm_tower": 0}
 MADE_HERE = ("smol-llava", "smol-llava-unaligned", "tiny", "tiny-text")
 
 
@@ -92,7 +102,11 @@ def load_weights(
         return _named(_tiny(name)[0].to(dtype or torch.float32), name)
     source = _source(name)
     config = _read(AutoConfig.from_pretrained, source, name)
-    _refuse_original_layout(config, name)
+    if original.MARK in config.to_dict():
+        raise UserError(
+            f"{name} is in the layout of the original LLaVA code, which is converted from a folder\n"
+            f"first:  hf download {name} --local-dir FOLDER      then --model FOLDER"
+        )
     auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
     arguments: dict[str, Any] = {"dtype": dtype or "auto"}
     if quantization is not None:
@@ -143,12 +157,36 @@ def config_of(name: str) -> Any:
 
     if name in ("tiny", "tiny-text"):
         return _tiny(name)[0].config
+    if original.is_original(Path(name)):
+        from milora_vl.composing import parts
+
+        return parts.planned_config(parts.parts_of_original(Path(name)))
+    if name in PART_OF:
+        whole, part, differing = PART_OF[name]
+        inner = config_of(whole).to_dict()[part] | differing
+        return AutoConfig.for_model(inner.pop("model_type"), **inner)
     packaged = files("milora_vl") / "configs" / f"{SAME_WEIGHTS.get(name, name)}.json"
     if packaged.is_file():
         _register_own()
         content = json.loads(packaged.read_text(encoding="utf-8"))
         return AutoConfig.for_model(content.pop("model_type"), **content)
     return _read(AutoConfig.from_pretrained, _source(name), name)
+
+
+def converted(folder: Path) -> Path:
+    """Return the folder, in Hugging Face's layout, of a whole model in LLaVA's original one: made once, cached."""
+    from milora_vl.composing import parts
+
+    made, is_new = parts.base_folder(parts.parts_of_original(folder))
+    if is_new:
+        sys.stderr.write(f"{folder} is in LLaVA's original layout: written in Hugging Face's to {made}\n")
+    return made
+
+
+def read_pretrained(load: Any, name: str, **arguments: Any) -> Any:
+    """`from_pretrained` of a class of transformers on a folder as it is, or a hub id; UserError where it fails."""
+    with quiet_bars():
+        return _read(load.from_pretrained, str(name), str(name), **arguments)
 
 
 def image_token_id(config: Any) -> int:
@@ -158,11 +196,24 @@ def image_token_id(config: Any) -> int:
 
 def image_tokens(config: Any) -> int:
     """Return how many tokens a picture takes, counted from the tower's own sizes."""
+    dropped = config.vision_feature_select_strategy == "default"
+    return _patches(config) + extra_tokens(config) - int(dropped)
+
+
+def extra_tokens(config: Any) -> int:
+    """Return how many tokens the tower of a LLaVA gives beside those of its patches: class token, registers."""
+    vision = config.vision_config
+    if vision.model_type in EXTRA_TOKENS or config.model_type != "llava":
+        return EXTRA_TOKENS.get(vision.model_type, 0)
+    from milora_vl.composing.vision import count_tokens
+
+    return count_tokens(vision, config.vision_feature_layer) - _patches(config)
+
+
+def _patches(config: Any) -> int:
     vision = config.vision_config
     side = vision.image_size // vision.patch_size if "patch_size" in dir(vision) else vision.grid
-    has_class_token = vision.model_type == "clip_vision_model"
-    dropped = config.vision_feature_select_strategy == "default"
-    return side * side + int(has_class_token) - int(dropped)
+    return int(side * side)
 
 
 def split_processor(processor: Any) -> tuple[Any, Any | None]:
@@ -197,6 +248,8 @@ def _source(name: str) -> str:
     folder = Path(name)
     if folder.is_dir():
         _register_own()
+        if original.is_original(folder):
+            return str(converted(folder))
         if not (folder / "config.json").is_file():
             raise UserError(f"{name} holds no model: it has no config.json\nfound: {_listing(folder)}")
         return name
@@ -261,22 +314,13 @@ def _register_own() -> None:
     register()
 
 
-def _refuse_original_layout(config: Any, name: str) -> None:
-    if "mm_vision_tower" in config.to_dict():
-        raise UserError(
-            f"{name} is in the layout of the original LLaVA code\n"
-            "expected:  the Hugging Face layout, such as llava-hf/llava-1.5-7b-hf (the same weights)\n"
-            "or:        milora_vl.apply_milora(model, policy) inside the original code base, which needs no conversion"
-        )
-
-
 def _complete(processor: Any, config: Any) -> None:
     """Set what the processor needs to count image tokens, and square padding, as LLaVA-1.5 was trained."""
     if config.model_type != "llava":
         return
     processor.patch_size = config.vision_config.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
+    processor.num_additional_image_tokens = extra_tokens(config)
     if "do_pad" in type(processor.image_processor).__dict__:
         processor.image_processor.do_pad = True
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from milora_data.errors import UserError
@@ -30,7 +32,10 @@ def projector_of(model: nn.Module) -> nn.Module:
 
 
 def save_projector(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
-    """Write mm_projector.safetensors, in the dtype that was trained; `state` is a gathered state dict of the model."""
+    """Write mm_projector.safetensors, in the dtype that was trained, and mm_projector.bin, the same by LLaVA's names.
+
+    `state` is a gathered state dict of the model.
+    """
     from safetensors.torch import save_file
 
     if state is None:
@@ -38,7 +43,9 @@ def save_projector(model: nn.Module, folder: Path, state: Mapping[str, Tensor] |
     else:
         weights = {PREFIX + _inner(name): t for name, t in state.items() if _OURS.match(name)}
     target = folder / FILE_NAMES[0]
-    save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, target, metadata={"format": "pt"})
+    weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+    torch.save({_llava_name(name): t for name, t in weights.items()}, folder / FILE_NAMES[1])
+    save_file(weights, target, metadata={"format": "pt"})
     return target
 
 
@@ -57,18 +64,51 @@ def load_projector(model: nn.Module, source: Path) -> None:
 
 
 def read_projector(source: Path) -> dict[str, Tensor]:
-    """The projector's weights in a file or folder, by their names inside the module (`linear_1.weight`)."""
+    """The projector's weights in a file or folder, by their names inside the module (`linear_1.weight`).
+
+    Of a whole model in LLaVA's original layout, its projector alone is read.
+    """
     from safetensors.torch import load_file
 
+    from milora_vl.composing import original
+
+    if original.is_original(source):
+        inside = original.read_original(source).tensors(original.PROJECTOR)
+        return {_inner(f"mm_projector.{name}"): tensor for name, tensor in inside.items()}
+    file = projector_file(source)
+    try:
+        is_safe = file.suffix == ".safetensors"
+        state = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise UserError(f"{file} cannot be read (cut off?): {str(error).splitlines()[0]}") from None
+    weights = {_inner(name): t for name, t in state.items() if _OURS.match(name) or _LLAVA.match(name)}
+    if not weights:
+        raise UserError(f"{file} holds no projector weights; its names: {', '.join(list(state)[:3])}, ...")
+    if "weight" in weights:
+        raise UserError(
+            f"{file} is a single linear layer (LLaVA's --mm_projector_type linear)\n"
+            "expected:  two layers, mlp2x_gelu, as LLaVA-1.5 and Hugging Face's LLaVA have them"
+        )
+    return weights
+
+
+def projector_file(source: Path) -> Path:
+    """The file with a projector that `source` is or holds; UserError where there is none."""
     files = [source / name for name in FILE_NAMES if (source / name).is_file()] if source.is_dir() else [source]
     if not files or not files[0].is_file():
         raise UserError(f"no projector weights at {source}: expected a file or a folder with {' or '.join(FILE_NAMES)}")
-    is_safe = files[0].suffix == ".safetensors"
-    state = load_file(files[0]) if is_safe else torch.load(files[0], map_location="cpu", weights_only=True)
-    weights = {_inner(name): t for name, t in state.items() if _OURS.match(name) or _LLAVA.match(name)}
-    if not weights:
-        raise UserError(f"{files[0]} holds no projector weights; its names: {', '.join(list(state)[:3])}, ...")
-    return weights
+    return files[0]
+
+
+def _llava_name(name: str) -> str:
+    """LLaVA's name of a weight of ours.
+
+    >>> _llava_name("multi_modal_projector.linear_2.bias")
+    'model.mm_projector.2.bias'
+    """
+    layer, _, leaf = name.removeprefix(PREFIX).rpartition(".")
+    number = 2 * (int(layer.removeprefix("linear_")) - 1) if layer.startswith("linear_") else layer
+    return f"model.mm_projector.{number}.{leaf}"
 
 
 def _inner(name: str) -> str:

@@ -21,7 +21,7 @@ from milora_vl.compose import compose, processor_for
 from milora_vl.screen_noise import quiet_bars
 from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
 
-FOLDER_VERSION = 2  # to be raised with every change of what the folder holds
+FOLDER_VERSION = 3  # to be raised with every change of what the folder holds
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOWER_WEIGHTS = "efficientnet-lite0-57934424.pth"
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -64,7 +64,9 @@ def _write(folder: Path, *, aligned: bool) -> None:
         weights = {name.removeprefix("multi_modal_projector."): w for name, w in load(PROJECTOR.read_bytes()).items()}
         model.model.multi_modal_projector.load_state_dict(weights)
     model.to(torch.bfloat16).save_pretrained(folder)
-    processor_for(tokenizer, image_size=IMAGE_SIZE, grid=GRID, mean=MEAN, std=STD).save_pretrained(folder)
+    processor_for(tokenizer, image_size=IMAGE_SIZE, patch_size=IMAGE_SIZE // GRID, mean=MEAN, std=STD).save_pretrained(
+        folder
+    )
 
 
 def language_model() -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from milora_data.command import run
+from milora_data.errors import UserError
 from milora_vl.training import arguments
 
 
@@ -40,7 +41,11 @@ def train(request: arguments.Request) -> int:
     job.arrange_data()
     job.apply_policy()
     job.open_folder()
-    job.train()
+    try:
+        job.train()
+    except (KeyboardInterrupt, UserError):
+        job.describe_unfinished()
+        raise
     job.save()
     job.evaluate()
     return job.close()

@@ -18,8 +18,9 @@ from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
 from milora_vl.policy import Target
 from milora_vl.projector import load_projector, save_projector
-from milora_vl.training.losses import summed_loss, takes_columns
-from milora_vl.training.param_groups import parameter_groups
+from milora_vl.training.losses import install, summed_loss
+from milora_vl.training.meter import Meter, group_rates, tower_norms
+from milora_vl.training.param_groups import parameter_groups, target_path
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,6 +38,28 @@ class LogBeforeSave(TrainerCallback):
         """Ask for a log line where a checkpoint will be written, and at the last step."""
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
+
+
+class TowerNorms(TrainerCallback):
+    """Keep gradient norm of each tower and learning rate of each group, so that the next log line can tell them."""
+
+    def __init__(self, tower_of: dict[str, str]) -> None:
+        self.tower_of = tower_of
+        self.squares: dict[str, Tensor] = {}
+        self.rates: dict[str, float] = {}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Gradients are complete, and clipped all alike; the rates are those of the step to come."""
+        self.squares = tower_norms(objects["model"].named_parameters(), self.tower_of)
+        self.rates = group_rates(objects["optimizer"].param_groups)
+
+    def entries(self, whole: float) -> dict[str, float]:
+        """Each tower's part of the norm before clipping (none under ZeRO: no process has a gradient), and the rates."""
+        total = sum(float(square) for square in self.squares.values())
+        norms = {tower: whole * math.sqrt(float(s) / total) for tower, s in self.squares.items() if total > 0}
+        return {f"grad_norm/{tower}": norm for tower, norm in norms.items()} | self.rates
 
 
 class MiloraTrainer(Trainer):
@@ -59,6 +82,7 @@ class MiloraTrainer(Trainer):
         lengths: Sequence[int] | None = None,
         kinds: Sequence[object] | None = None,
     ) -> None:
+        self.chunked = install(_base(model))  # before anything wraps its forward
         super().__init__(
             model,
             args,
@@ -71,8 +95,12 @@ class MiloraTrainer(Trainer):
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
-        self.by_columns = takes_columns(_base(model))
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch whatever the model
+        self.meter = Meter(data_collator)
+        paths = {target.path: str(target.tower) for target in targets}
+        named = {name: target_path(name, paths) for name, p in model.named_parameters() if p.requires_grad}
+        self.norms = TowerNorms({name: paths[path] for name, path in named.items() if path})
+        self.add_callback(self.norms)
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
 
     def trained(self) -> nn.Module:
@@ -116,10 +144,12 @@ class MiloraTrainer(Trainer):
 
         Batch 1 x accumulation 8 therefore equals 8 x 1. UserError for a training batch in which nothing is supervised.
         """
-        summed, num_tokens, outputs = summed_loss(model, inputs, by_columns=self.by_columns)
+        summed, num_tokens = summed_loss(model, inputs, chunked=self.chunked)
         if not model.training:
             self._eval_sums += torch.tensor([float(summed.detach()), num_tokens], dtype=torch.float64)
-        elif num_tokens == 0:
+        else:
+            self.meter.add(inputs)
+        if model.training and num_tokens == 0:
             raise UserError(
                 f"step {self.state.global_step + 1}: nothing in the batch is supervised\n"
                 "the answers are empty or cut off; see --max_length and python -m milora_data check",
@@ -128,7 +158,7 @@ class MiloraTrainer(Trainer):
         loss = summed / (max(num_tokens, 1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     def evaluation_loop(
         self,
@@ -154,6 +184,9 @@ class MiloraTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """HF's log; a loss that is no number ends the run, as nothing after it means anything."""
+        if "loss" in logs:
+            totals = self.accelerator.reduce(self.meter.counts.to(self.args.device, torch.float32))
+            logs |= self.meter.take(totals.tolist()) | self.norms.entries(logs.get("grad_norm", 0.0))
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(

@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
-from milora_vl.training.estimate import GIB, Plan, duration, flops_per_step, memory
+from milora_vl.adapter import apply_milora
+from milora_vl.policy import Policy
+from milora_vl.tiny import tiny_llama
+from milora_vl.training.estimate import GIB, Plan, duration, flops_per_step, host_memory, memory
+from milora_vl.training.fit import changes, verdict
+from milora_vl.training.simulate import Resident, Shape, simulate
 
 PLAN = Plan(
     total=7_063_427_072, adapters=319_815_680, anchors=319_815_680, full=20_979_712, base_bytes=2.0, stage=0, devices=8,
-    records=16, tokens=700, supervised=60, accumulation=1, width=4096, layers=32, vocabulary=32064,
-    checkpointing=True, half=True,
+    records=16, tokens=700, accumulation=1, checkpointing=True, half=True, activations=8 * GIB,
 )  # fmt: skip
 
 
@@ -20,22 +26,60 @@ def test_without_zero_weights_and_adam_are_known_numbers() -> None:
     assert sizes["frozen weights"] / GIB == pytest.approx(13.1, abs=0.1)
     assert sizes["anchors (never sharded)"] / 1e9 == pytest.approx(0.64, abs=0.01)
     trained = PLAN.trained
-    assert sizes["trained weights"] + sizes["gradients"] + sizes["Adam"] == 16 * trained
+    assert sizes["trained weights"] + sizes["gradients"] + sizes["optimizer"] == 16 * trained
 
 
-@pytest.mark.parametrize(("stage", "sharded"), [(1, 8), (2, 12), (3, 16)])
-def test_zero_shares_out_what_its_stage_says(stage: int, sharded: int) -> None:
-    plain, sharded_plan = memory(PLAN), memory(replace(PLAN, stage=stage))
-    names = ("trained weights", "gradients", "Adam")
-    total = sum(sharded_plan[name] for name in names)
-    assert total == pytest.approx(PLAN.trained * (16 - sharded + sharded / 8))
-    assert sharded_plan["anchors (never sharded)"] == plain["anchors (never sharded)"]
+@pytest.mark.parametrize(("stage", "per_number"), [(1, 2 + 2 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)])
+def test_zero_shares_out_what_its_stage_says(stage: int, per_number: float) -> None:
+    """16-bit weights and gradients, and 12 bytes of float32 weights and Adam, as in the ZeRO paper."""
+    plain, sharded = memory(PLAN), memory(replace(PLAN, stage=stage))
+    names = ("trained weights", "gradients", "optimizer")
+    assert sum(sharded[name] for name in names) == pytest.approx(PLAN.trained * per_number)
+    assert sharded["anchors (never sharded)"] == plain["anchors (never sharded)"]
 
 
-def test_checkpointing_trades_memory_for_one_more_forward() -> None:
+def test_offloading_moves_states_to_the_host() -> None:
+    away = replace(PLAN, stage=3, offload_optimizer=True, offload_weights=True)
+    assert "optimizer" not in memory(away)
+    assert host_memory(away) == pytest.approx((PLAN.total * 2 + PLAN.trained * 14) / 8)
+
+
+def test_checkpointing_costs_one_more_forward() -> None:
     eager = replace(PLAN, checkpointing=False)
-    assert memory(eager)["activations"] > 10 * memory(PLAN)["activations"]
     assert flops_per_step(PLAN) / flops_per_step(eager) == pytest.approx(1.5, abs=0.05)
+
+
+def test_a_plan_that_does_not_fit_says_what_would() -> None:
+    eager = replace(PLAN, checkpointing=False, activations=120 * GIB)
+    assert verdict(PLAN, 8 * GIB, 40)[0].startswith("fits   40 GiB")
+    lines = verdict(eager, 8 * GIB, 40)
+    assert lines[0].startswith("does not fit 40 GiB: 139.8")
+    assert lines[2].startswith("  --gradient_checkpointing True: ")
+    assert verdict(PLAN, 8 * GIB, 3)[1].startswith("no single change is enough")
+    for _, changed in changes(eager, 8 * GIB):
+        assert changed.records * changed.accumulation in (16, 1)
+
+
+def simulated(checkpointing: bool, learnt: int = 60, records: int = 4) -> Resident:
+    config = tiny_llama()[0].config
+    with torch.device("meta"):
+        base = LlamaForCausalLM(config)
+    targets = Policy.settle([{"modules": "language", "method": "milora", "rank": 4}], base)
+    shape = Shape(
+        records=records, tokens=300, learnt=learnt, pictures=0, image_tokens=0, half=False,
+        checkpointing=checkpointing, base_dtype=torch.float32,
+    )  # fmt: skip
+    return simulate(config, targets, shape)
+
+
+def test_what_a_step_adds_is_simulated() -> None:
+    """Twice the records, twice the activations; checkpointing takes most of them away; weights are counted apart."""
+    eager, frugal = simulated(False), simulated(True)
+    model = apply_milora(tiny_llama()[0], [{"modules": "language", "method": "milora", "rank": 4}])
+    assert eager.trained == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert eager.anchors == eager.trained
+    assert frugal.activations < 0.75 * eager.activations
+    assert simulated(False, records=8).activations == pytest.approx(2 * eager.activations, rel=0.05)
 
 
 def test_durations_are_for_people() -> None:

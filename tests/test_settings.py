@@ -159,6 +159,7 @@ def test_rules_that_do_not_fit_the_model_are_told_with_their_line_before_anythin
     file.write_text(f"{rules}\ndata: {{path: nowhere.json}}\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"^3 mistakes in .*\n.*recipe.yaml:4: policy\[0\].modules: no module matches"):
         train(["--recipe", str(file), "--output_dir", str(tmp_path / "run")])
-    require_fit(parse(["--model", "tiny", "--rank", "2"]))
+    fits, too_large = (parse(["--model", "tiny", "--rank", rank]) for rank in ("2", "4000"))
+    require_fit(fits, resolve(fits).recipe)
     with pytest.raises(UserError, match=r"policy\[0\].rank: 4000 is larger"):
-        require_fit(parse(["--model", "tiny", "--rank", "4000"]))
+        require_fit(too_large, resolve(too_large).recipe)

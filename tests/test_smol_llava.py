@@ -23,7 +23,7 @@ def composed(tiny_llama):
     language, tokenizer = tiny_llama()
     model = compose(TimmTower(config).eval(), language, tokenizer)
     half = (0.5, 0.5, 0.5)
-    return model, processor_for(tokenizer, image_size=64, grid=2, mean=half, std=half)
+    return model, processor_for(tokenizer, image_size=64, patch_size=32, mean=half, std=half)
 
 
 def test_a_composed_model_takes_pictures_and_reloads_with_the_same_logits(composed, tmp_path):

@@ -201,6 +201,8 @@ def test_a_broken_picture_ends_the_run_with_its_name(workers: str, tiny_data: Pa
     assert "cannot read this picture" in str(error.value)
     assert "--bad_images skip" in str(error.value)
     assert "Traceback" not in str(error.value)
+    assert "ended before its end" in (tmp_path / "run" / "README.md").read_text()
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_a_mistake_is_no_traceback(tmp_path: Path) -> None:

@@ -49,6 +49,17 @@ def test_a_batch_with_nothing_to_learn_is_an_error(make: Callable[..., MiloraTra
     assert error.value.exit_code == 1
 
 
+def test_the_log_tells_what_was_learnt_from_and_how_it_moves(make: Callable[..., MiloraTrainer]) -> None:
+    trainer = make([row(0, 5), row(1, 3)], per_device_train_batch_size=2)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in entries:
+        assert entry["supervised_tokens"] == 8
+        assert entry["tokens_per_second"] > 0
+        assert entry["grad_norm/language"] == pytest.approx(entry["grad_norm"], rel=1e-4)
+        assert entry["learning_rate/language"] == pytest.approx(entry["learning_rate"], rel=1e-6)
+
+
 def test_a_loss_that_is_no_number_ends_the_run(make: Callable[..., MiloraTrainer]) -> None:
     trainer = make([row(0, 5)])
     with torch.no_grad():

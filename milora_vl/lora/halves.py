@@ -110,7 +110,9 @@ class Halves(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The factor that PEFT multiplies and merges with, to be read."""
-        return self.joined if torch.compiler.is_compiling() else self.joined.as_subclass(Joined)
+        joined = self.joined
+        is_plain = type(joined) in (Tensor, nn.Parameter)  # fake tensors of torch's own tools stay what they are
+        return joined.as_subclass(Joined) if is_plain and not torch.compiler.is_compiling() else joined
 
     def anchor_for(self, x: Tensor) -> Tensor:
         """Return the anchor in the dtype of the multiplication; autocast casts both halves alike by itself."""

@@ -64,6 +64,8 @@ RUN_FLAGS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "resume_from_checkpoint": ("str", ("resume",), "true, a checkpoint folder, or auto (resume if there is something)"),
     "device": ("str", (), "cpu, or cuda (the default where there is one)"),
     "dry_run": ("bool", (), "check everything and show the plan; needs no weights and no network"),
+    "devices": ("int", (), "with --dry-run: plan for so many devices"),
+    "gpu_memory": ("float", (), "with --dry-run: say whether it fits so many GiB a device, and what would"),
     "print_recipe": ("str", (), "print a recipe with every key and its default"),
     "list_models": ("bool", (), "print the named models"),
     "list_recipes": ("bool", (), "print the recipes"),
@@ -86,6 +88,8 @@ class Request:
     resume: str | None = None
     action: str = "train"  # train | dry_run | print_recipe | list_models | list_recipes
     argument: str = ""  # of the action
+    devices: int | None = None  # of a plan
+    gpu_memory: float | None = None  # GiB, of a plan
     words: tuple[str, ...] = field(default=(), compare=False)  # as they were typed
 
 
@@ -128,6 +132,9 @@ def parse(argv: Sequence[str] | None) -> Request:
     overrides = _nested({name: _alias(name, value) for name, value in sections["recipe"].items()})
     if train:
         overrides["train"] = train
+    planned = [f"--{name}" for name in ("devices", "gpu_memory") if name in run]
+    if planned and not run.get("dry_run"):
+        raise UserError(f"{' '.join(planned)}: only with --dry-run; devices of a run are those of its launcher")
     actions = [name for name in ACTIONS if run.get(name, False) is not False]
     return Request(
         recipe=run.get("recipe"),
@@ -138,6 +145,8 @@ def parse(argv: Sequence[str] | None) -> Request:
         output_dir=run.get("output_dir"),
         resume=run.get("resume_from_checkpoint"),
         action=actions[0] if actions else "train",
+        devices=run.get("devices"),
+        gpu_memory=run.get("gpu_memory"),
         argument=str(run.get("print_recipe", "")),
         words=tuple(sys.argv[1:] if argv is None else argv),
     )

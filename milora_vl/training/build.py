@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +40,6 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple
     from milora_vl.projector import load_projector
 
     quantization = None if recipe.quantization == "none" else recipe.quantization
-    if quantization and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f'a {quantization} base needs bitsandbytes: pip install "milora-vl[quant]"')
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=quantization)
     _set_attention(model, recipe.attn_implementation)
     if recipe.projector_weights:

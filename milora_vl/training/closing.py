@@ -15,8 +15,7 @@ from milora_vl.training.screen import Screen
 
 def close(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
     """Write README.md and report.html and print the closing block. The report cannot fail the run."""
-    folder.write_text("README.md", model_card.render(folder.path, recipe))
-    reported = _report(folder.path, screen)
+    reported = write_pages(folder, recipe, screen)
     weights = next((name for name in RESULTS if (folder.path / name).is_file()), "")
     rows = [("weights", str(folder.path / weights))]
     if reported:
@@ -24,6 +23,12 @@ def close(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
     rows.append(("recipe", str(folder.path / "recipe.yaml")))
     rows.append(("next", next_command(folder.path, recipe)))
     screen.closing(rows)
+
+
+def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> bool:
+    """Write README.md and report.html; tells whether the latter could be."""
+    folder.write_text("README.md", model_card.render(folder.path, recipe))
+    return _report(folder.path, screen)
 
 
 def next_command(path: Path, recipe: Recipe) -> str:

@@ -20,7 +20,7 @@ from milora_vl import models
 from milora_vl.config import Recipe
 from milora_vl.policy import Target
 from milora_vl.towers import TOWERS, find_towers
-from milora_vl.training import build, first_batch, run_data, run_folder, settings, training_args
+from milora_vl.training import bases, build, first_batch, packages, run_data, run_folder, settings, training_args
 from milora_vl.training.arguments import PROG, Request
 from milora_vl.training.batching import Batching
 from milora_vl.training.dry_run_cost import lines as cost_lines
@@ -31,8 +31,9 @@ def show(request: Request) -> int:
     """Print the plan of a run. UserError for whatever would stop it; returns 0."""
     screen = Screen(sys.stdout)
     chosen = settings.resolve(request)
-    settings.require_fit(request)
-    config = models.config_of(chosen.recipe.model)
+    settings.require_fit(request, chosen.recipe)
+    packages.check(chosen.recipe.train, chosen.recipe.quantization, chosen.recipe.attn_implementation)
+    config = bases.config_for(chosen.recipe)
     base = meta_model(config)
     recipe = build.rules_for(chosen.recipe, base, implicit=chosen.implicit_policy)
     targets = build.targets_of(recipe, base)
@@ -41,11 +42,13 @@ def show(request: Request) -> int:
     train, warnings = training_args.prepared(recipe)
     for line in [*chosen.notes, *(f"warning: {warning}" for warning in [*chosen.warnings, *warnings])]:
         screen.say(line)
-    screen.say(f"model  {recipe.model}, {count(base):,} parameters")
+    parts = bases.parts_of(recipe)
+    screen.say(f"model  {parts.describe() if parts else recipe.model}, {count(base):,} parameters")
     screen.say(f"run    {path} (not created)\n")
     policy(screen, base, targets)
     counts, num_records, problem = None, None, None
     try:
+        bases.check(recipe)
         counts, num_records = data(screen, recipe, config, base)
     except UserError as error:  # the rest of the plan is worth seeing; it is raised at the end
         problem = error
@@ -53,7 +56,7 @@ def show(request: Request) -> int:
         num_records=num_records or 1,
         per_device=train.get("per_device_train_batch_size", 8),
         accumulation=train.get("gradient_accumulation_steps", 1),
-        num_devices=num_devices(),
+        num_devices=request.devices or num_devices(),
         epochs=train.get("num_train_epochs", 3.0),
         max_steps=train.get("max_steps", -1),
         drop_last=train.get("dataloader_drop_last", False),
@@ -61,7 +64,17 @@ def show(request: Request) -> int:
     screen.say(f"\nbatch  {batching.describe()}")
     screen.say(f"steps  {batching.describe_steps() if num_records else 'not known without data'}")
     has_steps = num_records is not None
-    for line in cost_lines(train, config, base, targets, counts, batching, recipe.quantization, has_steps=has_steps):
+    for line in cost_lines(
+        train,
+        config,
+        base,
+        targets,
+        counts,
+        batching,
+        recipe.quantization,
+        has_steps=has_steps,
+        gpu_memory=request.gpu_memory,
+    ):
         screen.say(line)
     if problem:
         raise problem
@@ -146,5 +159,9 @@ def num_devices() -> int:
 
 def command(request: Request) -> str:
     """The command line without --dry-run."""
-    words = [word for word in request.words if word.replace("_", "-") != "--dry-run"]
+    words, planned = [], ("--dry-run", "--devices", "--gpu-memory")
+    for word, before in zip(request.words, ("", *request.words), strict=False):
+        name, valued = word.replace("_", "-").split("=")[0], before.replace("_", "-") in planned[1:]
+        if name not in planned and not valued:
+            words.append(word)
     return f"{PROG} {shlex.join(words)}"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from milora_vl.policy import Target
+from milora_vl.towers import find_towers
+from milora_vl.training import fit
 from milora_vl.training.batching import Batching
 from milora_vl.training.estimate import (
     A100_FLOPS,
@@ -17,15 +22,18 @@ from milora_vl.training.estimate import (
     Plan,
     duration,
     flops_per_step,
+    host_memory,
     measured_flops,
     memory,
     svd_flops,
 )
 from milora_vl.training.first_batch import Counts
 from milora_vl.training.screen import trained_sizes
+from milora_vl.training.simulate import Shape, simulate
 
 MIX665K = Counts(tokens=700, learnt=60, exact=False)  # per record, roughly
 BYTES = {"none": 2.0, "8bit": 1.0, "4bit": 0.55}
+FEW = (2, 3)  # layers that are simulated; each further one adds what the third did
 
 
 def lines(
@@ -38,15 +46,23 @@ def lines(
     quantization: str,
     *,
     has_steps: bool,
+    gpu_memory: float | None = None,
 ) -> list[str]:
     """Memory by purpose and the time of the run, ready to print."""
-    plan = _plan(train, config, base, targets, counts or MIX665K, batching, quantization)
+    plan = plan_of(train, config, base, targets, counts or MIX665K, batching, quantization)
+    other = activations(config, base, targets, shape_of(config, plan, counts or MIX665K, checkpointing=True))
     sizes = memory(plan)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
     stage = f"ZeRO-{plan.stage}" if plan.stage else "no ZeRO"
     devices = f"{plan.devices} device{'s' if plan.devices > 1 else ''}"
     whole = f"memory about {sum(sizes.values()) / GIB:.1f} GiB per device ({stage}, {devices})"
     out = [f"{whole}: {parts}" if parts else whole]
+    if host_memory(plan):
+        out.append(f"       and {host_memory(plan) / GIB:.1f} GiB of the host's for each device (offloaded)")
+    if not plan.checkpointing:
+        out.append(f"       with --gradient_checkpointing True, activations would take {other / GIB:.1f} GiB")
+    if gpu_memory is not None:
+        out += fit.verdict(plan, other, gpu_memory)
     here, step = measured_flops(), flops_per_step(plan)
     rows = [("one A100 per device at 40 % of its peak", A100_FLOPS), ("this machine's CPU", here)]
     for name, rate in rows:
@@ -57,19 +73,51 @@ def lines(
     return out
 
 
+def activations(config: Any, base: nn.Module, targets: Sequence[Target], shape: Shape) -> float:
+    """Bytes that a micro-step adds at its worst moment: simulated with few layers, the rest added up."""
+    text = config.get_text_config()
+    layers, towers = text.num_hidden_layers, find_towers(base)
+    found = []
+    for few in (min(count, layers) for count in FEW):
+        small = copy.deepcopy(config)
+        small.get_text_config().num_hidden_layers = few
+        if small.get_text_config().to_dict().get("layer_types"):
+            small.get_text_config().layer_types = text.layer_types[:few]
+        own = [t for t in targets if t.tower != "language" or (towers.block_of(t.path) or 0) < few]
+        found.append(simulate(small, own, shape).activations)
+    return found[1] + (found[1] - found[0]) * (layers - FEW[1])
+
+
+def shape_of(config: Any, plan: Plan, counts: Counts, *, checkpointing: bool) -> Shape:
+    """What one device computes in a micro-step of a plan."""
+    from milora_vl import models
+
+    sees = "vision_config" in config.to_dict()
+    return Shape(
+        records=plan.records,
+        tokens=max(plan.tokens, 2),
+        learnt=int(counts.learnt * plan.records),
+        pictures=plan.records if sees else 0,
+        image_tokens=models.image_tokens(config) if sees else 0,
+        half=plan.half,
+        checkpointing=checkpointing,
+        base_dtype=torch.bfloat16 if plan.half else torch.float32,
+    )
+
+
 def duration_of_step(seconds: float) -> str:
     """A step's time, with decimals where it is short."""
     return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
 
 
-def zero_stage(deepspeed: Any) -> int:
-    """ZeRO's stage in a DeepSpeed configuration (mapping, file or none)."""
+def zero_settings(deepspeed: Any) -> dict[str, Any]:
+    """ZeRO's section of a DeepSpeed configuration (mapping, file or none)."""
     if isinstance(deepspeed, str):
         deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-    return int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
+    return dict((deepspeed or {}).get("zero_optimization", {}))
 
 
-def _plan(
+def plan_of(
     train: dict[str, Any],
     config: Any,
     base: nn.Module,
@@ -78,25 +126,32 @@ def _plan(
     batching: Batching,
     quantization: str,
 ) -> Plan:
+    """The plan of a run: what is resident by counts, what a step adds by simulation."""
     sizes = trained_sizes(targets, base)
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     half = bool(train.get("bf16") or train.get("fp16"))
-    text = config.get_text_config()
-    return Plan(
+    zero = zero_settings(train.get("deepspeed"))
+    plan = Plan(
         total=sum(p.numel() for p in base.parameters()),
         adapters=adapters,
         anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
         full=sum(sizes.values()) - adapters,
         base_bytes=BYTES[quantization] if half or quantization != "none" else 4.0,
-        stage=zero_stage(train.get("deepspeed")),
+        stage=int(zero.get("stage", 0)),
         devices=batching.num_devices,
         records=batching.per_device,
         tokens=int(counts.tokens),
-        supervised=int(counts.learnt),
         accumulation=batching.accumulation,
-        width=text.hidden_size,
-        layers=text.num_hidden_layers,
-        vocabulary=text.vocab_size,
         checkpointing=bool(train.get("activation_checkpointing")),
         half=half,
+        activations=0.0,
+        optimizer_bytes=2.0 if "8bit" in str(train.get("optim", "")) else 8.0,
+        offload_optimizer=_offloads(zero, "offload_optimizer"),
+        offload_weights=_offloads(zero, "offload_param"),
     )
+    shape = shape_of(config, plan, counts, checkpointing=plan.checkpointing)
+    return replace(plan, activations=activations(config, base, targets, shape))
+
+
+def _offloads(zero: dict[str, Any], what: str) -> bool:
+    return (zero.get(what) or {}).get("device", "none") != "none"

@@ -1,7 +1,7 @@
-"""Memory and time of a run before it runs: arithmetic on parameter counts, marked as estimates wherever shown.
+"""Memory and time of a run before it runs: arithmetic on counts, marked as estimates wherever shown.
 
-Memory follows ZeRO's accounting (arXiv:1910.02054): 16 bytes per trained number for weight, gradient and Adam, shared
-out by stage. Activations follow arXiv:2205.05198 (34 bytes per token, width and layer in half precision).
+Weights, gradients and optimizer follow ZeRO's accounting (arXiv:1910.02054), 16 bytes per trained number, shared out by
+stage; what a step adds to them is simulated (simulate.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from milora_vl.policy import Target
 
 GIB = 1024**3
 A100_FLOPS = 312e12 * 0.4  # bf16 peak times the share that LLaVA's scripts reach
+LIVE = 1_000_000_000  # stage3_max_live_parameters: so many numbers may be gathered at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +32,13 @@ class Plan:
     devices: int
     records: int  # per device and micro-step
     tokens: int  # of one record, pictures included
-    supervised: int  # of one record
     accumulation: int
-    width: int
-    layers: int
-    vocabulary: int
     checkpointing: bool
     half: bool  # activations in 16 bits
+    activations: float  # bytes that a micro-step adds at its worst moment
+    optimizer_bytes: float = 8.0  # per trained number: Adam's two, 2.0 with 8 bits
+    offload_optimizer: bool = False
+    offload_weights: bool = False
 
     @property
     def trained(self) -> int:
@@ -46,20 +47,33 @@ class Plan:
 
 
 def memory(plan: Plan) -> dict[str, float]:
-    """Bytes per device, by purpose."""
-    share = [1, 1, 1, plan.devices][plan.stage]
-    grads = [1, 1, plan.devices, plan.devices][plan.stage]
-    states = [1, plan.devices, plan.devices, plan.devices][plan.stage]
+    """Bytes per device, by purpose. Under DeepSpeed in bf16, what trains has 16-bit weights and a float32 copy."""
+    share = plan.devices if plan.stage == 3 else 1
+    grads = plan.devices if plan.stage >= 2 else 1
+    states = plan.devices if plan.stage >= 1 else 1
+    narrow = 2 if plan.stage and plan.half else 4
+    master = 4 if narrow == 2 else 0
+    on_device, weights_here = not plan.offload_optimizer, not plan.offload_weights
+    # PEFT keeps the original beside a module that trains in full.
+    frozen = plan.total if plan.adapters else plan.total - plan.full
     sizes = {
-        "frozen weights": (plan.total - plan.full) * plan.base_bytes / share,
+        "frozen weights": frozen * plan.base_bytes / share * weights_here,
         "anchors (never sharded)": plan.anchors * plan.base_bytes,
-        "trained weights": plan.trained * 4 / share,
-        "gradients": plan.trained * 4 / grads,
-        "Adam": plan.trained * 8 / states,
-        "activations": _activations(plan),
-        "logits": plan.records * plan.supervised * plan.vocabulary * 10,  # 16-bit, float32, and its gradient
+        "trained weights": plan.trained * narrow / share * weights_here,
+        "gradients": plan.trained * narrow / grads,
+        "optimizer": plan.trained * (plan.optimizer_bytes + master) / states * on_device,
+        "gathered layers": min(LIVE, plan.total) * plan.base_bytes * (plan.stage == 3 and plan.devices > 1),
+        "activations": plan.activations,
     }
     return {name: size for name, size in sizes.items() if size}
+
+
+def host_memory(plan: Plan) -> float:
+    """Bytes per process that offloading puts into the host's memory."""
+    share = plan.devices if plan.stage == 3 else 1
+    states = plan.devices if plan.stage >= 1 else 1
+    weights = (plan.total * plan.base_bytes + plan.trained * 2) / share * plan.offload_weights
+    return weights + plan.trained * (plan.optimizer_bytes + 4) / states * plan.offload_optimizer
 
 
 def flops_per_step(plan: Plan) -> float:
@@ -99,11 +113,3 @@ def duration(seconds: float) -> str:
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _activations(plan: Plan) -> float:
-    tokens = plan.records * plan.tokens
-    layer = tokens * plan.width * 34 * (1 if plan.half else 2)
-    if not plan.checkpointing:
-        return layer * plan.layers
-    return layer + tokens * plan.width * plan.layers * (2 if plan.half else 4)

@@ -22,11 +22,11 @@ FLAGS: dict[str, tuple[str, str]] = {
     "bits": ("int", "16, or 8 or 4 for a quantised base"),
     "double_quant": ("bool", "of a 4-bit base"),
     "quant_type": ("str", "of a 4-bit base"),
-    "vision_tower": ("str", "the tower that the model was built with"),
-    "mm_projector_type": ("str", "the projector that the model was built with"),
-    "mm_vision_select_layer": ("int", "the layer that the model was built with"),
-    "mm_vision_select_feature": ("str", "the features that the model was built with"),
-    "mm_patch_merge_type": ("str", "as the model was built"),
+    "vision_tower": ("str", "the tower that a text-only model gets: a folder, a hub id or timm/NAME"),
+    "mm_projector_type": ("str", "only mlp2x_gelu, as LLaVA-1.5"),
+    "mm_vision_select_layer": ("int", "the layer of the tower whose features are taken [-2]"),
+    "mm_vision_select_feature": ("str", "patch, or cls_patch to keep the class token"),
+    "mm_patch_merge_type": ("str", "only flat, as LLaVA-1.5"),
     "mm_use_im_start_end": ("bool", "only False, as LLaVA-1.5"),
     "mm_use_im_patch_token": ("bool", "only False, as LLaVA-1.5"),
     "is_multimodal": ("bool", "no effect: text and pictures may always be mixed"),
@@ -52,18 +52,25 @@ ALREADY_SO: dict[str, tuple[Any, ...]] = {
     "mpt_attn_impl": ("triton",),
     "mm_patch_merge_type": ("flat",),
     "mm_projector_type": ("mlp2x_gelu",),
-    "mm_vision_select_layer": (-2,),
-    "mm_vision_select_feature": ("patch",),
-    "vision_tower": ("openai/clip-vit-large-patch14-336",),
 }
 REFUSED: dict[str, str] = {
     "lora_weight_path": "continuing from another adapter is not supported yet; merge it into the base first",
     "mm_use_im_start_end": "only False is supported: LLaVA-1.5 has no start and end tokens around pictures",
     "mm_use_im_patch_token": "only False is supported: LLaVA-1.5 has no patch token",
     "lora_bias": "only none is supported",
+    "mm_projector_type": "only mlp2x_gelu is supported: Hugging Face's LLaVA has a projector of two layers",
+    "mm_patch_merge_type": "only flat is supported, as LLaVA-1.5; take a model of llava-hf/llava-v1.6-* for others",
 }
 WITHOUT_EFFECT = ("cache_dir", "mpt_attn_impl", "double_quant", "quant_type")
-MADE_WITH = ("vision_tower", "mm_projector_type", "mm_vision_select_layer", "mm_vision_select_feature")
+# LLaVA's flag -> field of the recipe's `parts`.
+PARTS = {
+    "vision_tower": "vision_tower",
+    "mm_vision_select_layer": "select_layer",
+    "mm_vision_select_feature": "select_feature",
+}
+
+
+_IN_FULL = "no --lora_enable means the linear layers of the language tower's blocks in full {}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,16 @@ def meaning(given: Mapping[str, Any], *, rank: int | None, alpha: float | None, 
     return Meaning(rules, f"{bits}bit" if bits != 16 else None, f"LLaVA flags: {words}", _warnings(given))
 
 
+def is_script(given: Mapping[str, Any]) -> bool:
+    """Whether a command line is one of LLaVA's scripts: then what it leaves out is as LLaVA has it."""
+    return any(given.get(name) is not None for name in ("vision_tower", "lora_enable", "tune_mm_mlp_adapter"))
+
+
+def parts(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The tower that a script names, as the recipe's `parts`."""
+    return {field: given[flag] for flag, field in PARTS.items() if given.get(flag) is not None}
+
+
 def _rules(
     given: Mapping[str, Any], rank: int | None, alpha: float | None, dropout: float | None
 ) -> tuple[list[dict[str, Any]], str]:
@@ -107,13 +124,9 @@ def _rules(
         return [language, *projector], f"--lora_enable True means MiLoRA of rank {rank} on the language tower {rest}"
     if given.get("freeze_backbone"):
         return projector, "--freeze_backbone True means the projector alone"
-    return [{"modules": "language", "method": "full"}, *projector], f"no --lora_enable means the language tower {rest}"
+    return [{"modules": "language", "method": "full"}, *projector], _IN_FULL.format(rest)
 
 
 def _warnings(given: Mapping[str, Any]) -> list[str]:
     unused = [f"--{name}" for name in WITHOUT_EFFECT if name in given and given[name] not in ALREADY_SO.get(name, ())]
-    made = [f"--{name} {given[name]}" for name in MADE_WITH if given.get(name) not in (None, *ALREADY_SO[name])]
-    out = [f"without effect here: {' '.join(unused)}"] if unused else []
-    if made:
-        out.append(f"the model decides its tower and projector itself; without effect: {' '.join(made)}")
-    return out
+    return [f"without effect here: {' '.join(unused)}"] if unused else []

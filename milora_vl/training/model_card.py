@@ -12,6 +12,10 @@ import yaml
 from milora_vl.config import Recipe
 from milora_vl.training.run_folder import read_environment
 
+UNFINISHED = (
+    "This training ended before its end: there are checkpoints at most. To go on, repeat the command of\n"
+    "`environment.json` with `--resume_from_checkpoint auto`."
+)
 SCORES_BEGIN, SCORES_END = "<!-- scores -->", "<!-- end of scores -->"
 
 
@@ -30,7 +34,7 @@ def render(path: Path, recipe: Recipe) -> str:
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
         f"# {path.resolve().name}",
         _summary(path, recipe, environment),
-        "## Use\n\n" + _usage(path, recipe, base),
+        "## Use\n\n" + (_usage(path, recipe, base) if environment.get("finished") else UNFINISHED),
         _scores(path),
         "## Repeat\n\n```\npython -m milora_vl.train --recipe recipe.yaml --output_dir NEW_FOLDER\n```\n\n"
         "`recipe.yaml` holds every setting, `environment.json` the versions, `policy.json` what trained and what was\n"

@@ -9,21 +9,18 @@ from typing import Any
 from milora_data.errors import UserError
 
 
-def faults_on(rules: Sequence[Mapping[str, Any]], model: Any, *, implicit: bool = False) -> list[str]:
-    """Return what `rules` say wrongly of the model with that name, by its config alone, each `policy[1].rank: ...`.
+def faults_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bool = False) -> list[str]:
+    """Return what `rules` say wrongly of the model of that config, each `policy[1].rank: ...`.
 
-    Faults of the rules themselves are among them. None where the config is not to be had, or names no model.
+    Faults of the rules themselves are among them. None where the config makes no model.
     `implicit`: the rules are our default, whose projector rule goes where there is a projector.
     """
-    from milora_vl import models
     from milora_vl.policy import Policy, PolicyError
     from milora_vl.towers import find_towers
     from milora_vl.training.dry_run import meta_model
 
-    if not model:
-        return []
     try:
-        base = meta_model(models.config_of(str(model)))
+        base = meta_model(config)
         if implicit and find_towers(base).projector is None:
             rules = [rule for rule in rules if rule["modules"] != "projector"]
         Policy.settle(rules, base)

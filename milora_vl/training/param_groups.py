@@ -27,6 +27,7 @@ def parameter_groups(
     """
     settings = {t.path: t for t in targets}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    towers: dict[float, list[str]] = {}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     # HF logs the rate of the first group: let it be the adapter's.
     for name, parameter in sorted(named, key=lambda pair: ".lora_" not in pair[0]):
@@ -34,8 +35,27 @@ def parameter_groups(
         assert target is not None, f"{name} trains, but no rule says so"
         rate = learning_rate if target.learning_rate is None else target.learning_rate
         decay = weight_decay if target.weight_decay is None else target.weight_decay
+        towers.setdefault(rate, []).append(str(target.tower))
         groups.setdefault((rate, decay if name in decays else 0.0), []).append(parameter)
-    return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
+    names = _names(towers)
+    return [
+        {"params": ps, "lr": rate, "weight_decay": decay, "name": names[rate]} for (rate, decay), ps in groups.items()
+    ]
+
+
+def _names(towers: dict[float, list[str]]) -> dict[float, str]:
+    """A name for each learning rate, by the towers that have it, numbered where several rates have the same.
+
+    >>> _names({2e-4: ["language"], 1e-4: ["language"], 2e-5: ["projector", "vision"]})
+    {0.0002: 'language', 0.0001: 'language-2', 2e-05: 'projector+vision'}
+    """
+    plain = {rate: "+".join(dict.fromkeys(found)) for rate, found in towers.items()}
+    order = list(plain.values())
+    counts = [order[: number + 1].count(name) for number, name in enumerate(order)]
+    return {
+        rate: name if count == 1 else f"{name}-{count}"
+        for (rate, name), count in zip(plain.items(), counts, strict=True)
+    }
 
 
 def target_path(name: str, paths: Collection[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
-from milora_vl.training import checkpoints, evaluation, run_data, run_folder, settings
+from milora_vl.training import checkpoints, evaluation, packages, run_data, run_folder, settings
 from milora_vl.training.arguments import Request
 from milora_vl.training.batching import Batching
 from milora_vl.training.checkpoints import step_of
@@ -31,11 +31,13 @@ class Run:
         self.start = time.monotonic()
         self.screen = Screen()
         self.request = request
+        self.trainer: Any = None
         self.failed: list[str] = []  # evaluations that did not come to their end
         self.settings = settings.resolve(request)
         self.recipe = self.settings.recipe
         path = Path(request.output_dir) if request.output_dir else run_folder.default_path(self.recipe, datetime.now())
         self.folder = run_folder.choose(path, request.resume)
+        packages.check(self.recipe.train, self.recipe.quantization, self.recipe.attn_implementation)
         for note in self.settings.notes:
             self.screen.say(note)
         for warning in self.settings.warnings:
@@ -50,7 +52,7 @@ class Run:
 
     def check_policy(self) -> None:
         """Find out by the model's config, before anything is read, what the rules say wrongly of it."""
-        settings.require_fit(self.request)
+        settings.require_fit(self.request, self.recipe)
 
     def read_data(self) -> None:
         """Read and check the records, and settle HF's arguments and the number of steps."""
@@ -88,13 +90,20 @@ class Run:
             )
 
     def check_evaluation(self) -> None:
-        """Find out now what the evaluation after the training would stumble over."""
+        """Find out now what loading the model, or the evaluation after the training, would stumble over."""
+        from milora_vl.training import bases
+
         evaluation.check(self.recipe.eval)
+        bases.check(self.recipe)
 
     def load_model(self) -> None:
         """Load the base model and its processor."""
-        from milora_vl.training import build, training_args
+        from milora_vl.training import bases, build, training_args
 
+        with self.args.main_process_first(desc="composing the base"):
+            self.recipe, line = bases.settled(self.recipe)
+        if line:
+            self.screen.say(line)
         dtype = training_args.base_dtype(self.recipe, self.recipe.train)
         with self.screen.step(f"loading {self.recipe.model}"):
             self.base, self.processor = build.load_base(self.recipe, dtype, training_args.load_device(self.args))
@@ -258,6 +267,14 @@ class Run:
         for command in self.failed:
             self.screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")
         return 1 if self.failed else 0
+
+    def describe_unfinished(self) -> None:
+        """Write the losses so far, the model card and the report of a run that ended before its end."""
+        if self.args.should_save and self.trainer is not None:
+            from milora_vl.training.closing import write_pages
+
+            self.trainer.state.save_to_json(str(self.folder.path / "trainer_state.json"))
+            write_pages(self.folder, self.recipe, self.screen)
 
     def describes_start(self) -> bool:
         """Whether policy and spectra are to be written: not where a resumed run finds those of its start."""

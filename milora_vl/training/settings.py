@@ -11,7 +11,7 @@ import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.config import Recipe, RecipeError, located, policy_problems
-from milora_vl.training import llava_flags, yaml_file
+from milora_vl.training import bases, llava_flags, yaml_file
 from milora_vl.training.arguments import PROG, Request
 from milora_vl.training.policy_edits import ADAPTERS, edited
 
@@ -35,22 +35,43 @@ def resolve(request: Request) -> Settings:
     try:
         return _resolve(request)
     except RecipeError as error:
-        more = _faults_of_flags(request) | faults_on_model(request)
+        more = _faults_of_flags(request) | faults_on_model(request, _config_named(request))
         new = [text for fault, text in more.items() if not any(fault in problem for problem in error.problems)]
         raise RecipeError(error.source, [*error.problems, *new]) from None
 
 
-def require_fit(request: Request) -> None:
+def require_fit(request: Request, recipe: Recipe) -> None:
     """Raise RecipeError with everything that the rules say wrongly of the model, before any data or weights load."""
-    found = faults_on_model(request)
+    try:
+        config = bases.config_for(recipe)
+    except UserError:
+        return  # loading it says why
+    found = faults_on_model(request, config)
     if found:
         raise RecipeError(_rules_of(request)[1], found.values())
 
 
-def faults_on_model(request: Request) -> dict[str, str]:
-    """What the rules, as the flags leave them, say wrongly of the model by its config alone; and that with its file."""
+def _config_named(request: Request) -> Any:
+    """The config of the model that a request names, whatever else is wrong with it; None where it cannot be had."""
+    model = request.overrides.get("model") or read_recipe(request.recipe)[0].get("model")
+    if not model:
+        return None
+    from milora_vl import models
+
+    try:
+        config = models.config_of(str(model))
+    except (UserError, ValueError):
+        return None
+    is_part = llava_flags.parts(request.llava) and "vision_config" not in config.to_dict()
+    return None if is_part else config  # what is composed of parts has no config of its own yet
+
+
+def faults_on_model(request: Request, config: Any) -> dict[str, str]:
+    """What the rules, as the flags leave them, say wrongly of the model of that config; and that with its file."""
     from milora_vl.training.model_faults import faults_on
 
+    if config is None:
+        return {}
     given, source, lines = _rules_of(request)
     if not (given is None or (isinstance(given, list) and all(isinstance(rule, Mapping) for rule in given))):
         return {}  # a fault of the recipe, told already
@@ -58,12 +79,11 @@ def faults_on_model(request: Request) -> dict[str, str]:
         rules = edited(given, request.edits)
     except UserError as error:
         return {str(error): str(error)}
-    model = request.overrides.get("model") or read_recipe(request.recipe)[0].get("model")
     if given is None or len(rules) != len(given):
         lines = {}
     return {
         fault: located(source, lines, *fault.split(": ", 1)) if fault.startswith("policy[") else f"{source}: {fault}"
-        for fault in faults_on(rules, model, implicit=given is None)
+        for fault in faults_on(rules, config, implicit=given is None)
     }
 
 
@@ -92,10 +112,15 @@ def _resolve(request: Request) -> Settings:
     base = Recipe.parse(content, source, lines)
     meaning = _llava(request)
     merged = _merge(base.model_dump(), request.overrides)
+    notes_on_pictures: list[str] = []
     if meaning and meaning.quantization:
         merged["quantization"] = meaning.quantization
     if request.llava and request.llava.get("group_by_modality_length"):
         merged["train"].setdefault("train_sampling_strategy", "group_by_length")
+    merged["parts"] = {**merged["parts"], **llava_flags.parts(request.llava)}
+    if llava_flags.is_script(request.llava) and not request.recipe and not _gives(request, "data.image_aspect_ratio"):
+        merged["data"]["image_aspect_ratio"] = "plain"
+        notes_on_pictures = ["LLaVA flags: no --image_aspect_ratio means pictures cropped to a square"]
     rules = _policy(request, base, meaning)
     implicit = rules is None
     merged["policy"] = edited(rules, request.edits)
@@ -105,8 +130,13 @@ def _resolve(request: Request) -> Settings:
     per_device = base.train.get("per_device_train_batch_size")
     batch = (int(per_device), int(base.train.get("gradient_accumulation_steps", 1))) if per_device else None
     notes = [meaning.line] if meaning and meaning.line else []
-    warnings = meaning.warnings if meaning else []
-    return Settings(recipe, request.recipe or "", implicit, batch, notes, warnings)
+    warnings = [*(meaning.warnings if meaning else []), *bases.warnings(recipe)]
+    return Settings(recipe, request.recipe or "", implicit, batch, [*notes, *notes_on_pictures], warnings)
+
+
+def _gives(request: Request, path: str) -> bool:
+    section, _, name = path.partition(".")
+    return name in request.overrides.get(section, {})
 
 
 def read_recipe(name: str | None) -> tuple[dict[str, Any], dict[str, int], str]:

@@ -85,10 +85,10 @@ def deepspeed_config(name: str) -> Any:
         return json.loads(llava_recipes.read(name, "deepspeed"))
     if Path(name).is_file():
         return name
-    near = suggest(name, llava_recipes.names("deepspeed"))
+    near = suggest(Path(name).stem, llava_recipes.names("deepspeed"))
     raise UserError(
         f"--deepspeed {name}: no such file, and none of {', '.join(llava_recipes.names('deepspeed'))}"
-        + (f"; did you mean {near[0]} ?" if near else "")
+        + (f"\nthe packaged one: --deepspeed {near[0]}" if near else "")
     )
 
 

@@ -1,0 +1,209 @@
+"""What the plan of a run says of memory, against what real runs take and what DeepSpeed's own estimators say.
+
+Measured: small LLaVAs of several shapes on this CPU, resident memory at the peak of the third step, each in a
+process of its own (glibc told to give memory back). Printed: one JSON line; with --tables what 7B and 13B need on 1, 2,
+4 and 8 devices of 24, 40 and 80 GB, as markdown for docs/plan.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from milora_vl import models
+from milora_vl.policy import Policy
+from milora_vl.training import fit
+from milora_vl.training.batching import Batching
+from milora_vl.training.dry_run import meta_model
+from milora_vl.training.dry_run_cost import MIX665K, activations, plan_of, shape_of
+from milora_vl.training.estimate import GIB, memory
+from milora_vl.training.losses import install, summed_loss
+from milora_vl.training.simulate import Shape, simulate
+
+RULES = [
+    {"modules": "language", "method": "milora", "rank": 16, "dropout": 0.05},
+    {"modules": "projector", "method": "full"},
+]
+# layers, width, records, tokens, checkpointing, bf16
+RUNS = [
+    (6, 1024, 4, 300, False, False),
+    (6, 1024, 8, 300, True, False),
+    (6, 1024, 4, 300, False, True),
+    (4, 2048, 1, 600, True, True),
+]
+
+
+def config(layers: int, width: int) -> Any:
+    """A LLaVA on Llama of that shape, with a small tower of 64 image tokens."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    heads = width // 128
+    text = LlamaConfig(
+        hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, vocab_size=32064,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=112,
+        patch_size=14,
+    )
+    return LlavaConfig(text_config=text, vision_config=vision, image_token_index=32000)
+
+
+def status(name: str) -> int:
+    """Bytes of VmRSS or VmHWM."""
+    with open("/proc/self/status") as lines:  # noqa: PTH123
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def measure(layers: int, width: int, records: int, tokens: int, checkpointing: bool, half: bool) -> dict[str, Any]:
+    """Predicted and measured peak of one shape, in bytes."""
+    from peft.helpers import disable_input_dtype_casting
+    from transformers import LlavaForConditionalGeneration
+
+    from milora_vl.adapter import apply_milora
+
+    made = config(layers, width)
+    dtype = torch.bfloat16 if half else torch.float32
+    targets = Policy.settle(RULES, meta_model(made))
+    shape = Shape(
+        records=records, tokens=tokens, learnt=records * 60, pictures=records, image_tokens=64, half=half,
+        checkpointing=checkpointing, base_dtype=dtype,
+    )  # fmt: skip
+    found = simulate(made, targets, shape)
+    predicted = found.frozen + found.anchors + 3 * found.trained + found.with_gradients
+    nn.Linear(64, 64)(torch.randn(4, 64)).sum().backward()  # what a first use of the kernels takes is not the model's
+    start = status("VmRSS")
+    torch.set_default_dtype(dtype)
+    base = LlavaForConditionalGeneration(made)
+    torch.set_default_dtype(torch.float32)
+    model = apply_milora(base, RULES).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    install(base)
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    ids = torch.randint(5, 30000, (records, tokens))
+    ids[:, 1:65] = 32000
+    labels = ids.clone()
+    labels[:, :-60] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch["pixel_values"] = torch.randn(records, 3, 112, 112)
+    for step in range(3):
+        if step == 2:
+            with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 - the kernel's own counter of the peak
+                file.write("5")
+        with disable_input_dtype_casting(model, active=half), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss, count = summed_loss(model, dict(batch), chunked=True)
+        (loss / count).backward()
+        if step < 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    taken = status("VmHWM") - start
+    return {
+        "layers": layers, "width": width, "records": records, "tokens": tokens, "checkpointing": checkpointing,
+        "bf16": half, "predicted_mb": round(predicted / 1e6), "measured_mb": round(taken / 1e6),
+        "ratio": round(predicted / taken, 3),
+    }  # fmt: skip
+
+
+def deepspeed_ratios() -> list[dict[str, Any]]:
+    """Weights, gradients and Adam of full training by our plan and by DeepSpeed's estimators, in GB per device."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
+
+    out = []
+    for name in ("llava-1.5-7b", "llava-1.5-13b"):
+        made = models.config_of(name)
+        total = sum(p.numel() for p in meta_model(made).parameters())
+        largest = made.text_config.hidden_size * made.text_config.vocab_size
+        for devices in (1, 2, 4, 8):
+            plan = full_plan(total, devices)
+            theirs2 = zero2(
+                total, num_gpus_per_node=devices, num_nodes=1, cpu_offload=False, additional_buffer_factor=1
+            )
+            theirs3 = zero3(total, largest, num_gpus_per_node=devices, num_nodes=1, cpu_offload=False,
+                            cpu_offload_params=False, zero_init=True, additional_buffer_factor=1)  # fmt: skip
+            for stage, theirs in ((2, theirs2[1]), (3, theirs3[1])):
+                sizes = memory(replace(plan, stage=stage))
+                ours = sum(sizes[part] for part in ("trained weights", "gradients", "optimizer"))
+                out.append({"model": name, "devices": devices, "stage": stage, "ours_gb": round(ours / 1e9, 1),
+                            "deepspeed_gb": round(theirs / 1e9, 1)})  # fmt: skip
+    return out
+
+
+def full_plan(total: int, devices: int) -> Any:
+    """Everything trains, in bf16."""
+    from milora_vl.training.estimate import Plan
+
+    return Plan(
+        total=total, adapters=0, anchors=0, full=total, base_bytes=2.0, stage=2, devices=devices, records=1, tokens=1,
+        accumulation=1, checkpointing=True, half=True, activations=0.0,
+    )  # fmt: skip
+
+
+def tables() -> str:
+    """Memory needed with rank 128, batch 1 and 16 a device, checkpointing, and the smallest card that holds it."""
+    rows = [
+        "| model | devices | ZeRO | batch | GiB a device | 24 GB | 40 GB | 80 GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ("llava-1.5-7b", "llava-1.5-13b"):
+        made = models.config_of(name)
+        base = meta_model(made)
+        rules = [RULES[0] | {"rank": 128}, RULES[1]]
+        targets = Policy.settle(rules, base)
+        train = {"bf16": True, "activation_checkpointing": True, "per_device_train_batch_size": 16}
+        batching = Batching(num_records=1, per_device=16)
+        plan = plan_of(train, made, base, targets, MIX665K, batching, "none")
+        small = replace(plan, records=1)
+        shape = shape_of(made, small, MIX665K, checkpointing=True)
+        small = replace(small, activations=activations(made, base, targets, shape))
+        for devices in (1, 2, 4, 8):
+            for stage in (0,) if devices == 1 else (2, 3):
+                for chosen in (small, plan):
+                    here = replace(chosen, devices=devices, stage=stage)
+                    size = fit.needed(here)
+                    marks = " | ".join("yes" if size <= limit * 1e9 / GIB else "no" for limit in (24, 40, 80))
+                    rows.append(f"| {name} | {devices} | {stage or '-'} | {here.records} | {size:.1f} | {marks} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Measure every shape, compare with DeepSpeed, and print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", help="measure one run, by its number (used by the benchmark itself)")
+    parser.add_argument("--tables", action="store_true", help="print the tables of docs/plan.md instead")
+    args = parser.parse_args()
+    if args.tables:
+        print(tables())
+        return
+    if args.one:
+        print(json.dumps(measure(*RUNS[int(args.one)])))
+        return
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    runs = []
+    for number in range(len(RUNS)):
+        command = [sys.executable, __file__, "--one", str(number)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
+        print(json.dumps(runs[-1]), file=sys.stderr)
+    print(json.dumps({"benchmark": "plan", "runs": runs, "deepspeed": deepspeed_ratios()}))
+
+
+if __name__ == "__main__":
+    main()

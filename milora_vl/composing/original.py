@@ -1,0 +1,115 @@
+"""Whole models in the layout of haotian-liu/LLaVA: one config.json that describes a Llama and names its CLIP tower.
+
+Told by `mm_vision_tower` in config.json, whatever its `model_type` says: LLaVA-1.5's own files say `llava`, which
+transformers takes for its own class and reads wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora_data.errors import UserError
+
+MARK = "mm_vision_tower"
+PROJECTOR = re.compile(r"^model\.mm_projector\.(.+)")
+TOWER = re.compile(r"^model\.vision_tower\.vision_tower\.(.+)")
+# LLaVA's class -> transformers' of the language model below it.
+_LANGUAGE = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """What config.json of such a folder says."""
+
+    folder: Path
+    vision_tower: str
+    select_layer: int
+    select_feature: str
+    text: Mapping[str, Any]  # the language model's own config
+
+    def text_config(self) -> Any:
+        """The language model's config as transformers has it."""
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(**self.text)
+
+    def tensors(self, names: re.Pattern[str]) -> dict[str, Tensor]:
+        """The weights whose names match, under the name that the pattern's group holds; nothing else is read."""
+        found: dict[str, Tensor] = {}
+        for keys, read in _weight_files(self.folder):
+            for key in keys:
+                match = names.match(key)
+                if match:
+                    found[match[1]] = read(key)
+        return found
+
+
+def is_original(folder: Path) -> bool:
+    """Whether `folder` holds a whole model in LLaVA's original layout."""
+    return MARK in _config(folder) and not (folder / "adapter_config.json").is_file()
+
+
+def read_original(folder: Path) -> Original:
+    """Read the config of such a folder. UserError for what Hugging Face's LLaVA has no place for."""
+    config = _config(folder)
+    kind = str(config.get("model_type"))
+    no_place = [
+        (kind not in _LANGUAGE, f"model_type {kind}", "Llama or Mistral"),
+        (config.get("mm_projector_type", "linear") != "mlp2x_gelu", _shown(config, "mm_projector_type"), "mlp2x_gelu"),
+        (bool(config.get("mm_use_im_start_end")), "mm_use_im_start_end true", "false"),
+        (
+            config.get("mm_patch_merge_type", "flat") != "flat",
+            _shown(config, "mm_patch_merge_type"),
+            "flat (LLaVA-1.5)",
+        ),
+        (config.get("image_aspect_ratio") == "anyres", "image_aspect_ratio anyres", "pad or square (LLaVA-1.5)"),
+    ]
+    for is_so, got, expected in no_place:
+        if is_so:
+            raise UserError(
+                f"{folder} is a LLaVA in its original layout that Hugging Face's LLaVA cannot hold\n"
+                f"got:       {got}\nexpected:  {expected}\n"
+                "for LLaVA-1.6, take a folder in Hugging Face's layout (llava-hf/llava-v1.6-...)"
+            )
+    dropped = ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map", "image_aspect_ratio")
+    text = {k: v for k, v in config.items() if k not in dropped and not re.match(r"(use_)?mm_|tune_mm|freeze_mm", k)}
+    text = {name: value for name, value in text.items() if not name.startswith(("image_", "tokenizer_"))}
+    return Original(
+        folder,
+        str(config[MARK]),
+        int(config.get("mm_vision_select_layer", -2)),
+        str(config.get("mm_vision_select_feature", "patch")),
+        {"model_type": _LANGUAGE[kind], **text},
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _shown(config: Mapping[str, Any], name: str) -> str:
+    return f"{name} {config.get(name, 'linear (not given)')}"
+
+
+def _weight_files(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("model*.safetensors"))
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            yield list(opened.keys()), opened.get_tensor
+    for file in [] if files else sorted(folder.glob("pytorch_model*.bin")):
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        yield list(state), lambda key, state=state: state[key].clone()  # type: ignore[misc]

@@ -1,0 +1,86 @@
+"""The base model of a run: a model as it is, or one composed of the parts that the recipe names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from milora_data.errors import UserError
+from milora_vl import models
+from milora_vl.composing import parts as composing
+from milora_vl.composing.parts import Parts
+from milora_vl.config import PartsConfig, Recipe
+
+
+def parts_of(recipe: Recipe) -> Parts | None:
+    """The parts that the base is to be composed of; None where the model reads pictures already, or needs not to."""
+    named = recipe.parts
+    if named.vision_tower is None or _sees(recipe.model):
+        return None
+    return Parts(
+        recipe.model,
+        named.vision_tower,
+        recipe.projector_weights,
+        named.select_layer,
+        named.select_feature,
+        named.vision_weights,
+    )
+
+
+def config_for(recipe: Recipe) -> Any:
+    """The config of the base, without its weights."""
+    parts = parts_of(recipe)
+    return models.config_of(recipe.model) if parts is None else composing.planned_config(parts)
+
+
+def check(recipe: Recipe) -> None:
+    """Find out before anything loads whether all parts are there. UserError names the one that is not."""
+    from pathlib import Path
+
+    from milora_vl.projector import projector_file
+
+    parts = parts_of(recipe)
+    if parts is not None:
+        composing.require_parts(parts)
+    elif recipe.projector_weights:
+        projector_file(Path(recipe.projector_weights))
+
+
+def settled(recipe: Recipe) -> tuple[Recipe, str]:
+    """The recipe with the composed base as its model, written where it is not there yet, and a line about it."""
+    parts = parts_of(recipe)
+    if parts is None:
+        return recipe, ""
+    folder, is_new = composing.base_folder(parts)
+    done = "composed" if is_new else "composed before"
+    line = f"base {folder}, {done} of {parts.describe()}; the adapter names it"
+    return recipe.model_copy(update={"model": str(folder), "parts": PartsConfig(), "projector_weights": None}), line
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """What a named tower does not do: a model that reads pictures keeps its own."""
+    named = recipe.parts
+    if named.vision_tower is None or not recipe.model or not _sees(recipe.model):
+        return []
+    config = models.config_of(recipe.model)
+    asked = {"select_layer": named.select_layer}
+    if config.to_dict().get("vision_feature_layer") == asked["select_layer"] and _is_tower(config, named.vision_tower):
+        return []
+    return [f"{recipe.model} keeps the vision tower it was trained with; without effect: {named.vision_tower}"]
+
+
+def _is_tower(config: Any, name: str) -> bool:
+    """Whether a named tower has the shape of the model's own (its weights are those of the model)."""
+    try:
+        other = models.config_of(name)
+    except UserError:
+        return False
+    sizes = ("model_type", "hidden_size", "image_size", "patch_size", "num_hidden_layers")
+    own, named = config.vision_config.to_dict(), other.to_dict()
+    return all(own.get(size) == named.get(size) for size in sizes)
+
+
+def _sees(name: str) -> bool:
+    try:
+        return "vision_config" in models.config_of(name).to_dict()
+    except UserError:
+        return False  # loading it says why

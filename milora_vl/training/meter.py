@@ -1,0 +1,63 @@
+"""What a run did since its last log line: speed, padding, what was learnt from, and how each tower moves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from milora_data.collate import ImageTextCollator
+
+IGNORE = -100
+FIELDS = ("tokens", "positions", "supervised", "images")
+
+
+class Meter:
+    """Counts batches as they pass. Each process has one; `totals` is summed over processes by the trainer."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+        self.counts = torch.zeros(len(FIELDS), dtype=torch.float64)
+        self.start = time.perf_counter()
+
+    def add(self, inputs: Mapping[str, Any]) -> None:
+        """Count one batch."""
+        labels = inputs["labels"]
+        mask = inputs.get("attention_mask")
+        tokens = labels.numel() if mask is None or mask.dim() != 2 else int(mask.sum())
+        pixels = inputs.get("pixel_values")
+        seen = (tokens, labels.numel(), int((labels != IGNORE).sum()), 0 if pixels is None else len(pixels))
+        self.counts += torch.tensor(seen, dtype=torch.float64)
+
+    def take(self, totals: Sequence[float]) -> dict[str, float]:
+        """The log entries for `totals` (FIELDS, summed over processes), and start anew."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        self.start = time.perf_counter()
+        self.counts.zero_()
+        tokens, positions, supervised, images = totals
+        entries = {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "images_per_second": round(images / seconds, 2),
+            "padding": round(1 - tokens / max(positions, 1), 4),
+            "supervised_tokens": supervised,
+        }
+        if isinstance(self.collator, ImageTextCollator):
+            entries["skipped_records"] = float(sum(self.collator.counts()[name] for name in ("skipped", "unlearnable")))
+        return entries
+
+
+def tower_norms(named: Iterable[tuple[str, nn.Parameter]], tower_of: Mapping[str, str]) -> dict[str, Tensor]:
+    """Squared norm of the gradients of each tower, by `tower_of` a parameter's name; empty where they are sharded."""
+    squares: dict[str, list[Tensor]] = {}
+    for name, parameter in named:
+        if parameter.grad is not None and name in tower_of:
+            squares.setdefault(tower_of[name], []).append(parameter.grad.detach().float().square().sum())
+    return {tower: torch.stack([s.to(found[0].device) for s in found]).sum() for tower, found in squares.items()}
+
+
+def group_rates(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The learning rate of each optimizer group, under the name that the group has; one name is logged once."""
+    return {f"learning_rate/{group['name']}": float(group["lr"]) for group in groups if "name" in group}
