@@ -22,12 +22,16 @@ PROGRAMS = {
     "Use": {
         "chat": ("milora_vl.chat", "ask a model about a picture"),
         "export": ("milora_vl.export", "turn an adapter into a merged model, LLaVA's layout, and back"),
+        "compose": ("milora_vl.compose", "make a LLaVA from a vision tower and a language model"),
     },
     "Data": {
         "data": ("milora_data.__main__", "check, convert, show and count a data set"),
     },
     "Evaluate": {
         "eval": ("milora_eval.__main__", "benchmarks: run, score, compare, view"),
+        "forgetting": ("milora_vl.forgetting.__main__", "what a tuned model has lost, on text and pictures"),
+        "analyze": ("milora_vl.analyze", "spectra of a model, and what a training changed in its weights"),
+        "sweep": ("milora_vl.sweep.__main__", "methods, learning rates, ranks and seeds compared fairly"),
     },
 }
 MODULES = {name: module for programs in PROGRAMS.values() for name, (module, _) in programs.items()}

@@ -91,11 +91,22 @@ class PartsConfig(_Strict):
 
 
 class EvalConfig(_Strict):
-    """What is evaluated after training, in a process of its own."""
+    """What is evaluated: suites after training, in a process of their own; forgetting during it."""
 
     suites: list[str] = []
     data: str | None = None
     limit: PositiveInt | None = None
+    forgetting_every: PositiveInt | None = None  # steps; None: not during training
+
+
+class SweepConfig(_Strict):
+    """What `python -m milora_vl.sweep` does with this recipe beside its flags; a training reads none of it."""
+
+    suite: str | None = None  # that every cell is evaluated on
+    data: str | None = None  # folder of the suite's files
+    limit: PositiveInt | None = None  # items of each benchmark
+    train: dict[str, Any] = {}  # replaces keys of `train:` in every cell
+    variants: dict[str, dict[str, Any]] = {}  # names for --methods: fields of a rule, and `train:`
 
 
 class Recipe(_Strict):
@@ -117,6 +128,7 @@ class Recipe(_Strict):
     policy: list[dict[str, Any]] | None = None
     train: dict[str, Any] = {}
     eval: EvalConfig = EvalConfig()
+    sweep: SweepConfig = SweepConfig()
 
     @field_validator("template")
     @classmethod

@@ -130,6 +130,21 @@ def load_weights(
     return _named(model, name)
 
 
+def weights_folder(name: str) -> Path | None:
+    """Return the folder with a model's files, from the hub where it is one of its; None for those made in memory.
+
+    Raises UserError for an unknown name and a model that cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    if name in ("tiny", "tiny-text"):
+        return None
+    source = _source(name)
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(_read(snapshot_download, source, name, allow_patterns=["*.json", "*.safetensors"]))
+
+
 def load_processor(name: str | Path) -> Any:
     """Return the processor of a model (of a text-only one its tokenizer), without its weights.
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command import parser, run
-from milora_vl.reporting import figures, parts, run_page, tables, wording
+from milora_vl.reporting import figures, pages, parts, run_page, tables, wording
+from milora_vl.reporting.analysis_files import read_analysis
 from milora_vl.reporting.repeat import commands, steps
 from milora_vl.reporting.run_page import Run
 
@@ -52,30 +53,13 @@ def write_report(folder: Path) -> Path:
 def write_page(content: Run) -> Path:
     """Write the page and the plots of a run that has been read."""
     page = content.folder / "report.html"
-    partial = page.with_name(".report.html.partial")
-    partial.write_text(render(content), encoding="utf-8")
-    partial.replace(page)
+    pages.write(page, render(content))
     return page
 
 
 def render(content: Run) -> str:
     """The page as HTML, the plots written on the way. All that comes from the run's files is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("milora_vl.reporting", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_unbroken,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(_content(content))
-
-
-def _unbroken(value: Any) -> Any:
-    """Keep a number and its percent sign on one line."""
-    return value.replace(" %", "\N{NO-BREAK SPACE}%") if isinstance(value, str) else value
+    return pages.render("report.html.j2", _content(content))
 
 
 def _content(content: Run) -> dict[str, Any]:
@@ -91,6 +75,10 @@ def _content(content: Run) -> dict[str, Any]:
         "outcome_class": _OUTCOME_CLASS,
         "gallery": parts.gallery(content),
         "forgetting": found[0] if found else None,
+        "forgetting_words": wording.forgetting_words(content),
+        "forgetting_table": tables.forgetting_table(content),
+        "score_changes": wording.score_changes(content),
+        "analysis": read_analysis(content.folder),
         "plots": plots,
         "loss_words": wording.loss_words(content),
         "policy": tables.policy_table(content),

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from milora_vl.forgetting import Forgetting, general_text, measure_forgetting, text_blocks
+from milora_vl.forgetting import (
+    Forgetting,
+    answer_batches,
+    drawn_questions,
+    general_text,
+    measure_forgetting,
+    sampled_batches,
+    text_blocks,
+)
+from milora_vl.forgetting.measure import Batch, compare_on, summary, token_sums
 
 Made = tuple[Any, Any]
 SMALL: dict[str, Any] = {"num_tokens": 200, "block_length": 40, "batch_size": 2}
@@ -29,16 +41,20 @@ def pair(tiny_llama: Callable[..., Made]) -> tuple[Any, Any, Any]:
     return tuned, base, tokenizer
 
 
-def by_hand(tuned: Any, base: Any, blocks: list[list[int]]) -> dict[str, float]:
+def by_hand(tuned: Any, base: Any, blocks: list[tuple[str, list[int]]]) -> dict[str, float]:
+    """The definition, in float64; the standard error is that of the documents' means, weighted by their lengths."""
     cross, entropy, loss = [], [], []
-    for ids in torch.tensor(blocks):
+    for ids in torch.tensor([ids for _, ids in blocks]):
         with torch.no_grad():
             p = base(input_ids=ids[None]).logits[0, :-1].double().softmax(-1)
             log_q = tuned(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1)
         cross.append(-(p * log_q).sum(-1).mean())
         entropy.append(-(p * p.log()).sum(-1).mean())
         loss.append(torch.nn.functional.nll_loss(log_q, ids[1:]))
-    stderr = torch.stack(cross).std() / len(cross) ** 0.5
+    names = [name for name, _ in blocks]
+    left = torch.stack(cross) - torch.stack(cross).mean()
+    sums = [sum(float(x) for x, name in zip(left, names, strict=True) if name == one) for one in dict.fromkeys(names)]
+    stderr = (len(sums) / (len(sums) - 1) * sum(x * x for x in sums)) ** 0.5 / len(blocks)
     numbers = {"cross_entropy": cross, "base_entropy": entropy, "loss": loss}
     return {name: float(torch.stack(values).mean()) for name, values in numbers.items()} | {"stderr": float(stderr)}
 
@@ -56,10 +72,10 @@ def test_the_numbers_are_those_of_the_definition(pair: tuple[Any, Any, Any]) -> 
     got = measure_forgetting(tuned, tokenizer, base=base, **SMALL)
     blocks = text_blocks(general_text(), tokenizer, num_tokens=200, block_length=40)
     expected = by_hand(tuned, base, blocks)
-    assert {name: asdict(got)[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert {name: asdict(got)[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert got.kl == pytest.approx(got.cross_entropy - got.base_entropy)
     assert got.kl > 0.01
-    assert (got.n_blocks, got.n_tokens) == (5, 5 * 39)
+    assert (got.n_documents, got.n_blocks, got.n_tokens) == (3, 5, 5 * 39)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -89,10 +105,11 @@ def test_an_adapter_is_compared_with_its_own_base(tiny_llava: Callable[..., Made
 def test_blocks_take_turns_between_the_texts_and_start_alike(tiny_llama: Callable[..., Made]) -> None:
     tokenizer = tiny_llama()[1]
     blocks = text_blocks({"a": "a" * 100, "b": "b" * 30}, tokenizer, num_tokens=1000, block_length=11)
-    texts = [tokenizer.decode(block, skip_special_tokens=True) for block in blocks]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for _, ids in blocks]
     assert texts[:6] == ["a" * 10, "b" * 10] * 3
     assert texts[6:] == ["a" * 10] * 7
-    assert {block[0] for block in blocks} == {tokenizer.bos_token_id}
+    assert {ids[0] for _, ids in blocks} == {tokenizer.bos_token_id}
+    assert [name for name, _ in blocks] == ["a", "b"] * 3 + ["a"] * 7
 
 
 def test_what_cannot_be_measured_is_said(pair: tuple[Any, Any, Any]) -> None:
@@ -107,3 +124,61 @@ def test_the_package_brings_enough_text() -> None:
     texts = general_text()
     assert len(texts) == 3
     assert all(len(text) > 20_000 and text.isascii() and "Gutenberg" not in text for text in texts.values())
+
+
+def test_two_words_by_hand() -> None:
+    """Base: 3/4, 1/4; tuned: 1/2, 1/2: cross-entropy ln 2, entropy (3 ln(4/3) + ln 4)/4; the word was the second."""
+    batch = Batch({"input_ids": torch.tensor([[0, 1]])}, torch.tensor([[True]]), ["a"])
+    own, base = torch.zeros(1, 2), torch.tensor([[0.75, 0.25]]).log()
+    got = summary(token_sums(own, base, batch), ["a"], "by hand")
+    assert got.cross_entropy == pytest.approx(0.6931472)
+    assert got.base_entropy == pytest.approx(0.5623351)
+    assert (got.loss, got.base_loss) == (pytest.approx(0.6931472), pytest.approx(1.3862944))
+    assert (got.stderr, got.n_documents) == (None, 1)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.lists(st.floats(0, 9), min_size=1, max_size=4), min_size=2, max_size=6), st.randoms())
+def test_rows_of_one_document_count_as_one(documents: list[list[float]], random: Any) -> None:
+    """Order does not matter, and a document cut into rows has the error of the document in one row."""
+    rows = [(f"d{i}", value) for i, values in enumerate(documents) for value in values]
+    random.shuffle(rows)
+    cut = summary(torch.tensor([[v, 0, v, 0, 1] for _, v in rows], dtype=torch.float64), [n for n, _ in rows], "")
+    whole = torch.tensor([[sum(d), 0, sum(d), 0, len(d)] for d in documents], dtype=torch.float64)
+    joined = summary(whole, [f"d{i}" for i in range(len(documents))], "")
+    assert (cut.kl, cut.kl_stderr) == (pytest.approx(joined.kl), pytest.approx(joined.kl_stderr, abs=1e-9))
+
+
+def test_the_base_model_writes_its_own_text(pair: tuple[Any, Any, Any]) -> None:
+    """On samples of the base, the loss changes by the divergence, up to the noise of sampling."""
+    tuned, base, tokenizer = pair
+    before = torch.get_rng_state()
+    made = list(sampled_batches(base, tokenizer, num_tokens=600, length=24, seed=1))
+    assert torch.equal(torch.get_rng_state(), before)
+    again = list(sampled_batches(base, tokenizer, num_tokens=600, length=24, seed=1))
+    assert all(torch.equal(a.inputs["input_ids"], b.inputs["input_ids"]) for a, b in zip(made, again, strict=True))
+    got = compare_on(made, tuned, base=base, what="samples")
+    assert got.n_documents > 20
+    assert got.base_loss == pytest.approx(got.base_entropy, rel=0.05)
+    assert got.loss_change_stderr is not None
+    assert abs(got.loss_change - got.kl) < 4 * got.loss_change_stderr
+
+
+def test_answers_about_pictures(tiny_llava: Callable[..., Made], tmp_path: Path) -> None:
+    """Only the base's own answers count, a picture is a document, and the picture matters."""
+    from peft import LoraConfig, get_peft_model
+
+    base, processor = tiny_llava()
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=r".*language_model.*proj", init_lora_weights=False)
+    tuned = get_peft_model(tiny_llava()[0], config)
+    records = drawn_questions(tmp_path)
+    assert len(records) == 80
+    asked = {"image_folder": tmp_path, "max_new_tokens": 4}
+    batches = list(answer_batches(tuned, processor, records[:8], without_adapter=True, **asked))
+    for one, other in zip(batches, answer_batches(base, processor, records[:8], **asked), strict=True):
+        assert torch.equal(one.inputs["input_ids"], other.inputs["input_ids"])
+    got = compare_on(batches, tuned, what="pictures")
+    assert (got.n_documents, got.kl > 1e-4) == (2, True)
+    assert got.n_tokens < sum(batch.inputs["input_ids"].numel() for batch in batches) / 4
+    assert compare_on(batches, base, base=base, what="same").kl == pytest.approx(0, abs=1e-9)

@@ -26,6 +26,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/lora/peft_model.py:MiloraMixin.save_pretrained": "PeftModel's method",
     "milora_vl/timm_tower.py:TimmTower.forward": "LLaVA passes every vision tower the same keywords",
     "milora_vl/timm_tower.py:TimmTowerConfig.__init__": "PretrainedConfig's constructor",
+    "milora_vl/training/forgetting.py:ForgettingCallback.on_step_end": "TrainerCallback's hook",
     "milora_vl/models.py:read_pretrained": "from_pretrained's keywords, passed on to it",
     "milora_vl/training/losses.py:_chunked_loss.<locals>.first_piece": "an inner model's forward, passed on to it",
     "milora_vl/training/losses.py:install.<locals>.forward": "a model's forward, passed on to it",

@@ -111,7 +111,7 @@ def add_forgetting(
     from milora_vl.models import split_processor
 
     results = read_results(folder)
-    key = digest([key, num_tokens, general_text()])
+    key = digest([key, num_tokens, general_text(), "errors by document"])
     if (results.get("forgetting") or {}).get("key") != key:
         measured = measure_forgetting(model, split_processor(processor)[0], base=base, num_tokens=num_tokens)
         results["forgetting"] = asdict(measured) | {"key": key}

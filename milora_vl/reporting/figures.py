@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from milora_vl.reporting import plots, wording
-from milora_vl.reporting.gallery import data_uri
-from milora_vl.reporting.plots import LOOKS, Look
+from milora_vl.reporting.drawing import Plot, draw
 from milora_vl.reporting.run_page import Comparison, Layer, Run
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_NARROW, _DARK = "(max-width: 600px)", "(prefers-color-scheme: dark)"
-
-
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """A plot inside the page: its light, wide form, (media query, form) of the others, and what it says in words."""
-
-    uri: str
-    sources: tuple[tuple[str, str], ...]
-    alt: str
 
 
 def make(run: Run) -> dict[str, Plot]:
@@ -32,12 +15,22 @@ def make(run: Run) -> dict[str, Plot]:
     made = {}
     if any("loss" in entry for entry in run.history):
         _loss_csv(run)
-        made["loss"] = _draw(run, "loss", lambda look: plots.loss_figure(run.history, look), wording.loss_words(run))
+        made["loss"] = draw(
+            _folder(run), "loss", lambda look: plots.loss_figure(run.history, look), wording.loss_words(run)
+        )
+    if any("forgetting" in entry for entry in run.history):
+        keys = ("step", "forgetting", "forgetting_stderr", "forgetting_loss_change")
+        rows = [[entry.get(key, "") for key in keys] for entry in run.history if "forgetting" in entry]
+        plots.write_csv(_file(run, "forgetting.csv"), keys, rows)
+        words = wording.forgetting_words(run)
+        made["forgetting"] = draw(
+            _folder(run), "forgetting", lambda look: plots.forgetting_figure(run.history, look), words
+        )
     layers = [layer for layer in run.layers if layer.sigma]
     if layers:
         _spectrum_csv(run, layers)
         words = "Singular values, largest first. " + " ".join(map(wording.layer_words, layers))
-        made["spectrum"] = _draw(run, "spectrum", lambda look: plots.spectrum_figure(layers, look), words)
+        made["spectrum"] = draw(_folder(run), "spectrum", lambda look: plots.spectrum_figure(layers, look), words)
     for comparison in run.comparisons:
         if any(score.any.unit == "fraction" for score in comparison.scores):
             made[f"scores-{comparison.suite}"] = _scores(run, comparison)
@@ -55,19 +48,7 @@ def _scores(run: Run, comparison: Comparison) -> Plot:
         "base",
         "tuned" if comparison.after is None or comparison.after.which == "final" else comparison.after.which,
     )
-    return _draw(run, name, lambda look: plots.scores_figure(shown, look, names), words)
-
-
-def _draw(run: Run, name: str, figure: Callable[[Look], Figure], alt: str) -> Plot:
-    images = {look: plots.png(figure(look)) for look in LOOKS}
-    _file(run, f"{name}.png").write_bytes(images[Look()])
-    uris = {look: data_uri(image, "image/png") for look, image in images.items()}
-    sources = (
-        (f"{_NARROW} and {_DARK}", uris[Look(dark=True, narrow=True)]),
-        (_NARROW, uris[Look(narrow=True)]),
-        (_DARK, uris[Look(dark=True)]),
-    )
-    return Plot(uris[Look()], sources, alt)
+    return draw(_folder(run), name, lambda look: plots.scores_figure(shown, look, names), words)
 
 
 def _loss_csv(run: Run) -> None:
@@ -97,6 +78,10 @@ def _scores_csv(run: Run, name: str, comparison: Comparison) -> None:
 
 
 def _file(run: Run, name: str) -> Path:
+    return _folder(run) / name
+
+
+def _folder(run: Run) -> Path:
     folder = run.folder / "plots"
     folder.mkdir(exist_ok=True)
-    return folder / name
+    return folder

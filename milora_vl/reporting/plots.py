@@ -62,7 +62,7 @@ def loss_figure(history: History, look: Look = LOOKS[0]) -> Figure:
     from matplotlib.figure import Figure
 
     train, evaluated, rate = (_series(history, key) for key in ("loss", "eval_loss", "learning_rate"))
-    with _style(look):
+    with styled(look):
         figure = Figure(figsize=(look.width, 3.6), layout="constrained")
         top, strip = figure.subplots(2, sharex=True, height_ratios=(6, 1))
         many = len(train[0]) > 30
@@ -92,7 +92,7 @@ def spectrum_figure(layers: Sequence[Layer], look: Look = LOOKS[0]) -> Figure:
 
     layers = [layer for layer in layers if layer.sigma]
     rows, columns = (len(layers), 1) if look.narrow else (1, len(layers))
-    with _style(look):
+    with styled(look):
         figure = Figure(figsize=(look.width, 2.5 * rows + 0.1 if look.narrow else 3.1), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
         for axis, layer in zip(axes.flat, layers, strict=True):
@@ -101,6 +101,22 @@ def spectrum_figure(layers: Sequence[Layer], look: Look = LOOKS[0]) -> Figure:
             axis.set_ylabel("singular value")
         for axis in axes[-1]:
             axis.set_xlabel("component, largest first")
+    return figure
+
+
+def forgetting_figure(history: History, look: Look = LOOKS[0]) -> Figure:
+    """Draw forgetting over steps with one standard error on either side; it starts from nothing."""
+    from matplotlib.figure import Figure
+
+    (steps, values), (_, errors) = _series(history, "forgetting"), _series(history, "forgetting_stderr")
+    steps, values, errors = [0, *steps], [0.0, *values], [0.0, *errors]
+    with styled(look):
+        figure = Figure(figsize=(look.width, 2.6), layout="constrained")
+        axis = figure.subplots()
+        low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
+        axis.fill_between(steps, low, high, color=ORANGE, alpha=0.25, lw=0)
+        axis.plot(steps, values, color=ORANGE, lw=2, marker="o" if len(steps) < 30 else None, ms=5)
+        axis.set(xlabel="step", ylabel="forgotten, nats a token", xlim=(0, None), ylim=(0, None))
     return figure
 
 
@@ -131,7 +147,7 @@ def scores_figure(scores: Sequence[Score], look: Look = LOOKS[0], names: tuple[s
     """Draw one row a score: before as a ring, after as a disc, both with error bars, the majority answer as a tick."""
     from matplotlib.figure import Figure
 
-    with _style(look):
+    with styled(look):
         figure = Figure(figsize=(look.width, 0.95 + 0.36 * len(scores)), layout="constrained")
         axis = figure.subplots()
         for row, score in enumerate(scores):
@@ -187,7 +203,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
 
 
 @contextmanager
-def _style(look: Look) -> Iterator[None]:
+def styled(look: Look) -> Iterator[None]:
     """Our sizes and colours as matplotlib's defaults, for as long as a figure is being drawn."""
     import matplotlib as mpl
 

@@ -17,6 +17,8 @@ class Commands:
     as_typed: str
     repeat: str
     evaluate: str
+    forgetting: str
+    analyze: str
     chat: str
     report: str
 
@@ -29,6 +31,8 @@ def commands(run: Run) -> Commands:
         as_typed=_as_typed(run.environment.get("command") or ()),
         repeat=_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),
         evaluate=_line("milora_eval", "run", *model, *base, *_suite(run), "--with_base", "--output_dir", run.folder),
+        forgetting=_line("milora_vl.forgetting", *model, *base),
+        analyze=_line("milora_vl.analyze", run.folder, *base),
         chat=_line("milora_vl.chat", *model, "--image", _picture(run), "What is this?"),
         report=_line("milora_vl.report", run.folder),
     )

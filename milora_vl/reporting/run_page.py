@@ -124,6 +124,7 @@ class Run:
     layers: tuple[Layer, ...] = ()
     history: tuple[Json, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
+    forgetting: Json = field(default_factory=dict)
 
 
 def label(name: str) -> str:
@@ -153,6 +154,7 @@ def read_run(folder: Path) -> Run:
         layers=tuple(_layer(entry) for entry in _json(folder / "spectrum.json", [])),
         history=tuple(state.get("log_history", ())),
         comparisons=tuple(_comparisons(folder / "eval")),
+        forgetting=_json(folder / "forgetting.json", {}),
     )
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from milora_vl.reporting.run_page import Comparison, Json, Run, Score
-from milora_vl.reporting.wording import METHODS, amount, gain, number, percent
+from milora_vl.reporting.wording import METHODS, amount, forgetting_rows, gain, number, percent
 
 # Of the layer table: heading, and how its cell is made from an entry of policy.json's `layers`.
 _LAYER_COLUMNS: dict[str, Callable[[Json], str]] = {
@@ -33,6 +33,13 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
+
+
+def forgetting_table(run: Run) -> Table:
+    """One row for each probe of `python -m milora_vl.forgetting`."""
+    header = ("on", "forgotten (KL)", "cross-entropy", "base entropy", "change of loss", "tokens in documents")
+    caption = "Against the base model’s own predictions, nats a token, ± one standard error over documents."
+    return Table(header, tuple(tuple(row) for row in forgetting_rows(run)), caption)
 
 
 def policy_table(run: Run) -> Table:

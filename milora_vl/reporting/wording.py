@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from milora_vl.reporting.run_page import Comparison, Layer, Metric, Run, Score
+from milora_vl.reporting.run_page import Comparison, Layer, Metric, Run, Score, label
 
 # What the questions of a suite are about, where its name does not say it.
 _ABOUT = {"emoji": "questions about emoji it has never seen"}
@@ -145,6 +145,49 @@ def loss_words(run: Run) -> str:
     words = f"Over {steps:,} steps the training loss went from {train[0]:.2f} to {sum(tail) / len(tail):.2f}"
     words += " (mean of the last tenth)" if len(tail) > 1 else ""
     return f"{words}; on the evaluation records it is {tested[-1]:.2f} at the end." if tested else f"{words}."
+
+
+def forgetting_words(run: Run) -> str:
+    """How forgetting went during the training: the caption of its curve; nothing where it was not measured."""
+    found = [entry for entry in run.history if "forgetting" in entry]
+    if not found:
+        return ""
+    last = found[-1]
+    return (
+        f"Forgetting on general text while it trained, in nats a token: {last['forgetting']:.3f} "
+        f"(±{last['forgetting_stderr']:.3f}) at step {last['step']:,}. The loss on the text itself changed by "
+        f"{last['forgetting_loss_change']:+.3f}."
+    )
+
+
+def forgetting_rows(run: Run) -> list[list[str]]:
+    """What `python -m milora_vl.forgetting` measured, a row a probe: name, numbers with errors, size."""
+    names = {"text": "general text", "samples": "the base model's own text", "pictures": "answers about pictures"}
+    return [
+        [
+            f"{names[name]}" if name != "pictures" else f"{names[name]} ({found['text']})",
+            _with_error(found["kl"], found["kl_stderr"]),
+            _with_error(found["cross_entropy"], found["stderr"]),
+            f"{found['base_entropy']:.3f}",
+            _with_error(found["loss_change"], found["loss_change_stderr"], sign="+"),
+            f"{found['n_tokens']:,} in {found['n_documents']:,}",
+        ]
+        for name in names
+        if (found := run.forgetting.get(name))
+    ]
+
+
+def score_changes(run: Run) -> list[str]:
+    """The scores that `python -m milora_vl.forgetting --suite` compared, a sentence each."""
+    return [
+        f"{score['benchmark']}, {label(score['metric'])}: {score['before']:.3f} before, {score['after']:.3f} after"
+        + ("." if score["was_good"] else "; the base model was no better than a fixed answer, so this says nothing.")
+        for score in run.forgetting.get("scores", ())
+    ]
+
+
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def layer_words(layer: Layer) -> str:

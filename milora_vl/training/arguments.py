@@ -44,6 +44,7 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "quantization": ("quantization", "str", (), "none, 4bit or 8bit"),
     "dtype": ("dtype", "str", (), "of the frozen weights: float32, bfloat16 or float16"),
     "attn_implementation": ("attn_implementation", "str", (), "sdpa (default), eager or flash_attention_2"),
+    "forgetting_every": ("eval.forgetting_every", "int", (), "measure forgetting every N steps and at the last one"),
     "projector_weights": (
         "projector_weights",
         "str",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutput
 
-from milora_data.anyres import Tiling
+from milora_data.collate import ImageTextCollator
 from milora_data.errors import UserError
 from milora_data.features import PLAIN, FeatureReader, Features
-from milora_data.images import ImageError
+from milora_data.images import ImageError, place_of
 from milora_data.pixels import PixelMaker
+from milora_data.records import Record
 from milora_vl.policy import Target
 from milora_vl.towers import find_towers
 
@@ -58,13 +59,12 @@ def check(base: nn.Module, targets: Sequence[Target]) -> None:
 def prepare(
     folder: Path,
     base: nn.Module,
-    maker: PixelMaker,
-    tiling: Tiling | None,
-    pictures: Sequence[str | Path],
+    collator: ImageTextCollator,
+    records: Iterable[Record],
     args: TrainingArguments,
     tell: Says,
 ) -> FeatureReader:
-    """Compute what the cache lacks, each process its share, and let the tower return what it is given.
+    """Compute what the cache lacks of the records' pictures, each process a share; the tower returns what it is given.
 
     What it will write is said before. UserError where the disk has no room for that.
     """
@@ -72,7 +72,10 @@ def prepare(
     tower = base.get_submodule(str(find_towers(base).vision))
     layers: Any = base.config.vision_feature_layer
     layers = [layers] if isinstance(layers, int) else list(layers)
-    reader = FeatureReader(folder / _key(tower, layers, maker, args), maker, tiling)
+    names = dict.fromkeys(name for record in records for name in record.images)
+    pictures = [place_of(collator.image_folder, name) for name in names]
+    maker = collator.maker()
+    reader = FeatureReader(folder / _key(tower, layers, maker, args), maker, collator.tiling)
     with _Tower(tower, layers, args) as compute:
         _fill(reader, compute, pictures, args, tell)
     replay(tower, layers)

@@ -6,7 +6,6 @@ import gc
 import signal
 import time
 from datetime import datetime
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from milora_vl.training.checkpoints import step_of
 from milora_vl.training.screen import Screen, policy_rows, trainable_line
 
 if TYPE_CHECKING:
-    from milora_data.features import FeatureReader
+    pass
 
 # What the collator counts, in words.
 WHAT_HAPPENED = {
@@ -120,6 +119,12 @@ class Run:
         self.recipe = build.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
         for warning in build.picture_warnings(self.recipe, self.base):
             self.screen.warn(warning)
+        self.probe = None
+        if self.recipe.eval.forgetting_every:
+            from milora_vl.training.forgetting import Probe
+
+            with self.screen.step("keeping the base's predictions, for forgetting"):
+                self.probe = Probe(self.base, self.processor)
 
     def arrange_data(self) -> None:
         """Count tokens where the recipe groups records by length, and pack them where it asks for that."""
@@ -198,8 +203,7 @@ class Run:
         from milora_vl.training.launch import calls_on_sigterm
 
         self.collator = run_files.collator(self.recipe, self.base, self.processor, self.data.train[:100])
-        if self.recipe.data.feature_cache:
-            self.collator.features = self._features(Path(self.recipe.data.feature_cache))
+        self._use_feature_cache()
         self.trainer = MiloraTrainer(
             self.built.model,
             self.args,
@@ -213,6 +217,10 @@ class Run:
             kinds=[bool(record.images) for record in self.data.train],
             stream_from=self.folder.checkpoint,
         )
+        if self.probe is not None and self.recipe.eval.forgetting_every:
+            from milora_vl.training.forgetting import ForgettingCallback
+
+            self.trainer.add_callback(ForgettingCallback(self.probe, self.recipe.eval.forgetting_every, self.trainer))
         checkpoint = self.folder.checkpoint
         if checkpoint is not None and self.has_all_steps():
             self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -239,17 +247,15 @@ class Run:
             if count:
                 self.screen.warn(f"{count:,} times while training: {WHAT_HAPPENED[what]}")
 
-    def _features(self, folder: Path) -> FeatureReader:
-        """What the frozen tower makes of all pictures, from the cache or computed now."""
-        from milora_data.images import place_of
-        from milora_vl.training import features
+    def _use_feature_cache(self) -> None:
+        """Let batches hold what the frozen tower makes of the pictures, where the recipe names a folder for it."""
+        if self.recipe.data.feature_cache:
+            from milora_vl.training import features
 
-        features.check(self.base, self.built.targets)
-        records = chain(self.data.train, self.data.evaluation or ())
-        names = dict.fromkeys(name for record in records for name in record.images)
-        places = [place_of(self.collator.image_folder, name) for name in names]
-        maker = self.collator.maker()
-        return features.prepare(folder, self.base, maker, self.collator.tiling, places, self.args, self.screen)
+            features.check(self.base, self.built.targets)
+            records = [*self.data.train, *(self.data.evaluation or ())]
+            folder = Path(self.recipe.data.feature_cache)
+            self.collator.features = features.prepare(folder, self.base, self.collator, records, self.args, self.screen)
 
     def has_all_steps(self) -> bool:
         """Whether only the end of the run was lost: HF's loop would make one more step before it sees max_steps."""

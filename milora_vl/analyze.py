@@ -1,0 +1,92 @@
+"""`python -m milora_vl.analyze MODEL_OR_ADAPTER`: the spectra of a model, or what a training did to its weights.
+
+One layer at a time is in memory; what is interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from milora_data.command import parser, positive, run
+from milora_data.errors import UserError
+
+_EXAMPLES = """\
+of a model:    the spectrum of each layer, the share of its energy in the minor part, effective rank (exp of the
+               entropy of sigma / sum sigma), stable rank, decay exponent, condition number
+of a training: ||dW||, amplification factor, subspace similarity with W's top, bottom and random vectors
+               (arXiv:2406.09044), intruder dimensions (arXiv:2410.21228), how far A and B left their start.
+               A lower amplification factor does not by itself mean that more was preserved.
+
+examples:
+  python -m milora_vl.analyze llava-1.5-7b --output_dir spectra --device cuda
+  python -m milora_vl.analyze runs/demo                                  # an adapter; files go to runs/demo/analysis
+  python -m milora_vl.analyze runs/full --base smol-llava --modules '*layers.1*'
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; UserError for what cannot be analysed. Returns the exit code."""
+    options = _options(argv)
+    import torch
+
+    from milora_vl.adapter_folders import holds_adapter, holds_residual
+    from milora_vl.analysis import job, page
+
+    subject = Path(options.subject)
+    is_trained = holds_adapter(subject) or holds_residual(subject) or options.base is not None
+    folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
+    if folder is None:
+        raise UserError("where shall the files go?\nsay:  --output_dir O")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    todo = job.plan(
+        options.subject, options.base, rank=options.rank, device=device, modules=options.modules,
+        allow_base_mismatch=options.allow_base_mismatch,
+    )  # fmt: skip
+    rows = job.rows_of(todo, folder)
+    summary = page.write(folder, todo.kind, todo.name, todo.base, rows)
+    if options.format == "json":
+        layers = [{key: value for key, value in row.items() if key != "sigma"} for row in rows]
+        sys.stdout.write(json.dumps(summary | {"rows": layers}, ensure_ascii=False) + "\n")
+    else:
+        for part, means in summary["means"].items():
+            words = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+            sys.stdout.write(f"{part}: {words}\n")
+    sys.stderr.write(f"page:    {folder / 'analysis.html'}\nlayers:  {folder / 'layers.csv'}\n")
+    _report(folder.parent)
+    return 0
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    options = parser(
+        "python -m milora_vl.analyze", "Analyse a model's weights, or what was changed in them.", _EXAMPLES
+    )
+    options.add_argument("subject", metavar="MODEL_OR_ADAPTER", help="name, hub id or folder")
+    options.add_argument("--base", metavar="B", help="what was tuned: needed for a whole model, else the adapter's own")
+    options.add_argument("--output_dir", type=Path, metavar="O", help="default for what was trained: FOLDER/analysis")
+    options.add_argument("--rank", type=positive, default=128, help="of the minor part, where no adapter has one (128)")
+    options.add_argument("--modules", metavar="GLOB", help="only layers whose path matches")
+    options.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    options.add_argument("--allow_base_mismatch", action="store_true", help="go on with another base model")
+    options.add_argument("--format", choices=("human", "json"), default="human", help="of what is printed")
+    parsed: argparse.Namespace = options.parse_args(argv)
+    return parsed
+
+
+def _report(folder: Path) -> None:
+    """Write the run's report anew, with the figures of the analysis; it cannot fail the analysis."""
+    if not (folder / "recipe.yaml").is_file():
+        return
+    from milora_vl.report import write_report
+
+    try:
+        sys.stderr.write(f"report:  {write_report(folder)}\n")
+    except UserError as error:
+        sys.stderr.write(f"no report: {error}\n")
+
+
+if __name__ == "__main__":
+    run(main)

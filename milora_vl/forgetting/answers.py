@@ -1,0 +1,123 @@
+"""What forgetting is measured on in pictures: the base model's own answers to questions outside the training task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageDraw
+
+from milora_data.pixels import AspectRatio
+from milora_data.records import Record, Turn
+from milora_data.templates import IMAGE
+from milora_vl.forgetting.measure import Batch
+from milora_vl.image_tokens import image_token_id, image_tokens
+from milora_vl.models import split_processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_COLOURS = {"red": "#d62728", "green": "#2ca02c", "blue": "#1f5fd6", "yellow": "#f2c500", "black": "#111111"}
+_SHAPES = ("circle", "square", "triangle", "star")
+_QUESTIONS = (
+    "Describe this picture in one sentence.",
+    "What is the colour of the shape?",
+    "What shape is shown?",
+    "Is there a dog in the picture? Answer yes or no.",
+)
+
+
+def drawn_questions(folder: Path) -> list[Record]:
+    """Draw 20 plain shapes as PNG files in `folder` and return 80 questions about them: a probe that needs no data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for colour, code in _COLOURS.items():
+        for shape in _SHAPES:
+            name = f"{colour}_{shape}.png"
+            _draw(shape, code).save(folder / name)
+            records += [
+                Record(f"{name}:{number}", (name,), (Turn("user", f"{IMAGE}\n{question}"),), source=name)
+                for number, question in enumerate(_QUESTIONS)
+            ]
+    return records
+
+
+def answer_batches(
+    model: Any,
+    processor: Any,
+    records: Sequence[Record],
+    *,
+    image_folder: Path,
+    without_adapter: bool = False,
+    template: str = "vicuna_v1",
+    image_aspect_ratio: AspectRatio = "pad",
+    max_new_tokens: int = 16,
+    batch_size: int = 8,
+) -> Iterator[Batch]:
+    """Yield the first question of each record with the answer that `model` gives (greedy); the answer's ids count.
+
+    A picture is a document: questions about the same one are not independent. A record without a picture is one by
+    itself. `without_adapter` asks the base of a PeftModel. What the records answer themselves is not read.
+    """
+    from milora_data.collate import ImageTextCollator
+    from milora_vl.generate import Prompt, generate
+
+    asked = [replace(record, turns=(*_until_question(record),)) for record in records]
+    paths = [tuple(image_folder / name for name in record.images) for record in asked]
+    context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()
+    with context:
+        answers = generate(
+            model, processor, [Prompt(r.turns, p) for r, p in zip(asked, paths, strict=True)],
+            template=template, max_new_tokens=max_new_tokens, batch_size=batch_size,
+            image_aspect_ratio=image_aspect_ratio,
+        )  # fmt: skip
+    tokenizer, image_processor = split_processor(processor)
+    sees = image_processor is not None
+    collate = ImageTextCollator(
+        tokenizer,
+        image_processor,
+        template=template,
+        image_tokens=image_tokens(model.config) if sees else 0,
+        image_token_id=image_token_id(model.config) if sees else -1,
+        image_folder=image_folder,
+        image_aspect_ratio=image_aspect_ratio,
+    )
+    told = [replace(r, turns=(*r.turns, Turn("assistant", a))) for r, a in zip(asked, answers, strict=True)]
+    # Rows with and without pictures apart, so that none of a batch lacks what the others have.
+    for group in ([r for r in told if r.images], [r for r in told if not r.images]):
+        for start in range(0, len(group), batch_size):
+            yield _batch(collate, group[start : start + batch_size])
+
+
+def _batch(collate: Any, records: Sequence[Record]) -> Batch:
+    inputs: dict[str, Tensor] = collate(records)
+    labels = inputs.pop("labels")
+    documents = [" ".join(record.images) or f"{record.source} {record.id}" for record in records]
+    return Batch(inputs, labels[:, 1:] != -100, documents)
+
+
+def _until_question(record: Record) -> Iterator[Turn]:
+    """The turns before the first answer."""
+    for turn in record.turns:
+        if turn.role == "assistant":
+            return
+        yield turn
+
+
+def _draw(shape: str, colour: str, side: int = 160) -> Image.Image:
+    """One shape in the middle of a white square."""
+    picture = Image.new("RGB", (side, side), "white")
+    pen, low, high, middle = ImageDraw.Draw(picture), side * 0.2, side * 0.8, side / 2
+    if shape == "circle":
+        pen.ellipse((low, low, high, high), fill=colour)
+    elif shape == "square":
+        pen.rectangle((low, low, high, high), fill=colour)
+    elif shape == "triangle":
+        pen.polygon([(middle, low), (low, high), (high, high)], fill=colour)
+    else:
+        pen.regular_polygon((middle, middle, side * 0.34), 3, fill=colour)
+        pen.regular_polygon((middle, middle, side * 0.34), 3, rotation=180, fill=colour)
+    return picture

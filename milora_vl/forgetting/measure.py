@@ -1,0 +1,196 @@
+"""Cross-entropy of a tuned model against its base's predictions, over batches of whatever both shall read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora_vl.forgetting.text import general_text, text_batches
+
+# Positions whose distributions over the vocabulary are held in float32 at a time.
+_POSITIONS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What both models read: forward arguments with `input_ids` (rows, length).
+
+    `counted` (rows, length - 1) says which predictions count: position t is the prediction of id t + 1. `documents`
+    names, row by row, where the text is from: predictions from one document are not independent of each other.
+    """
+
+    inputs: Mapping[str, Tensor]
+    counted: Tensor
+    documents: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Forgetting:
+    """Means over tokens, in nats; standard errors are clustered by document, None for a single one.
+
+    `cross_entropy` is the paper's number, `kl` its distance from the floor `base_entropy`. `loss` and `base_loss` are
+    the plain cross-entropies of the tokens themselves, `loss_change` their difference.
+    """
+
+    cross_entropy: float
+    stderr: float | None
+    base_entropy: float
+    kl: float
+    kl_stderr: float | None
+    loss: float
+    base_loss: float
+    loss_change: float
+    loss_change_stderr: float | None
+    n_tokens: int
+    n_blocks: int
+    n_documents: int
+    text: str
+
+
+def measure_forgetting(
+    model: Any,
+    tokenizer: Any,
+    *,
+    base: Any | None = None,
+    texts: Mapping[str, str] | None = None,
+    num_tokens: int = 8192,
+    block_length: int = 256,
+    batch_size: int = 4,
+) -> Forgetting:
+    """Compare `model` with its base on `num_tokens` tokens of `texts` (default: `general_text()`), block by block.
+
+    The base is the PeftModel itself without its adapter, or the second model `base` with the same vocabulary. A LLaVA
+    reads text alone. Raises ValueError when there is no base, or too little text for one block.
+
+    >>> from milora_vl.tiny import tiny_llama
+    >>> model, tokenizer = tiny_llama()
+    >>> same = measure_forgetting(model, tokenizer, base=model, num_tokens=64, block_length=32)
+    >>> abs(same.kl) < 1e-6
+    True
+    """
+    texts = general_text() if texts is None else texts
+    batches = text_batches(texts, tokenizer, num_tokens=num_tokens, block_length=block_length, batch_size=batch_size)
+    return compare_on(batches, model, base=base, what=" + ".join(texts))
+
+
+def compare_on(batches: Iterable[Batch], model: Any, *, base: Any | None = None, what: str) -> Forgetting:
+    """Compare `model` with its base (see `measure_forgetting`) on any batches; `what` names them in the result.
+
+    Raises ValueError when there is no base, another vocabulary, or nothing to compare on.
+    """
+    without = base_context(model, base)
+    reference = model if base is None else base
+    rows: list[Tensor] = []
+    documents: list[str] = []
+    with torch.inference_mode(), evaluating(model, reference):
+        for batch in batches:
+            own = logits_of(model, batch)
+            with without():
+                target = logits_of(reference, batch)
+            if own.shape != target.shape:
+                raise ValueError(f"the vocabularies differ: {own.shape[1]:,} tokens, of the base {target.shape[1]:,}")
+            rows.append(token_sums(own, target, batch))
+            documents += batch.documents
+    if not rows:
+        raise ValueError("there is nothing to measure forgetting on")
+    return summary(torch.cat(rows), documents, what)
+
+
+def base_context(model: Any, base: Any | None) -> Callable[[], AbstractContextManager[None]]:
+    """Return the context in which the base's predictions are made: of a PeftModel, with its adapter switched off."""
+    from peft import PeftModel
+
+    if base is not None:
+        return nullcontext
+    if not isinstance(model, PeftModel):
+        raise ValueError("forgetting is measured against a base: give base=, or a model with an adapter")
+    return model.disable_adapter
+
+
+@contextmanager
+def evaluating(*models: Any) -> Iterator[None]:
+    """Put the models into eval mode, and each back into its own afterwards."""
+    before = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, before, strict=True):
+            model.train(mode)
+
+
+def logits_of(model: Any, batch: Batch) -> Tensor:
+    """Return the predictions that count: (n, vocabulary), row by row."""
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+    logits: Tensor = model(**inputs).logits[:, :-1]
+    return logits[batch.counted.to(logits.device)]
+
+
+def token_sums(own: Tensor, target: Tensor, batch: Batch) -> Tensor:
+    """Return (rows, 5), float64: sums of cross-entropy, base entropy, own loss and the base's; number of tokens.
+
+    `own`, `target`: (n, vocabulary), the tuned and the base model's logits where `batch` counts.
+    """
+    ids = batch.inputs["input_ids"][:, 1:][batch.counted]
+    row = torch.arange(len(batch.counted))[:, None].expand_as(batch.counted)[batch.counted]
+    total = torch.zeros(len(batch.counted), 5, dtype=torch.float64)
+    for start in range(0, len(ids), _POSITIONS):
+        part = slice(start, start + _POSITIONS)
+        log_q = own[part].float().log_softmax(-1)
+        log_p = target[part].float().log_softmax(-1)
+        words = ids[part, None].to(log_q.device)
+        # Where the base is sure (p = 0 in float32) nothing is added, whatever the tuned model thinks.
+        cross, entropy = (torch.where(log_p > -100, -log_p.exp() * log, 0.0).sum(-1) for log in (log_q, log_p))
+        losses = [-log.gather(1, words.to(log.device))[:, 0] for log in (log_q, log_p)]
+        terms = torch.stack([cross, entropy, *losses, torch.ones_like(cross)], dim=1)
+        total.index_add_(0, row[part], terms.double().cpu())
+    return total
+
+
+def summary(sums: Tensor, documents: Sequence[str], what: str) -> Forgetting:
+    """Return means and their standard errors from sums by row (see `token_sums`) and the document of each row."""
+    cross, entropy, loss, base_loss, tokens = sums.unbind(1)
+    mean = cluster_mean(documents, tokens)
+    (ce, ce_error), (kl, kl_error) = mean(cross), mean(cross - entropy)
+    change, change_error = mean(loss - base_loss)
+    return Forgetting(
+        cross_entropy=ce,
+        stderr=ce_error,
+        base_entropy=mean(entropy)[0],
+        kl=kl,
+        kl_stderr=kl_error,
+        loss=mean(loss)[0],
+        base_loss=mean(base_loss)[0],
+        loss_change=change,
+        loss_change_stderr=change_error,
+        n_tokens=int(tokens.sum()),
+        n_blocks=len(sums),
+        n_documents=len(set(documents)),
+        text=what,
+    )
+
+
+def cluster_mean(documents: Sequence[str], tokens: Tensor) -> Callable[[Tensor], tuple[float, float | None]]:
+    """Return a function from sums by row to (mean per token, its standard error clustered by document).
+
+    The error is that of a ratio of two sums over G documents (linearised, times G/(G-1)): with documents of equal
+    length the usual one of their means.
+    """
+    number = {name: place for place, name in enumerate(dict.fromkeys(documents))}
+    place = torch.tensor([number[name] for name in documents])
+    count, length = len(number), float(tokens.sum())
+
+    def mean(sums: Tensor) -> tuple[float, float | None]:
+        value = float(sums.sum()) / length
+        left = torch.zeros(count, dtype=torch.float64).index_add_(0, place, sums - value * tokens)
+        error = math.sqrt(count / (count - 1) * float(left.square().sum())) / length if count > 1 else None
+        return value, error
+
+    return mean

@@ -1,0 +1,36 @@
+"""What `python -m milora_vl.analyze` left in a run folder (analysis/), for the run's report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from milora_data.errors import UserError
+from milora_vl.reporting.drawing import Plot
+from milora_vl.reporting.gallery import data_uri
+from milora_vl.reporting.tables import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """The table of means, and (plot, caption) of each figure."""
+
+    table: Table
+    figures: list[tuple[Plot, str]]
+
+
+def read_analysis(run: Path) -> Analysis | None:
+    """Return the analysis of a run; None where there is none. UserError for a file that cannot be parsed."""
+    file = run / "analysis" / "summary.json"
+    if not file.is_file():
+        return None
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        rows = tuple(tuple(row) for row in summary["table"]["rows"])
+        table = Table(tuple(summary["table"]["header"]), rows, summary["table"]["caption"])
+        named = [(file.with_name(f"{entry['name']}.png"), entry["caption"]) for entry in summary["figures"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}\nmove it away to have a report without it") from error
+    figures = [(Plot(data_uri(p.read_bytes(), "image/png"), (), words), words) for p, words in named if p.is_file()]
+    return Analysis(table, figures)

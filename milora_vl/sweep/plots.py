@@ -1,0 +1,84 @@
+"""The figures of a sweep: task score against forgetting, and both losses over the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from milora_vl.reporting.plots import GREY, Look, styled
+from milora_vl.sweep.results import Arm, Mean, front
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, each with a mark of its own.
+_COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#D55E00",
+    "#56B4E9",
+    "#8a8a8a",
+    "#B8A800",
+    "#7A5195",
+    "#444444",
+)
+_MARKS = "osD^vPX<>*"
+
+
+def pareto_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
+    """Draw every method's way over its learning rates; the chosen one is filled, the Pareto front a grey line."""
+    from matplotlib.figure import Figure
+
+    with styled(look):
+        figure = Figure(figsize=(look.width, 4.4), layout="constrained")
+        axis = figure.subplots()
+        best = front([point for arm in arms for point in arm.points])
+        x, y = [p.forgetting.value for p in best], [p.score.value for p in best]
+        axis.step(x, y, where="post", color=GREY, lw=6, alpha=0.25, zorder=0)
+        for place, arm in enumerate(arms):
+            colour, mark = _COLOURS[place % len(_COLOURS)], _MARKS[place % len(_MARKS)]
+            x, y = [p.forgetting.value for p in arm.points], [p.score.value for p in arm.points]
+            axis.plot(x, y, color=colour, lw=1, alpha=0.6, zorder=1)
+            for point in arm.points:
+                axis.errorbar(
+                    point.forgetting.value, point.score.value, xerr=point.forgetting.half, yerr=point.score.half,
+                    fmt=mark, ms=7, color=colour, mfc=colour if point is arm.best else look.paper, mew=1.6,
+                    elinewidth=0.8, alpha=0.95, zorder=2, label=arm.label if point is arm.points[0] else None,
+                )  # fmt: skip
+        axis.set(xlabel="forgetting on general text, nats a token", ylabel=metric)
+        if min(x for arm in arms for x in [p.forgetting.value for p in arm.points]) > 0:
+            axis.set_xscale("log")
+        handles = [_handle(axis, place, arm.label) for place, arm in enumerate(arms)]
+        figure.legend(handles=handles, loc="outside upper left", ncols=2 if look.narrow else 5, handletextpad=0.2)
+    return figure
+
+
+def rates_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
+    """Draw validation loss, test score and forgetting over the learning rate, a line a method."""
+    from matplotlib.figure import Figure
+
+    panels = ("validation", "validation loss"), ("score", metric), ("forgetting", "forgetting")
+    lines, columns = (3, 1) if look.narrow else (1, 3)
+    with styled(look):
+        figure = Figure(figsize=(look.width, 2.6 * lines + 0.4), layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False).flat
+        for axis, (field, name) in zip(axes, panels, strict=True):
+            for place, arm in enumerate(arms):
+                means: list[Mean] = [getattr(point, field) for point in arm.points]
+                axis.errorbar(
+                    [p.learning_rate for p in arm.points], [m.value for m in means], yerr=[m.half or 0 for m in means],
+                    color=_COLOURS[place % len(_COLOURS)], marker=_MARKS[place % len(_MARKS)], ms=5, lw=1.4,
+                    elinewidth=0.8,
+                )  # fmt: skip
+            axis.set(xscale="log", xlabel="learning rate")
+            axis.set_title(name, loc="left", fontsize=10, fontweight="bold")
+        handles = [_handle(axis, place, arm.label) for place, arm in enumerate(arms)]
+        figure.legend(handles=handles, loc="outside upper left", ncols=2 if look.narrow else 5, handletextpad=0.2)
+    return figure
+
+
+def _handle(axis: Any, place: int, label: str) -> Any:
+    colour, mark = _COLOURS[place % len(_COLOURS)], _MARKS[place % len(_MARKS)]
+    return axis.plot([], [], color=colour, marker=mark, ls="", ms=7, label=label)[0]

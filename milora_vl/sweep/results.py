@@ -1,0 +1,154 @@
+"""What the finished cells say: the best learning rate of each method, its test score over seeds, paired tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from milora_eval.results import require_lines
+from milora_eval.stats import Difference, paired_difference
+from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.runner import Result, Sweep
+
+# Student's t for a two-sided 95 % interval, by degrees of freedom from 1 on.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean over seeds with half its 95 % interval (Student's t); None for a single seed."""
+
+    value: float
+    half: float | None
+    n: int
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"{self.value:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One method at one rank and learning rate, over its finished seeds."""
+
+    method: str
+    rank: int | None
+    learning_rate: float
+    validation: Mean
+    score: Mean
+    forgetting: Mean
+    seeds: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """Method and rank."""
+        return self.method if self.rank is None else f"{self.method} r={self.rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A method at one rank: its points by learning rate, the best of them by validation loss (None: none complete)."""
+
+    label: str
+    points: tuple[Point, ...]
+    best: Point | None
+    at_edge: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The test answers of two arms at their best learning rates, mean over common seeds: b minus a, item by item."""
+
+    a: str
+    b: str
+    difference: Difference
+    seeds: int
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Return the mean and half its 95 % interval.
+
+    >>> mean_of([1.0, 2.0, 3.0]).text
+    '2.000 ± 2.484'
+    """
+    n = len(values)
+    centre = math.fsum(values) / n
+    if n < 2:
+        return Mean(centre, None, n)
+    spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1))
+    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96 + 2.4 / (n - 1)
+    return Mean(centre, t * spread / math.sqrt(n), n)
+
+
+def arms(results: Mapping[Cell, Result], seeds: int) -> list[Arm]:
+    """Group the results. The best learning rate is chosen by the validation loss alone, among those with all seeds."""
+    found = []
+    for method, rank in dict.fromkeys(cell.arm for cell in results):
+        by_rate: dict[float, dict[int, Result]] = {}
+        for cell, result in results.items():
+            if cell.arm == (method, rank):
+                by_rate.setdefault(cell.learning_rate, {})[cell.seed] = result
+        points = tuple(_point(method, rank, rate, by_rate[rate]) for rate in sorted(by_rate))
+        complete = [point for point in points if len(point.seeds) == seeds]
+        best = min(complete, key=lambda point: _or_worst(point.validation.value), default=None)
+        edges = (points[0], points[-1])
+        found.append(Arm(points[0].label, points, best, at_edge=len(points) > 1 and best in edges))
+    return found
+
+
+def pairs(sweep: Sweep, found: Sequence[Arm]) -> list[Pair]:
+    """Compare every arm with the first one, on the items of the first benchmark that both answered."""
+    ready = [arm for arm in found if arm.best is not None]
+    out = []
+    for arm in ready[1:]:
+        assert arm.best is not None
+        assert ready[0].best is not None
+        common = sorted(set(ready[0].best.seeds) & set(arm.best.seeds))
+        a, b = (_mean_answers(sweep, point, common) for point in (ready[0].best, arm.best))
+        ids = [item for item in a if item in b]
+        if ids:
+            groups = [a[item][1] for item in ids]
+            difference = paired_difference([a[i][0] for i in ids], [b[i][0] for i in ids], clusters=groups)
+            out.append(Pair(ready[0].label, arm.label, difference, len(common)))
+    return out
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other beats in both score and forgetting, from the least forgetting on."""
+    kept: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.forgetting.value, -p.score.value)):
+        if not kept or point.score.value > kept[-1].score.value:
+            kept.append(point)
+    return kept
+
+
+def _point(method: str, rank: int | None, rate: float, by_seed: Mapping[int, Result]) -> Point:
+    def over_seeds(key: str) -> Mean:
+        return mean_of([float(result[key]) for result in by_seed.values()])
+
+    return Point(
+        method, rank, rate, over_seeds("validation_loss"), over_seeds("score"), over_seeds("forgetting"),
+        tuple(sorted(by_seed)),
+    )  # fmt: skip
+
+
+def _or_worst(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _mean_answers(sweep: Sweep, point: Point, seeds: Sequence[int]) -> dict[str, tuple[float, Any]]:
+    """Per item its mean score over the seeds, and the picture it is about."""
+    sums: dict[str, list[float]] = {}
+    groups: dict[str, Any] = {}
+    for seed in seeds:
+        lines = require_lines(sweep.results_folder(Cell(point.method, point.learning_rate, point.rank, seed)))
+        for line in lines:
+            if line["benchmark"] != lines[0]["benchmark"]:
+                continue
+            if line["correct"] is not None:
+                sums.setdefault(line["id"], []).append(float(line["correct"]))
+                groups[line["id"]] = line["group"]
+    return {item: (sum(v) / len(v), groups[item]) for item, v in sums.items() if len(v) == len(seeds)}

@@ -1,0 +1,207 @@
+"""Run the cells: the public commands in a folder each, several at a time, resumable after any kind of end.
+
+cells/NAME is the run folder, logs/NAME.log what its commands said, cells/NAME.json its result, failed/NAME.json why it
+has none. A lock file is held by the commands themselves: those of a killed sweep that still run are waited for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milora_data.errors import UserError
+from milora_vl.config import Recipe
+from milora_vl.sweep.cells import Cell, recipe_of
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How a cell is evaluated after its training."""
+
+    suite: str
+    data: str | None
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """The folder of a sweep and what its cells share."""
+
+    folder: Path
+    recipe: Recipe
+    evaluation: Evaluation
+
+    def run_folder(self, cell: Cell) -> Path:
+        """Where a cell trains."""
+        return self.folder / "cells" / cell.name
+
+    def results_folder(self, cell: Cell) -> Path:
+        """Where the answers of a cell are."""
+        return self.run_folder(cell) / "eval" / self.evaluation.suite / "final"
+
+    def result(self, cell: Cell) -> Result | None:
+        """What came out of a cell; None for one that is not finished."""
+        return _read(self.folder / "cells" / f"{cell.name}.json")
+
+    def failure(self, cell: Cell) -> Result | None:
+        """Why a cell has no result; None where it has one, or has not been tried."""
+        return None if self.result(cell) else _read(self.folder / "failed" / f"{cell.name}.json")
+
+    def commands(self, cell: Cell) -> list[list[str]]:
+        """The commands of a cell, without the interpreter."""
+        run = str(self.run_folder(cell))
+        file = self.folder / "recipes" / f"{cell.name}.yaml"
+        train = [
+            "-m",
+            "milora_vl.train",
+            "--recipe",
+            str(file),
+            "--output_dir",
+            run,
+            "--resume_from_checkpoint",
+            "auto",
+        ]
+        tuned = ["--model", self.recipe.model, "--adapter", run]
+        if cell.method == "full" or (self.run_folder(cell) / "config.json").is_file():
+            tuned = ["--model", run, "--base", self.recipe.model]
+        evaluate = ["-m", "milora_eval", "run", *tuned, "--suite", self.evaluation.suite, "--output_dir", run]
+        evaluate += ["--data", self.evaluation.data] if self.evaluation.data else []
+        evaluate += ["--limit", str(self.evaluation.limit)] if self.evaluation.limit else []
+        return [train, evaluate]
+
+
+def run_cells(
+    sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool, on_done: Callable[[Cell, bool, int], None]
+) -> None:
+    """Run every cell that has no result, `jobs` at a time; those that failed only with `retry`.
+
+    `on_done(cell, whether it has a result, number left)` is called as each ends. A keyboard interrupt ends all.
+    """
+    todo = [c for c in cells if sweep.result(c) is None and (retry or sweep.failure(c) is None)]
+    slots = list(range(jobs))
+    guard, stopped = threading.Lock(), threading.Event()
+
+    def run(cell: Cell) -> bool:
+        if stopped.is_set():
+            return False
+        with guard:
+            slot = slots.pop()
+        try:
+            return _run_cell(sweep, cell, _environment(slot, jobs))
+        finally:
+            with guard:
+                slots.append(slot)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run, cell): cell for cell in todo}
+        try:
+            for left, future in enumerate(as_completed(futures), start=1):
+                on_done(futures[future], future.result(), len(todo) - left)
+        except KeyboardInterrupt:  # the commands got the signal too
+            stopped.set()
+            raise
+
+
+def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
+    for name in ("cells", "logs", "failed", "recipes"):
+        (sweep.folder / name).mkdir(parents=True, exist_ok=True)
+    _write(sweep.folder / "recipes" / f"{cell.name}.yaml", recipe_of(sweep.recipe, cell).to_yaml())
+    start = time.monotonic()
+    log = sweep.folder / "logs" / f"{cell.name}.log"
+    with _lock(sweep.folder / "logs" / f"{cell.name}.lock", wait=True) as held, log.open("a", encoding="utf-8") as out:
+        for command in sweep.commands(cell):
+            out.write(f"$ python {' '.join(command)}\n")
+            out.flush()
+            done = subprocess.run(
+                [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment, pass_fds=[held]
+            )
+            if done.returncode == 130 or done.returncode == -2:  # interrupted by the user: not a failure of the cell
+                return False
+            if done.returncode != 0:
+                why = {"command": command, "code": done.returncode, "log": str(log), "said": _tail(log)}
+                _write(sweep.folder / "failed" / f"{cell.name}.json", json.dumps(why, indent=1) + "\n")
+                return False
+    try:
+        result = _collect(sweep, cell) | {"seconds": round(time.monotonic() - start, 1)}
+    except (KeyError, IndexError, OSError, ValueError) as error:
+        why = {"command": [], "code": 0, "log": str(log), "said": f"{type(error).__name__}: {error}"}
+        _write(sweep.folder / "failed" / f"{cell.name}.json", json.dumps(why, indent=1) + "\n")
+        return False
+    _write(sweep.folder / "cells" / f"{cell.name}.json", json.dumps(result, indent=1) + "\n")
+    (sweep.folder / "failed" / f"{cell.name}.json").unlink(missing_ok=True)
+    return True
+
+
+def _collect(sweep: Sweep, cell: Cell) -> Result:
+    """The numbers of a finished cell: validation loss, headline score, forgetting. ValueError for what is missing."""
+    run = sweep.run_folder(cell)
+    log = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    if not losses:
+        raise ValueError("the training logged no evaluation loss: eval_steps is beyond its end")
+    results = json.loads((sweep.results_folder(cell) / "results.json").read_text(encoding="utf-8"))
+    metric = results["benchmarks"][0]["metrics"][0]
+    forgetting = results["forgetting"]
+    policy = json.loads((run / "policy.json").read_text(encoding="utf-8"))
+    return {
+        "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
+        "validation_loss": losses[-1], "benchmark": results["benchmarks"][0]["name"], "metric": metric["name"],
+        "score": metric["value"], "score_stderr": metric.get("stderr"), "forgetting": forgetting["kl"],
+        "forgetting_stderr": forgetting["kl_stderr"], "trainable": policy.get("trainable"),
+    }  # fmt: skip
+
+
+def _environment(slot: int, jobs: int) -> dict[str, str]:
+    """Each cell gets its share of the cores, and a GPU of its own where there are several."""
+    import torch
+
+    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    if torch.cuda.device_count() > 1:
+        own["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+    return {**os.environ, **own}
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep a second sweep out of a folder. UserError where one is running."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder / ".lock", wait=False):
+        yield
+
+
+@contextmanager
+def _lock(file: Path, *, wait: bool) -> Iterator[int]:
+    """Hold a lock that the system drops when the last process that has it ends, however that happens."""
+    with file.open("w") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"another sweep is running in {file.parent}") from None
+        yield opened.fileno()
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-6:])
+
+
+def _read(file: Path) -> Result | None:
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

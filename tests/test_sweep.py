@@ -1,0 +1,191 @@
+"""The sweep without its trainings: cells and their recipes, the choice on validation, what the page says, mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from milora_data.errors import UserError
+from milora_vl.config import Recipe
+from milora_vl.sweep import page
+from milora_vl.sweep.__main__ import main
+from milora_vl.sweep.cells import Cell, make_cells, recipe_of
+from milora_vl.sweep.results import Point, arms, front, mean_of, pairs
+from milora_vl.sweep.runner import Evaluation, Sweep, run_cells
+
+RECIPE: dict[str, Any] = {
+    "model": "tiny",
+    "data": {"path": "train.json", "eval_path": "val.json"},
+    "policy": [
+        {"modules": "language", "method": "milora", "rank": 4, "alpha": 8, "learning_rate": 1e-3},
+        {"modules": "projector", "method": "full", "learning_rate": 1e-4},
+    ],
+    "train": {"max_steps": 6, "seed": 7},
+    "sweep": {
+        "suite": "emoji",
+        "train": {"max_steps": 3},
+        "variants": {"strong": {"method": "lora", "alpha": 16, "train": {"weight_decay": 0.2}}},
+    },
+}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    return Sweep(tmp_path, Recipe.parse(RECIPE), Evaluation("emoji", None, None))
+
+
+def finish(sweep: Sweep, cell: Cell, *, loss: float, right: list[bool], forgetting: float) -> None:
+    """Write what a cell that has run leaves."""
+    result = {
+        "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
+        "validation_loss": loss, "benchmark": "emoji", "metric": "accuracy", "score": sum(right) / len(right),
+        "forgetting": forgetting, "seconds": 60.0,
+    }  # fmt: skip
+    folder = sweep.results_folder(cell)
+    folder.mkdir(parents=True)
+    (sweep.folder / "cells" / f"{cell.name}.json").write_text(json.dumps(result))
+    (folder / "results.json").write_text("{}")
+    lines = [
+        {
+            "id": f"q{i}",
+            "benchmark": "emoji",
+            "correct": float(ok),
+            "group": f"picture {i // 2}",
+            "prediction": "x",
+            "key": "",
+        }
+        for i, ok in enumerate(right)
+    ]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_cells_are_every_combination_and_full_has_no_rank() -> None:
+    cells = make_cells(Recipe.parse(RECIPE), ["milora", "full"], [1e-4, 1e-3], [2, 8], 2)
+    assert len(cells) == len({cell.name for cell in cells}) == 2 * 2 * 2 + 2 * 2
+    assert {cell.seed for cell in cells} == {7, 8}
+    assert {cell.rank for cell in cells if cell.method == "full"} == {None}
+    assert cells[0].name == "milora-r2-lr0.0001-seed7"
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "train"),
+    [
+        ("lora", {"method": "lora", "rank": 8, "alpha": 16.0}, {}),
+        ("minor-flat", {"method": "milora", "sigma": "none"}, {}),
+        ("lora-decay", {"method": "lora"}, {"weight_decay": 0.1}),
+        ("strong", {"method": "lora", "alpha": 16}, {"weight_decay": 0.2}),
+        ("full", {"method": "full"}, {}),
+    ],
+)
+def test_the_recipe_of_a_cell(method: str, rule: dict[str, Any], train: dict[str, Any]) -> None:
+    rank = None if method in ("full", "strong") else 8
+    made = recipe_of(Recipe.parse(RECIPE), Cell(method, 3e-4, rank, 9))
+    first, projector = made.policy or ()
+    assert {key: first[key] for key in rule} == rule
+    assert first["learning_rate"] == 3e-4
+    assert projector == RECIPE["policy"][1]
+    assert {key: made.train[key] for key in train} == train
+    assert (made.train["seed"], made.train["max_steps"]) == (9, 3)
+    assert Recipe.parse(yaml.safe_load(made.to_yaml())) == made
+
+
+def test_means_have_students_intervals() -> None:
+    assert mean_of([1.0, 2.0, 3.0]).half == pytest.approx(4.303 / 3**0.5, rel=1e-4)
+    assert (mean_of([2.0]).half, mean_of([2.0]).value) == (None, 2.0)
+
+
+def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
+    """The rate with the best test score has the worse validation loss: it is not the one that is reported."""
+    cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-4, 1e-3, 1e-2], None, 2)
+    losses = {1e-4: 0.9, 1e-3: 0.5, 1e-2: 0.7}
+    for cell in cells:
+        good = cell.learning_rate == 1e-2 or cell.method == "lora"
+        right = [True] * (8 if good else 4) + [False] * (0 if good else 4)
+        finish(sweep, cell, loss=losses[cell.learning_rate], right=right, forgetting=cell.learning_rate)
+    found = arms({cell: sweep.result(cell) or {} for cell in cells}, 2)
+    assert [(arm.label, arm.best and arm.best.learning_rate, arm.at_edge) for arm in found] == [
+        ("milora", 1e-3, False),
+        ("lora", 1e-3, False),
+    ]
+    (pair,) = pairs(sweep, found)
+    assert (pair.a, pair.b, pair.seeds) == ("milora", "lora", 2)
+    assert (pair.difference.value, pair.difference.n) == (0.5, 8)
+    written, table = page.write(sweep, cells, 2, "python -m milora_vl.sweep ...")
+    assert table.rows[0][:3] == ("milora", "0.001", "0.500 ± 0.000")
+    text = written.read_text()
+    assert "12 of 12 cells are done" in text
+    assert "lora − milora" in text
+    for name in ("pareto.png", "pareto.pdf", "pareto.csv", "rates.png", "cells.csv", "results.json"):
+        assert (sweep.folder / name).stat().st_size > 50
+    with (sweep.folder / "cells.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 12
+
+
+def test_a_rate_that_lacks_a_seed_is_not_chosen(sweep: Sweep) -> None:
+    cells = make_cells(sweep.recipe, ["milora"], [1e-4, 1e-3], None, 2)
+    for cell in cells[:-1]:
+        loss = 0.9 if cell.learning_rate == 1e-4 else 0.1
+        finish(sweep, cell, loss=loss, right=[True, False], forgetting=0.1)
+    (arm,) = arms({cell: result for cell in cells if (result := sweep.result(cell))}, 2)
+    assert arm.best is not None
+    assert (arm.best.learning_rate, arm.at_edge) == (1e-4, True)
+
+
+def test_the_front_keeps_what_none_beats_in_both() -> None:
+    def point(score: float, forgetting: float) -> Point:
+        return Point("m", None, 1.0, mean_of([0.0]), mean_of([score]), mean_of([forgetting]), (0,))
+
+    best = [point(0.3, 0.1), point(0.5, 0.2), point(0.9, 0.8)]
+    assert front([point(0.4, 0.5), *best, point(0.3, 0.15)]) == best
+
+
+def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
+    """Its data is not there: the training ends with exit code 2; without --retry it is left alone."""
+    (cell,) = make_cells(sweep.recipe, ["milora"], [1e-3], None, 1)
+    seen: list[tuple[str, bool, int]] = []
+
+    def run(retry: bool) -> None:
+        run_cells(sweep, [cell], 1, retry=retry, on_done=lambda c, ok, left: seen.append((c.name, ok, left)))
+
+    (sweep.folder / "failed").mkdir()
+    (sweep.folder / "failed" / f"{cell.name}.json").write_text('{"said": "out of memory"}')
+    run(retry=False)
+    assert seen == []
+    run(retry=True)
+    assert seen == [(cell.name, False, 0)]
+    failure = sweep.failure(cell)
+    assert failure is not None
+    assert (failure["code"], "train.json" in failure["said"]) == (2, True)
+    assert "train.json" in page.write(sweep, [cell], 1, "again")[0].read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "words"),
+    [
+        ({}, ["--methods", "mlora"], "did you mean milora"),
+        ({}, ["--lrs", "0"], "must be positive"),
+        ({}, ["--lrs", "fast"], "expected numbers"),
+        ({"data": {"path": "train.json"}}, [], "held-out records"),
+        ({"sweep": {}}, [], "what shall the cells be scored on"),
+        ({"sweep": {"suite": "emoji", "train": {"max_step": 3}}}, [], "max_step"),
+        ({}, ["--plan"], "train.json"),
+        ({}, ["--suite", "emojis"], "emoji"),
+        ({}, ["--data", "nowhere"], "not in nowhere"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    change: dict[str, Any], flags: list[str], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**RECIPE, **change}))
+    (tmp_path / "test.json").write_text("[]")
+    (tmp_path / "images").mkdir()
+    given = ["--recipe", str(tmp_path / "r.yaml"), "--methods", "milora", "--lrs", "1e-3", "--data", str(tmp_path)]
+    given += flags
+    with pytest.raises(UserError, match=words):
+        main([*given, "--output_dir", str(tmp_path / "out")])

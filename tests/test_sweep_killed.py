@@ -1,0 +1,56 @@
+"""A whole sweep on the tiny model, killed on the way and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from eval_questions import write_questions
+
+RECIPE = """
+model: tiny
+data: {{path: {data}/train.json, image_folder: {data}/images, eval_path: {data}/val.json}}
+policy:
+  - {{modules: language, method: milora, rank: 4, alpha: 4, learning_rate: 1.0e-3}}
+  - {{modules: projector, method: full, learning_rate: 1.0e-3}}
+train:
+  {{max_steps: 6, per_device_train_batch_size: 4, use_cpu: true, eval_strategy: steps, eval_steps: 3, save_steps: 3}}
+sweep: {{suite: emoji, data: {data}, limit: 10}}
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "data")
+    rows = json.loads((data / "test.json").read_text())
+    (data / "train.json").write_text(json.dumps(rows))
+    (data / "val.json").write_text(json.dumps(rows[:6]))
+    (tmp_path / "r.yaml").write_text(RECIPE.format(data=data))
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "milora_vl.sweep", "--recipe", str(tmp_path / "r.yaml"), "--methods", "milora,full",
+        "--lrs", "1e-3,1e-2", "--seeds", "1", "--jobs", "2", "--output_dir", str(out),
+    ]  # fmt: skip
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ})
+    until = time.monotonic() + 300
+    while not list((out / "cells").glob("*.json")) and time.monotonic() < until:
+        time.sleep(0.2)
+    first.send_signal(signal.SIGKILL)  # its commands live on; the next sweep waits for them
+    first.wait()
+    kept = {file.name: file.stat().st_mtime_ns for file in (out / "cells").glob("*.json")}
+    assert 0 < len(kept) < 4
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(kept)} done" in done.stderr
+    files = {file.name: file.stat().st_mtime_ns for file in (out / "cells").glob("*.json")}
+    assert len(files) == 4
+    assert {name: files[name] for name in kept} == kept
+    assert "4 of 4 cells are done" in (out / "sweep.html").read_text()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert "nothing is left to run" in again.stderr
