@@ -56,9 +56,10 @@ def language_config(name: str) -> Any:
 
 
 def llava_config(plan: Any, text: Any, *, image_token: int) -> Any:
-    """HF's LlavaConfig of the parts; `plan` is a TowerPlan."""
+    """HF's LlavaConfig of the parts; `plan` is a TowerPlan. Says in `text` too whether its head stays tied."""
     from transformers import LlavaConfig
 
+    text.tie_word_embeddings = bool(text.tie_word_embeddings) and _can_tie(text)
     config: Any = LlavaConfig(
         vision_config=plan.config,
         text_config=text,
@@ -66,9 +67,17 @@ def llava_config(plan: Any, text: Any, *, image_token: int) -> Any:
         image_seq_length=plan.tokens,
         vision_feature_layer=plan.layer,
         vision_feature_select_strategy=plan.strategy,
-        tie_word_embeddings=bool(text.tie_word_embeddings),
+        tie_word_embeddings=text.tie_word_embeddings,
     )
     return config
+
+
+def _can_tie(text: Any) -> bool:
+    """HF's LLaVA ties its head to `embed_tokens` of the language model by name; GPT-2 and others call it otherwise."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return "embed_tokens" in dict(AutoModel.from_config(text).named_children())
 
 
 def planned_config(parts: Parts) -> Any:
