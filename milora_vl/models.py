@@ -12,7 +12,7 @@ import sys
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -27,6 +27,9 @@ from milora_vl.image_tokens import extra_tokens
 from milora_vl.quantized import Quantization, quantization_config
 from milora_vl.screen_noise import quiet_bars
 from milora_vl.towers import keep_weights_readable
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 # Name -> id on the model hub; those of MADE_HERE need no hub.
 NAMED_MODELS: dict[str, str] = {
@@ -64,7 +67,7 @@ def load_model(
     adapter: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    quantization: Quantization | None = None,
+    quantization: Quantization | BitsAndBytesConfig | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a model and its processor (of a text-only model: its tokenizer), in eval mode.
 
@@ -72,6 +75,7 @@ def load_model(
     adapter: a folder with an adapter of ours, PEFT's, LLaVA's own code, or one trained on a residual base that it
     brings along, told by its files; or with a projector alone (`mm_projector.safetensors`).
     dtype: default float32 on a CPU, as saved elsewhere. device: default the CPU.
+    quantization: 4bit, 8bit, or settings of bitsandbytes.
 
     Raises UserError for an unknown name, a model that cannot be had, and a folder that holds none.
 
@@ -96,7 +100,7 @@ def load_weights(
     name_or_path: str | Path,
     dtype: torch.dtype | None = None,
     *,
-    quantization: Quantization | None = None,
+    quantization: Quantization | BitsAndBytesConfig | None = None,
     device: torch.device | None = None,
 ) -> nn.Module:
     """Return a model without its processor, in the dtype it was saved in unless one is given.
@@ -108,6 +112,8 @@ def load_weights(
 
     name = str(name_or_path)
     if name in ("tiny", "tiny-text"):
+        if quantization is not None:
+            raise UserError(f"{name} is made in memory: there is no quantised one\nsave it to a folder and name that")
         return _named(_tiny(name)[0].to(dtype or torch.float32), name)
     source = _source(name)
     config = _read(AutoConfig.from_pretrained, source, name)
@@ -119,7 +125,8 @@ def load_weights(
     auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
     arguments: dict[str, Any] = {"dtype": dtype or "auto"}
     if quantization is not None:
-        arguments |= {"quantization_config": quantization_config(quantization), "device_map": {"": device or "cpu"}}
+        chosen = quantization_config(quantization) if isinstance(quantization, str) else quantization
+        arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
     small = name in MADE_HERE or not sys.stderr.isatty()
     with quiet_bars() if small else nullcontext():
         model = _read(auto.from_pretrained, source, name, **arguments)

@@ -25,6 +25,16 @@ def test_language_means_the_linear_layers_of_its_blocks(selector: Selector) -> N
     assert selector.match("language", whole_modules=True) == found
 
 
+def test_a_star_means_all_of_a_tower(selector: Selector) -> None:
+    blocks = selector.match("language", whole_modules=False)
+    ends = ["model.language_model.embed_tokens", "lm_head"]
+    assert sorted(selector.match("language.*", whole_modules=False)) == sorted([*blocks, *ends])
+    norms = [f"{LM}.{n}.{kind}_layernorm" for n in (0, 1) for kind in ("input", "post_attention")]
+    everything = [*blocks, *ends, *norms, "model.language_model.norm"]
+    assert sorted(selector.match("language.*", whole_modules=True)) == sorted(everything)
+    assert len(selector.match("language.layers[1].*", whole_modules=True)) == 9
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -39,12 +39,26 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple
     from milora_vl.models import load_model
     from milora_vl.projector import load_projector
 
-    quantization = None if recipe.quantization == "none" else recipe.quantization
-    model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=quantization)
+    model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
     _set_attention(model, recipe.attn_implementation)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))
     return model, processor
+
+
+def _quantization(recipe: Recipe) -> Any:
+    """Settings of bitsandbytes; what 4 bits are multiplied in is the precision that the run trains in, as in LLaVA."""
+    if recipe.quantization == "none":
+        return None
+    from milora_vl.quantized import quantization_config
+
+    half = torch.bfloat16 if recipe.train.get("bf16") else torch.float16 if recipe.train.get("fp16") else torch.float32
+    return quantization_config(
+        recipe.quantization,
+        quant_type=recipe.quant_type,
+        double_quant=recipe.double_quant,
+        compute_dtype=half,
+    )
 
 
 def _set_attention(model: Any, name: str) -> None:
@@ -114,7 +128,8 @@ def build(recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | No
         if saves == "adapter" and checkpoint is not None:
             model: nn.Module = load_adapter(base, checkpoint, is_trainable=True)
         else:
-            model = apply_milora(base, Policy.parse(recipe.policy or []), form=recipe.form, progress=True)
+            policy, cache = Policy.parse(recipe.policy or []), recipe.factor_cache
+            model = apply_milora(base, policy, form=recipe.form, cache_dir=cache, progress=True)
             report = cast("Sequence[LayerReport]", model.milora_report)
     except (AdapterError, WeightError) as error:
         raise UserError(str(error)) from None

@@ -72,7 +72,7 @@ def show(request: Request) -> int:
         targets,
         counts,
         batching,
-        recipe.quantization,
+        _packed_bytes(recipe),
         has_steps=has_steps,
         gpu_memory=request.gpu_memory,
     ):
@@ -81,6 +81,14 @@ def show(request: Request) -> int:
         raise problem
     screen.say(f"\nto start it:\n  {command(request)}")
     return 0
+
+
+def _packed_bytes(recipe: Recipe) -> float | None:
+    from milora_vl.quantized import bytes_per_number
+
+    if recipe.quantization == "none":
+        return None
+    return bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
 
 
 def meta_model(config: Any) -> nn.Module:
