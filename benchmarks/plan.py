@@ -110,9 +110,10 @@ def measure(layers: int, width: int, records: int, tokens: int, checkpointing: b
         if step == 1:
             with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 - the kernel's own counter of the peak
                 file.write("5")
-        with disable_input_dtype_casting(model, active=half), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss, count = summed_loss(model, dict(batch), chunked=True)
-        (loss / count).backward()
+        with disable_input_dtype_casting(model, active=half):  # checkpoints are made again as they were made
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss, count = summed_loss(model, dict(batch), chunked=True)
+            (loss / count).backward()
         if step == 0:
             optimizer.step()
             optimizer.zero_grad()

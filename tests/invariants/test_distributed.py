@@ -26,8 +26,9 @@ import gc, json, os, shutil, sys
 from pathlib import Path
 import torch.distributed as dist
 from milora_vl.train import main
-from milora_vl.training import build
+from milora_vl.training import build, losses
 
+losses.CHUNK = 5 * 261  # logits of five positions at a time
 load_base = build.load_base
 def load(*arguments):
     base, processor = load_base(*arguments)
