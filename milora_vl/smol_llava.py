@@ -18,6 +18,7 @@ import torch
 from milora_data.assets import cache_dir, fetch
 from milora_data.errors import UserError
 from milora_vl.compose import compose, processor_for
+from milora_vl.composing.whole import whole_weights
 from milora_vl.screen_noise import quiet_bars
 from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
 
@@ -45,7 +46,7 @@ def smol_llava_folder(*, aligned: bool = True) -> Path:
     sys.stderr.write("making smol-llava from SmolLM2-135M-Instruct and EfficientNet-Lite0 (once, about a minute)\n")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smol-llava-") as scratch:
         made = Path(scratch) / "model"
-        with quiet_bars():
+        with quiet_bars(), whole_weights():
             _write(made, aligned=aligned)
         try:
             made.rename(folder)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launched import needs_deepspeed
 from safetensors.torch import load_file
 
 import llava_recipes
@@ -61,7 +64,10 @@ def captions(place: Path) -> None:
     (place / "data" / "captions.json").write_text(json.dumps(records))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# The first two are planned alike.
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=pytest.mark.slow if "task" in name else ()) for name in SCRIPTS]
+)
 def test_every_script_is_planned_at_its_real_shapes(script: str, place: Path, capsys: Any) -> None:
     captions(place)
     projector = SCRIPTS[script].get("--pretrain_mm_mlp_adapter")
@@ -154,6 +160,28 @@ def test_a_whole_model_in_llavas_layout_is_a_base(tiny_llava: Callable[..., Any]
     model, _ = load_model(base)
     ids = torch.tensor([[257, 10, 11, 12]])
     torch.testing.assert_close(model(input_ids=ids).logits[..., :260], hf(input_ids=ids).logits[..., :260])
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_parts_are_composed_whole_for_a_run_that_shares_its_weights_out(parts: dict[str, str], place: Path) -> None:
+    """LLaVA's scripts say ZeRO-3, and start from parts."""
+    changed = {
+        "pretrain_mm_mlp_adapter": "",
+        "per_device_train_batch_size": "4",
+        "lora_r": "4",
+        "max_steps": "1",
+        "bf16": "",
+    }
+    flags = words(
+        "scripts/v1_5/finetune_lora.sh", place, **parts, **changed, use_cpu="True", dataloader_num_workers="0"
+    )
+    done = subprocess.run([sys.executable, "-m", "milora_vl.train", *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (base,) = (place / "cache" / "models").iterdir()
+    made, given = load_file(base / "model.safetensors"), load_file(place / "vicuna" / "model.safetensors")
+    name = "layers.0.mlp.up_proj.weight"
+    assert torch.equal(next(made[key] for key in made if key.endswith(name)), given[f"model.{name}"])
 
 
 def test_full_training_from_parts(parts: dict[str, str], place: Path) -> None:

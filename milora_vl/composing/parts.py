@@ -15,6 +15,7 @@ import torch
 from milora_data.assets import cache_dir
 from milora_data.errors import UserError
 from milora_vl.composing import original, vision
+from milora_vl.composing.whole import whole_weights
 
 FORMAT = 1  # to be raised with every change of what a base folder holds
 # Rows of the vocabulary: a multiple of this, as Hugging Face's own conversion of LLaVA has it.
@@ -100,7 +101,8 @@ def base_folder(parts: Parts) -> tuple[Path, bool]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".composing-") as scratch:
         made = Path(scratch) / "model"
-        write(parts, made)
+        with whole_weights():
+            write(parts, made)
         try:
             made.rename(folder)
         except OSError:  # another process was faster

@@ -17,6 +17,7 @@ from torch import nn
 
 from milora_data.errors import UserError
 from milora_vl import models
+from milora_vl.composing.whole import whole_weights
 from milora_vl.config import Recipe
 from milora_vl.image_tokens import image_tokens
 from milora_vl.policy import Target
@@ -96,7 +97,7 @@ def meta_model(config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     sees = "vision_config" in config.to_dict()
-    with torch.device("meta"):
+    with whole_weights(), torch.device("meta"):
         return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
 
 
