@@ -158,7 +158,7 @@ def test_pictures_can_be_named_by_a_pattern(tmp_path: Path) -> None:
 
 
 def test_a_flag_without_effect_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="data alone"):
+    with pytest.raises(UserError, match="--split is for --from ocrvqa, scienceqa, refcoco; --from gqa has no use"):
         convert("gqa", CASES["gqa"][0], tmp_path, "--split", "val")
 
 
