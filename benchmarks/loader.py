@@ -17,14 +17,15 @@ from statistics import median
 from typing import Any
 
 import torch
-from data import photo, records
 from torch.utils.data import DataLoader
 
+from data import photo, records
 from milora_data.collate import ImageTextCollator
 from milora_data.records import parse_record
 from milora_vl import Policy, apply_milora, models
+from milora_vl.image_tokens import image_token_id, image_tokens
 from milora_vl.training.features import replay
-from milora_vl.training.losses import summed_loss
+from milora_vl.training.losses import install, summed_loss
 
 PICTURES = 64
 POLICY = [
@@ -53,12 +54,12 @@ def measured(folder: Path, steps: int, batches: int, batch_size: int) -> dict[st
     base: Any
     base, processor = models.load_model("smol-llava", dtype=torch.bfloat16)
     tokenizer, image_processor = models.split_processor(processor)
-    tokens = models.image_tokens(base.config)
+    tokens = image_tokens(base.config)
     collator = ImageTextCollator(
         tokenizer,
         image_processor,
         image_tokens=tokens,
-        image_token_id=models.image_token_id(base.config),
+        image_token_id=image_token_id(base.config),
         image_folder=folder,
         max_length=512,
     )
@@ -70,6 +71,7 @@ def measured(folder: Path, steps: int, batches: int, batch_size: int) -> dict[st
     count = sum(1 for _ in loader)
     fed = count * batch_size / (time.perf_counter() - start)
 
+    assert install(base)
     model: Any = apply_milora(base, Policy.parse(POLICY)).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -98,7 +100,7 @@ def per_step(model: Any, optimizer: Any, batches: list[dict[str, Any]], steps: i
 
     def step(batch: dict[str, Any]) -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            loss, count, _ = summed_loss(model, batch, by_columns=True)
+            loss, count = summed_loss(model, batch, chunked=True)
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
