@@ -36,6 +36,7 @@ PARTS = {
     "data": "data.py",
     "loader": "loader.py",
     "eval": "eval.py",
+    "full_size": "full_size.py",
 }
 
 TEMPLATE = """# Performance
