@@ -70,7 +70,7 @@ def test_experts_that_no_adapter_can_sit_on_are_told_of() -> None:
     with pytest.warns(
         UserWarning, match=r"2 modules hold experts as 3-D weights \(first: model.layers.0.mlp.experts\)"
     ):
-        Policy.parse(rules("mixtral")).resolve(build("mixtral"))
+        Policy.parse(rules("gpt_oss")).resolve(build("gpt_oss"))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
