@@ -90,7 +90,7 @@ def language_model() -> tuple[Any, Any]:
 
 
 def _as_the_file_says(tokenizer: Any) -> Any:
-    """Return the tokenizer of the GGUF file, of which transformers 4 reads the pieces alone: the rest is Llama's then."""
+    """Return the tokenizer with the special tokens of the GGUF file, in whose place transformers 4 puts Llama's."""
     from tokenizers import decoders
     from transformers import PreTrainedTokenizerFast
 

@@ -26,11 +26,8 @@ def test_equal_to_the_trainers(
     )
     trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=list(range(records)))
     loader = trainer.get_train_dataloader()
-    if TRANSFORMERS_5:
-        expected = trainer.set_initial_training_values(args, loader)[-1]
-    else:  # ..., max_steps, steps an epoch
-        batch = per_device * accumulation
-        *_, expected, _ = trainer.set_initial_training_values(args, loader, batch)
+    batch = () if TRANSFORMERS_5 else (per_device * accumulation,)
+    expected = trainer.set_initial_training_values(args, loader, *batch)[-1]
     counted = Batching(
         num_records=records, per_device=per_device, accumulation=accumulation, epochs=epochs, max_steps=max_steps
     )

@@ -11,4 +11,7 @@ PEFT = tuple(map(int, version("peft").split(".")[:2]))
 
 # Transformers 4 finds the answers in a tokenized text by searching its characters, and is off where pieces join.
 RIGHT_ASSISTANT_MASKS = TRANSFORMERS_5
+# Before, what trains in full had to be called with at least one argument by its place; Idefics2 calls its resampler by
+# keyword alone.
+CALLS_BY_KEYWORD = PEFT >= (0, 20)
 needs_mica = pytest.mark.skipif(PEFT < (0, 20), reason="PEFT has MiCA from 0.20 on")
