@@ -318,7 +318,7 @@ def _complete(processor: Any, config: Any) -> None:
     processor.num_additional_image_tokens = extra_tokens(config)
     if config.model_type == "llava_next":
         processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
-    elif "do_pad" in type(processor.image_processor).__dict__:
+    elif type(processor.image_processor).__name__.startswith("LlavaImageProcessor"):  # ...Fast, ...Pil
         processor.image_processor.do_pad = True
 
 
