@@ -18,6 +18,7 @@ import torch
 from milora_data.assets import cache_dir, fetch
 from milora_data.errors import UserError
 from milora_vl.compose import compose, processor_for
+from milora_vl.composing.whole import whole_weights
 from milora_vl.screen_noise import quiet_bars
 from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
 
@@ -55,6 +56,7 @@ def smol_llava_folder(*, aligned: bool = True) -> Path:
     return folder
 
 
+@whole_weights()
 def _write(folder: Path, *, aligned: bool) -> None:
     from safetensors.torch import load
 

@@ -15,6 +15,7 @@ import torch
 from milora_data.assets import cache_dir
 from milora_data.errors import UserError
 from milora_vl.composing import original, vision
+from milora_vl.composing.whole import whole_weights
 
 FORMAT = 1  # to be raised with every change of what a base folder holds
 # Rows of the vocabulary: a multiple of this, as Hugging Face's own conversion of LLaVA has it.
@@ -100,6 +101,7 @@ def base_folder(parts: Parts) -> tuple[Path, bool]:
     return folder, True
 
 
+@whole_weights()
 def write(parts: Parts, folder: Path) -> None:
     """Compose the parts and write model and processor into `folder`. UserError where they do not fit together."""
     from milora_vl.compose import compose, processor_for

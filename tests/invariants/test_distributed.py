@@ -22,9 +22,10 @@ from milora_vl.train import main
 # Several trainings in one launch: starting processes takes longer than training. Each line of the file is a command;
 # "cut" makes of a finished run one that was killed while it wrote its last checkpoint.
 WORKER = """
-import gc, json, os, shutil, sys
+import json, os, sys
 from pathlib import Path
 import torch.distributed as dist
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from milora_vl.train import main
 from milora_vl.training import build
 
@@ -46,7 +47,7 @@ for line in json.loads(Path(sys.argv[1]).read_text()):
         dist.barrier()
     else:
         assert main(line) == 0
-        gc.collect()  # HF keeps DeepSpeed's settings as long as the arguments live
+        unset_hf_deepspeed_config()  # it lives as long as the arguments, which something keeps
 dist.barrier()
 """
 SETTINGS = {"ddp": [], "zero2": ["--deepspeed", "zero2"], "zero3": ["--deepspeed", "zero3"]}
