@@ -34,7 +34,9 @@ PARTS = {
     "step_bf16": "step.py --dtype bfloat16",
     "step_bf16_checkpointing": "step.py --dtype bfloat16 --checkpointing",
     "data": "data.py",
+    "loader": "loader.py",
     "eval": "eval.py",
+    "full_size": "full_size.py",
 }
 
 TEMPLATE = """# Performance

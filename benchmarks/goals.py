@@ -46,6 +46,14 @@ def _anchored(result: Any) -> float:
     return float(result["anchored"])
 
 
+def _highest(result: Any) -> float:
+    return max(float(result[stage]["peak_gb"]) for stage in ("write", "load", "factors", "step", "save"))
+
+
+def _off(result: Any) -> float:
+    return abs(float(result["planned_over_measured"]) - 1)
+
+
 SVD = "`torch.linalg.svd`, float32"
 LORA = "stock PEFT LoRA of rank r"
 GOALS = (
@@ -71,11 +79,14 @@ GOALS = (
     ),
     Goal("JPEG 640x480 to pixel values", "LLaVA's path", "data", lambda r: r["jpeg_640x480"]["ratio"], 1.5),
     Goal("JPEG of 12 megapixels, draft decoding", "LLaVA's path", "data", lambda r: r["jpeg_12MP"]["ratio"], 4),
+    Goal("records a second, 2 loader processes", "smol-llava's training takes", "loader", lambda r: r["ratio"], 2),
     Goal("positions of packed rows that hold a token", "", "data", lambda r: 100 * r["packing"]["packed"], 95, " %"),
     Goal(
         "POPE-like questions, several per picture", "batch-1 generate", "eval", lambda r: r["speedup_over_batch1"], 3
     ),
     Goal("scoring 200 k VQAv2 answers", "the rules in plain Python", "eval", lambda r: r["scoring_speedup"], 5),
+    Goal("a 7B in bfloat16, r = 16: factors and one step", "", "full_size", _highest, 24, " GB", True),
+    Goal("its step's memory, planned over measured, off by", "", "full_size", _off, 0.1, at_most=True),
     Goal("`import milora_vl`", "`import torch`", "imports", lambda r: r["added"], 0.2, " s more", True),
     Goal("the slowest --help", "", "imports", lambda r: max(r["help"].values()), 1.5, " s", True),
 )  # fmt: skip

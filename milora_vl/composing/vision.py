@@ -62,8 +62,9 @@ def plan_tower(config: Any, *, layer: int, feature: str) -> TowerPlan:
 def count_tokens(config: Any, layer: int) -> int:
     """Tokens that a layer of a tower gives for one picture, before any is dropped. UserError where it gives none."""
     from transformers import AutoModel
+    from transformers.modeling_utils import set_zero3_state
 
-    with torch.device("meta"):
+    with torch.device("meta"), set_zero3_state():  # ZeRO-3 has nothing to cut up here
         tower = AutoModel.from_config(config)
         try:
             out = tower(torch.empty(1, 3, config.image_size, config.image_size), output_hidden_states=True)
@@ -128,8 +129,9 @@ def picture_statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
 
 def _meta(config: Any) -> Any:
     from transformers import AutoModel
+    from transformers.modeling_utils import set_zero3_state
 
-    with torch.device("meta"):
+    with torch.device("meta"), set_zero3_state():  # ZeRO-3 has nothing to cut up here
         return AutoModel.from_config(config)
 
 

@@ -86,9 +86,10 @@ def show(request: Request) -> int:
 def meta_model(config: Any) -> nn.Module:
     """The model of a config with shapes alone: no weights, no memory."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.modeling_utils import set_zero3_state
 
     sees = "vision_config" in config.to_dict()
-    with torch.device("meta"):
+    with torch.device("meta"), set_zero3_state():  # ZeRO-3 has nothing to cut up here
         return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
 
 

@@ -5,13 +5,11 @@ Reads the files of lichengunc/refer. The truth is put on the square that LLaVA p
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import DataError
+from milora_data.plain_pickle import read_plain_pickle
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
 from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_eval.data_files import find, read_json
@@ -40,7 +38,7 @@ class RefCOCO(Benchmark):
         sizes = {entry["id"]: entry for entry in instances["images"]}
         return [
             _item(ref, sentence, boxes[ref["ann_id"]], sizes[ref["image_id"]], pictures)
-            for ref in _read_pickle(path)
+            for ref in read_plain_pickle(path)
             if ref["split"] != "train"
             for sentence in ref["sentences"]
         ]
@@ -82,18 +80,3 @@ def _item(
         kind=ref["split"],
         meta={"box": list(truth)},
     )
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, numbers and text; a pickle that wants anything else could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise DataError(f"a pickle of plain lists and dicts was expected, this one asks for {module}.{name}")
-
-
-def _read_pickle(path: Path) -> list[dict[str, Any]]:
-    try:
-        content: list[dict[str, Any]] = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except (pickle.UnpicklingError, DataError, EOFError) as error:
-        raise DataError(f"{path}: {error}") from None
-    return content
