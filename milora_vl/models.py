@@ -23,6 +23,7 @@ from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_adapter
 from milora_vl.composing import original
+from milora_vl.composing.whole import whole_weights
 from milora_vl.image_tokens import extra_tokens
 from milora_vl.quantized import Quantization, quantization_config
 from milora_vl.screen_noise import quiet_bars
@@ -137,6 +138,15 @@ def load_weights(
     return _named(model, name)
 
 
+def prepare(name: str) -> None:
+    """Write the folder of a model that is made at first use: smol-llava, or one in LLaVA's original layout.
+
+    Raises UserError for an unknown name, and where the folder cannot be made.
+    """
+    if name not in ("tiny", "tiny-text"):
+        _source(name)
+
+
 def weights_folder(name: str) -> Path | None:
     """Return the folder with a model's files, from the hub where it is one of its; None for those made in memory.
 
@@ -218,11 +228,9 @@ def split_processor(processor: Any) -> tuple[Any, Any | None]:
 
 
 def _tiny(name: str) -> tuple[Any, Any]:
-    from transformers.modeling_utils import set_zero3_state
-
     from milora_vl import tiny
 
-    with set_zero3_state():  # under ZeRO-3 HF would draw the weights part by part: another model
+    with whole_weights():  # under ZeRO-3 HF would draw them part by part: another model
         return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
 
 

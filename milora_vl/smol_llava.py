@@ -56,6 +56,7 @@ def smol_llava_folder(*, aligned: bool = True) -> Path:
     return folder
 
 
+@whole_weights()
 def _write(folder: Path, *, aligned: bool) -> None:
     from safetensors.torch import load
 

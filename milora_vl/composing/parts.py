@@ -111,6 +111,7 @@ def base_folder(parts: Parts) -> tuple[Path, bool]:
     return folder, True
 
 
+@whole_weights()
 def write(parts: Parts, folder: Path) -> None:
     """Compose the parts and write model and processor into `folder`. UserError where they do not fit together."""
     from milora_vl.compose import compose, processor_for

@@ -50,9 +50,13 @@ def check(recipe: Recipe) -> None:
 
 
 def settled(recipe: Recipe) -> tuple[Recipe, str]:
-    """The recipe with the composed base as its model, written where it is not there yet, and a line about it."""
+    """The recipe with the composed base as its model, written where it is not there yet, and a line about it.
+
+    A base that is made at first use is made here: of several processes one makes it, and the others find it.
+    """
     parts = parts_of(recipe)
     if parts is None:
+        models.prepare(recipe.model)
         return recipe, ""
     folder, is_new = composing.base_folder(parts)
     done = "composed" if is_new else "composed before"

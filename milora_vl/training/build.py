@@ -110,8 +110,13 @@ def saves_of(targets: Sequence[Target]) -> Saves:
     return "projector" if all(t.tower == "projector" for t in targets) else "full"
 
 
-def build(recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | None) -> Built:
-    """Apply the policy, or put back the adapter of `checkpoint`: its initial factors, so no SVD is repeated."""
+def build(
+    recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | None, dtype: torch.dtype = torch.float32
+) -> Built:
+    """Apply the policy, or put back the adapter of `checkpoint`: its initial factors, so no SVD is repeated.
+
+    `dtype` is that of the weights that train.
+    """
     from milora_vl.adapter import apply_milora
     from milora_vl.adapter_io import load_adapter
     from milora_vl.initialize import WeightError
@@ -135,7 +140,7 @@ def build(recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | No
         raise UserError(str(error)) from None
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # Adam's steps are lost in half precision
+            parameter.data = parameter.data.to(dtype)
     return Built(model, processor, targets, saves, sizes, report, frozen)
 
 

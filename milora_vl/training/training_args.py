@@ -122,6 +122,16 @@ def base_dtype(recipe: Recipe, train: dict[str, Any]) -> torch.dtype:
     return torch.float16 if train.get("fp16") else torch.float32
 
 
+def trained_dtype(args: TrainingArguments) -> torch.dtype:
+    """Of the weights that train: float32, as Adam's steps are lost in half precision.
+
+    DeepSpeed in half precision keeps such copies itself, and does not autocast: all weights are in its precision then.
+    """
+    if args.deepspeed and args.hf_deepspeed_config.is_true("bf16.enabled"):
+        return torch.bfloat16
+    return torch.float16 if args.deepspeed and args.hf_deepspeed_config.is_true("fp16.enabled") else torch.float32
+
+
 def load_device(args: TrainingArguments) -> torch.device:
     """Where the model is loaded and decomposed: the device it trains on, unless it is to be sharded from the CPU."""
     return torch.device("cpu") if args.deepspeed or args.fsdp else args.device
