@@ -36,8 +36,14 @@ def stored_records(source: str, options: Options | None = None) -> Iterator[Reco
 def stored_items(source: str, options: Options | None = None) -> Iterator[Record | DataError]:
     """Yield the records of a source, and in the place of a row that is none what is wrong with it."""
     if source.startswith(HUB):
-        for number, row in enumerate(open_hub(source)):
-            yield _item(row, f"{source}:{number}", str(number), options)
+        number = -1
+        try:
+            for number, row in enumerate(open_hub(source)):
+                yield _item(row, f"{source}:{number}", str(number), options)
+        except UserError:
+            raise
+        except Exception as error:
+            yield broken_off(f"{source}:{number + 1}", error)
         return
     total = 0
     for file in files_of(source):
@@ -58,8 +64,13 @@ def items_of_file(file: str, options: Options | None = None, *, start: int = 0) 
             row = {key: values[0] for key, values in batch.items()}
             yield _item(row, f"{file}:{number}", str(start + number), options)
     except Exception as error:  # whatever the readers of file formats trip over
-        words = str(error).splitlines() or [type(error).__name__]
-        yield DataError(f"{file}:{number + 1}: cannot be read from here on: {words[0]}")
+        yield broken_off(f"{file}:{number + 1}", error)
+
+
+def broken_off(place: str, error: Exception) -> DataError:
+    """Return what is said of a source that a reader of `datasets` does not come through."""
+    words = str(error).splitlines() or [type(error).__name__]
+    return DataError(f"{place}: cannot be read from here on: {words[0]}")
 
 
 def _item(row: Mapping[str, Any], place: str, number: str, options: Options | None) -> Record | DataError:

@@ -21,7 +21,7 @@ from .errors import DataError, UserError
 from .jsonfile import Part, parts_of, read_part
 from .mix import Source, read_sources, within
 from .records import Record, is_json, parse_record
-from .stored import HUB, files_of, items_of_file, open_hub, row_to_record
+from .stored import HUB, broken_off, files_of, items_of_file, open_hub, row_to_record
 
 StreamItem: TypeAlias = Record | DataError
 FEATURES = datasets.Features({"record": datasets.Value("large_binary")})
@@ -45,9 +45,12 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
         self.rows = deepcopy(self.rows)
         while True:
             self.rows.set_epoch(1 + self.seed + self._epoch)  # from 1 on, shards come in random order
-            for row in islice(self.rows, self._done if self.buffered else 0, None):
-                self._done += 1
-                yield pickle.loads(row["record"])
+            try:
+                for row in islice(self.rows, self._done if self.buffered else 0, None):
+                    self._done += 1
+                    yield pickle.loads(row["record"])
+            except Exception as error:  # files answer for themselves; a hub may be anything
+                raise broken_off(f"a source of the hub, after {self._done:,} records", error) from None
             if self._done == 0:
                 return  # more loader processes than shards: there is nothing for this one
             self._epoch, self._done = self._epoch + 1, 0
