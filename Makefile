@@ -4,6 +4,7 @@ VENV ?= .venv
 DATA ?= data/emoji
 RUN ?= runs/demo
 PYTEST_ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -16,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  PYTHON=python3.11 chooses the interpreter, RUN=runs/other the folder of the demo."
+	@echo "  PYTHON=python3.11 chooses the interpreter, RUN=runs/other the folder of the demo, JOBS=8 the tests at a time."
 
 setup: $(INSTALLED)  ## make the virtual environment and install everything into it
 
@@ -25,10 +26,10 @@ demo: $(RUN)/.demo-finished  ## fine-tune a small LLaVA with MiLoRA, evaluate it
 	@echo "afresh: make demo RUN=runs/another     (or remove $(RUN) first)"
 
 test: $(INSTALLED)  ## run the tests (minutes, CPU, offline)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 test-all: $(INSTALLED)  ## the slow tests too
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" $(PYTEST_ARGS)
 
 test-lowest: $(INSTALLED)  ## the tests with the oldest versions that pyproject.toml allows, in an environment of their own
 	$(BIN)/python -m pip install --quiet uv

@@ -1,8 +1,8 @@
 """What the plan of a run says of memory, against what real runs take and what DeepSpeed's own estimators say.
 
-Measured: small LLaVAs of several shapes on this CPU, resident memory at the peak of the third step, each in a
+Measured: small LLaVAs of several shapes on this CPU, resident memory at the peak of the second step, each in a
 process of its own (glibc told to give memory back). Printed: one JSON line; with --tables what 7B and 13B need on 1, 2,
-4 and 8 devices of 24, 40 and 80 GB, as markdown for docs/plan.md.
+4 and 8 devices of 24, 40 and 80 GB, as markdown. --docs writes all three tables into docs/training.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,11 +35,13 @@ RULES = [
 ]
 # layers, width, records, tokens, checkpointing, bf16
 RUNS = [
-    (6, 1024, 4, 300, False, False),
-    (6, 1024, 8, 300, True, False),
-    (6, 1024, 4, 300, False, True),
-    (4, 2048, 1, 600, True, True),
+    (4, 1024, 4, 300, False, False),
+    (4, 1024, 8, 300, True, False),
+    (4, 1024, 4, 300, False, True),
+    (4, 1024, 2, 600, True, True),
 ]
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "training.md"
+BEGIN, END = "<!-- written by benchmarks/plan.py --docs -->", "<!-- end -->"
 
 
 def config(layers: int, width: int) -> Any:
@@ -103,14 +106,15 @@ def measure(layers: int, width: int, records: int, tokens: int, checkpointing: b
     labels[:, :-60] = -100
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     batch["pixel_values"] = torch.randn(records, 3, 112, 112)
-    for step in range(3):
-        if step == 2:
+    for step in range(2):
+        if step == 1:
             with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 - the kernel's own counter of the peak
                 file.write("5")
-        with disable_input_dtype_casting(model, active=half), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss, count = summed_loss(model, dict(batch), chunked=True)
-        (loss / count).backward()
-        if step < 2:
+        with disable_input_dtype_casting(model, active=half):  # checkpoints are made again as they were made
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss, count = summed_loss(model, dict(batch), chunked=True)
+            (loss / count).backward()
+        if step == 0:
             optimizer.step()
             optimizer.zero_grad()
     taken = status("VmHWM") - start
@@ -140,7 +144,7 @@ def deepspeed_ratios() -> list[dict[str, Any]]:
                             cpu_offload_params=False, zero_init=True, additional_buffer_factor=1)  # fmt: skip
             for stage, theirs in ((2, theirs2[1]), (3, theirs3[1])):
                 sizes = memory(replace(plan, stage=stage))
-                ours = sum(sizes[part] for part in ("trained weights", "gradients", "optimizer"))
+                ours = sum(size for part, size in sizes.items() if part != "gathered layers")
                 out.append({"model": name, "devices": devices, "stage": stage, "ours_gb": round(ours / 1e9, 1),
                             "deepspeed_gb": round(theirs / 1e9, 1)})  # fmt: skip
     return out
@@ -159,6 +163,8 @@ def full_plan(total: int, devices: int) -> Any:
 def tables() -> str:
     """Memory needed with rank 128, batch 1 and 16 a device, checkpointing, and the smallest card that holds it."""
     rows = [
+        "Rank 128 on the language tower, the projector in full, bf16, checkpointing, records of 700 tokens; GiB with "
+        "one for CUDA itself:\n",
         "| model | devices | ZeRO | batch | GiB a device | 24 GB | 40 GB | 80 GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -169,7 +175,7 @@ def tables() -> str:
         targets = Policy.settle(rules, base)
         train = {"bf16": True, "activation_checkpointing": True, "per_device_train_batch_size": 16}
         batching = Batching(num_records=1, per_device=16)
-        plan = plan_of(train, made, base, targets, MIX665K, batching, "none")
+        plan = plan_of(train, made, base, targets, MIX665K, batching, None)
         small = replace(plan, records=1)
         shape = shape_of(made, small, MIX665K, checkpointing=True)
         small = replace(small, activations=activations(made, base, targets, shape))
@@ -183,11 +189,41 @@ def tables() -> str:
     return "\n".join(rows)
 
 
+def measured_table(runs: list[dict[str, Any]]) -> str:
+    """Predicted and measured peaks, as markdown."""
+    rows = [
+        "Resident memory of one process on a CPU, a LLaVA of width 1,024:\n",
+        "| layers | records × tokens | checkpointing | precision | predicted | measured | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        shape = f"{run['layers']} | {run['records']} × {run['tokens']}"
+        how = f"{'yes' if run['checkpointing'] else 'no'} | {'bf16' if run['bf16'] else 'float32'}"
+        sizes = f"{run['predicted_mb']:,} MB | {run['measured_mb']:,} MB | {run['ratio']:.2f}"
+        rows.append(f"| {shape} | {how} | {sizes} |")
+    return "\n".join(rows)
+
+
+def deepspeed_table(found: list[dict[str, Any]]) -> str:
+    """Both estimates side by side, as markdown."""
+    rows = [
+        "Weights, gradients and Adam of training everything in bf16, GB a device, beside DeepSpeed's own estimators "
+        "(`estimate_zero2_model_states_mem_needs`, `estimate_zero3_...`, buffer factor 1):\n",
+        "| model | devices | ZeRO | plan | DeepSpeed |",
+        "|---|---|---|---|---|",
+    ]
+    for one in found:
+        sizes = f"{one['ours_gb']:,} | {one['deepspeed_gb']:,}"
+        rows.append(f"| {one['model']} | {one['devices']} | {one['stage']} | {sizes} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Measure every shape, compare with DeepSpeed, and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", help="measure one run, by its number (used by the benchmark itself)")
-    parser.add_argument("--tables", action="store_true", help="print the tables of docs/plan.md instead")
+    parser.add_argument("--tables", action="store_true", help="print what 7B and 13B need instead")
+    parser.add_argument("--docs", action="store_true", help="write everything into docs/training.md too")
     args = parser.parse_args()
     if args.tables:
         print(tables())
@@ -202,7 +238,12 @@ def main() -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(json.dumps(runs[-1]), file=sys.stderr)
-    print(json.dumps({"benchmark": "plan", "runs": runs, "deepspeed": deepspeed_ratios()}))
+    theirs = deepspeed_ratios()
+    if args.docs:
+        before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
+        text = "\n\n".join([BEGIN, measured_table(runs), deepspeed_table(theirs), tables(), END])
+        DOCS.write_text(before + text + rest.partition(END)[2], encoding="utf-8")
+    print(json.dumps({"benchmark": "plan", "runs": runs, "deepspeed": theirs}))
 
 
 if __name__ == "__main__":

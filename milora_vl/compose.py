@@ -85,7 +85,10 @@ def compose(
     model.model.vision_tower = tower
     model.model.language_model = language.base_model
     model.lm_head = language.get_output_embeddings()
-    model.tie_weights()
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    elif model.lm_head.weight is language.get_input_embeddings().weight:  # GPT-2's: the two go apart
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval()

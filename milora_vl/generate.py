@@ -20,7 +20,7 @@ from torch import Tensor
 
 from milora_data.encode import encode_prompt
 from milora_data.errors import UserError
-from milora_data.images import expand_to_square, load_image, picture_size, to_rgb
+from milora_data.images import expand_to_square, load_image, picture_size, to_rgb, unmistakable
 from milora_data.records import Record, Turn
 from milora_data.templates import IMAGE, get_template, render
 from milora_data.tokens import bos_ids, eos_text, fast_backend
@@ -186,9 +186,9 @@ class _Reader:
     def _picture(self, image: str | Path | Image.Image) -> Any:
         picture = load_image(image) if isinstance(image, str | Path) else to_rgb(image)
         if self.tiling is not None or self.image_aspect_ratio == "plain":
-            return picture
+            return unmistakable(picture)
         red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)
-        return expand_to_square(picture, (red, green, blue))
+        return unmistakable(expand_to_square(picture, (red, green, blue)))
 
 
 def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
@@ -230,7 +230,8 @@ def _answer(
     else:
         inputs |= reader.pixels(rows)
     config = _greedy(reader, *decoding)
-    output = reader.model.generate(**inputs, generation_config=config, streamer=streamer)[:, width:].tolist()
+    inputs |= {"generation_config": config, "streamer": streamer} | _own_config_alone()
+    output = reader.model.generate(**inputs)[:, width:].tolist()
     ends = set(config.eos_token_id)
     return [
         reader.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()
@@ -286,6 +287,14 @@ def _greedy(reader: _Reader, max_new_tokens: int, num_beams: int) -> Any:
         eos_token_id=sorted(ends),
         pad_token_id=reader.pad,
     )
+
+
+def _own_config_alone() -> dict[str, bool]:
+    """Transformers 4 takes what a given config has at its default from the model's own, unless it is told not to."""
+    from transformers import GenerationMixin
+
+    known = "use_model_defaults" in inspect.signature(GenerationMixin.generate).parameters
+    return {"use_model_defaults": False} if known else {}
 
 
 @contextmanager

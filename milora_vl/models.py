@@ -12,7 +12,7 @@ import sys
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -23,10 +23,14 @@ from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_adapter
 from milora_vl.composing import original
+from milora_vl.composing.whole import whole_weights
 from milora_vl.image_tokens import extra_tokens
 from milora_vl.quantized import Quantization, quantization_config
 from milora_vl.screen_noise import quiet_bars
 from milora_vl.towers import keep_weights_readable
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 # Name -> id on the model hub; those of MADE_HERE need no hub.
 NAMED_MODELS: dict[str, str] = {
@@ -64,7 +68,7 @@ def load_model(
     adapter: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    quantization: Quantization | None = None,
+    quantization: Quantization | BitsAndBytesConfig | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a model and its processor (of a text-only model: its tokenizer), in eval mode.
 
@@ -72,6 +76,7 @@ def load_model(
     adapter: a folder with an adapter of ours, PEFT's, LLaVA's own code, or one trained on a residual base that it
     brings along, told by its files; or with a projector alone (`mm_projector.safetensors`).
     dtype: default float32 on a CPU, as saved elsewhere. device: default the CPU.
+    quantization: 4bit, 8bit, or settings of bitsandbytes.
 
     Raises UserError for an unknown name, a model that cannot be had, and a folder that holds none.
 
@@ -96,7 +101,7 @@ def load_weights(
     name_or_path: str | Path,
     dtype: torch.dtype | None = None,
     *,
-    quantization: Quantization | None = None,
+    quantization: Quantization | BitsAndBytesConfig | None = None,
     device: torch.device | None = None,
 ) -> nn.Module:
     """Return a model without its processor, in the dtype it was saved in unless one is given.
@@ -108,6 +113,8 @@ def load_weights(
 
     name = str(name_or_path)
     if name in ("tiny", "tiny-text"):
+        if quantization is not None:
+            raise UserError(f"{name} is made in memory: there is no quantised one\nsave it to a folder and name that")
         return _named(_tiny(name)[0].to(dtype or torch.float32), name)
     source = _source(name)
     config = _read(AutoConfig.from_pretrained, source, name)
@@ -119,7 +126,8 @@ def load_weights(
     auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
     arguments: dict[str, Any] = {"dtype": dtype or "auto"}
     if quantization is not None:
-        arguments |= {"quantization_config": quantization_config(quantization), "device_map": {"": device or "cpu"}}
+        chosen = quantization_config(quantization) if isinstance(quantization, str) else quantization
+        arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
     small = name in MADE_HERE or not sys.stderr.isatty()
     with quiet_bars() if small else nullcontext():
         model = _read(auto.from_pretrained, source, name, **arguments)
@@ -128,6 +136,15 @@ def load_weights(
         vars(model).pop("_weight_conversions", None)
     keep_weights_readable(model)
     return _named(model, name)
+
+
+def prepare(name: str) -> None:
+    """Write the folder of a model that is made at first use: smol-llava, or one in LLaVA's original layout.
+
+    Raises UserError for an unknown name, and where the folder cannot be made.
+    """
+    if name not in ("tiny", "tiny-text"):
+        _source(name)
 
 
 def weights_folder(name: str) -> Path | None:
@@ -211,11 +228,9 @@ def split_processor(processor: Any) -> tuple[Any, Any | None]:
 
 
 def _tiny(name: str) -> tuple[Any, Any]:
-    from transformers.modeling_utils import set_zero3_state
-
     from milora_vl import tiny
 
-    with set_zero3_state():  # under ZeRO-3 HF would draw the weights part by part: another model
+    with whole_weights():  # under ZeRO-3 HF would draw them part by part: another model
         return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
 
 
@@ -311,7 +326,7 @@ def _complete(processor: Any, config: Any) -> None:
     processor.num_additional_image_tokens = extra_tokens(config)
     if config.model_type == "llava_next":
         processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
-    elif "do_pad" in type(processor.image_processor).__dict__:
+    elif type(processor.image_processor).__name__.startswith("LlavaImageProcessor"):  # ...Fast, ...Pil
         processor.image_processor.do_pad = True
 
 

@@ -18,6 +18,7 @@ import torch
 from milora_data.assets import cache_dir, fetch
 from milora_data.errors import UserError
 from milora_vl.compose import compose, processor_for
+from milora_vl.composing.whole import whole_weights
 from milora_vl.screen_noise import quiet_bars
 from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
 
@@ -45,7 +46,7 @@ def smol_llava_folder(*, aligned: bool = True) -> Path:
     sys.stderr.write("making smol-llava from SmolLM2-135M-Instruct and EfficientNet-Lite0 (once, about a minute)\n")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smol-llava-") as scratch:
         made = Path(scratch) / "model"
-        with quiet_bars():
+        with quiet_bars(), whole_weights():
             _write(made, aligned=aligned)
         try:
             made.rename(folder)
@@ -55,6 +56,7 @@ def smol_llava_folder(*, aligned: bool = True) -> Path:
     return folder
 
 
+@whole_weights()
 def _write(folder: Path, *, aligned: bool) -> None:
     from safetensors.torch import load
 
@@ -80,13 +82,33 @@ def language_model() -> tuple[Any, Any]:
             'smol-llava needs the package gguf to read its language model\ntry: pip install "milora-vl[demo]"'
         ) from None
     source = fetch("smollm2")
-    tokenizer: Any = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    tokenizer = _as_the_file_says(AutoTokenizer.from_pretrained(source, gguf_file=GGUF))
     _begin_with_bos(tokenizer)
     read: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    del read.config.quantization_config  # the weights are plain numbers now
+    vars(read.config).pop("quantization_config", None)  # the weights are plain numbers now
     language = LlamaForCausalLM(read.config)
     language.load_state_dict(read.state_dict())
     return language, tokenizer
+
+
+def _as_the_file_says(tokenizer: Any) -> Any:
+    """Return the tokenizer with the special tokens of the GGUF file, in whose place transformers 4 puts Llama's."""
+    from tokenizers import decoders
+    from transformers import PreTrainedTokenizerFast
+
+    if tokenizer.eos_token == "<|im_end|>":
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer, backend.decoder = None, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _begin_with_bos(tokenizer: Any) -> None:

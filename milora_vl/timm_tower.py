@@ -6,6 +6,7 @@ pools the maps to a grid, brings every level to one scale and lays the levels si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,17 +97,32 @@ class TimmTower(PreTrainedModel):
             final, maps = self.encoder.forward_intermediates(pixel_values, indices=levels)
         else:
             final, maps = self.encoder.forward_features(pixel_values), []
-        features = torch.cat([self._tokens(level) for level in (*maps, final)], dim=-1)
+        levels_of_maps = (*maps, as_map(self.encoder, final))
+        features = torch.cat([self._tokens(level) for level in levels_of_maps], dim=-1)
         return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
 
     def _tokens(self, features: Tensor) -> Tensor:
         """Bring one level to (batch, grid², channels), each token normalised so that no level drowns another."""
-        if features.dim() == 3:  # (batch, prefix + side², channels)
-            features = features[:, self.encoder.num_prefix_tokens :]
-            side = round(features.shape[1] ** 0.5)
-            features = features.transpose(1, 2).unflatten(2, (side, side))
         pooled = nn.functional.adaptive_avg_pool2d(features, self.config.grid).flatten(2).transpose(1, 2)
         return nn.functional.layer_norm(pooled, pooled.shape[-1:])
+
+
+def as_map(encoder: Any, features: Tensor) -> Tensor:
+    """What a timm encoder gives, as (batch, channels, side, side). ValueError where it is no square map.
+
+    It comes as such, with the channels last (Swin), or as (batch, prefix + side², channels).
+    """
+    channels = encoder.num_features
+    if features.dim() == 3 and features.shape[-1] == channels:
+        side = math.isqrt(features.shape[1])
+        prefix = features.shape[1] - side**2  # class and register tokens
+        if prefix <= side:
+            return features[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+    if features.dim() == 4 and features.shape[1] != channels and features.shape[3] == channels:
+        features = features.permute(0, 3, 1, 2)
+    if features.dim() == 4 and features.shape[1] == channels and features.shape[2] == features.shape[3]:
+        return features
+    raise ValueError(f"features of shape {tuple(features.shape)}, not a square map of {channels:,} channels")
 
 
 def register() -> None:

@@ -181,6 +181,8 @@ class MiloraTrainer(Trainer):
 
         Batch 1 x accumulation 8 therefore equals 8 x 1. UserError for a training batch in which nothing is supervised.
         """
+        if not model.training:
+            inputs = {**inputs, "labels": self._counted_once(inputs["labels"])}
         summed, num_tokens = summed_loss(model, inputs, chunked=self.chunked)
         if not model.training:
             self._eval_sums += torch.tensor([float(summed.detach()), num_tokens], dtype=torch.float64)
@@ -196,6 +198,17 @@ class MiloraTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
         return (loss, {}) if return_outputs else loss
+
+    def _counted_once(self, labels: Tensor) -> Tensor:
+        """Labels (batch, length) of an evaluation, without the records that have been in it before.
+
+        accelerate fills the last batches of several processes up from the start of the records: all have one then.
+        """
+        state, args = self.accelerator.gradient_state, self.args
+        if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        own = max(state.remainder - args.process_index * args.eval_batch_size, 0)
+        return torch.cat([labels[:own], torch.full_like(labels[own:], -100)])
 
     def evaluation_loop(
         self,

@@ -39,6 +39,15 @@ def picture_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def tiny_folder(tiny_llava: Callable[..., Made], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a folder: HF loads it, under ZeRO-3 in parts."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for part in tiny_llava():
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_records() -> list[dict[str, Any]]:
     """Twelve LLaVA records: pictures, two turns, text only."""
     colours = ["red", "green", "blue", "white"]

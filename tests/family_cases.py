@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 def build(name: str) -> nn.Module:
     """Return the tiny random model of a family, in eval mode; equal for equal names."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        VideoLlavaForConditionalGeneration,
+    )
 
     torch.manual_seed(0)
     if name in TEXT_ONLY:
@@ -22,6 +27,8 @@ def build(name: str) -> nn.Module:
         tie_word_embeddings=False,
         **family.config,
     )
+    if name == "video_llava":  # transformers 4 has no auto class for it
+        return VideoLlavaForConditionalGeneration(config).float().eval()
     return AutoModelForImageTextToText.from_config(config).float().eval()
 
 

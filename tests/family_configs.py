@@ -148,7 +148,7 @@ FAMILIES: dict[str, Family] = {
     "mllama": Family(
         "mllama",
         0,
-        {"model_type": "mllama_text_model", "cross_attention_layers": [1], "rope_scaling": None},
+        {"model_type": "mllama_text_model", "cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}},
         {
             "model_type": "mllama_vision_model",
             "attention_heads": 2,
@@ -314,7 +314,7 @@ FAMILIES: dict[str, Family] = {
         "glm4v",
         1,
         {
-            "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 0]},
+            "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 0]},
             "partial_rotary_factor": 0.5,
         },
         {
@@ -341,4 +341,5 @@ TEXT_ONLY: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128},
     "mixtral": {"num_local_experts": 2},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},
 }

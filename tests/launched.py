@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,38 @@ from pathlib import Path
 import pytest
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+# Several trainings in one launch: starting processes takes longer than training. Each line of the file is a command;
+# "cut" makes of a finished run one that was killed while it wrote its last checkpoint.
+WORKER = """
+import json, os, sys
+from pathlib import Path
+import torch.distributed as dist
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from milora_vl.train import main
+from milora_vl.training import build, losses
+
+load_base = build.load_base
+def load(*arguments):
+    base, processor = load_base(*arguments)
+    whole = sum(p.numel() for p in base.parameters())
+    print(f"WHOLE {os.environ['RANK']} {whole}", flush=True)
+    return base, processor
+build.load_base = load
+losses.CHUNK = int(sys.argv[2])
+
+for line in json.loads(Path(sys.argv[1]).read_text()):
+    if line[0] == "cut" and dist.get_rank() == 0:
+        run = Path(line[1])
+        (run / "checkpoint-6" / "trainer_state.json").unlink()
+        for file in (*run.glob("*.safetensors"), run / "trainer_state.json"):
+            file.unlink()
+    if line[0] == "cut":
+        dist.barrier()
+    else:
+        assert main(line) == 0
+        unset_hf_deepspeed_config()  # it lives as long as the arguments, which something keeps
+dist.barrier()
+"""
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -21,7 +54,7 @@ def launched(what: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]
     done = subprocess.run(
         [*LAUNCH, *what],
         cwd=cwd,
-        env=ENVIRONMENT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -29,3 +62,15 @@ def launched(what: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]
     )
     print(done.stdout)
     return done
+
+
+def train_in_two(lines: Sequence[Sequence[str]], folder: Path, chunk: int = 2**24) -> str:
+    """Train by each command line, one after the other, in one launch; returns what was printed.
+
+    `chunk` is the size of the pieces that the loss is made in.
+    """
+    (folder / "lines.json").write_text(json.dumps(lines))
+    (folder / "worker.py").write_text(WORKER)
+    done = launched([str(folder / "worker.py"), str(folder / "lines.json"), str(chunk)], folder)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout

@@ -49,12 +49,12 @@ def llama_tokenizer(kind: str) -> Any:
     """
     pytest.importorskip("mistral_common")
     import mistral_common
-    from transformers import LlamaTokenizer
+    from transformers import LlamaTokenizerFast  # which transformers 5 calls LlamaTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
         shutil.copy(model, Path(folder) / "tokenizer.model")
-        tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=kind != "new", add_bos_token=True)
+        tokenizer = LlamaTokenizerFast.from_pretrained(folder, legacy=kind != "new", add_bos_token=True)
     if kind == "prepend":
         tokenizer = _with_prepend(tokenizer)
     tokenizer.pad_token = tokenizer.unk_token  # LLaVA's choice for vicuna

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from versions import needs_mica
 
 from milora_data.errors import UserError
 from milora_vl import Policy, apply_milora, load_model, merge
@@ -45,7 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-METHODS = ["milora", "pissa", "random", "lora", "dora", "olora", "mica"]
+METHODS = ["milora", "pissa", "random", "lora", "dora", "olora", pytest.param("mica", marks=needs_mica)]
 
 
 @pytest.mark.parametrize("method", METHODS)

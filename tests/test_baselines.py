@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from adapter_cases import anchors, one_rule, tiny_gpt2, token_batch, train_steps
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from versions import PEFT, needs_mica
 
 from milora_vl import Policy, apply_milora, load_adapter, merge, save_adapter
 from milora_vl.policy import PolicyError
@@ -17,7 +19,7 @@ Q = "model.layers.0.self_attn.q_proj"
 IDS = token_batch(200)
 
 
-@pytest.mark.parametrize("method", ["dora", "olora", "mica"])
+@pytest.mark.parametrize("method", ["dora", "olora", pytest.param("mica", marks=needs_mica)])
 def test_a_baseline_from_start_to_merge(tiny_llama, tmp_path: Path, method: str) -> None:
     base = tiny_llama()[0](IDS).logits
     rules = [*one_rule(method=method, alpha=4), {"modules": "lm_head", "method": "full"}]
@@ -52,12 +54,19 @@ def test_olora_starts_where_pefts_does(tiny_llama) -> None:
     assert anchors(ours)
 
 
+@needs_mica
 def test_mica_trains_one_factor_alone(tiny_llama) -> None:
     trained = [
         n for n, p in apply_milora(tiny_llama()[0], one_rule(method="mica")).named_parameters() if p.requires_grad
     ]
     assert trained
     assert all("lora_A" in name for name in trained)
+
+
+@pytest.mark.skipif(PEFT >= (0, 20), reason="this PEFT has MiCA")
+def test_mica_needs_a_peft_that_has_it(tiny_llama) -> None:
+    (fault,) = faults(tiny_llama()[0], one_rule(method="mica"))
+    assert fault == f"policy: method mica needs peft 0.20 or newer, this is {version('peft')}"
 
 
 def faults(model: nn.Module, rules) -> list[str]:

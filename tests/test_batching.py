@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+from versions import TRANSFORMERS_5
 
 from milora_vl.training.batching import Batching
 
@@ -24,7 +25,9 @@ def test_equal_to_the_trainers(
         max_steps=max_steps,
     )
     trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=list(range(records)))
-    expected = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+    loader = trainer.get_train_dataloader()
+    batch = () if TRANSFORMERS_5 else (per_device * accumulation,)
+    expected = trainer.set_initial_training_values(args, loader, *batch)[-1]
     counted = Batching(
         num_records=records, per_device=per_device, accumulation=accumulation, epochs=epochs, max_steps=max_steps
     )

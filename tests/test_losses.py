@@ -93,7 +93,7 @@ def test_under_peft_checkpointing_and_an_adapter_on_the_head(
     assert_equal_to_own(model, base, batch())
 
 
-def test_logits_are_made_for_supervised_positions_only_a_few_at_a_time(
+def test_logits_are_made_once_for_supervised_positions_only_a_few_at_a_time(
     tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_llama()[0].train()
@@ -101,9 +101,31 @@ def test_logits_are_made_for_supervised_positions_only_a_few_at_a_time(
     assert install(model)
     shapes: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[:-1].numel()))
-    _, count = summed_loss(model, batch(), chunked=True)
-    assert count == 17 == sum(shapes)
+    summed, count = summed_loss(model, batch(), chunked=True)
+    summed.backward()
+    assert count == 17 == sum(shapes) - 1  # one more to see what the inner model gives
     assert max(shapes) <= 4
+    with torch.no_grad():
+        assert torch.equal(summed_loss(model, batch(), chunked=True)[0], summed)
+
+
+def test_under_autocast_a_head_that_trains_gets_its_gradient(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()[0].train()
+    monkeypatch.setattr(losses, "CHUNK", 4 * model.config.vocab_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = model(**batch()).loss
+    own.backward()
+    expected = gradients(model)
+    assert install(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        summed, count = summed_loss(model, batch(), chunked=True)
+    (summed / count).backward()
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert float((found[name] - expected[name]).norm() / expected[name].norm()) < 0.02
 
 
 def test_a_batch_without_targets_gives_zero_with_a_gradient(tiny_llama: Callable[..., Any]) -> None:

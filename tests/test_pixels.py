@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor
-from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+from versions import TRANSFORMERS_5
 
 from milora_data.images import ImageError, expand_to_square, load_image
 from milora_data.pixels import PixelMaker
+
+if TRANSFORMERS_5:
+    from transformers import CLIPImageProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+else:  # the names that these had before
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+    from transformers import CLIPImageProcessorFast as CLIPImageProcessor
+    from transformers import LlavaImageProcessorFast as LlavaImageProcessor
 
 SIZE: dict[str, Any] = {"size": {"shortest_edge": 84}, "crop_size": {"height": 84, "width": 84}}
 SHAPES = [(160, 120), (120, 160), (84, 84), (90, 31), (31, 90), (40, 20), (20, 40), (500, 3), (3, 500), (1, 5), (5, 1)]
@@ -39,7 +47,6 @@ def test_padded_pictures_are_the_processors_own_bit_for_bit(size: tuple[int, int
 def test_pixels_are_llavas_within_one_level(size: tuple[int, int], tmp_path: Path) -> None:
     pytest.importorskip("llava")
     from llava.mm_utils import expand2square
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     noise(size).save(tmp_path / "a.jpg")
     slow = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
@@ -70,13 +77,25 @@ def test_a_very_tall_picture_takes_little_memory() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB; the square alone is 1.2 GB
 
 
-def test_an_unpadded_long_picture_is_seen_in_its_middle() -> None:
-    make = PixelMaker(CLIPImageProcessor(**SIZE), "plain")
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, CLIPImageProcessorPil])
+def test_an_unpadded_long_picture_is_seen_in_its_middle(kind: Any) -> None:
+    make = PixelMaker(kind(**SIZE), "plain")
     image = Image.new("RGB", (5000, 1), (255, 0, 0))
     image.paste((0, 255, 0), (2490, 0, 2510, 1))
     pixels = make([make.prepare(image)])
     assert pixels.shape == (1, 3, 84, 84)
     assert pixels[0, 1, 40, 42] > 1
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, CLIPImageProcessorPil])
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (7, 3), (9, 1), (3, 8)])
+def test_rows_and_channels_are_told_apart(kind: Any, size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (250, 120, 10))
+    for aspect_ratio in ("pad", "plain"):
+        make = PixelMaker(kind(**SIZE), aspect_ratio)
+        middle = make([make.prepare(image)])[0, :, 42, 42]
+        levels = middle * torch.tensor(make.image_processor.image_std) + torch.tensor(make.image_processor.image_mean)
+        assert (levels * 255 - torch.tensor([250, 120, 10])).abs().max() < 10  # bicubic overshoots
 
 
 def test_drafts_are_near_and_only_of_large_jpegs(tmp_path: Path) -> None:

@@ -10,8 +10,12 @@ import torch
 from adapter_cases import LLAVA_POLICY, llava_batch, train_steps
 from torch import nn
 
+from milora_data.errors import UserError
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
+from milora_vl.config import Recipe
 from milora_vl.lora.errors import AdapterError
+from milora_vl.train import main
+from milora_vl.training.build import load_base
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -62,3 +66,36 @@ def test_another_base_is_told_from_a_quantised_one(folder: Path, tiny_llava) -> 
 def test_the_residual_form_is_refused(folder: Path) -> None:
     with pytest.raises(AdapterError, match="needs an unquantised base"):
         apply_milora(load_model(folder, quantization="4bit")[0], LLAVA_POLICY, form="residual")
+
+
+def test_a_recipe_says_how_a_base_is_quantised(folder: Path) -> None:
+    """LLaVA's --bits, --quant_type and --double_quant; 4 bits are multiplied in the precision of the run."""
+    content = {"model": str(folder), "quantization": "4bit", "quant_type": "fp4", "double_quant": False}
+    for train, dtype in (({"bf16": True}, torch.bfloat16), ({}, torch.float32)):
+        model = load_base(Recipe.parse({**content, "train": train}), torch.float32, torch.device("cpu"))[0]
+        layer = model.get_submodule(Q)
+        state = layer.weight.quant_state
+        assert (state.quant_type, state.nested, layer.compute_dtype) == ("fp4", False, dtype)
+    default = load_base(
+        Recipe.parse({"model": str(folder), "quantization": "4bit"}), torch.float32, torch.device("cpu")
+    )
+    assert default[0].get_submodule(Q).weight.quant_state.nested
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--deepspeed", "zero3"], "ZeRO-3 cannot share out a quantised base"),
+        (["--policy", "[{modules: language, method: full}]"], "14 modules are to train in full, first model.language"),
+    ],
+)
+def test_what_a_quantised_base_cannot_do_is_told_before_it_loads(flags: list[str], message: str, folder: Path) -> None:
+    words = ["--model", str(folder), "--quantization", "4bit", "--use_cpu", *flags]
+    words += [] if "--policy" in flags else ["--rank", "4"]
+    with pytest.raises(UserError, match=message):
+        main([*words, "--dry-run"])
+
+
+def test_a_model_made_in_memory_is_not_silently_left_unquantised() -> None:
+    with pytest.raises(UserError, match="tiny is made in memory"):
+        load_model("tiny", quantization="4bit")

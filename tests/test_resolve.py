@@ -150,6 +150,10 @@ def test_a_weight_shared_with_another_module_is_refused(tiny_llama) -> None:
     for method in ({"method": "milora", "rank": 4}, {"method": "full"}):
         text = faults(model, [{"modules": "lm_head", **method}])
         assert "lm_head shares its weight with model.embed_tokens: untie them before" in text
+    whole = {"modules": "language.*", "method": "full"}
+    assert {"lm_head", "model.embed_tokens"} <= resolved(model, [whole]).keys()
+    adapted = {"modules": "language", "method": "milora", "rank": 4}
+    assert "shares its weight with" in faults(model, [whole, adapted])
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@ from __future__ import annotations
 import pytest
 from adapter_cases import tiny_gpt2
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM
+from versions import TRANSFORMERS_5
 
 from milora_vl.policies.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
 
 LM = "model.language_model.layers"
+VISION = "model.vision_tower" if TRANSFORMERS_5 else "model.vision_tower.vision_model"
 LEAVES = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 
 
@@ -25,6 +27,16 @@ def test_language_means_the_linear_layers_of_its_blocks(selector: Selector) -> N
     assert selector.match("language", whole_modules=True) == found
 
 
+def test_a_star_means_all_of_a_tower(selector: Selector) -> None:
+    blocks = selector.match("language", whole_modules=False)
+    ends = ["model.language_model.embed_tokens", "lm_head"]
+    assert sorted(selector.match("language.*", whole_modules=False)) == sorted([*blocks, *ends])
+    norms = [f"{LM}.{n}.{kind}_layernorm" for n in (0, 1) for kind in ("input", "post_attention")]
+    everything = [*blocks, *ends, *norms, "model.language_model.norm"]
+    assert sorted(selector.match("language.*", whole_modules=True)) == sorted(everything)
+    assert len(selector.match("language.layers[1].*", whole_modules=True)) == 9
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -39,7 +51,7 @@ def test_language_means_the_linear_layers_of_its_blocks(selector: Selector) -> N
         ("*.embed_tokens", ["model.language_model.embed_tokens"]),
         (f"{LM}.0.mlp.up_proj", [f"{LM}.0.mlp.up_proj"]),
         ("*language_model*.q_proj", [f"{LM}.0.self_attn.q_proj", f"{LM}.1.self_attn.q_proj"]),
-        ("*.patch_embedding", ["model.vision_tower.embeddings.patch_embedding"]),
+        ("*.patch_embedding", [f"{VISION}.embeddings.patch_embedding"]),
     ],
 )  # fmt: skip
 def test_selectors_name_full_paths(selector: Selector, text: str, expected: list[str]) -> None:
@@ -110,11 +122,11 @@ def test_an_unknown_multimodal_layout_is_named_by_glob_alone() -> None:
     ],
 )
 def test_experts_in_3d_weights_are_told_of_by_the_selector_that_names_them(text: str, is_about_experts: bool) -> None:
-    config = MixtralConfig(
+    config = GptOssConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=16, num_local_experts=2,
+        head_dim=4, vocab_size=16, num_local_experts=2,
     )  # fmt: skip
-    model = MixtralForCausalLM(config)
+    model = GptOssForCausalLM(config)
     selector = Selector(model, find_towers(model))
     with pytest.raises(SelectorError) as caught:
         selector.match(text, whole_modules=False)

@@ -65,7 +65,7 @@ def test_other_llava_scripts() -> None:
     assert lora.policy is not None
     assert lora.policy[0]["method"] == "lora"
     full = settings("--model tiny --vision_tower openai/clip-vit-large-patch14-336 --learning_rate 2e-5").recipe
-    assert full.policy == [{"modules": "language", "method": "full"}, {"modules": "projector", "method": "full"}]
+    assert full.policy == [{"modules": "language.*", "method": "full"}, {"modules": "projector", "method": "full"}]
     stage1 = settings("--model tiny --tune_mm_mlp_adapter True --learning_rate 1e-3 --version plain").recipe
     assert stage1.policy == [{"modules": "projector", "method": "full"}]
     assert settings("--model tiny --lora_enable True --bits 4").recipe.quantization == "4bit"
@@ -163,3 +163,11 @@ def test_rules_that_do_not_fit_the_model_are_told_with_their_line_before_anythin
     require_fit(fits, resolve(fits).recipe)
     with pytest.raises(UserError, match=r"policy\[0\].rank: 4000 is larger"):
         require_fit(too_large, resolve(too_large).recipe)
+
+
+def test_what_is_said_of_a_tower_that_is_there_already_has_no_effect_and_is_told() -> None:
+    (said,) = settings("--model tiny --mm_vision_select_layer -1 --mm_vision_select_feature cls_patch").warnings
+    assert said.endswith("without effect: layer -1, feature cls_patch")
+    (said,) = settings("--model tiny-text --mm_vision_select_layer -1").warnings
+    assert "without a --vision_tower" in said
+    assert settings("--model tiny --mm_vision_select_layer -2").warnings == []

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from milora_vl.lora.layers import as_matrix, matrix_shape
 from milora_vl.policy import Policy
 from milora_vl.spectrum import layer_spectra
 
@@ -45,6 +47,14 @@ def test_the_band_follows_the_method(tiny_llama: Callable[..., Any], method: str
     targets = Policy.parse(f"[{{modules: language, method: {method}, rank: 4}}]").resolve(model)
     (layer,) = layer_spectra(model, targets)
     assert (layer["tower"], layer["trained"], layer["rank"]) == ("language", trained, 4)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 5), Conv1D(5, 3), nn.Conv2d(6, 5, 3), nn.Embedding(3, 5)])
+def test_the_shape_of_a_layer_is_known_where_zero3_has_taken_its_weight(layer: nn.Module) -> None:
+    expected = tuple(as_matrix(layer, layer.get_parameter("weight")).shape)
+    for parameter in layer.parameters():
+        parameter.data = torch.empty(0)
+    assert matrix_shape(layer) == expected
 
 
 def test_a_convolution_is_a_flat_matrix() -> None:

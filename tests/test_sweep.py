@@ -162,6 +162,8 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
     failure = sweep.failure(cell)
     assert failure is not None
     assert (failure["code"], "train.json" in failure["said"]) == (2, True)
+    ran = yaml.safe_load((sweep.folder / "recipes" / f"{cell.name}.yaml").read_text())
+    assert ran["factor_cache"] == str(sweep.folder / "factors")  # all cells share it
     assert "train.json" in page.write(sweep, [cell], 1, "again")[0].read_text()
 
 

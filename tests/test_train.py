@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -77,6 +78,21 @@ def test_the_run_folder_is_complete(tiny_data: Path, tmp_path: Path) -> None:
     front = yaml.safe_load((run / "README.md").read_text().split("---")[1])
     assert front["base_model"] == "tiny"
     assert "milora" in front["tags"]
+
+
+def test_factors_are_computed_once_for_several_runs(tiny_data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "factors"
+    extra = ["--rank", "4", "--max_steps", "1", "--factor_cache", str(cache)]
+    assert main(words(tiny_data, tmp_path / "a", *extra)) == 0
+    made = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
+    assert len(made) == 14
+    assert main(words(tiny_data, tmp_path / "b", *extra, "--learning_rate", "1e-2")) == 0
+    assert {file: file.stat().st_mtime_ns for file in cache.iterdir()} == made
+    first, second = (load_file(tmp_path / run / "adapter_model.safetensors") for run in "ab")
+    # The lower half of each is the anchor.
+    assert all(torch.equal(w[4:], second[name][4:]) for name, w in first.items() if "lora_A" in name)
+    with pytest.raises(UserError, match="expected a folder, this is a file"):
+        main(words(tiny_data, tmp_path / "c", "--rank", "4", "--factor_cache", str(tiny_data / "train.json")))
 
 
 def test_a_recipe_given_back_repeats_the_run(tiny_data: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .images import expand_to_square, load_image
+from .images import expand_to_square, load_image, unmistakable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,12 +69,12 @@ class PixelMaker:
     def prepare(self, image: Image.Image) -> Any:
         """Return an RGB picture as this maker takes it."""
         if self.aspect_ratio == "anyres":
-            return image
+            return unmistakable(image)
         if self.aspect_ratio == "plain":
-            return _middle(image)
+            return unmistakable(_middle(image))
         if self._two_passes:
             return shrink_to_square(image, self.side, self.color)
-        return expand_to_square(image, self.color)
+        return unmistakable(expand_to_square(image, self.color))
 
     def plain_image(self) -> Any:
         """Return a picture of the mean colour, which the model sees as zeros."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from milora_data.images import expand_to_square, load_image, to_rgb
+from milora_data.images import expand_to_square, load_image, to_rgb, unmistakable
 from milora_vl.generate import Prompt, prompt_ids
 from milora_vl.image_tokens import image_token_id, image_tokens
 from milora_vl.models import split_processor
@@ -36,7 +36,7 @@ def _one(model: Any, processor: Any, prompt: Prompt, answer: str, template: str)
     if prompt.images and pictures is not None:
         red, green, blue = (int(255 * value) for value in pictures.image_mean)
         opened = [load_image(i) if isinstance(i, str | Path) else to_rgb(i) for i in prompt.images]
-        squares = [expand_to_square(image, (red, green, blue)) for image in opened]
+        squares = [unmistakable(expand_to_square(image, (red, green, blue))) for image in opened]
         pixels = pictures(images=squares, return_tensors="pt")["pixel_values"]
         inputs["pixel_values"] = pixels.to(model.device, model.dtype)
     logits = model(**inputs).logits[0, -len(after) - 1 : -1].float()

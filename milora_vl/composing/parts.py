@@ -15,6 +15,7 @@ import torch
 from milora_data.assets import cache_dir
 from milora_data.errors import UserError
 from milora_vl.composing import original, vision
+from milora_vl.composing.whole import whole_weights
 
 FORMAT = 1  # to be raised with every change of what a base folder holds
 # Rows of the vocabulary: a multiple of this, as Hugging Face's own conversion of LLaVA has it.
@@ -56,9 +57,10 @@ def language_config(name: str) -> Any:
 
 
 def llava_config(plan: Any, text: Any, *, image_token: int) -> Any:
-    """HF's LlavaConfig of the parts; `plan` is a TowerPlan."""
+    """HF's LlavaConfig of the parts; `plan` is a TowerPlan. Says in `text` too whether its head stays tied."""
     from transformers import LlavaConfig
 
+    text.tie_word_embeddings = bool(text.tie_word_embeddings) and _can_tie(text)
     config: Any = LlavaConfig(
         vision_config=plan.config,
         text_config=text,
@@ -66,9 +68,17 @@ def llava_config(plan: Any, text: Any, *, image_token: int) -> Any:
         image_seq_length=plan.tokens,
         vision_feature_layer=plan.layer,
         vision_feature_select_strategy=plan.strategy,
-        tie_word_embeddings=bool(text.tie_word_embeddings),
+        tie_word_embeddings=text.tie_word_embeddings,
     )
     return config
+
+
+def _can_tie(text: Any) -> bool:
+    """HF's LLaVA ties its head to `embed_tokens` of the language model by name; GPT-2 and others call it otherwise."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return "embed_tokens" in dict(AutoModel.from_config(text).named_children())
 
 
 def planned_config(parts: Parts) -> Any:
@@ -91,7 +101,8 @@ def base_folder(parts: Parts) -> tuple[Path, bool]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".composing-") as scratch:
         made = Path(scratch) / "model"
-        write(parts, made)
+        with whole_weights():
+            write(parts, made)
         try:
             made.rename(folder)
         except OSError:  # another process was faster
@@ -100,6 +111,7 @@ def base_folder(parts: Parts) -> tuple[Path, bool]:
     return folder, True
 
 
+@whole_weights()
 def write(parts: Parts, folder: Path) -> None:
     """Compose the parts and write model and processor into `folder`. UserError where they do not fit together."""
     from milora_vl.compose import compose, processor_for

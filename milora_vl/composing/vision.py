@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ def picture_statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
     try:
         found = AutoImageProcessor.from_pretrained(name, local_files_only=Path(name).is_dir())
     except (OSError, ValueError):
+        sys.stderr.write(f"warning: {name} does not say how its pictures are normalised: as CLIP's are\n")
         return CLIP_MEAN, CLIP_STD
     return found.image_mean, found.image_std
 
@@ -136,19 +138,24 @@ def _meta(config: Any) -> Any:
 
 
 def _timm_sizes(architecture: str) -> tuple[int, int]:
-    """Pixels a side and tokens a side, as the network was trained."""
+    """Pixels a side and tokens a side, as the network was trained. UserError where it gives no square of tokens."""
     import timm
 
+    from milora_vl.timm_tower import as_map
+
     if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture.split('_')[0]}*")[:3]
+        near = timm.list_models(f"{architecture.split('_')[0]}*")[:3]
         raise UserError(f"timm has no {architecture!r}" + (f"; it has {', '.join(near)}, ..." if near else ""))
     settings = timm.get_pretrained_cfg(architecture)
     size = int(settings.input_size[-1]) if settings is not None else 224
     with torch.device("meta"):
-        encoder: Any = timm.create_model(architecture, pretrained=False, num_classes=0)
-        features = encoder.eval().forward_features(torch.empty(1, 3, size, size))
-    count = features.shape[1] - encoder.num_prefix_tokens if features.dim() == 3 else features.shape[-1] ** 2
-    return size, round(count**0.5)
+        encoder: Any = timm.create_model(architecture, pretrained=False, num_classes=0).eval()
+        try:
+            features = as_map(encoder, encoder.forward_features(torch.empty(1, 3, size, size)))
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"timm's {architecture} cannot serve as a vision tower: {error}") from None
+    grid = int(features.shape[-1])
+    return size - size % grid, grid  # Inception's 299 pixels do not divide into 8 tokens
 
 
 def _timm_state(architecture: str, weights: str | None) -> Any:

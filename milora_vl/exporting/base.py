@@ -50,3 +50,13 @@ class Base:
     def processor(self) -> Any:
         """Return the processor (of a text-only model the tokenizer); None for a model at hand. Needs no weights."""
         return None if isinstance(self._source, nn.Module) else models.load_processor(self.name)
+
+
+def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a model to load again, all of it in `dtype` where one is given.
+
+    Transformers 4 loads each part in the dtype that its own config says; nobody else updates that.
+    """
+    for part in model.config.sub_configs if dtype is not None else ():
+        getattr(model.config, part).dtype = dtype
+    model.save_pretrained(folder, max_shard_size="5GB")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from milora_data.errors import UserError
-from milora_vl.exporting.base import Base
+from milora_vl.exporting.base import Base, save_model
 from milora_vl.exporting.imported import import_adapter, refuse_mutating, require_copies
 from milora_vl.exporting.llava import config_for_llava, read_llava, write_llava
 from milora_vl.exporting.plain import PlainAdapter, read_config, read_plain, write_plain
@@ -138,23 +138,19 @@ class Job:
                 raise UserError(f"PEFT cannot merge the adapter in {self.source.folder}\n{error}") from None
         for name, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(self.dtype or dtypes.get(name, parameter.dtype))
-        _save_model(merged, self.out)
+        save_model(merged, self.out, self.dtype)
 
     def _into_base(self, adapter: PlainAdapter, base: Base) -> PlainAdapter:
         """Write the base with the modules trained in full in it; return the adapter without them, on that base."""
         _, unknown = base.model.load_state_dict(dict(adapter.whole), strict=False)
         if unknown:
             raise UserError(f"the base model has no {unknown[0]}\nis it the right one?  --base NAME-OR-FOLDER")
-        _save_model(base.model, self.out / "base")
+        save_model(base.model, self.out / "base", self.dtype)
         copy_processor(self.source.folder, self.out / "base", base)
         sidecar = adapter.sidecar
         if sidecar is not None:
             sidecar = replace(sidecar, targets=[t for t in sidecar.targets if t.method != "full"])
         return replace(adapter, whole={}, base=str(self.target / "base"), sidecar=sidecar)
-
-
-def _save_model(model: nn.Module, folder: Path) -> None:
-    model.save_pretrained(folder, max_shard_size="5GB")  # type: ignore[operator]
 
 
 def _moved(adapter: PlainAdapter, before: Sidecar, after: Sidecar) -> PlainAdapter:

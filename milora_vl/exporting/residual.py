@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from milora_data.errors import UserError
+from milora_vl.exporting.base import save_model
 from milora_vl.exporting.plain import LowRank, PlainAdapter, write_plain
 from milora_vl.exporting.source import OFFICIAL_NAME
 from milora_vl.lora.layers import as_matrix
@@ -44,7 +45,7 @@ def write_residual(
     if dtype is not None:  # what is taken out is what is written beside
         initial = {path: low.cast(dtype) for path, low in initial.items()}
     drift = {path: _take_out(base.get_submodule(path), low, dtype) for path, low in initial.items()}
-    (base if dtype is None else base.to(dtype)).save_pretrained(folder, max_shard_size="5GB")  # type: ignore[operator]
+    save_model(base if dtype is None else base.to(dtype), folder, dtype)
     for subfolder, factors, whole in ((OFFICIAL_NAME, trained, adapter.whole), (INITIAL, initial, {})):
         part = replace(adapter, base=name, factors=factors, whole=whole, sidecar=None)
         write_plain(part.cast(dtype), folder / subfolder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,14 +19,15 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """Return (out, in) of the layer's matrix; right for quantised weights too, whose tensors are packed."""
+    """Return (out, in) of the layer's matrix, without its tensors: those are packed where it is quantised, and empty
+    where ZeRO-3 has cut it up.
+    """
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     if isinstance(module, Conv1D):
-        rows, columns = module.weight.shape
-        return columns, rows
+        return module.nf, module.nx
     if isinstance(module, nn.Conv2d):
-        return module.out_channels, module.weight[0].numel()
+        return module.out_channels, module.in_channels // module.groups * math.prod(module.kernel_size)
     assert isinstance(module, nn.Embedding)
     return module.embedding_dim, module.num_embeddings
 

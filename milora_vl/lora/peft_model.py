@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from milora_vl.lora.install import (
 from milora_vl.lora.sidecar import FILE_NAME, AdapterError, Sidecar, read_sidecar
 from milora_vl.lora.weight_files import require_weights
 from milora_vl.policies.rules import Target
+
+# From 0.19 on PEFT's add_adapter casts the factors to float32; before, only what loads an adapter does.
+_ADDING_CASTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 19)
 
 
 class MiloraMixin(PeftModel):
@@ -124,7 +128,11 @@ class MiloraMixin(PeftModel):
         """
         self._refuse_residual("a second adapter would sit on the changed base")
         source = None if self._loading else self._adapter_with(peft_config)
-        super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        if _ADDING_CASTS:
+            super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        else:
+            super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
+            self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[operator]
         if source is not None:
             for path in self.sidecars[source].ranks:
                 install_copy(lora_layer(self, path), adapter_name, source)

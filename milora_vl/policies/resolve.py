@@ -68,7 +68,7 @@ def resolve(rules: Sequence[Rule | None], model: nn.Module, *, is_complete: bool
     _share_budgets([path for _, path in targets], plans, selector, problems)
     settled = _settle(targets, plans, selector, problems, is_complete)
     problems += _mixed_baselines(settled)
-    problems += _shared_weights(model, [t.path for t in settled])
+    problems += _shared_weights(model, settled)
     if problems:
         raise PolicyError("\n".join(dict.fromkeys(problems)))
     _warn_of_experts(selector, settled)
@@ -195,12 +195,18 @@ def _mixed_baselines(targets: Sequence[Target]) -> list[str]:
     return []
 
 
-def _shared_weights(model: nn.Module, paths: list[str]) -> list[str]:
-    """Targets whose weight another module shares: stock PEFT would merge and save them wrongly."""
+def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[str]:
+    """Targets whose weight another module shares: stock PEFT would merge and save them wrongly.
+
+    Without PEFT, where nothing but whole modules trains, the rules must only name all that have the weight.
+    """
+    paths = [target.path for target in targets]
+    is_whole = all(target.rank is None for target in targets)
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name.rpartition(".")[0])
-    shared = {path: others for others in owners.values() if len(set(others)) > 1 for path in others}
+    harmful = [o for o in owners.values() if len(set(o)) > 1 and not (is_whole and set(o) <= set(paths))]
+    shared = {path: others for others in harmful for path in others}
     return [
         f"{path} shares its weight with {next(o for o in shared[path] if o != path)}: untie them before, "
         "or leave it to no rule"

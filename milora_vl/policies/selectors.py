@@ -1,6 +1,7 @@
 """The `modules` field of a rule: which modules it means, as full module paths.
 
 language                    the linear layers of a tower's blocks (of the whole projector)
+language.*                  all of a tower: embeddings, head and, where weights train themselves, norms too
 language.layers[0-3].mlp    blocks 0 to 3, both included, of one family (attention, mlp)
 language.q_proj             a leaf name, or a longer end of the path (self_attn.q_proj)
 *.lm_head                   a glob over full paths; an exact path is one
@@ -19,7 +20,7 @@ from milora_vl.lora.layers import is_adaptable, is_linear
 from milora_vl.towers import TOWERS, Towers, output_head
 
 _TOWER_SELECTOR = re.compile(
-    rf"(?P<tower>{'|'.join(TOWERS)})(?:\.layers\[(?P<first>\d+)(?:-(?P<last>\d+))?\])?(?:\.(?P<tail>[\w.]+))?"
+    rf"(?P<tower>{'|'.join(TOWERS)})(?:\.layers\[(?P<first>\d+)(?:-(?P<last>\d+))?\])?(?:\.(?P<tail>[\w.]+|\*))?"
 )
 
 
@@ -85,9 +86,11 @@ class Selector:
 
     def _by_tower(self, selector: re.Match[str], whole_modules: bool) -> list[str]:
         tower, tail = str(selector["tower"]), selector["tail"]
-        found = [
-            p for p in self.modules if self.towers.tower_of(p) == tower and self._in_tower(p, tower, whole_modules)
-        ]
+        inside = [path for path in self.modules if self.towers.tower_of(path) == tower]
+        if tail == "*":
+            found, tail = [path for path in inside if self._counts(path, whole_modules)], None
+        else:
+            found = [path for path in inside if self._in_tower(path, tower, whole_modules)]
         if selector["first"] is not None:
             blocks = range(int(selector["first"]), int(selector["last"] or selector["first"]) + 1)
             found = [p for p in found if self.towers.block_of(p) in blocks]

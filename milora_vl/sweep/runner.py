@@ -118,7 +118,11 @@ def run_cells(
 def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
     for name in ("cells", "logs", "failed", "recipes"):
         (sweep.folder / name).mkdir(parents=True, exist_ok=True)
-    _write(sweep.folder / "recipes" / f"{cell.name}.yaml", recipe_of(sweep.recipe, cell).to_yaml())
+    recipe = recipe_of(sweep.recipe, cell)
+    # Cells differ in method, rate and seed: the factors of a method at a rank are computed for the first one.
+    shared = recipe.factor_cache or str(sweep.folder / "factors")
+    recipe = recipe.model_copy(update={"factor_cache": shared})
+    _write(sweep.folder / "recipes" / f"{cell.name}.yaml", recipe.to_yaml())
     start = time.monotonic()
     log = sweep.folder / "logs" / f"{cell.name}.log"
     with _lock(sweep.folder / "logs" / f"{cell.name}.lock", wait=True) as held, log.open("a", encoding="utf-8") as out:

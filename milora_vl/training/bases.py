@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
@@ -9,6 +10,9 @@ from milora_vl import models
 from milora_vl.composing import parts as composing
 from milora_vl.composing.parts import Parts
 from milora_vl.config import PartsConfig, Recipe
+
+# LLaVA's word -> Hugging Face's.
+FEATURES = {"patch": "default", "cls_patch": "full"}
 
 
 def parts_of(recipe: Recipe) -> Parts | None:
@@ -34,10 +38,10 @@ def config_for(recipe: Recipe) -> Any:
 
 def check(recipe: Recipe) -> None:
     """Find out before anything loads whether all parts are there. UserError names the one that is not."""
-    from pathlib import Path
-
     from milora_vl.projector import projector_file
 
+    if recipe.factor_cache and Path(recipe.factor_cache).exists() and not Path(recipe.factor_cache).is_dir():
+        raise UserError(f"--factor_cache {recipe.factor_cache}: expected a folder, this is a file")
     parts = parts_of(recipe)
     if parts is not None:
         composing.require_parts(parts)
@@ -46,9 +50,13 @@ def check(recipe: Recipe) -> None:
 
 
 def settled(recipe: Recipe) -> tuple[Recipe, str]:
-    """The recipe with the composed base as its model, written where it is not there yet, and a line about it."""
+    """The recipe with the composed base as its model, written where it is not there yet, and a line about it.
+
+    A base that is made at first use is made here: of several processes one makes it, and the others find it.
+    """
     parts = parts_of(recipe)
     if parts is None:
+        models.prepare(recipe.model)
         return recipe, ""
     folder, is_new = composing.base_folder(parts)
     done = "composed" if is_new else "composed before"
@@ -59,13 +67,22 @@ def settled(recipe: Recipe) -> tuple[Recipe, str]:
 def warnings(recipe: Recipe) -> list[str]:
     """What a named tower does not do: a model that reads pictures keeps its own."""
     named = recipe.parts
-    if named.vision_tower is None or not recipe.model or not _sees(recipe.model):
+    if named == PartsConfig() or not recipe.model:
         return []
+    if not _sees(recipe.model):
+        return [] if named.vision_tower else ["without a --vision_tower, what is said of its layer has no effect"]
     config = models.config_of(recipe.model)
-    asked = {"select_layer": named.select_layer}
-    if config.to_dict().get("vision_feature_layer") == asked["select_layer"] and _is_tower(config, named.vision_tower):
+    own = config.to_dict()
+    differing = []
+    if named.vision_tower and not _is_tower(config, named.vision_tower):
+        differing.append(named.vision_tower)
+    if own.get("vision_feature_layer", named.select_layer) != named.select_layer:
+        differing.append(f"layer {named.select_layer}")
+    if own.get("vision_feature_select_strategy", "default") != FEATURES[named.select_feature]:
+        differing.append(f"feature {named.select_feature}")
+    if not differing:
         return []
-    return [f"{recipe.model} keeps the vision tower it was trained with; without effect: {named.vision_tower}"]
+    return [f"{recipe.model} keeps the vision tower it was trained with; without effect: {', '.join(differing)}"]
 
 
 def _is_tower(config: Any, name: str) -> bool:

@@ -39,12 +39,26 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple
     from milora_vl.models import load_model
     from milora_vl.projector import load_projector
 
-    quantization = None if recipe.quantization == "none" else recipe.quantization
-    model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=quantization)
+    model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
     _set_attention(model, recipe.attn_implementation)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))
     return model, processor
+
+
+def _quantization(recipe: Recipe) -> Any:
+    """Settings of bitsandbytes; what 4 bits are multiplied in is the precision that the run trains in, as in LLaVA."""
+    if recipe.quantization == "none":
+        return None
+    from milora_vl.quantized import quantization_config
+
+    half = torch.bfloat16 if recipe.train.get("bf16") else torch.float16 if recipe.train.get("fp16") else torch.float32
+    return quantization_config(
+        recipe.quantization,
+        quant_type=recipe.quant_type,
+        double_quant=recipe.double_quant,
+        compute_dtype=half,
+    )
 
 
 def _set_attention(model: Any, name: str) -> None:
@@ -96,8 +110,13 @@ def saves_of(targets: Sequence[Target]) -> Saves:
     return "projector" if all(t.tower == "projector" for t in targets) else "full"
 
 
-def build(recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | None) -> Built:
-    """Apply the policy, or put back the adapter of `checkpoint`: its initial factors, so no SVD is repeated."""
+def build(
+    recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | None, dtype: torch.dtype = torch.float32
+) -> Built:
+    """Apply the policy, or put back the adapter of `checkpoint`: its initial factors, so no SVD is repeated.
+
+    `dtype` is that of the weights that train.
+    """
     from milora_vl.adapter import apply_milora
     from milora_vl.adapter_io import load_adapter
     from milora_vl.initialize import WeightError
@@ -114,13 +133,14 @@ def build(recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | No
         if saves == "adapter" and checkpoint is not None:
             model: nn.Module = load_adapter(base, checkpoint, is_trainable=True)
         else:
-            model = apply_milora(base, Policy.parse(recipe.policy or []), form=recipe.form, progress=True)
+            policy, cache = Policy.parse(recipe.policy or []), recipe.factor_cache
+            model = apply_milora(base, policy, form=recipe.form, cache_dir=cache, progress=True)
             report = cast("Sequence[LayerReport]", model.milora_report)
     except (AdapterError, WeightError) as error:
         raise UserError(str(error)) from None
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # Adam's steps are lost in half precision
+            parameter.data = parameter.data.to(dtype)
     return Built(model, processor, targets, saves, sizes, report, frozen)
 
 

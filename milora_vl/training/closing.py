@@ -43,7 +43,7 @@ def next_command(path: Path, recipe: Recipe) -> str:
 def _report(path: Path, screen: Screen) -> bool:
     try:
         importlib.import_module("milora_vl.report").write_report(path)
-    except UserError as error:
+    except (UserError, OSError) as error:  # a full disk, most often
         screen.warn(f"no report: {error}")
         return False
     except Exception:  # weights are saved; whatever goes wrong in a drawing must not look like a failed training

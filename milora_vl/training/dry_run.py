@@ -17,6 +17,7 @@ from torch import nn
 
 from milora_data.errors import UserError
 from milora_vl import models
+from milora_vl.composing.whole import whole_weights
 from milora_vl.config import Recipe
 from milora_vl.image_tokens import image_tokens
 from milora_vl.policy import Target
@@ -72,7 +73,7 @@ def show(request: Request) -> int:
         targets,
         counts,
         batching,
-        recipe.quantization,
+        _packed_bytes(recipe),
         has_steps=has_steps,
         gpu_memory=request.gpu_memory,
     ):
@@ -83,13 +84,20 @@ def show(request: Request) -> int:
     return 0
 
 
+def _packed_bytes(recipe: Recipe) -> float | None:
+    from milora_vl.quantized import bytes_per_number
+
+    if recipe.quantization == "none":
+        return None
+    return bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
+
+
 def meta_model(config: Any) -> nn.Module:
     """The model of a config with shapes alone: no weights, no memory."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.modeling_utils import set_zero3_state
 
     sees = "vision_config" in config.to_dict()
-    with torch.device("meta"), set_zero3_state():  # ZeRO-3 has nothing to cut up here
+    with whole_weights(), torch.device("meta"):
         return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
 
 

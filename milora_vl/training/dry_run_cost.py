@@ -14,6 +14,7 @@ from torch import nn
 
 from milora_vl.image_tokens import image_tokens
 from milora_vl.policy import Target
+from milora_vl.quantized import is_quantized
 from milora_vl.towers import find_towers
 from milora_vl.training import fit
 from milora_vl.training.batching import Batching
@@ -33,7 +34,6 @@ from milora_vl.training.screen import trained_sizes
 from milora_vl.training.simulate import Shape, simulate
 
 MIX665K = Counts(tokens=700, learnt=60, exact=False)  # per record, roughly
-BYTES = {"none": 2.0, "8bit": 1.0, "4bit": 0.55}
 FEW = (2, 3)  # layers that are simulated; each further one adds what the third did
 
 
@@ -44,14 +44,15 @@ def lines(
     targets: Sequence[Target],
     counts: Counts | None,
     batching: Batching,
-    quantization: str,
+    packed_bytes: float | None,
     *,
     has_steps: bool,
     gpu_memory: float | None = None,
 ) -> list[str]:
     """Memory by purpose and the time of the run, ready to print."""
-    plan = plan_of(train, config, base, targets, counts or MIX665K, batching, quantization)
-    other = activations(config, base, targets, shape_of(config, plan, counts or MIX665K, checkpointing=True))
+    plan = plan_of(train, config, base, targets, counts or MIX665K, batching, packed_bytes)
+    frugal = shape_of(config, plan, counts or MIX665K, checkpointing=True)
+    other = plan.activations if plan.checkpointing else activations(config, base, targets, frugal)
     sizes = memory(plan)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
     stage = f"ZeRO-{plan.stage}" if plan.stage else "no ZeRO"
@@ -124,9 +125,12 @@ def plan_of(
     targets: Sequence[Target],
     counts: Counts,
     batching: Batching,
-    quantization: str,
+    packed_bytes: float | None,
 ) -> Plan:
-    """The plan of a run: what is resident by counts, what a step adds by simulation."""
+    """The plan of a run: what is resident by counts, what a step adds by simulation.
+
+    `packed_bytes` is what a number of a quantised base takes; None where the base is not quantised.
+    """
     sizes = trained_sizes(targets, base)
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     half = bool(train.get("bf16") or train.get("fp16"))
@@ -136,7 +140,9 @@ def plan_of(
         adapters=adapters,
         anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
         full=sum(sizes.values()) - adapters,
-        base_bytes=BYTES[quantization] if half or quantization != "none" else 4.0,
+        base_bytes=2.0 if half else 4.0,
+        packable=0 if not adapters else sum(_numel(m) for path, m in base.named_modules() if is_quantized(path, m)),
+        packed_bytes=packed_bytes,
         stage=int(zero.get("stage", 0)),
         devices=batching.num_devices,
         records=batching.per_device,
@@ -151,6 +157,10 @@ def plan_of(
     )
     shape = shape_of(config, plan, counts, checkpointing=plan.checkpointing)
     return replace(plan, activations=activations(config, base, targets, shape))
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _offloads(zero: dict[str, Any], what: str) -> bool:

@@ -6,6 +6,7 @@ stage; what a step adds to them is simulated (simulate.py).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from milora_vl.policy import Target
 
 GIB = 1024**3
 A100_FLOPS = 312e12 * 0.4  # bf16 peak times the share that LLaVA's scripts reach
-LIVE = 1_000_000_000  # stage3_max_live_parameters: so many numbers may be gathered at once
+LIVE = 1_000_000_000  # stage3_max_live_parameters, sub_group_size: so many numbers are gathered, or stepped, at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,9 @@ class Plan:
     adapters: int  # trained numbers in adapters
     anchors: int  # frozen copies of initial factors
     full: int  # parameters that train themselves
-    base_bytes: float  # per frozen number
+    base_bytes: float  # per frozen number, where it is not packed
+    packable: int = 0  # frozen numbers in layers that a quantised base packs
+    packed_bytes: float | None = None  # per number of those; None: not quantised
     stage: int
     devices: int
     records: int  # per device and micro-step
@@ -54,25 +57,36 @@ def memory(plan: Plan) -> dict[str, float]:
     narrow = 2 if plan.stage and plan.half else 4
     master = 4 if narrow == 2 else 0
     on_device, weights_here = not plan.offload_optimizer, not plan.offload_weights
-    # PEFT keeps the original beside a module that trains in full.
-    frozen = plan.total if plan.adapters else plan.total - plan.full
+    # DeepSpeed's step casts a group's gradients to float32, when activations are gone; ZeRO-3 a part of them at a time.
+    copies = 4 * min(plan.trained / states, LIVE if plan.stage == 3 else math.inf) * on_device if master else 0
+    working = "activations" if plan.activations >= copies else "float32 gradients at the step"
+    anchor = plan.base_bytes if plan.packed_bytes is None else 4  # packed weights have no dtype to keep them in
     sizes = {
-        "frozen weights": frozen * plan.base_bytes / share * weights_here,
-        "anchors (never sharded)": plan.anchors * plan.base_bytes,
+        "frozen weights": frozen_weights(plan) / share * weights_here,
+        "anchors (never sharded)": plan.anchors * anchor,
         "trained weights": plan.trained * narrow / share * weights_here,
         "gradients": plan.trained * narrow / grads,
+        "buckets of DDP": plan.trained * narrow * (plan.stage == 0 and plan.devices > 1),
         "optimizer": plan.trained * (plan.optimizer_bytes + master) / states * on_device,
         "gathered layers": min(LIVE, plan.total) * plan.base_bytes * (plan.stage == 3 and plan.devices > 1),
-        "activations": plan.activations,
+        working: max(plan.activations, copies),
     }
     return {name: size for name, size in sizes.items() if size}
+
+
+def frozen_weights(plan: Plan) -> float:
+    """Bytes of all that stays; PEFT keeps the original beside a module that trains in full."""
+    frozen = plan.total if plan.adapters else plan.total - plan.full
+    if plan.packed_bytes is None:
+        return frozen * plan.base_bytes
+    return (frozen - plan.packable) * plan.base_bytes + plan.packable * plan.packed_bytes
 
 
 def host_memory(plan: Plan) -> float:
     """Bytes per process that offloading puts into the host's memory."""
     share = plan.devices if plan.stage == 3 else 1
     states = plan.devices if plan.stage >= 1 else 1
-    weights = (plan.total * plan.base_bytes + plan.trained * 2) / share * plan.offload_weights
+    weights = (frozen_weights(plan) + plan.trained * 2) / share * plan.offload_weights
     return weights + plan.trained * (plan.optimizer_bytes + 4) / states * plan.offload_optimizer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from milora_vl.quantized import bytes_per_number
 from milora_vl.training.estimate import GIB, Plan, memory
 
 OVERHEAD = 1.0  # GiB for CUDA itself, its libraries and what the allocator cannot use
@@ -48,11 +49,12 @@ def changes(plan: Plan, checkpointed: float) -> Iterator[tuple[str, Plan]]:
             ),
         )
     smallest = replace(best, records=1, activations=best.activations / best.records)
-    if plan.devices > 1 and plan.stage < 3:
+    if plan.devices > 1 and plan.stage < 3 and plan.packed_bytes is None:
         yield "--deepspeed zero3", replace(best, stage=3)
         yield "--deepspeed zero3, and a batch of 1 per device", replace(smallest, stage=3)
-    if plan.base_bytes > 1 and plan.stage < 3:
-        yield "--bits 4 (a quantised base), and a batch of 1 per device", replace(smallest, base_bytes=0.55)
-    if not plan.offload_weights:
+    if plan.packable and plan.packed_bytes is None and plan.stage < 3:
+        packed = replace(smallest, packed_bytes=bytes_per_number("4bit", double_quant=True))
+        yield "--quantization 4bit, and a batch of 1 per device", packed
+    if not plan.offload_weights and plan.packed_bytes is None:
         away = replace(smallest, stage=3, offload_weights=True, offload_optimizer=True)
         yield "--deepspeed zero3_offload, and a batch of 1 per device", away

@@ -14,7 +14,8 @@ from typing import Any
 from milora_data.errors import UserError
 
 FSDP = """FSDP is refused: saving under stock names and resuming are known to be right with DeepSpeed alone
-use --deepspeed zero3, which shards the same; drop --fsdp, and use_fsdp from accelerate's configuration"""
+use --deepspeed zero3, which shards the same, and leave --fsdp out
+in accelerate's configuration: distributed_type: MULTI_GPU"""
 OTHERS_DEEPSPEED = """accelerate brings DeepSpeed settings of its own; the model would load whole in every process
 give them to this command instead: --deepspeed zero2, zero3, zero3_offload or a JSON file
 and let accelerate only start the processes: distributed_type: MULTI_GPU"""

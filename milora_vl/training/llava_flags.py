@@ -20,8 +20,6 @@ FLAGS: dict[str, tuple[str, str]] = {
     "freeze_mm_mlp_adapter": ("bool", "keep the projector frozen"),
     "freeze_backbone": ("bool", "keep the language model frozen"),
     "bits": ("int", "16, or 8 or 4 for a quantised base"),
-    "double_quant": ("bool", "of a 4-bit base"),
-    "quant_type": ("str", "of a 4-bit base"),
     "vision_tower": ("str", "the tower that a text-only model gets: a folder, a hub id or timm/NAME"),
     "mm_projector_type": ("str", "only mlp2x_gelu, as LLaVA-1.5"),
     "mm_vision_select_layer": ("int", "the layer of the tower whose features are taken [-2]"),
@@ -46,8 +44,6 @@ ALREADY_SO: dict[str, tuple[Any, ...]] = {
     "tune_mm_mlp_adapter": (False, True),
     "lora_enable": (False, True),
     "lora_bias": ("none",),
-    "double_quant": (True,),
-    "quant_type": ("nf4",),
     "bits": (16, 8, 4),
     "mpt_attn_impl": ("triton",),
     "mm_patch_merge_type": ("flat",),
@@ -61,7 +57,7 @@ REFUSED: dict[str, str] = {
     "mm_projector_type": "only mlp2x_gelu is supported: Hugging Face's LLaVA has a projector of two layers",
     "mm_patch_merge_type": "only flat is supported, as LLaVA-1.5; take a model of llava-hf/llava-v1.6-* for others",
 }
-WITHOUT_EFFECT = ("cache_dir", "mpt_attn_impl", "double_quant", "quant_type")
+WITHOUT_EFFECT = ("cache_dir", "mpt_attn_impl")
 # LLaVA's flag -> field of the recipe's `parts`.
 PARTS = {
     "vision_tower": "vision_tower",
@@ -70,7 +66,7 @@ PARTS = {
 }
 
 
-_IN_FULL = "no --lora_enable means the linear layers of the language tower's blocks in full {}"
+_IN_FULL = "no --lora_enable means all of the language tower in full, embeddings and head included, {}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +120,7 @@ def _rules(
         return [language, *projector], f"--lora_enable True means MiLoRA of rank {rank} on the language tower {rest}"
     if given.get("freeze_backbone"):
         return projector, "--freeze_backbone True means the projector alone"
-    return [{"modules": "language", "method": "full"}, *projector], _IN_FULL.format(rest)
+    return [{"modules": "language.*", "method": "full"}, *projector], _IN_FULL.format(rest)
 
 
 def _warnings(given: Mapping[str, Any]) -> list[str]:

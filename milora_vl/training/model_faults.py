@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from milora_data.errors import UserError
+from milora_vl.config import Recipe
 
 
 def faults_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bool = False) -> list[str]:
@@ -29,3 +30,20 @@ def faults_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bool
     except (UserError, ValueError):
         return []
     return []
+
+
+def require_float_weights(recipe: Recipe, config: Any) -> None:
+    """UserError for a rule that trains a quantised weight itself: integers have no gradient."""
+    from milora_vl.policy import Policy
+    from milora_vl.quantized import is_quantized
+    from milora_vl.training.build import rules_for
+    from milora_vl.training.dry_run import meta_model
+
+    base = meta_model(config)
+    targets = Policy.settle(rules_for(recipe, base, implicit=True).policy or [], base)
+    packed = [t.path for t in targets if t.rank is None and is_quantized(t.path, base.get_submodule(t.path))]
+    if packed:
+        raise UserError(
+            f"quantization {recipe.quantization}: {len(packed):,} modules are to train in full, first {packed[0]}\n"
+            "a quantised weight cannot train; an adapter on it can: --lora_enable True, or --method milora"
+        )

@@ -7,7 +7,7 @@ import signal
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from milora_data.errors import UserError
 from milora_vl.training import checkpoints, evaluation, packages, run_data, run_folder, settings
@@ -15,9 +15,6 @@ from milora_vl.training.arguments import Request
 from milora_vl.training.batching import Batching
 from milora_vl.training.checkpoints import step_of
 from milora_vl.training.screen import Screen, policy_rows, trainable_line
-
-if TYPE_CHECKING:
-    pass
 
 # What the collator counts, in words.
 WHAT_HAPPENED = {
@@ -110,12 +107,11 @@ class Run:
 
         with self.args.main_process_first(desc="composing the base"):
             self.recipe, line = bases.settled(self.recipe)
+        self.dtype = training_args.base_dtype(self.recipe, self.recipe.train)
         if line:
             self.screen.say(line)
-        dtype = training_args.base_dtype(self.recipe, self.recipe.train)
         with self.screen.step(f"loading {self.recipe.model}"):
-            self.base, self.processor = build.load_base(self.recipe, dtype, training_args.load_device(self.args))
-        self.dtype = dtype
+            self.base, self.processor = build.load_base(self.recipe, self.dtype, training_args.load_device(self.args))
         self.recipe = build.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
         for warning in build.picture_warnings(self.recipe, self.base):
             self.screen.warn(warning)
@@ -149,6 +145,7 @@ class Run:
         from transformers import set_seed
 
         from milora_vl.training import build, run_files
+        from milora_vl.training.training_args import trained_dtype
 
         if self.describes_start():
             with self.screen.step("measuring the spectrum of one layer per tower"):
@@ -156,7 +153,7 @@ class Run:
         set_seed(self.args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
         checkpoint = self.folder.checkpoint
         with self.screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
-            self.built = build.build(self.recipe, self.base, self.processor, checkpoint)
+            self.built = build.build(self.recipe, self.base, self.processor, checkpoint, trained_dtype(self.args))
         if self.args.gradient_checkpointing:
             model: Any = self.built.model
             model.enable_input_require_grads()  # frozen embeddings would cut the graph
@@ -308,8 +305,11 @@ class Run:
         if self.args.should_save and self.trainer is not None:
             from milora_vl.training.closing import write_pages
 
-            self.trainer.state.save_to_json(str(self.folder.path / "trainer_state.json"))
-            write_pages(self.folder, self.recipe, self.screen)
+            try:
+                self.trainer.state.save_to_json(str(self.folder.path / "trainer_state.json"))
+                write_pages(self.folder, self.recipe, self.screen)
+            except OSError as error:  # the disk is full: what ended the run is what the user has to read
+                self.screen.warn(f"no report: {error}")
 
     def describes_start(self) -> bool:
         """Whether policy and spectra are to be written: not where a resumed run finds those of its start."""

@@ -114,12 +114,23 @@ def policy_rows(
 
 
 def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
-    """Trained numbers of each target by its path: r (in + out) of an adapter, all of a module that trains in full."""
+    """Trained numbers of each target by its path: r (in + out) of an adapter, all of a module that trains in full.
+
+    A tied head counts nothing: its weight is that of the embeddings.
+    """
     from transformers.trainer_pt_utils import get_model_param_count
 
-    return {
-        t.path: t.rank * sum(t.shape) if t.rank else get_model_param_count(base.get_submodule(t.path)) for t in targets
-    }
+    sizes: dict[str, int] = {}
+    seen: set[nn.Parameter] = set()
+    for target in targets:
+        module = base.get_submodule(target.path)
+        if target.rank:
+            sizes[target.path] = target.rank * sum(target.shape)
+            continue
+        weight = next(module.parameters())
+        sizes[target.path] = 0 if weight in seen else get_model_param_count(module)
+        seen.add(weight)
+    return sizes
 
 
 def trainable_line(model: nn.Module) -> str:

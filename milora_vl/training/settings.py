@@ -49,6 +49,10 @@ def require_fit(request: Request, recipe: Recipe) -> None:
     found = faults_on_model(request, config)
     if found:
         raise RecipeError(_rules_of(request)[1], found.values())
+    if recipe.quantization != "none":
+        from milora_vl.training.model_faults import require_float_weights
+
+        require_float_weights(recipe, config)
 
 
 def _config_named(request: Request) -> Any:

@@ -23,7 +23,7 @@ from milora_vl.lora.install import install, lora_layer, set_dropout
 from milora_vl.lora.weights import factor_dtype
 from milora_vl.policy import Target
 from milora_vl.towers import find_towers
-from milora_vl.training.losses import CHUNK, inner_model
+from milora_vl.training.losses import CHUNK, GradientsAtOnce, inner_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,19 +180,13 @@ def _loss(base: Any, shape: Shape) -> Tensor:
     head = base.get_output_embeddings()
     piece = max(CHUNK // base.config.get_text_config().vocab_size, 1)
     count = max(min(shape.learnt, shape.records * shape.tokens), 1)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, count, piece):
-        size = min(piece, count - start)
-        chosen = hidden[start : start + size]
-        targets = torch.zeros(size, dtype=torch.long)
 
-        def of_piece(chosen: Tensor, targets: Tensor = targets) -> Tensor:
-            return nn.functional.cross_entropy(head(chosen).float(), targets, reduction="sum")
+    def of_piece(chosen: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(head(chosen).float(), targets, reduction="sum")
 
-        later = start > 0
-        total = total + (
-            torch.utils.checkpoint.checkpoint(of_piece, chosen, use_reentrant=False) if later else of_piece(chosen)
-        )
+    targets = torch.zeros(count, dtype=torch.long).split(piece)
+    rest = [p for p in head.parameters() if p.requires_grad]
+    total: Tensor = GradientsAtOnce.apply(of_piece, hidden[:count], targets, *rest)
     return total
 
 

@@ -71,6 +71,11 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         named = isinstance(given, str)
         train["deepspeed"], notes = launch.deepspeed_settings(deepspeed_config(given) if named else given)
         warnings += notes
+        if recipe.quantization != "none" and train["deepspeed"].get("zero_optimization", {}).get("stage") == 3:
+            raise UserError(
+                f"quantization {recipe.quantization}: ZeRO-3 cannot share out a quantised base\n"
+                "say --deepspeed zero2, as LLaVA's finetune_qlora.sh does"
+            )
     if recipe.dtype in ("bfloat16", "float16"):
         train.setdefault("bf16" if recipe.dtype == "bfloat16" else "fp16", True)
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
@@ -78,7 +83,7 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     # A batch without pictures holds a hidden one, so all that trains is used, but for layers of the vision tower that
     # LLaVA does not read.
     rules = [str(rule.get("modules", "")) for rule in recipe.policy or ()]
-    train.setdefault("ddp_find_unused_parameters", any(rule.startswith("vision") or "*" in rule for rule in rules))
+    train.setdefault("ddp_find_unused_parameters", any(_may_be_unused(rule) for rule in rules))
     on_cpu = bool(train.get("use_cpu")) or not torch.cuda.is_available()
     if on_cpu:
         train.setdefault("dataloader_pin_memory", False)
@@ -117,9 +122,23 @@ def base_dtype(recipe: Recipe, train: dict[str, Any]) -> torch.dtype:
     return torch.float16 if train.get("fp16") else torch.float32
 
 
+def trained_dtype(args: TrainingArguments) -> torch.dtype:
+    """Of the weights that train: float32, as Adam's steps are lost in half precision.
+
+    DeepSpeed in half precision keeps such copies itself, and does not autocast: all weights are in its precision then.
+    """
+    if args.deepspeed and args.hf_deepspeed_config.is_true("bf16.enabled"):
+        return torch.bfloat16
+    return torch.float16 if args.deepspeed and args.hf_deepspeed_config.is_true("fp16.enabled") else torch.float32
+
+
 def load_device(args: TrainingArguments) -> torch.device:
     """Where the model is loaded and decomposed: the device it trains on, unless it is to be sharded from the CPU."""
     return torch.device("cpu") if args.deepspeed or args.fsdp else args.device
+
+
+def _may_be_unused(modules: str) -> bool:
+    return modules.startswith("vision") or "*" in modules.removesuffix(".*")
 
 
 def _evaluation(train: dict[str, Any], recipe: Recipe) -> None:

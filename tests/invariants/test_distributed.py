@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launched import ENVIRONMENT, launched, needs_deepspeed
+from launched import ENVIRONMENT, needs_deepspeed, train_in_two
 from safetensors.torch import load_file
 from test_train import METHODS, WEIGHTS, losses, words
 from test_train_data import many
@@ -19,46 +19,7 @@ from test_train_data import many
 from milora_vl.tiny import tiny_llava
 from milora_vl.train import main
 
-# Several trainings in one launch: starting processes takes longer than training. Each line of the file is a command;
-# "cut" makes of a finished run one that was killed while it wrote its last checkpoint.
-WORKER = """
-import gc, json, os, shutil, sys
-from pathlib import Path
-import torch.distributed as dist
-from milora_vl.train import main
-from milora_vl.training import build
-
-load_base = build.load_base
-def load(*arguments):
-    base, processor = load_base(*arguments)
-    whole = sum(p.numel() for p in base.parameters())
-    print(f"WHOLE {os.environ['RANK']} {whole}", flush=True)
-    return base, processor
-build.load_base = load
-
-for line in json.loads(Path(sys.argv[1]).read_text()):
-    if line[0] == "cut" and dist.get_rank() == 0:
-        run = Path(line[1])
-        (run / "checkpoint-6" / "trainer_state.json").unlink()
-        for file in (*run.glob("*.safetensors"), run / "trainer_state.json"):
-            file.unlink()
-    if line[0] == "cut":
-        dist.barrier()
-    else:
-        assert main(line) == 0
-        gc.collect()  # HF keeps DeepSpeed's settings as long as the arguments live
-dist.barrier()
-"""
 SETTINGS = {"ddp": [], "zero2": ["--deepspeed", "zero2"], "zero3": ["--deepspeed", "zero3"]}
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as a folder: HF loads it, under ZeRO-3 in parts."""
-    folder = tmp_path_factory.mktemp("tiny")
-    for part in tiny_llava():
-        part.save_pretrained(folder)
-    return folder
 
 
 def same(first: Path, second: Path, weights: str = "adapter_model.safetensors") -> None:
@@ -80,17 +41,14 @@ def run_all(kinds: list[str], method: str, model: Path, data: Path, tmp_path: Pa
     for kind in kinds:
         line = words(data, tmp_path / kind, *extra, *SETTINGS[kind], *batch)
         lines += [line, ["cut", str(tmp_path / kind)], [*line, "--resume_from_checkpoint", "true"]]
-    (tmp_path / "lines.json").write_text(json.dumps(lines))
-    (tmp_path / "worker.py").write_text(WORKER)
     assert main(words(data, tmp_path / "one", *extra, "--per_device_train_batch_size", "8")) == 0
-    done = launched([str(tmp_path / "worker.py"), str(tmp_path / "lines.json")], tmp_path)
-    assert done.returncode == 0, done.stdout[-3000:]
+    printed = train_in_two(lines, tmp_path)
     for kind in kinds:
         same(tmp_path / "one", tmp_path / kind, weights)
         assert (tmp_path / kind / "incomplete-checkpoint-6").is_dir()
         counts = [json.loads((tmp_path / run / "policy.json").read_text()) for run in ("one", kind)]
         assert all(counts[0][key] == counts[1][key] for key in ("trainable", "total", "targets"))
-    return done.stdout
+    return printed
 
 
 @needs_deepspeed

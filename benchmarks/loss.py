@@ -1,0 +1,118 @@
+"""The loss in chunks against the model's own: peak memory and time of a step at 2,048 positions x 32,000 words.
+
+A small Llama with a large vocabulary, so that logits are nearly all of a step. Memory: resident at the peak of the
+third step less what stays, each way in a process of its own. Time: of the processor, both ways in turns in one process.
+Prints one JSON line with ratios (ours / the model's own).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from plan import status
+
+from milora_vl.training.losses import install, summed_loss
+
+WORDS, LENGTH, WIDTH = 32000, 2048, 256
+LEARNT = (60, LENGTH - 1)  # of a LLaVA record, and of a text
+WAYS = ("own", "chunked")
+
+
+def model() -> Any:
+    """One layer, a head of WIDTH x WORDS that trains."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=WORDS, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=1, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    made = LlamaForCausalLM(config)
+    assert install(made)
+    return made
+
+
+def batch(learnt: int) -> dict[str, torch.Tensor]:
+    """One row, the last `learnt` positions supervised."""
+    ids = torch.randint(0, WORDS, (1, LENGTH))
+    labels = ids.clone()
+    labels[:, :-learnt] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def step(made: Any, inputs: dict[str, torch.Tensor], way: str) -> float:
+    """Forward and backward; the loss."""
+    if way == "own":
+        loss = made(**inputs).loss
+    else:
+        summed, count = summed_loss(made, inputs, chunked=True)
+        loss = summed / count
+    loss.backward()
+    made.zero_grad(set_to_none=False)
+    return float(loss.detach())
+
+
+def memory(way: str, learnt: int) -> int:
+    """Bytes that the third step takes at its peak."""
+    made, inputs = model(), batch(learnt)
+    for _ in range(2):
+        step(made, inputs, way)
+    start = status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 - the kernel's own counter of the peak
+        file.write("5")
+    step(made, inputs, way)
+    return status("VmHWM") - start
+
+
+def seconds(learnt: int, rounds: int) -> dict[str, float]:
+    """Median processor time of a step, by way."""
+    made, inputs = model(), batch(learnt)
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    losses = {way: step(made, inputs, way) for way in WAYS}
+    assert abs(losses["own"] - losses["chunked"]) < 1e-5 * losses["own"], losses
+    for _ in range(rounds):
+        for way in WAYS:
+            start = time.process_time()
+            step(made, inputs, way)
+            found[way].append(time.process_time() - start)
+    return {way: statistics.median(times) for way, times in found.items()}
+
+
+def main() -> None:
+    """Measure both ways at both counts of supervised positions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--one", nargs=2, metavar=("WAY", "LEARNT"), help="memory of one (used by the benchmark itself)"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    if args.one:
+        print(memory(args.one[0], int(args.one[1])))
+        return
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    rows = []
+    for learnt in LEARNT:
+        peaks = {}
+        for way in WAYS:
+            command = [sys.executable, __file__, "--one", way, str(learnt)]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            peaks[way] = int(done.stdout.split()[-1])
+        times = seconds(learnt, args.rounds)
+        rows.append({
+            "supervised": learnt, "own_mb": round(peaks["own"] / 1e6), "chunked_mb": round(peaks["chunked"] / 1e6),
+            "memory": round(peaks["chunked"] / peaks["own"], 3), "own_s": round(times["own"], 3),
+            "chunked_s": round(times["chunked"], 3), "time": round(times["chunked"] / times["own"], 3),
+        })  # fmt: skip
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    print(json.dumps({"benchmark": "loss", "positions": LENGTH, "words": WORDS, "runs": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Which of its neighbours' versions the tests run with: pyproject.toml allows transformers 4 and 5."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import pytest
+
+TRANSFORMERS_5 = int(version("transformers").partition(".")[0]) >= 5
+PEFT = tuple(map(int, version("peft").split(".")[:2]))
+
+# Transformers 4 finds the answers in a tokenized text by searching its characters, and is off where pieces join.
+RIGHT_ASSISTANT_MASKS = TRANSFORMERS_5
+# Before, what trains in full had to be called with at least one argument by its place; Idefics2 calls its resampler by
+# keyword alone.
+CALLS_BY_KEYWORD = PEFT >= (0, 20)
+needs_mica = pytest.mark.skipif(PEFT < (0, 20), reason="PEFT has MiCA from 0.20 on")
