@@ -65,6 +65,36 @@ def test_it_goes_on_where_it_was_stopped_and_bad_pictures_are_left_to_their_poli
     assert len(entries(tmp_path / "cache")) == len(made) + 1
 
 
+def test_entries_that_are_cut_off_are_made_anew_and_a_folder_that_cannot_be_is_told(
+    tiny_data: Path, tmp_path: Path, capfd: Any
+) -> None:
+    run = [*CACHED, "--max_steps", "2", "--feature_cache"]
+    assert main(words(tiny_data, tmp_path / "first", *run, str(tmp_path / "cache"))) == 0
+    made = entries(tmp_path / "cache")
+    whole = [path.read_bytes() for path in made]
+    for path, length in zip(made, (0, 100, -4), strict=False):
+        path.write_bytes(path.read_bytes()[:length])
+    made[-1].write_bytes(b"")  # the plain one
+    assert main(words(tiny_data, tmp_path / "again", *run, str(tmp_path / "cache"))) == 0
+    assert [path.read_bytes() for path in made] == whole
+    assert losses(tmp_path / "again") == losses(tmp_path / "first")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.feature_cache: .*file cannot be written to: .*Not a directory"):
+        main(words(tiny_data, tmp_path / "third", *run, str(tmp_path / "file")))
+
+
+def test_stored_pictures_of_one_name_have_entries_of_their_own(tiny_data: Path, tmp_path: Path) -> None:
+    import datasets
+
+    pictures = [{"bytes": path.read_bytes(), "path": "image.png"} for path in sorted((tiny_data / "images").iterdir())]
+    rows = {"image": pictures, "question": ["q"] * 8, "answer": ["Yes."] * 8}
+    data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    data.to_parquet(tmp_path / "rows.parquet")
+    extra = [*CACHED, "--data_path", str(tmp_path / "rows.parquet"), "--max_steps", "2"]
+    assert main(words(tiny_data, tmp_path / "run", *extra, "--feature_cache", str(tmp_path / "cache"))) == 0
+    assert len(entries(tmp_path / "cache")) == 9
+
+
 @pytest.mark.slow
 def test_another_transform_or_precision_has_entries_of_its_own(tiny_data: Path, tmp_path: Path) -> None:
     extra = [*CACHED, "--feature_cache", str(tmp_path / "cache"), "--max_steps", "1"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from milora_data.__main__ import main as command
 from milora_data.errors import DataError, UserError
 from milora_data.images import StoredPicture
 from milora_data.jsonfile import parts_of, read_objects, read_part
@@ -71,7 +74,7 @@ def test_an_epoch_has_every_record_once_over_all_processes(
         stream = record_stream(path, shuffle_buffer=8, rank=rank, world_size=world_size, num_workers=workers)
         share = iter(stream.rows)  # one epoch
         found += [row["record"] for row in share]
-        assert len(names(list(islice(stream, 200)))) == 200  # and it never ends
+        assert len(names(list(islice(stream, 60)))) == 60  # and it never ends
     assert len(set(found)) == len(found) == 48
 
 
@@ -132,6 +135,46 @@ def test_shards_of_pictures_stream_with_their_bytes(tmp_path: Path) -> None:
     pictures = [item.images[0] for item in found if isinstance(item, Record)]
     assert len(pictures) == 6
     assert all(isinstance(picture, StoredPicture) and picture.content[:4] == b"\x89PNG" for picture in pictures)
+
+
+def shard(path: Path, texts: list[bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for number, text in enumerate(texts):
+            member = tarfile.TarInfo(f"{path.stem}{number}.json")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_breaks_off_costs_what_is_behind_and_says_where(workers: int, tmp_path: Path, capsys: Any) -> None:
+    import datasets
+
+    good = json.dumps(ask("x")).encode()
+    shard(tmp_path / "a.tar", [*[good] * 6, b"{", good])
+    shard(tmp_path / "b.tar", [good] * 3)
+    (tmp_path / "c.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:700])
+    stream = record_stream(tmp_path / "*.tar", shuffle_buffer=4, num_workers=workers)
+    found = list(islice(loaders.StatefulDataLoader(stream, batch_size=None, num_workers=workers), 11))
+    errors = sorted(str(item) for item in found if isinstance(item, DataError))
+    assert len(found) - len(errors) == 9
+    assert errors[0].startswith(f"{tmp_path}/a.tar:6: cannot be read from here on: Expecting property name")
+    assert errors[1].startswith(f"{tmp_path}/c.tar:0: cannot be read from here on: unexpected end of data")
+    assert command(["check", str(tmp_path / "a.tar")]) == 1
+    assert "a.tar:6: cannot be read from here on" in capsys.readouterr().out
+    datasets.Dataset.from_list([ask("y")]).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    found = list(islice(record_stream(tmp_path / "*.parquet", shuffle_buffer=0), 2))
+    assert {type(item) for item in found} == {Record, DataError}
+
+
+def test_a_set_of_the_hub_that_breaks_off_is_told(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_text("\n".join([json.dumps(ask("x"))] * 9 + ["{"]))
+    with pytest.raises(DataError, match=r"a source of the hub, after \d records: cannot be read from here on: JSON"):
+        list(islice(record_stream(f"hub:{tmp_path}/hub", shuffle_buffer=0), 20))
+    assert command(["check", f"hub:{tmp_path}/hub"]) == 1
+    assert "cannot be read from here on" in capsys.readouterr().out
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import dirty_data
 import pytest
+from launched import launched
 from test_train import losses, words
 from test_train_data import many
 
@@ -73,18 +72,17 @@ def test_what_does_not_go_with_a_stream_is_told_at_once(tiny_data: Path, tmp_pat
 def test_two_processes_share_stream_and_features_and_resume(tiny_data: Path, tmp_path: Path) -> None:
     many(tiny_data, 50)
 
-    def launched(run: str, *extra: str) -> list[tuple[int, float]]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    def trained(run: str, *extra: str) -> list[tuple[int, float]]:
         options = ["--rank", "4", "--dropout", "0", "--save_steps", "3", *extra]
-        line = [*command, "-m", "milora_vl.train", *words(tiny_data, tmp_path / run, *options)]
-        subprocess.run(line, check=False, capture_output=True, timeout=600)  # gloo may abort when all is done
+        # Its exit code is not asked for: gloo may abort when all is done.
+        launched(["-m", "milora_vl.train", *words(tiny_data, tmp_path / run, *options)], tmp_path)
         return losses(tmp_path / run)
 
     stream = ["--streaming", "--shuffle_buffer", "8", "--dataloader_num_workers", "1"]
-    whole = launched("whole", *stream)
+    whole = trained("whole", *stream)
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "checkpoint-6")
     checkpoint = str(tmp_path / "half" / "checkpoint-3")
-    assert launched("half", *stream, "--resume_from_checkpoint", checkpoint) == whole
-    without, cached = launched("without"), launched("cached", "--feature_cache", str(tmp_path / "cache"))
+    assert trained("half", *stream, "--resume_from_checkpoint", checkpoint) == whole
+    without, cached = trained("without"), trained("cached", "--feature_cache", str(tmp_path / "cache"))
     assert [loss for _, loss in cached] == pytest.approx([loss for _, loss in without], rel=1e-5)

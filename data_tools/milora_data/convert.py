@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def _read(kind: str, sources: Sequence[Any], options: Options) -> Records:
 
 def _with_written_pictures(records: Records, folder: Path) -> Records:
     """Yield the records after their stored pictures have been written to `folder`, which names them."""
-    used: set[str] = set()
+    used: Counter[str] = Counter()
     for value in records:
         images = value.get("image")
         if isinstance(images, StoredPicture):
@@ -103,13 +104,13 @@ def _with_written_pictures(records: Records, folder: Path) -> Records:
         yield value
 
 
-def _write_picture(picture: StoredPicture, folder: Path, used: set[str]) -> str:
+def _write_picture(picture: StoredPicture, folder: Path, used: Counter[str]) -> str:
     stem, suffix = Path(picture).stem or "picture", Path(picture).suffix or _suffix(picture.content)
-    name, number = f"{stem}{suffix}", 1
+    name = wanted = f"{stem}{suffix}"
     while name in used:
-        number += 1
-        name = f"{stem}-{number}{suffix}"
-    used.add(name)
+        used[wanted] += 1
+        name = f"{stem}-{used[wanted]}{suffix}"
+    used[name] = 1
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(picture.content)
     return name

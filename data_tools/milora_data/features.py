@@ -43,10 +43,10 @@ class FeatureReader:
     def read(self, path: str | Path) -> Features:
         """Return the features of a picture. Raises `ImageError`, and `DataError` where they are not kept."""
         entry = self.entry(path)
-        if entry is None or not entry.is_file():
-            self.maker.read(path)
-            raise DataError(f"{path}: changed, or added, since the features of pictures were computed; start again")
-        return self._load(entry)
+        if entry is not None and self.holds(entry):
+            return self._load(entry)
+        self.maker.read(path)
+        raise DataError(f"{path}: changed, or added, since the features of pictures were computed; start again")
 
     def plain_image(self) -> Features:
         """Return the features of the plain picture."""
@@ -73,6 +73,16 @@ class FeatureReader:
         except (OSError, ValueError):  # a name that is too long for a file system, say
             return None
         return self.file(xxhash.xxh3_128_hexdigest(content))
+
+    def holds(self, entry: Path) -> bool:
+        """Whether an entry is there, and whole: a disk that was full or lost its power leaves files cut off."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(entry, framework="pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
 
     def file(self, name: str) -> Path:
         """Return the file of an entry."""

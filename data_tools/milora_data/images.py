@@ -18,7 +18,10 @@ ImagePolicy = Literal["raise", "skip", "replace"]
 
 
 class StoredPicture(str):
-    """The name of a picture that is stored inside a data set; `content` holds the bytes of its file."""
+    """The name of a picture that is stored inside a data set; `content` holds the bytes of its file.
+
+    Many sets call all their pictures the same: two are equal if name and content are.
+    """
 
     content: bytes
 
@@ -27,6 +30,12 @@ class StoredPicture(str):
         made = super().__new__(cls, name)
         made.content = content
         return made
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoredPicture) and str.__eq__(self, other) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash((str(self), self.content))
 
     def __reduce__(self) -> tuple[type[StoredPicture], tuple[str, bytes]]:
         return type(self), (str(self), self.content)

@@ -35,39 +35,90 @@ def stored_records(source: str, options: Options | None = None) -> Iterator[Reco
 
 def stored_items(source: str, options: Options | None = None) -> Iterator[Record | DataError]:
     """Yield the records of a source, and in the place of a row that is none what is wrong with it."""
-    for number, row in enumerate(open_stored(source)):
+    if source.startswith(HUB):
+        number = -1
         try:
-            yield row_to_record(row, f"{source}:{number}", str(number), options)
-        except DataError as error:
-            yield error
+            for number, row in enumerate(open_hub(source)):
+                yield _item(row, f"{source}:{number}", str(number), options)
+        except UserError:
+            raise
+        except Exception as error:
+            yield broken_off(f"{source}:{number + 1}", error)
+        return
+    total = 0
+    for file in files_of(source):
+        for item in items_of_file(file, options, start=total):
+            yield item
+            total += 1
+
+
+def items_of_file(file: str, options: Options | None = None, *, start: int = 0) -> Iterator[Record | DataError]:
+    """Yield the records of one file (start: the number of the first one, its id unless it has one).
+
+    Behind a break nothing is known: the last item is then a `DataError` that says where it is.
+    """
+    number = -1
+    try:
+        # `iter`, as the other way a loader process would share out the rows of the file once more.
+        for number, batch in enumerate(_open_file(file).iter(batch_size=1)):
+            row = {key: values[0] for key, values in batch.items()}
+            yield _item(row, f"{file}:{number}", str(start + number), options)
+    except Exception as error:  # whatever the readers of file formats trip over
+        yield broken_off(f"{file}:{number + 1}", error)
+
+
+def broken_off(place: str, error: Exception) -> DataError:
+    """Return what is said of a source that a reader of `datasets` does not come through."""
+    words = str(error).splitlines() or [type(error).__name__]
+    return DataError(f"{place}: cannot be read from here on: {words[0]}")
+
+
+def _item(row: Mapping[str, Any], place: str, number: str, options: Options | None) -> Record | DataError:
+    try:
+        return row_to_record(row, place, number, options)
+    except DataError as error:
+        return error
 
 
 def row_to_record(row: Mapping[str, Any], place: str, number: str, options: Options | None = None) -> Record:
-    """Return the record of one row of `open_stored`; `number` is its id unless it has one. Raises `DataError`."""
+    """Return the record of one row; `number` is its id unless it has one. Raises `DataError`."""
     plain = {key: value for key, value in _plain(row, number).items() if value is not None}
     if "conversations" in plain or "messages" in plain:
         return parse_record(plain, source=place)
     return parse_record(row_record(plain, options or Options(), place=place, identifier=number), source=place)
 
 
-def open_stored(source: str) -> Any:
-    """Return a source as a `datasets.IterableDataset` whose pictures are not decoded. Raises `UserError`."""
+def files_of(source: str) -> list[str]:
+    """Return the files that a name, or a pattern with *, stands for. Raises `DataError` if there is none."""
+    files = sorted(map(str, Path(source).parent.glob(Path(source).name)))
+    if not files:
+        raise DataError(missing_file(Path(source)))
+    return files
+
+
+def open_hub(source: str) -> Any:
+    """Return hub:OWNER/NAME[:SPLIT] as a `datasets.IterableDataset`, pictures not decoded. Raises `UserError`."""
     import datasets
 
+    name, _, split = source.removeprefix(HUB).partition(":")
     try:
-        if source.startswith(HUB):
-            name, _, split = source.removeprefix(HUB).partition(":")
-            found = datasets.load_dataset(name, split=split or "train", streaming=True)
-        else:
-            files = sorted(map(str, Path(source).parent.glob(Path(source).name)))
-            if not files:
-                raise DataError(missing_file(Path(source)))
-            builder = _BUILDERS[Path(source).suffix]
-            found = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
-    except DataError:
-        raise
+        return _undecoded(datasets.load_dataset(name, split=split or "train", streaming=True))
     except Exception as error:  # whatever hub, network and file formats have to say
-        raise UserError(f"{source}: cannot be read: {str(error).splitlines()[0]}") from None
+        words = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"{source}: cannot be read: {words[0]}") from None
+
+
+def _open_file(file: str) -> Any:
+    import datasets
+
+    builder = _BUILDERS[Path(file).suffix]
+    return _undecoded(datasets.load_dataset(builder, data_files=[file], split="train", streaming=True))
+
+
+def _undecoded(found: Any) -> Any:
+    """Return a set whose pictures are left as they are stored."""
+    import datasets
+
     for column, feature in (found.features or {}).items():
         if isinstance(feature, datasets.Image):
             found = found.cast_column(column, datasets.Image(decode=False))

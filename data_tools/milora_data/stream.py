@@ -21,7 +21,7 @@ from .errors import DataError, UserError
 from .jsonfile import Part, parts_of, read_part
 from .mix import Source, read_sources, within
 from .records import Record, is_json, parse_record
-from .stored import open_stored, row_to_record
+from .stored import HUB, broken_off, files_of, items_of_file, open_hub, row_to_record
 
 StreamItem: TypeAlias = Record | DataError
 FEATURES = datasets.Features({"record": datasets.Value("large_binary")})
@@ -45,9 +45,12 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
         self.rows = deepcopy(self.rows)
         while True:
             self.rows.set_epoch(1 + self.seed + self._epoch)  # from 1 on, shards come in random order
-            for row in islice(self.rows, self._done if self.buffered else 0, None):
-                self._done += 1
-                yield pickle.loads(row["record"])
+            try:
+                for row in islice(self.rows, self._done if self.buffered else 0, None):
+                    self._done += 1
+                    yield pickle.loads(row["record"])
+            except Exception as error:  # files answer for themselves; a hub may be anything
+                raise broken_off(f"a source of the hub, after {self._done:,} records", error) from None
             if self._done == 0:
                 return  # more loader processes than shards: there is nothing for this one
             self._epoch, self._done = self._epoch + 1, 0
@@ -113,9 +116,12 @@ def _rows(source: Source, processes: int) -> datasets.IterableDataset:
         )
     if source.path.endswith((".yaml", ".yml")):
         raise UserError(f"{source.path}: a mixture within a mixture cannot be streamed")
-    stored = open_stored(source.path)
+    if not source.path.startswith(HUB):
+        files = {"files": files_of(source.path), "image_folder": source.image_folder}
+        return datasets.IterableDataset.from_generator(_stored_rows, features=FEATURES, gen_kwargs=files)
+    stored = open_hub(source.path)
     return stored.map(
-        _stored_row,
+        _hub_row,
         fn_kwargs={"source": source.path, "image_folder": source.image_folder},
         with_indices=True,
         remove_columns=stored.column_names,
@@ -147,7 +153,13 @@ def _drained(broken: list[DataError]) -> Iterator[dict[str, bytes]]:
         yield _row(broken.pop(0))
 
 
-def _stored_row(row: Mapping[str, Any], number: int, source: str, image_folder: str | None) -> dict[str, bytes]:
+def _stored_rows(files: list[str], image_folder: str | None) -> Iterator[dict[str, bytes]]:
+    for file in files:
+        for item in items_of_file(file):
+            yield _row(item if isinstance(item, DataError) else within(item, image_folder))
+
+
+def _hub_row(row: Mapping[str, Any], number: int, source: str, image_folder: str | None) -> dict[str, bytes]:
     try:
         # The number is one within a shard: a name of the row's own, where it has one, says more.
         name = str(row.get("id") or row.get("__key__") or number)

@@ -66,8 +66,10 @@ def prepare(
 ) -> FeatureReader:
     """Compute what the cache lacks of the records' pictures, each process a share; the tower returns what it is given.
 
-    What it will write is said before. UserError where the disk has no room for that.
+    What it will write is said before. UserError where the disk has no room for that, or does not take it.
     """
+    from safetensors import SafetensorError
+
     assert isinstance(base, PreTrainedModel)
     tower = base.get_submodule(str(find_towers(base).vision))
     layers: Any = base.config.vision_feature_layer
@@ -77,7 +79,10 @@ def prepare(
     maker = collator.maker()
     reader = FeatureReader(folder / _key(tower, layers, maker, args), maker, collator.tiling)
     with _Tower(tower, layers, args) as compute:
-        _fill(reader, compute, pictures, args, tell)
+        try:
+            _fill(reader, compute, pictures, args, tell)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"data.feature_cache: {folder} cannot be written to: {error}") from None
     replay(tower, layers)
     return reader
 
@@ -124,7 +129,7 @@ def _fill(
     from accelerate import PartialState
     from tqdm import tqdm
 
-    if not reader.file(PLAIN).is_file():
+    if not reader.holds(reader.file(PLAIN)):
         _write(reader, compute, [(reader.file(PLAIN), reader.maker.plain_image())])
     seen = {reader.file(PLAIN)}
     lacking: list[tuple[Path, str | Path]] = []
@@ -132,7 +137,7 @@ def _fill(
         entry = reader.entry(picture)
         if entry is None:
             continue  # training comes upon it, and does as --bad_images says
-        if entry not in seen and not entry.is_file():
+        if entry not in seen and not reader.holds(entry):
             lacking.append((entry, picture))
         seen.add(entry)
     _announce(reader, len(lacking), len(seen) - 1, tell)
