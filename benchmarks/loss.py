@@ -17,9 +17,9 @@ import time
 from typing import Any
 
 import torch
-from plan import status
 
 from milora_vl.training.losses import install, summed_loss
+from plan import status
 
 WORDS, LENGTH, WIDTH = 32000, 2048, 256
 LEARNT = (60, LENGTH - 1)  # of a LLaVA record, and of a text
