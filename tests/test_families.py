@@ -16,14 +16,15 @@ from family_configs import FAMILIES, TEXT_ONLY
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from versions import CALLS_BY_KEYWORD
+from versions import CALLS_BY_KEYWORD, READS_LFM2_VL
 
 from milora_vl import Policy, apply_milora, load_adapter, merge, save_adapter
 from milora_vl.export import export
 from milora_vl.lora.layers import is_linear
 from milora_vl.towers import find_towers
 
-ALL = [name for name in (*FAMILIES, *TEXT_ONLY) if name != "idefics2" or CALLS_BY_KEYWORD]
+LACKS = {"idefics2": not CALLS_BY_KEYWORD, "lfm2_vl": not READS_LFM2_VL}
+ALL = [name for name in (*FAMILIES, *TEXT_ONLY) if not LACKS.get(name)]
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts as 3-D")
 STOCK = """
 import sys

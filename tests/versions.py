@@ -14,4 +14,6 @@ RIGHT_ASSISTANT_MASKS = TRANSFORMERS_5
 # Before, what trains in full had to be called with at least one argument by its place; Idefics2 calls its resampler by
 # keyword alone.
 CALLS_BY_KEYWORD = PEFT >= (0, 20)
+# Transformers 4.57 writes "lfm2-vl" into the config of a model that it knows as "lfm2_vl", and cannot read it back.
+READS_LFM2_VL = TRANSFORMERS_5
 needs_mica = pytest.mark.skipif(PEFT < (0, 20), reason="PEFT has MiCA from 0.20 on")
