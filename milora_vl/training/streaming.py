@@ -42,7 +42,7 @@ def loader(stream: RecordStream, collator: Any, args: TrainingArguments, checkpo
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
+            multiprocessing_context=args.to_dict().get("dataloader_multiprocessing_context"),  # not in transformers 4
         )
     if checkpoint is not None:
         made.load_state_dict(_kept(checkpoint, _shape(args), args.process_index))
