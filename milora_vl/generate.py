@@ -173,7 +173,7 @@ class _Reader:
             return {}
         # What is square already is not padded again; a processor that pads by itself must not do so for "plain".
         options = {"do_pad": False} if self.tiling is None and self.image_processor.to_dict().get("do_pad") else {}
-        made = dict(self.image_processor(images=images, return_tensors="pt", **options))
+        made = dict(self.image_processor(images=unmistakable(images), return_tensors="pt", **options))
         made["pixel_values"] = made["pixel_values"].to(self.model.dtype)
         return {name: tensor.to(self.model.device) for name, tensor in made.items()}
 
@@ -186,9 +186,9 @@ class _Reader:
     def _picture(self, image: str | Path | Image.Image) -> Any:
         picture = load_image(image) if isinstance(image, str | Path) else to_rgb(image)
         if self.tiling is not None or self.image_aspect_ratio == "plain":
-            return unmistakable(picture)
+            return picture
         red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)
-        return unmistakable(expand_to_square(picture, (red, green, blue)))
+        return expand_to_square(picture, (red, green, blue))
 
 
 def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:

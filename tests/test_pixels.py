@@ -117,3 +117,13 @@ def test_a_bomb_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "bomb.png").stat().st_size < 50_000
     with pytest.raises(ImageError, match="bomb.png: cannot read this picture: .*decompression bomb"):
         load_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("processor", [CLIPImageProcessor, CLIPImageProcessorPil])
+def test_a_narrow_picture_among_others_changes_none_of_them(processor: Any) -> None:
+    """Transformers 4 takes the form of the first picture for that of all."""
+    make = PixelMaker(processor(**SIZE), aspect_ratio="plain")
+    pictures = [make.prepare(noise(size)) for size in ((40, 30), (2, 1), (3, 3), (50, 60))]
+    alone = torch.cat([make([picture]) for picture in pictures])
+    assert torch.equal(make(pictures), alone)
+    assert torch.equal(make(pictures[::-1]), alone.flip(0))

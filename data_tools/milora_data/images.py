@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -134,11 +135,16 @@ def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.I
     return square
 
 
-def unmistakable(image: Image.Image) -> Any:
-    """Return an RGB picture in a form whose channels no processor takes for rows, or rows for channels.
+def unmistakable(images: Sequence[Any]) -> list[Any]:
+    """Return RGB pictures (or tensors made of them) in a form in which no processor takes rows for channels.
 
-    Transformers 4 turns pictures into arrays and takes the first of its sides for the channels if that is 1 or 3.
+    Transformers 4 turns pictures into arrays, takes the first side of the first for the channels if that is 1 or 3, and
+    all others to be of the same form. So they are all given with channels first as soon as one is that narrow.
     """
     import numpy as np
+    from PIL import Image
 
-    return np.array(image).transpose(2, 0, 1) if image.height in (1, 3) else image
+    pictures = [image for image in images if isinstance(image, Image.Image)]
+    if not any(picture.height in (1, 3) for picture in pictures):
+        return list(images)
+    return [np.array(one).transpose(2, 0, 1) if isinstance(one, Image.Image) else one for one in images]

@@ -54,7 +54,7 @@ class PixelMaker:
         # What is square already is not padded again; a processor that pads by itself must not do so for "plain".
         padding = self.aspect_ratio != "anyres" and self.image_processor.to_dict().get("do_pad")
         options = {"do_pad": False} if padding else {}
-        return dict(self.image_processor(images=list(images), return_tensors="pt", **options))
+        return dict(self.image_processor(images=unmistakable(images), return_tensors="pt", **options))
 
     def read(self, path: str | Path) -> Any:
         """Return the picture in `path`, small and square if that is what the processor would make of it.
@@ -69,12 +69,12 @@ class PixelMaker:
     def prepare(self, image: Image.Image) -> Any:
         """Return an RGB picture as this maker takes it."""
         if self.aspect_ratio == "anyres":
-            return unmistakable(image)
+            return image
         if self.aspect_ratio == "plain":
-            return unmistakable(_middle(image))
+            return _middle(image)
         if self._two_passes:
             return shrink_to_square(image, self.side, self.color)
-        return unmistakable(expand_to_square(image, self.color))
+        return expand_to_square(image, self.color)
 
     def plain_image(self) -> Any:
         """Return a picture of the mean colour, which the model sees as zeros."""

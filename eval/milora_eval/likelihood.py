@@ -36,8 +36,8 @@ def _one(model: Any, processor: Any, prompt: Prompt, answer: str, template: str)
     if prompt.images and pictures is not None:
         red, green, blue = (int(255 * value) for value in pictures.image_mean)
         opened = [load_image(i) if isinstance(i, str | Path) else to_rgb(i) for i in prompt.images]
-        squares = [unmistakable(expand_to_square(image, (red, green, blue))) for image in opened]
-        pixels = pictures(images=squares, return_tensors="pt")["pixel_values"]
+        squares = [expand_to_square(image, (red, green, blue)) for image in opened]
+        pixels = pictures(images=unmistakable(squares), return_tensors="pt")["pixel_values"]
         inputs["pixel_values"] = pixels.to(model.device, model.dtype)
     logits = model(**inputs).logits[0, -len(after) - 1 : -1].float()
     targets = torch.tensor(after, device=logits.device)
