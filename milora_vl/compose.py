@@ -6,6 +6,7 @@ projector learns captions (recipe pretrain-projector-llava).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parts.require_parts(chosen)
     parts.write(chosen, folder)
-    print(f"{folder}: {chosen.describe()}")  # noqa: T201
+    sys.stdout.write(f"{folder}: {chosen.describe()}\n")
     stage = "" if args.projector else " --tune_mm_mlp_adapter True --version plain --learning_rate 1e-3"
-    print(f"next: python -m milora_vl.train --model {folder}{stage} --data_path DATA.json ...")  # noqa: T201
+    sys.stderr.write(f"next: python -m milora_vl.train --model {folder}{stage} --data_path DATA.json ...\n")
     return 0
 
 
