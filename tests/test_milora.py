@@ -46,7 +46,10 @@ def test_every_module_with_a_command_is_listed() -> None:
     import milora_vl
 
     folder = Path(milora_vl.__file__).parent
-    commands = {f"milora_vl.{path.stem}" for path in folder.glob("[a-z]*.py") if "run(main)" in path.read_text("utf-8")}
+    files = [*folder.glob("[a-z]*.py"), *folder.glob("*/__main__.py")]
+    names = {path: ".".join(path.relative_to(folder.parent).with_suffix("").parts) for path in files}
+    commands = {name for path, name in names.items() if "run(main)" in path.read_text("utf-8")}
+    assert "milora_vl.train" in commands
     assert commands <= set(MODULES.values())
 
 
