@@ -31,6 +31,7 @@ PROGRAMS = {
         "eval": ("milora_eval.__main__", "benchmarks: run, score, compare, view"),
         "forgetting": ("milora_vl.forgetting.__main__", "what a tuned model has lost, on text and pictures"),
         "analyze": ("milora_vl.analyze", "spectra of a model, and what a training changed in its weights"),
+        "studies": ("milora_vl.studies.__main__", "open questions about MiLoRA, each many small trainings"),
         "sweep": ("milora_vl.sweep.__main__", "methods, learning rates, ranks and seeds compared fairly"),
     },
 }

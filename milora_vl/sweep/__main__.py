@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         def on_done(cell: Cell, is_done: bool, left: int) -> None:
             said = "done" if is_done else "FAILED" if sweep.failure(cell) else "stopped"
             sys.stderr.write(f"{said:<8}{cell.name}   {left:,} left{_time_left(sweep, cells, left, jobs)}\n")
-            page.write(sweep, cells, options.seeds, command)
+            page.write(page.of_sweep(sweep, cells, options.seeds, command))
 
         run_cells(sweep, cells, jobs, retry=options.retry, on_done=on_done)
-        written, table = page.write(sweep, cells, options.seeds, command)
+        written, table = page.write(page.of_sweep(sweep, cells, options.seeds, command))
     failed = [cell for cell in cells if sweep.failure(cell)]
     if options.format == "json":
         sys.stdout.write((folder / "results.json").read_text(encoding="utf-8"))
