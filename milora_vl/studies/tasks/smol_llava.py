@@ -1,4 +1,4 @@
-"""smol-llava learns to answer questions about emoji; text and pictures that the task does not ask for may be forgotten."""
+"""smol-llava learns to answer questions about emoji; it may forget general text and other pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from milora_data.collate import ImageTextCollator
 from milora_data.errors import UserError
 from milora_data.records import Record, load_records
 from milora_vl.forgetting import answer_batches, drawn_questions, general_text
-from milora_vl.forgetting.measure import Batch, compare_on
+from milora_vl.forgetting.measure import compare_on
 from milora_vl.forgetting.text import text_batches
 from milora_vl.image_tokens import image_tokens
 from milora_vl.models import load_model, split_processor
@@ -81,8 +81,8 @@ class EmojiQuestions:
         return Measured(sum(losses) / len(losses), score, items, text.kl, more)
 
     def _answers(self, model: nn.Module) -> tuple[float, dict[str, float]]:
-                from milora_eval.results import require_lines
         from milora_eval.evaluate import results_folder, run
+        from milora_eval.results import require_lines
 
         with TemporaryDirectory() as folder:
             found = run(
