@@ -43,10 +43,11 @@ class EmojiQuestions:
     def __init__(self) -> None:
         if not (DATA / "train.json").is_file():
             raise UserError(f"no {DATA / 'train.json'}\nmake it:  python -m milora_data emoji --output_dir {DATA}")
-        base, self.processor = load_model("smol-llava", dtype=torch.bfloat16)
-        self.base: Any = base
-        self.base.set_attn_implementation("eager")  # for short sequences on CPUs
-        tokenizer, image_processor = split_processor(self.processor)
+        base: Any
+        base, processor = load_model("smol-llava", dtype=torch.bfloat16)
+        base.set_attn_implementation("eager")  # for short sequences on CPUs
+        self.base = base
+        tokenizer, image_processor = split_processor(processor)
         self.collator = ImageTextCollator(
             tokenizer, image_processor, image_tokens=image_tokens(base.config), image_folder=DATA / "images",
             max_length=512,
@@ -57,7 +58,7 @@ class EmojiQuestions:
         texts = text_batches(general_text(), tokenizer, num_tokens=TOKENS, block_length=256, batch_size=4)
         with TemporaryDirectory() as folder:
             drawn = drawn_questions(Path(folder))[::2]
-            pictures = list(answer_batches(base, self.processor, drawn, image_folder=Path(folder)))
+            pictures = list(answer_batches(base, processor, drawn, image_folder=Path(folder)))
         self.probes = {"text": self._with_targets(texts), "pictures": self._with_targets(pictures)}
 
     def model(self) -> nn.Module:
