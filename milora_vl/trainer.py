@@ -122,6 +122,8 @@ class MiloraTrainer(Trainer):
             callbacks=[stop := StopOnSignal(), LogBeforeSave()],
         )
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
+        if any(target.protect for target in targets):
+            protection.require_whole(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
@@ -156,9 +158,7 @@ class MiloraTrainer(Trainer):
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
         # transformers 4 calls this without a model and takes none.
         made = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if any(target.protect for target in self.targets):
-            protection.require_whole(self.is_deepspeed_enabled, self.is_fsdp_enabled)
-            keep_protected(self.trained(), made)
+        keep_protected(self.trained(), made)
         return made
 
     def get_train_dataloader(self) -> Any:

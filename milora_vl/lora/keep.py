@@ -80,7 +80,8 @@ class _Keeper:
         for protected, factors in self.pairs:
             if any(id(factor) not in by_factor for factor in factors):
                 raise AdapterError(
-                    f"{protected.path}: the optimizer does not step its factors themselves, so that the {protected.protect} "
-                    "cannot be protected\nDeepSpeed and FSDP step shards of them: train without, or without protect"
+                    f"{protected.path}: the optimizer does not step its factors themselves, so the "
+                    f"{protected.protect} cannot be protected\n"
+                    "DeepSpeed and FSDP step shards of them: train without these, or without protect"
                 )
         return [by_factor[id(factors[0])] for _, factors in self.pairs]

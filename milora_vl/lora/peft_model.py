@@ -128,8 +128,8 @@ class MiloraMixin(PeftModel):
             ]
             if inside:
                 warnings.warn(
-                    f"{inside[0]}: the update reaches into protected directions ({len(inside):,} modules of {adapter!r}): "
-                    "was keep_protected called for the optimizer that trained it?",
+                    f"{inside[0]}: the update reaches into protected directions ({len(inside):,} modules of "
+                    f"{adapter!r}): was keep_protected called for the optimizer that trained it?",
                     stacklevel=3,
                 )
 

@@ -1,7 +1,7 @@
 """The first singular directions of weights, which the updates of their adapters stay out of (policies/protect.py).
 
-U'(B A - B0 A0) = 0 and (B A - B0 A0) V = 0 hold where A, A0 have nothing in the span of V (in, k), and B, B0 nothing in
-that of U (out, k). `keep.py` sees to A and B; a minor anchor is outside but for rounding, which is taken out of it here.
+U'(B A - B0 A0) = 0 and (B A - B0 A0) V = 0 hold where A and A0 have nothing in the span of V (in, k), B and B0 nothing
+in that of U (out, k). `keep.py` sees to A and B; minor anchors are outside but for rounding, which is taken out here.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def find_protected(
     """
     wanted = [(t, t.protect) for t in targets if t.protect is not None]
     if wanted and is_deepspeed_zero3_enabled():
-        raise AdapterError("protect: ZeRO-3 shares out the factors, which cannot be kept outside then: train without it")
+        raise AdapterError(
+            "protect: ZeRO-3 shares out the factors, which cannot be kept outside then: train without it"
+        )
     found = {}
     hidden = not wanted or not progress or place()[0] > 0
     for target, protect in tqdm(wanted, desc="protecting", unit="matrix", file=sys.stderr, disable=hidden):

@@ -9,10 +9,10 @@ from milora_vl.config import Recipe
 def check(recipe: Recipe) -> None:
     """UserError for a recipe that protects directions of weights whose factors its run would share out."""
     if any(rule.get("protect") for rule in recipe.policy or ()):
-        require_whole(bool(recipe.train.get("deepspeed")), bool(recipe.train.get("fsdp")))
+        require_whole(deepspeed=bool(recipe.train.get("deepspeed")), fsdp=bool(recipe.train.get("fsdp")))
 
 
-def require_whole(deepspeed: bool, fsdp: bool) -> None:
+def require_whole(*, deepspeed: bool, fsdp: bool) -> None:
     """UserError where factors are stepped in shards, which cannot be projected."""
     if deepspeed or fsdp:
         raise UserError(
