@@ -57,7 +57,7 @@ def train(model: nn.Module, steps: int = 4, accumulation: int = 1, ids: Tensor =
 def overlaps(model: Any, top: int = TOP) -> list[float]:
     """Of each adapted weight: how much of its update lies in the first directions, by torch's own decomposition."""
     found = []
-    for target in model.milora_targets:
+    for target in (target for target in model.milora_targets if target.rank is not None):
         layer = lora_layer(model, target.path)
         base = layer.get_base_layer()
         W = as_matrix(base, base.weight.detach()).double()
@@ -169,6 +169,30 @@ def test_projection_and_basis_differ_in_what_adam_sees_alone(tiny_llama) -> None
         moment = optimizer.state[A[form, adam]]["exp_avg"]
         inside = float(model.protections["default"][Q].inside(moment, 0).norm() / moment.norm())
         assert inside < limit if limit else inside > 0.1
+
+
+def test_basis_is_the_training_of_factors_written_outside() -> None:
+    """OPLoRA's (I - U U') B A (I - V V'), with the projections in the forward and AdamW on A and B as they are."""
+    torch.manual_seed(0)
+    base, x = nn.Linear(12, 10, bias=False), torch.randn(5, 12)
+    model = apply_milora(nn.Sequential(copy.deepcopy(base)), one_rule(method="lora", protect=HARD[1]))
+    start = [factor.detach().clone() for factor in trained_factors(lora_layer(model, "0"), "default")]
+    W = base.weight.detach()
+    U, _, Vh = torch.linalg.svd(W)
+    left, right = torch.eye(10) - U[:, :TOP] @ U[:, :TOP].T, torch.eye(12) - Vh[:TOP].T @ Vh[:TOP]
+    A, B = (nn.Parameter(factor) for factor in start)
+    theirs = torch.optim.AdamW([A, B], lr=1e-2, weight_decay=0.1)
+    ours = optimizer_of(model)
+    keep_protected(model, ours)
+    for _ in range(5):
+        update = left @ B @ A @ right
+        for output, optimizer in ((x @ (W + update).T, theirs), (model(x), ours)):
+            output.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    change = lora_layer(model, "0").get_delta_weight("default")
+    assert torch.allclose(change, left @ B @ A @ right, atol=1e-5)
+    assert float(change.detach().norm()) > 0.01
 
 
 @pytest.mark.parametrize("form", FORMS, ids=name)

@@ -17,10 +17,10 @@ class Protect:
 
     With V (in, k) and U (out, k) the first k right and left singular vectors of the base weight:
 
-    `projection`: every step of the optimizer is followed by A <- A - (A V) V' and B <- B - U (U'B), as OPLoRA
-    (arXiv:2510.13003) keeps its update outside; `basis`: the gradients are projected so too, before the optimizer sees
-    them, which makes every step the one of factors written as A (I - V V') and (I - U U') B. With SGD both are the same
-    training; Adam's moments hold what points into the directions under `projection`, nothing of it under `basis`.
+    `projection`: every step of the optimizer is followed by A <- A - (A V) V' and B <- B - U (U'B); `basis`: gradients
+    are projected so too, before the optimizer sees them, which makes the training that of factors written as
+    A (I - V V') and (I - U U') B, OPLoRA's (arXiv:2510.13003), while A and B stay plain. With SGD both are the same;
+    Adam's moments hold what points into the directions under `projection`, nothing of it under `basis`.
 
     `penalty`: weight/2 (||A V||^2 + ||U'B||^2), decoupled as AdamW's weight decay is, so that Adam's second moment does
     not weaken it just where gradients are large, and losses stay comparable: after a step at learning rate lr, the
