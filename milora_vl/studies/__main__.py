@@ -61,15 +61,17 @@ def _list() -> None:
 
     for name in llava_recipes.names("study"):
         study = read_study(name)
-        cells = len(study.arms) * len(study.learning_rates) * (study.search_seeds or study.seeds)
-        sys.stdout.write(f"{name:<24} {cells:>4} cells   {study.question}\n")
+        sys.stdout.write(f"{name:<24} {study.question}\n")
 
 
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     from milora_vl.studies import page
     from milora_vl.studies.runner import Folder, all_cells, run_study
+    from milora_vl.studies.tasks import load_task
     from milora_vl.sweep.runner import alone
 
+    if study.each is not None:
+        study = study.with_each(load_task(study.task).model())
     for arm in study.arms:
         study.rules(arm, study.learning_rates[0])  # every mistake before the first step
     folder = Folder(options.output_dir / name)

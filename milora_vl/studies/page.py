@@ -5,13 +5,19 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
+from milora_vl.reporting.drawing import draw
+from milora_vl.reporting.plots import write_csv
 from milora_vl.reporting.tables import Table
+from milora_vl.studies import decay, plots
 from milora_vl.studies.runner import Folder, all_cells, finished
 from milora_vl.studies.study import Study
+from milora_vl.studies.tasks import load_task
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import Arm, Result, arms, mean_of
@@ -55,7 +61,17 @@ def write(study: Study, folder: Folder, command: str) -> tuple[Path, Table]:
             command,
         )
     )
+    if decay.NONE in study.arms:
+        _write_layers(study, folder, results)
     return written, table(study, results)
+
+
+def _write_layers(study: Study, folder: Folder, results: Mapping[Cell, Result]) -> None:
+    """Write layers.csv and correlations.csv of a study with an arm for each layer, and their figure."""
+    found = decay.layers(load_task(study.task).model(), results, study.seeds, study.overlap or 16)
+    for name, rows in (("layers", found), ("correlations", decay.correlations(found))):
+        write_csv(folder.path / f"{name}.csv", list(asdict(rows[0])), [list(asdict(row).values()) for row in rows])
+    draw(folder.path, "layers", partial(plots.layers_figure, found), "Help over decay, a point a layer.", with_pdf=True)
 
 
 def table(study: Study, results: Mapping[Cell, Result]) -> Table:
@@ -96,23 +112,51 @@ def document(name: str, study: Study, folder: Folder, docs: Path) -> Path:
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if f"<!-- results: {name} -->" not in text:
         raise UserError(f"{file} has no line  <!-- results: {name} -->  (up to  <!-- end -->)")
-    for suffix, source in ((".csv", "cells.csv"), (".png", "pareto.png")):
+    if decay.NONE in study.arms:
+        files = {".csv": "cells.csv", ".layers.csv": "layers.csv", ".correlations.csv": "correlations.csv"}
+        files |= {".png": "layers.png"}
+    else:
+        files = {".csv": "cells.csv", ".png": "pareto.png"}
+    for suffix, source in files.items():
         shutil.copyfile(folder.path / source, docs / f"{name}{suffix}")
-    write_text(file, with_block(text, name, table(study, read_cells(docs / f"{name}.csv"))))
+    write_text(file, with_block(text, name, shown(name, study, docs)))
     return file
 
 
-def with_block(text: str, name: str, shown: Table) -> str:
+def shown(name: str, study: Study, docs: Path) -> Table:
+    """The table of a study as its page in `docs` shows it, from the CSV files there."""
+    if decay.NONE not in study.arms:
+        return table(study, read_cells(docs / f"{name}.csv"))
+
+    def signed(text: str) -> str:
+        return f"{float(text):+.2f}"
+
+    with (docs / f"{name}.correlations.csv").open(encoding="utf-8", newline="") as opened:
+        rows = [
+            (
+                r["measure"],
+                r["kind"],
+                f"{float(r['rho']):+.2f}",
+                f"{float(r['low']):+.2f} to {float(r['high']):+.2f}",
+                r["n"],
+            )
+            for r in csv.DictReader(opened)
+        ]
+    words = "Spearman’s rank correlation of the measure with how far the layer’s adapter lowers the validation loss."
+    return Table(("measure", "layers", "ρ", "95 % interval", "n"), tuple(rows), words)
+
+
+def with_block(text: str, name: str, filled: Table) -> str:
     """Return a page's text with the block of one study filled anew."""
     start = f"<!-- results: {name} -->"
     before, _, rest = text.partition(start)
     _, _, after = rest.partition("<!-- end -->")
-    return f"{before}{start}\n{markdown(shown)}\n\n{shown.caption}\n<!-- end -->{after}"
+    return f"{before}{start}\n{markdown(filled)}\n\n{filled.caption}\n<!-- end -->{after}"
 
 
-def markdown(shown: Table) -> str:
+def markdown(whole: Table) -> str:
     """Return a table as Markdown."""
-    lines = [shown.header, ["---"] * len(shown.header), *shown.rows]
+    lines = [whole.header, ["---"] * len(whole.header), *whole.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

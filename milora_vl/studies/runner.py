@@ -1,6 +1,7 @@
 """Run the cells of a study in worker processes, each of which holds the task once; resumable after any kind of end.
 
 cells/NAME.json is a cell's numbers, items/NAME.json the scores of its test items, failed/NAME.json why it has none.
+A cell that another study in the same folder of studies has trained already is taken from there (../shared).
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class Folder:
     def failure(self, cell: Cell) -> Result | None:
         """Why a cell has no result; None where it has one, or has not been tried."""
         return None if self.result(cell) else read_json(self.path / "failed" / f"{cell.name}.json")
+
+    def shared(self, key: str) -> Path:
+        """Where any study keeps a cell that is trained in this way."""
+        return self.path.parent / "shared" / f"{key}.json"
 
     def keep(self, cell: Cell, result: Result, items: dict[str, float]) -> None:
         """Write a finished cell: the numbers last, for they say that it is finished."""
@@ -104,11 +109,15 @@ def _run(cell: Cell) -> bool:
     assert _held is not None
     task, study, folder = _held
     try:
-        result, items = run_cell(task, study, cell, folder.path / "factors")
+        shared = folder.shared(study.key(cell))
+        known = read_json(shared)
+        if known is None:
+            result, items = run_cell(task, study, cell, folder.path.parent / "factors")
+            write_json(shared, known := {"result": result, "items": items})
+        folder.keep(cell, known["result"] | {"method": cell.method}, known["items"])
     except Exception:  # a cell that fails must not end the others: it is kept, shown and can be tried again
         folder.keep_failure(cell, traceback.format_exc(limit=-6))
         return False
-    folder.keep(cell, result, items)
     return True
 
 

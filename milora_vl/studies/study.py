@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from torch import nn
 
 import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.config import Strict
+from milora_vl.policy import Policy
 from milora_vl.sweep.cells import Cell, arm_rules
 from milora_vl.training import yaml_file
+
+VERSION = 1  # raise it when the same cell may come out otherwise
+# What an arm says beside fields of its adapter rules.
+_OF_ARM = ("train", "learning_rates")
 
 
 class Study(Strict):
     """One file of llava_recipes/studies. An arm names fields of the adapter rules, or a `policy` of its own.
 
-    Its `train` replaces `steps`, `weight_decay` and so on for that arm. `search_seeds`: with how many seeds every
+    Its `train` replaces `steps`, `weight_decay` and so on for that arm, its `learning_rates` those of the study.
+    `each` is a rule whose every module is an arm of its own, by its path. `search_seeds`: with how many seeds every
     learning rate is tried; the best one by validation loss then gets the others.
     """
 
@@ -30,6 +39,7 @@ class Study(Strict):
     weight_decay: float = Field(0.0, ge=0)
     policy: list[dict[str, Any]]
     arms: dict[str, dict[str, Any]]
+    each: dict[str, Any] | None = None
     learning_rates: list[PositiveFloat]
     seeds: PositiveInt = 3
     search_seeds: PositiveInt | None = None  # None: all of them
@@ -37,7 +47,7 @@ class Study(Strict):
 
     def rules(self, arm: str, learning_rate: float) -> list[dict[str, Any]]:
         """The policy of an arm at a learning rate."""
-        fields = {name: value for name, value in self.arms[arm].items() if name != "train"}
+        fields = {name: value for name, value in self.arms[arm].items() if name not in _OF_ARM}
         return arm_rules(self.policy, fields, learning_rate=learning_rate)
 
     def training(self, arm: str) -> Training:
@@ -45,9 +55,28 @@ class Study(Strict):
         own = {name: getattr(self, name) for name in Training.model_fields}
         return Training.model_validate(own | self.arms[arm].get("train", {}))
 
+    def rates(self, arm: str) -> list[float]:
+        """The learning rates that are tried for an arm."""
+        found: list[float] = self.arms[arm].get("learning_rates", self.learning_rates)
+        return found
+
     def cells(self, seeds: range) -> list[Cell]:
         """The cells of all arms and learning rates for some seeds, seed by seed."""
-        return [Cell(arm, rate, None, seed) for seed in seeds for rate in self.learning_rates for arm in self.arms]
+        return [Cell(arm, rate, None, seed) for seed in seeds for arm in self.arms for rate in self.rates(arm)]
+
+    def key(self, cell: Cell) -> str:
+        """What a cell's numbers depend on, as a hash: studies that share a cell train it once."""
+        training = self.training(cell.method).model_dump()
+        content = [VERSION, self.task, self.overlap, training, self.rules(cell.method, cell.learning_rate), cell.seed]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+    def with_each(self, model: nn.Module) -> Study:
+        """Return the study with an arm for every module that `each` names; PolicyError where it names none."""
+        if self.each is None:
+            return self
+        targets = Policy.settle([self.each], model)
+        arms = {target.path: {"policy": [*self.policy, self.each | {"modules": target.path}]} for target in targets}
+        return self.model_copy(update={"arms": self.arms | arms, "each": None})
 
 
 class Training(Strict):

@@ -35,7 +35,7 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
         model = apply_milora(base, study.rules(cell.method, cell.learning_rate), cache_dir=factors)
         last = _train(task, model, study.training(cell.method), cell)
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         found = task.measure(model)
         moved = updates.measure(model)
     numbers = {

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, each with a mark of its own.
-_COLOURS = (
+COLOURS = (
     "#0072B2",
     "#E69F00",
     "#009E73",
@@ -24,7 +24,7 @@ _COLOURS = (
     "#7A5195",
     "#444444",
 )
-_MARKS = "osD^vPX<>*"
+MARKS = "osD^vPX<>*"
 
 
 def pareto_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
@@ -38,7 +38,7 @@ def pareto_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
         x, y = [p.forgetting.value for p in best], [p.score.value for p in best]
         axis.step(x, y, where="post", color=GREY, lw=6, alpha=0.25, zorder=0)
         for place, arm in enumerate(arms):
-            colour, mark = _COLOURS[place % len(_COLOURS)], _MARKS[place % len(_MARKS)]
+            colour, mark = COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)]
             x, y = [p.forgetting.value for p in arm.points], [p.score.value for p in arm.points]
             axis.plot(x, y, color=colour, lw=1, alpha=0.6, zorder=1)
             for point in arm.points:
@@ -69,7 +69,7 @@ def rates_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
                 means: list[Mean] = [getattr(point, field) for point in arm.points]
                 axis.errorbar(
                     [p.learning_rate for p in arm.points], [m.value for m in means], yerr=[m.half or 0 for m in means],
-                    color=_COLOURS[place % len(_COLOURS)], marker=_MARKS[place % len(_MARKS)], ms=5, lw=1.4,
+                    color=COLOURS[place % len(COLOURS)], marker=MARKS[place % len(MARKS)], ms=5, lw=1.4,
                     elinewidth=0.8,
                 )  # fmt: skip
             axis.set(xscale="log", xlabel="learning rate")
@@ -80,5 +80,5 @@ def rates_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
 
 
 def _handle(axis: Any, place: int, label: str) -> Any:
-    colour, mark = _COLOURS[place % len(_COLOURS)], _MARKS[place % len(_MARKS)]
+    colour, mark = COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)]
     return axis.plot([], [], color=colour, marker=mark, ls="", ms=7, label=label)[0]
