@@ -1,9 +1,9 @@
 """A GRU whose weights an adapter can sit on: the arithmetic of nn.GRU (Cho et al., arXiv:1406.1078) with two Linears.
 
-nn.GRU holds its matrices as parameters of its own (`weight_ih_l0`, `weight_hh_l0`) and hands them to one fused kernel, so
-there is no layer inside it which PEFT could replace, and an adapter's product would never be asked for. Written as layers
-they can be adapted, merged and decomposed like any other. The price is the fused kernel: every step of a sequence is some
-ten small operations, on a GPU with cuDNN many times slower than nn.GRU. Merged weights go back into an nn.GRU as they are.
+nn.GRU holds its matrices as parameters of its own (`weight_ih_l0`, `weight_hh_l0`) and hands them to one fused kernel:
+there is no layer inside it which PEFT could replace, so an adapter's product would never be asked for. Written as
+layers they can be adapted, merged and decomposed like any other. The price is the fused kernel: every step of a
+sequence is some ten small operations. Merged weights go back into an nn.GRU as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LinearGru(nn.Module):
 
     @classmethod
     def of(cls, gru: nn.GRU) -> LinearGru:
-        """Return the same network with the weights of `gru`. ValueError for several layers or directions, or no bias."""
+        """Return the same network with the weights of `gru`. ValueError for several layers or directions."""
         if gru.num_layers > 1 or gru.bidirectional or not gru.bias or not gru.batch_first:
             raise ValueError("expected an nn.GRU of one layer and direction, with biases and the batch first")
         made = cls(gru.input_size, gru.hidden_size)

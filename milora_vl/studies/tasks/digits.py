@@ -1,13 +1,14 @@
 """Small networks of three families learn scikit-learn's digits turned by 90 degrees; the upright ones may be forgotten.
 
-Each base is trained on the upright digits first, once in a process and from one seed: there are no published weights for
-pictures of 8 x 8. The data are 1,797 scanned digits (UCI, CC BY 4.0), which come with scikit-learn.
+Each base is trained on the upright digits first, once in a process and from one seed: there are no published weights
+for pictures of 8 x 8. The data are 1,797 scanned digits (UCI, CC BY 4.0), which come with scikit-learn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +33,11 @@ class _Digits:
     def __init__(self, *, base_steps: int = BASE_STEPS) -> None:
         upright, labels = _pictures()
         turned = upright.rot90(dims=(2, 3))
-        places = (slice(NUM_TRAIN), slice(NUM_TRAIN, NUM_TRAIN + NUM_VALIDATION), slice(NUM_TRAIN + NUM_VALIDATION, None))
+        places = (
+            slice(NUM_TRAIN),
+            slice(NUM_TRAIN, NUM_TRAIN + NUM_VALIDATION),
+            slice(NUM_TRAIN + NUM_VALIDATION, None),
+        )
         self.train, self.validation, self.test = ((turned[place], labels[place]) for place in places)
         self.known = upright[places[2]], labels[places[2]]
         with torch.random.fork_rng(devices=[]):
@@ -66,7 +71,7 @@ class _Digits:
         return cross_entropy(model(pictures), labels)
 
     def measure(self, model: nn.Module) -> Measured:
-        """Loss on 300 and accuracy on 497 unseen turned digits; accuracy lost on the latter as they stand, and the KL."""
+        """Loss on 300 and accuracy on 497 unseen turned digits; accuracy lost on the latter upright, and the KL."""
         pictures, labels = self.test
         is_right = (model(pictures).argmax(1) == labels).float()
         after = model(self.known[0])
@@ -92,7 +97,7 @@ class DigitsCnn(_Digits):
     """A convolutional network: four 3 x 3 convolutions and a linear layer, no norms."""
 
     def network(self) -> nn.Module:
-        """Return it with random weights: 111,786 parameters."""
+        """Return it with random weights: 95,242 parameters."""
         return _Cnn()
 
 
@@ -131,7 +136,7 @@ class _Cnn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (1, 32, 64, 64, 64)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.head = nn.Linear(4 * 64, 10)
 
     def forward(self, pictures: Tensor) -> Tensor:
