@@ -111,8 +111,8 @@ CASES: dict[str, tuple[dict[str, Any], Any, list[str], int]] = {
         None, ["A", "B"], 1,
     ),
     "alpaca": (
-        {"commonsense.json": [{"instruction": " True? ", "input": "", "output": "the correct answer is true", "answer": "true"}]},
-        None, [" True? ", "the correct answer is true"], 1,
+        {"c.json": [{"instruction": " True? ", "input": "", "output": "the answer is true", "answer": "true"}]},
+        None, [" True? ", "the answer is true"], 1,
     ),
 }  # fmt: skip
 

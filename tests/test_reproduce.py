@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import reproduce  # noqa: E402
 
 PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
-COMMANDS = {flags[flags.index("--output_dir") + 1].split("/")[-1]: (n, flags) for n, flags in reproduce.commands()}
+COMMANDS = {reproduce.run_of(flags): (devices, flags) for devices, flags in reproduce.commands()}
 RESULTS = {one["run"]: one for one in json.loads(reproduce.RESULTS.read_text(encoding="utf-8"))}
 # The paper's tables of hyperparameters: r, alpha (of LoRA: twice r), dropout, rate, schedule, warm-up, records a step,
 # epochs, the linear layers of a block that train.

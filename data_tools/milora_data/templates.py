@@ -1,8 +1,8 @@
 """Prompt formats as data, and the text of a conversation as segments of which it is known whether they are learnt.
 
 `vicuna_v1`, `plain`, `llava_llama_2`, `mpt` and `mistral` are LLaVA's own (llava/conversation.py), `llama_3` is
-LLaVA-NeXT's, `qwen` and `chatml` are those of the models' makers, `alpaca` is Stanford Alpaca's (and MetaMath's, PiSSA's,
-MiLoRA's), `llm_adapters` LLM-Adapters' (and DoRA's), `tulu` open-instruct's. `chat_template` is whatever the tokenizer
+LLaVA-NeXT's, `qwen` and `chatml` are those of the models' makers, `alpaca` is Stanford Alpaca's (MetaMath, PiSSA and
+MiLoRA have it too), `llm_adapters` LLM-Adapters', `tulu` open-instruct's. `chat_template` is whatever the tokenizer
 brings (own_template.py). Made for one tokenizer, they hold for others: EOS and BOS are those of the tokenizer at hand.
 """
 
