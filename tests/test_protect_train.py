@@ -82,7 +82,7 @@ def test_the_plan_counts_its_memory(tiny_llama) -> None:
     assert protected_bytes(target, 2.0) == (8 * 4 + 4 * 2) * (64 + 64)  # the anchor is float32
     soft = [policy[0] | {"protect": {"top": 8, "by": "penalty", "weight": 1.0}}]
     assert protected_bytes(Policy.parse(soft).resolve(tiny_llama()[0])[0], 2.0) == 8 * 4 * (64 + 64)
-    base, once = tiny_llama()[0], Batching(1, 1, 1, 1, 1.0, -1, False)
+    base, once = tiny_llama()[0], Batching(num_records=1, per_device=1)
     targets = Policy.parse(policy).resolve(base)
     plan = plan_of({"bf16": True}, base.config, base, targets, Counts(20, 5, False), once, None)
     assert memory(plan)["protected directions"] == sum(protected_bytes(target, 2.0) for target in targets)
