@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_vl import apply_milora
+from milora_vl import apply_milora, keep_protected
 from milora_vl.studies.study import Study, Training
 from milora_vl.studies.task import Task
 from milora_vl.studies.update import Updates
@@ -56,6 +56,7 @@ def _train(task: Task, model: Any, training: Training, cell: Cell) -> float:
         decays={name for name, p in model.named_parameters() if p.ndim > 1},
     )  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=cell.learning_rate)
+    keep_protected(model, optimizer)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(training.warmup * training.steps), training.steps)
     batches = task.batches(training.batch_size, cell.seed)
     model.train()

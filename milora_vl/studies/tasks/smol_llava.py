@@ -26,13 +26,13 @@ from milora_vl.models import load_model, split_processor
 from milora_vl.studies.task import Measured
 
 DATA = Path("data/emoji")
-BATCH, TOKENS = 16, 2048
+BATCH, TOKENS = 16, 1536
 
 
 class EmojiQuestions:
     """The demo's task (`python -m milora_data emoji`): short answers about pictures that training has not shown.
 
-    The score asks for less than the demo's evaluator, and is cheaper: every third test question is read with its answer
+    The score asks for less than the demo's evaluator, and is cheaper: every fourth test question is read with its answer
     once, and is right if each token of the answer, its end included, is the likeliest. That is what greedy decoding
     would write, but no other accepted answer counts.
     """
@@ -54,10 +54,10 @@ class EmojiQuestions:
         )  # fmt: skip
         self.train = list(load_records(DATA / "train.json"))
         self.validation = list(load_records(DATA / "val.json"))[:64]
-        self.test = list(load_records(DATA / "test.json"))[::3]
+        self.test = list(load_records(DATA / "test.json"))[::4]
         texts = text_batches(general_text(), tokenizer, num_tokens=TOKENS, block_length=256, batch_size=4)
         with TemporaryDirectory() as folder:
-            drawn = drawn_questions(Path(folder))[::2]
+            drawn = drawn_questions(Path(folder))[::4]
             pictures = list(answer_batches(base, processor, drawn, image_folder=Path(folder)))
         self.probes = {"text": self._with_targets(texts), "pictures": self._with_targets(pictures)}
 
