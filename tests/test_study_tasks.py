@@ -120,5 +120,5 @@ def test_both_heads_of_the_picture_network_see_the_same_features():
     made = task("lite0")
     known, new = made.base(made.photographs[:2])
     assert known.shape == (2, 1000)
-    assert new.shape == (2, made.base.head.out_features)
+    assert new.shape == (2, made.base.kinds.out_features)
     assert torch.equal(known, made.base.network(made.photographs[:2]))

@@ -97,7 +97,7 @@ class TwoHeads(nn.Module):
     def __init__(self, network: Any, num_kinds: int) -> None:
         super().__init__()
         self.network = network
-        self.head = nn.Linear(network.num_features, num_kinds)
+        self.kinds = nn.Linear(network.num_features, num_kinds)
 
     def train(self, mode: bool = True) -> TwoHeads:
         """Switch to training mode, all but the batch norms."""
@@ -110,7 +110,7 @@ class TwoHeads(nn.Module):
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (batch, 3, side, side) in -1..1 -> the scores of ImageNet's classes and those of the kinds."""
         pooled = self.network.forward_head(self.network.forward_features(pictures), pre_logits=True)
-        return self.network.get_classifier()(pooled), self.head(pooled)
+        return self.network.get_classifier()(pooled), self.kinds(pooled)
 
 
 def imagenet_lite0() -> nn.Module:
