@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command import parser, run
-from milora_vl.reporting import figures, pages, parts, run_page, tables, wording
+from milora_data.page import render as pages
+from milora_vl.reporting import figures, parts, run_page, tables, wording
 from milora_vl.reporting.analysis_files import read_analysis
 from milora_vl.reporting.repeat import commands, steps
 from milora_vl.reporting.run_page import Run
 
-# How the four outcomes of a question are coloured (classes of report.css).
+# How the four outcomes of a question are coloured (classes of base.css).
 _OUTCOME_CLASS = {
     "right before and after": "kept",
     "newly right": "gained",
@@ -59,7 +60,7 @@ def write_page(content: Run) -> Path:
 
 def render(content: Run) -> str:
     """The page as HTML, the plots written on the way. All that comes from the run's files is escaped."""
-    return pages.render("report.html.j2", _content(content))
+    return pages.render(Path(__file__).with_name("report.html.j2"), _content(content))
 
 
 def _content(content: Run) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def _content(content: Run) -> dict[str, Any]:
     recipe = content.folder / "recipe.yaml"
     return {
         "title": wording.title(content),
-        "summary": wording.summary(content),
+        "lede": wording.summary(content),
         "facts": parts.facts(content),
         "suites": parts.suites(content, list(plots)),
         "outcome_class": _OUTCOME_CLASS,

@@ -56,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _print(record, pieces, counts, folder, separate=number > 0)
     if chosen.html is not None:
-        write_page(chosen.html, f"{chosen.data}: {len(page):,} records", page)
-        sys.stdout.write(f"{chosen.html}: {len(page):,} records\n")
+        written = write_page(chosen.html, str(chosen.data), page)
+        sys.stdout.write(f"{chosen.html}: {written:,} records\n")
+        if written < len(page):
+            sys.stderr.write(f"the page holds the first {written:,} of {len(page):,}: no page is larger than 5 MB\n")
     return 0
 
 

@@ -27,8 +27,11 @@ def main(options: argparse.Namespace) -> int:
     folders = [folder for folder in (options.folder, options.other) if folder is not None]
     runs = [(_name(folder, folders), require_lines(folder)) for folder in folders]
     target = options.output or folders[-1] / "view.html"
-    write_whole(target, page(runs, options.limit))
+    made = page(runs, options.limit)
+    write_whole(target, made.html)
     sys.stdout.write(f"{target}\n")
+    if made.shown < min(made.total, options.limit):
+        sys.stderr.write(f"the page holds {made.shown:,} of {made.total:,} questions: no page is larger than 5 MB\n")
     return 0
 
 

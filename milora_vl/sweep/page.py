@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from milora_vl.reporting import pages
+from milora_data.page import render as pages
 from milora_vl.reporting.drawing import draw
 from milora_vl.reporting.plots import write_csv
 from milora_vl.reporting.tables import Table
@@ -49,7 +49,7 @@ def write(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> tupl
         "edges": [arm.label for arm in found if arm.at_edge],
     }  # fmt: skip
     page = sweep.folder / "sweep.html"
-    pages.write(page, pages.render("sweep.html.j2", content))
+    pages.write(page, pages.render(Path(__file__).with_name("sweep.html.j2"), content))
     return page, table
 
 
