@@ -5,12 +5,14 @@ Pictures and plots are inside the page, which loads nothing and runs no script. 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_data.command import parser, run
+from milora_data.flags import shared
 from milora_data.page import render as pages
 from milora_vl.reporting import figures, parts, run_page, tables, wording
 from milora_vl.reporting.analysis_files import read_analysis
@@ -31,13 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser(
         "python -m milora_vl.report",
         "Write report.html into a run folder, from the files there. Without an evaluation it says how to make one.",
-        "example:\n  python -m milora_vl.report runs/demo",
+        "examples:\n  python -m milora_vl.report runs/demo\n",
     )
-    options.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a training")
-    content = run_page.read_run(options.parse_args(argv).run)
-    page = write_page(content)
-    sys.stderr.write(wording.summary(content) + "\n")
-    sys.stdout.write(f"{page}\n")
+    given = options.add_argument_group("input")
+    given.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a training")
+    shared(options.add_argument_group("output"), "format")
+    chosen = options.parse_args(argv)
+    content = run_page.read_run(chosen.run)
+    page, summary = write_page(content), wording.summary(content)
+    sys.stderr.write(summary + "\n")
+    as_json = json.dumps({"page": str(page), "summary": summary}, ensure_ascii=False)
+    sys.stdout.write((as_json if chosen.format == "json" else str(page)) + "\n")
     is_evaluated = any(comparison.after for comparison in content.comparisons)
     sys.stderr.write(f"next: {commands(content).chat if is_evaluated else commands(content).evaluate}\n")
     return 0
