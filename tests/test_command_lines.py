@@ -159,7 +159,7 @@ def test_looking_at_answers_reports_json_and_the_next_command(
     assert said(capsys, "eval", "score", answers[0])["which"] == "base"
     assert said(capsys, "eval", "compare", *answers)
     assert said(capsys, "eval", "view", *answers)["questions"] == 6
-    run = fake_run.make_run(tmp_path / "run", evaluated=False)
+    run = fake_run.make_run(tmp_path / "trained", evaluated=False)
     assert said(capsys, "report", str(run)) == {
         "page": str(run / "report.html"),
         "summary": "Trained for 100 steps on 1,600 records; not evaluated yet.",
@@ -172,10 +172,10 @@ def test_plans_and_lists_are_json_too(capsys: pytest.CaptureFixture[str]) -> Non
         assert key in json.loads(capsys.readouterr().out)
     assert main(["train", "--print-recipe", "tiny-test", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "tiny"
-    assert main(["train", "--model", "tiny", "--dry-run", "--format", "json"]) == 0
+    assert main(["train", "--model", "tiny", "--rank", "4", "--dry-run", "--format", "json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["policy"][0]["tower"] == "language"
-    assert plan["next"] == "python -m milora_vl.train --model tiny"
+    assert plan["next"] == "python -m milora_vl.train --model tiny --rank 4"
 
 
 # In a process of its own, as the console script runs them: pytest would show warnings in its own way.
@@ -211,7 +211,7 @@ def test_a_normal_session_says_what_is_next_and_nothing_of_our_dependencies(tiny
     assert {name for name, text in parts.items() if "\nnext" not in f"\n{text}"} == set()
     assert "Warning" not in done.stderr
     assert "warn(" not in done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{") and line.endswith("}")]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]  # not the losses
     trained, chat, *_, exported = lines
     assert (trained["output_dir"], trained["weights"]) == (str(run), str(run / "adapter_model.safetensors"))
     assert set(chat) == {"question", "base", "answer"}

@@ -70,16 +70,9 @@ def show(request: Request) -> int:
     screen.say(f"\nbatch  {batching.describe()}")
     screen.say(f"steps  {batching.describe_steps() if num_records else 'not known without data'}")
     costs = cost_lines(
-        train,
-        config,
-        base,
-        targets,
-        counts,
-        batching,
-        _packed_bytes(recipe),
-        has_steps=num_records is not None,
-        gpu_memory=request.gpu_memory,
-    )
+        train, config, base, targets, counts, batching, _packed_bytes(recipe),
+        has_steps=num_records is not None, gpu_memory=request.gpu_memory,
+    )  # fmt: skip
     screen.say("\n".join(costs))
     if problem:
         raise problem
