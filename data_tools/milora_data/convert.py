@@ -55,9 +55,9 @@ class Kind:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser("python -m milora_data convert", "Make LLaVA JSON of another format.", EPILOG)
-    given = options.add_argument_group("input")
-    given.add_argument("--from", dest="kind", choices=KINDS, required=True, metavar="FORMAT", help="of SOURCE")
-    given.add_argument("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures")
+    read = options.add_argument_group("input")
+    read.add_argument("--from", dest="kind", choices=KINDS, required=True, metavar="FORMAT", help="of SOURCE")
+    read.add_argument("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures")
     settings = options.add_argument_group("settings")
     settings.add_argument("--prompt", help=f'what is asked about a caption\'s picture (default: "{DEFAULT_PROMPT}")')
     settings.add_argument("--split", help="of sets whose file holds all splits (default: train)")

@@ -135,8 +135,8 @@ def options(prog: str, description: str, example: str, argv: Sequence[str] | Non
         "--in", dest="modules", action="append", default=[], metavar="MODULE",
         help="a module that has imported get_peft_model before; may be repeated",
     )  # fmt: skip
-    given = parse.add_argument_group("input")
-    given.add_argument("script", type=Path, metavar="script.py", help="what follows it are its own arguments")
+    read = parse.add_argument_group("input")
+    read.add_argument("script", type=Path, metavar="script.py", help="what follows it are its own arguments")
     given = list(sys.argv[1:] if argv is None else argv)
     split = next((i for i, word in enumerate(given) if word.endswith(".py")), len(given))
     parsed: argparse.Namespace = parse.parse_args(given[: split + 1])
