@@ -20,9 +20,8 @@ PROGRAMS = {
         "report": ("milora_vl.report", "write the report of a run folder again"),
     },
     "Use": {
-        "chat": ("milora_vl.chat", "ask a model about a picture"),
+        "chat": ("milora_vl.chat", "ask a model, about a picture or without one"),
         "export": ("milora_vl.export", "turn an adapter into a merged model, LLaVA's layout, and back"),
-        "compose": ("milora_vl.compose", "make a LLaVA from a vision tower and a language model"),
     },
     "Data": {
         "data": ("milora_data.__main__", "check, convert, show and count a data set"),
@@ -47,7 +46,7 @@ examples:
 def usage() -> str:
     """Return the text of `--help`."""
     groups = "\n\n".join(
-        "\n".join([f"{group}:", *(f"  {name:<10} {about}" for name, (_, about) in programs.items())])
+        "\n".join([f"{group}:", *(f"  {name:<10}  {about}" for name, (_, about) in programs.items())])
         for group, programs in PROGRAMS.items()
     )
     return (

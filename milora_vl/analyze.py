@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command import parser, positive, run
+from milora_data.command import parser, positive, run, say_next
 from milora_data.errors import UserError
 
 _EXAMPLES = """\
@@ -57,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"{part}: {words}\n")
     sys.stderr.write(f"page:    {folder / 'analysis.html'}\nlayers:  {folder / 'layers.csv'}\n")
     _report(folder.parent)
+    if todo.kind == "base":
+        say_next("milora_vl.train", "--model", todo.name, "--dry-run")
+    else:
+        say_next("milora_vl.export", options.subject, "--to", "merged")
     return 0
 
 

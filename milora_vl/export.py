@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import parser, run
+from milora_data.command import parser, run, say_next
 from milora_data.errors import UserError
 
 if TYPE_CHECKING:
@@ -176,6 +176,8 @@ def _show(done: Exported, style: str) -> None:
         sys.stdout.write(f"total  error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"{_ORIGINS[done.origin]}, now: {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
+    if done.form == "merged":
+        say_next("milora_vl.chat", "--model", done.folder, "QUESTION")
 
 
 _ORIGINS = {

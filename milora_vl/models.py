@@ -41,6 +41,7 @@ NAMED_MODELS: dict[str, str] = {
     "llava-v1.6-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
     "smol-llava": "SmolLM2-135M-Instruct + EfficientNet-Lite0, made here at first use",
     "smol-llava-unaligned": "the same before stage 1, with a fresh projector",
+    "smollm2": "SmolLM2-135M-Instruct, text only, made here at first use",
     "tiny": "random weights, for tests",
     "tiny-text": "random weights, text only, for tests",
 }
@@ -59,7 +60,11 @@ PART_OF: dict[str, tuple[str, str, dict[str, int]]] = {
     "openai/clip-vit-large-patch14-336": ("llava-1.5-7b", "vision_config", {}),
     "openai/clip-vit-large-patch14": ("llava-1.5-7b", "vision_config", {"image_size": 224}),
 }
-MADE_HERE = ("smol-llava", "smol-llava-unaligned", "tiny", "tiny-text")
+MADE_HERE = ("smol-llava", "smol-llava-unaligned", "smollm2", "tiny", "tiny-text")
+
+
+class UnknownModelError(UserError):
+    """A model that is neither named here, nor a folder, nor a hub id."""
 
 
 def load_model(
@@ -243,11 +248,11 @@ def _named(model: Any, name: str) -> nn.Module:
 
 
 def _source(name: str) -> str:
-    """Return the folder or hub id behind a name; makes smol-llava at first use."""
-    if name.startswith("smol-llava") and name in MADE_HERE:
-        from milora_vl.smol_llava import smol_llava_folder
+    """Return the folder or hub id behind a name; makes smol-llava and smollm2 at first use."""
+    if name.startswith("smol") and name in MADE_HERE:
+        from milora_vl.smol_llava import smol_llava_folder, smollm2_folder
 
-        return str(smol_llava_folder(aligned=name == "smol-llava"))
+        return str(smollm2_folder() if name == "smollm2" else smol_llava_folder(aligned=name == "smol-llava"))
     folder = Path(name)
     if folder.is_dir():
         _register_own()
@@ -260,8 +265,8 @@ def _source(name: str) -> str:
         return NAMED_MODELS[SAME_WEIGHTS.get(name, name)]
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return name
-    near = suggest(name, NAMED_MODELS)
-    raise UserError(
+    near = suggest(name.lower(), NAMED_MODELS)
+    raise UnknownModelError(
         f'unknown model "{name}"\n'
         + (f"did you mean: {', '.join(near)}\n" if near else "")
         + f"named:    {', '.join(NAMED_MODELS)}\n"

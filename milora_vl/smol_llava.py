@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -39,21 +41,38 @@ def smol_llava_folder(*, aligned: bool = True) -> Path:
     """
     register()
     variant = hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()[:12] if aligned else "unaligned"
-    folder = cache_dir() / "models" / f"smol-llava-{FOLDER_VERSION}-{variant}"
+    what = "smol-llava from SmolLM2-135M-Instruct and EfficientNet-Lite0"
+    return _made_once(f"smol-llava-{FOLDER_VERSION}-{variant}", what, partial(_write, aligned=aligned))
+
+
+def smollm2_folder() -> Path:
+    """Return the folder with smol-llava's language model alone and its tokenizer, made at first use."""
+    return _made_once(f"smollm2-{FOLDER_VERSION}", "SmolLM2-135M-Instruct as plain weights", _write_language)
+
+
+def _made_once(name: str, what: str, write: Callable[[Path], None]) -> Path:
+    folder = cache_dir() / "models" / name
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    sys.stderr.write("making smol-llava from SmolLM2-135M-Instruct and EfficientNet-Lite0 (once, about a minute)\n")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smol-llava-") as scratch:
+    sys.stderr.write(f"making {what} (once, about a minute)\n")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
         made = Path(scratch) / "model"
         with quiet_bars(), whole_weights():
-            _write(made, aligned=aligned)
+            write(made)
         try:
             made.rename(folder)
         except OSError:  # another process was faster
             if not (folder / "config.json").is_file():
                 raise
     return folder
+
+
+@whole_weights()
+def _write_language(folder: Path) -> None:
+    language, tokenizer = language_model()
+    language.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @whole_weights()
@@ -79,7 +98,7 @@ def language_model() -> tuple[Any, Any]:
         import gguf  # noqa: F401 - transformers reads the file with it
     except ImportError:
         raise UserError(
-            'smol-llava needs the package gguf to read its language model\ntry: pip install "milora-vl[demo]"'
+            'SmolLM2 is read with the package gguf, which is not installed\ntry: pip install "milora-vl[demo]"'
         ) from None
     source = fetch("smollm2")
     tokenizer = _as_the_file_says(AutoTokenizer.from_pretrained(source, gguf_file=GGUF))

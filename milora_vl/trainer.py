@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
@@ -23,6 +32,7 @@ from milora_vl.training import streaming
 from milora_vl.training.losses import install, summed_loss
 from milora_vl.training.meter import Meter, group_rates, tower_norms
 from milora_vl.training.param_groups import parameter_groups, target_path
+from milora_vl.training.progress import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -121,6 +131,8 @@ class MiloraTrainer(Trainer):
             callbacks=[stop := StopOnSignal(), LogBeforeSave()],
         )
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+        self.add_callback(Progress(bars=not self.args.disable_tqdm))
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from .command import count, parser
+from .command import count, parser, say_next
 from .errors import DataError, UserError
 from .findings import Finding, examine
 from .images import ImagePolicy
@@ -54,9 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .repair import write_repaired
 
         sys.stderr.write(write_repaired(report, chosen.data, chosen.fix))
-    elif report.count("error"):
-        sys.stderr.write(f"next: python -m milora_data check {chosen.data} --image_folder {folder} --fix OUT\n")
+    _say_next(report, chosen.fix, ["--image_folder", folder] if report.with_pictures else [])
     return 1 if report.count("error") else 0
+
+
+def _say_next(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
+    if report.by_kind().keys() == {"not_a_record"} and len(report.findings) == report.records:
+        say_next("milora_data", "convert", "--help")
+    elif report.count("error") and fixed is None:
+        say_next("milora_data", "check", report.path, *pictures, "--fix", "OUT")
+    else:
+        say_next("milora_vl.train", "--model", "MODEL", "--data_path", fixed or report.path, *pictures, "--dry-run")
 
 
 def image_folder(data: Path, given: Path | None) -> Path:

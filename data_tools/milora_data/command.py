@@ -9,9 +9,11 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UserError
@@ -41,6 +43,29 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def amount(number: int, what: str) -> str:
+    """Return a number with what it counts.
+
+    >>> amount(1, "record"), amount(1200, "record")
+    ('1 record', '1,200 records')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def command_line(program: str, *words: str | Path) -> str:
+    """Return `program` with its arguments as a user would type it, quoted where a shell needs that.
+
+    >>> command_line("milora_data", "check", "my data.json")
+    "python -m milora_data check 'my data.json'"
+    """
+    return f"python -m {program} {shlex.join(map(str, words))}"
+
+
+def say_next(program: str, *words: str | Path) -> None:
+    """Say on stderr what to type next."""
+    sys.stderr.write(f"next: {command_line(program, *words)}\n")
+
+
 class CommandParser(argparse.ArgumentParser):
     """`argparse` with `-` and `_` alike in flags, no guessing from prefixes, and near names for unknown flags."""
 
@@ -66,6 +91,15 @@ class CommandParser(argparse.ArgumentParser):
             hint = f"\ndid you mean {' or '.join(dict.fromkeys(near))} ?" if near else ""
             self.error(f"unknown argument: {' '.join(unknown)}{hint}")
         return parsed
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Name what a value may be, the near ones first, where argparse prints a list of Python strings."""
+        if action.choices is None or value in action.choices:
+            return
+        known = list(map(str, action.choices))
+        near = suggest(str(value), known)
+        hint = f"\ndid you mean {' or '.join(near)} ?" if near else ""
+        raise argparse.ArgumentError(action, f"got {value!r}; expected one of {', '.join(known)}{hint}")
 
     def flags(self) -> list[str]:
         """Return the long flags that this parser declares."""

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from .captions import caption_records
-from .command import parser
+from .command import amount, parser, say_next
 from .errors import DataError, UserError
 from .images import StoredPicture
 from .jsonfile import read_objects, write_objects
 from .messages import from_messages
 from .other_files import DEFAULT_PROMPT, coco_captions, refcoco, sharegpt, table
-from .records import Record, parse_record
+from .records import Record, load_records, parse_record
 from .stored import stored_records
 from .vqa_files import Converter, Options, Records, aokvqa, gqa, ocrvqa, scienceqa, textvqa, vizwiz, vqa
 
@@ -27,7 +27,8 @@ formats (--from):
   messages       {"messages": [{"role", "content"}], "images": [...]}, as TRL and others use; a list or one a line
   folder         pictures with a text file each (a.jpg, a.txt), or with one table: captions.json, .jsonl or .csv,
                  metadata.csv or .jsonl
-  csv            a table (.csv, .tsv) with columns for picture, question and answer, or picture and caption
+  table, csv     rows (.csv, .tsv, .json, .jsonl) with columns for picture, question and answer, or picture and caption
+  alpaca         rows with instruction, input and output: text alone
   hub            FILE.parquet, FILE.tar (webdataset), hub:OWNER/NAME[:SPLIT]; pictures are written to images/
   vqav2, okvqa   the questions file and the annotations file
   gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file of questions and answers
@@ -37,6 +38,8 @@ formats (--from):
 examples:
   python -m milora_data convert --from jsonl a.jsonl b.jsonl --output_dir data
   python -m milora_data convert --from folder my_pictures --output_dir data --prompt "What is this?"
+  python -m milora_data convert --from table captions.csv --output_dir data
+  python -m milora_data convert --from alpaca instructions.json --output_dir data
   python -m milora_data convert --from vqav2 questions.json annotations.json --output_dir data
   python -m milora_data convert --from gqa questions.json --image_pattern "gqa/images/{}.jpg" --output_dir data
 """
@@ -67,9 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = Options(chosen.prompt, chosen.split or "train", chosen.image_pattern)
     sources = chosen.sources if chosen.kind == "hub" else [Path(source) for source in chosen.sources]
     count = write_objects(out, _with_written_pictures(_read(chosen.kind, sources, given), images))
-    sys.stdout.write(f"{out}: {count:,} records\n")
+    sys.stdout.write(f"{out}: {amount(count, 'record')}\n")
     folder = {"folder": sources[0], "hub": images}.get(chosen.kind, "FOLDER")
-    sys.stderr.write(f"next: python -m milora_data check {out} --image_folder {folder}\n")
+    has_pictures = any(record.images for record in load_records(out))
+    say_next("milora_data", "check", out, *(["--image_folder", folder] if has_pictures else []))
     return 0
 
 
@@ -160,7 +164,9 @@ KINDS: dict[str, Kind] = {
     "jsonl": Kind(_llava),
     "messages": Kind(_messages),
     "folder": Kind(_folder, ("prompt",)),
+    "table": Kind(table, ("prompt",)),
     "csv": Kind(table, ("prompt",)),
+    "alpaca": Kind(table),
     "hub": Kind(_stored, ("prompt",)),
     "vqav2": Kind(vqa, ("image_pattern",)),
     "okvqa": Kind(vqa, ("image_pattern",)),

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     counts = write(chosen.output_dir, seed=chosen.seed, per_type=chosen.per_type, variants=chosen.variants)
     sys.stdout.write("".join(f"{chosen.output_dir / name}: {count:,} records\n" for name, count in counts.items()))
-    sys.stderr.write(f"next: python -m milora_data show {chosen.output_dir / 'train.json'} --limit 3\n")
+    say_next("milora_data", "show", chosen.output_dir / "train.json", "--limit", "3")
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .check import image_folder
-from .command import count, parser
+from .command import amount, count, parser, say_next
 from .encode import encode
 from .errors import UserError
 from .images import ImageError, load_image, place_of
@@ -56,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _print(record, pieces, counts, folder, separate=number > 0)
     if chosen.html is not None:
-        write_page(chosen.html, f"{chosen.data}: {len(page):,} records", page)
-        sys.stdout.write(f"{chosen.html}: {len(page):,} records\n")
+        write_page(chosen.html, f"{chosen.data}: {amount(len(page), 'record')}", page)
+        sys.stdout.write(f"{chosen.html}: {amount(len(page), 'record')}\n")
+    pictures = ["--image_folder", folder] if chosen.image_folder else []
+    say_next("milora_vl.train", "--model", "MODEL", "--data_path", chosen.data, *pictures, "--dry-run")
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .check import image_folder
-from .command import count, parser
+from .command import count, parser, say_next
 from .duplicates import duplicate_statistics, leakage
 from .encode import encode
 from .errors import DataError, UserError
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen.format == "json"
         else f"{chosen.data}\n" + as_text(content, chosen.limit)
     )
+    pictures = ["--image_folder", folder] if chosen.image_folder else []
+    say_next("milora_data", "show", chosen.data, *pictures)
     return 0
 
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from milora_data.command import say_next
 from milora_eval.compare import Pair, compare, num_common
 from milora_eval.results import require_lines
 from milora_eval.table import FORMATS, pairs_table, show
@@ -34,6 +35,7 @@ def main(options: argparse.Namespace) -> int:
     if options.format == "human":
         shown = [pair for pair in pairs if pair.difference is not None and not pair.b.detail]
         sys.stdout.write("".join(map(_sentence, shown)))
+    say_next("milora_eval", "view", options.a, options.b)
     return 0
 
 

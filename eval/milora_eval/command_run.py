@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import count, positive
+from milora_data.command import count, positive, say_next
 from milora_data.errors import UserError
 from milora_eval.places import Subject, recipe_of, subject
 from milora_eval.selection import parse_shard
@@ -38,7 +38,10 @@ def add_arguments(options: argparse.ArgumentParser) -> None:
     what.add_argument("--suite", help="named list of benchmarks; see: python -m milora_eval ls")
     what.add_argument("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class")
     options.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of the benchmarks' files (default: data/SUITE)"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the benchmarks' files (default: data/SUITE); of your FILE.json its pictures",
     )
     options.add_argument("--output_dir", type=Path, required=True, metavar="O", help="files go to O/eval/SUITE/...")
     options.add_argument("--with_base", action="store_true", help="evaluate the untouched base model too")
@@ -76,6 +79,7 @@ def main(options: argparse.Namespace) -> int:
         return 0
     _print(options, folders)
     _report(options.output_dir)
+    say_next("milora_eval", "view", *folders)
     return 0
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command import parser, positive, run
+from milora_data.command import parser, positive, run, say_next
 from milora_data.errors import UserError
 
 PROBES = ("text", "samples", "pictures")
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr.write(f"written: {job.file}\n")
     if (folder / "recipe.yaml").is_file():
         _report(folder)
+        say_next("milora_vl.analyze", folder)
     return 0
 
 

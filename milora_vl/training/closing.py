@@ -6,6 +6,7 @@ import importlib
 import traceback
 from pathlib import Path
 
+from milora_data.command import command_line
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
 from milora_vl.training import model_card
@@ -33,11 +34,14 @@ def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> bool:
 
 def next_command(path: Path, recipe: Recipe) -> str:
     """What a user most likely wants to type now."""
+    sees = any((path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    question = ["--image", "PICTURE", "What is this?"] if sees else ["QUESTION"]
     if (path / "adapter_model.safetensors").is_file():
-        return f'python -m milora_vl.chat --model {recipe.model} --adapter {path} --image PICTURE "What is this?"'
+        return command_line("milora_vl.chat", "--model", recipe.model, "--adapter", path, *question)
     if (path / "mm_projector.safetensors").is_file():
-        return f"python -m milora_vl.train --model {recipe.model} --projector_weights {path} --data_path DATA.json ..."
-    return f'python -m milora_vl.chat --model {path} --image PICTURE "What is this?"'
+        words = ("--model", recipe.model, "--projector_weights", path, "--data_path", "DATA.json")
+        return command_line("milora_vl.train", *words)
+    return command_line("milora_vl.chat", "--model", path, *question)
 
 
 def _report(path: Path, screen: Screen) -> bool:

@@ -80,7 +80,8 @@ def show(request: Request) -> int:
         screen.say(line)
     if problem:
         raise problem
-    screen.say(f"\nto start it:\n  {command(request)}")
+    missing = "" if recipe.data.path else " --data_path DATA.json --image_folder FOLDER"
+    screen.say(f"\nto start it:\n  {command(request)}{missing}")
     return 0
 
 
