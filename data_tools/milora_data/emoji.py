@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import count, parser, positive
+from milora_data.command import count, parser, positive, say_next
 from milora_data.emoji_catalogue import PICTURE_SIZE, Emoji, catalogue, on_background, render, with_colours
 from milora_data.emoji_questions import Record, captions, held_out_records, training_records
 from milora_data.errors import UserError
