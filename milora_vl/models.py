@@ -53,10 +53,11 @@ SAME_WEIGHTS = {
     "liuhaotian/llava-v1.6-vicuna-13b": "llava-v1.6-vicuna-13b",
     "liuhaotian/llava-v1.6-mistral-7b": "llava-v1.6-mistral-7b",
 }
-# Parts that LLaVA's scripts start from, whose configs lie inside those of the package: a dry run needs no hub.
+# Parts whose configs lie inside those of the package (LLaVA's scripts start from them): a dry run needs no hub.
 PART_OF: dict[str, tuple[str, str, dict[str, int]]] = {
     "lmsys/vicuna-7b-v1.5": ("llava-1.5-7b", "text_config", {"vocab_size": 32000}),
     "lmsys/vicuna-13b-v1.5": ("llava-1.5-13b", "text_config", {"vocab_size": 32000}),
+    "smollm2": ("smol-llava", "text_config", {"vocab_size": 49152}),
     "openai/clip-vit-large-patch14-336": ("llava-1.5-7b", "vision_config", {}),
     "openai/clip-vit-large-patch14": ("llava-1.5-7b", "vision_config", {"image_size": 224}),
 }
@@ -133,8 +134,7 @@ def load_weights(
     if quantization is not None:
         chosen = quantization_config(quantization) if isinstance(quantization, str) else quantization
         arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
-    small = name in MADE_HERE or not sys.stderr.isatty()
-    with quiet_bars() if small else nullcontext():
+    with quiet_bars() if name in MADE_HERE or not sys.stderr.isatty() else nullcontext():
         model = _read(auto.from_pretrained, source, name, **arguments)
     if is_deepspeed_zero3_enabled():
         # HF then keeps renamings of old checkpoints that this one had no need of, and undoes them when it saves.
@@ -250,9 +250,9 @@ def _named(model: Any, name: str) -> nn.Module:
 def _source(name: str) -> str:
     """Return the folder or hub id behind a name; makes smol-llava and smollm2 at first use."""
     if name.startswith("smol") and name in MADE_HERE:
-        from milora_vl.smol_llava import smol_llava_folder, smollm2_folder
+        from milora_vl.smol_llava import made_folder
 
-        return str(smollm2_folder() if name == "smollm2" else smol_llava_folder(aligned=name == "smol-llava"))
+        return str(made_folder(name))
     folder = Path(name)
     if folder.is_dir():
         _register_own()

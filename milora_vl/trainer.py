@@ -6,6 +6,7 @@ Distributed training, precision and logging are all HF's; whatever wraps the mod
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -32,7 +33,7 @@ from milora_vl.training import streaming
 from milora_vl.training.losses import install, summed_loss
 from milora_vl.training.meter import Meter, group_rates, tower_norms
 from milora_vl.training.param_groups import parameter_groups, target_path
-from milora_vl.training.progress import Progress
+from milora_vl.training.progress import Bars, Lines
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -132,7 +133,7 @@ class MiloraTrainer(Trainer):
         )
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
-        self.add_callback(Progress(bars=not self.args.disable_tqdm))
+        self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds

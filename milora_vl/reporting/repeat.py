@@ -28,7 +28,7 @@ def commands(run: Run) -> Commands:
     """What made this run, and what to type next."""
     recipe = run.folder / "recipe.yaml"
     model, base = _model(run)
-    where = ["--with_base", "--output_dir", run.folder]
+    where: list[str | Path] = ["--with_base", "--output_dir", run.folder]
     return Commands(
         as_typed=_as_typed(run.environment.get("command") or ()),
         repeat=command_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),

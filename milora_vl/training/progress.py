@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 # Key of the log -> how it is shown, in this order.
 SHOWN = {
@@ -37,54 +37,21 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
     return "  ".join([f"step {step:,}/{steps:,}", *found]) if found else ""
 
 
-class Progress(ProgressCallback):
-    """HF's bars, on a terminal alone, and `log_line` in the place of its dictionaries."""
+class Lines(TrainerCallback):
+    """`log_line` for each entry, and no bar: for log files and `--disable_tqdm`."""
 
-    def __init__(self, *, bars: bool) -> None:
-        super().__init__()
-        self.bars = bars and sys.stderr.isatty()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
-        """Draw the bar."""
-        if self.bars:
-            super().on_train_begin(args, state, control, **objects)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
-        """Move it on."""
-        if self.bars:
-            super().on_step_end(args, state, control, **objects)
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
-        """Draw, or move on, the bar of an evaluation."""
-        if self.bars:
-            super().on_prediction_step(args, state, control, **objects)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Write the line above the bar."""
-        line = log_line(logs or {}, state.global_step, state.max_steps)
-        if not (line and state.is_world_process_zero):
-            return
-        if self.training_bar is None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
+        """Write the line."""
+        line = log_line(objects["logs"], state.global_step, state.max_steps)
+        if line and state.is_world_process_zero:
             sys.stderr.write(line + "\n")
-        else:
-            self.training_bar.write(line, file=sys.stderr)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
-        """Take the bar away."""
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **objects)
+
+class Bars(ProgressCallback):
+    """HF's bars, with `log_line` above them in the place of its dictionaries."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
+        """Write the line above the bar."""
+        line = log_line(objects["logs"], state.global_step, state.max_steps)
+        if line and self.training_bar is not None:
+            self.training_bar.write(line, file=sys.stderr)
