@@ -20,6 +20,8 @@ help:  ## list the targets
 	@echo "  PYTHON=python3.11 chooses the interpreter, RUN=runs/other the folder of the demo, JOBS=8 the tests at a time."
 
 setup: $(INSTALLED)  ## make the virtual environment and install everything into it
+	@echo "ready:  source $(BIN)/activate      (or type $(BIN)/python for python)"
+	@echo "next:   make demo, or  milora --help"
 
 demo: $(RUN)/.demo-finished  ## fine-tune a small LLaVA with MiLoRA, evaluate it before and after, write a report
 	@echo "report: $(abspath $(RUN))/report.html"

@@ -22,7 +22,7 @@ MENU = Menu(
             "studies": ("milora_vl.studies.__main__", "open questions about MiLoRA, each many small trainings"),
         },
         "use": {
-            "chat": ("milora_vl.chat", "ask a model about a picture"),
+            "chat": ("milora_vl.chat", "ask a model, about a picture or without one"),
             "export": ("milora_vl.export", "turn an adapter into a merged model, LLaVA's layout, and back"),
         },
         "data": {"data": ("milora_data.__main__", "check, convert, show and count a data set")},

@@ -1,4 +1,4 @@
-"""What a folder holds, told by its files: an adapter, a projector alone, or neither. Needs no torch."""
+"""What a folder holds, told by its files: an adapter, a projector alone, a processor of pictures. Needs no torch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def holds_projector_alone(folder: Path) -> bool:
     """Whether `folder` holds a projector and no adapter."""
     adapter = (folder / "adapter_config.json").is_file()
     return not adapter and any((folder / name).is_file() for name in PROJECTOR_FILES)
+
+
+def sees_pictures(folder: Path) -> bool:
+    """Whether the model of `folder` takes pictures, as its processor's files tell."""
+    return any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
 
 
 def base_of(folder: Path) -> str:

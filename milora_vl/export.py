@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from milora_data.command import next_step, parser, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
+from milora_vl.adapter_folders import sees_pictures
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _show(done, options.format)
     what = ("--model", done.folder) if options.to == "merged" else ("--model", "MODEL", "--adapter", done.folder)
-    next_step("milora_vl.chat", *what, "--image", "PICTURE", "What is this?")
+    question = ("--image", "PICTURE", "What is this?") if sees_pictures(done.folder) else ("QUESTION",)
+    next_step("milora_vl.chat", *what, *question)
     return 0
 
 

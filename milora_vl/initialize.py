@@ -95,7 +95,10 @@ def initialize(
     rank, _ = place()
     made: dict[str, Initial] = {}
     shown = bool(progress) and rank == 0
-    with tqdm(total=len(wanted), desc="decomposing", unit="matrix", file=sys.stderr, disable=not shown) as bar:
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(
+        total=len(wanted), desc="decomposing", unit="matrix", file=sys.stderr, disable=not shown, mininterval=interval
+    ) as bar:
         for hand in hands([(_cost(target), target) for target in wanted]):
             for initial in _play(model, hand, cache):
                 made[initial.report.path] = initial

@@ -44,6 +44,7 @@ NAMED_MODELS: dict[str, str] = {
     "qwen2.5-7b": "Qwen/Qwen2.5-7B",
     "smol-llava": "SmolLM2-135M-Instruct + EfficientNet-Lite0, made here at first use",
     "smol-llava-unaligned": "the same before stage 1, with a fresh projector",
+    "smollm2": "SmolLM2-135M-Instruct, text only, made here at first use",
     "tiny": "random weights, for tests",
     "tiny-text": "random weights, text only, for tests",
 }
@@ -55,14 +56,19 @@ SAME_WEIGHTS = {
     "liuhaotian/llava-v1.6-vicuna-13b": "llava-v1.6-vicuna-13b",
     "liuhaotian/llava-v1.6-mistral-7b": "llava-v1.6-mistral-7b",
 }
-# Parts that LLaVA's scripts start from, whose configs lie inside those of the package: a dry run needs no hub.
+# Parts whose configs lie inside those of the package (LLaVA's scripts start from them): a dry run needs no hub.
 PART_OF: dict[str, tuple[str, str, dict[str, int]]] = {
     "lmsys/vicuna-7b-v1.5": ("llava-1.5-7b", "text_config", {"vocab_size": 32000}),
     "lmsys/vicuna-13b-v1.5": ("llava-1.5-13b", "text_config", {"vocab_size": 32000}),
+    "smollm2": ("smol-llava", "text_config", {"vocab_size": 49152}),
     "openai/clip-vit-large-patch14-336": ("llava-1.5-7b", "vision_config", {}),
     "openai/clip-vit-large-patch14": ("llava-1.5-7b", "vision_config", {"image_size": 224}),
 }
-MADE_HERE = ("smol-llava", "smol-llava-unaligned", "tiny", "tiny-text")
+MADE_HERE = ("smol-llava", "smol-llava-unaligned", "smollm2", "tiny", "tiny-text")
+
+
+class UnknownModelError(UserError):
+    """A model that is neither named here, nor a folder, nor a hub id."""
 
 
 def load_model(
@@ -131,8 +137,7 @@ def load_weights(
     if quantization is not None:
         chosen = quantization_config(quantization) if isinstance(quantization, str) else quantization
         arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
-    small = name in MADE_HERE or not sys.stderr.isatty()
-    with quiet_bars() if small else nullcontext():
+    with quiet_bars() if name in MADE_HERE or not sys.stderr.isatty() else nullcontext():
         model = _read(auto.from_pretrained, source, name, **arguments)
     if is_deepspeed_zero3_enabled():
         # HF then keeps renamings of old checkpoints that this one had no need of, and undoes them when it saves.
@@ -246,25 +251,26 @@ def _named(model: Any, name: str) -> nn.Module:
 
 
 def _source(name: str) -> str:
-    """Return the folder or hub id behind a name; makes smol-llava at first use."""
-    if name.startswith("smol-llava") and name in MADE_HERE:
-        from milora_vl.smol_llava import smol_llava_folder
+    """Return the folder or hub id behind a name; makes smol-llava and smollm2 at first use."""
+    if name.startswith("smol") and name in MADE_HERE:
+        from milora_vl.smol_llava import made_folder
 
-        return str(smol_llava_folder(aligned=name == "smol-llava"))
+        return str(made_folder(name))
     folder = Path(name)
     if folder.is_dir():
         _register_own()
         if original.is_original(folder):
             return str(converted(folder))
         if not (folder / "config.json").is_file():
-            raise UserError(f"{name} holds no model: it has no config.json\nfound: {_listing(folder)}")
+            found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+            raise UserError(f"{name} holds no model: it has no config.json\nfound: {found}")
         return name
     if name in NAMED_MODELS or name in SAME_WEIGHTS:
         return NAMED_MODELS[SAME_WEIGHTS.get(name, name)]
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return name
-    near = suggest(name, NAMED_MODELS)
-    raise UserError(
+    near = suggest(name.lower(), NAMED_MODELS)
+    raise UnknownModelError(
         f'unknown model "{name}"\n'
         + (f"did you mean: {', '.join(near)}\n" if near else "")
         + f"named:    {', '.join(NAMED_MODELS)}\n"
@@ -308,10 +314,6 @@ def _hub_is_known() -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200]
-
-
-def _listing(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
 
 
 def _register_own() -> None:

@@ -19,7 +19,7 @@ from milora_data.assets import cache_dir, fetch
 from milora_data.errors import UserError
 from milora_vl.compose import compose, processor_for
 from milora_vl.composing.whole import whole_weights
-from milora_vl.screen_noise import quiet_bars
+from milora_vl.screen_noise import quiet_bars, quiet_conversion
 from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
 
 FOLDER_VERSION = 3  # to be raised with every change of what the folder holds
@@ -31,29 +31,48 @@ LEVELS = (2, 3)  # strides 8 and 16: colours and shapes, which the last layer ha
 PROJECTOR = files("milora_vl") / "assets" / "smol_llava_projector.safetensors"
 
 
-def smol_llava_folder(*, aligned: bool = True) -> Path:
-    """Return the folder with the model and its processor, made at first use (about a minute).
+def folder_of(name: str) -> Path:
+    """Return where the cache holds, or will hold, `smol-llava`, `smol-llava-unaligned` or `smollm2`."""
+    names = {
+        "smol-llava": f"smol-llava-{FOLDER_VERSION}-{hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()[:12]}",
+        "smol-llava-unaligned": f"smol-llava-{FOLDER_VERSION}-unaligned",
+        "smollm2": f"smollm2-{FOLDER_VERSION}",
+    }
+    return cache_dir() / "models" / names[name]
 
-    `aligned=False` gives the model before stage 1, with a fresh projector.
+
+def made_folder(name: str) -> Path:
+    """Return the folder with that model and its processor, made at first use (about a minute).
+
+    `smol-llava-unaligned` is smol-llava before stage 1, with a fresh projector; `smollm2` its language model alone.
     Raises UserError when the parts cannot be fetched or the `demo` extra is not installed.
     """
     register()
-    variant = hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()[:12] if aligned else "unaligned"
-    folder = cache_dir() / "models" / f"smol-llava-{FOLDER_VERSION}-{variant}"
+    folder = folder_of(name)
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    sys.stderr.write("making smol-llava from SmolLM2-135M-Instruct and EfficientNet-Lite0 (once, about a minute)\n")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smol-llava-") as scratch:
+    parts = "SmolLM2-135M-Instruct" + ("" if name == "smollm2" else " and EfficientNet-Lite0")
+    sys.stderr.write(f"making {name} from {parts} (once, about a minute)\n")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
         made = Path(scratch) / "model"
-        with quiet_bars(), whole_weights():
-            _write(made, aligned=aligned)
+        with quiet_bars(), quiet_conversion(), whole_weights():
+            if name == "smollm2":
+                _write_language(made)
+            else:
+                _write(made, aligned=name == "smol-llava")
         try:
             made.rename(folder)
         except OSError:  # another process was faster
             if not (folder / "config.json").is_file():
                 raise
     return folder
+
+
+def _write_language(folder: Path) -> None:
+    language, tokenizer = language_model()
+    language.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @whole_weights()
@@ -79,7 +98,7 @@ def language_model() -> tuple[Any, Any]:
         import gguf  # noqa: F401 - transformers reads the file with it
     except ImportError:
         raise UserError(
-            'smol-llava needs the package gguf to read its language model\ntry: pip install "milora-vl[demo]"'
+            'SmolLM2 is read with the package gguf, which is not installed\ntry: pip install "milora-vl[demo]"'
         ) from None
     source = fetch("smollm2")
     tokenizer = _as_the_file_says(AutoTokenizer.from_pretrained(source, gguf_file=GGUF))

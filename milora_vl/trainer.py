@@ -6,13 +6,23 @@ Distributed training, precision and logging are all HF's; whatever wraps the mod
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
@@ -24,6 +34,7 @@ from milora_vl.training import protection, streaming
 from milora_vl.training.losses import install, summed_loss
 from milora_vl.training.meter import Meter, group_rates, tower_norms
 from milora_vl.training.param_groups import parameter_groups, target_path
+from milora_vl.training.progress import Bars, Lines
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -124,6 +135,8 @@ class MiloraTrainer(Trainer):
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
         if any(target.protect for target in targets):
             protection.require_whole(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+        self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds

@@ -208,3 +208,20 @@ def test_training_counts_what_teaches_nothing(write: Callable[..., Path], tiny_d
     assert counts["unlearnable"] == 1
     with pytest.raises(DataError, match="no records"):
         check_for_training(write(name="empty.json"), tiny_data)
+
+
+def test_check_says_what_to_type_next(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, images = str(tiny_data / "train.json"), str(tiny_data / "images")
+    assert main(["check", data, "--image_folder", images]) == 0
+    assert f"next: python -m milora_vl.train --model MODEL --data_path {data} --image_folder {images} --dry-run" in (
+        capsys.readouterr().err
+    )
+    rows = tiny_data / "my rows.json"
+    rows.write_text('[{"instruction": "Hi", "output": "Ho"}]')
+    assert main(["check", str(rows)]) == 1
+    said = capsys.readouterr()
+    assert "1 error, 0 warnings" in said.out
+    assert "next: python -m milora_data convert --help" in said.err
+    (tiny_data / "images" / "0.png").write_bytes(b"no picture")
+    assert main(["check", data, "--image_folder", images]) == 1
+    assert f"next: python -m milora_data check {data} --image_folder {images} --fix OUT" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,24 @@ def test_estimates_say_so_where_there_is_no_tokenizer(tiny_data: Path, capsys: A
     shown = capsys.readouterr().out
     assert re.search(r"~\d{3} tokens a record, ~\d+ of them learnt", shown)
     assert "<image x 576>" in shown
+
+
+def test_a_template_of_the_tokenizer_is_planned_without_it(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "empty"))
+    data = tmp_path / "data.json"
+    turns = [{"from": "human", "value": "Capital of Peru?"}, {"from": "gpt", "value": "Lima"}]
+    data.write_text(json.dumps([{"conversations": turns}] * 4))
+    words = ["--model", "smollm2", "--template", "chat_template", "--rank", "16", "--data_path", str(data)]
+    assert main([*words, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "which is not here: counted as vicuna_v1" in shown
+    assert "trainable params: 4,884,480 " in shown
+    assert not (tmp_path / "empty" / "models").exists()
+
+
+def test_without_data_the_command_says_where_it_goes(capsys: Any) -> None:
+    assert main(["--model", "tiny", "--rank", "4", "--dry-run"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("--rank 4 --data_path DATA.json --image_folder FOLDER")
 
 
 def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:

@@ -101,3 +101,12 @@ def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
         evaluate("nothing.json", tmp_path)
     with pytest.raises(UserError, match=r"no file .*nothing\.py"):
         evaluate("nothing.py", tmp_path)
+
+
+def test_pictures_may_lie_in_the_data_folder(tmp_path: Path) -> None:
+    path = llava_json(tmp_path)
+    elsewhere = tmp_path / "my questions"
+    elsewhere.mkdir()
+    path.rename(elsewhere / "val.json")
+    found = evaluate(str(elsewhere / "val.json"), tmp_path / "out", "--data", str(tmp_path / "images"))
+    assert found["benchmarks"][0]["n"] == 2

@@ -28,6 +28,8 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/timm_tower.py:TimmTowerConfig.__init__": "PretrainedConfig's constructor",
     "milora_vl/training/forgetting.py:ForgettingCallback.on_step_end": "TrainerCallback's hook",
     "milora_vl/models.py:read_pretrained": "from_pretrained's keywords, passed on to it",
+    "milora_vl/training/progress.py:Bars.on_log": "TrainerCallback's hook",
+    "milora_vl/training/progress.py:Lines.on_log": "TrainerCallback's hook",
     "milora_vl/training/losses.py:_chunked_loss.<locals>.first_position": "an inner model's forward, passed on to it",
     "milora_vl/training/losses.py:install.<locals>.forward": "a model's forward, passed on to it",
     "milora_vl/training/simulate.py:_flash_attention.<locals>.attention": "torch's function",

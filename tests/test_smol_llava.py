@@ -12,7 +12,7 @@ from PIL import Image
 
 from milora_vl.compose import compose, processor_for
 from milora_vl.image_tokens import image_token_id, image_tokens
-from milora_vl.models import load_model
+from milora_vl.models import config_of, load_model
 from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
 
 
@@ -87,8 +87,21 @@ def test_smol_llava_is_made_once_and_answers(tmp_path, monkeypatch):
     assert list((tmp_path / "models").iterdir()) == made
 
 
+@pytest.mark.slow
+def test_its_language_model_alone_is_made_without_noise(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
+    model, tokenizer = load_model("smollm2")
+    assert model.name_or_path == "smollm2"
+    assert model.config.vocab_size == config_of("smollm2").vocab_size == len(tokenizer)
+    assert tokenizer.chat_template
+    said = capfd.readouterr().err
+    assert "making smollm2 from SmolLM2-135M-Instruct (once" in said
+    assert "Converting" not in said
+    assert "WARNING" not in said
+
+
 def test_without_network_the_message_says_what_to_do(tmp_path):
-    code = "from milora_vl.models import load_model; load_model('smol-llava')"
+    code = "from milora_vl.models import config_of, load_model; load_model('smol-llava')"
     environment = {**os.environ, "MILORA_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "cannot download" in done.stderr

@@ -248,3 +248,25 @@ def test_batches_of_similar_length_come_in_the_same_order_in_a_resumed_run(tiny_
     assert losses(part) == losses(whole)
     assert main(words(tiny_data, tmp_path / "other", "--rank", "4")) == 0
     assert losses(tmp_path / "other") != losses(whole)
+
+
+def test_a_misspelt_model_is_told_before_the_data_is_read(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    with pytest.raises(UserError, match="did you mean: smol-llava"):
+        main(["--model", "Smol-lava", "--data_path", str(tiny_data / "none.json"), "--output_dir", str(tmp_path / "r")])
+    assert "reading" not in capfd.readouterr().err
+
+
+def test_a_text_model_is_asked_without_a_picture(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    from milora_vl.reporting.repeat import commands
+    from milora_vl.reporting.run_page import read_run
+
+    data, run = tiny_data / "text only.json", tmp_path / "my run"
+    records = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}] * 4
+    data.write_text(json.dumps(records))
+    words = ["--model", "tiny-text", "--data_path", str(data), "--rank", "4", "--max_steps", "1", "--use_cpu"]
+    assert main([*words, "--output_dir", str(run)]) == 0
+    asked = f"python -m milora_vl.chat --model tiny-text --adapter '{run}' QUESTION"
+    assert capfd.readouterr().err.rstrip().endswith(asked)
+    typed = commands(read_run(run))
+    assert typed.chat == asked
+    assert "--benchmarks HELD_OUT.json --with_base" in typed.evaluate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Iterator
@@ -10,23 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .jsonfile import read_objects
+from .tables import not_utf8, read_rows
 from .templates import IMAGE
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
 TABLES = ("captions.json", "captions.jsonl", "captions.csv", "metadata.csv", "metadata.jsonl")
 FILE_KEYS = ("image", "file_name", "file", "filename", "path")
 TEXT_KEYS = ("caption", "text", "description")
 
 
 def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
-    """Yield one record per picture of `folder` that has a caption, in the order of names; says how many have none.
+    """Yield one record per picture of `folder` that has a caption, in the order of names; says what is left out.
 
     Raises `DataError`: no folder, no captions, a table without the columns, a caption for a file that is not there.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
-    pictures = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    # Hidden files are those of the system: .DS_Store, and ._a.jpg beside a.jpg.
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.name.startswith("."))
+    pictures = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     captions = _beside(folder, pictures) if table is None else dict(_rows(table))
     if not captions:
@@ -34,31 +36,43 @@ def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
     unknown = [name for name in captions if name not in set(pictures)]
     if unknown:
         raise DataError(f"{table}: {len(unknown):,} captions without a picture in {folder}: {', '.join(unknown[:5])}")
-    without = [name for name in pictures if name not in captions]
-    if without:
-        sys.stderr.write(f"left out: {len(without):,} pictures without a caption: {', '.join(without[:5])}\n")
+    _say_left_out("pictures without a caption", [name for name in pictures if not captions.get(name)])
+    foreign = [name for name in files if Path(name).suffix.lower() in UNREADABLE]
+    _say_left_out("pictures that cannot be read (save them as JPEG or PNG)", foreign)
+    if table is None:
+        used = {str(Path(name).with_suffix("")) for name in pictures}
+        texts = [name for name in files if Path(name).suffix == ".txt"]
+        _say_left_out("captions without a picture", [n for n in texts if str(Path(n).with_suffix("")) not in used])
     for name in pictures:
-        if name in captions:
+        if captions.get(name):
             question, answer = f"{IMAGE}\n{prompt}", captions[name]
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
             yield {"id": str(Path(name).with_suffix("")), "image": name, "conversations": turns}
 
 
+def _say_left_out(what: str, names: list[str]) -> None:
+    if names:
+        more = ", ..." if len(names) > 5 else ""
+        sys.stderr.write(f"left out: {len(names):,} {what}: {', '.join(names[:5])}{more}\n")
+
+
 def _beside(folder: Path, pictures: list[str]) -> dict[str, str]:
     texts = {name: (folder / name).with_suffix(".txt") for name in pictures}
-    return {name: path.read_text(encoding="utf-8").strip() for name, path in texts.items() if path.is_file()}
+    return {name: _text(path) for name, path in texts.items() if path.is_file()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(not_utf8(path, error)) from None
 
 
 def _rows(table: Path) -> Iterator[tuple[str, str]]:
-    if table.suffix == ".csv":
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            for row in csv.DictReader(file):
-                yield _row(row, table)
-        return
     if table.suffix == ".json" and table.read_text(encoding="utf-8-sig").lstrip().startswith("{"):
         yield from _mapping(table)
     else:
-        yield from (_row(value, table) for _, value in read_objects(table))
+        yield from (_row(value, table) for _, value in read_rows(table))
 
 
 def _mapping(table: Path) -> Iterator[tuple[str, str]]:

@@ -58,13 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .repair import write_repaired
 
         sys.stderr.write(write_repaired(report, chosen.data, chosen.fix))
-        next_step("milora_data", "check", chosen.fix, "--image_folder", folder)
-    elif report.count("error"):
-        next_step("milora_data", "check", chosen.data, "--image_folder", folder, "--fix", "OUT.json")
-    else:
-        words = ("--data_path", chosen.data, "--image_folder", folder)
-        next_step("milora_vl.train", "--model", "MODEL", *words, "--dry-run")
+    _tell_next(report, chosen.fix, ["--image_folder", folder] if report.with_pictures else [])
     return 1 if report.count("error") else 0
+
+
+def _tell_next(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
+    if report.by_kind().keys() == {"not_a_record"} and len(report.findings) == report.records:
+        next_step("milora_data", "convert", "--help")
+    elif report.count("error") and fixed is None:
+        next_step("milora_data", "check", report.path, *pictures, "--fix", "OUT.json")
+    else:
+        next_step("milora_vl.train", "--model", "MODEL", "--data_path", fixed or report.path, *pictures, "--dry-run")
 
 
 def image_folder(data: Path, given: Path | None) -> Path:

@@ -44,6 +44,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def amount(number: int, what: str) -> str:
+    """Return a number with what it counts.
+
+    >>> amount(1, "record"), amount(1200, "record")
+    ('1 record', '1,200 records')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 class CommandParser(argparse.ArgumentParser):
     """`argparse` with `-` and `_` alike in flags, no guessing from prefixes, and near names for unknown flags."""
 
@@ -71,13 +80,13 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Near names for a word that is none of an argument's choices."""
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            near = suggest(str(value), map(str, action.choices or ()))
-            error.message += f"\ndid you mean {near[0]} ?" if near else ""
-            raise
+        """Name what a value may be, the near ones first, where argparse prints a list of Python strings."""
+        if action.choices is None or value in action.choices:
+            return
+        known = list(map(str, action.choices))
+        near = suggest(str(value), known)
+        hint = f"\ndid you mean {' or '.join(near)} ?" if near else ""
+        raise argparse.ArgumentError(action, f"got {value!r}; expected one of {', '.join(known)}{hint}")
 
     def flags(self) -> list[str]:
         """Return the long flags that this parser declares."""
@@ -121,12 +130,21 @@ def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
     )
 
 
+def command_line(module: str, *words: object) -> str:
+    """Return the call of `module` with these arguments as a user would type it, quoted where a shell needs that.
+
+    >>> command_line("milora_data", "check", "my data.json")
+    "python -m milora_data check 'my data.json'"
+    """
+    return f"python -m {module} {shlex.join(map(str, words))}"
+
+
 def next_step(module: str, *words: object) -> None:
     """Say what is sensible to type after a command that has ended well: on stderr, ready to be copied.
 
     A word in capitals stands for what the reader knows.
     """
-    sys.stderr.write(f"next: python -m {module} {shlex.join(map(str, words))}\n")
+    sys.stderr.write(f"next: {command_line(module, *words)}\n")
 
 
 def report(error: UserError) -> None:

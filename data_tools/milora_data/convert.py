@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .captions import caption_records
-from .command import next_step, parser, positive
+from .command import amount, next_step, parser, positive
 from .errors import DataError, UserError
 from .flags import shared
 from .images import StoredPicture
@@ -20,7 +20,7 @@ from .instructions import held_out, instructions
 from .jsonfile import read_objects, write_objects
 from .messages import from_messages
 from .other_files import DEFAULT_PROMPT, coco_captions, refcoco, sharegpt, table
-from .records import Record, parse_record
+from .records import Record, load_records, parse_record
 from .stored import stored_records
 from .vqa_files import Converter, Options, Records, aokvqa, gqa, ocrvqa, scienceqa, textvqa, vizwiz, vqa
 
@@ -30,17 +30,19 @@ formats (--from):
   messages       {"messages": [{"role", "content"}], "images": [...]}, as TRL and others use; a list or one a line
   folder         pictures with a text file each (a.jpg, a.txt), or with one table: captions.json, .jsonl or .csv,
                  metadata.csv or .jsonl
-  csv            a table (.csv, .tsv) with columns for picture, question and answer, or picture and caption
+  table, csv     rows (.csv, .tsv, .json, .jsonl) with columns for picture, question and answer, or picture and caption
+  alpaca         instruction, input and output, or query and response, as LLM-Adapters and MetaMathQA have them
   hub            FILE.parquet, FILE.tar (webdataset), hub:OWNER/NAME[:SPLIT]; pictures are written to images/
   vqav2, okvqa   the questions file and the annotations file
   gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file of questions and answers
   scienceqa      problems.json            refcoco   refs(...).p and instances.json
   coco           captions_....json        sharegpt  conversations without pictures
-  alpaca         {"instruction", "input", "output"} or {"query", "response"}, as LLM-Adapters and MetaMathQA have them
 
 examples:
   python -m milora_data convert --from jsonl a.jsonl b.jsonl --output_dir data
   python -m milora_data convert --from folder my_pictures --output_dir data --prompt "What is this?"
+  python -m milora_data convert --from table captions.csv --output_dir data
+  python -m milora_data convert --from alpaca instructions.json --output_dir data
   python -m milora_data convert --from vqav2 questions.json annotations.json --output_dir data
   python -m milora_data convert --from gqa questions.json --image_pattern "gqa/images/{}.jpg" --output_dir data
 """
@@ -80,9 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         records = _without_held_out(list(records), chosen.hold_out, chosen.output_dir / "eval.json")
     count = write_objects(out, records)
     as_json = json.dumps({"file": str(out), "records": count})
-    sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {count:,} records\n")
+    sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
     folder = {"folder": sources[0], "hub": images}.get(chosen.kind, "FOLDER")
-    next_step("milora_data", "check", out, "--image_folder", folder)
+    has_pictures = any(record.images for record in load_records(out))
+    next_step("milora_data", "check", out, *(["--image_folder", folder] if has_pictures else []))
     return 0
 
 
@@ -90,7 +93,7 @@ def _without_held_out(records: list[dict[str, Any]], count: int, path: Path) -> 
     """Yield the records but for some, which are written to `path`."""
     chosen = held_out(len(records), count)
     write_objects(path, (value for number, value in enumerate(records) if number in chosen))
-    sys.stdout.write(f"{path}: {count:,} records\n")
+    sys.stdout.write(f"{path}: {amount(count, 'record')}\n")
     yield from (value for number, value in enumerate(records) if number not in chosen)
 
 
@@ -181,6 +184,7 @@ KINDS: dict[str, Kind] = {
     "jsonl": Kind(_llava),
     "messages": Kind(_messages),
     "folder": Kind(_folder, ("prompt",)),
+    "table": Kind(table, ("prompt",)),
     "csv": Kind(table, ("prompt",)),
     "hub": Kind(_stored, ("prompt",)),
     "vqav2": Kind(vqa, ("image_pattern",)),

@@ -91,11 +91,15 @@ def write_objects(path: Path, objects: Iterable[object]) -> int:
     part = path.with_name(path.name + ".part")
     lines = path.suffix == ".jsonl"
     count = 0
-    with part.open("w", encoding="utf-8") as file:
-        for count, value in enumerate(objects, start=1):
-            file.write("" if lines else "[\n" if count == 1 else ",\n")
-            file.write(json.dumps(value, ensure_ascii=False) + ("\n" if lines else ""))
-        file.write("" if lines else "\n]\n" if count else "[]\n")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for count, value in enumerate(objects, start=1):
+                file.write("" if lines else "[\n" if count == 1 else ",\n")
+                file.write(json.dumps(value, ensure_ascii=False) + ("\n" if lines else ""))
+            file.write("" if lines else "\n]\n" if count else "[]\n")
+    except BaseException:
+        part.unlink()
+        raise
     part.rename(path)
     return count
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .jsonfile import missing_file, read_objects
+from .instructions import earlier, with_input, with_system
+from .jsonfile import read_objects
 from .plain_pickle import read_plain_pickle
+from .tables import read_rows
 from .templates import IMAGE
 from .vqa_files import Options, Records, read_json, record
 
@@ -22,6 +23,8 @@ COLUMNS = {
     "question": ("question", "query", "instruction", "prompt", "problem"),
     "answer": ("answer", "answers", "response", "output", "label", "multiple_choice_answer", "solution"),
     "caption": ("caption", "text", "description", "captions"),
+    "input": ("input",),
+    "system": ("system", "system_prompt"),
 }
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "chatgpt": "gpt", "bing": "gpt", "bard": "gpt"}
 
@@ -79,35 +82,38 @@ def sharegpt(sources: Sequence[Path], options: Options) -> Records:
 
 
 def table(sources: Sequence[Path], options: Options) -> Records:
-    """A CSV or TSV file with columns for picture, question and answer, or picture and caption."""
+    """Rows with picture, question and answer, or picture and caption."""
     for path in sources:
-        if not path.is_file():
-            raise DataError(missing_file(path))
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            for number, row in enumerate(reader, start=2):
-                yield row_record(row, options, place=f"{path}:{number}", identifier=str(number - 2))
+        for number, (line, row) in enumerate(read_rows(path)):
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{line}: expected a row (an object), got {type(row).__name__}")
+            yield row_record(row, options, place=f"{path}:{line}", identifier=str(number))
 
 
 def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifier: str) -> dict[str, Any]:
-    """Return the record of one row; its columns are known by their names. Raises `DataError` without such columns."""
+    """Return the record of one row; its columns are known by their names. Raises `DataError` without such columns.
+
+    `input`, `system` and `history` are Alpaca's, as in `instructions`; an input without a question is the question.
+    """
     found = {what: next((row[name] for name in names if row.get(name)), None) for what, names in COLUMNS.items()}
     answer = found["answer"] if found["question"] else found["caption"] or found["answer"]
     if isinstance(answer, list | tuple):
         answer = answer[0] if answer else None
-    if not isinstance(answer, str) or not (found["question"] or found["image"]):
-        expected = "; ".join(f"{what}: {', '.join(names)}" for what, names in COLUMNS.items())
+    if not isinstance(answer, str) or not (found["question"] or found["input"] or found["image"]):
+        expected = "\n".join(f"  {what:<9} {', '.join(names)}" for what, names in COLUMNS.items())
         raise DataError(
-            f"{place}: no question with an answer, and no picture with a caption\ncolumns: {', '.join(map(str, row))}\n"
-            f"expected: {expected}"
+            f"{place}: no question with an answer, and no picture with a caption\n"
+            f"columns: {', '.join(map(str, row))}\nexpected some of:\n{expected}"
         )
-    question = str(found["question"] or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
+    asked = with_input(str(found["question"] or ""), str(found["input"] or ""))
+    question = (asked or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
     images = found["image"] if isinstance(found["image"], list) else [found["image"]] if found["image"] else []
-    made = record(row.get("id") or row.get("question_id") or identifier, None, [(question, answer.strip())])
+    exchanges = [*earlier(row, place), (question, answer.strip())]
+    made = record(row.get("id") or row.get("question_id") or identifier, None, exchanges)
     if images:
-        made["conversations"][0]["value"] = f"{IMAGE}\n" * len(images) + question
+        made["conversations"][0]["value"] = f"{IMAGE}\n" * len(images) + made["conversations"][0]["value"]
         made = {"id": made["id"], "image": images[0] if len(images) == 1 else images, **made}
-    return made
+    return with_system(made, found["system"])
 
 
 def _alternating(turns: Sequence[Any]) -> list[dict[str, str]]:

@@ -118,7 +118,10 @@ def _turns(value: dict[str, Any]) -> tuple[Turn, ...]:
     turns = value.get("conversations")
     if not isinstance(turns, list):
         keys = ", ".join(map(str, value)) or "none"
-        raise DataError(f'"conversations" must be a list of turns; the keys of this record: {keys}')
+        raise DataError(
+            f'"conversations" must be a list of turns; the keys of this record: {keys}\n'
+            "records of other forms (tables, Alpaca, ...): python -m milora_data convert --help"
+        )
     return tuple(_turn(turn, number) for number, turn in enumerate(turns, start=1))
 
 

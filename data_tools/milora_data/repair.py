@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .command import amount
 from .errors import DataError
 from .findings import CONTROL, KINDS, examine
 from .jsonfile import read_objects, write_objects
@@ -23,7 +24,7 @@ def write_repaired(report: Report, data: Path, out: Path) -> str:
     done: Counter[str] = Counter()
     lost = {f.where: f.kind for f in report.findings if f.kind in ("missing_picture", "corrupt_picture", "broken_text")}
     count = write_objects(out, _usable(data, lost, done))
-    lines = [f"{out}: {count:,} records"] + [f"  {number:,} {what}" for what, number in done.most_common()]
+    lines = [f"{out}: {amount(count, 'record')}"] + [f"  {number:,} {what}" for what, number in done.most_common()]
     return "\n".join(lines) + "\n"
 
 

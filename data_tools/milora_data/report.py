@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .command import amount
 from .findings import KINDS, Finding
 
 
@@ -50,17 +51,14 @@ def as_json(report: Report) -> str:
 
 def as_text(report: Report, limit: int) -> str:
     """Return the report for people: counts, then each kind of finding with its first cases."""
-    lines = [
-        f"{report.path}: {report.records:,} records, {report.with_pictures:,} with pictures "
-        f"({report.picture_files:,} files in {report.image_folder})"
-    ]
+    files = amount(report.picture_files, "file")
+    pictures = f"{report.with_pictures:,} with pictures ({files} in {report.image_folder})"
+    lines = [f"{report.path}: {amount(report.records, 'record')}, {pictures if report.with_pictures else 'text only'}"]
     for kind, found in report.by_kind().items():
         severity, title = KINDS[kind]
         lines += ["", f"{severity:<8} {len(found):>7,}  {title}"]
         lines += [f"    {finding.where}: {finding.message}".replace("\n", "\n    ") for finding in found[:limit]]
         if len(found) > limit:
             lines.append(f"    ... and {len(found) - limit:,} more (--limit {len(found)} shows all)")
-    errors, warnings = report.count("error"), report.count("warning")
-    return "\n".join(
-        [*lines, "", f"{errors:,} errors, {warnings:,} warnings" if lines[1:] else "nothing to complain about", ""]
-    )
+    counts = ", ".join(amount(report.count(severity), severity) for severity in ("error", "warning"))
+    return "\n".join([*lines, "", counts if lines[1:] else "nothing to complain about", ""])

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from milora_data.command import command_line
+from milora_vl.adapter_folders import sees_pictures
 from milora_vl.reporting.run_page import Run
 
 
@@ -27,14 +29,15 @@ def commands(run: Run) -> Commands:
     """What made this run, and what to type next."""
     recipe = run.folder / "recipe.yaml"
     model, base = _model(run)
+    where: list[str | Path] = ["--with_base", "--output_dir", run.folder]
     return Commands(
         as_typed=_as_typed(run.environment.get("command") or ()),
-        repeat=_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),
-        evaluate=_line("milora_eval", "run", *model, *base, *_suite(run), "--with_base", "--output_dir", run.folder),
-        forgetting=_line("milora_vl.forgetting", *model, *base),
-        analyze=_line("milora_vl.analyze", run.folder, *base),
-        chat=_line("milora_vl.chat", *model, "--image", _picture(run), "What is this?"),
-        report=_line("milora_vl.report", run.folder),
+        repeat=command_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),
+        evaluate=command_line("milora_eval", "run", *model, *base, *_suite(run), *where),
+        forgetting=command_line("milora_vl.forgetting", *model, *base),
+        analyze=command_line("milora_vl.analyze", run.folder, *base),
+        chat=command_line("milora_vl.chat", *model, *_question(run)),
+        report=command_line("milora_vl.report", run.folder),
     )
 
 
@@ -51,16 +54,12 @@ def steps(run: Run) -> list[tuple[str, str]]:
     return made + rest
 
 
-def _line(module: str, *words: str | Path) -> str:
-    return f"python -m {module} {shlex.join(map(str, words))}"
-
-
 def _as_typed(argv: Sequence[str]) -> str:
     """The command line of the training; run with -m, Python leaves only a file name as its first word."""
     if not argv:
         return ""
     if Path(argv[0]).name in ("train.py", "__main__.py"):
-        return _line("milora_vl.train", *argv[1:])
+        return command_line("milora_vl.train", *argv[1:])
     return shlex.join(argv)
 
 
@@ -76,12 +75,16 @@ def _model(run: Run) -> tuple[list[str | Path], list[str | Path]]:
 
 
 def _suite(run: Run) -> list[str | Path]:
-    """The suite and its data: those of the last evaluation, of the recipe, or those that go with the training data."""
+    """The suite and its data: those of the last evaluation, of the recipe, or what goes with the training data."""
     planned, data = run.recipe.get("eval") or {}, run.recipe.get("data") or {}
-    records = Path(str(data["path"])).parent if data.get("path") else Path("DATA")
+    path = data.get("path") if isinstance(data.get("path"), str) else None
     names = [comparison.suite for comparison in run.comparisons] + list(planned.get("suites") or ())
-    default = "emoji" if (records / "test.json").is_file() or records.name == "emoji" else "quick"
-    words = ["--suite", names[0] if names else default, "--data", str(planned.get("data") or records)]
+    records = Path(path).parent if path else Path("DATA")
+    is_emoji = records.name == "emoji" or (records / "captions_val.json").is_file()
+    if not (names or is_emoji):  # records of one's own are a benchmark, where they were held out of the training
+        folder = ["--data", str(data["image_folder"])] if data.get("image_folder") else []
+        return ["--benchmarks", str(data.get("eval_path") or "HELD_OUT.json"), *folder, *_settings(run)]
+    words = ["--suite", names[0] if names else "emoji", "--data", str(planned.get("data") or records)]
     return [*words, *_settings(run)]
 
 
@@ -92,6 +95,10 @@ def _settings(run: Run) -> list[str | Path]:
         return []
     dtype, limit = (done[0].get("generation") or {}).get("dtype"), done[0].get("limit")
     return [*(["--dtype", dtype] if dtype else []), *(["--limit", str(limit)] if limit else [])]
+
+
+def _question(run: Run) -> list[str | Path]:
+    return ["--image", _picture(run), "What is this?"] if sees_pictures(run.folder) else ["QUESTION"]
 
 
 def _picture(run: Run) -> str | Path:

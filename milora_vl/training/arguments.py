@@ -78,6 +78,25 @@ RUN_FLAGS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "format": ("str", (), "human, or json: what goes to stdout, of a plan, a list, a finished run"),
 }
 FORMATS = ("human", "json")
+# Hugging Face's flags that most runs set, in words of what they do here; the others follow with HF's own help.
+EVERYDAY: dict[str, str] = {
+    "num_train_epochs": "how often all records are seen [3]",
+    "max_steps": "end after N steps, whatever the epochs say",
+    "per_device_train_batch_size": "records of a step on each device [8]",
+    "gradient_accumulation_steps": "batches whose gradients make one step [1]",
+    "learning_rate": "of the adapter rules, or of what trains in full [the recipe's; 2e-4 without one]",
+    "lr_scheduler_type": "linear, cosine, constant, ... [linear]",
+    "warmup_steps": "steps until the full learning rate; below 1 a share of all [0]",
+    "bf16": "multiply in bfloat16 [False]",
+    "gradient_checkpointing": "less memory, about a fifth more time [False]",
+    "deepspeed": "zero2, zero3, zero3_offload, or a JSON file",
+    "dataloader_num_workers": "processes that prepare batches [0]",
+    "logging_steps": "a line with the loss every N steps [10]",
+    "save_steps": "a checkpoint every N steps [500]",
+    "save_total_limit": "keep the newest N checkpoints [all]",
+    "report_to": "tensorboard, wandb, trackio, ... [none]",
+    "seed": "of order, dropout and random starts [42]",
+}
 ALIASES = {"template": {"v1": "vicuna_v1"}, "image_aspect_ratio": {"square": "plain"}}
 ACTIONS = ("print_recipe", "list_models", "list_recipes", "dry_run")
 TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": hf_arguments.boolean}
@@ -115,13 +134,17 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("the policy")
     for name, (path, type_, aliases, text) in POLICY_FLAGS.items():
         _add(group, name, type_, aliases, text, dest=f"policy.{path}")
+    group = parser.add_argument_group("the training (Hugging Face's most used)")
+    for name, text in EVERYDAY.items():
+        _add(group, name, hf_arguments.flags()[name].type, (), text, dest=f"hf.{name}")
     group = parser.add_argument_group("LLaVA's other flags")
     for name, (type_, text) in llava_flags.FLAGS.items():
         _add(group, name, type_, (), text, dest=f"llava.{name}")
-    group = parser.add_argument_group("Hugging Face TrainingArguments")
+    group = parser.add_argument_group("all other TrainingArguments of Hugging Face")
     for name, flag in hf_arguments.flags().items():
-        if name not in RUN_FLAGS:
-            _add(group, name, flag.type, (), f"{flag.help} [{flag.default}]", dest=f"hf.{name}")
+        if name not in RUN_FLAGS and name not in EVERYDAY:
+            text = argparse.SUPPRESS if "deprecated" in flag.help.lower() else f"{flag.help} [{flag.default}]"
+            _add(group, name, flag.type, (), text, dest=f"hf.{name}")
     return parser
 
 

@@ -76,9 +76,14 @@ def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:
     return recipe.model_copy(update={"policy": rules})
 
 
-def picture_warnings(recipe: Recipe, base: nn.Module) -> list[str]:
-    """How this model sees pictures in another way than the recipe says, and what max_length would cut of them."""
+def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]:
+    """What of the recipe fits this model badly: prompts other than its own, and how it sees pictures."""
     from milora_vl.image_tokens import tiling_of
+    from milora_vl.models import split_processor
+
+    tokenizer, pictures = split_processor(processor)
+    if pictures is None and recipe.template == "vicuna_v1" and tokenizer.chat_template:
+        return ["prompts are vicuna_v1's; this model brings a chat template of its own: --template chat_template"]
 
     tiling = tiling_of(cast("Any", base).config)
     if tiling is None:

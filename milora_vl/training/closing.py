@@ -8,7 +8,9 @@ import sys
 import traceback
 from pathlib import Path
 
+from milora_data.command import command_line
 from milora_data.errors import UserError
+from milora_vl.adapter_folders import sees_pictures
 from milora_vl.config import Recipe
 from milora_vl.training import model_card
 from milora_vl.training.run_folder import RESULTS, RunFolder
@@ -42,11 +44,13 @@ def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> bool:
 
 def next_command(path: Path, recipe: Recipe) -> str:
     """What a user most likely wants to type now."""
+    question = ["--image", "PICTURE", "What is this?"] if sees_pictures(path) else ["QUESTION"]
     if (path / "adapter_model.safetensors").is_file():
-        return f'python -m milora_vl.chat --model {recipe.model} --adapter {path} --image PICTURE "What is this?"'
+        return command_line("milora_vl.chat", "--model", recipe.model, "--adapter", path, *question)
     if (path / "mm_projector.safetensors").is_file():
-        return f"python -m milora_vl.train --model {recipe.model} --projector_weights {path} --data_path DATA.json ..."
-    return f'python -m milora_vl.chat --model {path} --image PICTURE "What is this?"'
+        words = ("--model", recipe.model, "--projector_weights", path, "--data_path", "DATA.json")
+        return command_line("milora_vl.train", *words)
+    return command_line("milora_vl.chat", "--model", path, *question)
 
 
 def _report(path: Path, screen: Screen) -> bool:

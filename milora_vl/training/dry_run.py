@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from milora_data.errors import UserError
+from milora_data.templates import OWN
 from milora_vl import models
 from milora_vl.composing.whole import whole_weights
 from milora_vl.config import Recipe
@@ -76,15 +77,20 @@ def show(request: Request) -> int:
     screen.say("\n".join(costs))
     if problem:
         raise problem
-    screen.say(f"\nto start it:\n  {command(request)}")
+    start = command(request) + ("" if recipe.data.path else _words_for_data(base))
+    screen.say(f"\nto start it:\n  {start}")
     if request.format == "json":
         content = {
             "model": recipe.model, "parameters": count(base), **_trained(base, targets), "records": num_records,
             "batch": batching.total, "steps": batching.steps if num_records else None, "cost": costs,
-            "output_dir": str(path), "next": command(request),
+            "output_dir": str(path), "next": start,
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
     return 0
+
+
+def _words_for_data(base: nn.Module) -> str:
+    return " --data_path DATA.json" + (" --image_folder FOLDER" if find_towers(base).vision is not None else "")
 
 
 def _trained(base: nn.Module, targets: list[Target]) -> dict[str, Any]:
@@ -133,18 +139,21 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
     read = run_data.read(recipe.data)
     sees = find_towers(base).vision is not None
     num_tokens = image_tokens(config) if sees else 0
-    tokenizer = tokenizer_at_hand(recipe.model)
+    tokenizer, template = tokenizer_at_hand(recipe.model), recipe.template
+    if tokenizer is None and template == OWN:
+        screen.say("\nthe model's own template comes with its tokenizer, which is not here: counted as vicuna_v1")
+        template = "vicuna_v1"
     first = read.train[: recipe.train.get("per_device_train_batch_size", 8)]
     counts = first_batch.count(
         first,
-        template=recipe.template,
+        template=template,
         tokenizer=tokenizer,
         image_tokens=num_tokens,
         max_length=recipe.data.max_length,
     )
     screen.say(f"\ndata   {len(read.train):,} records, {read.num_with_images:,} with pictures")
     screen.say(f"first batch: {len(first)} records, {counts.describe()}   (> is learnt, . is only read)")
-    for line in first_batch.lines(first, template=recipe.template, image_tokens=num_tokens, tokenizer=tokenizer):
+    for line in first_batch.lines(first, template=template, image_tokens=num_tokens, tokenizer=tokenizer):
         screen.say(line)
     return counts, len(read.train)
 
@@ -158,6 +167,10 @@ def tokenizer_at_hand(name: str) -> Any | None:
 
         return tiny_tokenizer()
     source = name if Path(name).is_dir() else models.NAMED_MODELS.get(name, name)
+    if name in models.MADE_HERE:
+        from milora_vl.smol_llava import folder_of
+
+        source = str(folder_of(name))
     try:
         return AutoTokenizer.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError):

@@ -113,7 +113,7 @@ class Run:
         with self.screen.step(f"loading {self.recipe.model}"):
             self.base, self.processor = build.load_base(self.recipe, self.dtype, training_args.load_device(self.args))
         self.recipe = build.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
-        for warning in build.picture_warnings(self.recipe, self.base):
+        for warning in build.model_warnings(self.recipe, self.base, self.processor):
             self.screen.warn(warning)
         self.probe = None
         if self.recipe.eval.forgetting_every:

@@ -42,7 +42,8 @@ class RunData:
         """As the header says it."""
         if self.streamed:
             return f"a stream, of which the first {len(self.train):,} records were looked at"
-        return f"{len(self.train):,} records, {self.num_with_images:,} with pictures"
+        pictures = f"{self.num_with_images:,} with pictures" if self.num_with_images else "text only"
+        return f"{len(self.train):,} records, {pictures}"
 
     def counts(self) -> dict[str, int]:
         """As environment.json holds them; of a stream, nobody knows how many there are to train on."""

@@ -41,9 +41,16 @@ def resolve(request: Request) -> Settings:
 
 
 def require_fit(request: Request, recipe: Recipe) -> None:
-    """Raise RecipeError with everything that the rules say wrongly of the model, before any data or weights load."""
+    """Raise RecipeError with everything that the rules say wrongly of the model, before any data or weights load.
+
+    UnknownModelError for a model that is none.
+    """
+    from milora_vl.models import UnknownModelError
+
     try:
         config = bases.config_for(recipe)
+    except UnknownModelError:
+        raise
     except UserError:
         return  # loading it says why
     found = faults_on_model(request, config)

@@ -1,7 +1,8 @@
 """A benchmark of the user's own as data: a LLaVA JSON as it is, or rows of image, question, answer and a metric's name.
 
-`--benchmarks my.json` reads either; pictures are looked for beside the file and in `images`. Rows may name a `metric`
-each, or the file is {"metric": ..., "questions": [...]}; without one, answers are compared after a light normalisation.
+`--benchmarks my.json` reads either; pictures are looked for beside the file, in `images` and in `--data`. Rows may name
+a `metric` each, or the file is {"metric": ..., "questions": [...]}; without one, answers are compared after a light
+normalisation.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class OwnData(Benchmark):
         if not path.is_file():
             raise MissingData(f"there is no file {self.path}, neither here nor in {data_dir}")
         rows, metric = _rows(path)
-        items = [_item(row, number, path, metric) for number, row in enumerate(rows, start=1)]
+        items = [_item(row, number, path, metric, data_dir) for number, row in enumerate(rows, start=1)]
         # Training data may use an id for several records; the number of the record tells them apart.
         times = Counter(item.id for item in items)
         return [
@@ -84,7 +85,7 @@ def _rows(path: Path) -> tuple[list[Any], str]:
     return content, "exact"
 
 
-def _item(row: Any, number: int, path: Path, metric: str) -> Item:
+def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Item:
     place = f"{path}, question {number}"
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected an object, got {type(row).__name__}")
@@ -99,7 +100,7 @@ def _item(row: Any, number: int, path: Path, metric: str) -> Item:
     return Item(
         id=str(row.get("id") or row.get("question_id") or number),
         turns=turns,
-        images=tuple(str(_picture(path.parent, name)) for name in images),
+        images=tuple(str(_picture(name, path.parent, data_dir)) for name in images),
         answers=answers,
         kind=str(row.get("type") or row.get("category") or ""),
         group=images[0] if images else f"{number}",
@@ -129,6 +130,6 @@ def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[
     return (Turn("user", text),), images, tuple(map(str, answers))
 
 
-def _picture(folder: Path, name: str) -> Path:
-    beside = folder / name
-    return (beside if beside.is_file() else folder / "images" / name).absolute()
+def _picture(name: str, beside: Path, data_dir: Path) -> Path:
+    places = (beside / name, beside / "images" / name, data_dir / name)
+    return next((place for place in places if place.is_file()), places[1]).absolute()

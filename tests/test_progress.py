@@ -1,0 +1,45 @@
+"""What the training loop shows: short lines, bars on a terminal alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from milora_vl.training.progress import log_line
+
+
+def test_a_log_entry_is_one_short_line() -> None:
+    logs = {
+        "loss": 5.248, "grad_norm": 9.5, "learning_rate": 0.0009397, "tokens_per_second": 1175.9,
+        "images_per_second": 1.46, "padding": 0.0351, "supervised_tokens": 164, "skipped_records": 0,
+        "grad_norm/language": 9.412, "learning_rate/language": 0.0009397, "epoch": 0.01196,
+    }  # fmt: skip
+    line = "step 5/2,000  loss 5.2480  rate 0.00094  gradient 9.5  1,176 tokens/s  epoch 0.012"
+    assert log_line(logs, 5, 2000) == line
+    assert "2 records skipped" in log_line(logs | {"skipped_records": 2}, 5, 2000)
+    assert log_line({"loss": 0.0}, 1, 2) == "step 1/2  loss 0.0000"
+    assert log_line({"eval_loss": 0.95, "eval_runtime": 20.1}, 20, 20) == "step 20/20  loss on held-out records 0.9500"
+    assert (
+        log_line({"train_runtime": 103.3, "train_loss": 2.447}, 20, 20) == "20 steps in 103 s, loss 2.4470 on average"
+    )
+
+
+def test_a_training_into_a_pipe_writes_plain_lines_to_stderr(tiny_data: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "milora_vl.train", "--model", "tiny", "--rank", "4", "--max_steps", "2",
+            "--data_path", str(tiny_data / "train.json"), "--image_folder", str(tiny_data / "images"),
+            "--eval_data_path", str(tiny_data / "train.json"), "--use_cpu", "--output_dir", str(tmp_path / "run"),
+        ],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "\x1b" not in done.stderr
+    assert "Warning" not in done.stderr
+    shown = done.stderr.splitlines()
+    assert any(line.startswith("step 2/2  loss ") for line in shown)
+    assert any(line.startswith("step 2/2  loss on held-out records ") for line in shown)
+    assert "{'" not in done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("next ")
