@@ -22,7 +22,6 @@ PROGRAMS = {
     "Use": {
         "chat": ("milora_vl.chat", "ask a model about a picture"),
         "export": ("milora_vl.export", "turn an adapter into a merged model, LLaVA's layout, and back"),
-        "compose": ("milora_vl.compose", "make a LLaVA from a vision tower and a language model"),
     },
     "Data": {
         "data": ("milora_data.__main__", "check, convert, show and count a data set"),

@@ -64,8 +64,16 @@ class CommandParser(argparse.ArgumentParser):
             words = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("-")]
             near = [names[name] for word in words for name in suggest(word, names)]
             hint = f"\ndid you mean {' or '.join(dict.fromkeys(near))} ?" if near else ""
-            self.error(f"unknown argument: {' '.join(unknown)}{hint}")
+            self._asked(parsed).error(f"unknown argument: {' '.join(unknown)}{hint}")
         return parsed
+
+    def _asked(self, parsed: argparse.Namespace) -> CommandParser:
+        """Return the parser of the subcommand that was asked for, or this one."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                chosen: CommandParser = action.choices[vars(parsed)[action.dest]]
+                return chosen
+        return self
 
     def flags(self) -> list[str]:
         """Return the long flags that this parser declares."""
@@ -82,7 +90,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError` (exit code 2) where argparse would leave the process."""
-        raise UserError(f"{message}\nsee: {self.prog} --help")
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        near = suggest(choice[1], re.findall(r"[\w.-]+", choice[2])) if choice else []
+        hint = f"\ndid you mean {near[0]} ?" if near else ""
+        raise UserError(f"{message}{hint}\nsee: {self.prog} --help")
 
 
 def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
