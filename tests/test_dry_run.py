@@ -54,6 +54,13 @@ def test_estimates_say_so_where_there_is_no_tokenizer(tiny_data: Path, capsys: A
     assert "<image x 576>" in shown
 
 
+def test_data_and_projector_are_both_told_of(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text("[]")
+    words = ["--model", "tiny", "--data_path", str(tmp_path / "train.json"), "--image_folder", str(tmp_path)]
+    with pytest.raises(UserError, match=r"no projector weights at nope(.|\n)*train.json holds no records"):
+        main([*words, "--projector_weights", "nope", "--rank", "4", "--dry-run"])
+
+
 def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
     with pytest.raises(UserError, match="llava_v1_5_mix665k"):
         main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
