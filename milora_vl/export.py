@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from milora_data.command import parser, run
 from milora_data.errors import UserError
+from milora_vl.adapter_folders import base_of
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,7 @@ def export(
     """
     from milora_vl.exporting.job import Job
     from milora_vl.exporting.source import find_source
+    from milora_vl.lora.atomic import open_to_others
     from milora_vl.lora.errors import AdapterError
     from milora_vl.screen_noise import quiet_bars
 
@@ -102,6 +104,7 @@ def export(
         if target.exists():
             target.rmdir()
         partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        open_to_others(partial)
         partial.rename(target)
     except AdapterError as error:
         raise UserError(str(error)) from None
@@ -114,6 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; UserError for what cannot be exported. Returns the exit code."""
     options = _options(argv)
     import torch
+
+    from milora_vl.screen_noise import hush_deepspeed
+
+    hush_deepspeed()
 
     target = options.output_dir or options.folder.with_name(f"{options.folder.resolve().name}-{options.to}")
     done = export(
@@ -176,6 +183,24 @@ def _show(done: Exported, style: str) -> None:
         sys.stdout.write(f"total  error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"{_ORIGINS[done.origin]}, now: {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
+    name = done.folder.resolve().name
+    if done.form == "llava" and not ("llava" in name.lower() and "lora" in name.lower()):
+        sys.stderr.write(f"warning: LLaVA's loader needs `llava` and `lora` in the folder's name: rename {name}\n")
+    sys.stderr.write(f"next: {_next(done)}\n")
+
+
+def _next(done: Exported) -> str:
+    """What to type (or, of the papers' form, to write) to use the folder."""
+    folder = done.folder
+    if done.form == "llava":
+        flags = f"--model-path {folder} --model-base BASE-IN-LLAVA'S-LAYOUT --save-model-path OUT"
+        return f"python scripts/merge_lora_weights.py {flags}   (in LLaVA's repository)"
+    if done.form == "residual":
+        return f'PeftModel.from_pretrained(model, "{folder}", subfolder="lora")   (model: loaded from {folder})'
+    flags = f"--model {folder}"
+    if done.form != "merged":
+        flags = f"--model {folder / 'base' if (folder / 'base').is_dir() else base_of(folder)} --adapter {folder}"
+    return f'python -m milora_vl.chat {flags} --image PICTURE "What is this?"'
 
 
 _ORIGINS = {

@@ -1,7 +1,8 @@
-"""Keep transformers' own progress bars off the screen where they say nothing that a person waits for."""
+"""Keep off the screen what other packages say there and nobody waits for."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,12 +10,17 @@ from contextlib import contextmanager
 @contextmanager
 def quiet_bars() -> Iterator[None]:
     """Hide the bars that transformers draws while it reads and writes weights; restores what was set before."""
-    from transformers.utils import logging
+    from transformers.utils import logging as bars
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
+
+
+def hush_deepspeed() -> None:
+    """Keep off stdout DeepSpeed's word that there is no GPU: transformers imports it to save a model."""
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
