@@ -34,6 +34,7 @@ def main(options: argparse.Namespace) -> int:
     if options.format == "human":
         shown = [pair for pair in pairs if pair.difference is not None and not pair.b.detail]
         sys.stdout.write("".join(map(_sentence, shown)))
+        sys.stderr.write(f"next: python -m milora_eval view {options.a} {options.b}\n")
     return 0
 
 
