@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from milora_data.command import next_step, parser, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
-from milora_vl.adapter_folders import sees_pictures
+from milora_vl.adapter_folders import base_of, sees_pictures
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,7 @@ def export(
     """
     from milora_vl.exporting.job import Job
     from milora_vl.exporting.source import find_source
+    from milora_vl.lora.atomic import open_to_others
     from milora_vl.lora.errors import AdapterError
     from milora_vl.screen_noise import quiet_bars
 
@@ -104,6 +105,7 @@ def export(
         if target.exists():
             target.rmdir()
         partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        open_to_others(partial)
         partial.rename(target)
     except AdapterError as error:
         raise UserError(str(error)) from None
@@ -116,6 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; UserError for what cannot be exported. Returns the exit code."""
     options = _options(argv)
     import torch
+
+    from milora_vl.screen_noise import hush_deepspeed
+
+    hush_deepspeed()
 
     target = options.output_dir or options.folder.with_name(f"{options.folder.resolve().name}-{options.to}")
     done = export(
@@ -131,9 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_base_mismatch=options.allow_base_mismatch,
     )
     _show(done, options.format)
-    what = ("--model", done.folder) if options.to == "merged" else ("--model", "MODEL", "--adapter", done.folder)
-    question = ("--image", "PICTURE", "What is this?") if sees_pictures(done.folder) else ("QUESTION",)
-    next_step("milora_vl.chat", *what, *question)
+    _tell_next(done.form, done.folder)
     return 0
 
 
@@ -184,6 +188,32 @@ def _show(done: Exported, style: str) -> None:
         sys.stdout.write(f"total  error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"{_ORIGINS[done.origin]}, now: {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
+
+
+def _tell_next(form: str, folder: Path) -> None:
+    """Say what to type to use the folder, or, in forms for other people's code, what to do there."""
+    if form == "llava":
+        name = folder.resolve().name
+        if not ("llava" in name.lower() and "lora" in name.lower()):
+            sys.stderr.write(f"warning: LLaVA's loader needs `llava` and `lora` in the folder's name: rename {name}\n")
+        flags = f"--model-path {folder} --model-base BASE-IN-LLAVA'S-LAYOUT --save-model-path OUT"
+        sys.stderr.write(f"next: python scripts/merge_lora_weights.py {flags}   (in LLaVA's repository)\n")
+    elif form == "residual":
+        line = f'PeftModel.from_pretrained(model, "{folder}", subfolder="lora")'
+        sys.stderr.write(f"next: {line}   (model: loaded from {folder})\n")
+    else:
+        model = [folder] if form == "merged" else [_base_word(folder), "--adapter", folder]
+        question = ("--image", "PICTURE", "What is this?") if sees_pictures(folder) else ("QUESTION",)
+        next_step("milora_vl.chat", "--model", *model, *question)
+
+
+def _base_word(folder: Path) -> Path | str:
+    if (folder / "base").is_dir():
+        return folder / "base"
+    try:
+        return base_of(folder)
+    except UserError:
+        return "MODEL"
 
 
 _ORIGINS = {

@@ -121,6 +121,8 @@ def test_faults_of_the_recipe_and_those_that_need_the_model_come_in_one_message(
         ":7: policy[3].sigma: method full cannot use it",
     ):
         assert text.count(f"{file}{fault}") == 1
+    with pytest.raises(UserError, match=r"mistakes in the command line:\npolicy\[0\].rank: 999 is larger"):
+        settings("--model tiny --rank 999")
 
 
 def test_a_model_that_is_not_here_hides_no_fault_of_the_recipe(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class CommandParser(argparse.ArgumentParser):
         """Parse, and raise `UserError` with near names for what is not known."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            names = {flag.lstrip("-").replace("-", "_"): flag for flag in self.all_flags()}
+            names = {flag.lstrip("-").replace("-", "_"): flag for flag in self.flags()}
             words = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("-")]
             near = [names[name] for word in words for name in suggest(word, names)]
             hint = f"\ndid you mean {' or '.join(dict.fromkeys(near))} ?" if near else ""
@@ -91,15 +91,6 @@ class CommandParser(argparse.ArgumentParser):
     def flags(self) -> list[str]:
         """Return the long flags that this parser declares."""
         return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-
-    def all_flags(self) -> list[str]:
-        """Return the long flags of this parser and of its subcommands."""
-        found = self.flags()
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for child in action.choices.values():
-                    found += child.all_flags()
-        return list(dict.fromkeys(found))
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError` (exit code 2) where argparse would leave the process."""

@@ -147,19 +147,19 @@ def _suffix(content: bytes) -> str:
 
 def _llava(sources: Sequence[Path], options: Options) -> Records:
     for source in sources:
-        for line, value in read_objects(source):
-            parse_record(value, source=f"{source}:{line}")
+        for place, value in read_objects(source):
+            parse_record(value, source=f"{source}:{place}")
             assert isinstance(value, dict)
             yield value
 
 
 def _messages(sources: Sequence[Path], options: Options) -> Records:
     for source in sources:
-        for line, value in read_objects(source):
+        for number, (place, value) in enumerate(read_objects(source), start=1):
             try:
-                yield from_messages(value, number=line)
+                yield from_messages(value, number=number)
             except DataError as error:
-                raise DataError(f"{source}:{line}: {error}") from None
+                raise DataError(f"{source}:{place}: {error}") from None
 
 
 def _folder(sources: Sequence[Path], options: Options) -> Records:

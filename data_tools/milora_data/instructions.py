@@ -24,9 +24,9 @@ def instructions(sources: Sequence[Path], options: Options) -> Records:
     What was said before (`history`) and a `system` text go in front. Raises `DataError` without such fields.
     """
     for path in sources:
-        for number, (line, value) in enumerate(read_rows(path), start=1):
-            fields, place = value if isinstance(value, Mapping) else {}, f"{path}:{line}"
-            exchanges = [*earlier(fields, place), _exchange(fields, place)]
+        for number, (place, value) in enumerate(read_rows(path), start=1):
+            fields, where = value if isinstance(value, Mapping) else {}, f"{path}:{place}"
+            exchanges = [*earlier(fields, where), _exchange(fields, where)]
             yield with_system(record(fields.get("id", number), None, exchanges), fields.get("system"))
 
 

@@ -69,14 +69,14 @@ def sharegpt(sources: Sequence[Path], options: Options) -> Records:
     """ShareGPT: conversations between human and gpt; each is kept as far as its turns alternate."""
     short = 0
     for path in sources:
-        for line, value in read_objects(path):
+        for number, (place, value) in enumerate(read_objects(path), start=1):
             turns = value.get("conversations", value.get("items")) if isinstance(value, dict) else None
             if not isinstance(value, dict) or not isinstance(turns, list):
-                raise DataError(f'{path}:{line}: expected an object with "conversations", a list')
+                raise DataError(f'{path}:{place}: expected an object with "conversations", a list')
             kept = _alternating(turns)
             short += len(kept) < len(turns)
             if len(kept) >= 2:
-                yield {"id": str(value.get("id", line)), "conversations": kept}
+                yield {"id": str(value.get("id", number)), "conversations": kept}
     if short:
         sys.stderr.write(f"shortened or left out: {short:,} conversations whose turns do not alternate\n")
 
@@ -84,10 +84,10 @@ def sharegpt(sources: Sequence[Path], options: Options) -> Records:
 def table(sources: Sequence[Path], options: Options) -> Records:
     """Rows with picture, question and answer, or picture and caption."""
     for path in sources:
-        for number, (line, row) in enumerate(read_rows(path)):
+        for number, (place, row) in enumerate(read_rows(path)):
             if not isinstance(row, dict):
-                raise DataError(f"{path}:{line}: expected a row (an object), got {type(row).__name__}")
-            yield row_record(row, options, place=f"{path}:{line}", identifier=str(number))
+                raise DataError(f"{path}:{place}: expected a row (an object), got {type(row).__name__}")
+            yield row_record(row, options, place=f"{path}:{place}", identifier=str(number))
 
 
 def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifier: str) -> dict[str, Any]:
