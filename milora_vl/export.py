@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import parser, run
+from milora_data.command import next_step, parser, run
 from milora_data.errors import UserError
+from milora_data.flags import shared
 from milora_vl.adapter_folders import base_of
 
 if TYPE_CHECKING:
@@ -136,23 +137,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_base_mismatch=options.allow_base_mismatch,
     )
     _show(done, options.format)
+    _say_next(done)
     return 0
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     forms = "\n".join(f"  {name:<10} {what}" for name, what in FORMS.items())
     options = parser("python -m milora_vl.export", f"Write an adapter in another form.\n\nforms:\n{forms}", _EXAMPLES)
-    options.add_argument("folder", type=Path, metavar="FOLDER", help="ours, PEFT's, LLaVA's, or on a residual base")
-    options.add_argument("--to", required=True, metavar="FORM", help="adapter, merged, residual, llava, rank-N")
-    options.add_argument("--output_dir", type=Path, help="default: FOLDER-FORM, beside it")
-    options.add_argument("--base", help="the base model, untouched; default: the one that the adapter names")
-    options.add_argument("--dtype", choices=DTYPES, help="of all that is written; default: as stored")
-    options.add_argument("--with_base", action="store_true", help="put modules trained in full into a copy of the base")
-    options.add_argument("--residual", type=Path, help="the residual base of a PiSSA/MiLoRA checkpoint")
-    options.add_argument("--initial", type=Path, help="its initial factors (pissa_init)")
-    options.add_argument("--vision_tower", help="the CLIP model that LLaVA's config.json shall name")
-    options.add_argument("--allow_base_mismatch", action="store_true", help="go on with another base model")
-    options.add_argument("--format", choices=("human", "json"), default="human")
+    given = options.add_argument_group("input")
+    given.add_argument("folder", type=Path, metavar="FOLDER", help="ours, PEFT's, LLaVA's, or on a residual base")
+    shared(given, "base", about="the base model, untouched (default: the one that the adapter names)")
+    given.add_argument("--residual", type=Path, help="the residual base of a PiSSA/MiLoRA checkpoint")
+    given.add_argument("--initial", type=Path, help="its initial factors (pissa_init)")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--with_base", action="store_true", help="modules trained in full go into a copy of the base")
+    settings.add_argument("--vision_tower", metavar="NAME", help="the CLIP model that LLaVA's config.json shall name")
+    settings.add_argument("--allow_base_mismatch", action="store_true", help="go on with another base model")
+    out = options.add_argument_group("output")
+    out.add_argument("--to", required=True, metavar="FORM", help="adapter, merged, residual, llava, rank-N")
+    shared(out, "dtype", about="of all that is written (default: as stored)")
+    shared(out, "output_dir", about="to write (default: FOLDER-FORM, beside it)")
+    shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 
@@ -183,24 +188,36 @@ def _show(done: Exported, style: str) -> None:
         sys.stdout.write(f"total  error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"{_ORIGINS[done.origin]}, now: {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
-    name = done.folder.resolve().name
-    if done.form == "llava" and not ("llava" in name.lower() and "lora" in name.lower()):
-        sys.stderr.write(f"warning: LLaVA's loader needs `llava` and `lora` in the folder's name: rename {name}\n")
-    sys.stderr.write(f"next: {_next(done)}\n")
 
 
-def _next(done: Exported) -> str:
+def _say_next(done: Exported) -> None:
     """What to type (or, of the papers' form, to write) to use the folder."""
-    folder = done.folder
+    folder, name = done.folder, done.folder.resolve().name.lower()
     if done.form == "llava":
-        flags = f"--model-path {folder} --model-base BASE-IN-LLAVA'S-LAYOUT --save-model-path OUT"
-        return f"python scripts/merge_lora_weights.py {flags}   (in LLaVA's repository)"
-    if done.form == "residual":
-        return f'PeftModel.from_pretrained(model, "{folder}", subfolder="lora")   (model: loaded from {folder})'
-    flags = f"--model {folder}"
-    if done.form != "merged":
-        flags = f"--model {folder / 'base' if (folder / 'base').is_dir() else base_of(folder)} --adapter {folder}"
-    return f'python -m milora_vl.chat {flags} --image PICTURE "What is this?"'
+        if "llava" not in name or "lora" not in name:
+            sys.stderr.write(
+                f"warning: LLaVA's loader needs `llava` and `lora` in the folder's name: rename {folder}\n"
+            )
+        flags = f"--model-path {folder} --model-base BASE --save-model-path OUT"
+        sys.stderr.write(
+            f"next: in LLaVA's repository, BASE in its layout: python scripts/merge_lora_weights.py {flags}\n"
+        )
+    elif done.form == "residual":
+        sys.stderr.write(
+            f'next: model loaded from {folder}; PeftModel.from_pretrained(model, "{folder}", subfolder="lora")\n'
+        )
+    elif done.form == "merged":
+        next_step("milora_vl.chat", "--model", folder, "--image", "PICTURE", "What is this?")
+    else:
+        base = folder / "base" if (folder / "base").is_dir() else _base_name(folder)
+        next_step("milora_vl.chat", "--model", base, "--adapter", folder, "--image", "PICTURE", "What is this?")
+
+
+def _base_name(folder: Path) -> str:
+    try:
+        return base_of(folder)
+    except UserError:  # an adapter of a model without a name
+        return "MODEL"
 
 
 _ORIGINS = {

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
 from milora_data.stream import RecordStream
+from milora_vl.lora.keep import keep_protected
 from milora_vl.policy import Target
 from milora_vl.projector import load_projector, save_projector
-from milora_vl.training import streaming
+from milora_vl.training import protection, streaming
 from milora_vl.training.losses import install, summed_loss
 from milora_vl.training.meter import Meter, group_rates, tower_norms
 from milora_vl.training.param_groups import parameter_groups, target_path
@@ -121,6 +122,8 @@ class MiloraTrainer(Trainer):
             callbacks=[stop := StopOnSignal(), LogBeforeSave()],
         )
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
+        if any(target.protect for target in targets):
+            protection.require_whole(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
@@ -154,7 +157,9 @@ class MiloraTrainer(Trainer):
             )
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
         # transformers 4 calls this without a model and takes none.
-        return super().create_optimizer() if model is None else super().create_optimizer(model)
+        made = super().create_optimizer() if model is None else super().create_optimizer(model)
+        keep_protected(self.trained(), made)
+        return made
 
     def get_train_dataloader(self) -> Any:
         """HF's loader; that of a stream is its own, as each process reads its own share."""
