@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from milora_data.command import next_step, parser, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
-from milora_vl.adapter_folders import base_of, sees_pictures
+from milora_vl.adapter_folders import base_of, holds_text_model
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_base_mismatch=options.allow_base_mismatch,
     )
     _show(done, options.format)
-    _tell_next(done.form, done.folder)
+    _tell_next(done)
     return 0
 
 
@@ -190,29 +190,33 @@ def _show(done: Exported, style: str) -> None:
     sys.stderr.write(f"{_ORIGINS[done.origin]}, now: {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
 
 
-def _tell_next(form: str, folder: Path) -> None:
-    """Say what to type to use the folder, or, in forms for other people's code, what to do there."""
-    if form == "llava":
-        name = folder.resolve().name
-        if not ("llava" in name.lower() and "lora" in name.lower()):
-            sys.stderr.write(f"warning: LLaVA's loader needs `llava` and `lora` in the folder's name: rename {name}\n")
-        flags = f"--model-path {folder} --model-base BASE-IN-LLAVA'S-LAYOUT --save-model-path OUT"
-        sys.stderr.write(f"next: python scripts/merge_lora_weights.py {flags}   (in LLaVA's repository)\n")
-    elif form == "residual":
-        line = f'PeftModel.from_pretrained(model, "{folder}", subfolder="lora")'
-        sys.stderr.write(f"next: {line}   (model: loaded from {folder})\n")
+def _tell_next(done: Exported) -> None:
+    """What to type (or, of the papers' form, to write) to use the folder."""
+    folder, name = done.folder, done.folder.resolve().name.lower()
+    if done.form == "llava":
+        if "llava" not in name or "lora" not in name:
+            sys.stderr.write(
+                f"warning: LLaVA's loader needs `llava` and `lora` in the folder's name: rename {folder}\n"
+            )
+        flags = f"--model-path {folder} --model-base BASE --save-model-path OUT"
+        sys.stderr.write(
+            f"next: in LLaVA's repository, BASE in its layout: python scripts/merge_lora_weights.py {flags}\n"
+        )
+    elif done.form == "residual":
+        sys.stderr.write(
+            f'next: model loaded from {folder}; PeftModel.from_pretrained(model, "{folder}", subfolder="lora")\n'
+        )
     else:
-        model = [folder] if form == "merged" else [_base_word(folder), "--adapter", folder]
-        question = ("--image", "PICTURE", "What is this?") if sees_pictures(folder) else ("QUESTION",)
+        base = folder / "base" if (folder / "base").is_dir() else None
+        model = (folder,) if done.form == "merged" else (base or _base_name(folder), "--adapter", folder)
+        question = ("QUESTION",) if holds_text_model(folder) else ("--image", "PICTURE", "What is this?")
         next_step("milora_vl.chat", "--model", *model, *question)
 
 
-def _base_word(folder: Path) -> Path | str:
-    if (folder / "base").is_dir():
-        return folder / "base"
+def _base_name(folder: Path) -> str:
     try:
         return base_of(folder)
-    except UserError:
+    except UserError:  # an adapter of a model without a name
         return "MODEL"
 
 

@@ -66,10 +66,10 @@ def _check_adapter(folder: Path, model: str) -> None:
         return
     if not folder.is_dir():
         there = [path for path in sorted(folder.parent.glob("*")) if path.is_dir() and holds_adapter(path)]
-        near = suggest(folder.name, [path.name for path in there]) or [path.name for path in there[:3]]
+        others = suggest(folder.name, [path.name for path in there]) or [path.name for path in there[:3]]
         raise UserError(
             f"no adapter: there is no folder {folder}\n"
-            + (f"there are: {', '.join(str(folder.parent / name) for name in near)}\n" if near else "")
+            + (f"there are: {', '.join(str(folder.parent / name) for name in others)}\n" if others else "")
             + f"train one: python -m milora_vl.train --model {model} --data_path ... --output_dir {folder}"
         )
     inside = [path for path in sorted(folder.glob("checkpoint-*")) if holds_adapter(path)]
