@@ -36,3 +36,9 @@ def base_of(folder: Path) -> str:
     if not named:
         raise UserError(f"{folder}/adapter_config.json names no base model\ntry: --model BASE --adapter {folder}")
     return str(named)
+
+
+def holds_text_model(folder: Path) -> bool:
+    """Whether a run's folder holds a tokenizer without the processor of a model that sees."""
+    processors = ("processor_config.json", "preprocessor_config.json")
+    return (folder / "tokenizer_config.json").is_file() and not any((folder / name).is_file() for name in processors)
