@@ -7,9 +7,10 @@ True
 from importlib import resources
 from typing import Literal
 
-Kind = Literal["recipe", "deepspeed", "accelerate"]
+Kind = Literal["recipe", "study", "deepspeed", "accelerate"]
 _PLACE: dict[Kind, tuple[str, str]] = {
     "recipe": (".", ".yaml"),
+    "study": ("studies", ".yaml"),
     "deepspeed": ("deepspeed", ".json"),
     "accelerate": ("accelerate", ".yaml"),
 }

@@ -17,9 +17,10 @@ from milora_vl.initialize import Initial, Progress, initialize
 from milora_vl.lora.base_check import precision, require_readable
 from milora_vl.lora.config import make_lora
 from milora_vl.lora.fingerprint import sketch
-from milora_vl.lora.install import install, lora_layer, set_dropout
+from milora_vl.lora.install import has_halves, install, lora_layer, set_dropout, trained_factors
 from milora_vl.lora.olora import start_olora
 from milora_vl.lora.peft_model import adopt
+from milora_vl.lora.protected import Protected, find_protected, kept_outside
 from milora_vl.lora.residual import make_residual, require_residual
 from milora_vl.lora.sidecar import AdapterError, Sidecar
 from milora_vl.lora.weights import read_matrix
@@ -63,6 +64,8 @@ def apply_milora(
     if form == "residual":
         _require_residual(model, targets)
     initial = initialize(model, targets, cache_dir=cache_dir, progress=progress) | start_olora(model, targets)
+    protected = find_protected(model, targets, cache_dir=cache_dir, progress=progress)
+    initial = kept_outside(initial, protected)
     sidecar = _describe(model, targets, initial, form)
     tuned = adopt(make_lora(model, targets))
     for target in targets:
@@ -70,11 +73,13 @@ def apply_milora(
             set_dropout(lora_layer(tuned, target.path), "default", target.dropout)
     for path, made in initial.items():
         install(lora_layer(tuned, path), "default", made.A0, made.B0)
+    _start_outside(tuned, protected)
     if form == "residual":
         drift = {path: make_residual(lora_layer(tuned, path), "default") for path in initial}
         reports = {path: replace(report, drift=drift[path]) for path, report in sidecar.reports.items()}
         sidecar = replace(sidecar, reports=reports)
     tuned.remember("default", sidecar)
+    tuned.protect("default", protected)
     return tuned
 
 
@@ -108,6 +113,14 @@ def _describe(model: nn.Module, targets: Sequence[Target], initial: Mapping[str,
         sketches[path] = replace(made, eps=max(made.eps, precision(model.get_submodule(path))))
     reports = {path: made.report for path, made in initial.items()}
     return Sidecar(form, targets, {t.path: names[t.path] for t in targets}, sketches, reports)
+
+
+def _start_outside(tuned: PeftModel, protected: Mapping[str, Protected]) -> None:
+    """Take PEFT's random start out of protected directions; an anchored start is outside already."""
+    for path, found in protected.items():
+        layer = lora_layer(tuned, path)
+        if found.protect.is_hard and not has_halves(layer, "default"):
+            found.remove(trained_factors(layer, "default"))
 
 
 def _require_residual(model: nn.Module, targets: Sequence[Target]) -> None:

@@ -47,11 +47,17 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
 
 def load_adapter(
-    base: nn.Module, path: str | Path, *, is_trainable: bool = False, allow_base_mismatch: bool = False
+    base: nn.Module,
+    path: str | Path,
+    *,
+    is_trainable: bool = False,
+    allow_base_mismatch: bool = False,
+    cache_dir: str | Path | None = None,
 ) -> Any:
     """Return `base` with the adapter in the folder `path`; with `is_trainable`, training can go on where it stopped.
 
-    A folder without milora.json is loaded as the plain LoRA it is. Raises AdapterError for a folder that holds no
+    A folder without milora.json is loaded as the plain LoRA it is. Protected directions are found again from the base
+    weights, where `is_trainable` needs them, or taken from `cache_dir`. Raises AdapterError for a folder that holds no
     adapter, one that does not fit, and a base model that is not the one it was made for.
     """
     folder = Path(path)
@@ -73,6 +79,8 @@ def load_adapter(
         model = _load_stock(base, folder, is_trainable)
     # For inference the anchored form is the same function, on the base as it is.
     ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"))
+    if is_trainable:
+        ours.protect_again("default", cache_dir)
     if here.form == "residual" and is_trainable:
         for module in here.ranks:
             make_residual(lora_layer(ours, module), "default")

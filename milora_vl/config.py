@@ -34,11 +34,13 @@ class RecipeError(UserError):
         super().__init__(more + "\n".join(self.problems))
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A section of a YAML file: an unknown key, or a value of another type, is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class SourceConfig(_Strict):
+class SourceConfig(Strict):
     """One of several sources."""
 
     path: str
@@ -46,7 +48,7 @@ class SourceConfig(_Strict):
     image_folder: str | None = None
 
 
-class DataConfig(_Strict):
+class DataConfig(Strict):
     """What is learnt from."""
 
     path: str | list[SourceConfig] | None = None  # LLaVA JSON or JSONL, parquet, shards, a mixture in YAML; or sources
@@ -81,7 +83,7 @@ def _source(entry: Any, place: str) -> SourceConfig:
         raise ValueError(f"{place}: {_dotted(first['loc'])}: {first['msg']}{known}") from None
 
 
-class PartsConfig(_Strict):
+class PartsConfig(Strict):
     """What turns a text-only `model` into a LLaVA: its tower, in LLaVA's words; `projector_weights` go with it."""
 
     vision_tower: str | None = None  # a folder, a hub id or timm/NAME
@@ -90,7 +92,7 @@ class PartsConfig(_Strict):
     select_feature: Literal["patch", "cls_patch"] = "patch"
 
 
-class EvalConfig(_Strict):
+class EvalConfig(Strict):
     """What is evaluated: suites after training, in a process of their own; forgetting during it."""
 
     suites: list[str] = []
@@ -99,7 +101,7 @@ class EvalConfig(_Strict):
     forgetting_every: PositiveInt | None = None  # steps; None: not during training
 
 
-class SweepConfig(_Strict):
+class SweepConfig(Strict):
     """What `python -m milora_vl.sweep` does with this recipe beside its flags; a training reads none of it."""
 
     suite: str | None = None  # that every cell is evaluated on
@@ -109,7 +111,7 @@ class SweepConfig(_Strict):
     variants: dict[str, dict[str, Any]] = {}  # names for --methods: fields of a rule, and `train:`
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """One run. `policy: null` is MiLoRA on the language tower and the projector in full.
 
     >>> Recipe.parse({"model": "tiny", "train": {"warmup_ratio": 0.03}}).train["warmup_steps"]

@@ -26,7 +26,7 @@ from milora_vl.lora.factor_cache import cache_key, read_factors, write_factors
 from milora_vl.lora.fingerprint import Sketch, sketch
 from milora_vl.lora.weights import factor_dtype, read_matrix
 from milora_vl.policies.rules import FloorSigma, Sigma, Target
-from milora_vl.svd import Factors, decompose, singular_values
+from milora_vl.svd import Factors, Part, decompose, singular_values
 
 Progress = bool | Literal["lines"]
 
@@ -37,7 +37,8 @@ class LayerReport:
 
     `sigma_top` is the largest of all, an estimate from below where `svd` is gram or gram64. `energy` is the share of
     ||W||_F^2 in the trained components, `excess` the certified bound of the error of their norm, `drift` how far the
-    step-0 weight is from W, relative to ||W||_F: 0 by construction in the anchored form.
+    step-0 weight is from W, relative to ||W||_F: 0 by construction in the anchored form. `protected` is how many of the
+    first singular directions the update stays out of.
     """
 
     path: str
@@ -53,6 +54,7 @@ class LayerReport:
     svd: str
     drift: float
     seconds: float
+    protected: int = 0
 
     def __str__(self) -> str:
         """One line for the screen."""
@@ -60,6 +62,7 @@ class LayerReport:
             f"{self.path}  {self.shape[0]}x{self.shape[1]}  {self.method} rank {self.rank}  "
             f"sigma {self.sigma_max:.3g}..{self.sigma_min:.3g} of {self.sigma_top:.3g}  energy {self.energy:.2%}  "
             f"excess {self.excess:.1e} ({self.svd})  {self.seconds:.2f} s"
+            + (f"  top {self.protected} protected" if self.protected else "")
         )
 
 
@@ -148,27 +151,31 @@ def _shared(own: Initial | None, told: tuple, model: nn.Module, owner: int) -> I
 
 def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) -> Initial:
     start = time.perf_counter()
-    factors = _factors(W, target, cache)
+    assert target.rank is not None
+    assert target.part is not None
+    # A seed of its own for each module: equal shapes shall not draw equal components.
+    seed = zlib.crc32(target.path.encode()) if target.part == "random" else 0
+    factors = cached_factors(W, target.rank, target.part, path=target.path, cache=cache, seed=seed)
     A0, B0 = _scaled(factors, W, target.sigma, target.scaling)
     report = _report(factors, target, time.perf_counter() - start)
     return Initial(A0.to(dtype), B0.to(dtype), sketch(W), report)
 
 
-def _factors(W: Tensor, target: Target, cache: Path | None) -> Factors:
-    assert target.rank is not None
-    assert target.part is not None
+def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path | None, seed: int = 0) -> Factors:
+    """Return `rank` triplets of the weight W (out, in) of the module at `path`, from the cache where it has them.
+
+    Raises WeightError, with the path, for a weight that cannot be decomposed; warns where the cache cannot be written.
+    """
     if W.is_meta:
-        raise WeightError(f"{target.path}: the weight is on the meta device, it has no values: load the model first")
-    # A seed of its own for each module: equal shapes shall not draw equal components.
-    seed = zlib.crc32(target.path.encode()) if target.part == "random" else 0
-    key = cache_key(W, target.rank, target.part, seed) if cache is not None else ""
+        raise WeightError(f"{path}: the weight is on the meta device, it has no values: load the model first")
+    key = cache_key(W, rank, part, seed) if cache is not None else ""
     stored = read_factors(cache, key) if cache is not None else None
     if stored is not None:
         return replace(stored, U=stored.U.to(W.device), S=stored.S.to(W.device), Vh=stored.Vh.to(W.device))
     try:
-        factors = decompose(W, target.rank, target.part, generator=torch.Generator().manual_seed(seed))
+        factors = decompose(W, rank, part, generator=torch.Generator().manual_seed(seed))
     except (ValueError, torch.linalg.LinAlgError) as error:
-        raise WeightError(f"{target.path}: {error}") from error
+        raise WeightError(f"{path}: {error}") from error
     if cache is not None:
         try:
             write_factors(cache, key, factors)
@@ -203,6 +210,7 @@ def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
         svd=factors.method,
         drift=0.0,
         seconds=seconds,
+        protected=target.protect.top if target.protect else 0,
     )
 
 

@@ -39,6 +39,9 @@ NAMED_MODELS: dict[str, str] = {
     "llava-v1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
     "llava-v1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
     "llava-v1.6-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
     "smol-llava": "SmolLM2-135M-Instruct + EfficientNet-Lite0, made here at first use",
     "smol-llava-unaligned": "the same before stage 1, with a fresh projector",
     "smollm2": "SmolLM2-135M-Instruct, text only, made here at first use",
@@ -259,7 +262,8 @@ def _source(name: str) -> str:
         if original.is_original(folder):
             return str(converted(folder))
         if not (folder / "config.json").is_file():
-            raise UserError(f"{name} holds no model: it has no config.json\nfound: {_listing(folder)}")
+            found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+            raise UserError(f"{name} holds no model: it has no config.json\nfound: {found}")
         return name
     if name in NAMED_MODELS or name in SAME_WEIGHTS:
         return NAMED_MODELS[SAME_WEIGHTS.get(name, name)]
@@ -310,10 +314,6 @@ def _hub_is_known() -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200]
-
-
-def _listing(folder: Path) -> str:
-    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
 
 
 def _register_own() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 from torch import nn
 
+from milora_vl.policies.protect import Protect
 from milora_vl.policies.rules import FloorSigma, PolicyError, Rule, RuleMethod, SpectralRank, Target
 
-__all__ = ["FloorSigma", "Policy", "PolicyError", "Rule", "RuleMethod", "SpectralRank", "Target"]
+__all__ = ["FloorSigma", "Policy", "PolicyError", "Protect", "Rule", "RuleMethod", "SpectralRank", "Target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ def _read(source: str | Sequence[Mapping[str, Any] | Rule]) -> tuple[list[Rule |
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Protect):
+        return {k: v for k, v in dataclasses.asdict(value).items() if v is not None}
     if isinstance(value, SpectralRank):
         pairs = dataclasses.asdict(value).items()
         return {k: v for k, v in pairs if v is not None and (k, v) != ("min", 1)}
@@ -106,7 +109,7 @@ def _parse_rule(item: object) -> tuple[Rule | None, list[str]]:
     if "modules" not in item:
         problems.append(".modules: missing")
     fields = {key: value for key, value in item.items() if key in known}
-    for name, reader in (("rank", _parse_rank), ("sigma", _parse_sigma)):
+    for name, reader in (("rank", _parse_rank), ("sigma", _parse_sigma), ("protect", _parse_protect)):
         try:
             if name in fields:
                 fields[name] = reader(fields[name])
@@ -131,11 +134,24 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 def _parse_rank(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
-    known = [f.name for f in dataclasses.fields(SpectralRank)]
-    problems = [f".rank.{key}: {_unknown(str(key), known)}" for key in value if key not in known]
+    _require_known("rank", value, SpectralRank)
+    return SpectralRank(**value)
+
+
+def _parse_protect(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    _require_known("protect", value, Protect)
+    if "top" not in value:
+        raise PolicyError(".protect.top: missing: how many of the first singular directions")
+    return Protect(**value)
+
+
+def _require_known(place: str, value: Mapping[str, Any], kind: type[SpectralRank] | type[Protect]) -> None:
+    known = [f.name for f in dataclasses.fields(kind)]
+    problems = [f".{place}.{key}: {_unknown(str(key), known)}" for key in value if key not in known]
     if problems:
         raise PolicyError("\n".join(problems))
-    return SpectralRank(**value)
 
 
 def _parse_sigma(value: Any) -> Any:

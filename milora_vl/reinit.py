@@ -71,7 +71,9 @@ def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_misma
     stored = load_peft_weights(str(folder), device="cpu")
     for path in sidecar.ranks:
         _require_anchor(lora_layer(peft_model, path), adapter, path, stored)
-    return restore(peft_model, adapter, sidecar)
+    ours = restore(peft_model, adapter, sidecar)
+    ours.protect_again(adapter)
+    return ours
 
 
 def _the_adapter(model: PeftModel) -> str:

@@ -27,9 +27,10 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
 from milora_data.stream import RecordStream
+from milora_vl.lora.keep import keep_protected
 from milora_vl.policy import Target
 from milora_vl.projector import load_projector, save_projector
-from milora_vl.training import streaming
+from milora_vl.training import protection, streaming
 from milora_vl.training.losses import install, summed_loss
 from milora_vl.training.meter import Meter, group_rates, tower_norms
 from milora_vl.training.param_groups import parameter_groups, target_path
@@ -134,6 +135,8 @@ class MiloraTrainer(Trainer):
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
+        if any(target.protect for target in targets):
+            protection.require_whole(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
@@ -167,7 +170,9 @@ class MiloraTrainer(Trainer):
             )
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
         # transformers 4 calls this without a model and takes none.
-        return super().create_optimizer() if model is None else super().create_optimizer(model)
+        made = super().create_optimizer() if model is None else super().create_optimizer(model)
+        keep_protected(self.trained(), made)
+        return made
 
     def get_train_dataloader(self) -> Any:
         """HF's loader; that of a stream is its own, as each process reads its own share."""

@@ -224,4 +224,4 @@ def test_check_says_what_to_type_next(tiny_data: Path, capsys: pytest.CaptureFix
     assert "next: python -m milora_data convert --help" in said.err
     (tiny_data / "images" / "0.png").write_bytes(b"no picture")
     assert main(["check", data, "--image_folder", images]) == 1
-    assert f"next: python -m milora_data check {data} --image_folder {images} --fix OUT" in capsys.readouterr().err
+    assert f"next: python -m milora_data check {data} --image_folder {images} --fix OUT.json" in capsys.readouterr().err

@@ -100,9 +100,6 @@ CASES: dict[str, tuple[dict[str, Any], Any, list[str], int]] = {
         {"c.json": {"images": INSTANCES["images"], "annotations": [{"id": 1, "image_id": 9, "caption": " A dog. "}]}},
         "COCO_9.jpg", ["<image>\nDescribe this picture.", "A dog."], 1,
     ),
-    "alpaca": (
-        {"a.json": [{"instruction": "Add one.", "input": "1", "output": "2"}]}, None, ["Add one.\n1", "2"], 1,
-    ),
     "sharegpt": (
         {"s.json": [
             {"id": "s", "conversations": [
@@ -112,6 +109,10 @@ CASES: dict[str, tuple[dict[str, Any], Any, list[str], int]] = {
             {"id": "none", "conversations": []},
         ]},
         None, ["A", "B"], 1,
+    ),
+    "alpaca": (
+        {"c.json": [{"instruction": " True? ", "input": "", "output": "the answer is true", "answer": "true"}]},
+        None, [" True? ", "the answer is true"], 1,
     ),
 }  # fmt: skip
 
@@ -144,6 +145,34 @@ def test_a_file_of_another_kind_is_said_to_be_one(kind: str, tmp_path: Path) -> 
     with pytest.raises(DataError, match="none.json: no such file"):
         main(["convert", "--from", kind, str(tmp_path / "none.json"), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "data.json").exists()
+
+
+def test_instructions_have_other_names_and_inputs_too(tmp_path: Path) -> None:
+    rows = [
+        {"query": "1+1?", "response": "2\nThe answer is: 2", "type": "GSM", "original_question": "1+1?"},
+        {"instruction": "Translate.", "input": "Hund", "output": "dog", "id": "mine"},
+    ]
+    first, second = convert("alpaca", {"i.json": rows}, tmp_path)
+    assert [turn["value"] for turn in first["conversations"]] == ["1+1?", "2\nThe answer is: 2"]
+    assert [turn["value"] for turn in second["conversations"]] == ["Translate.\nHund", "dog"]
+    assert second["id"] == "mine"
+    (tmp_path / "n.json").write_text('[{"instruction": "a", "output": 3}]')
+    with pytest.raises(DataError, match=r"n.json:1: expected .*instruction and output or query and response; it has"):
+        main(["convert", "--from", "alpaca", str(tmp_path / "n.json"), "--output_dir", str(tmp_path / "x")])
+
+
+def test_held_out_are_the_records_that_llm_adapters_holds_out(tmp_path: Path) -> None:
+    """finetune.py: `train_test_split(test_size=val_set_size, shuffle=True, seed=42)` of `datasets`."""
+    import datasets
+
+    rows = [{"query": str(number), "response": "a"} for number in range(200)]
+    kept = convert("alpaca", {"i.json": rows}, tmp_path, "--hold_out", "12")
+    held = json.loads((tmp_path / "out" / "eval.json").read_text())
+    theirs = datasets.Dataset.from_list(rows).train_test_split(test_size=12, shuffle=True, seed=42)
+    assert {record["conversations"][0]["value"] for record in held} == set(theirs["test"]["query"])
+    assert {record["conversations"][0]["value"] for record in kept} == set(theirs["train"]["query"])
+    with pytest.raises(DataError, match="--hold_out 200: there are 200 records, and none would be left"):
+        convert("alpaca", {"i.json": rows}, tmp_path / "out", "--hold_out", "200")
 
 
 def test_pictures_can_be_named_by_a_pattern(tmp_path: Path) -> None:
@@ -274,69 +303,3 @@ def test_sources_are_mixed_by_weight_from_a_yaml(tiny_data: Path, tmp_path: Path
         (tiny_data / "bad.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
             list(load_records(tiny_data / "bad.yaml"))
-
-
-def convert_file(path: Path, kind: str, out: Path) -> list[Any]:
-    assert main(["convert", "--from", kind, str(path), "--output_dir", str(out)]) == 0
-    return list(load_records(out / "data.json"))
-
-
-def test_alpacas_input_follows_its_instruction(tmp_path: Path) -> None:
-    rows = [
-        {"instruction": "Name the country.", "input": "Paris", "output": "France"},
-        {"instruction": "Say hi.", "input": "", "output": "Hi", "system": "Be short.", "history": [["A?", "B"]]},
-    ]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    first, second = convert_file(tmp_path / "a.json", "alpaca", tmp_path / "out")
-    assert [turn.text for turn in first.turns] == ["Name the country.\nParis", "France"]
-    assert [(turn.role, turn.text) for turn in second.turns] == [
-        ("system", "Be short."), ("user", "A?"), ("assistant", "B"), ("user", "Say hi."), ("assistant", "Hi"),
-    ]  # fmt: skip
-    (tmp_path / "b.json").write_text(json.dumps([rows[1] | {"history": ["A?"]}]))
-    with pytest.raises(DataError, match=r"b.json:1: history must be a list of pairs"):
-        main(["convert", "--from", "alpaca", str(tmp_path / "b.json"), "--output_dir", str(tmp_path / "out2")])
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.csv", "file;caption\nä b.jpg;Ein Kreis, rot\n"),
-        ("a.csv", "\ufefffile,caption\r\nä b.jpg,\"Ein Kreis, rot\"\r\n"),
-        ("a.tsv", "file\tcaption\nä b.jpg\tEin Kreis, rot\n"),
-        ("a.jsonl", '{"image": "ä b.jpg", "caption": "Ein Kreis, rot"}\n'),
-    ],
-    ids=["semicolons", "commas", "tabs", "jsonl"],
-)  # fmt: skip
-def test_a_table_of_captions_comes_in_many_forms(name: str, text: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    (record,) = convert_file(tmp_path / name, "table", tmp_path / "out")
-    assert record.images == ("ä b.jpg",)
-    assert record.turns[1].text == "Ein Kreis, rot"
-
-
-def test_a_table_in_another_encoding_is_said_to_be_one(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes("file,caption\nä.jpg,Grün\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a.csv: not UTF-8(.|\n)*iconv -f WINDOWS-1252"):
-        convert_file(tmp_path / "a.csv", "table", tmp_path / "out")
-    assert not any((tmp_path / "out").iterdir())
-
-
-def test_a_folder_says_what_of_it_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "my pictures"
-    folder.mkdir()
-    for name in ("ä b.jpg", "none.png", "empty.png", "._ä b.jpg"):
-        (folder / name).write_bytes(png("red"))
-    for name in ("phone.HEIC", "._ä b.txt"):
-        (folder / name).write_bytes(b"\xfe\xfc")
-    for name, text in {"ä b": "Rot.", "empty": " ", "phone": "A garden.", "lonely": "No picture."}.items():
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    (record,) = convert_file(folder, "folder", tmp_path / "out")
-    assert (record.images, record.turns[1].text) == (("ä b.jpg",), "Rot.")
-    said = capsys.readouterr().err
-    assert "left out: 2 pictures without a caption: empty.png, none.png\n" in said
-    assert "(save them as JPEG or PNG): phone.HEIC\n" in said
-    assert "left out: 2 captions without a picture: lonely.txt, phone.txt\n" in said
-    assert f"next: python -m milora_data check {tmp_path}/out/data.json --image_folder '{folder}'\n" in said
-    (folder / "ä b.txt").write_bytes("Grün".encode("latin-1"))
-    with pytest.raises(DataError, match=r"ä b.txt: not UTF-8 \(byte 0xfc\)"):
-        convert_file(folder, "folder", tmp_path / "out2")

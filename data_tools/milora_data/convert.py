@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from .captions import caption_records
-from .command import amount, parser, say_next
+from .command import amount, next_step, parser, positive
 from .errors import DataError, UserError
+from .flags import shared
 from .images import StoredPicture
+from .instructions import held_out, instructions
 from .jsonfile import read_objects, write_objects
 from .messages import from_messages
 from .other_files import DEFAULT_PROMPT, coco_captions, refcoco, sharegpt, table
@@ -28,12 +31,12 @@ formats (--from):
   folder         pictures with a text file each (a.jpg, a.txt), or with one table: captions.json, .jsonl or .csv,
                  metadata.csv or .jsonl
   table, csv     rows (.csv, .tsv, .json, .jsonl) with columns for picture, question and answer, or picture and caption
-  alpaca         rows with instruction, input and output: text alone
   hub            FILE.parquet, FILE.tar (webdataset), hub:OWNER/NAME[:SPLIT]; pictures are written to images/
   vqav2, okvqa   the questions file and the annotations file
   gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file of questions and answers
   scienceqa      problems.json            refcoco   refs(...).p and instances.json
   coco           captions_....json        sharegpt  conversations without pictures
+  alpaca         {"instruction", "input", "output"} or {"query", "response"}, as LLM-Adapters and MetaMathQA have them
 
 examples:
   python -m milora_data convert --from jsonl a.jsonl b.jsonl --output_dir data
@@ -56,12 +59,17 @@ class Kind:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser("python -m milora_data convert", "Make LLaVA JSON of another format.", EPILOG)
-    options.add_argument("--from", dest="kind", choices=KINDS, required=True, help="format of SOURCE")
-    options.add_argument("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures")
-    options.add_argument("--output_dir", type=Path, required=True, help="folder for data.json, which must not exist")
-    options.add_argument("--prompt", help=f'what is asked about a caption\'s picture (default: "{DEFAULT_PROMPT}")')
-    options.add_argument("--split", help="of sets whose file holds all splits (default: train)")
-    options.add_argument("--image_pattern", help="file name of a picture from its id, such as coco/{:012d}.jpg")
+    read = options.add_argument_group("input")
+    read.add_argument("--from", dest="kind", choices=KINDS, required=True, metavar="FORMAT", help="of SOURCE")
+    read.add_argument("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--prompt", help=f'what is asked about a caption\'s picture (default: "{DEFAULT_PROMPT}")')
+    settings.add_argument("--split", help="of sets whose file holds all splits (default: train)")
+    settings.add_argument("--image_pattern", help="file name of a picture from its id, such as coco/{:012d}.jpg")
+    settings.add_argument("--hold_out", type=positive, metavar="N", help="N records, drawn at random, go to eval.json")
+    written = options.add_argument_group("output")
+    shared(written, "output_dir", required=True, about="folder for data.json, which must not exist")
+    shared(written, "format")
     chosen = options.parse_args(argv)
     _check_flags(chosen)
     images, out = chosen.output_dir / "images", chosen.output_dir / "data.json"
@@ -69,12 +77,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{images} exists already\nnothing was written; name a new --output_dir")
     given = Options(chosen.prompt, chosen.split or "train", chosen.image_pattern)
     sources = chosen.sources if chosen.kind == "hub" else [Path(source) for source in chosen.sources]
-    count = write_objects(out, _with_written_pictures(_read(chosen.kind, sources, given), images))
-    sys.stdout.write(f"{out}: {amount(count, 'record')}\n")
+    records = _with_written_pictures(_read(chosen.kind, sources, given), images)
+    if chosen.hold_out:
+        records = _without_held_out(list(records), chosen.hold_out, chosen.output_dir / "eval.json")
+    count = write_objects(out, records)
+    as_json = json.dumps({"file": str(out), "records": count})
+    sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
     folder = {"folder": sources[0], "hub": images}.get(chosen.kind, "FOLDER")
     has_pictures = any(record.images for record in load_records(out))
-    say_next("milora_data", "check", out, *(["--image_folder", folder] if has_pictures else []))
+    next_step("milora_data", "check", out, *(["--image_folder", folder] if has_pictures else []))
     return 0
+
+
+def _without_held_out(records: list[dict[str, Any]], count: int, path: Path) -> Records:
+    """Yield the records but for some, which are written to `path`."""
+    chosen = held_out(len(records), count)
+    write_objects(path, (value for number, value in enumerate(records) if number in chosen))
+    sys.stdout.write(f"{path}: {count:,} records\n")
+    yield from (value for number, value in enumerate(records) if number not in chosen)
 
 
 def _check_flags(chosen: argparse.Namespace) -> None:
@@ -166,7 +186,6 @@ KINDS: dict[str, Kind] = {
     "folder": Kind(_folder, ("prompt",)),
     "table": Kind(table, ("prompt",)),
     "csv": Kind(table, ("prompt",)),
-    "alpaca": Kind(table),
     "hub": Kind(_stored, ("prompt",)),
     "vqav2": Kind(vqa, ("image_pattern",)),
     "okvqa": Kind(vqa, ("image_pattern",)),
@@ -179,4 +198,5 @@ KINDS: dict[str, Kind] = {
     "refcoco": Kind(refcoco, ("image_pattern", "split")),
     "coco": Kind(coco_captions, ("prompt", "image_pattern")),
     "sharegpt": Kind(sharegpt),
+    "alpaca": Kind(instructions),
 }

@@ -128,7 +128,9 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 def logits_of(model: Any, batch: Batch) -> Tensor:
     """Return the predictions that count: (n, vocabulary), row by row."""
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+    # Not every vision tower casts its pixels to the dtype of its weights.
+    dtypes = {name: model.dtype if tensor.is_floating_point() else None for name, tensor in batch.inputs.items()}
+    inputs = {name: tensor.to(model.device, dtypes[name]) for name, tensor in batch.inputs.items()}
     logits: Tensor = model(**inputs).logits[:, :-1]
     return logits[batch.counted.to(logits.device)]
 

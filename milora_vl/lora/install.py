@@ -85,6 +85,16 @@ def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     return first.get_parameter("weight"), second.get_parameter("weight")
 
 
+def trained_factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return what trains of an adapter: A (r, in) and B (out, r), of a convolution (r, in, kh, kw), (out, r, 1, 1)."""
+    if adapter in layer.lora_embedding_A:
+        holders = (layer.lora_embedding_A, layer.lora_embedding_B)
+        return holders[0].get_parameter(adapter), holders[1].get_parameter(adapter)
+    pair = (layer.lora_A[adapter], layer.lora_B[adapter])
+    A, B = (half.get_parameter(TRAINED if isinstance(half, Halves) else "weight") for half in pair)
+    return A, B
+
+
 def anchors_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """Return A0 and B0 of an adapter in halves."""
     return _anchor(layer, adapter, 0), _anchor(layer, adapter, 1)

@@ -6,6 +6,7 @@ Everything else (forward, merge, generate, set_adapter, ...) is PEFT's.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -32,7 +33,9 @@ from milora_vl.lora.install import (
     joined_state,
     lora_layer,
     set_dropout,
+    trained_factors,
 )
+from milora_vl.lora.protected import Protected, find_protected
 from milora_vl.lora.sidecar import FILE_NAME, AdapterError, Sidecar, read_sidecar
 from milora_vl.lora.weight_files import require_weights
 from milora_vl.policies.rules import Target
@@ -42,9 +45,13 @@ _ADDING_CASTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 19)
 
 
 class MiloraMixin(PeftModel):
-    """What a PeftModel with adapters in halves does differently. `sidecars` holds what is known, by adapter name."""
+    """What a PeftModel with adapters in halves does differently. `sidecars` holds what is known, by adapter name.
+
+    `protections` has the directions that an adapter stays out of while it trains, by adapter name and module path.
+    """
 
     sidecars: dict[str, Sidecar]
+    protections: dict[str, dict[str, Protected]]
     milora_targets: list[Target]
     milora_report: list[LayerReport]
     _loading = False
@@ -69,6 +76,7 @@ class MiloraMixin(PeftModel):
                 "LoRA for the untouched base model already; leave the argument out"
             )
         self._require_halves()
+        self._warn_of_overlap()
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = joined_state(self._with_anchors(kwargs["state_dict"]))
         if save_embedding_layers == "auto":
@@ -96,6 +104,33 @@ class MiloraMixin(PeftModel):
                 raise AdapterError(
                     f"{lost[0]}: its two halves were replaced by stock factors ({len(lost):,} modules of {adapter!r})\n"
                     "save before, or load the folder into the base model with stock PEFT, to serve it"
+                )
+
+    def protect(self, adapter: str, protected: Mapping[str, Protected]) -> None:
+        """Keep the directions that an adapter stays out of, for `keep_protected`; its training fails without that."""
+        self.protections[adapter] = dict(protected)
+        for path, found in protected.items():
+            for factor in trained_factors(lora_layer(self, path), adapter):
+                if factor.requires_grad:
+                    factor.register_hook(found.require_kept)
+
+    def protect_again(self, adapter: str, cache_dir: str | Path | None = None) -> None:
+        """Find the protected directions of an adapter that was loaded to train on, from the base weights."""
+        self.protect(adapter, find_protected(self, self.sidecars[adapter].targets, cache_dir=cache_dir))
+
+    def _warn_of_overlap(self) -> None:
+        """Tell of adapters that something has moved into directions they should stay out of."""
+        for adapter, protected in self.protections.items():
+            inside = [
+                path
+                for path, found in protected.items()
+                if found.is_violated_by(trained_factors(lora_layer(self, path), adapter))
+            ]
+            if inside:
+                warnings.warn(
+                    f"{inside[0]}: the update reaches into protected directions ({len(inside):,} modules of "
+                    f"{adapter!r}): was keep_protected called for the optimizer that trained it?",
+                    stacklevel=3,
                 )
 
     def _with_anchors(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -137,6 +172,8 @@ class MiloraMixin(PeftModel):
             for path in self.sidecars[source].ranks:
                 install_copy(lora_layer(self, path), adapter_name, source)
             self.remember(adapter_name, self.sidecars[source])
+            if source in self.protections:
+                self.protect(adapter_name, self.protections[source])
 
     def load_adapter(  # type: ignore[override]
         self,
@@ -164,12 +201,15 @@ class MiloraMixin(PeftModel):
             result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
         if sidecar is not None:
             restore(self, adapter_name, sidecar)
+            if is_trainable and known is None:
+                self.protect_again(adapter_name)
         return result
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter as PEFT does, and what is known of it."""
         super().delete_adapter(adapter_name)
         self.sidecars.pop(adapter_name, None)
+        self.protections.pop(adapter_name, None)
 
     def disable_adapter(self) -> Any:
         """Run the base model alone, as PEFT does. AdapterError in the residual form, whose base weights are W_p."""
@@ -261,7 +301,7 @@ def adopt(model: PeftModel) -> MiloraMixin:
     if not isinstance(model, MiloraMixin):
         model.__class__ = _OURS[type(model)]
         assert isinstance(model, MiloraMixin)
-        model.sidecars = {}
+        model.sidecars, model.protections = {}, {}
     return model
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from milora_vl.initialize import LayerReport
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.fingerprint import Sketch
+from milora_vl.policies.protect import Protect
 from milora_vl.policies.rules import METHODS, FloorSigma, Target
 
 __all__ = ["FILE_NAME", "FORMAT_VERSION", "AdapterError", "Sidecar", "locate", "read_sidecar"]
@@ -90,6 +91,7 @@ def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sideca
         fields = {name: value for name, value in entry.items() if name in known}
         sigma = fields.get("sigma", "keep")
         fields["sigma"] = FloorSigma(sigma["floor"]) if isinstance(sigma, Mapping) else sigma
+        fields["protect"] = Protect(**fields["protect"]) if fields.get("protect") else None
         fields["shape"] = tuple(fields["shape"])
         if fields["method"] not in METHODS:
             raise KeyError(f"method {fields['method']!r}")

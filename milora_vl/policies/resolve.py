@@ -166,8 +166,23 @@ def _target(path: str, plan: _Plan, selector: Selector) -> Target:
     rank = find_rank(fields["rank"], module)
     if rank > min(shape) and fields["method"] not in ("lora", "dora"):
         raise PolicyError(f".rank: {rank} is larger than min(out, in) = {min(shape)} of shape {shape}")
+    if "protect" in fields:
+        rank = _outside(rank, fields, module)
     alpha = _alpha(fields, plan, rank, module)
     return Target(path=path, shape=shape, tower=tower, **{**fields, "rank": rank, "alpha": alpha})
+
+
+def _outside(rank: int, fields: dict[str, Any], module: nn.Module) -> int:
+    """The rank, if the matrix has so many directions besides the protected ones."""
+    top, shape = fields["protect"].top, matrix_shape(module)
+    room = min(shape) - top
+    if isinstance(fields["rank"], SpectralRank) and next(module.parameters()).is_meta and room >= 1:
+        return min(rank, room)  # without weights the rank is an upper bound
+    if rank > room:
+        raise PolicyError(
+            f".protect: top {top} and rank {rank} are more directions than the {min(shape)} of shape {shape}"
+        )
+    return rank
 
 
 def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module) -> float:

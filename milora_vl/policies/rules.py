@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from milora_vl.policies.protect import PROTECTING_METHODS, Protect, protect_problems
+
 if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
     from milora_vl.svd import Part
 
@@ -26,6 +28,7 @@ FIELDS_OF_METHOD: dict[str, frozenset[str]] = {
     "full": frozenset({"learning_rate", "weight_decay"}),
     "frozen": frozenset(),
 }
+FIELDS_OF_METHOD |= {method: FIELDS_OF_METHOD[method] | {"protect"} for method in PROTECTING_METHODS}
 
 
 class PolicyError(ValueError):
@@ -69,6 +72,7 @@ class Rule:
     rslora: bool | None = None
     dropout: float | None = None
     sigma: Sigma | None = None
+    protect: Protect | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
 
@@ -96,6 +100,7 @@ class Target:
     rslora: bool = False
     dropout: float = 0.0
     sigma: Sigma = "keep"
+    protect: Protect | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
 
@@ -136,6 +141,7 @@ def _rule_problems(rule: Rule) -> list[str]:
         isinstance(rule.sigma, FloorSigma) and _is_number(rule.sigma.floor) and 0 < rule.sigma.floor <= 1
     ):
         found.append(f".sigma: expected keep, none or {{floor: share of the median, up to 1}}, got {rule.sigma!r}")
+    found += protect_problems(rule.protect)
     if rule.rslora not in (None, True, False):
         found.append(f".rslora: expected true or false, got {rule.rslora!r}")
     limits = {"alpha": (0, None), "dropout": (None, 1), "learning_rate": (0, None), "weight_decay": (None, None)}

@@ -47,13 +47,13 @@ def policy_table(run: Run) -> Table:
     targets = sorted(run.policy.get("targets", ()), key=_treatment)
     shares = {str(layer["path"]): layer.get("energy") for layer in run.policy.get("layers", ())}
     rows = []
-    for (tower, method, rank, alpha, rate), members in groupby(targets, key=_treatment):
+    for (tower, method, rank, alpha, rate, protected), members in groupby(targets, key=_treatment):
         paths = [str(target["path"]) for target in members]
         energy = _span([100 * share for path in paths if (share := shares.get(path)) is not None])
         cells = (
             tower,
             f"{len(paths):,}",
-            METHODS.get(method, method),
+            METHODS.get(method, method) + protected,
             _cell(rank or None),
             _cell(alpha or None),
             _cell(rate or None),
@@ -112,9 +112,21 @@ def _note(score: Score) -> str:
     return "; ".join(notes)
 
 
-def _treatment(target: Json) -> tuple[str, str, int, float, float]:
+def _treatment(target: Json) -> tuple[str, str, int, float, float, str]:
     numbers = (target.get("rank") or 0, target.get("alpha") or 0.0, target.get("learning_rate") or 0.0)
-    return (str(target.get("tower") or "–"), str(target["method"]), *numbers)
+    return (str(target.get("tower") or "–"), str(target["method"]), *numbers, _protected(target.get("protect")))
+
+
+def _protected(protect: Json | None) -> str:
+    """What a rule's `protect` adds to its method.
+
+    >>> _protected({"top": 64, "by": "penalty", "weight": 500.0})
+    ', outside the top 64 by penalty 500'
+    """
+    if not protect:
+        return ""
+    weight = protect.get("weight")
+    return f", outside the top {protect['top']} by {protect['by']}" + (f" {_cell(weight)}" if weight else "")
 
 
 def _span(values: Iterable[float]) -> str:

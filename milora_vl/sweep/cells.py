@@ -55,7 +55,7 @@ def make_cells(
     first = int(recipe.train.get("seed", 42))
     cells = []
     for seed, rate, method in product(range(first, first + seeds), rates, methods):
-        has_rank = known[method]["method"] != "full" and "rank" not in known[method]
+        has_rank = known[method].get("method") != "full" and "rank" not in known[method]
         chosen: Sequence[int | None] = ranks if ranks and has_rank else [None]
         cells += [Cell(method, rate, rank, seed) for rank in chosen]
     return cells
@@ -65,7 +65,7 @@ def variants(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Every name for --methods with its fields; a recipe's own win. UserError for one without a known method."""
     found = {**VARIANTS, **recipe.sweep.variants}
     for name, fields in found.items():
-        if fields.get("method") not in (*ADAPTERS, "full"):
+        if "policy" not in fields and fields.get("method") not in (*ADAPTERS, "full"):
             raise UserError(
                 f"sweep.variants.{name}: method {fields.get('method')!r}, expected {', '.join((*ADAPTERS, 'full'))}"
             )
@@ -76,14 +76,23 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     """Return the recipe of one cell. UserError with everything that is wrong in it."""
     fields = dict(variants(recipe)[cell.method])
     train = {**recipe.train, **recipe.sweep.train, **fields.pop("train", {}), "seed": cell.seed}
-    given: dict[str, Any] = {name: fields.pop(name) for name in _EDITS if name in fields}
     if cell.rank is not None:
-        given["rank"] = cell.rank
-    rules = edited(recipe.policy, PolicyEdits(learning_rate=cell.learning_rate, **given))
-    for rule in rules:
-        if is_adapter(rule):
-            rule.update(fields)
+        fields["rank"] = cell.rank
+    rules = arm_rules(recipe.policy, fields, learning_rate=cell.learning_rate)
     content: Mapping[str, Any] = recipe.model_dump() | {
         "policy": rules, "train": train, "eval": EvalConfig().model_dump(), "sweep": SweepConfig().model_dump()
     }  # fmt: skip
     return Recipe.parse(content, f"{cell.name} of the sweep")
+
+
+def arm_rules(
+    policy: Sequence[dict[str, Any]] | None, fields: Mapping[str, Any], *, learning_rate: float
+) -> list[dict[str, Any]]:
+    """Return the rules of one arm: `fields` replace those of the adapter rules, its `policy` all rules before that."""
+    given: dict[str, Any] = {name: fields[name] for name in _EDITS if not isinstance(fields.get(name), Mapping | None)}
+    rules = edited(fields.get("policy", policy), PolicyEdits(learning_rate=learning_rate, **given))
+    others = {name: value for name, value in fields.items() if name not in given and name != "policy"}
+    for rule in rules:
+        if is_adapter(rule):
+            rule.update(others)
+    return rules

@@ -2,55 +2,84 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from milora_vl.reporting import pages
+from milora_data.page import render as pages
 from milora_vl.reporting.drawing import draw
 from milora_vl.reporting.plots import write_csv
 from milora_vl.reporting.tables import Table
 from milora_vl.sweep import plots
 from milora_vl.sweep.cells import Cell
-from milora_vl.sweep.results import Arm, Pair, arms, pairs
-from milora_vl.sweep.runner import Result, Sweep
+from milora_vl.sweep.results import Answers, Arm, Pair, Result, arms, pairs
+from milora_vl.sweep.runner import Sweep
+from milora_vl.sweep.store import write_json
 
+FORGETS = "forgetting on general text, nats a token"
 _POINT = ("method", "rank", "learning_rate", "validation", "score", "score_half", "forgetting", "forgetting_half", "n")
 
 
-def write(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> tuple[Path, Table]:
-    """Write what the finished cells say; returns the page and the table of methods."""
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What a page is about: cells with their results, test items and failures, and the command that repeats it."""
+
+    folder: Path
+    title: str
+    cells: Sequence[Cell]
+    results: Mapping[Cell, Result]
+    failed: Mapping[Cell, Result]
+    answers: Answers
+    seeds: int
+    metric: str
+    forgets: str
+    command: str
+
+
+def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> Compared:
+    """What there is of a sweep by now."""
     results = {cell: result for cell in cells if (result := sweep.result(cell)) is not None}
-    failed = [(cell, failure) for cell in cells if (failure := sweep.failure(cell)) is not None]
-    found = arms(results, seeds)
-    compared = pairs(sweep, found)
+    failed = {cell: failure for cell in cells if (failure := sweep.failure(cell)) is not None}
     metric = next((f"{r['benchmark']}, {r['metric']}" for r in results.values()), "score")
-    table, tests = arms_table(found, metric, seeds), pairs_table(compared)
-    _files(sweep.folder, results, found, compared, table)
+    arms_count = len({cell.arm for cell in results})
+    title = f"{arms_count} methods on {sweep.recipe.model}"
+    return Compared(sweep.folder, title, cells, results, failed, sweep.answers, seeds, metric, FORGETS, command)
+
+
+def write(compared: Compared) -> tuple[Path, Table]:
+    """Write what the finished cells say; returns the page and the table of methods."""
+    found = arms(compared.results, compared.seeds)
+    tests = pairs(found, compared.answers)
+    table = arms_table(found, compared.metric, compared.seeds)
+    _files(compared, found, tests, table)
+    content = {
+        "title": compared.title, "lede": lede(found, compared.metric),
+        "done": len(compared.results), "count": len(compared.cells),
+        "table": table, "tests": pairs_table(tests), "figures": _figures(compared, found), "command": compared.command,
+        "failed": [(cell.name, failure["said"]) for cell, failure in compared.failed.items()],
+        "edges": [arm.label for arm in found if arm.at_edge],
+    }  # fmt: skip
+    page = compared.folder / "sweep.html"
+    pages.write(page, pages.render(Path(__file__).with_name("sweep.html.j2"), content))
+    return page, table
+
+
+def _figures(compared: Compared, found: Sequence[Arm]) -> list[dict[str, Any]]:
     figures = []
     if found:
         caption = (
             "Up and to the left is better. Open marks are learning rates that validation did not choose; bars are 95 % "
             "intervals over seeds; the grey line joins the points that none beats in both."
         )
-        figure = partial(plots.pareto_figure, found, metric)
-        figures.append({"plot": draw(sweep.folder, "pareto", figure, caption, with_pdf=True), "caption": caption})
+        figure = partial(plots.pareto_figure, found, compared.metric, compared.forgets)
+        figures.append({"plot": draw(compared.folder, "pareto", figure, caption, with_pdf=True), "caption": caption})
     if any(len(arm.points) > 1 for arm in found):
         caption = "Each method over the learning rates. The validation loss alone decides which one is reported."
-        figure = partial(plots.rates_figure, found, metric)
-        figures.append({"plot": draw(sweep.folder, "rates", figure, caption, with_pdf=True), "caption": caption})
-    content = {
-        "title": f"{len(found)} methods on {sweep.recipe.model}",
-        "lede": lede(found, metric), "done": len(results), "count": len(cells),
-        "table": table, "tests": tests, "figures": figures, "command": command,
-        "failed": [(cell.name, failure["said"]) for cell, failure in failed],
-        "edges": [arm.label for arm in found if arm.at_edge],
-    }  # fmt: skip
-    page = sweep.folder / "sweep.html"
-    pages.write(page, pages.render("sweep.html.j2", content))
-    return page, table
+        figure = partial(plots.rates_figure, found, compared.metric)
+        figures.append({"plot": draw(compared.folder, "rates", figure, caption, with_pdf=True), "caption": caption})
+    return figures
 
 
 def lede(found: Sequence[Arm], metric: str) -> str:
@@ -96,11 +125,10 @@ def pairs_table(compared: Sequence[Pair]) -> Table:
     return Table(("difference", "of the mean", "95 % interval", "p", "items", "seeds"), tuple(rows), words)
 
 
-def _files(
-    folder: Path, results: Mapping[Cell, Result], found: Sequence[Arm], compared: Sequence[Pair], table: Table
-) -> None:
-    columns = list(dict.fromkeys(key for result in results.values() for key in result))
-    write_csv(folder / "cells.csv", columns, [[result.get(key) for key in columns] for result in results.values()])
+def _files(compared: Compared, found: Sequence[Arm], tests: Sequence[Pair], table: Table) -> None:
+    folder, results = compared.folder, compared.results.values()
+    columns = list(dict.fromkeys(key for result in results for key in result))
+    write_csv(folder / "cells.csv", columns, [[result.get(key) for key in columns] for result in results])
     write_csv(folder / "table.csv", table.header, table.rows)
     points = [
         (p.method, p.rank, p.learning_rate, p.validation.value, p.score.value, p.score.half, p.forgetting.value,
@@ -109,5 +137,5 @@ def _files(
     ]  # fmt: skip
     for name in ("pareto", "rates"):
         write_csv(folder / f"{name}.csv", _POINT, points)
-    content = {"arms": [asdict(arm) for arm in found], "pairs": [asdict(pair) for pair in compared]}
-    (folder / "results.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = {"arms": [asdict(arm) for arm in found], "pairs": [asdict(pair) for pair in tests]}
+    write_json(folder / "results.json", content)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milora_eval.results import require_lines
 from milora_eval.stats import Difference, paired_difference
 from milora_vl.sweep.cells import Cell
-from milora_vl.sweep.runner import Result, Sweep
 
+Result = Mapping[str, Any]  # the numbers of one cell
+# The test items of a cell: id -> its score, and what it is about; items about the same thing are not independent.
+Answers = Callable[[Cell], Mapping[str, tuple[float, Any]]]
 # Student's t for a two-sided 95 % interval, by degrees of freedom from 1 on.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -99,15 +100,15 @@ def arms(results: Mapping[Cell, Result], seeds: int) -> list[Arm]:
     return found
 
 
-def pairs(sweep: Sweep, found: Sequence[Arm]) -> list[Pair]:
-    """Compare every arm with the first one, on the items of the first benchmark that both answered."""
+def pairs(found: Sequence[Arm], answers: Answers) -> list[Pair]:
+    """Compare every arm with the first one, on the test items that both answered."""
     ready = [arm for arm in found if arm.best is not None]
     out = []
     for arm in ready[1:]:
         assert arm.best is not None
         assert ready[0].best is not None
         common = sorted(set(ready[0].best.seeds) & set(arm.best.seeds))
-        a, b = (_mean_answers(sweep, point, common) for point in (ready[0].best, arm.best))
+        a, b = (_mean_answers(answers, point, common) for point in (ready[0].best, arm.best))
         ids = [item for item in a if item in b]
         if ids:
             groups = [a[item][1] for item in ids]
@@ -139,16 +140,12 @@ def _or_worst(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _mean_answers(sweep: Sweep, point: Point, seeds: Sequence[int]) -> dict[str, tuple[float, Any]]:
-    """Per item its mean score over the seeds, and the picture it is about."""
+def _mean_answers(answers: Answers, point: Point, seeds: Sequence[int]) -> dict[str, tuple[float, Any]]:
+    """Per item its mean score over the seeds, and what it is about."""
     sums: dict[str, list[float]] = {}
     groups: dict[str, Any] = {}
     for seed in seeds:
-        lines = require_lines(sweep.results_folder(Cell(point.method, point.learning_rate, point.rank, seed)))
-        for line in lines:
-            if line["benchmark"] != lines[0]["benchmark"]:
-                continue
-            if line["correct"] is not None:
-                sums.setdefault(line["id"], []).append(float(line["correct"]))
-                groups[line["id"]] = line["group"]
+        for item, (score, group) in answers(Cell(point.method, point.learning_rate, point.rank, seed)).items():
+            sums.setdefault(item, []).append(score)
+            groups[item] = group
     return {item: (sum(v) / len(v), groups[item]) for item, v in sums.items() if len(v) == len(seeds)}

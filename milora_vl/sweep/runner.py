@@ -23,6 +23,7 @@ from typing import Any
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
 from milora_vl.sweep.cells import Cell, recipe_of
+from milora_vl.sweep.store import read_json, write_json, write_text
 
 Result = dict[str, Any]
 
@@ -54,11 +55,19 @@ class Sweep:
 
     def result(self, cell: Cell) -> Result | None:
         """What came out of a cell; None for one that is not finished."""
-        return _read(self.folder / "cells" / f"{cell.name}.json")
+        return read_json(self.folder / "cells" / f"{cell.name}.json")
 
     def failure(self, cell: Cell) -> Result | None:
         """Why a cell has no result; None where it has one, or has not been tried."""
-        return None if self.result(cell) else _read(self.folder / "failed" / f"{cell.name}.json")
+        return None if self.result(cell) else read_json(self.folder / "failed" / f"{cell.name}.json")
+
+    def answers(self, cell: Cell) -> dict[str, tuple[float, Any]]:
+        """The answers of a finished cell to the first benchmark of the suite: id -> score, picture."""
+        from milora_eval.results import require_lines
+
+        lines = require_lines(self.results_folder(cell))
+        of_first = (line for line in lines if line["benchmark"] == lines[0]["benchmark"])
+        return {line["id"]: (float(line["correct"]), line["group"]) for line in of_first if line["correct"] is not None}
 
     def commands(self, cell: Cell) -> list[list[str]]:
         """The commands of a cell, without the interpreter."""
@@ -122,7 +131,7 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
     # Cells differ in method, rate and seed: the factors of a method at a rank are computed for the first one.
     shared = recipe.factor_cache or str(sweep.folder / "factors")
     recipe = recipe.model_copy(update={"factor_cache": shared})
-    _write(sweep.folder / "recipes" / f"{cell.name}.yaml", recipe.to_yaml())
+    write_text(sweep.folder / "recipes" / f"{cell.name}.yaml", recipe.to_yaml())
     start = time.monotonic()
     log = sweep.folder / "logs" / f"{cell.name}.log"
     with _lock(sweep.folder / "logs" / f"{cell.name}.lock", wait=True) as held, log.open("a", encoding="utf-8") as out:
@@ -136,15 +145,15 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
                 return False
             if done.returncode != 0:
                 why = {"command": command, "code": done.returncode, "log": str(log), "said": _tail(log)}
-                _write(sweep.folder / "failed" / f"{cell.name}.json", json.dumps(why, indent=1) + "\n")
+                write_json(sweep.folder / "failed" / f"{cell.name}.json", why)
                 return False
     try:
         result = _collect(sweep, cell) | {"seconds": round(time.monotonic() - start, 1)}
     except (KeyError, IndexError, OSError, ValueError) as error:
         why = {"command": [], "code": 0, "log": str(log), "said": f"{type(error).__name__}: {error}"}
-        _write(sweep.folder / "failed" / f"{cell.name}.json", json.dumps(why, indent=1) + "\n")
+        write_json(sweep.folder / "failed" / f"{cell.name}.json", why)
         return False
-    _write(sweep.folder / "cells" / f"{cell.name}.json", json.dumps(result, indent=1) + "\n")
+    write_json(sweep.folder / "cells" / f"{cell.name}.json", result)
     (sweep.folder / "failed" / f"{cell.name}.json").unlink(missing_ok=True)
     return True
 
@@ -199,13 +208,3 @@ def _lock(file: Path, *, wait: bool) -> Iterator[int]:
 
 def _tail(log: Path) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-6:])
-
-
-def _read(file: Path) -> Result | None:
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

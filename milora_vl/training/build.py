@@ -136,7 +136,7 @@ def build(
     report: Sequence[LayerReport] = ()
     try:
         if saves == "adapter" and checkpoint is not None:
-            model: nn.Module = load_adapter(base, checkpoint, is_trainable=True)
+            model: nn.Module = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
         else:
             policy, cache = Policy.parse(recipe.policy or []), recipe.factor_cache
             model = apply_milora(base, policy, form=recipe.form, cache_dir=cache, progress=True)

@@ -27,6 +27,7 @@ from milora_vl.training.estimate import (
     host_memory,
     measured_flops,
     memory,
+    protected_bytes,
     svd_flops,
 )
 from milora_vl.training.first_batch import Counts
@@ -140,6 +141,7 @@ def plan_of(
         adapters=adapters,
         anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
         full=sum(sizes.values()) - adapters,
+        protected_bytes=sum(protected_bytes(t, 2.0 if half and packed_bytes is None else 4.0) for t in targets),
         base_bytes=2.0 if half else 4.0,
         packable=0 if not adapters else sum(_numel(m) for path, m in base.named_modules() if is_quantized(path, m)),
         packed_bytes=packed_bytes,

@@ -28,6 +28,7 @@ class Plan:
     adapters: int  # trained numbers in adapters
     anchors: int  # frozen copies of initial factors
     full: int  # parameters that train themselves
+    protected_bytes: float = 0.0  # of the directions that updates stay out of
     base_bytes: float  # per frozen number, where it is not packed
     packable: int = 0  # frozen numbers in layers that a quantised base packs
     packed_bytes: float | None = None  # per number of those; None: not quantised
@@ -64,6 +65,7 @@ def memory(plan: Plan) -> dict[str, float]:
     sizes = {
         "frozen weights": frozen_weights(plan) / share * weights_here,
         "anchors (never sharded)": plan.anchors * anchor,
+        "protected directions": plan.protected_bytes,
         "trained weights": plan.trained * narrow / share * weights_here,
         "gradients": plan.trained * narrow / grads,
         "buckets of DDP": plan.trained * narrow * (plan.stage == 0 and plan.devices > 1),
@@ -103,8 +105,25 @@ def flops_per_step(plan: Plan) -> float:
 
 
 def svd_flops(targets: Sequence[Target]) -> float:
-    """Operations for the initial factors, some 10 m n min(m, n) a matrix."""
-    return float(sum(10 * t.shape[0] * t.shape[1] * min(t.shape[:2]) for t in targets if t.part is not None))
+    """Operations for initial factors and protected directions, some 10 m n min(m, n) a matrix for each of them."""
+    return float(
+        sum(
+            10 * t.shape[0] * t.shape[1] * min(t.shape[:2]) * ((t.part is not None) + (t.protect is not None))
+            for t in targets
+            if t.rank is not None
+        )
+    )
+
+
+def protected_bytes(target: Target, base_bytes: float) -> float:
+    """Bytes for the directions that the update of a target stays out of, U and V in float32.
+
+    A hard constraint keeps the anchor in float32 too; `base_bytes` a number are counted for it elsewhere.
+    """
+    if target.protect is None or target.rank is None:
+        return 0.0
+    wider = (4 - base_bytes) * target.rank if target.protect.is_hard and target.has_anchor else 0.0
+    return (4 * target.protect.top + wider) * sum(target.shape)
 
 
 def measured_flops(size: int = 1024) -> float:

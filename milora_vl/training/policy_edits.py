@@ -12,7 +12,7 @@ from milora_vl.policies.rules import PART_OF_METHOD
 
 ADAPTERS = ("milora", "lora", "pissa", "random", "dora", "olora", "mica")
 METHODS = (*ADAPTERS, "full", "projector")
-ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma")
+ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma", "protect")
 RuleDict = dict[str, Any]
 
 # The paper's choice for LLaVA-1.5-7B (arXiv:2406.09044, Table 11); the projector as LLaVA's own LoRA script trains it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -102,10 +102,12 @@ def spectra(recipe: Recipe, base: nn.Module) -> list[Any]:
 
 
 def policy_json(built: Built) -> dict[str, Any]:
-    """What policy.json holds: the resolved targets, what was measured, and how much trains."""
+    """What policy.json holds: the resolved targets, what was measured, what is protected, and how much trains."""
+    protected = cast("Any", built.model).protections["default"].values() if built.saves == "adapter" else ()
     return {
         "targets": [asdict(target) for target in built.targets],
         "layers": [asdict(layer) for layer in built.report],
+        "protected": [{"path": p.path, "energy": p.energy, "bytes": p.num_bytes} for p in protected],
         "trainable": get_model_param_count(built.model, trainable_only=True),
         "total": get_model_param_count(built.model),
     }

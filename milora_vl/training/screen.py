@@ -85,7 +85,7 @@ class Screen:
 def policy_rows(
     targets: Sequence[Target], sizes: Mapping[str, int], report: Sequence[LayerReport] = ()
 ) -> list[tuple[str, ...]]:
-    """One row per (tower, method, rank, alpha, learning rate), in model order of the towers.
+    """One row per (tower, method, rank, alpha, learning rate, protected directions), in model order of the towers.
 
     `sizes` has the trained numbers of each target by its path, `report` what was measured of the adapters.
     """
@@ -94,14 +94,14 @@ def policy_rows(
     rows: list[tuple[str, ...]] = []
     for kind, members in groupby(ordered, key=_kind):
         group = list(members)
-        tower, method, rank, alpha, rate = kind
+        tower, method, rank, alpha, rate, protected = kind
         layers = [measured[t.path] for t in group if t.path in measured]
         shares = [s / layer.sigma_top for layer in layers for s in (layer.sigma_min, layer.sigma_max)]
         rows.append(
             (
                 tower,
                 f"{len(group):,}",
-                method,
+                "\n".join([method, *(f"outside {protected}".split(" by ", 1) if protected else ())]),
                 f"{rank}" if rank else "-",
                 f"{alpha:g}" if alpha else "-",
                 f"{sum(sizes[t.path] for t in group):,}",
@@ -149,8 +149,9 @@ def trainable_text(trained: int, total: int) -> str:
     return f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}"
 
 
-def _kind(target: Target) -> tuple[str, str, int, float, float]:
-    return (target.tower or "", target.method, target.rank or 0, target.alpha or 0.0, target.learning_rate or 0.0)
+def _kind(target: Target) -> tuple[str, str, int, float, float, str]:
+    numbers = (target.rank or 0, target.alpha or 0.0, target.learning_rate or 0.0)
+    return (target.tower or "", target.method, *numbers, str(target.protect or ""))
 
 
 def _span(values: Sequence[float], form: str, unit: str = "") -> str:

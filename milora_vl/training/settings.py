@@ -11,7 +11,7 @@ import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.config import Recipe, RecipeError, located, policy_problems
-from milora_vl.training import bases, llava_flags, yaml_file
+from milora_vl.training import bases, llava_flags, protection, yaml_file
 from milora_vl.training.arguments import PROG, Request
 from milora_vl.training.policy_edits import ADAPTERS, edited
 
@@ -56,6 +56,7 @@ def require_fit(request: Request, recipe: Recipe) -> None:
     found = faults_on_model(request, config)
     if found:
         raise RecipeError(_rules_of(request)[1], found.values())
+    protection.check(recipe)
     if recipe.quantization != "none":
         from milora_vl.training.model_faults import require_float_weights
 

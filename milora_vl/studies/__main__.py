@@ -1,0 +1,114 @@
+"""`python -m milora_vl.studies`: repeat one of the studies in docs/studies, or run one of your own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milora_data.command import parser, positive, run
+
+if TYPE_CHECKING:
+    from milora_vl.studies.runner import Folder
+    from milora_vl.studies.study import Study
+    from milora_vl.sweep.cells import Cell
+
+_EXAMPLES = """\
+A study is a question and a task, QUESTION.TASK: components.minilm. Its question alone means all its tasks.
+The same command again goes on where an earlier one ended.
+
+examples:
+  python -m milora_vl.studies --list
+  python -m milora_vl.studies components.minilm --plan
+  python -m milora_vl.studies components
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; UserError for what is no study. Returns the exit code."""
+    options = _options(argv)
+    from milora_vl.studies.study import chosen, read_study
+
+    if options.list or options.study is None:
+        _list()
+        return 0
+    code = 0
+    for name in chosen(options.study):
+        code |= _run_one(name, read_study(name), options)
+    return code
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    options = parser("python -m milora_vl.studies", "Many small trainings that answer one question.", _EXAMPLES)
+    options.add_argument("study", nargs="?", metavar="STUDY", help="question, or question.task")
+    options.add_argument("--list", action="store_true", help="show the studies and stop")
+    options.add_argument("--output_dir", type=Path, default=Path("runs/studies"), metavar="O", help="(runs/studies)")
+    options.add_argument("--jobs", type=positive, metavar="J", help="cells at a time (default: a core each, up to 4)")
+    options.add_argument("--docs", type=Path, metavar="DIR", help="put the results into QUESTION.md of this folder")
+    options.add_argument("--plan", action="store_true", help="show what there is to run, and stop")
+    options.add_argument("--retry", action="store_true", help="try the cells that failed again")
+    parsed: argparse.Namespace = options.parse_args(argv)
+    return parsed
+
+
+def _list() -> None:
+    import llava_recipes
+    from milora_vl.studies.study import read_study
+
+    for name in llava_recipes.names("study"):
+        study = read_study(name)
+        sys.stdout.write(f"{name:<24} {study.question}\n")
+
+
+def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
+    from milora_vl.studies import page
+    from milora_vl.studies.runner import Folder, all_cells, run_study
+    from milora_vl.studies.tasks import load_task
+    from milora_vl.sweep.runner import alone
+
+    if study.each is not None:
+        study = study.with_each(load_task(study.task).model())
+    for arm in study.arms:
+        study.rules(arm, study.learning_rates[0])  # every mistake before the first step
+    folder = Folder(options.output_dir / name)
+    jobs = options.jobs or min(os.cpu_count() or 1, 4)
+    cells = all_cells(study, folder)
+    left = [cell for cell in cells if folder.result(cell) is None]
+    sys.stderr.write(f"{name}: {len(cells):,} cells, {len(left):,} to run, {jobs} at a time\n{folder.path}\n")
+    if options.plan:
+        return 0
+    command = f"python -m milora_vl.studies {name}"
+
+    def on_done(cell: Cell, is_done: bool, left: int) -> None:
+        said = "done" if is_done else "FAILED"
+        sys.stderr.write(
+            f"{said:<8}{cell.name}   {left:,} left{_time_left(folder, all_cells(study, folder), left, jobs)}\n"
+        )
+
+    with alone(folder.path):
+        page.check_same(study, folder)
+        run_study(study, folder, jobs, retry=options.retry, on_done=on_done)
+        written, table = page.write(study, folder, command)
+    sys.stdout.write(f"{page.markdown(table)}\n\n{table.caption}\n")
+    if options.docs:
+        sys.stderr.write(f"docs: {page.document(name, study, folder, options.docs)}\n")
+    failed = [cell for cell in all_cells(study, folder) if folder.failure(cell)]
+    for cell in failed:
+        sys.stderr.write(f"failed: {cell.name}   see {folder.path / 'failed' / cell.name}.json; again with --retry\n")
+    sys.stderr.write(f"page: {written}\n")
+    return 1 if failed else 0
+
+
+def _time_left(folder: Folder, cells: Sequence[Cell], left: int, jobs: int) -> str:
+    seconds = [result["seconds"] for cell in cells if (result := folder.result(cell))]
+    if not seconds or not left:
+        return ""
+    return f", about {statistics.mean(seconds) * -(-left // jobs) / 60:.0f} minutes"
+
+
+if __name__ == "__main__":
+    run(main)

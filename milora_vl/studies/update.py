@@ -1,0 +1,71 @@
+"""How far a training moved the weights of a small model, and how much of that lies in their first directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from milora_vl.lora.install import base_layer, lora_layer
+from milora_vl.lora.layers import as_matrix, is_adaptable
+from milora_vl.svd import Factors, decompose
+
+
+@dataclass(frozen=True, slots=True)
+class Updates:
+    """The weights before the training, by module path, as matrices (out, in), and how many directions are the first."""
+
+    before: Mapping[str, Tensor]
+    top: int | None
+
+    @classmethod
+    def of(cls, base: nn.Module, top: int | None) -> Updates:
+        """Remember a base model's weights, as copies: a training in full changes them."""
+        found = {
+            path: as_matrix(module, module.get_parameter("weight").detach()).clone()
+            for path, module in base.named_modules()
+            if is_adaptable(module)
+        }
+        return cls(found, top)
+
+    def measure(self, model: Any) -> dict[str, float]:
+        """Return `update`, the norm of all changes as a share of the weights' that changed, and `overlap`.
+
+        Of a model with an adapter the adapted layers count, of one that trains in full all of them. `overlap` is the
+        share of the squared norm of the change that touches the first `top` singular directions of its weight, on
+        either side: 1 - ||(I - U U') dW (I - V V')||^2 / ||dW||^2.
+        """
+        changed = weights = outside = 0.0
+        for old, change in self._changes(model):
+            changed += float(change.square().sum())
+            weights += float(old.square().sum())
+            if self.top is not None:
+                outside += float(_outside(change, old, self.top).square().sum())
+        found = {"update": math.sqrt(changed / weights) if weights else 0.0}
+        if self.top is not None:
+            found["overlap"] = 1 - outside / changed if changed else 0.0
+        return found
+
+    def _changes(self, model: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        is_adapter = isinstance(model, PeftModel)
+        for target in model.milora_targets:
+            if target.path not in self.before or (is_adapter and target.rank is None):
+                continue
+            old = self.before[target.path].float()
+            module = base_layer(model, target.path)
+            if is_adapter:
+                layer: Any = lora_layer(model, target.path)
+                change = layer.get_delta_weight("default")
+                yield old, as_matrix(module, change).float()
+            else:
+                yield old, as_matrix(module, module.get_parameter("weight")).float() - old
+
+
+def _outside(change: Tensor, weight: Tensor, top: int) -> Tensor:
+    found: Factors = decompose(weight, min(top, *weight.shape), "principal")
+    left = change - found.U @ (found.U.T @ change)
+    return left - (left @ found.Vh.T) @ found.Vh

@@ -1,0 +1,197 @@
+"""Studies: the trainings that a file asks for are run, kept, shared, resumed and shown; docs show what the CSV says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import llava_recipes
+from milora_data.errors import UserError
+from milora_vl import apply_milora
+from milora_vl.analysis.spectra import decay_exponent
+from milora_vl.studies import __main__ as command
+from milora_vl.studies import decay, page
+from milora_vl.studies.runner import Folder, all_cells, finished, run_study
+from milora_vl.studies.study import Study, chosen, parse_study, read_study
+from milora_vl.studies.update import Updates
+from milora_vl.sweep.cells import Cell
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "studies"
+RULES = [{"modules": "convs.*", "method": "milora", "rank": 4}]
+SMALL: dict[str, Any] = {
+    "question": "Which?", "task": "digits-cnn", "steps": 3, "batch_size": 16, "policy": RULES,
+    "arms": {"milora": {}, "lora": {"method": "lora"}}, "learning_rates": [1e-3, 3e-3], "seeds": 2,
+}  # fmt: skip
+
+
+def small(**changes: Any) -> Study:
+    return parse_study(SMALL | changes, "test")
+
+
+def run(study: Study, folder: Folder, **options: Any) -> list[str]:
+    done: list[str] = []
+    run_study(
+        study, folder, 1, retry=options.get("retry", False), on_done=lambda cell, ok, left: done.append(cell.name)
+    )
+    return done
+
+
+@pytest.mark.parametrize("name", llava_recipes.names("study"))
+def test_a_study_that_ships_is_sound(name: str) -> None:
+    study = read_study(name)
+    assert name.partition(".")[2] == study.task
+    for arm in study.arms:
+        assert study.rules(arm, study.rates(arm)[0])
+    assert study.seeds >= 3, "a claim needs three seeds"
+    page_of = DOCS / f"{name.partition('.')[0]}.md"
+    assert f"<!-- results: {name} -->" in page_of.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [n for n in llava_recipes.names("study") if (DOCS / f"{n}.csv").is_file()])
+def test_docs_show_what_the_cells_say(name: str) -> None:
+    text = (DOCS / f"{name.partition('.')[0]}.md").read_text(encoding="utf-8")
+    assert page.with_block(text, name, page.shown(name, read_study(name), DOCS)) == text
+
+
+def test_a_study_runs_goes_on_and_is_shown(tmp_path: Path) -> None:
+    study, folder = small(search_seeds=1), Folder(tmp_path / "studies" / "which.digits-cnn")
+    first = run(study, folder)
+    assert len(first) == 2 * 2 + 2, "each arm and rate with one seed, then the better rate of each with the other"
+    cells = all_cells(study, folder)
+    results = finished(cells, folder)
+    assert len(results) == len(cells) == 6
+    assert {cell.seed for cell in cells} == {0, 1}
+    lost = next(iter(results))
+    (folder.path / "cells" / f"{lost.name}.json").unlink()
+    (folder.path.parent / "shared" / f"{study.key(lost)}.json").unlink()
+    assert run(study, folder) == [lost.name], "only what is missing is run again"
+    again = folder.result(lost)
+    assert again is not None
+    same = ("validation_loss", "score", "forgetting", "update")
+    assert [again[key] for key in same] == [results[lost][key] for key in same], "and it comes out the same"
+    written, table = page.write(study, folder, "python -m milora_vl.studies which")
+    assert "python -m milora_vl.studies which" in written.read_text(encoding="utf-8")
+    assert [row[0] for row in table.rows] == ["milora", "lora"]
+
+
+def test_a_cell_that_another_study_has_is_not_trained_again(tmp_path: Path) -> None:
+    one = small(arms={"a": {}}, learning_rates=[1e-3], seeds=1)
+    other = small(arms={"b": {}, "c": {"method": "lora"}}, learning_rates=[1e-3], seeds=1)
+    first, second = Folder(tmp_path / "one"), Folder(tmp_path / "two")
+    run(one, first)
+    run(other, second)
+    kept = first.result(Cell("a", 1e-3, None, 0)), second.result(Cell("b", 1e-3, None, 0))
+    assert kept[0] is not None
+    assert kept[1] is not None
+    assert kept[1] == kept[0] | {"method": "b"}, "down to the seconds it took"
+    assert len(list((tmp_path / "shared").iterdir())) == 2
+
+
+def test_a_failed_cell_is_kept_and_tried_again_on_request(tmp_path: Path) -> None:
+    study, folder = (
+        small(arms={"milora": {}, "wrong": {"rank": 4000}}, learning_rates=[1e-3], seeds=1),
+        Folder(tmp_path / "x"),
+    )
+    assert len(run(study, folder)) == 2
+    failure = folder.failure(Cell("wrong", 1e-3, None, 0))
+    assert failure is not None
+    assert "rank" in failure["said"]
+    assert run(study, folder) == []
+    assert run(study, folder, retry=True) == ["wrong-lr0.001-seed0"]
+
+
+def test_another_study_does_not_write_into_the_folder(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "x")
+    page.check_same(small(), folder)
+    page.check_same(small(seeds=3, learning_rates=[1e-2]), folder)
+    with pytest.raises(UserError, match=r"another study \(steps differ\)"):
+        page.check_same(small(steps=4), folder)
+
+
+def test_arms_may_have_rates_training_and_policy_of_their_own() -> None:
+    study = small(arms={
+        "full": {"method": "full", "learning_rates": [1e-4]},
+        "decay": {"method": "lora", "train": {"weight_decay": 0.1}},
+        "head": {"policy": [{"modules": "head", "method": "full", "learning_rate": 1e-3}]},
+    })  # fmt: skip
+    assert [cell.learning_rate for cell in study.cells(range(1)) if cell.method == "full"] == [1e-4]
+    assert study.training("decay").weight_decay == 0.1
+    assert study.rules("head", 5e-3) == [{"modules": "head", "method": "full", "learning_rate": 1e-3}]
+    assert study.rules("full", 1e-4)[0]["method"] == "full"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"stepz": 3}, "stepz"), ({"arms": {"a": {"train": {"lr": 1}}}}, "lr"), ({"seeds": 0}, "seeds")],
+)
+def test_a_wrong_study_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        small(**changes)
+
+
+def test_a_question_means_all_its_tasks() -> None:
+    assert chosen("components") == [n for n in llava_recipes.names("study") if n.startswith("components.")]
+    with pytest.raises(UserError, match=r"did you mean components"):
+        chosen("componets")
+
+
+def test_the_list_and_a_mistake_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--list"]) == 0
+    assert "components.minilm" in capsys.readouterr().out
+
+
+def test_size_and_overlap_of_an_update() -> None:
+    layer = nn.Linear(12, 8, bias=False)
+    U, S, Vh = torch.linalg.svd(layer.weight.detach())
+    base = nn.Sequential(layer)
+    updates = Updates.of(base, 2)
+    model = apply_milora(base, [{"modules": "*", "method": "lora", "rank": 1}])
+    assert updates.measure(model) == {"update": 0.0, "overlap": 0.0}
+    pair = model.base_model.model[0]
+    for column, row, overlap in ((U[:, 0], Vh[5], 1.0), (U[:, 5], Vh[5], 0.0)):
+        with torch.no_grad():
+            pair.lora_B["default"].weight.copy_(column[:, None])
+            pair.lora_A["default"].weight.copy_(row[None])
+        found = updates.measure(model)
+        assert found["update"] == pytest.approx(1 / float(S.norm()), rel=1e-4)
+        assert found["overlap"] == pytest.approx(overlap, abs=1e-4)
+
+
+def test_layers_are_joined_with_their_spectra() -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)))
+    study = small(each={"modules": "*", "method": "milora", "rank": 2}, arms={"none": {}}).with_each(model)
+    assert list(study.arms) == ["none", *map(str, range(6))]
+
+    def result(loss: float) -> dict[str, Any]:
+        return {"validation_loss": loss, "score": 0.0, "forgetting": 0.0}
+
+    decays = [decay_exponent(torch.linalg.svdvals(model[place].weight.detach())) or 0.0 for place in range(6)]
+    results = {Cell("none", 1e-3, None, 0): result(2.0)}
+    results |= {Cell(str(place), 1e-3, None, 0): result(2.0 - decays[place]) for place in range(6)}
+    found = decay.layers(model, results, 1, 2)
+    assert [layer.help for layer in found] == pytest.approx(decays)
+    correlation = decay.correlations(found)[0]
+    assert (correlation.measure, correlation.kind, correlation.n) == ("decay", "all", 6)
+    assert correlation.rho == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="none"):
+        decay.layers(model, {}, 1, 2)
+
+
+def test_ranks_with_ties() -> None:
+    x, y = torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])
+    assert decay.spearman(x, y) == pytest.approx(0.9486832980505139)  # scipy.stats.spearmanr
+    assert decay.spearman(x, torch.ones(4)) == 0.0
+
+
+def test_the_files_of_a_finished_study_are_json(tmp_path: Path) -> None:
+    study, folder = small(arms={"milora": {}}, learning_rates=[1e-3], seeds=1), Folder(tmp_path / "x")
+    run(study, folder)
+    items = json.loads(next((folder.path / "items").iterdir()).read_text(encoding="utf-8"))
+    result = folder.result(Cell("milora", 1e-3, None, 0))
+    assert result is not None
+    assert result["score"] == pytest.approx(sum(items.values()) / len(items))

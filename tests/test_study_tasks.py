@@ -1,0 +1,124 @@
+"""The studies' tasks on small networks: what is trained, what is measured, and that nothing is forgotten at step 0."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from milora_vl import apply_milora
+from milora_vl.studies.linear_gru import LinearGru
+from milora_vl.studies.study import read_study
+from milora_vl.studies.task import Task
+from milora_vl.studies.tasks import TASKS, load_task
+from milora_vl.studies.tasks.digits import DigitsCnn, DigitsRnn, DigitsVit
+from milora_vl.studies.train import run_cell
+from milora_vl.sweep.cells import Cell
+
+STUDIES = {
+    "minilm": "components.minilm",
+    "lite0": "components.lite0",
+    "digits-cnn": "elsewhere.digits-cnn",
+    "digits-rnn": "elsewhere.digits-rnn",
+    "digits-vit": "elsewhere.digits-vit",
+}
+DIGITS = {"digits-cnn": DigitsCnn, "digits-rnn": DigitsRnn, "digits-vit": DigitsVit}
+small = pytest.mark.parametrize("name", STUDIES)
+
+
+@cache
+def task(name: str) -> Any:
+    return DIGITS[name](base_steps=60) if name in DIGITS else load_task(name)
+
+
+def flat(batch: Any) -> list[torch.Tensor]:
+    first, labels = batch
+    return [*(first.values() if isinstance(first, dict) else [first]), labels]
+
+
+def test_every_task_but_the_demos_is_tried_here():
+    assert set(STUDIES) == set(TASKS) - {"smol-llava"}
+
+
+@small
+def test_a_seed_decides_the_batches(name):
+    made: Task = task(name)
+
+    def first(seed: int) -> list[torch.Tensor]:
+        return [tensor for batch in islice(made.batches(8, seed), 2) for tensor in flat(batch)]
+
+    assert all(torch.equal(a, b) for a, b in zip(first(1), first(1), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first(1), first(2), strict=True) if a.shape == b.shape)
+
+
+@small
+def test_an_adapter_has_forgotten_nothing_before_training(name):
+    made = task(name)
+    model = apply_milora(made.model(), read_study(STUDIES[name]).rules("milora", 1e-3)).eval()
+    with torch.no_grad():
+        found = made.measure(model)
+    assert found.forgetting == 0
+    assert len(found.items) >= 200
+    assert set(found.items.values()) <= {0.0, 1.0}
+    assert sum(found.items.values()) / len(found.items) == pytest.approx(found.score)
+
+
+@small
+def test_training_learns_the_task_and_forgets_something(name, tmp_path):
+    made = task(name)
+    study = read_study(STUDIES[name]).model_copy(update={"steps": 6, "batch_size": 16})
+    with torch.no_grad():
+        before = made.measure(made.model().eval())
+    result, items = run_cell(made, study, Cell("milora", study.learning_rates[1], None, 0), tmp_path)
+    assert result["validation_loss"] < before.validation_loss
+    assert result["forgetting"] != 0
+    assert result["update"] > 0
+    assert items.keys() == before.items.keys()
+
+
+@pytest.mark.parametrize("study", ["methods", "threshold", "rank", "layers"])
+@pytest.mark.parametrize("name", ["minilm", "lite0"])
+def test_every_arm_of_a_study_fits_the_network(name, study):
+    if (study, name) in [("rank", "lite0"), ("layers", "lite0")]:
+        pytest.skip("there is no such study")
+    read = read_study(f"{study}.{name}")
+    for arm in read.arms:
+        apply_milora(task(name).model(), read.rules(arm, 1e-3))
+
+
+def test_a_gru_of_linear_layers_computes_what_torchs_does():
+    torch.manual_seed(0)
+    gru, rows = nn.GRU(8, 16, batch_first=True), torch.randn(4, 7, 8)
+    for own, theirs in zip(LinearGru.of(gru)(rows), gru(rows), strict=True):
+        torch.testing.assert_close(own, theirs)
+
+
+def test_a_gru_of_two_layers_is_refused():
+    with pytest.raises(ValueError, match="one layer and direction"):
+        LinearGru.of(nn.GRU(8, 16, num_layers=2, batch_first=True))
+
+
+def test_the_recurrent_weights_themselves_are_adapted():
+    made = task("digits-rnn")
+    model: Any = apply_milora(made.model(), read_study("elsewhere.digits-rnn").rules("milora", 1e-3))
+    assert [target.path for target in model.milora_targets] == ["gru.input", "gru.hidden"]
+
+
+def test_batch_norms_keep_their_statistics_in_training():
+    made = task("lite0")
+    model = made.model().train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    made.loss(model, next(made.batches(4, 0)))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_both_heads_of_the_picture_network_see_the_same_features():
+    made = task("lite0")
+    known, new = made.base(made.photographs[:2])
+    assert known.shape == (2, 1000)
+    assert new.shape == (2, made.base.kinds.out_features)
+    assert torch.equal(known, made.base.network(made.photographs[:2]))
