@@ -1,4 +1,4 @@
-"""What a folder holds, told by its files: an adapter, a projector alone, a processor of pictures. Needs no torch."""
+"""What a folder holds, told by its files: an adapter, a projector alone, a text model. Needs no torch."""
 
 from __future__ import annotations
 
@@ -27,11 +27,6 @@ def holds_projector_alone(folder: Path) -> bool:
     return not adapter and any((folder / name).is_file() for name in PROJECTOR_FILES)
 
 
-def sees_pictures(folder: Path) -> bool:
-    """Whether the model of `folder` takes pictures, as its processor's files tell."""
-    return any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
-
-
 def base_of(folder: Path) -> str:
     """Return the name of the base model that an adapter was made for.
 
@@ -41,3 +36,9 @@ def base_of(folder: Path) -> str:
     if not named:
         raise UserError(f"{folder}/adapter_config.json names no base model\ntry: --model BASE --adapter {folder}")
     return str(named)
+
+
+def holds_text_model(folder: Path) -> bool:
+    """Whether a run's folder holds a tokenizer without the processor of a model that sees."""
+    processors = ("processor_config.json", "preprocessor_config.json")
+    return (folder / "tokenizer_config.json").is_file() and not any((folder / name).is_file() for name in processors)

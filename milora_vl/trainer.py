@@ -133,10 +133,10 @@ class MiloraTrainer(Trainer):
             callbacks=[stop := StopOnSignal(), LogBeforeSave()],
         )
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
-        if any(target.protect for target in targets):
-            protection.require_whole(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
+        if any(target.protect for target in targets):
+            protection.require_whole(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds

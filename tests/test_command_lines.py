@@ -109,7 +109,7 @@ def test_a_mistyped_flag_is_helped_and_is_bad_usage(
 
 
 def test_a_word_that_is_no_choice_is_helped() -> None:
-    with pytest.raises(UserError, match=r"got 'foldr'; expected one of llava, (.|\n)*did you mean folder \?"):
+    with pytest.raises(UserError, match=r"invalid choice: 'foldr'(.|\n)*did you mean folder \?"):
         main(["data", "convert", "--from", "foldr", "x", "--output_dir", "y"])
 
 

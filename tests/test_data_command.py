@@ -62,7 +62,7 @@ def test_commands_need_neither_torch_nor_transformers(tiny_data: Path) -> None:
         (["show", "x", "--templte", "y"], "did you mean --template ?"),
         ([], "error: no command given"),
         (["convert", "--from", "massages", "a", "--output_dir", "b"], "did you mean messages ?"),
-        (["convert", "--from", "xml", "a", "--output_dir", "b"], "got 'xml'; expected one of llava, jsonl"),
+        (["convert", "--from", "xml", "a", "--output_dir", "b"], "invalid choice: 'xml'"),
     ],
 )
 def test_a_mistake_is_a_few_lines_on_stderr_and_exit_2(arguments: list[str], message: str) -> None:

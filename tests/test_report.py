@@ -201,6 +201,14 @@ def test_the_evaluation_is_repeated_as_it_was(run: Path) -> None:
     assert "--dtype bfloat16 --limit 40" in commands(read_run(run)).evaluate
 
 
+def test_an_evaluation_on_data_of_ones_own_is_repeated_by_its_file(run: Path) -> None:
+    own = [{"name": "my val", "reference": "data:my val", "metrics": []}]
+    for results in run.glob("eval/*/*/results.json"):
+        edit(results, lambda content: content.update(benchmarks=own))
+    assert "--benchmarks 'my val.json'" in commands(read_run(run)).evaluate
+    assert "--suite" not in commands(read_run(run)).evaluate
+
+
 def test_commands_fit_what_the_run_saved(run: Path) -> None:
     assert f"--model smol-llava --adapter {run}" in commands(read_run(run)).chat
     (run / "config.json").write_text("{}")

@@ -80,13 +80,13 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Name what a value may be, the near ones first, where argparse prints a list of Python strings."""
-        if action.choices is None or value in action.choices:
-            return
-        known = list(map(str, action.choices))
-        near = suggest(str(value), known)
-        hint = f"\ndid you mean {' or '.join(near)} ?" if near else ""
-        raise argparse.ArgumentError(action, f"got {value!r}; expected one of {', '.join(known)}{hint}")
+        """Near names for a word that is none of an argument's choices."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = suggest(str(value), map(str, action.choices or ()))
+            error.message += f"\ndid you mean {near[0]} ?" if near else ""
+            raise
 
     def flags(self) -> list[str]:
         """Return the long flags that this parser declares."""

@@ -60,7 +60,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     what = given.add_mutually_exclusive_group(required=True)
     shared(what, "suite")
     what.add_argument("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class")
-    shared(given, "data", about="with the benchmarks' files (default: data/SUITE); of your FILE.json its pictures")
+    shared(given, "data", about="with the benchmarks' files, or your FILE.json's pictures (default: data/SUITE)")
     settings = options.add_argument_group("settings")
     settings.add_argument("--with_base", action="store_true", help="evaluate the untouched base model too")
     shared(settings, "limit", about="N items of each benchmark, a part of any larger N's")

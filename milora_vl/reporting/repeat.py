@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from milora_data.command import command_line
-from milora_vl.adapter_folders import sees_pictures
+from milora_vl.adapter_folders import holds_text_model
 from milora_vl.reporting.run_page import Run
 
 
@@ -81,16 +82,30 @@ def _suite(run: Run) -> list[str | Path]:
     names = [comparison.suite for comparison in run.comparisons] + list(planned.get("suites") or ())
     records = Path(path).parent if path else Path("DATA")
     is_emoji = records.name == "emoji" or (records / "captions_val.json").is_file()
-    if not (names or is_emoji):  # records of one's own are a benchmark, where they were held out of the training
+    own = _own_questions(run)
+    if own or not (names or is_emoji):  # records of one's own are a benchmark, where they were held out of the training
         folder = ["--data", str(data["image_folder"])] if data.get("image_folder") else []
-        return ["--benchmarks", str(data.get("eval_path") or "HELD_OUT.json"), *folder, *_settings(run)]
+        return ["--benchmarks", own or str(data.get("eval_path") or "HELD_OUT.json"), *folder, *_settings(run)]
     words = ["--suite", names[0] if names else "emoji", "--data", str(planned.get("data") or records)]
     return [*words, *_settings(run)]
 
 
+def _own_questions(run: Run) -> str:
+    """The file of one's own that the last evaluation asked, as far as the results tell: they know its name."""
+    entries = [entry for results in _results(run)[:1] for entry in results.get("benchmarks", ())]
+    own = [str(entry["name"]) for entry in entries if str(entry.get("reference", "")).startswith("data:")]
+    data = run.recipe.get("data") or {}
+    files = {Path(path).stem: path for path in (data.get("path"), data.get("eval_path")) if isinstance(path, str)}
+    return ",".join(files.get(name, f"{name}.json") for name in own)
+
+
+def _results(run: Run) -> list[Mapping[str, Any]]:
+    return [side.results for comparison in run.comparisons for side in (comparison.after, comparison.before) if side]
+
+
 def _settings(run: Run) -> list[str | Path]:
     """What the last evaluation was told beyond its data: the same again finds its answers and asks nothing twice."""
-    done = [side.results for comparison in run.comparisons for side in (comparison.after, comparison.before) if side]
+    done = _results(run)
     if not done:
         return []
     dtype, limit = (done[0].get("generation") or {}).get("dtype"), done[0].get("limit")
@@ -98,7 +113,7 @@ def _settings(run: Run) -> list[str | Path]:
 
 
 def _question(run: Run) -> list[str | Path]:
-    return ["--image", _picture(run), "What is this?"] if sees_pictures(run.folder) else ["QUESTION"]
+    return ["QUESTION"] if holds_text_model(run.folder) else ["--image", _picture(run), "What is this?"]
 
 
 def _picture(run: Run) -> str | Path:

@@ -77,7 +77,6 @@ RUN_FLAGS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "list_recipes": ("bool", (), "print the recipes"),
     "format": ("str", (), "human, or json: what goes to stdout, of a plan, a list, a finished run"),
 }
-FORMATS = ("human", "json")
 # Hugging Face's flags that most runs set, in words of what they do here; the others follow with HF's own help.
 EVERYDAY: dict[str, str] = {
     "num_train_epochs": "how often all records are seen [3]",
@@ -97,6 +96,7 @@ EVERYDAY: dict[str, str] = {
     "report_to": "tensorboard, wandb, trackio, ... [none]",
     "seed": "of order, dropout and random starts [42]",
 }
+FORMATS = ("human", "json")
 ALIASES = {"template": {"v1": "vicuna_v1"}, "image_aspect_ratio": {"square": "plain"}}
 ACTIONS = ("print_recipe", "list_models", "list_recipes", "dry_run")
 TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": hf_arguments.boolean}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from milora_data.command import command_line
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import sees_pictures
+from milora_vl.adapter_folders import holds_text_model
 from milora_vl.config import Recipe
 from milora_vl.training import model_card
 from milora_vl.training.run_folder import RESULTS, RunFolder
@@ -44,7 +44,7 @@ def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> bool:
 
 def next_command(path: Path, recipe: Recipe) -> str:
     """What a user most likely wants to type now."""
-    question = ["--image", "PICTURE", "What is this?"] if sees_pictures(path) else ["QUESTION"]
+    question = ["QUESTION"] if holds_text_model(path) else ["--image", "PICTURE", "What is this?"]
     if (path / "adapter_model.safetensors").is_file():
         return command_line("milora_vl.chat", "--model", recipe.model, "--adapter", path, *question)
     if (path / "mm_projector.safetensors").is_file():

@@ -19,20 +19,21 @@ def convert_file(path: Path, kind: str, out: Path) -> list[Any]:
     return list(load_records(out / "data.json"))
 
 
-def test_alpacas_input_follows_its_instruction(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["alpaca", "table"])
+def test_alpacas_input_follows_its_instruction(kind: str, tmp_path: Path) -> None:
     rows = [
         {"instruction": "Name the country.", "input": "Paris", "output": "France"},
         {"instruction": "Say hi.", "input": "", "output": "Hi", "system": "Be short.", "history": [["A?", "B"]]},
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    first, second = convert_file(tmp_path / "a.json", "alpaca", tmp_path / "out")
+    first, second = convert_file(tmp_path / "a.json", kind, tmp_path / "out")
     assert [turn.text for turn in first.turns] == ["Name the country.\nParis", "France"]
     assert [(turn.role, turn.text) for turn in second.turns] == [
         ("system", "Be short."), ("user", "A?"), ("assistant", "B"), ("user", "Say hi."), ("assistant", "Hi"),
     ]  # fmt: skip
     (tmp_path / "b.json").write_text(json.dumps([rows[1] | {"history": ["A?"]}]))
     with pytest.raises(DataError, match=r"b.json:1: history must be a list of pairs"):
-        main(["convert", "--from", "alpaca", str(tmp_path / "b.json"), "--output_dir", str(tmp_path / "out2")])
+        main(["convert", "--from", kind, str(tmp_path / "b.json"), "--output_dir", str(tmp_path / "out2")])
 
 
 @pytest.mark.parametrize(
