@@ -48,18 +48,10 @@ def write(study: Study, folder: Folder, command: str) -> tuple[Path, Table]:
     def answers(cell: Cell) -> Mapping[str, tuple[float, str]]:
         return {item: (score, item) for item, score in folder.items(cell).items()}
 
-    task = task_class(study.task)
+    task, title = task_class(study.task), f"{study.question} ({study.task})"
     written, _ = page.write(
         page.Compared(
-            folder.path,
-            f"{study.question} ({study.task})",
-            cells,
-            results,
-            failed,
-            answers,
-            study.seeds,
-            "score",
-            command,
+            folder.path, title, cells, results, failed, answers, study.seeds, task.metric, task.forgets, command
         )
     )
     if decay.NONE in study.arms:

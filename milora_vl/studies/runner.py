@@ -11,14 +11,17 @@ import multiprocessing.connection
 import os
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from milora_vl.studies.study import Study
 from milora_vl.studies.task import Task
-from milora_vl.studies.train import Result
+from milora_vl.studies.tasks import load_task
+from milora_vl.studies.train import Result, run_cell
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import arms
 from milora_vl.sweep.store import read_json, write_json
@@ -75,12 +78,19 @@ def run_study(study: Study, folder: Folder, jobs: int, *, retry: bool, on_done: 
     tried: set[Cell] = set()
     while todo := _left(study, folder, tried, retry=retry):
         tried.update(todo)
-        with ProcessPoolExecutor(
-            min(jobs, len(todo)), multiprocessing.get_context("spawn"), _start, (study, folder.path, jobs)
-        ) as pool:
-            futures = {pool.submit(_run, cell): cell for cell in todo}
-            for left, future in enumerate(as_completed(futures), start=1):
-                on_done(futures[future], future.result(), len(todo) - left)
+        for left, (cell, is_done) in enumerate(_run_all(study, folder, todo, jobs), start=1):
+            on_done(cell, is_done, len(todo) - left)
+
+
+def _run_all(study: Study, folder: Folder, todo: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, bool]]:
+    if jobs == 1:
+        worker = Worker(load_task(study.task), study, folder)
+        yield from ((cell, worker.run(cell)) for cell in todo)
+        return
+    start = study, folder, jobs
+    with ProcessPoolExecutor(min(jobs, len(todo)), multiprocessing.get_context("spawn"), _start, start) as pool:
+        futures = {pool.submit(_run, cell): cell for cell in todo}
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
 
 
 def _left(study: Study, folder: Folder, tried: set[Cell], *, retry: bool) -> list[Cell]:
@@ -91,19 +101,42 @@ def _left(study: Study, folder: Folder, tried: set[Cell], *, retry: bool) -> lis
     ]
 
 
-# What a worker process holds for all its cells.
-_held: tuple[Task, Study, Folder] | None = None
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One process with the task, which it builds once for all its cells."""
+
+    task: Task
+    study: Study
+    folder: Folder
+
+    def run(self, cell: Cell) -> bool:
+        """Train and keep one cell; False where that failed, which is kept too and must not end the others."""
+        try:
+            shared = self.folder.shared(self.study.key(cell))
+            known = read_json(shared)
+            if known is None:
+                result, items = run_cell(self.task, self.study, cell, self.folder.path.parent / "factors")
+                write_json(shared, known := {"result": result, "items": items})
+            self.folder.keep(cell, known["result"] | {"method": cell.method}, known["items"])
+        except Exception:
+            self.folder.keep_failure(cell, traceback.format_exc(limit=-6))
+            return False
+        return True
 
 
-def _start(study: Study, path: Path, jobs: int) -> None:
-    import torch
+_worker: Worker | None = None  # of a worker process
 
-    from milora_vl.studies.tasks import load_task
 
-    global _held
+def _start(study: Study, folder: Folder, jobs: int) -> None:
+    global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    _held = load_task(study.task), study, Folder(path)
+    _worker = Worker(load_task(study.task), study, folder)
+
+
+def _run(cell: Cell) -> bool:
+    assert _worker is not None
+    return _worker.run(cell)
 
 
 def _end_with_parent() -> None:
@@ -112,24 +145,6 @@ def _end_with_parent() -> None:
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
-
-
-def _run(cell: Cell) -> bool:
-    from milora_vl.studies.train import run_cell
-
-    assert _held is not None
-    task, study, folder = _held
-    try:
-        shared = folder.shared(study.key(cell))
-        known = read_json(shared)
-        if known is None:
-            result, items = run_cell(task, study, cell, folder.path.parent / "factors")
-            write_json(shared, known := {"result": result, "items": items})
-        folder.keep(cell, known["result"] | {"method": cell.method}, known["items"])
-    except Exception:  # a cell that fails must not end the others: it is kept, shown and can be tried again
-        folder.keep_failure(cell, traceback.format_exc(limit=-6))
-        return False
-    return True
 
 
 def finished(cells: Sequence[Cell], folder: Folder) -> dict[Cell, Result]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ class Updates:
         }
         return cls(found, top)
 
+    @torch.no_grad()
     def measure(self, model: Any) -> dict[str, float]:
         """Return `update`, the norm of all changes as a share of the weights' that changed, and `overlap`.
 
