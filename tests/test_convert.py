@@ -110,6 +110,10 @@ CASES: dict[str, tuple[dict[str, Any], Any, list[str], int]] = {
         ]},
         None, ["A", "B"], 1,
     ),
+    "alpaca": (
+        {"c.json": [{"instruction": " True? ", "input": "", "output": "the answer is true", "answer": "true"}]},
+        None, [" True? ", "the answer is true"], 1,
+    ),
 }  # fmt: skip
 
 
@@ -141,6 +145,34 @@ def test_a_file_of_another_kind_is_said_to_be_one(kind: str, tmp_path: Path) -> 
     with pytest.raises(DataError, match="none.json: no such file"):
         main(["convert", "--from", kind, str(tmp_path / "none.json"), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "data.json").exists()
+
+
+def test_instructions_have_other_names_and_inputs_too(tmp_path: Path) -> None:
+    rows = [
+        {"query": "1+1?", "response": "2\nThe answer is: 2", "type": "GSM", "original_question": "1+1?"},
+        {"instruction": "Translate.", "input": "Hund", "output": "dog", "id": "mine"},
+    ]
+    first, second = convert("alpaca", {"i.json": rows}, tmp_path)
+    assert [turn["value"] for turn in first["conversations"]] == ["1+1?", "2\nThe answer is: 2"]
+    assert [turn["value"] for turn in second["conversations"]] == ["Translate.\nHund", "dog"]
+    assert second["id"] == "mine"
+    (tmp_path / "n.json").write_text('[{"instruction": "a", "output": 3}]')
+    with pytest.raises(DataError, match=r"n.json:1: expected .*instruction and output or query and response; it has"):
+        main(["convert", "--from", "alpaca", str(tmp_path / "n.json"), "--output_dir", str(tmp_path / "x")])
+
+
+def test_held_out_are_the_records_that_llm_adapters_holds_out(tmp_path: Path) -> None:
+    """finetune.py: `train_test_split(test_size=val_set_size, shuffle=True, seed=42)` of `datasets`."""
+    import datasets
+
+    rows = [{"query": str(number), "response": "a"} for number in range(200)]
+    kept = convert("alpaca", {"i.json": rows}, tmp_path, "--hold_out", "12")
+    held = json.loads((tmp_path / "out" / "eval.json").read_text())
+    theirs = datasets.Dataset.from_list(rows).train_test_split(test_size=12, shuffle=True, seed=42)
+    assert {record["conversations"][0]["value"] for record in held} == set(theirs["test"]["query"])
+    assert {record["conversations"][0]["value"] for record in kept} == set(theirs["train"]["query"])
+    with pytest.raises(DataError, match="--hold_out 200: there are 200 records, and none would be left"):
+        convert("alpaca", {"i.json": rows}, tmp_path / "out", "--hold_out", "200")
 
 
 def test_pictures_can_be_named_by_a_pattern(tmp_path: Path) -> None:

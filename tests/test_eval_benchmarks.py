@@ -201,7 +201,7 @@ def test_missing_files_are_said_with_what_goes_where(name: str, tmp_path: Path) 
 def test_every_suite_names_benchmarks_that_exist() -> None:
     assert {name for suite in SUITES.values() for name in suite.benchmarks} <= set(BENCHMARKS)
     assert SUITES["llava-paper"].mean == ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench")
-    assert list(SUITES) == ["llava-paper", "llava-1.5", "text", "quick", "emoji"]
+    assert list(SUITES) == ["llava-paper", "llava-1.5", "text", "commonsense", "mathematics", "quick", "emoji"]
 
 
 def test_mme_ids_are_the_places_of_the_pictures_as_in_llavas_questions(data: Path) -> None:

@@ -27,6 +27,8 @@ ENDS = {
     "chatml": ("", "<|im_end|>"),
     "qwen": ("", "<|im_end|>"),
     "llama_3": ("", "<|eot_id|>"),
+    "alpaca": ("", "</s>"),
+    "tulu": ("", "</s>"),
 }
 MARKS = ("</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>")
 anything = st.text(max_size=40) | st.text(alphabet="a \n\t.é中🐱", max_size=12)

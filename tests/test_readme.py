@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,16 +70,20 @@ def test_marked_commands_run(block: Block, tmp_path: Path) -> None:
     run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path)
 
 
+@cache
+def known_flags(*command: str) -> set[str]:
+    shown = subprocess.run([sys.executable, "-m", *command, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    return set(re.findall(r"--[\w-]+", shown.stdout.replace("-", "_").replace("__", "--")))
+
+
 @pytest.mark.parametrize(("place", "line"), command_lines())
 def test_flags_exist(place: str, line: str) -> None:
     """Each flag of a printed command is in that command's own help."""
     module, *rest = line.removeprefix("python -m ").split(">")[0].split()
     if module.startswith("milora_vl.integrations"):  # what follows the script is the script's own
         rest = rest[: next((at for at, word in enumerate(rest) if word.endswith(".py")), len(rest))]
-    subcommand = rest[:1] if module in ("milora_data", "milora_eval") else []
-    shown = subprocess.run([sys.executable, "-m", module, *subcommand, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0, f"{place}: {shown.stderr}"
-    known = set(re.findall(r"--[\w-]+", shown.stdout.replace("-", "_").replace("__", "--")))
+    known = known_flags(module, *(rest[:1] if module in ("milora_data", "milora_eval") else []))
     flags = {word.replace("-", "_").replace("__", "--", 1) for word in rest if word.startswith("--")}
     assert not flags - known, place
 

@@ -11,7 +11,7 @@ import yaml
 import llava_recipes
 from milora_vl import models
 from milora_vl.config import Recipe
-from milora_vl.training import arguments, build, dry_run, settings
+from milora_vl.training import arguments, bases, build, dry_run, settings
 
 NAMES = llava_recipes.names()
 
@@ -40,15 +40,26 @@ def test_its_comment_is_a_command_that_parses(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_valid_and_known_by_name(name: str) -> None:
-    assert recipe(name).model in models.NAMED_MODELS
+    assert recipe(name).model in {*models.NAMED_MODELS, *models.PART_OF}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "smol" not in name])
 def test_its_policy_fits_its_model(name: str) -> None:
     """On the meta device: no weights."""
     chosen = recipe(name)
-    base = dry_run.meta_model(models.config_of(chosen.model))
+    base = dry_run.meta_model(bases.config_for(chosen))
     assert {target.tower for target in build.targets_of(chosen, base)} <= {"language", "projector"}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-2-7b", 6_738_415_616), ("llama-3-8b", 8_030_261_248), ("qwen2.5-7b", 7_615_616_512)],
+)
+def test_the_papers_text_models_have_their_sizes_without_a_network(name: str, parameters: int) -> None:
+    """As their cards on the hub count them."""
+    config = models.config_of(name)
+    assert dry_run.count(dry_run.meta_model(config)) == parameters
+    assert "vision_config" not in config.to_dict()
 
 
 def test_the_papers_recipe_is_that_of_table_11() -> None:

@@ -191,3 +191,16 @@ def test_mistakes_are_told_before_anything_runs(
     given += flags
     with pytest.raises(UserError, match=words):
         main([*given, "--output_dir", str(tmp_path / "out")])
+
+
+def test_docs_show_what_the_sweep_wrote() -> None:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    with (docs / "sweep.csv").open(encoding="utf-8", newline="") as file:
+        points = list(csv.DictReader(file))
+    text = (docs / "sweeps.md").read_text(encoding="utf-8")
+    for point in points:
+        loss, score, half, lost, lost_half = (
+            f"{float(point[key]):.3f}" for key in ("validation", "score", "score_half", "forgetting", "forgetting_half")
+        )
+        rate = f"{float(point['learning_rate']):g}"
+        assert f"| {point['method']} | {rate} | {loss} | {score} ± {half} | {lost} ± {lost_half} |" in text

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .captions import caption_records
-from .command import parser
+from .command import parser, positive
 from .errors import DataError, UserError
 from .images import StoredPicture
+from .instructions import held_out, instructions
 from .jsonfile import read_objects, write_objects
 from .messages import from_messages
 from .other_files import DEFAULT_PROMPT, coco_captions, refcoco, sharegpt, table
@@ -33,6 +34,7 @@ formats (--from):
   gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file of questions and answers
   scienceqa      problems.json            refcoco   refs(...).p and instances.json
   coco           captions_....json        sharegpt  conversations without pictures
+  alpaca         {"instruction", "input", "output"} or {"query", "response"}, as LLM-Adapters and MetaMathQA have them
 
 examples:
   python -m milora_data convert --from jsonl a.jsonl b.jsonl --output_dir data
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--prompt", help=f'what is asked about a caption\'s picture (default: "{DEFAULT_PROMPT}")')
     options.add_argument("--split", help="of sets whose file holds all splits (default: train)")
     options.add_argument("--image_pattern", help="file name of a picture from its id, such as coco/{:012d}.jpg")
+    options.add_argument("--hold_out", type=positive, metavar="N", help="N records, drawn at random, go to eval.json")
     chosen = options.parse_args(argv)
     _check_flags(chosen)
     images, out = chosen.output_dir / "images", chosen.output_dir / "data.json"
@@ -66,11 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{images} exists already\nnothing was written; name a new --output_dir")
     given = Options(chosen.prompt, chosen.split or "train", chosen.image_pattern)
     sources = chosen.sources if chosen.kind == "hub" else [Path(source) for source in chosen.sources]
-    count = write_objects(out, _with_written_pictures(_read(chosen.kind, sources, given), images))
+    records = _with_written_pictures(_read(chosen.kind, sources, given), images)
+    if chosen.hold_out:
+        records = _without_held_out(list(records), chosen.hold_out, chosen.output_dir / "eval.json")
+    count = write_objects(out, records)
     sys.stdout.write(f"{out}: {count:,} records\n")
     folder = {"folder": sources[0], "hub": images}.get(chosen.kind, "FOLDER")
     sys.stderr.write(f"next: python -m milora_data check {out} --image_folder {folder}\n")
     return 0
+
+
+def _without_held_out(records: list[dict[str, Any]], count: int, path: Path) -> Records:
+    """Yield the records but for some, which are written to `path`."""
+    chosen = held_out(len(records), count)
+    write_objects(path, (value for number, value in enumerate(records) if number in chosen))
+    sys.stdout.write(f"{path}: {count:,} records\n")
+    yield from (value for number, value in enumerate(records) if number not in chosen)
 
 
 def _check_flags(chosen: argparse.Namespace) -> None:
@@ -173,4 +187,5 @@ KINDS: dict[str, Kind] = {
     "refcoco": Kind(refcoco, ("image_pattern", "split")),
     "coco": Kind(coco_captions, ("prompt", "image_pattern")),
     "sharegpt": Kind(sharegpt),
+    "alpaca": Kind(instructions),
 }

@@ -1,8 +1,9 @@
 """Prompt formats as data, and the text of a conversation as segments of which it is known whether they are learnt.
 
 `vicuna_v1`, `plain`, `llava_llama_2`, `mpt` and `mistral` are LLaVA's own (llava/conversation.py), `llama_3` is
-LLaVA-NeXT's, `qwen` and `chatml` are those of the models' makers. `chat_template` is whatever the tokenizer brings
-(own_template.py). Made for one tokenizer, they hold for others: EOS and BOS are those of the tokenizer at hand.
+LLaVA-NeXT's, `qwen` and `chatml` are those of the models' makers, `alpaca` is Stanford Alpaca's (MetaMath, PiSSA and
+MiLoRA have it too), `llm_adapters` LLM-Adapters', `tulu` open-instruct's. `chat_template` is whatever the tokenizer
+brings (own_template.py). Made for one tokenizer, they hold for others: EOS and BOS are those of the tokenizer at hand.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .command import suggest
 from .errors import DataError, UserError
@@ -29,7 +30,7 @@ class Template:
     """One prompt format: the system text in its frame, then questions and answers.
 
     A question is `user[0]` + text + `user[1]`, an answer `assistant`, `answer[0]` + text + `answer[1]`, `closing`.
-    What is learnt of it is the answer: `answer[0]` + text + `answer[1]`.
+    What is learnt of it is the answer, `answer[0]` + text + `answer[1]`, or all of it.
     """
 
     user: tuple[str, str]
@@ -41,6 +42,7 @@ class Template:
     closing: str = ""  # behind an answer, not learnt
     between: str = ""  # in front of every question but the first
     captions: bool = False  # a picture and its caption, nothing else: what the user says is left out
+    learnt: Literal["answers", "all"] = "answers"
 
 
 class Segment(NamedTuple):
@@ -54,6 +56,10 @@ _VISION_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
+_ALPACA_SYSTEM = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+_INDENT = " " * 16  # of LLM-Adapters' source, within whose function the text stands
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
@@ -109,6 +115,28 @@ TEMPLATES: dict[str, Template] = {
         user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
         assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
         answer=("", "<|eot_id|>"),
+    ),
+    "alpaca": Template(
+        system=_ALPACA_SYSTEM,
+        frame=("", "\n\n"),
+        user=("### Instruction:\n", "\n\n"),
+        assistant="### Response:",
+        answer=("", EOS),
+    ),
+    "llm_adapters": Template(
+        system=_ALPACA_SYSTEM,
+        frame=("", "  \n\n"),
+        user=(f"{_INDENT}### Instruction:\n{_INDENT}", f"\n{_INDENT}\n"),
+        assistant=f"{_INDENT}### Response:\n{_INDENT}",
+        answer=("", EOS),
+        learnt="all",  # finetune.py's train_on_inputs
+    ),
+    "tulu": Template(
+        frame=("<|system|>\n", "\n"),
+        user=("<|user|>\n", "\n"),
+        assistant="<|assistant|>\n",
+        answer=("", EOS),
+        between="\n",
     ),
 }
 # LLaVA's and LLaVA-NeXT's names for --version.
@@ -175,6 +203,8 @@ def render(
         _require_caption(exchange, prompt)
     if prompt:
         segments.append(Segment(template.assistant, learnt=False))
+    elif template.learnt == "all" and any(segment.learnt for segment in segments):
+        return [Segment("".join(segment.text for segment in segments), learnt=True)]
     return [segment for segment in segments if segment.text]
 
 

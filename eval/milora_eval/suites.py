@@ -60,6 +60,7 @@ BENCHMARKS: dict[str, str] = {
     "emoji": f"{_HERE}.emoji:Emoji",
 }
 LLAVA_PAPER = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench")
+MATHEMATICS = ("gsm8k", "math")
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa")
 
 
@@ -83,10 +84,12 @@ SUITES: dict[str, Suite] = {
         (*LLAVA_PAPER, "mme", "mmbench-cn", "seed-bench", "llava-bench", "mm-vet"), "all that LLaVA-1.5 reports"
     ),
     "text": Suite(
-        (*COMMONSENSE, "gsm8k", "math"),
+        (*COMMONSENSE, *MATHEMATICS),
         "eight commonsense sets (and their mean), GSM8K and MATH, as the MiLoRA paper scores them",
         mean=COMMONSENSE,
     ),
+    "commonsense": Suite(COMMONSENSE, "the eight commonsense sets of `text` alone, and their mean", mean=COMMONSENSE),
+    "mathematics": Suite(MATHEMATICS, "GSM8K and MATH of `text` alone, and their mean", mean=MATHEMATICS),
     "quick": Suite(
         tuple(name for name in BENCHMARKS if not name.endswith(("-test", "-testdev"))),
         "200 items each of the benchmarks whose files are there",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from milora_vl.lora.errors import AdapterError
@@ -32,16 +33,19 @@ def keep_protected(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     >>> keep_protected(model, optimizer)
     """
     pairs = _training(model)
-    if not pairs or any(isinstance(hook, _Keeper) for hook in optimizer._optimizer_step_post_hooks.values()):
+    bare = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    if not pairs:
         return
     keeper = _Keeper(pairs)
-    keeper.rates(optimizer)
+    keeper.rates(bare)
+    if any(isinstance(hook, _Keeper) for hook in bare._optimizer_step_post_hooks.values()):
+        return
     for protected, factors in pairs:
         protected.is_kept = True
         if protected.protect.by == "basis":
             for axis, factor in enumerate(factors):
                 factor.register_hook(_Outside(protected, axis))
-    optimizer.register_step_post_hook(keeper)
+    bare.register_step_post_hook(keeper)
 
 
 def _training(model: nn.Module) -> list[tuple[Protected, Factors]]:
@@ -71,11 +75,12 @@ class _Keeper:
         self.pairs = pairs
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for (protected, factors), rate in zip(self.pairs, self.rates(optimizer), strict=True):
-            protected.remove(factors, protected.protect.share(rate))
+        rates = self.rates(optimizer)
+        for protected, factors in self.pairs:
+            protected.remove(factors, [protected.protect.share(rates[id(factor)]) for factor in factors])
 
-    def rates(self, optimizer: torch.optim.Optimizer) -> list[float]:
-        """The learning rate of each pair."""
+    def rates(self, optimizer: torch.optim.Optimizer) -> dict[int, float]:
+        """The learning rates by factor."""
         by_factor = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         for protected, factors in self.pairs:
             if any(id(factor) not in by_factor for factor in factors):
@@ -84,4 +89,4 @@ class _Keeper:
                     f"{protected.protect} cannot be protected\n"
                     "DeepSpeed and FSDP step shards of them: train without these, or without protect"
                 )
-        return [by_factor[id(factors[0])] for _, factors in self.pairs]
+        return by_factor

@@ -67,9 +67,9 @@ class Protected:
         return factor.detach() - self.inside(factor, axis)
 
     @torch.no_grad()
-    def remove(self, factors: Sequence[Tensor], share: float = 1.0) -> None:
-        """Take that share of what is inside out of A and B, in place."""
-        for axis, factor in enumerate(factors):
+    def remove(self, factors: Sequence[Tensor], shares: Sequence[float] = (1.0, 1.0)) -> None:
+        """Take these shares of what is inside out of A and B, in place."""
+        for axis, (factor, share) in enumerate(zip(factors, shares, strict=True)):
             factor.sub_(share * self.inside(factor, axis))
 
     def overlap(self, factors: Sequence[Tensor]) -> float:

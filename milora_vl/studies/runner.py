@@ -7,7 +7,9 @@ A cell that another study in the same folder of studies has trained already is t
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -99,8 +101,17 @@ def _start(study: Study, path: Path, jobs: int) -> None:
     from milora_vl.studies.tasks import load_task
 
     global _held
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     _held = load_task(study.task), study, Folder(path)
+
+
+def _end_with_parent() -> None:
+    """A killed command must not leave workers behind, which would train what the next one trains too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _run(cell: Cell) -> bool:

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from milora_vl import apply_milora
+from milora_vl import apply_milora, keep_protected
+from milora_vl.lora.install import lora_layer, trained_factors
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -25,10 +26,12 @@ model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8))
 if rank == 1:  # another machine rounds otherwise
     for parameter in model.parameters():
         parameter.data *= 1 + 1e-3 * torch.rand(parameter.shape)
-tuned = apply_milora(model, [{"modules": "language", "method": "milora", "rank": 3}])
+rules = [{"modules": "language", "method": "milora", "rank": 3}, {"modules": "2", "protect": {"top": 2, "by": "basis"}}]
+tuned = apply_milora(model, rules)
 wrapped = DistributedDataParallel(tuned)
 x = torch.randn(4, 12, generator=torch.Generator().manual_seed(rank))
 optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+keep_protected(wrapped, optimizer)
 start = [b.sum().item() for b in tuned.buffers()]
 for _ in range(3):
     wrapped(x).square().mean().backward()
@@ -37,7 +40,11 @@ for _ in range(3):
 trained = [p.detach().double().sum().item() for p in tuned.parameters() if p.requires_grad]
 anchors = [b.double().sum().item() for b in tuned.buffers()]
 ignored = len(wrapped.parameters_to_ignore)
-print("RESULT" + json.dumps([trained, anchors, ignored, start == [b.sum().item() for b in tuned.buffers()]]))
+(protected,) = tuned.protections["default"].values()
+inside = protected.overlap(trained_factors(lora_layer(tuned, "2"), "default"))
+directions = [protected.U.double().sum().item(), protected.V.double().sum().item(), inside]
+unchanged = start == [b.sum().item() for b in tuned.buffers()]
+print("RESULT" + json.dumps([directions, trained, anchors, ignored, unchanged]))
 dist.barrier()
 """
 
@@ -60,6 +67,7 @@ def test_ranks_share_anchors_and_trained_halves(tmp_path: Path, processes: int) 
     # gloo sometimes aborts at interpreter exit, after everything is done
     results = [json.loads(text.split("RESULT")[1].splitlines()[0]) for text in printed]
     assert results[0] == results[1]
-    _, anchors, ignored, unchanged = results[0]
+    directions, _, anchors, ignored, unchanged = results[0]
+    assert directions[-1] < 1e-5
     assert len(anchors) == ignored == 4
     assert unchanged
