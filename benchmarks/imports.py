@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-from milora_vl.__main__ import MODULES
+from milora_vl.__main__ import MENU
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=7)
     repeats = options.parse_args().repeats
     torch, both = alternating(["-c", "import torch"], ["-c", "import torch, milora_vl"], repeats)
-    helps = {name: seconds(["-m", "milora_vl", name, "--help"]) for name in MODULES}
+    helps = {name: seconds(["-m", "milora_vl", name, "--help"]) for name in MENU.modules}
     print(json.dumps({"torch": torch, "torch_and_milora_vl": both, "added": both - torch, "help": helps}))
 
 

@@ -96,7 +96,16 @@ def table(rows: list[dict[str, Any]], rank: int) -> Table:
             if own:
                 part = "attention" if kind in ATTENTION else "MLP"
                 lines.append((label, part, kind, str(len(own)), *(_spread(own, c) for c in _COLUMNS)))
-    header = ("model", "part", "matrix", "n", "noise / ‖W‖", f"noise / energy, last {rank} left", "both sides", "similarity")
+    header = (
+        "model",
+        "part",
+        "matrix",
+        "n",
+        "noise / ‖W‖",
+        f"noise / energy, last {rank} left",
+        "both sides",
+        "similarity",
+    )
     return Table(header, tuple(lines), "Median over layers, smallest and largest in brackets.")
 
 

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command import parser, positive, run
+from milora_data.command import next_step, parser, positive, run
 from milora_data.errors import UserError
+from milora_data.flags import shared
 
 _EXAMPLES = """\
 of a model:    the spectrum of each layer, the share of its energy in the minor part, effective rank (exp of the
@@ -57,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"{part}: {words}\n")
     sys.stderr.write(f"page:    {folder / 'analysis.html'}\nlayers:  {folder / 'layers.csv'}\n")
     _report(folder.parent)
+    if is_trained:
+        adapter = ("--model", todo.base, "--adapter", subject)
+        next_step(
+            "milora_vl.forgetting", *(adapter if holds_adapter(subject) else ("--model", subject, "--base", todo.base))
+        )
+    else:
+        next_step("milora_vl.train", "--model", options.subject, "--dry-run")
     return 0
 
 
@@ -64,14 +72,19 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(
         "python -m milora_vl.analyze", "Analyse a model's weights, or what was changed in them.", _EXAMPLES
     )
-    options.add_argument("subject", metavar="MODEL_OR_ADAPTER", help="name, hub id or folder")
-    options.add_argument("--base", metavar="B", help="what was tuned: needed for a whole model, else the adapter's own")
-    options.add_argument("--output_dir", type=Path, metavar="O", help="default for what was trained: FOLDER/analysis")
-    options.add_argument("--rank", type=positive, default=128, help="of the minor part, where no adapter has one (128)")
-    options.add_argument("--modules", metavar="GLOB", help="only layers whose path matches")
-    options.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    options.add_argument("--allow_base_mismatch", action="store_true", help="go on with another base model")
-    options.add_argument("--format", choices=("human", "json"), default="human", help="of what is printed")
+    given = options.add_argument_group("input")
+    given.add_argument("subject", metavar="MODEL_OR_ADAPTER", help="name, hub id or folder")
+    shared(given, "base", about="what was tuned: needed for a whole model, else the adapter's own")
+    given.add_argument("--modules", metavar="GLOB", help="only layers whose path matches")
+    settings = options.add_argument_group("settings")
+    settings.add_argument(
+        "--rank", type=positive, default=128, help="of the minor part, where no adapter has one (128)"
+    )
+    shared(settings, "device")
+    settings.add_argument("--allow_base_mismatch", action="store_true", help="go on with another base model")
+    out = options.add_argument_group("output")
+    shared(out, "output_dir", about="to write (default for what was trained: its folder's analysis)")
+    shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 

@@ -6,6 +6,7 @@ Prompt as in training (`milora_data.templates`), answer greedy: what is said her
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -13,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.command import count, parser, report, run, suggest
+from milora_data.command import count, next_step, parser, positive, report, run, suggest
 from milora_data.errors import UserError
+from milora_data.flags import shared
 from milora_data.records import Turn
 from milora_vl.adapter_folders import holds_adapter, holds_projector_alone
 
@@ -49,8 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.question is None:
         return converse(chat, picture)
-    chat.start(picture)
-    chat.ask(options.question)
+    if options.format == "json":
+        sys.stdout.write(json.dumps(chat.answers(options.question, picture), ensure_ascii=False) + "\n")
+    else:
+        chat.start(picture)
+        chat.ask(options.question)
+    tuned = ("--adapter", options.adapter) if options.adapter else ()
+    words = ("--suite", "quick", "--data", "FOLDER", "--output_dir", options.adapter or "FOLDER")
+    next_step("milora_eval", "run", "--model", options.model, *tuned, *words)
     return 0
 
 
@@ -96,6 +104,12 @@ class Chat:
         answer = self._say("tuned  " if self.compare else "", base=False)
         self.turns.append(Turn("assistant", answer))
         return answer
+
+    def answers(self, question: str, picture: Image.Image | None) -> dict[str, str]:
+        """The question with the answer to it, and with `compare` the base model's."""
+        turns = [self.user_turn(question, picture, [])]
+        base = {"base": self.reply(turns, picture, None, base=True)} if self.compare else {}
+        return {"question": question, **base, "answer": self.reply(turns, picture, None, base=False)}
 
     @staticmethod
     def user_turn(question: str, picture: Image.Image | None, turns: Sequence[Turn]) -> Turn:
@@ -195,17 +209,21 @@ def _words(tokenizer: Any) -> TextStreamer:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser("python -m milora_vl.chat", "Ask a model about a picture, or talk with it.", _EXAMPLES)
-    options.add_argument("question", nargs="?", help="asked once; without it a conversation starts")
-    options.add_argument("--model", required=True, help="a named model, a hub id or a folder")
-    options.add_argument("--adapter", type=Path, help="folder of a fine-tuning, such as a run's output_dir")
-    options.add_argument("--image", type=Path, help="the picture that the question is about")
-    options.add_argument("--compare", action="store_true", help="show the base model's answer beside the tuned one's")
-    options.add_argument("--web", action="store_true", help="talk in a browser: pip install 'milora-vl[web]'")
-    options.add_argument("--port", type=count, default=7860, help="of --web; 0 is any free one (default: %(default)s)")
-    options.add_argument("--max_new_tokens", type=int, default=256, help="length of an answer (default: %(default)s)")
-    options.add_argument("--template", help="prompt format (default: that of the run's recipe.yaml, else vicuna_v1)")
-    options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: fits the device")
+    given = options.add_argument_group("input")
+    given.add_argument("question", nargs="?", help="asked once; without it a conversation starts")
+    shared(given, "model", required=True)
+    shared(given, "adapter")
+    given.add_argument("--image", type=Path, help="the picture that the question is about")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--compare", action="store_true", help="show the base model's answer beside the tuned one's")
+    settings.add_argument("--max_new_tokens", type=positive, default=256, help="of an answer (default: %(default)s)")
+    shared(settings, "template")
+    shared(settings, "device")
+    shared(settings, "dtype")
+    out = options.add_argument_group("output")
+    out.add_argument("--web", action="store_true", help="talk in a browser: pip install 'milora-vl[web]'")
+    out.add_argument("--port", type=count, default=7860, help="of --web; 0 is any free one (default: %(default)s)")
+    shared(out, "format", about="of the answer to a question (default: %(default)s)")
     return options.parse_args(argv)
 
 
@@ -219,6 +237,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--web takes no question: type it on the page\nwithout --web the question is answered here")
     if options.web and find_spec("gradio") is None:
         raise UserError("--web needs gradio, which is not installed\npip install 'milora-vl[web]'")
+    if options.format == "json" and options.question is None:
+        raise UserError("--format json is for the answer to a question\nadd the question, or leave the flag out")
     adapter = options.adapter
     if adapter and not (holds_adapter(adapter) or holds_projector_alone(adapter)):
         raise UserError(

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import parser, run
+from milora_data.command import next_step, parser, run
 from milora_data.errors import UserError
+from milora_data.flags import shared
 
 if TYPE_CHECKING:
     import torch
@@ -129,23 +130,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_base_mismatch=options.allow_base_mismatch,
     )
     _show(done, options.format)
+    what = ("--model", done.folder) if options.to == "merged" else ("--model", "MODEL", "--adapter", done.folder)
+    next_step("milora_vl.chat", *what, "--image", "PICTURE", "What is this?")
     return 0
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     forms = "\n".join(f"  {name:<10} {what}" for name, what in FORMS.items())
     options = parser("python -m milora_vl.export", f"Write an adapter in another form.\n\nforms:\n{forms}", _EXAMPLES)
-    options.add_argument("folder", type=Path, metavar="FOLDER", help="ours, PEFT's, LLaVA's, or on a residual base")
-    options.add_argument("--to", required=True, metavar="FORM", help="adapter, merged, residual, llava, rank-N")
-    options.add_argument("--output_dir", type=Path, help="default: FOLDER-FORM, beside it")
-    options.add_argument("--base", help="the base model, untouched; default: the one that the adapter names")
-    options.add_argument("--dtype", choices=DTYPES, help="of all that is written; default: as stored")
-    options.add_argument("--with_base", action="store_true", help="put modules trained in full into a copy of the base")
-    options.add_argument("--residual", type=Path, help="the residual base of a PiSSA/MiLoRA checkpoint")
-    options.add_argument("--initial", type=Path, help="its initial factors (pissa_init)")
-    options.add_argument("--vision_tower", help="the CLIP model that LLaVA's config.json shall name")
-    options.add_argument("--allow_base_mismatch", action="store_true", help="go on with another base model")
-    options.add_argument("--format", choices=("human", "json"), default="human")
+    given = options.add_argument_group("input")
+    given.add_argument("folder", type=Path, metavar="FOLDER", help="ours, PEFT's, LLaVA's, or on a residual base")
+    shared(given, "base", about="the base model, untouched (default: the one that the adapter names)")
+    given.add_argument("--residual", type=Path, help="the residual base of a PiSSA/MiLoRA checkpoint")
+    given.add_argument("--initial", type=Path, help="its initial factors (pissa_init)")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--with_base", action="store_true", help="modules trained in full go into a copy of the base")
+    settings.add_argument("--vision_tower", metavar="NAME", help="the CLIP model that LLaVA's config.json shall name")
+    settings.add_argument("--allow_base_mismatch", action="store_true", help="go on with another base model")
+    out = options.add_argument_group("output")
+    out.add_argument("--to", required=True, metavar="FORM", help="adapter, merged, residual, llava, rank-N")
+    shared(out, "dtype", about="of all that is written (default: as stored)")
+    shared(out, "output_dir", about="to write (default: FOLDER-FORM, beside it)")
+    shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 

@@ -5,18 +5,21 @@ Pictures and plots are inside the page, which loads nothing and runs no script. 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_data.command import parser, run
-from milora_vl.reporting import figures, pages, parts, run_page, tables, wording
+from milora_data.flags import shared
+from milora_data.page import render as pages
+from milora_vl.reporting import figures, parts, run_page, tables, wording
 from milora_vl.reporting.analysis_files import read_analysis
 from milora_vl.reporting.repeat import commands, steps
 from milora_vl.reporting.run_page import Run
 
-# How the four outcomes of a question are coloured (classes of report.css).
+# How the four outcomes of a question are coloured (classes of base.css).
 _OUTCOME_CLASS = {
     "right before and after": "kept",
     "newly right": "gained",
@@ -30,13 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser(
         "python -m milora_vl.report",
         "Write report.html into a run folder, from the files there. Without an evaluation it says how to make one.",
-        "example:\n  python -m milora_vl.report runs/demo",
+        "examples:\n  python -m milora_vl.report runs/demo\n",
     )
-    options.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a training")
-    content = run_page.read_run(options.parse_args(argv).run)
-    page = write_page(content)
-    sys.stderr.write(wording.summary(content) + "\n")
-    sys.stdout.write(f"{page}\n")
+    given = options.add_argument_group("input")
+    given.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a training")
+    shared(options.add_argument_group("output"), "format")
+    chosen = options.parse_args(argv)
+    content = run_page.read_run(chosen.run)
+    page, summary = write_page(content), wording.summary(content)
+    sys.stderr.write(summary + "\n")
+    as_json = json.dumps({"page": str(page), "summary": summary}, ensure_ascii=False)
+    sys.stdout.write((as_json if chosen.format == "json" else str(page)) + "\n")
     is_evaluated = any(comparison.after for comparison in content.comparisons)
     sys.stderr.write(f"next: {commands(content).chat if is_evaluated else commands(content).evaluate}\n")
     return 0
@@ -59,7 +66,7 @@ def write_page(content: Run) -> Path:
 
 def render(content: Run) -> str:
     """The page as HTML, the plots written on the way. All that comes from the run's files is escaped."""
-    return pages.render("report.html.j2", _content(content))
+    return pages.render(Path(__file__).with_name("report.html.j2"), _content(content))
 
 
 def _content(content: Run) -> dict[str, Any]:
@@ -69,7 +76,7 @@ def _content(content: Run) -> dict[str, Any]:
     recipe = content.folder / "recipe.yaml"
     return {
         "title": wording.title(content),
-        "summary": wording.summary(content),
+        "lede": wording.summary(content),
         "facts": parts.facts(content),
         "suites": parts.suites(content, list(plots)),
         "outcome_class": _OUTCOME_CLASS,

@@ -25,14 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(request: arguments.Request) -> int:
     """One run, from the recipe to the report."""
-    import warnings
-
     from milora_vl.training.run import Run
 
-    # PEFT asks transformers for a name that is being renamed; nothing that a user could act on.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    # DeepSpeed calls torch by names that are being renamed.
-    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     job = Run(request)
     if job.is_done():
         return 0

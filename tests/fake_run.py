@@ -131,11 +131,11 @@ def log_history() -> list[Json]:
 
 
 def drawn_pictures(folder: Path) -> list[Json]:
-    """Twelve coloured shapes as PNG files with transparency."""
+    """Nine coloured shapes on white as PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     for index, (name, colour) in enumerate((n, c) for n in ("circle", "square", "bar") for c in ("red", "blue", "tan")):
-        image = Image.new("RGBA", (224, 224), (0, 0, 0, 0))
+        image = Image.new("RGB", (224, 224), "white")
         draw = ImageDraw.Draw(image)
         box = (30, 30 if name != "bar" else 90, 194, 194 if name != "bar" else 134)
         (draw.ellipse if name == "circle" else draw.rectangle)(box, fill=colour)

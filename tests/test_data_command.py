@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from milora_data import command
-from milora_data.__main__ import COMMANDS, main
+from milora_data.__main__ import MENU, main
 from milora_data.command import parser, suggest
 from milora_data.errors import DataError, UserError
 from milora_data.images import ImageError
@@ -33,7 +33,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in MENU.modules)], ids=" ".join)
 def test_help_is_quick_and_on_stdout(arguments: list[str]) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run(*arguments)

@@ -43,7 +43,9 @@ def test_one_page_holds_questions_answers_truths_and_pictures(
     page = Path(capsys.readouterr().out.strip())
     assert page == final / "view.html"
     found = content(page)
-    assert (found["runs"], found["total"]) == (["base", "final"], 6)
+    assert found["runs"] == ["base", "final"]
+    assert "6 questions" in page.read_text()
+    assert "final is right on 4 questions that base gets wrong, and wrong on 1 of its right ones" in page.read_text()
     assert [row["answers"][0]["value"] for row in found["rows"]] == [1, 1, 0, 0, 0, 0]
     assert found["rows"][3]["answers"][0]["text"] == "</script><script>alert(1)</script>"
     assert found["rows"][0]["question"].startswith("What color is it?")
@@ -59,6 +61,7 @@ def test_a_limit_and_a_lost_picture(tmp_path: Path) -> None:
     (tmp_path / "gqa" / "images" / "n0.jpg").unlink()
     page = tmp_path / "page.html"
     assert main(["view", str(base), "--output", str(page), "--limit", "2"]) == 0
-    assert (len(content(page)["rows"]), content(page)["total"]) == (2, 6)
+    assert len(content(page)["rows"]) == 2
+    assert "2 of 6 questions" in page.read_text()
     assert main(["view", str(base), "--output", str(page)]) == 0
-    assert content(page)["pictures"].count(None) == 1
+    assert content(page)["pictures"].count("") == 1

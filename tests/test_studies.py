@@ -35,7 +35,9 @@ def small(**changes: Any) -> Study:
 
 def run(study: Study, folder: Folder, **options: Any) -> list[str]:
     done: list[str] = []
-    run_study(study, folder, 1, retry=options.get("retry", False), on_done=lambda cell, ok, left: done.append(cell.name))
+    run_study(
+        study, folder, 1, retry=options.get("retry", False), on_done=lambda cell, ok, left: done.append(cell.name)
+    )
     return done
 
 
@@ -84,16 +86,21 @@ def test_a_cell_that_another_study_has_is_not_trained_again(tmp_path: Path) -> N
     run(one, first)
     run(other, second)
     kept = first.result(Cell("a", 1e-3, None, 0)), second.result(Cell("b", 1e-3, None, 0))
-    assert kept[0] is not None and kept[1] is not None
+    assert kept[0] is not None
+    assert kept[1] is not None
     assert kept[1] == kept[0] | {"method": "b"}, "down to the seconds it took"
     assert len(list((tmp_path / "shared").iterdir())) == 2
 
 
 def test_a_failed_cell_is_kept_and_tried_again_on_request(tmp_path: Path) -> None:
-    study, folder = small(arms={"milora": {}, "wrong": {"rank": 4000}}, learning_rates=[1e-3], seeds=1), Folder(tmp_path / "x")
+    study, folder = (
+        small(arms={"milora": {}, "wrong": {"rank": 4000}}, learning_rates=[1e-3], seeds=1),
+        Folder(tmp_path / "x"),
+    )
     assert len(run(study, folder)) == 2
     failure = folder.failure(Cell("wrong", 1e-3, None, 0))
-    assert failure is not None and "rank" in failure["said"]
+    assert failure is not None
+    assert "rank" in failure["said"]
     assert run(study, folder) == []
     assert run(study, folder, retry=True) == ["wrong-lr0.001-seed0"]
 
@@ -119,7 +126,8 @@ def test_arms_may_have_rates_training_and_policy_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"stepz": 3}, "stepz"), ({"arms": {"a": {"train": {"lr": 1}}}}, "lr"), ({"seeds": 0}, "seeds")]
+    ("changes", "said"),
+    [({"stepz": 3}, "stepz"), ({"arms": {"a": {"train": {"lr": 1}}}}, "lr"), ({"seeds": 0}, "seeds")],
 )
 def test_a_wrong_study_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):

@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from .command import count, parser
+from .command import count, next_step, parser
 from .errors import DataError, UserError
 from .findings import Finding, examine
+from .flags import shared
 from .images import ImagePolicy
 from .jsonfile import read_objects
 from .mix import mixed_records, read_sources
@@ -34,14 +35,17 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 if there are errors."""
     options = parser("python -m milora_data check", "Find what is broken in a data set of LLaVA's format.", EPILOG)
-    options.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
-    options.add_argument("--image_folder", type=Path, help="folder of the pictures (default: beside DATA)")
-    options.add_argument("--fix", type=Path, metavar="OUT", help="write what is usable, repaired, to this new file")
-    options.add_argument(
+    given = options.add_argument_group("input")
+    given.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
+    shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
+    settings = options.add_argument_group("settings")
+    settings.add_argument(
         "--pictures", choices=("decode", "exist"), default="decode", help="read each one, or only look for its file"
     )
-    options.add_argument("--format", choices=("human", "json"), default="human", help="(default: %(default)s)")
-    options.add_argument("--limit", type=count, default=5, help="examples to print of each kind (default: %(default)s)")
+    out = options.add_argument_group("output")
+    out.add_argument("--fix", type=Path, metavar="OUT", help="write what is usable, repaired, to this new file")
+    out.add_argument("--limit", type=count, default=5, help="examples to print of each kind (default: %(default)s)")
+    shared(out, "format")
     chosen = options.parse_args(argv)
     folder = image_folder(chosen.data, chosen.image_folder)
     if chosen.fix is not None and chosen.fix.exists():
@@ -54,8 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .repair import write_repaired
 
         sys.stderr.write(write_repaired(report, chosen.data, chosen.fix))
+        next_step("milora_data", "check", chosen.fix, "--image_folder", folder)
     elif report.count("error"):
-        sys.stderr.write(f"next: python -m milora_data check {chosen.data} --image_folder {folder} --fix OUT\n")
+        next_step("milora_data", "check", chosen.data, "--image_folder", folder, "--fix", "OUT.json")
+    else:
+        words = ("--data_path", chosen.data, "--image_folder", folder)
+        next_step("milora_vl.train", "--model", "MODEL", *words, "--dry-run")
     return 1 if report.count("error") else 0
 
 

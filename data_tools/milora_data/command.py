@@ -9,9 +9,12 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UserError
@@ -67,6 +70,15 @@ class CommandParser(argparse.ArgumentParser):
             self.error(f"unknown argument: {' '.join(unknown)}{hint}")
         return parsed
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Near names for a word that is none of an argument's choices."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = suggest(str(value), map(str, action.choices or ()))
+            error.message += f"\ndid you mean {near[0]} ?" if near else ""
+            raise
+
     def flags(self) -> list[str]:
         """Return the long flags that this parser declares."""
         return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
@@ -85,6 +97,19 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}\nsee: {self.prog} --help")
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Lines as they were written in texts; a flag's value is called by its kind (N, X, PATH), not by the flag again."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if action.choices is not None:
+            return super()._get_default_metavar_for_optional(action)
+        kinds: dict[Any, str] = {int: "N", count: "N", positive: "N", float: "X", Path: "PATH"}
+        return kinds.get(action.type, "TEXT")
+
+
 def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
     """Return a parser whose mistakes raise `UserError`; `epilog` keeps its line breaks (use it for examples)."""
     return CommandParser(
@@ -92,8 +117,16 @@ def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
         description=description,
         epilog=epilog,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
+
+
+def next_step(module: str, *words: object) -> None:
+    """Say what is sensible to type after a command that has ended well: on stderr, ready to be copied.
+
+    A word in capitals stands for what the reader knows.
+    """
+    sys.stderr.write(f"next: python -m {module} {shlex.join(map(str, words))}\n")
 
 
 def report(error: UserError) -> None:
@@ -112,8 +145,16 @@ def _let_first_rank_speak() -> None:
         time.sleep(5)
 
 
+def hide_warnings_of_others() -> None:
+    """Show no warnings of other packages, which are for those who write code, unless Python is told to (-W default)."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"(milora_vl|milora_data|milora_eval|llava_recipes)\b")
+
+
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run `main` on the command line's arguments and leave the process with its exit code."""
+    hide_warnings_of_others()
     try:
         code = main(None)
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from .captions import caption_records
-from .command import parser, positive
+from .command import next_step, parser, positive
 from .errors import DataError, UserError
+from .flags import shared
 from .images import StoredPicture
 from .instructions import held_out, instructions
 from .jsonfile import read_objects, write_objects
@@ -55,13 +57,17 @@ class Kind:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser("python -m milora_data convert", "Make LLaVA JSON of another format.", EPILOG)
-    options.add_argument("--from", dest="kind", choices=KINDS, required=True, help="format of SOURCE")
-    options.add_argument("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures")
-    options.add_argument("--output_dir", type=Path, required=True, help="folder for data.json, which must not exist")
-    options.add_argument("--prompt", help=f'what is asked about a caption\'s picture (default: "{DEFAULT_PROMPT}")')
-    options.add_argument("--split", help="of sets whose file holds all splits (default: train)")
-    options.add_argument("--image_pattern", help="file name of a picture from its id, such as coco/{:012d}.jpg")
-    options.add_argument("--hold_out", type=positive, metavar="N", help="N records, drawn at random, go to eval.json")
+    read = options.add_argument_group("input")
+    read.add_argument("--from", dest="kind", choices=KINDS, required=True, metavar="FORMAT", help="of SOURCE")
+    read.add_argument("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--prompt", help=f'what is asked about a caption\'s picture (default: "{DEFAULT_PROMPT}")')
+    settings.add_argument("--split", help="of sets whose file holds all splits (default: train)")
+    settings.add_argument("--image_pattern", help="file name of a picture from its id, such as coco/{:012d}.jpg")
+    settings.add_argument("--hold_out", type=positive, metavar="N", help="N records, drawn at random, go to eval.json")
+    written = options.add_argument_group("output")
+    shared(written, "output_dir", required=True, about="folder for data.json, which must not exist")
+    shared(written, "format")
     chosen = options.parse_args(argv)
     _check_flags(chosen)
     images, out = chosen.output_dir / "images", chosen.output_dir / "data.json"
@@ -73,9 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.hold_out:
         records = _without_held_out(list(records), chosen.hold_out, chosen.output_dir / "eval.json")
     count = write_objects(out, records)
-    sys.stdout.write(f"{out}: {count:,} records\n")
+    as_json = json.dumps({"file": str(out), "records": count})
+    sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {count:,} records\n")
     folder = {"folder": sources[0], "hub": images}.get(chosen.kind, "FOLDER")
-    sys.stderr.write(f"next: python -m milora_data check {out} --image_folder {folder}\n")
+    next_step("milora_data", "check", out, "--image_folder", folder)
     return 0
 
 

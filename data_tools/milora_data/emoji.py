@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import count, parser, positive
+from milora_data.command import count, next_step, parser, positive
 from milora_data.emoji_catalogue import PICTURE_SIZE, Emoji, catalogue, on_background, render, with_colours
 from milora_data.emoji_questions import Record, captions, held_out_records, training_records
 from milora_data.errors import UserError
+from milora_data.flags import shared
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,21 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser(
         "python -m milora_data emoji",
         "Make the demo's data set: OpenMoji pictures with questions and answers in LLaVA's format.",
-        "example:\n  python -m milora_data emoji --output_dir data/emoji",
+        "examples:\n  python -m milora_data emoji --output_dir data/emoji\n",
     )
-    options.add_argument(
-        "--output_dir", type=Path, default=Path("data/emoji"), help="folder to write (default: %(default)s)"
-    )
-    options.add_argument("--seed", type=int, default=0, help="of the split and of the questions (default: %(default)s)")
-    options.add_argument(
+    settings = options.add_argument_group("settings")
+    shared(settings, "seed", about="of the split and of the questions (default: %(default)s)")
+    settings.add_argument(
         "--per_type", type=positive, default=60, help="test questions of each type (default: %(default)s)"
     )
-    options.add_argument(
+    settings.add_argument(
         "--variants",
         type=count,
         default=0,
         help="further pictures of each training emoji: moved, turned, on other backgrounds; for stage 1 (default: 0)",
     )
+    out = options.add_argument_group("output")
+    shared(out, "output_dir", default=Path("data/emoji"), about="folder to write (default: %(default)s)")
+    shared(out, "format")
     chosen = options.parse_args(argv)
     if chosen.output_dir.exists() and not chosen.output_dir.is_dir():
         raise UserError(f"--output_dir {chosen.output_dir} is a file, not a folder")
@@ -71,8 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "try: another --output_dir"
         )
     counts = write(chosen.output_dir, seed=chosen.seed, per_type=chosen.per_type, variants=chosen.variants)
-    sys.stdout.write("".join(f"{chosen.output_dir / name}: {count:,} records\n" for name, count in counts.items()))
-    sys.stderr.write(f"next: python -m milora_data show {chosen.output_dir / 'train.json'} --limit 3\n")
+    if chosen.format == "json":
+        sys.stdout.write(json.dumps({"folder": str(chosen.output_dir), "records": counts}) + "\n")
+    else:
+        sys.stdout.write("".join(f"{chosen.output_dir / name}: {n:,} records\n" for name, n in counts.items()))
+    next_step("milora_data", "show", chosen.output_dir / "train.json", "--limit", 3)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from .check import image_folder
-from .command import count, parser
+from .command import count, next_step, parser
 from .encode import encode
 from .errors import UserError
+from .flags import shared
 from .images import ImageError, load_image, place_of
 from .preview import Piece, as_rich, text_pieces, token_pieces
 from .records import Record, load_records
-from .show_page import shown, write_page
+from .show_page import Shown, shown, write_page
 from .tokens import load_tokenizer
 
 EPILOG = """\
@@ -32,17 +34,20 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser("python -m milora_data show", "Print records as they are learnt, with the mask.", EPILOG)
-    options.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
-    options.add_argument("--image_folder", type=Path, help="folder of the pictures (default: beside DATA)")
-    options.add_argument("--id", help="only the record with this id")
-    options.add_argument("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)")
-    options.add_argument("--limit", type=count, default=1, help="number of records (default: %(default)s)")
-    options.add_argument("--template", default="vicuna_v1", help="prompt format (default: %(default)s)")
-    options.add_argument("--tokenizer", help="folder or name of a tokenizer, to see tokens")
-    options.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
-    options.add_argument("--max_length", type=count, help="cut as training would")
-    options.add_argument("--html", type=Path, metavar="OUT", help="write a page with the pictures to this new file")
-    options.add_argument("--format", choices=("human", "json"), default="human", help="(default: %(default)s)")
+    given = options.add_argument_group("input")
+    given.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
+    shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
+    given.add_argument("--id", help="only the record with this id")
+    given.add_argument("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)")
+    given.add_argument("--limit", type=count, default=1, help="number of records (default: %(default)s)")
+    settings = options.add_argument_group("settings")
+    shared(settings, "template", default="vicuna_v1", about="prompt format (default: %(default)s)")
+    settings.add_argument("--tokenizer", help="folder or name of a tokenizer, to see tokens")
+    settings.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
+    settings.add_argument("--max_length", type=count, help="cut as training would")
+    out = options.add_argument_group("output")
+    out.add_argument("--html", type=Path, metavar="OUT", help="write a page with the pictures to this new file")
+    shared(out, "format")
     chosen = options.parse_args(argv)
     folder = image_folder(chosen.data, chosen.image_folder)
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
@@ -56,9 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _print(record, pieces, counts, folder, separate=number > 0)
     if chosen.html is not None:
-        write_page(chosen.html, f"{chosen.data}: {len(page):,} records", page)
-        sys.stdout.write(f"{chosen.html}: {len(page):,} records\n")
+        _write_page(chosen, page)
+    next_step("milora_data", "check", chosen.data, "--image_folder", folder)
     return 0
+
+
+def _write_page(chosen: argparse.Namespace, records: Sequence[Shown]) -> None:
+    written = write_page(chosen.html, str(chosen.data), records)
+    as_json = json.dumps({"page": str(chosen.html), "records": written})
+    sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{chosen.html}: {written:,} records\n")
+    if written < len(records):
+        sys.stderr.write(f"the page holds the first {written:,} of {len(records):,}: no page is larger than 5 MB\n")
 
 
 def _chosen(data: Path, name: str | None, index: int, limit: int) -> Iterator[Record]:

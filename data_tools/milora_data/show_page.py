@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
 from .images import ImageError, load_image, place_of
+from .page.pictures import fitting, small
+from .page.render import MAX_BYTES, render, write
 from .preview import Piece
 from .records import Record
 
-THUMBNAIL = 320
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture of a record: its size, or what is wrong with it, in words; the small copy where it can be read."""
+
+    name: str
+    note: str
+    jpeg: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,34 +31,57 @@ class Shown:
     source: str
     pieces: Sequence[Piece]
     counts: dict[str, int]
-    pictures: list[dict[str, str]]
+    pictures: Sequence[Picture]
+
+    @property
+    def kind(self) -> str:
+        """What the page's buttons tell apart."""
+        if any(picture.jpeg is None for picture in self.pictures):
+            return "with unreadable pictures"
+        return "with pictures" if self.pictures else "text only"
 
 
 def shown(record: Record, pieces: Sequence[Piece], counts: dict[str, int], folder: Path) -> Shown:
-    """Return a record as the page has it, its pictures as thumbnails; one that cannot be read is said to be so."""
-    pictures = [{"name": str(name), **_thumbnail(place_of(folder, name))} for name in record.images]
-    return Shown(record.id, record.source, pieces, counts, pictures)
+    """Return a record as the page has it; a picture that cannot be read is said to be so."""
+    return Shown(record.id, record.source, pieces, counts, [_picture(name, folder) for name in record.images])
 
 
-def write_page(path: Path, title: str, records: Sequence[Shown]) -> None:
-    """Write the page; a file that exists is never replaced (`UserError`)."""
-    from jinja2 import Environment
+def write_page(path: Path, data: str, records: Sequence[Shown]) -> int:
+    """Write the page and return how many records it holds: as many as 5 MB do.
 
+    A file that exists is never replaced (`UserError`).
+    """
     if path.exists():
         raise UserError(f"{path} exists already\nnothing was written; name a new file with --html")
-    template = Path(__file__).with_name("show.html.j2").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, trim_blocks=False).from_string(template).render(title=title, records=records)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", errors="replace")
+    count = len(records)
+    while len(page := _page(data, records[:count], len(records)).encode("utf-8", "replace")) > MAX_BYTES and count > 1:
+        count = max(1, count * MAX_BYTES * 9 // (len(page) * 10))
+    write(path, page.decode())
+    return count
 
 
-def _thumbnail(place: str | Path) -> dict[str, str]:
+def _page(data: str, records: Sequence[Shown], asked: int) -> str:
+    text = sum(len(piece.text) for record in records for piece in record.pieces)
+    uris = iter(fitting([p.jpeg for record in records for p in record.pictures], MAX_BYTES * 9 // 10 - text))
+    content = [
+        {
+            "id": record.id,
+            "source": record.source,
+            "kind": record.kind,
+            "counts": record.counts,
+            "pieces": record.pieces,
+            "pictures": [{"name": p.name, "note": p.note, "uri": next(uris)} for p in record.pictures],
+        }
+        for record in records
+    ]
+    count = f"{len(records):,} records" if len(records) == asked else f"The first {len(records):,} of {asked:,} records"
+    lede = f"{count} as they are learnt"
+    return render(Path(__file__).with_name("show.html.j2"), {"title": data, "lede": lede, "records": content})
+
+
+def _picture(name: str, folder: Path) -> Picture:
     try:
-        image = load_image(place)
+        image = load_image(place_of(folder, name))
     except ImageError as error:
-        return {"uri": "", "note": str(error).rpartition(": ")[2]}
-    note = "{} x {}".format(*image.size)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return {"uri": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", "note": note}
+        return Picture(str(name), str(error).rpartition(": ")[2], None)
+    return Picture(str(name), "{} x {}".format(*image.size), small(image))

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .check import image_folder
-from .command import count, parser
+from .command import count, next_step, parser
 from .duplicates import duplicate_statistics, leakage
 from .encode import encode
 from .errors import DataError, UserError
+from .flags import shared
 from .records import Record, load_records
 from .templates import IMAGE
 from .tokens import load_tokenizer
@@ -32,17 +33,20 @@ SECTIONS = ("tokens", "duplicates", "leakage")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser("python -m milora_data stats", "Count records, pictures, turns and lengths.", EPILOG)
-    options.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
-    options.add_argument("--image_folder", type=Path, help="folder of the pictures (default: beside DATA)")
-    options.add_argument("--copies", choices=("exact", "near"), help="look for pictures that occur twice")
-    options.add_argument("--against", type=Path, metavar="TEST", help="count what of this test set is in DATA")
-    options.add_argument("--against_image_folder", type=Path, help="folder of its pictures (default: beside TEST)")
-    options.add_argument("--tokenizer", help="folder or name of a tokenizer, to count tokens")
-    options.add_argument("--template", default="vicuna_v1", help="prompt format (default: %(default)s)")
-    options.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
-    options.add_argument("--max_length", type=count, help="count the records that are longer")
-    options.add_argument("--limit", type=count, default=5, help="lines of each list (default: %(default)s)")
-    options.add_argument("--format", choices=("human", "json"), default="human", help="(default: %(default)s)")
+    given = options.add_argument_group("input")
+    given.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
+    shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
+    given.add_argument("--against", type=Path, metavar="TEST", help="count what of this test set is in DATA")
+    given.add_argument("--against_image_folder", type=Path, help="folder of its pictures (default: beside TEST)")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--copies", choices=("exact", "near"), help="look for pictures that occur twice")
+    settings.add_argument("--tokenizer", help="folder or name of a tokenizer, to count tokens")
+    shared(settings, "template", default="vicuna_v1", about="prompt format (default: %(default)s)")
+    settings.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
+    settings.add_argument("--max_length", type=count, help="count the records that are longer")
+    out = options.add_argument_group("output")
+    out.add_argument("--limit", type=count, default=5, help="lines of each list (default: %(default)s)")
+    shared(out, "format")
     chosen = options.parse_args(argv)
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
     records = _read(chosen.data)
@@ -69,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen.format == "json"
         else f"{chosen.data}\n" + as_text(content, chosen.limit)
     )
+    next_step("milora_data", "show", chosen.data, "--image_folder", folder, "--limit", 50, "--html", "OUT.html")
     return 0
 
 

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from milora_data.command import next_step, parser
+from milora_data.flags import shared
 from milora_eval.compare import Pair, compare, num_common
 from milora_eval.results import require_lines
 from milora_eval.table import FORMATS, pairs_table, show
 
+EXAMPLES = """\
+examples:
+  python -m milora_eval compare runs/a/eval/llava-paper/final runs/b/eval/llava-paper/final
+  python -m milora_eval compare runs/a/eval/emoji/base runs/a/eval/emoji/final --format latex
+"""
 
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `compare`."""
-    options.add_argument("a", type=Path, metavar="A", help="a results folder, such as runs/one/eval/emoji/final")
-    options.add_argument("b", type=Path, metavar="B", help="another one; differences are B minus A")
-    options.add_argument("--format", choices=FORMATS, default="human", help="of what is printed")
 
-
-def main(options: argparse.Namespace) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
+    parse = parser(
+        "python -m milora_eval compare", "Paired differences of two evaluations of the same items.", EXAMPLES
+    )
+    given = parse.add_argument_group("input")
+    given.add_argument("a", type=Path, metavar="A", help="a results folder, such as runs/one/eval/emoji/final")
+    given.add_argument("b", type=Path, metavar="B", help="another one; differences are B minus A")
+    shared(parse.add_argument_group("output"), "format", choices=FORMATS)
+    options = parse.parse_args(argv)
     a, b = require_lines(options.a), require_lines(options.b)
     pairs, common = compare(a, b), num_common(a, b)
     if common < max(len(a), len(b)):
         sys.stderr.write(f"compared on the {common:,} items that both have (A {len(a):,}, B {len(b):,})\n")
     if options.format == "json":
         sys.stdout.write(json.dumps([asdict(pair) for pair in pairs], indent=1) + "\n")
-        return 0
-    table = pairs_table(f"A {options.a}, B {options.b}", pairs, ("A", "B"))
-    show(table, options.format)
+    else:
+        show(pairs_table(f"A {options.a}, B {options.b}", pairs, ("A", "B")), options.format)
     if options.format == "human":
         shown = [pair for pair in pairs if pair.difference is not None and not pair.b.detail]
         sys.stdout.write("".join(map(_sentence, shown)))
+    next_step("milora_eval", "view", options.a, options.b)
     return 0
 
 

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from milora_data.command import next_step, parser
+from milora_data.flags import shared
 from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, has_files
 
+EXAMPLES = """\
+examples:
+  python -m milora_eval ls
+  python -m milora_eval ls --data playground/data/eval --format json
+"""
 
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """Declare the flags of `ls`."""
-    options.add_argument("--data", type=Path, metavar="DIR", help="also say whether the files are there")
-    options.add_argument("--format", choices=("human", "json"), default="human", help="of what is printed")
 
-
-def main(options: argparse.Namespace) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
+    parse = parser("python -m milora_eval ls", "List suites and benchmarks.", EXAMPLES)
+    shared(parse.add_argument_group("input"), "data", about="also say whether the files are there")
+    shared(parse.add_argument_group("output"), "format")
+    options = parse.parse_args(argv)
     benchmarks = [_about(name, options.data) for name in BENCHMARKS]
     if options.format == "json":
         suites = {name: {"benchmarks": suite.benchmarks, "about": suite.about} for name, suite in SUITES.items()}
         sys.stdout.write(json.dumps({"suites": suites, "benchmarks": benchmarks}, indent=1) + "\n")
-        return 0
+    else:
+        _print(benchmarks)
+    data = options.data or "FOLDER"
+    next_step("milora_eval", "run", "--model", "MODEL", "--suite", "quick", "--data", data, "--output_dir", "FOLDER")
+    return 0
+
+
+def _print(benchmarks: Sequence[dict[str, Any]]) -> None:
     sys.stdout.write("suites\n")
     for name, suite in SUITES.items():
         sys.stdout.write(f"  {name:14} {suite.about}\n")
@@ -33,7 +46,6 @@ def main(options: argparse.Namespace) -> int:
         files = ", ".join(name.partition("|")[0] for name in entry["files"])
         rules = " or ".join(entry["protocols"])
         sys.stdout.write(f"  {entry['name']:14} {there}{entry['split']}, {rules}: {files}\n")
-    return 0
 
 
 def _about(name: str, data: Path | None) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import count, positive
+from milora_data.command import count, next_step, parser
 from milora_data.errors import UserError
+from milora_data.flags import shared
 from milora_eval.places import Subject, recipe_of, subject
 from milora_eval.selection import parse_shard
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
@@ -29,39 +30,9 @@ examples:
 """
 
 
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """Declare the flags of `run`."""
-    options.add_argument("--model", required=True, metavar="M", help="name, hub id or folder of the model")
-    options.add_argument("--adapter", type=Path, metavar="A", help="folder with an adapter or a projector")
-    options.add_argument("--base", metavar="B", help="what a fully trained --model is compared with")
-    what = options.add_mutually_exclusive_group(required=True)
-    what.add_argument("--suite", help="named list of benchmarks; see: python -m milora_eval ls")
-    what.add_argument("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class")
-    options.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of the benchmarks' files (default: data/SUITE)"
-    )
-    options.add_argument("--output_dir", type=Path, required=True, metavar="O", help="files go to O/eval/SUITE/...")
-    options.add_argument("--with_base", action="store_true", help="evaluate the untouched base model too")
-    options.add_argument(
-        "--limit", type=positive, metavar="N", help="N items of each benchmark, a part of any larger N's"
-    )
-    options.add_argument("--batch_size", type=positive, default=32, help="questions at a time (default: %(default)s)")
-    options.add_argument("--shard", default="1/1", metavar="i/n", help="the i-th of n parts; all write to the same O")
-    options.add_argument(
-        "--audit", type=count, default=0, metavar="N", help="ask N items again, one by one, and compare"
-    )
-    options.add_argument("--template", help="prompt format (default: the run's own, else vicuna_v1)")
-    options.add_argument(
-        "--forgetting_tokens", type=count, default=8192, metavar="N", help="of general text; 0: no forgetting number"
-    )
-    options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU)")
-    options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    options.add_argument("--protocol", metavar="P", help="official or llava, for the benchmarks that have both")
-    options.add_argument("--format", choices=FORMATS, default="human", help="of what is printed")
-
-
-def main(options: argparse.Namespace) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Everything that can be wrong without a model is checked before one is loaded."""
+    options = _options(argv)
     who = subject(options.model, options.adapter, options.base)
     if options.with_base and not who.has_base:
         raise UserError("--with_base needs something that was trained: --adapter A, or --model RUN with --base B")
@@ -76,7 +47,38 @@ def main(options: argparse.Namespace) -> int:
         return 0
     _print(options, folders)
     _report(options.output_dir)
+    next_step("milora_eval", "view", *folders)
     return 0
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    options = parser("python -m milora_eval run", "Ask a model, score its answers, compare with its base.", EXAMPLES)
+    given = options.add_argument_group("input")
+    shared(given, "model", required=True)
+    shared(given, "adapter")
+    shared(given, "base")
+    what = given.add_mutually_exclusive_group(required=True)
+    shared(what, "suite")
+    what.add_argument("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class")
+    shared(given, "data", about="with the benchmarks' files (default: data/SUITE)")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--with_base", action="store_true", help="evaluate the untouched base model too")
+    shared(settings, "limit", about="N items of each benchmark, a part of any larger N's")
+    settings.add_argument("--protocol", metavar="NAME", help="official or llava, for the benchmarks that have both")
+    shared(settings, "template")
+    shared(settings, "batch_size", default=32, about="questions at a time (default: %(default)s)")
+    settings.add_argument("--audit", type=count, default=0, help="ask N items again, one by one, and compare")
+    settings.add_argument(
+        "--forgetting_tokens", type=count, default=8192, help="of general text; 0: no forgetting number"
+    )
+    settings.add_argument("--shard", default="1/1", metavar="i/n", help="the i-th of n parts; all write to one folder")
+    shared(settings, "device")
+    shared(settings, "dtype")
+    out = options.add_argument_group("output")
+    shared(out, "output_dir", required=True, about="files go to FOLDER/eval/SUITE/...")
+    shared(out, "format", choices=FORMATS)
+    parsed: argparse.Namespace = options.parse_args(argv)
+    return parsed
 
 
 def _arguments(options: argparse.Namespace, who: Subject) -> dict[str, Any]:

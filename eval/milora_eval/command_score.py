@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import positive
+from milora_data.command import next_step, parser
 from milora_data.errors import UserError
+from milora_data.flags import shared
 from milora_eval.benchmark import Benchmark
 from milora_eval.data_files import load_items
 from milora_eval.evaluate import write_table
@@ -34,19 +35,9 @@ examples:
 """
 
 
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `score`."""
-    options.add_argument("folder", type=Path, metavar="PATH", help="a results folder, or a file with predictions")
-    options.add_argument("--benchmark", help="of which benchmark a file's predictions are")
-    options.add_argument("--protocol", help="official or llava, where a benchmark has both")
-    options.add_argument("--data", type=Path, metavar="DIR", help="folder of that benchmark's files")
-    options.add_argument("--limit", type=positive, metavar="N", help="of the same N items as `run --limit N`")
-    options.add_argument("--output_dir", type=Path, metavar="O", help="keep the results in O/eval/BENCHMARK/FILE")
-    options.add_argument("--format", choices=FORMATS, default="human", help="of what is printed")
-
-
-def main(options: argparse.Namespace) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: a folder's results.json, table.md and submission files are written anew."""
+    options = _options(argv)
     path = options.folder
     if path.is_file() and path.name == PREDICTIONS and options.benchmark is None:
         path = path.parent
@@ -61,7 +52,25 @@ def main(options: argparse.Namespace) -> int:
     _print(options, path, results)
     for file in export(path):
         sys.stderr.write(f"written: {file}\n")
+    next_step("milora_eval", "view", path)
     return 0
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    about = "Score stored answers again, or another program's predictions; no model is needed."
+    options = parser("python -m milora_eval score", about, EXAMPLES)
+    given = options.add_argument_group("input")
+    given.add_argument("folder", type=Path, metavar="PATH", help="a results folder, or a file with predictions")
+    given.add_argument("--benchmark", metavar="NAME", help="of which benchmark a file's predictions are")
+    shared(given, "data", about="with that benchmark's files")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--protocol", metavar="NAME", help="official or llava, where a benchmark has both")
+    shared(settings, "limit", about="of the same N items as `run --limit N`")
+    out = options.add_argument_group("output")
+    shared(out, "output_dir", about="keep the results in FOLDER/eval/BENCHMARK/FILE")
+    shared(out, "format", choices=FORMATS)
+    parsed: argparse.Namespace = options.parse_args(argv)
+    return parsed
 
 
 def _score_file(options: argparse.Namespace, path: Path) -> int:
@@ -83,6 +92,11 @@ def _score_file(options: argparse.Namespace, path: Path) -> int:
         if options.output_dir is not None:
             export(folder)
             sys.stderr.write(f"written: {folder}\n")
+            next_step("milora_eval", "view", folder)
+        else:
+            next_step(
+                "milora_eval", "score", path, "--benchmark", name, "--data", options.data, "--output_dir", "FOLDER"
+            )
     return 0
 
 

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command import positive
+from milora_data.command import next_step, parser
+from milora_data.flags import shared
 from milora_eval.results import require_lines
 from milora_eval.store import write_whole
 from milora_eval.view import page
 
-
-def add_arguments(options: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `view`."""
-    options.add_argument("folder", type=Path, metavar="RUN", help="a results folder, such as runs/one/eval/emoji/base")
-    options.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="a second one to compare it with")
-    options.add_argument("--output", type=Path, metavar="FILE", help="the page (default: view.html in the last folder)")
-    options.add_argument(
-        "--limit", type=positive, default=1000, metavar="N", help="questions on the page (default: %(default)s)"
-    )
+EXAMPLES = """\
+examples:
+  python -m milora_eval view runs/one/eval/emoji/final
+  python -m milora_eval view runs/one/eval/emoji/base runs/one/eval/emoji/final --output answers.html
+"""
 
 
-def main(options: argparse.Namespace) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the page's path goes to stdout."""
+    parse = parser("python -m milora_eval view", "One HTML page to browse the answers of one run, or of two.", EXAMPLES)
+    given = parse.add_argument_group("input")
+    given.add_argument("folder", type=Path, metavar="RUN", help="a results folder, such as runs/one/eval/emoji/base")
+    given.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="a second one to compare it with")
+    out = parse.add_argument_group("output")
+    shared(out, "limit", default=1000, about="questions on the page (default: %(default)s)")
+    out.add_argument("--output", type=Path, help="the page (default: view.html in the last folder)")
+    shared(out, "format")
+    options = parse.parse_args(argv)
     folders = [folder for folder in (options.folder, options.other) if folder is not None]
     runs = [(_name(folder, folders), require_lines(folder)) for folder in folders]
     target = options.output or folders[-1] / "view.html"
-    write_whole(target, page(runs, options.limit))
-    sys.stdout.write(f"{target}\n")
+    made = page(runs, options.limit)
+    write_whole(target, made.html)
+    found = {"page": str(target), "questions": made.shown, "of": made.total}
+    sys.stdout.write(json.dumps(found) + "\n" if options.format == "json" else f"{target}\n")
+    if made.shown < min(made.total, options.limit):
+        sys.stderr.write(f"the page holds {made.shown:,} of {made.total:,} questions: no page is larger than 5 MB\n")
+    next_step("milora_eval", "compare", options.folder, options.other or "OTHER")
     return 0
 
 

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import parser, positive, run
+from milora_data.command import next_step, parser, run
 from milora_data.errors import UserError
+from milora_data.flags import shared
 from milora_eval.store import write_whole
 
 EXAMPLES = """\
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps(results["results"], indent=1, default=str) + "\n")
     else:
         sys.stdout.write(utils.make_table(results) + "\n")
+    tuned = ("--adapter", options.adapter or "FOLDER")
+    next_step("milora_vl.forgetting", "--model", options.model, *tuned)
     return 0
 
 
@@ -68,17 +71,20 @@ def model(wrapper: Any, name: str, adapter: Path | None, dtype: str | None, devi
 
 def _options() -> argparse.ArgumentParser:
     options = parser("python -m milora_eval.lm_eval", "Run lm-evaluation-harness on base + adapter.", EXAMPLES)
-    options.add_argument("--model", required=True, metavar="M", help="name, hub id or folder of the model")
-    options.add_argument("--adapter", type=Path, metavar="A", help="folder with an adapter or a projector")
-    options.add_argument("--tasks", required=True, metavar="a,b", help="names of the harness' tasks")
-    options.add_argument("--include_path", type=Path, metavar="DIR", help="folder with tasks of your own")
-    options.add_argument("--num_fewshot", type=int, metavar="N", help="examples in the prompt (default: the task's)")
-    options.add_argument("--limit", type=positive, metavar="N", help="the first N questions of each task")
-    options.add_argument("--batch_size", type=positive, default=8, help="(default: %(default)s)")
-    options.add_argument("--output_dir", type=Path, metavar="O", help="results go to O/lm_eval.json")
-    options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU)")
-    options.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    options.add_argument("--format", choices=("human", "json"), default="human", help="of what is printed")
+    given = options.add_argument_group("input")
+    shared(given, "model", required=True)
+    shared(given, "adapter")
+    given.add_argument("--tasks", required=True, metavar="a,b", help="names of the harness' tasks")
+    given.add_argument("--include_path", type=Path, help="folder with tasks of your own")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--num_fewshot", type=int, help="examples in the prompt (default: the task's)")
+    shared(settings, "limit", about="the first N questions of each task")
+    shared(settings, "batch_size", default=8)
+    shared(settings, "device")
+    shared(settings, "dtype")
+    out = options.add_argument_group("output")
+    shared(out, "output_dir", about="results go to FOLDER/lm_eval.json")
+    shared(out, "format")
     return options
 
 

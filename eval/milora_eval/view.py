@@ -1,32 +1,49 @@
 """One HTML page to browse the answers of an evaluation, or of two: pictures, questions, answers, truths, filters.
 
-The page holds everything itself (thumbnails included) and needs no network.
+The page holds everything itself, small copies of the pictures included, and needs no network.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from milora_data.page.pictures import fitting, thumbnail
+from milora_data.page.render import MAX_BYTES, render
 from milora_eval.lines import to_answer, to_item
 from milora_eval.selection import select
 from milora_eval.store import Line
 from milora_eval.suites import find_benchmark
 
-THUMBNAIL = 320  # pixels a side, shown at half of it on dense screens
+Runs = Sequence[tuple[str, Sequence[Line]]]
 
 
-def page(runs: Sequence[tuple[str, Sequence[Line]]], limit: int) -> str:
-    """Return the page for one run or two, each (name, lines); of many questions, `limit` with their pictures.
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The page, how many questions it holds, and how many there are."""
+
+    html: str
+    shown: int
+    total: int
+
+
+def page(runs: Runs, limit: int) -> Page:
+    """Return the page for one run or two, each (name, lines); of many questions, `limit` or as many as 5 MB hold.
 
     The second run's answers are compared with the first's on the questions of the first.
     """
-    from jinja2 import Environment, PackageLoader
+    while True:
+        made = _page(runs, limit)
+        size = len(made.html)  # all of it is ASCII
+        if size <= MAX_BYTES or made.shown <= 1:
+            return made
+        limit = max(1, made.shown * MAX_BYTES * 9 // (size * 10))
 
+
+def _page(runs: Runs, limit: int) -> Page:
     names = [name for name, _ in runs]
     lines = [{(line["benchmark"], line["id"]): line for line in own} for _, own in runs]
     items = [to_item(line) for line in lines[0].values()]
@@ -37,32 +54,32 @@ def page(runs: Sequence[tuple[str, Sequence[Line]]], limit: int) -> str:
         for key, item in zip(lines[0], items, strict=True)
         if id(item) in kept
     ]
-    content = {
-        "runs": names,
-        "total": len(items),
-        "rows": rows,
-        "pictures": [thumbnail(Path(name)) for name in pictures],
-    }
-    environment = Environment(loader=PackageLoader("milora_eval", "."), autoescape=True)
-    template = environment.get_template("view.html.jinja")
-    # Plain ASCII and no "<": whatever an answer holds, it cannot end the script it stands in.
-    return template.render(title=" and ".join(names), content=json.dumps(content).replace("<", "\\u003c"))
+    budget = max(MAX_BYTES * 9 // 10 - len(json.dumps(rows)), MAX_BYTES // 3)
+    small = fitting([thumbnail(Path(name)) for name in pictures], budget)
+    content = json.dumps({"runs": names, "rows": rows, "pictures": small})
+    count = f"{len(rows):,} of {len(items):,}" if len(rows) < len(items) else f"{len(rows):,}"
+    html = render(
+        Path(__file__).with_name("view.html.j2"),
+        {
+            "title": " and ".join(names),
+            "lede": _lede(names, rows),
+            "about": f"{count} questions",
+            # Plain ASCII and no "<": whatever an answer holds, it cannot end the script it stands in.
+            "content": content.replace("<", "\\u003c"),
+        },
+    )
+    return Page(html, len(rows), len(items))
 
 
-def thumbnail(path: Path) -> str | None:
-    """Return a picture as a small data URI, None where it cannot be read any more."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
-            small = image.convert("RGB")
-    except OSError:
-        return None
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _lede(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The result in a line: how many of the questions shown are right, or how two runs differ."""
+    marks = [[None if a is None or a["value"] is None else a["value"] >= 0.5 for a in row["answers"]] for row in rows]
+    if len(names) == 1:
+        scored = [own for (own,) in marks if own is not None]
+        return f"{sum(scored):,} of {len(scored):,} answers are right" if scored else "Answers that are not scored yet"
+    gained, lost = marks.count([False, True]), marks.count([True, False])
+    first, second = names
+    return f"{second} is right on {gained:,} questions that {first} gets wrong, and wrong on {lost:,} of its right ones"
 
 
 def _row(key: tuple[str, str], own: Sequence[Line | None], pictures: dict[str, int]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from milora_data.page import render as pages
 from milora_vl.analysis import plots
 from milora_vl.analysis.rows import Row
-from milora_vl.reporting import pages
 from milora_vl.reporting.drawing import Plot, draw
 from milora_vl.reporting.plots import Look, write_csv
 from milora_vl.reporting.tables import Table
@@ -26,10 +26,10 @@ UPDATE_MAPS = {
     "amplification": (
         "amplification factor",
         "‖UᵀΔWV‖ / ‖UᵀWV‖ with U, V the top-r singular vectors of ΔW. A lower factor does not by itself mean that more "
-        "was preserved: PiSSA has the lowest of all. Read it together with ‖UᵀWV‖, in the table below.",
+        "was preserved: PiSSA has the lowest of all. Read it together with ‖UᵀWV‖, in the table above.",
     ),
     "similarity_bottom": ("similarity", "Subspace similarity of ΔW’s left vectors with the bottom r of W’s."),
-    "similarity_top": ("similarity", "The same with the top r of W’s."),
+    "similarity_top": ("similarity", "Subspace similarity of ΔW’s left vectors with the top r of W’s."),
     "intruders": ("of the first 10", "Intruder dimensions: top left vectors of the tuned weight that have a cosine of "
                   "0.5 with none of W’s (arXiv:2410.21228, k = 10)."),
 }  # fmt: skip
@@ -56,13 +56,32 @@ def write(folder: Path, kind: str, name: str, base: str, rows: Sequence[Row]) ->
     summary: dict[str, Any] = {"kind": kind, "of": name, "base": base, "layers": len(rows), "means": means}
     summary["figures"] = [{"name": figure["name"], "caption": figure["caption"]} for figure in figures]
     summary["table"] = asdict(table)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _json(folder / "summary.json", summary)
+    # As the page holds them, in all looks: the report of a run shows them too.
+    drawn = [{"plot": asdict(figure["plot"]), "caption": figure["caption"]} for figure in figures]
+    _json(folder / "figures.json", drawn)
     title = f"{name}" if kind == "base" else f"{name} on {base}"
-    content = {
-        "title": title, "kind": kind, "figures": figures, "table": table, "count": len(rows)
-    }  # fmt: skip
-    pages.write(folder / "analysis.html", pages.render("analysis.html.j2", content))
+    content = {"title": title, "lede": lede(kind, rows), "figures": figures, "table": table}
+    pages.write(folder / "analysis.html", pages.render(Path(__file__).with_name("analysis.html.j2"), content))
     return summary
+
+
+def lede(kind: str, rows: Sequence[Row]) -> str:
+    """The result in a line: how large the update is, and in which directions of W it lies."""
+    if kind == "base":
+        return f"The spectra of {len(rows):,} layers"
+    found = _means(rows, _UPDATE_FIELDS)
+    words = f"The training changed {len(rows):,} layers"
+    if "relative_update" in found:
+        words += f" by {100 * found['relative_update']:.2g} % of their norm"
+    if "similarity_top" in found:
+        words += f"; similarity with their last directions {found['similarity_bottom']:.2f}"
+        words += f", with the first {found['similarity_top']:.2f}"
+    return words
+
+
+def _json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _means(rows: Sequence[Row], fields: dict[str, str]) -> dict[str, float]:
@@ -101,7 +120,7 @@ def _figures(folder: Path, kind: str, rows: Sequence[Row]) -> list[dict[str, Any
         made.append({"name": name, "plot": _draw(folder, name, partial(figure, rows), caption), "caption": caption})
     maps = BASE_MAPS if kind == "base" else UPDATE_MAPS
     for field, (label, caption) in maps.items() if plots.has_map(rows) else ():
-        if any(row.get(field) is not None for row in rows):
+        if len({row[field] for row in rows if row.get(field) is not None}) > 1:  # one colour shows nothing
             name = f"heat-{field}"
             keys = ("tower", "block", "module", field)
             write_csv(folder / f"{name}.csv", keys, [[row.get(key) for key in keys] for row in rows])

@@ -46,7 +46,7 @@ def heat_map(rows: Sequence[Row], field: str, label: str, look: Look) -> Figure:
     norm: Any = LogNorm(low, high) if low > 0 and high > 20 * low else Normalize(min(low, 0.0), high or 1.0)
     shapes = [_grid(rows, tower, field) for tower in towers]
     with styled(look):
-        height = 1.4 + 0.16 * max(len(blocks) for _, blocks, _ in shapes)
+        height = 1.3 + 0.11 * max(len(blocks) for _, blocks, _ in shapes)
         size = (look.width, (height if not look.narrow else height * len(towers)) + 0.4)
         figure = Figure(figsize=size, layout="constrained")
         lines, columns = (len(towers), 1) if look.narrow else (1, len(towers))

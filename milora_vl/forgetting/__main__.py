@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command import parser, positive, run
+from milora_data.command import next_step, parser, positive, run
 from milora_data.errors import UserError
+from milora_data.flags import shared
 
 PROBES = ("text", "samples", "pictures")
 _EXAMPLES = """\
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr.write(f"written: {job.file}\n")
     if (folder / "recipe.yaml").is_file():
         _report(folder)
+    base = ("--base", options.base) if options.base else ()
+    next_step("milora_vl.analyze", options.adapter or options.model, *base)
     return 0
 
 
@@ -75,24 +78,27 @@ def _report(folder: Path) -> None:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser("python -m milora_vl.forgetting", "Measure what a tuned model has forgotten.", _EXAMPLES)
-    options.add_argument("--model", required=True, metavar="M", help="name, hub id or folder of the model")
-    options.add_argument("--adapter", type=Path, metavar="A", help="folder with the adapter")
-    options.add_argument("--base", metavar="B", help="what a fully trained --model is compared with")
-    options.add_argument("--on", type=_probes, default=None, metavar="a,b", help=f"of {', '.join(PROBES)}; default all")
-    options.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="text files, a document each")
-    options.add_argument("--data_path", type=Path, metavar="D", help="LLaVA records whose questions are asked")
-    options.add_argument("--image_folder", type=Path, metavar="I", help="that their pictures are relative to")
-    options.add_argument("--num_tokens", type=positive, default=8192, metavar="N", help="of text (default: 8192)")
-    options.add_argument("--limit", type=positive, metavar="N", help="the first N questions, or items of a benchmark")
-    options.add_argument("--suite", metavar="S", help="evaluate a suite too, before and after; see milora_eval ls")
-    options.add_argument("--data", type=Path, metavar="DIR", help="folder of the suite's files")
-    options.add_argument("--output_dir", type=Path, metavar="O", help="for forgetting.json; default: the tuned folder")
-    options.add_argument("--template", help="prompt format (default: the run's own, else vicuna_v1)")
-    options.add_argument("--batch_size", type=positive, default=8)
-    options.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
-    options.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32 on a CPU)")
-    options.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    options.add_argument("--format", choices=("human", "json"), default="human", help="of what is printed")
+    given = options.add_argument_group("input")
+    shared(given, "model", required=True)
+    shared(given, "adapter")
+    shared(given, "base")
+    given.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="text files, a document each")
+    given.add_argument("--data_path", type=Path, metavar="DATA", help="LLaVA records whose questions are asked")
+    shared(given, "image_folder")
+    shared(given, "suite", about="evaluate a suite too, before and after; see: python -m milora_eval ls")
+    shared(given, "data", about="with the suite's files")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--on", type=_probes, metavar="a,b", help=f"of {', '.join(PROBES)} (default: all)")
+    settings.add_argument("--num_tokens", type=positive, default=8192, help="of text (default: %(default)s)")
+    shared(settings, "limit", about="the first N questions, or items of a benchmark")
+    shared(settings, "template")
+    shared(settings, "batch_size", default=8)
+    shared(settings, "seed", about="of the samples (default: %(default)s)")
+    shared(settings, "device")
+    shared(settings, "dtype")
+    out = options.add_argument_group("output")
+    shared(out, "output_dir", about="for forgetting.json (default: the tuned folder)")
+    shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 

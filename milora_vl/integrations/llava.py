@@ -137,7 +137,11 @@ def _without_deepspeed(shims: ExitStack, transformers: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run LLaVA's script. Returns the exit code."""
-    chosen = options("python -m milora_vl.integrations.llava", "Run LLaVA's train.py with MiLoRA as its LoRA.", argv)
+    about, example = (
+        "Run LLaVA's train.py with MiLoRA as its LoRA.",
+        "llava/train/train_mem.py --lora_enable True --lora_r 128",
+    )
+    chosen = options("python -m milora_vl.integrations.llava", about, example, argv)
     arguments = renamed_flags(chosen.arguments)
     if "--lora_enable" not in [argument.partition("=")[0] for argument in arguments]:
         sys.stderr.write("milora: --lora_enable is not given, so this run trains without an adapter\n")

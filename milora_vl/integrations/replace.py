@@ -123,16 +123,20 @@ def launch(script: Path, arguments: Sequence[str]) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def options(prog: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+def options(prog: str, description: str, example: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the launcher's own flags, the script, and what is the script's."""
-    parse = parser(prog, description)
-    parse.add_argument("--part", choices=PARTS, default="minor", help="which components train")
-    parse.add_argument("--form", choices=FORMS, default="anchored", help="residual: W - s B0 A0 takes the base's place")
-    parse.add_argument(
+    parse = parser(prog, description, f"examples:\n  {prog} {example}\n")
+    settings = parse.add_argument_group("settings")
+    settings.add_argument("--part", choices=PARTS, default="minor", help="which components train")
+    settings.add_argument(
+        "--form", choices=FORMS, default="anchored", help="residual: W - s B0 A0 takes the base's place"
+    )
+    settings.add_argument(
         "--in", dest="modules", action="append", default=[], metavar="MODULE",
         help="a module that has imported get_peft_model before; may be repeated",
     )  # fmt: skip
-    parse.add_argument("script", type=Path, metavar="script.py", help="what follows it are its own arguments")
+    read = parse.add_argument_group("input")
+    read.add_argument("script", type=Path, metavar="script.py", help="what follows it are its own arguments")
     given = list(sys.argv[1:] if argv is None else argv)
     split = next((i for i, word in enumerate(given) if word.endswith(".py")), len(given))
     parsed: argparse.Namespace = parse.parse_args(given[: split + 1])
@@ -142,7 +146,8 @@ def options(prog: str, description: str, argv: Sequence[str] | None) -> argparse
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script. Returns the exit code."""
-    chosen = options("python -m milora_vl.integrations.replace", "Run a script with MiLoRA as its LoRA.", argv)
+    about, example = "Run a script with MiLoRA as its LoRA.", "train.py --learning_rate 2e-4"
+    chosen = options("python -m milora_vl.integrations.replace", about, example, argv)
     with get_peft_model_replaced(*chosen.modules, part=chosen.part, form=chosen.form):
         launch(chosen.script, chosen.arguments)
     return 0

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from milora_data.errors import UserError
 from milora_vl.reporting.drawing import Plot
-from milora_vl.reporting.gallery import data_uri
 from milora_vl.reporting.tables import Table
 
 
@@ -26,11 +25,14 @@ def read_analysis(run: Path) -> Analysis | None:
     if not file.is_file():
         return None
     try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        rows = tuple(tuple(row) for row in summary["table"]["rows"])
-        table = Table(tuple(summary["table"]["header"]), rows, summary["table"]["caption"])
-        named = [(file.with_name(f"{entry['name']}.png"), entry["caption"]) for entry in summary["figures"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}\nmove it away to have a report without it") from error
-    figures = [(Plot(data_uri(p.read_bytes(), "image/png"), (), words), words) for p, words in named if p.is_file()]
-    return Analysis(table, figures)
+        table = json.loads(file.read_text(encoding="utf-8"))["table"]
+        file = file.with_name("figures.json")
+        figures = json.loads(file.read_text(encoding="utf-8"))
+        return Analysis(
+            Table(tuple(table["header"]), tuple(tuple(row) for row in table["rows"]), table["caption"]),
+            [(Plot(**figure["plot"]), figure["caption"]) for figure in figures],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}: cannot be read: {error}\nmove {file.parent} away to have a report without it"
+        ) from error

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from milora_data.page.pictures import data_uri
 from milora_vl.reporting import plots
-from milora_vl.reporting.gallery import data_uri
 from milora_vl.reporting.plots import LOOKS, Look
 
 if TYPE_CHECKING:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
 from milora_vl.reporting.run_page import Comparison, Json
-
-THUMBNAIL = 224  # pixels a side, for a card that is shown at 150 to 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,30 +85,6 @@ def outcomes(items: Sequence[Question]) -> dict[str, int]:
         return {}
     names = {"right before and after": (True, True), "newly right": (False, True), "no longer right": (True, False)}
     return {name: both.count(pair) for name, pair in {**names, "wrong before and after": (False, False)}.items()}
-
-
-def thumbnail(picture: Path | None) -> str | None:
-    """The picture as a small JPEG data URI, transparent parts white; None when there is none or it cannot be read."""
-    from PIL import Image
-
-    if picture is None or not picture.is_file():
-        return None
-    try:
-        with Image.open(picture) as opened:
-            opened.thumbnail((THUMBNAIL, THUMBNAIL))
-            image = Image.new("RGB", opened.size, "white")
-            rgba = opened.convert("RGBA")
-    except OSError:
-        return None
-    image.paste(rgba, mask=rgba)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return data_uri(buffer.getvalue(), "image/jpeg")
-
-
-def data_uri(content: bytes, mime: str) -> str:
-    """The bytes as a URI that a page can hold."""
-    return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _by_id(lines: Sequence[Json]) -> dict[tuple[str, str], Json]:

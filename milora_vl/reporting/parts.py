@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from milora_data.page.pictures import fitting, thumbnail
 from milora_vl.reporting import gallery as gallery_of
 from milora_vl.reporting.gallery import Question
 from milora_vl.reporting.run_page import Evaluation, Run, Score, label
@@ -14,6 +15,7 @@ from milora_vl.reporting.tables import Table, score_tables
 from milora_vl.reporting.wording import amount, duration, forgetting, gain, headline, percent
 
 GALLERY_SIZE = 24
+_PICTURES = 2_000_000  # characters that they may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,8 @@ def gallery(run: Run) -> Gallery | None:
     if not items:
         return None
     chosen = gallery_of.sample(items, GALLERY_SIZE)
-    cards = [Card(item, label(item.kind), gallery_of.thumbnail(item.picture)) for item in chosen]
+    uris = fitting([thumbnail(item.picture) for item in chosen], _PICTURES)
+    cards = [Card(item, label(item.kind), uri or None) for item, uri in zip(chosen, uris, strict=True)]
     return Gallery(_how_chosen(chosen, items), cards)
 
 

@@ -17,7 +17,7 @@ from milora_vl.reporting.tables import Table
 from milora_vl.studies import decay, plots
 from milora_vl.studies.runner import Folder, all_cells, finished
 from milora_vl.studies.study import Study
-from milora_vl.studies.tasks import load_task
+from milora_vl.studies.tasks import load_task, task_class
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import Arm, Result, arms, mean_of
@@ -48,6 +48,7 @@ def write(study: Study, folder: Folder, command: str) -> tuple[Path, Table]:
     def answers(cell: Cell) -> Mapping[str, tuple[float, str]]:
         return {item: (score, item) for item, score in folder.items(cell).items()}
 
+    task = task_class(study.task)
     written, _ = page.write(
         page.Compared(
             folder.path,

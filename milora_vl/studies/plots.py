@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from milora_vl.reporting.plots import Look, styled
 from milora_vl.studies.decay import Layer
-from milora_vl.sweep.plots import COLOURS, MARKS
+from milora_vl.sweep.plots import MARKS, colour_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ def layers_figure(found: Sequence[Layer], look: Look) -> Figure:
             own = [layer for layer in found if layer.kind == kind]
             axis.plot(
                 [layer.decay for layer in own], [layer.help for layer in own], ls="", ms=7,
-                marker=MARKS[place % len(MARKS)], color=COLOURS[place % len(COLOURS)], label=kind,
+                marker=MARKS[place % len(MARKS)], color=colour_of(place, look), label=kind,
             )  # fmt: skip
         axis.set(xlabel="decay exponent of the spectrum", ylabel="validation loss saved by the layer’s adapter alone")
         figure.legend(loc="outside upper left", ncols=2 if look.narrow else 4, handletextpad=0.2)

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import parser, positive, run
+from milora_data.command import next_step, parser, positive, run
 from milora_data.errors import UserError
+from milora_data.flags import shared
 
 if TYPE_CHECKING:
     from milora_vl.sweep.cells import Cell
@@ -83,24 +84,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     for cell in failed:
         sys.stderr.write(f"failed: {cell.name}   see {folder / 'logs' / cell.name}.log; again with --retry\n")
     sys.stderr.write(f"page:   {written}\n")
+    if failed:
+        next_step("milora_vl.sweep", *(sys.argv[1:] if argv is None else argv), "--retry")
+    else:
+        next_step("milora_vl.report", folder / "cells" / cells[0].name)
     return 1 if failed else 0
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser("python -m milora_vl.sweep", "Compare methods, each at its own best learning rate.", _EXAMPLES)
-    options.add_argument("--recipe", required=True, metavar="R", help="name or file, as for milora_vl.train")
-    options.add_argument("--methods", type=_words, required=True, metavar="a,b", help="the first one is compared with")
-    options.add_argument("--lrs", type=_numbers(float), required=True, metavar="x,y", help="learning rates")
-    options.add_argument("--ranks", type=_numbers(int), metavar="r,s", help="default: the recipe's own")
-    options.add_argument("--seeds", type=positive, default=3, metavar="N", help="how many, from the recipe's on (3)")
-    options.add_argument("--suite", metavar="S", help="what is scored (default: sweep.suite of the recipe)")
-    options.add_argument("--data", metavar="DIR", help="folder of the suite's files")
-    options.add_argument("--limit", type=positive, metavar="N", help="items of each benchmark")
-    options.add_argument("--output_dir", type=Path, metavar="O", help="default: runs/sweep-RECIPE")
-    options.add_argument("--jobs", type=positive, metavar="J", help="cells at a time (default: a GPU or a core each)")
-    options.add_argument("--plan", action="store_true", help="show the plan and its cost, and stop")
-    options.add_argument("--retry", action="store_true", help="try the cells that failed again")
-    options.add_argument("--format", choices=("human", "json"), default="human", help="of what is printed")
+    given = options.add_argument_group("input")
+    given.add_argument("--recipe", required=True, metavar="RECIPE", help="name or file, as for milora_vl.train")
+    shared(given, "suite", about="what is scored (default: sweep.suite of the recipe)")
+    given.add_argument("--data", metavar="FOLDER", help="with the suite's files")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--methods", type=_words, required=True, metavar="a,b", help="the first one is compared with")
+    settings.add_argument("--lrs", type=_numbers(float), required=True, metavar="x,y", help="learning rates")
+    settings.add_argument("--ranks", type=_numbers(int), metavar="r,s", help="(default: the recipe's own)")
+    settings.add_argument("--seeds", type=positive, default=3, help="how many, from the recipe's on (default: 3)")
+    shared(settings, "limit", about="items of each benchmark")
+    settings.add_argument("--jobs", type=positive, help="cells at a time (default: a GPU or a core each)")
+    settings.add_argument("--plan", action="store_true", help="show the plan and its cost, and stop")
+    settings.add_argument("--retry", action="store_true", help="try the cells that failed again")
+    out = options.add_argument_group("output")
+    shared(out, "output_dir", about="to write (default: runs/sweep-RECIPE)")
+    shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from milora_vl.reporting import pages
+from milora_data.page import render as pages
 from milora_vl.reporting.drawing import draw
 from milora_vl.reporting.plots import write_csv
 from milora_vl.reporting.tables import Table
@@ -18,6 +18,7 @@ from milora_vl.sweep.results import Answers, Arm, Pair, Result, arms, pairs
 from milora_vl.sweep.runner import Sweep
 from milora_vl.sweep.store import write_json
 
+FORGETS = "forgetting on general text, nats a token"
 _POINT = ("method", "rank", "learning_rate", "validation", "score", "score_half", "forgetting", "forgetting_half", "n")
 
 
@@ -33,6 +34,7 @@ class Compared:
     answers: Answers
     seeds: int
     metric: str
+    forgets: str
     command: str
 
 
@@ -43,7 +45,7 @@ def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> C
     metric = next((f"{r['benchmark']}, {r['metric']}" for r in results.values()), "score")
     arms_count = len({cell.arm for cell in results})
     title = f"{arms_count} methods on {sweep.recipe.model}"
-    return Compared(sweep.folder, title, cells, results, failed, sweep.answers, seeds, metric, command)
+    return Compared(sweep.folder, title, cells, results, failed, sweep.answers, seeds, metric, FORGETS, command)
 
 
 def write(compared: Compared) -> tuple[Path, Table]:
@@ -60,7 +62,7 @@ def write(compared: Compared) -> tuple[Path, Table]:
         "edges": [arm.label for arm in found if arm.at_edge],
     }  # fmt: skip
     page = compared.folder / "sweep.html"
-    pages.write(page, pages.render("sweep.html.j2", content))
+    pages.write(page, pages.render(Path(__file__).with_name("sweep.html.j2"), content))
     return page, table
 
 
@@ -71,7 +73,7 @@ def _figures(compared: Compared, found: Sequence[Arm]) -> list[dict[str, Any]]:
             "Up and to the left is better. Open marks are learning rates that validation did not choose; bars are 95 % "
             "intervals over seeds; the grey line joins the points that none beats in both."
         )
-        figure = partial(plots.pareto_figure, found, compared.metric)
+        figure = partial(plots.pareto_figure, found, compared.metric, compared.forgets)
         figures.append({"plot": draw(compared.folder, "pareto", figure, caption, with_pdf=True), "caption": caption})
     if any(len(arm.points) > 1 for arm in found):
         caption = "Each method over the learning rates. The validation loss alone decides which one is reported."

@@ -11,23 +11,16 @@ from milora_vl.sweep.results import Arm, Mean, front
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, each with a mark of its own.
-COLOURS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#D55E00",
-    "#56B4E9",
-    "#8a8a8a",
-    "#B8A800",
-    "#7A5195",
-    "#444444",
-)
+# Okabe and Ito's colours and three more, each with a mark of its own; (on a light page, on a dark one).
+_COLOURS = (
+    ("#0072B2", "#3E9BDB"), ("#E69F00", "#E69F00"), ("#009E73", "#1FB68A"), ("#CC79A7", "#D58BB5"),
+    ("#D55E00", "#E8702A"), ("#56B4E9", "#9BD5F7"), ("#8A8A8A", "#9A9A9A"), ("#9A8B00", "#C9BC1E"),
+    ("#7A5195", "#B08AD0"), ("#444444", "#E6E9ED"),
+)  # fmt: skip
 MARKS = "osD^vPX<>*"
 
 
-def pareto_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
+def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, look: Look) -> Figure:
     """Draw every method's way over its learning rates; the chosen one is filled, the Pareto front a grey line."""
     from matplotlib.figure import Figure
 
@@ -36,9 +29,9 @@ def pareto_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
         axis = figure.subplots()
         best = front([point for arm in arms for point in arm.points])
         x, y = [p.forgetting.value for p in best], [p.score.value for p in best]
-        axis.step(x, y, where="post", color=GREY, lw=6, alpha=0.25, zorder=0)
+        axis.step(x, y, where="post", color=GREY, lw=3, alpha=0.4, zorder=0, solid_joinstyle="miter")
         for place, arm in enumerate(arms):
-            colour, mark = COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)]
+            colour, mark = colour_of(place, look), MARKS[place % len(MARKS)]
             x, y = [p.forgetting.value for p in arm.points], [p.score.value for p in arm.points]
             axis.plot(x, y, color=colour, lw=1, alpha=0.6, zorder=1)
             for point in arm.points:
@@ -47,10 +40,10 @@ def pareto_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
                     fmt=mark, ms=7, color=colour, mfc=colour if point is arm.best else look.paper, mew=1.6,
                     elinewidth=0.8, alpha=0.95, zorder=2, label=arm.label if point is arm.points[0] else None,
                 )  # fmt: skip
-        axis.set(xlabel="forgetting on general text, nats a token", ylabel=metric)
+        axis.set(xlabel=forgets, ylabel=metric)
         if min(x for arm in arms for x in [p.forgetting.value for p in arm.points]) > 0:
             axis.set_xscale("log")
-        handles = [_handle(axis, place, arm.label) for place, arm in enumerate(arms)]
+        handles = [_handle(axis, place, arm.label, look) for place, arm in enumerate(arms)]
         figure.legend(handles=handles, loc="outside upper left", ncols=2 if look.narrow else 5, handletextpad=0.2)
     return figure
 
@@ -69,16 +62,20 @@ def rates_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
                 means: list[Mean] = [getattr(point, field) for point in arm.points]
                 axis.errorbar(
                     [p.learning_rate for p in arm.points], [m.value for m in means], yerr=[m.half or 0 for m in means],
-                    color=COLOURS[place % len(COLOURS)], marker=MARKS[place % len(MARKS)], ms=5, lw=1.4,
+                    color=colour_of(place, look), marker=MARKS[place % len(MARKS)], ms=5, lw=1.4,
                     elinewidth=0.8,
                 )  # fmt: skip
             axis.set(xscale="log", xlabel="learning rate")
             axis.set_title(name, loc="left", fontsize=10, fontweight="bold")
-        handles = [_handle(axis, place, arm.label) for place, arm in enumerate(arms)]
+        handles = [_handle(axis, place, arm.label, look) for place, arm in enumerate(arms)]
         figure.legend(handles=handles, loc="outside upper left", ncols=2 if look.narrow else 5, handletextpad=0.2)
     return figure
 
 
-def _handle(axis: Any, place: int, label: str) -> Any:
-    colour, mark = COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)]
+def colour_of(place: int, look: Look) -> str:
+    return _COLOURS[place % len(_COLOURS)][look.dark]
+
+
+def _handle(axis: Any, place: int, label: str, look: Look) -> Any:
+    colour, mark = colour_of(place, look), MARKS[place % len(MARKS)]
     return axis.plot([], [], color=colour, marker=mark, ls="", ms=7, label=label)[0]

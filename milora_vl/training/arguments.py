@@ -75,7 +75,9 @@ RUN_FLAGS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "print_recipe": ("str", (), "print a recipe with every key and its default"),
     "list_models": ("bool", (), "print the named models"),
     "list_recipes": ("bool", (), "print the recipes"),
+    "format": ("str", (), "human, or json: what goes to stdout, of a plan, a list, a finished run"),
 }
+FORMATS = ("human", "json")
 ALIASES = {"template": {"v1": "vicuna_v1"}, "image_aspect_ratio": {"square": "plain"}}
 ACTIONS = ("print_recipe", "list_models", "list_recipes", "dry_run")
 TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": hf_arguments.boolean}
@@ -92,6 +94,7 @@ class Request:
     llava: dict[str, Any] = field(default_factory=dict)
     output_dir: str | None = None
     resume: str | None = None
+    format: str = "human"
     action: str = "train"  # train | dry_run | print_recipe | list_models | list_recipes
     argument: str = ""  # of the action
     devices: int | None = None  # of a plan
@@ -141,6 +144,8 @@ def parse(argv: Sequence[str] | None) -> Request:
     planned = [f"--{name}" for name in ("devices", "gpu_memory") if name in run]
     if planned and not run.get("dry_run"):
         raise UserError(f"{' '.join(planned)}: only with --dry-run; devices of a run are those of its launcher")
+    if run.get("format", "human") not in FORMATS:
+        raise UserError(f"--format {run['format']}: expected {' or '.join(FORMATS)}")
     actions = [name for name in ACTIONS if run.get(name, False) is not False]
     return Request(
         recipe=run.get("recipe"),
@@ -150,6 +155,7 @@ def parse(argv: Sequence[str] | None) -> Request:
         llava=sections["llava"],
         output_dir=run.get("output_dir"),
         resume=run.get("resume_from_checkpoint"),
+        format=run.get("format", "human"),
         action=actions[0] if actions else "train",
         devices=run.get("devices"),
         gpu_memory=run.get("gpu_memory"),

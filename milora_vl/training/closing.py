@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import sys
 import traceback
 from pathlib import Path
 
@@ -13,8 +15,11 @@ from milora_vl.training.run_folder import RESULTS, RunFolder
 from milora_vl.training.screen import Screen
 
 
-def close(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
-    """Write README.md and report.html and print the closing block. The report cannot fail the run."""
+def close(folder: RunFolder, recipe: Recipe, screen: Screen, style: str = "human") -> None:
+    """Write README.md and report.html and print the closing block; the report cannot fail the run.
+
+    With the style `json` the block, and what training measured, are the last line of stdout.
+    """
     reported = write_pages(folder, recipe, screen)
     weights = next((name for name in RESULTS if (folder.path / name).is_file()), "")
     rows = [("weights", str(folder.path / weights))]
@@ -23,6 +28,10 @@ def close(folder: RunFolder, recipe: Recipe, screen: Screen) -> None:
     rows.append(("recipe", str(folder.path / "recipe.yaml")))
     rows.append(("next", next_command(folder.path, recipe)))
     screen.closing(rows)
+    if style == "json":
+        file = folder.path / "all_results.json"
+        results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        sys.stdout.write(json.dumps({"output_dir": str(folder.path), **dict(rows), "results": results}) + "\n")
 
 
 def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> bool:

@@ -6,6 +6,7 @@ with its targets, and memory and time estimated. The plan goes to stdout.
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from datetime import datetime
@@ -26,12 +27,15 @@ from milora_vl.training import bases, build, first_batch, packages, run_data, ru
 from milora_vl.training.arguments import PROG, Request
 from milora_vl.training.batching import Batching
 from milora_vl.training.dry_run_cost import lines as cost_lines
-from milora_vl.training.screen import Screen, policy_rows, trainable_text, trained_sizes
+from milora_vl.training.screen import COLUMNS, Screen, policy_rows, trainable_text, trained_sizes
 
 
 def show(request: Request) -> int:
-    """Print the plan of a run. UserError for whatever would stop it; returns 0."""
-    screen = Screen(sys.stdout)
+    """Print the plan of a run. UserError for whatever would stop it; returns 0.
+
+    With --format json the plan goes to stderr, and what a program wants of it to stdout.
+    """
+    screen = Screen(sys.stdout if request.format == "human" else sys.stderr)
     chosen = settings.resolve(request)
     settings.require_fit(request, chosen.recipe)
     packages.check(chosen.recipe.train, chosen.recipe.quantization, chosen.recipe.attn_implementation)
@@ -65,23 +69,28 @@ def show(request: Request) -> int:
     )
     screen.say(f"\nbatch  {batching.describe()}")
     screen.say(f"steps  {batching.describe_steps() if num_records else 'not known without data'}")
-    has_steps = num_records is not None
-    for line in cost_lines(
-        train,
-        config,
-        base,
-        targets,
-        counts,
-        batching,
-        _packed_bytes(recipe),
-        has_steps=has_steps,
-        gpu_memory=request.gpu_memory,
-    ):
-        screen.say(line)
+    costs = cost_lines(
+        train, config, base, targets, counts, batching, _packed_bytes(recipe),
+        has_steps=num_records is not None, gpu_memory=request.gpu_memory,
+    )  # fmt: skip
+    screen.say("\n".join(costs))
     if problem:
         raise problem
     screen.say(f"\nto start it:\n  {command(request)}")
+    if request.format == "json":
+        content = {
+            "model": recipe.model, "parameters": count(base), **_trained(base, targets), "records": num_records,
+            "batch": batching.total, "steps": batching.steps if num_records else None, "cost": costs,
+            "output_dir": str(path), "next": command(request),
+        }  # fmt: skip
+        sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
     return 0
+
+
+def _trained(base: nn.Module, targets: list[Target]) -> dict[str, Any]:
+    sizes = trained_sizes(targets, base)
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in policy_rows(targets, sizes)]
+    return {"trained": sum(sizes.values()), "policy": rows}
 
 
 def _packed_bytes(recipe: Recipe) -> float | None:
@@ -169,7 +178,7 @@ def num_devices() -> int:
 
 def command(request: Request) -> str:
     """The command line without --dry-run."""
-    words, planned = [], ("--dry-run", "--devices", "--gpu-memory")
+    words, planned = [], ("--dry-run", "--devices", "--gpu-memory", "--format")
     for word, before in zip(request.words, ("", *request.words), strict=False):
         name, valued = word.replace("_", "-").split("=")[0], before.replace("_", "-") in planned[1:]
         if name not in planned and not valued:

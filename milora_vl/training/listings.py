@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 
@@ -16,30 +17,31 @@ from milora_vl.training.arguments import PROG, Request
 
 def show(request: Request) -> int:
     """Print what the request asks for."""
-    text = {"list_models": models, "list_recipes": recipes}.get(request.action)
-    sys.stdout.write(text() if text else recipe_text(request))
+    as_json = request.format == "json"
+    if request.action == "print_recipe":
+        text = json.dumps(_recipe(request)[1].model_dump(mode="json")) + "\n" if as_json else recipe_text(request)
+    else:
+        rows = models() if request.action == "list_models" else recipes()
+        text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n" if as_json else _table(rows)
+    sys.stdout.write(text)
     return 0
 
 
-def models() -> str:
-    """The named models, one a line."""
+def models() -> dict[str, str]:
+    """The named models, and where each comes from."""
     from milora_vl.models import NAMED_MODELS
 
-    return _table({name: str(model) for name, model in NAMED_MODELS.items()})
+    return {name: str(model) for name, model in NAMED_MODELS.items()}
 
 
-def recipes() -> str:
+def recipes() -> dict[str, str]:
     """The packaged recipes with the first line of their comment."""
-    return _table({name: llava_recipes.read(name).splitlines()[0].lstrip("# ") for name in llava_recipes.names()})
+    return {name: llava_recipes.read(name).splitlines()[0].lstrip("# ") for name in llava_recipes.names()}
 
 
 def recipe_text(request: Request) -> str:
     """A whole recipe: every key with its value, and TrainingArguments at their default as comments."""
-    name = request.argument or request.recipe
-    if not name:
-        raise UserError(f"--print-recipe: which one? {', '.join(llava_recipes.names())}\nsee: {PROG} --list-recipes")
-    content, lines, source = settings.read_recipe(name)
-    recipe = Recipe.parse(content, source, lines)
+    name, recipe = _recipe(request)
     comment = "".join(line for line in _source(name).splitlines(keepends=True) if line.startswith("#"))
     others = [
         f"#  {flag.name}: {yaml.safe_dump(flag.default, default_flow_style=True).splitlines()[0]}\n"
@@ -48,6 +50,14 @@ def recipe_text(request: Request) -> str:
         and flag.name not in hf_arguments.REFUSED and flag.name not in hf_arguments.RENAMED
     ]  # fmt: skip
     return comment + recipe.to_yaml() + "# Of train, at their defaults:\n" + "".join(others)
+
+
+def _recipe(request: Request) -> tuple[str, Recipe]:
+    name = request.argument or request.recipe
+    if not name:
+        raise UserError(f"--print-recipe: which one? {', '.join(llava_recipes.names())}\nsee: {PROG} --list-recipes")
+    content, lines, source = settings.read_recipe(name)
+    return name, Recipe.parse(content, source, lines)
 
 
 def _source(name: str) -> str:

@@ -295,7 +295,7 @@ class Run:
         if self.args.should_save:
             from milora_vl.training.closing import close
 
-            close(self.folder, self.recipe, self.screen)
+            close(self.folder, self.recipe, self.screen, self.request.format)
         for command in self.failed:
             self.screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")
         return 1 if self.failed else 0

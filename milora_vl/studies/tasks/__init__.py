@@ -19,11 +19,16 @@ TASKS = {
 }
 
 
-def load_task(name: str) -> Task:
-    """Build a task; UserError for a name that is none, and for data or assets that are not there."""
+def task_class(name: str) -> type[Task]:
+    """Return the class of a task, which knows what is measured; UserError for a name that is none."""
     if name not in TASKS:
         near = suggest(name, TASKS)
         raise UserError(f"no task {name!r}\n" + (f"did you mean {near[0]} ?" if near else f"known: {', '.join(TASKS)}"))
     module, cls = TASKS[name]
-    task: Task = getattr(import_module(f"milora_vl.studies.tasks.{module}"), cls)()
-    return task
+    found: type[Task] = getattr(import_module(f"milora_vl.studies.tasks.{module}"), cls)
+    return found
+
+
+def load_task(name: str) -> Task:
+    """Build a task; UserError for a name that is none, and for data or assets that are not there."""
+    return task_class(name)()
