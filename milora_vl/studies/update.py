@@ -49,7 +49,7 @@ class Updates:
                 outside += float(_outside(change, old, self.top).square().sum())
         found = {"update": math.sqrt(changed / weights) if weights else 0.0}
         if self.top is not None:
-            found["overlap"] = 1 - outside / changed if changed else 0.0
+            found["overlap"] = max(0.0, 1 - outside / changed) if changed else 0.0
         return found
 
     def _changes(self, model: Any) -> Iterator[tuple[Tensor, Tensor]]:

@@ -32,5 +32,5 @@ def task_class(name: str) -> type[Task]:
 
 @cache
 def load_task(name: str) -> Task:
-    """Return a task, built once in a process; UserError for a name that is none, and for data or assets that are not there."""
+    """Return a task, built once in a process; UserError for a name that is none, and for data that is not there."""
     return task_class(name)()
