@@ -52,7 +52,7 @@ def test_a_study_that_ships_is_sound(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in llava_recipes.names("study") if (DOCS / f"{n}.csv").is_file()])
 def test_docs_show_what_the_cells_say(name: str) -> None:
     text = (DOCS / f"{name.partition('.')[0]}.md").read_text(encoding="utf-8")
-    assert page.with_block(text, name, page.shown(name, read_study(name), DOCS)) == text
+    assert page.documented(text, name, read_study(name), DOCS) == text
 
 
 def test_a_study_runs_goes_on_and_is_shown(tmp_path: Path) -> None:

@@ -101,8 +101,14 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
         files = {".csv": "cells.csv", ".png": "pareto.png"}
     for suffix, source in files.items():
         shutil.copyfile(folder.path / source, docs / f"{name}{suffix}")
-    write_text(file, with_block(text, name, shown(name, folder.study, docs)))
+    write_text(file, documented(text, name, folder.study, docs))
     return file
+
+
+def documented(text: str, name: str, study: Study, docs: Path) -> str:
+    """A page of `docs` with the results of one study as the CSV files there have them."""
+    figure = "help over decay" if decay.NONE in study.arms else "score over forgetting"
+    return with_block(text, name, shown(name, study, docs), f"{figure}, {study.task}")
 
 
 def shown(name: str, study: Study, docs: Path) -> Table:
@@ -128,12 +134,13 @@ def shown(name: str, study: Study, docs: Path) -> Table:
     return Table(("measure", "layers", "ρ", "95 % interval", "n"), tuple(rows), words)
 
 
-def with_block(text: str, name: str, filled: Table) -> str:
-    """Return a page's text with the block of one study filled anew."""
+def with_block(text: str, name: str, filled: Table, figure: str = "") -> str:
+    """Return a page's text with the block of one study filled anew: its table, what that says, and its figure."""
     start = f"<!-- results: {name} -->"
     before, _, rest = text.partition(start)
     _, _, after = rest.partition("<!-- end -->")
-    return f"{before}{start}\n{markdown(filled)}\n\n{filled.caption}\n<!-- end -->{after}"
+    shown_figure = f"\n\n![{figure}]({name}.png)" if figure else ""
+    return f"{before}{start}\n{markdown(filled)}\n\n{filled.caption}{shown_figure}\n<!-- end -->{after}"
 
 
 def markdown(whole: Table) -> str:
