@@ -73,6 +73,7 @@ def rates_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
 
 
 def colour_of(place: int, look: Look) -> str:
+    """Return the colour of the arm at `place`."""
     return _COLOURS[place % len(_COLOURS)][look.dark]
 
 
