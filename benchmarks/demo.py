@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from datetime import date
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
