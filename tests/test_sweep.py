@@ -198,9 +198,12 @@ def test_docs_show_what_the_sweep_wrote() -> None:
     with (docs / "sweep.csv").open(encoding="utf-8", newline="") as file:
         points = list(csv.DictReader(file))
     text = (docs / "sweeps.md").read_text(encoding="utf-8")
+    readme = (docs.parent / "README.md").read_text(encoding="utf-8")
     for point in points:
         loss, score, half, lost, lost_half = (
             f"{float(point[key]):.3f}" for key in ("validation", "score", "score_half", "forgetting", "forgetting_half")
         )
         rate = f"{float(point['learning_rate']):g}"
         assert f"| {point['method']} | {rate} | {loss} | {score} ± {half} | {lost} ± {lost_half} |" in text
+        assert f"{score} ± {half}" in readme
+        assert f"{lost} ± {lost_half}" in readme
