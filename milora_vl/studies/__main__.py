@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import parser, positive, run
+from milora_data.command import next_step, parser, positive, run
 from milora_data.flags import shared
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _list(as_json: bool) -> None:
     found = {name: read_study(name).question for name in llava_recipes.names("study")}
     lines = [f"{name:<24} {question}" for name, question in found.items()]
     sys.stdout.write((json.dumps(found, ensure_ascii=False) if as_json else "\n".join(lines)) + "\n")
+    next_step("milora_vl.studies", next(iter(found)), "--plan")
 
 
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
@@ -86,6 +87,7 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     left = [cell for cell in cells if folder.result(cell) is None]
     sys.stderr.write(f"{name}: {len(cells):,} cells, {len(left):,} to run, {jobs} at a time\n{folder.path}\n")
     if options.plan:
+        next_step("milora_vl.studies", name)
         return 0
     command = f"python -m milora_vl.studies {name}"
 
@@ -104,6 +106,10 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     for cell in failed:
         sys.stderr.write(f"failed: {cell.name}   see {folder.path / 'failed' / cell.name}.json; again with --retry\n")
     sys.stderr.write(f"page: {written}\n")
+    next_step(
+        "milora_vl.studies",
+        *((name, "--retry") if failed else ("--list",) if options.docs else (name, "--docs", "FOLDER")),
+    )
     return 1 if failed else 0
 
 
