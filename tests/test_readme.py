@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import re
 import shlex
@@ -116,3 +118,12 @@ def test_the_first_screen_has_the_two_commands() -> None:
     first = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:12]
     assert any(line.startswith("make demo") for line in first)
     assert any(line.startswith("make test") for line in first)
+
+
+def test_the_demo_is_shown_as_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python benchmarks/demo.py` wrote both."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    demo = importlib.import_module("demo")
+    found = json.loads((ROOT / "benchmarks" / "demo.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert demo.written(readme, found) == readme
