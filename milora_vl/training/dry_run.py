@@ -77,13 +77,13 @@ def show(request: Request) -> int:
     screen.say("\n".join(costs))
     if problem:
         raise problem
-    typed = command(request) + ("" if recipe.data.path else " --data_path DATA.json --image_folder FOLDER")
-    screen.say(f"\nto start it:\n  {typed}")
+    missing = "" if recipe.data.path else " --data_path DATA.json --image_folder FOLDER"
+    screen.say(f"\nto start it:\n  {command(request)}{missing}")
     if request.format == "json":
         content = {
             "model": recipe.model, "parameters": count(base), **_trained(base, targets), "records": num_records,
             "batch": batching.total, "steps": batching.steps if num_records else None, "cost": costs,
-            "output_dir": str(path), "next": typed,
+            "output_dir": str(path), "next": command(request),
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
     return 0
