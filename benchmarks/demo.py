@@ -1,7 +1,7 @@
 """The demo as the README shows it: how long `make demo` took here, and what it printed.
 
-python benchmarks/demo.py            # minutes: runs it in a folder of its own, writes demo.json and the README's parts
-python benchmarks/demo.py --readme   # writes the README's parts from demo.json
+python benchmarks/demo.py            # minutes: runs it in a folder of its own, writes demo.json and the README's part
+python benchmarks/demo.py --readme   # writes the README's part from demo.json
 
 `make demo` must have run before, so that downloads and the making of smol-llava are not measured.
 """
@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import time
 from datetime import date
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -30,12 +28,6 @@ PRINTED = """\
 ...
 report: runs/demo/report.html
 ```
-"""
-SUMMARY = """\
-| | before | after | majority answer |
-|---|---|---|---|
-| accuracy | {before} % | {after} % | {rote} % |
-| forgetting (nats per token) | 0 | {forgetting} | |
 """
 
 
@@ -63,42 +55,27 @@ def table(printed: str) -> list[str]:
     return lines[head : last + 1]
 
 
-def cells(found: dict[str, Any], name: str) -> list[str]:
-    """The cells of one row of the table."""
-    row = next(line for line in found["table"] if line.strip().startswith(name))
-    return re.findall(r"[+-]?\d[\d,.]*(?: ± \d[\d.]*)?", row.replace(name, ""))
-
-
-def blocks(found: dict[str, Any]) -> dict[str, str]:
-    """The README's two parts."""
-    _, rote, before, after, _ = cells(found, "mean over types")
+def block(found: dict[str, Any]) -> str:
+    """The README's part."""
     minutes, seconds = divmod(found["seconds"], 60)
-    return {
-        "demo": PRINTED.format(
-            minutes=minutes, seconds=seconds, cpu=found["machine"]["cpu"], table="\n".join(found["table"])
-        ),
-        "demo in short": SUMMARY.format(
-            before=before, after=after, rote=rote, forgetting=cells(found, "text forgetting")[-1].removeprefix("+")
-        ),
-    }
+    cpu, lines = found["machine"]["cpu"], "\n".join(found["table"])
+    return PRINTED.format(minutes=minutes, seconds=seconds, cpu=cpu, table=lines)
 
 
 def written(readme: str, found: dict[str, Any]) -> str:
-    """The README's text with its two parts made anew."""
-    for name, block in blocks(found).items():
-        start = f"<!-- {name} -->\n"
-        before, found_start, rest = readme.partition(start)
-        _, found_end, after = rest.partition("<!-- end -->")
-        if not (found_start and found_end):
-            raise ValueError(f"README.md has no part between  {start.strip()}  and  <!-- end -->")
-        readme = f"{before}{start}{block}<!-- end -->{after}"
-    return readme
+    """The README's text with its part made anew."""
+    start = "<!-- demo -->\n"
+    before, found_start, rest = readme.partition(start)
+    _, found_end, after = rest.partition("<!-- end -->")
+    if not (found_start and found_end):
+        raise ValueError(f"README.md has no part between  {start.strip()}  and  <!-- end -->")
+    return f"{before}{start}{block(found)}<!-- end -->{after}"
 
 
 def main() -> int:
     """Measure, keep, and write the README."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--readme", action="store_true", help="write the README's parts from demo.json alone")
+    options.add_argument("--readme", action="store_true", help="write the README's part from demo.json alone")
     if not options.parse_args().readme:
         RESULTS.write_text(json.dumps(measure(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     found = json.loads(RESULTS.read_text(encoding="utf-8"))

@@ -28,9 +28,9 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from torch import Tensor
 
 from milora_data.assets import fetch
-from milora_vl.studies.page import markdown, with_block
 from milora_vl.reporting.tables import Table
 from milora_vl.smol_llava import GGUF
+from milora_vl.studies.page import markdown, with_block
 
 Q4_1 = GGMLQuantizationType.Q4_1
 BLOCK, BYTES = 32, 20  # weights in a block; its bytes: scale and minimum as float16, then 16 of levels

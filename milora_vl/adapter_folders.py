@@ -1,4 +1,4 @@
-"""What a folder holds, told by its files: an adapter, a projector alone, or neither. Needs no torch."""
+"""What a folder holds, told by its files: an adapter, a projector alone, a text model. Needs no torch."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class RecipeError(UserError):
     def __init__(self, source: str, problems: Iterable[str]) -> None:
         self.source, self.problems = source, list(problems)
         more = f"{len(self.problems)} mistakes in {source}:\n" if len(self.problems) > 1 else ""
-        super().__init__(more + "\n".join(self.problems))
+        shown = [problem.removeprefix(f"{source}: ") for problem in self.problems] if more else self.problems
+        super().__init__(more + "\n".join(shown))
 
 
 class Strict(BaseModel):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from milora_data.command import next_step, parser, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
-from milora_vl.adapter_folders import holds_text_model
+from milora_vl.adapter_folders import base_of, holds_text_model
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,7 @@ def export(
     """
     from milora_vl.exporting.job import Job
     from milora_vl.exporting.source import find_source
+    from milora_vl.lora.atomic import open_to_others
     from milora_vl.lora.errors import AdapterError
     from milora_vl.screen_noise import quiet_bars
 
@@ -104,6 +105,7 @@ def export(
         if target.exists():
             target.rmdir()
         partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        open_to_others(partial)
         partial.rename(target)
     except AdapterError as error:
         raise UserError(str(error)) from None
@@ -116,6 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; UserError for what cannot be exported. Returns the exit code."""
     options = _options(argv)
     import torch
+
+    from milora_vl.screen_noise import hush_deepspeed
+
+    hush_deepspeed()
 
     target = options.output_dir or options.folder.with_name(f"{options.folder.resolve().name}-{options.to}")
     done = export(
@@ -131,9 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_base_mismatch=options.allow_base_mismatch,
     )
     _show(done, options.format)
-    what = ("--model", done.folder) if options.to == "merged" else ("--model", "MODEL", "--adapter", done.folder)
-    question = ("QUESTION",) if holds_text_model(done.folder) else ("--image", "PICTURE", "What is this?")
-    next_step("milora_vl.chat", *what, *question)
+    _tell_next(done)
     return 0
 
 
@@ -184,6 +188,36 @@ def _show(done: Exported, style: str) -> None:
         sys.stdout.write(f"total  error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"{_ORIGINS[done.origin]}, now: {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
+
+
+def _tell_next(done: Exported) -> None:
+    """What to type (or, of the papers' form, to write) to use the folder."""
+    folder, name = done.folder, done.folder.resolve().name.lower()
+    if done.form == "llava":
+        if "llava" not in name or "lora" not in name:
+            sys.stderr.write(
+                f"warning: LLaVA's loader needs `llava` and `lora` in the folder's name: rename {folder}\n"
+            )
+        flags = f"--model-path {folder} --model-base BASE --save-model-path OUT"
+        sys.stderr.write(
+            f"next: in LLaVA's repository, BASE in its layout: python scripts/merge_lora_weights.py {flags}\n"
+        )
+    elif done.form == "residual":
+        sys.stderr.write(
+            f'next: model loaded from {folder}; PeftModel.from_pretrained(model, "{folder}", subfolder="lora")\n'
+        )
+    else:
+        base = folder / "base" if (folder / "base").is_dir() else None
+        model = (folder,) if done.form == "merged" else (base or _base_name(folder), "--adapter", folder)
+        question = ("QUESTION",) if holds_text_model(folder) else ("--image", "PICTURE", "What is this?")
+        next_step("milora_vl.chat", "--model", *model, *question)
+
+
+def _base_name(folder: Path) -> str:
+    try:
+        return base_of(folder)
+    except UserError:  # an adapter of a model without a name
+        return "MODEL"
 
 
 _ORIGINS = {

@@ -5,9 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from milora_data.anyres import Tiling
+from milora_data.errors import UserError
 
+LLAVAS = ("llava", "llava_next")
 # Of the towers that are met most; others are counted on the meta device.
 EXTRA_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "milora_timm_tower": 0}
+
+
+def require_llava(config: Any) -> None:
+    """Raise UserError for a model with pictures that takes them in another way than LLaVA-1.5 and LLaVA-1.6."""
+    if config.model_type not in LLAVAS:
+        raise UserError(
+            f"pictures of a {config.model_type} model are not prepared here: only those of LLaVA-1.5 and LLaVA-1.6\n"
+            "adapters go on it all the same: apply_milora, with batches and a trainer of your own\n"
+            "see: docs/integrations.md"
+        )
 
 
 def tiling_of(config: Any) -> Tiling | None:
@@ -25,7 +37,11 @@ def image_token_id(config: Any) -> int:
 
 
 def image_tokens(config: Any) -> int:
-    """Return how many tokens a picture takes, by the tower's own sizes; if it is tiled, one of 640 x 480 pixels."""
+    """Return how many tokens a picture takes, by the tower's own sizes; if it is tiled, one of 640 x 480 pixels.
+
+    Raises UserError for a model that is no LLaVA.
+    """
+    require_llava(config)
     tiling = tiling_of(config)
     if tiling is not None:
         return tiling.num_tokens(480, 640)

@@ -1,4 +1,4 @@
-"""Keep transformers' own progress bars off the screen where they say nothing that a person waits for."""
+"""Keep off the screen what other packages say there and nobody waits for."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from functools import partial
 @contextmanager
 def quiet_bars() -> Iterator[None]:
     """Hide the bars that transformers draws while it reads and writes weights; restores what was set before."""
-    from transformers.utils import logging
+    from transformers.utils import logging as bars
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
 @contextmanager
 def quiet_conversion() -> Iterator[None]:
-    """Hide the bar of transformers' GGUF reader, which listens to no setting, and what packages warn of meanwhile."""
+    """Hide the bar of transformers' GGUF reader, which listens to no setting, and DeepSpeed's word meanwhile."""
     from transformers import modeling_gguf_pytorch_utils as gguf
 
-    drawn, level = gguf.tqdm, logging.root.manager.disable
+    hush_deepspeed()
+    drawn = gguf.tqdm
     gguf.tqdm = partial(drawn, disable=True)
-    logging.disable(logging.WARNING)  # DeepSpeed tells every process that finds no GPU
     try:
         yield
     finally:
         gguf.tqdm = drawn
-        logging.disable(level)
+
+
+def hush_deepspeed() -> None:
+    """Keep off stdout DeepSpeed's word that there is no GPU: transformers imports it to save a model."""
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from family_configs import FAMILIES, IMAGE, TEXT, TEXT_ONLY, VISION
+from family_configs import FAMILIES, TEXT_ONLY
+from family_shapes import IMAGE, TEXT, VISION
 from torch import Tensor, nn
 
 

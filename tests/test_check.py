@@ -30,6 +30,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
     "corrupt_picture": ("bad.png: not a picture", turns((H, "<image>\na"), (G, "b")) | {"image": "bad.png"}),
     "broken_text": ("turn 1", turns((H, "half \ud83d"), (G, "b"))),
     "not_a_record": ('"conversations" must be a list', {"id": "x", "text": "y"}),
+    "several_placeholders": ("turn 1", turns((H, "<image>\n<image>\na"), (G, "b")) | {"image": "0.png"}),
     "empty_answer": ("turn 2", turns((H, "a"), (G, " "))),
     "empty_question": ("turn 1", turns((H, ""), (G, "a"))),
     "duplicate_id": ("same (first at", {"id": "same"} | turns((H, "a"), (G, "b"))),
@@ -131,6 +132,8 @@ def test_a_broken_list_is_an_error_with_a_caret(tiny_data: Path, capsys: pytest.
 
 
 def test_bad_usage_is_told_from_bad_data(tiny_data: Path) -> None:
+    empty = tiny_data / "empty.json"
+    empty.write_text("[]")
     for arguments, message in [
         (["check", "none.json"], "none.json: no such file"),
         (["check", str(tiny_data)], "this is a folder"),
@@ -138,6 +141,7 @@ def test_bad_usage_is_told_from_bad_data(tiny_data: Path) -> None:
         (["check", str(tiny_data / "train.json"), "--imagefolder", "x"], "did you mean --image_folder"),
         (["chekc", "x"], "did you mean check"),
         ([], "usage"),
+        (["check", str(empty)], "empty.json: no records"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             main(arguments)
@@ -161,7 +165,7 @@ def test_fix_writes_the_usable_records_repaired(
     assert kept[-1] == GOOD | {"more": 1}
     by_answers = {record["conversations"][-1]["value"]: record["conversations"] for record in kept}
     assert [turn["value"] for turn in kept[0]["conversations"]] == ["<image>\na", "b"]
-    assert len(kept) == 8
+    assert len(kept) == 9
     assert all(len(conversation) == 2 for conversation in by_answers.values())
     with pytest.raises(UserError, match="exists already"):
         main([*arguments, "--fix", str(out)])
@@ -224,4 +228,25 @@ def test_check_says_what_to_type_next(tiny_data: Path, capsys: pytest.CaptureFix
     assert "next: python -m milora_data convert --help" in said.err
     (tiny_data / "images" / "0.png").write_bytes(b"no picture")
     assert main(["check", data, "--image_folder", images]) == 1
-    assert f"next: python -m milora_data check {data} --image_folder {images} --fix OUT.json" in capsys.readouterr().err
+    assert f"next: python -m milora_data check {data} --image_folder {images} --fix OUT" in capsys.readouterr().err
+
+
+def test_in_a_list_without_line_breaks_each_record_has_a_place_of_its_own(
+    tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [{"id": f"g{n}"} | turns((H, "a"), (G, f"b{n}")) for n in range(5)]
+    path, out = tiny_data / "one-line.json", tiny_data / "clean.json"
+    path.write_text(json.dumps([*good[:3], BROKEN["missing_picture"][1], *good[3:]]))
+    assert main(["check", str(path), "--image_folder", str(tiny_data / "images"), "--fix", str(out)]) == 1
+    assert f"{path}:1, record 4: none.png" in capsys.readouterr().out
+    assert json.loads(out.read_text()) == good
+    assert len({record.source for record in load_records(path)}) == 6
+
+
+def test_nothing_is_written_where_nothing_is_usable(write: Callable[..., Path], tiny_data: Path) -> None:
+    path, out = write(BROKEN["missing_picture"][1]), tiny_data / "clean.json"
+    with pytest.raises(
+        UserError, match=r"no record of .* is usable; nothing was written\n  1 left out: missing picture"
+    ):
+        main(["check", str(path), "--image_folder", str(tiny_data / "images"), "--fix", str(out)])
+    assert not out.exists()

@@ -1,8 +1,7 @@
-"""Tables, Alpaca's rows and folders of pictures as people have them: other separators, other encodings, leftovers."""
+"""Tables, instruction files and folders of captions, as people have them: separators, encodings, what is left out."""
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,34 +14,26 @@ from milora_data.errors import DataError
 from milora_data.records import load_records
 
 
-@pytest.fixture(scope="module")
-def png() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 10), "red").save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def convert_file(path: Path, kind: str, out: Path) -> list[Any]:
     assert main(["convert", "--from", kind, str(path), "--output_dir", str(out)]) == 0
     return list(load_records(out / "data.json"))
 
 
-def test_alpacas_input_follows_its_instruction(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["alpaca", "table"])
+def test_alpacas_input_follows_its_instruction(kind: str, tmp_path: Path) -> None:
     rows = [
         {"instruction": "Name the country.", "input": "Paris", "output": "France"},
         {"instruction": "Say hi.", "input": "", "output": "Hi", "system": "Be short.", "history": [["A?", "B"]]},
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    first, second = convert_file(tmp_path / "a.json", "table", tmp_path / "out")
+    first, second = convert_file(tmp_path / "a.json", kind, tmp_path / "out")
     assert [turn.text for turn in first.turns] == ["Name the country.\nParis", "France"]
     assert [(turn.role, turn.text) for turn in second.turns] == [
         ("system", "Be short."), ("user", "A?"), ("assistant", "B"), ("user", "Say hi."), ("assistant", "Hi"),
     ]  # fmt: skip
     (tmp_path / "b.json").write_text(json.dumps([rows[1] | {"history": ["A?"]}]))
-    with pytest.raises(DataError, match="system and history would be lost\nkeep what was said before: --from table"):
-        main(["convert", "--from", "alpaca", str(tmp_path / "a.json"), "--output_dir", str(tmp_path / "out2")])
     with pytest.raises(DataError, match=r"b.json:1: history must be a list of pairs"):
-        main(["convert", "--from", "table", str(tmp_path / "b.json"), "--output_dir", str(tmp_path / "out2")])
+        main(["convert", "--from", kind, str(tmp_path / "b.json"), "--output_dir", str(tmp_path / "out2")])
 
 
 @pytest.mark.parametrize(
@@ -69,11 +60,11 @@ def test_a_table_in_another_encoding_is_said_to_be_one(tmp_path: Path) -> None:
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_a_folder_says_what_of_it_is_left_out(png: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_says_what_of_it_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my pictures"
     folder.mkdir()
     for name in ("ä b.jpg", "none.png", "empty.png", "._ä b.jpg"):
-        (folder / name).write_bytes(png)
+        Image.new("RGB", (20, 10), "red").save(folder / name)
     for name in ("phone.HEIC", "._ä b.txt"):
         (folder / name).write_bytes(b"\xfe\xfc")
     for name, text in {"ä b": "Rot.", "empty": " ", "phone": "A garden.", "lonely": "No picture."}.items():
@@ -82,7 +73,7 @@ def test_a_folder_says_what_of_it_is_left_out(png: bytes, tmp_path: Path, capsys
     assert (record.images, record.turns[1].text) == (("ä b.jpg",), "Rot.")
     said = capsys.readouterr().err
     assert "left out: 2 pictures without a caption: empty.png, none.png\n" in said
-    assert "left out: 1 picture not readable (to be saved as JPEG or PNG): phone.HEIC\n" in said
+    assert "(save them as JPEG or PNG): phone.HEIC\n" in said
     assert "left out: 2 captions without a picture: lonely.txt, phone.txt\n" in said
     assert f"next: python -m milora_data check {tmp_path}/out/data.json --image_folder '{folder}'\n" in said
     (folder / "ä b.txt").write_bytes("Grün".encode("latin-1"))

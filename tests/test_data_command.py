@@ -61,6 +61,7 @@ def test_commands_need_neither_torch_nor_transformers(tiny_data: Path) -> None:
         (["shwo", "x"], "did you mean show ?"),
         (["show", "x", "--templte", "y"], "did you mean --template ?"),
         ([], "error: no command given"),
+        (["convert", "--from", "massages", "a", "--output_dir", "b"], "did you mean messages ?"),
         (["convert", "--from", "xml", "a", "--output_dir", "b"], "invalid choice: 'xml'"),
     ],
 )

@@ -73,6 +73,13 @@ def test_without_data_the_command_says_where_it_goes(capsys: Any) -> None:
     assert capsys.readouterr().out.rstrip().endswith("--rank 4 --data_path DATA.json --image_folder FOLDER")
 
 
+def test_data_and_projector_are_both_told_of(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text("[]")
+    words = ["--model", "tiny", "--data_path", str(tmp_path / "train.json"), "--image_folder", str(tmp_path)]
+    with pytest.raises(UserError, match=r"no projector weights at nope(.|\n)*train.json holds no records"):
+        main([*words, "--projector_weights", "nope", "--rank", "4", "--dry-run"])
+
+
 def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
     with pytest.raises(UserError, match="llava_v1_5_mix665k"):
         main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import official_data
 import pytest
 import torch
 from eval_questions import write_questions
@@ -49,7 +50,8 @@ def test_base_and_tuned_model_stand_in_one_table(
     adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(adapter, data, tmp_path, "--with_base")) == 0
-    shown = capsys.readouterr().out
+    said = capsys.readouterr()
+    shown = said.out
     for word in ("baseline", "base", "tuned", "difference", "yes_no", "mean over types", "text forgetting"):
         assert word in shown
     final, base = results(tmp_path, "final"), results(tmp_path, "base")
@@ -57,6 +59,7 @@ def test_base_and_tuned_model_stand_in_one_table(
     assert base["predictions"] != final["predictions"]
     assert final["forgetting"]["kl"] > 0
     assert final["forgetting"]["cross_entropy"] > final["forgetting"]["base_entropy"]
+    assert f"next: python -m milora_eval view {tmp_path / 'eval' / 'emoji' / 'base'}" in said.err
     assert "| text forgetting |" in (tmp_path / "eval" / "emoji" / "final" / "table.md").read_text()
 
 
@@ -151,7 +154,12 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
         (["--suite", "emoji", "--shard", "3/2"], ["--shard 3/2", "1/4"]),
         (["--suite", "emoji", "--limit", "-2"], ["--limit", "negative"]),
         (["--suite", "emoji", "--batch_size", "0"], ["--batch_size", "at least 1"]),
-        (["--suite", "emoji", "--limt", "3"], ["--limt", "--limit"]),
+        (["--suite", "emoji", "--limt", "3"], ["--limt", "--limit", "milora_eval run --help"]),
+        (
+            ["--benchmarks", "gqa", "--data", "nowhere"],
+            ["no folder nowhere (--data)", "testdev_balanced_questions.json"],
+        ),
+        (["--benchmarks", "emoji,gqa"], ["benchmark gqa: no testdev_balanced", "without them: --benchmarks emoji"]),
         ([], ["--suite", "--benchmarks"]),
     ],
 )
@@ -163,9 +171,22 @@ def test_a_mistake_is_a_few_lines_with_the_way_out(
         main(command)
     message = str(caught.value)
     assert all(word in message for word in words), message
-    assert len(message.splitlines()) <= 6
+    assert len(message.splitlines()) <= 7
     assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_adapter_names_its_neighbours(adapter: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "llava-lora-a").symlink_to(adapter)
+    with pytest.raises(UserError, match=r"no folder .*llava-lora-b\nthere are: .*llava-lora-a"):
+        main(arguments(tmp_path / "llava-lora-b", data, tmp_path))
+
+
+def test_pictures_that_are_not_there_are_told_with_their_place(data: Path, tmp_path: Path) -> None:
+    official_data.pope(tmp_path / "pope")
+    shutil.rmtree(tmp_path / "pope" / "val2014")
+    with pytest.raises(UserError, match=r"3 pictures of benchmark pope are missing(.|\n)*: val2014 or images$"):
+        main(["run", "--model", "tiny", "--benchmarks", "pope", "--data", str(tmp_path), "--output_dir", str(tmp_path)])
 
 
 def test_a_folder_without_adapter_names_the_checkpoints_inside(adapter: Path, data: Path, tmp_path: Path) -> None:

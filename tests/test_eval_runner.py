@@ -65,7 +65,9 @@ def test_a_second_run_asks_nothing(model: Made, data: Path, tmp_path: Path) -> N
     assert answers(tmp_path) == before
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model: Made, data: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    model: Made, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     evaluate(model, data, tmp_path / "whole")
     evaluate(model, data, tmp_path / "cut")
     path = tmp_path / "cut" / "eval" / "emoji" / "final" / "predictions.jsonl"
@@ -73,6 +75,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model: Made, da
     results = evaluate(model, data, tmp_path / "cut")
     assert results is not None
     assert results["asked"] == 22 - 9
+    assert "9 of 22 answers are there from before" in capsys.readouterr().err
     assert answers(tmp_path / "cut") == answers(tmp_path / "whole")
 
 

@@ -232,8 +232,15 @@ def test_the_command(run, capsys) -> None:
     assert out[-1] == str(run.root / "adapter-rank-2")
     assert out[-2].startswith("total  error ")
     assert len(out) == 17
+    assert (run.root / "adapter-rank-2" / "adapter_model.safetensors").stat().st_mode & 0o777 == (
+        run.root / "adapter-rank-2" / "adapter_config.json"
+    ).stat().st_mode & 0o777
     assert main([str(run.root / "adapter"), "--to", "rank-r", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"][0]["rank"] > 0
+    with pytest.raises(
+        UserError, match=r"holds several things, no adapter itself\nname one:  .*/adapter, .*/adapter-rank"
+    ):
+        main([str(run.root), "--to", "merged", "--output_dir", str(run.root / "x")])
     for arguments, message in {
         ("--to", "rank-2"): "exists and is not empty",
         ("--to", "rank-0"): "unknown form",
@@ -330,3 +337,12 @@ def test_embeddings_with_an_adapter_whose_weight_peft_saved_along(run) -> None:
     for form in ("adapter", "rank-3"):
         with pytest.raises(UserError, match="have tokens been added"):
             export(run.root / "grown", form, run.root / f"grown-{form}", base=run.root / "base")
+
+
+def test_each_form_says_how_to_use_it(run, capsys) -> None:
+    for form, words in {
+        "adapter": f"milora_vl.chat --model {run.root / 'base'} --adapter {run.root / 'adapter-adapter'}",
+        "merged": f"milora_vl.chat --model {run.root / 'adapter-merged'} --image",
+    }.items():
+        assert main([str(run.root / "adapter"), "--to", form, "--format", "human"]) == 0
+        assert words in capsys.readouterr().err

@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from versions import CALLS_BY_KEYWORD, READS_LFM2_VL
 
+from milora_data.errors import UserError
 from milora_vl import Policy, apply_milora, load_adapter, merge, save_adapter
 from milora_vl.export import export
 from milora_vl.lora.layers import is_linear
 from milora_vl.towers import find_towers
+from milora_vl.train import main as train
 
 LACKS = {"idefics2": not CALLS_BY_KEYWORD, "lfm2_vl": not READS_LFM2_VL}
 ALL = [name for name in (*FAMILIES, *TEXT_ONLY) if not LACKS.get(name)]
@@ -104,13 +106,15 @@ def test_exports_of_projectors_with_modules_inside_one_that_trains(name: str, tm
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For every family: base, adapter after one step, batch and logits; then stock PEFT on all of them."""
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For every family asked for (`-k NAME`): base, adapter after a step, batch, logits; then stock PEFT on all."""
     root = tmp_path_factory.mktemp("families")
-    for name in ALL:
+    wanted = [item for item in request.session.items if item.path == request.path and "trained" in item.fixturenames]
+    names = [item.callspec.params["name"] for item in wanted]
+    for name in names:
         _train(name, root / name)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STOCK, *(str(root / name) for name in ALL)],
+        [sys.executable, "-W", "ignore", "-c", STOCK, *(str(root / name) for name in names)],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -154,3 +158,15 @@ def test_from_start_to_merge_and_in_stock_peft(name: str, trained: Path) -> None
     stock = load_file(trained / name / "stock.safetensors")
     for how, tensor in {"reloaded": ours["reloaded"], "merged": ours["merged"], **stock}.items():
         assert torch.allclose(tensor, ours["trained"], atol=1e-5), how
+
+
+def test_a_model_whose_pictures_are_not_prepared_here_is_refused_before_it_loads(tmp_path: Path) -> None:
+    build("paligemma").config.save_pretrained(tmp_path / "base")
+    (tmp_path / "train.json").write_text(
+        '[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]'
+    )
+    words = ["--model", str(tmp_path / "base"), "--data_path", str(tmp_path / "train.json"), "--rank", "2"]
+    words += ["--image_folder", str(tmp_path), "--output_dir", str(tmp_path / "run")]
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match="pictures of a paligemma model are not prepared here"):
+            train([*words, *more])

@@ -43,8 +43,10 @@ def test_a_list_gives_each_record_with_its_line(tmp_path: Path, indent: int | No
     assert [record.turns for record in records] == [parse_record(RECORD).turns] * 3
     lines = path.read_text(encoding="utf-8").splitlines()
     for record in records:
-        assert lines[int(record.source.removeprefix(f"{path}:")) - 1].lstrip().startswith(("{", "[{"))
-    assert len({record.source for record in records}) == (1 if indent is None else 3)
+        line, _, number = record.source.removeprefix(f"{path}:").partition(", record ")
+        assert lines[int(line) - 1].lstrip().startswith(("{", "[{"))
+        assert (number == "") == (indent is not None)
+    assert len({record.source for record in records}) == 3
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_a_model_that_is_not_here_hides_no_fault_of_the_recipe(tmp_path: Path) -
     file.write_text(FAULTY.replace("tiny", str(tmp_path)), encoding="utf-8")
     with pytest.raises(UserError, match="^3 mistakes in"):
         settings(f"--recipe {file}")
-    with pytest.raises(UserError, match=r"(?s)--policy: policy\[0\].rank: .*--policy: policy\[1\].modules: no module"):
+    with pytest.raises(UserError, match=r"(?s)in --policy:\npolicy\[0\].rank: .*\npolicy\[1\].modules: no module"):
         resolve(parse(["--model", "tiny", "--policy", "[{modules: language, rank: 0}, {modules: x, method: full}]"]))
 
 

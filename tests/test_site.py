@@ -30,7 +30,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_page_is_in_the_menu(site: Path) -> None:
     menu = (site / "index.html").read_text("utf-8")
-    pages = {page.stem for page in (ROOT / "docs").glob("*.md")}
+    docs = ROOT / "docs"
+    pages = {page.relative_to(docs).with_suffix("").as_posix() for page in docs.rglob("*.md")}
     assert {name for name in pages if f'href="{name}.html"' not in menu} == set()
 
 

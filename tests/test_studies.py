@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,9 @@ def small(**changes: Any) -> Study:
     return parse_study(SMALL | changes, "test")
 
 
-def run(study: Study, folder: Folder, **options: Any) -> list[str]:
+def run(folder: Folder, *, retry: bool = False) -> list[str]:
     done: list[str] = []
-    run_study(
-        study, folder, 1, retry=options.get("retry", False), on_done=lambda cell, ok, left: done.append(cell.name)
-    )
+    run_study(folder, 1, retry=retry, on_done=lambda cell, ok, left: done.append(cell.name))
     return done
 
 
@@ -55,26 +52,26 @@ def test_a_study_that_ships_is_sound(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in llava_recipes.names("study") if (DOCS / f"{n}.csv").is_file()])
 def test_docs_show_what_the_cells_say(name: str) -> None:
     text = (DOCS / f"{name.partition('.')[0]}.md").read_text(encoding="utf-8")
-    assert page.with_block(text, name, page.shown(name, read_study(name), DOCS)) == text
+    assert page.documented(text, name, read_study(name), DOCS) == text
 
 
 def test_a_study_runs_goes_on_and_is_shown(tmp_path: Path) -> None:
-    study, folder = small(search_seeds=1), Folder(tmp_path / "studies" / "which.digits-cnn")
-    first = run(study, folder)
+    folder = Folder(tmp_path / "studies" / "which.digits-cnn", small(search_seeds=1))
+    first = run(folder)
     assert len(first) == 2 * 2 + 2, "each arm and rate with one seed, then the better rate of each with the other"
-    cells = all_cells(study, folder)
+    cells = all_cells(folder)
     results = finished(cells, folder)
     assert len(results) == len(cells) == 6
     assert {cell.seed for cell in cells} == {0, 1}
     lost = next(iter(results))
     (folder.path / "cells" / f"{lost.name}.json").unlink()
-    (folder.path.parent / "shared" / f"{study.key(lost)}.json").unlink()
-    assert run(study, folder) == [lost.name], "only what is missing is run again"
+    folder.shared(lost).unlink()
+    assert run(folder) == [lost.name], "only what is missing is run again"
     again = folder.result(lost)
     assert again is not None
     same = ("validation_loss", "score", "forgetting", "update")
     assert [again[key] for key in same] == [results[lost][key] for key in same], "and it comes out the same"
-    written, table = page.write(study, folder, "python -m milora_vl.studies which")
+    written, table = page.write(folder, "python -m milora_vl.studies which")
     assert "python -m milora_vl.studies which" in written.read_text(encoding="utf-8")
     assert [row[0] for row in table.rows] == ["milora", "lora"]
 
@@ -82,9 +79,9 @@ def test_a_study_runs_goes_on_and_is_shown(tmp_path: Path) -> None:
 def test_a_cell_that_another_study_has_is_not_trained_again(tmp_path: Path) -> None:
     one = small(arms={"a": {}}, learning_rates=[1e-3], seeds=1)
     other = small(arms={"b": {}, "c": {"method": "lora"}}, learning_rates=[1e-3], seeds=1)
-    first, second = Folder(tmp_path / "one"), Folder(tmp_path / "two")
-    run(one, first)
-    run(other, second)
+    first, second = Folder(tmp_path / "one", one), Folder(tmp_path / "two", other)
+    run(first)
+    run(second)
     kept = first.result(Cell("a", 1e-3, None, 0)), second.result(Cell("b", 1e-3, None, 0))
     assert kept[0] is not None
     assert kept[1] is not None
@@ -93,24 +90,21 @@ def test_a_cell_that_another_study_has_is_not_trained_again(tmp_path: Path) -> N
 
 
 def test_a_failed_cell_is_kept_and_tried_again_on_request(tmp_path: Path) -> None:
-    study, folder = (
-        small(arms={"milora": {}, "wrong": {"rank": 4000}}, learning_rates=[1e-3], seeds=1),
-        Folder(tmp_path / "x"),
-    )
-    assert len(run(study, folder)) == 2
+    study = small(arms={"milora": {}, "wrong": {"rank": 4000}}, learning_rates=[1e-3], seeds=1)
+    folder = Folder(tmp_path / "x", study)
+    assert len(run(folder)) == 2
     failure = folder.failure(Cell("wrong", 1e-3, None, 0))
     assert failure is not None
     assert "rank" in failure["said"]
-    assert run(study, folder) == []
-    assert run(study, folder, retry=True) == ["wrong-lr0.001-seed0"]
+    assert run(folder) == []
+    assert run(folder, retry=True) == ["wrong-lr0.001-seed0"]
 
 
-def test_another_study_does_not_write_into_the_folder(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "x")
-    page.check_same(small(), folder)
-    page.check_same(small(seeds=3, learning_rates=[1e-2]), folder)
-    with pytest.raises(UserError, match=r"another study \(steps differ\)"):
-        page.check_same(small(steps=4), folder)
+def test_an_arm_that_has_changed_is_trained_anew(tmp_path: Path) -> None:
+    before = small(arms={"a": {}, "b": {"method": "lora"}}, learning_rates=[1e-3], seeds=1)
+    run(Folder(tmp_path / "x", before))
+    after = small(arms={"a": {}, "b": {"method": "lora", "rank": 2}}, learning_rates=[1e-3], seeds=1)
+    assert run(Folder(tmp_path / "x", after)) == ["b-lr0.001-seed0"]
 
 
 def test_arms_may_have_rates_training_and_policy_of_their_own() -> None:
@@ -188,10 +182,10 @@ def test_ranks_with_ties() -> None:
     assert decay.spearman(x, torch.ones(4)) == 0.0
 
 
-def test_the_files_of_a_finished_study_are_json(tmp_path: Path) -> None:
-    study, folder = small(arms={"milora": {}}, learning_rates=[1e-3], seeds=1), Folder(tmp_path / "x")
-    run(study, folder)
-    items = json.loads(next((folder.path / "items").iterdir()).read_text(encoding="utf-8"))
-    result = folder.result(Cell("milora", 1e-3, None, 0))
+def test_the_score_is_the_mean_over_the_items(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "x", small(arms={"milora": {}}, learning_rates=[1e-3], seeds=1))
+    run(folder)
+    cell = Cell("milora", 1e-3, None, 0)
+    result, items = folder.result(cell), folder.items(cell)
     assert result is not None
     assert result["score"] == pytest.approx(sum(items.values()) / len(items))

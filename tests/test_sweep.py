@@ -113,10 +113,10 @@ def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
         ("milora", 1e-3, False),
         ("lora", 1e-3, False),
     ]
-    (pair,) = pairs(sweep, found)
+    (pair,) = pairs(found, sweep.answers)
     assert (pair.a, pair.b, pair.seeds) == ("milora", "lora", 2)
     assert (pair.difference.value, pair.difference.n) == (0.5, 8)
-    written, table = page.write(sweep, cells, 2, "python -m milora_vl.sweep ...")
+    written, table = page.write(page.of_sweep(sweep, cells, 2, "python -m milora_vl.sweep ..."))
     assert table.rows[0][:3] == ("milora", "0.001", "0.500 ± 0.000")
     text = written.read_text()
     assert "12 of 12 cells are done" in text
@@ -164,7 +164,7 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
     assert (failure["code"], "train.json" in failure["said"]) == (2, True)
     ran = yaml.safe_load((sweep.folder / "recipes" / f"{cell.name}.yaml").read_text())
     assert ran["factor_cache"] == str(sweep.folder / "factors")  # all cells share it
-    assert "train.json" in page.write(sweep, [cell], 1, "again")[0].read_text()
+    assert "train.json" in page.write(page.of_sweep(sweep, [cell], 1, "again"))[0].read_text()
 
 
 @pytest.mark.parametrize(
@@ -198,9 +198,12 @@ def test_docs_show_what_the_sweep_wrote() -> None:
     with (docs / "sweep.csv").open(encoding="utf-8", newline="") as file:
         points = list(csv.DictReader(file))
     text = (docs / "sweeps.md").read_text(encoding="utf-8")
+    readme = (docs.parent / "README.md").read_text(encoding="utf-8")
     for point in points:
         loss, score, half, lost, lost_half = (
             f"{float(point[key]):.3f}" for key in ("validation", "score", "score_half", "forgetting", "forgetting_half")
         )
         rate = f"{float(point['learning_rate']):g}"
         assert f"| {point['method']} | {rate} | {loss} | {score} ± {half} | {lost} ± {lost_half} |" in text
+        assert f"{score} ± {half}" in readme
+        assert f"{lost} ± {lost_half}" in readme

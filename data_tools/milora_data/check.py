@@ -53,16 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.fix is not None and not is_json(chosen.data):
         raise UserError(f"--fix repairs JSON and JSON lines, not {chosen.data}\nconvert it first: milora_data convert")
     report = scan(chosen.data, folder, pictures=chosen.pictures)
+    if not report.records and not report.findings:
+        raise UserError(f"{chosen.data}: no records")
     sys.stdout.write(as_json(report) if chosen.format == "json" else as_text(report, chosen.limit))
     if chosen.fix is not None:
         from .repair import write_repaired
 
         sys.stderr.write(write_repaired(report, chosen.data, chosen.fix))
-    _say_next(report, chosen.fix, ["--image_folder", folder] if report.with_pictures else [])
+    _tell_next(report, chosen.fix, ["--image_folder", folder] if report.with_pictures else [])
     return 1 if report.count("error") else 0
 
 
-def _say_next(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
+def _tell_next(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
     if report.by_kind().keys() == {"not_a_record"} and len(report.findings) == report.records:
         next_step("milora_data", "convert", "--help")
     elif report.count("error") and fixed is None:
@@ -143,7 +145,7 @@ def _readable_json(path: Path, report: Report) -> Iterator[Record]:
     objects = read_objects(path, on_error=broken)
     while True:
         try:
-            line, value = next(objects)
+            place, value = next(objects)
         except StopIteration:
             return
         except DataError as error:
@@ -151,10 +153,10 @@ def _readable_json(path: Path, report: Report) -> Iterator[Record]:
                 raise
             return broken(error)
         try:
-            yield parse_record(value, source=f"{path}:{line}")
+            yield parse_record(value, source=f"{path}:{place}")
         except DataError as error:
             report.records += 1
-            where = f"{path}:{line}"
+            where = f"{path}:{place}"
             report.findings.append(Finding("not_a_record", where, str(error).removeprefix(f"{where}: ")))
 
 

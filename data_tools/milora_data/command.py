@@ -53,15 +53,6 @@ def amount(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def command_line(module: str, *words: object) -> str:
-    """Return `module` with its arguments as a user would type it, quoted where a shell needs that.
-
-    >>> command_line("milora_data", "check", "my data.json")
-    "python -m milora_data check 'my data.json'"
-    """
-    return f"python -m {module} {shlex.join(map(str, words))}"
-
-
 class CommandParser(argparse.ArgumentParser):
     """`argparse` with `-` and `_` alike in flags, no guessing from prefixes, and near names for unknown flags."""
 
@@ -81,7 +72,7 @@ class CommandParser(argparse.ArgumentParser):
         """Parse, and raise `UserError` with near names for what is not known."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            names = {flag.lstrip("-").replace("-", "_"): flag for flag in self.all_flags()}
+            names = {flag.lstrip("-").replace("-", "_"): flag for flag in self.flags()}
             words = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("-")]
             near = [names[name] for word in words for name in suggest(word, names)]
             hint = f"\ndid you mean {' or '.join(dict.fromkeys(near))} ?" if near else ""
@@ -100,15 +91,6 @@ class CommandParser(argparse.ArgumentParser):
     def flags(self) -> list[str]:
         """Return the long flags that this parser declares."""
         return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-
-    def all_flags(self) -> list[str]:
-        """Return the long flags of this parser and of its subcommands."""
-        found = self.flags()
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for child in action.choices.values():
-                    found += child.all_flags()
-        return list(dict.fromkeys(found))
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError` (exit code 2) where argparse would leave the process."""
@@ -137,6 +119,15 @@ def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
         allow_abbrev=False,
         formatter_class=Help,
     )
+
+
+def command_line(module: str, *words: object) -> str:
+    """Return the call of `module` with these arguments as a user would type it, quoted where a shell needs that.
+
+    >>> command_line("milora_data", "check", "my data.json")
+    "python -m milora_data check 'my data.json'"
+    """
+    return f"python -m {module} {shlex.join(map(str, words))}"
 
 
 def next_step(module: str, *words: object) -> None:

@@ -31,12 +31,12 @@ formats (--from):
   folder         pictures with a text file each (a.jpg, a.txt), or with one table: captions.json, .jsonl or .csv,
                  metadata.csv or .jsonl
   table, csv     rows (.csv, .tsv, .json, .jsonl) with columns for picture, question and answer, or picture and caption
+  alpaca         instruction, input and output, or query and response, as LLM-Adapters and MetaMathQA have them
   hub            FILE.parquet, FILE.tar (webdataset), hub:OWNER/NAME[:SPLIT]; pictures are written to images/
   vqav2, okvqa   the questions file and the annotations file
   gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file of questions and answers
   scienceqa      problems.json            refcoco   refs(...).p and instances.json
   coco           captions_....json        sharegpt  conversations without pictures
-  alpaca         {"instruction", "input", "output"} or {"query", "response"}, as LLM-Adapters and MetaMathQA have them
 
 examples:
   python -m milora_data convert --from jsonl a.jsonl b.jsonl --output_dir data
@@ -93,7 +93,7 @@ def _without_held_out(records: list[dict[str, Any]], count: int, path: Path) -> 
     """Yield the records but for some, which are written to `path`."""
     chosen = held_out(len(records), count)
     write_objects(path, (value for number, value in enumerate(records) if number in chosen))
-    sys.stdout.write(f"{path}: {count:,} records\n")
+    sys.stdout.write(f"{path}: {amount(count, 'record')}\n")
     yield from (value for number, value in enumerate(records) if number not in chosen)
 
 
@@ -147,19 +147,19 @@ def _suffix(content: bytes) -> str:
 
 def _llava(sources: Sequence[Path], options: Options) -> Records:
     for source in sources:
-        for line, value in read_objects(source):
-            parse_record(value, source=f"{source}:{line}")
+        for place, value in read_objects(source):
+            parse_record(value, source=f"{source}:{place}")
             assert isinstance(value, dict)
             yield value
 
 
 def _messages(sources: Sequence[Path], options: Options) -> Records:
     for source in sources:
-        for line, value in read_objects(source):
+        for number, (place, value) in enumerate(read_objects(source), start=1):
             try:
-                yield from_messages(value, number=line)
+                yield from_messages(value, number=number)
             except DataError as error:
-                raise DataError(f"{source}:{line}: {error}") from None
+                raise DataError(f"{source}:{place}: {error}") from None
 
 
 def _folder(sources: Sequence[Path], options: Options) -> Records:

@@ -36,6 +36,7 @@ KINDS: Mapping[str, Kind] = {
     "answer_first": Kind("warning", "starts with an answer, which is left out"),
     "unanswered": Kind("warning", "ends with a question, which teaches nothing"),
     "special_token": Kind("warning", "text holds a special token, which is encoded as such"),
+    "several_placeholders": Kind("warning", f"more {IMAGE} in a turn than the record has pictures: one is kept"),
     "picture_in_answer": Kind("warning", f"answer holds {IMAGE}"),
     "role_in_text": Kind("warning", "text plays another role, as if answers had run on"),
     "damaged_text": Kind("warning", "text with characters that were lost in a conversion"),
@@ -110,6 +111,10 @@ def examine(record: Record) -> Iterator[Finding]:
         place_images(record.turns, len(record.images))
     except DataError as error:
         yield found("placeholders", str(error))
+    else:
+        if sum(turn.text.count(IMAGE) for turn in record.turns) > len(record.images):
+            number = next(n for n, turn in enumerate(record.turns, start=1) if turn.text.count(IMAGE) > 1)
+            yield found("several_placeholders", f"turn {number}")
     if len(exchange) < 2:
         yield found("no_answer", f"{len(record.turns)} turns")
     elif len(exchange) % 2:

@@ -1,6 +1,7 @@
 """Instruction sets of text alone as LLaVA records, and the records that LLM-Adapters holds out of them.
 
-Fields as in Stanford Alpaca and AGI-Edgerunners/LLM-Adapters (commonsense_170k.json), and as in MetaMathQA.
+Fields as in Stanford Alpaca and AGI-Edgerunners/LLM-Adapters (commonsense_170k.json), and as in MetaMathQA; `system`
+and `history` as in LLaMA-Factory's form of Alpaca.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .jsonfile import read_objects
+from .tables import read_rows
 from .vqa_files import Options, Records, record
 
 FIELDS = (("instruction", "output"), ("query", "response"))
@@ -20,13 +21,33 @@ SEED = 42
 def instructions(sources: Sequence[Path], options: Options) -> Records:
     """{"instruction", "input"?, "output"} or {"query", "response"}, a list or one a line; the texts stay as they are.
 
-    An input that is not empty goes below its instruction, on a line of its own. Raises `DataError` without such fields
-    and for rows with LLaMA-Factory's further ones.
+    What was said before (`history`) and a `system` text go in front. Raises `DataError` without such fields.
     """
     for path in sources:
-        for line, value in read_objects(path):
-            fields = value if isinstance(value, Mapping) else {}
-            yield record(fields.get("id", line), None, [_exchange(fields, f"{path}:{line}")])
+        for number, (place, value) in enumerate(read_rows(path), start=1):
+            fields, where = value if isinstance(value, Mapping) else {}, f"{path}:{place}"
+            exchanges = [*earlier(fields, where), _exchange(fields, where)]
+            yield with_system(record(fields.get("id", number), None, exchanges), fields.get("system"))
+
+
+def with_input(instruction: str, given: str) -> str:
+    """Return a question whose input, where there is one, stands below its instruction, on a line of its own."""
+    return f"{instruction}\n{given}" if given else instruction
+
+
+def earlier(row: Mapping[str, Any], place: str) -> list[tuple[str, str]]:
+    """Return the exchanges of `history`, a list of pairs; raises `DataError` for anything else."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise DataError(f"{place}: history must be a list of pairs [question, answer], got {str(history)[:80]}")
+    return [(str(question), str(answer)) for question, answer in history]
+
+
+def with_system(made: dict[str, Any], text: object) -> dict[str, Any]:
+    """Put a system turn in front of the record's others, where there is a text for it."""
+    if text:
+        made["conversations"].insert(0, {"from": "system", "value": str(text)})
+    return made
 
 
 def held_out(num_records: int, count: int) -> frozenset[int]:
@@ -52,6 +73,6 @@ def _exchange(fields: Mapping[str, Any], place: str) -> tuple[str, str]:
     for names in FIELDS:
         question, answer = (fields.get(name) for name in names)
         if isinstance(question, str) and isinstance(answer, str) and isinstance(given, str):
-            return f"{question}\n{given}" if given else question, answer
+            return with_input(question, given), answer
     expected = " or ".join(f"{first} and {second}" for first, second in FIELDS)
     raise DataError(f"{place}: expected an object with the texts {expected}; it has {', '.join(fields) or 'none'}")

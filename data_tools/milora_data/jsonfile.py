@@ -13,13 +13,16 @@ from .errors import DataError
 
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
+_NEIGHBOUR = re.compile(r"[ \t]*,[ \t]*[^ \t\n\r]")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 _DECODER = json.JSONDecoder()
 
 
-def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[int, object]]:
-    """Yield (line, value) for each element of a JSON list, or for each line of JSON lines.
+def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, object]]:
+    """Yield (place, value) for each element of a JSON list, or for each line of JSON lines.
 
+    The place is the number of the line it starts on, and of the element where it shares that line with others, as in a
+    list without line breaks: "7", "1, record 57". No two elements have the same.
     Raises `DataError` with file, line and an excerpt with a caret. With `on_error`, a broken line of JSON lines, or an
     element with bytes that are not UTF-8, is handed to it and left out; a list of broken JSON still raises, as nothing
     is known of what follows.
@@ -66,8 +69,8 @@ def parts_of(path: Path, count: int, processes: int = 1) -> list[Part]:
     return parts
 
 
-def read_part(part: Part, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[int, object]]:
-    """Yield (line, value) of each object in a part, like `read_objects`."""
+def read_part(part: Part, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, object]]:
+    """Yield (place, value) of each object in a part, like `read_objects`."""
     path = Path(part.path)
     if part.step:
         for number, pair in enumerate(read_objects(path, on_error)):
@@ -121,21 +124,25 @@ class _Reader:
         self.path, self.file, self.on_error = path, file, on_error
         self.text, self.at, self.line = "", 0, line
 
-    def objects(self) -> Iterator[tuple[int, object]]:
-        """Yield (line, value) of every element."""
+    def objects(self) -> Iterator[tuple[str, object]]:
+        """Yield (place, value) of every element."""
         if self._skip() == "[":
             self._advance(self.at + 1)
             yield from self._elements()
         else:
             yield from self.lines()
 
-    def _elements(self) -> Iterator[tuple[int, object]]:
+    def _elements(self) -> Iterator[tuple[str, object]]:
         following = self._skip()
+        number, before = 0, 0
         while following != "]":
             line = self.line
             value, error = self._value()
+            number += 1
+            shared = line == before or (line == self.line and _NEIGHBOUR.match(self.text, self.at) is not None)
+            place, before = f"{line}, record {number}" if shared else f"{line}", line
             if error is None:
-                yield line, value
+                yield place, value
             else:
                 self._report(error)
             following = self._skip()
@@ -149,8 +156,8 @@ class _Reader:
         if self._skip():
             raise self._error(self.at, "text after the end of the list")
 
-    def lines(self) -> Iterator[tuple[int, object]]:
-        """Yield (line, value) of every line."""
+    def lines(self) -> Iterator[tuple[str, object]]:
+        """Yield (place, value) of every line."""
         while self._skip():
             end = self._line_end()
             broken = self._not_utf8(end)
@@ -162,7 +169,7 @@ class _Reader:
             except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
                 broken = self._error(self.at, str(error))
             if broken is None:
-                yield self.line, value
+                yield f"{self.line}", value
             else:
                 self._report(broken)
             self._advance(end)

@@ -1,4 +1,4 @@
-"""RefCOCO, COCO captions, ShareGPT, and tables of pictures, questions and answers (Alpaca's too), as LLaVA records."""
+"""RefCOCO, COCO captions, ShareGPT, and tables with columns for picture, question and answer, as LLaVA records."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
+from .instructions import earlier, with_input, with_system
 from .jsonfile import read_objects
 from .plain_pickle import read_plain_pickle
 from .tables import read_rows
@@ -68,31 +69,31 @@ def sharegpt(sources: Sequence[Path], options: Options) -> Records:
     """ShareGPT: conversations between human and gpt; each is kept as far as its turns alternate."""
     short = 0
     for path in sources:
-        for line, value in read_objects(path):
+        for number, (place, value) in enumerate(read_objects(path), start=1):
             turns = value.get("conversations", value.get("items")) if isinstance(value, dict) else None
             if not isinstance(value, dict) or not isinstance(turns, list):
-                raise DataError(f'{path}:{line}: expected an object with "conversations", a list')
+                raise DataError(f'{path}:{place}: expected an object with "conversations", a list')
             kept = _alternating(turns)
             short += len(kept) < len(turns)
             if len(kept) >= 2:
-                yield {"id": str(value.get("id", line)), "conversations": kept}
+                yield {"id": str(value.get("id", number)), "conversations": kept}
     if short:
         sys.stderr.write(f"shortened or left out: {short:,} conversations whose turns do not alternate\n")
 
 
 def table(sources: Sequence[Path], options: Options) -> Records:
-    """Rows with picture, question and answer, or picture and caption, or Alpaca's instruction, input and output."""
+    """Rows with picture, question and answer, or picture and caption."""
     for path in sources:
-        for number, (line, row) in enumerate(read_rows(path)):
+        for number, (place, row) in enumerate(read_rows(path)):
             if not isinstance(row, dict):
-                raise DataError(f"{path}:{line}: expected a row (an object), got {type(row).__name__}")
-            yield row_record(row, options, place=f"{path}:{line}", identifier=str(number))
+                raise DataError(f"{path}:{place}: expected a row (an object), got {type(row).__name__}")
+            yield row_record(row, options, place=f"{path}:{place}", identifier=str(number))
 
 
 def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifier: str) -> dict[str, Any]:
     """Return the record of one row; its columns are known by their names. Raises `DataError` without such columns.
 
-    `input` follows the question after a line break, as LLaMA-Factory reads Alpaca's files; without a question it is it.
+    `input`, `system` and `history` are Alpaca's, as in `instructions`; an input without a question is the question.
     """
     found = {what: next((row[name] for name in names if row.get(name)), None) for what, names in COLUMNS.items()}
     answer = found["answer"] if found["question"] else found["caption"] or found["answer"]
@@ -104,25 +105,15 @@ def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifi
             f"{place}: no question with an answer, and no picture with a caption\n"
             f"columns: {', '.join(map(str, row))}\nexpected some of:\n{expected}"
         )
-    parts = [str(part) for part in (found["question"], found["input"]) if part]
-    question = ("\n".join(parts) or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
+    asked = with_input(str(found["question"] or ""), str(found["input"] or ""))
+    question = (asked or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
     images = found["image"] if isinstance(found["image"], list) else [found["image"]] if found["image"] else []
-    exchanges = [*_earlier(row, place), (question, answer.strip())]
+    exchanges = [*earlier(row, place), (question, answer.strip())]
     made = record(row.get("id") or row.get("question_id") or identifier, None, exchanges)
     if images:
         made["conversations"][0]["value"] = f"{IMAGE}\n" * len(images) + made["conversations"][0]["value"]
         made = {"id": made["id"], "image": images[0] if len(images) == 1 else images, **made}
-    if found["system"]:
-        made["conversations"].insert(0, {"from": "system", "value": str(found["system"])})
-    return made
-
-
-def _earlier(row: Mapping[str, Any], place: str) -> list[tuple[str, str]]:
-    # LLaMA-Factory's form of Alpaca: what was said before, as pairs.
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise DataError(f"{place}: history must be a list of pairs [question, answer], got {str(history)[:80]}")
-    return [(str(question), str(answer)) for question, answer in history]
+    return with_system(made, found["system"])
 
 
 def _alternating(turns: Sequence[Any]) -> list[dict[str, str]]:

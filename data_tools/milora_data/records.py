@@ -36,7 +36,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation with its pictures. `source` is "file:line"; `extra` holds the keys the format does not know."""
+    """One conversation with its pictures. `source` is "file:line"; `extra` holds what the format does not know."""
 
     id: str
     images: tuple[str, ...]
@@ -53,8 +53,8 @@ def load_records(path: str | Path) -> Iterator[Record]:
     Raises `DataError` with file and line: no such file, broken JSON, a record that is not one.
     """
     if is_json(path):
-        for line, value in read_objects(Path(path)):
-            yield parse_record(value, source=f"{path}:{line}")
+        for place, value in read_objects(Path(path)):
+            yield parse_record(value, source=f"{path}:{place}")
     elif str(path).endswith((".yaml", ".yml")):
         from .mix import mixed_records, read_sources
 

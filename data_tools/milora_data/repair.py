@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command import amount
-from .errors import DataError
+from .errors import DataError, UserError
 from .findings import CONTROL, KINDS, examine
 from .jsonfile import read_objects, write_objects
 from .messages import from_messages
@@ -20,12 +21,22 @@ if TYPE_CHECKING:
 
 
 def write_repaired(report: Report, data: Path, out: Path) -> str:
-    """Write the usable records of `data` to `out`, unchanged but for repairs; returns what was done, as text."""
+    """Write the usable records of `data` to `out`, unchanged but for repairs; returns what was done, as text.
+
+    Raises `UserError`, and writes nothing, if no record is usable.
+    """
     done: Counter[str] = Counter()
     lost = {f.where: f.kind for f in report.findings if f.kind in ("missing_picture", "corrupt_picture", "broken_text")}
-    count = write_objects(out, _usable(data, lost, done))
-    lines = [f"{out}: {amount(count, 'record')}"] + [f"  {number:,} {what}" for what, number in done.most_common()]
-    return "\n".join(lines) + "\n"
+    usable = _usable(data, lost, done)
+    first = list(islice(usable, 1))
+    if not first:
+        raise UserError("\n".join([f"no record of {data} is usable; nothing was written", *_changes(done)]))
+    count = write_objects(out, chain(first, usable))
+    return "\n".join([f"{out}: {amount(count, 'record')}", *_changes(done)]) + "\n"
+
+
+def _changes(done: Counter[str]) -> list[str]:
+    return [f"  {number:,} {what}" for what, number in done.most_common()]
 
 
 def repair(value: dict[str, Any], done: Counter[str]) -> dict[str, Any]:
@@ -55,13 +66,12 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
         done[f"left out: {KINDS['broken_json'].title}"] += 1
 
     try:
-        for line, value in read_objects(data, on_error=broken):
-            where = f"{data}:{line}"
-            kind = lost.get(where) or _hopeless(value)
+        for number, (place, value) in enumerate(read_objects(data, on_error=broken), start=1):
+            kind = lost.get(f"{data}:{place}") or _hopeless(value)
             if kind is None:
                 assert isinstance(value, dict)
                 if "conversations" not in value:
-                    value = from_messages(value, number=line)
+                    value = from_messages(value, number=number)
                 repaired = repair(value, done)
                 kind = next((f.kind for f in examine(parse_record(repaired)) if f.severity == "error"), None)
             if kind is None:

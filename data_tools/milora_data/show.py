@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .check import image_folder
-from .command import count, next_step, parser
+from .command import amount, count, next_step, parser
 from .encode import encode
 from .errors import UserError
 from .flags import shared
@@ -62,14 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print(record, pieces, counts, folder, separate=number > 0)
     if chosen.html is not None:
         _write_page(chosen, page)
-    next_step("milora_data", "check", chosen.data, "--image_folder", folder)
+    pictures = ["--image_folder", folder] if chosen.image_folder else []
+    next_step("milora_data", "check", chosen.data, *pictures)
     return 0
 
 
 def _write_page(chosen: argparse.Namespace, records: Sequence[Shown]) -> None:
     written = write_page(chosen.html, str(chosen.data), records)
     as_json = json.dumps({"page": str(chosen.html), "records": written})
-    sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{chosen.html}: {written:,} records\n")
+    sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{chosen.html}: {amount(written, 'record')}\n")
     if written < len(records):
         sys.stderr.write(f"the page holds the first {written:,} of {len(records):,}: no page is larger than 5 MB\n")
 

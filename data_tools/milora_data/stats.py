@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen.format == "json"
         else f"{chosen.data}\n" + as_text(content, chosen.limit)
     )
-    next_step("milora_data", "show", chosen.data, "--image_folder", folder, "--limit", 50, "--html", "OUT.html")
+    pictures = ["--image_folder", folder] if chosen.image_folder else []
+    next_step("milora_data", "show", chosen.data, *pictures, "--limit", 50, "--html", "OUT.html")
     return 0
 
 

@@ -133,9 +133,9 @@ def _json_rows(parts: list[Part], image_folder: str | None) -> Iterator[dict[str
     for part in parts:
         broken: list[DataError] = []
         try:
-            for line, value in read_part(part, broken.append):
+            for place, value in read_part(part, broken.append):
                 yield from _drained(broken)
-                yield _row(_json_item(value, f"{part.path}:{line}", image_folder))
+                yield _row(_json_item(value, f"{part.path}:{place}", image_folder))
         except DataError as error:  # of a list, nothing is read behind a break
             broken.append(error)
         yield from _drained(broken)

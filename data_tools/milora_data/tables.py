@@ -12,8 +12,8 @@ from .jsonfile import missing_file, read_objects
 DELIMITERS = ",;\t"
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield (line, row); a row of .csv or .tsv is a dict by the names in the header.
+def read_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Yield (place, row), the place as of `read_objects`; a row of .csv or .tsv is a dict by the names in the header.
 
     A .csv may be separated by commas, semicolons (as spreadsheets write it in half of Europe) or tabs.
     Raises `DataError` with file and line: no such file, not UTF-8, broken JSON or quoting.
@@ -30,7 +30,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, object]]:
             delimiter = "\t" if path.suffix.lower() == ".tsv" else max(DELIMITERS, key=header.count)
             reader = csv.DictReader(file, delimiter=delimiter)
             for row in reader:
-                yield reader.line_num, row
+                yield f"{reader.line_num}", row
         except UnicodeDecodeError as error:
             raise DataError(not_utf8(path, error)) from None
         except csv.Error as error:

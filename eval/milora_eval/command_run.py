@@ -162,6 +162,7 @@ def _load(options: argparse.Namespace, name: str, adapter: Path | None) -> tuple
 
 def _print(options: argparse.Namespace, folders: list[Path]) -> None:
     from milora_eval.evaluate import write_table
+    from milora_eval.exports import SUBMISSION
     from milora_eval.results import read_results
 
     results = [read_results(folder) for folder in folders]
@@ -176,6 +177,9 @@ def _print(options: argparse.Namespace, folders: list[Path]) -> None:
             sys.stderr.write(f"audit of {result['which']}: {result['audit']['changed']} of {result['audit']['n']} ")
             sys.stderr.write("answers changed when asked one by one\n")
     sys.stderr.write("written: " + ", ".join(map(str, folders)) + "\n")
+    uploads = [folder / SUBMISSION for folder in folders if (folder / SUBMISSION).is_dir()]
+    if uploads:
+        sys.stderr.write("for servers and official scripts: " + ", ".join(map(str, uploads)) + "\n")
 
 
 def _report(output_dir: Path) -> None:

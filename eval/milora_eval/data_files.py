@@ -28,11 +28,13 @@ def find(benchmark: Benchmark, data_dir: Path, names: str) -> Path:
     for name in names.split("|"):
         if (data_dir / name).exists():
             return data_dir / name
-    wanted = "\n".join(f"  {spec.replace('|', '  or  ')}" for spec in benchmark.files[:3])
+    specs = [spec.removesuffix("|.").replace("|", "  or  ") for spec in benchmark.files[:4]]
+    wanted = "\n".join(f"  {spec}" for spec in [*specs[:2], *([";  ".join(specs[2:])] if specs[2:] else [])])
     source = f"\nthey come from: {benchmark.source}" if benchmark.source else ""
-    raise MissingData(
-        f"benchmark {benchmark.name}: no {names.replace('|', ' or ')} in {data_dir}\nput there:\n{wanted}{source}"
-    )
+    lacks = f"no {names.removesuffix('|.').replace('|', ' or ')} in {data_dir}"
+    if not data_dir.is_dir():
+        lacks = f"no folder {data_dir} (--data)"
+    raise MissingData(f"benchmark {benchmark.name}: {lacks}\nput there:\n{wanted}{source}")
 
 
 def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone, holds_residual
 
@@ -64,9 +65,12 @@ def _check_adapter(folder: Path, model: str) -> None:
     if holds_adapter(folder) or holds_projector_alone(folder) or holds_residual(folder):
         return
     if not folder.is_dir():
+        there = [path for path in sorted(folder.parent.glob("*")) if path.is_dir() and holds_adapter(path)]
+        others = suggest(folder.name, [path.name for path in there]) or [path.name for path in there[:3]]
         raise UserError(
             f"no adapter: there is no folder {folder}\n"
-            f"train one: python -m milora_vl.train --model {model} --data_path ... --output_dir {folder}"
+            + (f"there are: {', '.join(str(folder.parent / name) for name in others)}\n" if others else "")
+            + f"train one: python -m milora_vl.train --model {model} --data_path ... --output_dir {folder}"
         )
     inside = [path for path in sorted(folder.glob("checkpoint-*")) if holds_adapter(path)]
     near = f"adapters inside: {', '.join(map(str, inside[-3:]))}" if inside else "it may be an unfinished run"

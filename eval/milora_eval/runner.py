@@ -74,7 +74,9 @@ def questions(plan: Plan) -> list[Question]:
     if missing:
         first, *others = missing
         more = f"\nthe files of {', '.join(others)} are missing too: python -m milora_eval ls --data {plan.data_dir}"
-        raise MissingData(f"{missing[first]}{more if others else ''}")
+        there = ",".join(benchmark.name for benchmark in plan.benchmarks if benchmark.name not in missing)
+        rest = f"\nwithout them: --benchmarks {there}" if there else ""
+        raise MissingData(f"{missing[first]}{more if others else ''}{rest}")
     return found
 
 
@@ -86,7 +88,10 @@ def ask(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folde
     # POPE asks some questions in each of its sets: the same question about the same picture is asked once.
     new = {question.key: question for question in asked if question.key in mine and question.key not in known}
     todo = list(new.values())
+    there = len(mine.intersection(known))
     if todo:
+        if there:
+            sys.stderr.write(f"{there:,} of {len(mine):,} answers are there from before\n")
         store.open()
         _generate(model, processor, plan, todo, store)
         known = store.known()
@@ -181,6 +186,7 @@ def _check_ids(benchmark: Benchmark, items: Sequence[Item]) -> None:
 def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:
     missing = sorted({image for item in items for image in item.images if not Path(image).is_file()})
     if missing:
-        raise UserError(
-            f"{len(missing)} pictures of benchmark {benchmark.name} are missing\n" + "\n".join(missing[:3]) + "\n..."
-        )
+        shown = [*missing[:3], *(["..."] if len(missing) > 3 else [])]
+        folders = [names.removesuffix("|.") for names in benchmark.files if names.endswith("|.")]
+        shown += [f"put their folder beside the questions: {names.replace('|', ' or ')}" for names in folders]
+        raise UserError("\n".join([f"{len(missing)} pictures of benchmark {benchmark.name} are missing", *shown]))

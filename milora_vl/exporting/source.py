@@ -77,6 +77,8 @@ def _trained(folder: Path) -> Path | None:
     """The adapter that was trained: the folder itself, or, of a folder with a residual base, its subfolder."""
     if _has(folder, "adapter_config.json"):
         return folder
+    if not _holds_model(folder):
+        return None
     subfolders = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
     others = [path for path in subfolders if path.name not in INITIAL_NAMES]
     return next(iter(others or subfolders), None)
@@ -109,6 +111,9 @@ def _initial_of(folders: list[Path], trained: Path | None) -> Path | None:
 
 
 def _explain(folder: Path) -> str:
+    inside = sorted(str(path.parent) for path in folder.glob("*/adapter_config.json"))
+    if inside:
+        return f"{folder} holds several things, no adapter itself\nname one:  {', '.join(inside[:6])}"
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
     if holds_projector_alone(folder):
         return f"{folder} holds a projector alone\nuse it:  --model BASE --adapter {folder}"

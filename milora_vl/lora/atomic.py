@@ -25,9 +25,19 @@ def written_whole(folder: Path, is_writer: bool = True) -> Iterator[Path]:
         if (folder / "README.md").is_file():
             shutil.copyfile(folder / "README.md", partial / "README.md")
         yield partial
+        open_to_others(partial)
         for file in sorted(path for path in partial.rglob("*") if path.is_file()):
             place = folder / file.relative_to(partial)
             place.parent.mkdir(parents=True, exist_ok=True)
             file.replace(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_to_others(folder: Path) -> None:
+    """Give the files of `folder` the permissions of any new file: safetensors' are for their owner alone."""
+    with tempfile.TemporaryDirectory(dir=folder) as probe:
+        (Path(probe) / "new").touch()
+        mode = (Path(probe) / "new").stat().st_mode & 0o777
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(mode)

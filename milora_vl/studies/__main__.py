@@ -74,9 +74,9 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
         study = study.with_each(load_task(study.task).model())
     for arm in study.arms:
         study.rules(arm, study.learning_rates[0])  # every mistake before the first step
-    folder = Folder(options.output_dir / name)
+    folder = Folder(options.output_dir / name, study)
     jobs = options.jobs or min(os.cpu_count() or 1, 4)
-    cells = all_cells(study, folder)
+    cells = all_cells(folder)
     left = [cell for cell in cells if folder.result(cell) is None]
     sys.stderr.write(f"{name}: {len(cells):,} cells, {len(left):,} to run, {jobs} at a time\n{folder.path}\n")
     if options.plan:
@@ -85,18 +85,15 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
 
     def on_done(cell: Cell, is_done: bool, left: int) -> None:
         said = "done" if is_done else "FAILED"
-        sys.stderr.write(
-            f"{said:<8}{cell.name}   {left:,} left{_time_left(folder, all_cells(study, folder), left, jobs)}\n"
-        )
+        sys.stderr.write(f"{said:<8}{cell.name}   {left:,} left{_time_left(folder, all_cells(folder), left, jobs)}\n")
 
     with alone(folder.path):
-        page.check_same(study, folder)
-        run_study(study, folder, jobs, retry=options.retry, on_done=on_done)
-        written, table = page.write(study, folder, command)
+        run_study(folder, jobs, retry=options.retry, on_done=on_done)
+        written, table = page.write(folder, command)
     sys.stdout.write(f"{page.markdown(table)}\n\n{table.caption}\n")
     if options.docs:
-        sys.stderr.write(f"docs: {page.document(name, study, folder, options.docs)}\n")
-    failed = [cell for cell in all_cells(study, folder) if folder.failure(cell)]
+        sys.stderr.write(f"docs: {page.document(name, folder, options.docs)}\n")
+    failed = [cell for cell in all_cells(folder) if folder.failure(cell)]
     for cell in failed:
         sys.stderr.write(f"failed: {cell.name}   see {folder.path / 'failed' / cell.name}.json; again with --retry\n")
     sys.stderr.write(f"page: {written}\n")

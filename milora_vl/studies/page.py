@@ -21,54 +21,35 @@ from milora_vl.studies.tasks import load_task, task_class
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import Arm, Result, arms, mean_of
-from milora_vl.sweep.store import read_json, write_json, write_text
+from milora_vl.sweep.store import write_text
 
 # What cells.csv holds beside what every cell has, with a heading for it.
 _MORE = {"update": "‖ΔW‖/‖W‖", "overlap": "overlap with top"}
 
 
-def check_same(study: Study, folder: Folder) -> None:
-    """UserError where the folder holds cells of a study that trained otherwise; more arms, rates or seeds may join."""
-    fixed = study.model_dump(include={"task", "steps", "batch_size", "warmup", "weight_decay", "policy", "overlap"})
-    before = read_json(folder.path / "study.json")
-    if before is not None and before != fixed:
-        changed = ", ".join(name for name in fixed if before.get(name) != fixed[name])
-        raise UserError(
-            f"{folder.path} holds another study ({changed} differ); nothing is overwritten\nsay:  --output_dir ANOTHER"
-        )
-    write_json(folder.path / "study.json", fixed)
-
-
-def write(study: Study, folder: Folder, command: str) -> tuple[Path, Table]:
+def write(folder: Folder, command: str) -> tuple[Path, Table]:
     """Write sweep.html, cells.csv and the figures; returns the page and the table of arms."""
-    cells = all_cells(study, folder)
+    study, cells = folder.study, all_cells(folder)
     results = finished(cells, folder)
     failed = {cell: failure for cell in cells if (failure := folder.failure(cell)) is not None}
 
     def answers(cell: Cell) -> Mapping[str, tuple[float, str]]:
         return {item: (score, item) for item, score in folder.items(cell).items()}
 
-    task = task_class(study.task)
+    task, title = task_class(study.task), f"{study.question} ({study.task})"
     written, _ = page.write(
         page.Compared(
-            folder.path,
-            f"{study.question} ({study.task})",
-            cells,
-            results,
-            failed,
-            answers,
-            study.seeds,
-            "score",
-            command,
+            folder.path, title, cells, results, failed, answers, study.seeds, task.metric, task.forgets, command
         )
     )
     if decay.NONE in study.arms:
-        _write_layers(study, folder, results)
+        _write_layers(folder, results)
     return written, table(study, results)
 
 
-def _write_layers(study: Study, folder: Folder, results: Mapping[Cell, Result]) -> None:
+def _write_layers(folder: Folder, results: Mapping[Cell, Result]) -> None:
     """Write layers.csv and correlations.csv of a study with an arm for each layer, and their figure."""
+    study = folder.study
     found = decay.layers(load_task(study.task).model(), results, study.seeds, study.overlap or 16)
     for name, rows in (("layers", found), ("correlations", decay.correlations(found))):
         write_csv(folder.path / f"{name}.csv", list(asdict(rows[0])), [list(asdict(row).values()) for row in rows])
@@ -104,7 +85,7 @@ def _row(arm: Arm, results: Mapping[Cell, Result], more: Sequence[str], seeds: i
     return (arm.label, rate, best.validation.text, best.score.text, best.forgetting.text, *others, trained)
 
 
-def document(name: str, study: Study, folder: Folder, docs: Path) -> Path:
+def document(name: str, folder: Folder, docs: Path) -> Path:
     """Put the results into the question's page of `docs`: the cells as CSV, the figure, and the table in its text.
 
     Raises UserError where the page has no place for them.
@@ -113,15 +94,21 @@ def document(name: str, study: Study, folder: Folder, docs: Path) -> Path:
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if f"<!-- results: {name} -->" not in text:
         raise UserError(f"{file} has no line  <!-- results: {name} -->  (up to  <!-- end -->)")
-    if decay.NONE in study.arms:
+    if decay.NONE in folder.study.arms:
         files = {".csv": "cells.csv", ".layers.csv": "layers.csv", ".correlations.csv": "correlations.csv"}
         files |= {".png": "layers.png"}
     else:
         files = {".csv": "cells.csv", ".png": "pareto.png"}
     for suffix, source in files.items():
         shutil.copyfile(folder.path / source, docs / f"{name}{suffix}")
-    write_text(file, with_block(text, name, shown(name, study, docs)))
+    write_text(file, documented(text, name, folder.study, docs))
     return file
+
+
+def documented(text: str, name: str, study: Study, docs: Path) -> str:
+    """A page of `docs` with the results of one study as the CSV files there have them."""
+    figure = "help over decay" if decay.NONE in study.arms else "score over forgetting"
+    return with_block(text, name, shown(name, study, docs), f"{figure}, {study.task}")
 
 
 def shown(name: str, study: Study, docs: Path) -> Table:
@@ -147,12 +134,13 @@ def shown(name: str, study: Study, docs: Path) -> Table:
     return Table(("measure", "layers", "ρ", "95 % interval", "n"), tuple(rows), words)
 
 
-def with_block(text: str, name: str, filled: Table) -> str:
-    """Return a page's text with the block of one study filled anew."""
+def with_block(text: str, name: str, filled: Table, figure: str = "") -> str:
+    """Return a page's text with the block of one study filled anew: its table, what that says, and its figure."""
     start = f"<!-- results: {name} -->"
     before, _, rest = text.partition(start)
     _, _, after = rest.partition("<!-- end -->")
-    return f"{before}{start}\n{markdown(filled)}\n\n{filled.caption}\n<!-- end -->{after}"
+    shown_figure = f"\n\n![{figure}]({name}.png)" if figure else ""
+    return f"{before}{start}\n{markdown(filled)}\n\n{filled.caption}{shown_figure}\n<!-- end -->{after}"
 
 
 def markdown(whole: Table) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ class Updates:
         }
         return cls(found, top)
 
+    @torch.no_grad()
     def measure(self, model: Any) -> dict[str, float]:
         """Return `update`, the norm of all changes as a share of the weights' that changed, and `overlap`.
 
@@ -47,7 +49,7 @@ class Updates:
                 outside += float(_outside(change, old, self.top).square().sum())
         found = {"update": math.sqrt(changed / weights) if weights else 0.0}
         if self.top is not None:
-            found["overlap"] = 1 - outside / changed if changed else 0.0
+            found["overlap"] = max(0.0, 1 - outside / changed) if changed else 0.0
         return found
 
     def _changes(self, model: Any) -> Iterator[tuple[Tensor, Tensor]]:

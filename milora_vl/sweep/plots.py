@@ -41,11 +41,28 @@ def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, look: Look) ->
                     elinewidth=0.8, alpha=0.95, zorder=2, label=arm.label if point is arm.points[0] else None,
                 )  # fmt: skip
         axis.set(xlabel=forgets, ylabel=metric)
+        _frame(axis, arms)
         if min(x for arm in arms for x in [p.forgetting.value for p in arm.points]) > 0:
             axis.set_xscale("log")
         handles = [_handle(axis, place, arm.label, look) for place, arm in enumerate(arms)]
         figure.legend(handles=handles, loc="outside upper left", ncols=2 if look.narrow else 5, handletextpad=0.2)
     return figure
+
+
+def _frame(axis: Any, arms: Sequence[Arm]) -> None:
+    """Show the part of the plane in which the chosen points lie, and say how many others lie below it."""
+    chosen = [arm.best.score.value for arm in arms if arm.best]
+    points = [point for arm in arms for point in arm.points]
+    if not chosen:
+        return
+    floor = 2 * min(chosen) - max(chosen) - 0.1 * abs(max(chosen))
+    seen = [point for point in points if point.score.value >= floor]
+    if len(seen) == len(points):
+        return
+    left, right = min(p.forgetting.value for p in seen), max(p.forgetting.value for p in seen)
+    axis.set(ylim=(floor, None), xlim=(left * 0.8, right * 1.25) if left > 0 else (None, right * 1.1))
+    words = f"{len(points) - len(seen)} learning rates lie below"
+    axis.annotate(words, (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color=GREY)
 
 
 def rates_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
@@ -73,6 +90,7 @@ def rates_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
 
 
 def colour_of(place: int, look: Look) -> str:
+    """Return the colour of the arm at `place`."""
     return _COLOURS[place % len(_COLOURS)][look.dark]
 
 

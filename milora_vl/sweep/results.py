@@ -28,7 +28,7 @@ class Mean:
     @property
     def text(self) -> str:
         """For people."""
-        return f"{self.value:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
+        return f"{round(self.value, 3) + 0.0:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from milora_vl import models
 from milora_vl.composing import parts as composing
 from milora_vl.composing.parts import Parts
 from milora_vl.config import PartsConfig, Recipe
+from milora_vl.image_tokens import require_llava
 
 # LLaVA's word -> Hugging Face's.
 FEATURES = {"patch": "default", "cls_patch": "full"}
@@ -37,11 +38,13 @@ def config_for(recipe: Recipe) -> Any:
 
 
 def check(recipe: Recipe) -> None:
-    """Find out before anything loads whether all parts are there. UserError names the one that is not."""
+    """Find out before anything loads whether all parts are there, and are a LLaVA's. UserError names what is not."""
     from milora_vl.projector import projector_file
 
     if recipe.factor_cache and Path(recipe.factor_cache).exists() and not Path(recipe.factor_cache).is_dir():
         raise UserError(f"--factor_cache {recipe.factor_cache}: expected a folder, this is a file")
+    if _sees(recipe.model):
+        require_llava(models.config_of(recipe.model))
     parts = parts_of(recipe)
     if parts is not None:
         composing.require_parts(parts)

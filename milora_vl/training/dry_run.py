@@ -53,12 +53,16 @@ def show(request: Request) -> int:
     screen.say(f"model  {parts.describe() if parts else recipe.model}, {count(base):,} parameters")
     screen.say(f"run    {path} (not created)\n")
     policy(screen, base, targets)
-    counts, num_records, problem = None, None, None
+    counts, num_records = None, None
+    problems: list[UserError] = []  # the rest of the plan is worth seeing; they are raised at the end
     try:
         bases.check(recipe)
+    except UserError as error:
+        problems.append(error)
+    try:
         counts, num_records = data(screen, recipe, config, base)
-    except UserError as error:  # the rest of the plan is worth seeing; it is raised at the end
-        problem = error
+    except UserError as error:
+        problems.append(error)
     batching = Batching(
         num_records=num_records or 1,
         per_device=train.get("per_device_train_batch_size", 8),
@@ -75,18 +79,22 @@ def show(request: Request) -> int:
         has_steps=num_records is not None, gpu_memory=request.gpu_memory,
     )  # fmt: skip
     screen.say("\n".join(costs))
-    if problem:
-        raise problem
-    missing = "" if recipe.data.path else " --data_path DATA.json --image_folder FOLDER"
-    screen.say(f"\nto start it:\n  {command(request)}{missing}")
+    if problems:
+        raise UserError("\n".join(map(str, problems)))
+    start = command(request) + ("" if recipe.data.path else _words_for_data(base))
+    screen.say(f"\nto start it:\n  {start}")
     if request.format == "json":
         content = {
             "model": recipe.model, "parameters": count(base), **_trained(base, targets), "records": num_records,
             "batch": batching.total, "steps": batching.steps if num_records else None, "cost": costs,
-            "output_dir": str(path), "next": command(request),
+            "output_dir": str(path), "next": start,
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
     return 0
+
+
+def _words_for_data(base: nn.Module) -> str:
+    return " --data_path DATA.json" + (" --image_folder FOLDER" if find_towers(base).vision is not None else "")
 
 
 def _trained(base: nn.Module, targets: list[Target]) -> dict[str, Any]:

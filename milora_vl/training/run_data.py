@@ -116,7 +116,12 @@ def _checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
         found_records = read(path)
     if config.bad_images != "raise":
         found_records = _usable(found_records, report)
-    records = list(islice(found_records, config.limit))
+    try:
+        records = list(islice(found_records, config.limit))
+    except DataError as error:
+        if not Path(path).is_file():
+            raise
+        raise DataError(f"{error}\nsee: python -m milora_data check {path}; --fix OUT writes a file without") from None
     if not records:
         raise UserError(f"{path} holds no records")
     found = check_for_training(records, config.image_folder, config.bad_images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 
 from milora_data.command import suggest
@@ -29,6 +30,7 @@ def task_class(name: str) -> type[Task]:
     return found
 
 
+@cache
 def load_task(name: str) -> Task:
-    """Build a task; UserError for a name that is none, and for data or assets that are not there."""
+    """Return a task, built once in a process; UserError for a name that is none, and for data that is not there."""
     return task_class(name)()

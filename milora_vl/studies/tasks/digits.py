@@ -20,7 +20,7 @@ from milora_vl.studies.order import shuffled
 from milora_vl.studies.task import Measured
 
 NUM_TRAIN, NUM_VALIDATION = 1000, 300  # the other 497 are the test
-BASE_STEPS, BASE_BATCH, BASE_RATE, BASE_SEED = 800, 64, 3e-3, 0
+BASE_BATCH, BASE_RATE, BASE_SEED = 64, 3e-3, 0
 Batch = tuple[Tensor, Tensor]
 
 
@@ -29,8 +29,9 @@ class _Digits:
 
     metric = "accuracy on turned digits"
     forgets = "KL from the base model on upright digits, nats"
+    base_steps = 800
 
-    def __init__(self, *, base_steps: int = BASE_STEPS) -> None:
+    def __init__(self, *, base_steps: int | None = None) -> None:
         upright, labels = _pictures()
         turned = upright.rot90(dims=(2, 3))
         places = (
@@ -43,7 +44,7 @@ class _Digits:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(BASE_SEED)
             self.base = self.network()
-            self._learn((upright[places[0]], labels[places[0]]), base_steps)
+            self._learn((upright[places[0]], labels[places[0]]), base_steps or self.base_steps)
         self.base = self.adaptable(self.base).eval()
         with torch.inference_mode():
             self.before = self.base(self.known[0]).clone()
@@ -95,6 +96,8 @@ class _Digits:
 
 class DigitsCnn(_Digits):
     """A convolutional network: four 3 x 3 convolutions and a linear layer, no norms."""
+
+    base_steps = 300
 
     def network(self) -> nn.Module:
         """Return it with random weights: 95,242 parameters."""

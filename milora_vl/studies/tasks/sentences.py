@@ -105,9 +105,11 @@ class TopicModel(nn.Module):
         self.encoder = encoder
         self.head = nn.Linear(encoder.config.hidden_size, num_topics)  # type: ignore[union-attr, arg-type]
 
-    def forward(self, attention_mask: Tensor, **tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Token ids and mask (text, token) -> the mean embedding (text, hidden) and the scores (text, topic)."""
-        states = self.encoder(attention_mask=attention_mask, **tokens).last_hidden_state
+        states = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
         weights = attention_mask[..., None].to(states.dtype)
         pooled = (states * weights).sum(1) / weights.sum(1)
         return pooled, self.head(pooled)

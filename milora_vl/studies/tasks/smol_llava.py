@@ -32,9 +32,9 @@ BATCH, TOKENS = 16, 1536
 class EmojiQuestions:
     """The demo's task (`python -m milora_data emoji`): short answers about pictures that training has not shown.
 
-    The score asks for less than the demo's evaluator, and is cheaper: every fourth test question is read with its answer
-    once, and is right if each token of the answer, its end included, is the likeliest. That is what greedy decoding
-    would write, but no other accepted answer counts.
+    The score is cheaper than the demo's evaluator: every fourth test question is read with its answer once, and is
+    right if each token of the answer, its end included, is the likeliest. That is what greedy decoding would write, but
+    no other accepted answer counts.
     """
 
     metric = "whole answer right, share of the test questions"
