@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 
 @contextmanager
@@ -25,8 +26,9 @@ def quiet_bars() -> Iterator[None]:
 @contextmanager
 def quiet_conversion() -> Iterator[None]:
     """Hide the bar of transformers' GGUF reader, which listens to no setting, and DeepSpeed's word meanwhile."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers import modeling_gguf_pytorch_utils
 
+    gguf: Any = modeling_gguf_pytorch_utils
     hush_deepspeed()
     drawn = gguf.tqdm
     gguf.tqdm = partial(drawn, disable=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,17 @@ import pytest
 from PIL import Image
 
 Made = tuple[Any, Any]
+
+
+@pytest.fixture(autouse=True)
+def no_ranks_left_behind() -> Iterator[None]:
+    """A run with DeepSpeed alone names its rank and port in the environment, which later subprocesses would inherit."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

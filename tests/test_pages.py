@@ -82,7 +82,8 @@ def a_sweep(folder: Path) -> Path:
     failure = folder / "failed" / f"{cells[-1].name}.json"
     failure.parent.mkdir()
     failure.write_text(json.dumps({"said": "error: the data is gone"}))
-    return sweep_page.write(sweep, cells, 2, "python -m milora_vl.sweep " + "--methods milora,lora " * 9)[0]
+    command = "python -m milora_vl.sweep " + "--methods milora,lora " * 9
+    return sweep_page.write(sweep_page.of_sweep(sweep, cells, 2, command))[0]
 
 
 def an_analysis(folder: Path) -> Path:

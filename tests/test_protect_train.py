@@ -50,7 +50,10 @@ def test_a_run_protects_and_resumes_with_the_losses_of_an_uninterrupted_one(
         assert max(overlaps(load_adapter(tiny_llava()[0], whole))) < 1e-5
 
 
-def test_the_run_folder_tells_of_it(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+def test_the_run_folder_tells_of_it(
+    tiny_data: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # the table of the policy on one line a rule
     run, form = tmp_path / "run", FORMS[2]
     assert main(words(tiny_data, run, "--policy", rules(form), "--max_steps", "1")) == 0
     shown = capfd.readouterr().err

@@ -66,9 +66,6 @@ def held_out(num_records: int, count: int) -> frozenset[int]:
 
 
 def _exchange(fields: Mapping[str, Any], place: str) -> tuple[str, str]:
-    more = [name for name in ("system", "history") if fields.get(name)]
-    if more:
-        raise DataError(f"{place}: {' and '.join(more)} would be lost\nkeep what was said before: --from table")
     given = fields.get("input") or ""
     for names in FIELDS:
         question, answer = (fields.get(name) for name in names)

@@ -61,7 +61,8 @@ class _Up(torch.autograd.Function):
         ctx.dtypes = hidden.dtype, trained.dtype
         hidden, trained, anchor = hidden.to(dtype), trained.to(dtype), anchor.to(dtype)
         ctx.save_for_backward(hidden, trained, anchor)
-        first, second = hidden.chunk(2, dim=-1)
+        # Some CPU libraries round by how the memory is aligned: as copies both halves are aligned alike.
+        first, second = (half.contiguous() for half in hidden.chunk(2, dim=-1))
         with autocast(hidden.device.type, enabled=False):
             return F.linear(first, trained).sub_(F.linear(second, anchor))
 

@@ -73,8 +73,9 @@ def _ascending(module: nn.Module) -> Tensor:
 
 
 def _shares(module: nn.Module) -> list[float]:
+    """sigma/sigma_max, ascending; rounded, so that equal shares are equal on every machine and go by path."""
     sigma = _ascending(module)
-    return [float(share) for share in sigma / sigma[-1].clamp(min=1e-30)]
+    return [float(f"{float(share):.5g}") for share in sigma / sigma[-1].clamp(min=1e-30)]
 
 
 def _count_minor(ascending: Tensor, rank: SpectralRank) -> int:

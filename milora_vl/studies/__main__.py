@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -10,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import parser, positive, run
+from milora_data.command import next_step, parser, positive, run
+from milora_data.flags import shared
 
 if TYPE_CHECKING:
     from milora_vl.studies.runner import Folder
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from milora_vl.studies.study import chosen, read_study
 
     if options.list or options.study is None:
-        _list()
+        _list(options.format == "json")
         return 0
     code = 0
     for name in chosen(options.study):
@@ -44,24 +46,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser("python -m milora_vl.studies", "Many small trainings that answer one question.", _EXAMPLES)
-    options.add_argument("study", nargs="?", metavar="STUDY", help="question, or question.task")
-    options.add_argument("--list", action="store_true", help="show the studies and stop")
-    options.add_argument("--output_dir", type=Path, default=Path("runs/studies"), metavar="O", help="(runs/studies)")
-    options.add_argument("--jobs", type=positive, metavar="J", help="cells at a time (default: a core each, up to 4)")
-    options.add_argument("--docs", type=Path, metavar="DIR", help="put the results into QUESTION.md of this folder")
-    options.add_argument("--plan", action="store_true", help="show what there is to run, and stop")
-    options.add_argument("--retry", action="store_true", help="try the cells that failed again")
+    read = options.add_argument_group("input")
+    read.add_argument("study", nargs="?", metavar="STUDY", help="question, or question.task; none: show the list")
+    read.add_argument("--list", action="store_true", help="show the studies and stop")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--jobs", type=positive, help="N cells at a time (default: a core each, up to 4)")
+    settings.add_argument("--plan", action="store_true", help="show what there is to run, and stop")
+    settings.add_argument("--retry", action="store_true", help="try the cells that failed again")
+    written = options.add_argument_group("output")
+    shared(written, "output_dir", default=Path("runs/studies"), about="to write (default: %(default)s)")
+    written.add_argument("--docs", type=Path, metavar="FOLDER", help="put the results into QUESTION.md there")
+    shared(written, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 
 
-def _list() -> None:
+def _list(as_json: bool) -> None:
     import llava_recipes
     from milora_vl.studies.study import read_study
 
-    for name in llava_recipes.names("study"):
-        study = read_study(name)
-        sys.stdout.write(f"{name:<24} {study.question}\n")
+    found = {name: read_study(name).question for name in llava_recipes.names("study")}
+    lines = [f"{name:<24} {question}" for name, question in found.items()]
+    sys.stdout.write((json.dumps(found, ensure_ascii=False) if as_json else "\n".join(lines)) + "\n")
+    next_step("milora_vl.studies", next(iter(found)), "--plan")
 
 
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
@@ -80,6 +87,7 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     left = [cell for cell in cells if folder.result(cell) is None]
     sys.stderr.write(f"{name}: {len(cells):,} cells, {len(left):,} to run, {jobs} at a time\n{folder.path}\n")
     if options.plan:
+        next_step("milora_vl.studies", name)
         return 0
     command = f"python -m milora_vl.studies {name}"
 
@@ -90,13 +98,18 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     with alone(folder.path):
         run_study(folder, jobs, retry=options.retry, on_done=on_done)
         written, table = page.write(folder, command)
-    sys.stdout.write(f"{page.markdown(table)}\n\n{table.caption}\n")
+    as_json = json.dumps({"study": name, "arms": [dict(zip(table.header, row, strict=True)) for row in table.rows]})
+    sys.stdout.write(f"{as_json if options.format == 'json' else page.markdown(table)}\n")
     if options.docs:
         sys.stderr.write(f"docs: {page.document(name, folder, options.docs)}\n")
     failed = [cell for cell in all_cells(folder) if folder.failure(cell)]
     for cell in failed:
         sys.stderr.write(f"failed: {cell.name}   see {folder.path / 'failed' / cell.name}.json; again with --retry\n")
     sys.stderr.write(f"page: {written}\n")
+    next_step(
+        "milora_vl.studies",
+        *((name, "--retry") if failed else ("--list",) if options.docs else (name, "--docs", "FOLDER")),
+    )
     return 1 if failed else 0
 
 

@@ -37,9 +37,10 @@ def write(folder: Folder, command: str) -> tuple[Path, Table]:
         return {item: (score, item) for item, score in folder.items(cell).items()}
 
     task, title = task_class(study.task), f"{study.question} ({study.task})"
+    kept = "Every cell with the scores of its test items is a file in cells/"
     written, _ = page.write(
         page.Compared(
-            folder.path, title, cells, results, failed, answers, study.seeds, task.metric, task.forgets, command
+            folder.path, title, cells, results, failed, answers, study.seeds, task.metric, task.forgets, command, kept
         )
     )
     if decay.NONE in study.arms:

@@ -36,6 +36,7 @@ class Compared:
     metric: str
     forgets: str
     command: str
+    cells_are: str = "Every cell is a run folder in cells/ with a report of its own"
 
 
 def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> Compared:
@@ -57,7 +58,8 @@ def write(compared: Compared) -> tuple[Path, Table]:
     content = {
         "title": compared.title, "lede": lede(found, compared.metric),
         "done": len(compared.results), "count": len(compared.cells),
-        "table": table, "tests": pairs_table(tests), "figures": _figures(compared, found), "command": compared.command,
+        "cells_are": compared.cells_are, "table": table, "tests": pairs_table(tests),
+        "figures": _figures(compared, found), "command": compared.command,
         "failed": [(cell.name, failure["said"]) for cell, failure in compared.failed.items()],
         "edges": [arm.label for arm in found if arm.at_edge],
     }  # fmt: skip

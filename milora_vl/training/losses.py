@@ -59,11 +59,8 @@ def install(model: nn.Module) -> bool:
         if supervised_labels is None:
             return own(*args, **kwargs)
         rest = [p for child in model.children() if child is not inner for p in child.parameters() if p.requires_grad]
-        return {
-            "loss": _chunked_loss(
-                functools.partial(own, *args, use_cache=False, **kwargs), inner, rest, supervised_labels, size
-            )
-        }
+        run = functools.partial(own, *args, **kwargs | {"use_cache": False})  # packed batches say it themselves
+        return {"loss": _chunked_loss(run, inner, rest, supervised_labels, size)}
 
     model.forward = forward  # type: ignore[method-assign]
     return True

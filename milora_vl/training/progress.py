@@ -50,8 +50,10 @@ class Lines(TrainerCallback):
 class Bars(ProgressCallback):
     """HF's bars, with `log_line` above them in the place of its dictionaries."""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **objects: Any
+    ) -> None:
         """Write the line above the bar."""
-        line = log_line(objects["logs"], state.global_step, state.max_steps)
+        line = log_line(logs, state.global_step, state.max_steps)
         if line and self.training_bar is not None:
             self.training_bar.write(line, file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
 from milora_data.command import suggest
 from milora_data.errors import UserError
@@ -26,6 +27,8 @@ def task_class(name: str) -> type[Task]:
         near = suggest(name, TASKS)
         raise UserError(f"no task {name!r}\n" + (f"did you mean {near[0]} ?" if near else f"known: {', '.join(TASKS)}"))
     module, cls = TASKS[name]
+    if module in ("pictures", "digits") and find_spec("sklearn") is None:
+        raise UserError(f'the pictures of task {name} come with scikit-learn\npip install "milora-vl[studies]"')
     found: type[Task] = getattr(import_module(f"milora_vl.studies.tasks.{module}"), cls)
     return found
 
