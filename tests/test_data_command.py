@@ -227,7 +227,7 @@ def test_a_folder_of_pictures_becomes_records(pictures: Path, tmp_path: Path, ta
     ]
     assert main(arguments) == 0
     captured = capsys.readouterr()
-    assert "1 pictures without a caption: c.webp" in captured.err
+    assert "1 picture without a caption: c.webp" in captured.err
     assert "data.json: 2 records" in captured.out
     records = list(load_records(tmp_path / "out" / "data.json"))
     assert [(record.images, record.turns[0].text, record.turns[1].text) for record in records] == [

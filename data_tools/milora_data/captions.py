@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .command import amount
 from .errors import DataError
 from .tables import not_utf8, read_rows
 from .templates import IMAGE
@@ -36,13 +37,13 @@ def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
     unknown = [name for name in captions if name not in set(pictures)]
     if unknown:
         raise DataError(f"{table}: {len(unknown):,} captions without a picture in {folder}: {', '.join(unknown[:5])}")
-    _say_left_out("pictures without a caption", [name for name in pictures if not captions.get(name)])
+    _say_left_out("picture", "without a caption", [name for name in pictures if not captions.get(name)])
     foreign = [name for name in files if Path(name).suffix.lower() in UNREADABLE]
-    _say_left_out("pictures that cannot be read (save them as JPEG or PNG)", foreign)
+    _say_left_out("picture", "not readable (to be saved as JPEG or PNG)", foreign)
     if table is None:
         used = {str(Path(name).with_suffix("")) for name in pictures}
         texts = [name for name in files if Path(name).suffix == ".txt"]
-        _say_left_out("captions without a picture", [n for n in texts if str(Path(n).with_suffix("")) not in used])
+        _say_left_out("caption", "without a picture", [n for n in texts if str(Path(n).with_suffix("")) not in used])
     for name in pictures:
         if captions.get(name):
             question, answer = f"{IMAGE}\n{prompt}", captions[name]
@@ -50,10 +51,10 @@ def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
             yield {"id": str(Path(name).with_suffix("")), "image": name, "conversations": turns}
 
 
-def _say_left_out(what: str, names: list[str]) -> None:
+def _say_left_out(what: str, why: str, names: list[str]) -> None:
     if names:
         more = ", ..." if len(names) > 5 else ""
-        sys.stderr.write(f"left out: {len(names):,} {what}: {', '.join(names[:5])}{more}\n")
+        sys.stderr.write(f"left out: {amount(len(names), what)} {why}: {', '.join(names[:5])}{more}\n")
 
 
 def _beside(folder: Path, pictures: list[str]) -> dict[str, str]:
