@@ -1,4 +1,4 @@
-"""`python -m milora_vl.studies`: repeat one of the studies in docs/studies, or run one of your own."""
+"""`python -m milora_vl.studies`: repeat one of the studies in docs/studies."""
 
 from __future__ import annotations
 
@@ -74,13 +74,12 @@ def _list(as_json: bool) -> None:
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     from milora_vl.studies import page
     from milora_vl.studies.runner import Folder, all_cells, run_study
-    from milora_vl.studies.tasks import load_task
+    from milora_vl.studies.tasks import load_task, task_class
     from milora_vl.sweep.runner import alone
 
+    task_class(study.task)  # what it needs and is not there is said here, not by each worker
     if study.each is not None:
         study = study.with_each(load_task(study.task).model())
-    for arm in study.arms:
-        study.rules(arm, study.learning_rates[0])  # every mistake before the first step
     folder = Folder(options.output_dir / name, study)
     jobs = options.jobs or min(os.cpu_count() or 1, 4)
     cells = all_cells(folder)

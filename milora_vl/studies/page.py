@@ -123,13 +123,13 @@ def shown(name: str, study: Study, docs: Path) -> Table:
     with (docs / f"{name}.correlations.csv").open(encoding="utf-8", newline="") as opened:
         rows = [
             (
-                r["measure"],
-                r["kind"],
-                f"{float(r['rho']):+.2f}",
-                f"{float(r['low']):+.2f} to {float(r['high']):+.2f}",
-                r["n"],
+                row["measure"],
+                row["kind"],
+                signed(row["rho"]),
+                f"{signed(row['low'])} to {signed(row['high'])}",
+                row["n"],
             )
-            for r in csv.DictReader(opened)
+            for row in csv.DictReader(opened)
         ]
     words = "Spearman’s rank correlation of the measure with how far the layer’s adapter lowers the validation loss."
     return Table(("measure", "layers", "ρ", "95 % interval", "n"), tuple(rows), words)

@@ -1,7 +1,7 @@
 """Run the cells of a study in worker processes, each of which holds the task once; resumable after any kind of end.
 
 cells/NAME.json holds a cell's numbers and the scores of its test items, failed/NAME.json why it has none.
-A cell that another study in the same folder of studies has trained already is taken from there (../shared).
+A cell that another study beside it has trained already is taken from the folder that all of them share.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.config import Strict
-from milora_vl.policy import Policy
+from milora_vl.policy import Policy, PolicyError
 from milora_vl.sweep.cells import Cell, arm_rules
 from milora_vl.training import yaml_file
 
@@ -100,7 +100,7 @@ def chosen(name: str) -> list[str]:
 
 
 def read_study(name: str) -> Study:
-    """Read a study by name, or from a file. UserError with everything that is wrong in it."""
+    """Read a study by name. UserError with everything that is wrong in it."""
     source = f"study {name}"
     content, _ = yaml_file.read(llava_recipes.read(name, "study"), source)
     return parse_study(content, source)
@@ -115,4 +115,9 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
     except ValidationError as error:
         wrong = [f"  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise UserError("\n".join([f"{source}:", *wrong])) from None
+    for arm in study.arms:
+        try:
+            Policy.parse(study.rules(arm, study.rates(arm)[0]))
+        except PolicyError as error:
+            raise UserError(f"{source}: arm {arm}: {error}") from None
     return study

@@ -6,6 +6,7 @@ for pictures of 8 x 8. The data are 1,797 scanned digits (UCI, CC BY 4.0), which
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import pairwise
@@ -24,7 +25,7 @@ BASE_BATCH, BASE_RATE, BASE_SEED = 64, 3e-3, 0
 Batch = tuple[Tensor, Tensor]
 
 
-class _Digits:
+class _Digits(ABC):
     """The task of all three; what differs is the network, which takes pictures (batch, 1, 8, 8) in 0..1."""
 
     metric = "accuracy on turned digits"
@@ -49,9 +50,9 @@ class _Digits:
         with torch.inference_mode():
             self.before = self.base(self.known[0]).clone()
 
+    @abstractmethod
     def network(self) -> nn.Module:
         """Return a network with random weights."""
-        raise NotImplementedError
 
     def adaptable(self, network: nn.Module) -> nn.Module:
         """Return the trained network in a form that adapters can sit on."""

@@ -16,7 +16,6 @@ from torch.nn.functional import cross_entropy
 
 from milora_data.collate import ImageTextCollator
 from milora_data.encode import IGNORE
-from milora_data.errors import UserError
 from milora_data.records import Record, load_records
 from milora_vl.forgetting import answer_batches, drawn_questions, general_text
 from milora_vl.forgetting.measure import Batch, Forgetting, logits_of, summary, token_sums
@@ -24,8 +23,8 @@ from milora_vl.forgetting.text import text_batches
 from milora_vl.image_tokens import image_tokens
 from milora_vl.models import load_model, split_processor
 from milora_vl.studies.task import Measured
+from milora_vl.studies.tasks import EMOJI
 
-DATA = Path("data/emoji")
 BATCH, TOKENS = 16, 1536
 
 
@@ -41,20 +40,18 @@ class EmojiQuestions:
     forgets = "KL from the base model on general text, nats a token"
 
     def __init__(self) -> None:
-        if not (DATA / "train.json").is_file():
-            raise UserError(f"no {DATA / 'train.json'}\nmake it:  python -m milora_data emoji --output_dir {DATA}")
         base: Any
         base, processor = load_model("smol-llava", dtype=torch.bfloat16)
         base.set_attn_implementation("eager")  # for short sequences on CPUs
         self.base = base
         tokenizer, image_processor = split_processor(processor)
         self.collator = ImageTextCollator(
-            tokenizer, image_processor, image_tokens=image_tokens(base.config), image_folder=DATA / "images",
+            tokenizer, image_processor, image_tokens=image_tokens(base.config), image_folder=EMOJI / "images",
             max_length=512,
         )  # fmt: skip
-        self.train = list(load_records(DATA / "train.json"))
-        self.validation = list(load_records(DATA / "val.json"))[:64]
-        self.test = list(load_records(DATA / "test.json"))[::4]
+        self.train = list(load_records(EMOJI / "train.json"))
+        self.validation = list(load_records(EMOJI / "val.json"))[:64]
+        self.test = list(load_records(EMOJI / "test.json"))[::4]
         texts = text_batches(general_text(), tokenizer, num_tokens=TOKENS, block_length=256, batch_size=4)
         with TemporaryDirectory() as folder:
             drawn = drawn_questions(Path(folder))[::4]
