@@ -31,8 +31,11 @@ def words(data: Path, run: Path, *more: str) -> list[str]:
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
+    """Steps and losses of a run; there are some, or a comparison of them would say nothing."""
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    return [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    found = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    assert found
+    return found
 
 
 def content(run: Path, name: str) -> Any:

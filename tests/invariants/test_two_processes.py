@@ -23,7 +23,9 @@ KINDS = {"ddp": [], "zero2": ["--deepspeed", "zero2"], "zero3": ["--deepspeed", 
 
 def evaluations(run: Path) -> list[float]:
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    return [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    found = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert found
+    return found
 
 
 @pytest.fixture
