@@ -135,7 +135,7 @@ def test_the_likeliest_answer_is_the_greedy_one(tiny_llava: Callable[..., Made])
 
 
 def test_vlmevalkits_predictions_are_written_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = official_data.write_all(tmp_path / "data")
+    data = official_data.write(tmp_path / "data", "mmbench")
     benchmark = find_benchmark("mmbench")
     items = benchmark.load(folder_of(benchmark, data))
     answers = [Answer(item, item.answers[0], 1.0) for item in items]
