@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import official_data
 import pytest
 from PIL import Image
 
@@ -18,6 +19,7 @@ from milora_data.errors import DataError, UserError
 from milora_data.images import StoredPicture, load_image
 from milora_data.mix import Source, mixed_records
 from milora_data.records import load_records
+from milora_eval.benchmarks.refcoco import RefCOCO
 
 SHORT = "\nAnswer the question using a single word or phrase."
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -91,9 +93,9 @@ CASES: dict[str, tuple[dict[str, Any], Any, list[str], int]] = {
         {"refs(unc).p": REFS, "instances.json": INSTANCES}, "COCO_9.jpg",
         [
             "<image>\nPlease provide the bounding box coordinate of the region this sentence describes: left dog",
-            "[0.10, 0.10, 0.60, 0.60]",
+            "[0.10, 0.30, 0.60, 0.55]",
             "Please provide the bounding box coordinate of the region this sentence describes: dog",
-            "[0.10, 0.10, 0.60, 0.60]",
+            "[0.10, 0.30, 0.60, 0.55]",
         ], 1,
     ),
     "coco": (
@@ -192,6 +194,16 @@ def test_pictures_can_be_named_by_a_pattern(tmp_path: Path) -> None:
 def test_a_flag_without_effect_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--split is for --from ocrvqa, scienceqa, refcoco; --from gqa has no use"):
         convert("gqa", CASES["gqa"][0], tmp_path, "--split", "val")
+
+
+def test_the_boxes_of_refcoco_are_those_that_its_benchmark_expects(tmp_path: Path) -> None:
+    official_data.refcoco(tmp_path)
+    files = [str(tmp_path / name) for name in ("refs(unc).p", "instances.json")]
+    main(["convert", "--from", "refcoco", *files, "--split", "val", "--output_dir", str(tmp_path / "out")])
+    record = next(load_records(tmp_path / "out" / "data.json"))
+    asked = [item for item in RefCOCO().load(tmp_path) if item.kind == "val"]
+    assert record.turns[1].text == asked[0].answers[0]
+    assert RefCOCO().score(asked[0], record.turns[1].text) == 1.0
 
 
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path) -> None:
