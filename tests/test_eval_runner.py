@@ -16,6 +16,7 @@ from eval_questions import write_questions
 
 from milora_data.errors import UserError
 from milora_eval import run
+from milora_eval.results import read_results, write_results
 from milora_eval.store import read_lines
 
 Made = tuple[Any, Any]
@@ -146,6 +147,21 @@ def test_a_larger_limit_asks_only_what_is_new(model: Made, data: Path, tmp_path:
         assert results is not None
         asked.append((results["asked"], results["benchmarks"][0]["n"]))
     assert asked == [(5, 5), (7, 12), (0, 8), (10, 22)]
+
+
+def test_what_was_measured_of_other_weights_does_not_stay_in_the_results(
+    model: Made, data: Path, tmp_path: Path
+) -> None:
+    evaluate(model, data, tmp_path, audit_items=2)
+    folder = tmp_path / "eval" / "emoji" / "final"
+    measured = read_results(folder) | {"forgetting": {"kl": 0.5}}
+    write_results(folder, measured)
+    again = evaluate(model, data, tmp_path)
+    assert again is not None
+    assert (again["audit"], again["forgetting"]) == (measured["audit"], {"kl": 0.5})
+    other = evaluate(model, data, tmp_path, template="alpaca")
+    assert other is not None
+    assert (other["audit"], other["forgetting"]) == (None, None)
 
 
 def test_an_audit_finds_answers_that_depend_on_the_batch(model: Made, data: Path, tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def run(
     if outcome.missing:
         return None
     before = read_results(folder)
+    # What was measured beside the answers holds for the weights and settings it was measured with, and for no others.
+    same = before if (before.get("generation") or {}).get("key") == digest(plan.settings) else {}
     results = (
         _results(plan, outcome, before)
         | numbers(folder, suite)
@@ -70,8 +72,8 @@ def run(
             "which": which,
             "model": model_name,
             "adapter": None if adapter is None else str(adapter),
-            "forgetting": before.get("forgetting"),
-            "audit": audit(model, processor, plan, asked, folder) if audit_items else before.get("audit"),
+            "forgetting": same.get("forgetting"),
+            "audit": audit(model, processor, plan, asked, folder) if audit_items else same.get("audit"),
         }
     )
     write_results(folder, results)
