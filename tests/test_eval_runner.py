@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 from eval_questions import write_questions
 
 from milora_data.errors import UserError
-from milora_eval import run
+from milora_eval import evaluate as evaluation
+from milora_eval import run, runner
 from milora_eval.results import read_results, write_results
 from milora_eval.store import read_lines
 
@@ -120,6 +124,30 @@ def test_shards_end_with_the_bytes_of_one_run(model: Made, data: Path, tmp_path:
     evaluate(model, data, tmp_path / "whole")
     done = [evaluate(model, data, tmp_path, shard=(number, 9)) for number in (3, 1, 2, 9, 8, 7, 6, 5, 4)]
     assert [result is not None for result in done] == [False] * 8 + [True]
+    assert answers(tmp_path) == answers(tmp_path / "whole")
+
+
+def test_two_shards_that_end_at_one_moment_do_not_get_into_each_others_way(
+    model: Made, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(model, data, tmp_path / "whole")
+    both_have_asked = Barrier(2)
+    ask, to_line = evaluation.ask, runner.to_line
+
+    def asked(*arguments: Any) -> Any:
+        outcome = ask(*arguments)
+        both_have_asked.wait()
+        return outcome
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.01)
+        return to_line(*arguments)
+
+    monkeypatch.setattr(evaluation, "ask", asked)
+    monkeypatch.setattr(runner, "to_line", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        shards = [pool.submit(evaluate, model, data, tmp_path, shard=(number, 2)) for number in (1, 2)]
+    assert all(shard.result() is not None for shard in shards)
     assert answers(tmp_path) == answers(tmp_path / "whole")
 
 

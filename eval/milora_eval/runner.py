@@ -49,11 +49,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How many answers were asked for, and how many are missing still: those of other shards."""
+    """How many answers were asked for, and how long it took."""
 
     asked: int
     seconds: float
-    missing: int = 0
 
 
 def questions(plan: Plan) -> list[Question]:
@@ -81,7 +80,7 @@ def questions(plan: Plan) -> list[Question]:
 
 
 def ask(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folder: Path) -> Outcome:
-    """Get the answers that are missing in `folder`; when all are there, leave predictions.jsonl complete."""
+    """Get the answers of the plan's shard that are missing in `folder`."""
     store, start = Store(folder, plan.shard), time.perf_counter()
     known = store.known()
     mine = {question.key for question in _of_shard(asked, plan.shard)}
@@ -94,14 +93,18 @@ def ask(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folde
             sys.stderr.write(f"{there:,} of {len(mine):,} answers are there from before\n")
         store.open()
         _generate(model, processor, plan, todo, store)
-        known = store.known()
-    seconds = time.perf_counter() - start
-    missing = sum(question.key not in known for question in asked)
-    if missing:
-        return Outcome(len(todo), seconds, missing)
+    return Outcome(len(todo), time.perf_counter() - start)
+
+
+def finish(plan: Plan, asked: Sequence[Question], folder: Path) -> bool:
+    """Leave predictions.jsonl complete; False, and nothing done, while answers of other shards are missing."""
+    store = Store(folder, plan.shard)
+    known = store.known()
+    if any(question.key not in known for question in asked):
+        return False
     # Scored anew, so that an answer taken over from an older version follows today's rules.
     store.finish(_line(plan, question, known[question.key]) for question in asked)
-    return Outcome(len(todo), seconds)
+    return True
 
 
 def audit(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folder: Path) -> dict[str, Any]:
