@@ -146,6 +146,9 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
     [
         (["--suite", "emoij"], ['unknown suite "emoij"', "emoji", "milora_eval ls"]),
         (["--benchmarks", "emoji,emojy"], ['unknown benchmark "emojy"', "did you mean emoji"]),
+        (["--benchmarks", ","], ["--benchmarks names none", "milora_eval ls"]),
+        (["--benchmarks", "emoji,emoji"], ["emoji comes twice", "--output_dir"]),
+        (["--benchmarks", "gqa,gqa@official"], ["gqa comes twice", "--output_dir"]),
         (["--benchmarks", "no_module:Thing"], ["cannot import", "module:Class"]),
         (["--suite", "emoji", "--data", "nowhere"], ["nowhere", "python -m milora_data emoji --output_dir nowhere"]),
         (["--suite", "quick", "--data", "nowhere"], ["no benchmark's files", "milora_eval ls"]),

@@ -174,6 +174,9 @@ def test_files_of_another_form_are_a_message(data: Path, tmp_path: Path) -> None
     (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"text": "Why?"}}')
     with pytest.raises(UserError, match=r"benchmark gqa: .* not of the published form: no 'question'"):
         load_items(find_benchmark("gqa"), tmp_path)
+    (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "two"}\n')
+    with pytest.raises(UserError, match=r"benchmark gsm8k: .* not of the published form: could not convert"):
+        load_items(find_benchmark("gsm8k"), tmp_path)
 
 
 def write(folder: Path, lines: list[dict[str, Any]]) -> None:

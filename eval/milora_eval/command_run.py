@@ -91,6 +91,8 @@ def _arguments(options: argparse.Namespace, who: Subject) -> dict[str, Any]:
     else:
         names = tuple(part.strip() for part in options.benchmarks.split(",") if part.strip())
         name, limit, partial = None, options.limit, False
+        if not names:
+            raise UserError("--benchmarks names none\nsee: python -m milora_eval ls")
     data = options.data or Path("data") / (options.suite or names[0])
     if options.protocol is not None:
         names = tuple(_with_protocol(names, options.protocol))

@@ -56,7 +56,11 @@ class Outcome:
 
 
 def questions(plan: Plan) -> list[Question]:
-    """Read the items of all benchmarks, all shards; raises UserError for missing data and for pictures not there."""
+    """Read the items of all benchmarks, all shards.
+
+    Raises UserError for missing data, for pictures that are not there, and for two benchmarks of one name.
+    """
+    _check_names(plan.benchmarks)
     found, missing = [], {}
     for benchmark in plan.benchmarks:
         try:
@@ -176,6 +180,17 @@ def _line(plan: Plan, question: Question, text: str) -> Line:
 def _of_shard(asked: Sequence[Question], shard: tuple[int, int]) -> list[Question]:
     kept = {id(item) for item in take_shard([question.item for question in asked], shard)}
     return [question for question in asked if id(question.item) in kept]
+
+
+def _check_names(benchmarks: Sequence[Benchmark]) -> None:
+    seen: set[str] = set()
+    for benchmark in benchmarks:
+        if benchmark.name in seen:  # its numbers and files would replace the other's
+            raise UserError(
+                f"the benchmark {benchmark.name} comes twice\n"
+                "two protocols, or two files of one name, are evaluated with an --output_dir each"
+            )
+        seen.add(benchmark.name)
 
 
 def _check_ids(benchmark: Benchmark, items: Sequence[Item]) -> None:
