@@ -205,6 +205,19 @@ def test_a_folder_without_answers_names_those_that_have_some(adapter: Path, data
         main(["score", str(tmp_path)])
 
 
+def test_files_of_a_common_name_are_not_taken_for_a_benchmarks(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    shutil.copy(copy / "test.json", copy / "val.json")
+    flags = ["--suite", "quick", "--data", str(copy), "--limit", "2", "--output_dir", str(tmp_path)]
+    assert main(["run", "--model", "tiny", *flags]) == 0
+    assert "left out: benchmark vizwiz" in capsys.readouterr().err
+    found = json.loads((tmp_path / "eval" / "quick" / "base" / "results.json").read_text())
+    assert [entry["name"] for entry in found["benchmarks"]] == ["emoji"]
+
+
 def test_suites_are_listed_by_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ls", "--data", str(data)]) == 0
     shown = capsys.readouterr().out.split()
