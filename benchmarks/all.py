@@ -41,10 +41,11 @@ PARTS = {
 
 TEMPLATE = """# Performance
 
-What we want to reach and what was measured. Every ratio is from one run of one script, both sides in turns in it;
-`make bench` measures all of it again and writes this page. Figures vary by some percent from run to run, on a busy
-machine by more. Measured on {cpu}, {cores} cores, {memory_gib} GiB, Python {python}, torch {torch},
-transformers {transformers}, peft {peft}, {dates}.
+What we want to reach and what was measured. Every ratio is from one run of one script, both sides in turns in it, but
+for caches, the loader and the scoring of answers, where one side comes after the other; the loader and the training are
+measured alone, not beside each other. `make bench` measures all of it again and writes this page. Figures vary by some
+percent from run to run, on a busy machine by more. Measured on {cpu}, {cores} cores, {memory_gib} GiB, Python {python},
+torch {torch}, transformers {transformers}, peft {peft}, {dates}.
 
 | what | against | goal | measured | |
 |---|---|---|---|---|
