@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import resource
 import subprocess
@@ -238,26 +237,6 @@ def test_a_folder_of_pictures_becomes_records(pictures: Path, tmp_path: Path, ta
     assert main(["check", str(tmp_path / "out" / "data.json"), "--image_folder", str(pictures)]) == 0
     with pytest.raises(UserError, match="exists already"):
         main(arguments)
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a.json/out"), 2, "error: a.json/out: Not a directory\n"),
-        (PermissionError(errno.EACCES, "Permission denied", "/out"), 2, "error: /out: Permission denied\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot be written: No space left on device\n"),
-    ],
-)
-def test_a_place_that_cannot_be_written_is_a_line(
-    error: OSError, code: int, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def main(argv: object) -> int:
-        raise error
-
-    with pytest.raises(SystemExit) as caught:
-        command.run(main)
-    assert caught.value.code == code
-    assert capsys.readouterr().err.endswith(message)
 
 
 @pytest.mark.parametrize(
