@@ -36,6 +36,17 @@ def test_flags_win_over_the_recipe() -> None:
     assert flagged.recipe.policy[0]["alpha"] == 2
 
 
+def test_a_flag_by_an_older_name_wins_over_the_recipe_too(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: tiny\ntrain: {warmup_steps: 0.03, gradient_checkpointing: true}\n", encoding="utf-8")
+    train = settings(f"--recipe {file} --warmup_ratio 0.1 --gradient_checkpointing False").recipe.train
+    assert train["warmup_steps"] == 0.1
+    assert train["activation_checkpointing"] is False
+    assert "warmup_steps" not in settings(f"--recipe {file} --warmup_ratio 0").recipe.train
+    with pytest.raises(UserError, match="contradicts"):
+        settings(f"--recipe {file} --warmup_ratio 0.1 --warmup_steps 5")
+
+
 @pytest.mark.parametrize("method", ["milora", "lora", "pissa"])
 def test_methods_differ_only_by_their_name(method: str) -> None:
     chosen = settings(f"--recipe milora-llava-1.5-7b --method {method}").recipe

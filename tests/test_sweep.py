@@ -25,10 +25,10 @@ RECIPE: dict[str, Any] = {
         {"modules": "language", "method": "milora", "rank": 4, "alpha": 8, "learning_rate": 1e-3},
         {"modules": "projector", "method": "full", "learning_rate": 1e-4},
     ],
-    "train": {"max_steps": 6, "seed": 7},
+    "train": {"max_steps": 6, "seed": 7, "warmup_steps": 0.03},
     "sweep": {
         "suite": "emoji",
-        "train": {"max_steps": 3},
+        "train": {"max_steps": 3, "warmup_ratio": 0.1},
         "variants": {"strong": {"method": "lora", "alpha": 16, "train": {"weight_decay": 0.2}}},
     },
 }
@@ -91,7 +91,7 @@ def test_the_recipe_of_a_cell(method: str, rule: dict[str, Any], train: dict[str
     assert first["learning_rate"] == 3e-4
     assert projector == RECIPE["policy"][1]
     assert {key: made.train[key] for key in train} == train
-    assert (made.train["seed"], made.train["max_steps"]) == (9, 3)
+    assert (made.train["seed"], made.train["max_steps"], made.train["warmup_steps"]) == (9, 3, 0.1)
     assert Recipe.parse(yaml.safe_load(made.to_yaml())) == made
 
 

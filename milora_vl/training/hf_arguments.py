@@ -109,6 +109,16 @@ def canonical(name: str, value: Any) -> tuple[str, Any] | None:
     return RENAMED.get(name, name), value
 
 
+def overridden(train: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `train`, in canonical names, without what `flags` say by an older name: the flags win.
+
+    >>> overridden({"warmup_steps": 0.03, "max_steps": 9}, {"warmup_ratio": 0.1})
+    {'max_steps': 9}
+    """
+    said = {RENAMED[name] for name in flags if name in RENAMED}
+    return {name: value for name, value in train.items() if name not in said}
+
+
 def for_installed(train: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Keyword arguments for the TrainingArguments that has these `fields`, and the names that it does not have.
 

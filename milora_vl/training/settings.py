@@ -13,6 +13,7 @@ from milora_data.errors import UserError
 from milora_vl.config import Recipe, RecipeError, located, policy_problems
 from milora_vl.training import bases, llava_flags, protection, yaml_file
 from milora_vl.training.arguments import PROG, Request
+from milora_vl.training.hf_arguments import overridden
 from milora_vl.training.policy_edits import ADAPTERS, edited
 
 DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
@@ -120,10 +121,11 @@ def _faults_of_flags(request: Request) -> dict[str, str]:
 
 
 def _resolve(request: Request) -> Settings:
-    content, lines, source = read_recipe(request.recipe)
-    base = Recipe.parse(content, source, lines)
+    given, lines, source = read_recipe(request.recipe)
+    base = Recipe.parse(given, source, lines)
     meaning = _llava(request)
-    merged = _merge(base.model_dump(), request.overrides)
+    content = base.model_dump() | {"train": overridden(base.train, request.overrides.get("train", {}))}
+    merged = _merge(content, request.overrides)
     notes_on_pictures: list[str] = []
     if meaning and meaning.quantization:
         merged["quantization"] = meaning.quantization
