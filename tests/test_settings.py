@@ -82,9 +82,19 @@ def test_other_llava_scripts() -> None:
     assert settings("--model tiny --lora_enable True --bits 4").recipe.quantization == "4bit"
 
 
+def test_flags_of_llava_about_data_alone_leave_the_policy_as_it_is() -> None:
+    plain = settings("--model tiny --method lora --rank 4").recipe
+    beside = settings("--model tiny --method lora --rank 4 --group_by_modality_length True --lazy_preprocess True")
+    assert beside.recipe.policy == plain.policy
+    assert beside.notes == []
+    assert beside.recipe.train["train_sampling_strategy"] == "group_by_length"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--freeze_backbone True --freeze_mm_mlp_adapter True", "nothing is left to train"),
+        ("--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", "nothing is left to train"),
         ("--recipe tiny-test --lora_enable True", "the recipe decides that"),
         ("--lora_enable True --mm_use_im_start_end True", "only False is supported"),
         ("--lora_enable True --bits 5", "expected 16, 8 or 4"),
@@ -100,6 +110,8 @@ def test_what_cannot_be_is_an_error(words: str, message: str) -> None:
 def test_a_policy_can_be_given_as_text() -> None:
     request = parse(["--model", "tiny", "--policy", "[{modules: projector, method: full, learning_rate: 1e-3}]"])
     assert resolve(request).recipe.policy == [{"modules": "projector", "method": "full", "learning_rate": 1e-3}]
+    many = "{modules: language, method: milora, rank: 4}" + ", {modules: language.q_proj, rank: 2}" * 20
+    assert len(resolve(parse(["--model", "tiny", "--policy", f"[{many}]"])).recipe.policy or ()) == 21
     bad = parse(["--model", "tiny", "--policy", "[{modules: projector, method: fool}]"])
     with pytest.raises(UserError, match=r"policy\[0\].method: expected one of"):
         resolve(bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,7 +178,7 @@ def _llava(request: Request) -> llava_flags.Meaning | None:
         if clash:
             decided_by = "recipe" if request.recipe else "policy"
             raise UserError(f"{' '.join(clash)}: the {decided_by} decides that\nuse --method")
-    if request.edits.method in ADAPTERS:
+    if request.edits.method in ADAPTERS and llava_flags.decide_what_trains(given):
         given["lora_enable"] = True
     edits = request.edits
     found = llava_flags.meaning(given, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
@@ -202,7 +203,7 @@ def _given_policy(text: str) -> list[dict[str, Any]]:
 
 def _read_policy(text: str) -> tuple[list[dict[str, Any]], str]:
     """The rules of --policy, unchecked, and what to call their source."""
-    is_file = "\n" not in text and Path(text).is_file()
+    is_file = os.path.isfile(text)  # Path.is_file raises where the text is too long for a name
     source = text if is_file else "--policy"
     body = Path(text).read_text(encoding="utf-8") if is_file else text
     if not is_file and text.endswith((".yaml", ".yml")):
