@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,7 @@ def shape_of(config: Any, plan: Plan, counts: Counts, *, checkpointing: bool) ->
         records=plan.records,
         tokens=max(plan.tokens, 2),
         learnt=int(counts.learnt * plan.records),
-        pictures=plan.records if sees else 0,
+        pictures=math.ceil(plan.records * counts.records) if sees else 0,
         image_tokens=image_tokens(config) if sees else 0,
         half=plan.half,
         checkpointing=checkpointing,
