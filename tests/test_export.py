@@ -253,6 +253,12 @@ def test_the_command(run, capsys) -> None:
         main([str(run.root / "base"), "--to", "merged", "--output_dir", str(run.root / "x")])
 
 
+def test_the_folder_that_one_stands_in_is_written_beside_itself(run, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(run.root / "adapter")
+    assert main([".", "--to", "rank-3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str((run.root / "adapter-rank-3").resolve())
+
+
 @pytest.mark.parametrize("form", ["rank-2", "merged"])
 def test_damaged_files_are_refused_by_name(run, form: str) -> None:
     weights, config = run.root / "adapter" / "adapter_model.safetensors", run.root / "adapter" / "adapter_config.json"
