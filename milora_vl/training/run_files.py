@@ -81,8 +81,8 @@ def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[R
 def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) -> tuple[PackedRecords, str]:
     """The records in rows of twice max_length, in an order of the data's seed, and a line about how full they are."""
     capacity = 2 * recipe.data.max_length
-    seed = recipe.train.get("data_seed") or recipe.train.get("seed", 42)
-    rows = pack(lengths, capacity, seed)
+    seed = recipe.train.get("data_seed")
+    rows = pack(lengths, capacity, recipe.train.get("seed", 42) if seed is None else seed)
     share = fill(rows, lengths, capacity)
     return PackedRecords(records, rows), f"packed into {len(rows):,} rows of {capacity:,} tokens, {share:.1%} full"
 
