@@ -22,6 +22,7 @@ from milora_vl.training import checkpoints
 
 RESULTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
 OWN_FILES = ("recipe.yaml", "README.md", "policy.json", "report.html")
+GIT_PATIENCE = 10  # seconds
 PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
 
 
@@ -173,9 +174,11 @@ def _git_state() -> dict[str, Any] | None:
     try:
         commit = _git("-C", str(here), "rev-parse", "HEAD")
         return {"commit": commit, "changed": bool(_git("-C", str(here), "status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, or a disk that is slow
         return None
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=True, timeout=GIT_PATIENCE
+    ).stdout.strip()
