@@ -191,6 +191,9 @@ def test_credits_come_from_the_data_and_from_the_run(run: Path) -> None:
     ]
     page = page_of(run)
     assert "licence CC BY-SA 4.0" in page.text
+    mixture = f"model: smol-llava\ndata: {{path: [{{path: other.json}}, {{path: {data}/train.json, weight: 2.0}}]}}\n"
+    (run / "recipe.yaml").write_text(mixture)
+    assert credit_lines(read_run(run))[1:] == ["Pictures: OpenMoji (openmoji.org), licence CC BY-SA 4.0."]
     assert any(tag == "a" and "openmoji.org" in str(at["href"]) for tag, at in page.tags)
 
 
