@@ -33,7 +33,6 @@ FORMS = {
     "llava": "LoRA folder of haotian-liu/LLaVA, for its own load_pretrained_model",
     "rank-N": "plain LoRA of rank N nearest to the adapter, with its error (rank-r: each module's r)",
 }
-DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLES = """\
 examples:
   python -m milora_vl.export runs/a --to merged --output_dir merged

@@ -11,7 +11,8 @@ from milora_vl.adapter_folders import holds_text_model
 from milora_vl.config import Recipe
 from milora_vl.reporting.anew import write_anew
 from milora_vl.training import model_card
-from milora_vl.training.run_folder import RESULTS, RunFolder
+from milora_vl.training.checkpoints import WEIGHTS
+from milora_vl.training.run_folder import RunFolder
 from milora_vl.training.screen import Screen
 
 
@@ -21,7 +22,7 @@ def close(folder: RunFolder, recipe: Recipe, screen: Screen, style: str = "human
     With the style `json` the block, and what training measured, are the last line of stdout.
     """
     page = write_pages(folder, recipe, screen)
-    weights = next((name for name in RESULTS if (folder.path / name).is_file()), "")
+    weights = next((name for name in WEIGHTS if (folder.path / name).is_file()), "")
     rows = [("weights", str(folder.path / weights))]
     if page is not None:
         rows.append(("report", str(page)))
