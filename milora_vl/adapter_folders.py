@@ -34,9 +34,13 @@ def holds_projector_alone(folder: Path) -> bool:
 def base_of(folder: Path) -> str:
     """Return the name of the base model that an adapter was made for.
 
-    Raises UserError where its adapter_config.json does not say.
+    Raises UserError where its adapter_config.json does not say, or cannot be read.
     """
-    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    file = folder / "adapter_config.json"
+    try:
+        named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read (cut off?): {error}") from None
     if not named:
         raise UserError(f"{folder}/adapter_config.json names no base model\ntry: --model BASE --adapter {folder}")
     return str(named)

@@ -80,7 +80,9 @@ def read_projector(source: Path) -> dict[str, Tensor]:
         is_safe = file.suffix == ".safetensors"
         state = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{file} cannot be read (cut off?): {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file} cannot be read (cut off?): {(str(error) or 'it is empty').splitlines()[0]}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{file} holds no weights by name, but a {type(state).__name__}")
     weights = {_inner(name): t for name, t in state.items() if _OURS.match(name) or _LLAVA.match(name)}
     if not weights:
         raise UserError(f"{file} holds no projector weights; its names: {', '.join(list(state)[:3])}, ...")

@@ -115,3 +115,8 @@ def test_broken_yaml_is_named_with_its_line(text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         yaml_file.read(text, "my.yaml")
     assert message in str(error.value)
+
+
+def test_a_key_that_is_a_number_is_unknown() -> None:
+    with pytest.raises(UserError, match=r"train\.1: unknown key"):
+        Recipe.parse({"train": {1: 2}})

@@ -100,11 +100,19 @@ def test_flags_of_llava_about_data_alone_leave_the_policy_as_it_is() -> None:
         ("--lora_enable True --bits 5", "expected 16, 8 or 4"),
         ("--recipe tniy-test", "did you mean tiny-test"),
         ("--policy none.yaml", "no such file"),
+        ("--model tiny --rank 4 --learning_rate nan", "--learning_rate: expected a number, got 'nan'"),
+        ("--model tiny --rank 4 --max_steps inf", "--max_steps: expected a whole number, got 'inf'"),
     ],
 )
 def test_what_cannot_be_is_an_error(words: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         settings(words)
+
+
+def test_a_policy_that_is_no_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot read .*rules.yaml"):
+        settings(f"--model tiny --policy {tmp_path / 'rules.yaml'}")
 
 
 def test_a_policy_can_be_given_as_text() -> None:

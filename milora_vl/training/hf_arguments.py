@@ -7,6 +7,7 @@ holds the newest names; `for_installed` turns them into what the installed Train
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -87,7 +88,7 @@ def coerce(name: str, value: Any) -> Any:
         value = "yes" if value else "no"
     try:
         converted = CONVERT[flag.type](value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ValueError(f"expected {EXPECTED[flag.type]}, got {value!r}") from None
     if flag.choices and converted not in flag.choices:
         raise ValueError(f"got {value!r}, expected one of {', '.join(flag.choices)}")
@@ -150,7 +151,7 @@ def _dict(value: Any) -> Any:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or math.isnan(float(value)):
         raise TypeError
     return float(value)
 

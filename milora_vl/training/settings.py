@@ -205,7 +205,10 @@ def _read_policy(text: str) -> tuple[list[dict[str, Any]], str]:
     """The rules of --policy, unchecked, and what to call their source."""
     is_file = os.path.isfile(text)  # noqa: PTH113 - Path's raises where the text is too long for a name
     source = text if is_file else "--policy"
-    body = Path(text).read_text(encoding="utf-8") if is_file else text
+    try:
+        body = Path(text).read_text(encoding="utf-8") if is_file else text
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {text}: {error}") from None
     if not is_file and text.endswith((".yaml", ".yml")):
         raise UserError(f"--policy {text}: no such file")
     indented = "\n".join("  " + line for line in body.splitlines())
