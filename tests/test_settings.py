@@ -10,6 +10,7 @@ from milora_data.errors import UserError
 from milora_vl.train import main as train
 from milora_vl.training.arguments import parse
 from milora_vl.training.settings import Settings, require_fit, resolve
+from milora_vl.training.training_args import prepared
 
 # scripts/v1_5/finetune_lora.sh of haotian-liu/LLaVA, without its launcher.
 FINETUNE_LORA = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed zero3
@@ -202,3 +203,13 @@ def test_what_is_said_of_a_tower_that_is_there_already_has_no_effect_and_is_told
     (said,) = settings("--model tiny-text --mm_vision_select_layer -1").warnings
     assert "without a --vision_tower" in said
     assert settings("--model tiny --mm_vision_select_layer -2").warnings == []
+
+
+@pytest.mark.parametrize(
+    ("modules", "may_be"),
+    [("language", False), ("language.*", False), ("vision", True), ("model.vision_tower.encoder.layers.2", True)],
+)
+def test_ddp_looks_for_unused_weights_where_the_last_layers_of_the_tower_may_train(modules: str, may_be: bool) -> None:
+    """LLaVA reads the last layer but one, so those behind it get no gradient, by whatever name a rule has for them."""
+    request = parse(["--model", "tiny", "--policy", f"[{{modules: {modules}, method: full}}]"])
+    assert prepared(resolve(request).recipe)[0]["ddp_find_unused_parameters"] is may_be

@@ -138,7 +138,7 @@ def load_device(args: TrainingArguments) -> torch.device:
 
 
 def _may_be_unused(modules: str) -> bool:
-    return modules.startswith("vision") or "*" in modules.removesuffix(".*")
+    return "vision" in modules or "*" in modules.removesuffix(".*")
 
 
 def _evaluation(train: dict[str, Any], recipe: Recipe) -> None:
