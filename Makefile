@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lowest check format bench docs wheel clean
+.PHONY: help setup demo test test-all test-lowest check format bench docs wheel audit clean
 # An interrupted command must not cost the user a finished file.
 .PRECIOUS: $(DATA)/test.json $(RUN)/adapter_model.safetensors $(RUN)/eval/emoji/final/results.json
 
@@ -48,15 +48,19 @@ format: $(INSTALLED)  ## rewrite the code the way `check` wants it
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## all benchmarks, one after the other (an hour): benchmarks/results.json, docs/performance.md
+bench: $(INSTALLED) $(DATA)/test.json  ## all benchmarks, one after the other (an hour): benchmarks/results.json, docs/performance.md
 	$(BIN)/python benchmarks/all.py
 
 docs: $(INSTALLED)  ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "open $(abspath site)/index.html"
 
-wheel: $(INSTALLED)  ## build dist/*.whl
-	$(BIN)/python -m build --wheel --no-isolation
+wheel: $(INSTALLED)  ## build the wheel and the source archive into dist/
+	$(BIN)/python -m build --no-isolation
+
+audit: $(INSTALLED)  ## known vulnerabilities in what is installed (needs the vulnerability database)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --local --skip-editable
 
 clean:  ## remove caches and built files (never runs, data or the environment)
 	rm -rf build dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache

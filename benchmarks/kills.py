@@ -13,6 +13,7 @@ import os
 import random
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,12 +28,18 @@ def main() -> int:
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--processes", type=int, default=1)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--output_dir", type=Path, required=True)
+    options.add_argument("--output_dir", type=Path, help="where the two runs are kept [a temporary folder]")
     options.add_argument("words", nargs="+")
     chosen = options.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     CONTEXT.set_forkserver_preload(["milora_vl.training.run", "milora_vl.trainer", "peft", "deepspeed"])
-    whole, killed = chosen.output_dir / "whole", chosen.output_dir / "killed"
+    with tempfile.TemporaryDirectory(prefix="kills-") as temporary:
+        return compare(chosen, chosen.output_dir or Path(temporary))
+
+
+def compare(chosen: argparse.Namespace, folder: Path) -> int:
+    """Train twice in `folder`, alone and killed, and print what came out; 1 where the losses differ."""
+    whole, killed = folder / "whole", folder / "killed"
     start = time.monotonic()
     training = Training(chosen.words, whole, chosen.processes)
     wait_for_checkpoint(training, whole, set())

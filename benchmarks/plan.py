@@ -1,8 +1,8 @@
 """What the plan of a run says of memory, against what real runs take and what DeepSpeed's own estimators say.
 
 Measured: small LLaVAs of several shapes on this CPU, resident memory at the peak of the second step, each in a
-process of its own (glibc told to give memory back). Printed: one JSON line; with --tables what 7B and 13B need on 1, 2,
-4 and 8 devices of 24, 40 and 80 GB, as markdown. --docs writes all three tables into docs/training.md.
+process of its own (glibc told to give memory back). Planned: what 7B and 13B need on 1, 2, 4 and 8 devices of 24, 40
+and 80 GB. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,8 +39,6 @@ RUNS = [
     (4, 1024, 4, 300, False, True),
     (4, 1024, 2, 600, True, True),
 ]
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "training.md"
-BEGIN, END = "<!-- written by benchmarks/plan.py --docs -->", "<!-- end -->"
 
 
 def config(layers: int, width: int) -> Any:
@@ -160,14 +157,9 @@ def full_plan(total: int, devices: int) -> Any:
     )  # fmt: skip
 
 
-def tables() -> str:
-    """Memory needed with rank 128, batch 1 and 16 a device, checkpointing, and the smallest card that holds it."""
-    rows = [
-        "Rank 128 on the language tower, the projector in full, bf16, checkpointing, records of 700 tokens; GiB with "
-        "one for CUDA itself:\n",
-        "| model | devices | ZeRO | batch | GiB a device | 24 GB | 40 GB | 80 GB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def needs() -> list[dict[str, Any]]:
+    """GiB a device with rank 128, batch 1 and 16, checkpointing; whether cards of 24, 40 and 80 GB hold it."""
+    rows = []
     for name in ("llava-1.5-7b", "llava-1.5-13b"):
         made = models.config_of(name)
         base = meta_model(made)
@@ -182,52 +174,18 @@ def tables() -> str:
         for devices in (1, 2, 4, 8):
             for stage in (0,) if devices == 1 else (2, 3):
                 for chosen in (small, plan):
-                    here = replace(chosen, devices=devices, stage=stage)
-                    size = fit.needed(here)
-                    marks = " | ".join("yes" if size <= limit * 1e9 / GIB else "no" for limit in (24, 40, 80))
-                    rows.append(f"| {name} | {devices} | {stage or '-'} | {here.records} | {size:.1f} | {marks} |")
-    return "\n".join(rows)
-
-
-def measured_table(runs: list[dict[str, Any]]) -> str:
-    """Predicted and measured peaks, as markdown."""
-    rows = [
-        "Resident memory of one process on a CPU, a LLaVA of width 1,024:\n",
-        "| layers | records × tokens | checkpointing | precision | predicted | measured | ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for run in runs:
-        shape = f"{run['layers']} | {run['records']} × {run['tokens']}"
-        how = f"{'yes' if run['checkpointing'] else 'no'} | {'bf16' if run['bf16'] else 'float32'}"
-        sizes = f"{run['predicted_mb']:,} MB | {run['measured_mb']:,} MB | {run['ratio']:.2f}"
-        rows.append(f"| {shape} | {how} | {sizes} |")
-    return "\n".join(rows)
-
-
-def deepspeed_table(found: list[dict[str, Any]]) -> str:
-    """Both estimates side by side, as markdown."""
-    rows = [
-        "Weights, gradients and Adam of training everything in bf16, GB a device, beside DeepSpeed's own estimators "
-        "(`estimate_zero2_model_states_mem_needs`, `estimate_zero3_...`, buffer factor 1):\n",
-        "| model | devices | ZeRO | plan | DeepSpeed |",
-        "|---|---|---|---|---|",
-    ]
-    for one in found:
-        sizes = f"{one['ours_gb']:,} | {one['deepspeed_gb']:,}"
-        rows.append(f"| {one['model']} | {one['devices']} | {one['stage']} | {sizes} |")
-    return "\n".join(rows)
+                    size = fit.needed(replace(chosen, devices=devices, stage=stage))
+                    fits = [size <= card * 1e9 / GIB for card in (24, 40, 80)]
+                    rows.append({"model": name, "devices": devices, "stage": stage, "batch": chosen.records,
+                                 "gib": round(size, 1), "fits": fits})  # fmt: skip
+    return rows
 
 
 def main() -> None:
     """Measure every shape, compare with DeepSpeed, and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", help="measure one run, by its number (used by the benchmark itself)")
-    parser.add_argument("--tables", action="store_true", help="print what 7B and 13B need instead")
-    parser.add_argument("--docs", action="store_true", help="write everything into docs/training.md too")
     args = parser.parse_args()
-    if args.tables:
-        print(tables())
-        return
     if args.one:
         print(json.dumps(measure(*RUNS[int(args.one)])))
         return
@@ -238,12 +196,7 @@ def main() -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(json.dumps(runs[-1]), file=sys.stderr)
-    theirs = deepspeed_ratios()
-    if args.docs:
-        before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-        text = "\n\n".join([BEGIN, measured_table(runs), deepspeed_table(theirs), tables(), END])
-        DOCS.write_text(before + text + rest.partition(END)[2], encoding="utf-8")
-    print(json.dumps({"benchmark": "plan", "runs": runs, "deepspeed": theirs}))
+    print(json.dumps({"benchmark": "plan", "runs": runs, "deepspeed": deepspeed_ratios(), "needs": needs()}))
 
 
 if __name__ == "__main__":

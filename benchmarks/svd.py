@@ -4,9 +4,9 @@ python benchmarks/svd.py headline [--repeats 3]    r = 128 at 4096 x 4096 and 40
 python benchmarks/svd.py families                  spectrum families at 2048 x 2048
 python benchmarks/svd.py ranks                     ranks 8 to 512 at 4096 x 4096
 python benchmarks/svd.py principal                 principal part beside PEFT's pissa_niter_4
-python benchmarks/svd.py llama [--size 7b 13b]     every shape of a LLaMA, measured once, times its count; a plot
+python benchmarks/svd.py llama [--size 7b 13b]     every shape of a LLaMA, measured once, times its count
 
-Each prints a table (stderr) and one JSON line; `llama` with --out FOLDER writes a plot there. Errors are true ones: the
+Each prints a table (stderr) and one JSON line. Errors are true ones: the
 relative excess of the norm of the singular values, against those of the full decomposition.
 """
 
@@ -41,14 +41,15 @@ def main() -> None:
     options.add_argument("--device", default="cpu")
     options.add_argument("--scale", type=int, default=1, help="divide all sizes by this, for a quick look")
     options.add_argument("--size", nargs="+", choices=sorted(LLAMA), default=["7b"])
-    options.add_argument("--out", type=Path)
+    options.add_argument("--plot", type=Path, metavar="PNG", help="llama: draw the seconds of each shape")
     chosen = options.parse_args()
+    if chosen.plot is not None and chosen.part != "llama":
+        options.error("--plot draws the shapes of `llama` alone")
     rows = PARTS[chosen.part](chosen)
     show(rows, f"{chosen.part}: {torch.get_num_threads()} threads, torch {torch.__version__}, {chosen.device}")
     print(json.dumps(rows))
-    if chosen.out is not None and chosen.part == "llama":
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        plot(rows, chosen.out / "llama.png")
+    if chosen.plot is not None:
+        plot(rows, chosen.plot)
 
 
 def headline(chosen: argparse.Namespace) -> list[dict[str, Any]]:

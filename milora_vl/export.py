@@ -37,7 +37,7 @@ _EXAMPLES = """\
 examples:
   python -m milora_vl.export runs/a --to merged --output_dir merged
   python -m milora_vl.export runs/a --to rank-64 --dtype bfloat16 --with_base      # for servers that take small LoRAs
-  python -m milora_vl.export llava-v1.5-7b-lora --to adapter --base llava-1.5-7b   # from LLaVA's own run
+  python -m milora_vl.export llava-v1.5-7b-lora --to adapter --base vicuna-clip   # from LLaVA's own run
 """
 
 

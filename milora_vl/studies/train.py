@@ -31,7 +31,7 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cell.seed)
         base = task.model()
-        updates = Updates.of(base, study.overlap)
+        updates = Updates.of(base, study.overlap, factors)
         model = apply_milora(base, study.rules(cell.method, cell.learning_rate), cache_dir=factors)
         last = _train(task, model, study.training(cell.method), cell)
     model.eval()

@@ -1,0 +1,53 @@
+"""docs/performance.md, made of benchmarks/results.json and the goals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from goals import GOALS, REASONS
+
+KILLS = (
+    ("kills", "`smol-llava`, one process"),
+    ("kills_ddp", "`tiny`, DDP"),
+    ("kills_zero3", "`tiny`, ZeRO-3"),
+)
+
+
+def page(results: dict[str, Any]) -> str:
+    """The text of docs/performance.md; SystemExit where the results are not of one machine."""
+    described = [entry["machine"] for entry in results.values()]
+    if any(other != described[0] for other in described):
+        raise SystemExit("the results come from different machines or versions: measure all of them again")
+    dates = sorted({entry["date"] for entry in results.values()})
+    loader = FileSystemLoader(Path(__file__).resolve().parent)
+    environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment.filters.update(figure=figure, time=duration, power=power)
+    return environment.get_template("performance.md.j2").render(
+        results=results,
+        machine=described[0],
+        dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))),
+        goals=GOALS,
+        missed=[goal for goal in GOALS if not goal.is_met(goal.value(results[goal.part]["result"]))],
+        reasons=REASONS,
+        kills=KILLS,
+    )
+
+
+def figure(value: float) -> str:
+    """Three significant digits; whole numbers from a hundred on."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes and seconds."""
+    return f"{seconds:.3g} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def power(value: float | None) -> str:
+    """An excess: 3e-4, 0, or a dash where nothing is known."""
+    if value is None:
+        return "–"
+    return f"{value:.0e}" if value else "0"
