@@ -176,7 +176,7 @@ def foreign_imports() -> list[str]:
 def test_importing_any_module_changes_and_prints_nothing(tmp_path: Path) -> None:
     """No environment variable, file, log handler, warning filter, seed or signal handler is touched."""
     modules = [module_name(path) for path in FILES]
-    assert len(modules) > 300
+    assert len(modules) > 100
     done = subprocess.run(
         [sys.executable, "-c", EFFECTS, json.dumps([foreign_imports(), modules])],
         capture_output=True, text=True, cwd=tmp_path,
