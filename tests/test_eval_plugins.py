@@ -26,7 +26,7 @@ from milora_eval.data_files import read_table
 from milora_eval.likelihood import loglikelihoods
 from milora_eval.lm_eval import main as lm_eval_main
 from milora_eval.suites import find_benchmark, folder_of
-from milora_eval.vlmevalkit import milora_vlm, register, write_predictions, write_questions
+from milora_eval.vlmevalkit import milora_vlm, read_predictions, register, write_predictions, write_questions
 from milora_vl.generate import Prompt, generate
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
@@ -145,6 +145,13 @@ def test_vlmevalkits_predictions_are_written_and_scored(tmp_path: Path, capsys: 
     rows = read_table(write_questions(tmp_path / "mine.tsv", items))
     assert [row["index"] for row in rows] == [str(item.meta["index"]) for item in items]
     assert {row["A"] for row in rows} == {item.meta["options"]["A"] for item in items}
+
+
+def test_a_table_without_openpyxl_is_told_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "theirs.xlsx").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"milora-vl\[eval\]"):
+        read_predictions(tmp_path / "theirs.xlsx")
 
 
 def test_vlmevalkits_model_answers_a_message(tmp_path: Path) -> None:
