@@ -20,6 +20,14 @@ def test_the_front_matter_names_base_and_method(tmp_path: Path) -> None:
     assert "milora" in front["tags"]
 
 
+def test_a_text_model_and_a_stream_are_called_so(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "environment.json").write_text('{"data": {"eval": 0, "skipped": 0}}')
+    card = model_card.render(tmp_path, RECIPE)
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text-generation"
+    assert "fine-tuned on a stream of records" in card
+
+
 def test_scores_come_in_and_an_edited_card_stays_edited(tmp_path: Path) -> None:
     card = tmp_path / "README.md"
     card.write_text(model_card.render(tmp_path, RECIPE) + "\nMy own words.\n")

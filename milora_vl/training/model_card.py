@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from milora_vl.adapter_folders import holds_text_model
 from milora_vl.config import Recipe
 from milora_vl.training.run_folder import read_environment
 
@@ -26,7 +27,7 @@ def render(path: Path, recipe: Recipe) -> str:
     front = {
         "base_model": base,
         "library_name": "peft" if (path / "adapter_config.json").is_file() else "transformers",
-        "pipeline_tag": "image-text-to-text",
+        "pipeline_tag": "text-generation" if holds_text_model(path) else "image-text-to-text",
         "tags": sorted({"milora"} | {str(rule["method"]) for rule in recipe.policy or () if "method" in rule}),
         "datasets": [Path(path).name for path in _data_files(recipe)],
     }
@@ -56,11 +57,12 @@ def update_scores(path: Path) -> None:
 def _summary(path: Path, recipe: Recipe, environment: dict[str, Any]) -> str:
     policy = _json(path / "policy.json")
     trained = f", {policy['trainable']:,} of {policy['total']:,} parameters trained" if "trainable" in policy else ""
-    data = environment.get("data", {}).get("train", 0)
+    data = environment.get("data", {}).get("train")  # nobody knows how many a stream has
+    records = "a stream of records" if data is None else f"{data:,} records"
     loss = _last_loss(path)
     rules = "\n".join(f"- {_in_words(rule)}" for rule in recipe.policy or ())
     return (
-        f"`{recipe.model}` fine-tuned on {data:,} records{trained}."
+        f"`{recipe.model}` fine-tuned on {records}{trained}."
         + (f" Training loss at the end: {loss:.4f}." if loss is not None else "")
         + f"\n\n{rules}"
     )
