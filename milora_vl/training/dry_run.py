@@ -24,7 +24,17 @@ from milora_vl.config import Recipe
 from milora_vl.image_tokens import image_tokens
 from milora_vl.policy import Target
 from milora_vl.towers import TOWERS, find_towers
-from milora_vl.training import bases, build, first_batch, packages, run_data, run_folder, settings, training_args
+from milora_vl.training import (
+    bases,
+    build,
+    evaluation,
+    first_batch,
+    packages,
+    run_data,
+    run_folder,
+    settings,
+    training_args,
+)
 from milora_vl.training.arguments import PROG, Request
 from milora_vl.training.batching import Batching
 from milora_vl.training.dry_run_cost import lines as cost_lines
@@ -54,11 +64,7 @@ def show(request: Request) -> int:
     screen.say(f"run    {path} (not created)\n")
     policy(screen, base, targets)
     counts, num_records = None, None
-    problems: list[UserError] = []  # the rest of the plan is worth seeing; they are raised at the end
-    try:
-        bases.check(recipe)
-    except UserError as error:
-        problems.append(error)
+    problems = _missing(recipe)  # the rest of the plan is worth seeing; they are raised at the end
     try:
         counts, num_records = data(screen, recipe, config, base)
     except UserError as error:
@@ -91,6 +97,17 @@ def show(request: Request) -> int:
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
     return 0
+
+
+def _missing(recipe: Recipe) -> list[UserError]:
+    """What loading the model, or the evaluation after the training, would stumble over."""
+    found = []
+    for check in (lambda: bases.check(recipe), lambda: evaluation.check(recipe.eval)):
+        try:
+            check()
+        except UserError as error:
+            found.append(error)
+    return found
 
 
 def _words_for_data(base: nn.Module) -> str:
