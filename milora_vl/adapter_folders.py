@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from milora_data.errors import UserError
 
@@ -36,6 +37,17 @@ def base_of(folder: Path) -> str:
     if not named:
         raise UserError(f"{folder}/adapter_config.json names no base model\ntry: --model BASE --adapter {folder}")
     return str(named)
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """Return the recipe of the run that `folder` is, or is a checkpoint of; empty for what is no run."""
+    places = (folder, folder.parent) if folder.is_dir() else ()
+    file = next((place / "recipe.yaml" for place in places if (place / "recipe.yaml").is_file()), None)
+    if file is None:
+        return {}
+    import yaml
+
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
 
 
 def holds_text_model(folder: Path) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from milora_data.errors import UserError
 from milora_data.records import Turn
@@ -99,10 +100,22 @@ def test_words_are_streamed_as_they_come_without_the_first_space(
     assert seen[1] != ""
 
 
-def test_the_prompt_format_is_that_of_the_training(tmp_path: Path) -> None:
-    assert chat._trained_template(tmp_path) == "vicuna_v1"
-    (tmp_path / "recipe.yaml").write_text("template: plain\n")
-    assert chat._trained_template(tmp_path) == "plain"
+@pytest.mark.parametrize("place", ["", "checkpoint-4"])
+def test_prompt_and_pictures_are_those_of_the_training(place: str, adapter: Path, picture: Path) -> None:
+    """Of a checkpoint too, whose recipe is the run's."""
+    folder = adapter.rename(adapter.parent / place) if place else adapter
+    words = ["--model", "tiny", "--adapter", str(folder), "--image", str(picture), "What?"]
+    without = chat.Chat.load(chat._options(words))
+    assert (without.template, without.image_aspect_ratio) == ("vicuna_v1", "pad")
+    run = folder.parent if place else folder
+    (run / "recipe.yaml").write_text("template: mistral\ndata: {image_aspect_ratio: plain}\n")
+    trained = chat.Chat.load(chat._options(words))
+    assert (trained.template, trained.image_aspect_ratio) == ("mistral", "plain")
+    trained.picture = Image.effect_noise((90, 30), 90).convert("RGB")
+    said = [trained.reply([trained.user_turn("What?", trained.picture, [])], trained.picture, None, base=False)]
+    trained.image_aspect_ratio = "pad"
+    said.append(trained.reply([trained.user_turn("What?", trained.picture, [])], trained.picture, None, base=False))
+    assert said[0] != said[1]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import base_of, holds_adapter
+from milora_vl.adapter_folders import base_of, holds_adapter, recipe_of
 
 Results = dict[str, Any]
 FILE = "forgetting.json"
@@ -155,13 +155,7 @@ class Job:
     @property
     def _recipe(self) -> Mapping[str, Any]:
         """The recipe of the run that is measured; empty for a folder that is no run."""
-        import yaml
-
-        own = self.adapter or Path(self.model)
-        for place in (own, own.parent):
-            if (place / "recipe.yaml").is_file():
-                return yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")) or {}
-        return {}
+        return recipe_of(self.adapter or Path(self.model))
 
     @property
     def _sees(self) -> bool:
