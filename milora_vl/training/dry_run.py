@@ -70,7 +70,7 @@ def show(request: Request) -> int:
     except UserError as error:
         problems.append(error)
     batching = Batching(
-        num_records=num_records or 1,
+        num_records=None if recipe.data.streaming else num_records or 1,
         per_device=train.get("per_device_train_batch_size", 8),
         accumulation=train.get("gradient_accumulation_steps", 1),
         num_devices=request.devices or num_devices(),
@@ -79,10 +79,11 @@ def show(request: Request) -> int:
         drop_last=train.get("dataloader_drop_last", False),
     )
     screen.say(f"\nbatch  {batching.describe()}")
-    screen.say(f"steps  {batching.describe_steps() if num_records else 'not known without data'}")
+    is_known = num_records is not None or recipe.data.streaming
+    screen.say(f"steps  {batching.describe_steps() if is_known else 'not known without data'}")
     costs = cost_lines(
         train, config, base, targets, counts, batching, _packed_bytes(recipe),
-        has_steps=num_records is not None, gpu_memory=request.gpu_memory,
+        has_steps=is_known, gpu_memory=request.gpu_memory,
     )  # fmt: skip
     screen.say("\n".join(costs))
     if problems:
@@ -92,7 +93,7 @@ def show(request: Request) -> int:
     if request.format == "json":
         content = {
             "model": recipe.model, "parameters": count(base), **_trained(base, targets), "records": num_records,
-            "batch": batching.total, "steps": batching.steps if num_records else None, "cost": costs,
+            "batch": batching.total, "steps": batching.steps if is_known else None, "cost": costs,
             "output_dir": str(path), "next": start,
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
@@ -172,11 +173,11 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
         image_tokens=num_tokens,
         max_length=recipe.data.max_length,
     )
-    screen.say(f"\ndata   {len(read.train):,} records, {read.num_with_images:,} with pictures")
+    screen.say(f"\ndata   {read.describe()}")
     screen.say(f"first batch: {len(first)} records, {counts.describe()}   (> is learnt, . is only read)")
     for line in first_batch.lines(first, template=template, image_tokens=num_tokens, tokenizer=tokenizer):
         screen.say(line)
-    return counts, len(read.train)
+    return counts, None if read.streamed else len(read.train)
 
 
 def tokenizer_at_hand(name: str) -> Any | None:
