@@ -18,7 +18,7 @@ from milora_data.command import count, next_step, parser, positive, report, run,
 from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_data.records import Turn
-from milora_vl.adapter_folders import holds_adapter, holds_projector_alone, recipe_of
+from milora_vl.adapter_folders import holds_adapter, holds_projector_alone, trained_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,14 +73,14 @@ class Chat:
         processor: Any,
         *,
         template: str,
-        image_aspect_ratio: AspectRatio,
         max_new_tokens: int,
         compare: bool,
+        image_aspect_ratio: AspectRatio = "pad",
     ) -> None:
         self.model = model
         self.processor = processor
         self.template = template
-        self.image_aspect_ratio: AspectRatio = image_aspect_ratio
+        self.image_aspect_ratio = image_aspect_ratio
         self.max_new_tokens = max_new_tokens
         self.compare = compare
         self.start(None)
@@ -94,13 +94,13 @@ class Chat:
 
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(options.dtype)
+        template, image_aspect_ratio = trained_prompts(Path(options.adapter or options.model))
         model, processor = load_model(options.model, adapter=options.adapter, dtype=dtype, device=device)
-        trained = recipe_of(Path(options.adapter or options.model))
         return cls(
             model,
             processor,
-            template=options.template or trained.get("template") or "vicuna_v1",
-            image_aspect_ratio=(trained.get("data") or {}).get("image_aspect_ratio") or "pad",
+            template=options.template or template,
+            image_aspect_ratio=image_aspect_ratio,
             max_new_tokens=options.max_new_tokens,
             compare=options.compare,
         )
@@ -141,8 +141,8 @@ class Chat:
                 self.processor,
                 [prompt],
                 template=self.template,
-                image_aspect_ratio=self.image_aspect_ratio,
                 max_new_tokens=self.max_new_tokens,
+                image_aspect_ratio=self.image_aspect_ratio,
                 streamer=streamer,
             )
         return answer

@@ -100,22 +100,24 @@ def test_words_are_streamed_as_they_come_without_the_first_space(
     assert seen[1] != ""
 
 
-@pytest.mark.parametrize("place", ["", "checkpoint-4"])
-def test_prompt_and_pictures_are_those_of_the_training(place: str, adapter: Path, picture: Path) -> None:
-    """Of a checkpoint too, whose recipe is the run's."""
-    folder = adapter.rename(adapter.parent / place) if place else adapter
-    words = ["--model", "tiny", "--adapter", str(folder), "--image", str(picture), "What?"]
-    without = chat.Chat.load(chat._options(words))
-    assert (without.template, without.image_aspect_ratio) == ("vicuna_v1", "pad")
-    run = folder.parent if place else folder
-    (run / "recipe.yaml").write_text("template: mistral\ndata: {image_aspect_ratio: plain}\n")
-    trained = chat.Chat.load(chat._options(words))
-    assert (trained.template, trained.image_aspect_ratio) == ("mistral", "plain")
-    trained.picture = Image.effect_noise((90, 30), 90).convert("RGB")
-    said = [trained.reply([trained.user_turn("What?", trained.picture, [])], trained.picture, None, base=False)]
-    trained.image_aspect_ratio = "pad"
-    said.append(trained.reply([trained.user_turn("What?", trained.picture, [])], trained.picture, None, base=False))
-    assert said[0] != said[1]
+def test_prompt_and_pictures_are_those_of_the_training_also_with_a_checkpoint_of_it(
+    adapter: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    wide = tmp_path / "wide.png"
+    Image.linear_gradient("L").rotate(90).resize((96, 32)).convert("RGB").save(wide)
+    checkpoint = (tmp_path / "run" / "checkpoint-5").absolute()
+    checkpoint.parent.mkdir()
+    adapter.rename(checkpoint)
+    said = {}
+    for recipe in ("", "template: plain\n", "data: {image_aspect_ratio: plain}\n"):
+        (checkpoint.parent / "recipe.yaml").write_text(recipe)
+        ask("--adapter", checkpoint, "--image", wide, "What is it?")
+        said[recipe] = capsys.readouterr().out
+    model, processor = load_model("tiny", adapter=checkpoint)
+    prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (wide,))
+    for recipe, options in zip(said, ({}, {"template": "plain"}, {"image_aspect_ratio": "plain"}), strict=True):
+        assert said[recipe].strip() == generate(model, processor, [prompt], max_new_tokens=8, **options)[0]
+    assert len(set(said.values())) == 3
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_eval.__main__ import main
 from milora_eval.benchmark import Answer
+from milora_eval.benchmarks.xlsx import write_xlsx
 from milora_eval.data_files import read_table
 from milora_eval.likelihood import loglikelihoods
 from milora_eval.lm_eval import main as lm_eval_main
@@ -152,6 +153,11 @@ def test_a_table_without_openpyxl_is_told_with_its_extra(tmp_path: Path, monkeyp
     (tmp_path / "theirs.xlsx").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"milora-vl\[eval\]"):
         read_predictions(tmp_path / "theirs.xlsx")
+
+
+def test_a_prediction_of_zero_is_an_answer(tmp_path: Path) -> None:
+    path = write_xlsx(tmp_path / "a.xlsx", ("index", "prediction"), [[1, 0], [2, None], [3, "A"]])
+    assert [row["text"] for row in read_predictions(path)] == ["0", "", "A"]
 
 
 def test_vlmevalkits_model_answers_a_message(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from milora_data.command import suggest
 from milora_data.errors import UserError
-from milora_vl import adapter_folders
 from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone, holds_residual
 
 
@@ -51,9 +52,13 @@ def subject(model: str, adapter: Path | None, base: str | None) -> Subject:
 
 def recipe_of(folder: Path) -> dict[str, object]:
     """Return template and picture handling that a run was trained with; empty for a folder that is no run."""
-    recipe = adapter_folders.recipe_of(folder)
-    data = recipe.get("data") or {}
-    return {"template": recipe.get("template"), "image_aspect_ratio": data.get("image_aspect_ratio")}
+    for place in (folder, folder.parent):
+        path = place / "recipe.yaml"
+        if path.is_file():
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            data = recipe.get("data") or {}
+            return {"template": recipe.get("template"), "image_aspect_ratio": data.get("image_aspect_ratio")}
+    return {}
 
 
 def _check_adapter(folder: Path, model: str) -> None:
