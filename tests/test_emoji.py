@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections import Counter
 
 import pytest
@@ -167,6 +168,12 @@ def test_credits_stand_beside_the_pictures(folder):
     readme = (folder / "README.md").read_text()
     assert "OpenMoji" in readme
     assert "CC BY-SA 4.0" in readme
+
+
+def test_a_missing_renderer_is_told_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(UserError, match=r"milora-vl\[demo\]"):
+        emoji_catalogue.render("1F600", 13)
 
 
 def test_an_asset_that_is_not_the_pinned_file_is_refused(tmp_path, monkeypatch):

@@ -148,6 +148,13 @@ def test_vlmevalkits_predictions_are_written_and_scored(tmp_path: Path, capsys: 
     assert {row["A"] for row in rows} == {item.meta["options"]["A"] for item in items}
 
 
+def test_a_table_without_openpyxl_is_told_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "theirs.xlsx").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"milora-vl\[eval\]"):
+        read_predictions(tmp_path / "theirs.xlsx")
+
+
 def test_a_prediction_of_zero_is_an_answer(tmp_path: Path) -> None:
     path = write_xlsx(tmp_path / "a.xlsx", ("index", "prediction"), [[1, 0], [2, None], [3, "A"]])
     assert [row["text"] for row in read_predictions(path)] == ["0", "", "A"]

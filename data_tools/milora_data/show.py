@@ -14,7 +14,7 @@ from .check import image_folder
 from .command import amount, count, next_step, parser
 from .encode import encode
 from .errors import UserError
-from .flags import shared
+from .flags import RECORDS, shared
 from .images import ImageError, load_image, place_of
 from .preview import Piece, as_rich, text_pieces, token_pieces
 from .records import Record, load_records
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser("python -m milora_data show", "Print records as they are learnt, with the mask.", EPILOG)
     given = options.add_argument_group("input")
-    given.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
+    given.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
     shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
     given.add_argument("--id", help="only the record with this id")
     given.add_argument("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)")
