@@ -61,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _print(record, pieces, counts, folder, separate=number > 0)
     if chosen.html is not None:
-        _write_page(chosen, page)
+        _write_page(chosen, page, folder)
     pictures = ["--image_folder", folder] if chosen.image_folder else []
     next_step("milora_data", "check", chosen.data, *pictures)
     return 0
 
 
-def _write_page(chosen: argparse.Namespace, records: Sequence[Shown]) -> None:
-    written = write_page(chosen.html, str(chosen.data), records)
+def _write_page(chosen: argparse.Namespace, records: Sequence[Shown], folder: Path) -> None:
+    written = write_page(chosen.html, str(chosen.data), records, folder)
     as_json = json.dumps({"page": str(chosen.html), "records": written})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{chosen.html}: {amount(written, 'record')}\n")
     if written < len(records):
