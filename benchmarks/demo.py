@@ -17,9 +17,9 @@ from datetime import date
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from all import HERE, machine
+from all import ROOT, machine
 
-RESULTS, README = HERE / "demo.json", HERE.parent / "README.md"
+RESULTS, README = ROOT / "benchmarks" / "demo.json", ROOT / "README.md"
 PRINTED = """\
 `make demo` took {minutes} minutes {seconds} seconds on two cores ({cpu}). It printed
 
@@ -33,10 +33,10 @@ report: runs/demo/report.html
 
 def measure() -> dict[str, Any]:
     """Run the demo; its time, its table and the numbers that the summary needs."""
-    with TemporaryDirectory(dir=HERE.parent / "runs") as folder:
+    with TemporaryDirectory(dir=ROOT / "runs") as folder:
         start = time.perf_counter()
         done = subprocess.run(
-            ["make", "demo", f"RUN={folder}/demo"], cwd=HERE.parent, stdout=subprocess.PIPE, text=True, check=True
+            ["make", "demo", f"RUN={folder}/demo"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
         )
         seconds = time.perf_counter() - start
     return {

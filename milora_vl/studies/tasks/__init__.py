@@ -15,8 +15,9 @@ EMOJI = Path("data/emoji")  # the demo's data set
 # Name -> module and class.
 TASKS = {
     "smol-llava": ("smol_llava", "EmojiQuestions"),
+    "smollm2": ("smollm2", "NamedTopics"),
     "minilm": ("sentences", "SentenceTopics"),
-    "lite0": ("pictures", "EmojiCategories"),
+    "lite0": ("pictures", "TurnedEmoji"),
     "digits-cnn": ("digits", "DigitsCnn"),
     "digits-rnn": ("digits", "DigitsRnn"),
     "digits-vit": ("digits", "DigitsVit"),

@@ -1,4 +1,6 @@
-"""EfficientNet-Lite0 learns what kind of thing an emoji shows; what it says of photographs may be forgotten.
+"""EfficientNet-Lite0 learns by how many quarters an emoji is turned; what it says of photographs may be forgotten.
+
+ImageNet's features say little about that, so a new head alone does not get far. Some emoji look the same either way.
 
 The pictures are OpenMoji's (CC BY-SA 4.0), split by base emoji as in `python -m milora_data emoji`. The photographs are
 pieces of the two that come with scikit-learn (CC BY 2.0, by danielbuechele and vultilion). The weights are those
@@ -16,36 +18,37 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, kl_div
 
 from milora_data.assets import fetch
-from milora_data.emoji_catalogue import KINDS, catalogue, on_background, render
+from milora_data.emoji_catalogue import catalogue, on_background, render
 from milora_vl.smol_llava import TOWER_WEIGHTS
 from milora_vl.studies.order import shuffled
 from milora_vl.studies.task import Measured
 
+TURNS = 4
 SIZE = 96  # pixels a side; the weights are from 224, the network takes any
 NUM_PIECES, SMALLEST, LARGEST = 128, 128, 384  # of the photographs, in pixels of theirs
 Batch = tuple[Tensor, Tensor]
 
 
-class EmojiCategories:
-    """A new head on the pooled features names the kind; the head that came with the network says what was forgotten."""
+class TurnedEmoji:
+    """A new head on the pooled features names the turn; the head that came with the network says what was forgotten.
+
+    All emoji are held-out or trained on in all four turns.
+    """
 
     metric = "accuracy on new emoji"
     forgets = "KL from the base model's ImageNet predictions on photographs, nats"
 
     def __init__(self) -> None:
-        emojis, kinds = catalogue(), list(KINDS)
-        pictures = {
-            split: torch.stack([_pixels(on_background(render(e.code, SIZE))) for e in emojis if e.split == split])
-            for split in ("train", "val", "test")
-        }
+        emojis = catalogue()
         self.train, self.validation, self.test = (
-            (found, torch.tensor([kinds.index(e.kind) for e in emojis if e.split == split]))
-            for split, found in pictures.items()
+            torch.stack([_pixels(on_background(render(e.code, SIZE))) for e in emojis if e.split == split])
+            for split in ("train", "val", "test")
         )
-        self.names = [e.code for e in emojis if e.split == "test"]
+        codes = [e.code for e in emojis if e.split == "test"]
+        self.names = [f"{code}-{turn}" for turn in range(TURNS) for code in codes]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the new head's weights
-            self.base = TwoHeads(imagenet_lite0(), len(kinds)).eval()
+            self.base = TwoHeads(imagenet_lite0(), TURNS).eval()
         self.photographs = _pieces()
         with torch.no_grad():
             self.before = self.scores(self.base, self.photographs)[0].log_softmax(1)
@@ -55,31 +58,36 @@ class EmojiCategories:
         return deepcopy(self.base)
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        """Yield pictures with their kinds, shuffled anew for every pass."""
-        pictures, kinds = self.train
-        for places in shuffled(len(kinds), batch_size, seed):
-            yield pictures[places], kinds[places]
+        """Yield turned pictures with their turns, shuffled anew for every pass."""
+        for places in shuffled(TURNS * len(self.train), batch_size, seed):
+            turns = [place % TURNS for place in places]
+            pictures = [self.train[place // TURNS].rot90(place % TURNS, dims=(1, 2)) for place in places]
+            yield torch.stack(pictures), torch.tensor(turns)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean cross-entropy of a batch."""
-        pictures, kinds = batch
-        return cross_entropy(model(pictures)[1], kinds)
+        pictures, turns = batch
+        return cross_entropy(model(pictures)[1], turns)
 
     def measure(self, model: nn.Module) -> Measured:
         """Loss and accuracy on held-out emoji; the KL on pieces of photographs, and how many are called otherwise."""
-        pictures, kinds = self.test
-        is_right = (self.scores(model, pictures)[1].argmax(1) == kinds).float().tolist()
+        scores, turns = self._turned(model, self.test)
+        is_right = (scores.argmax(1) == turns).float().tolist()
         after = self.scores(model, self.photographs)[0].log_softmax(1)
         kl = kl_div(after, self.before, reduction="batchmean", log_target=True)
         is_other = (after.argmax(1) != self.before.argmax(1)).float()
-        loss = cross_entropy(self.scores(model, self.validation[0])[1], self.validation[1])
         return Measured(
-            float(loss),
+            float(cross_entropy(*self._turned(model, self.validation))),
             sum(is_right) / len(is_right),
             dict(zip(self.names, is_right, strict=True)),
             float(kl),
             {"forgetting_first_class": float(is_other.mean())},
         )
+
+    def _turned(self, model: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """The new head's scores of the pictures in every turn, and the turns."""
+        found = [self.scores(model, pictures.rot90(turn, dims=(2, 3)))[1] for turn in range(TURNS)]
+        return torch.cat(found), torch.arange(TURNS).repeat_interleave(len(pictures))
 
     def scores(self, model: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """The scores of both heads, a few pictures at a time."""
@@ -94,10 +102,10 @@ class TwoHeads(nn.Module):
     leave in place, and with batches of a few emoji they would forget photographs whatever the weights do.
     """
 
-    def __init__(self, network: Any, num_kinds: int) -> None:
+    def __init__(self, network: Any, num_turns: int) -> None:
         super().__init__()
         self.network = network
-        self.kinds = nn.Linear(network.num_features, num_kinds)
+        self.turns = nn.Linear(network.num_features, num_turns)
 
     def train(self, mode: bool = True) -> TwoHeads:
         """Switch to training mode, all but the batch norms."""
@@ -108,9 +116,9 @@ class TwoHeads(nn.Module):
         return self
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (batch, 3, side, side) in -1..1 -> the scores of ImageNet's classes and those of the kinds."""
+        """Pictures (batch, 3, side, side) in -1..1 -> the scores of ImageNet's classes and those of the turns."""
         pooled = self.network.forward_head(self.network.forward_features(pictures), pre_logits=True)
-        return self.network.get_classifier()(pooled), self.kinds(pooled)
+        return self.network.get_classifier()(pooled), self.turns(pooled)
 
 
 def imagenet_lite0() -> nn.Module:

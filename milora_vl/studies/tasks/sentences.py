@@ -7,9 +7,7 @@ does it.
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
@@ -22,8 +20,8 @@ from milora_data.assets import fetch
 from milora_vl.forgetting import general_text
 from milora_vl.studies.order import shuffled
 from milora_vl.studies.task import Measured
+from milora_vl.studies.tasks.topics import named_topics
 
-MIN_MEMBERS = 8  # of a topic
 NUM_VALIDATION, NUM_TEST = 160, 400
 NUM_SENTENCES, MAX_WORDS = 120, 16
 Tokens = dict[str, Tensor]
@@ -40,7 +38,7 @@ class SentenceTopics:
 
         folder = fetch("minilm")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        named = _names()
+        named = named_topics()
         topics = sorted({topic for _, topic in named})
         texts, labels = [text for text, _ in named], torch.tensor([topics.index(topic) for _, topic in named])
         validation = slice(NUM_TEST, NUM_TEST + NUM_VALIDATION)
@@ -113,20 +111,6 @@ class TopicModel(nn.Module):
         weights = attention_mask[..., None].to(states.dtype)
         pooled = (states * weights).sum(1) / weights.sum(1)
         return pooled, self.head(pooled)
-
-
-def _names() -> list[tuple[str, str]]:
-    """Names with their topics, in an order of their own; flags and parts are left out, and a name stands once."""
-    table = json.loads((fetch("emoji_data") / "emoji.json").read_text(encoding="utf-8"))
-    named = {
-        entry["name"].lower(): entry["subcategory"]
-        for entry in table
-        if entry["name"] and entry["category"] not in ("Component", "Flags")
-    }
-    members = Counter(named.values())
-    kept = sorted((text, topic) for text, topic in named.items() if members[topic] >= MIN_MEMBERS)
-    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0)).tolist()
-    return [kept[place] for place in order]
 
 
 def _sentences(number: int) -> list[str]:

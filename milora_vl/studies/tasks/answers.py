@@ -1,0 +1,122 @@
+"""What the tasks of language models share: they learn short answers, and may forget general text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from itertools import count
+from statistics import fmean
+from typing import Any
+
+import torch
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from milora_data.collate import ImageTextCollator
+from milora_data.encode import IGNORE
+from milora_data.lengths import encoded_lengths
+from milora_data.records import Record
+from milora_data.sampler import LengthGroupedSampler
+from milora_vl.forgetting import general_text
+from milora_vl.forgetting.measure import Batch, Forgetting, logits_of, summary, token_sums
+from milora_vl.forgetting.text import text_batches
+from milora_vl.studies.task import Measured
+from milora_vl.training.losses import install, summed_loss
+
+BATCH, TOKENS = 16, 1536
+
+
+class AnswerTask:
+    """Questions with short answers.
+
+    Each test question is read with its answer once, and is right if each token of the answer, its end included, is the
+    likeliest: what greedy decoding would write. No other accepted answer counts. `probes` are batches on which
+    forgetting is measured beside general text.
+    """
+
+    metric = "whole answer right, share of the test questions"
+    forgets = "KL from the base model on general text, nats a token"
+
+    def __init__(
+        self,
+        base: Any,
+        collator: ImageTextCollator,
+        train: Sequence[Record],
+        validation: Sequence[Record],
+        test: Sequence[Record],
+        probes: Mapping[str, Iterable[Batch]],
+    ) -> None:
+        self.base, self.collator, self.train = base, collator, train
+        self.lengths = self._lengths(train)
+        self.validation, self.test = self._by_length(validation), self._by_length(test)
+        text = text_batches(general_text(), collator.tokenizer, num_tokens=TOKENS, block_length=256, batch_size=4)
+        with torch.no_grad():  # the base model's predictions (n, vocabulary), which all trainings are compared with
+            self.probes = {
+                name: [(batch, logits_of(base, batch)) for batch in batches]
+                for name, batches in {"text": text, **probes}.items()
+            }
+
+    def model(self) -> nn.Module:
+        """Return a copy of the base model, which computes its loss in chunks."""
+        copied: nn.Module = deepcopy(self.base)
+        install(copied)
+        return copied
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Any]:
+        """Yield batches of records of similar length, in an order that the seed decides."""
+        sampler = LengthGroupedSampler(self.lengths, batch_size, seed)
+        for epoch in count():
+            order = sampler.order(epoch)
+            for start in range(0, len(order) - batch_size + 1, batch_size):
+                yield self.collator([self.train[place] for place in order[start : start + batch_size]])
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the mean loss of the answers' tokens, under bfloat16 autocast as the demo trains."""
+        with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(model):
+            loss, num_tokens = summed_loss(model, batch, chunked=True)
+        return loss / num_tokens
+
+    def measure(self, model: nn.Module) -> Measured:
+        """Measure the loss on held-out records, whole answers on test questions, and KL on text and other probes."""
+        losses, _ = self._answers(model, self.validation)
+        test_losses, right = self._answers(model, self.test)
+        items = {record.id: float(hit) for record, hit in zip(self.test, right, strict=True)}
+        text, *others = (self._kl(model, probe) for probe in self.probes.values())
+        more = {"test_loss": fmean(test_losses)}
+        more |= {f"forgetting_{name}": probe.kl for name, probe in zip(list(self.probes)[1:], others, strict=True)}
+        more |= {"forgetting_stderr": text.kl_stderr or 0.0, "change_of_loss": text.loss_change}
+        return Measured(fmean(losses), fmean(items.values()), items, text.kl, more)
+
+    def _answers(self, model: nn.Module, records: Sequence[Record]) -> tuple[list[float], list[bool]]:
+        """Of each record the mean loss over the tokens of its answers, and whether each is the likeliest."""
+        losses: list[float] = []
+        right: list[bool] = []
+        for start in range(0, len(records), BATCH):
+            batch = self.collator(records[start : start + BATCH])
+            labels = batch.pop("labels")[:, 1:]
+            places = (labels != IGNORE).any(0).nonzero()[:, 0]  # logits are made where an answer stands
+            with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(model):
+                logits = model(**batch, logits_to_keep=places).logits
+            labels = labels[:, places]
+            learnt = labels != IGNORE
+            own = torch.zeros(labels.shape)
+            own[learnt] = cross_entropy(logits[learnt].float(), labels[learnt], reduction="none")
+            losses += (own.sum(1) / learnt.sum(1)).tolist()
+            right += ((logits.argmax(-1) == labels) | ~learnt).all(1).tolist()
+        return losses, right
+
+    def _kl(self, model: nn.Module, probe: Sequence[tuple[Batch, Tensor]]) -> Forgetting:
+        rows = [token_sums(logits_of(model, batch), target, batch) for batch, target in probe]
+        return summary(torch.cat(rows), [name for batch, _ in probe for name in batch.documents], "probe")
+
+    def _lengths(self, records: Sequence[Record]) -> list[int]:
+        collator = self.collator
+        return encoded_lengths(
+            records, collator.tokenizer, template=collator.template, image_tokens=collator.image_tokens
+        )
+
+    def _by_length(self, records: Sequence[Record]) -> list[Record]:
+        """The records with those of similar length together: less padding."""
+        lengths = self._lengths(records)
+        return [records[place] for place in sorted(range(len(records)), key=lengths.__getitem__)]

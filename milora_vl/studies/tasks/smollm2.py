@@ -1,0 +1,33 @@
+"""SmolLM2 learns to say in words which of some sixty topics a name is about; it may forget general text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from milora_data.collate import ImageTextCollator
+from milora_data.records import Record, Turn
+from milora_vl.models import load_model
+from milora_vl.studies.tasks.answers import AnswerTask
+from milora_vl.studies.tasks.topics import named_topics
+
+NUM_VALIDATION, NUM_TEST = 96, 240
+
+
+class NamedTopics(AnswerTask):
+    """The names and topics that MiniLM-L6 learns too; names that training has not shown are the test."""
+
+    def __init__(self) -> None:
+        base: Any
+        base, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
+        base.set_attn_implementation("eager")  # for short sequences on CPUs
+        records = [_record(name, topic) for name, topic in named_topics()]
+        test, validation = records[:NUM_TEST], records[NUM_TEST : NUM_TEST + NUM_VALIDATION]
+        collator = ImageTextCollator(tokenizer, template="tulu", max_length=512)
+        super().__init__(base, collator, records[NUM_TEST + NUM_VALIDATION :], validation, test, probes={})
+
+
+def _record(name: str, topic: str) -> Record:
+    turns = (Turn("user", f"What is the topic of: {name}"), Turn("assistant", topic.replace("-", " ")))
+    return Record(name, (), turns)
