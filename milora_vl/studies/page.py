@@ -24,7 +24,7 @@ from milora_vl.sweep.results import Arm, Result, arms, mean_of
 from milora_vl.sweep.store import write_text
 
 # What cells.csv holds beside what every cell has, with a heading for it.
-_MORE = {"update": "‖ΔW‖/‖W‖", "overlap": "overlap with top"}
+_MORE = {"forgetting_pictures": "of pictures", "update": "‖ΔW‖/‖W‖", "overlap": "overlap with top"}
 
 
 def write(folder: Folder, command: str) -> tuple[Path, Table]:
