@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from milora_eval.results import numbers
 numbers(Path({folder!r}), "")
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
+ROUNDS = 3
 THINGS = ("dog", "chair", "cup", "person", "tree", "car", "bottle", "bird", "table", "book")
 
 
@@ -54,7 +56,7 @@ def main() -> None:
 
 
 def asking(name: str, num_pictures: int, num_questions: int, batch_size: int) -> dict[str, Any]:
-    """Ask POPE-like questions, several about each picture: one by one, as LLaVA's scripts do, and in batches."""
+    """Ask POPE-like questions, several a picture: one by one, as LLaVA's scripts do, and in batches; in turns."""
     model, processor = load_model(name)
     rng = random.Random(0)
     prompts = []
@@ -64,22 +66,27 @@ def asking(name: str, num_pictures: int, num_questions: int, batch_size: int) ->
             text = f"<image>\nIs there a {thing} in the image?\nAnswer the question using a single word or phrase."
             prompts.append(Prompt((Turn("user", text),), (picture,)))
     options: dict[str, Any] = {"max_new_tokens": 4}
+    ways: dict[str, dict[str, Any]] = {
+        "shared": {"batch_size": batch_size},
+        "batched": {"batch_size": batch_size, "share_pictures": False},
+        "batch1": {"batch_size": 1, "share_pictures": False},
+    }
     generate(model, processor, prompts[:2], **options)
-    seconds, batched = timed(lambda: generate(model, processor, prompts, batch_size=batch_size, **options))
-    unshared, _ = timed(
-        lambda: generate(model, processor, prompts, batch_size=batch_size, share_pictures=False, **options)
-    )
-    one_by_one, single = timed(lambda: generate(model, processor, prompts, batch_size=1, **options))
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    said: dict[str, list[str]] = {}
+    for _ in range(ROUNDS):
+        for way, how in ways.items():
+            took, said[way] = timed(lambda how=how: generate(model, processor, prompts, **how, **options))
+            times[way].append(took)
+    seconds = {way: statistics.median(own) for way, own in times.items()}
     return {
         "model": name,
         "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
         "questions": len(prompts),
-        "batch1_s": round(one_by_one, 2),
-        "batched_s": round(unshared, 2),
-        "shared_s": round(seconds, 2),
-        "speedup_over_batch1": round(one_by_one / seconds, 2),
-        "changed_answers": sum(a != b for a, b in zip(batched, single, strict=True)),
+        **{f"{way}_s": round(took, 2) for way, took in seconds.items()},
+        "speedup_over_batch1": round(seconds["batch1"] / seconds["shared"], 2),
+        "changed_answers": sum(a != b for a, b in zip(said["shared"], said["batch1"], strict=True)),
     }
 
 
@@ -90,7 +97,8 @@ def memory(count: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             write_predictions(Path(folder), number)
             code = SCORE_ALONE.format(folder=folder)
-            seconds, done = timed(lambda code=code: subprocess.run([sys.executable, "-c", code], capture_output=True))
+            command = [sys.executable, "-c", code]
+            seconds, done = timed(lambda c=command: subprocess.run(c, stdout=subprocess.PIPE, check=True))
             peaks.append((int(done.stdout), seconds))
     (small, _), (large, seconds) = peaks
     return {
@@ -107,7 +115,8 @@ def write_predictions(folder: Path, count: int) -> None:
     with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
         for i in range(count):
             picture = data / "val2014" / f"COCO_val2014_{i // 6:012d}.jpg"
-            item = picture_item(i, "Is there a dog?", picture, answers=["yes"] * 7 + ["no"] * 3, kind="yes/no")
+            votes, meta = ["yes"] * 7 + ["no"] * 3, {"question_type": "is there a"}
+            item = picture_item(i, "Is there a dog?", picture, answers=votes, kind="yes/no", meta=meta)
             file.write(json.dumps(to_line(benchmark, item, ("yes", "no", "2")[i % 3], f"{i:016x}", data)) + "\n")
 
 

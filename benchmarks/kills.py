@@ -51,7 +51,7 @@ def compare(chosen: argparse.Namespace, folder: Path) -> int:
         "processes": chosen.processes,
         "steps": len(before),
         "kills": len(kills),
-        "kills_while_training": sum(kill["training"] for kill in kills),
+        "kills_after_a_new_checkpoint": sum(kill["new"] for kill in kills),
         "kills_while_saving": sum(kill["saving"] for kill in kills),
         "final_loss": [before[-1], after[-1]],
         "largest_difference": max(abs(a - b) for a, b in zip(before, after, strict=True)),
@@ -113,7 +113,7 @@ def kill_often(chosen: argparse.Namespace, run: Path, seconds: float) -> list[di
     """Start, kill all its processes at a random moment, start again; in the end leave it alone.
 
     Every second kill aims at a checkpoint: it comes within 100 ms of the appearance of its folder. The others come
-    within the `seconds` that a start takes up to its first checkpoint.
+    within the `seconds` that a start takes up to its first checkpoint, so some before the training has begun.
     """
     rng = random.Random(chosen.seed)
     kills: list[dict[str, bool]] = []
@@ -130,7 +130,7 @@ def kill_often(chosen: argparse.Namespace, run: Path, seconds: float) -> list[di
         training.kill()
         new = set(run.glob("checkpoint-*")) - here
         saving = any(not (folder / "trainer_state.json").exists() for folder in new)
-        kills.append({"training": bool(new), "saving": saving})
+        kills.append({"new": bool(new), "saving": saving})
         print(f"kill {len(kills)}: {sorted(folder.name for folder in new)} {saving=}", file=sys.stderr)
     Training([*chosen.words, "--resume_from_checkpoint", "auto"], run, chosen.processes).ends()
     return kills

@@ -1,4 +1,4 @@
-"""Whether the loader keeps up: records a second of 2 loader processes, and of smol-llava's training; the tower's share.
+"""Records a second of 2 loader processes, and of smol-llava's training, each measured alone; the tower's share.
 
 python benchmarks/loader.py [--steps 6] [--batches 40]    prints a JSON line; ratios are from this one run
 Pictures are JPEGs of 640 x 480, conversations as in the parts of mix665k, batches of 8 as in the demo's recipe.

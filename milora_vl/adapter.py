@@ -58,7 +58,21 @@ def apply_milora(
     if is_wrapped_by_peft(model):
         raise AdapterError("this model holds a PEFT adapter already: pass the base model, or unload the adapter first")
     require_readable(model)
-    targets = Policy.settle(policy, model)
+    return apply_targets(model, Policy.settle(policy, model), form=form, cache_dir=cache_dir, progress=progress)
+
+
+def apply_targets(
+    model: nn.Module,
+    targets: Sequence[Target],
+    *,
+    form: Form = "anchored",
+    cache_dir: str | Path | None = None,
+    progress: Progress = False,
+) -> Any:
+    """Do what `apply_milora` does, on a fresh model that the policy has been settled on already.
+
+    Where a rank comes from a spectrum, settling decomposes every weight.
+    """
     if all(target.rank is None for target in targets):
         return _train_in_full(model, targets)
     if form == "residual":

@@ -29,11 +29,6 @@ WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 logger = logging.getLogger(__name__)
 
 
-def is_adapter_folder(path: str | Path) -> bool:
-    """Tell whether `path` is a folder with a PEFT adapter, ours or a plain one."""
-    return (Path(path) / CONFIG_NAME).is_file()
-
-
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapter of `model` to the folder `path`: PEFT's files and milora.json.
 

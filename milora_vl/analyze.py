@@ -14,6 +14,7 @@ from pathlib import Path
 from milora_data.command import next_step, parser, positive, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
+from milora_vl.reporting.anew import rewrite_report
 
 _EXAMPLES = """\
 of a model:    the spectrum of each layer, the share of its energy in the minor part, effective rank (exp of the
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
             sys.stdout.write(f"{part}: {words}\n")
     sys.stderr.write(f"page:    {folder / 'analysis.html'}\nlayers:  {folder / 'layers.csv'}\n")
-    _report(folder.parent)
+    rewrite_report(folder.parent)
     if is_trained:
         adapter = ("--model", todo.base, "--adapter", subject)
         next_step(
@@ -87,18 +88,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
-
-
-def _report(folder: Path) -> None:
-    """Write the run's report anew, with the figures of the analysis; it cannot fail the analysis."""
-    if not (folder / "recipe.yaml").is_file():
-        return
-    from milora_vl.report import write_report
-
-    try:
-        sys.stderr.write(f"report:  {write_report(folder)}\n")
-    except UserError as error:
-        sys.stderr.write(f"no report: {error}\n")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ from milora_data.command import count, next_step, parser, positive, report, run,
 from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_data.records import Turn
-from milora_vl.adapter_folders import holds_adapter, holds_projector_alone
+from milora_vl.adapter_folders import holds_adapter, holds_projector_alone, trained_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import TextStreamer
+
+    from milora_data.pixels import AspectRatio
 
 COMMANDS = {
     "/image FILE": "talk about another picture (starts a new conversation)",
@@ -65,10 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Chat:
     """A conversation with one model. Answers are written to stdout as they come."""
 
-    def __init__(self, model: Any, processor: Any, *, template: str, max_new_tokens: int, compare: bool) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        template: str,
+        max_new_tokens: int,
+        compare: bool,
+        image_aspect_ratio: AspectRatio = "pad",
+    ) -> None:
         self.model = model
         self.processor = processor
         self.template = template
+        self.image_aspect_ratio = image_aspect_ratio
         self.max_new_tokens = max_new_tokens
         self.compare = compare
         self.start(None)
@@ -82,11 +94,13 @@ class Chat:
 
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(options.dtype)
+        template, image_aspect_ratio = trained_prompts(Path(options.adapter or options.model))
         model, processor = load_model(options.model, adapter=options.adapter, dtype=dtype, device=device)
         return cls(
             model,
             processor,
-            template=options.template or _trained_template(options.adapter or options.model),
+            template=options.template or template,
+            image_aspect_ratio=image_aspect_ratio,
             max_new_tokens=options.max_new_tokens,
             compare=options.compare,
         )
@@ -128,6 +142,7 @@ class Chat:
                 [prompt],
                 template=self.template,
                 max_new_tokens=self.max_new_tokens,
+                image_aspect_ratio=self.image_aspect_ratio,
                 streamer=streamer,
             )
         return answer
@@ -260,16 +275,6 @@ def _open(path: Path) -> Image.Image:
     near = suggest(path.name, (file.name for file in path.parent.iterdir())) if path.parent.is_dir() else []
     hint = f"\ndid you mean {' or '.join(str(path.parent / name) for name in near)} ?" if near else ""
     raise UserError(f"{path}: no such picture{hint}")
-
-
-def _trained_template(folder: str | Path) -> str:
-    """The prompt format that a run was trained with; vicuna_v1, LLaVA-1.5's, where nothing says so."""
-    recipe = Path(folder) / "recipe.yaml"
-    if not recipe.is_file():
-        return "vicuna_v1"
-    import yaml
-
-    return str((yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("template", "vicuna_v1"))
 
 
 def _unknown(word: str) -> str:

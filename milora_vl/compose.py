@@ -151,19 +151,19 @@ def processor_for(
 
 
 def _add_image_row(language: Any, size: int) -> None:
-    """Grow the embeddings to `size`; new rows are the mean of the old, so that no new token is ever the likeliest."""
+    """Grow embeddings and head to `size`; new rows of each are the mean of its old ones.
+
+    So no new token is ever the likeliest.
+    """
     import torch
 
-    old = language.get_input_embeddings().weight
-    mean = old.detach().float().mean(0).to(old.dtype)
-    count = old.shape[0]
+    count = len(language.get_input_embeddings().weight)
     if count >= size:
         return
     language.resize_token_embeddings(size, mean_resizing=False)
-    embeddings = [language.get_input_embeddings(), language.get_output_embeddings()]
     with torch.no_grad():
-        for embedding in embeddings:
-            embedding.weight[count:] = mean
+        for layer in (language.get_input_embeddings(), language.get_output_embeddings()):
+            layer.weight[count:] = layer.weight[:count].float().mean(0).to(layer.weight.dtype)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     for name, value in (section or {}).items():
         path = f"train.{name}"
         if name not in hf_arguments.flags():
-            problems.append((path, "unknown key" + _did_you_mean(name, hf_arguments.flags())))
+            problems.append((path, "unknown key" + _did_you_mean(str(name), hf_arguments.flags())))
             continue
         try:
             pair = hf_arguments.canonical(name, hf_arguments.coerce(name, value))

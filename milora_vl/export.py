@@ -33,7 +33,6 @@ FORMS = {
     "llava": "LoRA folder of haotian-liu/LLaVA, for its own load_pretrained_model",
     "rank-N": "plain LoRA of rank N nearest to the adapter, with its error (rank-r: each module's r)",
 }
-DTYPES = ("float32", "bfloat16", "float16")
 _EXAMPLES = """\
 examples:
   python -m milora_vl.export runs/a --to merged --output_dir merged
@@ -123,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     hush_deepspeed()
 
-    target = options.output_dir or options.folder.with_name(f"{options.folder.resolve().name}-{options.to}")
+    target = options.output_dir or _beside(options.folder, options.to)
     done = export(
         options.folder,
         options.to,
@@ -160,6 +159,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
+
+
+def _beside(folder: Path, to: str) -> Path:
+    """FOLDER-FORM; of `.` and `..`, which have no name, beside the folder that they mean."""
+    named = folder.resolve() if folder.name in ("", "..") else folder
+    return named.with_name(f"{folder.resolve().name}-{to}")
 
 
 def _form(to: str) -> tuple[str, int | None]:

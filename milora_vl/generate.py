@@ -87,7 +87,7 @@ def generate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if streamer is not None and len(prompts) != 1:
         raise ValueError(f"a streamer takes one prompt, got {len(prompts)}")
-    reader = _Reader(model, processor, template, image_aspect_ratio)
+    reader = Reader(model, processor, template, image_aspect_ratio)
     answers = [""] * len(prompts)
     with torch.inference_mode(), _evaluating(model):
         for packed in _batches([reader.row(i, prompt) for i, prompt in enumerate(prompts)], batch_size):
@@ -132,7 +132,7 @@ def prompt_ids(
     return ids
 
 
-class _Reader:
+class Reader:
     """What turns prompts into tensors for one model."""
 
     def __init__(self, model: Any, processor: Any, template: str, image_aspect_ratio: str) -> None:
@@ -208,7 +208,7 @@ def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
 
 
 def _answer(
-    reader: _Reader,
+    reader: Reader,
     rows: Sequence[_Row],
     decoding: tuple[int, int],
     share_pictures: bool,
@@ -247,7 +247,7 @@ def _common_prefix(rows: Sequence[_Row], image_token: int | None) -> int:
     return 0 if any(image_token in row.ids[prefix:] for row in rows) else prefix
 
 
-def _shared_cache(reader: _Reader, first: Sequence[_Row], rows: Sequence[_Row], prefix: int) -> dict[str, Any]:
+def _shared_cache(reader: Reader, first: Sequence[_Row], rows: Sequence[_Row], prefix: int) -> dict[str, Any]:
     """Run the common prefix once per picture and return its cache, one entry a row, under its argument's name."""
     from transformers import DynamicCache, GenerationMixin
 
@@ -269,7 +269,7 @@ def _shared_cache(reader: _Reader, first: Sequence[_Row], rows: Sequence[_Row], 
     return {name: cache}
 
 
-def _greedy(reader: _Reader, max_new_tokens: int, num_beams: int) -> Any:
+def _greedy(reader: Reader, max_new_tokens: int, num_beams: int) -> Any:
     """Return a config that says everything: what it left open, `generate` would take from the model's own."""
     from transformers import GenerationConfig
 

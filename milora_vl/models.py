@@ -313,7 +313,7 @@ def _hub_is_known() -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _register_own() -> None:

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from milora_data.errors import UserError
+from milora_vl.adapter_folders import PROJECTOR_FILES
 from milora_vl.towers import find_towers
 
-FILE_NAMES = ("mm_projector.safetensors", "mm_projector.bin")
 PREFIX = "multi_modal_projector."
 _OURS = re.compile(r"(?:^|.*\.)multi_modal_projector\.(.+)")
 _LLAVA = re.compile(r"(?:^|.*\.)mm_projector\.(?:(\d+)\.)?(.+)")
@@ -42,9 +42,9 @@ def save_projector(model: nn.Module, folder: Path, state: Mapping[str, Tensor] |
         weights = {PREFIX + name: t for name, t in projector_of(model).state_dict().items()}
     else:
         weights = {PREFIX + _inner(name): t for name, t in state.items() if _OURS.match(name)}
-    target = folder / FILE_NAMES[0]
+    target = folder / PROJECTOR_FILES[0]
     weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
-    torch.save({_llava_name(name): t for name, t in weights.items()}, folder / FILE_NAMES[1])
+    torch.save({_llava_name(name): t for name, t in weights.items()}, folder / PROJECTOR_FILES[1])
     save_file(weights, target, metadata={"format": "pt"})
     return target
 
@@ -80,7 +80,9 @@ def read_projector(source: Path) -> dict[str, Tensor]:
         is_safe = file.suffix == ".safetensors"
         state = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{file} cannot be read (cut off?): {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file} cannot be read (cut off?): {(str(error) or 'it is empty').splitlines()[0]}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{file} holds no weights by name, but a {type(state).__name__}")
     weights = {_inner(name): t for name, t in state.items() if _OURS.match(name) or _LLAVA.match(name)}
     if not weights:
         raise UserError(f"{file} holds no projector weights; its names: {', '.join(list(state)[:3])}, ...")
@@ -94,9 +96,11 @@ def read_projector(source: Path) -> dict[str, Tensor]:
 
 def projector_file(source: Path) -> Path:
     """The file with a projector that `source` is or holds; UserError where there is none."""
-    files = [source / name for name in FILE_NAMES if (source / name).is_file()] if source.is_dir() else [source]
+    files = [source / name for name in PROJECTOR_FILES if (source / name).is_file()] if source.is_dir() else [source]
     if not files or not files[0].is_file():
-        raise UserError(f"no projector weights at {source}: expected a file or a folder with {' or '.join(FILE_NAMES)}")
+        raise UserError(
+            f"no projector weights at {source}: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}"
+        )
     return files[0]
 
 

@@ -20,7 +20,6 @@ from adapter_cases import (
 from torch import nn
 
 from milora_vl import apply_milora, load_adapter, save_adapter
-from milora_vl.adapter_io import is_adapter_folder
 from milora_vl.lora.sidecar import AdapterError
 
 
@@ -36,8 +35,6 @@ def test_the_folder_is_a_stock_peft_adapter_with_milora_json(saved) -> None:
     _, folder = saved
     names = {file.name for file in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "milora.json"} <= names
-    assert is_adapter_folder(folder)
-    assert not is_adapter_folder(folder.parent)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (6, 12, True)
     data = json.loads((folder / "milora.json").read_text())

@@ -21,6 +21,7 @@ from milora_data.images import picture_size
 from milora_data.lengths import encoded_lengths
 from milora_data.pixels import PixelMaker
 from milora_data.records import Turn, parse_record
+from milora_eval.likelihood import loglikelihoods
 from milora_vl import models
 from milora_vl.generate import Prompt, generate
 from milora_vl.image_tokens import image_tokens, tiling_of
@@ -150,6 +151,32 @@ def test_answers_are_the_same_alone_and_together(parts: tuple[Any, Any], picture
     together = generate(model, processor, prompts, max_new_tokens=5)
     alone = [generate(model, processor, [prompt], max_new_tokens=5)[0] for prompt in prompts]
     assert together == alone
+
+
+def test_the_likelihood_of_an_answer_sees_all_tiles(parts: tuple[Any, Any], pictures: Path) -> None:
+    model, processor = parts
+    prompt = Prompt((Turn("user", "<image>\nIs it?"),), (pictures / "0.png",))
+    ((likelihood, _),) = loglikelihoods(model, processor, [(prompt, " Yes.")])
+    batch = collator(processor, pictures)([record(0)])
+    learnt = batch.pop("labels")[0, 1:]
+    with torch.no_grad():
+        logits = model(**batch).logits[0, :-1].log_softmax(-1)
+    answer = [place for place in range(len(learnt)) if learnt[place] != -100][:-1]  # without the end of the sequence
+    assert likelihood == pytest.approx(float(logits[answer].gather(1, learnt[answer][:, None]).sum()), rel=1e-4)
+
+
+def test_kept_lengths_are_those_of_the_pictures_that_are_there(
+    parts: tuple[Any, Any], pictures: Path, tmp_path: Path
+) -> None:
+    def count(folder: Path) -> list[int]:
+        options: dict[str, Any] = {"template": "vicuna_v1", "image_tokens": 99, "beside": tmp_path / "train.json"}
+        tokenizer = parts[1].tokenizer
+        return encoded_lengths([parse_record(record(0))], tokenizer, tiling=tiling(), image_folder=folder, **options)
+
+    first = count(pictures)
+    assert count(pictures) == first
+    (pictures / "3.png").replace(pictures / "0.png")
+    assert count(pictures) != first
 
 
 def test_it_trains_and_answers(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from milora_data.errors import UserError
 from milora_data.records import Turn
@@ -99,10 +100,24 @@ def test_words_are_streamed_as_they_come_without_the_first_space(
     assert seen[1] != ""
 
 
-def test_the_prompt_format_is_that_of_the_training(tmp_path: Path) -> None:
-    assert chat._trained_template(tmp_path) == "vicuna_v1"
-    (tmp_path / "recipe.yaml").write_text("template: plain\n")
-    assert chat._trained_template(tmp_path) == "plain"
+def test_prompt_and_pictures_are_those_of_the_training_also_with_a_checkpoint_of_it(
+    adapter: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    wide = tmp_path / "wide.png"
+    Image.linear_gradient("L").rotate(90).resize((96, 32)).convert("RGB").save(wide)
+    checkpoint = (tmp_path / "run" / "checkpoint-5").absolute()
+    checkpoint.parent.mkdir()
+    adapter.rename(checkpoint)
+    said = {}
+    for recipe in ("", "template: plain\n", "data: {image_aspect_ratio: plain}\n"):
+        (checkpoint.parent / "recipe.yaml").write_text(recipe)
+        ask("--adapter", checkpoint, "--image", wide, "What is it?")
+        said[recipe] = capsys.readouterr().out
+    model, processor = load_model("tiny", adapter=checkpoint)
+    prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (wide,))
+    for recipe, options in zip(said, ({}, {"template": "plain"}, {"image_aspect_ratio": "plain"}), strict=True):
+        assert said[recipe].strip() == generate(model, processor, [prompt], max_new_tokens=8, **options)[0]
+    assert len(set(said.values())) == 3
 
 
 @pytest.mark.parametrize(

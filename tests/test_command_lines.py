@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import pty
@@ -17,7 +18,7 @@ import fake_run
 import pytest
 from test_eval_view import stored
 
-from milora_data.command import CommandParser, Help
+from milora_data.command import CommandParser, Help, run
 from milora_data.errors import UserError
 from milora_data.flags import SHARED
 from milora_vl.__main__ import MENU, main
@@ -254,3 +255,23 @@ def test_no_color_is_honoured_on_a_terminal(environment: dict[str, str], coloure
     assert done.returncode == 0
     assert b"[[" in text  # the mask is seen without colours too
     assert any(b"\x1b[%s%dm" % (bold, colour) in text for bold in (b"", b"1;") for colour in range(30, 38)) == coloured
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a.json/out"), 2, "error: a.json/out: Not a directory\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/out"), 2, "error: /out: Permission denied\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot be written: No space left on device\n"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_a_line(
+    error: OSError, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(argv: object) -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(broken)
+    assert caught.value.code == code
+    assert capsys.readouterr().err.endswith(message)

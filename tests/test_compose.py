@@ -148,3 +148,21 @@ def test_parts_that_do_not_fit_are_named(parts: list[str], message: str, tmp_pat
     with pytest.raises(UserError, match=message):
         compose.main([*parts, "--vision_weights", "random", "--output_dir", str(tmp_path / "base")])
     assert not (tmp_path / "base").exists()
+
+
+def test_new_rows_are_the_mean_of_those_of_their_own_matrix(tmp_path: Path) -> None:
+    """Of an untied head the mean of the head, not of the embeddings: else a new token may be the likeliest of all."""
+    from transformers import AutoModelForCausalLM
+
+    folder = language("llama", tmp_path / "language")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(50)
+    model.save_pretrained(folder)
+    words = ["--vision", tower("siglip", tmp_path / "tower"), "--language", str(folder)]
+    compose.main([*words, "--output_dir", str(tmp_path / "llava")])
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "llava"))
+    for old, end in (("lm_head.weight", "lm_head.weight"), ("model.embed_tokens.weight", "embed_tokens.weight")):
+        (grown,) = (tensor for name, tensor in after.items() if name.endswith(end))
+        count = len(before[old])
+        torch.testing.assert_close(grown[count:], before[old].mean(0).expand(len(grown) - count, -1))

@@ -96,10 +96,17 @@ def test_numbers_without_a_point_are_numbers() -> None:
     assert lines["train.learning_rate"] == 2
 
 
+def test_a_folder_named_by_a_date_is_text() -> None:
+    assert yaml_file.read("{image_folder: 2026-11-25}", "x")[0] == {"image_folder": "2026-11-25"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: 1\nb: [1\n", "my.yaml:3: not valid YAML"),
+        ("a: 1\nb: !include other.yaml\n", "my.yaml:2: not valid YAML: could not determine a constructor"),
+        ("{[a]: b}", "my.yaml:1: not valid YAML: found unhashable key"),
+        ('a: "\x07"', "my.yaml: not valid YAML: unacceptable character"),
         ("a: 1\na: 2\n", "my.yaml:2: a is given twice (first on line 1)"),
         ("- 1\n", "my.yaml: a recipe is a mapping"),
     ],
@@ -108,3 +115,8 @@ def test_broken_yaml_is_named_with_its_line(text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         yaml_file.read(text, "my.yaml")
     assert message in str(error.value)
+
+
+def test_a_key_that_is_a_number_is_unknown() -> None:
+    with pytest.raises(UserError, match=r"train\.1: unknown key"):
+        Recipe.parse({"train": {1: 2}})

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import official_data
 import pytest
 from PIL import Image
 
@@ -18,6 +19,7 @@ from milora_data.errors import DataError, UserError
 from milora_data.images import StoredPicture, load_image
 from milora_data.mix import Source, mixed_records
 from milora_data.records import load_records
+from milora_eval.benchmarks.refcoco import RefCOCO
 
 SHORT = "\nAnswer the question using a single word or phrase."
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -91,9 +93,9 @@ CASES: dict[str, tuple[dict[str, Any], Any, list[str], int]] = {
         {"refs(unc).p": REFS, "instances.json": INSTANCES}, "COCO_9.jpg",
         [
             "<image>\nPlease provide the bounding box coordinate of the region this sentence describes: left dog",
-            "[0.10, 0.10, 0.60, 0.60]",
+            "[0.10, 0.30, 0.60, 0.55]",
             "Please provide the bounding box coordinate of the region this sentence describes: dog",
-            "[0.10, 0.10, 0.60, 0.60]",
+            "[0.10, 0.30, 0.60, 0.55]",
         ], 1,
     ),
     "coco": (
@@ -194,6 +196,27 @@ def test_a_flag_without_effect_is_refused(tmp_path: Path) -> None:
         convert("gqa", CASES["gqa"][0], tmp_path, "--split", "val")
 
 
+def test_the_boxes_of_refcoco_are_those_that_its_benchmark_expects(tmp_path: Path) -> None:
+    official_data.refcoco(tmp_path)
+    files = [str(tmp_path / name) for name in ("refs(unc).p", "instances.json")]
+    main(["convert", "--from", "refcoco", *files, "--split", "val", "--output_dir", str(tmp_path / "out")])
+    record = next(load_records(tmp_path / "out" / "data.json"))
+    asked = [item for item in RefCOCO().load(tmp_path) if item.kind == "val"]
+    assert record.turns[1].text == asked[0].answers[0]
+    assert RefCOCO().score(asked[0], record.turns[1].text) == 1.0
+
+
+def test_files_without_a_record_for_us_are_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"problems\.json: no record of split minival \(--split\)\nnothing was written"):
+        convert("scienceqa", {"problems.json": {"1": {"split": "train"}}}, tmp_path, "--split", "minival")
+    assert not (tmp_path / "out").exists()
+
+
+def test_questions_without_an_annotation_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert("vqav2", VQA | {"a.json": {"annotations": VQA["a.json"]["annotations"][:1]}}, tmp_path)
+    assert "left out: 2 questions without an annotation" in capsys.readouterr().err
+
+
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "refs.p").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     (tmp_path / "i.json").write_text(json.dumps(INSTANCES))
@@ -240,6 +263,15 @@ def parquet(tmp_path: Path) -> Path:
     )
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     return tmp_path / "rows.parquet"
+
+
+def test_what_exists_is_said_before_any_picture_is_written(parquet: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "eval.json").write_text("mine")
+    with pytest.raises(UserError, match=r"eval\.json exists already\nnothing was written"):
+        main(["convert", "--from", "hub", str(parquet), "--hold_out", "1", "--output_dir", str(out)])
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("eval.json", "mine")]
 
 
 def test_parquet_is_read_with_its_pictures_and_can_be_written_out(parquet: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
+from milora_data.captions import caption_records
 from milora_data.errors import DataError
 from milora_data.records import load_records
 
@@ -57,7 +58,7 @@ def test_a_table_in_another_encoding_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("file,caption\nä.jpg,Grün\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"a.csv: not UTF-8(.|\n)*iconv -f WINDOWS-1252"):
         convert_file(tmp_path / "a.csv", "table", tmp_path / "out")
-    assert not any((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_says_what_of_it_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,3 +80,10 @@ def test_a_folder_says_what_of_it_is_left_out(tmp_path: Path, capsys: pytest.Cap
     (folder / "ä b.txt").write_bytes("Grün".encode("latin-1"))
     with pytest.raises(DataError, match=r"ä b.txt: not UTF-8 \(byte 0xfc\)"):
         convert_file(folder, "folder", tmp_path / "out2")
+
+
+def test_every_caption_of_a_picture_becomes_a_record(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "captions.csv").write_text("file,caption\na.png,A dot.\na.png,Black.\n")
+    made = [(record["id"], record["conversations"][1]["value"]) for record in caption_records(tmp_path, "What?")]
+    assert made == [("a", "A dot."), ("a-2", "Black.")]

@@ -47,6 +47,36 @@ def test_the_first_batch_is_shown_with_its_targets(tiny_data: Path, tmp_path: Pa
     assert not (tmp_path / "r").exists()
 
 
+def write_numbers(folder: Path, count: int) -> Path:
+    """Records of text that are all about equally long."""
+    turns = [[{"from": "human", "value": f"What is {n}?"}, {"from": "gpt", "value": f"{n}."}] for n in range(count)]
+    (folder / "numbers.jsonl").write_text("\n".join(json.dumps({"conversations": pair}) for pair in turns))
+    return folder / "numbers.jsonl"
+
+
+def test_a_stream_is_planned_by_its_steps_and_not_by_the_records_that_were_looked_at(
+    tmp_path: Path, capsys: Any
+) -> None:
+    words = ["--model", "tiny-text", "--rank", "4", "--data_path", str(write_numbers(tmp_path, 240))]
+    assert main([*words, "--streaming", "True", "--max_steps", "20", "--dry_run", "True"]) == 0
+    shown = capsys.readouterr().out
+    assert "data   a stream, of which the first 100 records were looked at" in shown
+    assert "steps  20 (160 records of a stream)" in shown
+    assert shown.rstrip().endswith("--streaming True --max_steps 20")  # the value of --dry_run goes with it
+
+
+def test_packing_is_planned_in_rows(tmp_path: Path, capsys: Any) -> None:
+    words = ["--model", "tiny-text", "--rank", "4", "--max_length", "512", "--num_train_epochs", "1"]
+    words += ["--data_path", str(write_numbers(tmp_path, 240)), "--dry-run", "--format", "json"]
+    plans = []
+    for more in ([], ["--packing", "True"]):
+        assert main([*words, *more]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    plain, packed = plans
+    assert (plain["records"], plain["steps"]) == (packed["records"], 30) == (240, 30)
+    assert packed["steps"] == 6  # 8 rows of 1,024 tokens a step, each with some five records
+
+
 def test_estimates_say_so_where_there_is_no_tokenizer(tiny_data: Path, capsys: Any) -> None:
     words = ["--model", "llava-1.5-7b", "--data_path", str(tiny_data / "train.json"), "--dry-run"]
     assert main([*words, "--image_folder", str(tiny_data / "images")]) == 0

@@ -146,6 +146,9 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
     [
         (["--suite", "emoij"], ['unknown suite "emoij"', "emoji", "milora_eval ls"]),
         (["--benchmarks", "emoji,emojy"], ['unknown benchmark "emojy"', "did you mean emoji"]),
+        (["--benchmarks", ","], ["--benchmarks names none", "milora_eval ls"]),
+        (["--benchmarks", "emoji,emoji"], ["emoji comes twice", "--output_dir"]),
+        (["--benchmarks", "gqa,gqa@official"], ["gqa comes twice", "--output_dir"]),
         (["--benchmarks", "no_module:Thing"], ["cannot import", "module:Class"]),
         (["--suite", "emoji", "--data", "nowhere"], ["nowhere", "python -m milora_data emoji --output_dir nowhere"]),
         (["--suite", "quick", "--data", "nowhere"], ["no benchmark's files", "milora_eval ls"]),
@@ -200,6 +203,19 @@ def test_a_folder_without_answers_names_those_that_have_some(adapter: Path, data
     main(arguments(adapter, data, tmp_path))
     with pytest.raises(UserError, match="final"):
         main(["score", str(tmp_path)])
+
+
+def test_files_of_a_common_name_are_not_taken_for_a_benchmarks(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    shutil.copy(copy / "test.json", copy / "val.json")
+    flags = ["--suite", "quick", "--data", str(copy), "--limit", "2", "--output_dir", str(tmp_path)]
+    assert main(["run", "--model", "tiny", *flags]) == 0
+    assert "left out: benchmark vizwiz" in capsys.readouterr().err
+    found = json.loads((tmp_path / "eval" / "quick" / "base" / "results.json").read_text())
+    assert [entry["name"] for entry in found["benchmarks"]] == ["emoji"]
 
 
 def test_suites_are_listed_by_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from milora_data.errors import UserError
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.compare import compare, num_common
 from milora_eval.lines import to_line
+from milora_eval.table import Table, show
 
 
 @pytest.fixture
@@ -52,3 +53,9 @@ def test_nothing_in_common_is_an_error(data: Path) -> None:
     lines = answered(data, set())
     with pytest.raises(UserError, match="no item in common"):
         compare(lines[:3], lines[5:])
+
+
+def test_names_with_brackets_and_colons_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Table("A runs/[/x], B :smile:", ("", "n"), (("[bold]kind", "1"),), ("see [red]",)), "human")
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(word in said for word in ("runs/[/x], B :smile:", "[bold]kind", "see [red]"))

@@ -82,6 +82,14 @@ def test_grades_come_from_a_server_and_are_kept(server: str, tmp_path: Path) -> 
     assert metrics == {"grade": 0.5, "rec": 0.5, "ocr": 0.5}
 
 
+def test_a_judgement_that_was_cut_off_does_not_take_the_next_with_it(tmp_path: Path) -> None:
+    folder = stored("mm-vet", tmp_path)
+    (folder / "judgements.jsonl").write_text('{"benchmark": "mm-vet", "id": "v1')
+    (tmp_path / "grades.json").write_text(json.dumps({"v1_0": "1.0", "v1_1": "0.0", "v1_2": "0.5"}))
+    assert main(["judge", str(folder), "--file", str(tmp_path / "grades.json")]) == 0
+    assert headline(folder)["n"] == 3
+
+
 @pytest.mark.parametrize(
     ("said", "grade"), [("0.5", 0.5), ("1", 1.0), (".7", 0.7), ("0.5 | What", 0.5), ("0.9\nas", 0.9), ("", None)]
 )

@@ -93,6 +93,16 @@ def test_pope_ids_mean_nothing_without_llavas_question_file(tmp_path: Path) -> N
         main(["score", str(path), "--benchmark", "pope", "--data", str(tmp_path)])
 
 
+def test_questions_that_llavas_pope_file_lacks_get_ids_of_their_own(tmp_path: Path) -> None:
+    official_data.pope(tmp_path)
+    write_pope_questions(tmp_path)
+    file = tmp_path / "llava_pope_test.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-2]))
+    benchmark = find_benchmark("pope")
+    ids = [benchmark.llava_question(item)["question_id"] for item in benchmark.load(tmp_path)]
+    assert len(set(ids)) == len(ids)
+
+
 def test_llavas_pope_script_gets_our_f1_from_our_files(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("llava")
     answers = answered("pope", data)

@@ -85,6 +85,7 @@ def test_a_file_of_code_is_a_benchmark(name: str, tmp_path: Path, monkeypatch: p
         ([{"question": "?"}], ["question 1", "no answer"]),
         ([{"answer": "a"}], ["question 1", '"question"']),
         (["x"], ["question 1", "expected an object"]),
+        ([{"question": "?", "answer": "a", "image": 5}], ["question 1", '"image" must be a file name', "got 5"]),
         ({"items": []}, ["expected a list of questions", '"metric"']),
         ([{"question": "?", "answer": "a", "image": "nowhere.png"}], ["1 pictures", "nowhere.png"]),
     ],

@@ -22,11 +22,12 @@ from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_eval.__main__ import main
 from milora_eval.benchmark import Answer
+from milora_eval.benchmarks.xlsx import write_xlsx
 from milora_eval.data_files import read_table
 from milora_eval.likelihood import loglikelihoods
 from milora_eval.lm_eval import main as lm_eval_main
 from milora_eval.suites import find_benchmark, folder_of
-from milora_eval.vlmevalkit import milora_vlm, register, write_predictions, write_questions
+from milora_eval.vlmevalkit import milora_vlm, read_predictions, register, write_predictions, write_questions
 from milora_vl.generate import Prompt, generate
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
@@ -145,6 +146,11 @@ def test_vlmevalkits_predictions_are_written_and_scored(tmp_path: Path, capsys: 
     rows = read_table(write_questions(tmp_path / "mine.tsv", items))
     assert [row["index"] for row in rows] == [str(item.meta["index"]) for item in items]
     assert {row["A"] for row in rows} == {item.meta["options"]["A"] for item in items}
+
+
+def test_a_prediction_of_zero_is_an_answer(tmp_path: Path) -> None:
+    path = write_xlsx(tmp_path / "a.xlsx", ("index", "prediction"), [[1, 0], [2, None], [3, "A"]])
+    assert [row["text"] for row in read_predictions(path)] == ["0", "", "A"]
 
 
 def test_vlmevalkits_model_answers_a_message(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from milora_eval.data_files import load_items
 from milora_eval.exports import export
 from milora_eval.lines import to_answer, to_line
 from milora_eval.results import numbers, read_results, score, write_results
-from milora_eval.rules import mmmu
+from milora_eval.rules import math_answers, mmmu
 from milora_eval.store import Store, read_lines
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
 
@@ -110,6 +110,28 @@ def test_numbers_are_found_as_by_the_plain_patterns_of_the_script(text: str) -> 
     assert [re.findall(pattern, text) for pattern in mmmu.NUMBERS] == [re.findall(pattern, text) for pattern in plain]
 
 
+@pytest.mark.parametrize("text", ["(x+y+z)**99", "9**(99*99*99*99*99)", "(99!)!"])
+def test_a_formula_that_would_take_forever_is_not_waited_for(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math_answers, "_SECONDS", 0.2)
+    start = time.perf_counter()
+    assert not math_answers.math_correct(f"The answer is: {text}", "7")
+    assert time.perf_counter() - start < 30
+    assert math_answers.math_correct("The answer is: 5!", "120")
+
+
+def test_what_a_script_stumbles_over_is_what_comes_first() -> None:
+    # util.py gives up a fraction of one sign before it comes to the fraction of nothing behind it.
+    assert not math_answers.is_equivalent("2", "\\frac.\\frac")
+    assert math_answers.is_equivalent("2", "\\frac")
+
+
+def test_commonsense_answers_end_where_the_next_response_begins(data: Path) -> None:
+    benchmark = find_benchmark("boolq")
+    item = load_items(benchmark, folder_of(benchmark, data))[0]
+    assert benchmark.score(item, "the correct answer is true\n### Response: false") == 1.0
+    assert benchmark.score(item, "hm ### Response: the correct answer is true") == 0.0
+
+
 def test_pope_without_a_yes_is_zero(data: Path) -> None:
     benchmark, items = find_benchmark("pope"), items_of("pope", data)
     metrics = {m.name: m.value for m in benchmark.summarise(Answer(item, "no", 0.0) for item in items)}
@@ -174,6 +196,9 @@ def test_files_of_another_form_are_a_message(data: Path, tmp_path: Path) -> None
     (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"text": "Why?"}}')
     with pytest.raises(UserError, match=r"benchmark gqa: .* not of the published form: no 'question'"):
         load_items(find_benchmark("gqa"), tmp_path)
+    (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "two"}\n')
+    with pytest.raises(UserError, match=r"benchmark gsm8k: .* not of the published form: could not convert"):
+        load_items(find_benchmark("gsm8k"), tmp_path)
 
 
 def write(folder: Path, lines: list[dict[str, Any]]) -> None:

@@ -7,15 +7,20 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 from eval_questions import write_questions
 
 from milora_data.errors import UserError
-from milora_eval import run
+from milora_eval import evaluate as evaluation
+from milora_eval import run, runner
+from milora_eval.results import read_results, write_results
 from milora_eval.store import read_lines
 
 Made = tuple[Any, Any]
@@ -122,6 +127,30 @@ def test_shards_end_with_the_bytes_of_one_run(model: Made, data: Path, tmp_path:
     assert answers(tmp_path) == answers(tmp_path / "whole")
 
 
+def test_two_shards_that_end_at_one_moment_do_not_get_into_each_others_way(
+    model: Made, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(model, data, tmp_path / "whole")
+    both_have_asked = Barrier(2)
+    ask, to_line = evaluation.ask, runner.to_line
+
+    def asked(*arguments: Any) -> Any:
+        outcome = ask(*arguments)
+        both_have_asked.wait()
+        return outcome
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.01)
+        return to_line(*arguments)
+
+    monkeypatch.setattr(evaluation, "ask", asked)
+    monkeypatch.setattr(runner, "to_line", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        shards = [pool.submit(evaluate, model, data, tmp_path, shard=(number, 2)) for number in (1, 2)]
+    assert all(shard.result() is not None for shard in shards)
+    assert answers(tmp_path) == answers(tmp_path / "whole")
+
+
 def test_other_settings_make_new_answers_and_keep_the_old(model: Made, data: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -146,6 +175,21 @@ def test_a_larger_limit_asks_only_what_is_new(model: Made, data: Path, tmp_path:
         assert results is not None
         asked.append((results["asked"], results["benchmarks"][0]["n"]))
     assert asked == [(5, 5), (7, 12), (0, 8), (10, 22)]
+
+
+def test_what_was_measured_of_other_weights_does_not_stay_in_the_results(
+    model: Made, data: Path, tmp_path: Path
+) -> None:
+    evaluate(model, data, tmp_path, audit_items=2)
+    folder = tmp_path / "eval" / "emoji" / "final"
+    measured = read_results(folder) | {"forgetting": {"kl": 0.5}}
+    write_results(folder, measured)
+    again = evaluate(model, data, tmp_path)
+    assert again is not None
+    assert (again["audit"], again["forgetting"]) == (measured["audit"], {"kl": 0.5})
+    other = evaluate(model, data, tmp_path, template="alpaca")
+    assert other is not None
+    assert (other["audit"], other["forgetting"]) == (None, None)
 
 
 def test_an_audit_finds_answers_that_depend_on_the_batch(model: Made, data: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from milora_data.images import on_padded_square
 from milora_eval import stats
 from milora_eval.rules import (
     anls,
@@ -70,7 +71,7 @@ METRICS: dict[str, Callable[[Any, Any], Any]] = {
     "docvqa_anls_pix2struct": anls.anls_pix2struct,
     "refcoco_parse": lambda p, r: list(refcoco.box_of(p)),
     "refcoco_iou": refcoco.iou,
-    "refcoco_llava_box_normalise": lambda p, r: list(refcoco.on_padded_square(p["bbox_xyxy"], p["width"], p["height"])),
+    "refcoco_llava_box_normalise": lambda p, r: list(on_padded_square(p["bbox_xyxy"], p["width"], p["height"])),
     "llava_bench_scores": lambda p, r: list(short_rules.judge_scores(p)),
     "commonsense_extract": lambda p, r: commonsense.commonsense_label(p["text"], p["dataset"]),
     "gsm8k_extract_milora": lambda p, r: gsm8k.gsm8k_number(p),

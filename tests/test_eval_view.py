@@ -63,5 +63,7 @@ def test_a_limit_and_a_lost_picture(tmp_path: Path) -> None:
     assert main(["view", str(base), "--output", str(page), "--limit", "2"]) == 0
     assert len(content(page)["rows"]) == 2
     assert "2 of 6 questions" in page.read_text()
-    assert main(["view", str(base), "--output", str(page)]) == 0
-    assert content(page)["pictures"].count("") == 1
+    assert main(["view", str(base), "--output", str(page)]) == 2  # nothing of the user's is replaced
+    assert len(content(page)["rows"]) == 2
+    assert main(["view", str(base), "--output", str(tmp_path / "all.html")]) == 0
+    assert content(tmp_path / "all.html")["pictures"].count("") == 1

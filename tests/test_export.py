@@ -226,10 +226,11 @@ def test_another_base_is_refused(run, tiny_llava: Factory) -> None:
     assert not [path for path in run.root.iterdir() if path.name.startswith(".out")]
 
 
-def test_the_command(run, capsys) -> None:
-    assert main([str(run.root / "adapter"), "--to", "rank-2"]) == 0
+def test_the_command(run, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(run.root / "adapter")
+    assert main([".", "--to", "rank-2"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[-1] == str(run.root / "adapter-rank-2")
+    assert out[-1] == str((run.root / "adapter-rank-2").resolve())
     assert out[-2].startswith("total  error ")
     assert len(out) == 17
     assert (run.root / "adapter-rank-2" / "adapter_model.safetensors").stat().st_mode & 0o777 == (

@@ -126,6 +126,16 @@ def test_the_launcher_of_llava_trims_the_config_and_reaches_the_named_modules(
     assert config["r"] == 8
 
 
+def test_the_launcher_of_llava_leaves_the_config_of_another_run_as_it_is(tmp_path: Path) -> None:
+    """A script that ends at once, on a folder that a run with ranks of its own has written."""
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"peft_type": "LORA", "r": 8, "rank_pattern": {"^a": 4}}', encoding="utf-8")
+    before = config.read_bytes()
+    with pytest.raises(UserError):
+        llava_main([str(tmp_path / "none.py"), "--output_dir", str(tmp_path)])
+    assert config.read_bytes() == before
+
+
 TRAIN = """
 import sys
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import yaml
@@ -18,6 +19,12 @@ def test_the_front_matter_names_base_and_method(tmp_path: Path) -> None:
     assert front["base_model"] == "tiny"
     assert front["library_name"] == "peft"
     assert "milora" in front["tags"]
+
+
+def test_records_of_a_stream_are_not_counted(tmp_path: Path) -> None:
+    for data, words in ({"eval": 0}, "`tiny` fine-tuned.\n"), ({"train": 12}, "`tiny` fine-tuned on 12 records.\n"):
+        (tmp_path / "environment.json").write_text(json.dumps({"data": data}))
+        assert words in model_card.render(tmp_path, RECIPE)
 
 
 def test_scores_come_in_and_an_edited_card_stays_edited(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from milora_data.errors import UserError
 from milora_data.lengths import encoded_lengths
 from milora_data.pack import PackedRecords, fill, pack
 from milora_data.records import load_records
+from milora_vl.config import Recipe
+from milora_vl.training import run_files
 
 
 @given(st.lists(st.integers(0, 150), max_size=200), st.integers(0, 3))
@@ -123,3 +125,10 @@ def test_llavas_own_classes_cannot_take_packs(parts: Any) -> None:
     collator = ImageTextCollator(processor.tokenizer, processor.image_processor, layout="llava", **options)
     with pytest.raises(UserError, match="cannot take packed records"):
         collator([[question("a"), question("b")]])
+
+
+def test_rows_are_drawn_with_the_seed_of_the_data_also_if_it_is_0() -> None:
+    lengths = [100] * 60
+    for train, seed in (({"data_seed": 0}, 0), ({"data_seed": 3, "seed": 5}, 3), ({"seed": 5}, 5), ({}, 42)):
+        recipe = Recipe.parse({"model": "tiny", "data": {"packing": True, "max_length": 200}, "train": train})
+        assert run_files.packed(recipe, [], lengths)[0].rows == pack(lengths, 400, seed)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from milora_data.errors import UserError
+from milora_vl.models import load_model
 from milora_vl.projector import load_projector, projector_of, read_projector, save_projector
 
 Factory = Callable[..., tuple[Any, Any]]
@@ -59,3 +60,18 @@ def test_what_does_not_fit_is_refused(tiny_llava: Factory, tiny_llama: Factory, 
         load_projector(model, tmp_path)
     with pytest.raises(UserError, match="has no projector"):
         projector_of(tiny_llama()[0])
+
+
+def test_files_that_are_no_projector_are_told(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.bin")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    for name, message in (("list", "holds no weights by name, but a list"), ("empty", r"cannot be read \(cut off\?\)")):
+        with pytest.raises(UserError, match=message):
+            read_projector(tmp_path / f"{name}.bin")
+
+
+def test_an_adapter_config_that_is_cut_off_is_told(tmp_path: Path) -> None:
+    for text in ('{"base', "[]"):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(UserError, match=r"adapter_config.json cannot be read"):
+            load_model(tmp_path)

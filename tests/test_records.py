@@ -35,6 +35,12 @@ def test_a_record_keeps_what_the_format_does_not_know() -> None:
     )
 
 
+@pytest.mark.parametrize("empty", [None, []])
+def test_an_empty_column_of_pictures_does_not_hide_the_other(empty: Any) -> None:
+    value = {"images": empty, "image": "a.jpg", "conversations": []}
+    assert parse_record(value).images == ("a.jpg",)
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_list_gives_each_record_with_its_line(tmp_path: Path, indent: int | None) -> None:
     path = tmp_path / "a.json"

@@ -13,6 +13,7 @@ from PIL import Image
 
 from milora_data.errors import UserError
 from milora_vl import report
+from milora_vl.reporting.anew import rewrite_report
 from milora_vl.reporting.parts import credit_lines
 from milora_vl.reporting.repeat import commands
 from milora_vl.reporting.run_page import Metric, read_run
@@ -191,7 +192,20 @@ def test_credits_come_from_the_data_and_from_the_run(run: Path) -> None:
     ]
     page = page_of(run)
     assert "licence CC BY-SA 4.0" in page.text
+    mixture = f"model: smol-llava\ndata: {{path: [{{path: other.json}}, {{path: {data}/train.json, weight: 2.0}}]}}\n"
+    (run / "recipe.yaml").write_text(mixture)
+    assert credit_lines(read_run(run))[1:] == ["Pictures: OpenMoji (openmoji.org), licence CC BY-SA 4.0."]
     assert any(tag == "a" and "openmoji.org" in str(at["href"]) for tag, at in page.tags)
+
+
+def test_a_report_that_cannot_be_drawn_ends_no_measurement(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite_report(run)
+    assert capsys.readouterr().err == f"report:  {run / 'report.html'}\n"
+    (run / "policy.json").write_text('{"targets": [{}]}')
+    rewrite_report(run)
+    assert f"no report; run python -m milora_vl.report {run} to see why" in capsys.readouterr().err
+    rewrite_report(run.parent)  # no run's folder
+    assert capsys.readouterr().err == ""
 
 
 def test_the_evaluation_is_repeated_as_it_was(run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from test_checkpoints import make
 
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
-from milora_vl.training.run_folder import RunFolder, choose, default_path, is_finished
+from milora_vl.training.run_folder import RunFolder, choose, default_path, describe_environment, is_finished
 
 
 def refused(path: Path, resume: str | None = None) -> str:
@@ -84,6 +85,15 @@ def test_auto_starts_again_what_was_killed_before_its_first_checkpoint(tmp_path:
     assert choose(tmp_path, "auto").checkpoint is None
     (tmp_path / "environment.json").unlink()
     assert "trained weights" in refused(tmp_path, "auto")
+
+
+def test_a_git_that_does_not_answer_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 9\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("milora_vl.training.run_folder.GIT_PATIENCE", 0.2)
+    described = describe_environment(Recipe.parse({"model": "tiny"}), [], base="tiny", device="cpu", data={})
+    assert described["git"] is None
 
 
 def test_the_default_folder_names_model_method_and_time() -> None:

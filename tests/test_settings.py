@@ -10,6 +10,7 @@ from milora_data.errors import UserError
 from milora_vl.train import main as train
 from milora_vl.training.arguments import parse
 from milora_vl.training.settings import Settings, require_fit, resolve
+from milora_vl.training.training_args import prepared
 
 # scripts/v1_5/finetune_lora.sh of haotian-liu/LLaVA, without its launcher.
 FINETUNE_LORA = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed zero3
@@ -34,6 +35,17 @@ def test_flags_win_over_the_recipe() -> None:
     assert flagged.recipe.policy is not None
     assert flagged.recipe.policy[0]["rank"] == 2
     assert flagged.recipe.policy[0]["alpha"] == 2
+
+
+def test_a_flag_by_an_older_name_wins_over_the_recipe_too(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: tiny\ntrain: {warmup_steps: 0.03, gradient_checkpointing: true}\n", encoding="utf-8")
+    train = settings(f"--recipe {file} --warmup_ratio 0.1 --gradient_checkpointing False").recipe.train
+    assert train["warmup_steps"] == 0.1
+    assert train["activation_checkpointing"] is False
+    assert "warmup_steps" not in settings(f"--recipe {file} --warmup_ratio 0").recipe.train
+    with pytest.raises(UserError, match="contradicts"):
+        settings(f"--recipe {file} --warmup_ratio 0.1 --warmup_steps 5")
 
 
 @pytest.mark.parametrize("method", ["milora", "lora", "pissa"])
@@ -71,14 +83,26 @@ def test_other_llava_scripts() -> None:
     assert settings("--model tiny --lora_enable True --bits 4").recipe.quantization == "4bit"
 
 
+def test_flags_of_llava_about_data_alone_leave_the_policy_as_it_is() -> None:
+    plain = settings("--model tiny --method lora --rank 4").recipe
+    beside = settings("--model tiny --method lora --rank 4 --group_by_modality_length True --lazy_preprocess True")
+    assert beside.recipe.policy == plain.policy
+    assert beside.notes == []
+    assert beside.recipe.train["train_sampling_strategy"] == "group_by_length"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--freeze_backbone True --freeze_mm_mlp_adapter True", "nothing is left to train"),
+        ("--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", "nothing is left to train"),
         ("--recipe tiny-test --lora_enable True", "the recipe decides that"),
         ("--lora_enable True --mm_use_im_start_end True", "only False is supported"),
         ("--lora_enable True --bits 5", "expected 16, 8 or 4"),
         ("--recipe tniy-test", "did you mean tiny-test"),
         ("--policy none.yaml", "no such file"),
+        ("--model tiny --rank 4 --learning_rate nan", "--learning_rate: expected a number, got 'nan'"),
+        ("--model tiny --rank 4 --max_steps inf", "--max_steps: expected a whole number, got 'inf'"),
     ],
 )
 def test_what_cannot_be_is_an_error(words: str, message: str) -> None:
@@ -86,9 +110,17 @@ def test_what_cannot_be_is_an_error(words: str, message: str) -> None:
         settings(words)
 
 
+def test_a_policy_that_is_no_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot read .*rules.yaml"):
+        settings(f"--model tiny --policy {tmp_path / 'rules.yaml'}")
+
+
 def test_a_policy_can_be_given_as_text() -> None:
     request = parse(["--model", "tiny", "--policy", "[{modules: projector, method: full, learning_rate: 1e-3}]"])
     assert resolve(request).recipe.policy == [{"modules": "projector", "method": "full", "learning_rate": 1e-3}]
+    many = "{modules: language, method: milora, rank: 4}" + ", {modules: language.q_proj, rank: 2}" * 20
+    assert len(resolve(parse(["--model", "tiny", "--policy", f"[{many}]"])).recipe.policy or ()) == 21
     bad = parse(["--model", "tiny", "--policy", "[{modules: projector, method: fool}]"])
     with pytest.raises(UserError, match=r"policy\[0\].method: expected one of"):
         resolve(bad)
@@ -171,3 +203,13 @@ def test_what_is_said_of_a_tower_that_is_there_already_has_no_effect_and_is_told
     (said,) = settings("--model tiny-text --mm_vision_select_layer -1").warnings
     assert "without a --vision_tower" in said
     assert settings("--model tiny --mm_vision_select_layer -2").warnings == []
+
+
+@pytest.mark.parametrize(
+    ("modules", "may_be"),
+    [("language", False), ("language.*", False), ("vision", True), ("model.vision_tower.encoder.layers.2", True)],
+)
+def test_ddp_looks_for_unused_weights_where_the_last_layers_of_the_tower_may_train(modules: str, may_be: bool) -> None:
+    """LLaVA reads the last layer but one, so those behind it get no gradient, by whatever name a rule has for them."""
+    request = parse(["--model", "tiny", "--policy", f"[{{modules: {modules}, method: full}}]"])
+    assert prepared(resolve(request).recipe)[0]["ddp_find_unused_parameters"] is may_be

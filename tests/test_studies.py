@@ -186,6 +186,18 @@ def test_layers_are_joined_with_their_spectra() -> None:
         decay.layers(model, {}, 1, 2)
 
 
+def test_a_study_of_layers_whose_cells_failed_is_shown_without_them(tmp_path: Path) -> None:
+    arms = {"none": {}, "convs.0": {"policy": [{"modules": "convs.0", "method": "milora", "rank": 2}]}}
+    folder = Folder(tmp_path / "decay.digits-cnn", small(arms=arms, seeds=1, learning_rates=[1e-3]))
+    for cell in all_cells(folder):
+        folder.keep_failure(cell, "out of memory")
+    written, _ = page.write(folder, "python -m milora_vl.studies decay")
+    assert "out of memory" in written.read_text(encoding="utf-8")
+    (tmp_path / "decay.md").write_text("<!-- results: decay.digits-cnn -->\n<!-- end -->\n", encoding="utf-8")
+    with pytest.raises(UserError, match="has no layers.csv: cells have failed"):
+        page.document("decay.digits-cnn", folder, tmp_path)
+
+
 def test_ranks_with_ties() -> None:
     x, y = torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])
     assert decay.spearman(x, y) == pytest.approx(0.9486832980505139)  # scipy.stats.spearmanr

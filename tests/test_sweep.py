@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ RECIPE: dict[str, Any] = {
         {"modules": "language", "method": "milora", "rank": 4, "alpha": 8, "learning_rate": 1e-3},
         {"modules": "projector", "method": "full", "learning_rate": 1e-4},
     ],
-    "train": {"max_steps": 6, "seed": 7},
+    "train": {"max_steps": 6, "seed": 7, "warmup_steps": 0.03},
     "sweep": {
         "suite": "emoji",
-        "train": {"max_steps": 3},
+        "train": {"max_steps": 3, "warmup_ratio": 0.1},
         "variants": {"strong": {"method": "lora", "alpha": 16, "train": {"weight_decay": 0.2}}},
     },
 }
@@ -91,8 +92,23 @@ def test_the_recipe_of_a_cell(method: str, rule: dict[str, Any], train: dict[str
     assert first["learning_rate"] == 3e-4
     assert projector == RECIPE["policy"][1]
     assert {key: made.train[key] for key in train} == train
-    assert (made.train["seed"], made.train["max_steps"]) == (9, 3)
+    assert (made.train["seed"], made.train["max_steps"], made.train["warmup_steps"]) == (9, 3, 0.1)
     assert Recipe.parse(yaml.safe_load(made.to_yaml())) == made
+
+
+def test_a_variant_that_trains_in_full_is_evaluated_as_the_model_that_it_is(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a cell has trained is known once it has: the command that evaluates it is made after the training."""
+    stand_in = sweep.folder / "python"
+    cell = Cell("lora", 1e-3, None, 7)
+    run = sweep.run_folder(cell)
+    stand_in.write_text(f'#!/bin/sh\necho "$@"\nmkdir -p {run} && echo "{{}}" > {run}/config.json\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    run_cells(sweep, [cell], 1, retry=False, on_done=lambda *_: None)
+    log = (sweep.folder / "logs" / f"{cell.name}.log").read_text().splitlines()
+    assert f"-m milora_eval run --model {run} --base tiny --suite emoji --output_dir {run}" in log
 
 
 def test_means_have_students_intervals() -> None:

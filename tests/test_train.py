@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from milora_data.errors import UserError
+from milora_vl.policies import ranks
 from milora_vl.train import main
 
 METHODS = {"milora": ["--rank", "4"], "lora": ["--rank", "4"], "full": [], "projector": []}
@@ -109,6 +110,27 @@ def test_a_checkpoint_beyond_the_end_is_refused(tiny_data: Path, tmp_path: Path)
     with pytest.raises(UserError, match=r"checkpoint-6 is beyond the end of this run, step 2\n.*--max_steps"):
         main(words(tiny_data, tmp_path / "b", *more))
     assert not (tmp_path / "b").exists()
+
+
+def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(tiny_data: Path, tmp_path: Path) -> None:
+    """All of it would train, the anchor too."""
+    run = tmp_path / "run"
+    assert main(words(tiny_data, run, "--rank", "4", "--save_steps", "3")) == 0
+    (run / "checkpoint-3" / "milora.json").unlink()
+    more = ["--rank", "4", "--resume_from_checkpoint", str(run / "checkpoint-3")]
+    with pytest.raises(UserError, match=r"checkpoint-3 has no milora.json, which tells what"):
+        main(words(tiny_data, tmp_path / "again", *more))
+
+
+def test_a_rank_from_a_spectrum_is_found_once_for_each_weight(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[Any] = []
+    ascending = ranks._ascending
+    monkeypatch.setattr(ranks, "_ascending", lambda module: looked_at.append(module) or ascending(module))
+    rules = "[{modules: language, method: milora, rank: {energy: 0.05}}]"
+    assert main(words(tiny_data, tmp_path / "run", "--policy", rules, "--max_steps", "1")) == 0
+    assert len(looked_at) == len(set(looked_at)) == 14
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,6 +76,7 @@ def _tensors(rows: Sequence[Row], pad_id: int, multiple: int) -> tuple[Tensor, T
     input_ids = torch.full((len(rows), width), pad_id)
     labels = torch.full((len(rows), width), IGNORE)
     for number, row in enumerate(rows):
-        input_ids[number, : len(row.input_ids)] = torch.tensor(row.input_ids)
-        labels[number, : len(row.labels)] = torch.tensor(row.labels)
+        # Through numpy: torch takes a list of numbers at a third of its speed.
+        input_ids[number, : len(row.input_ids)] = torch.from_numpy(np.array(row.input_ids))
+        labels[number, : len(row.labels)] = torch.from_numpy(np.array(row.labels))
     return input_ids, labels

@@ -21,7 +21,7 @@ TEXT_KEYS = ("caption", "text", "description")
 
 
 def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
-    """Yield one record per picture of `folder` that has a caption, in the order of names; says what is left out.
+    """Yield a record for each caption of each picture of `folder`, in the order of names; says what is left out.
 
     Raises `DataError`: no folder, no captions, a table without the columns, a caption for a file that is not there.
     """
@@ -31,7 +31,9 @@ def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.name.startswith("."))
     pictures = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
-    captions = _beside(folder, pictures) if table is None else dict(_rows(table))
+    captions: dict[str, list[str]] = {}
+    for name, text in _beside(folder, pictures) if table is None else _rows(table):
+        captions.setdefault(name, []).extend([text] if text else [])
     if not captions:
         raise DataError(f"{folder}: no captions\nexpected a.txt beside a.jpg, or one of: {', '.join(TABLES)}")
     unknown = [name for name in captions if name not in set(pictures)]
@@ -45,10 +47,10 @@ def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
         texts = [name for name in files if Path(name).suffix == ".txt"]
         _say_left_out("caption", "without a picture", [n for n in texts if str(Path(n).with_suffix("")) not in used])
     for name in pictures:
-        if captions.get(name):
-            question, answer = f"{IMAGE}\n{prompt}", captions[name]
-            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-            yield {"id": str(Path(name).with_suffix("")), "image": name, "conversations": turns}
+        for number, answer in enumerate(captions.get(name, ()), start=1):
+            turns = [{"from": "human", "value": f"{IMAGE}\n{prompt}"}, {"from": "gpt", "value": answer}]
+            identifier = str(Path(name).with_suffix("")) + (f"-{number}" if number > 1 else "")
+            yield {"id": identifier, "image": name, "conversations": turns}
 
 
 def _say_left_out(what: str, why: str, names: list[str]) -> None:
@@ -57,9 +59,11 @@ def _say_left_out(what: str, why: str, names: list[str]) -> None:
         sys.stderr.write(f"left out: {amount(len(names), what)} {why}: {', '.join(names[:5])}{more}\n")
 
 
-def _beside(folder: Path, pictures: list[str]) -> dict[str, str]:
-    texts = {name: (folder / name).with_suffix(".txt") for name in pictures}
-    return {name: _text(path) for name, path in texts.items() if path.is_file()}
+def _beside(folder: Path, pictures: list[str]) -> Iterator[tuple[str, str]]:
+    for name in pictures:
+        path = (folder / name).with_suffix(".txt")
+        if path.is_file():
+            yield name, _text(path)
 
 
 def _text(path: Path) -> str:

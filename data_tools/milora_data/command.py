@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import shlex
@@ -161,6 +162,12 @@ def hide_warnings_of_others() -> None:
         warnings.filterwarnings("default", module=r"(milora_vl|milora_data|milora_eval|llava_recipes)\b")
 
 
+# What is wrong with a place that was named, or with the disk below it; no mistake of ours.
+_OF_PLACES = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)
+)
+
+
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run `main` on the command line's arguments and leave the process with its exit code."""
     hide_warnings_of_others()
@@ -178,4 +185,9 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         # The reader (head, less) went away; Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.errno not in _OF_PLACES:
+            raise
+        report(UserError(f"{error.filename or 'a file cannot be written'}: {error.strerror}"))
+        code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
     sys.exit(code)

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = options.parse_args(argv)
     _check_flags(chosen)
     images, out = chosen.output_dir / "images", chosen.output_dir / "data.json"
-    if chosen.kind == "hub" and images.exists():
-        raise UserError(f"{images} exists already\nnothing was written; name a new --output_dir")
+    new = [out, *([chosen.output_dir / "eval.json"] if chosen.hold_out else []), *([images] * (chosen.kind == "hub"))]
+    if there := [path for path in new if path.exists()]:
+        raise UserError(f"{there[0]} exists already\nnothing was written; name a new --output_dir")
     given = Options(chosen.prompt, chosen.split or "train", chosen.image_pattern)
     sources = chosen.sources if chosen.kind == "hub" else [Path(source) for source in chosen.sources]
-    records = _with_written_pictures(_read(chosen.kind, sources, given), images)
+    records = _some(_with_written_pictures(_read(chosen.kind, sources, given), images), chosen)
     if chosen.hold_out:
         records = _without_held_out(list(records), chosen.hold_out, chosen.output_dir / "eval.json")
     count = write_objects(out, records)
@@ -87,6 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     has_pictures = any(record.images for record in load_records(out))
     next_step("milora_data", "check", out, *(["--image_folder", folder] if has_pictures else []))
     return 0
+
+
+def _some(records: Records, chosen: argparse.Namespace) -> Records:
+    """Return the records; UserError where there is none."""
+    first = next(records, None)
+    if first is None:
+        split = f" of split {chosen.split or 'train'} (--split)" if "split" in KINDS[chosen.kind].flags else ""
+        raise UserError(f"{', '.join(chosen.sources)}: no record{split}\nnothing was written")
+    return chain([first], records)
 
 
 def _without_held_out(records: list[dict[str, Any]], count: int, path: Path) -> Records:

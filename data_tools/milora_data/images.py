@@ -135,6 +135,20 @@ def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.I
     return square
 
 
+def on_padded_square(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
+    """Return a box (left, top, right, bottom) in pixels as shares of the square that `expand_to_square` makes.
+
+    So LLaVA-1.5 was trained to name boxes (its issues 606 and 822).
+
+    >>> on_padded_square((0, 0, 200, 100), 200, 100)
+    (0.0, 0.25, 1.0, 0.75)
+    """
+    side = max(width, height)
+    x, y = (side - width) // 2, (side - height) // 2
+    left, top, right, bottom = box
+    return (left + x) / side, (top + y) / side, (right + x) / side, (bottom + y) / side
+
+
 def unmistakable(images: Sequence[Any]) -> list[Any]:
     """Return RGB pictures (or tensors made of them) in a form in which no processor takes rows for channels.
 

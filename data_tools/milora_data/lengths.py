@@ -37,12 +37,13 @@ def encoded_lengths(
     records, tokenizer and template. A folder that cannot be written to is no error. Raises `DataError` like `encode`.
     With `tiling`, a picture takes as many tokens as its size below `image_folder` asks for.
     """
-    key = _key(records, tokenizer, template, tiling)
+    folder = Path(image_folder or "")
+    key = _key(records, tokenizer, template, tiling, folder)
     cache = None if beside is None else beside.with_name(f"{beside.name}.lengths-{key}.npy")
     if cache is not None and cache.is_file():
         texts, pictures = np.load(cache)
     else:
-        texts, pictures = _counted(records, tokenizer, template, tiling, Path(image_folder or ""))
+        texts, pictures = _counted(records, tokenizer, template, tiling, folder)
         if cache is not None:
             _keep(cache, np.stack([texts, pictures]))
     lengths = texts + (pictures if tiling else image_tokens * pictures)
@@ -78,15 +79,26 @@ def _num_tokens(picture: str | Path, tiling: Tiling | None) -> int:
         return tiling.num_tokens(1, 1)
 
 
-def _key(records: Sequence[Record], tokenizer: Any, template: str, tiling: Tiling | None) -> str:
+def _key(records: Sequence[Record], tokenizer: Any, template: str, tiling: Tiling | None, folder: Path) -> str:
+    """What lengths depend on, as a hash: where pictures are tiled, also on which files they are, by size and time."""
     found = hashlib.blake2b(f"{tiling}\0".encode() if tiling else b"", digest_size=6)
     found.update(f"{template}\0{fast_backend(tokenizer).to_str()}\0{tokenizer.eos_token}\0".encode())
     for record in records:
         text = "\0".join([str(len(record.images)), *(f"{turn.role}\1{turn.text}" for turn in record.turns)])
         found.update(text.encode("utf-8", "surrogatepass"))
         if tiling is not None:
-            found.update("\0".join(record.images).encode("utf-8", "surrogatepass"))
+            states = (f"{name}\1{_state(place_of(folder, name))}" for name in record.images)
+            found.update("\0".join(states).encode("utf-8", "surrogatepass"))
     return found.hexdigest()
+
+
+def _state(picture: str | Path) -> str:
+    """Of a file its size and time of change; of a stored picture, whose place says which it is, nothing."""
+    try:
+        found = picture.stat() if isinstance(picture, Path) else None
+    except OSError:
+        return "missing"
+    return f"{found.st_size} {found.st_mtime_ns}" if found else ""
 
 
 def _keep(path: Path, counts: np.ndarray) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
+from .images import on_padded_square
 from .instructions import earlier, with_input, with_system
 from .jsonfile import read_objects
 from .plain_pickle import read_plain_pickle
@@ -45,7 +46,7 @@ def coco_captions(sources: Sequence[Path], options: Options) -> Records:
 
 
 def refcoco(sources: Sequence[Path], options: Options) -> Records:
-    """RefCOCO, RefCOCO+, RefCOCOg: refs(...).p or .json, and instances.json; boxes as shares of width and height."""
+    """RefCOCO, RefCOCO+, RefCOCOg: refs(...).p or .json, and instances.json; boxes as shares of the padded square."""
     contents = [read_plain_pickle(path) if path.suffix == ".p" else read_json(path) for path in sources]
     refs = next((content for content in contents if isinstance(content, list)), None)
     instances = next((content for content in contents if isinstance(content, dict)), None)
@@ -57,8 +58,7 @@ def refcoco(sources: Sequence[Path], options: Options) -> Records:
         if ref.get("split", options.split) != options.split:
             continue
         image, (left, top, width, height) = images[ref["image_id"]], boxes[ref["ann_id"]]
-        shares = [left / image["width"], top / image["height"]]
-        shares += [(left + width) / image["width"], (top + height) / image["height"]]
+        shares = on_padded_square((left, top, left + width, top + height), image["width"], image["height"])
         box = "[" + ", ".join(f"{share:.2f}" for share in shares) + "]"
         name = options.image(ref["image_id"], image["file_name"].replace("{", "{{").replace("}", "}}"))
         questions = dict.fromkeys(WHERE_IS.format(sentence["sent"]) for sentence in ref["sentences"])

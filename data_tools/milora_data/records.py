@@ -105,7 +105,7 @@ def estimated_length(record: Record, image_tokens: int) -> int:
 
 
 def _images(value: dict[str, Any]) -> tuple[str, ...]:
-    found = value.get("images", value.get("image"))
+    found = value.get("images") or value.get("image")  # tables that were joined hold both columns, one of them empty
     if found is None:
         return ()
     names = found if isinstance(found, list) else [found]

@@ -8,12 +8,14 @@ names are those of the original downloads unless `image_pattern` says otherwise.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .command import amount
 from .errors import DataError
 from .jsonfile import missing_file
 from .templates import IMAGE
@@ -82,6 +84,8 @@ def vqa(sources: Sequence[Path], options: Options) -> Records:
         for row in files["questions"]
         if row["question_id"] in answers
     ]
+    if left := len(files["questions"]) - len(rows):
+        sys.stderr.write(f"left out: {amount(left, 'question')} without an annotation\n")
     yield from _by_picture(rows, options, f"COCO_{subtype}_{{:012d}}.jpg", SHORT)
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command import count, next_step, parser
-from milora_data.errors import UserError
+from milora_data.errors import DataError, UserError
 from milora_data.flags import shared
+from milora_eval.benchmark import Benchmark
 from milora_eval.places import Subject, recipe_of, subject
 from milora_eval.selection import parse_shard
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
@@ -91,17 +92,19 @@ def _arguments(options: argparse.Namespace, who: Subject) -> dict[str, Any]:
     else:
         names = tuple(part.strip() for part in options.benchmarks.split(",") if part.strip())
         name, limit, partial = None, options.limit, False
+        if not names:
+            raise UserError("--benchmarks names none\nsee: python -m milora_eval ls")
     data = options.data or Path("data") / (options.suite or names[0])
     if options.protocol is not None:
         names = tuple(_with_protocol(names, options.protocol))
     benchmarks = [find_benchmark(entry) for entry in names]
     if partial:
-        benchmarks = [benchmark for benchmark in benchmarks if has_files(benchmark, data)]
+        benchmarks = [benchmark for benchmark in benchmarks if _is_there(benchmark, data, limit)]
         if not benchmarks:
             raise UserError(f"no benchmark's files are in {data}\nsee: python -m milora_eval ls --data {data}")
+    else:
+        questions(Plan(benchmarks=tuple(benchmarks), data_dir=data, limit=limit))
     own = recipe_of(who.folder)
-    plan = Plan(benchmarks=tuple(benchmarks), data_dir=data, limit=limit)
-    questions(plan)
     return {
         "benchmarks": benchmarks,
         "data_dir": data,
@@ -114,6 +117,20 @@ def _arguments(options: argparse.Namespace, who: Subject) -> dict[str, Any]:
         "template": options.template or own.get("template") or "vicuna_v1",
         "image_aspect_ratio": own.get("image_aspect_ratio") or "pad",
     }
+
+
+def _is_there(benchmark: Benchmark, data: Path, limit: int | None) -> bool:
+    """Tell whether a benchmark's files are in a folder: its own, not others' of the same name, such as test.json."""
+    from milora_eval.runner import Plan, questions
+
+    if not has_files(benchmark, data):
+        return False
+    try:
+        questions(Plan(benchmarks=(benchmark,), data_dir=data, limit=limit))
+    except DataError as error:
+        sys.stderr.write(f"left out: {error}\n")
+        return False
+    return True
 
 
 def _with_protocol(names: Sequence[str], protocol: str) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from milora_data.command import next_step, parser
+from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_eval.results import require_lines
 from milora_eval.store import write_whole
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse.parse_args(argv)
     folders = [folder for folder in (options.folder, options.other) if folder is not None]
     runs = [(_name(folder, folders), require_lines(folder)) for folder in folders]
+    if options.output is not None and options.output.exists():
+        raise UserError(f"{options.output} exists already\nnothing was written; name a new file with --output")
     target = options.output or folders[-1] / "view.html"
     made = page(runs, options.limit)
     write_whole(target, made.html)

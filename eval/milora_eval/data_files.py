@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.assets import cache_dir
-from milora_data.errors import DataError
+from milora_data.errors import DataError, UserError
 from milora_eval.benchmark import Benchmark, Item, MissingData
 
 # What pandas reads as "not a number" where LLaVA's scripts read tables with it.
@@ -46,7 +46,9 @@ def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
         return benchmark.load(data_dir)
     try:
         return benchmark.load(data_dir)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, SyntaxError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         files = ", ".join(name.partition("|")[0] for name in benchmark.files)
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,8 @@ from milora_eval.compare import compare
 from milora_eval.exports import export
 from milora_eval.identity import adapter_digest, digest, tokenizer_digest, weights_digest
 from milora_eval.results import TABLE, Results, numbers, read_results, require_lines, write_results
-from milora_eval.runner import Outcome, Plan, ask, audit, questions
-from milora_eval.store import PREDICTIONS, write_whole
+from milora_eval.runner import Outcome, Plan, ask, audit, finish, questions
+from milora_eval.store import PREDICTIONS, alone, write_whole
 from milora_eval.suites import find_benchmark
 from milora_eval.table import Table, pairs_table, results_table, with_forgetting
 
@@ -59,21 +60,23 @@ def run(
     folder = results_folder(output_dir, suite, which)
     asked = questions(plan)
     outcome = ask(model, processor, plan, asked, folder)
-    if outcome.missing:
-        return None
+    with nullcontext() if shard[1] == 1 else alone(folder):
+        if not finish(plan, asked, folder):
+            return None
+        checked = audit(model, processor, plan, asked, folder) if audit_items else None
+        about = {"suite": suite, "which": which, "model": model_name, "adapter": adapter and str(adapter)}
+        return _write(plan, outcome, about, checked, folder)
+
+
+def _write(
+    plan: Plan, outcome: Outcome, about: dict[str, Any], checked: dict[str, Any] | None, folder: Path
+) -> Results:
+    """Write results.json, the table and the files for others from the answers in `folder`."""
     before = read_results(folder)
-    results = (
-        _results(plan, outcome, before)
-        | numbers(folder, suite)
-        | {
-            "suite": suite,
-            "which": which,
-            "model": model_name,
-            "adapter": None if adapter is None else str(adapter),
-            "forgetting": before.get("forgetting"),
-            "audit": audit(model, processor, plan, asked, folder) if audit_items else before.get("audit"),
-        }
-    )
+    # What was measured beside the answers holds for the weights and settings it was measured with, and for no others.
+    same = before if (before.get("generation") or {}).get("key") == digest(plan.settings) else {}
+    results = _results(plan, outcome, before) | numbers(folder, about["suite"]) | about
+    results |= {"forgetting": same.get("forgetting"), "audit": checked or same.get("audit")}
     write_results(folder, results)
     write_table(folder)
     export(folder)

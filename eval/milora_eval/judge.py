@@ -98,5 +98,8 @@ def _review(row: Any, path: Path) -> tuple[str, str]:
 def _keep(line: Line, said: str, judge: str, folder: Path) -> None:
     kept = {name: line[name] for name in ("benchmark", "id", "prediction")}
     kept |= {"judgement": said, "judge": judge, "key": digest([kept, judge])}
-    with (folder / JUDGEMENTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(kept) + "\n")
+    path = folder / JUDGEMENTS
+    # Behind a line that a kill has cut off, a new one begins: both would be lost.
+    start = "\n" if path.is_file() and not path.read_bytes().endswith(b"\n") else ""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{start}{json.dumps(kept)}\n")

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from milora_data.images import expand_to_square, load_image, to_rgb, unmistakable
-from milora_vl.generate import Prompt, prompt_ids
-from milora_vl.image_tokens import image_token_id, image_tokens
-from milora_vl.models import split_processor
+from milora_vl.generate import Prompt, Reader
 
 
 def loglikelihoods(
@@ -21,25 +17,18 @@ def loglikelihoods(
 
     The answer begins where the prompt ends; one pair at a time, so that padding plays no part.
     """
-    return [_one(model, processor, prompt, answer, template) for prompt, answer in pairs]
+    reader = Reader(model, processor, template, "pad")
+    return [_one(reader, prompt, answer) for prompt, answer in pairs]
 
 
 @torch.inference_mode()
-def _one(model: Any, processor: Any, prompt: Prompt, answer: str, template: str) -> tuple[float, bool]:
-    tokenizer, pictures = split_processor(processor)
-    token, count = (-1, 0) if pictures is None else (image_token_id(model.config), image_tokens(model.config))
-    before = prompt_ids(prompt, tokenizer, template, image_token_id=token, image_tokens=count)
-    after = tokenizer(answer, add_special_tokens=False)["input_ids"]
+def _one(reader: Reader, prompt: Prompt, answer: str) -> tuple[float, bool]:
+    row = reader.whole(reader.row(0, prompt))
+    after = reader.tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not after:
         return 0.0, True
-    inputs: dict[str, Any] = {"input_ids": torch.tensor([before + after], device=model.device)}
-    if prompt.images and pictures is not None:
-        red, green, blue = (int(255 * value) for value in pictures.image_mean)
-        opened = [load_image(i) if isinstance(i, str | Path) else to_rgb(i) for i in prompt.images]
-        squares = [expand_to_square(image, (red, green, blue)) for image in opened]
-        pixels = pictures(images=unmistakable(squares), return_tensors="pt")["pixel_values"]
-        inputs["pixel_values"] = pixels.to(model.device, model.dtype)
-    logits = model(**inputs).logits[0, -len(after) - 1 : -1].float()
+    ids = torch.tensor([[*row.ids, *after]], device=reader.model.device)
+    logits = reader.model(input_ids=ids, **reader.pixels([row])).logits[0, -len(after) - 1 : -1].float()
     targets = torch.tensor(after, device=logits.device)
     values = logits.log_softmax(-1).gather(1, targets[:, None])
     return float(values.sum()), bool((logits.argmax(-1) == targets).all())

@@ -49,15 +49,18 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How many answers were asked for, and how many are missing still: those of other shards."""
+    """How many answers were asked for, and how long it took."""
 
     asked: int
     seconds: float
-    missing: int = 0
 
 
 def questions(plan: Plan) -> list[Question]:
-    """Read the items of all benchmarks, all shards; raises UserError for missing data and for pictures not there."""
+    """Read the items of all benchmarks, all shards.
+
+    Raises UserError for missing data, for pictures that are not there, and for two benchmarks of one name.
+    """
+    _check_names(plan.benchmarks)
     found, missing = [], {}
     for benchmark in plan.benchmarks:
         try:
@@ -81,7 +84,7 @@ def questions(plan: Plan) -> list[Question]:
 
 
 def ask(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folder: Path) -> Outcome:
-    """Get the answers that are missing in `folder`; when all are there, leave predictions.jsonl complete."""
+    """Get the answers of the plan's shard that are missing in `folder`."""
     store, start = Store(folder, plan.shard), time.perf_counter()
     known = store.known()
     mine = {question.key for question in _of_shard(asked, plan.shard)}
@@ -94,14 +97,18 @@ def ask(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folde
             sys.stderr.write(f"{there:,} of {len(mine):,} answers are there from before\n")
         store.open()
         _generate(model, processor, plan, todo, store)
-        known = store.known()
-    seconds = time.perf_counter() - start
-    missing = sum(question.key not in known for question in asked)
-    if missing:
-        return Outcome(len(todo), seconds, missing)
+    return Outcome(len(todo), time.perf_counter() - start)
+
+
+def finish(plan: Plan, asked: Sequence[Question], folder: Path) -> bool:
+    """Leave predictions.jsonl complete; False, and nothing done, while answers of other shards are missing."""
+    store = Store(folder, plan.shard)
+    known = store.known()
+    if any(question.key not in known for question in asked):
+        return False
     # Scored anew, so that an answer taken over from an older version follows today's rules.
     store.finish(_line(plan, question, known[question.key]) for question in asked)
-    return Outcome(len(todo), seconds)
+    return True
 
 
 def audit(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folder: Path) -> dict[str, Any]:
@@ -173,6 +180,17 @@ def _line(plan: Plan, question: Question, text: str) -> Line:
 def _of_shard(asked: Sequence[Question], shard: tuple[int, int]) -> list[Question]:
     kept = {id(item) for item in take_shard([question.item for question in asked], shard)}
     return [question for question in asked if id(question.item) in kept]
+
+
+def _check_names(benchmarks: Sequence[Benchmark]) -> None:
+    seen: set[str] = set()
+    for benchmark in benchmarks:
+        if benchmark.name in seen:  # its numbers and files would replace the other's
+            raise UserError(
+                f"the benchmark {benchmark.name} comes twice\n"
+                "two protocols, or two files of one name, are evaluated with an --output_dir each"
+            )
+        seen.add(benchmark.name)
 
 
 def _check_ids(benchmark: Benchmark, items: Sequence[Item]) -> None:

@@ -8,9 +8,11 @@ judgements.jsonl    what a judge model said to answers, for the benchmarks that 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,17 @@ def write_whole(path: Path, text: str) -> Path:
     partial.write_text(text, encoding="utf-8", newline="\n")
     partial.replace(path)
     return path
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait while another process finishes the same folder, as the last two shards may do at one moment.
+
+    The system drops the lock when its process ends, however that happens; the file stays.
+    """
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Store:

@@ -77,7 +77,7 @@ def show(table: Table, form: str) -> None:
         return
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)  # names may hold [ ] and :
     console.print(table.rich())
     for note in table.notes:
         console.print(note, style="dim", highlight=False)

@@ -25,7 +25,8 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     if not rows or "index" not in rows[0] or not any("prediction" in row for row in rows):
         found = ", ".join(map(str, rows[0])) if rows else "nothing"
         raise DataError(f"{path}: expected a table with the columns index and prediction, got: {found}")
-    return [{"question_id": row["index"], "text": str(row.get("prediction") or "")} for row in rows]
+    texts = ["" if row.get("prediction") is None else str(row["prediction"]) for row in rows]  # 0 is an answer
+    return [{"question_id": row["index"], "text": text} for row, text in zip(rows, texts, strict=True)]
 
 
 def write_predictions(path: Path, answers: Sequence[Answer]) -> Path:

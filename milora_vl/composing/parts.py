@@ -17,7 +17,7 @@ from milora_data.errors import UserError
 from milora_vl.composing import original, vision
 from milora_vl.composing.whole import whole_weights
 
-FORMAT = 1  # to be raised with every change of what a base folder holds
+FORMAT = 2  # to be raised with every change of what a base folder holds
 # Rows of the vocabulary: a multiple of this, as Hugging Face's own conversion of LLaVA has it.
 ROWS = 64
 

@@ -139,7 +139,9 @@ def read_llava(folder: Path) -> PlainAdapter:
     try:
         stored = torch.load(folder / NON_LORA, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{folder / NON_LORA} cannot be read (cut off?): {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{folder / NON_LORA} cannot be read (cut off?): {(str(error) or 'it is empty').splitlines()[0]}"
+        ) from None
     # Older runs wrote `base_model.model.`, merged ones `model.`; LLaVA's loader strips both, so do we.
     whole = {re.sub(r"^base_model\.model\.", "", name): tensor for name, tensor in stored.items()}
     return replace(adapter, whole={**adapter.whole, **whole})

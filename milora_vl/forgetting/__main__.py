@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from milora_data.command import next_step, parser, positive, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
+from milora_vl.reporting.anew import rewrite_report
 
 PROBES = ("text", "samples", "pictures")
 _EXAMPLES = """\
@@ -61,19 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(table(results))
     sys.stderr.write(f"written: {job.file}\n")
-    if (folder / "recipe.yaml").is_file():
-        _report(folder)
+    rewrite_report(folder)
     base = ("--base", options.base) if options.base else ()
     next_step("milora_vl.analyze", options.adapter or options.model, *base)
     return 0
-
-
-def _report(folder: Path) -> None:
-    """Write the run's report anew; it cannot fail the measurement."""
-    try:
-        sys.stderr.write(f"report:  {importlib.import_module('milora_vl.report').write_report(folder)}\n")
-    except UserError as error:
-        sys.stderr.write(f"no report: {error}\n")
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

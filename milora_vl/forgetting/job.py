@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import base_of, holds_adapter
+from milora_vl.adapter_folders import base_of, holds_adapter, trained_prompts
 
 Results = dict[str, Any]
 FILE = "forgetting.json"
@@ -123,7 +123,7 @@ class Job:
         from milora_vl.forgetting.answers import answer_batches, drawn_questions
         from milora_vl.forgetting.measure import compare_on
 
-        recipe = self._recipe
+        template, image_aspect_ratio = trained_prompts(self.adapter or Path(self.model))
         with tempfile.TemporaryDirectory() as drawn:
             if self.data_path is None:
                 folder, records, what = Path(drawn), drawn_questions(Path(drawn)), "80 questions on 20 drawn shapes"
@@ -138,8 +138,8 @@ class Job:
                     image_folder=folder,
                     without_adapter=self._reference is None,
                     batch_size=self.batch_size,
-                    template=self.template or recipe.get("template") or "vicuna_v1",
-                    image_aspect_ratio=(recipe.get("data") or {}).get("image_aspect_ratio") or "pad",
+                    template=self.template or template,
+                    image_aspect_ratio=image_aspect_ratio,
                 )
             )
         return compare_on(batches, self._tuned, base=self._reference, what=what)
@@ -151,17 +151,6 @@ class Job:
         if not records:
             raise UserError(f"{self.data_path} holds no question")
         return records
-
-    @property
-    def _recipe(self) -> Mapping[str, Any]:
-        """The recipe of the run that is measured; empty for a folder that is no run."""
-        import yaml
-
-        own = self.adapter or Path(self.model)
-        for place in (own, own.parent):
-            if (place / "recipe.yaml").is_file():
-                return yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")) or {}
-        return {}
 
     @property
     def _sees(self) -> bool:

@@ -67,15 +67,24 @@ def renamed_flags(arguments: Sequence[str]) -> list[str]:
     return out
 
 
-def trim_config(folder: Path) -> None:
-    """Leave in adapter_config.json of a finished run only what the PEFT of LLaVA's own environment knows."""
+@contextmanager
+def configs_trimmed(folders: Sequence[Path]) -> Iterator[None]:
+    """Leave in what a run writes as adapter_config.json only what the PEFT of LLaVA's own environment knows.
+
+    A file that was there before and stays as it is belongs to another run.
+    """
     from milora_vl.exporting.llava import KNOWN_KEYS
 
-    file = folder / "adapter_config.json"
-    if file.is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        known = {key: value for key, value in content.items() if key in KNOWN_KEYS}
-        file.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    files = [folder / "adapter_config.json" for folder in folders]
+    before = {file: file.read_bytes() for file in files if file.is_file()}
+    try:
+        yield
+    finally:  # a script may leave by sys.exit
+        for file in files:
+            if file.is_file() and file.read_bytes() != before.get(file):
+                content = json.loads(file.read_text(encoding="utf-8"))
+                known = {key: value for key, value in content.items() if key in KNOWN_KEYS}
+                file.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _layernorm_layers(shims: ExitStack, transformers: Any) -> None:
@@ -145,12 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = renamed_flags(chosen.arguments)
     if "--lora_enable" not in [argument.partition("=")[0] for argument in arguments]:
         sys.stderr.write("milora: --lora_enable is not given, so this run trains without an adapter\n")
-    try:
-        with milora_in_llava(chosen.part, chosen.form, chosen.modules):
-            launch(chosen.script, arguments)
-    finally:  # a script may leave by sys.exit
-        for folder in _output_dirs(arguments):
-            trim_config(folder)
+    with configs_trimmed(_output_dirs(arguments)), milora_in_llava(chosen.part, chosen.form, chosen.modules):
+        launch(chosen.script, arguments)
     return 0
 
 

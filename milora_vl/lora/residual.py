@@ -47,8 +47,3 @@ def make_residual(layer: LoraLayer, adapter: str) -> float:
 def minor_part(A0: Tensor, B0: Tensor, scaling: float) -> Tensor:
     """Return s B0 A0 (out, in) in float32."""
     return scaling * (B0.float() @ A0.float())
-
-
-def is_residual(layer: LoraLayer, adapter: str) -> bool:
-    """Tell whether the base weight below this adapter is W_p."""
-    return adapter in layer.lora_A and isinstance(layer.lora_A[adapter], ResidualA)

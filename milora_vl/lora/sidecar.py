@@ -77,7 +77,9 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         if data["form"] not in FORMS:
             raise KeyError(f"form {data['form']!r}")
         return _from_modules(data["form"], data["modules"])
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except AdapterError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AdapterError(
             f"{file} is damaged ({type(error).__name__}: {error})\n"
             "restore it, or remove it: the folder is then a plain LoRA for inference"

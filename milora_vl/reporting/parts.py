@@ -153,8 +153,8 @@ def credit_lines(run: Run) -> list[str]:
 
 def _readmes(run: Run) -> Iterator[Path]:
     """README.md beside the records, and beside or above the pictures that were asked about."""
-    data = run.recipe.get("data") or {}
-    folders = [Path(str(data["path"])).parent] if data.get("path") else []
+    path = (run.recipe.get("data") or {}).get("path") or []
+    folders = [Path(entry["path"]).parent for entry in path] if isinstance(path, list) else [Path(path).parent]
     files = {line.get("image_file") for side in sides(run) for line in side.predictions[:50]}
     for file in sorted(str(file) for file in files if file):
         folders += [Path(file).parent, Path(file).parent.parent]

@@ -49,8 +49,14 @@ def write(folder: Folder, command: str) -> tuple[Path, Table]:
 
 
 def _write_layers(folder: Folder, results: Mapping[Cell, Result]) -> None:
-    """Write layers.csv and correlations.csv of a study with an arm for each layer, and their figure."""
+    """Write layers.csv and correlations.csv of a study with an arm for each layer, and their figure.
+
+    Nothing where the cells of `none`, or those of all layers, have failed.
+    """
     study = folder.study
+    ready = {arm.label for arm in arms(results, study.seeds) if arm.best}
+    if decay.NONE not in ready or len(ready) == 1:
+        return
     found = decay.layers(load_task(study.task).model(), results, study.seeds, study.overlap or 16)
     for name, rows in (("layers", found), ("correlations", decay.correlations(found))):
         write_csv(folder.path / f"{name}.csv", list(asdict(rows[0])), [list(asdict(row).values()) for row in rows])
@@ -89,7 +95,7 @@ def _row(arm: Arm, results: Mapping[Cell, Result], more: Sequence[str], seeds: i
 def document(name: str, folder: Folder, docs: Path) -> Path:
     """Put the results into the question's page of `docs`: the cells as CSV, the figure, and the table in its text.
 
-    Raises UserError where the page has no place for them.
+    Raises UserError where the page has no place for them, and where a result is not there.
     """
     file = docs / f"{name.partition('.')[0]}.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -100,6 +106,9 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
         files |= {".png": "layers.png"}
     else:
         files = {".csv": "cells.csv", ".png": "pareto.png"}
+    missing = [source for source in files.values() if not (folder.path / source).is_file()]
+    if missing:
+        raise UserError(f"{folder.path} has no {missing[0]}: cells have failed, or have not run")
     for suffix, source in files.items():
         shutil.copyfile(folder.path / source, docs / f"{name}{suffix}")
     write_text(file, documented(text, name, folder.study, docs))

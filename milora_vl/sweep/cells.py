@@ -10,6 +10,7 @@ from typing import Any
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.config import EvalConfig, Recipe, SweepConfig
+from milora_vl.training.hf_arguments import overridden
 from milora_vl.training.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
 
 # Names for --methods beside those of milora_vl.train: fields of the adapter rules, and of `train:`.
@@ -75,7 +76,9 @@ def variants(recipe: Recipe) -> dict[str, dict[str, Any]]:
 def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     """Return the recipe of one cell. UserError with everything that is wrong in it."""
     fields = dict(variants(recipe)[cell.method])
-    train = {**recipe.train, **recipe.sweep.train, **fields.pop("train", {}), "seed": cell.seed}
+    train = dict(recipe.train)
+    for over in (recipe.sweep.train, fields.pop("train", {}), {"seed": cell.seed}):
+        train = {**overridden(train, over), **over}
     if cell.rank is not None:
         fields["rank"] = cell.rank
     rules = arm_rules(recipe.policy, fields, learning_rate=cell.learning_rate)

@@ -124,7 +124,7 @@ def pairs_table(compared: Sequence[Pair]) -> Table:
         "Paired over test items: each item’s mean over the seeds of both sides; interval and p by a bootstrap of whole "
         "pictures. It says what other items would bring, not other seeds; the intervals above say that."
     )
-    return Table(("difference", "of the mean", "95 % interval", "p", "items", "seeds"), tuple(rows), words)
+    return Table(("difference", "mean over items", "95 % interval", "p", "items", "seeds"), tuple(rows), words)
 
 
 def _files(compared: Compared, found: Sequence[Arm], tests: Sequence[Pair], table: Table) -> None:

@@ -69,27 +69,21 @@ class Sweep:
         of_first = (line for line in lines if line["benchmark"] == lines[0]["benchmark"])
         return {line["id"]: (float(line["correct"]), line["group"]) for line in of_first if line["correct"] is not None}
 
-    def commands(self, cell: Cell) -> list[list[str]]:
-        """The commands of a cell, without the interpreter."""
+    def training(self, cell: Cell) -> list[str]:
+        """The command that trains a cell, without the interpreter."""
+        file, run = self.folder / "recipes" / f"{cell.name}.yaml", self.run_folder(cell)
+        words = ["--recipe", str(file), "--output_dir", str(run), "--resume_from_checkpoint", "auto"]
+        return ["-m", "milora_vl.train", *words]
+
+    def evaluating(self, cell: Cell) -> list[str]:
+        """The command that evaluates a trained cell: what it trained is told by its folder."""
         run = str(self.run_folder(cell))
-        file = self.folder / "recipes" / f"{cell.name}.yaml"
-        train = [
-            "-m",
-            "milora_vl.train",
-            "--recipe",
-            str(file),
-            "--output_dir",
-            run,
-            "--resume_from_checkpoint",
-            "auto",
-        ]
         tuned = ["--model", self.recipe.model, "--adapter", run]
-        if cell.method == "full" or (self.run_folder(cell) / "config.json").is_file():
+        if (self.run_folder(cell) / "config.json").is_file():
             tuned = ["--model", run, "--base", self.recipe.model]
-        evaluate = ["-m", "milora_eval", "run", *tuned, "--suite", self.evaluation.suite, "--output_dir", run]
-        evaluate += ["--data", self.evaluation.data] if self.evaluation.data else []
-        evaluate += ["--limit", str(self.evaluation.limit)] if self.evaluation.limit else []
-        return [train, evaluate]
+        command = ["-m", "milora_eval", "run", *tuned, "--suite", self.evaluation.suite, "--output_dir", run]
+        command += ["--data", self.evaluation.data] if self.evaluation.data else []
+        return command + (["--limit", str(self.evaluation.limit)] if self.evaluation.limit else [])
 
 
 def run_cells(
@@ -135,7 +129,8 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
     start = time.monotonic()
     log = sweep.folder / "logs" / f"{cell.name}.log"
     with _lock(sweep.folder / "logs" / f"{cell.name}.lock", wait=True) as held, log.open("a", encoding="utf-8") as out:
-        for command in sweep.commands(cell):
+        for make in (sweep.training, sweep.evaluating):
+            command = make(cell)
             out.write(f"$ python {' '.join(command)}\n")
             out.flush()
             done = subprocess.run(

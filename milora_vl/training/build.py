@@ -12,7 +12,9 @@ from torch import nn
 
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
-from milora_vl.initialize import LayerReport
+from milora_vl.initialize import LayerReport, WeightError
+from milora_vl.lora.errors import AdapterError
+from milora_vl.lora.sidecar import FILE_NAME
 from milora_vl.policy import Policy, PolicyError, Target
 from milora_vl.towers import TOWERS, find_towers
 from milora_vl.trainer import Saves
@@ -23,14 +25,13 @@ WEIGHTS_FILE: dict[Saves, str] = {"adapter": "adapter_model.safetensors", "proje
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A model that is ready to train. `report` has one LayerReport per adapter, none on a resumed run."""
+    """A model that is ready to train: a PeftModel, or the base itself where nothing but whole modules trains."""
 
-    model: nn.Module
-    processor: Any
+    model: Any
     targets: list[Target]
     saves: Saves
     sizes: dict[str, int]  # trained numbers by target
-    report: Sequence[LayerReport]
+    report: Sequence[LayerReport]  # one for each adapter that was decomposed
     frozen: list[str]  # towers of which nothing trains
 
 
@@ -116,37 +117,31 @@ def saves_of(targets: Sequence[Target]) -> Saves:
 
 
 def build(
-    recipe: Recipe, base: nn.Module, processor: Any, checkpoint: Path | None, dtype: torch.dtype = torch.float32
+    recipe: Recipe, base: nn.Module, targets: list[Target], checkpoint: Path | None, dtype: torch.dtype = torch.float32
 ) -> Built:
-    """Apply the policy, or put back the adapter of `checkpoint`: its initial factors, so no SVD is repeated.
+    """Apply the settled policy, or put back the adapter of `checkpoint`: its initial factors, so no SVD is repeated.
 
     `dtype` is that of the weights that train.
     """
-    from milora_vl.adapter import apply_milora
+    from milora_vl.adapter import apply_targets
     from milora_vl.adapter_io import load_adapter
-    from milora_vl.initialize import WeightError
-    from milora_vl.lora.sidecar import AdapterError
 
-    targets = targets_of(recipe, base)
     saves = saves_of(targets)
     sizes = trained_sizes(targets, base)
     if checkpoint is not None:
         _require_same_kind(checkpoint, saves)
     frozen: list[str] = [tower for tower in TOWERS if _has(base, tower) and tower not in {t.tower for t in targets}]
-    report: Sequence[LayerReport] = ()
     try:
         if saves == "adapter" and checkpoint is not None:
-            model: nn.Module = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
+            model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
         else:
-            policy, cache = Policy.parse(recipe.policy or []), recipe.factor_cache
-            model = apply_milora(base, policy, form=recipe.form, cache_dir=cache, progress=True)
-            report = cast("Sequence[LayerReport]", model.milora_report)
+            model = apply_targets(base, targets, form=recipe.form, cache_dir=recipe.factor_cache, progress=True)
     except (AdapterError, WeightError) as error:
         raise UserError(str(error)) from None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    return Built(model, processor, targets, saves, sizes, report, frozen)
+    return Built(model, targets, saves, sizes, model.milora_report, frozen)
 
 
 def _require_same_kind(checkpoint: Path, saves: Saves) -> None:
@@ -155,6 +150,11 @@ def _require_same_kind(checkpoint: Path, saves: Saves) -> None:
         found = ", ".join(sorted(f.name for f in checkpoint.glob("*.safetensors"))) or "no weights"
         raise UserError(
             f"{checkpoint} is of another kind of run: expected {expected}*, found {found}\nis --method the same?"
+        )
+    if saves == "adapter" and not (checkpoint / FILE_NAME).is_file():
+        raise UserError(
+            f"{checkpoint} has no {FILE_NAME}, which tells what of the adapter trains and what is its anchor\n"
+            "put the file back, or resume from another checkpoint"
         )
 
 

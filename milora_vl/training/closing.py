@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-import traceback
 from pathlib import Path
 
 from milora_data.command import command_line
-from milora_data.errors import UserError
 from milora_vl.adapter_folders import holds_text_model
 from milora_vl.config import Recipe
+from milora_vl.reporting.anew import write_anew
 from milora_vl.training import model_card
-from milora_vl.training.run_folder import RESULTS, RunFolder
+from milora_vl.training.checkpoints import WEIGHTS
+from milora_vl.training.run_folder import RunFolder
 from milora_vl.training.screen import Screen
 
 
@@ -22,11 +21,11 @@ def close(folder: RunFolder, recipe: Recipe, screen: Screen, style: str = "human
 
     With the style `json` the block, and what training measured, are the last line of stdout.
     """
-    reported = write_pages(folder, recipe, screen)
-    weights = next((name for name in RESULTS if (folder.path / name).is_file()), "")
+    page = write_pages(folder, recipe, screen)
+    weights = next((name for name in WEIGHTS if (folder.path / name).is_file()), "")
     rows = [("weights", str(folder.path / weights))]
-    if reported:
-        rows.append(("report", str(folder.path / "report.html")))
+    if page is not None:
+        rows.append(("report", str(page)))
     rows.append(("recipe", str(folder.path / "recipe.yaml")))
     rows.append(("next", next_command(folder.path, recipe)))
     screen.closing(rows)
@@ -36,10 +35,10 @@ def close(folder: RunFolder, recipe: Recipe, screen: Screen, style: str = "human
         sys.stdout.write(json.dumps({"output_dir": str(folder.path), **dict(rows), "results": results}) + "\n")
 
 
-def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> bool:
-    """Write README.md and report.html; tells whether the latter could be."""
+def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> Path | None:
+    """Write README.md and report.html; the path of the latter, None where that could not be."""
     folder.write_text("README.md", model_card.render(folder.path, recipe))
-    return _report(folder.path, screen)
+    return write_anew(folder.path, screen.warn)
 
 
 def next_command(path: Path, recipe: Recipe) -> str:
@@ -51,15 +50,3 @@ def next_command(path: Path, recipe: Recipe) -> str:
         words = ("--model", recipe.model, "--projector_weights", path, "--data_path", "DATA.json")
         return command_line("milora_vl.train", *words)
     return command_line("milora_vl.chat", "--model", path, *question)
-
-
-def _report(path: Path, screen: Screen) -> bool:
-    try:
-        importlib.import_module("milora_vl.report").write_report(path)
-    except (UserError, OSError) as error:  # a full disk, most often
-        screen.warn(f"no report: {error}")
-        return False
-    except Exception:  # weights are saved; whatever goes wrong in a drawing must not look like a failed training
-        screen.warn(f"no report; run python -m milora_vl.report {path} to see why\n{traceback.format_exc(limit=1)}")
-        return False
-    return True

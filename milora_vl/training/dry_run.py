@@ -7,6 +7,7 @@ with its targets, and memory and time estimated. The plan goes to stdout.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from datetime import datetime
@@ -27,6 +28,7 @@ from milora_vl.towers import TOWERS, find_towers
 from milora_vl.training import bases, build, first_batch, packages, run_data, run_folder, settings, training_args
 from milora_vl.training.arguments import PROG, Request
 from milora_vl.training.batching import Batching
+from milora_vl.training.dry_run_cost import MIX665K
 from milora_vl.training.dry_run_cost import lines as cost_lines
 from milora_vl.training.screen import COLUMNS, Screen, policy_rows, trainable_text, trained_sizes
 
@@ -63,20 +65,14 @@ def show(request: Request) -> int:
         counts, num_records = data(screen, recipe, config, base)
     except UserError as error:
         problems.append(error)
-    batching = Batching(
-        num_records=num_records or 1,
-        per_device=train.get("per_device_train_batch_size", 8),
-        accumulation=train.get("gradient_accumulation_steps", 1),
-        num_devices=request.devices or num_devices(),
-        epochs=train.get("num_train_epochs", 3.0),
-        max_steps=train.get("max_steps", -1),
-        drop_last=train.get("dataloader_drop_last", False),
-    )
+    rows = math.ceil((num_records or 1) / (counts.records if counts else 1))
+    batching = _batching(train, None if recipe.data.streaming else rows, request.devices or num_devices())
     screen.say(f"\nbatch  {batching.describe()}")
-    screen.say(f"steps  {batching.describe_steps() if num_records else 'not known without data'}")
+    has_steps = recipe.data.streaming or num_records is not None
+    screen.say(f"steps  {batching.describe_steps() if has_steps else 'not known without data'}")
     costs = cost_lines(
         train, config, base, targets, counts, batching, _packed_bytes(recipe),
-        has_steps=num_records is not None, gpu_memory=request.gpu_memory,
+        has_steps=has_steps, gpu_memory=request.gpu_memory,
     )  # fmt: skip
     screen.say("\n".join(costs))
     if problems:
@@ -86,11 +82,23 @@ def show(request: Request) -> int:
     if request.format == "json":
         content = {
             "model": recipe.model, "parameters": count(base), **_trained(base, targets), "records": num_records,
-            "batch": batching.total, "steps": batching.steps if num_records else None, "cost": costs,
+            "batch": batching.total, "steps": batching.steps if has_steps else None, "cost": costs,
             "output_dir": str(path), "next": start,
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
     return 0
+
+
+def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batching:
+    return Batching(
+        num_records=num_rows,
+        per_device=train.get("per_device_train_batch_size", 8),
+        accumulation=train.get("gradient_accumulation_steps", 1),
+        num_devices=devices,
+        epochs=train.get("num_train_epochs", 3.0),
+        max_steps=train.get("max_steps", -1),
+        drop_last=train.get("dataloader_drop_last", False),
+    )
 
 
 def _words_for_data(base: nn.Module) -> str:
@@ -136,10 +144,13 @@ def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
 
 
 def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[first_batch.Counts | None, int | None]:
-    """Check and show the records; (None, None) where no data is named yet."""
+    """Check and show the records, and return what one of a batch takes, and how many there are.
+
+    None for what is not known: where no data is named yet, and how many a stream has.
+    """
     if recipe.data.path is None:
         screen.say("\ndata   none named yet (--data_path); counts below assume records as in LLaVA's mix665k")
-        return None, None
+        return (_packed(screen, recipe, MIX665K) if recipe.data.packing else None), None
     read = run_data.read(recipe.data)
     sees = find_towers(base).vision is not None
     num_tokens = image_tokens(config) if sees else 0
@@ -155,11 +166,19 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
         image_tokens=num_tokens,
         max_length=recipe.data.max_length,
     )
-    screen.say(f"\ndata   {len(read.train):,} records, {read.num_with_images:,} with pictures")
+    screen.say(f"\ndata   {read.describe()}")
     screen.say(f"first batch: {len(first)} records, {counts.describe()}   (> is learnt, . is only read)")
     for line in first_batch.lines(first, template=template, image_tokens=num_tokens, tokenizer=tokenizer):
         screen.say(line)
-    return counts, len(read.train)
+    packed = _packed(screen, recipe, counts) if recipe.data.packing else counts
+    return packed, None if read.streamed else len(read.train)
+
+
+def _packed(screen: Screen, recipe: Recipe, counts: first_batch.Counts) -> first_batch.Counts:
+    """Full rows in the place of records: the real ones are full to a percent or two."""
+    rows = counts.packed(2 * recipe.data.max_length)
+    screen.say(f"packed into rows of {rows.tokens:,} tokens, ~{rows.records:.3g} records each")
+    return rows
 
 
 def tokenizer_at_hand(name: str) -> Any | None:
@@ -197,7 +216,7 @@ def command(request: Request) -> str:
     """The command line without --dry-run."""
     words, planned = [], ("--dry-run", "--devices", "--gpu-memory", "--format")
     for word, before in zip(request.words, ("", *request.words), strict=False):
-        name, valued = word.replace("_", "-").split("=")[0], before.replace("_", "-") in planned[1:]
-        if name not in planned and not valued:
+        name, is_value = word.replace("_", "-").split("=")[0], not word.startswith("-")
+        if name not in planned and not (is_value and before.replace("_", "-") in planned):
             words.append(word)
     return f"{PROG} {shlex.join(words)}"

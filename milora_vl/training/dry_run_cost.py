@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,7 +98,7 @@ def shape_of(config: Any, plan: Plan, counts: Counts, *, checkpointing: bool) ->
         records=plan.records,
         tokens=max(plan.tokens, 2),
         learnt=int(counts.learnt * plan.records),
-        pictures=plan.records if sees else 0,
+        pictures=math.ceil(plan.records * counts.records) if sees else 0,
         image_tokens=image_tokens(config) if sees else 0,
         half=plan.half,
         checkpointing=checkpointing,
@@ -110,13 +109,6 @@ def shape_of(config: Any, plan: Plan, counts: Counts, *, checkpointing: bool) ->
 def duration_of_step(seconds: float) -> str:
     """A step's time, with decimals where it is short."""
     return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
-
-
-def zero_settings(deepspeed: Any) -> dict[str, Any]:
-    """ZeRO's section of a DeepSpeed configuration (mapping, file or none)."""
-    if isinstance(deepspeed, str):
-        deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-    return dict((deepspeed or {}).get("zero_optimization", {}))
 
 
 def plan_of(
@@ -135,7 +127,7 @@ def plan_of(
     sizes = trained_sizes(targets, base)
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     half = bool(train.get("bf16") or train.get("fp16"))
-    zero = zero_settings(train.get("deepspeed"))
+    zero = (train.get("deepspeed") or {}).get("zero_optimization", {})
     plan = Plan(
         total=sum(p.numel() for p in base.parameters()),
         adapters=adapters,

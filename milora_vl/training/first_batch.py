@@ -17,11 +17,24 @@ SHOWN, LONGEST = 2, 300
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Tokens of some records: mean length, mean number of learnt ones, and whether a tokenizer counted them."""
+    """Tokens of some records: mean length, mean number of learnt ones, and whether a tokenizer counted them.
+
+    Of packed rows the same, and how many records a row holds.
+    """
 
     tokens: float
     learnt: float
     exact: bool
+    records: float = 1.0
+
+    def packed(self, capacity: int) -> Counts:
+        """Those of rows of `capacity` tokens that are full of such records.
+
+        >>> Counts(tokens=500, learnt=50, exact=True).packed(2000)
+        Counts(tokens=2000, learnt=200.0, exact=False, records=4.0)
+        """
+        records = max(capacity / max(self.tokens, 1), 1.0)
+        return Counts(capacity, self.learnt * records, exact=False, records=records)
 
     def describe(self) -> str:
         """Per record; an estimate says so."""

@@ -7,6 +7,7 @@ holds the newest names; `for_installed` turns them into what the installed Train
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -87,7 +88,7 @@ def coerce(name: str, value: Any) -> Any:
         value = "yes" if value else "no"
     try:
         converted = CONVERT[flag.type](value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ValueError(f"expected {EXPECTED[flag.type]}, got {value!r}") from None
     if flag.choices and converted not in flag.choices:
         raise ValueError(f"got {value!r}, expected one of {', '.join(flag.choices)}")
@@ -107,6 +108,16 @@ def canonical(name: str, value: Any) -> tuple[str, Any] | None:
     if name in REFUSED and (REFUSED[name] is None or not value):
         return None
     return RENAMED.get(name, name), value
+
+
+def overridden(train: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `train`, in canonical names, without what `flags` say by an older name: the flags win.
+
+    >>> overridden({"warmup_steps": 0.03, "max_steps": 9}, {"warmup_ratio": 0.1})
+    {'max_steps': 9}
+    """
+    said = {RENAMED[name] for name in flags if name in RENAMED}
+    return {name: value for name, value in train.items() if name not in said}
 
 
 def for_installed(train: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -140,7 +151,7 @@ def _dict(value: Any) -> Any:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or math.isnan(float(value)):
         raise TypeError
     return float(value)
 

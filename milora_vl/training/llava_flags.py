@@ -58,6 +58,8 @@ REFUSED: dict[str, str] = {
     "mm_patch_merge_type": "only flat is supported, as LLaVA-1.5; take a model of llava-hf/llava-v1.6-* for others",
 }
 WITHOUT_EFFECT = ("cache_dir", "mpt_attn_impl")
+# Not of what trains: beside our own flags they change nothing of the policy.
+OF_DATA = ("is_multimodal", "lazy_preprocess", "group_by_modality_length", *WITHOUT_EFFECT)
 # LLaVA's flag -> field of the recipe's `parts`.
 PARTS = {
     "vision_tower": "vision_tower",
@@ -80,10 +82,15 @@ class Meaning:
 
 
 def meaning(given: Mapping[str, Any], *, rank: int | None, alpha: float | None, dropout: float | None) -> Meaning:
-    """Rules, quantisation and the line that explains them. UserError names a flag that asks for what is not there."""
+    """Rules, quantisation and the line that explains them; no rules where the flags do not speak of what trains.
+
+    UserError names a flag that asks for what is not there.
+    """
     for name, value in given.items():
         if name in REFUSED and value not in ALREADY_SO.get(name, ()):
             raise UserError(f"--{name} {value}: {REFUSED[name]}")
+    if not decide_what_trains(given):
+        return Meaning([], warnings=_warnings(given))
     rules, words = _rules(given, rank, alpha, dropout)
     bits = given.get("bits", 16)
     if bits not in (4, 8, 16):
@@ -91,6 +98,11 @@ def meaning(given: Mapping[str, Any], *, rank: int | None, alpha: float | None, 
     if bits != 16:
         words += f", on a base quantised to {bits} bits"
     return Meaning(rules, f"{bits}bit" if bits != 16 else None, f"LLaVA flags: {words}", _warnings(given))
+
+
+def decide_what_trains(given: Mapping[str, Any]) -> bool:
+    """Whether any of the flags is more than one about data that stands beside our own."""
+    return bool(given.keys() - set(OF_DATA))
 
 
 def is_script(given: Mapping[str, Any]) -> bool:
@@ -107,6 +119,9 @@ def _rules(
     given: Mapping[str, Any], rank: int | None, alpha: float | None, dropout: float | None
 ) -> tuple[list[dict[str, Any]], str]:
     projector: list[dict[str, Any]] = [{"modules": "projector", "method": "full"}]
+    alone = [name for name in ("tune_mm_mlp_adapter", "freeze_backbone") if given.get(name)]
+    if alone and given.get("freeze_mm_mlp_adapter") and not given.get("lora_enable"):
+        raise UserError(f"--{alone[0]} True --freeze_mm_mlp_adapter True: nothing is left to train")
     if given.get("tune_mm_mlp_adapter"):
         return projector, "--tune_mm_mlp_adapter True means the projector alone"
     if given.get("freeze_mm_mlp_adapter"):

@@ -56,11 +56,12 @@ def update_scores(path: Path) -> None:
 def _summary(path: Path, recipe: Recipe, environment: dict[str, Any]) -> str:
     policy = _json(path / "policy.json")
     trained = f", {policy['trainable']:,} of {policy['total']:,} parameters trained" if "trainable" in policy else ""
-    data = environment.get("data", {}).get("train", 0)
+    records = environment.get("data", {}).get("train")
+    data = "" if records is None else f" on {records:,} records"  # how many a stream has, nobody knows
     loss = _last_loss(path)
     rules = "\n".join(f"- {_in_words(rule)}" for rule in recipe.policy or ())
     return (
-        f"`{recipe.model}` fine-tuned on {data:,} records{trained}."
+        f"`{recipe.model}` fine-tuned{data}{trained}."
         + (f" Training loss at the end: {loss:.4f}." if loss is not None else "")
         + f"\n\n{rules}"
     )

@@ -144,19 +144,20 @@ class Run:
         """Make the adapters, or put a checkpoint's back; nothing of the base changes in the anchored form."""
         from transformers import set_seed
 
-        from milora_vl.training import build, run_files
+        from milora_vl.spectrum import layer_spectra
+        from milora_vl.training import build
         from milora_vl.training.training_args import trained_dtype
 
+        targets = build.targets_of(self.recipe, self.base)
         if self.describes_start():
             with self.screen.step("measuring the spectrum of one layer per tower"):
-                self.spectra = run_files.spectra(self.recipe, self.base)
+                self.spectra = layer_spectra(self.base, targets)
         set_seed(self.args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
         checkpoint = self.folder.checkpoint
         with self.screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
-            self.built = build.build(self.recipe, self.base, self.processor, checkpoint, trained_dtype(self.args))
+            self.built = build.build(self.recipe, self.base, targets, checkpoint, trained_dtype(self.args))
         if self.args.gradient_checkpointing:
-            model: Any = self.built.model
-            model.enable_input_require_grads()  # frozen embeddings would cut the graph
+            self.built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
 
     def open_folder(self) -> None:
         """Show the header and the policy, and write what is known before the first step."""
@@ -211,7 +212,7 @@ class Run:
             eval_dataset=self.data.evaluation,
             processing_class=self.processor,
             lengths=self.lengths,
-            kinds=[bool(record.images) for record in self.data.train],
+            kinds=None if self.lengths is None else [bool(record.images) for record in self.data.train],
             stream_from=self.folder.checkpoint,
         )
         if self.probe is not None and self.recipe.eval.forgetting_every:
@@ -318,8 +319,7 @@ class Run:
     def header(self) -> list[tuple[str, str]]:
         """Rows of the header panel."""
         recipe, counted = self.recipe, self.batching
-        said = self.settings.batch_in_recipe
-        now = (counted.per_device, counted.accumulation)
+        said, now = self.settings.batch_in_recipe, (counted.per_device, counted.accumulation)
         beside = f"   (recipe: {said[0]} x {said[1]})" if said and said != now else ""
         source = f"   recipe {self.settings.source}" if self.settings.source else ""
         precision = "bf16 autocast" if self.args.bf16 else "fp16 autocast" if self.args.fp16 else "no autocast"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +23,8 @@ from milora_data.tokens import remember_legacy
 from milora_vl import models
 from milora_vl.config import Recipe, load
 from milora_vl.image_tokens import image_token_id, image_tokens, tiling_of
-from milora_vl.spectrum import layer_spectra
 from milora_vl.towers import find_towers
-from milora_vl.training.build import Built, targets_of
+from milora_vl.training.build import Built
 
 
 def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Sequence[Record] = ()) -> ImageTextCollator:
@@ -81,8 +80,8 @@ def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[R
 def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) -> tuple[PackedRecords, str]:
     """The records in rows of twice max_length, in an order of the data's seed, and a line about how full they are."""
     capacity = 2 * recipe.data.max_length
-    seed = recipe.train.get("data_seed") or recipe.train.get("seed", 42)
-    rows = pack(lengths, capacity, seed)
+    seed = recipe.train.get("data_seed")
+    rows = pack(lengths, capacity, recipe.train.get("seed", 42) if seed is None else seed)
     share = fill(rows, lengths, capacity)
     return PackedRecords(records, rows), f"packed into {len(rows):,} rows of {capacity:,} tokens, {share:.1%} full"
 
@@ -96,14 +95,9 @@ def set_chat_template(processor: Any, template: str) -> None:
         processor.chat_template = tokenizer.chat_template
 
 
-def spectra(recipe: Recipe, base: nn.Module) -> list[Any]:
-    """Singular values of one layer per tower of the base model, as spectrum.json holds them."""
-    return list(layer_spectra(base, targets_of(recipe, base)))
-
-
 def policy_json(built: Built) -> dict[str, Any]:
     """What policy.json holds: the resolved targets, what was measured, what is protected, and how much trains."""
-    protected = cast("Any", built.model).protections["default"].values() if built.saves == "adapter" else ()
+    protected = built.model.protections["default"].values() if built.saves == "adapter" else ()
     return {
         "targets": [asdict(target) for target in built.targets],
         "layers": [asdict(layer) for layer in built.report],

@@ -20,8 +20,8 @@ from milora_data.errors import UserError
 from milora_vl.config import Recipe
 from milora_vl.training import checkpoints
 
-RESULTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
 OWN_FILES = ("recipe.yaml", "README.md", "policy.json", "report.html")
+GIT_PATIENCE = 10  # seconds
 PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
 
 
@@ -60,7 +60,7 @@ def default_path(recipe: Recipe, now: datetime) -> Path:
 
 def is_finished(path: Path) -> bool:
     """Whether a training in this folder has come to its end."""
-    return bool(read_environment(path).get("finished")) and any((path / name).is_file() for name in RESULTS)
+    return bool(read_environment(path).get("finished")) and any((path / name).is_file() for name in checkpoints.WEIGHTS)
 
 
 def choose(path: Path, resume: str | None) -> RunFolder:
@@ -86,7 +86,7 @@ def choose(path: Path, resume: str | None) -> RunFolder:
             f"nothing to resume from in {path}\n" + "\n".join(reasons)
             + "\nleave --resume_from_checkpoint out to start, or say auto to resume where there is something"
         )  # fmt: skip
-    has_weights = any((path / name).is_file() for name in RESULTS)
+    has_weights = any((path / name).is_file() for name in checkpoints.WEIGHTS)
     if checkpoint is None and has_weights and not read_environment(path):
         _refuse_to_overwrite(path)
     return RunFolder(path, checkpoint, tuple(skipped))
@@ -127,7 +127,7 @@ def describe_environment(
 
 
 def _refuse_to_overwrite(path: Path) -> None:
-    found = [name for name in RESULTS if (path / name).is_file()]
+    found = [name for name in checkpoints.WEIGHTS if (path / name).is_file()]
     steps = [folder.name for folder in checkpoints.checkpoints(path)]
     if found:
         what = f"a finished run ({found[0]})" if is_finished(path) else f"trained weights ({found[0]})"
@@ -173,9 +173,11 @@ def _git_state() -> dict[str, Any] | None:
     try:
         commit = _git("-C", str(here), "rev-parse", "HEAD")
         return {"commit": commit, "changed": bool(_git("-C", str(here), "status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, or a disk that is slow
         return None
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=True, timeout=GIT_PATIENCE
+    ).stdout.strip()

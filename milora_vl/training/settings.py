@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from milora_data.errors import UserError
 from milora_vl.config import Recipe, RecipeError, located, policy_problems
 from milora_vl.training import bases, llava_flags, protection, yaml_file
 from milora_vl.training.arguments import PROG, Request
+from milora_vl.training.hf_arguments import overridden
 from milora_vl.training.policy_edits import ADAPTERS, edited
 
 DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
@@ -120,10 +122,11 @@ def _faults_of_flags(request: Request) -> dict[str, str]:
 
 
 def _resolve(request: Request) -> Settings:
-    content, lines, source = read_recipe(request.recipe)
-    base = Recipe.parse(content, source, lines)
+    given, lines, source = read_recipe(request.recipe)
+    base = Recipe.parse(given, source, lines)
     meaning = _llava(request)
-    merged = _merge(base.model_dump(), request.overrides)
+    content = base.model_dump() | {"train": overridden(base.train, request.overrides.get("train", {}))}
+    merged = _merge(content, request.overrides)
     notes_on_pictures: list[str] = []
     if meaning and meaning.quantization:
         merged["quantization"] = meaning.quantization
@@ -175,7 +178,7 @@ def _llava(request: Request) -> llava_flags.Meaning | None:
         if clash:
             decided_by = "recipe" if request.recipe else "policy"
             raise UserError(f"{' '.join(clash)}: the {decided_by} decides that\nuse --method")
-    if request.edits.method in ADAPTERS:
+    if request.edits.method in ADAPTERS and llava_flags.decide_what_trains(given):
         given["lora_enable"] = True
     edits = request.edits
     found = llava_flags.meaning(given, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
@@ -200,9 +203,12 @@ def _given_policy(text: str) -> list[dict[str, Any]]:
 
 def _read_policy(text: str) -> tuple[list[dict[str, Any]], str]:
     """The rules of --policy, unchecked, and what to call their source."""
-    is_file = "\n" not in text and Path(text).is_file()
+    is_file = os.path.isfile(text)  # noqa: PTH113 - Path's raises where the text is too long for a name
     source = text if is_file else "--policy"
-    body = Path(text).read_text(encoding="utf-8") if is_file else text
+    try:
+        body = Path(text).read_text(encoding="utf-8") if is_file else text
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {text}: {error}") from None
     if not is_file and text.endswith((".yaml", ".yml")):
         raise UserError(f"--policy {text}: no such file")
     indented = "\n".join("  " + line for line in body.splitlines())

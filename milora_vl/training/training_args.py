@@ -94,7 +94,7 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
 
 
 def deepspeed_config(name: str) -> Any:
-    """The configuration of a packaged name (zero2, zero3, zero3_offload), of JSON text, or a file's path unchanged."""
+    """The configuration of a packaged name (zero2, zero3, zero3_offload), or a file's path unchanged."""
     if name in llava_recipes.names("deepspeed"):
         return json.loads(llava_recipes.read(name, "deepspeed"))
     if Path(name).is_file():
@@ -138,7 +138,7 @@ def load_device(args: TrainingArguments) -> torch.device:
 
 
 def _may_be_unused(modules: str) -> bool:
-    return modules.startswith("vision") or "*" in modules.removesuffix(".*")
+    return "vision" in modules or "*" in modules.removesuffix(".*")
 
 
 def _evaluation(train: dict[str, Any], recipe: Recipe) -> None:

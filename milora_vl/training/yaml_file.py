@@ -14,13 +14,15 @@ FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where `2e-5` is a string: learning rates are then silently text."""
+    """PyYAML follows YAML 1.1, where `2e-5` is a string (a learning rate would silently be text) and a folder named
+    2026-11-25 a date.
+    """
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 for _first in "-+.0123456789":
     resolvers = _Loader.yaml_implicit_resolvers.setdefault(_first, [])
-    resolvers[:] = [r for r in resolvers if r[0] != "tag:yaml.org,2002:float"]
+    resolvers[:] = [r for r in resolvers if r[0] not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")]
     resolvers.append(("tag:yaml.org,2002:float", FLOAT))
 
 
@@ -32,20 +34,22 @@ def read(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
     >>> read("train: {learning_rate: 2e-5}", "x.yaml")
     ({'train': {'learning_rate': 2e-05}}, {'train': 1, 'train.learning_rate': 1})
     """
+    lines: dict[str, int] = {}
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        if node is None:
+            return {}, {}
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{source}: a recipe is a mapping of keys (model, data, policy, train, ...)")
+        _walk(node, "", lines, source)
+        return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from None
-    if node is None:
-        return {}, {}
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{source}: a recipe is a mapping of keys (model, data, policy, train, ...)")
-    lines: dict[str, int] = {}
-    _walk(node, "", lines, source)
-    return loader.construct_document(node), lines
+    except yaml.YAMLError as error:  # a character that no text has
+        raise UserError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

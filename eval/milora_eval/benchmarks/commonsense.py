@@ -54,7 +54,8 @@ class BoolQ(Benchmark):
 
     def score(self, item: Item, text: str) -> float:
         """Return 1.0 where the first label in the answer is the right one."""
-        return float(commonsense_label(text.strip(), self.dataset) == item.answers[0])
+        answer = text.split("### Response:")[0]  # what the script takes: behind the prompt's mark, up to the next
+        return float(commonsense_label(answer, self.dataset) == item.answers[0])
 
 
 class PIQA(BoolQ):

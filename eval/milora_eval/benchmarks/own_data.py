@@ -122,8 +122,10 @@ def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tu
 def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
     if not isinstance(row.get("question"), str):
         raise DataError(f'{place}: no text under "question"; its keys: {", ".join(map(str, row)) or "none"}')
-    found = row.get("images", row.get("image")) or []
-    images = tuple([found] if isinstance(found, str) else found)
+    found = row.get("images") or row.get("image") or []
+    images = tuple(found) if isinstance(found, list) else (found,)
+    if not all(isinstance(name, str) for name in images):
+        raise DataError(f'{place}: "image" must be a file name or a list of file names, got {str(found)[:80]}')
     answers = row.get("answers", row.get("answer"))
     answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     text = row["question"] if "<image>" in row["question"] else "<image>\n" * len(images) + row["question"]

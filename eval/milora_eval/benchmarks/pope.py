@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,13 @@ class POPE(Benchmark):
         """Read the three sets; with LLaVA's question file its ids are known too."""
         pictures = find(self, data_dir, self.files[-1])
         own_ids = _llava_ids(data_dir)
+        free = count(1 + max((number for number in own_ids.values() if isinstance(number, int)), default=-1))
         items: list[Item] = []
         for name, file in zip(SETS, self.files, strict=False):
             for entry in read_jsonl(find(self, data_dir, file)):
                 known = own_ids.get((name, entry["image"], entry["text"]))
                 item = picture_item(
-                    len(items) if known is None else known,
+                    next(free) if known is None else known,
                     entry["text"] + SHORT,
                     pictures / entry["image"],
                     name=f"{name}/{entry['question_id']}",

@@ -1,6 +1,7 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: a box for a sentence, right from an overlap (IoU) of 0.5.
 
-Reads the files of lichengunc/refer. The truth is put on the square that LLaVA pads a picture to (its issues 606, 822).
+Reads the files of lichengunc/refer. The truth is put on the square that LLaVA pads a picture to (its issues 606, 822);
+lmms-eval takes shares of the picture itself, which is wrong for LLaVA-1.5.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from milora_data.images import on_padded_square
 from milora_data.plain_pickle import read_plain_pickle
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
 from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_eval.data_files import find, read_json
-from milora_eval.rules.refcoco import box_of, iou, on_padded_square
+from milora_eval.rules.refcoco import box_of, iou
 
 PROMPT = "Please provide the bounding box coordinate of the region this sentence describes: "
 

@@ -3,14 +3,19 @@
 Follows sufenlp/MiLoRA inference/MATH_inference.py, util.py and grader.py, quirks included: a factor of 100 is forgiven,
 and an answer or reference that the rewriting stumbles over ("x/2", two units) counts as right whatever the other says.
 Formulas are read by sympy's parse_expr, as in the paper's environment (no LaTeX parser there): ^ is exclusive or.
-It would execute a model's output: only a small alphabet reaches it, and names mean symbols or a few functions.
+It would execute a model's output: only a small alphabet reaches it, names mean symbols or a few functions, and after
+ten seconds two formulas are not equal.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from milora_eval.rules.gsm8k import MARKER, same_number
 from milora_eval.rules.math_text import simplified
@@ -18,7 +23,8 @@ from milora_eval.rules.math_text import simplified
 _BRACES = str.maketrans("", "", "{}()")
 _NAMES = frozenset(("sqrt", "sin", "cos", "tan", "log", "ln", "exp", "pi", "E", "I", "factorial"))
 _FORMULA = re.compile(r"[a-zA-Z\d\s+\-*/^().,!]{1,80}")
-# Attributes; numbers, factorials and powers that would take forever.
+_SECONDS = 10.0
+# Attributes; and, lest it costs the time above, the plainest numbers, factorials and powers that would take forever.
 _RISKY = re.compile(r"\.\s*[a-zA-Z]|\d{20}|\d{4}\s*!|!\s*!|(\*\*|\^).*(\*\*|\^)|(\*\*|\^)[\s(\-]*\d{3}")
 
 
@@ -82,6 +88,16 @@ def _equal_parts(answer: str, reference: str) -> bool:
 
 def _equal_formulas(answer: str, reference: str) -> bool:
     """Tell whether two formulas are equal after simplification, or as numbers up to 1e-3."""
+    import sympy.parsing.sympy_parser  # noqa: F401 - not within the time limit, which would leave half of it
+
+    try:
+        with _at_most(_SECONDS):
+            return _equal_in_sympy(answer, reference)
+    except _TooLong:
+        return False
+
+
+def _equal_in_sympy(answer: str, reference: str) -> bool:
     from sympy import N, simplify
 
     own, true = _parse(answer), _parse(reference)
@@ -116,3 +132,26 @@ def _parse(text: str, *, xor_is_power: bool = False) -> Any:
         return parse_expr(text, local_dict=symbols, transformations=rules)
     except Exception:  # whatever the parser trips over, it is no formula
         return None
+
+
+class _TooLong(BaseException):  # no Exception: sympy catches those
+    pass
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise _TooLong after that time; in the main thread alone, which gets the signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

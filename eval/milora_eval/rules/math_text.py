@@ -70,10 +70,10 @@ def _braced_roots(text: str) -> str:
 
 def _braced_fractions(text: str) -> str:
     first, *rest = text.split("\\frac")
-    if not all(rest):
-        raise ValueError("a fraction of nothing")
     made = first
     for part in rest:
+        if not part:
+            raise ValueError("a fraction of nothing")
         if part[0] == "{":
             made += f"\\frac{part}"
         elif len(part) < 2:

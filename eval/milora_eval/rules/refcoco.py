@@ -1,8 +1,4 @@
-"""RefCOCO: boxes in answers, their overlap, and where LLaVA sees them.
-
-Follows lmms_eval/tasks/refcoco/utils_rec.py, except that boxes are given on the padded square, as LLaVA-1.5 was
-trained (LLaVA issues 606 and 822); lmms-eval normalises on the picture itself, which is wrong for LLaVA-1.5.
-"""
+"""RefCOCO: boxes in answers, and their overlap. Follows lmms_eval/tasks/refcoco/utils_rec.py."""
 
 from __future__ import annotations
 
@@ -34,15 +30,3 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
     return width * height / union if union else 0.0
-
-
-def on_padded_square(box: Sequence[float], width: int, height: int) -> Box:
-    """Return a box in pixels as fractions of the square that LLaVA pads the picture to.
-
-    >>> on_padded_square((0, 0, 200, 100), 200, 100)
-    (0.0, 0.25, 1.0, 0.75)
-    """
-    side = max(width, height)
-    x, y = (side - width) // 2, (side - height) // 2
-    left, top, right, bottom = box
-    return (left + x) / side, (top + y) / side, (right + x) / side, (bottom + y) / side

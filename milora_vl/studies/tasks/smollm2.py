@@ -18,9 +18,9 @@ NUM_VALIDATION, NUM_TEST = 96, 240
 class NamedTopics(AnswerTask):
     """The names and topics that MiniLM-L6 learns too; names that training has not shown are the test."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "smollm2") -> None:
         base: Any
-        base, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
+        base, tokenizer = load_model(name, dtype=torch.bfloat16)
         base.set_attn_implementation("eager")  # for short sequences on CPUs
         records = [_record(name, topic) for name, topic in named_topics()]
         test, validation = records[:NUM_TEST], records[NUM_TEST : NUM_TEST + NUM_VALIDATION]
