@@ -95,6 +95,13 @@ def test_training_learns_the_task_and_forgets_something(name, tmp_path):
     assert items.keys() == before.items.keys()
 
 
+def test_small_steps_are_not_lost_on_a_base_in_half_precision(tmp_path):
+    study = study_of("smollm2").model_copy(update={"steps": 1, "batch_size": 4, "arms": {"full": {"method": "full"}}})
+    study.policy[0].pop("rank")
+    one, two = (run_cell(task("smollm2"), study, Cell("full", rate, None, 0), tmp_path)[0] for rate in (1e-6, 2e-6))
+    assert two["update"] == pytest.approx(2 * one["update"], rel=0.01)
+
+
 SMALL = [
     n for n in llava_recipes.names("study") if n.endswith((".minilm", ".lite0")) and n[:5] not in ("decay", "const")
 ]

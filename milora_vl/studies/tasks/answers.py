@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import count
 from statistics import fmean
@@ -53,7 +54,7 @@ class AnswerTask:
         text = text_batches(general_text(), collator.tokenizer, num_tokens=TOKENS, block_length=256, batch_size=4)
         with torch.no_grad():  # the base model's predictions (n, vocabulary), which all trainings are compared with
             self.probes = {
-                name: [(batch, logits_of(base, batch)) for batch in batches]
+                name: [(batch, self._predicted(base, batch)) for batch in batches]
                 for name, batches in {"text": text, **probes}.items()
             }
 
@@ -73,7 +74,7 @@ class AnswerTask:
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean loss of the answers' tokens, under bfloat16 autocast as the demo trains."""
-        with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(model):
+        with _autocast(model):
             loss, num_tokens = summed_loss(model, batch, chunked=True)
         return loss / num_tokens
 
@@ -96,7 +97,7 @@ class AnswerTask:
             batch = self.collator(records[start : start + BATCH])
             labels = batch.pop("labels")[:, 1:]
             places = (labels != IGNORE).any(0).nonzero()[:, 0]  # logits are made where an answer stands
-            with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(model):
+            with _autocast(model):
                 logits = model(**batch, logits_to_keep=places).logits
             labels = labels[:, places]
             learnt = labels != IGNORE
@@ -107,8 +108,12 @@ class AnswerTask:
         return losses, right
 
     def _kl(self, model: nn.Module, probe: Sequence[tuple[Batch, Tensor]]) -> Forgetting:
-        rows = [token_sums(logits_of(model, batch), target, batch) for batch, target in probe]
+        rows = [token_sums(self._predicted(model, batch), target, batch) for batch, target in probe]
         return summary(torch.cat(rows), [name for batch, _ in probe for name in batch.documents], "probe")
+
+    def _predicted(self, model: nn.Module, batch: Batch) -> Tensor:
+        with _autocast(model):
+            return logits_of(model, batch)
 
     def _lengths(self, records: Sequence[Record]) -> list[int]:
         collator = self.collator
@@ -120,3 +125,10 @@ class AnswerTask:
         """The records with those of similar length together: less padding."""
         lengths = self._lengths(records)
         return [records[place] for place in sorted(range(len(records)), key=lengths.__getitem__)]
+
+
+@contextmanager
+def _autocast(model: nn.Module) -> Iterator[None]:
+    """What trains is float32, the rest bfloat16: the demo's training multiplies in bfloat16 too."""
+    with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(model):
+        yield
