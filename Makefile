@@ -27,7 +27,7 @@ demo: $(RUN)/.demo-finished  ## fine-tune a small LLaVA with MiLoRA, evaluate it
 	@echo "report: $(abspath $(RUN))/report.html"
 	@echo "afresh: make demo RUN=runs/another     (or remove $(RUN) first)"
 
-test: $(INSTALLED)  ## run the tests (minutes, CPU, offline)
+test: $(INSTALLED)  ## run the tests (minutes on a CPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 test-all: $(INSTALLED)  ## the slow tests too

@@ -57,9 +57,14 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     given.add_argument("--language", required=True, metavar="L", help="a causal LM: folder or id")
     given.add_argument("--projector", metavar="FILE", help="mm_projector.bin or .safetensors to start from")
     settings = options.add_argument_group("settings")
-    settings.add_argument("--select_layer", type=int, default=-2, help="of the tower (default: %(default)s)")
     settings.add_argument(
-        "--select_feature", choices=("patch", "cls_patch"), default="patch", help="with the class token, or without"
+        "--select_layer", type=int, default=-2, help="of the tower, whose features are taken (default: %(default)s)"
+    )
+    settings.add_argument(
+        "--select_feature",
+        choices=("patch", "cls_patch"),
+        default="patch",
+        help="with cls_patch the class token too (default: %(default)s)",
     )
     out = options.add_argument_group("output")
     shared(out, "output_dir", required=True, about="to write; must not exist")

@@ -96,7 +96,7 @@ def _content(content: Run) -> dict[str, Any]:
         "versions": parts.versions(content),
         "steps": steps(content),
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        "credits": parts.credit_lines(content),
+        "credits": parts.credits_of(content),
     }
 
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 LLAVA_POLICY = [
     {"modules": "language", "method": "milora", "rank": 3, "alpha": 6, "dropout": 0.05, "learning_rate": 2e-4},
@@ -69,6 +75,22 @@ def move(model: nn.Module, size: float = 0.05) -> None:
                 parameter += size * torch.randn(parameter.shape, generator=generator)
 
 
+def pissa_trained(base: nn.Module, root: Path) -> PeftModel:
+    """Train as PiSSA's scripts do: on a residual base, which is put into `root`/residual with its initial factors."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*(q|up)_proj", init_lora_weights="pissa")
+    model = get_peft_model(base, config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(root / "residual" / "pissa_init")
+    model.unload().save_pretrained(root / "residual")
+    residual = AutoModelForImageTextToText.from_pretrained(root / "residual")
+    tuned = PeftModel.from_pretrained(residual, root / "residual", subfolder="pissa_init", is_trainable=True)
+    move(tuned, 0.1)
+    return tuned
+
+
 def train_steps(model: nn.Module, inputs: dict[str, Tensor], steps: int = 3) -> list[float]:
     """Plain AdamW with weight decay on a language-model loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
@@ -83,5 +105,7 @@ def train_steps(model: nn.Module, inputs: dict[str, Tensor], steps: int = 3) -> 
 
 
 def anchors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all anchors, by buffer name."""
-    return {name: b.clone() for name, b in model.named_buffers() if name.endswith(("anchor", "_anchor"))}
+    """Copies of all anchors, by buffer name; there are some, or a comparison of them would say nothing."""
+    found = {name: b.clone() for name, b in model.named_buffers() if name.endswith(("anchor", "_anchor"))}
+    assert found
+    return found

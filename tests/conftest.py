@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from drawn import write_tiny_data
 
 Made = tuple[Any, Any]
 
@@ -92,13 +90,4 @@ def tiny_records() -> list[dict[str, Any]]:
 @pytest.fixture
 def tiny_data(tmp_path: Path, tiny_records: list[dict[str, Any]]) -> Path:
     """A folder with train.json, val.json and images/*.png of several sizes."""
-    folder = tmp_path / "data"
-    (folder / "images").mkdir(parents=True)
-    rng = random.Random(0)
-    for i in range(8):
-        size = (rng.randint(20, 60), rng.randint(20, 60))
-        colour = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (240, 240, 240)][i % 4]
-        Image.new("RGB", size, colour).save(folder / "images" / f"{i}.png")
-    (folder / "train.json").write_text(json.dumps(tiny_records), encoding="utf-8")
-    (folder / "val.json").write_text(json.dumps(tiny_records[:4]), encoding="utf-8")
-    return folder
+    return write_tiny_data(tmp_path / "data", tiny_records)

@@ -50,7 +50,7 @@ def animated(path: Path) -> None:
     photo().save(path, save_all=True, append_images=[photo(), photo()])
 
 
-# name -> what `check` calls it, and how the file is made
+# name -> how the file is made
 UNREADABLE: dict[str, Saver] = {
     "zero.jpg": lambda path: path.write_bytes(b"") and None,
     "html.jpg": lambda path: path.write_text("<html>404 Not Found</html>") and None,
@@ -62,6 +62,7 @@ UNREADABLE: dict[str, Saver] = {
     "folder.png": lambda path: path.mkdir(),
     "pipe.png": lambda path: os.mkfifo(path),
 }
+# name -> what `check` calls it, and how the file is made
 PECULIAR: dict[str, tuple[str, Saver]] = {
     "gif.jpg": ("wrong_suffix", lambda path: photo().save(path, format="GIF")),
     "animated.gif": ("animated_picture", animated),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,18 @@ def coco(number: int, year: str = "val2014") -> str:
 def votes(answer: str) -> list[dict[str, Any]]:
     said = [answer] * 7 + ["the other"] * 3
     return [{"answer": text, "answer_confidence": "yes", "answer_id": i + 1} for i, text in enumerate(said)]
+
+
+def write_tiny_data(folder: Path, records: list[dict[str, Any]]) -> Path:
+    """Write the records as train.json, the first of them as val.json, and eight pictures of several sizes."""
+    rng = random.Random(0)
+    for i in range(8):
+        size = (rng.randint(20, 60), rng.randint(20, 60))
+        colour = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (240, 240, 240)][i % 4]
+        Image.new("RGB", size, colour).save(made(folder / "images") / f"{i}.png")
+    dump(folder / "train.json", records)
+    dump(folder / "val.json", records[:4])
+    return folder
 
 
 def made(folder: Path) -> Path:

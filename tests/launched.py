@@ -1,4 +1,4 @@
-"""Start a command in two real processes on this machine, as torchrun does it on a server, on gloo."""
+"""Two real processes on this machine: a command as torchrun starts it on a server, or a script of the test's own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,7 @@ dist.barrier()
 """
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+KINDS: dict[str, list[str]] = {"ddp": [], "zero2": ["--deepspeed", "zero2"], "zero3": ["--deepspeed", "zero3"]}
 
 
 def launched(what: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -54,7 +56,7 @@ def launched(what: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]
     done = subprocess.run(
         [*LAUNCH, *what],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -62,6 +64,22 @@ def launched(what: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]
     )
     print(done.stdout)
     return done
+
+
+def results_of_two(script: str, folder: Path, *arguments: str) -> list[Any]:
+    """Run the text of a script as ranks 0 and 1 on gloo; returns what each printed behind `RESULT`, read as JSON."""
+    (folder / "script.py").write_text(script)
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, folder / "script.py", *arguments], stdout=subprocess.PIPE, text=True,
+            env=ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    # gloo sometimes aborts at interpreter exit, after everything is done
+    return [json.loads(text.split("RESULT")[1].splitlines()[0]) for text in printed]
 
 
 def train_in_two(lines: Sequence[Sequence[str]], folder: Path, chunk: int = 2**24) -> str:

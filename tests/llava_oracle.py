@@ -96,21 +96,22 @@ def byte_bpe() -> Any:
     )
 
 
-def original_llava(hf: Any, processor: Any, folder: Path) -> Any:
+def original_llava(hf: Any, processor: Any, folder: Path, vocabulary: int | None = None) -> Any:
     """Return LLaVA's own class with the weights of a small HF LLaVA; the CLIP tower is put into `folder`/clip.
 
-    The vocabulary ends where HF's `<image>` begins, as in the published checkpoints.
+    The tower is not loaded yet, as after LLaVA's own constructor. The vocabulary, unless another is given, ends where
+    HF's `<image>` begins, as in the published checkpoints.
     """
     pytest.importorskip("llava")
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     clip = CLIPVisionModel(hf.config.vision_config)
-    clip.load_state_dict({f"{key}": t for key, t in hf.model.vision_tower.state_dict().items()})
+    clip.load_state_dict(hf.model.vision_tower.state_dict())
     clip.save_pretrained(folder / "clip")
     picture = processor.image_processor
     CLIPImageProcessor(size=dict(picture.size), crop_size=dict(picture.crop_size)).save_pretrained(folder / "clip")
-    vocabulary = hf.config.image_token_id
+    vocabulary = vocabulary or hf.config.image_token_id
     settings = {k: v for k, v in hf.config.text_config.to_dict().items() if k not in ("model_type", "vocab_size")}
     settings |= {
         "vocab_size": vocabulary,

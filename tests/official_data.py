@@ -304,8 +304,14 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 def write_all(folder: Path) -> Path:
     """Write every data set below `folder`, in the subfolders in which LLaVA keeps them."""
-    for name, write in WRITERS.items():
-        write(made(folder / name))
+    for name in WRITERS:
+        write(folder, name)
     commonsense(folder)
     mathematics(folder)
+    return folder
+
+
+def write(folder: Path, name: str) -> Path:
+    """Write one data set below `folder`, in its subfolder `name`."""
+    WRITERS[name](made(folder / name))
     return folder

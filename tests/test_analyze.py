@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_cases import move
 from peft import LoraConfig, get_peft_model
 from versions import needs_mica
 
@@ -23,11 +24,7 @@ Made = tuple[Any, Any]
 
 
 def disturbed(model: Any) -> Any:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    move(model, 0.1)
     return model
 
 

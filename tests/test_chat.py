@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_cases import move
 from PIL import Image
 
 from milora_data.errors import UserError
@@ -23,17 +24,12 @@ def picture(tiny_data: Path) -> Path:
 
 
 @pytest.fixture
-def adapter(tmp_path: Path, tiny_llava: Callable[..., Any]) -> Path:
+def adapter(tmp_path: Path) -> Path:
     """A trained-looking adapter for the tiny model: its answers differ from the base's."""
-    import torch
-
     from milora_vl import Policy, apply_milora, save_adapter
 
     model = apply_milora(load_model("tiny")[0], Policy.parse("[{modules: language, method: milora, rank: 8}]"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    move(model, 1.0)
     save_adapter(model, tmp_path / "adapter")
     return tmp_path / "adapter"
 

@@ -217,6 +217,7 @@ def test_a_normal_session_says_what_is_next_and_nothing_of_our_dependencies(tiny
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]  # not the losses
     trained, chat, *_, exported = lines
     assert (trained["output_dir"], trained["weights"]) == (str(run), str(run / "adapter_model.safetensors"))
+    assert trained["results"]["train_loss"] > 0
     assert set(chat) == {"question", "base", "answer"}
     assert exported["form"] == "merged"
 

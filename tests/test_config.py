@@ -48,7 +48,7 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) 
         ({"bad_images": "ignore"}, "'raise', 'skip' or 'replace'"),
     ],
 )
-def test_what_is_not_there_yet_is_refused_not_ignored(section: dict, word: str) -> None:
+def test_a_value_that_does_not_fit_is_refused(section: dict, word: str) -> None:
     assert word in problems({"data": section})
 
 

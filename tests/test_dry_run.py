@@ -110,6 +110,13 @@ def test_data_and_projector_are_both_told_of(tmp_path: Path) -> None:
         main([*words, "--projector_weights", "nope", "--rank", "4", "--dry-run"])
 
 
+def test_an_evaluation_without_its_files_is_told_of(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: tiny\neval: {{suites: [emoji], data: {tmp_path}}}\n")
+    with pytest.raises(UserError, match="the files of suite 'emoji' are not in"):
+        main(["--recipe", str(recipe), "--rank", "4", "--dry-run"])
+
+
 def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
     with pytest.raises(UserError, match="llava_v1_5_mix665k"):
         main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])

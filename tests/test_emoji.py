@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections import Counter
 
 import pytest
@@ -42,9 +43,9 @@ def files(folder):
 @pytest.mark.parametrize("kind", sorted(TYPES))
 def test_every_question_offers_its_answer_and_no_second_right_one(some, kind):
     pool = Pool(some, random.Random(0))
-    asked = [made for thing in some if (made := TYPES[kind](thing, pool))]
+    asked = [(thing, made) for thing in some if (made := TYPES[kind](thing, pool))]
     assert len(asked) >= 20
-    for turns, answers in asked:
+    for thing, (turns, answers) in asked:
         question, answer = turns[-1]
         assert answer in answers
         if kind == "choice":
@@ -52,9 +53,9 @@ def test_every_question_offers_its_answer_and_no_second_right_one(some, kind):
             assert [option for option in options if option == a(answer)] == [a(answer)]
             assert len(options) == len(set(options)) == 4
         if kind == "choice_letter":
-            letters = [line[0] for line in question.splitlines() if line[1:3] == ". "]
-            assert letters == list("ABCD")
-            assert answer in letters
+            offered = [line.split(". ") for line in question.splitlines() if line[1:3] == ". "]
+            assert [letter for letter, _ in offered] == list("ABCD")
+            assert [letter for letter, option in offered if option in (thing.name, thing.kind)] == [answer]
 
 
 def test_yes_and_no_are_equally_frequent_and_true(some):
@@ -129,7 +130,7 @@ def test_every_record_has_its_picture_and_the_test_split_is_balanced(folder, fil
     assert max(kinds.values()) == 1
 
 
-def test_the_same_seed_gives_the_same_records(files, some):
+def test_the_same_seed_gives_the_same_records(some):
     assert emoji_questions.training_records(some, 5) == emoji_questions.training_records(some, 5)
     assert emoji_questions.training_records(some, 5) != emoji_questions.training_records(some, 6)
 
@@ -167,6 +168,12 @@ def test_credits_stand_beside_the_pictures(folder):
     readme = (folder / "README.md").read_text()
     assert "OpenMoji" in readme
     assert "CC BY-SA 4.0" in readme
+
+
+def test_a_missing_renderer_is_told_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(UserError, match=r"milora-vl\[demo\]"):
+        emoji_catalogue.render("1F600", 13)
 
 
 def test_an_asset_that_is_not_the_pinned_file_is_refused(tmp_path, monkeypatch):

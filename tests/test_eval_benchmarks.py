@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from milora_vl.generate import Prompt, prompt_ids
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
 Made = tuple[Any, Any]
+Evaluated = Callable[[str], tuple[dict[str, Any], Path]]
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -73,23 +75,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_llava: Callable[..., Made]) -> Made:
-    return tiny_llava()
+def evaluated(tiny_llava: Callable[..., Made], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    """Results and their folder by a benchmark's name; each is asked once for all tests."""
+    model = tiny_llava()
 
+    @cache
+    def evaluate(name: str) -> tuple[dict[str, Any], Path]:
+        benchmark, output = find_benchmark(name), tmp_path_factory.mktemp("run")
+        benchmark.max_new_tokens = 3
+        results = run(*model, [benchmark], data_dir=data, output_dir=output)
+        assert results is not None
+        return results, output / "eval" / name / "final"
 
-def evaluate(model: Made, name: str, data: Path, output: Path) -> tuple[dict[str, Any], Path]:
-    benchmark = find_benchmark(name)
-    benchmark.max_new_tokens = 3
-    results = run(*model, [benchmark], data_dir=data, output_dir=output)
-    assert results is not None
-    return results, output / "eval" / name / "final"
+    return evaluate
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_from_official_files_to_numbers(name: str, model: Made, data: Path, tmp_path: Path) -> None:
+def test_from_official_files_to_numbers(name: str, evaluated: Evaluated, data: Path) -> None:
     benchmark = find_benchmark(name)
     assert has_files(benchmark, data)
-    results, folder = evaluate(model, name, data, tmp_path)
+    results, folder = evaluated(name)
     entry = results["benchmarks"][0]
     lines = read_lines(folder / "predictions.jsonl")
     assert entry["n"] == len(lines) > 0
@@ -150,8 +155,8 @@ def test_the_ids_are_those_of_llavas_evaluation(kind: str, data: Path) -> None:
             assert prompt_ids(prompt, tokenizer, "vicuna_v1", image_token_id=-200, image_tokens=1) == theirs
 
 
-def test_a_question_that_several_sets_ask_is_asked_once(model: Made, data: Path, tmp_path: Path) -> None:
-    results, folder = evaluate(model, "pope", data, tmp_path)
+def test_a_question_that_several_sets_ask_is_asked_once(evaluated: Evaluated) -> None:
+    results, folder = evaluated("pope")
     lines = read_lines(folder / "predictions.jsonl")
     assert (results["asked"], len(lines)) == (12, 18)  # random and adversarial are alike here
     texts = {(line["image"], line["question"]): line["prediction"] for line in lines}
@@ -159,8 +164,8 @@ def test_a_question_that_several_sets_ask_is_asked_once(model: Made, data: Path,
 
 
 @pytest.mark.parametrize("name", SUBMISSIONS)
-def test_submissions_have_the_exact_form(name: str, model: Made, data: Path, tmp_path: Path) -> None:
-    _, folder = evaluate(model, name, data, tmp_path)
+def test_submissions_have_the_exact_form(name: str, evaluated: Evaluated) -> None:
+    _, folder = evaluated(name)
     file, expected = SUBMISSIONS[name]
     rows = json.loads((folder / "submission" / name / file).read_text(encoding="utf-8"))
     keys = {key for row in rows for key in row}
@@ -168,8 +173,8 @@ def test_submissions_have_the_exact_form(name: str, model: Made, data: Path, tmp
     assert [{key: row[key] for key in own} for row, own in zip(rows, expected, strict=True)] == expected
 
 
-def test_the_upload_of_mmbench_has_llavas_columns(model: Made, data: Path, tmp_path: Path) -> None:
-    _, folder = evaluate(model, "mmbench", data, tmp_path)
+def test_the_upload_of_mmbench_has_llavas_columns(evaluated: Evaluated) -> None:
+    _, folder = evaluated("mmbench")
     rows = read_xlsx(folder / "submission" / "mmbench" / "mmbench_dev.xlsx")
     assert list(rows[0]) == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
     answers = {line["meta"]["index"]: line["prediction"] for line in read_lines(folder / "predictions.jsonl")}
@@ -177,8 +182,8 @@ def test_the_upload_of_mmbench_has_llavas_columns(model: Made, data: Path, tmp_p
     assert [row["D"] for row in rows] == ["yellow, or = none", None, None]
 
 
-def test_mme_pairs_stand_together_for_its_script(model: Made, data: Path, tmp_path: Path) -> None:
-    _, folder = evaluate(model, "mme", data, tmp_path)
+def test_mme_pairs_stand_together_for_its_script(evaluated: Evaluated) -> None:
+    _, folder = evaluated("mme")
     rows = [line.split("\t") for line in (folder / "submission" / "mme" / "artwork.txt").read_text().splitlines()]
     assert [row[0] for row in rows] == ["0000.png", "0000.png", "0001.png", "0001.png"]
     assert [row[2] for row in rows] == ["Yes", "No", "Yes", "No"]

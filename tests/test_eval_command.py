@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
@@ -46,21 +48,26 @@ def results(output: Path, which: str) -> dict[str, Any]:
     return dict(json.loads((output / "eval" / "emoji" / which / "results.json").read_text()))
 
 
-def test_base_and_tuned_model_stand_in_one_table(
-    adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments(adapter, data, tmp_path, "--with_base")) == 0
-    said = capsys.readouterr()
-    shown = said.out
+@pytest.fixture(scope="module")
+def both(adapter: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """The folder of an evaluation of base and tuned model, to look at or to copy, and what it said."""
+    folder, out, err = tmp_path_factory.mktemp("both"), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main(arguments(adapter, data, folder, "--with_base")) == 0
+    return folder, out.getvalue(), err.getvalue()
+
+
+def test_base_and_tuned_model_stand_in_one_table(both: tuple[Path, str, str], adapter: Path) -> None:
+    folder, shown, said = both
     for word in ("baseline", "base", "tuned", "difference", "yes_no", "mean over types", "text forgetting"):
         assert word in shown
-    final, base = results(tmp_path, "final"), results(tmp_path, "base")
+    final, base = results(folder, "final"), results(folder, "base")
     assert (base["adapter"], final["adapter"]) == (None, str(adapter))
     assert base["predictions"] != final["predictions"]
     assert final["forgetting"]["kl"] > 0
     assert final["forgetting"]["cross_entropy"] > final["forgetting"]["base_entropy"]
-    assert f"next: python -m milora_eval view {tmp_path / 'eval' / 'emoji' / 'base'}" in said.err
-    assert "| text forgetting |" in (tmp_path / "eval" / "emoji" / "final" / "table.md").read_text()
+    assert f"next: python -m milora_eval view {folder / 'eval' / 'emoji' / 'base'}" in said
+    assert "| text forgetting |" in (folder / "eval" / "emoji" / "final" / "table.md").read_text()
 
 
 def test_scores_that_replace_another_adapters_are_warned_of(
@@ -84,8 +91,8 @@ def test_the_base_is_not_asked_again_for_another_adapter(
     assert (results(tmp_path, "base")["asked"], results(tmp_path, "final")["asked"]) == (0, 22)
 
 
-def test_scoring_again_needs_no_model_and_repairs_the_numbers(adapter: Path, data: Path, tmp_path: Path) -> None:
-    main(arguments(adapter, data, tmp_path))
+def test_scoring_again_needs_no_model_and_repairs_the_numbers(both: tuple[Path, str, str], tmp_path: Path) -> None:
+    shutil.copytree(both[0], tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "eval" / "emoji" / "final"
     before = results(tmp_path, "final")
     content = json.loads((folder / "results.json").read_text())
@@ -95,12 +102,8 @@ def test_scoring_again_needs_no_model_and_repairs_the_numbers(adapter: Path, dat
     assert results(tmp_path, "final") == before
 
 
-def test_two_evaluations_are_compared(
-    adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(arguments(adapter, data, tmp_path, "--with_base"))
-    capsys.readouterr()
-    folder = tmp_path / "eval" / "emoji"
+def test_two_evaluations_are_compared(both: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = both[0] / "eval" / "emoji"
     assert main(["compare", str(folder / "base"), str(folder / "final"), "--format", "json"]) == 0
     pairs = json.loads(capsys.readouterr().out)
     assert pairs[0]["a"]["name"] == "mean over types"
@@ -199,10 +202,9 @@ def test_a_folder_without_adapter_names_the_checkpoints_inside(adapter: Path, da
         main(arguments(tmp_path / "run", data, tmp_path))
 
 
-def test_a_folder_without_answers_names_those_that_have_some(adapter: Path, data: Path, tmp_path: Path) -> None:
-    main(arguments(adapter, data, tmp_path))
+def test_a_folder_without_answers_names_those_that_have_some(both: tuple[Path, str, str]) -> None:
     with pytest.raises(UserError, match="final"):
-        main(["score", str(tmp_path)])
+        main(["score", str(both[0])])
 
 
 def test_files_of_a_common_name_are_not_taken_for_a_benchmarks(

@@ -136,7 +136,7 @@ def test_the_likeliest_answer_is_the_greedy_one(tiny_llava: Callable[..., Made])
 
 
 def test_vlmevalkits_predictions_are_written_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = official_data.write_all(tmp_path / "data")
+    data = official_data.write(tmp_path / "data", "mmbench")
     benchmark = find_benchmark("mmbench")
     items = benchmark.load(folder_of(benchmark, data))
     answers = [Answer(item, item.answers[0], 1.0) for item in items]
@@ -146,6 +146,13 @@ def test_vlmevalkits_predictions_are_written_and_scored(tmp_path: Path, capsys: 
     rows = read_table(write_questions(tmp_path / "mine.tsv", items))
     assert [row["index"] for row in rows] == [str(item.meta["index"]) for item in items]
     assert {row["A"] for row in rows} == {item.meta["options"]["A"] for item in items}
+
+
+def test_a_table_without_openpyxl_is_told_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "theirs.xlsx").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"milora-vl\[eval\]"):
+        read_predictions(tmp_path / "theirs.xlsx")
 
 
 def test_a_prediction_of_zero_is_an_answer(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,11 +45,23 @@ def answers(output: Path) -> bytes:
     return (output / "eval" / "emoji" / "final" / "predictions.jsonl").read_bytes()
 
 
-def test_the_files_hold_every_answer_and_number(model: Made, data: Path, tmp_path: Path) -> None:
-    results = evaluate(model, data, tmp_path, model_name="tiny")
-    folder = tmp_path / "eval" / "emoji" / "final"
-    lines = read_lines(folder / "predictions.jsonl")
-    assert results is not None
+@pytest.fixture(scope="module")
+def whole(model: Made, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation that nothing has disturbed, to look at or to copy."""
+    folder = tmp_path_factory.mktemp("whole")
+    evaluate(model, data, folder, model_name="tiny")
+    return folder
+
+
+@pytest.fixture
+def done(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it to change."""
+    return shutil.copytree(whole, tmp_path / "done")
+
+
+def test_the_files_hold_every_answer_and_number(whole: Path, data: Path) -> None:
+    folder = whole / "eval" / "emoji" / "final"
+    lines, results = read_lines(folder / "predictions.jsonl"), read_results(folder)
     assert results["asked"] == len(lines) == 22
     assert sorted(path.name for path in folder.iterdir()) == ["predictions.jsonl", "results.json", "table.md"]
     first = lines[0]
@@ -61,30 +73,26 @@ def test_the_files_hold_every_answer_and_number(model: Made, data: Path, tmp_pat
     assert (results["suite"], results["which"], results["model"]) == ("emoji", "final", "tiny")
 
 
-def test_a_second_run_asks_nothing(model: Made, data: Path, tmp_path: Path) -> None:
-    evaluate(model, data, tmp_path)
-    before = answers(tmp_path)
-    results = evaluate(model, data, tmp_path, batch_size=7)
+def test_a_second_run_asks_nothing(model: Made, data: Path, done: Path, whole: Path) -> None:
+    results = evaluate(model, data, done, batch_size=7)
     assert results is not None
     assert results["asked"] == 0
-    assert answers(tmp_path) == before
+    assert answers(done) == answers(whole)
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
-    model: Made, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Made, data: Path, done: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate(model, data, tmp_path / "whole")
-    evaluate(model, data, tmp_path / "cut")
-    path = tmp_path / "cut" / "eval" / "emoji" / "final" / "predictions.jsonl"
+    path = done / "eval" / "emoji" / "final" / "predictions.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[5:14]) + b'{"id": "half a li')
-    results = evaluate(model, data, tmp_path / "cut")
+    results = evaluate(model, data, done)
     assert results is not None
     assert results["asked"] == 22 - 9
     assert "9 of 22 answers are there from before" in capsys.readouterr().err
-    assert answers(tmp_path / "cut") == answers(tmp_path / "whole")
+    assert answers(done) == answers(whole)
 
 
-def test_a_killed_process_loses_at_most_a_batch(model: Made, data: Path, tmp_path: Path) -> None:
+def test_a_killed_process_loses_at_most_a_batch(model: Made, data: Path, whole: Path, tmp_path: Path) -> None:
     script = tmp_path / "slow.py"
     script.write_text(
         textwrap.dedent("""
@@ -105,9 +113,7 @@ def test_a_killed_process_loses_at_most_a_batch(model: Made, data: Path, tmp_pat
         run(*tiny_llava(), [Slow()], data_dir=sys.argv[1], output_dir=sys.argv[2], batch_size=4)
         """)
     )
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(data), str(tmp_path)], stdout=subprocess.PIPE, env={**os.environ}
-    )
+    process = subprocess.Popen([sys.executable, str(script), str(data), str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()  # three batches are written, the fourth is being scored
     process.send_signal(signal.SIGKILL)
@@ -116,22 +122,19 @@ def test_a_killed_process_loses_at_most_a_batch(model: Made, data: Path, tmp_pat
     results = evaluate(model, data, tmp_path)
     assert results is not None
     assert results["asked"] == 10
-    evaluate(model, data, tmp_path / "whole")
-    assert answers(tmp_path) == answers(tmp_path / "whole")
+    assert answers(tmp_path) == answers(whole)
 
 
-def test_shards_end_with_the_bytes_of_one_run(model: Made, data: Path, tmp_path: Path) -> None:
-    evaluate(model, data, tmp_path / "whole")
+def test_shards_end_with_the_bytes_of_one_run(model: Made, data: Path, whole: Path, tmp_path: Path) -> None:
     done = [evaluate(model, data, tmp_path, shard=(number, 9)) for number in (3, 1, 2, 9, 8, 7, 6, 5, 4)]
     assert [result is not None for result in done] == [False] * 8 + [True]
-    assert answers(tmp_path) == answers(tmp_path / "whole")
+    assert answers(tmp_path) == answers(whole)
 
 
 def test_two_shards_that_end_at_one_moment_do_not_get_into_each_others_way(
-    model: Made, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Made, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate(model, data, tmp_path / "whole")
-    both_have_asked = Barrier(2)
+    both_have_asked = Barrier(2, timeout=60)
     ask, to_line = evaluation.ask, runner.to_line
 
     def asked(*arguments: Any) -> Any:
@@ -148,7 +151,7 @@ def test_two_shards_that_end_at_one_moment_do_not_get_into_each_others_way(
     with ThreadPoolExecutor(2) as pool:
         shards = [pool.submit(evaluate, model, data, tmp_path, shard=(number, 2)) for number in (1, 2)]
     assert all(shard.result() is not None for shard in shards)
-    assert answers(tmp_path) == answers(tmp_path / "whole")
+    assert answers(tmp_path) == answers(whole)
 
 
 def test_other_settings_make_new_answers_and_keep_the_old(model: Made, data: Path, tmp_path: Path) -> None:
@@ -177,28 +180,26 @@ def test_a_larger_limit_asks_only_what_is_new(model: Made, data: Path, tmp_path:
     assert asked == [(5, 5), (7, 12), (0, 8), (10, 22)]
 
 
-def test_what_was_measured_of_other_weights_does_not_stay_in_the_results(
-    model: Made, data: Path, tmp_path: Path
-) -> None:
-    evaluate(model, data, tmp_path, audit_items=2)
-    folder = tmp_path / "eval" / "emoji" / "final"
+def test_what_was_measured_of_other_weights_does_not_stay_in_the_results(model: Made, data: Path, done: Path) -> None:
+    evaluate(model, data, done, audit_items=2)
+    folder = done / "eval" / "emoji" / "final"
     measured = read_results(folder) | {"forgetting": {"kl": 0.5}}
     write_results(folder, measured)
-    again = evaluate(model, data, tmp_path)
+    again = evaluate(model, data, done)
     assert again is not None
     assert (again["audit"], again["forgetting"]) == (measured["audit"], {"kl": 0.5})
-    other = evaluate(model, data, tmp_path, template="alpaca")
+    other = evaluate(model, data, done, template="alpaca")
     assert other is not None
     assert (other["audit"], other["forgetting"]) == (None, None)
 
 
-def test_an_audit_finds_answers_that_depend_on_the_batch(model: Made, data: Path, tmp_path: Path) -> None:
-    results = evaluate(model, data, tmp_path, audit_items=6)
+def test_an_audit_finds_answers_that_depend_on_the_batch(model: Made, data: Path, done: Path) -> None:
+    results = evaluate(model, data, done, audit_items=6)
     assert results is not None
     assert results["audit"] == {"n": 6, "changed": 0, "ids": []}
-    path = tmp_path / "eval" / "emoji" / "final" / "predictions.jsonl"
+    path = done / "eval" / "emoji" / "final" / "predictions.jsonl"
     path.write_text(path.read_text().replace('"prediction": "', '"prediction": "other '))
-    again = evaluate(model, data, tmp_path, audit_items=6)
+    again = evaluate(model, data, done, audit_items=6)
     assert again is not None
     assert again["audit"]["changed"] == 6
 

@@ -40,6 +40,7 @@ def test_one_page_holds_questions_answers_truths_and_pictures(
 ) -> None:
     base = stored(tmp_path, "base", ["red", "no", "x", "</script><script>alert(1)</script>", "مرحبا", ""])
     final = stored(tmp_path, "final", ["red", "yes", "green", "no", "blue", "no"])
+    (tmp_path / "gqa" / "README.md").write_text("Pictures by us, licence CC BY 4.0.")
     assert main(["view", str(base), str(final)]) == 0
     page = Path(capsys.readouterr().out.strip())
     assert page == final / "view.html"
@@ -53,6 +54,7 @@ def test_one_page_holds_questions_answers_truths_and_pictures(
     assert len(found["pictures"]) == 3  # each once, however many questions it has
     assert all(source.startswith("data:image/jpeg;base64,") for source in found["pictures"])
     text = page.read_text()
+    assert "Pictures by us, licence CC BY 4.0." in text
     assert "src=" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     assert "http" not in text.replace("http-equiv", "")
 

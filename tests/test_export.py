@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_cases import LLAVA_POLICY, llava_batch, move
+from adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -30,19 +31,27 @@ def logits(model: nn.Module, base: nn.Module) -> torch.Tensor:
     return model.eval()(**llava_batch(base)).logits
 
 
-@pytest.fixture
-def run(tiny_llava: Factory, tmp_path: Path) -> SimpleNamespace:
+@pytest.fixture(scope="module")
+def made(tiny_llava: Factory, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A base on disk, an adapter of every method on it, and the logits of both."""
-    base, processor = tiny_llava()
-    base.save_pretrained(tmp_path / "base")
-    processor.save_pretrained(tmp_path / "base")
-    base = fresh(tmp_path)
+    root = tmp_path_factory.mktemp("made")
+    for part in tiny_llava():
+        part.save_pretrained(root / "base")
+    base = fresh(root)
     before = logits(base, base)
-    rules = [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "rank": 3}]
-    model = apply_milora(base, rules)
+    model = apply_milora(base, [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "rank": 3}])
     move(model)
-    save_adapter(model, tmp_path / "adapter")
-    return SimpleNamespace(root=tmp_path, model=model, before=before, after=logits(model, base))
+    save_adapter(model, root / "adapter")
+    return SimpleNamespace(root=root, model=model, before=before, after=logits(model, base))
+
+
+@pytest.fixture
+def run(made: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
+    """A copy of it to change."""
+    shutil.copytree(made.root, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace(str(made.root), str(tmp_path)), encoding="utf-8")
+    return SimpleNamespace(root=tmp_path, model=made.model, before=made.before, after=made.after)
 
 
 def fresh(root: Path) -> nn.Module:
@@ -162,15 +171,7 @@ def test_a_plain_peft_folder_becomes_ours(run) -> None:
 
 
 def pissa(root: Path) -> PeftModel:
-    """As PiSSA's scripts do: initial factors and residual base on disk, then training on that base."""
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*(q|up)_proj", init_lora_weights="pissa")
-    model = get_peft_model(fresh(root), config)
-    model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(root / "residual" / "pissa_init")
-    model.unload().save_pretrained(root / "residual")
-    residual = AutoModelForImageTextToText.from_pretrained(root / "residual")
-    tuned = PeftModel.from_pretrained(residual, root / "residual", subfolder="pissa_init", is_trainable=True)
-    move(tuned, 0.1)
+    tuned = pissa_trained(fresh(root), root)
     tuned.save_pretrained(root / "trained")
     return tuned
 
@@ -223,7 +224,7 @@ def test_another_base_is_refused(run, tiny_llava: Factory) -> None:
             export(run.root / "adapter", form, run.root / "out", base=tiny_llava(seed=1)[0])
     with pytest.raises(UserError, match="not the base model that the adapter was made for"):
         export(run.root / "adapter", "rank-2", run.root / "out", base=tiny_llava(seed=1)[0], with_base=True)
-    assert not [path for path in run.root.iterdir() if path.name.startswith(".out")]
+    assert {path.name for path in run.root.iterdir()} == {"base", "adapter"}
 
 
 def test_the_command(run, capsys, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,17 +26,25 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 Factory = Callable[..., tuple[Any, Any]]
 
 
-@pytest.fixture
-def both(tiny_llava: Factory, tmp_path: Path) -> SimpleNamespace:
+@pytest.fixture(scope="module")
+def made(tiny_llava: Factory, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """One base on disk in both layouts."""
     pytest.importorskip("llava")
+    root = tmp_path_factory.mktemp("made")
     base, processor = tiny_llava()
-    base.save_pretrained(tmp_path / "hf")
-    processor.save_pretrained(tmp_path / "hf")
-    original = original_llava(base, processor, tmp_path)
-    original.save_pretrained(tmp_path / "original")
-    processor.tokenizer.save_pretrained(tmp_path / "original")
-    return SimpleNamespace(root=tmp_path, hf=load_model(tmp_path / "hf")[0], clip=str(tmp_path / "clip"))
+    base.save_pretrained(root / "hf")
+    processor.save_pretrained(root / "hf")
+    original = original_llava(base, processor, root)
+    original.save_pretrained(root / "original")
+    processor.tokenizer.save_pretrained(root / "original")
+    return SimpleNamespace(root=root, hf=load_model(root / "hf")[0], clip=str(root / "clip"))
+
+
+@pytest.fixture
+def both(made: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
+    """A copy of it to write into."""
+    shutil.copytree(made.root, tmp_path, dirs_exist_ok=True)
+    return SimpleNamespace(root=tmp_path, hf=made.hf, clip=made.clip)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,21 @@ from milora_vl.training.checkpoints import num_processes, why_incomplete, zero_s
 def test_sigterm_saves_and_the_resumed_run_goes_on_from_there(tiny_data: Path, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     extra = ["--rank", "4", "--save_steps", "100", "--max_steps", "20"]
-    before = signal.getsignal(signal.SIGTERM)
+    before, ended = signal.getsignal(signal.SIGTERM), threading.Event()
 
     def terminate() -> None:
         while signal.getsignal(signal.SIGTERM) == before:
-            time.sleep(0.001)
-        time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
+            if ended.wait(0.001):
+                return
+        if not ended.wait(0.1):
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=terminate).start()
-    with pytest.raises(UserError, match=r"stopped by SIGTERM at step \d+, which is saved\n.*auto") as error:
-        main(words(tiny_data, stopped, *extra))
+    try:
+        with pytest.raises(UserError, match=r"stopped by SIGTERM at step \d+, which is saved\n.*auto") as error:
+            main(words(tiny_data, stopped, *extra))
+    finally:
+        ended.set()  # after a training that fails earlier it must not wait for the handler of the next one
     assert error.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     assert [why_incomplete(folder) for folder in stopped.glob("checkpoint-*")] == [None]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from test_train import losses, words
 from tiny_next import saved
@@ -16,6 +18,7 @@ from milora_data.errors import UserError
 from milora_data.features import FeatureReader
 from milora_vl.config import RecipeError
 from milora_vl.train import main
+from milora_vl.training.features import check
 
 CACHED = ["--rank", "4", "--dropout", "0"]
 
@@ -44,6 +47,13 @@ def test_the_losses_are_those_without_it(model: str, tiny_data: Path, tmp_path: 
     whole = losses(tmp_path / "without")
     for run in ("first", "again"):
         assert [loss for _, loss in losses(tmp_path / run)] == pytest.approx([loss for _, loss in whole], rel=1e-5)
+
+
+def test_a_tower_that_zero3_has_cut_up_is_refused(tiny_llava: Callable[..., Any]) -> None:
+    model, _ = tiny_llava()
+    next(model.parameters()).data = torch.empty(0)
+    with pytest.raises(UserError, match="say --deepspeed zero2"):
+        check(model, [])
 
 
 def test_it_goes_on_where_it_was_stopped_and_bad_pictures_are_left_to_their_policy(

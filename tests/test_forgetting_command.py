@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from adapter_cases import move
 
 from milora_data.errors import UserError
 from milora_vl import Policy, apply_milora, load_model
@@ -15,15 +16,9 @@ from milora_vl.forgetting.job import score_changes
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
     base, _ = load_model("tiny")
     model = apply_milora(base, Policy.parse("[{modules: language, method: milora, rank: 4}]"))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    move(model, 0.3)
     folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(str(folder))
     return folder

@@ -41,12 +41,9 @@ def commands() -> list[str]:
     return [module_name(path).removesuffix(".__main__") for path in guarded]
 
 
-def python(code: str, *arguments: str, cwd: Path | None = None, **environment: str) -> str:
+def python(code: str) -> str:
     """Standard output of a fresh interpreter that ran `code`."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment},
-    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,7 +58,7 @@ def cpu_seconds(*command: str) -> tuple[float, subprocess.CompletedProcess[str]]
 
 def test_import_milora_vl_adds_little_to_import_torch() -> None:
     code = "import time, torch; t = time.process_time(); import milora_vl; print(time.process_time() - t)"
-    assert min(float(python(code)) for _ in range(3)) <= 0.2
+    assert any(float(python(code)) <= 0.2 for _ in range(3)), "three times"
 
 
 def test_import_milora_vl_leaves_transformers_alone() -> None:
@@ -69,15 +66,15 @@ def test_import_milora_vl_leaves_transformers_alone() -> None:
     assert not {"transformers", "peft", "timm", "datasets", "matplotlib"} & set(loaded)
 
 
-@pytest.mark.parametrize("package", sorted(OURS))
 @pytest.mark.parametrize("order", ["sorted", "reversed"])
-def test_public_names_are_no_submodules(package: str, order: str) -> None:
+def test_public_names_are_no_submodules(order: str) -> None:
     """A function that shares its name with its file is hidden by it, once that file is imported, unless it is bound."""
     code = f"""
-import types, {package} as package
-values = {{name: getattr(package, name) for name in {order}(package.__all__)}}
-values = {{name: getattr(package, name) for name in values}}
-print(*[name for name, value in values.items() if isinstance(value, types.ModuleType)])
+import importlib, types
+packages = [importlib.import_module(name) for name in {sorted(OURS)}]
+for _ in range(2):
+    values = [(name, getattr(package, name)) for package in packages for name in {order}(package.__all__)]
+print(*[name for name, value in values if isinstance(value, types.ModuleType)])
 """
     assert python(code).split() == []
 
@@ -125,12 +122,12 @@ def test_the_svd_works_with_torch_alone() -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_help_is_quick(command: str) -> None:
-    runs = [cpu_seconds(sys.executable, "-m", command, "--help") for _ in range(2)]
-    done = runs[0][1]
+    seconds, done = cpu_seconds(sys.executable, "-m", command, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout.lower()
     assert done.stderr == ""
-    assert min(seconds for seconds, _ in runs) < 1.5
+    # The first run after an installation compiles.
+    assert seconds < 1.5 or cpu_seconds(sys.executable, "-m", command, "--help")[0] < 1.5
 
 
 EFFECTS = """
@@ -176,17 +173,13 @@ def foreign_imports() -> list[str]:
     return list(statements)
 
 
-def test_importing_any_module_changes_nothing(tmp_path: Path) -> None:
+def test_importing_any_module_changes_and_prints_nothing(tmp_path: Path) -> None:
     """No environment variable, file, log handler, warning filter, seed or signal handler is touched."""
     modules = [module_name(path) for path in FILES]
-    output = python(
-        EFFECTS, json.dumps([foreign_imports(), modules]),
-        cwd=tmp_path, HOME=str(tmp_path), PYTHONDONTWRITEBYTECODE="1",
+    assert len(modules) > 100
+    done = subprocess.run(
+        [sys.executable, "-c", EFFECTS, json.dumps([foreign_imports(), modules])],
+        capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
-    assert json.loads(output) == {}
-
-
-def test_importing_any_module_prints_nothing(tmp_path: Path) -> None:
-    statements = "\n".join(f"import {module_name(path)}" for path in FILES)
-    done = subprocess.run([sys.executable, "-c", statements], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.stdout, done.stderr) == ("{}\n", "")

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from adapter_cases import LLAVA_POLICY, Pictures, anchors, llava_batch, move, one_rule
+from adapter_cases import LLAVA_POLICY, Pictures, anchors, move, one_rule
 
 from milora_vl.adapter import apply_milora
 from milora_vl.lora.install import anchor_names, anchors_of, factors, has_halves, joined_state, lora_layer
@@ -64,12 +62,3 @@ def test_a_float32_trained_half_does_not_share_memory_with_its_anchor() -> None:
     before = anchors(model)
     move(model)
     assert all(torch.equal(before[name], anchor) for name, anchor in anchors(model).items())
-
-
-def test_deep_copies_are_independent(tiny_llava) -> None:
-    model = apply_milora(tiny_llava()[0], LLAVA_POLICY)
-    twin = copy.deepcopy(model)
-    move(twin)
-    batch = llava_batch(model)
-    assert not torch.equal(model(**batch).logits, twin(**batch).logits)
-    assert twin.sidecars.keys() == {"default"}

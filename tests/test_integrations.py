@@ -48,14 +48,13 @@ def test_a_script_runs_with_milora_as_its_lora(tmp_path: Path, capsys) -> None:
         main([str(tmp_path / "nothing.py")])
 
 
-def test_modules_that_imported_the_function_before_are_reached(tiny_llama) -> None:
+def test_modules_that_imported_the_function_before_are_reached(tiny_llama, monkeypatch) -> None:
     import adapter_cases
 
-    adapter_cases.get_peft_model = peft.get_peft_model  # type: ignore[attr-defined]
+    monkeypatch.setattr(adapter_cases, "get_peft_model", peft.get_peft_model, raising=False)
     with get_peft_model_replaced("adapter_cases"):
         model = adapter_cases.get_peft_model(tiny_llama()[0], LoraConfig(r=2, target_modules=["q_proj"]))
     assert model.milora_targets[0].method == "milora"
-    del adapter_cases.get_peft_model
 
 
 def test_an_adapter_of_ours_that_the_code_loads_goes_on_in_two_halves(tiny_llama, tmp_path: Path, capsys) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 import official_data
 import pytest
 import torch
-from adapter_cases import LLAVA_POLICY, llava_batch, move
-from peft import LoraConfig, PeftModel, get_peft_model
+from adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
 
 from milora_data.errors import UserError
 from milora_eval.__main__ import main
@@ -27,10 +26,9 @@ Factory = Callable[..., tuple[Any, Any]]
 
 @pytest.fixture
 def root(tiny_llava: Factory, tmp_path: Path) -> Path:
-    """A folder with the models `base` and `other`."""
-    for name, seed in (("base", 0), ("other", 1)):
-        for part in tiny_llava(seed=seed):
-            part.save_pretrained(tmp_path / name)
+    """A folder with the model `base`."""
+    for part in tiny_llava():
+        part.save_pretrained(tmp_path / "base")
     return tmp_path
 
 
@@ -50,16 +48,10 @@ def llava_folder(root: Path) -> Tensor:
 
 def residual_folder(root: Path) -> Tensor:
     """Write the residual base with its initial factors and, trained on it, `trained`; return the logits."""
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*(q|up)_proj", init_lora_weights="pissa")
-    model = get_peft_model(load_model(root / "base")[0], config)
-    model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(root / "residual" / "pissa_init")
-    model.unload().save_pretrained(root / "residual")
-    load_model(root / "base")[1].save_pretrained(root / "residual")
-    residual = AutoModelForImageTextToText.from_pretrained(root / "residual")
-    tuned = PeftModel.from_pretrained(residual, root / "residual", subfolder="pissa_init", is_trainable=True)
+    base, processor = load_model(root / "base")
+    tuned = pissa_trained(base, root)
+    processor.save_pretrained(root / "residual")
     tuned.peft_config["default"].base_model_name_or_path = str(root / "residual")
-    move(tuned, 0.1)
     tuned.save_pretrained(root / "trained")
     return logits(tuned)
 
@@ -80,8 +72,10 @@ def test_a_residual_base_may_be_named_itself_or_hold_the_adapter(root: Path) -> 
     assert torch.allclose(logits(inside), expected, atol=1e-5)
 
 
-def test_a_residual_of_another_base_is_refused(root: Path) -> None:
+def test_a_residual_of_another_base_is_refused(root: Path, tiny_llava: Factory) -> None:
     residual_folder(root)
+    for part in tiny_llava(seed=1):
+        part.save_pretrained(root / "other")
     with pytest.raises(UserError, match="not the one that the residual was made of"):
         load_model(root / "other", adapter=root / "trained")
 
@@ -96,7 +90,7 @@ def test_factors_without_their_residual_are_refused(root: Path) -> None:
 
 def test_llavas_folder_is_evaluated_as_ours(root: Path) -> None:
     llava_folder(root)
-    data = official_data.write_all(root / "data")
+    data = official_data.write(root / "data", "gqa")
     said = []
     for name in ("adapter", "trained"):
         out = root / f"out-{name}"

@@ -13,11 +13,6 @@ from milora_data.errors import UserError
 from milora_vl.__main__ import MENU, main
 
 
-def test_arguments_reach_the_program(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--list-recipes"]) == 0
-    assert "smol-llava-demo" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(("words", "said"), [([], "no program given"), (["trian"], "did you mean train")])
 def test_a_wrong_name_is_helped(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from milora_data.errors import UserError
-from milora_vl.training.policy_edits import DEFAULT_RULES, METHODS, PolicyEdits, edited
+from milora_vl.training.policy_edits import DEFAULT_RULES, PolicyEdits, edited
 
 PROJECTOR = {"modules": "projector", "method": "full", "learning_rate": 2e-5}
 RULES = [
@@ -62,7 +62,3 @@ def test_learning_rates_go_where_they_belong() -> None:
 def test_a_flag_without_use_is_an_error(rules: list, edits: PolicyEdits, message: str) -> None:
     with pytest.raises(UserError, match=message):
         edited(rules, edits)
-
-
-def test_methods_are_those_of_the_command() -> None:
-    assert METHODS == ("milora", "lora", "pissa", "random", "dora", "olora", "mica", "full", "projector")

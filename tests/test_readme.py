@@ -127,3 +127,10 @@ def test_the_demo_is_shown_as_it_was_measured(monkeypatch: pytest.MonkeyPatch) -
     found = json.loads((ROOT / "benchmarks" / "demo.json").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert demo.written(readme, found) == readme
+
+
+def test_machines_without_a_network_are_told_of_the_pinned_wheels() -> None:
+    from milora_data.assets import ASSETS
+
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    assert [asset.requirement for asset in ASSETS.values() if asset.requirement not in page] == []

@@ -14,7 +14,7 @@ from PIL import Image
 from milora_data.errors import UserError
 from milora_vl import report
 from milora_vl.reporting.anew import rewrite_report
-from milora_vl.reporting.parts import credit_lines
+from milora_vl.reporting.parts import credits_of
 from milora_vl.reporting.repeat import commands
 from milora_vl.reporting.run_page import Metric, read_run
 from milora_vl.reporting.wording import forgetting, number, summary
@@ -178,23 +178,19 @@ def test_forgetting_is_said_with_its_floor(finished: Path) -> None:
     assert (found["kl"], found["base_entropy"], found["share"]) == (0.22, 2.71, "7.5 %")
 
 
-def test_credits_come_from_the_data_and_from_the_run(run: Path) -> None:
+def test_credits_come_from_the_data(run: Path) -> None:
     data = run.parent / "data"
     data.mkdir()
     (data / "README.md").write_text(
         "# Emoji\n\nPictures: OpenMoji (openmoji.org), licence CC BY-SA 4.0.\nOther words.\n"
     )
     (run / "recipe.yaml").write_text(f"model: smol-llava\ndata: {{path: {data}/train.json}}\n")
-    edit(run / "environment.json", lambda content: content.update(credits=["Tower: someone, Apache-2.0"]))
-    assert credit_lines(read_run(run)) == [
-        "Tower: someone, Apache-2.0",
-        "Pictures: OpenMoji (openmoji.org), licence CC BY-SA 4.0.",
-    ]
+    assert credits_of(read_run(run)) == ["Pictures: OpenMoji (openmoji.org), licence CC BY-SA 4.0."]
     page = page_of(run)
     assert "licence CC BY-SA 4.0" in page.text
     mixture = f"model: smol-llava\ndata: {{path: [{{path: other.json}}, {{path: {data}/train.json, weight: 2.0}}]}}\n"
     (run / "recipe.yaml").write_text(mixture)
-    assert credit_lines(read_run(run))[1:] == ["Pictures: OpenMoji (openmoji.org), licence CC BY-SA 4.0."]
+    assert credits_of(read_run(run)) == ["Pictures: OpenMoji (openmoji.org), licence CC BY-SA 4.0."]
     assert any(tag == "a" and "openmoji.org" in str(at["href"]) for tag, at in page.tags)
 
 

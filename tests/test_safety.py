@@ -105,6 +105,8 @@ def test_several_adapters_switch_and_leave_each_other_alone(model, tiny_llama, t
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_train_on_by_themselves(model, how) -> None:
     before, twin = model(IDS).logits, how(model)
+    assert torch.equal(twin(IDS).logits, before)
+    assert twin.sidecars == model.sidecars
     fixed = anchors(twin)
     train_steps(twin, {"input_ids": IDS})
     assert torch.equal(model(IDS).logits, before)
@@ -138,6 +140,7 @@ def test_gradient_checkpointing_in_both_kinds_is_the_same(tiny_llava) -> None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind})
         losses.append(train_steps(model.train(), batch))
     assert losses[1:] == [pytest.approx(losses[0], abs=1e-5)] * 2
+    assert losses[0][-1] < losses[0][0]
 
 
 def test_an_interrupted_save_leaves_the_files_of_before(model, tmp_path: Path, monkeypatch) -> None:

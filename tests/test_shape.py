@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ PROBES: dict[str, str] = {
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+@cache
 def tracked(*suffixes: str) -> list[Path]:
     """Files that git tracks or would track; without git (a source archive), all files outside build and run folders."""
     listing = subprocess.run(
@@ -58,6 +60,11 @@ def tracked(*suffixes: str) -> list[Path]:
         skip = {".venv", "runs", "data", "build", "dist", "__pycache__"}
         paths = [path for path in ROOT.rglob("*") if not skip & set(path.relative_to(ROOT).parts)]
     return sorted(path for path in paths if path.is_file() and (not suffixes or path.suffix in suffixes))
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def name(path: Path) -> str:
@@ -82,7 +89,7 @@ def functions(path: Path) -> Iterator[tuple[str, Function]]:
             else:
                 yield from walk(child, prefix)
 
-    yield from walk(ast.parse(path.read_text(encoding="utf-8")), "")
+    yield from walk(parsed(path), "")
 
 
 def test_no_file_is_longer_than_350_lines() -> None:
@@ -109,7 +116,7 @@ def test_no_star_imports_and_no_grab_bag_modules() -> None:
     stars = [
         f"{name(path)}:{node.lineno}"
         for path in tracked(".py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
     ]
     assert not stars
@@ -155,7 +162,7 @@ def test_public_functions_are_typed() -> None:
 def test_public_functions_classes_and_modules_are_documented() -> None:
     gaps = []
     for path in ours():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         if not ast.get_docstring(tree):
             gaps.append(name(path))
         gaps += [
@@ -196,7 +203,7 @@ def test_only_a_few_files_probe_for_names() -> None:
     probes = {
         name(path): node.lineno
         for path in ours()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and (node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) == 3))

@@ -18,6 +18,7 @@ def test_the_page_holds_pictures_and_marks_what_is_learnt(tiny_data: Path, tmp_p
         {"id": "b", "image": "no.png", "conversations": turns},
     ]
     (tiny_data / "two.json").write_text(json.dumps(records))
+    (tiny_data / "README.md").write_text("# Data\n\n- Pictures by <me>, licence CC BY 4.0.\nMore.\n")
     out = tmp_path / "new" / "page.html"
     arguments = ["show", str(tiny_data / "two.json"), "--image_folder", str(tiny_data / "images"), "--limit", "9"]
     assert main([*arguments, "--html", str(out)]) == 0
@@ -27,6 +28,7 @@ def test_the_page_holds_pictures_and_marks_what_is_learnt(tiny_data: Path, tmp_p
     assert "no.png (no such file)" in page
     assert "Is 1 &lt; 2 &amp; 3?" in page
     assert "<mark> &lt;b&gt;Yes&lt;/b&gt;&lt;/s&gt;</mark>" in page
+    assert "<p>Pictures by &lt;me&gt;, licence CC BY 4.0.</p>" in page
     assert "http" not in page.replace("http-equiv", "")
     with pytest.raises(UserError, match="exists already"):
         main([*arguments, "--html", str(out)])

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from PIL import Image
 
+from milora_data.errors import UserError
 from milora_vl.compose import compose, processor_for
 from milora_vl.image_tokens import image_token_id, image_tokens
 from milora_vl.models import config_of, load_model
@@ -65,12 +62,6 @@ def test_a_vision_transformer_drops_its_class_token_and_is_pooled():
     assert features.shape == (1, 49, 192)
 
 
-def test_the_image_token_is_never_the_likeliest(composed):
-    model, processor = composed
-    ids = torch.tensor([processor.tokenizer("Hello there").input_ids])
-    assert int(model(input_ids=ids).logits[0, -1].argmax()) != image_token_id(model.config)
-
-
 def test_grid_must_divide_the_picture():
     with pytest.raises(ValueError, match="100 is not a multiple of grid 3"):
         TimmTowerConfig.of("tf_efficientnet_lite0", image_size=100, grid=3)
@@ -100,9 +91,8 @@ def test_its_language_model_alone_is_made_without_noise(tmp_path, monkeypatch, c
     assert "WARNING" not in said
 
 
-def test_without_network_the_message_says_what_to_do(tmp_path):
-    code = "from milora_vl.models import config_of, load_model; load_model('smol-llava')"
-    environment = {**os.environ, "MILORA_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "cannot download" in done.stderr
-    assert "network connection" in done.stderr
+def test_without_network_the_message_says_what_to_do(tmp_path, monkeypatch):
+    for name, value in {"MILORA_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"cannot download(.|\n)*network connection"):
+        load_model("smol-llava")

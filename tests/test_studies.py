@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,32 @@ def test_a_study_runs_goes_on_and_is_shown(tmp_path: Path) -> None:
     assert [row[0] for row in table.rows] == ["milora", "lora"]
 
 
-def test_a_cell_that_another_study_has_is_not_trained_again(tmp_path: Path) -> None:
-    one = small(arms={"a": {}}, learning_rates=[1e-3], seeds=1)
-    other = small(arms={"b": {}, "c": {"method": "lora"}}, learning_rates=[1e-3], seeds=1)
-    first, second = Folder(tmp_path / "one", one), Folder(tmp_path / "two", other)
-    run(first)
+PAIR = small(arms={"a": {}, "b": {"method": "lora"}}, learning_rates=[1e-3], seeds=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the study PAIR has run as `one`; starting a worker takes longer than its cells."""
+    folder = tmp_path_factory.mktemp("studies")
+    assert len(run(Folder(folder / "one", PAIR))) == 2
+    return folder
+
+
+@pytest.fixture
+def studies(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it to go on with."""
+    return shutil.copytree(trained, tmp_path / "studies")
+
+
+def test_a_cell_that_another_study_has_is_not_trained_again(studies: Path) -> None:
+    other = small(arms={"b": {}, "c": {"method": "lora", "rank": 2}}, learning_rates=[1e-3], seeds=1)
+    first, second = Folder(studies / "one", PAIR), Folder(studies / "two", other)
     run(second)
     kept = first.result(Cell("a", 1e-3, None, 0)), second.result(Cell("b", 1e-3, None, 0))
     assert kept[0] is not None
     assert kept[1] is not None
     assert kept[1] == kept[0] | {"method": "b"}, "down to the seconds it took"
-    assert len(list((tmp_path / "shared").iterdir())) == 2
+    assert len(list((studies / "shared").iterdir())) == 3
 
 
 def test_a_failed_cell_is_kept_and_tried_again_on_request(tmp_path: Path) -> None:
@@ -99,11 +115,9 @@ def test_a_failed_cell_is_kept_and_tried_again_on_request(tmp_path: Path) -> Non
     assert run(folder, retry=True) == ["wrong-lr0.001-seed0"]
 
 
-def test_an_arm_that_has_changed_is_trained_anew(tmp_path: Path) -> None:
-    before = small(arms={"a": {}, "b": {"method": "lora"}}, learning_rates=[1e-3], seeds=1)
-    run(Folder(tmp_path / "x", before))
+def test_an_arm_that_has_changed_is_trained_anew(studies: Path) -> None:
     after = small(arms={"a": {}, "b": {"method": "lora", "rank": 2}}, learning_rates=[1e-3], seeds=1)
-    assert run(Folder(tmp_path / "x", after)) == ["b-lr0.001-seed0"]
+    assert run(Folder(studies / "one", after)) == ["b-lr0.001-seed0"]
 
 
 def test_arms_may_have_rates_training_and_policy_of_their_own() -> None:
@@ -204,10 +218,8 @@ def test_ranks_with_ties() -> None:
     assert decay.spearman(x, torch.ones(4)) == 0.0
 
 
-def test_the_score_is_the_mean_over_the_items(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "x", small(arms={"milora": {}}, learning_rates=[1e-3], seeds=1))
-    run(folder)
-    cell = Cell("milora", 1e-3, None, 0)
+def test_the_score_is_the_mean_over_the_items(trained: Path) -> None:
+    folder, cell = Folder(trained / "one", PAIR), Cell("a", 1e-3, None, 0)
     result, items = folder.result(cell), folder.items(cell)
     assert result is not None
     assert result["score"] == pytest.approx(sum(items.values()) / len(items))

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from milora_vl.svd import decompose, frobenius, singular_values
 
-generator = torch.Generator().manual_seed(0)
+generator = torch.Generator()
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Each test draws the same ones, whichever ran before it."""
+    generator.manual_seed(0)
 
 
 def noise(rows: int, columns: int, alive_rows: int | None = None, alive_columns: int | None = None) -> Tensor:

@@ -9,7 +9,13 @@ from milora_vl.svd.cholesky import Cholesky, lower_gram, mean_eigenvalue
 from milora_vl.svd.flatten import flatten
 from milora_vl.svd.lanczos import Lanczos
 
-generator = torch.Generator().manual_seed(0)
+generator = torch.Generator()
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Each test draws the same ones, whichever ran before it."""
+    generator.manual_seed(0)
 
 
 @pytest.mark.parametrize("n", [5, 256, 257, 700])

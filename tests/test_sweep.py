@@ -215,6 +215,7 @@ def test_docs_show_what_the_sweep_wrote() -> None:
         points = list(csv.DictReader(file))
     text = (docs / "sweeps.md").read_text(encoding="utf-8")
     readme = (docs.parent / "README.md").read_text(encoding="utf-8")
+    assert points
     for point in points:
         loss, score, half, lost, lost_half = (
             f"{float(point[key]):.3f}" for key in ("validation", "score", "score_half", "forgetting", "forgetting_half")

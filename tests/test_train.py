@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from drawn import write_tiny_data
 from safetensors.torch import load_file
 
 from milora_data.errors import UserError
@@ -32,29 +33,23 @@ def words(data: Path, run: Path, *more: str) -> list[str]:
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
+    """Steps and losses of a run; there are some, or a comparison of them would say nothing."""
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    return [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    found = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    assert found
+    return found
 
 
 def content(run: Path, name: str) -> Any:
     return json.loads((run / name).read_text())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_with_the_same_command(method: str, tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
-    run = tmp_path / "run"
-    assert main(words(tiny_data, run, "--method", method, *METHODS[method])) == 0
-    shown = capfd.readouterr().err
-    assert shown.count("trainable params: ") == 1
-    assert "|| trainable%: " in shown
-    history = losses(run)
-    assert [step for step, _ in history] == [1, 2, 3, 4, 5, 6]
-    assert history[-1][1] < history[0][1]
-    weights = WEIGHTS.get(method, "adapter_model.safetensors")
-    for folder in (run, run / "checkpoint-4"):
-        assert (folder / weights).is_file()
-        assert (folder / "processor_config.json").is_file() or (folder / "preprocessor_config.json").is_file()
-        assert any("multi_modal_projector" in name for name in load_file(folder / weights))
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory, tiny_records: list[dict[str, Any]]) -> Path:
+    """A finished run of MiLoRA and nothing else, to look at: its data lies beside it."""
+    folder = tmp_path_factory.mktemp("plain")
+    assert main(words(write_tiny_data(folder / "data", tiny_records), folder / "run", "--rank", "4")) == 0
+    return folder / "run"
 
 
 def test_the_run_folder_is_complete(tiny_data: Path, tmp_path: Path) -> None:
@@ -96,29 +91,28 @@ def test_factors_are_computed_once_for_several_runs(tiny_data: Path, tmp_path: P
         main(words(tiny_data, tmp_path / "c", "--rank", "4", "--factor_cache", str(tiny_data / "train.json")))
 
 
-def test_a_recipe_given_back_repeats_the_run(tiny_data: Path, tmp_path: Path) -> None:
-    first, again = tmp_path / "a", tmp_path / "b"
-    assert main(words(tiny_data, first, "--rank", "4")) == 0
-    assert main(["--recipe", str(first / "recipe.yaml"), "--output_dir", str(again)]) == 0
-    assert losses(first) == losses(again)
-    assert (first / "recipe.yaml").read_text() == (again / "recipe.yaml").read_text()
+def test_a_recipe_given_back_repeats_the_run(plain_run: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    assert main(["--recipe", str(plain_run / "recipe.yaml"), "--output_dir", str(again)]) == 0
+    assert losses(plain_run) == losses(again)
+    assert (plain_run / "recipe.yaml").read_text() == (again / "recipe.yaml").read_text()
 
 
-def test_a_checkpoint_beyond_the_end_is_refused(tiny_data: Path, tmp_path: Path) -> None:
-    assert main(words(tiny_data, tmp_path / "a", "--rank", "4")) == 0
-    more = ["--rank", "4", "--max_steps", "2", "--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-6")]
+def test_a_checkpoint_beyond_the_end_is_refused(plain_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    more = ["--rank", "4", "--max_steps", "2", "--resume_from_checkpoint", str(plain_run / "checkpoint-6")]
     with pytest.raises(UserError, match=r"checkpoint-6 is beyond the end of this run, step 2\n.*--max_steps"):
         main(words(tiny_data, tmp_path / "b", *more))
     assert not (tmp_path / "b").exists()
 
 
-def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(
+    plain_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     """All of it would train, the anchor too."""
-    run = tmp_path / "run"
-    assert main(words(tiny_data, run, "--rank", "4", "--save_steps", "3")) == 0
-    (run / "checkpoint-3" / "milora.json").unlink()
-    more = ["--rank", "4", "--resume_from_checkpoint", str(run / "checkpoint-3")]
-    with pytest.raises(UserError, match=r"checkpoint-3 has no milora.json, which tells what"):
+    checkpoint = shutil.copytree(plain_run / "checkpoint-4", tmp_path / "checkpoint-4")
+    (checkpoint / "milora.json").unlink()
+    more = ["--rank", "4", "--resume_from_checkpoint", str(checkpoint)]
+    with pytest.raises(UserError, match=r"checkpoint-4 has no milora.json, which tells what"):
         main(words(tiny_data, tmp_path / "again", *more))
 
 
@@ -134,18 +128,29 @@ def test_a_rank_from_a_spectrum_is_found_once_for_each_weight(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resumed_losses_are_those_of_an_uninterrupted_run(method: str, tiny_data: Path, tmp_path: Path) -> None:
+def test_every_method_trains_with_the_same_command_and_resumes_with_the_same_losses(
+    method: str, tiny_data: Path, tmp_path: Path, capfd: Any
+) -> None:
     """With an evaluation at the end of an epoch, where random states are lost, and losses averaged over steps."""
     whole, part = tmp_path / "whole", tmp_path / "part"
+    weights = WEIGHTS.get(method, "adapter_model.safetensors")
     extra = ["--method", method, *METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]
     extra += ["--logging_steps", "2", "--save_steps", "3"]
     assert main(words(tiny_data, whole, *extra)) == 0
+    shown = capfd.readouterr().err
+    assert shown.count("trainable params: ") == 1
+    assert "|| trainable%: " in shown
+    history = losses(whole)
+    assert [step for step, _ in history] == [2, 3, 4, 6]  # a checkpoint is logged before it is saved
+    assert history[-1][1] < history[0][1]
+    for folder in (whole, whole / "checkpoint-3"):
+        assert (folder / "processor_config.json").is_file() or (folder / "preprocessor_config.json").is_file()
+        assert any("multi_modal_projector" in name for name in load_file(folder / weights))
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoint-6")
-    (part / WEIGHTS.get(method, "adapter_model.safetensors")).unlink()
+    (part / weights).unlink()
     assert main(words(tiny_data, part, *extra, "--resume_from_checkpoint", "true")) == 0
-    assert losses(part) == losses(whole)
-    weights = WEIGHTS.get(method, "adapter_model.safetensors")
+    assert losses(part) == history
     before, after = load_file(whole / weights), load_file(part / weights)
     assert before.keys() == after.keys()
     assert all(tensor.equal(after[name]) for name, tensor in before.items())
@@ -176,12 +181,11 @@ def test_accumulation_equals_a_larger_batch(tiny_data: Path, tmp_path: Path) -> 
         assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_checkpointing_and_bf16_train_too(tiny_data: Path, tmp_path: Path) -> None:
-    plain, frugal, half = tmp_path / "a", tmp_path / "b", tmp_path / "c"
-    assert main(words(tiny_data, plain, "--rank", "4")) == 0
+def test_checkpointing_and_bf16_train_too(plain_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    frugal, half = tmp_path / "b", tmp_path / "c"
     assert main(words(tiny_data, frugal, "--rank", "4", "--gradient_checkpointing", "True")) == 0
     assert main(words(tiny_data, half, "--rank", "4", "--bf16")) == 0
-    for (_, a), (_, b), (_, c) in zip(losses(plain), losses(frugal), losses(half), strict=True):
+    for (_, a), (_, b), (_, c) in zip(losses(plain_run), losses(frugal), losses(half), strict=True):
         assert b == pytest.approx(a, rel=1e-5)
         assert c == pytest.approx(a, rel=2e-2)
 
@@ -223,13 +227,6 @@ def test_mistakes_are_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_skipping_missing_pictures_is_counted(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
-    (tiny_data / "images" / "3.png").unlink()
-    assert main(words(tiny_data, tmp_path / "run", "--rank", "4", "--bad_images", "skip", "--max_steps", "1")) == 0
-    assert "1 records with missing pictures are left out" in capfd.readouterr().err
-    assert content(tmp_path / "run", "environment.json")["data"]["skipped"] == 1
-
-
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_broken_picture_ends_the_run_with_its_name(workers: str, tiny_data: Path, tmp_path: Path) -> None:
     for number in range(8):
@@ -258,7 +255,9 @@ def test_a_mistake_is_no_traceback(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
-def test_batches_of_similar_length_come_in_the_same_order_in_a_resumed_run(tiny_data: Path, tmp_path: Path) -> None:
+def test_batches_of_similar_length_come_in_the_same_order_in_a_resumed_run(
+    plain_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     """--group_by_length, stopped in the middle of the second epoch (three steps each)."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     extra = ["--rank", "4", "--group_by_length", "True", "--save_steps", "4"]
@@ -268,8 +267,7 @@ def test_batches_of_similar_length_come_in_the_same_order_in_a_resumed_run(tiny_
     (part / "adapter_model.safetensors").unlink()
     assert main(words(tiny_data, part, *extra, "--resume_from_checkpoint", "true")) == 0
     assert losses(part) == losses(whole)
-    assert main(words(tiny_data, tmp_path / "other", "--rank", "4")) == 0
-    assert losses(tmp_path / "other") != losses(whole)
+    assert losses(plain_run) != losses(whole)
 
 
 def test_a_misspelt_model_is_told_before_the_data_is_read(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:

@@ -43,6 +43,15 @@ def test_it_resumes_in_the_middle_of_an_epoch(
         main([*half, "--dataloader_num_workers", "1", "--max_steps", "9", "--resume_from_checkpoint", "true"])
 
 
+def test_a_plan_counts_the_steps_of_a_stream_and_no_epochs(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
+    extra = ["--rank", "4", "--streaming", "--max_steps", "7", "--dry-run"]
+    assert main(words(tiny_data, tmp_path / "run", *extra)) == 0
+    shown = capsys.readouterr().out
+    assert "a stream, of which the first" in shown
+    assert "steps  7 (" in shown
+    assert "epochs" not in shown
+
+
 @pytest.mark.parametrize("policy", ["skip", pytest.param("replace", marks=pytest.mark.slow)])
 def test_dirt_in_a_stream_costs_no_run_and_is_counted(policy: str, tmp_path: Path, capfd: Any) -> None:
     path = dirty_data.make(tmp_path / "dirty")

@@ -53,6 +53,7 @@ def test_the_log_tells_what_was_learnt_from_and_how_it_moves(make: Callable[...,
     trainer = make([row(0, 5), row(1, 3)], per_device_train_batch_size=2)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
     for entry in entries:
         assert entry["supervised_tokens"] == 8
         assert entry["tokens_per_second"] > 0

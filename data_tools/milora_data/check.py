@@ -14,7 +14,7 @@ from typing import Literal
 from .command import count, next_step, parser
 from .errors import DataError, UserError
 from .findings import Finding, examine
-from .flags import shared
+from .flags import RECORDS, shared
 from .images import ImagePolicy
 from .jsonfile import read_objects
 from .mix import mixed_records, read_sources
@@ -36,11 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 if there are errors."""
     options = parser("python -m milora_data check", "Find what is broken in a data set of LLaVA's format.", EPILOG)
     given = options.add_argument_group("input")
-    given.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
+    given.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
     shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
     settings = options.add_argument_group("settings")
     settings.add_argument(
-        "--pictures", choices=("decode", "exist"), default="decode", help="read each one, or only look for its file"
+        "--pictures",
+        choices=("decode", "exist"),
+        default="decode",
+        help="read each one, or only look for its file (default: %(default)s)",
     )
     out = options.add_argument_group("output")
     out.add_argument("--fix", type=Path, metavar="OUT", help="write what is usable, repaired, to this new file")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from milora_data.assets import fetch
+from milora_data.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -232,8 +233,12 @@ def on_background(picture: Image.Image, colour: tuple[int, int, int] = (255, 255
 
 
 def _png(code: str, size: int) -> bytes:
-    import resvg_py
-
+    try:
+        import resvg_py
+    except ImportError:
+        raise UserError(
+            'the emoji are drawn by resvg-py, which is not installed\ntry: pip install "milora-vl[demo]"'
+        ) from None
     return bytes(resvg_py.svg_to_bytes(svg_path=str(fetch("openmoji") / f"{code}.svg"), width=size, height=size))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from .command import positive
 
+RECORDS = "JSON, JSONL, .parquet, .tar, hub:OWNER/NAME, or a mixture (.yaml)"
 SHARED: dict[str, dict[str, Any]] = {
     "model": {"metavar": "MODEL", "help": "a named model, a hub id or a folder"},
     "adapter": {"type": Path, "metavar": "FOLDER", "help": "of a fine-tuning, such as a run's output_dir"},

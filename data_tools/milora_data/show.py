@@ -14,7 +14,7 @@ from .check import image_folder
 from .command import amount, count, next_step, parser
 from .encode import encode
 from .errors import UserError
-from .flags import shared
+from .flags import RECORDS, shared
 from .images import ImageError, load_image, place_of
 from .preview import Piece, as_rich, text_pieces, token_pieces
 from .records import Record, load_records
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser("python -m milora_data show", "Print records as they are learnt, with the mask.", EPILOG)
     given = options.add_argument_group("input")
-    given.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
+    given.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
     shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
     given.add_argument("--id", help="only the record with this id")
     given.add_argument("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)")
@@ -61,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _print(record, pieces, counts, folder, separate=number > 0)
     if chosen.html is not None:
-        _write_page(chosen, page)
+        _write_page(chosen, page, folder)
     pictures = ["--image_folder", folder] if chosen.image_folder else []
     next_step("milora_data", "check", chosen.data, *pictures)
     return 0
 
 
-def _write_page(chosen: argparse.Namespace, records: Sequence[Shown]) -> None:
-    written = write_page(chosen.html, str(chosen.data), records)
+def _write_page(chosen: argparse.Namespace, records: Sequence[Shown], folder: Path) -> None:
+    written = write_page(chosen.html, str(chosen.data), records, folder)
     as_json = json.dumps({"page": str(chosen.html), "records": written})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{chosen.html}: {amount(written, 'record')}\n")
     if written < len(records):

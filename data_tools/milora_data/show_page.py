@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .images import ImageError, load_image, place_of
+from .page.credits import credit_lines
 from .page.pictures import fitting, small
 from .page.render import MAX_BYTES, render, write
 from .preview import Piece
@@ -46,21 +47,25 @@ def shown(record: Record, pieces: Sequence[Piece], counts: dict[str, int], folde
     return Shown(record.id, record.source, pieces, counts, [_picture(name, folder) for name in record.images])
 
 
-def write_page(path: Path, data: str, records: Sequence[Shown]) -> int:
-    """Write the page and return how many records it holds: as many as 5 MB do.
+def write_page(path: Path, data: str, records: Sequence[Shown], folder: Path) -> int:
+    """Write the page and return how many records it holds: as many as 5 MB do. Pictures are below `folder`.
 
     A file that exists is never replaced (`UserError`).
     """
     if path.exists():
         raise UserError(f"{path} exists already\nnothing was written; name a new file with --html")
-    count = len(records)
-    while len(page := _page(data, records[:count], len(records)).encode("utf-8", "replace")) > MAX_BYTES and count > 1:
-        count = max(1, count * MAX_BYTES * 9 // (len(page) * 10))
-    write(path, page.decode())
+    count, licences = len(records), credit_lines([Path(data).parent, folder, folder.parent])
+
+    def page() -> bytes:
+        return _page(data, records[:count], len(records), licences).encode("utf-8", "replace")
+
+    while len(made := page()) > MAX_BYTES and count > 1:
+        count = max(1, count * MAX_BYTES * 9 // (len(made) * 10))
+    write(path, made.decode())
     return count
 
 
-def _page(data: str, records: Sequence[Shown], asked: int) -> str:
+def _page(data: str, records: Sequence[Shown], asked: int, licences: Sequence[str]) -> str:
     text = sum(len(piece.text) for record in records for piece in record.pieces)
     uris = iter(fitting([p.jpeg for record in records for p in record.pictures], MAX_BYTES * 9 // 10 - text))
     content = [
@@ -76,7 +81,8 @@ def _page(data: str, records: Sequence[Shown], asked: int) -> str:
     ]
     count = f"{len(records):,} records" if len(records) == asked else f"The first {len(records):,} of {asked:,} records"
     lede = f"{count} as they are learnt"
-    return render(Path(__file__).with_name("show.html.j2"), {"title": data, "lede": lede, "records": content})
+    page = {"title": data, "lede": lede, "records": content, "credits": licences}
+    return render(Path(__file__).with_name("show.html.j2"), page)
 
 
 def _picture(name: str, folder: Path) -> Picture:

@@ -14,7 +14,7 @@ from .command import count, next_step, parser
 from .duplicates import duplicate_statistics, leakage
 from .encode import encode
 from .errors import DataError, UserError
-from .flags import shared
+from .flags import RECORDS, shared
 from .records import Record, load_records
 from .templates import IMAGE
 from .tokens import load_tokenizer
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser("python -m milora_data stats", "Count records, pictures, turns and lengths.", EPILOG)
     given = options.add_argument_group("input")
-    given.add_argument("data", type=Path, metavar="DATA", help="JSON (a list) or JSONL")
+    given.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
     shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
     given.add_argument("--against", type=Path, metavar="TEST", help="count what of this test set is in DATA")
     given.add_argument("--against_image_folder", type=Path, help="folder of its pictures (default: beside TEST)")

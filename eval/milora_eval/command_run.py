@@ -70,7 +70,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     shared(settings, "batch_size", default=32, about="questions at a time (default: %(default)s)")
     settings.add_argument("--audit", type=count, default=0, help="ask N items again, one by one, and compare")
     settings.add_argument(
-        "--forgetting_tokens", type=count, default=8192, help="of general text; 0: no forgetting number"
+        "--forgetting_tokens",
+        type=count,
+        default=8192,
+        help="of general text; 0: no forgetting number (default: %(default)s)",
     )
     settings.add_argument("--shard", default="1/1", metavar="i/n", help="the i-th of n parts; all write to one folder")
     shared(settings, "device")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from milora_data.page.credits import credit_lines
 from milora_data.page.pictures import fitting, thumbnail
 from milora_data.page.render import MAX_BYTES, render
 from milora_eval.lines import to_answer, to_item
@@ -64,6 +65,7 @@ def _page(runs: Runs, limit: int) -> Page:
             "title": " and ".join(names),
             "lede": _lede(names, rows),
             "about": f"{count} questions",
+            "credits": credit_lines(folder for name in pictures for folder in list(Path(name).parents)[:2]),
             # Plain ASCII and no "<": whatever an answer holds, it cannot end the script it stands in.
             "content": content.replace("<", "\\u003c"),
         },

@@ -127,7 +127,9 @@ def options(prog: str, description: str, example: str, argv: Sequence[str] | Non
     """Parse the launcher's own flags, the script, and what is the script's."""
     parse = parser(prog, description, f"examples:\n  {prog} {example}\n")
     settings = parse.add_argument_group("settings")
-    settings.add_argument("--part", choices=PARTS, default="minor", help="which components train")
+    settings.add_argument(
+        "--part", choices=PARTS, default="minor", help="which components train (default: %(default)s)"
+    )
     settings.add_argument(
         "--form", choices=FORMS, default="anchored", help="residual: W - s B0 A0 takes the base's place"
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from milora_data.page.credits import credit_lines
 from milora_data.page.pictures import fitting, thumbnail
 from milora_vl.reporting import gallery as gallery_of
 from milora_vl.reporting.gallery import Question
@@ -142,24 +142,14 @@ def versions(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
 
 
-def credit_lines(run: Run) -> list[str]:
-    """Who made the pictures and under which licence: from environment.json and from the README of the data folder."""
-    found = [str(line) for line in run.environment.get("credits", ())]
-    for readme in _readmes(run):
-        lines = readme.read_text(encoding="utf-8", errors="replace").splitlines()
-        found += [line.strip(" *-") for line in lines if re.search(r"\blicen[cs]e\b", line, re.IGNORECASE)]
-    return list(dict.fromkeys(found))
-
-
-def _readmes(run: Run) -> Iterator[Path]:
-    """README.md beside the records, and beside or above the pictures that were asked about."""
+def credits_of(run: Run) -> list[str]:
+    """Who made the pictures: the README.md beside the records, and beside or above pictures that were asked about."""
     path = (run.recipe.get("data") or {}).get("path") or []
     folders = [Path(entry["path"]).parent for entry in path] if isinstance(path, list) else [Path(path).parent]
     files = {line.get("image_file") for side in sides(run) for line in side.predictions[:50]}
     for file in sorted(str(file) for file in files if file):
         folders += [Path(file).parent, Path(file).parent.parent]
-    seen = dict.fromkeys((folder / "README.md").resolve() for folder in folders)
-    yield from (readme for readme in seen if readme.is_file() and readme.parent != run.folder.resolve())
+    return credit_lines(folder for folder in folders if folder.resolve() != run.folder.resolve())
 
 
 def sides(run: Run) -> Iterator[Evaluation]:

@@ -103,7 +103,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     settings.add_argument("--ranks", type=_numbers(int), metavar="r,s", help="(default: the recipe's own)")
     settings.add_argument("--seeds", type=positive, default=3, help="how many, from the recipe's on (default: 3)")
     shared(settings, "limit", about="items of each benchmark")
-    settings.add_argument("--jobs", type=positive, help="cells at a time (default: a GPU or a core each)")
+    settings.add_argument(
+        "--jobs", type=positive, help="cells at a time (default: a GPU each, or a core each, up to 4)"
+    )
     settings.add_argument("--plan", action="store_true", help="show the plan and its cost, and stop")
     settings.add_argument("--retry", action="store_true", help="try the cells that failed again")
     out = options.add_argument_group("output")

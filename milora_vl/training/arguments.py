@@ -13,6 +13,7 @@ from typing import Any
 
 from milora_data import command
 from milora_data.errors import UserError
+from milora_data.flags import RECORDS
 from milora_vl.training import hf_arguments, llava_flags
 from milora_vl.training.policy_edits import METHODS, PolicyEdits
 
@@ -27,7 +28,7 @@ LLaVA's scripts run with only their program name changed; every TrainingArgument
 # flag -> (dotted path in the recipe, type, other spellings, help)
 RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "model": ("model", "str", ("model_name_or_path",), "a named model, a folder or a hub id; see --list-models"),
-    "data_path": ("data.path", "str", (), "LLaVA JSON or JSONL file"),
+    "data_path": ("data.path", "str", (), RECORDS),
     "image_folder": ("data.image_folder", "str", (), "folder that the records' pictures are relative to"),
     "eval_data_path": ("data.eval_path", "str", (), "held-out records for the evaluation loss"),
     "limit": ("data.limit", "int", (), "use the first N records only"),

@@ -30,9 +30,15 @@ def close(folder: RunFolder, recipe: Recipe, screen: Screen, style: str = "human
     rows.append(("next", next_command(folder.path, recipe)))
     screen.closing(rows)
     if style == "json":
-        file = folder.path / "all_results.json"
-        results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        sys.stdout.write(json.dumps({"output_dir": str(folder.path), **dict(rows), "results": results}) + "\n")
+        content = {"output_dir": str(folder.path), **dict(rows), "results": measured(folder.path)}
+        sys.stdout.write(json.dumps(content) + "\n")
+
+
+def measured(path: Path) -> dict[str, float]:
+    """What a run logged last of each thing: losses, speed, time; empty where it has logged nothing."""
+    file = path / "trainer_state.json"
+    entries = json.loads(file.read_text(encoding="utf-8"))["log_history"] if file.is_file() else []
+    return {name: value for entry in entries for name, value in entry.items()}
 
 
 def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> Path | None:

@@ -25,7 +25,17 @@ from milora_vl.config import Recipe
 from milora_vl.image_tokens import image_tokens
 from milora_vl.policy import Target
 from milora_vl.towers import TOWERS, find_towers
-from milora_vl.training import bases, build, first_batch, packages, run_data, run_folder, settings, training_args
+from milora_vl.training import (
+    bases,
+    build,
+    evaluation,
+    first_batch,
+    packages,
+    run_data,
+    run_folder,
+    settings,
+    training_args,
+)
 from milora_vl.training.arguments import PROG, Request
 from milora_vl.training.batching import Batching
 from milora_vl.training.dry_run_cost import MIX665K
@@ -56,11 +66,7 @@ def show(request: Request) -> int:
     screen.say(f"run    {path} (not created)\n")
     policy(screen, base, targets)
     counts, num_records = None, None
-    problems: list[UserError] = []  # the rest of the plan is worth seeing; they are raised at the end
-    try:
-        bases.check(recipe)
-    except UserError as error:
-        problems.append(error)
+    problems = _missing(recipe)  # the rest of the plan is worth seeing; they are raised at the end
     try:
         counts, num_records = data(screen, recipe, config, base)
     except UserError as error:
@@ -99,6 +105,17 @@ def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batc
         max_steps=train.get("max_steps", -1),
         drop_last=train.get("dataloader_drop_last", False),
     )
+
+
+def _missing(recipe: Recipe) -> list[UserError]:
+    """What loading the model, or the evaluation after the training, would stumble over."""
+    found = []
+    for check in (lambda: bases.check(recipe), lambda: evaluation.check(recipe.eval)):
+        try:
+            check()
+        except UserError as error:
+            found.append(error)
+    return found
 
 
 def _words_for_data(base: nn.Module) -> str:

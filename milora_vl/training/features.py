@@ -52,7 +52,8 @@ def check(base: nn.Module, targets: Sequence[Target]) -> None:
         )
     if any(parameter.numel() == 0 for parameter in base.parameters()):
         raise UserError(
-            "data.feature_cache: ZeRO-3 has cut the tower up already\nfill the cache in a run with zero2 first"
+            "data.feature_cache: ZeRO-3 has cut the tower up, and the cache needs it whole\n"
+            "say --deepspeed zero2, or leave the cache out"
         )
 
 

@@ -14,7 +14,7 @@ from milora_data.errors import UserError
 # name -> (type, help). Flags that are only other names for ours (--lora_r, --version, ...) are in arguments.py.
 FLAGS: dict[str, tuple[str, str]] = {
     "lora_enable": ("bool", "MiLoRA on the language tower (plain LoRA with --method lora), the projector in full"),
-    "lora_weight_path": ("str", "continue from LoRA weights"),
+    "lora_weight_path": ("str", "refused: merge that adapter into the base first"),
     "lora_bias": ("str", "only none: biases stay frozen"),
     "tune_mm_mlp_adapter": ("bool", "train the projector alone (stage 1, pretrain.sh)"),
     "freeze_mm_mlp_adapter": ("bool", "keep the projector frozen"),

@@ -28,9 +28,18 @@ class Meter:
         labels = inputs["labels"]
         mask = inputs.get("attention_mask")
         tokens = labels.numel() if mask is None or mask.dim() != 2 else int(mask.sum())
-        pixels = inputs.get("pixel_values")
-        seen = (tokens, labels.numel(), int((labels != IGNORE).sum()), 0 if pixels is None else len(pixels))
+        seen = (tokens, labels.numel(), int((labels != IGNORE).sum()), self._num_images(inputs))
         self.counts += torch.tensor(seen, dtype=torch.float64)
+
+    def _num_images(self, inputs: Mapping[str, Any]) -> int:
+        """Pictures that are seen: a batch of texts alone holds one behind its attention mask, which does not count."""
+        pixels, mask = inputs.get("pixel_values"), inputs.get("attention_mask")
+        if pixels is None:
+            return 0
+        if isinstance(self.collator, ImageTextCollator) and mask is not None and mask.dim() == 2:
+            is_hidden = not ((inputs["input_ids"] == self.collator.image_token_id) & mask.bool()).any()
+            return 0 if is_hidden else len(pixels)
+        return len(pixels)
 
     def take(self, totals: Sequence[float]) -> dict[str, float]:
         """The log entries for `totals` (FIELDS, summed over processes), and start anew."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from milora_vl.adapter_folders import holds_text_model
 from milora_vl.config import Recipe
 from milora_vl.training.run_folder import read_environment
 
@@ -26,7 +27,7 @@ def render(path: Path, recipe: Recipe) -> str:
     front = {
         "base_model": base,
         "library_name": "peft" if (path / "adapter_config.json").is_file() else "transformers",
-        "pipeline_tag": "image-text-to-text",
+        "pipeline_tag": "text-generation" if holds_text_model(path) else "image-text-to-text",
         "tags": sorted({"milora"} | {str(rule["method"]) for rule in recipe.policy or () if "method" in rule}),
         "datasets": [Path(path).name for path in _data_files(recipe)],
     }

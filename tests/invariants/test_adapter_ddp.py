@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+from launched import results_of_two
 
 WORKER = """
 import json, sys
@@ -49,25 +45,10 @@ dist.barrier()
 """
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_ranks_share_anchors_and_trained_halves(tmp_path: Path, processes: int) -> None:
-    (tmp_path / "worker.py").write_text(WORKER)
-    port = 20000 + os.getpid() % 20000
-    workers = [
-        subprocess.Popen(
-            [sys.executable, tmp_path / "worker.py"], stdout=subprocess.PIPE, text=True,
-            env={
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            },
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
-    printed = [worker.communicate(timeout=180)[0] for worker in workers]
-    # gloo sometimes aborts at interpreter exit, after everything is done
-    results = [json.loads(text.split("RESULT")[1].splitlines()[0]) for text in printed]
-    assert results[0] == results[1]
-    directions, _, anchors, ignored, unchanged = results[0]
+def test_ranks_share_anchors_and_trained_halves(tmp_path: Path) -> None:
+    first, second = results_of_two(WORKER, tmp_path)
+    assert first == second
+    directions, _, anchors, ignored, unchanged = first
     assert directions[-1] < 1e-5
     assert len(anchors) == ignored == 4
     assert unchanged

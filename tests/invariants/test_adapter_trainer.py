@@ -52,7 +52,9 @@ def trainer(model: Any, folder: Path, *callbacks: TrainerCallback, **options: An
 
 
 def losses(run: Trainer) -> dict[int, float]:
-    return {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
+    found = {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
+    assert found
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launched import ENVIRONMENT, needs_deepspeed, train_in_two
+from launched import ENVIRONMENT, KINDS, needs_deepspeed, train_in_two
 from safetensors.torch import load_file
 from test_train import METHODS, WEIGHTS, losses, words
 from test_train_data import many
 
 from milora_vl.tiny import tiny_llava
 from milora_vl.train import main
-
-SETTINGS = {"ddp": [], "zero2": ["--deepspeed", "zero2"], "zero3": ["--deepspeed", "zero3"]}
 
 
 def same(first: Path, second: Path, weights: str = "adapter_model.safetensors") -> None:
@@ -40,7 +38,7 @@ def run_all(kinds: list[str], method: str, model: Path, data: Path, tmp_path: Pa
     batch = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     lines: list[list[str]] = []
     for kind in kinds:
-        line = words(data, tmp_path / kind, *extra, *SETTINGS[kind], *batch)
+        line = words(data, tmp_path / kind, *extra, *KINDS[kind], *batch)
         lines += [line, ["cut", str(tmp_path / kind)], [*line, "--resume_from_checkpoint", "true"]]
     assert main(words(data, tmp_path / "one", *extra, "--per_device_train_batch_size", "8")) == 0
     printed = train_in_two(lines, tmp_path)
@@ -72,7 +70,7 @@ def test_zero3_is_the_training_of_one_process_from_parts(tmp_path: Path, tiny_da
 @pytest.mark.parametrize("method", METHODS)
 def test_all_are_the_same(method: str, tmp_path: Path, tiny_data: Path, tiny_folder: Path) -> None:
     many(tiny_data, 20)
-    run_all(list(SETTINGS), method, tiny_folder, tiny_data, tmp_path)
+    run_all(list(KINDS), method, tiny_folder, tiny_data, tmp_path)
 
 
 CONFIG = resources.files("llava_recipes") / "accelerate" / "zero2.yaml"

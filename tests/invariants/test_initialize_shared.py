@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from launched import needs_deepspeed, results_of_two
 
 WORKER = """
 import hashlib, json, os, sys
@@ -60,38 +56,12 @@ dist.barrier()
 """
 
 
-def run(tmp_path: Path, *arguments: str) -> list[dict]:
-    (tmp_path / "worker.py").write_text(WORKER)
-    port = 20000 + os.getpid() % 20000
-    workers = [
-        subprocess.Popen(
-            [sys.executable, tmp_path / "worker.py", *arguments],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-        for rank in range(2)
-    ]
-    printed = [worker.communicate(timeout=300)[0] for worker in workers]
-    # gloo sometimes aborts at interpreter exit, after everything is done
-    return [json.loads(text.split("RESULT")[1].splitlines()[0]) for text in printed]
-
-
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 weights = pytest.mark.parametrize("weights", ["whole", pytest.param("zero3", marks=needs_deepspeed)])
 
 
 @weights
 def test_each_layer_is_decomposed_once_and_all_processes_hold_the_same_bits(tmp_path: Path, weights: str) -> None:
-    first, second = run(tmp_path, weights, "sound")
+    first, second = results_of_two(WORKER, tmp_path, weights, "sound")
     assert first["bits"] == second["bits"]
     assert len(set(first["bits"])) == 3
     assert first["paths"] == second["paths"] == ["0", "2", "4"]
@@ -103,6 +73,6 @@ def test_each_layer_is_decomposed_once_and_all_processes_hold_the_same_bits(tmp_
 
 @weights
 def test_a_broken_weight_is_an_error_in_every_process(tmp_path: Path, weights: str) -> None:
-    first, second = run(tmp_path, weights, "broken")
+    first, second = results_of_two(WORKER, tmp_path, weights, "broken")
     assert first == second
     assert first["error"].startswith("2: the weight holds 1 values that are NaN or infinite")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from launched import launched, needs_deepspeed, train_in_two
+from launched import KINDS, launched, needs_deepspeed, train_in_two
 from safetensors.torch import load_file
 from test_train import losses, words
 
@@ -18,12 +18,13 @@ from milora_vl.train import main
 pytestmark = [pytest.mark.slow, needs_deepspeed]
 EXTRA = ["--rank", "4", "--dropout", "0", "--max_steps", "4"]
 TWO = ["--per_device_train_batch_size", "2"]
-KINDS = {"ddp": [], "zero2": ["--deepspeed", "zero2"], "zero3": ["--deepspeed", "zero3"]}
 
 
 def evaluations(run: Path) -> list[float]:
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    return [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    found = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert found
+    return found
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 from milora_data.errors import UserError
 
 Cell = str | int | float | None
+NEEDED = ".xlsx files need openpyxl\ninstall it: pip install 'milora-vl[eval]'"
 
 
 def write_xlsx(path: Path, names: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Path:
@@ -37,8 +38,10 @@ def write_xlsx(path: Path, names: Sequence[str], rows: Sequence[Sequence[Cell]])
 
 def read_xlsx(path: Path) -> list[dict[str, Cell]]:
     """Return the rows of the first sheet by the names in its header; empty cells are None."""
-    from openpyxl import load_workbook
-
+    try:
+        from openpyxl import load_workbook
+    except ImportError:
+        raise UserError(NEEDED) from None
     with closing(load_workbook(path, read_only=True)) as book:
         rows = list(book.worksheets[0].iter_rows(values_only=True))
     return [dict(zip(map(str, rows[0]), row, strict=False)) for row in rows[1:]] if rows else []
@@ -49,5 +52,5 @@ def _openpyxl() -> tuple[Any, Any]:
         from openpyxl import Workbook
         from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
     except ImportError:
-        raise UserError("writing .xlsx files needs openpyxl\ninstall it: pip install 'milora-vl[eval]'") from None
+        raise UserError(NEEDED) from None
     return Workbook, ILLEGAL_CHARACTERS_RE
