@@ -14,6 +14,8 @@ import yaml
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
 from milora_vl.sweep import page
+from milora_vl.sweep.__main__ import _remember as remember
+from milora_vl.sweep.__main__ import _same_sweep as same_sweep
 from milora_vl.sweep.__main__ import main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.results import Point, arms, front, mean_of, pairs
@@ -224,3 +226,59 @@ def test_docs_show_what_the_sweep_wrote() -> None:
         assert f"| {point['method']} | {rate} | {loss} | {score} ± {half} | {lost} ± {lost_half} |" in text
         assert f"{score} ± {half}" in readme
         assert f"{lost} ± {lost_half}" in readme
+
+
+def test_the_front_leaves_out_trainings_that_ended_in_no_numbers() -> None:
+    def point(score: float, forgetting: float) -> Point:
+        return Point("m", None, 1.0, mean_of([0.0]), mean_of([score]), mean_of([forgetting]), (0,))
+
+    good = point(0.5, 0.2)
+    assert front([point(0.9, float("nan")), point(0.1, 0.3), good, point(float("nan"), 0.1)]) == [good]
+
+
+@pytest.mark.parametrize(("n", "t"), [(12, 2.20099), (21, 2.08596), (101, 1.98397)])
+def test_students_t_beyond_its_table(n: int, t: float) -> None:
+    values = [float(place % 2) for place in range(n)]
+    spread = (sum((value - sum(values) / n) ** 2 for value in values) / (n - 1) / n) ** 0.5
+    assert mean_of(values).half == pytest.approx(t * spread, rel=1e-3)
+
+
+def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) -> None:
+    """Its first cell has failed, so that another method has a result before it."""
+    cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-4, 1e-3], None, 1)
+    for cell in cells[1:]:
+        finish(sweep, cell, loss=0.5, right=[True, cell.method == "lora"], forgetting=0.1)
+    written, table = page.write(page.of_sweep(sweep, cells, 1, "again"))
+    assert [row[0] for row in table.rows] == ["milora", "lora"]
+    assert "lora − milora" in written.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("whole", {"method": "full", "protect": {"top": 4}}, "protect: no use here"),
+        ("whole", {"method": "full", "weight_deca": 0.1}, "weight_deca: no use here"),
+        ("a/b", {"method": "lora"}, "cannot hold a /"),
+    ],
+)
+def test_variants_that_would_be_ignored_or_cannot_be_kept(name: str, fields: dict[str, Any], words: str) -> None:
+    recipe = Recipe.parse({**RECIPE, "sweep": {"suite": "emoji", "variants": {name: fields}}})
+    with pytest.raises(UserError, match=words):
+        recipe_of(recipe, Cell(name, 1e-3, None, 7))
+
+
+def test_a_folder_keeps_to_what_a_variant_meant(tmp_path: Path) -> None:
+    """Cells are known by the name of their variant: under another meaning of it they would be shown as its results."""
+
+    def sweep_with(alpha: int, **more: dict[str, Any]) -> Sweep:
+        variants = {"strong": {"method": "lora", "alpha": alpha}, **more}
+        recipe = Recipe.parse({**RECIPE, "sweep": {"suite": "emoji", "variants": variants}})
+        return Sweep(tmp_path, recipe, Evaluation("emoji", None, None))
+
+    remember(sweep_with(16))
+    joined = sweep_with(16, another={"method": "dora"})
+    same_sweep(joined)
+    remember(joined)
+    same_sweep(sweep_with(16))
+    with pytest.raises(UserError, match="in which strong was"):
+        same_sweep(sweep_with(64))

@@ -118,6 +118,6 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
     for arm in study.arms:
         try:
             Policy.parse(study.rules(arm, study.rates(arm)[0]))
-        except PolicyError as error:
+        except (PolicyError, UserError) as error:
             raise UserError(f"{source}: arm {arm}: {error}") from None
     return study

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from milora_data.command import next_step, parser, positive, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
+from milora_vl.sweep.store import read_json, write_json
 
 if TYPE_CHECKING:
     from milora_vl.sweep.cells import Cell
@@ -163,17 +164,28 @@ def _jobs(cells: int) -> int:
 
 def _same_sweep(sweep: Sweep) -> None:
     """UserError where the folder holds cells of another recipe; more methods, rates or seeds may join."""
-    file = sweep.folder / "sweep.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["key"] != _key(sweep):
+    known = read_json(sweep.folder / "sweep.json")
+    if known is None:
+        return
+    if known["key"] != _key(sweep):
         raise UserError(
             f"{sweep.folder} holds a sweep over another recipe or suite; nothing is overwritten\n"
             "say:  --output_dir ANOTHER"
         )
+    before = known.get("variants", {})
+    changed = [name for name, fields in sweep.recipe.sweep.variants.items() if before.get(name, fields) != fields]
+    if changed:
+        raise UserError(
+            f"{sweep.folder} is of a sweep in which {changed[0]} was {before[changed[0]]}\n"
+            "say:  --output_dir ANOTHER, or give the new one another name"
+        )
 
 
 def _remember(sweep: Sweep) -> None:
+    known = read_json(sweep.folder / "sweep.json") or {}
     content = {"key": _key(sweep), "model": sweep.recipe.model, "suite": sweep.evaluation.suite}
-    (sweep.folder / "sweep.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+    content["variants"] = known.get("variants", {}) | sweep.recipe.sweep.variants
+    write_json(sweep.folder / "sweep.json", content)
 
 
 def _key(sweep: Sweep) -> str:

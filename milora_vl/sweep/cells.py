@@ -66,6 +66,10 @@ def variants(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Every name for --methods with its fields; a recipe's own win. UserError for one without a known method."""
     found = {**VARIANTS, **recipe.sweep.variants}
     for name, fields in found.items():
+        if "/" in name or name.startswith("."):
+            raise UserError(
+                f"sweep.variants.{name}: its cells are folders of this name, which cannot hold a / or begin with ."
+            )
         if "policy" not in fields and fields.get("method") not in (*ADAPTERS, "full"):
             raise UserError(
                 f"sweep.variants.{name}: method {fields.get('method')!r}, expected {', '.join((*ADAPTERS, 'full'))}"
@@ -91,11 +95,18 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
 def arm_rules(
     policy: Sequence[dict[str, Any]] | None, fields: Mapping[str, Any], *, learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Return the rules of one arm: `fields` replace those of the adapter rules, its `policy` all rules before that."""
+    """Return the rules of one arm: `fields` replace those of the adapter rules, its `policy` all rules before that.
+
+    UserError for fields that no rule takes.
+    """
     given: dict[str, Any] = {name: fields[name] for name in _EDITS if not isinstance(fields.get(name), Mapping | None)}
     rules = edited(fields.get("policy", policy), PolicyEdits(learning_rate=learning_rate, **given))
     others = {name: value for name, value in fields.items() if name not in given and name != "policy"}
-    for rule in rules:
-        if is_adapter(rule):
-            rule.update(others)
+    adapters = [rule for rule in rules if is_adapter(rule)]
+    if others and not adapters:
+        raise UserError(
+            f"{', '.join(others)}: no use here, no rule makes an adapter (give the arm a policy of its own)"
+        )
+    for rule in adapters:
+        rule.update(others)
     return rules

@@ -51,7 +51,7 @@ def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> C
 
 def write(compared: Compared) -> tuple[Path, Table]:
     """Write what the finished cells say; returns the page and the table of methods."""
-    found = arms(compared.results, compared.seeds)
+    found = _in_order(arms(compared.results, compared.seeds), compared.cells)
     tests = pairs(found, compared.answers)
     table = arms_table(found, compared.metric, compared.seeds)
     _files(compared, found, tests, table)
@@ -66,6 +66,12 @@ def write(compared: Compared) -> tuple[Path, Table]:
     page = compared.folder / "sweep.html"
     pages.write(page, pages.render(Path(__file__).with_name("sweep.html.j2"), content))
     return page, table
+
+
+def _in_order(found: Sequence[Arm], cells: Sequence[Cell]) -> list[Arm]:
+    """The arms as they were asked for, whichever has a result first: the others are compared with the first one."""
+    asked = list(dict.fromkeys(cell.arm for cell in cells))
+    return sorted(found, key=lambda arm: asked.index((arm.points[0].method, arm.points[0].rank)))
 
 
 def _figures(compared: Compared, found: Sequence[Arm]) -> list[dict[str, Any]]:

@@ -80,7 +80,7 @@ def mean_of(values: Sequence[float]) -> Mean:
     if n < 2:
         return Mean(centre, None, n)
     spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1))
-    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96 + 2.4 / (n - 1)
+    t = _T95[n - 2] if n - 2 < len(_T95) else 1.95996 + 2.3723 / (n - 1) + 2.8225 / (n - 1) ** 2
     return Mean(centre, t * spread / math.sqrt(n), n)
 
 
@@ -118,9 +118,13 @@ def pairs(found: Sequence[Arm], answers: Answers) -> list[Pair]:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other beats in both score and forgetting, from the least forgetting on."""
+    """Return the points that no other beats in both score and forgetting, from the least forgetting on.
+
+    Those of trainings that ended in no numbers (NaN) are left out: they compare with nothing.
+    """
     kept: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.forgetting.value, -p.score.value)):
+    numbers = [p for p in points if math.isfinite(p.forgetting.value) and math.isfinite(p.score.value)]
+    for point in sorted(numbers, key=lambda p: (p.forgetting.value, -p.score.value)):
         if not kept or point.score.value > kept[-1].score.value:
             kept.append(point)
     return kept
