@@ -11,9 +11,12 @@ import pytest
 
 from milora_data.__main__ import main
 from milora_data.check import check_for_training, scan
+from milora_data.duplicates import picture_hashes
 from milora_data.errors import DataError, UserError
-from milora_data.pictures import MissingImages
-from milora_data.records import load_records
+from milora_data.images import place_of
+from milora_data.mix import within
+from milora_data.pictures import MissingImages, find_missing
+from milora_data.records import Record, load_records
 
 H, G = "human", "gpt"
 
@@ -188,6 +191,40 @@ def test_training_is_told_of_all_missing_pictures_at_once(write: Callable[..., P
     assert "--bad_images skip" in message
     counts = check_for_training(load_records(path), tiny_data / "images", bad_images="skip")
     assert counts == {"records": 8, "with_pictures": 8, "missing_pictures": 7, "unlearnable": 0}
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_picture_outside_the_folder_is_never_read(
+    absolute: bool, write: Callable[..., Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, secret = tiny_data / "images", tiny_data / "secret.png"
+    (images / "0.png").rename(secret)
+    name = str(secret) if absolute else "../secret.png"
+    path = write(turns((H, "<image>\na"), (G, "b")) | {"image": name})
+    words = [str(path), "--image_folder", str(images)]
+    assert main(["check", *words, "--format", "json"]) == 1
+    assert f"{name} (outside the image folder)" in capsys.readouterr().out
+    with pytest.raises(MissingImages, match="1 lead out of that folder and are never read"):
+        check_for_training(path, images)
+    assert main(["show", *words, "--html", str(tiny_data / "page.html")]) == 0
+    assert "data:image" not in (tiny_data / "page.html").read_text()
+    assert picture_hashes([name], images, "exact") == {}
+    assert check_for_training(path, images, "skip")["missing_pictures"] == 1
+    assert absolute == (check_for_training(path, "/", "skip")["missing_pictures"] == 0)
+
+
+@pytest.mark.parametrize("name", ["a/../1.png", "../images/1.png"])
+def test_a_name_with_dots_that_stays_below_the_folder_is_read(name: str, tiny_data: Path) -> None:
+    assert isinstance(place_of(tiny_data / "images", name), Path)
+    assert find_missing(["../images/1.png"], tiny_data / "images") == []
+
+
+def test_a_source_of_a_mixture_cannot_leave_its_own_folder(tiny_data: Path) -> None:
+    record = Record("a", ("1.png", "../secret.png"), ())
+    kept, left = within(record, str(tiny_data / "images")).images
+    (tiny_data / "elsewhere").mkdir()
+    assert Path(kept).is_file()
+    assert find_missing([kept, left], tiny_data / "elsewhere") == ["../secret.png"]
 
 
 def test_training_is_told_where_the_pictures_are(tiny_data: Path) -> None:

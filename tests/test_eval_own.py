@@ -88,6 +88,7 @@ def test_a_file_of_code_is_a_benchmark(name: str, tmp_path: Path, monkeypatch: p
         ([{"question": "?", "answer": "a", "image": 5}], ["question 1", '"image" must be a file name', "got 5"]),
         ({"items": []}, ["expected a list of questions", '"metric"']),
         ([{"question": "?", "answer": "a", "image": "nowhere.png"}], ["1 pictures", "nowhere.png"]),
+        ([{"question": "?", "answer": "a", "image": "../../a.png"}], ["question 1", "../../a.png is outside"]),
     ],
 )
 def test_a_mistake_in_the_file_is_named(content: Any, words: list[str], tmp_path: Path) -> None:

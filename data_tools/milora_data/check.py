@@ -15,7 +15,7 @@ from .command import count, next_step, parser
 from .errors import DataError, UserError
 from .findings import Finding, examine
 from .flags import RECORDS, shared
-from .images import ImagePolicy
+from .images import ImagePolicy, OutsidePicture, place_of
 from .jsonfile import read_objects
 from .mix import mixed_records, read_sources
 from .pictures import MissingImages, elsewhere, find_faults, find_missing, uses
@@ -166,7 +166,9 @@ def _readable_json(path: Path, report: Report) -> Iterator[Record]:
 def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report: Report) -> None:
     report.picture_files = len(used)
     missing = find_missing(used, folder)
-    report.findings += [Finding("missing_picture", where, name) for name in missing for where in used[name]]
+    for name in missing:
+        outside = " (outside the image folder)" if isinstance(place_of(folder, name), OutsidePicture) else ""
+        report.findings += [Finding("missing_picture", where, f"{name}{outside}") for where in used[name]]
     if how == "decode":
         gone = set(missing)
         for name, kind, message in find_faults([name for name in used if name not in gone], folder):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import logging
 import os
 import re
 import shlex
@@ -160,6 +161,8 @@ def hide_warnings_of_others() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"(milora_vl|milora_data|milora_eval|llava_recipes)\b")
+        # PEFT imports bitsandbytes wherever it is installed, which then misses a kernel that nobody has asked for.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 # What is wrong with a place that was named, or with the disk below it; no mistake of ours.

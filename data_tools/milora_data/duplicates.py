@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError
-from .images import ImageError, StoredPicture, load_image, place_of
+from .images import ImageError, content_of, load_image, place_of
 from .records import Record
 
 Hashing = Literal["exact", "near"]
@@ -112,10 +112,9 @@ def _bands(value: int) -> list[tuple[int, int]]:
 
 def _content_hash(path: str | Path) -> int | None:
     try:
-        content = path.content if isinstance(path, StoredPicture) else Path(path).read_bytes()
+        return int.from_bytes(hashlib.blake2b(content_of(path), digest_size=8).digest(), "big")
     except OSError:
         return None
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def _near_hash() -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .anyres import Tiling
 from .errors import DataError
-from .images import StoredPicture
+from .images import content_of
 from .pixels import PixelMaker
 
 PLAIN = "plain"  # the picture that stands for none
@@ -64,15 +64,9 @@ class FeatureReader:
     def entry(self, path: str | Path) -> Path | None:
         """Return the file of the picture in `path`, which is read for its hash; None where it cannot be read."""
         try:
-            if isinstance(path, StoredPicture):
-                content = path.content
-            elif Path(path).is_file():  # a named pipe would be waited for
-                content = Path(path).read_bytes()
-            else:
-                return None
+            return self.file(xxhash.xxh3_128_hexdigest(content_of(path)))
         except (OSError, ValueError):  # a name that is too long for a file system, say
             return None
-        return self.file(xxhash.xxh3_128_hexdigest(content))
 
     def holds(self, entry: Path) -> bool:
         """Whether an entry is there, and whole: a disk that was full or lost its power leaves files cut off."""

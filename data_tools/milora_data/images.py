@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -42,9 +43,36 @@ class StoredPicture(str):
         return type(self), (str(self), self.content)
 
 
+class PlacedPicture(str):
+    """The path of a picture that the image folder of its source has been put before: no other folder confines it."""
+
+
+class OutsidePicture(str):
+    """The name of a picture that leads out of the image folder: it is never read."""
+
+
+def leads_outside(folder: Path, name: str) -> bool:
+    """Return whether a record's `name` of a picture, taken literally, is no path below `folder`.
+
+    >>> [leads_outside(Path("images"), name) for name in ("a/../b.png", "../b.png", "/b.png")]
+    [False, True, True]
+    """
+    if not name.startswith("/") and ".." not in name:
+        return False
+    place = Path(os.path.normpath((folder / name).absolute()))
+    return not place.is_relative_to(os.path.normpath(folder.absolute()))
+
+
 def place_of(folder: Path, name: str) -> str | Path:
-    """Return what `load_image` reads for the picture `name` of a record: a file below `folder`, or the stored one."""
-    return name if isinstance(name, StoredPicture) else folder / name
+    """Return what `load_image` reads for the picture `name` of a record: a file below `folder`, or the stored one.
+
+    Data may come from anybody: a name that leads out of the folder becomes one that cannot be read.
+    """
+    if isinstance(name, StoredPicture):
+        return name
+    if not isinstance(name, PlacedPicture) and leads_outside(folder, name):
+        return OutsidePicture(name)
+    return folder / name
 
 
 class ImageError(DataError):
@@ -91,12 +119,20 @@ def picture_size(path: str | Path) -> tuple[int, int]:
 
 
 def opened(path: str | Path) -> str | Path | BytesIO:
-    """Return what PIL opens: the path, or the bytes of a stored picture. Raises `FileNotFoundError`."""
+    """Return what PIL opens: the path, or the bytes of a stored picture. Raises `OSError` where it may not."""
     if isinstance(path, StoredPicture):
         return BytesIO(path.content)
+    if isinstance(path, OutsidePicture):
+        raise PermissionError("it is outside the image folder")
     if not Path(path).is_file():
         raise FileNotFoundError(path)  # PIL would wait for ever for what comes out of a named pipe
     return path
+
+
+def content_of(path: str | Path) -> bytes:
+    """Return the bytes of a picture file, or of a stored picture. Raises `OSError`."""
+    found = opened(path)
+    return found.getvalue() if isinstance(found, BytesIO) else Path(found).read_bytes()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, UserError
-from .images import StoredPicture
+from .images import PlacedPicture, StoredPicture, leads_outside
 from .records import Record, load_records
 
 _KEYS = ("path", "weight", "image_folder")
@@ -63,12 +63,20 @@ def mixed_records(
 
 
 def within(record: Record, image_folder: str | None) -> Record:
-    """Return a record whose pictures are named from anywhere: below the image folder of its source, if it has one."""
+    """Return a record whose pictures are named from anywhere: below the image folder of its source, if it has one.
+
+    A name that leads out of that folder stays as it is, and counts for the image folder of the training.
+    """
     if image_folder is None:
         return record
     folder = Path(image_folder)
-    names = (n if isinstance(n, StoredPicture) else str((folder / n).absolute()) for n in record.images)
-    return replace(record, images=tuple(names))
+
+    def placed(name: str) -> str:
+        if isinstance(name, StoredPicture) or leads_outside(folder, name):
+            return name
+        return PlacedPicture((folder / name).absolute())
+
+    return replace(record, images=tuple(map(placed, record.images)))
 
 
 def _source(entry: Any, folder: Path, place: str) -> Source:

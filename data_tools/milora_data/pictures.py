@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import DataError
-from .images import ORIENTATION, ImageError, StoredPicture, load_image, opened, place_of
+from .images import ORIENTATION, ImageError, OutsidePicture, StoredPicture, load_image, opened, place_of
 from .records import Record
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class MissingImages(DataError):
         lines = [f"{len(missing):,} of {total:,} pictures are missing {where}", f"first: {first}"]
         if elsewhere is not None:
             lines.append(f"there are such files below: --image_folder {elsewhere}")
+        outside = sum(isinstance(place_of(folder, name), OutsidePicture) for name in missing)
+        if outside:
+            lines.append(f"{outside:,} lead out of that folder and are never read; absolute paths: --image_folder /")
         lines.append("leave their records out: --bad_images skip; show a plain picture instead: --bad_images replace")
         super().__init__("\n".join(lines))
 
@@ -51,12 +54,12 @@ def uses(records: Iterable[Record]) -> dict[str, list[str]]:
 
 def find_missing(names: Iterable[str], folder: Path) -> list[str]:
     """Return the names for which there is no file below `folder`."""
-    return [name for name in names if not (isinstance(name, StoredPicture) or _is_file(folder / name))]
+    return [name for name in names if not (isinstance(name, StoredPicture) or _is_file(place_of(folder, name)))]
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: str | Path) -> bool:
     try:
-        return path.is_file()
+        return isinstance(path, Path) and path.is_file()
     except (OSError, ValueError):  # a name that is too long for a file system, say
         return False
 
@@ -121,4 +124,4 @@ def elsewhere(missing: Sequence[str], folder: Path, beside: Path | None) -> Path
     """Return the folder below which the first missing pictures do lie: a neighbour of `folder`, or the data's own."""
     candidates = [folder.parent, *([beside, beside / "images"] if beside else []), folder / "images"]
     near = (place for place in candidates if place != folder)
-    return next((place for place in near if missing and any(_is_file(place / name) for name in missing[:5])), None)
+    return next((place for place in near if any(_is_file(place_of(place, name)) for name in missing[:5])), None)

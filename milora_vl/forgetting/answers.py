@@ -63,10 +63,11 @@ def answer_batches(
     itself. `without_adapter` asks the base of a PeftModel. What the records answer themselves is not read.
     """
     from milora_data.collate import ImageTextCollator
+    from milora_data.images import place_of
     from milora_vl.generate import Prompt, generate
 
     asked = [replace(record, turns=(*_until_question(record),)) for record in records]
-    paths = [tuple(image_folder / name for name in record.images) for record in asked]
+    paths = [tuple(place_of(image_folder, name) for name in record.images) for record in asked]
     context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()
     with context:
         answers = generate(

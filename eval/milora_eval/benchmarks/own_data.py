@@ -15,6 +15,7 @@ from typing import Any
 
 from milora_data.command import suggest
 from milora_data.errors import DataError, UserError
+from milora_data.images import place_of
 from milora_data.records import Turn, parse_record
 from milora_eval.benchmark import Benchmark, Form, Item, MissingData
 from milora_eval.data_files import read_json, read_jsonl
@@ -100,7 +101,7 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
     return Item(
         id=str(row.get("id") or row.get("question_id") or number),
         turns=turns,
-        images=tuple(str(_picture(name, path.parent, data_dir)) for name in images),
+        images=tuple(str(_picture(name, path.parent, data_dir, place)) for name in images),
         answers=answers,
         kind=str(row.get("type") or row.get("category") or ""),
         group=images[0] if images else f"{number}",
@@ -132,6 +133,9 @@ def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[
     return (Turn("user", text),), images, tuple(map(str, answers))
 
 
-def _picture(name: str, beside: Path, data_dir: Path) -> Path:
-    places = (beside / name, beside / "images" / name, data_dir / name)
-    return next((place for place in places if place.is_file()), places[1]).absolute()
+def _picture(name: str, beside: Path, data_dir: Path, row: str) -> Path:
+    found = [place_of(folder, name) for folder in (beside, beside / "images", data_dir)]
+    places = [place for place in found if isinstance(place, Path)]
+    if not places:
+        raise DataError(f"{row}: {name} is outside the folders of the pictures\nsay:  --data FOLDER, which may be /")
+    return next((place for place in places if place.is_file()), places[0]).absolute()
