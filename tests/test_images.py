@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from milora_data.images import ImageError, expand_to_square, load_image
+from milora_data.images import ImageError, OutsidePicture, expand_to_square, load_image, place_of
 
 RED, GREEN = (254, 0, 0), (0, 255, 1)
 
@@ -37,8 +37,9 @@ def test_formats_and_wrong_suffixes(two_colours: Image.Image, tmp_path: Path, na
 def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     image = Image.new("L", (8, 8), 255).convert("I").point(lambda v: v * 257) if mode.startswith("I") else None
     image = image.convert(mode) if image else Image.new("L", (8, 8), 255).convert("RGB").convert(mode)
-    image.save(tmp_path / "a.tiff")
-    loaded = load_image(tmp_path / "a.tiff")
+    file = tmp_path / ("a.jpg" if mode == "YCbCr" else "a.tiff")  # Pillow 12.3 cannot read its own TIFF of that mode
+    image.save(file)
+    loaded = load_image(file)
     assert (loaded.mode, loaded.size) == ("RGB", (8, 8))
     assert near(loaded.getpixel((3, 3)), (255, 255, 255), 1)
 
@@ -116,3 +117,10 @@ def test_floats_are_scaled_by_what_they_can_mean(largest: float, expected: int, 
     made = np.asarray(load_image(tmp_path / "a.tiff"))
     assert made.max() == expected
     assert len(np.unique(made)) == 16
+
+
+def test_names_stay_inside_the_image_folder_where_there_is_one(tmp_path: Path) -> None:
+    assert isinstance(place_of(tmp_path, "../a.png"), OutsidePicture)
+    assert isinstance(place_of(tmp_path, "/elsewhere/a.png"), OutsidePicture)
+    assert place_of(tmp_path, "b/../a.png") == tmp_path / "b/../a.png"
+    assert place_of(Path(), str(tmp_path / "a.png")) == tmp_path / "a.png"  # no folder: names as they are

@@ -54,10 +54,12 @@ class OutsidePicture(str):
 def leads_outside(folder: Path, name: str) -> bool:
     """Return whether a record's `name` of a picture, taken literally, is no path below `folder`.
 
+    Where no folder is named (`Path()`) there is none to leave: names are taken as they are.
+
     >>> [leads_outside(Path("images"), name) for name in ("a/../b.png", "../b.png", "/b.png")]
     [False, True, True]
     """
-    if not name.startswith("/") and ".." not in name:
+    if not folder.parts or (not name.startswith("/") and ".." not in name):
         return False
     place = Path(os.path.normpath((folder / name).absolute()))
     return not place.is_relative_to(os.path.normpath(folder.absolute()))
