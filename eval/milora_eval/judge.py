@@ -100,6 +100,7 @@ def _keep(line: Line, said: str, judge: str, folder: Path) -> None:
     kept |= {"judgement": said, "judge": judge, "key": digest([kept, judge])}
     path = folder / JUDGEMENTS
     # Behind a line that a kill has cut off, a new one begins: both would be lost.
-    start = "\n" if path.is_file() and not path.read_bytes().endswith(b"\n") else ""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{start}{json.dumps(kept)}\n")
+    with path.open("ab+") as file:
+        file.seek(max(file.tell() - 1, 0))
+        start = "" if file.read() in (b"", b"\n") else "\n"
+        file.write(f"{start}{json.dumps(kept)}\n".encode())
