@@ -226,6 +226,8 @@ def test_suites_are_listed_by_name(data: Path, capsys: pytest.CaptureFixture[str
     assert "emoji" in shown
     assert "quick" in shown
     assert "found" in shown
+    with pytest.raises(UserError, match="no folder nowhere"):
+        main(["ls", "--data", "nowhere"])
 
 
 def test_help_and_ls_do_not_import_torch() -> None:

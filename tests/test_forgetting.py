@@ -116,8 +116,21 @@ def test_what_cannot_be_measured_is_said(pair: tuple[Any, Any, Any]) -> None:
     tuned, base, tokenizer = pair
     with pytest.raises(ValueError, match="against a base"):
         measure_forgetting(tuned, tokenizer, **SMALL)
-    with pytest.raises(ValueError, match="shorter than one block"):
-        measure_forgetting(tuned, tokenizer, base=base, texts={"short": "a few words"})
+    with pytest.raises(ValueError, match="empty"):
+        measure_forgetting(tuned, tokenizer, base=base, texts={"none": ""})
+
+
+def test_short_texts_count_as_they_are(pair: tuple[Any, Any, Any]) -> None:
+    """Each is a block of its own: nothing is left out, and each weighs what it holds."""
+    tuned, base, tokenizer = pair
+    short, long = "a few words", "so many words " * 3
+    both, *alone = (
+        measure_forgetting(tuned, tokenizer, base=base, texts=texts, block_length=len(long) + 1)
+        for texts in ({"a": short, "b": long}, {"a": short}, {"b": long})
+    )
+    assert (both.n_documents, both.n_tokens) == (2, alone[0].n_tokens + alone[1].n_tokens)
+    expected = sum(found.kl * found.n_tokens for found in alone) / both.n_tokens
+    assert both.kl == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_package_brings_enough_text() -> None:

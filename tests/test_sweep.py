@@ -116,6 +116,9 @@ def test_a_variant_that_trains_in_full_is_evaluated_as_the_model_that_it_is(
 def test_means_have_students_intervals() -> None:
     assert mean_of([1.0, 2.0, 3.0]).half == pytest.approx(4.303 / 3**0.5, rel=1e-4)
     assert (mean_of([2.0]).half, mean_of([2.0]).value) == (None, 2.0)
+    assert mean_of([1.1e-6, 1.3e-6]).text == "1.2e-06 ± 1.3e-06"  # and not 0.000
+    assert mean_of([0.0, 0.0]).text == "0.000 ± 0.000"
+    assert mean_of([1e-4, 0.1]).text == "0.050 ± 0.635"
 
 
 def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
@@ -143,6 +146,51 @@ def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
         assert (sweep.folder / name).stat().st_size > 50
     with (sweep.folder / "cells.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 12
+
+
+def test_the_page_keeps_what_earlier_commands_asked_for(sweep: Sweep) -> None:
+    first, later = (make_cells(sweep.recipe, [method], [1e-3], None, 2) for method in ("milora", "lora"))
+    for cell in (*first, *later):
+        finish(sweep, cell, loss=0.5, right=[True, False], forgetting=0.1)
+    finish(sweep, Cell("dora", 1e-3, None, 99), loss=0.5, right=[True], forgetting=0.1)  # of a seed not asked for
+    _, table = page.write(page.of_sweep(sweep, later, 2, "..."))
+    assert [row[0] for row in table.rows] == ["lora", "milora"]
+
+
+def test_a_training_without_numbers_leaves_json_that_others_can_read(sweep: Sweep) -> None:
+    (cell,) = make_cells(sweep.recipe, ["milora"], [1e-3], None, 1)
+    finish(sweep, cell, loss=float("nan"), right=[True], forgetting=0.1)
+    page.write(page.of_sweep(sweep, [cell], 1, "..."))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = json.loads((sweep.folder / "results.json").read_text(), parse_constant=refuse)
+    assert found["arms"][0]["points"][0]["validation"]["value"] is None
+
+
+@pytest.mark.parametrize(("keeps_best", "loss"), [(True, 0.3), (False, 0.9)])
+def test_the_validation_loss_is_that_of_the_weights_that_are_evaluated(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, keeps_best: bool, loss: float
+) -> None:
+    train = sweep.recipe.train | {"load_best_model_at_end": keeps_best, "save_steps": 1, "eval_steps": 1}
+    swept = Sweep(sweep.folder, sweep.recipe.model_copy(update={"train": train}), sweep.evaluation)
+    cell = Cell("milora", 1e-3, None, 7)
+    finish(swept, cell, loss=0.0, right=[True], forgetting=0.1)
+    (swept.folder / "cells" / f"{cell.name}.json").unlink()
+    run = swept.run_folder(cell)
+    log = [{"step": 1, "eval_loss": 0.3}, {"step": 2, "loss": 0.1}, {"step": 2, "eval_loss": 0.9}]
+    state = {"log_history": log, "best_model_checkpoint": str(run / "checkpoint-1")}
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    (run / "policy.json").write_text("{}")
+    scored = {"name": "emoji", "metrics": [{"name": "accuracy", "value": 1.0}]}
+    forgotten = {"kl": 0.1, "kl_stderr": None}
+    (swept.results_folder(cell) / "results.json").write_text(
+        json.dumps({"benchmarks": [scored], "forgetting": forgotten})
+    )
+    monkeypatch.setattr(sys, "executable", "true")
+    run_cells(swept, [cell], 1, retry=False, on_done=lambda *_: None)
+    assert (swept.result(cell) or swept.failure(cell) or {}).get("validation_loss") == loss
 
 
 def test_a_rate_that_lacks_a_seed_is_not_chosen(sweep: Sweep) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command import next_step, parser
+from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, has_files
 
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shared(parse.add_argument_group("input"), "data", about="also say whether the files are there")
     shared(parse.add_argument_group("output"), "format")
     options = parse.parse_args(argv)
+    if options.data and not options.data.is_dir():
+        raise UserError(f"no folder {options.data}")
     benchmarks = [_about(name, options.data) for name in BENCHMARKS]
     if options.format == "json":
         suites = {name: {"benchmarks": suite.benchmarks, "about": suite.about} for name, suite in SUITES.items()}

@@ -31,6 +31,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; UserError for what cannot be measured. Returns the exit code."""
     options = _options(argv)
+    _refuse_unused(options)
     folder = options.output_dir or _own_folder(options)
     from milora_vl.forgetting.job import Job
 
@@ -94,6 +95,23 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """UserError for a flag that what is measured has no use for."""
+    on = options.on or PROBES
+    pictures = "pictures" in on
+    uses = {
+        "text": ("text" in on, "--on text"),
+        "data_path": (pictures, "--on pictures"),
+        "image_folder": (pictures and options.data_path is not None, "--data_path"),
+        "template": (pictures, "--on pictures"),
+        "data": (options.suite is not None, "--suite"),
+        "limit": (pictures or options.suite is not None, "--on pictures or --suite"),
+    }
+    for flag, (is_used, use) in uses.items():
+        if getattr(options, flag) is not None and not is_used:
+            raise UserError(f"--{flag} has no use here: it goes with {use}")
+
+
 def _probes(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     unknown = [name for name in names if name not in PROBES]
@@ -105,7 +123,7 @@ def _probes(text: str) -> tuple[str, ...]:
 def _own_folder(options: argparse.Namespace) -> Path:
     folder: Path = options.adapter or Path(options.model)
     if not folder.is_dir():
-        raise UserError(f"{options.model} has not been trained: nothing is forgotten\nsay:  --adapter A")
+        raise UserError(f"{options.model} is no folder of a training: nothing is forgotten\nsay:  --adapter A")
     return folder
 
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,8 +63,7 @@ class Job:
             if self.probes:
                 raise UserError(f"--on pictures: {self.model} reads only text")
             asked = tuple(name for name in asked if name != "pictures")
-        results: Results = {"model": self.model, "adapter": None if self.adapter is None else str(self.adapter)}
-        results |= {"base": self.base, "seed": self.seed}
+        results = self._begun(asked)
         for name in asked:
             sys.stderr.write(f"forgetting on {name} ...\n")
             try:
@@ -75,6 +74,18 @@ class Job:
                 raise UserError(f"--on {name}: {error}") from None
             self._write(results)
         return results
+
+    def _begun(self, asked: Sequence[str]) -> Results:
+        """The file's results of the same weights and seed that are not asked for again; of others none."""
+        is_of: Results = {"model": self.model, "adapter": None if self.adapter is None else str(self.adapter)}
+        is_of |= {"base": self.base, "seed": self.seed}
+        weights = [*(self.adapter or Path(self.model)).glob("*.safetensors")]
+        if not self.file.is_file() or any(file.stat().st_mtime > self.file.stat().st_mtime for file in weights):
+            return is_of
+        before = json.loads(self.file.read_text(encoding="utf-8"))
+        if {key: before.get(key) for key in is_of} != is_of:
+            return is_of
+        return {key: value for key, value in before.items() if key not in asked}
 
     def scores(self, suite: str, data: Path | None) -> list[Results]:
         """Evaluate a suite before and after, in a process of its own, and return the change of its headline scores."""

@@ -66,7 +66,7 @@ def measure_forgetting(
     """Compare `model` with its base on `num_tokens` tokens of `texts` (default: `general_text()`), block by block.
 
     The base is the PeftModel itself without its adapter, or the second model `base` with the same vocabulary. A LLaVA
-    reads text alone. Raises ValueError when there is no base, or too little text for one block.
+    reads text alone. Raises ValueError when there is no base, or no text.
 
     >>> from milora_vl.tiny import tiny_llama
     >>> model, tokenizer = tiny_llama()

@@ -27,23 +27,27 @@ def text_blocks(
 ) -> list[tuple[str, list[int]]]:
     """Return blocks (name of the text, ids) cut from the texts in turn; BOS first where the tokenizer adds one.
 
-    Raises ValueError when the texts do not fill one block.
+    A text that does not fill a block is one by itself; of longer ones the end that fills none is left out. Raises
+    ValueError when the texts hold nothing that could be predicted.
     """
     first = bos_ids(tokenizer)
     step = block_length - len(first)
     cut: list[Iterator[tuple[str, list[int]]]] = []
     for name, text in texts.items():
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        cut.append(iter([(name, first + ids[i : i + step]) for i in range(0, len(ids) - step + 1, step)]))
+        ends = range(step, len(ids) + 1, step) if len(ids) > step else [len(ids)]
+        cut.append(iter([(name, first + ids[max(0, end - step) : end]) for end in ends]))
     blocks: list[tuple[str, list[int]]] = []
-    while cut and (not blocks or len(blocks) * block_length < num_tokens):
+    wanted = num_tokens
+    while cut and wanted > 0:
         source = cut.pop(0)
         block = next(source, None)
         if block is not None:
-            blocks.append(block)
+            wanted -= len(block[1])
+            blocks += [block] if len(block[1]) > 1 else []  # one id predicts nothing
             cut.append(source)
     if not blocks:
-        raise ValueError(f"the texts are shorter than one block of {block_length} tokens; give more text")
+        raise ValueError("the texts are empty")
     return blocks
 
 

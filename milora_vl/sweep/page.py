@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -40,7 +41,8 @@ class Compared:
 
 
 def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> Compared:
-    """What there is of a sweep by now."""
+    """What there is of a sweep by now: the cells asked for, and those that earlier commands left in its folder."""
+    cells = list(dict.fromkeys([*cells, *sweep.finished({cell.seed for cell in cells})]))
     results = {cell: result for cell in cells if (result := sweep.result(cell)) is not None}
     failed = {cell: failure for cell in cells if (failure := sweep.failure(cell)) is not None}
     metric = next((f"{r['benchmark']}, {r['metric']}" for r in results.values()), "score")
@@ -146,4 +148,5 @@ def _files(compared: Compared, found: Sequence[Arm], tests: Sequence[Pair], tabl
     for name in ("pareto", "rates"):
         write_csv(folder / f"{name}.csv", _POINT, points)
     content = {"arms": [asdict(arm) for arm in found], "pairs": [asdict(pair) for pair in tests]}
-    write_json(folder / "results.json", content)
+    # NaN, which a training that broke down leaves, is no JSON: null.
+    write_json(folder / "results.json", json.loads(json.dumps(content), parse_constant=lambda _: None))

@@ -28,7 +28,9 @@ class Mean:
     @property
     def text(self) -> str:
         """For people."""
-        return f"{round(self.value, 3) + 0.0:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
+        is_tiny = 0 < abs(self.value) < 5e-4 and (self.half is None or self.half < 5e-4)
+        numbers = [self.value] if self.half is None else [self.value, self.half]
+        return " ± ".join(f"{x:.1e}" if is_tiny else f"{round(x, 3) + 0.0:.3f}" for x in numbers)
 
 
 @dataclass(frozen=True, slots=True)

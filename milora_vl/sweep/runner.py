@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +60,12 @@ class Sweep:
     def failure(self, cell: Cell) -> Result | None:
         """Why a cell has no result; None where it has one, or has not been tried."""
         return None if self.result(cell) else read_json(self.folder / "failed" / f"{cell.name}.json")
+
+    def finished(self, seeds: Collection[int]) -> list[Cell]:
+        """The cells with these seeds that have a result, whichever command asked for them."""
+        found = [read_json(file) or {} for file in sorted((self.folder / "cells").glob("*.json"))]
+        cells = [Cell(each["method"], each["learning_rate"], each["rank"], each["seed"]) for each in found]
+        return [cell for cell in cells if cell.seed in seeds]
 
     def answers(self, cell: Cell) -> dict[str, tuple[float, Any]]:
         """The answers of a finished cell to the first benchmark of the suite: id -> score, picture."""
@@ -156,17 +162,19 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
 def _collect(sweep: Sweep, cell: Cell) -> Result:
     """The numbers of a finished cell: validation loss, headline score, forgetting. ValueError for what is missing."""
     run = sweep.run_folder(cell)
-    log = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
     if not losses:
         raise ValueError("the training logged no evaluation loss: eval_steps is beyond its end")
+    best = state["best_model_checkpoint"] if recipe_of(sweep.recipe, cell).train.get("load_best_model_at_end") else None
+    kept = int(best.rpartition("-")[2]) if best else max(losses)  # the step whose weights are evaluated
     results = json.loads((sweep.results_folder(cell) / "results.json").read_text(encoding="utf-8"))
     metric = results["benchmarks"][0]["metrics"][0]
     forgetting = results["forgetting"]
     policy = json.loads((run / "policy.json").read_text(encoding="utf-8"))
     return {
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
-        "validation_loss": losses[-1], "benchmark": results["benchmarks"][0]["name"], "metric": metric["name"],
+        "validation_loss": losses[kept], "benchmark": results["benchmarks"][0]["name"], "metric": metric["name"],
         "score": metric["value"], "score_stderr": metric.get("stderr"), "forgetting": forgetting["kl"],
         "forgetting_stderr": forgetting["kl_stderr"], "trainable": policy.get("trainable"),
     }  # fmt: skip
