@@ -128,11 +128,11 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Time the full SVD and ours in turns; the medians count."""
     times: dict[str, list[float]] = {name: [] for name in weights}
-    peers: dict[str, list[float]] = {name: [] for name in weights}
+    peers: dict[str, list[Any]] = {name: [] for name in weights}
     results: dict[str, tuple[Factors, Tensor]] = {}
     for _ in range(repeats or chosen.repeats):
         for name, W in weights.items():
-            peer, S = timed(lambda W=W: torch.linalg.svd(W, full_matrices=False).S, W.device)
+            peer, S = full(W)
             seconds, found = timed(lambda W=W: decompose(W, rank, part), W.device)
             times[name].append(seconds)
             peers[name].append(peer)
@@ -143,7 +143,7 @@ def compare(
             W,
             results[name][0],
             statistics.median(times[name]),
-            statistics.median(peers[name]),
+            None if None in peers[name] else statistics.median(peers[name]),
             results[name][1],
             part,
         )
@@ -151,12 +151,22 @@ def compare(
     ]
 
 
-def row(name: str, W: Tensor, found: Factors, seconds: float, peer: float, S: Tensor, part: str) -> dict[str, Any]:
+def full(W: Tensor) -> tuple[float | None, Tensor]:
+    """Seconds of the full decomposition, and its singular values; None (and those of float64) where LAPACK fails."""
+    try:
+        return timed(lambda: torch.linalg.svd(W, full_matrices=False).S, W.device)
+    except torch.linalg.LinAlgError:
+        return None, torch.linalg.svdvals(W.double()).float()
+
+
+def row(
+    name: str, W: Tensor, found: Factors, seconds: float, peer: float | None, S: Tensor, part: str
+) -> dict[str, Any]:
     """One line of the table."""
     rank = found.S.numel()
     return {
         "spectrum": name, "shape": f"{W.shape[0]}x{W.shape[1]}", "rank": rank, "part": part, "method": found.method,
-        "seconds": seconds, "svd": peer, "ratio": peer / seconds, "true": excess(W, found, S, part),
+        "seconds": seconds, "svd": peer, "ratio": peer and peer / seconds, "true": excess(W, found, S, part),
         "certificate": found.excess,
     }  # fmt: skip
 
@@ -232,6 +242,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     shown = [entry for entry in rows if entry["layer"] != "all"]
     figure, axes = plt.subplots(figsize=(8, 0.6 * len(shown) + 1.4), layout="constrained")
@@ -248,6 +259,10 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         )
     axes.set_yticks(list(heights), [f"{e['model']} {e['layer']}\n{e['shape']}" for e in shown], fontsize=9)
     axes.set_xscale("log")
+    axes.set_xlim(left=min(e["seconds"] for e in shown) / 2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_xlabel(f"seconds per matrix, rank {shown[0]['rank']}")
     axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
-import torch
 from torch import nn
 
 from milora_vl.lora.layers import is_linear, matrix_shape
 from milora_vl.lora.weights import read_matrix
 from milora_vl.policy import Target
+from milora_vl.svd import singular_values
 from milora_vl.towers import TOWERS, find_towers
 
 # The matrix that leads out of a block's MLP, in the names of Llama, GPT-2, CLIP and their kin.
@@ -83,7 +83,7 @@ def _measure(path: str, tower: str, module: nn.Module, target: Target | None) ->
     """Decompose one weight (out, in) in float32, unless it is too large or not there."""
     shape, method, rank = matrix_shape(module), target.method if target else "frozen", target.rank if target else None
     note = _reason_to_skip(shape, module.get_parameter("weight").device.type)
-    sigma = [] if note else torch.linalg.svdvals(read_matrix(module).float()).tolist()
+    sigma = [] if note else singular_values(read_matrix(module)).tolist()
     return LayerSpectrum(
         path=path,
         tower=tower,

@@ -100,3 +100,18 @@ def test_what_cannot_be_decomposed_is_refused() -> None:
         singular_values(torch.full((3, 3), torch.nan))
     with pytest.raises(ValueError, match="dense torch tensor"):
         decompose(torch.eye(4).to_sparse(), 2)
+
+
+def test_where_lapack_gives_up_in_float32_float64_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen on one CPU with a matrix of clustered values, and not on another: so it is made to happen here."""
+    lapack, W = torch.linalg.svd, torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
+
+    def gives_up(matrix: torch.Tensor, **options: bool) -> object:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
+        return lapack(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", gives_up)
+    found = decompose(W, 4, method="exact")
+    assert (found.method, found.S.dtype) == ("exact", torch.float32)
+    torch.testing.assert_close(found.S, torch.linalg.svdvals(W)[-4:])

@@ -20,6 +20,7 @@ from milora_vl.lora.sidecar import Sidecar
 from milora_vl.lora.weights import read_matrix
 from milora_vl.models import load_weights
 from milora_vl.policies.rules import RuleMethod, Target
+from milora_vl.svd import decompose
 from milora_vl.towers import canonical_names, find_towers
 
 # A base further than this from residual + initial factors, relative to its norm, is another model.
@@ -138,9 +139,9 @@ def _residual_weights(folder: Path | None) -> dict[str, Tensor]:
 
 def _factors_of(difference: Tensor, like: LowRank) -> LowRank:
     """The initial factors from base less residual, which has their rank but for rounding."""
-    U, S, Vh = torch.linalg.svd(difference, full_matrices=False)
-    root = S[: like.rank].sqrt()
-    return like.replaced(root[:, None] * Vh[: like.rank], U[:, : like.rank] * root, 1.0)
+    found = decompose(difference, like.rank, "principal")
+    root = found.S.sqrt()
+    return like.replaced(root[:, None] * found.Vh, found.U * root, 1.0)
 
 
 def _method(B0: Tensor, A0: Tensor, W: Tensor) -> RuleMethod:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from milora_vl.lora.layers import matrix_shape
 from milora_vl.lora.weights import read_matrix
 from milora_vl.policies.rules import PolicyError, SpectralRank
+from milora_vl.svd import singular_values
 
 
 def find_rank(rank: int | SpectralRank, module: nn.Module) -> int:
@@ -69,7 +69,7 @@ def _is_meta(module: nn.Module) -> bool:
 
 
 def _ascending(module: nn.Module) -> Tensor:
-    return torch.linalg.svdvals(read_matrix(module).float()).flip(0)
+    return singular_values(read_matrix(module)).flip(0)
 
 
 def _shares(module: nn.Module) -> list[float]:

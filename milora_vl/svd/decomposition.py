@@ -146,7 +146,10 @@ def _by_gram_matrix(W: Tensor, norm: float, rank: int, part: Part, generator: to
 
 
 def _by_svd(W: Tensor, norm: float, rank: int, part: Part, generator: torch.Generator) -> Factors:
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    try:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    except torch.linalg.LinAlgError:  # in float32 LAPACK gives up on some matrices with clustered values, on some CPUs
+        U, S, Vh = (found.to(W.dtype) for found in torch.linalg.svd(W.double(), full_matrices=False))
     index = _positions(W.shape[1], rank, part, generator)
     chosen = index.to(S.device)
     return Factors(U[:, chosen], S[chosen], Vh[chosen], index, norm, float(S[0]), 0.0, "exact")
