@@ -25,7 +25,7 @@ from performance import page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "performance.md"
-DEMO = "--recipe smol-llava-demo --max_steps 60 --save_steps 5 --save_total_limit 3"
+DEMO = "--recipe smol-llava-demo --max_steps 60 --logging_steps 1 --save_steps 5 --save_total_limit 3"
 PARTS = {
     "imports": "imports.py",
     "svd": "svd.py headline",

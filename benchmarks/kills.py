@@ -49,7 +49,7 @@ def compare(chosen: argparse.Namespace, folder: Path) -> int:
     before, after = losses(whole), losses(killed)
     told = {
         "processes": chosen.processes,
-        "steps": len(before),
+        "losses": len(before),
         "kills": len(kills),
         "kills_after_a_new_checkpoint": sum(kill["new"] for kill in kills),
         "kills_while_saving": sum(kill["saving"] for kill in kills),
