@@ -88,7 +88,7 @@ def encoding(count: int) -> dict[str, Any]:
     def ours(value: dict[str, Any]) -> None:
         made = encode(value, tokenizer, image_token_id=32000)
         for numbers in (made.input_ids, made.labels):  # as the collator makes tensors of them
-            torch.from_numpy(np.array(numbers))
+            torch.from_numpy(np.fromiter(numbers, np.int64, len(numbers)))
 
     found: dict[str, Any] = {}
     for kind in KINDS:

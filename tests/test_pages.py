@@ -19,8 +19,9 @@ from milora_data.__main__ import main as data
 from milora_data.page import render
 from milora_data.page.pictures import fitting, small
 from milora_eval.__main__ import main as evaluation
-from milora_vl import analyze, report
+from milora_vl import analyze
 from milora_vl.config import Recipe
+from milora_vl.reporting.report import write_report
 from milora_vl.sweep import page as sweep_page
 from milora_vl.sweep.cells import make_cells
 from milora_vl.sweep.runner import Evaluation, Sweep
@@ -51,7 +52,7 @@ TEXT = "document.body.innerText.replace(/\\s+/g, ' ')"
 
 
 def a_report(folder: Path) -> Path:
-    return report.write_report(fake_run.make_run(folder / "run", num_questions=64))
+    return write_report(fake_run.make_run(folder / "run", num_questions=64))
 
 
 def a_view(folder: Path) -> Path:

@@ -12,10 +12,11 @@ from fake_run import dump, make_run
 from PIL import Image
 
 from milora_data.errors import UserError
-from milora_vl import report
+from milora_vl.report import main as report_main
 from milora_vl.reporting.anew import rewrite_report
 from milora_vl.reporting.parts import credits_of
 from milora_vl.reporting.repeat import commands
+from milora_vl.reporting.report import write_report
 from milora_vl.reporting.run_page import Metric, read_run
 from milora_vl.reporting.wording import forgetting, number, summary
 
@@ -26,7 +27,7 @@ OPTIONAL = ("recipe.yaml", "environment.json", "policy.json", "spectrum.json", "
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with its report."""
     run = make_run(tmp_path_factory.mktemp("report") / "run")
-    report.write_report(run)
+    write_report(run)
     return run
 
 
@@ -61,7 +62,7 @@ class Page(HTMLParser):
 
 
 def page_of(run: Path) -> Page:
-    page = Page(report.write_report(run).read_text(encoding="utf-8"))
+    page = Page(write_report(run).read_text(encoding="utf-8"))
     assert page.open == []
     page.text = re.sub(r"\s+", " ", page.text)
     return page
@@ -158,7 +159,7 @@ def test_large_pictures_are_made_small(run: Path, tmp_path: Path) -> None:
     Image.effect_noise((1500, 1500), 90).save(big)
     file = run / "eval/emoji/final/predictions.jsonl"
     file.write_text(re.sub(r'"image_file": "[^"]*"', f'"image_file": "{big}"', file.read_text()))
-    assert report.write_report(run).stat().st_size < 3_000_000
+    assert write_report(run).stat().st_size < 3_000_000
 
 
 def test_points_are_no_percent_and_several_suites_stand_side_by_side(run: Path) -> None:
@@ -230,7 +231,7 @@ def test_commands_fit_what_the_run_saved(run: Path) -> None:
 
 def test_the_command_prints_the_page_and_what_comes_next(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "report.html").write_text("old")
-    assert report.main([str(run)]) == 0
+    assert report_main([str(run)]) == 0
     out, err = capsys.readouterr()
     assert out == f"{run}/report.html\n"
     assert summary(read_run(run)) in err
@@ -245,7 +246,7 @@ def test_what_is_no_run_is_said_in_a_few_lines(run: Path, tmp_path: Path, kind: 
     (tmp_path / "empty").mkdir()
     (run / "policy.json").write_text('{"targets": [')
     with pytest.raises(UserError) as caught:
-        report.main([str(folder)])
+        report_main([str(folder)])
     assert str(run / "policy.json" if kind == "broken" else folder) in str(caught.value)
     assert caught.value.exit_code == 2
     assert len(str(caught.value).splitlines()) <= 5

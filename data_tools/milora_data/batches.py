@@ -76,7 +76,11 @@ def _tensors(rows: Sequence[Row], pad_id: int, multiple: int) -> tuple[Tensor, T
     input_ids = torch.full((len(rows), width), pad_id)
     labels = torch.full((len(rows), width), IGNORE)
     for number, row in enumerate(rows):
-        # Through numpy: torch takes a list of numbers at a third of its speed.
-        input_ids[number, : len(row.input_ids)] = torch.from_numpy(np.array(row.input_ids))
-        labels[number, : len(row.labels)] = torch.from_numpy(np.array(row.labels))
+        input_ids[number, : len(row.input_ids)] = _tensor(row.input_ids)
+        labels[number, : len(row.labels)] = _tensor(row.labels)
     return input_ids, labels
+
+
+def _tensor(numbers: list[int]) -> Tensor:
+    """Through numpy, and with the type told: torch takes a list of numbers at a quarter of that speed."""
+    return torch.from_numpy(np.fromiter(numbers, np.int64, len(numbers)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -206,9 +205,8 @@ def _report(output_dir: Path) -> None:
     """Write the run's report anew and put the scores into its card; it cannot fail the evaluation."""
     if not (output_dir / "recipe.yaml").is_file():
         return
-    importlib.import_module("milora_vl.training.model_card").update_scores(output_dir)
-    try:
-        page = importlib.import_module("milora_vl.report").write_report(output_dir)
-        sys.stderr.write(f"report:  {page}\n")
-    except Exception as error:  # the numbers are there; whatever a drawing trips over must not look like a failure
-        sys.stderr.write(f"no report: {error}\nsee: python -m milora_vl.report {output_dir}\n")
+    from milora_vl.reporting.anew import rewrite_report
+    from milora_vl.training.model_card import update_scores
+
+    update_scores(output_dir)
+    rewrite_report(output_dir)

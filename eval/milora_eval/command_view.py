@@ -10,8 +10,8 @@ from pathlib import Path
 from milora_data.command import next_step, parser
 from milora_data.errors import UserError
 from milora_data.flags import shared
+from milora_data.whole import write_text
 from milora_eval.results import require_lines
-from milora_eval.store import write_whole
 from milora_eval.view import page
 
 EXAMPLES = """\
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{options.output} exists already\nnothing was written; name a new file with --output")
     target = options.output or folders[-1] / "view.html"
     made = page(runs, options.limit)
-    write_whole(target, made.html)
+    write_text(target, made.html)
     found = {"page": str(target), "questions": made.shown, "of": made.total}
     sys.stdout.write(json.dumps(found) + "\n" if options.format == "json" else f"{target}\n")
     if made.shown < min(made.total, options.limit):

@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from milora_data.whole import write_text
 from milora_eval.benchmark import Benchmark
 from milora_eval.compare import compare
 from milora_eval.exports import export
 from milora_eval.identity import adapter_digest, digest, tokenizer_digest, weights_digest
 from milora_eval.results import TABLE, Results, numbers, read_results, require_lines, write_results
 from milora_eval.runner import Outcome, Plan, ask, audit, finish, questions
-from milora_eval.store import PREDICTIONS, alone, write_whole
+from milora_eval.store import PREDICTIONS, alone
 from milora_eval.suites import find_benchmark
 from milora_eval.table import Table, pairs_table, results_table, with_forgetting
 
@@ -134,7 +135,7 @@ def write_table(folder: Path) -> Table:
         pairs = compare(require_lines(base), require_lines(folder))
         table = pairs_table(table.title, pairs, names, means)
     table = with_forgetting(table, results.get("forgetting"))
-    write_whole(folder / TABLE, table.markdown())
+    write_text(folder / TABLE, table.markdown())
     return table
 
 

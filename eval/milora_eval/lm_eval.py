@@ -17,7 +17,7 @@ from typing import Any
 from milora_data.command import next_step, parser, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
-from milora_eval.store import write_whole
+from milora_data.whole import write_text
 
 EXAMPLES = """\
 examples:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.output_dir is not None:
         kept = {key: results[key] for key in ("results", "versions", "n-shot", "higher_is_better", "n-samples")}
         about = {"model": options.model, "adapter": None if options.adapter is None else str(options.adapter)}
-        path = write_whole(options.output_dir / "lm_eval.json", json.dumps(about | kept, indent=1, default=str) + "\n")
+        path = write_text(options.output_dir / "lm_eval.json", json.dumps(about | kept, indent=1, default=str) + "\n")
         sys.stderr.write(f"written: {path}\n")
     if options.format == "json":
         sys.stdout.write(json.dumps(results["results"], indent=1, default=str) + "\n")

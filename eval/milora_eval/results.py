@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from milora_data.errors import UserError
+from milora_data.whole import read_json, write_json
 from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.lines import to_answer
 from milora_eval.stats import mean
-from milora_eval.store import JUDGEMENTS, PREDICTIONS, Line, each_line, read_lines, write_lines, write_whole
+from milora_eval.store import JUDGEMENTS, PREDICTIONS, Line, each_line, read_lines, write_lines
 from milora_eval.suites import SUITES, find_benchmark, folder_of
 
 RESULTS, TABLE = "results.json", "table.md"
@@ -156,13 +157,12 @@ def lines_digest(lines: Iterable[Line]) -> str:
 
 def read_results(folder: Path) -> Results:
     """Return the results.json of a folder, an empty dict where there is none."""
-    path = folder / RESULTS
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_json(folder / RESULTS) or {}
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write results.json as a whole."""
-    write_whole(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / RESULTS, results)
 
 
 def metrics_of(results: Mapping[str, Any]) -> dict[tuple[str, str], Metric]:

@@ -47,15 +47,6 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     partial.replace(path)
 
 
-def write_whole(path: Path, text: str) -> Path:
-    """Write one file as a whole: a killed process leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(path)
-    return path
-
-
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Wait while another process finishes the same folder, as the last two shards may do at one moment.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
+from milora_data.whole import read_json, write_json
 from milora_vl.adapter_folders import base_of, holds_adapter, trained_prompts
 
 Results = dict[str, Any]
@@ -72,7 +73,7 @@ class Job:
                 raise
             except ValueError as error:  # too little text, text that is none, models of two vocabularies
                 raise UserError(f"--on {name}: {error}") from None
-            self._write(results)
+            write_json(self.file, results)
         return results
 
     def _begun(self, asked: Sequence[str]) -> Results:
@@ -80,10 +81,10 @@ class Job:
         is_of: Results = {"model": self.model, "adapter": None if self.adapter is None else str(self.adapter)}
         is_of |= {"base": self.base, "seed": self.seed}
         weights = [*(self.adapter or Path(self.model)).glob("*.safetensors")]
-        if not self.file.is_file() or any(file.stat().st_mtime > self.file.stat().st_mtime for file in weights):
-            return is_of
-        before = json.loads(self.file.read_text(encoding="utf-8"))
+        before = read_json(self.file) or {}
         if {key: before.get(key) for key in is_of} != is_of:
+            return is_of
+        if any(file.stat().st_mtime > self.file.stat().st_mtime for file in weights):  # trained again since
             return is_of
         return {key: value for key, value in before.items() if key not in asked}
 
@@ -106,7 +107,7 @@ class Job:
         sides = json.loads(done.stdout)
         after = next(side for which, side in sides.items() if which != "base")
         found = score_changes(sides["base"], after)
-        self._write(json.loads(self.file.read_text(encoding="utf-8")) | {"scores": found})
+        write_json(self.file, (read_json(self.file) or {}) | {"scores": found})
         return found
 
     def _text(self) -> Any:
@@ -202,12 +203,6 @@ class Job:
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, self.dtype) if self.dtype else None
         return load_model(name, adapter=adapter, dtype=dtype, device=device)[0]
-
-    def _write(self, results: Results) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_name(f".{FILE}.partial")
-        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(self.file)
 
 
 def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Results]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,15 +12,15 @@ from milora_data.errors import UserError
 
 def write_anew(run: Path, warn: Callable[[str], object]) -> Path | None:
     """Write report.html of a run and return its path; None after a warning: no drawing may fail what was measured."""
+    from milora_vl.reporting.report import write_report  # matplotlib takes a second
+
     try:
-        page: Path = importlib.import_module("milora_vl.report").write_report(run)
+        return write_report(run)
     except (UserError, OSError) as error:  # a full disk, most often
         warn(f"no report: {error}")
-        return None
     except Exception:
         warn(f"no report; run python -m milora_vl.report {run} to see why\n{traceback.format_exc(limit=1)}")
-        return None
-    return page
+    return None
 
 
 def rewrite_report(folder: Path) -> None:

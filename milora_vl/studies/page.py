@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
+from milora_data.whole import write_text
 from milora_vl.reporting.drawing import draw
 from milora_vl.reporting.plots import write_csv
 from milora_vl.reporting.tables import Table
@@ -21,7 +22,6 @@ from milora_vl.studies.tasks import load_task, task_class
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import Arm, Result, arms, mean_of
-from milora_vl.sweep.store import write_text
 
 # What cells.csv holds beside what every cell has, with a heading for it.
 _MORE = {"forgetting_pictures": "of pictures", "update": "‖ΔW‖/‖W‖", "overlap": "overlap with top"}

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
+from milora_data.whole import read_json, write_json
 from milora_vl.studies.study import Study
 from milora_vl.studies.task import Task
 from milora_vl.studies.tasks import load_task
 from milora_vl.studies.train import Result, run_cell
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import arms
-from milora_vl.sweep.store import read_json, write_json
 
 OnDone = Callable[[Cell, bool, int], None]
 

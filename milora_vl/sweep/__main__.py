@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from milora_data.command import next_step, parser, positive, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
-from milora_vl.sweep.store import read_json, write_json
+from milora_data.whole import read_json, write_json
 
 if TYPE_CHECKING:
     from milora_vl.sweep.cells import Cell

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.page import render as pages
+from milora_data.whole import write_json
 from milora_vl.reporting.drawing import draw
 from milora_vl.reporting.plots import write_csv
 from milora_vl.reporting.tables import Table
@@ -17,7 +18,6 @@ from milora_vl.sweep import plots
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import Answers, Arm, Pair, Result, arms, pairs
 from milora_vl.sweep.runner import Sweep
-from milora_vl.sweep.store import write_json
 
 FORGETS = "forgetting on general text, nats a token"
 _POINT = ("method", "rank", "learning_rate", "validation", "score", "score_half", "forgetting", "forgetting_half", "n")

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
+from milora_data.whole import read_json, write_json, write_text
 from milora_vl.config import Recipe
 from milora_vl.sweep.cells import Cell, recipe_of
-from milora_vl.sweep.store import read_json, write_json, write_text
 
 Result = dict[str, Any]
 

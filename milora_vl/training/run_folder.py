@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from milora_data import whole
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
 from milora_vl.training import checkpoints
@@ -35,14 +36,11 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write one JSON file as a whole: a killed process leaves the old one or the new one."""
-        self.write_text(name, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+        whole.write_json(self.path / name, content)
 
     def write_text(self, name: str, text: str) -> None:
         """Write one text file as a whole."""
-        target = self.path / name
-        partial = target.with_name(f".{name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
+        whole.write_text(self.path / name, text)
 
 
 def default_path(recipe: Recipe, now: datetime) -> Path:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..whole import write_text
+
 MAX_BYTES = 5_000_000
 """No page is larger: it must open at once on a phone, and go through a mail."""
 
@@ -27,10 +29,7 @@ def render(template: Path, content: Mapping[str, Any]) -> str:
 
 def write(page: Path, text: str) -> None:
     """Write a page as a whole: a reader sees the old one or the new one."""
-    page.parent.mkdir(parents=True, exist_ok=True)
-    partial = page.with_name(f".{page.name}.partial")
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    partial.replace(page)
+    write_text(page, text.encode("utf-8", "replace").decode("utf-8"))  # captions may hold half of a surrogate pair
 
 
 def _unbroken(value: Any) -> Any:

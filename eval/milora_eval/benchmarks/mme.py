@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import DataError, UserError
+from milora_data.whole import write_text
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.data_files import find
 from milora_eval.rules.mme import COGNITION, PERCEPTION, mme_answer, mme_score
 from milora_eval.stats import mean_stderr
-from milora_eval.store import write_whole
 
 YES_OR_NO = "Please answer yes or no."
 
@@ -69,7 +69,7 @@ class MME(Benchmark):
         for name, pictures in tasks.items():
             pairs = [pair for pair in pictures.values() if len(pair) == 2]
             lines = [_line(answer) for pair in pairs for answer in pair]
-            files.append(write_whole(folder / f"{name}.txt", "".join(lines)))
+            files.append(write_text(folder / f"{name}.txt", "".join(lines)))
         return files
 
 

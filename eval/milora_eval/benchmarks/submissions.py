@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import DataError
-from milora_eval.store import write_whole
+from milora_data.whole import write_text
 
 Row = Mapping[str, Any]
 
@@ -23,12 +23,12 @@ def write_rows(path: Path, rows: Sequence[Row], types: Mapping[str, type | tuple
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
         text = json.dumps(list(rows), ensure_ascii=False)
-    return write_whole(path, text)
+    return write_text(path, text)
 
 
 def write_object(path: Path, value: Mapping[str, Any]) -> Path:
     """Write one JSON object."""
-    return write_whole(path, json.dumps(value, ensure_ascii=False, indent=2))
+    return write_text(path, json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def check_rows(rows: Sequence[Row], types: Mapping[str, type | tuple[type, ...]], key: str) -> None:
