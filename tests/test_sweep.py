@@ -116,7 +116,8 @@ def test_a_variant_that_trains_in_full_is_evaluated_as_the_model_that_it_is(
 def test_means_have_students_intervals() -> None:
     assert mean_of([1.0, 2.0, 3.0]).half == pytest.approx(4.303 / 3**0.5, rel=1e-4)
     assert (mean_of([2.0]).half, mean_of([2.0]).value) == (None, 2.0)
-    assert mean_of([1.1e-6, 1.3e-6]).text == "1.2e-06 ± 1.3e-06"  # and not 0.000
+    assert mean_of([1.1e-6, 1.2e-6, 1.3e-6]).text == "1.2e-06 ± 2.5e-07"  # and not 0.000
+    assert mean_of([-1e-9, 2e-9]).text == "0.000 ± 0.000"  # rounding
     assert mean_of([0.0, 0.0]).text == "0.000 ± 0.000"
     assert mean_of([1e-4, 0.1]).text == "0.050 ± 0.635"
 

@@ -28,7 +28,7 @@ class Mean:
     @property
     def text(self) -> str:
         """For people."""
-        is_tiny = 0 < abs(self.value) < 5e-4 and (self.half is None or self.half < 5e-4)
+        is_tiny = (self.half or 0) < abs(self.value) < 5e-4  # and told apart from zero
         numbers = [self.value] if self.half is None else [self.value, self.half]
         return " ± ".join(f"{x:.1e}" if is_tiny else f"{round(x, 3) + 0.0:.3f}" for x in numbers)
 
