@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lowest check format bench docs wheel audit clean
+.PHONY: help setup demo test test-all test-lowest test-extras check format bench docs wheel audit clean
 # An interrupted command must not cost the user a finished file.
 .PRECIOUS: $(DATA)/test.json $(RUN)/adapter_model.safetensors $(RUN)/eval/emoji/final/results.json
 
@@ -39,6 +39,15 @@ test-lowest: $(INSTALLED)  ## the tests with the oldest versions that pyproject.
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev]"
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llava-torch
 	.venv-lowest/bin/python -m pytest $(PYTEST_ARGS)
+
+EXTRAS_TESTS := tests/test_quantized.py tests/test_chat_web.py tests/test_trl.py tests/test_trl_collator.py tests/test_llava_scripts.py
+
+test-extras: $(INSTALLED)  ## the tests of bitsandbytes, gradio and TRL, which `test` leaves out, in an environment of their own
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-extras
+	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python -e ".[dev,quant,web]" trl
+	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python --no-deps llava-torch
+	.venv-extras/bin/python -m pytest -n $(JOBS) -m "not gpu" $(EXTRAS_TESTS) $(PYTEST_ARGS)
 
 check: $(INSTALLED)  ## lint, format, types, import direction, spelling: all of them, then the verdict
 	@status=0; for tool in "ruff check ." "ruff format --check ." mypy lint-imports codespell; do \
