@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.web:
         from milora_vl.chat_web import serve
 
-        serve(chat, picture, options.port)
+        serve(chat, picture, " + ".join(str(part) for part in (options.model, options.adapter) if part), options.port)
         return 0
     if options.question is None:
         return converse(chat, picture)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from milora_data.errors import UserError
@@ -22,11 +23,11 @@ HEIGHT = "60vh"
 Messages = list[dict[str, str]]
 
 
-def serve(chat: Chat, picture: Image.Image | None, port: int) -> None:
+def serve(chat: Chat, picture: Image.Image | None, about: str, port: int) -> None:
     """Show the page on this machine alone until Ctrl-C. UserError if the port is taken."""
     import gradio as gr
 
-    site = page(chat, picture)
+    site = page(chat, picture, about)
     try:
         site.launch(
             server_name="127.0.0.1",
@@ -45,13 +46,14 @@ def serve(chat: Chat, picture: Image.Image | None, port: int) -> None:
     site.block_thread()
 
 
-def page(chat: Chat, picture: Image.Image | None) -> Any:
-    """Return the gradio page: picture, conversation (two beside each other with `compare`), question."""
+def page(chat: Chat, picture: Image.Image | None, about: str) -> Any:
+    """Return the gradio page: who answers, picture, conversation (two beside each other with `compare`), question."""
     import gradio as gr
 
     labels = ["base model", "fine-tuned"] if chat.compare else ["answers"]
-    with gr.Blocks(title="milora-vl", analytics_enabled=False) as site:
+    with gr.Blocks(title=f"{about} · milora-vl", analytics_enabled=False) as site:
         turns = gr.State([])
+        gr.HTML(f"<strong>{escape(about)}</strong>")
         with gr.Row():
             image = gr.Image(picture, type="pil", label="picture", height=HEIGHT, min_width=300, buttons=[])
             look = {"height": HEIGHT, "min_width": 300, "scale": 2, "render_markdown": False, "buttons": []}

@@ -69,7 +69,8 @@ def test_an_error_of_the_model_reaches_the_page(options: Options) -> None:
 
 def test_the_page_is_built(options: Options) -> None:
     pytest.importorskip("gradio")
-    shown = str(page(Chat.load(options), None).get_config_file())
+    shown = str(page(Chat.load(options), None, "<b>tiny").get_config_file())
+    assert "&lt;b&gt;tiny" in shown
     assert "answers" in shown
     assert "picture" in shown
 
