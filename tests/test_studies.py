@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from milora_data.errors import UserError
 from milora_vl import apply_milora
 from milora_vl.analysis.spectra import decay_exponent
 from milora_vl.studies import __main__ as command
-from milora_vl.studies import decay, page
+from milora_vl.studies import decay, page, runner
 from milora_vl.studies.runner import Folder, all_cells, finished, run_study
 from milora_vl.studies.study import Study, chosen, parse_study, read_study
 from milora_vl.studies.update import Updates
@@ -113,6 +115,20 @@ def test_a_failed_cell_is_kept_and_tried_again_on_request(tmp_path: Path) -> Non
     assert "rank" in failure["said"]
     assert run(folder) == []
     assert run(folder, retry=True) == ["wrong-lr0.001-seed0"]
+
+
+def test_a_killed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as by the system, for want of memory; the cells that it had done are kept."""
+
+    def killed(futures: Any) -> Any:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        return as_completed(futures)
+
+    monkeypatch.setattr(runner, "as_completed", killed)
+    folder = Folder(tmp_path, read_study("elsewhere.digits-rnn"))
+    with pytest.raises(UserError, match=r"memory ran out(.|\n)*--jobs 1"):
+        run_study(folder, 2, retry=False, on_done=lambda *_: None)
 
 
 def test_an_arm_that_has_changed_is_trained_anew(studies: Path) -> None:

@@ -149,10 +149,11 @@ def _evaluate(options: argparse.Namespace, who: Subject, arguments: dict[str, An
     from peft import PeftModel
 
     from milora_eval.evaluate import add_forgetting, results_folder, run
+    from milora_vl.forgetting.measure import hides_its_base
 
     model, processor = _load(options, who.model, who.adapter)
     base = None
-    if (who.base or options.with_base) and not isinstance(model, PeftModel):
+    if (who.base or options.with_base or isinstance(model, PeftModel)) and not hides_its_base(model):
         base, _ = _load(options, who.base or who.model, None)
     done = []
     if options.with_base:
@@ -162,7 +163,7 @@ def _evaluate(options: argparse.Namespace, who: Subject, arguments: dict[str, An
     if not all(done):
         return None
     folders = [results_folder(options.output_dir, arguments["suite"], result["which"]) for result in done if result]
-    if options.forgetting_tokens and (base is not None or isinstance(model, PeftModel)):
+    if options.forgetting_tokens and (base is not None or hides_its_base(model)):
         sys.stderr.write(f"text forgetting on {options.forgetting_tokens:,} tokens of general text\n")
         key = str((done[-1] or {})["generation"]["key"])
         add_forgetting(folders[-1], model, processor, base, key, options.forgetting_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +17,15 @@ from milora_vl.analysis.updates import Update, moved
 from milora_vl.analysis.weights import Weights
 from milora_vl.exporting.imported import import_adapter, refuse_mutating
 from milora_vl.exporting.llava import in_hf_layout, read_llava
-from milora_vl.exporting.plain import PREFIX, LowRank, PlainAdapter, from_state, read_config
-from milora_vl.exporting.source import find_source
+from milora_vl.exporting.plain import PREFIX, LowRank, PlainAdapter, from_state, more_than_factors, read_config
+from milora_vl.exporting.source import INITIAL_NAMES, find_source
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.fingerprint import distance
 from milora_vl.lora.sidecar import Sidecar, locate, read_sidecar
 from milora_vl.towers import canonical_names
 
 _MAGNITUDE = ".lora_magnitude_vector"
+_TOKENS = "trainable_token_indices"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def read_changes(folder: Path, base: Weights, *, allow_base_mismatch: bool = Fal
             adapter = in_hf_layout(read_llava(source.folder), names)
         else:
             if source.kind == "plain":
-                refuse_mutating(source.folder)
+                _refuse_mutating(source.folder)
             adapter, magnitudes = _read(source.folder)
         if adapter.sidecar is not None and source.kind != "llava":
             adapter = _at_home(adapter, names)
@@ -123,6 +125,18 @@ def changes_of_model(tuned: Weights, base: Weights) -> dict[str, Change]:
     }
 
 
+def _refuse_mutating(folder: Path) -> None:
+    """UserError with what can be done about it here: this command has no flags for the initial factors."""
+    try:
+        refuse_mutating(folder)
+    except UserError:
+        raise UserError(
+            f"{folder} was trained on a residual base, and its initial factors are not here\n"
+            f"put them into:  {folder}/{INITIAL_NAMES[0]}\n"
+            f"or first:       python -m milora_vl.export {folder} --to adapter --initial FOLDER --output_dir O"
+        ) from None
+
+
 def _loaded(name: str) -> Any:
     from milora_vl.models import load_weights
 
@@ -132,9 +146,17 @@ def _loaded(name: str) -> Any:
 def _read(folder: Path) -> tuple[PlainAdapter, dict[str, Tensor]]:
     """A LoRA folder, and the magnitudes of a DoRA by path."""
     config = read_config(folder, any_lora=True)
+    more = more_than_factors(folder)
+    unknown = [what for name, what in more.items() if name not in ("use_dora", _TOKENS)]
+    if unknown:
+        raise UserError(f"{folder} holds {unknown[0]}: what it changes is no matrix that is known here")
     state = load_peft_weights(str(folder), device="cpu")
     found = {key: tensor for key, tensor in state.items() if _MAGNITUDE in key}
-    plain = {key: tensor for key, tensor in state.items() if key not in found}
+    apart = {key for key in state if ".trainable_tokens_" in key or (config.bias != "none" and key.endswith(".bias"))}
+    if apart or _TOKENS in more:
+        words = more.get(_TOKENS, "biases that were trained along")
+        sys.stderr.write(f"not analysed, as they are no matrices: {words} ({len(apart)})\n")
+    plain = {key: tensor for key, tensor in state.items() if key not in found and key not in apart}
     magnitudes = {key.removeprefix(PREFIX).partition(_MAGNITUDE)[0]: tensor for key, tensor in found.items()}
     return from_state(plain, config, folder, read_sidecar(folder)), magnitudes
 

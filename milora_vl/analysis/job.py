@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from milora_data.errors import UserError
+from milora_data.whole import write_text
 from milora_vl.adapter_folders import base_of, holds_adapter, holds_residual
 from milora_vl.analysis.changes import changes_of_model, read_changes
 from milora_vl.analysis.rows import Row, base_row, update_row
@@ -47,7 +49,7 @@ def plan(
     folder = Path(subject)
     is_adapter = holds_adapter(folder) or holds_residual(folder)
     if is_adapter:
-        base = base or base_of(folder if holds_adapter(folder) else next(folder.glob("*/adapter_config.json")).parent)
+        base = base or _named_base(folder)
     if base is None:
         weights = open_weights(subject)
         paths = _chosen(weights.paths(), modules)
@@ -60,7 +62,7 @@ def plan(
         changes = changes_of_model(_tuned(subject, base), weights)
     if not changes:
         raise UserError(f"{subject} changes no matrix of {base}")
-    key = _digest("update", subject, base, rank, modules, *_files(folder))
+    key = _digest("update", subject, base, rank, modules, *_files(folder), *_stamps(Path(base)))
     return Plan(
         "update", subject, base, _chosen(list(changes), modules),
         lambda path: update_row(changes[path], weights, device, rank), key,
@@ -99,15 +101,23 @@ def _read(file: Path, todo: Plan) -> Iterator[Row]:
         return
     whole = []
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
+        with suppress(ValueError):
             whole.append(json.loads(line))
     if whole and whole[0].get("analysis") != todo.key:
         raise UserError(
             f"{file.parent} holds another analysis, of {whole[0].get('of')}; nothing is overwritten\n"
             "say:  --output_dir ANOTHER"
         )
-    file.write_text("".join(json.dumps(line) + "\n" for line in whole), encoding="utf-8")
+    write_text(file, "".join(json.dumps(line) + "\n" for line in whole))
     yield from whole[1:]
+
+
+def _named_base(folder: Path) -> str:
+    """The base that an adapter names, or the adapter in a residual base."""
+    try:
+        return base_of(folder if holds_adapter(folder) else next(folder.glob("*/adapter_config.json")).parent)
+    except UserError as error:
+        raise UserError(f"{str(error).partition(chr(10))[0]}\nsay:  --base NAME-OR-FOLDER") from None
 
 
 def _chosen(paths: list[str], pattern: str | None) -> list[str]:
@@ -128,8 +138,9 @@ def _tuned(subject: str, base: str) -> Weights:
 
 
 def _files(folder: Path) -> list[tuple[str, str]]:
-    """The weight files of what was trained, by content: a longer training in the same folder is another analysis."""
-    found = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*/adapter_model.*")]
+    """The files of what was trained, by content: a longer training or another scale (config) is another analysis."""
+    names = ("*.safetensors", "*.bin", "*/adapter_model.*", "adapter_config.json", "*/adapter_config.json")
+    found = (file for name in names for file in folder.glob(name))
     digests = []
     for file in sorted(found):
         content = hashlib.sha256()

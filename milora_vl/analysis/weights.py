@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -40,6 +41,8 @@ class Weights:
         """The matrices that an analysis of the model shows: linear layers and convolutions of blocks and projector."""
         found = []
         for path, module in self.model.named_modules():
+            if not self.has(path):
+                continue
             is_matrix = is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1)
             inside = self.towers.block_of(path) is not None or self.towers.tower_of(path) == "projector"
             if is_matrix and inside:
@@ -48,8 +51,12 @@ class Weights:
 
     def has(self, path: str) -> bool:
         """Whether there is a matrix at this path."""
-        modules = dict(self.model.named_modules())
-        return path in modules and is_adaptable(modules[path])
+        if self.stored is not None:
+            return path in self.stored
+        try:
+            return is_adaptable(self.model.get_submodule(path))
+        except AttributeError:
+            return False
 
     def shape(self, path: str) -> tuple[int, int]:
         """(out, in) of a matrix."""
@@ -95,7 +102,10 @@ def _meta_model(name: str) -> nn.Module:
 
 
 def _places(folder: Path, model: nn.Module) -> dict[str, tuple[Path, str]] | None:
-    """File and key of every matrix of `model`, by path; None where one is missing (tied ones may be)."""
+    """File and key of every matrix of `model`, by path; None where one is missing (heads may be).
+
+    Of tied embeddings the files hold one, and both have it.
+    """
     files = _files(folder)
     keys: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file in files:
@@ -114,7 +124,19 @@ def _places(folder: Path, model: nn.Module) -> dict[str, tuple[Path, str]] | Non
             places[path] = (keys[key][0], key)
         elif not isinstance(module, nn.Embedding) and "head" not in path:
             return None
-    return places
+    return _tied(model, places) | places
+
+
+def _tied(model: Any, places: Mapping[str, tuple[Path, str]]) -> dict[str, tuple[Path, str]]:
+    """The places of the token embeddings and of the head, where the model's config ties them and one is there."""
+    config = model.config
+    of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not any(getattr(each, "tie_word_embeddings", False) for each in (config, of_text)):
+        return {}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    paths = [path for path, module in model.named_modules() if any(module is end for end in ends)]
+    known = next((places[path] for path in paths if path in places), None)
+    return {} if known is None else dict.fromkeys(paths, known)
 
 
 def _same_size(shape: tuple[int, ...], module: nn.Module) -> bool:

@@ -101,19 +101,24 @@ def read_plain(folder: Path) -> PlainAdapter:
 
 def read_config(folder: Path, *, any_lora: bool = False) -> LoraConfig:
     """Read adapter_config.json. UserError where it is no LoRA's, or (unless `any_lora`) more than two factors."""
-    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    kind = content.get("peft_type")
+    kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
     if kind != "LORA":
         raise UserError(f"{folder} holds an adapter of type {kind}: only LoRA and what is saved as one can be exported")
     config = LoraConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)
-    more = next((what for name, what in _MORE_THAN_FACTORS.items() if content.get(name)), None)
-    if more is not None and not any_lora:
+    more = list(more_than_factors(folder).values())
+    if more and not any_lora:
         raise UserError(
-            f"{folder} holds {more}, no plain pairs of factors\n"
+            f"{folder} holds {more[0]}, no plain pairs of factors\n"
             "possible:  --to merged (where PEFT can merge it), or loading the folder with PEFT"
         )
     return config
+
+
+def more_than_factors(folder: Path) -> dict[str, str]:
+    """Return the fields of adapter_config.json with which a LoRA is more than two factors, and what to call each."""
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return {name: what for name, what in _MORE_THAN_FACTORS.items() if content.get(name)}
 
 
 def from_state(

@@ -188,12 +188,12 @@ class Job:
 
     @cached_property
     def _reference(self) -> Any | None:
-        """The base as a model of its own, where the tuned one has no adapter to switch off."""
-        from peft import PeftModel
+        """The base as a model of its own, where switching off an adapter does not give it."""
+        from milora_vl.forgetting.measure import hides_its_base
 
-        if isinstance(self._tuned, PeftModel):
+        if hides_its_base(self._tuned):
             return None
-        return self._load(self.base or self.model, None)  # a projector alone, or the whole model, was trained
+        return self._load(self.base or self.model, None)  # a projector alone, the whole model or biases were trained
 
     def _load(self, name: str, adapter: Path | None) -> Any:
         import torch

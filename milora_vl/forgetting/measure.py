@@ -104,13 +104,25 @@ def compare_on(batches: Iterable[Batch], model: Any, *, base: Any | None = None,
 
 def base_context(model: Any, base: Any | None) -> Callable[[], AbstractContextManager[None]]:
     """Return the context in which the base's predictions are made: of a PeftModel, with its adapter switched off."""
-    from peft import PeftModel
-
     if base is not None:
         return nullcontext
-    if not isinstance(model, PeftModel):
-        raise ValueError("forgetting is measured against a base: give base=, or a model with an adapter")
-    return model.disable_adapter
+    if not hides_its_base(model):
+        raise ValueError(
+            "forgetting is measured against a base: give base=, or a model with an adapter that trained no biases"
+        )
+    context: Callable[[], AbstractContextManager[None]] = model.disable_adapter
+    return context
+
+
+def hides_its_base(model: Any) -> bool:
+    """Whether switching off an adapter of `model` gives its base back.
+
+    Biases that PEFT trains (bias of its config) are those of the base itself: they stay when it is switched off.
+    """
+    from peft import PeftModel
+
+    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    return bool(configs) and all(getattr(config, "bias", "none") == "none" for config in configs)
 
 
 @contextmanager

@@ -13,12 +13,14 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from milora_data.errors import UserError
 from milora_data.whole import read_json, write_json
 from milora_vl.studies.study import Study
 from milora_vl.studies.task import Task
@@ -101,7 +103,14 @@ def _run_all(folder: Folder, todo: Sequence[Cell], jobs: int) -> Iterator[tuple[
     start = folder, jobs
     with ProcessPoolExecutor(min(jobs, len(todo)), multiprocessing.get_context("spawn"), _start, start) as pool:
         futures = {pool.submit(_run, cell): cell for cell in todo}
-        yield from ((futures[future], future.result()) for future in as_completed(futures))
+        try:
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker was killed: where nobody did it, memory ran out\n"
+                f"finished cells are kept: the same command goes on, with less memory if you say --jobs {jobs - 1}",
+                exit_code=1,
+            ) from None
 
 
 def _left(folder: Folder, tried: set[Cell], *, retry: bool) -> list[Cell]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -54,7 +55,9 @@ class Sweep:
         return self.run_folder(cell) / "eval" / self.evaluation.suite / "final"
 
     def result(self, cell: Cell) -> Result | None:
-        """What came out of a cell; None for one that is not finished."""
+        """What came out of a cell; None for one that is not finished, or whose answers were removed since."""
+        if not (self.results_folder(cell) / "predictions.jsonl").is_file():
+            return None  # the paired tests need them
         return read_json(self.folder / "cells" / f"{cell.name}.json")
 
     def failure(self, cell: Cell) -> Result | None:
@@ -145,7 +148,8 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
             if done.returncode == 130 or done.returncode == -2:  # interrupted by the user: not a failure of the cell
                 return False
             if done.returncode != 0:
-                why = {"command": command, "code": done.returncode, "log": str(log), "said": _tail(log)}
+                said = f"{_tail(log)}\n{_ended(done.returncode)}"
+                why = {"command": command, "code": done.returncode, "log": str(log), "said": said}
                 write_json(sweep.folder / "failed" / f"{cell.name}.json", why)
                 return False
     try:
@@ -207,6 +211,13 @@ def _lock(file: Path, *, wait: bool) -> Iterator[int]:
         except BlockingIOError:
             raise UserError(f"another sweep is running in {file.parent}") from None
         yield opened.fileno()
+
+
+def _ended(code: int) -> str:
+    """How a command ended that failed: one that was killed could say nothing itself."""
+    if code == -signal.SIGKILL:
+        return "killed (SIGKILL): where nobody did it, memory ran out; fewer --jobs need less"
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _tail(log: Path) -> str:

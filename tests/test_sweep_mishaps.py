@@ -1,0 +1,40 @@
+"""What happens to a sweep from outside: a folder is removed, a command is killed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_sweep import RECIPE, finish
+
+from milora_vl.config import Recipe
+from milora_vl.sweep import page
+from milora_vl.sweep.cells import make_cells
+from milora_vl.sweep.runner import Evaluation, Sweep, run_cells
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    return Sweep(tmp_path, Recipe.parse(RECIPE), Evaluation("emoji", None, None))
+
+
+def test_a_cell_whose_folder_was_removed_is_to_be_run_again(sweep: Sweep) -> None:
+    """The page of the others is written all the same."""
+    cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-3], None, 1)
+    (sweep.folder / "cells").mkdir()
+    for cell in cells:
+        finish(sweep, cell, loss=1.0, right=[True, False], forgetting=0.1)
+    shutil.rmtree(sweep.run_folder(cells[0]))
+    assert [sweep.result(cell) is not None for cell in cells] == [False, True]
+    _, table = page.write(page.of_sweep(sweep, cells, 1, "again"))
+    assert [row[0] for row in table.rows] == ["lora"]
+
+
+def test_a_killed_training_says_so(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell,) = make_cells(sweep.recipe, ["milora"], [1e-3], None, 1)
+    monkeypatch.setattr(Sweep, "training", lambda *_: ["-c", "import os; os.kill(os.getpid(), 9)"])
+    run_cells(sweep, [cell], 1, retry=False, on_done=lambda *_: None)
+    failure = sweep.failure(cell)
+    assert failure is not None
+    assert "memory ran out" in failure["said"]
