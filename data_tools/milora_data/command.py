@@ -208,4 +208,9 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
             raise
         report(UserError(f"{error.filename or 'a file cannot be written'}: {error.strerror}"))
         code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
+    except Exception as error:  # safetensors tells of a full disk in a class of its own
+        if "No space left" not in str(error):
+            raise
+        report(UserError(f"a file cannot be written: {str(error).splitlines()[0]}"))
+        code = 1
     sys.exit(code)
