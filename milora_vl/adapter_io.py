@@ -15,6 +15,7 @@ from torch import nn
 
 from milora_vl.lora.base_check import fitted
 from milora_vl.lora.config import quiet_peft
+from milora_vl.lora.errors import require_module
 from milora_vl.lora.install import lora_layer
 from milora_vl.lora.peft_model import restore
 from milora_vl.lora.pickled import UNREAD, read_pickled, why_unread
@@ -39,7 +40,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         raise AdapterError(
             f"{type(model).__name__} has no adapter to save: use its own save_pretrained for weights trained in full"
         )
-    model.save_pretrained(str(path))
+    model.save_pretrained(str(Path(path)))  # None is no path, and no folder of that name
 
 
 def load_adapter(
@@ -57,6 +58,7 @@ def load_adapter(
     adapter, one that does not fit, and a base model that is not the one it was made for.
     """
     folder = Path(path)
+    require_module(base)
     require_adapter(folder)
     if is_wrapped_by_peft(base):
         raise AdapterError(
