@@ -16,6 +16,7 @@ from torch import nn
 from milora_vl.initialize import Initial, Progress, initialize
 from milora_vl.lora.base_check import precision, require_readable
 from milora_vl.lora.config import make_lora
+from milora_vl.lora.errors import require_module
 from milora_vl.lora.fingerprint import sketch
 from milora_vl.lora.install import has_halves, install, lora_layer, set_dropout, trained_factors
 from milora_vl.lora.olora import start_olora
@@ -55,6 +56,7 @@ def apply_milora(
     """
     if form not in get_args(Form):
         raise AdapterError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
+    require_module(model)
     if is_wrapped_by_peft(model):
         raise AdapterError("this model holds a PEFT adapter already: pass the base model, or unload the adapter first")
     require_readable(model)

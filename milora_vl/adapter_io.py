@@ -15,8 +15,10 @@ from torch import nn
 
 from milora_vl.lora.base_check import fitted
 from milora_vl.lora.config import quiet_peft
+from milora_vl.lora.errors import require_module
 from milora_vl.lora.install import lora_layer
 from milora_vl.lora.peft_model import restore
+from milora_vl.lora.pickled import UNREAD, read_pickled, why_unread
 from milora_vl.lora.renamed import load_renamed, new_paths
 from milora_vl.lora.residual import make_residual
 from milora_vl.lora.sidecar import FILE_NAME, AdapterError, read_sidecar
@@ -38,7 +40,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         raise AdapterError(
             f"{type(model).__name__} has no adapter to save: use its own save_pretrained for weights trained in full"
         )
-    model.save_pretrained(str(path))
+    model.save_pretrained(str(Path(path)))  # None is no path, and no folder of that name
 
 
 def load_adapter(
@@ -56,6 +58,7 @@ def load_adapter(
     adapter, one that does not fit, and a base model that is not the one it was made for.
     """
     folder = Path(path)
+    require_module(base)
     require_adapter(folder)
     if is_wrapped_by_peft(base):
         raise AdapterError(
@@ -113,9 +116,12 @@ def require_adapter(folder: Path) -> None:
         raise AdapterError(f"{folder / CONFIG_NAME} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{folder / CONFIG_NAME} holds no mapping, but a {type(config).__name__}")
-    if WEIGHT_NAMES[0] in names:
-        try:
-            with safe_open(folder / WEIGHT_NAMES[0], framework="pt"):
+    file = folder / next(name for name in WEIGHT_NAMES if name in names)
+    try:
+        if file.suffix == ".bin":
+            read_pickled(file)  # a pickle has no header that would tell
+        else:
+            with safe_open(file, framework="pt"):
                 pass
-        except SafetensorError as error:
-            raise AdapterError(f"{folder / WEIGHT_NAMES[0]} cannot be read (cut off?): {error}") from error
+    except (SafetensorError, *UNREAD) as error:
+        raise AdapterError(why_unread(file, error)) from error

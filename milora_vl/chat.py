@@ -272,6 +272,8 @@ def _open(path: Path) -> Image.Image:
 
     if path.is_file():
         return load_image(path)
+    if path.is_dir():
+        raise UserError(f"{path}: this is a folder; expected a picture")
     near = suggest(path.name, (file.name for file in path.parent.iterdir())) if path.parent.is_dir() else []
     hint = f"\ndid you mean {' or '.join(str(path.parent / name) for name in near)} ?" if near else ""
     raise UserError(f"{path}: no such picture{hint}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from pydantic import (
     field_validator,
 )
 
+from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_data.templates import template_name
 from milora_vl.training import hf_arguments
@@ -249,6 +251,11 @@ def _explain(error: Any) -> str:
         for part in error["loc"][:-1]:
             model = model.model_fields[part].annotation
         return "unknown key" + _did_you_mean(str(error["loc"][-1]), model.model_fields)
+    if error["type"] == "literal_error":
+        words = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        near = suggest(str(error["input"]), words)
+        hint = f"; did you mean {near[0]} ?" if near else ""
+        return f"expected one of {', '.join(words)}, got {error['input']!r}{hint}"
     text = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
     return text if error["type"] == "value_error" else f"{text}, got {error['input']!r}"
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import next_step, parser, run
+from milora_data.command import next_step, parser, run, suggest
 from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_vl.adapter_folders import base_of, holds_text_model
@@ -175,7 +175,9 @@ def _form(to: str) -> tuple[str, int | None]:
     if kind == "rank" and number.isdecimal() and int(number) > 0:
         return "rank", int(number)
     if to not in FORMS or to == "rank-N":
-        raise UserError(f"unknown form {to!r}\nknown:  {', '.join(FORMS)}   (N a number: rank-64)")
+        near = suggest(to, [form for form in FORMS if form != "rank-N"])
+        hint = f"\ndid you mean {near[0]} ?" if near else ""
+        raise UserError(f"unknown form {to!r}\nknown:  {', '.join(FORMS)}   (N a number: rank-64){hint}")
     return to, None
 
 

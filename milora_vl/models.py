@@ -279,12 +279,12 @@ def _source(name: str) -> str:
 
 
 def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
-    """Call a `from_pretrained`; a hub that does not answer becomes a few lines that say what to do."""
+    """Call a `from_pretrained`, without a question about running a model's own code; UserError where it fails."""
     from safetensors import SafetensorError
 
     local = Path(source).is_dir()
     try:
-        return load(source, local_files_only=local or not _hub_is_known(), **arguments)
+        return load(source, local_files_only=local or not _hub_is_known(), trust_remote_code=False, **arguments)
     except (SafetensorError, ValueError, ImportError) as error:  # cut off, of no known kind, without its tokenizer
         raise UserError(f"cannot read the model in {source}\n{_first_line(error)}") from None
     except OSError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import PROJECTOR_FILES
+from milora_vl.lora.pickled import UNREAD, read_pickled, why_unread
 from milora_vl.towers import find_towers
 
 PREFIX = "multi_modal_projector."
@@ -77,10 +77,9 @@ def read_projector(source: Path) -> dict[str, Tensor]:
         return {_inner(f"mm_projector.{name}"): tensor for name, tensor in inside.items()}
     file = projector_file(source)
     try:
-        is_safe = file.suffix == ".safetensors"
-        state = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{file} cannot be read (cut off?): {(str(error) or 'it is empty').splitlines()[0]}") from None
+        state = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
+    except (SafetensorError, *UNREAD) as error:
+        raise UserError(why_unread(file, error)) from None
     if not isinstance(state, dict):
         raise UserError(f"{file} holds no weights by name, but a {type(state).__name__}")
     weights = {_inner(name): t for name, t in state.items() if _OURS.match(name) or _LLAVA.match(name)}

@@ -64,7 +64,7 @@ def test_compare_shows_both_answers(adapter: Path, picture: Path, capsys: Captur
 def test_a_conversation_remembers_until_it_is_reset(
     picture: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = [f"/image {picture.parent}/9.png", f"/image {picture}"]
+    images = [f"/image {picture.parent}/9.png", f"/image {picture.parent}", f"/image {picture}"]
     typed = ["What?", "Why?", "/reset", "What?", "/imag", *images, "What?", "/quit", "never asked"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
     assert ask() == 0
@@ -77,6 +77,7 @@ def test_a_conversation_remembers_until_it_is_reset(
     assert second == generate(model, processor, [Prompt(turns)], max_new_tokens=8)[0]
     assert "did you mean /image ?" in err
     assert "9.png: no such picture" in err
+    assert f"{picture.parent}: this is a folder; expected a picture" in err
 
 
 def test_words_are_streamed_as_they_come_without_the_first_space(

@@ -16,11 +16,13 @@ from typing import Any
 
 import fake_run
 import pytest
+from safetensors import SafetensorError
 from test_eval_view import stored
 
 from milora_data.command import CommandParser, Help, run
 from milora_data.errors import UserError
 from milora_data.flags import SHARED
+from milora_data.whole import write_text
 from milora_vl.__main__ import MENU, main
 
 INNER = {name: import_module(MENU.modules[name]).MENU for name in MENU.menus}
@@ -265,10 +267,11 @@ def test_no_color_is_honoured_on_a_terminal(environment: dict[str, str], coloure
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a.json/out"), 2, "error: a.json/out: Not a directory\n"),
         (PermissionError(errno.EACCES, "Permission denied", "/out"), 2, "error: /out: Permission denied\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot be written: No space left on device\n"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "device (os error 28)\n"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_a_line(
-    error: OSError, code: int, message: str, capsys: pytest.CaptureFixture[str]
+    error: Exception, code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(argv: object) -> int:
         raise error
@@ -277,3 +280,14 @@ def test_a_place_that_cannot_be_written_is_a_line(
         run(broken)
     assert caught.value.code == code
     assert capsys.readouterr().err.endswith(message)
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, text: str, **_: object) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "page.html", "a")
+    assert not list(tmp_path.iterdir())

@@ -45,7 +45,7 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) 
         ({"path": [{"path": "a.json", "wieght": 1}]}, "source 1: wieght: Extra inputs are not permitted; known: path"),
         ({"path": 3}, "expected a file, or a list of {path, weight, image_folder}, got 3"),
         ({"max_length": 0}, "greater than 0"),
-        ({"bad_images": "ignore"}, "'raise', 'skip' or 'replace'"),
+        ({"bad_images": "skp"}, "expected one of raise, skip, replace, got 'skp'; did you mean skip ?"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(section: dict, word: str) -> None:

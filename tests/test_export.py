@@ -245,7 +245,7 @@ def test_the_command(run, capsys, monkeypatch) -> None:
         main([str(run.root), "--to", "merged", "--output_dir", str(run.root / "x")])
     for arguments, message in {
         ("--to", "rank-2"): "exists and is not empty",
-        ("--to", "rank-0"): "unknown form",
+        ("--to", "mergd"): r"unknown form(.|\n)*did you mean merged \?",
         ("--to", "merged", "--with_base"): "with_base is for",
         ("--to", "merged", "--base", str(run.root / "nowhere" / "x")): "unknown model",
     }.items():

@@ -44,8 +44,9 @@ def test_a_script_runs_with_milora_as_its_lora(tmp_path: Path, capsys) -> None:
     assert "2 modules start with method pissa" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"MiLoRA cannot start this LoRA\npolicy.*rank: 65"):
         main([str(script), "65", str(tmp_path / "out")])
-    with pytest.raises(UserError, match="no script at"):
-        main([str(tmp_path / "nothing.py")])
+    for run in (main, llava_main):
+        with pytest.raises(UserError, match="no script at|llava is not installed"):
+            run([str(tmp_path / "nothing.py")])
 
 
 def test_modules_that_imported_the_function_before_are_reached(tiny_llama, monkeypatch) -> None:

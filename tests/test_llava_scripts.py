@@ -198,6 +198,7 @@ def test_full_training_from_parts(parts: dict[str, str], place: Path) -> None:
     [
         ({"deepspeed": "./scripts/zero9.json"}, r"zero9.json: no such file(.|\n)*--deepspeed zero"),
         ({"report_to": "wandb"}, r"--report_to wandb: the package wandb is not installed"),
+        ({"report_to": "tensorbord"}, r"--report_to tensorbord: no such tracker\ndid you mean tensorboard \?"),
         ({"pretrain_mm_mlp_adapter": "none.bin"}, r"no projector weights at none.bin"),
         ({"mm_projector_type": "linear"}, r"only mlp2x_gelu"),
         ({"vision_tower": "./nowhere"}, r"nowhere"),

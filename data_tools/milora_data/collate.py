@@ -22,7 +22,7 @@ from .features import FeatureReader
 from .images import ImageError, ImagePolicy, place_of
 from .pixels import AspectRatio, JpegDecoding, PixelMaker
 from .records import Record, parse_record
-from .templates import IMAGE
+from .templates import IMAGE, get_template
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,9 @@ class ImageTextCollator:
         self.image_aspect_ratio: AspectRatio = "anyres" if tiling else image_aspect_ratio
         self.jpeg_decoding: JpegDecoding = jpeg_decoding
         self._maker: PixelMaker | None = None
+        get_template(template)
+        if max_length is not None and max_length < 1:
+            raise UserError(f"max_length must be at least 1, got {max_length}")
         self.template = template
         self.image_tokens = image_tokens
         self.image_token_id = self._own_image_token() if image_token_id is None else image_token_id

@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +34,10 @@ def suggest(word: str, candidates: Iterable[str]) -> list[str]:
 
 def count(text: str) -> int:
     """Parse a whole number from 0 up: the `type` of a flag that counts something."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
     if number < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {number}")
     return number
@@ -58,9 +62,12 @@ def amount(number: int, what: str) -> str:
 class CommandParser(argparse.ArgumentParser):
     """`argparse` with `-` and `_` alike in flags, no guessing from prefixes, and near names for unknown flags."""
 
+    _given: Sequence[str] = ()
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Spell every known flag as it was declared, then parse as usual."""
         arguments = list(sys.argv[1:] if args is None else args)
+        self._given = arguments
         declared = {flag.replace("-", "_"): flag for flag in self.flags()}
         for position, argument in enumerate(arguments):
             if argument == "--":
@@ -74,11 +81,7 @@ class CommandParser(argparse.ArgumentParser):
         """Parse, and raise `UserError` with near names for what is not known."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            names = {flag.lstrip("-").replace("-", "_"): flag for flag in self.flags()}
-            words = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("-")]
-            near = [names[name] for word in words for name in suggest(word, names)]
-            hint = f"\ndid you mean {' or '.join(dict.fromkeys(near))} ?" if near else ""
-            self.error(f"unknown argument: {' '.join(unknown)}{hint}")
+            self.error(f"unknown argument: {' '.join(unknown)}{self._near(unknown)}")
         return parsed
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -96,7 +99,19 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError` (exit code 2) where argparse would leave the process."""
+        if " required" in message:
+            # A flag that is missing may be there, mistyped; argparse looks for what is missing first.
+            words = takewhile(lambda word: word != "--", self._given)
+            unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in self.flags()]
+            message += f"\nunknown argument: {' '.join(unknown)}{self._near(unknown)}" if unknown else ""
         raise UserError(f"{message}\nsee: {self.prog} --help")
+
+    def _near(self, unknown: Sequence[str]) -> str:
+        """A line with the flags that look like one of the words that are none; empty where nothing does."""
+        names = {flag.lstrip("-").replace("-", "_"): flag for flag in self.flags()}
+        words = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("-")]
+        near = [names[name] for word in words for name in suggest(word, names)]
+        return f"\ndid you mean {' or '.join(dict.fromkeys(near))} ?" if near else ""
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -193,4 +208,9 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
             raise
         report(UserError(f"{error.filename or 'a file cannot be written'}: {error.strerror}"))
         code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
+    except Exception as error:  # safetensors tells of a full disk in a class of its own
+        if "No space left" not in str(error):
+            raise
+        report(UserError(f"a file cannot be written: {str(error).splitlines()[0]}"))
+        code = 1
     sys.exit(code)

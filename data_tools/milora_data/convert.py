@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -79,11 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{there[0]} exists already\nnothing was written; name a new --output_dir")
     given = Options(chosen.prompt, chosen.split or "train", chosen.image_pattern)
     sources = chosen.sources if chosen.kind == "hub" else [Path(source) for source in chosen.sources]
-    records = _some(_with_written_pictures(_read(chosen.kind, sources, given), images), chosen)
-    if chosen.hold_out:
-        records = _without_held_out(list(records), chosen.hold_out, chosen.output_dir / "eval.json")
-    count = write_objects(out, records)
-    as_json = json.dumps({"file": str(out), "records": count})
+    try:
+        records = _some(_with_written_pictures(_read(chosen.kind, sources, given), images), chosen)
+        if chosen.hold_out:
+            records = _without_held_out(list(records), chosen.hold_out, chosen.output_dir / "eval.json")
+        count = write_objects(out, records)
+    except BaseException:  # Ctrl-C too: what is left would be in the way of the next try
+        for path in new:
+            shutil.rmtree(path, ignore_errors=True) if path == images else path.unlink(missing_ok=True)
+        raise
+    held_out_file = {"held_out": str(chosen.output_dir / "eval.json")} if chosen.hold_out else {}
+    as_json = json.dumps({"file": str(out), "records": count, **held_out_file})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
     folder = {"folder": sources[0], "hub": images}.get(chosen.kind, "FOLDER")
     has_pictures = any(record.images for record in load_records(out))
@@ -104,7 +111,7 @@ def _without_held_out(records: list[dict[str, Any]], count: int, path: Path) -> 
     """Yield the records but for some, which are written to `path`."""
     chosen = held_out(len(records), count)
     write_objects(path, (value for number, value in enumerate(records) if number in chosen))
-    sys.stdout.write(f"{path}: {amount(count, 'record')}\n")
+    sys.stderr.write(f"{path}: {amount(count, 'record')}\n")
     yield from (value for number, value in enumerate(records) if number not in chosen)
 
 
@@ -140,7 +147,8 @@ def _with_written_pictures(records: Records, folder: Path) -> Records:
 
 
 def _write_picture(picture: StoredPicture, folder: Path, used: Counter[str]) -> str:
-    stem, suffix = Path(picture).stem or "picture", Path(picture).suffix or _suffix(picture.content)
+    named = Path(picture.replace("\0", ""))  # a name may be anything: no file system takes NUL, or 256 bytes
+    stem, suffix = named.stem[:60] or "picture", named.suffix[:12] or _suffix(picture.content)
     name = wanted = f"{stem}{suffix}"
     while name in used:
         used[wanted] += 1

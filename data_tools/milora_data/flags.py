@@ -9,7 +9,28 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .command import positive
+from .command import positive, suggest
+
+
+def device(text: str) -> str:
+    """Parse the name of a device that is here: the `type` of --device."""
+    import torch
+
+    try:
+        kind = torch.device(text).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda", "mps", "xpu"):
+        near = suggest(text, ("cpu", "cuda"))
+        hint = f"\ndid you mean {near[0]} ?" if near else ""
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1, ..., got {text!r}{hint}")
+    backend = {"cuda": torch.cuda, "xpu": torch.xpu}.get(kind)
+    there = backend.device_count() if backend else int(kind == "cpu" or torch.backends.mps.is_available())
+    if (torch.device(text).index or 0) >= there:
+        found = f"{there} of its kind" if there else "none of its kind"
+        raise argparse.ArgumentTypeError(f"no device {text} here: PyTorch sees {found}")
+    return text
+
 
 RECORDS = "JSON, JSONL, .parquet, .tar, hub:OWNER/NAME, or a mixture (.yaml)"
 SHARED: dict[str, dict[str, Any]] = {
@@ -23,7 +44,11 @@ SHARED: dict[str, dict[str, Any]] = {
     "limit": {"type": positive, "help": "the first N items"},
     "batch_size": {"type": positive, "help": "items at a time (default: %(default)s)"},
     "seed": {"type": int, "default": 0, "help": "of what is drawn (default: %(default)s)"},
-    "device": {"metavar": "DEVICE", "help": "cpu, cuda, cuda:1, ... (default: cuda where there is one)"},
+    "device": {
+        "type": device,
+        "metavar": "DEVICE",
+        "help": "cpu, cuda, cuda:1, ... (default: cuda if there is one)",
+    },
     "dtype": {"choices": ("float32", "bfloat16", "float16"), "help": "of the weights (default: float32 on a CPU)"},
     "output_dir": {"type": Path, "metavar": "FOLDER", "help": "to write"},
     "format": {"choices": ("human", "json"), "default": "human", "help": "of what is printed (default: %(default)s)"},

@@ -111,7 +111,8 @@ def open_hub(source: str) -> Any:
 def _open_file(file: str) -> Any:
     import datasets
 
-    builder = _BUILDERS[Path(file).suffix]
+    if (builder := _BUILDERS.get(Path(file).suffix)) is None:
+        raise DataError(f"expected one of {', '.join(_BUILDERS)}")
     return _undecoded(datasets.load_dataset(builder, data_files=[file], split="train", streaming=True))
 
 
@@ -164,4 +165,4 @@ def _is_picture(value: Any) -> bool:
 def _picture(value: Mapping[str, Any], number: str) -> str:
     if value["bytes"] is None:
         return str(value["path"])
-    return StoredPicture(Path(value["path"] or number).name, value["bytes"])
+    return StoredPicture(Path(value["path"] or number).name or number, value["bytes"])

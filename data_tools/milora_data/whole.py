@@ -12,8 +12,11 @@ def write_text(file: Path, text: str) -> Path:
     """Write a text as a file, in one step; its folder is made. Of several processes the last one to end wins."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(file)
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)  # of a full disk
     return file
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from milora_data.errors import UserError
+from milora_vl.lora.pickled import UNREAD, read_pickled, why_unread
 
 MARK = "mm_vision_tower"
 PROJECTOR = re.compile(r"^model\.mm_projector\.(.+)")
@@ -111,5 +111,8 @@ def _weight_files(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Ten
         with safe_open(file, framework="pt") as opened:
             yield list(opened.keys()), opened.get_tensor
     for file in [] if files else sorted(folder.glob("pytorch_model*.bin")):
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            state = read_pickled(file, mmap=True)
+        except UNREAD as error:
+            raise UserError(why_unread(file, error)) from None
         yield list(state), lambda key, state=state: state[key].clone()  # type: ignore[misc]

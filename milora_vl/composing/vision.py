@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from milora_data.errors import UserError
+from milora_vl.lora.pickled import UNREAD, read_pickled, why_unread
 
 TIMM = "timm/"
 RANDOM = "random"
@@ -122,7 +124,8 @@ def picture_statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
         settings = timm.get_pretrained_cfg(name.removeprefix(TIMM))
         return (settings.mean, settings.std) if settings is not None else (CLIP_MEAN, CLIP_STD)
     try:
-        found = AutoImageProcessor.from_pretrained(name, local_files_only=Path(name).is_dir())
+        local = Path(name).is_dir()
+        found = AutoImageProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError):
         sys.stderr.write(f"warning: {name} does not say how its pictures are normalised: as CLIP's are\n")
         return CLIP_MEAN, CLIP_STD
@@ -166,7 +169,10 @@ def _timm_state(architecture: str, weights: str | None) -> Any:
         file = Path(weights)
         if not file.is_file():
             raise UserError(f"--vision_weights {weights}: no such file")
-        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        try:
+            state = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
+        except (SafetensorError, *UNREAD) as error:
+            raise UserError(why_unread(file, error)) from None
         own = timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
         missing = [key for key in own if key not in state]
         if missing:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from milora_data.errors import UserError
 from milora_vl.exporting.plain import PREFIX, LowRank, PlainAdapter, read_plain, write_plain
+from milora_vl.lora.pickled import UNREAD, read_pickled, why_unread
 from milora_vl.lora.sidecar import locate
 from milora_vl.towers import Towers
 
@@ -137,11 +137,9 @@ def read_llava(folder: Path) -> PlainAdapter:
     """Read a LoRA folder of LLaVA; paths as in LLaVA's classes, the projector in `whole`."""
     adapter = read_plain(folder)
     try:
-        stored = torch.load(folder / NON_LORA, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise UserError(
-            f"{folder / NON_LORA} cannot be read (cut off?): {(str(error) or 'it is empty').splitlines()[0]}"
-        ) from None
+        stored = read_pickled(folder / NON_LORA)
+    except UNREAD as error:
+        raise UserError(why_unread(folder / NON_LORA, error)) from None
     # Older runs wrote `base_model.model.`, merged ones `model.`; LLaVA's loader strips both, so do we.
     whole = {re.sub(r"^base_model\.model\.", "", name): tensor for name, tensor in stored.items()}
     return replace(adapter, whole={**adapter.whole, **whole})

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _output_dirs(arguments: Sequence[str]) -> list[Path]:
     """The folder that --output_dir names, in both spellings; none, where it is not given."""
     values = []
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, after in pairwise([*arguments, ""]):
         flag, equals, value = word.partition("=")
         if flag == "--output_dir":
             values.append(value if equals else after)

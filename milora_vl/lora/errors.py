@@ -5,3 +5,12 @@ from __future__ import annotations
 
 class AdapterError(ValueError):
     """An adapter that cannot be made, saved or loaded as asked; the message says what was found and what to do."""
+
+
+def require_module(model: object) -> None:
+    """Raise AdapterError for what is no model, such as the name of one."""
+    # Told without torch, which this file has no other need of.
+    if "named_modules" not in dir(model):
+        raise AdapterError(
+            f"expected a model (a torch.nn.Module), got {model!r:.80}\nload it:  model, processor = load_model(NAME)"
+        )

@@ -165,9 +165,12 @@ def parse(argv: Sequence[str] | None) -> Request:
     overrides = _nested({name: _alias(name, value) for name, value in sections["recipe"].items()})
     if train:
         overrides["train"] = train
-    planned = [f"--{name}" for name in ("devices", "gpu_memory") if name in run]
+    planned = [name for name in ("devices", "gpu_memory") if name in run]
     if planned and not run.get("dry_run"):
-        raise UserError(f"{' '.join(planned)}: only with --dry-run; devices of a run are those of its launcher")
+        raise UserError(f"--{' --'.join(planned)}: only with --dry-run; devices of a run are those of its launcher")
+    for name in planned:
+        if run[name] <= 0:
+            raise UserError(f"--{name}: must be above 0, got {run[name]}")
     if run.get("format", "human") not in FORMATS:
         raise UserError(f"--format {run['format']}: expected {' or '.join(FORMATS)}")
     actions = [name for name in ACTIONS if run.get(name, False) is not False]
@@ -230,7 +233,15 @@ def _train_flags(given: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         train["use_cpu"] = True
     elif run.get("device") not in (None, "cuda"):
         raise UserError(f"--device {run['device']}: expected cpu or cuda")
+    elif "device" in run and not run.get("dry_run") and not _cuda_is_here():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here\non the CPU:  --device cpu")
     return train
+
+
+def _cuda_is_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _alias(path: str, value: Any) -> Any:

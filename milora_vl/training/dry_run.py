@@ -212,7 +212,7 @@ def tokenizer_at_hand(name: str) -> Any | None:
 
         source = str(folder_of(name))
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         return None
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
 from milora_data.errors import UserError
+from milora_vl.lora.pickled import why_unread
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -37,6 +39,8 @@ def explained(args: TrainingArguments) -> Iterator[None]:
         raise UserError(without_traceback(str(error)), exit_code=1) from None
     except torch.OutOfMemoryError as error:
         raise UserError(_out_of_memory(str(error), args), exit_code=1) from None
+    except UnpicklingError as error:  # the states that a resumed run goes on with
+        raise UserError(why_unread("a file of the checkpoint", error), exit_code=1) from None
     except (OSError, SafetensorError, RuntimeError) as error:
         text = _explanation(str(error), args)
         if text is None:

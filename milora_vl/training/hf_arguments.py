@@ -14,6 +14,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from milora_data.command import suggest
+
 TRUE, FALSE = ("true", "t", "yes", "y", "1", "on"), ("false", "f", "no", "n", "0", "off")
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
@@ -35,6 +37,25 @@ REFUSED = {
     "resume_from_checkpoint": "is a flag of the command, not of the recipe",
     "output_dir": "is a flag of the command, not of the recipe",
     "label_smoothing_factor": "is not supported: the loss is the plain cross-entropy of the supervised tokens",
+}
+# The Trainer takes less without a word, and stumbles over it, or passes over it, when it is well under way.
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "warmup_steps": 0,
+    "warmup_ratio": 0,
+    "logging_steps": 0,
+    "save_steps": 0,
+    "eval_steps": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "seed": 0,
+    "data_seed": 0,
 }
 
 
@@ -91,7 +112,11 @@ def coerce(name: str, value: Any) -> Any:
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"expected {EXPECTED[flag.type]}, got {value!r}") from None
     if flag.choices and converted not in flag.choices:
-        raise ValueError(f"got {value!r}, expected one of {', '.join(flag.choices)}")
+        near = suggest(str(converted), flag.choices)
+        hint = f"; did you mean {near[0]} ?" if near else ""
+        raise ValueError(f"got {value!r}, expected one of {', '.join(flag.choices)}{hint}")
+    if (wrong := _out_of_range(name, converted)) is not None:
+        raise ValueError(f"{wrong}, got {value!r}")
     return converted
 
 
@@ -140,6 +165,20 @@ def for_installed(train: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[
     absent = sorted(name for name in out if name not in fields)
     telling = [name for name in absent if out[name] != flags()[name].default]
     return {name: value for name, value in out.items() if name in fields}, telling
+
+
+def _out_of_range(name: str, number: Any) -> str | None:
+    if name in AT_LEAST and number < AT_LEAST[name]:
+        return f"must be at least {AT_LEAST[name]}"
+    if name == "num_train_epochs" and number <= 0:
+        return "must be above 0"
+    if name == "max_steps" and number < 1 and number != -1:
+        return "must be at least 1 (-1: as many as the epochs have)"
+    if name in ("adam_beta1", "adam_beta2") and number >= 1:
+        return "must be below 1"
+    if name == "warmup_ratio" and number > 1:
+        return "must be at most 1: a share of all steps"
+    return None
 
 
 def _dict(value: Any) -> Any:

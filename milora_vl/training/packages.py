@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
+from milora_data.command import suggest
 from milora_data.errors import UserError
 
 # --report_to NAME -> what to import, any of them; NAME is also what pip installs where nothing else is said.
@@ -29,6 +30,9 @@ def check(train: Mapping[str, Any], quantization: str, attn_implementation: str)
     """UserError, with what to install or to say instead, for the first package that is not there."""
     named = train.get("report_to") or []
     for name in [named] if isinstance(named, str) else named:
+        near = [] if name in TRACKERS else suggest(name, TRACKERS)
+        if near:
+            raise UserError(f"--report_to {name}: no such tracker\ndid you mean {near[0]} ?")
         if name in TRACKERS and not any(map(_is_here, TRACKERS[name])):
             raise UserError(
                 f"--report_to {name}: the package {TRACKERS[name][0]} is not installed\n"

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from milora_data.errors import UserError
 from milora_data.stream import RecordStream, record_stream
 from milora_vl.config import Recipe
+from milora_vl.lora.pickled import read_pickled
 from milora_vl.training.run_data import sources_of
 
 
@@ -59,7 +60,7 @@ def _kept(checkpoint: Path, shape: dict[str, int], rank: int) -> Any:
     path = checkpoint / _name(rank)
     if not path.is_file():
         raise UserError(f"{checkpoint} does not say where in the stream it was: no {path.name}")
-    content = torch.load(path, weights_only=True)
+    content = read_pickled(path)
     for what, before in content["shape"].items():
         if before != shape[what]:
             raise UserError(

@@ -1,0 +1,41 @@
+"""Flags that are mistyped, missing, or name what is not here."""
+
+from __future__ import annotations
+
+import pytest
+
+from milora_data.command import parser, positive
+from milora_data.errors import UserError
+from milora_data.flags import shared
+
+
+def test_a_mistyped_flag_is_named_where_the_right_one_is_missing() -> None:
+    options = parser("prog", "what it does", "example: x")
+    options.add_argument("--model", required=True)
+    options.add_argument("--limit", type=positive)
+    for word in ("--modle", "--modle=tiny"):
+        with pytest.raises(UserError, match=r"required: --model\nunknown argument: --modle.*\ndid you mean --model \?"):
+            options.parse_args([word, "tiny"])
+    with pytest.raises(UserError, match=r"required: --model\nsee"):
+        options.parse_args(["--limit", "3", "--", "--modle"])
+    with pytest.raises(UserError, match="--limit: expected a whole number, got 'abc'"):
+        options.parse_args(["--model", "a", "--limit", "abc"])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("cdua", "expected cpu, cuda, cuda:1, ..., got 'cdua'\ndid you mean cuda ?"),
+        ("meta", "expected cpu, cuda, cuda:1, ..., got 'meta'"),
+        ("cuda", "no device cuda here: PyTorch sees none of its kind"),
+        ("cpu:3", "no device cpu:3 here: PyTorch sees 1 of its kind"),
+    ],
+)
+def test_a_device_that_is_none_or_not_here_is_refused(word: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    options = parser("prog", "what it does", "example: x")
+    shared(options, "device")
+    assert options.parse_args(["--device", "cpu"]).device == "cpu"
+    with pytest.raises(UserError) as error:
+        options.parse_args(["--device", word])
+    assert said in str(error.value)
