@@ -43,10 +43,22 @@ def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, look: Look) ->
         axis.set(xlabel=forgets, ylabel=metric)
         _frame(axis, arms)
         if min(x for arm in arms for x in [p.forgetting.value for p in arm.points]) > 0:
-            axis.set_xscale("log")
+            _logarithmic(axis)
         handles = [_handle(axis, place, arm.label, look) for place, arm in enumerate(arms)]
         figure.legend(handles=handles, loc="outside upper left", ncols=2 if look.narrow else 5, handletextpad=0.2)
     return figure
+
+
+def _logarithmic(axis: Any) -> None:
+    """Put x on a logarithmic scale, marked with plain numbers: 0.5, 1, 2, and more of them where it is short."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    left, right = axis.get_xlim()
+    subs = (1, 2, 5) if right > 20 * left else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    axis.xaxis.set_major_locator(LogLocator(subs=subs))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _frame(axis: Any, arms: Sequence[Arm]) -> None:
@@ -56,11 +68,15 @@ def _frame(axis: Any, arms: Sequence[Arm]) -> None:
     if not chosen:
         return
     floor = 2 * min(chosen) - max(chosen) - 0.1 * abs(max(chosen))
+    # The intervals of rates that were not chosen may be as long as they like.
+    highest = max(arm.best.score.value + (arm.best.score.half or 0) for arm in arms if arm.best)
+    highest = max(highest, *(point.score.value for point in points))
+    axis.set_ylim(top=highest + 0.05 * (highest - floor))
     seen = [point for point in points if point.score.value >= floor]
     if len(seen) == len(points):
         return
     left, right = min(p.forgetting.value for p in seen), max(p.forgetting.value for p in seen)
-    axis.set(ylim=(floor, None), xlim=(left * 0.8, right * 1.25) if left > 0 else (None, right * 1.1))
+    axis.set(ylim=(floor, axis.get_ylim()[1]), xlim=(left * 0.8, right * 1.25) if left > 0 else (None, right * 1.1))
     words = f"{len(points) - len(seen)} learning rates lie below"
     axis.annotate(words, (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color=GREY)
 
