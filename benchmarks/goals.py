@@ -93,8 +93,8 @@ GOALS = (
 
 # Why a goal is missed, and what was tried.
 THIN = (
-    "CPUs with matrix units multiply bfloat16 so fast that thin products cost far more than their count of operations: "
-    "512 x 4096 x 128 takes a fifth of the time of 512 x 4096 x 4096, not a thirty-second, in LoRA's own products too. "
+    "CPUs with matrix units multiply bfloat16 so fast that thin products cost far more than their count of operations, "
+    "LoRA's own too. "
     "Joining the halves into one product would save a part of it and lose what they are for: "
     "that equal halves cancel to the last bit"
 )

@@ -43,7 +43,8 @@ def figure(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds, or minutes and seconds."""
-    return f"{seconds:.3g} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    minutes, left = divmod(round(seconds), 60)
+    return f"{minutes} min {left} s" if minutes else f"{seconds:.3g} s"
 
 
 def power(value: float | None) -> str:
