@@ -168,6 +168,12 @@ def test_a_training_without_numbers_leaves_json_that_others_can_read(sweep: Swee
 
     found = json.loads((sweep.folder / "results.json").read_text(), parse_constant=refuse)
     assert found["arms"][0]["points"][0]["validation"]["value"] is None
+    assert found["arms"][0]["best"] is None
+
+
+def test_rates_that_would_share_a_cell_are_refused() -> None:
+    with pytest.raises(UserError, match="six digits"):
+        make_cells(Recipe.parse(RECIPE), ["milora"], [1e-4, 1.00000001e-4], None, 1)
 
 
 @pytest.mark.parametrize(("keeps_best", "loss"), [(True, 0.3), (False, 0.9)])

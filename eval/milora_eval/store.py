@@ -42,9 +42,12 @@ def read_lines(path: Path) -> list[Line]:
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Write a file as a whole, line by line; it is there in full or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(_text(line) for line in lines)
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(_text(line) for line in lines)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # of a full disk
 
 
 @contextmanager

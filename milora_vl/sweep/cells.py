@@ -59,6 +59,8 @@ def make_cells(
         has_rank = known[method].get("method") != "full" and "rank" not in known[method]
         chosen: Sequence[int | None] = ranks if ranks and has_rank else [None]
         cells += [Cell(method, rate, rank, seed) for rank in chosen]
+    if len({cell.name for cell in cells}) < len(cells):
+        raise UserError("--lrs: rates that agree in six digits would be one cell")
     return cells
 
 

@@ -106,7 +106,7 @@ def arms_table(found: Sequence[Arm], metric: str, seeds: int) -> Table:
     rows = []
     for arm in found:
         if arm.best is None:
-            rows.append((arm.label, "–", "–", "–", "–", f"no learning rate has all {seeds} seeds yet"))
+            rows.append((arm.label, "–", "–", "–", "–", f"no learning rate has a loss for all {seeds} seeds"))
             continue
         best = arm.best
         note = "at the edge of the rates tried" if arm.at_edge else ""

@@ -95,8 +95,8 @@ def arms(results: Mapping[Cell, Result], seeds: int) -> list[Arm]:
             if cell.arm == (method, rank):
                 by_rate.setdefault(cell.learning_rate, {})[cell.seed] = result
         points = tuple(_point(method, rank, rate, by_rate[rate]) for rate in sorted(by_rate))
-        complete = [point for point in points if len(point.seeds) == seeds]
-        best = min(complete, key=lambda point: _or_worst(point.validation.value), default=None)
+        complete = [p for p in points if len(p.seeds) == seeds and math.isfinite(p.validation.value)]
+        best = min(complete, key=lambda point: point.validation.value, default=None)
         edges = (points[0], points[-1])
         found.append(Arm(points[0].label, points, best, at_edge=len(points) > 1 and best in edges))
     return found
@@ -140,10 +140,6 @@ def _point(method: str, rank: int | None, rate: float, by_seed: Mapping[int, Res
         method, rank, rate, over_seeds("validation_loss"), over_seeds("score"), over_seeds("forgetting"),
         tuple(sorted(by_seed)),
     )  # fmt: skip
-
-
-def _or_worst(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
 
 
 def _mean_answers(answers: Answers, point: Point, seeds: Sequence[int]) -> dict[str, tuple[float, Any]]:
