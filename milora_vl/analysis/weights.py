@@ -130,7 +130,7 @@ def _places(folder: Path, model: nn.Module) -> dict[str, tuple[Path, str]] | Non
 def _tied(model: Any, places: Mapping[str, tuple[Path, str]]) -> dict[str, tuple[Path, str]]:
     """The places of the token embeddings and of the head, where the model's config ties them and one is there."""
     configs = (model.config, model.config.get_text_config())
-    if not any(getattr(config, "tie_word_embeddings", False) for config in configs):
+    if not any(config.to_dict().get("tie_word_embeddings") for config in configs):
         return {}
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     paths = [path for path, module in model.named_modules() if any(module is end for end in ends)]

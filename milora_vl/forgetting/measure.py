@@ -122,7 +122,7 @@ def hides_its_base(model: Any) -> bool:
     from peft import PeftModel
 
     configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
-    return bool(configs) and all(getattr(config, "bias", "none") == "none" for config in configs)
+    return bool(configs) and all(config.to_dict().get("bias", "none") == "none" for config in configs)
 
 
 @contextmanager

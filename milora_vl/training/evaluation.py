@@ -54,7 +54,8 @@ def run(command: list[str]) -> bool:
 
 
 def _listed(data: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "milora_eval", "ls", "--data", data, "--format", "json"]
+    where = ["--data", data] if Path(data).is_dir() else []
+    command = [sys.executable, "-m", "milora_eval", "ls", *where, "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"cannot ask milora_eval for its suites\n{done.stderr.strip()[:300]}")
