@@ -117,6 +117,16 @@ def test_prompt_and_pictures_are_those_of_the_training_also_with_a_checkpoint_of
     assert len(set(said.values())) == 3
 
 
+def test_an_adapter_that_cannot_be_switched_off_is_not_compared(tmp_path: Path) -> None:
+    """PEFT trains the biases of the base itself: they stay."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], bias="lora_only")
+    get_peft_model(load_model("tiny")[0], config).save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match="cannot be switched off"):
+        ask("--adapter", tmp_path, "--compare", "What?")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -80,7 +80,8 @@ class Job:
         """The file's results of the same weights and seed that are not asked for again; of others none."""
         is_of: Results = {"model": self.model, "adapter": None if self.adapter is None else str(self.adapter)}
         is_of |= {"base": self.base, "seed": self.seed}
-        weights = [*(self.adapter or Path(self.model)).glob("*.safetensors")]
+        tuned = self.adapter or Path(self.model)
+        weights = [file for name in ("*.safetensors", "*.bin", "adapter_config.json") for file in tuned.glob(name)]
         before = read_json(self.file) or {}
         if {key: before.get(key) for key in is_of} != is_of:
             return is_of

@@ -68,7 +68,7 @@ class Sweep:
         """The cells with these seeds that have a result, whichever command asked for them."""
         found = [read_json(file) or {} for file in sorted((self.folder / "cells").glob("*.json"))]
         cells = [Cell(each["method"], each["learning_rate"], each["rank"], each["seed"]) for each in found]
-        return [cell for cell in cells if cell.seed in seeds]
+        return [cell for cell in cells if cell.seed in seeds and self.result(cell)]
 
     def answers(self, cell: Cell) -> dict[str, tuple[float, Any]]:
         """The answers of a finished cell to the first benchmark of the suite: id -> score, picture."""
