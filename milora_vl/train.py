@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import sys
 from collections.abc import Sequence
 
 from milora_data.command import run
@@ -45,6 +47,17 @@ def train(request: arguments.Request) -> int:
     job.save()
     job.evaluate()
     return job.close()
+
+
+@atexit.register
+def _leave_the_group() -> None:
+    """Several processes part in order: gloo's threads now and then abort an interpreter that ends under them."""
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
