@@ -154,7 +154,7 @@ def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) 
     assert target.rank is not None
     assert target.part is not None
     # A seed of its own for each module: equal shapes shall not draw equal components.
-    seed = zlib.crc32(target.path.encode()) if target.part == "random" else 0
+    seed = zlib.crc32(target.path.encode(), target.seed) if target.part == "random" else 0
     factors = cached_factors(W, target.rank, target.part, path=target.path, cache=cache, seed=seed)
     A0, B0 = _scaled(factors, W, target.sigma, target.scaling)
     report = _report(factors, target, time.perf_counter() - start)

@@ -9,7 +9,7 @@ from adapter_cases import one_rule, tiny_gpt2
 from torch import nn
 
 from milora_vl.initialize import Initial, initialize
-from milora_vl.policy import Policy
+from milora_vl.policy import Policy, PolicyError
 from milora_vl.svd import decompose
 
 
@@ -82,6 +82,15 @@ def test_equal_weights_draw_different_random_components_and_the_same_again() -> 
     first, second = (initial(model, one_rule(method="random", rank=4)) for _ in range(2))
     assert torch.equal(first["0"].A0, second["0"].A0)
     assert not torch.equal(first["0"].A0, first["1"].A0)
+
+
+def test_another_seed_draws_other_random_components() -> None:
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+    drawn = [initial(model, one_rule(method="random", rank=4, seed=seed)) for seed in (0, 1, 1)]
+    assert not any(torch.equal(drawn[0][path].A0, drawn[1][path].A0) for path in ("0", "1"))
+    assert torch.equal(drawn[1]["0"].A0, drawn[2]["0"].A0)
+    with pytest.raises(PolicyError, match=r"policy\[0\]\.seed: method milora cannot use it"):
+        initial(model, one_rule(rank=4, seed=1))
 
 
 @pytest.mark.parametrize(("value", "message"), [(math.nan, "0: .* 1 values that are NaN"), (math.inf, "0: ")])

@@ -27,6 +27,13 @@ def test_a_method_replaces_the_adapters_method(method: str) -> None:
     assert out[1:] == RULES[1:]
 
 
+def test_another_method_drops_what_only_the_old_one_has() -> None:
+    drawn = [RULES[0] | {"method": "random", "seed": 3}]
+    assert edited(drawn, PolicyEdits(method="random")) == drawn
+    assert edited(drawn, PolicyEdits(method="milora")) == [RULES[0] | {"method": "milora"}]
+    assert "seed" not in edited(drawn, PolicyEdits(method="full"))[0]
+
+
 def test_full_keeps_the_learning_rate_and_drops_what_only_adapters_have() -> None:
     out = edited(RULES, PolicyEdits(method="full"))
     assert out == [{"modules": "language", "method": "full", "learning_rate": 2e-4}, PROJECTOR]

@@ -36,6 +36,8 @@ def test_a_rule_names_only_the_fields_it_was_given() -> None:
         ({"weight_decay": -1}, r"\.weight_decay: expected a number from 0, got -1"),
         ({"sigma": "drop"}, r"\.sigma: expected keep, none or \{floor"),
         ({"sigma": FloorSigma(0.0)}, r"\.sigma"),
+        ({"seed": -1}, r"\.seed: expected a whole number from 0, got -1"),
+        ({"seed": False}, r"\.seed"),
     ],
 )
 def test_faults_of_a_rule_say_field_expected_and_got(fields, message: str) -> None:

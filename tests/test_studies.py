@@ -106,6 +106,13 @@ def test_a_cell_that_another_study_has_is_not_trained_again(studies: Path) -> No
     assert len(list((studies / "shared").iterdir())) == 3
 
 
+def test_every_seed_draws_random_components_of_its_own() -> None:
+    study = small(arms={"random": {"method": "random"}, "milora": {}}, learning_rates=[1e-3])
+    keys = {study.rules("random", 1e-3, seed)[0]["seed"] for seed in range(3)}
+    assert keys == {0, 1, 2}
+    assert study.rules("milora", 1e-3, 1) == study.rules("milora", 1e-3, 2)
+
+
 def test_a_failed_cell_is_kept_and_tried_again_on_request(tmp_path: Path) -> None:
     study = small(arms={"milora": {}, "wrong": {"rank": 4000}}, learning_rates=[1e-3], seeds=1)
     folder = Folder(tmp_path / "x", study)

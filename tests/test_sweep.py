@@ -84,6 +84,7 @@ def test_cells_are_every_combination_and_full_has_no_rank() -> None:
         ("lora-decay", {"method": "lora"}, {"weight_decay": 0.1}),
         ("strong", {"method": "lora", "alpha": 16}, {"weight_decay": 0.2}),
         ("full", {"method": "full"}, {}),
+        ("random", {"method": "random", "seed": 9}, {}),  # each seed draws its own components
     ],
 )
 def test_the_recipe_of_a_cell(method: str, rule: dict[str, Any], train: dict[str, Any]) -> None:

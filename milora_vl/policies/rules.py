@@ -29,6 +29,7 @@ FIELDS_OF_METHOD: dict[str, frozenset[str]] = {
     "frozen": frozenset(),
 }
 FIELDS_OF_METHOD |= {method: FIELDS_OF_METHOD[method] | {"protect"} for method in PROTECTING_METHODS}
+FIELDS_OF_METHOD["random"] |= {"seed"}
 
 
 class PolicyError(ValueError):
@@ -72,6 +73,7 @@ class Rule:
     rslora: bool | None = None
     dropout: float | None = None
     sigma: Sigma | None = None
+    seed: int | None = None  # of the components that `random` draws
     protect: Protect | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
@@ -100,6 +102,7 @@ class Target:
     rslora: bool = False
     dropout: float = 0.0
     sigma: Sigma = "keep"
+    seed: int = 0
     protect: Protect | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
@@ -126,8 +129,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _rule_problems(rule: Rule) -> list[str]:
@@ -141,6 +144,8 @@ def _rule_problems(rule: Rule) -> list[str]:
         isinstance(rule.sigma, FloorSigma) and _is_number(rule.sigma.floor) and 0 < rule.sigma.floor <= 1
     ):
         found.append(f".sigma: expected keep, none or {{floor: share of the median, up to 1}}, got {rule.sigma!r}")
+    if rule.seed is not None and not _is_count(rule.seed, least=0):
+        found.append(f".seed: expected a whole number from 0, got {rule.seed!r}")
     found += protect_problems(rule.protect)
     if rule.rslora not in (None, True, False):
         found.append(f".rslora: expected true or false, got {rule.rslora!r}")

@@ -45,10 +45,10 @@ class Study(Strict):
     search_seeds: PositiveInt | None = None  # None: all of them
     overlap: PositiveInt | None = None  # measure the share of the update in the first so many singular directions
 
-    def rules(self, arm: str, learning_rate: float) -> list[dict[str, Any]]:
-        """The policy of an arm at a learning rate."""
+    def rules(self, arm: str, learning_rate: float, seed: int = 0) -> list[dict[str, Any]]:
+        """The policy of an arm at a learning rate; the seed is for components that are drawn at random."""
         fields = {name: value for name, value in self.arms[arm].items() if name not in _OF_ARM}
-        return arm_rules(self.policy, fields, learning_rate=learning_rate)
+        return arm_rules(self.policy, fields, learning_rate=learning_rate, seed=seed)
 
     def training(self, arm: str) -> Training:
         """How an arm trains."""
@@ -67,7 +67,8 @@ class Study(Strict):
     def key(self, cell: Cell) -> str:
         """What a cell's numbers depend on, as a hash: studies that share a cell train it once."""
         training = self.training(cell.method).model_dump()
-        content = [VERSION, self.task, self.overlap, training, self.rules(cell.method, cell.learning_rate), cell.seed]
+        rules = self.rules(cell.method, cell.learning_rate, cell.seed)
+        content = [VERSION, self.task, self.overlap, training, rules, cell.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
     def with_each(self, model: nn.Module) -> Study:

@@ -32,7 +32,7 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
         torch.manual_seed(cell.seed)
         base = task.model()
         updates = Updates.of(base, study.overlap, factors)
-        model = apply_milora(base, study.rules(cell.method, cell.learning_rate), cache_dir=factors)
+        model = apply_milora(base, study.rules(cell.method, cell.learning_rate, cell.seed), cache_dir=factors)
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data = parameter.data.float()  # Adam's steps are lost in half precision
         last = _train(task, model, study.training(cell.method), cell)

@@ -87,7 +87,7 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
         train = {**overridden(train, over), **over}
     if cell.rank is not None:
         fields["rank"] = cell.rank
-    rules = arm_rules(recipe.policy, fields, learning_rate=cell.learning_rate)
+    rules = arm_rules(recipe.policy, fields, learning_rate=cell.learning_rate, seed=cell.seed)
     content: Mapping[str, Any] = recipe.model_dump() | {
         "policy": rules, "train": train, "eval": EvalConfig().model_dump(), "sweep": SweepConfig().model_dump()
     }  # fmt: skip
@@ -95,10 +95,11 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
 
 
 def arm_rules(
-    policy: Sequence[dict[str, Any]] | None, fields: Mapping[str, Any], *, learning_rate: float
+    policy: Sequence[dict[str, Any]] | None, fields: Mapping[str, Any], *, learning_rate: float, seed: int
 ) -> list[dict[str, Any]]:
     """Return the rules of one arm: `fields` replace those of the adapter rules, its `policy` all rules before that.
 
+    Every seed draws random components of its own, or the interval over seeds would not tell how much a draw matters.
     UserError for fields that no rule takes.
     """
     given: dict[str, Any] = {name: fields[name] for name in _EDITS if not isinstance(fields.get(name), Mapping | None)}
@@ -111,4 +112,6 @@ def arm_rules(
         )
     for rule in adapters:
         rule.update(others)
+        if rule.get("method") == "random":
+            rule.setdefault("seed", seed)
     return rules

@@ -12,7 +12,7 @@ from milora_vl.policies.rules import PART_OF_METHOD
 
 ADAPTERS = ("milora", "lora", "pissa", "random", "dora", "olora", "mica")
 METHODS = (*ADAPTERS, "full", "projector")
-ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma", "protect")
+ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma", "seed", "protect")
 RuleDict = dict[str, Any]
 
 # The paper's choice for LLaVA-1.5-7B (arXiv:2406.09044, Table 11); the projector as LLaVA's own LoRA script trains it.
@@ -80,6 +80,8 @@ def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
         rule["method"] = edits.method
         if edits.method not in PART_OF_METHOD:
             rule.pop("sigma", None)  # the scale of singular factors; the others have none
+        if edits.method != "random":
+            rule.pop("seed", None)
     if edits.rank is not None:
         old, alpha = rule.get("rank"), rule.get("alpha")
         rule["rank"] = edits.rank
