@@ -34,13 +34,17 @@ logger = logging.getLogger(__name__)
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapter of `model` to the folder `path`: PEFT's files and milora.json.
 
-    Raises AdapterError if the model has no adapter (a run that trains weights in full saves the model itself).
+    Raises AdapterError if the model has no adapter (a run that trains weights in full saves the model itself), and
+    where the path is a file.
     """
     if not isinstance(model, PeftModel):
         raise AdapterError(
             f"{type(model).__name__} has no adapter to save: use its own save_pretrained for weights trained in full"
         )
-    model.save_pretrained(str(Path(path)))  # None is no path, and no folder of that name
+    folder = Path(path)  # None is no path, and no folder of that name
+    if folder.is_file():
+        raise AdapterError(f"{folder} is a file: an adapter is a folder")
+    model.save_pretrained(str(folder))
 
 
 def load_adapter(

@@ -156,6 +156,13 @@ def test_saving_a_model_without_an_adapter_says_what_to_use(tmp_path: Path) -> N
         save_adapter(nn.Linear(2, 2), tmp_path)
 
 
+def test_an_adapter_is_not_saved_onto_a_file(saved) -> None:
+    model, folder = saved
+    with pytest.raises(AdapterError, match=r"milora.json is a file: an adapter is a folder"):
+        save_adapter(model, folder / "milora.json")
+    assert load_adapter(model.unload(), folder)
+
+
 def test_a_model_with_an_adapter_takes_no_second_one_this_way(saved) -> None:
     model, folder = saved
     with pytest.raises(AdapterError, match=r"use its own load_adapter\(path, name\)"):

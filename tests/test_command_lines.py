@@ -282,6 +282,18 @@ def test_a_place_that_cannot_be_written_is_a_line(
     assert capsys.readouterr().err.endswith(message)
 
 
+def test_what_is_missing_below_a_path_that_was_named_is_a_line_and_anything_else_is_our_mistake(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "--output_dir=/proc/self/out/a"])
+    with pytest.raises(SystemExit) as caught:
+        run(lambda argv: Path("/proc/self/out/a").mkdir(parents=True))  # type: ignore[func-returns-value]
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: /proc/self/out: No such file or directory\n"
+    with pytest.raises(FileNotFoundError):
+        run(lambda argv: len(Path("ours.txt").read_text()))
+
+
 def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, text: str, **_: object) -> int:
         self.touch()

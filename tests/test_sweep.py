@@ -265,6 +265,7 @@ def test_mistakes_are_told_before_anything_runs(
     given += flags
     with pytest.raises(UserError, match=words):
         main([*given, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_docs_show_what_the_sweep_wrote() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.page import render as pages
+from milora_data.whole import write_json
 from milora_vl.analysis import plots
 from milora_vl.analysis.rows import Row
 from milora_vl.reporting.drawing import Plot, draw
@@ -56,10 +56,10 @@ def write(folder: Path, kind: str, name: str, base: str, rows: Sequence[Row]) ->
     summary: dict[str, Any] = {"kind": kind, "of": name, "base": base, "layers": len(rows), "means": means}
     summary["figures"] = [{"name": figure["name"], "caption": figure["caption"]} for figure in figures]
     summary["table"] = asdict(table)
-    _json(folder / "summary.json", summary)
+    write_json(folder / "summary.json", summary)
     # As the page holds them, in all looks: the report of a run shows them too.
     drawn = [{"plot": asdict(figure["plot"]), "caption": figure["caption"]} for figure in figures]
-    _json(folder / "figures.json", drawn)
+    write_json(folder / "figures.json", drawn)
     title = f"{name}" if kind == "base" else f"{name} on {base}"
     content = {"title": title, "lede": lede(kind, rows), "figures": figures, "table": table}
     pages.write(folder / "analysis.html", pages.render(Path(__file__).with_name("analysis.html.j2"), content))
@@ -78,10 +78,6 @@ def lede(kind: str, rows: Sequence[Row]) -> str:
         words += f"; similarity with their last directions {found['similarity_bottom']:.2f}"
         words += f", with the first {found['similarity_top']:.2f}"
     return words
-
-
-def _json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _means(rows: Sequence[Row], fields: dict[str, str]) -> dict[str, float]:

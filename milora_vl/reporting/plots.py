@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from milora_data.whole import write_text
 from milora_vl.reporting.run_page import Layer, Score
 
 if TYPE_CHECKING:
@@ -198,8 +199,9 @@ def png(figure: Figure) -> bytes:
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Write the numbers behind a plot."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    write_text(path, text.getvalue())
 
 
 @contextmanager

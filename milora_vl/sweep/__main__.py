@@ -10,6 +10,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -217,14 +218,14 @@ def _estimate(sweep: Sweep, cell: Cell, left: int, jobs: int) -> str:
     """What `milora_vl.train --dry-run` says of one cell: it also finds missing data. UserError for its mistakes."""
     from milora_vl.sweep.cells import recipe_of
 
-    text = recipe_of(sweep.recipe, cell).to_yaml()
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    file = sweep.folder / "plan.yaml"
-    file.write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "milora_vl.train", "--recipe", str(file), "--dry-run"]
-    done = subprocess.run([*command, "--output_dir", str(sweep.folder / "plan")], capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"{cell.name}.yaml")
+        file.write_text(recipe_of(sweep.recipe, cell).to_yaml(), encoding="utf-8")
+        command = [sys.executable, "-m", "milora_vl.train", "--recipe", str(file), "--dry-run"]
+        command += ["--output_dir", str(sweep.folder / "cells" / cell.name)]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise UserError(f"a cell cannot run:\n{done.stderr.removeprefix('error: ').strip()}")
+        raise UserError(f"a cell cannot run:\n{done.stderr.removeprefix('error: ').replace(f'{folder}/', '').strip()}")
     lines = [line for line in done.stdout.splitlines() if line.startswith(("memory", "time", "factors"))]
     words = f" of training one of {left:,} cells, {jobs} at a time (measured once the first is done):\n  "
     return words + "\n  ".join(lines)
