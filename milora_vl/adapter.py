@@ -43,8 +43,8 @@ def apply_milora(
 
     A policy of `full` and `frozen` rules alone returns the model itself, with requires_grad set. Either way the result
     has `milora_targets` (one Target per module that trains) and `milora_report` (one LayerReport per decomposed
-    weight). Factors are kept in `cache_dir` and taken from there. `progress` shows a bar on stderr, "lines" a line per
-    layer too. The model is changed only after every weight has been decomposed.
+    weight). Factors and spectra are kept in `cache_dir` and taken from there. `progress` shows a bar on stderr,
+    "lines" a line per layer too. The model is changed only after every weight has been decomposed.
 
     Raises PolicyError for rules that do not fit the model, ValueError for weights that cannot be decomposed,
     AdapterError for models that hold an adapter already or do not fit the form.
@@ -60,7 +60,9 @@ def apply_milora(
     if is_wrapped_by_peft(model):
         raise AdapterError("this model holds a PEFT adapter already: pass the base model, or unload the adapter first")
     require_readable(model)
-    return apply_targets(model, Policy.settle(policy, model), form=form, cache_dir=cache_dir, progress=progress)
+    return apply_targets(
+        model, Policy.settle(policy, model, cache_dir=cache_dir), form=form, cache_dir=cache_dir, progress=progress
+    )
 
 
 def apply_targets(

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.lora.dealing import gather, hands, place, share
-from milora_vl.lora.factor_cache import cache_key, read_factors, write_factors
+from milora_vl.lora.factor_cache import cache_key, cached_singular_values, read_factors, write_factors
 from milora_vl.lora.fingerprint import Sketch, sketch
 from milora_vl.lora.weights import factor_dtype, read_matrix
 from milora_vl.policies.rules import FloorSigma, Sigma, Target
-from milora_vl.svd import Factors, Part, decompose, singular_values
+from milora_vl.svd import Factors, Part, decompose
 
 Progress = bool | Literal["lines"]
 
@@ -156,7 +156,7 @@ def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) 
     # A seed of its own for each module: equal shapes shall not draw equal components.
     seed = zlib.crc32(target.path.encode(), target.seed) if target.part == "random" else 0
     factors = cached_factors(W, target.rank, target.part, path=target.path, cache=cache, seed=seed)
-    A0, B0 = _scaled(factors, W, target.sigma, target.scaling)
+    A0, B0 = _scaled(factors, W, target.sigma, target.scaling, cache)
     report = _report(factors, target, time.perf_counter() - start)
     return Initial(A0.to(dtype), B0.to(dtype), sketch(W), report)
 
@@ -184,12 +184,12 @@ def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path |
     return factors
 
 
-def _scaled(factors: Factors, W: Tensor, sigma: Sigma, scaling: float) -> tuple[Tensor, Tensor]:
+def _scaled(factors: Factors, W: Tensor, sigma: Sigma, scaling: float, cache: Path | None) -> tuple[Tensor, Tensor]:
     """A0 and B0; in the anchored form their scale is free, since B0 A0 is subtracted again."""
     if sigma == "none":
         return factors.Vh, factors.U
     if isinstance(sigma, FloorSigma):
-        floor = float(sigma.floor * singular_values(W).median())
+        floor = float(sigma.floor * cached_singular_values(W, cache).median())
         factors = replace(factors, S=factors.S.clamp(min=floor))
     return factors.lora(scaling)
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -41,30 +42,39 @@ class Policy:
         return Policy(tuple(rule for rule in rules if rule is not None))
 
     @staticmethod
-    def settle(source: str | Sequence[Mapping[str, Any] | Rule] | Policy, model: nn.Module) -> list[Target]:
+    def settle(
+        source: str | Sequence[Mapping[str, Any] | Rule] | Policy,
+        model: nn.Module,
+        *,
+        cache_dir: str | Path | None = None,
+    ) -> list[Target]:
         """Parse and resolve in one go, so that the faults of both come in one PolicyError."""
         from milora_vl.policies.resolve import resolve
 
         if isinstance(source, Policy):
-            return source.resolve(model)
+            return source.resolve(model, cache_dir=cache_dir)
         rules, problems = _read(source)
         try:
-            targets = resolve(rules, model, is_complete=not problems)
+            targets = resolve(
+                rules, model, is_complete=not problems, cache=None if cache_dir is None else Path(cache_dir)
+            )
         except PolicyError as error:
             problems.append(str(error))
         if problems:
             raise PolicyError("\n".join(problems))
         return targets
 
-    def resolve(self, model: nn.Module) -> list[Target]:
+    def resolve(self, model: nn.Module, *, cache_dir: str | Path | None = None) -> list[Target]:
         """Settle the rules on `model`: one Target per module that trains, in model order.
+
+        Singular values, which ranks like `{energy: 0.01}` need, are kept in `cache_dir` and taken from there.
 
         Raises PolicyError with all faults together: rules that match nothing, fields their method cannot use, ranks
         larger than a matrix.
         """
         from milora_vl.policies.resolve import resolve  # brings PEFT along; parsing a recipe does without
 
-        return resolve(self.rules, model)
+        return resolve(self.rules, model, cache=None if cache_dir is None else Path(cache_dir))
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return the rules as plain data, as in YAML."""

@@ -3,9 +3,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
+from torch import nn
 
-from milora_vl.lora.factor_cache import cache_key, read_factors, write_factors
+from milora_vl.lora import factor_cache
+from milora_vl.lora.factor_cache import cache_key, cached_singular_values, read_factors, write_factors
+from milora_vl.policy import Policy
 from milora_vl.svd import decompose
 
 W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -60,3 +64,25 @@ def test_the_key_depends_on_everything_that_changes_the_factors() -> None:
     ]
     assert len(set(keys)) == len(keys)
     assert cache_key(W.clone(), 2, "minor", 0) == keys[0]
+
+
+@pytest.mark.parametrize("rank", [{"energy": 0.2}, {"threshold": 0.4}, {"budget": 40}])
+def test_a_rank_that_the_weights_decide_finds_their_spectrum_in_the_cache(
+    rank: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rules = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)), [{"modules": "*", "method": "milora", "rank": rank}]
+    plain = Policy.settle(rules, model)
+    assert Policy.settle(rules, model, cache_dir=tmp_path) == plain
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(factor_cache, "singular_values", None)
+    assert Policy.settle(rules, model, cache_dir=tmp_path) == plain
+
+
+def test_a_damaged_spectrum_is_made_anew_and_a_place_that_is_a_file_is_warned_of(tmp_path: Path) -> None:
+    values = cached_singular_values(W, tmp_path)
+    next(tmp_path.iterdir()).write_bytes(b"junk")
+    for _ in range(2):
+        assert torch.equal(cached_singular_values(W, tmp_path), values)
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="singular values are not kept in"):
+        assert torch.equal(cached_singular_values(W, tmp_path / "file"), values)

@@ -1,4 +1,4 @@
-"""Factors on disk, so that a second run with the same weights does not decompose them again.
+"""Factors and spectra on disk, so that a second run with the same weights does not decompose them again.
 
 The key is a hash of the weight's bytes, the rank, the part and the version of the algorithm. An entry carries a hash of
 its own bytes: a damaged one is made anew.
@@ -7,7 +7,8 @@ its own bytes: a damaged one is made anew.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from milora_vl.svd import Factors
+from milora_vl.svd import Factors, singular_values
 
 # Raise it when the same weight, rank and part may give other factors.
 ALGORITHM = 2
@@ -36,24 +37,19 @@ def cache_key(W: Tensor, rank: int, part: str, salt: int) -> str:
 
 def read_factors(folder: Path, key: str) -> Factors | None:
     """Return a stored entry, None where there is none, it is damaged, or it is another's under this name."""
-    file = folder / f"{key}.safetensors"
+    found = _read(folder, key, _TENSORS)
+    if found is None:
+        return None
+    tensors, metadata = found
     try:
-        if not file.is_file():
-            return None
-        with safe_open(file, framework="pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in _TENSORS}
-            metadata = stored.metadata()
-        if metadata["hash"] != _hash(key, tensors, metadata):
-            return None
         norm, sigma_max, excess = (float(metadata[name]) for name in ("norm", "sigma_max", "excess"))
         return Factors(**tensors, norm=norm, sigma_max=sigma_max, excess=excess, method=metadata["method"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return None
 
 
 def write_factors(folder: Path, key: str, factors: Factors) -> None:
     """Store an entry; another process sees it whole or not at all. Raises OSError where it cannot be written."""
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         "U": factors.U.cpu().contiguous(),
         "S": factors.S.cpu().contiguous(),
@@ -66,11 +62,48 @@ def write_factors(folder: Path, key: str, factors: Factors) -> None:
         "excess": repr(factors.excess),
         "method": factors.method,
     }
-    metadata["hash"] = _hash(key, tensors, metadata)
+    _write(folder, key, tensors, metadata)
+
+
+def cached_singular_values(W: Tensor, folder: Path | None) -> Tensor:
+    """Return all singular values of W (out, in), descending, on the CPU; from the cache where it has them.
+
+    Raises ValueError for NaN and infinity; warns where the cache cannot be written.
+    """
+    if folder is None:
+        return singular_values(W).cpu()
+    key = cache_key(W, min(W.shape), "values", 0)
+    found = _read(folder, key, ("S",))
+    if found is not None:
+        return found[0]["S"]
+    values = singular_values(W).cpu()
+    try:
+        _write(folder, key, {"S": values}, {})
+    except OSError as error:
+        warnings.warn(f"singular values are not kept in {folder}: {error}", stacklevel=2)
+    return values
+
+
+def _read(folder: Path, key: str, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    file = folder / f"{key}.safetensors"
+    try:
+        if not file.is_file():
+            return None
+        with safe_open(file, framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in names}
+            metadata: dict[str, str] = stored.metadata()
+        return (tensors, metadata) if metadata["hash"] == _hash(key, tensors, metadata) else None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _write(folder: Path, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {**metadata, "hash": _hash(key, tensors, metadata)}
     part = folder / f".{key}.{uuid4().hex}"
     try:
         # Not safetensors' save_file: its files can be read by their owner alone, and a cache may be shared.
-        part.write_bytes(save(tensors, metadata=metadata))
+        part.write_bytes(save(dict(tensors), metadata=metadata))
         part.replace(folder / f"{key}.safetensors")
     finally:
         part.unlink(missing_ok=True)
@@ -78,7 +111,7 @@ def write_factors(folder: Path, key: str, factors: Factors) -> None:
 
 def _hash(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(key.encode())
-    for name in _TENSORS:
+    for name in tensors:
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode() + _digest(tensors[name]))
     for name in sorted(metadata.keys() - {"hash"}):
         digest.update(f"{name}={metadata[name]}\n".encode())

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor, nn
 
+from milora_vl.lora.factor_cache import cached_singular_values
 from milora_vl.lora.layers import matrix_shape
 from milora_vl.lora.weights import read_matrix
 from milora_vl.policies.rules import PolicyError, SpectralRank
-from milora_vl.svd import singular_values
 
 
-def find_rank(rank: int | SpectralRank, module: nn.Module) -> int:
+def find_rank(rank: int | SpectralRank, module: nn.Module, cache: Path | None = None) -> int:
     """Return the rank itself, or the one the weight's spectrum gives; its upper bound on the meta device.
 
-    For a budget see `share_budget`.
+    For a budget see `share_budget`. `cache` is a folder that keeps singular values.
     """
     if isinstance(rank, int):
         return rank
     largest = _largest(rank, module)
     if _is_meta(module):
         return largest
-    return max(min(_count_minor(_ascending(module), rank), largest), min(rank.min, largest))
+    return max(min(_count_minor(_ascending(module, cache), rank), largest), min(rank.min, largest))
 
 
-def share_budget(rank: SpectralRank, modules: Mapping[str, nn.Module]) -> dict[str, int]:
+def share_budget(rank: SpectralRank, modules: Mapping[str, nn.Module], cache: Path | None = None) -> dict[str, int]:
     """Share `rank.budget` trainable parameters out among the modules; the ranks by path.
 
     A rank of one costs out + in. Components are taken in the order of sigma/sigma_max, the smallest first, so that all
@@ -46,7 +47,7 @@ def share_budget(rank: SpectralRank, modules: Mapping[str, nn.Module]) -> dict[s
     if any(_is_meta(module) for module in modules.values()):
         equal = rank.budget // sum(cost.values())
         return {path: max(ranks[path], min(equal, largest[path])) for path in modules}
-    shares = {path: _shares(module) for path, module in modules.items()}
+    shares = {path: _shares(module, cache) for path, module in modules.items()}
     queue = [(shares[path][ranks[path]], path) for path in modules if ranks[path] < largest[path]]
     heapq.heapify(queue)
     while queue:
@@ -68,13 +69,13 @@ def _is_meta(module: nn.Module) -> bool:
     return next(module.parameters()).is_meta
 
 
-def _ascending(module: nn.Module) -> Tensor:
-    return singular_values(read_matrix(module)).flip(0)
+def _ascending(module: nn.Module, cache: Path | None) -> Tensor:
+    return cached_singular_values(read_matrix(module), cache).flip(0)
 
 
-def _shares(module: nn.Module) -> list[float]:
+def _shares(module: nn.Module, cache: Path | None) -> list[float]:
     """sigma/sigma_max, ascending; rounded, so that equal shares are equal on every machine and go by path."""
-    sigma = _ascending(module)
+    sigma = _ascending(module, cache)
     return [float(f"{float(share):.5g}") for share in sigma / sigma[-1].clamp(min=1e-30)]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -51,10 +52,13 @@ class _Plan:
         self.rules.append(number)
 
 
-def resolve(rules: Sequence[Rule | None], model: nn.Module, *, is_complete: bool = True) -> list[Target]:
+def resolve(
+    rules: Sequence[Rule | None], model: nn.Module, *, is_complete: bool = True, cache: Path | None = None
+) -> list[Target]:
     """Return one Target per module that trains, in model order. Raises PolicyError with all faults together.
 
     With `is_complete` False some rules lack what was wrong with them (None: all): what is missing then is no fault.
+    `cache` is a folder that keeps singular values.
     """
     selector = Selector(model, find_towers(model))
     problems: list[str] = []
@@ -65,8 +69,8 @@ def resolve(rules: Sequence[Rule | None], model: nn.Module, *, is_complete: bool
     for path in selector.modules:
         if path in plans and plans[path].fields.get("method") not in ("frozen", None):
             targets.append((plans[path].rules[-1], path))
-    _share_budgets([path for _, path in targets], plans, selector, problems)
-    settled = _settle(targets, plans, selector, problems, is_complete)
+    _share_budgets([path for _, path in targets], plans, selector, problems, cache)
+    settled = _settle(targets, plans, selector, problems, is_complete, cache)
     problems += _mixed_baselines(settled)
     problems += _shared_weights(model, settled)
     if problems:
@@ -108,7 +112,9 @@ def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule | None]) -> li
     ]
 
 
-def _share_budgets(paths: list[str], plans: dict[str, _Plan], selector: Selector, problems: list[str]) -> None:
+def _share_budgets(
+    paths: list[str], plans: dict[str, _Plan], selector: Selector, problems: list[str], cache: Path | None
+) -> None:
     """Replace every budget by the ranks it comes to; all modules whose rank one rule decides share that rule's."""
     sharing: dict[int, list[str]] = defaultdict(list)
     for path in paths:
@@ -118,7 +124,7 @@ def _share_budgets(paths: list[str], plans: dict[str, _Plan], selector: Selector
     for number, members in sharing.items():
         budget = plans[members[0]].fields["rank"]
         try:
-            found = share_budget(budget, {path: selector.modules[path] for path in members})
+            found = share_budget(budget, {path: selector.modules[path] for path in members}, cache)
         except PolicyError as error:
             problems.append(f"policy[{number}]{error}")
             found = dict.fromkeys(members, budget.min)
@@ -135,6 +141,7 @@ def _settle(
     selector: Selector,
     problems: list[str],
     is_complete: bool,
+    cache: Path | None,
 ) -> list[Target]:
     """Decide rank and alpha of every target; faults are grouped per rule, as one rule may mean hundreds of modules."""
     faults: dict[str, list[str]] = defaultdict(list)
@@ -143,7 +150,7 @@ def _settle(
         if not is_complete and plans[path].fields["method"] != "full" and "rank" not in plans[path].fields:
             continue
         try:
-            settled.append(_target(path, plans[path], selector))
+            settled.append(_target(path, plans[path], selector, cache))
         except PolicyError as error:
             faults[f"policy[{number}]{error}"].append(path)
     for text, paths in faults.items():
@@ -152,7 +159,7 @@ def _settle(
     return settled
 
 
-def _target(path: str, plan: _Plan, selector: Selector) -> Target:
+def _target(path: str, plan: _Plan, selector: Selector, cache: Path | None) -> Target:
     module, fields, tower = selector.modules[path], plan.fields, selector.towers.tower_of(path)
     if fields["method"] == "full":
         shape = matrix_shape(module) if is_adaptable(module) else tuple(next(module.parameters()).shape)
@@ -163,12 +170,12 @@ def _target(path: str, plan: _Plan, selector: Selector) -> Target:
     shape = matrix_shape(module)
     if "rank" not in fields:
         raise PolicyError(f".rank: method {fields['method']} needs a rank")
-    rank = find_rank(fields["rank"], module)
+    rank = find_rank(fields["rank"], module, cache)
     if rank > min(shape) and fields["method"] not in ("lora", "dora"):
         raise PolicyError(f".rank: {rank} is larger than min(out, in) = {min(shape)} of shape {shape}")
     if "protect" in fields:
         rank = _outside(rank, fields, module)
-    alpha = _alpha(fields, plan, rank, module)
+    alpha = _alpha(fields, plan, rank, module, cache)
     return Target(path=path, shape=shape, tower=tower, **{**fields, "rank": rank, "alpha": alpha})
 
 
@@ -185,7 +192,7 @@ def _outside(rank: int, fields: dict[str, Any], module: nn.Module) -> int:
     return rank
 
 
-def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module) -> float:
+def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module, cache: Path | None) -> float:
     """The rank unless set; alpha set together with another rank than the final one keeps its scale.
 
     The scale is alpha/rank, or alpha/sqrt(rank) with rsLoRA.
@@ -194,7 +201,7 @@ def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module) ->
         return float(rank)
     if plan.alpha_at is None or plan.alpha_at == fields["rank"]:
         return float(fields["alpha"])
-    growth = rank / find_rank(plan.alpha_at, module)
+    growth = rank / find_rank(plan.alpha_at, module, cache)
     return float(fields["alpha"]) * (growth**0.5 if fields.get("rslora") else growth)
 
 

@@ -104,7 +104,7 @@ def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]
 def targets_of(recipe: Recipe, base: nn.Module) -> list[Target]:
     """The resolved policy on a model. UserError with every fault of the rules."""
     try:
-        return Policy.parse(recipe.policy or []).resolve(base)
+        return Policy.parse(recipe.policy or []).resolve(base, cache_dir=recipe.factor_cache)
     except PolicyError as error:
         raise UserError(f"{error}\nsee: python -m milora_vl.train --model {recipe.model} --dry-run") from None
 
