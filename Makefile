@@ -35,16 +35,16 @@ test-all: $(INSTALLED)  ## the slow tests too
 
 test-lowest: $(INSTALLED)  ## the tests with the oldest versions that pyproject.toml allows, in an environment of their own
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-lowest
+	$(BIN)/uv venv --quiet --seed --clear --python $(BIN)/python .venv-lowest
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev]"
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llava-torch
-	.venv-lowest/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 EXTRAS_TESTS := tests/test_quantized.py tests/test_chat_web.py tests/test_trl.py tests/test_trl_collator.py tests/test_llava_scripts.py
 
 test-extras: $(INSTALLED)  ## the tests of bitsandbytes, gradio and TRL, which `test` leaves out, in an environment of their own
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-extras
+	$(BIN)/uv venv --quiet --seed --clear --python $(BIN)/python .venv-extras
 	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python -e ".[dev,quant,web]" trl
 	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python --no-deps llava-torch
 	.venv-extras/bin/python -m pytest -n $(JOBS) -m "not gpu" $(EXTRAS_TESTS) $(PYTEST_ARGS)

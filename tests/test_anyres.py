@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_train import losses, words
 from tiny_next import GRIDS, saved, tiny_next
+from versions import TRANSFORMERS_5
 
 from milora_data.anyres import Tiling
 from milora_data.collate import ImageTextCollator
@@ -86,7 +87,10 @@ def test_counts_are_those_of_llava(height: int, width: int) -> None:
 
 def test_pixels_are_hugging_faces_and_llavas(parts: tuple[Any, Any], pictures: Path) -> None:
     mm_utils = pytest.importorskip("llava.mm_utils")
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    if TRANSFORMERS_5:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    else:
+        from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
     processor = parts[1]
     batch = collator(processor, pictures)([record(*range(len(SIZES)))])

