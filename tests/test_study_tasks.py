@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from versions import PEFT
 
 import llava_recipes
 from milora_vl import Policy, apply_milora, models
@@ -117,7 +118,8 @@ def test_every_arm_of_a_study_fits_the_network(study):
     name = study.partition(".")[2]
     read = read_study(study)
     for arm in read.arms:
-        apply_milora(task(name).model(), read.rules(arm, 1e-3))
+        if arm != "mica" or PEFT >= (0, 20):
+            apply_milora(task(name).model(), read.rules(arm, 1e-3))
 
 
 @pytest.mark.parametrize("study", [n for n in llava_recipes.names("study") if n.endswith(".smollm2")])

@@ -16,4 +16,6 @@ RIGHT_ASSISTANT_MASKS = TRANSFORMERS_5
 CALLS_BY_KEYWORD = PEFT >= (0, 20)
 # Transformers 4.57 writes "lfm2-vl" into the config of a model that it knows as "lfm2_vl", and cannot read it back.
 READS_LFM2_VL = TRANSFORMERS_5
+# PEFT 0.18 leaves the biases of `lora_only` out of what it saves.
+SAVES_BIASES = PEFT >= (0, 20)
 needs_mica = pytest.mark.skipif(PEFT < (0, 20), reason="PEFT has MiCA from 0.20 on")

@@ -38,6 +38,7 @@ from milora_vl.lora.install import (
 from milora_vl.lora.protected import Protected, find_protected
 from milora_vl.lora.sidecar import FILE_NAME, AdapterError, Sidecar, read_sidecar
 from milora_vl.lora.weight_files import require_weights
+from milora_vl.lora.whole_module import keep_hooks_apart
 from milora_vl.policies.rules import Target
 
 # From 0.19 on PEFT's add_adapter casts the factors to float32; before, only what loads an adapter does.
@@ -302,6 +303,7 @@ def adopt(model: PeftModel) -> MiloraMixin:
         model.__class__ = _OURS[type(model)]
         assert isinstance(model, MiloraMixin)
         model.sidecars, model.protections = {}, {}
+        keep_hooks_apart(model)
     return model
 
 
