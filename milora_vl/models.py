@@ -285,7 +285,7 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
     local = Path(source).is_dir()
     try:
         return load(source, local_files_only=local or not _hub_is_known(), trust_remote_code=False, **arguments)
-    except (SafetensorError, ValueError, ImportError) as error:  # cut off, of no known kind, without its tokenizer
+    except (SafetensorError, ValueError, ImportError, TypeError) as error:  # cut off, of no known kind, no tokenizer
         raise UserError(f"cannot read the model in {source}\n{_first_line(error)}") from None
     except OSError as error:
         if local:
