@@ -282,7 +282,7 @@ def test_a_place_that_cannot_be_written_is_a_line(
     assert capsys.readouterr().err.endswith(message)
 
 
-def test_what_is_missing_below_a_path_that_was_named_is_a_line_and_anything_else_is_our_mistake(
+def test_a_path_that_was_named_and_cannot_be_is_a_line_and_a_file_of_ours_is_our_mistake(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train", "--output_dir=/proc/self/out/a"])
@@ -290,8 +290,10 @@ def test_what_is_missing_below_a_path_that_was_named_is_a_line_and_anything_else
         run(lambda argv: Path("/proc/self/out/a").mkdir(parents=True))  # type: ignore[func-returns-value]
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: /proc/self/out: No such file or directory\n"
-    with pytest.raises(FileNotFoundError):
-        run(lambda argv: len(Path("ours.txt").read_text()))
+    for words in (["--output_dir=/proc/self/out/a"], ["--image_folder", "."], ["--image_folder", "/"]):
+        monkeypatch.setattr(sys, "argv", ["train", *words])
+        with pytest.raises(FileNotFoundError):
+            run(lambda argv: len(Path("ours.txt").read_text()))
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,20 @@ import pytest
 import torch
 from torch import nn
 
+from milora_vl import apply_milora
 from milora_vl.lora import factor_cache
 from milora_vl.lora.factor_cache import cache_key, cached_singular_values, read_factors, write_factors
 from milora_vl.policy import Policy
 from milora_vl.svd import decompose
 
 W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+
+
+def two_layers() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4))
+    model[0].weight.data = W.clone()
+    model[1].weight.data = W[:4].T.clone().T @ torch.eye(5, 6)
+    return model
 
 
 def test_factors_come_back_as_they_were(tmp_path: Path) -> None:
@@ -70,12 +78,26 @@ def test_the_key_depends_on_everything_that_changes_the_factors() -> None:
 def test_a_rank_that_the_weights_decide_finds_their_spectrum_in_the_cache(
     rank: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, rules = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)), [{"modules": "*", "method": "milora", "rank": rank}]
+    model, rules = two_layers(), [{"modules": "*", "method": "milora", "rank": rank}]
     plain = Policy.settle(rules, model)
     assert Policy.settle(rules, model, cache_dir=tmp_path) == plain
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(factor_cache, "singular_values", None)
     assert Policy.settle(rules, model, cache_dir=tmp_path) == plain
+
+
+def test_ranks_and_floors_of_an_adapter_find_their_spectra_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"method": "milora", "rank": {"energy": 0.2}, "alpha": 2, "sigma": {"floor": 0.5}}
+    rules = [{"modules": "*", **fields}, {"modules": "1", "rank": {"threshold": 0.9}}]
+    first = apply_milora(two_layers(), rules, cache_dir=tmp_path)
+    monkeypatch.setattr(factor_cache, "singular_values", None)
+    again = apply_milora(two_layers(), rules, cache_dir=tmp_path)
+    assert first.milora_targets == again.milora_targets
+    assert all(
+        torch.equal(again.state_dict()[name], tensor) for name, tensor in first.state_dict().items() if "lora" in name
+    )
 
 
 def test_a_damaged_spectrum_is_made_anew_and_a_place_that_is_a_file_is_warned_of(tmp_path: Path) -> None:

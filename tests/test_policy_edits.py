@@ -32,6 +32,10 @@ def test_another_method_drops_what_only_the_old_one_has() -> None:
     assert edited(drawn, PolicyEdits(method="random")) == drawn
     assert edited(drawn, PolicyEdits(method="milora")) == [RULES[0] | {"method": "milora"}]
     assert "seed" not in edited(drawn, PolicyEdits(method="full"))[0]
+    refined = [*drawn, {"modules": "language.mlp", "seed": 5}]
+    assert edited(refined, PolicyEdits(method="milora")) == [RULES[0] | {"method": "milora"}]
+    refined = [RULES[0], {"modules": "language.mlp", "rank": 8, "sigma": "none"}]
+    assert edited(refined, PolicyEdits(method="lora"))[1] == {"modules": "language.mlp", "rank": 8}
 
 
 def test_full_keeps_the_learning_rate_and_drops_what_only_adapters_have() -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from eval_questions import write_questions
 
+from milora_vl.sweep import __main__ as sweep
+
 RECIPE = """
 model: tiny
 data: {{path: {data}/train.json, image_folder: {data}/images, eval_path: {data}/val.json}}
@@ -25,16 +27,31 @@ sweep: {{suite: emoji, data: {data}, limit: 10}}
 """
 
 
-@pytest.mark.slow
-def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
-    data = write_questions(tmp_path / "data")
+def write_recipe(folder: Path) -> Path:
+    """A recipe with its data."""
+    data = write_questions(folder / "data")
     rows = json.loads((data / "test.json").read_text())
     (data / "train.json").write_text(json.dumps(rows))
     (data / "val.json").write_text(json.dumps(rows[:6]))
-    (tmp_path / "r.yaml").write_text(RECIPE.format(data=data))
-    out = tmp_path / "out"
+    (folder / "r.yaml").write_text(RECIPE.format(data=data))
+    return folder / "r.yaml"
+
+
+def test_what_a_first_cell_has_left_is_no_hindrance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan asks a training what it costs, which must not be taken for one that goes on in the cell's folder."""
+    run = tmp_path / "out" / "cells" / "milora-lr0.001-seed42"
+    (run / "checkpoint-3").mkdir(parents=True)
+    (run / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    given = ["--recipe", str(write_recipe(tmp_path)), "--methods", "milora", "--lrs", "1e-3", "--seeds", "1"]
+    assert sweep.main([*given, "--output_dir", str(tmp_path / "out"), "--plan"]) == 0
+    assert "1 cells, 0 done, 0 failed, 1 to run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
+    recipe, out = write_recipe(tmp_path), tmp_path / "out"
     command = [
-        sys.executable, "-m", "milora_vl.sweep", "--recipe", str(tmp_path / "r.yaml"), "--methods", "milora,full",
+        sys.executable, "-m", "milora_vl.sweep", "--recipe", str(recipe), "--methods", "milora,full",
         "--lrs", "1e-3,1e-2", "--seeds", "1", "--jobs", "2", "--output_dir", str(out),
     ]  # fmt: skip
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ})

@@ -123,8 +123,10 @@ def test_a_rank_from_a_spectrum_is_found_once_for_each_weight(
     ascending = ranks._ascending
     monkeypatch.setattr(ranks, "_ascending", lambda module, cache: looked_at.append(module) or ascending(module, cache))
     rules = "[{modules: language, method: milora, rank: {energy: 0.05}}]"
-    assert main(words(tiny_data, tmp_path / "run", "--policy", rules, "--max_steps", "1")) == 0
+    cache = ["--factor_cache", str(tmp_path / "factors")]
+    assert main(words(tiny_data, tmp_path / "run", "--policy", rules, "--max_steps", "1", *cache)) == 0
     assert len(looked_at) == len(set(looked_at)) == 14
+    assert len(list((tmp_path / "factors").iterdir())) == 2 * 14, "a spectrum and factors of each"
 
 
 @pytest.mark.parametrize("method", METHODS)

