@@ -55,9 +55,7 @@ class Policy:
             return source.resolve(model, cache_dir=cache_dir)
         rules, problems = _read(source)
         try:
-            targets = resolve(
-                rules, model, is_complete=not problems, cache=None if cache_dir is None else Path(cache_dir)
-            )
+            targets = resolve(rules, model, is_complete=not problems, cache_dir=cache_dir)
         except PolicyError as error:
             problems.append(str(error))
         if problems:
@@ -74,7 +72,7 @@ class Policy:
         """
         from milora_vl.policies.resolve import resolve  # brings PEFT along; parsing a recipe does without
 
-        return resolve(self.rules, model, cache=None if cache_dir is None else Path(cache_dir))
+        return resolve(self.rules, model, cache_dir=cache_dir)
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return the rules as plain data, as in YAML."""

@@ -47,7 +47,7 @@ def analysed(folder: Path, base: str | None = None) -> dict[str, dict[str, Any]]
     return {row["path"]: row for row in rows_of(plan(str(folder), base, rank=8, device=CPU), folder / "analysis")}
 
 
-@pytest.mark.skipif(not SAVES_BIASES, reason="this PEFT does not save them")
+@pytest.mark.skipif(not SAVES_BIASES, reason="this PEFT loses them")
 def test_biases_trained_along_are_forgotten_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PEFT leaves them in the base when the adapter is switched off: a base of its own is needed."""
     base = saved_base(tmp_path / "base", attention_bias=True)

@@ -38,6 +38,12 @@ def test_another_method_drops_what_only_the_old_one_has() -> None:
     assert edited(refined, PolicyEdits(method="lora"))[1] == {"modules": "language.mlp", "rank": 8}
 
 
+def test_a_rule_that_says_nothing_is_left_for_the_policy_to_refuse() -> None:
+    rules = [*RULES, {"modules": "nowhere"}]
+    for edits in (PolicyEdits(), PolicyEdits(method="milora"), PolicyEdits(method="full")):
+        assert edited(rules, edits)[-1] == {"modules": "nowhere"}
+
+
 def test_full_keeps_the_learning_rate_and_drops_what_only_adapters_have() -> None:
     out = edited(RULES, PolicyEdits(method="full"))
     assert out == [{"modules": "language", "method": "full", "learning_rate": 2e-4}, PROJECTOR]

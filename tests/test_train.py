@@ -14,6 +14,7 @@ import torch
 import yaml
 from drawn import write_tiny_data
 from safetensors.torch import load_file
+from versions import TRANSFORMERS_5
 
 from milora_data.errors import UserError
 from milora_vl.policies import ranks
@@ -144,7 +145,8 @@ def test_every_method_trains_with_the_same_command_and_resumes_with_the_same_los
     assert "|| trainable%: " in shown
     history = losses(whole)
     assert [step for step, _ in history] == [2, 3, 4, 6]  # a checkpoint is logged before it is saved
-    assert method == "projector" or history[-1][1] < history[0][1]  # alone it learns little of text
+    # Alone the projector learns little in six steps, and with the older versions' random numbers nothing of the text.
+    assert history[-1][1] < history[0][1] or (method == "projector" and not TRANSFORMERS_5)
     for folder in (whole, whole / "checkpoint-3"):
         assert (folder / "processor_config.json").is_file() or (folder / "preprocessor_config.json").is_file()
         assert any("multi_modal_projector" in name for name in load_file(folder / weights))

@@ -53,13 +53,14 @@ class _Plan:
 
 
 def resolve(
-    rules: Sequence[Rule | None], model: nn.Module, *, is_complete: bool = True, cache: Path | None = None
+    rules: Sequence[Rule | None], model: nn.Module, *, is_complete: bool = True, cache_dir: str | Path | None = None
 ) -> list[Target]:
     """Return one Target per module that trains, in model order. Raises PolicyError with all faults together.
 
     With `is_complete` False some rules lack what was wrong with them (None: all): what is missing then is no fault.
-    `cache` is a folder that keeps singular values.
+    `cache_dir` keeps singular values.
     """
+    cache = None if cache_dir is None else Path(cache_dir)
     selector = Selector(model, find_towers(model))
     problems: list[str] = []
     plans = _collect(rules, selector, problems)

@@ -47,7 +47,9 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
         _edit_adapter(rule, edits)
     if edits.method == "full":
         out = [_without_adapter(rule) if rule in adapters else rule for rule in out]
-    out = [rule for rule in out if len(rule) > 1]  # what only refined what the old method has says nothing any more
+    # A rule that only refined what the old method has says nothing any more; one that never did is the user's mistake.
+    said = DEFAULT_RULES if rules is None else rules
+    out = [rule for rule, before in zip(out, said, strict=True) if len(rule) > 1 or rule == before]
     if edits.method == "projector":
         out = [rule for rule in out if _of_projector(rule)] or [{"modules": "projector", "method": "full"}]
         if edits.learning_rate is not None:
