@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from milora_vl.reporting.plots import GREY, Look, styled
@@ -40,7 +41,7 @@ def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, look: Look) ->
                     fmt=mark, ms=7, color=colour, mfc=colour if point is arm.best else look.paper, mew=1.6,
                     elinewidth=0.8, alpha=0.95, zorder=2, label=arm.label if point is arm.points[0] else None,
                 )  # fmt: skip
-        axis.set(xlabel=forgets, ylabel=metric)
+        axis.set(xlabel=fill(forgets, 40 if look.narrow else 90), ylabel=fill(metric, 50))
         _frame(axis, arms)
         if min(x for arm in arms for x in [p.forgetting.value for p in arm.points]) > 0:
             _logarithmic(axis)
@@ -99,7 +100,8 @@ def rates_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
                     elinewidth=0.8,
                 )  # fmt: skip
             axis.set(xscale="log", xlabel="learning rate")
-            axis.set_title(name, loc="left", fontsize=10, fontweight="bold")
+            title = fill(name, 40 if look.narrow else 26)  # a metric's name may be longer than its panel is wide
+            axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
         handles = [_handle(axis, place, arm.label, look) for place, arm in enumerate(arms)]
         figure.legend(handles=handles, loc="outside upper left", ncols=2 if look.narrow else 5, handletextpad=0.2)
     return figure
