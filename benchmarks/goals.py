@@ -100,8 +100,8 @@ THIN = (
 )
 STRONG = "strong singular values must be found and clipped before float32 suffices; a QR first, or float64, costs more"
 MACHINE = (
-    "the search is matrix products and triangular solves; how much faster these are than LAPACK's reduction differs "
-    "between machines of one name: the figures before these, from another one (11.4 and 18.3), reached the goal"
+    "the search is matrix products and triangular solves; how much faster these are than LAPACK's reduction depends on "
+    "the machine, and on this one it is not enough"
 )
 REASONS = {
     "minor factors, r = 128, 4096 x 4096, Gaussian": MACHINE,
