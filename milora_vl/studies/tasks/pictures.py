@@ -48,8 +48,8 @@ class TurnedEmoji:
         self.names = [f"{code}-{turn}" for turn in range(TURNS) for code in codes]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the new head's weights
-            base = TwoHeads(imagenet_lite0(), TURNS).eval()
-        self.base = base.to(memory_format=torch.channels_last)  # a step takes two thirds of the time
+            base: Any = TwoHeads(imagenet_lite0(), TURNS).eval()
+        self.base: TwoHeads = base.to(memory_format=torch.channels_last)  # a step takes two thirds of the time
         self.photographs = _pieces()
         with torch.no_grad():
             self.before = self.scores(self.base, self.photographs)[0].log_softmax(1)
