@@ -61,8 +61,9 @@ class _Up(torch.autograd.Function):
         ctx.dtypes = hidden.dtype, trained.dtype
         hidden, trained, anchor = hidden.to(dtype), trained.to(dtype), anchor.to(dtype)
         ctx.save_for_backward(hidden, trained, anchor)
-        # Some CPU libraries round by how the memory is aligned: as copies both halves are aligned alike.
-        first, second = (half.contiguous() for half in hidden.chunk(2, dim=-1))
+        # Some CPU libraries round by how the memory is aligned: as copies both halves are aligned alike. The halves of
+        # a single row are contiguous as they lie, so `contiguous` would not copy them.
+        first, second = (half.clone(memory_format=torch.contiguous_format) for half in hidden.chunk(2, dim=-1))
         with autocast(hidden.device.type, enabled=False):
             return F.linear(first, trained).sub_(F.linear(second, anchor))
 

@@ -47,6 +47,15 @@ def test_any_linear_layer_is_unchanged(rows: int, columns: int, batch: int, data
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("rank", range(1, 71))
+def test_a_single_row_is_unchanged(rank: int) -> None:
+    """Its halves lie one behind the other, the second not aligned as the first."""
+    torch.manual_seed(rank)
+    base, x = nn.Sequential(nn.Linear(rank, rank)), torch.randn(1, rank)
+    expected = base(x)
+    assert torch.equal(apply_milora(base, one_rule(rank=rank))(x), expected)
+
+
 def test_convolutions_and_embeddings_are_unchanged_within_rounding() -> None:
     model = apply_milora(Pictures(), [{"modules": "*", "method": "milora", "rank": 3}])
     assert torch.allclose(model(*picture_batch()), Pictures()(*picture_batch()), atol=1e-6)
