@@ -100,8 +100,8 @@ THIN = (
 )
 STRONG = "strong singular values must be found and clipped before float32 suffices; a QR first, or float64, costs more"
 MACHINE = (
-    "the search is matrix products and triangular solves; how much faster these are than LAPACK's reduction depends on "
-    "the machine, and on this one it is not enough"
+    "the search is matrix products and triangular solves, which on this machine are not so much faster than LAPACK's "
+    "reduction"
 )
 REASONS = {
     "minor factors, r = 128, 4096 x 4096, Gaussian": MACHINE,
