@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_trained = holds_adapter(subject) or holds_residual(subject) or options.base is not None
     folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
     if folder is None:
-        raise UserError("where shall the files go?\nsay:  --output_dir O")
+        taken = "is no training" if subject.is_dir() else "is no folder here, so it is taken for a model"
+        raise UserError(f"{options.subject} {taken}: where shall the files go?\nsay:  --output_dir O")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     todo = job.plan(
         options.subject, options.base, rank=options.rank, device=device, modules=options.modules,

@@ -15,8 +15,12 @@ Made = tuple[Any, Any]
 
 @pytest.fixture(autouse=True)
 def no_ranks_left_behind() -> Iterator[None]:
-    """A run with DeepSpeed alone names its rank and port in the environment, which later subprocesses would inherit."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    """A run with DeepSpeed alone names its rank and port in the environment, which later subprocesses would inherit.
+
+    transformers 4 leaves DeepSpeed itself switched on there, for later runs in the process.
+    """
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = (*ranks, "ACCELERATE_USE_DEEPSPEED")
     before = {name: os.environ.get(name) for name in names}
     yield
     for name, value in before.items():

@@ -20,9 +20,7 @@ def test_a_log_entry_is_one_short_line() -> None:
     assert "2 records skipped" in log_line(logs | {"skipped_records": 2}, 5, 2000)
     assert log_line({"loss": 0.0}, 1, 2) == "step 1/2  loss 0.0000"
     assert log_line({"eval_loss": 0.95, "eval_runtime": 20.1}, 20, 20) == "step 20/20  loss on held-out records 0.9500"
-    assert (
-        log_line({"train_runtime": 103.3, "train_loss": 2.447}, 20, 20) == "20 steps in 103 s, loss 2.4470 on average"
-    )
+    assert log_line({"train_runtime": 103.3, "train_loss": 2.447}, 7, 20) == "7 steps in 103 s, loss 2.4470 on average"
 
 
 def test_a_training_into_a_pipe_writes_plain_lines_to_stderr(tiny_data: Path, tmp_path: Path) -> None:

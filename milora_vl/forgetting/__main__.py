@@ -121,6 +121,8 @@ def _probes(text: str) -> tuple[str, ...]:
 
 
 def _own_folder(options: argparse.Namespace) -> Path:
+    if options.adapter is not None and not options.adapter.is_dir():
+        raise UserError(f"{options.adapter} is no folder: --adapter takes that of an adapter or a training")
     folder: Path = options.adapter or Path(options.model)
     if not folder.is_dir():
         raise UserError(f"{options.model} is no folder of a training: nothing is forgotten\nsay:  --adapter A")

@@ -32,7 +32,7 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
     'step 5/20  loss 1.2500  rate 0.0002  epoch 0.1'
     """
     if "train_runtime" in logs:
-        return f"{steps:,} steps in {logs['train_runtime']:,.0f} s, loss {logs['train_loss']:.4f} on average"
+        return f"{step:,} steps in {logs['train_runtime']:,.0f} s, loss {logs['train_loss']:.4f} on average"
     found = [form.format(logs[key]) for key, form in SHOWN.items() if key in logs and (logs[key] or key in ALWAYS)]
     return "  ".join([f"step {step:,}/{steps:,}", *found]) if found else ""
 
