@@ -17,6 +17,7 @@ from versions import needs_mica
 from milora_data.errors import UserError
 from milora_vl import Policy, apply_milora, load_model, merge
 from milora_vl.analysis.job import plan, rows_of
+from milora_vl.analysis.page import lede
 from milora_vl.analysis.weights import Weights, open_weights
 from milora_vl.analyze import main
 
@@ -83,6 +84,17 @@ def test_a_model_tuned_in_full_and_an_adapter_of_peft(base: Path, tmp_path: Path
     get_peft_model(load_model(base)[0], config).save_pretrained(str(tmp_path / "peft"))
     (row,) = analysed(tmp_path / "peft", base).values()
     assert (row["method"], row["rank"], row["norm_A"] > 0) == ("dora", 2, True)
+
+
+def test_the_headline_keeps_a_projector_in_full_apart() -> None:
+    def row(tower: str, moved: float, top: float) -> dict[str, Any]:
+        return {"tower": tower, "relative_update": moved, "similarity_top": top, "similarity_bottom": 0.5}
+
+    said = lede("update", [row("projector", 0.16, 0.75), row("language", 0.01, 0.1), row("language", 0.02, 0.2)])
+    assert said == (
+        "The training changed language (2 layers) by 1.5 % of its norm (similar to last directions 0.50, first 0.15), "
+        "projector (1 layer) by 16 % of its norm (similar to last directions 0.50, first 0.75)"
+    )
 
 
 def test_a_text_only_base_and_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

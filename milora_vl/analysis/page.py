@@ -67,16 +67,24 @@ def write(folder: Path, kind: str, name: str, base: str, rows: Sequence[Row]) ->
 
 
 def lede(kind: str, rows: Sequence[Row]) -> str:
-    """The result in a line: how large the update is, and in which directions of W it lies."""
+    """The result in a line: how large the update is, and in which directions of W it lies, tower by tower.
+
+    A projector that trains in full moves far more than an adapter does: one mean over both would speak of neither.
+    """
     if kind == "base":
         return f"The spectra of {len(rows):,} layers"
+    towers = sorted(dict.fromkeys(row["tower"] for row in rows))  # language before projector and vision
+    moved = [_moved(tower, [row for row in rows if row["tower"] == tower]) for tower in towers]
+    return f"The training changed {', '.join(moved)}"
+
+
+def _moved(tower: str, rows: Sequence[Row]) -> str:
     found = _means(rows, _UPDATE_FIELDS)
-    words = f"The training changed {len(rows):,} layers"
+    words = f"{tower} ({len(rows):,} {'layer' if len(rows) == 1 else 'layers'})"
     if "relative_update" in found:
-        words += f" by {100 * found['relative_update']:.2g} % of their norm"
+        words += f" by {100 * found['relative_update']:.2g} % of its norm"
     if "similarity_top" in found:
-        words += f"; similarity with their last directions {found['similarity_bottom']:.2f}"
-        words += f", with the first {found['similarity_top']:.2f}"
+        words += f" (similar to last directions {found['similarity_bottom']:.2f}, first {found['similarity_top']:.2f})"
     return words
 
 

@@ -103,7 +103,7 @@ def _panels(
                 axis.set_xlabel(xlabel)
         if legend:
             handles, labels = axes.flat[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside upper left", ncols=3, columnspacing=1.2)
+            figure.legend(handles, labels, loc="outside upper left", ncols=2 if look.narrow else 3, columnspacing=1.2)
     return figure
 
 
