@@ -123,6 +123,14 @@ def test_without_an_evaluation_the_page_says_how_to_make_one(run: Path) -> None:
     assert "python -m milora_eval run --model smol-llava" in page.text
 
 
+def test_a_run_that_was_stopped_says_so(run: Path) -> None:
+    shutil.rmtree(run / "eval")
+    environment = json.loads((run / "environment.json").read_text()) | {"finished": None}
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 10, "loss": 2.0}]}))
+    assert "Not finished: 10 steps so far; not evaluated yet." in page_of(run).text
+
+
 @pytest.mark.parametrize("only", OPTIONAL)
 def test_one_file_alone_makes_a_page(finished: Path, tmp_path: Path, only: str) -> None:
     run, source = tmp_path / "young", finished / only

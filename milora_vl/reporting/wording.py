@@ -100,6 +100,8 @@ def _unevaluated(run: Run) -> str:
     steps = max((int(entry.get("step", 0)) for entry in run.history), default=0)
     if not steps and not run.environment.get("finished"):
         return "Nothing has been trained here yet."
+    if "finished" in run.environment and not run.environment["finished"]:
+        return f"Not finished: {steps:,} steps so far; not evaluated yet."
     count = run.environment.get("data", {}).get("train")
     words = (f" for {steps:,} steps" if steps else "") + (f" on {count:,} records" if count else "")
     return f"Trained{words}; not evaluated yet."
