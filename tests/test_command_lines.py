@@ -116,6 +116,12 @@ def test_a_word_that_is_no_choice_is_helped() -> None:
         main(["data", "convert", "--from", "foldr", "x", "--output_dir", "y"])
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("tarin", "train"), ("view", "eval view"), ("show", "data show")])
+def test_a_mistyped_program_is_helped(typed: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"unknown program: {typed}(.|\n)*did you mean {meant} \?"):
+        main([typed])
+
+
 def test_one_list_names_every_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out

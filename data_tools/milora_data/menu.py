@@ -54,7 +54,8 @@ class Menu:
             sys.stdout.write(self.usage())
             return 0
         if name not in self.modules:
-            near = suggest(name, self.modules)
+            inner = {own.split()[-1]: own for lines in self.groups.values() for own, _ in self._lines(lines)}
+            near = [inner[name]] if name in inner else suggest(name, self.modules)
             hint = f"\ndid you mean {near[0]} ?" if near else ""
             raise UserError(f"unknown {kind}: {name}\nexpected one of: {', '.join(self.modules)}{hint}")
         return int(import_module(self.modules[name]).main(arguments[1:]))
