@@ -84,7 +84,8 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     jobs = options.jobs or min(os.cpu_count() or 1, 4)
     cells = all_cells(folder)
     left = [cell for cell in cells if folder.result(cell) is None]
-    sys.stderr.write(f"{name}: {len(cells):,} cells, {len(left):,} to run, {jobs} at a time\n{folder.path}\n")
+    soon = _time_left(folder, cells, len(left), jobs)  # known as soon as one has run
+    sys.stderr.write(f"{name}: {len(cells):,} cells, {len(left):,} to run, {jobs} at a time{soon}\n{folder.path}\n")
     if options.plan:
         next_step("milora_vl.studies", name)
         return 0
