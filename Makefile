@@ -98,7 +98,7 @@ $(RUN)/adapter_model.safetensors: | $(DATA)/test.json
 	$(BIN)/python -m milora_vl.train --recipe smol-llava-demo --output_dir $(RUN) --resume_from_checkpoint auto
 
 $(RUN)/eval/emoji/final/results.json: | $(RUN)/adapter_model.safetensors
-	$(BIN)/python -m milora_eval run --model smol-llava --adapter $(RUN) --suite emoji --data $(DATA) --with_base --dtype bfloat16 --output_dir $(RUN)
+	$(BIN)/python -m milora_eval run --model smol-llava --adapter $(RUN) --suite emoji --data $(DATA) --with_base --dtype fastest --output_dir $(RUN)
 
 $(RUN)/.demo-finished: | $(RUN)/eval/emoji/final/results.json
 	$(BIN)/python -m milora_vl.chat --model smol-llava --adapter $(RUN) --image $(DATA)/images/$(FIRST_PICTURE) "What is this?"

@@ -33,10 +33,9 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; UserError for what cannot be analysed. Returns the exit code."""
     options = _options(argv)
-    import torch
-
     from milora_vl.adapter_folders import holds_adapter, holds_residual
     from milora_vl.analysis import job, page
+    from milora_vl.devices import device_named
 
     subject = Path(options.subject)
     is_trained = holds_adapter(subject) or holds_residual(subject) or options.base is not None
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder is None:
         taken = "is no training" if subject.is_dir() else "is no folder here, so it is taken for a model"
         raise UserError(f"{options.subject} {taken}: where shall the files go?\nsay:  --output_dir O")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(options.device)
     todo = job.plan(
         options.subject, options.base, rank=options.rank, device=device, modules=options.modules,
         allow_base_mismatch=options.allow_base_mismatch,

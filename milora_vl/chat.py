@@ -88,13 +88,12 @@ class Chat:
     @classmethod
     def load(cls, options: argparse.Namespace) -> Chat:
         """Load what the command line names. UserError where that cannot be had or cannot be compared."""
-        import torch
-
+        from milora_vl.devices import device_named, dtype_named
         from milora_vl.forgetting.measure import hides_its_base
         from milora_vl.models import load_model
 
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(options.dtype)
+        device = device_named(options.device)
+        dtype = dtype_named(options.dtype, device)
         template, image_aspect_ratio = trained_prompts(Path(options.adapter or options.model))
         model, processor = load_model(options.model, adapter=options.adapter, dtype=dtype, device=device)
         if options.compare and not hides_its_base(model):

@@ -125,7 +125,7 @@ class Recipe(Strict):
     quantization: Literal["none", "4bit", "8bit"] = "none"
     quant_type: Literal["nf4", "fp4"] = "nf4"  # of 4 bits
     double_quant: bool = True  # of 4 bits: their constants are quantised too
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the frozen weights
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"  # of the frozen weights
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     parts: PartsConfig = PartsConfig()
     projector_weights: str | None = None  # file or folder that the projector starts from

@@ -154,7 +154,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     settings.add_argument("--allow_base_mismatch", action="store_true", help="go on with another base model")
     out = options.add_argument_group("output")
     out.add_argument("--to", required=True, metavar="FORM", help="adapter, merged, residual, llava, rank-N")
-    shared(out, "dtype", about="of all that is written (default: as stored)")
+    shared(
+        out, "dtype", about="of all that is written (default: as stored)", choices=("float32", "bfloat16", "float16")
+    )
     shared(out, "output_dir", about="to write (default: FOLDER-FORM, beside it)")
     shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)

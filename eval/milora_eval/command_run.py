@@ -171,13 +171,11 @@ def _evaluate(options: argparse.Namespace, who: Subject, arguments: dict[str, An
 
 
 def _load(options: argparse.Namespace, name: str, adapter: Path | None) -> tuple[Any, Any]:
-    import torch
-
+    from milora_vl.devices import device_named, dtype_named
     from milora_vl.models import load_model
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    return load_model(name, adapter=adapter, dtype=dtype, device=device)
+    device = device_named(options.device)
+    return load_model(name, adapter=adapter, dtype=dtype_named(options.dtype, device), device=device)
 
 
 def _print(options: argparse.Namespace, folders: list[Path]) -> None:

@@ -59,12 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def model(wrapper: Any, name: str, adapter: Path | None, dtype: str | None, device: str | None, batch_size: int) -> Any:
     """Return the harness' own wrapper (HFLM) around base + adapter as `load_model` makes them."""
-    import torch
-
+    from milora_vl.devices import device_named, dtype_named
     from milora_vl.models import load_model, split_processor
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded, processor = load_model(name, adapter=adapter, dtype=getattr(torch, dtype) if dtype else None, device=device)
+    place = device_named(device)
+    loaded, processor = load_model(name, adapter=adapter, dtype=dtype_named(dtype, place), device=place)
     tokenizer = split_processor(processor)[0]
     return wrapper(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_eval.likelihood import loglikelihoods
+from milora_vl.devices import device_named, dtype_named
 from milora_vl.generate import Prompt, generate
 from milora_vl.models import load_model
 
@@ -38,8 +38,8 @@ class Milora(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        kind = getattr(torch, dtype) if dtype else None
+        place = device_named(device)
+        kind = dtype_named(dtype, place)
         self.loaded, self.processor = load_model(pretrained, adapter=adapter, dtype=kind, device=place)
         self.template, self.batch_size = template, int(batch_size)
 

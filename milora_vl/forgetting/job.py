@@ -197,13 +197,11 @@ class Job:
         return self._load(self.base or self.model, None)  # a projector alone, the whole model or biases were trained
 
     def _load(self, name: str, adapter: Path | None) -> Any:
-        import torch
-
+        from milora_vl.devices import device_named, dtype_named
         from milora_vl.models import load_model
 
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, self.dtype) if self.dtype else None
-        return load_model(name, adapter=adapter, dtype=dtype, device=device)[0]
+        device = device_named(self.device)
+        return load_model(name, adapter=adapter, dtype=dtype_named(self.dtype, device), device=device)[0]
 
 
 def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Results]:

@@ -142,6 +142,12 @@ def _resolve(request: Request) -> Settings:
     recipe = Recipe.parse(merged, "the command line" if not request.recipe else f"{source} and the command line")
     if not recipe.model:
         raise UserError(f"no model is named: --model NAME, or a --recipe that names one\nsee: {PROG} --list-models")
+    if recipe.dtype == "fastest":  # what a run was made in belongs into its recipe, whatever the next machine is
+        from milora_vl.devices import fastest_dtype
+        from milora_vl.training.training_args import train_device
+
+        fastest = fastest_dtype(train_device(recipe.train))
+        recipe = recipe.model_copy(update={"dtype": str(fastest).removeprefix("torch.")})
     per_device = base.train.get("per_device_train_batch_size")
     batch = (int(per_device), int(base.train.get("gradient_accumulation_steps", 1))) if per_device else None
     notes = [meaning.line] if meaning and meaning.line else []

@@ -12,6 +12,7 @@ import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
+from milora_vl.devices import device_named, fastest_dtype
 from milora_vl.training import hf_arguments, launch
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]
     from transformers import TrainingArguments
 
     train, warnings = prepared(recipe)
+    device = train_device(train)
+    if train.get("bf16") and device.type == "cpu" and fastest_dtype(device) != torch.bfloat16:
+        warnings.append("bf16 is emulated by this CPU, which is slow (faster: --dtype float32 --bf16 False)")
     launch.check(train)
     fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
     arguments, absent = hf_arguments.for_installed(train, fields)
@@ -84,13 +88,19 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     # LLaVA does not read.
     rules = [str(rule.get("modules", "")) for rule in recipe.policy or ()]
     train.setdefault("ddp_find_unused_parameters", any(_may_be_unused(rule) for rule in rules))
-    on_cpu = bool(train.get("use_cpu")) or not torch.cuda.is_available()
-    if on_cpu:
+    if train_device(train).type != "cuda":
         train.setdefault("dataloader_pin_memory", False)
         if train.pop("tf32", None):
             warnings.append("train.tf32 has no effect on a CPU")
     _evaluation(train, recipe)
     return train, warnings
+
+
+def train_device(train: dict[str, Any]) -> torch.device:
+    """The kind of device that a run with this `train:` section computes on, known before HF's arguments are made."""
+    if train.get("use_cpu"):
+        return torch.device("cpu")
+    return torch.device("mps") if torch.backends.mps.is_available() else device_named(None)
 
 
 def deepspeed_config(name: str) -> Any:
@@ -115,7 +125,7 @@ def base_dtype(recipe: Recipe, train: dict[str, Any]) -> torch.dtype:
     """Of the frozen weights: as --dtype says, else half precision where a GPU trains in it, float32 on a CPU."""
     if recipe.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
-    if train.get("use_cpu") or not torch.cuda.is_available():
+    if train_device(train).type != "cuda":
         return torch.float32
     if train.get("bf16"):
         return torch.bfloat16

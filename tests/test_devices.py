@@ -1,0 +1,63 @@
+"""The names of devices and dtypes, and what `fastest` becomes in a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from milora_vl.config import Recipe
+from milora_vl.devices import device_named, dtype_named, fastest_dtype
+from milora_vl.training import arguments, crowded, settings, training_args
+
+CPU = torch.device("cpu")
+
+
+def has_units(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: answer)
+
+
+def test_names_mean_devices_and_dtypes() -> None:
+    assert device_named("cpu") == CPU
+    assert device_named(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert dtype_named(None, CPU) is None
+    assert dtype_named("bfloat16", CPU) == torch.bfloat16
+    assert dtype_named("fastest", CPU) == fastest_dtype(CPU)
+    assert fastest_dtype(torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_a_recipe_of_the_fastest_dtype_trains_and_is_kept_in_the_one_of_this_machine(
+    answer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_units(monkeypatch, answer)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("{model: tiny, dtype: fastest, train: {use_cpu: true}}")
+    request = arguments.parse(["--recipe", str(recipe)])
+    found = settings.resolve(request).recipe
+    assert found.dtype == ("bfloat16" if answer else "float32")
+    assert training_args.prepared(found)[0].get("bf16", False) == answer
+    assert fastest_dtype(CPU) == (torch.bfloat16 if answer else torch.float32)
+
+
+def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.parse({"model": "tiny", "train": {"bf16": True, "use_cpu": True}})
+    has_units(monkeypatch, False)
+    assert any("bf16 is emulated" in warning for warning in training_args.make(recipe, tmp_path)[1])
+    has_units(monkeypatch, True)
+    assert not any("bf16" in warning for warning in training_args.make(recipe, tmp_path)[1])
+
+
+def test_cores_that_others_use_are_told_before_a_training_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(crowded.psutil, "cpu_count", lambda: 4)
+    monkeypatch.setattr(crowded.psutil, "cpu_percent", lambda seconds: 90.0)
+    assert "other programs use 3.6 of 4 cores" in crowded.warnings("cpu", 1)[0]
+    assert not crowded.warnings("cuda", 1)
+    assert not crowded.warnings("cpu", 2)  # torchrun gives each process one thread
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert not crowded.warnings("cpu", 1)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(crowded.psutil, "cpu_percent", lambda seconds: 30.0)
+    assert not crowded.warnings("cpu", 1)
