@@ -266,6 +266,10 @@ def test_check_says_what_to_type_next(tiny_data: Path, capsys: pytest.CaptureFix
     (tiny_data / "images" / "0.png").write_bytes(b"no picture")
     assert main(["check", data, "--image_folder", images]) == 1
     assert f"next: python -m milora_data check {data} --image_folder {images} --fix OUT" in capsys.readouterr().err
+    elsewhere = tiny_data / "elsewhere"
+    elsewhere.mkdir()
+    main(["check", str(data), "--image_folder", str(elsewhere)])  # no picture at all: it is the folder that is wrong
+    assert f"next: python -m milora_data check {data} --image_folder FOLDER\n" in capsys.readouterr().err
 
 
 def test_in_a_list_without_line_breaks_each_record_has_a_place_of_its_own(

@@ -30,8 +30,12 @@ def test_a_plan_is_made_for_devices_that_are_not_here(capsys: Any) -> None:
     shown = capsys.readouterr().out
     assert "x 64 devices = 1024" in shown
     assert "does not fit 24 GiB" in shown
-    assert "--gradient_checkpointing True: " in shown
-    assert "--devices" not in shown.split("to start it:")[1]
+    assert "--gradient_checkpointing True --per_device_train_batch_size 8 --gradient_accumulation_steps 2: " in shown
+    assert "a step on this machine's CPU" not in shown
+    start = shown.split("to start it so that it fits:\n")[1]
+    assert "--devices" not in start
+    assert start.startswith("  torchrun --nnodes 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 --nproc_per_node 8 -m ")
+    assert "--gradient_checkpointing True --per_device_train_batch_size" in start
     with pytest.raises(UserError, match="only with --dry-run"):
         main([*words[:-1], "--devices", "4"])
 
@@ -108,6 +112,11 @@ def test_data_and_projector_are_both_told_of(tmp_path: Path) -> None:
     words = ["--model", "tiny", "--data_path", str(tmp_path / "train.json"), "--image_folder", str(tmp_path)]
     with pytest.raises(UserError, match=r"no projector weights at nope(.|\n)*train.json holds no records"):
         main([*words, "--projector_weights", "nope", "--rank", "4", "--dry-run"])
+
+
+def test_rules_that_do_not_fit_and_data_that_is_not_there_are_both_told_of() -> None:
+    with pytest.raises(UserError, match=r"default rank 128 is too large(.|\n)*nowhere.json: no such file"):
+        main(["--model", "tiny", "--data_path", "nowhere.json", "--dry-run"])
 
 
 def test_an_evaluation_without_its_files_is_told_of(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def test_a_quantised_base_packs_what_is_packable_alone() -> None:
     sizes = memory(plan)
     assert sizes["frozen weights"] == pytest.approx(6_476_005_376 * 0.516 + 587_421_696 * 2, rel=1e-3)
     assert sizes["anchors (never sharded)"] == 4 * PLAN.anchors  # a packed weight has no dtype: float32
-    assert not [what for what, _ in changes(plan, 1.0) if "zero3" in what or "quantization" in what]
-    assert not [what for what, _ in changes(replace(PLAN, adapters=0), 1.0) if "quantization" in what]
+    assert not [what for what, _ in changes(plan, plan, "") if "zero3" in what or "quantization" in what]
+    assert not [what for what, _ in changes(replace(PLAN, adapters=0), PLAN, "") if "quantization" in what]
 
 
 def test_offloading_moves_states_to_the_host() -> None:
@@ -68,14 +68,21 @@ def test_checkpointing_costs_one_more_forward() -> None:
 
 
 def test_a_plan_that_does_not_fit_says_what_would() -> None:
-    eager = replace(PLAN, checkpointing=False, activations=120 * GIB)
-    assert verdict(PLAN, 8 * GIB, 40)[0].startswith("fits   40 GiB")
-    lines = verdict(eager, 8 * GIB, 40)
+    eager, lean = replace(PLAN, checkpointing=False, activations=120 * GIB), replace(PLAN, activations=8 * GIB)
+    flag = "--gradient_checkpointing True"
+    (line,), change = verdict(PLAN, PLAN, "", 40)
+    assert line.startswith("fits   40 GiB")
+    assert change == ""
+    lines, change = verdict(eager, lean, flag, 40)
     assert lines[0].startswith("does not fit 40 GiB: 141.1")
-    assert lines[2].startswith("  --gradient_checkpointing True: ")
-    assert verdict(PLAN, 8 * GIB, 3)[1].startswith("no single change is enough")
-    for _, changed in changes(eager, 8 * GIB):
-        assert changed.records * changed.accumulation in (16, 1)
+    assert lines[2].startswith(f"  {flag}: ")
+    assert change == flag
+    lines, change = verdict(PLAN, PLAN, "", 3)
+    assert lines[1].startswith("no single change is enough")
+    assert change is None
+    for flags, changed in changes(eager, lean, flag):
+        assert changed.records * changed.accumulation == 16
+        assert flag in flags
 
 
 def simulated(checkpointing: bool, learnt: int = 60, records: int = 4) -> Resident:

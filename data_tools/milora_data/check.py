@@ -68,8 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell_next(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
-    if report.by_kind().keys() == {"not_a_record"} and len(report.findings) == report.records:
+    found = report.by_kind()
+    if found.keys() == {"not_a_record"} and len(report.findings) == report.records:
         next_step("milora_data", "convert", "--help")
+    elif 0 < report.with_pictures <= len(found.get("missing_picture", ())) and fixed is None:
+        next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")  # it is the folder that is wrong
     elif report.count("error") and fixed is None:
         next_step("milora_data", "check", report.path, *pictures, "--fix", "OUT.json")
     else:

@@ -8,6 +8,7 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,9 @@ def _list(as_json: bool) -> None:
     from milora_vl.studies.study import read_study
 
     found = {name: read_study(name).question for name in llava_recipes.names("study")}
-    lines = [f"{name:<24} {question}" for name, question in found.items()]
+    lines: list[str] = []
+    for question, names in groupby(found, key=found.__getitem__):
+        lines += [question, *(f"  {name}" for name in names)]
     sys.stdout.write((json.dumps(found, ensure_ascii=False) if as_json else "\n".join(lines)) + "\n")
     next_step("milora_vl.studies", next(iter(found)), "--plan")
 
@@ -79,6 +82,7 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
 
     task_class(study.task)  # what it needs and is not there is said here, not by each worker
     if study.each is not None:
+        sys.stderr.write(f"{name}: reading the matrices of its model ...\n")
         study = study.with_each(load_task(study.task).model())
     folder = Folder(options.output_dir / name, study)
     jobs = options.jobs or min(os.cpu_count() or 1, 4)
@@ -115,8 +119,10 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
 
 def _time_left(folder: Folder, cells: Sequence[Cell], left: int, jobs: int) -> str:
     seconds = [result["seconds"] for cell in cells if (result := folder.result(cell))]
-    if not seconds or not left:
+    if not left:
         return ""
+    if not seconds:
+        return "; how long is known when one has run"
     return f", about {statistics.mean(seconds) * -(-left // jobs) / 60:.0f} minutes"
 
 

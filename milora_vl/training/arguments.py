@@ -70,7 +70,7 @@ POLICY_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "mm_projector_lr": ("projector_learning_rate", "float", (), "learning rate of the projector"),
 }
 RUN_FLAGS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "recipe": ("str", ("config",), "a recipe by name (see --list-recipes) or a YAML file"),
+    "recipe": ("str", ("config",), "a recipe by name (see --list-recipes), a YAML file, or a run folder"),
     "policy": ("str", (), "rules as YAML text or a YAML file; replaces the recipe's"),
     "output_dir": ("str", (), "run folder; default runs/MODEL/METHOD/TIME"),
     "resume_from_checkpoint": ("str", ("resume",), "true, a checkpoint folder, or auto (resume if there is something)"),
@@ -150,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, flag in hf_arguments.flags().items():
         if name not in RUN_FLAGS and name not in EVERYDAY:
             text = argparse.SUPPRESS if "deprecated" in flag.help.lower() else f"{flag.help} [{flag.default}]"
+            text = hf_arguments.HELP.get(name, text)
             _add(group, name, flag.type, (), text, dest=f"hf.{name}")
     return parser
 

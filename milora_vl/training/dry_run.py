@@ -21,7 +21,7 @@ from milora_data.errors import UserError
 from milora_data.templates import OWN
 from milora_vl import models
 from milora_vl.composing.whole import whole_weights
-from milora_vl.config import Recipe
+from milora_vl.config import Recipe, RecipeError
 from milora_vl.image_tokens import image_tokens
 from milora_vl.policy import Target
 from milora_vl.towers import TOWERS, find_towers
@@ -38,8 +38,7 @@ from milora_vl.training import (
 )
 from milora_vl.training.arguments import PROG, Request
 from milora_vl.training.batching import Batching
-from milora_vl.training.dry_run_cost import MIX665K
-from milora_vl.training.dry_run_cost import lines as cost_lines
+from milora_vl.training.dry_run_cost import MIX665K, costs_of
 from milora_vl.training.screen import COLUMNS, Screen, policy_rows, trainable_text, trained_sizes
 
 
@@ -50,7 +49,10 @@ def show(request: Request) -> int:
     """
     screen = Screen(sys.stdout if request.format == "human" else sys.stderr)
     chosen = settings.resolve(request)
-    settings.require_fit(request, chosen.recipe)
+    try:
+        settings.require_fit(request, chosen.recipe)
+    except RecipeError as error:  # without a policy there is no plan, but data and evaluation have faults of their own
+        raise UserError("\n".join(map(str, [error, *_missing(chosen.recipe), *_faults_of_data(chosen.recipe)]))) from None
     packages.check(chosen.recipe.train, chosen.recipe.quantization, chosen.recipe.attn_implementation)
     config = bases.config_for(chosen.recipe)
     base = meta_model(config)
@@ -75,20 +77,23 @@ def show(request: Request) -> int:
     batching = _batching(train, None if recipe.data.streaming else rows, request.devices or num_devices())
     screen.say(f"\nbatch  {batching.describe()}")
     has_steps = recipe.data.streaming or num_records is not None
-    screen.say(f"steps  {batching.describe_steps() if has_steps else 'not known without data'}")
-    costs = cost_lines(
-        train, config, base, targets, counts, batching, _packed_bytes(recipe),
-        has_steps=has_steps, gpu_memory=request.gpu_memory,
+    unknown = "not known: the data cannot be read" if recipe.data.path else "not known without data"
+    screen.say(f"steps  {batching.describe_steps() if has_steps else unknown}")
+    costs = costs_of(
+        train, config, base, targets, counts, batching, _packed_bytes(recipe), has_steps=has_steps,
+        gpu_memory=request.gpu_memory, is_here=request.devices is None and request.gpu_memory is None,
     )  # fmt: skip
-    screen.say("\n".join(costs))
+    screen.say("\n".join(costs.lines))
     if problems:
         raise UserError("\n".join(map(str, problems)))
     start = command(request) + ("" if recipe.data.path else _words_for_data(base))
-    screen.say(f"\nto start it:\n  {start}")
+    start += f" {costs.change}" if costs.change else ""
+    how = {"": "to start it", None: "to start it where it fits"}.get(costs.change, "to start it so that it fits")
+    screen.say(f"\n{how}:\n  {start}")
     if request.format == "json":
         content = {
             "model": recipe.model, "parameters": count(base), **_trained(base, targets), "records": num_records,
-            "batch": batching.total, "steps": batching.steps if has_steps else None, "cost": costs,
+            "batch": batching.total, "steps": batching.steps if has_steps else None, "cost": costs.lines,
             "output_dir": str(path), "next": start,
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
@@ -116,6 +121,16 @@ def _missing(recipe: Recipe) -> list[UserError]:
         except UserError as error:
             found.append(error)
     return found
+
+
+def _faults_of_data(recipe: Recipe) -> list[UserError]:
+    if recipe.data.path is None:
+        return []
+    try:
+        run_data.read(recipe.data)
+    except UserError as error:
+        return [error]
+    return []
 
 
 def _words_for_data(base: nn.Module) -> str:
@@ -230,10 +245,18 @@ def num_devices() -> int:
 
 
 def command(request: Request) -> str:
-    """The command line without --dry-run."""
+    """The command line without --dry-run; with torchrun where it was planned for several devices."""
     words, planned = [], ("--dry-run", "--devices", "--gpu-memory", "--format")
     for word, before in zip(request.words, ("", *request.words), strict=False):
         name, is_value = word.replace("_", "-").split("=")[0], not word.startswith("-")
         if name not in planned and not (is_value and before.replace("_", "-") in planned):
             words.append(word)
-    return f"{PROG} {shlex.join(words)}"
+    return f"{_launcher(request.devices or 1)} {shlex.join(words)}"
+
+
+def _launcher(devices: int) -> str:
+    if devices == 1:
+        return PROG
+    nodes = devices // 8 if devices > 8 and devices % 8 == 0 else 1
+    several = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " if nodes > 1 else ""
+    return f"torchrun {several}--nproc_per_node {devices // nodes} -m {PROG.split()[-1]}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,15 @@ MIX665K = Counts(tokens=700, learnt=60, exact=False)  # per record, roughly
 FEW = (2, 3)  # layers that are simulated; each further one adds what the third did
 
 
-def lines(
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a run costs, ready to print, and the flags that make it fit: "" as it is, None where nothing does."""
+
+    lines: list[str]
+    change: str | None = ""
+
+
+def costs_of(
     train: dict[str, Any],
     config: Any,
     base: nn.Module,
@@ -48,12 +56,17 @@ def lines(
     *,
     has_steps: bool,
     gpu_memory: float | None = None,
-) -> list[str]:
-    """Memory by purpose and the time of the run, ready to print."""
+    is_here: bool = True,
+) -> Costs:
+    """Memory by purpose and the time of the run; by this machine's processor too where the run `is_here`."""
     plan = plan_of(train, config, base, targets, counts or MIX665K, batching, packed_bytes)
-    frugal = shape_of(config, plan, counts or MIX665K, checkpointing=True)
-    other = plan.activations if plan.checkpointing else activations(config, base, targets, frugal)
-    sizes = memory(plan)
+    missing = {"bf16": not plan.half, "activation_checkpointing": not plan.checkpointing}
+    frugal = {name: True for name, lacks in missing.items() if lacks}
+    flags = " ".join(f"--{name.replace('activation', 'gradient')} True" for name in frugal)
+    lean = plan
+    if frugal:
+        lean = plan_of(train | frugal, config, base, targets, counts or MIX665K, batching, packed_bytes)
+    sizes, leanest = memory(plan), sum(memory(lean).values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
     stage = f"ZeRO-{plan.stage}" if plan.stage else "no ZeRO"
     devices = f"{plan.devices} device{'s' if plan.devices > 1 else ''}"
@@ -61,18 +74,20 @@ def lines(
     out = [f"{whole}: {parts}" if parts else whole]
     if host_memory(plan):
         out.append(f"       and {host_memory(plan) / GIB:.1f} GiB of the host's for each device (offloaded)")
-    if not plan.checkpointing:
-        out.append(f"       with --gradient_checkpointing True, activations would take {other / GIB:.1f} GiB")
+    if leanest < 0.9 * sum(sizes.values()):
+        out.append(f"       with {flags} about {leanest / GIB:.1f} GiB")
+    change: str | None = ""
     if gpu_memory is not None:
-        out += fit.verdict(plan, other, gpu_memory)
+        verdict, change = fit.verdict(plan, lean, flags, gpu_memory)
+        out += verdict
     here, step = measured_flops(), flops_per_step(plan)
     rows = [("one A100 per device at 40 % of its peak", A100_FLOPS), ("this machine's CPU", here)]
-    for name, rate in rows:
+    for name, rate in rows if is_here else rows[:1]:
         total = f", {duration(batching.steps * step / rate)} in all" if has_steps else ""
         out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
     if svd_flops(targets):
         out.append(f"factors about {duration(svd_flops(targets) / here)} once, on this machine's CPU")
-    return out
+    return Costs(out, change)
 
 
 def activations(config: Any, base: nn.Module, targets: Sequence[Target], shape: Shape) -> float:

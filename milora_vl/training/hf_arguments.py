@@ -38,6 +38,14 @@ REFUSED = {
     "output_dir": "is a flag of the command, not of the recipe",
     "label_smoothing_factor": "is not supported: the loss is the plain cross-entropy of the supervised tokens",
 }
+# Hugging Face's own sentences about these say what does not happen here.
+HELP = {
+    "label_smoothing_factor": "refused: the loss is the plain cross-entropy of the supervised tokens",
+    "overwrite_output_dir": f"refused: {REFUSED['overwrite_output_dir']}",
+    "save_safetensors": "without effect: always so",
+    "fsdp": "refused: --deepspeed zero3 shards the same",
+    "fsdp_config": "of --fsdp, which is refused",
+}
 # The Trainer takes less without a word, and stumbles over it, or passes over it, when it is well under way.
 AT_LEAST = {
     "per_device_train_batch_size": 1,

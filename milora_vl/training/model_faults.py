@@ -32,6 +32,21 @@ def faults_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bool
     return []
 
 
+def of_default_rank(faults: Sequence[str]) -> list[str]:
+    """Return the same faults, those of a rank that nobody gave as one with the flag that mends it.
+
+    >>> of_default_rank(["policy[0].rank: 128 is larger than min(out, in) = 64 of shape (64, 64): a, b"])
+    ['the default rank 128 is too large for this model, which has matrices of rank 64\\nsay:  --rank 64, or less']
+    """
+    pattern = re.compile(r"policy\[\d+\]\.rank: (\d+) is larger than min\(out, in\) = (\d+) ")
+    large = {fault: match for fault in faults if (match := pattern.match(fault))}
+    if not large:
+        return list(faults)
+    default, most = next(iter(large.values()))[1], min(int(match[2]) for match in large.values())
+    told = f"the default rank {default} is too large for this model, which has matrices of rank {most}"
+    return [*(fault for fault in faults if fault not in large), f"{told}\nsay:  --rank {most}, or less"]
+
+
 def require_float_weights(recipe: Recipe, config: Any) -> None:
     """UserError for a rule that trains a quantised weight itself: integers have no gradient."""
     from milora_vl.policy import Policy

@@ -82,7 +82,7 @@ def _config_named(request: Request) -> Any:
 
 def faults_on_model(request: Request, config: Any) -> dict[str, str]:
     """What the rules, as the flags leave them, say wrongly of the model of that config; and that with its file."""
-    from milora_vl.training.model_faults import faults_on
+    from milora_vl.training.model_faults import faults_on, of_default_rank
 
     if config is None:
         return {}
@@ -95,9 +95,12 @@ def faults_on_model(request: Request, config: Any) -> dict[str, str]:
         return {str(error): str(error)}
     if given is None or len(rules) != len(given):
         lines = {}
+    found = faults_on(rules, config, implicit=given is None)
+    if given is None and request.edits.rank is None:
+        found = of_default_rank(found)
     return {
         fault: located(source, lines, *fault.split(": ", 1)) if fault.startswith("policy[") else f"{source}: {fault}"
-        for fault in faults_on(rules, config, implicit=given is None)
+        for fault in found
     }
 
 
