@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from milora_data.command import next_step, parser, positive, run
 from milora_data.errors import UserError
@@ -54,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layers = [{key: value for key, value in row.items() if key != "sigma"} for row in rows]
         sys.stdout.write(json.dumps(summary | {"rows": layers}, ensure_ascii=False) + "\n")
     else:
-        for part, means in summary["means"].items():
-            words = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-            sys.stdout.write(f"{part}: {words}\n")
+        sys.stdout.write(_as_text(summary["table"]))
     sys.stderr.write(f"page:    {folder / 'analysis.html'}\nlayers:  {folder / 'layers.csv'}\n")
     rewrite_report(folder.parent)
     if is_trained:
@@ -67,6 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         next_step("milora_vl.train", "--model", options.subject, "--dry-run")
     return 0
+
+
+def _as_text(table: Mapping[str, Any]) -> str:
+    """The table of the page with its columns as lines: there are few parts of a model, and many measures."""
+    lines = list(zip(table["header"], *table["rows"], strict=True))
+    first, *others = (max(len(cell) for cell in column) for column in zip(*lines, strict=True))
+    shown = ("  ".join([f"{name:<{first}}", *map(str.rjust, cells, others)]) for name, *cells in lines)
+    return f"{table['caption']}\n" + "\n".join(line.rstrip() for line in shown) + "\n"
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

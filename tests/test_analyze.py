@@ -176,3 +176,15 @@ def test_a_wrong_base_and_a_place_without_files_are_refused(
         main(["tiny", "--modules", "nothing", "--output_dir", str(tmp_path / "x")])
     with pytest.raises(UserError, match="changes no matrix"):
         main([str(base), "--base", str(base)])
+
+
+def test_the_screen_has_a_line_for_each_measure_and_a_column_for_each_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tiny-text", "--rank", "8", "--modules", "*layers.0*", "--output_dir", str(tmp_path)]) == 0
+    caption, head, layers, *measures = capsys.readouterr().out.splitlines()
+    assert caption == "Means over the layers of each part."
+    assert head.split() == ["part", "language", "attention", "language", "mlp"]
+    assert layers.split() == ["layers", "4", "3"]
+    assert any(line.startswith("effective rank  ") for line in measures)
+    assert len({len(line) for line in [head, layers, *measures]}) == 1

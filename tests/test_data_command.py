@@ -14,7 +14,7 @@ from PIL import Image
 
 from milora_data import command
 from milora_data.__main__ import main
-from milora_data.command import parser, suggest
+from milora_data.command import as_typed, parser, suggest
 from milora_data.errors import DataError, UserError
 from milora_data.images import ImageError
 from milora_data.preview import text_pieces, token_pieces
@@ -318,3 +318,21 @@ def test_a_prompt_without_folder_has_no_effect_and_is_refused(tiny_data: Path, t
                 "x",
             ]
         )
+
+
+def test_a_command_typed_as_milora_is_answered_with_milora(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "see: python -m milora_vl.train --help, python -m milora_vl.integrations.llava,\n"
+        "python -m milora_eval.lm_eval, python -m milora_data check, python -m milora_eval run, python -m milora_vl"
+    )
+    monkeypatch.setattr("sys.argv", ["/somewhere/pytest"])
+    assert as_typed(text) == text
+    monkeypatch.setattr("sys.argv", ["/usr/bin/milora", "train"])
+    assert as_typed(text) == (
+        "see: milora train --help, milora llava,\nmilora lm_eval, milora data check, milora eval run, milora"
+    )
+
+
+def test_a_folder_of_pictures_is_told_how_it_becomes_records(tiny_data: Path) -> None:
+    with pytest.raises(UserError, match=r"this is a folder(.|\n)*milora_data convert --from folder"):
+        main(["check", str(tiny_data / "images")])

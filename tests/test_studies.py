@@ -74,7 +74,7 @@ def test_a_study_runs_goes_on_and_is_shown(tmp_path: Path) -> None:
     same = ("validation_loss", "score", "forgetting", "update")
     assert [again[key] for key in same] == [results[lost][key] for key in same], "and it comes out the same"
     written, table = page.write(folder, "python -m milora_vl.studies which")
-    assert "python -m milora_vl.studies which" in written.read_text(encoding="utf-8")
+    assert "<span>milora_vl.studies</span> <span>which</span>" in written.read_text(encoding="utf-8")
     assert [row[0] for row in table.rows] == ["milora", "lora"]
 
 

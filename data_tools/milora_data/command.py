@@ -147,12 +147,24 @@ def command_line(module: str, *words: object) -> str:
     return f"python -m {module} {shlex.join(map(str, words))}"
 
 
+def as_typed(text: str) -> str:
+    """Return `text` with our programs called in the way this one was: as subcommands, where `milora` was typed."""
+    if Path(sys.argv[0]).stem != "milora":
+        return text
+    return re.sub(r"python -m milora_(vl|data|eval)((?:\.\w+)*)\b", _as_subcommand, text)
+
+
+def _as_subcommand(called: re.Match[str]) -> str:
+    package, program = called[1], called[2].rpartition(".")[2]
+    return f"milora {program or package}".removesuffix(" vl")
+
+
 def next_step(module: str, *words: object) -> None:
     """Say what is sensible to type after a command that has ended well: on stderr, ready to be copied.
 
     A word in capitals stands for what the reader knows.
     """
-    sys.stderr.write(f"next: {command_line(module, *words)}\n")
+    sys.stderr.write(as_typed(f"next: {command_line(module, *words)}\n"))
 
 
 def report(error: UserError) -> None:
@@ -161,7 +173,7 @@ def report(error: UserError) -> None:
     if text.startswith("Caught ") and "DataLoader worker" in text:
         # What a loader process raises arrives with its traceback put in front of the message.
         text = re.split(r"^[\w.]+Error: ", text, flags=re.MULTILINE)[-1].rstrip()
-    sys.stderr.write("error: " + text.replace("\n", "\n       ") + "\n")
+    sys.stderr.write(as_typed("error: " + text.replace("\n", "\n       ") + "\n"))
 
 
 def _let_first_rank_speak() -> None:

@@ -110,7 +110,11 @@ def write_objects(path: Path, objects: Iterable[object]) -> int:
 def missing_file(path: Path) -> str:
     """Return the message for a data file that is not there, with the JSON files that are."""
     if path.is_dir():
+        from .captions import SUFFIXES
+
         found, text = path, f"{path}: this is a folder; expected a JSON or JSONL file"
+        if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
+            text += f"\nof pictures and captions it makes records: python -m milora_data convert --from folder {path}"
     else:
         found, text = path.parent, f"{path}: no such file"
     names = sorted(p.name for p in found.glob("*.json*"))[:5] if found.is_dir() else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
     given.add_argument("--id", help="only the record with this id")
     given.add_argument("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)")
-    given.add_argument("--limit", type=count, default=1, help="number of records (default: %(default)s)")
+    given.add_argument("--limit", type=count, help="number of records (default: 1; 100 with --html)")
     settings = options.add_argument_group("settings")
     shared(settings, "template", default="vicuna_v1", about="prompt format (default: %(default)s)")
     settings.add_argument("--tokenizer", help="folder or name of a tokenizer, to see tokens")
@@ -51,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = options.parse_args(argv)
     folder = image_folder(chosen.data, chosen.image_folder)
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
+    limit = (1 if chosen.html is None else 100) if chosen.limit is None else chosen.limit
+    found = _chosen(chosen.data, chosen.id, chosen.index, limit + 1)
     page = []
-    for number, record in enumerate(_chosen(chosen.data, chosen.id, chosen.index, chosen.limit)):
+    for number, record in enumerate(found[:limit]):
         pieces, counts = _pieces(record, tokenizer, chosen.template, chosen.image_tokens, chosen.max_length)
         if chosen.html is not None:
             page.append(shown(record, pieces, counts, folder))
@@ -61,21 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _print(record, pieces, counts, folder, separate=number > 0)
     if chosen.html is not None:
-        _write_page(chosen, page, folder)
+        _write_page(chosen, page, folder, is_part=len(found) > limit or chosen.index > 0)
     pictures = ["--image_folder", folder] if chosen.image_folder else []
     next_step("milora_data", "check", chosen.data, *pictures)
     return 0
 
 
-def _write_page(chosen: argparse.Namespace, records: Sequence[Shown], folder: Path) -> None:
-    written = write_page(chosen.html, str(chosen.data), records, folder)
+def _write_page(chosen: argparse.Namespace, records: Sequence[Shown], folder: Path, *, is_part: bool) -> None:
+    written = write_page(chosen.html, str(chosen.data), records, folder, is_part=is_part)
     as_json = json.dumps({"page": str(chosen.html), "records": written})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{chosen.html}: {amount(written, 'record')}\n")
     if written < len(records):
         sys.stderr.write(f"the page holds the first {written:,} of {len(records):,}: no page is larger than 5 MB\n")
 
 
-def _chosen(data: Path, name: str | None, index: int, limit: int) -> Iterator[Record]:
+def _chosen(data: Path, name: str | None, index: int, limit: int) -> list[Record]:
     records = load_records(data)
     if name is not None:
         records = (record for record in records if record.id == name)
@@ -83,7 +85,7 @@ def _chosen(data: Path, name: str | None, index: int, limit: int) -> Iterator[Re
     if not found:
         asked = f'id "{name}"' if name is not None else f"number {index}"
         raise UserError(f"{data} holds no record with {asked}\nsee: python -m milora_data stats {data}")
-    return iter(found)
+    return found
 
 
 def _pieces(

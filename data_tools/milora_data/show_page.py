@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .command import amount
 from .errors import UserError
 from .images import ImageError, load_image, place_of
 from .page.credits import credit_lines
@@ -47,8 +48,10 @@ def shown(record: Record, pieces: Sequence[Piece], counts: dict[str, int], folde
     return Shown(record.id, record.source, pieces, counts, [_picture(name, folder) for name in record.images])
 
 
-def write_page(path: Path, data: str, records: Sequence[Shown], folder: Path) -> int:
+def write_page(path: Path, data: str, records: Sequence[Shown], folder: Path, *, is_part: bool = False) -> int:
     """Write the page and return how many records it holds: as many as 5 MB do. Pictures are below `folder`.
+
+    `is_part`: the file holds other records too, which the page says.
 
     A file that exists is never replaced (`UserError`).
     """
@@ -57,7 +60,7 @@ def write_page(path: Path, data: str, records: Sequence[Shown], folder: Path) ->
     count, licences = len(records), credit_lines([Path(data).parent, folder, folder.parent])
 
     def page() -> bytes:
-        return _page(data, records[:count], len(records), licences).encode("utf-8", "replace")
+        return _page(data, records[:count], len(records), licences, is_part).encode("utf-8", "replace")
 
     while len(made := page()) > MAX_BYTES and count > 1:
         count = max(1, count * MAX_BYTES * 9 // (len(made) * 10))
@@ -65,7 +68,7 @@ def write_page(path: Path, data: str, records: Sequence[Shown], folder: Path) ->
     return count
 
 
-def _page(data: str, records: Sequence[Shown], asked: int, licences: Sequence[str]) -> str:
+def _page(data: str, records: Sequence[Shown], asked: int, licences: Sequence[str], is_part: bool) -> str:
     text = sum(len(piece.text) for record in records for piece in record.pieces)
     uris = iter(fitting([p.jpeg for record in records for p in record.pictures], MAX_BYTES * 9 // 10 - text))
     content = [
@@ -79,8 +82,9 @@ def _page(data: str, records: Sequence[Shown], asked: int, licences: Sequence[st
         }
         for record in records
     ]
-    count = f"{len(records):,} records" if len(records) == asked else f"The first {len(records):,} of {asked:,} records"
-    lede = f"{count} as they are learnt"
+    whole = amount(len(records), "record") + (", not all of the file," if is_part else "")
+    count = whole if len(records) == asked else f"The first {len(records):,} of {asked:,} records"
+    lede = f"{count} as {'it is' if len(records) == 1 else 'they are'} learnt"
     page = {"title": data, "lede": lede, "records": content, "credits": licences}
     return render(Path(__file__).with_name("show.html.j2"), page)
 

@@ -61,6 +61,7 @@ History = Sequence[Mapping[str, Any]]
 def loss_figure(history: History, look: Look = LOOKS[0]) -> Figure:
     """Draw training and evaluation loss over steps, the learning rate as a strip below; `history` is log_history."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     train, evaluated, rate = (_series(history, key) for key in ("loss", "eval_loss", "learning_rate"))
     with styled(look):
@@ -82,6 +83,7 @@ def loss_figure(history: History, look: Look = LOOKS[0]) -> Figure:
         peak = max(rate[1], default=0.0) or 1.0
         strip.fill_between(*rate, color=GREY, alpha=0.35, lw=0)
         strip.set(xlabel="step", xlim=(0, None), ylim=(0, peak))
+        strip.xaxis.set_major_locator(MaxNLocator(4 if look.narrow else 8, integer=True))
         strip.set_yticks([0, peak], ["0", f"{peak:.0e}".replace("e-0", "e-")])
         strip.set_ylabel("learning\nrate", rotation=0, ha="right", va="center")
     return figure
@@ -108,6 +110,7 @@ def spectrum_figure(layers: Sequence[Layer], look: Look = LOOKS[0]) -> Figure:
 def forgetting_figure(history: History, look: Look = LOOKS[0]) -> Figure:
     """Draw forgetting over steps with one standard error on either side; it starts from nothing."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     (steps, values), (_, errors) = _series(history, "forgetting"), _series(history, "forgetting_stderr")
     steps, values, errors = [0, *steps], [0.0, *values], [0.0, *errors]
@@ -118,6 +121,7 @@ def forgetting_figure(history: History, look: Look = LOOKS[0]) -> Figure:
         axis.fill_between(steps, low, high, color=ORANGE, alpha=0.25, lw=0)
         axis.plot(steps, values, color=ORANGE, lw=2, marker="o" if len(steps) < 30 else None, ms=5)
         axis.set(xlabel="step", ylabel="forgotten, nats a token", xlim=(0, None), ylim=(0, None))
+        axis.xaxis.set_major_locator(MaxNLocator(4 if look.narrow else 8, integer=True))
     return figure
 
 

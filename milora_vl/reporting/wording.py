@@ -103,7 +103,9 @@ def _unevaluated(run: Run) -> str:
     if "finished" in run.environment and not run.environment["finished"]:
         return f"Not finished: {steps:,} steps so far; not evaluated yet."
     count = run.environment.get("data", {}).get("train")
-    words = (f" for {steps:,} steps" if steps else "") + (f" on {count:,} records" if count else "")
+    epochs = max((float(entry.get("epoch") or 0) for entry in run.history), default=0.0)
+    seen = f"{round(epochs * count):,} of {count:,}" if count and 0 < epochs < 1 else f"{count or 0:,}"
+    words = (f" for {steps:,} steps" if steps else "") + (f" on {seen} records" if count else "")
     return f"Trained{words}; not evaluated yet."
 
 

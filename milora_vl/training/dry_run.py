@@ -52,7 +52,8 @@ def show(request: Request) -> int:
     try:
         settings.require_fit(request, chosen.recipe)
     except RecipeError as error:  # without a policy there is no plan, but data and evaluation have faults of their own
-        raise UserError("\n".join(map(str, [error, *_missing(chosen.recipe), *_faults_of_data(chosen.recipe)]))) from None
+        found = [error, *_missing(chosen.recipe), *_faults_of_data(chosen.recipe)]
+        raise UserError("\n".join(map(str, found))) from None
     packages.check(chosen.recipe.train, chosen.recipe.quantization, chosen.recipe.attn_implementation)
     config = bases.config_for(chosen.recipe)
     base = meta_model(config)

@@ -68,14 +68,13 @@ class Run:
             self.screen.warn(f"{len(self.data.broken):,} broken records are left out (python -m milora_data check)")
         if self.data.unlearnable:
             self.screen.warn(f"{self.data.unlearnable:,} records without an answer are left out")
-        from milora_vl.training import crowded, resuming, training_args
+        from milora_vl.training import resuming, training_args
 
         self.args, warnings = training_args.make(self.recipe, self.folder.path)
         self._count_steps(None if self.recipe.data.streaming else len(self.data.train))
         if self.folder.checkpoint is not None:
             stage = training_args.zero_stage(self.args)
             warnings += resuming.check(self.folder.checkpoint, processes=self.args.world_size, stage=stage)
-        warnings += crowded.warnings(self.args.device.type, self.args.world_size)
         for warning in [*warnings, *self._warnings()]:
             self.screen.warn(warning)
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TextIO
 
+from milora_data.command import as_typed
+
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
@@ -79,7 +81,7 @@ class Screen:
         width = max(len(name) for name, _ in rows)
         self.console.print()
         for name, value in rows:
-            self.say(f"{name:<{width}}  {value}")
+            self.say(as_typed(f"{name:<{width}}  {value}"))
 
 
 def policy_rows(

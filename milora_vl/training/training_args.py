@@ -13,7 +13,7 @@ from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
 from milora_vl.devices import device_named, fastest_dtype
-from milora_vl.training import hf_arguments, launch
+from milora_vl.training import crowded, hf_arguments, launch
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -56,7 +56,7 @@ def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]
             f"one of {args.n_gpu} GPUs is used; for all: torchrun --nproc_per_node {args.n_gpu} -m milora_vl.train ..."
         )
         args._n_gpu = 1
-    return args, warnings
+    return args, [*warnings, *crowded.warnings(args.device.type, args.world_size)]
 
 
 def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
