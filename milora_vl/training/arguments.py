@@ -46,12 +46,7 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "quantization": ("quantization", "str", (), "none, 4bit or 8bit"),
     "quant_type": ("quant_type", "str", (), "of a 4-bit base: nf4 or fp4"),
     "double_quant": ("double_quant", "bool", (), "of a 4-bit base: its constants are quantised too"),
-    "dtype": (
-        "dtype",
-        "str",
-        (),
-        "of the frozen weights: float32, bfloat16, float16, fastest (as the device is)",
-    ),
+    "dtype": ("dtype", "str", (), "of what stays frozen: float32, bfloat16, float16, fastest (see recipes)"),
     "attn_implementation": ("attn_implementation", "str", (), "sdpa (default), eager or flash_attention_2"),
     "forgetting_every": ("eval.forgetting_every", "int", (), "measure forgetting every N steps and at the last one"),
     "projector_weights": (

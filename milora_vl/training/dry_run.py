@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from milora_data.command import as_typed
 from milora_data.errors import UserError
 from milora_data.templates import OWN
 from milora_vl import models
@@ -90,7 +91,7 @@ def show(request: Request) -> int:
     start = command(request) + ("" if recipe.data.path else _words_for_data(base))
     start += f" {costs.change}" if costs.change else ""
     how = {"": "to start it", None: "to start it where it fits"}.get(costs.change, "to start it so that it fits")
-    screen.say(f"\n{how}:\n  {start}")
+    screen.say(as_typed(f"\n{how}:\n  {start}"))
     if request.format == "json":
         content = {
             "model": recipe.model, "parameters": count(base), **_trained(base, targets), "records": num_records,
