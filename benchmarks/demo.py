@@ -14,14 +14,16 @@ import subprocess
 import sys
 import time
 from datetime import date
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from all import ROOT, machine
 
 RESULTS, README = ROOT / "benchmarks" / "demo.json", ROOT / "README.md"
 PRINTED = """\
-`make demo` took {minutes} minutes {seconds} seconds on two cores ({cpu}). It printed
+`make demo` took {minutes} minutes {seconds} seconds on two cores ({cpu}), in {dtype}. It printed
 
 ```
 {table}
@@ -39,9 +41,10 @@ def measure() -> dict[str, Any]:
             ["make", "demo", f"RUN={folder}/demo"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
         )
         seconds = time.perf_counter() - start
+        recipe = yaml.safe_load((Path(folder) / "demo" / "recipe.yaml").read_text(encoding="utf-8"))
     return {
         "command": "make demo", "date": date.today().isoformat(), "seconds": round(seconds), "machine": machine(),
-        "table": table(done.stdout),
+        "dtype": recipe["dtype"], "table": table(done.stdout),
     }  # fmt: skip
 
 
@@ -59,7 +62,7 @@ def block(found: dict[str, Any]) -> str:
     """The README's part."""
     minutes, seconds = divmod(found["seconds"], 60)
     cpu, lines = found["machine"]["cpu"], "\n".join(found["table"])
-    return PRINTED.format(minutes=minutes, seconds=seconds, cpu=cpu, table=lines)
+    return PRINTED.format(minutes=minutes, seconds=seconds, cpu=cpu, dtype=found["dtype"], table=lines)
 
 
 def written(readme: str, found: dict[str, Any]) -> str:
