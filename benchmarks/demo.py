@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
+
 from all import ROOT, machine
 
 RESULTS, README = ROOT / "benchmarks" / "demo.json", ROOT / "README.md"
