@@ -46,7 +46,9 @@ def test_the_losses_are_those_without_it(model: str, tiny_data: Path, tmp_path: 
     assert [path.stat().st_mtime_ns for path in entries(tmp_path / "cache")] == times
     whole = losses(tmp_path / "without")
     for run in ("first", "again"):
-        assert [loss for _, loss in losses(tmp_path / run)] == pytest.approx([loss for _, loss in whole], rel=1e-5)
+        # Some versions of transformers log losses with four decimals.
+        found, expected = ([loss for _, loss in pairs] for pairs in (losses(tmp_path / run), whole))
+        assert found == pytest.approx(expected, rel=1e-5, abs=3e-4)
 
 
 def test_a_tower_that_zero3_has_cut_up_is_refused(tiny_llava: Callable[..., Any]) -> None:

@@ -85,5 +85,5 @@ def test_the_core_installs_without_the_extras(metadata: Message) -> None:
     core = {re.split(r"[^\w-]", line)[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert core == {
         "torch", "numpy", "transformers", "accelerate", "peft", "timm", "pillow", "datasets", "safetensors", "pyyaml",
-        "pydantic", "rich", "xxhash", "tqdm", "jinja2", "matplotlib",
+        "psutil", "pydantic", "rich", "xxhash", "tqdm", "jinja2", "matplotlib",
     }  # fmt: skip

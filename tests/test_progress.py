@@ -46,5 +46,5 @@ def test_a_training_into_a_pipe_writes_plain_lines_to_stderr(tiny_data: Path, tm
     assert any(line.startswith("step 1/2  loss ") and line.endswith(" s left") for line in shown)
     assert any(line.startswith("step 2/2  loss ") for line in shown)
     assert any(line.startswith("step 2/2  loss on held-out records ") for line in shown)
-    assert "{'" not in done.stderr
+    assert not any(line.startswith("{'") for line in shown)  # as Hugging Face prints a log entry
     assert done.stderr.rstrip().splitlines()[-1].startswith("next ")

@@ -182,7 +182,7 @@ def test_accumulation_equals_a_larger_batch(tiny_data: Path, tmp_path: Path) -> 
         assert main(words(tiny_data, run, *extra, "--per_device_train_batch_size", str(per_device))) == 0
         runs.append(losses(run))
     for (_, one), (_, other) in zip(*runs, strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
+        assert one == pytest.approx(other, rel=1e-5, abs=1.5e-4)  # some versions of transformers log four decimals
 
 
 def test_checkpointing_and_bf16_train_too(plain_run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_checkpointing_and_bf16_train_too(plain_run: Path, tiny_data: Path, tmp_
     assert main(words(tiny_data, frugal, "--rank", "4", "--gradient_checkpointing", "True")) == 0
     assert main(words(tiny_data, half, "--rank", "4", "--bf16")) == 0
     for (_, a), (_, b), (_, c) in zip(losses(plain_run), losses(frugal), losses(half), strict=True):
-        assert b == pytest.approx(a, rel=1e-5)
+        assert b == pytest.approx(a, rel=1e-5, abs=1.5e-4)
         assert c == pytest.approx(a, rel=2e-2)
 
 
