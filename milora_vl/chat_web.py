@@ -5,6 +5,7 @@ With `--compare` the base model answers beside the tuned one; the conversation t
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from milora_vl.chat import Chat
 
+HOST = "127.0.0.1"
 HEIGHT = "60vh"
 Messages = list[dict[str, str]]
 
@@ -27,23 +29,35 @@ def serve(chat: Chat, picture: Image.Image | None, about: str, port: int) -> Non
     """Show the page on this machine alone until Ctrl-C. UserError if the port is taken."""
     import gradio as gr
 
+    port = free_port(port)
     site = page(chat, picture, about)
-    try:
-        site.launch(
-            server_name="127.0.0.1",
-            server_port=port,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            theme=gr.themes.Soft(
-                font=["system-ui", "sans-serif"], font_mono=["monospace"]
-            ),  # nothing from a font server
-            footer_links=[],
-        )
-    except OSError:
-        raise UserError(f"--port {port}: taken by another program\nname a free one, or 0 for any") from None
+    site.launch(
+        server_name=HOST,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # nothing from a font server
+        footer_links=[],
+    )
     sys.stderr.write(f"open {site.local_url}     (Ctrl-C ends it)\n")
     site.block_thread()
+
+
+def free_port(port: int) -> int:
+    """Return `port` if a page can be served there, any free one for 0; gradio itself can neither choose nor say.
+
+    Raises UserError for a port that is taken, and for a number that is none.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that has just ended does not block it
+        try:
+            probe.bind((HOST, port))
+        except OverflowError:
+            raise UserError(f"--port {port}: expected a number from 0 (any free port) to 65535") from None
+        except OSError as error:
+            raise UserError(f"--port {port}: {error.strerror}\nname another one, or 0 for any free one") from None
+        return int(probe.getsockname()[1])
 
 
 def page(chat: Chat, picture: Image.Image | None, about: str) -> Any:
@@ -59,7 +73,7 @@ def page(chat: Chat, picture: Image.Image | None, about: str) -> Any:
             look = {"height": HEIGHT, "min_width": 300, "scale": 2, "render_markdown": False, "buttons": []}
             logs = [gr.Chatbot(label=label, **look) for label in labels]
         with gr.Row():
-            question = gr.Textbox(placeholder="What is this?", show_label=False, autofocus=True, scale=8)
+            question = gr.Textbox(placeholder="What is this?", show_label=False, scale=8)
             ask = gr.Button("Ask", variant="primary", scale=1, min_width=100)
             afresh = gr.Button("Start again", scale=1, min_width=100)
 
@@ -67,12 +81,15 @@ def page(chat: Chat, picture: Image.Image | None, about: str) -> Any:
             asked: str, seen: Image.Image | None, said: list[Turn], *shown: Messages
         ) -> Iterator[tuple[Any, ...]]:
             if not asked.strip():
-                raise gr.Error("Type a question first.", print_exception=False)
+                gr.Info("Type a question first.")
+                return
+            box: Any = ""  # emptied once: the next question may be typed while the answer grows
             try:
                 for told, now in answers(chat, asked.strip(), seen, said, list(shown)):
-                    yield ("", told, *now)
+                    yield (box, told, *now)
+                    box = gr.skip()
             except UserError as error:
-                raise gr.Error(str(error), print_exception=False) from None
+                gr.Warning(str(error))
 
         inputs, outputs = [question, image, turns, *logs], [question, turns, *logs]
         for event in (ask.click, question.submit):
@@ -85,15 +102,19 @@ def page(chat: Chat, picture: Image.Image | None, about: str) -> Any:
 def answers(
     chat: Chat, question: str, picture: Image.Image | None, turns: list[Turn], logs: list[Messages]
 ) -> Iterator[tuple[list[Turn], list[Messages]]]:
-    """Yield the turns and what each log shows, again and again while the answers grow."""
+    """Yield the turns and what each log shows, again and again while the answers grow.
+
+    The logs are HTML to gradio, also without Markdown: what user and model say is escaped for them.
+    """
     asked = [*turns, chat.user_turn(question, picture, turns)]
-    logs = [[*log, {"role": "user", "content": question}, {"role": "assistant", "content": ""}] for log in logs]
+    said = {"role": "user", "content": escape(question)}
+    logs = [[*log, said, {"role": "assistant", "content": ""}] for log in logs]
     for log in logs:
         base = len(logs) == 2 and log is logs[0]
         for text in _growing(chat, asked, picture, base=base):
-            log[-1] = {"role": "assistant", "content": text}
+            log[-1] = {"role": "assistant", "content": escape(text)}
             yield turns, logs
-    yield [*asked, Turn("assistant", logs[-1][-1]["content"])], logs
+    yield [*asked, Turn("assistant", text)], logs
 
 
 def _growing(chat: Chat, turns: list[Turn], picture: Image.Image | None, *, base: bool) -> Iterator[str]:

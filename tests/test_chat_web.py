@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import socket
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from milora_data.errors import UserError
 from milora_data.images import load_image
 from milora_data.records import Turn
 from milora_vl.chat import Chat, main
-from milora_vl.chat_web import answers, page
+from milora_vl.chat_web import answers, free_port, page
 from milora_vl.generate import Prompt, generate
 from milora_vl.models import load_model
 
@@ -35,7 +37,7 @@ def test_an_answer_grows_and_ends_as_an_evaluation_gets_it(options: Options, tin
     )
     turns, (log,) = states[-1]
     assert [turn.text for turn in turns] == ["<image>\nWhat is it?", expected]
-    assert log == [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": expected}]
+    assert log == [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": escape(expected)}]
     assert len(states) > 2
 
 
@@ -44,7 +46,7 @@ def test_a_second_question_goes_on_from_the_first(options: Options) -> None:
     turns, logs = list(answers(chat, "What?", None, [], [[]]))[-1]
     turns, logs = list(answers(chat, "Why?", None, turns, logs))[-1]
     assert [turn.role for turn in turns] == ["user", "assistant"] * 2
-    assert [message["content"] for message in logs[0]] == [turn.text for turn in turns]
+    assert [message["content"] for message in logs[0]] == [escape(turn.text) for turn in turns]
 
 
 def test_base_and_tuned_answer_the_same_conversation(options: Options) -> None:
@@ -57,7 +59,25 @@ def test_base_and_tuned_answer_the_same_conversation(options: Options) -> None:
     turns, (base, tuned) = list(answers(chat, "What?", None, [], [[], []]))[-1]
     assert base[0] == tuned[0]
     assert base[1] != tuned[1]
-    assert turns[-1].text == tuned[1]["content"]
+    assert escape(turns[-1].text) == tuned[1]["content"]
+
+
+def test_what_is_typed_is_no_html_on_the_page(options: Options) -> None:
+    question = "1 < 2 <img src=http://example.com/track.png>"
+    turns, (log,) = list(answers(Chat.load(options), question, None, [], [[]]))[-1]
+    assert log[0]["content"] == escape(question)
+    assert turns[0].text == question
+
+
+def test_a_port_is_found_or_refused() -> None:
+    assert free_port(0) > 0
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match=r"--port \d+: Address already in use"):
+            free_port(taken.getsockname()[1])
+    with pytest.raises(UserError, match="from 0"):
+        free_port(99999)
 
 
 def test_an_error_of_the_model_reaches_the_page(options: Options) -> None:
