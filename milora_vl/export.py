@@ -197,6 +197,9 @@ def _show(done: Exported, style: str) -> None:
         sys.stdout.write(f"total  error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"{_ORIGINS[done.origin]}, now: {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
+    asked, most = _form(done.form)[1], max((rank for rank, _ in done.layers.values()), default=0)
+    if asked is not None and most < asked:
+        sys.stderr.write(f"no change has a rank above {most}: {done.form} is the whole of it\n")
 
 
 def _tell_next(done: Exported) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command import parser, run
+from milora_data.command import as_typed, parser, run
 from milora_data.flags import shared
 from milora_vl.reporting import run_page, wording
 from milora_vl.reporting.repeat import commands
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = json.dumps({"page": str(page), "summary": summary}, ensure_ascii=False)
     sys.stdout.write((as_json if chosen.format == "json" else str(page)) + "\n")
     is_evaluated = any(comparison.after for comparison in content.comparisons)
-    sys.stderr.write(f"next: {commands(content).chat if is_evaluated else commands(content).evaluate}\n")
+    sys.stderr.write(as_typed(f"next: {commands(content).chat if is_evaluated else commands(content).evaluate}\n"))
     return 0
 
 

@@ -266,6 +266,12 @@ def test_check_says_what_to_type_next(tiny_data: Path, capsys: pytest.CaptureFix
     (tiny_data / "images" / "0.png").write_bytes(b"no picture")
     assert main(["check", data, "--image_folder", images]) == 1
     assert f"next: python -m milora_data check {data} --image_folder {images} --fix OUT" in capsys.readouterr().err
+    with pytest.raises(UserError, match="this is a picture"):
+        main(["check", str(tiny_data / "images" / "1.png")])
+    leads_out = tiny_data / "out.json"
+    leads_out.write_text(json.dumps([turns((H, "<image>\na"), (G, "b")) | {"image": "../../passwd.png"}]))
+    main(["check", str(leads_out), "--image_folder", images])  # no folder mends that
+    assert "--fix OUT" in capsys.readouterr().err
     elsewhere = tiny_data / "elsewhere"
     elsewhere.mkdir()
     main(["check", str(data), "--image_folder", str(elsewhere)])  # no picture at all: it is the folder that is wrong

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from milora_vl.training.checkpoints import checkpoints, latest, set_aside, why_incomplete
+from milora_vl.training.checkpoints import checkpoints, latest, set_aside, where_to_go_on, why_incomplete
 
 
 def make(run: Path, step: int) -> Path:
@@ -56,3 +56,10 @@ def test_set_aside_keeps_the_files_and_leaves_the_list(tmp_path: Path) -> None:
     assert (moved / "optimizer.pt").is_file()
     assert checkpoints(tmp_path) == []
     assert set_aside(make(tmp_path, 3)) != moved
+
+
+def test_what_a_stopped_run_goes_on_from_is_told(tmp_path: Path) -> None:
+    assert where_to_go_on(tmp_path).startswith("no checkpoint was saved yet")
+    make(tmp_path, 5)
+    (make(tmp_path, 10) / "trainer_state.json").unlink()  # Ctrl-C in the middle of it
+    assert where_to_go_on(tmp_path).endswith("goes on from step 5, the last saved")

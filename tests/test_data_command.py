@@ -334,5 +334,5 @@ def test_a_command_typed_as_milora_is_answered_with_milora(monkeypatch: pytest.M
 
 
 def test_a_folder_of_pictures_is_told_how_it_becomes_records(tiny_data: Path) -> None:
-    with pytest.raises(UserError, match=r"this is a folder(.|\n)*milora_data convert --from folder"):
+    with pytest.raises(UserError, match=r"a folder(.|\n)*milora_data convert --from folder .*images --output_dir OUT"):
         main(["check", str(tiny_data / "images")])

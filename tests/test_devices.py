@@ -51,13 +51,23 @@ def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path: Path, monkeypatch
 
 def test_cores_that_others_use_are_told_before_a_training_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(crowded.psutil, "cpu_count", lambda: 4)
-    monkeypatch.setattr(crowded.psutil, "cpu_percent", lambda seconds: 90.0)
+    monkeypatch.setattr(crowded.psutil, "cpu_percent", lambda seconds, percpu: [100.0, 90.0, 80.0, 90.0, 0.0, 0.0])
+    monkeypatch.setattr(crowded.psutil.Process, "cpu_affinity", lambda self: [0, 1, 2, 3])
     assert "other programs use 3.6 of 4 cores" in crowded.warnings("cpu", 1)[0]
     assert not crowded.warnings("cuda", 1)
     assert not crowded.warnings("cpu", 2)  # torchrun gives each process one thread
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert not crowded.warnings("cpu", 1)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(crowded.psutil, "cpu_percent", lambda seconds: 30.0)
+    monkeypatch.setattr(crowded.psutil, "cpu_percent", lambda seconds, percpu: [30.0, 30.0, 30.0, 30.0, 100.0, 100.0])
     assert not crowded.warnings("cpu", 1)
+
+
+def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("{model: tiny, dtype: float16}")
+    words = ["--model", "tiny", "--dtype", "fastest", "--device", "cpu", "--output_dir", str(run)]
+    again = ["--resume_from_checkpoint", "auto"]
+    assert settings.resolve(arguments.parse([*words, *again])).recipe.dtype == "float16"
+    assert settings.resolve(arguments.parse(words)).recipe.dtype in ("bfloat16", "float32")

@@ -37,7 +37,7 @@ def test_a_plan_is_made_for_devices_that_are_not_here(capsys: Any) -> None:
     assert start.startswith(
         "  torchrun --nnodes 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 --nproc_per_node 8 -m "
     )
-    assert start.rstrip().endswith("--image_folder FOLDER --gradient_checkpointing True")
+    assert start.rstrip().endswith("--image_folder FOLDER --gradient_checkpointing True --output_dir FOLDER")
     with pytest.raises(UserError, match="only with --dry-run"):
         main([*words[:-1], "--devices", "4"])
 

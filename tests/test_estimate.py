@@ -80,6 +80,9 @@ def test_a_plan_that_does_not_fit_says_what_would() -> None:
     lines, change = verdict(PLAN, PLAN, "", 3)
     assert lines[1].startswith("no single change is enough")
     assert change is None
+    odd = replace(lean, records=15, accumulation=2)
+    assert {changed.records for _, changed in changes(odd, odd, "")} == {15, 5, 3, 1}
+    assert {changed.records * changed.accumulation for _, changed in changes(odd, odd, "")} == {30}
     for flags, changed in changes(eager, lean, flag):
         assert changed.records * changed.accumulation == 16
         assert flag in flags

@@ -196,9 +196,7 @@ def test_rules_that_do_not_fit_the_model_are_told_with_their_line_before_anythin
     with pytest.raises(UserError, match=r"policy\[0\].rank: 4000 is larger"):
         require_fit(too_large, resolve(too_large).recipe)
     unsaid = parse(["--model", "tiny"])
-    with pytest.raises(
-        UserError, match=r"^the command line: the default rank 128 is too large .*\nsay:  --rank 32, or less$"
-    ):
+    with pytest.raises(UserError, match=r"^the default rank 128 is too large .*\nsay:  --rank 32, or less$"):
         require_fit(unsaid, resolve(unsaid).recipe)
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from .captions import SUFFIXES
 from .command import count, next_step, parser
 from .errors import DataError, UserError
 from .findings import Finding, examine
@@ -30,6 +31,7 @@ examples:
   python -m milora_data check train.json --image_folder images
   python -m milora_data check train.json --image_folder images --fix clean.json
 """
+OUTSIDE = " (outside the image folder)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.add_argument("--limit", type=count, default=5, help="examples to print of each kind (default: %(default)s)")
     shared(out, "format")
     chosen = options.parse_args(argv)
+    if chosen.data.suffix.lower() in SUFFIXES:
+        raise UserError(f"{chosen.data}: this is a picture; expected a JSON or JSONL file that names it")
     folder = image_folder(chosen.data, chosen.image_folder)
     if chosen.fix is not None and chosen.fix.exists():
         raise UserError(f"{chosen.fix} exists already\nnothing was written; name a new file with --fix")
@@ -71,12 +75,18 @@ def _tell_next(report: Report, fixed: Path | None, pictures: Sequence[str | Path
     found = report.by_kind()
     if found.keys() == {"not_a_record"} and len(report.findings) == report.records:
         next_step("milora_data", "convert", "--help")
-    elif 0 < report.with_pictures <= len(found.get("missing_picture", ())) and fixed is None:
-        next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")  # it is the folder that is wrong
+    elif fixed is None and _is_wrong_folder(report):
+        next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")
     elif report.count("error") and fixed is None:
         next_step("milora_data", "check", report.path, *pictures, "--fix", "OUT.json")
     else:
         next_step("milora_vl.train", "--model", "MODEL", "--data_path", fixed or report.path, *pictures, "--dry-run")
+
+
+def _is_wrong_folder(report: Report) -> bool:
+    """Whether no picture at all was found, and none of them is named in a way that no folder mends."""
+    missing = {finding.message for finding in report.by_kind().get("missing_picture", ())}
+    return 0 < len(missing) == report.picture_files and not any(name.endswith(OUTSIDE) for name in missing)
 
 
 def image_folder(data: Path, given: Path | None) -> Path:
@@ -170,7 +180,7 @@ def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report
     report.picture_files = len(used)
     missing = find_missing(used, folder)
     for name in missing:
-        outside = " (outside the image folder)" if isinstance(place_of(folder, name), OutsidePicture) else ""
+        outside = OUTSIDE if isinstance(place_of(folder, name), OutsidePicture) else ""
         report.findings += [Finding("missing_picture", where, f"{name}{outside}") for where in used[name]]
     if how == "decode":
         gone = set(missing)

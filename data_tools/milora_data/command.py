@@ -130,9 +130,9 @@ class Help(argparse.RawDescriptionHelpFormatter):
 def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
     """Return a parser whose mistakes raise `UserError`; `epilog` keeps its line breaks (use it for examples)."""
     return CommandParser(
-        prog=prog,
+        prog=as_typed(prog),
         description=description,
-        epilog=epilog,
+        epilog=as_typed(epilog),
         allow_abbrev=False,
         formatter_class=Help,
     )

@@ -111,10 +111,12 @@ def missing_file(path: Path) -> str:
     """Return the message for a data file that is not there, with the JSON files that are."""
     if path.is_dir():
         from .captions import SUFFIXES
+        from .command import command_line
 
         found, text = path, f"{path}: this is a folder; expected a JSON or JSONL file"
         if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
-            text += f"\nof pictures and captions it makes records: python -m milora_data convert --from folder {path}"
+            call = command_line("milora_data", "convert", "--from", "folder", path, "--output_dir", "OUT")
+            text += f"\nof pictures and captions records are made by: {call}"
     else:
         found, text = path.parent, f"{path}: no such file"
     names = sorted(p.name for p in found.glob("*.json*"))[:5] if found.is_dir() else []

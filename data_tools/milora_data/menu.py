@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from .command import suggest
+from .command import as_typed, suggest
 from .errors import UserError
 
 CODES = "exit codes: 0 done, 1 the run failed or errors were found, 2 bad usage, 130 interrupted\n"
@@ -40,15 +40,18 @@ class Menu:
             "\n".join([f"{heading}:", *(f"  {name:<{width}}  {about}" for name, about in lines.items())])
             for heading, lines in listed.items()
         )
-        see = f"options of each: {self.prog} {self.word} --help"
-        return f"usage: {self.prog} {self.word} ...\n\n{self.about}\n\n{groups}\n\n{see}\n\n{self.examples}\n{CODES}"
+        prog = as_typed(self.prog)
+        see = f"options of each: {prog} {self.word} --help"
+        examples = as_typed(self.examples)
+        return f"usage: {prog} {self.word} ...\n\n{self.about}\n\n{groups}\n\n{see}\n\n{examples}\n{CODES}"
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run one program and return its exit code; UserError for a name that is none."""
         arguments = list(sys.argv[1:] if argv is None else argv)
         kind = self.word.lower()
         if not arguments:
-            raise UserError(f"no {kind} given\n{self.usage().rstrip()}")
+            sys.stderr.write(self.usage() + "\n")
+            raise UserError(f"no {kind} given")
         name = arguments[0]
         if name in ("-h", "--help"):
             sys.stdout.write(self.usage())

@@ -52,7 +52,7 @@ def as_json(report: Report) -> str:
 def as_text(report: Report, limit: int) -> str:
     """Return the report for people: counts, then each kind of finding with its first cases."""
     files = amount(report.picture_files, "file")
-    pictures = f"{report.with_pictures:,} with pictures ({files} in {report.image_folder})"
+    pictures = f"{report.with_pictures:,} with pictures ({files}, looked for in {report.image_folder})"
     lines = [f"{report.path}: {amount(report.records, 'record')}, {pictures if report.with_pictures else 'text only'}"]
     for kind, found in report.by_kind().items():
         severity, title = KINDS[kind]

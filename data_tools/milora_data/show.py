@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .check import image_folder
-from .command import amount, count, next_step, parser
+from .command import amount, count, next_step, parser, positive
 from .encode import encode
 from .errors import UserError
 from .flags import RECORDS, shared
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
     given.add_argument("--id", help="only the record with this id")
     given.add_argument("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)")
-    given.add_argument("--limit", type=count, help="number of records (default: 1; 100 with --html)")
+    given.add_argument("--limit", type=positive, help="number of records (default: 1; 100 with --html)")
     settings = options.add_argument_group("settings")
     shared(settings, "template", default="vicuna_v1", about="prompt format (default: %(default)s)")
     settings.add_argument("--tokenizer", help="folder or name of a tokenizer, to see tokens")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _print(record, pieces, counts, folder, separate=number > 0)
     if chosen.html is not None:
-        _write_page(chosen, page, folder, is_part=len(found) > limit or chosen.index > 0)
+        _write_page(chosen, page, folder, is_part=len(found) > limit or chosen.index > 0 or chosen.id is not None)
     pictures = ["--image_folder", folder] if chosen.image_folder else []
     next_step("milora_data", "check", chosen.data, *pictures)
     return 0

@@ -85,7 +85,8 @@ def rows_of(todo: Plan, folder: Path) -> list[Row]:
     with file.open("a", encoding="utf-8") as out, torch.inference_mode():
         if not done and file.stat().st_size == 0:
             out.write(json.dumps({"analysis": todo.key, "of": todo.name, "base": todo.base}) + "\n")
-        for path in tqdm(left, desc="layers", unit="layer", disable=not left or None):
+        interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file need not hold every layer
+        for path in tqdm(left, desc="layers", unit="layer", disable=not left, mininterval=interval):
             start = time.perf_counter()
             row = todo.row(path)
             row["seconds"] = round(time.perf_counter() - start, 3)

@@ -77,6 +77,14 @@ def latest(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, skipped
 
 
+def where_to_go_on(run: Path) -> str:
+    """What a run that was stopped goes on from, in words."""
+    newest, _ = latest(run)
+    if newest is None:
+        return "no checkpoint was saved yet; the same command with  --resume_from_checkpoint auto  begins again"
+    return f"the same command with  --resume_from_checkpoint auto  goes on from step {step_of(newest)}, the last saved"
+
+
 def is_sharded(folder: Path) -> bool:
     """Whether DeepSpeed wrote the optimizer of a checkpoint."""
     return any(folder.glob("global_step*"))

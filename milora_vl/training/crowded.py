@@ -17,11 +17,13 @@ def warnings(device: str, processes: int) -> list[str]:
     """
     if device != "cpu" or processes > 1 or "OMP_NUM_THREADS" in os.environ:
         return []
-    cores = psutil.cpu_count() or 1
-    taken = psutil.cpu_percent(SECONDS) / 100 * cores
-    if taken <= cores / 2:
+    busy = psutil.cpu_percent(SECONDS, percpu=True)
+    if psutil.LINUX:  # where SLURM and taskset leave a process some of the cores
+        busy = [busy[core] for core in psutil.Process().cpu_affinity() if core < len(busy)]
+    taken = sum(busy) / 100
+    if taken <= len(busy) / 2:
         return []
     return [
-        f"other programs use {taken:.1f} of {cores} cores: training beside them is slow, and may nearly stand still "
+        f"other programs use {taken:.1f} of {len(busy)} cores: training beside them is slow and may nearly stand still "
         "(OMP_NUM_THREADS=1 in front of the command avoids that)"
     ]

@@ -90,6 +90,8 @@ def show(request: Request) -> int:
         raise UserError("\n".join(map(str, problems)))
     start = command(request) + ("" if recipe.data.path else _words_for_data(base))
     start += f" {costs.change}" if costs.change else ""
+    if batching.num_devices > 1 and request.output_dir is None:
+        start += " --output_dir FOLDER"  # processes cannot agree on a name with the time in it
     how = {"": "to start it", None: "to start it where it fits"}.get(costs.change, "to start it so that it fits")
     screen.say(as_typed(f"\n{how}:\n  {start}"))
     if request.format == "json":

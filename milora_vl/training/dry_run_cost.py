@@ -74,7 +74,7 @@ def costs_of(
     out = [f"{whole}: {parts}" if parts else whole]
     if host_memory(plan):
         out.append(f"       and {host_memory(plan) / GIB:.1f} GiB of the host's for each device (offloaded)")
-    if leanest < 0.9 * sum(sizes.values()):
+    if leanest < min(0.9 * sum(sizes.values()), sum(sizes.values()) - 0.05 * GIB):
         out.append(f"       with {flags} about {leanest / GIB:.1f} GiB")
     change: str | None = ""
     if gpu_memory is not None:
@@ -85,7 +85,7 @@ def costs_of(
     for name, rate in rows if is_here else rows[:1]:
         total = f", {duration(batching.steps * step / rate)} in all" if has_steps else ""
         out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
-    if svd_flops(targets):
+    if is_here and svd_flops(targets):
         out.append(f"factors about {duration(svd_flops(targets) / here)} once, on this machine's CPU")
     return Costs(out, change)
 

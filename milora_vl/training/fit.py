@@ -36,9 +36,8 @@ def changes(plan: Plan, lean: Plan, flags: str) -> Iterator[tuple[str, Plan]]:
     """What a user may add to the command line, mildest first, each together with `flags`, those of `lean`."""
     if flags:
         yield flags, lean
-    records = lean.records
-    while records > 1:
-        records //= 2
+    # Divisors alone: the batch of a step stays what it is.
+    for records in (n for n in range(lean.records // 2, 0, -1) if lean.records % n == 0):
         yield f"{flags} {_batch(lean, records)}".lstrip(), _with_batch(lean, records)
     smallest = _with_batch(lean, 1)
     least = f"{flags} {_batch(lean, 1)}".lstrip() if lean.records > 1 else flags

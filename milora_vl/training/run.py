@@ -232,8 +232,8 @@ class Run:
             ):
                 self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except KeyboardInterrupt:
-            self.screen.say(f"\nstopped at step {self.trainer.state.global_step}; to go on, repeat the command with")
-            self.screen.say("  --resume_from_checkpoint auto")
+            self.screen.say(f"\nstopped at step {self.trainer.state.global_step}")
+            self.screen.say(checkpoints.where_to_go_on(self.folder.path))
             raise
         if self.trainer.stop_on_signal.stopped and self.trainer.state.global_step < self.batching.steps:
             raise UserError(

@@ -98,8 +98,9 @@ def faults_on_model(request: Request, config: Any) -> dict[str, str]:
     found = faults_on(rules, config, implicit=given is None)
     if given is None and request.edits.rank is None:
         found = of_default_rank(found)
+    prefix = "" if given is None else f"{source}: "  # nobody typed our default
     return {
-        fault: located(source, lines, *fault.split(": ", 1)) if fault.startswith("policy[") else f"{source}: {fault}"
+        fault: located(source, lines, *fault.split(": ", 1)) if fault.startswith("policy[") else prefix + fault
         for fault in found
     }
 
@@ -149,13 +150,21 @@ def _resolve(request: Request) -> Settings:
         from milora_vl.devices import fastest_dtype
         from milora_vl.training.training_args import train_device
 
-        fastest = fastest_dtype(train_device(recipe.train))
-        recipe = recipe.model_copy(update={"dtype": str(fastest).removeprefix("torch.")})
+        fastest = str(fastest_dtype(train_device(recipe.train))).removeprefix("torch.")
+        recipe = recipe.model_copy(update={"dtype": _dtype_of_resumed(request) or fastest})
     per_device = base.train.get("per_device_train_batch_size")
     batch = (int(per_device), int(base.train.get("gradient_accumulation_steps", 1))) if per_device else None
     notes = [meaning.line] if meaning and meaning.line else []
     warnings = [*(meaning.warnings if meaning else []), *bases.warnings(recipe)]
     return Settings(recipe, request.recipe or "", implicit, batch, [*notes, *notes_on_pictures], warnings)
+
+
+def _dtype_of_resumed(request: Request) -> str | None:
+    """The dtype of the run that a request goes on with, whatever is the fastest here."""
+    if request.resume is None or request.output_dir is None:
+        return None
+    kept = Path(request.output_dir) / "recipe.yaml"
+    return str(yaml_file.read_file(kept)[0].get("dtype", "")) or None if kept.is_file() else None
 
 
 def _gives(request: Request, path: str) -> bool:
