@@ -92,10 +92,13 @@ def page(chat: Chat, picture: Image.Image | None, about: str) -> Any:
                 gr.Warning(str(error))
 
         inputs, outputs = [question, image, turns, *logs], [question, turns, *logs]
-        for event in (ask.click, question.submit):
+        growing = [
             event(respond, inputs, outputs, concurrency_limit=1, concurrency_id="model", api_name=False)
+            for event in (ask.click, question.submit)
+        ]
         for event in (afresh.click, image.change, *(log.clear for log in logs)):
-            event(lambda: ([], *([] for _ in logs)), None, [turns, *logs], api_name=False)
+            # What still grows would put the old conversation back.
+            event(lambda: ([], *([] for _ in logs)), None, [turns, *logs], cancels=growing, api_name=False)
     return site
 
 

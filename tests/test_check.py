@@ -270,8 +270,8 @@ def test_check_says_what_to_type_next(tiny_data: Path, capsys: pytest.CaptureFix
         main(["check", str(tiny_data / "images" / "1.png")])
     leads_out = tiny_data / "out.json"
     leads_out.write_text(json.dumps([turns((H, "<image>\na"), (G, "b")) | {"image": "../../passwd.png"}]))
-    main(["check", str(leads_out), "--image_folder", images])  # no folder mends that
-    assert "--fix OUT" in capsys.readouterr().err
+    main(["check", str(leads_out), "--image_folder", images])  # no folder mends that, and nothing would be left
+    assert "next: python -m milora_data check --help" in capsys.readouterr().err
     elsewhere = tiny_data / "elsewhere"
     elsewhere.mkdir()
     main(["check", str(data), "--image_folder", str(elsewhere)])  # no picture at all: it is the folder that is wrong

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.add_argument("--limit", type=count, default=5, help="examples to print of each kind (default: %(default)s)")
     shared(out, "format")
     chosen = options.parse_args(argv)
-    if chosen.data.suffix.lower() in SUFFIXES:
+    if chosen.data.is_file() and chosen.data.suffix.lower() in SUFFIXES:
         raise UserError(f"{chosen.data}: this is a picture; expected a JSON or JSONL file that names it")
     folder = image_folder(chosen.data, chosen.image_folder)
     if chosen.fix is not None and chosen.fix.exists():
@@ -77,6 +77,8 @@ def _tell_next(report: Report, fixed: Path | None, pictures: Sequence[str | Path
         next_step("milora_data", "convert", "--help")
     elif fixed is None and _is_wrong_folder(report):
         next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")
+    elif report.count("error") and not _num_usable(report):
+        next_step("milora_data", "check", "--help")
     elif report.count("error") and fixed is None:
         next_step("milora_data", "check", report.path, *pictures, "--fix", "OUT.json")
     else:
@@ -84,9 +86,14 @@ def _tell_next(report: Report, fixed: Path | None, pictures: Sequence[str | Path
 
 
 def _is_wrong_folder(report: Report) -> bool:
-    """Whether no picture at all was found, and none of them is named in a way that no folder mends."""
+    """Whether no picture at all was found, of those that are not named in a way that no folder mends."""
     missing = {finding.message for finding in report.by_kind().get("missing_picture", ())}
-    return 0 < len(missing) == report.picture_files and not any(name.endswith(OUTSIDE) for name in missing)
+    outside = sum(name.endswith(OUTSIDE) for name in missing)
+    return outside < len(missing) == report.picture_files
+
+
+def _num_usable(report: Report) -> int:
+    return report.records - len({finding.where for finding in report.findings if finding.severity == "error"})
 
 
 def image_folder(data: Path, given: Path | None) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from milora_data.command import amount
 from milora_vl.training.estimate import duration
 
 # Key of the log -> how it is shown, in this order.
@@ -38,7 +39,7 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int, *, done: int | None
     """
     done = step if done is None else done
     if "train_runtime" in logs:
-        return f"{done:,} steps in {logs['train_runtime']:,.0f} s, loss {logs['train_loss']:.4f} on average"
+        return f"{amount(done, 'step')} in {logs['train_runtime']:,.0f} s, loss {logs['train_loss']:.4f} on average"
     found = [form.format(logs[key]) for key, form in SHOWN.items() if key in logs and (logs[key] or key in ALWAYS)]
     if "loss" in logs and seconds and done and step < steps:
         found.append(f"{duration(seconds / done * (steps - step))} left")
