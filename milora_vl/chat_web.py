@@ -97,8 +97,10 @@ def page(chat: Chat, picture: Image.Image | None, about: str) -> Any:
             for event in (ask.click, question.submit)
         ]
         for event in (afresh.click, image.change, *(log.clear for log in logs)):
-            # What still grows would put the old conversation back.
-            event(lambda: ([], *([] for _ in logs)), None, [turns, *logs], cancels=growing, api_name=False)
+            # What still grows would put the old conversation back: it ends first.
+            event(None, cancels=growing, api_name=False).then(
+                lambda: ([], *([] for _ in logs)), None, [turns, *logs], api_name=False
+            )
     return site
 
 

@@ -69,9 +69,7 @@ def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Pa
     (run / "recipe.yaml").write_text("{model: tiny, dtype: float16}")
     words = ["--model", "tiny", "--dtype", "fastest", "--device", "cpu", "--output_dir", str(run)]
     again = ["--resume_from_checkpoint", "auto"]
-    assert (
-        settings.resolve(arguments.parse([*words, *again])).recipe.dtype != "float16"
-    )  # it begins again
+    assert settings.resolve(arguments.parse([*words, *again])).recipe.dtype != "float16"  # it begins again
     (run / "checkpoint-3").mkdir()
     assert settings.resolve(arguments.parse([*words, *again])).recipe.dtype == "float16"
     assert settings.resolve(arguments.parse(words)).recipe.dtype in ("bfloat16", "float32")
