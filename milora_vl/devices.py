@@ -22,7 +22,10 @@ def dtype_named(name: str | None, device: torch.device) -> torch.dtype | None:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies in it, else float32: a CPU without such units emulates it, slowly."""
+    """bfloat16 where the device multiplies in it, else float32: a CPU without such units emulates it, slowly.
+
+    Of CPUs, those with AVX512-BF16 are known to do so; ARM and Apple's GPUs are given float32.
+    """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -28,7 +28,7 @@ def test_names_mean_devices_and_dtypes() -> None:
 
 
 @pytest.mark.parametrize("answer", [True, False])
-def test_a_recipe_of_the_fastest_dtype_trains_and_is_kept_in_the_one_of_this_machine(
+def test_the_fastest_dtype_of_a_recipe_is_settled_for_this_machine(
     answer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has_units(monkeypatch, answer)
