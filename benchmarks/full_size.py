@@ -25,7 +25,7 @@ import torch
 
 from milora_vl import models
 from milora_vl.adapter import apply_milora
-from milora_vl.policy import Policy
+from milora_vl.policy.policy import Policy
 from milora_vl.training.dry_run import meta_model
 from milora_vl.training.losses import install, summed_loss
 from milora_vl.training.simulate import Shape, simulate

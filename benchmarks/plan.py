@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from milora_vl import models
-from milora_vl.policy import Policy
+from milora_vl.policy.policy import Policy
 from milora_vl.training import fit
 from milora_vl.training.batching import Batching
 from milora_vl.training.dry_run import meta_model

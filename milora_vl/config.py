@@ -220,7 +220,7 @@ def policy_problems(rules: Any) -> list[tuple[str, str]]:
     """The mistakes of a recipe's rules that show without a model, as (dotted path, text)."""
     if rules is None or not isinstance(rules, list):  # the latter is reported with the other types
         return []
-    from milora_vl.policy import Policy, PolicyError
+    from milora_vl.policy.policy import Policy, PolicyError
 
     try:
         Policy.parse(rules)

@@ -13,7 +13,7 @@ from torch import nn
 from versions import PEFT, needs_mica
 
 from milora_vl import Policy, apply_milora, load_adapter, merge, save_adapter
-from milora_vl.policy import PolicyError
+from milora_vl.policy.policy import PolicyError
 
 Q = "model.layers.0.self_attn.q_proj"
 IDS = token_batch(200)

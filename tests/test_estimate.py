@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from milora_vl.adapter import apply_milora
-from milora_vl.policy import Policy
+from milora_vl.policy.policy import Policy
 from milora_vl.quantized import bytes_per_number
 from milora_vl.tiny import tiny_llama
 from milora_vl.training.estimate import GIB, Plan, duration, flops_per_step, host_memory, memory

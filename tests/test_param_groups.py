@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from milora_vl.adapter import apply_milora
-from milora_vl.policy import Policy
+from milora_vl.policy.policy import Policy
 from milora_vl.training.param_groups import parameter_groups
 
 RULES = [

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from milora_vl.policy import FloorSigma, Policy, PolicyError, Rule, SpectralRank
+from milora_vl.policy.policy import FloorSigma, Policy, PolicyError, Rule, SpectralRank
 
 YAML = """
 - {modules: language, method: milora, rank: 128, alpha: 128, dropout: 0.05, learning_rate: 2.0e-4}

@@ -14,7 +14,7 @@ from test_train import content, losses, words
 
 from milora_data.errors import UserError
 from milora_vl import load_adapter
-from milora_vl.policy import Policy, PolicyError
+from milora_vl.policy.policy import Policy, PolicyError
 from milora_vl.reporting.run_page import read_run
 from milora_vl.reporting.tables import policy_table
 from milora_vl.tiny import tiny_llava

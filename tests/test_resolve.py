@@ -5,7 +5,7 @@ import torch
 from adapter_cases import LLAVA_POLICY
 from torch import nn
 
-from milora_vl.policy import Policy, PolicyError, Target
+from milora_vl.policy.policy import Policy, PolicyError, Target
 
 LM = "model.language_model.layers"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from milora_vl.adapter import apply_milora
-from milora_vl.policy import Policy
+from milora_vl.policy.policy import Policy
 from milora_vl.training.screen import Screen, policy_rows, trainable_line, trained_sizes
 
 RULES = [

@@ -44,7 +44,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
 # file -> why it asks an object for a name it may not have.
 PROBES: dict[str, str] = {
     "milora_vl/towers.py": "knowing other people's model classes is its job",
-    "milora_vl/lora/weights.py": "ds_id is the only mark of a parameter that ZeRO-3 has partitioned",
+    "milora_vl/weights/matrices.py": "ds_id is the only mark of a parameter that ZeRO-3 has partitioned",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

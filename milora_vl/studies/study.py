@@ -14,7 +14,7 @@ import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.config import Strict
-from milora_vl.policy import Policy, PolicyError
+from milora_vl.policy.policy import Policy, PolicyError
 from milora_vl.sweep.cells import Cell, arm_rules
 from milora_vl.training import yaml_file
 

@@ -15,7 +15,7 @@ from milora_vl.config import Recipe
 from milora_vl.initialize import LayerReport, WeightError
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.sidecar import FILE_NAME
-from milora_vl.policy import Policy, PolicyError, Target
+from milora_vl.policy.policy import Policy, PolicyError, Target
 from milora_vl.towers import TOWERS, find_towers
 from milora_vl.trainer import Saves
 from milora_vl.training.screen import trained_sizes

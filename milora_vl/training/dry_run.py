@@ -24,7 +24,7 @@ from milora_vl import models
 from milora_vl.composing.whole import whole_weights
 from milora_vl.config import Recipe, RecipeError
 from milora_vl.image_tokens import image_tokens
-from milora_vl.policy import Target
+from milora_vl.policy.policy import Target
 from milora_vl.towers import TOWERS, find_towers
 from milora_vl.training import (
     bases,

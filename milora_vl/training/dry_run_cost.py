@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from milora_vl.image_tokens import image_tokens
-from milora_vl.policy import Target
+from milora_vl.policy.policy import Target
 from milora_vl.quantized import is_quantized
 from milora_vl.towers import find_towers
 from milora_vl.training import fit

@@ -16,7 +16,7 @@ def faults_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bool
     Faults of the rules themselves are among them. None where the config makes no model.
     `implicit`: the rules are our default, whose projector rule goes where there is a projector.
     """
-    from milora_vl.policy import Policy, PolicyError
+    from milora_vl.policy.policy import Policy, PolicyError
     from milora_vl.towers import find_towers
     from milora_vl.training.dry_run import meta_model
 
@@ -49,7 +49,7 @@ def of_default_rank(faults: Sequence[str]) -> list[str]:
 
 def require_float_weights(recipe: Recipe, config: Any) -> None:
     """UserError for a rule that trains a quantised weight itself: integers have no gradient."""
-    from milora_vl.policy import Policy
+    from milora_vl.policy.policy import Policy
     from milora_vl.quantized import is_quantized
     from milora_vl.training.build import rules_for
     from milora_vl.training.dry_run import meta_model
