@@ -17,10 +17,9 @@ import torch
 
 from milora_data.assets import cache_dir, fetch
 from milora_data.errors import UserError
-from milora_vl.compose import compose, processor_for
-from milora_vl.composing.whole import whole_weights
-from milora_vl.screen_noise import quiet_bars, quiet_conversion
-from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
+from milora_vl.models.assemble import compose, processor_for, whole_weights
+from milora_vl.models.quiet import quiet_bars, quiet_conversion
+from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, register
 
 FOLDER_VERSION = 3  # to be raised with every change of what the folder holds
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -18,7 +18,7 @@ from milora_eval.places import Subject, recipe_of, subject
 from milora_eval.selection import parse_shard
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
 from milora_eval.table import FORMATS, show
-from milora_vl.adapter_folders import holds_adapter
+from milora_vl.adapters.folders import holds_adapter
 
 EXAMPLES = """\
 examples:
@@ -171,8 +171,8 @@ def _evaluate(options: argparse.Namespace, who: Subject, arguments: dict[str, An
 
 
 def _load(options: argparse.Namespace, name: str, adapter: Path | None) -> tuple[Any, Any]:
-    from milora_vl.devices import device_named, dtype_named
-    from milora_vl.models import load_model
+    from milora_vl.models.devices import device_named, dtype_named
+    from milora_vl.models.loading import load_model
 
     device = device_named(options.device)
     return load_model(name, adapter=adapter, dtype=dtype_named(options.dtype, device), device=device)
@@ -204,8 +204,8 @@ def _report(output_dir: Path) -> None:
     """Write the run's report anew and put the scores into its card; it cannot fail the evaluation."""
     if not (output_dir / "recipe.yaml").is_file():
         return
-    from milora_vl.reporting.anew import rewrite_report
-    from milora_vl.training.model_card import update_scores
+    from milora_vl.report.model_card import update_scores
+    from milora_vl.report.regenerate import rewrite_report
 
     update_scores(output_dir)
     rewrite_report(output_dir)

@@ -93,7 +93,7 @@ def settings(
     model: Any, processor: Any, adapter: str | Path | None, template: str, image_aspect_ratio: str
 ) -> dict[str, Any]:
     """Return everything beside the question that an answer depends on; weights and rules as digests."""
-    from milora_vl.models import split_processor
+    from milora_vl.models.loading import split_processor
 
     tokenizer, image_processor = split_processor(processor)
     return {
@@ -112,7 +112,7 @@ def add_forgetting(
 ) -> dict[str, Any]:
     """Measure the text forgetting and write it into results.json, unless it is there for the same key already."""
     from milora_vl.forgetting import general_text, measure_forgetting
-    from milora_vl.models import split_processor
+    from milora_vl.models.loading import split_processor
 
     results = read_results(folder)
     key = digest([key, num_tokens, general_text(), "errors by document"])

@@ -14,8 +14,8 @@ from milora_data.pixels import AspectRatio
 from milora_data.records import Record, Turn
 from milora_data.templates import IMAGE
 from milora_vl.forgetting.measure import Batch
-from milora_vl.image_tokens import image_token_id, image_tokens
-from milora_vl.models import split_processor
+from milora_vl.models.image_tokens import image_token_id, image_tokens
+from milora_vl.models.loading import split_processor
 
 if TYPE_CHECKING:
     from torch import Tensor

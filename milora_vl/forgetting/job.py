@@ -14,7 +14,7 @@ from typing import Any
 
 from milora_data.errors import UserError
 from milora_data.whole import read_json, write_json
-from milora_vl.adapter_folders import base_of, holds_adapter, trained_prompts
+from milora_vl.adapters.folders import base_of, holds_adapter, trained_prompts
 
 Results = dict[str, Any]
 FILE = "forgetting.json"
@@ -167,13 +167,13 @@ class Job:
 
     @property
     def _sees(self) -> bool:
-        from milora_vl.models import split_processor
+        from milora_vl.models.loading import split_processor
 
         return split_processor(self._processor)[1] is not None
 
     @property
     def _tokenizer(self) -> Any:
-        from milora_vl.models import split_processor
+        from milora_vl.models.loading import split_processor
 
         return split_processor(self._processor)[0]
 
@@ -183,7 +183,7 @@ class Job:
 
     @cached_property
     def _processor(self) -> Any:
-        from milora_vl.models import load_processor
+        from milora_vl.models.loading import load_processor
 
         return load_processor(self.model)
 
@@ -197,8 +197,8 @@ class Job:
         return self._load(self.base or self.model, None)  # a projector alone, the whole model or biases were trained
 
     def _load(self, name: str, adapter: Path | None) -> Any:
-        from milora_vl.devices import device_named, dtype_named
-        from milora_vl.models import load_model
+        from milora_vl.models.devices import device_named, dtype_named
+        from milora_vl.models.loading import load_model
 
         device = device_named(self.device)
         return load_model(name, adapter=adapter, dtype=dtype_named(self.dtype, device), device=device)[0]

@@ -138,8 +138,8 @@ def _numbers(kind: type[float] | type[int]) -> type:
 
 
 def _recipe(name: str):  # type: ignore[no-untyped-def]
-    from milora_vl.config import Recipe
-    from milora_vl.training.settings import read_recipe
+    from milora_vl.recipe.schema import Recipe
+    from milora_vl.recipe.settings import read_recipe
 
     content, lines, source = read_recipe(name)
     return Recipe.parse(content, source, lines)

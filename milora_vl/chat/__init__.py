@@ -1,0 +1,1 @@
+"""Ask a model about pictures, in the terminal or in a browser."""

@@ -1,0 +1,163 @@
+"""The model of a run: loaded, with the policy applied or a checkpoint's adapter put back, ready for the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from milora_data.errors import UserError
+from milora_vl.initialize import LayerReport, WeightError
+from milora_vl.lora.errors import AdapterError
+from milora_vl.lora.sidecar import FILE_NAME
+from milora_vl.plan.screen import trained_sizes
+from milora_vl.policy.policy import Policy, PolicyError, Target
+from milora_vl.recipe.schema import Recipe
+from milora_vl.towers import TOWERS, find_towers
+from milora_vl.train.trainer import Saves
+
+WEIGHTS_FILE: dict[Saves, str] = {"adapter": "adapter_model.safetensors", "projector": "mm_projector.safetensors"}
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model that is ready to train: a PeftModel, or the base itself where nothing but whole modules trains."""
+
+    model: Any
+    targets: list[Target]
+    saves: Saves
+    sizes: dict[str, int]  # trained numbers by target
+    report: Sequence[LayerReport]  # one for each adapter that was decomposed
+    frozen: list[str]  # towers of which nothing trains
+
+
+def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
+    """The base model and its processor; the projector from `projector_weights` where the recipe says so."""
+    from milora_vl.models.loading import load_model
+    from milora_vl.models.projector import load_projector
+
+    model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
+    _set_attention(model, recipe.attn_implementation)
+    if recipe.projector_weights:
+        load_projector(model, Path(recipe.projector_weights))
+    return model, processor
+
+
+def _quantization(recipe: Recipe) -> Any:
+    """Settings of bitsandbytes; what 4 bits are multiplied in is the precision that the run trains in, as in LLaVA."""
+    if recipe.quantization == "none":
+        return None
+    from milora_vl.models.quantized import quantization_config
+
+    half = torch.bfloat16 if recipe.train.get("bf16") else torch.float16 if recipe.train.get("fp16") else torch.float32
+    return quantization_config(
+        recipe.quantization,
+        quant_type=recipe.quant_type,
+        double_quant=recipe.double_quant,
+        compute_dtype=half,
+    )
+
+
+def _set_attention(model: Any, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"attn_implementation: {name} cannot be had here\n{str(error).splitlines()[0]}") from None
+
+
+def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:
+    """The recipe whose default policy fits this model: no projector rule where there is no projector."""
+    if not implicit or find_towers(base).projector is not None:
+        return recipe
+    rules = [rule for rule in recipe.policy or () if rule["modules"] != "projector"]
+    return recipe.model_copy(update={"policy": rules})
+
+
+def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]:
+    """What of the recipe fits this model badly: prompts other than its own, and how it sees pictures."""
+    from milora_vl.models.image_tokens import tiling_of
+    from milora_vl.models.loading import split_processor
+
+    tokenizer, pictures = split_processor(processor)
+    if pictures is None and recipe.template == "vicuna_v1" and tokenizer.chat_template:
+        return ["prompts are vicuna_v1's; this model brings a chat template of its own: --template chat_template"]
+
+    tiling = tiling_of(cast("Any", base).config)
+    if tiling is None:
+        return []
+    said = []
+    if recipe.data.image_aspect_ratio == "pad":
+        said.append(f"this model sees pictures in tiles of {tiling.tile} pixels (image_aspect_ratio anyres, not pad)")
+    if tiling.most_tokens < recipe.data.max_length:
+        return said
+    return [
+        *said,
+        f"a picture takes up to {tiling.most_tokens:,} tokens: at max_length {recipe.data.max_length:,} large ones are "
+        "left out, with all that follows them (--max_length 4096)",
+    ]
+
+
+def targets_of(recipe: Recipe, base: nn.Module) -> list[Target]:
+    """The resolved policy on a model. UserError with every fault of the rules."""
+    try:
+        return Policy.parse(recipe.policy or []).resolve(base, cache_dir=recipe.factor_cache)
+    except PolicyError as error:
+        raise UserError(f"{error}\nsee: python -m milora_vl.train --model {recipe.model} --dry-run") from None
+
+
+def saves_of(targets: Sequence[Target]) -> Saves:
+    """What a checkpoint of such a run holds."""
+    if any(t.rank is not None for t in targets):
+        return "adapter"
+    return "projector" if all(t.tower == "projector" for t in targets) else "full"
+
+
+def build(
+    recipe: Recipe, base: nn.Module, targets: list[Target], checkpoint: Path | None, dtype: torch.dtype = torch.float32
+) -> Built:
+    """Apply the settled policy, or put back the adapter of `checkpoint`: its initial factors, so no SVD is repeated.
+
+    `dtype` is that of the weights that train.
+    """
+    from milora_vl.adapter import apply_targets
+    from milora_vl.adapter_io import load_adapter
+
+    saves = saves_of(targets)
+    sizes = trained_sizes(targets, base)
+    if checkpoint is not None:
+        _require_same_kind(checkpoint, saves)
+    frozen: list[str] = [tower for tower in TOWERS if _has(base, tower) and tower not in {t.tower for t in targets}]
+    try:
+        if saves == "adapter" and checkpoint is not None:
+            model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
+        else:
+            model = apply_targets(base, targets, form=recipe.form, cache_dir=recipe.factor_cache, progress=True)
+    except (AdapterError, WeightError) as error:
+        raise UserError(str(error)) from None
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return Built(model, targets, saves, sizes, model.milora_report, frozen)
+
+
+def _require_same_kind(checkpoint: Path, saves: Saves) -> None:
+    expected = WEIGHTS_FILE.get(saves, "model")
+    if not any(file.name.startswith(expected) for file in checkpoint.iterdir()):
+        found = ", ".join(sorted(f.name for f in checkpoint.glob("*.safetensors"))) or "no weights"
+        raise UserError(
+            f"{checkpoint} is of another kind of run: expected {expected}*, found {found}\nis --method the same?"
+        )
+    if saves == "adapter" and not (checkpoint / FILE_NAME).is_file():
+        raise UserError(
+            f"{checkpoint} has no {FILE_NAME}, which tells what of the adapter trains and what is its anchor\n"
+            "put the file back, or resume from another checkpoint"
+        )
+
+
+def _has(base: nn.Module, tower: str) -> bool:
+    towers = find_towers(base)
+    return {"language": towers.language, "projector": towers.projector, "vision": towers.vision}[tower] is not None
