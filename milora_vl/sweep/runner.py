@@ -72,7 +72,7 @@ class Sweep:
 
     def answers(self, cell: Cell) -> dict[str, tuple[float, Any]]:
         """The answers of a finished cell to the first benchmark of the suite: id -> score, picture."""
-        from milora_eval.results import require_lines
+        from milora_eval.scores.results import require_lines
 
         lines = require_lines(self.results_folder(cell))
         of_first = (line for line in lines if line["benchmark"] == lines[0]["benchmark"])
