@@ -28,7 +28,7 @@ from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_eval.benchmarks.vqav2 import VQAv2
 from milora_eval.rules import vqa
 from milora_vl.generate import Prompt, generate
-from milora_vl.models.loading import load_model
+from milora_vl.load import load_model
 
 # The high-water mark of a process starts anew at exec; that of getrusage would be this one's.
 SCORE_ALONE = """

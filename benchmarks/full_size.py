@@ -26,7 +26,7 @@ import torch
 from milora_vl.adapter import apply_milora
 from milora_vl.losses import install, summed_loss
 from milora_vl.models import loading
-from milora_vl.plan.dry_run import meta_model
+from milora_vl.models.loading import meta_model
 from milora_vl.plan.simulate import Shape, simulate
 from milora_vl.policy.policy import Policy
 

@@ -20,10 +20,10 @@ from torch import nn
 
 from milora_vl.losses import install, summed_loss
 from milora_vl.models import loading
+from milora_vl.models.loading import meta_model
 from milora_vl.plan import cost
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.cost import MIX665K, activations, plan_of, shape_of
-from milora_vl.plan.dry_run import meta_model
 from milora_vl.plan.estimate import GIB, memory
 from milora_vl.plan.simulate import Shape, simulate
 from milora_vl.policy.policy import Policy

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from milora_vl.adapter import apply_milora, merge
     from milora_vl.adapter_io import load_adapter, save_adapter
+    from milora_vl.load import load_model
     from milora_vl.lora.keep_protected import keep_protected
-    from milora_vl.models.loading import load_model
     from milora_vl.policy.policy import Policy, Rule
     from milora_vl.reinit import reinit_peft, restore_split
     from milora_vl.svd import Factors, decompose

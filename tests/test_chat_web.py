@@ -16,7 +16,7 @@ from milora_data.records import Turn
 from milora_vl.chat.command import Chat, main
 from milora_vl.chat.web import answers, free_port, page
 from milora_vl.generate import Prompt, generate
-from milora_vl.models.loading import load_model
+from milora_vl.load import load_model
 
 Options = argparse.Namespace
 

@@ -14,7 +14,7 @@ from versions import PEFT
 import llava_recipes
 from milora_vl import Policy, apply_milora
 from milora_vl.models import loading
-from milora_vl.plan.dry_run import meta_model
+from milora_vl.models.loading import meta_model
 from milora_vl.studies.linear_gru import LinearGru
 from milora_vl.studies.study import Study, read_study
 from milora_vl.studies.task import Task

@@ -16,8 +16,8 @@ from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl.generate import Prompt, generate
+from milora_vl.load import load_model
 from milora_vl.models.devices import device_named, dtype_named
-from milora_vl.models.loading import load_model
 
 MANIFEST = ModelManifest(model_id="milora", simple_class_path="milora_eval.lmms.Milora")
 

@@ -131,7 +131,7 @@ def _chosen(paths: list[str], pattern: str | None) -> list[str]:
 def _tuned(subject: str, base: str) -> Weights:
     """A fully tuned model; a projector trained alone, on its base."""
     from milora_vl.adapters.folders import holds_projector_alone
-    from milora_vl.models.loading import load_model
+    from milora_vl.load import load_model
 
     if holds_projector_alone(Path(subject)):
         return Weights.of(load_model(base, adapter=subject)[0], subject)

@@ -18,7 +18,8 @@ from milora_data.command import count, next_step, parser, positive, report, run,
 from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_data.records import Turn
-from milora_vl.adapters.folders import holds_adapter, holds_projector_alone, trained_prompts
+from milora_vl.adapters.folders import holds_adapter, holds_projector_alone
+from milora_vl.recipe.schema import trained_prompts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,8 +90,8 @@ class Chat:
     def load(cls, options: argparse.Namespace) -> Chat:
         """Load what the command line names. UserError where that cannot be had or cannot be compared."""
         from milora_vl.forgetting.measure import hides_its_base
+        from milora_vl.load import load_model
         from milora_vl.models.devices import device_named, dtype_named
-        from milora_vl.models.loading import load_model
 
         device = device_named(options.device)
         dtype = dtype_named(options.dtype, device)

@@ -18,7 +18,7 @@ from milora_data.errors import UserError
 from milora_data.flags import shared
 
 if TYPE_CHECKING:
-    from milora_vl.models.vision import TowerPlan
+    from milora_vl.models.assemble import TowerPlan
 
 IMAGE_TOKEN = "<image>"
 PROG = "python -m milora_vl.compose"
@@ -92,8 +92,7 @@ def compose(
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-    from milora_vl.models.parts import llava_config
-    from milora_vl.models.vision import plan_tower
+    from milora_vl.models.assemble import llava_config, plan_tower
 
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     _add_image_row(language, -(-len(tokenizer) // rows) * rows)

@@ -21,7 +21,7 @@ from milora_vl.export.recompress import loss_of, recompress, total_error
 from milora_vl.export.residual import write_residual
 from milora_vl.lora.base_check import fitted
 from milora_vl.lora.sidecar import FILE_NAME, Sidecar
-from milora_vl.models.loading import SAME_WEIGHTS
+from milora_vl.models.names import SAME_WEIGHTS
 
 Layers = Mapping[str, tuple[int, float]]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from milora_data.errors import UserError
 from milora_data.whole import read_json, write_json
-from milora_vl.adapters.folders import base_of, holds_adapter, trained_prompts
+from milora_vl.adapters.folders import base_of, holds_adapter
+from milora_vl.recipe.schema import trained_prompts
 
 Results = dict[str, Any]
 FILE = "forgetting.json"
@@ -197,8 +198,8 @@ class Job:
         return self._load(self.base or self.model, None)  # a projector alone, the whole model or biases were trained
 
     def _load(self, name: str, adapter: Path | None) -> Any:
+        from milora_vl.load import load_model
         from milora_vl.models.devices import device_named, dtype_named
-        from milora_vl.models.loading import load_model
 
         device = device_named(self.device)
         return load_model(name, adapter=adapter, dtype=dtype_named(self.dtype, device), device=device)[0]

@@ -54,7 +54,6 @@ def extra_tokens(config: Any) -> int:
     vision = config.vision_config
     if vision.model_type in EXTRA_TOKENS or config.model_type != "llava":
         return EXTRA_TOKENS.get(vision.model_type, 0)
-    from milora_vl.models.vision import count_tokens
 
     return count_tokens(vision, config.vision_feature_layer) - _patches(config)
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from milora_data.errors import UserError
-from milora_vl.adapters.folders import PROJECTOR_FILES
+from milora_vl.models.names import PROJECTOR_FILES
 from milora_vl.towers import find_towers
 from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 

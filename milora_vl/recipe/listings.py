@@ -29,7 +29,7 @@ def show(request: Request) -> int:
 
 def models() -> dict[str, str]:
     """The named models, and where each comes from."""
-    from milora_vl.models.loading import NAMED_MODELS
+    from milora_vl.models.names import NAMED_MODELS
 
     return {name: str(model) for name, model in NAMED_MODELS.items()}
 

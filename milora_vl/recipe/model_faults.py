@@ -16,7 +16,7 @@ def faults_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bool
     Faults of the rules themselves are among them. None where the config makes no model.
     `implicit`: the rules are our default, whose projector rule goes where there is a projector.
     """
-    from milora_vl.plan.dry_run import meta_model
+    from milora_vl.models.loading import meta_model
     from milora_vl.policy.policy import Policy, PolicyError
     from milora_vl.towers import find_towers
 
@@ -49,10 +49,10 @@ def of_default_rank(faults: Sequence[str]) -> list[str]:
 
 def require_float_weights(recipe: Recipe, config: Any) -> None:
     """UserError for a rule that trains a quantised weight itself: integers have no gradient."""
+    from milora_vl.models.loading import meta_model
     from milora_vl.models.quantized import is_quantized
-    from milora_vl.plan.dry_run import meta_model
     from milora_vl.policy.policy import Policy
-    from milora_vl.train.model import rules_for
+    from milora_vl.recipe.on_model import rules_for
 
     base = meta_model(config)
     targets = Policy.settle(rules_for(recipe, base, implicit=True).policy or [], base)

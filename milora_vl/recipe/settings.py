@@ -48,7 +48,7 @@ def require_fit(request: Request, recipe: Recipe) -> None:
 
     UnknownModelError for a model that is none.
     """
-    from milora_vl.models.loading import UnknownModelError
+    from milora_vl.models.names import UnknownModelError
 
     try:
         config = base_model.config_for(recipe)
@@ -61,7 +61,7 @@ def require_fit(request: Request, recipe: Recipe) -> None:
         raise RecipeError(_rules_of(request)[1], found.values())
     protection.check(recipe)
     if recipe.quantization != "none":
-        from milora_vl.recipe.model_faults import require_float_weights
+        from milora_vl.recipe.on_model import require_float_weights
 
         require_float_weights(recipe, config)
 
@@ -83,7 +83,7 @@ def _config_named(request: Request) -> Any:
 
 def faults_on_model(request: Request, config: Any) -> dict[str, str]:
     """What the rules, as the flags leave them, say wrongly of the model of that config; and that with its file."""
-    from milora_vl.recipe.model_faults import faults_on, of_default_rank
+    from milora_vl.recipe.on_model import faults_on, of_default_rank
 
     if config is None:
         return {}
@@ -148,8 +148,7 @@ def _resolve(request: Request) -> Settings:
     if not recipe.model:
         raise UserError(f"no model is named: --model NAME, or a --recipe that names one\nsee: {PROG} --list-models")
     if recipe.dtype == "fastest":  # what a run was made in belongs into its recipe, whatever the next machine is
-        from milora_vl.models.devices import fastest_dtype
-        from milora_vl.plan.training_args import train_device
+        from milora_vl.models.devices import fastest_dtype, train_device
 
         fastest = str(fastest_dtype(train_device(recipe.train))).removeprefix("torch.")
         recipe = recipe.model_copy(update={"dtype": _dtype_of_resumed(request) or fastest})

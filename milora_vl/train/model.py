@@ -37,7 +37,7 @@ class Built:
 
 def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
     """The base model and its processor; the projector from `projector_weights` where the recipe says so."""
-    from milora_vl.models.loading import load_model
+    from milora_vl.load import load_model
     from milora_vl.models.projector import load_projector
 
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))

@@ -171,8 +171,8 @@ def _evaluate(options: argparse.Namespace, who: EvalTarget, arguments: dict[str,
 
 
 def _load(options: argparse.Namespace, name: str, adapter: Path | None) -> tuple[Any, Any]:
+    from milora_vl.load import load_model
     from milora_vl.models.devices import device_named, dtype_named
-    from milora_vl.models.loading import load_model
 
     device = device_named(options.device)
     return load_model(name, adapter=adapter, dtype=dtype_named(options.dtype, device), device=device)
