@@ -19,7 +19,7 @@ from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_data.records import Turn
 from milora_vl.adapters.folders import holds_adapter, holds_projector_alone
-from milora_vl.recipe.schema import trained_prompts
+from milora_vl.recipe.yaml_file import trained_prompts
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,7 +15,7 @@ from typing import Any
 from milora_data.errors import UserError
 from milora_data.whole import read_json, write_json
 from milora_vl.adapters.folders import base_of, holds_adapter
-from milora_vl.recipe.schema import trained_prompts
+from milora_vl.recipe.yaml_file import trained_prompts
 
 Results = dict[str, Any]
 FILE = "forgetting.json"
