@@ -28,7 +28,7 @@ from milora_vl.losses import install, summed_loss
 from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
 from milora_vl.plan.simulate import Shape, simulate
-from milora_vl.policy.policy import Policy
+from milora_vl.policy import Policy
 
 RULES = [{"modules": "language", "method": "milora", "rank": 16}]
 PICTURE, ANSWER = 576, 60
@@ -103,7 +103,7 @@ def one_step(base: Any, model: Any, config: Any) -> None:
 
 def planned(config: Any) -> int:
     """Bytes of the step by the plan: what is resident, and what the step adds (Adam's states come after the peak)."""
-    targets = Policy.settle(RULES, meta_model(config))
+    targets = Policy.parse_and_resolve(RULES, meta_model(config))
     shape = Shape(
         records=1, tokens=PICTURE + ANSWER + 64, learnt=ANSWER, pictures=1, image_tokens=PICTURE, half=True,
         checkpointing=True, base_dtype=torch.bfloat16,

@@ -22,7 +22,7 @@ from milora_vl.lora.peft_model import adopt
 from milora_vl.lora.protection import Protected, find_protected, kept_outside
 from milora_vl.lora.residual import make_residual, require_residual
 from milora_vl.lora.sidecar import Sidecar
-from milora_vl.policy.policy import Policy, Rule, Target
+from milora_vl.policy import Policy, Rule, Target
 from milora_vl.towers import can_save, canonical_names, is_wrapped_by_peft
 from milora_vl.weights.fingerprint import sketch
 from milora_vl.weights.matrices import read_matrix
@@ -60,7 +60,11 @@ def apply_milora(
         raise AdapterError("this model holds a PEFT adapter already: pass the base model, or unload the adapter first")
     require_readable(model)
     return apply_targets(
-        model, Policy.settle(policy, model, cache_dir=cache_dir), form=form, cache_dir=cache_dir, progress=progress
+        model,
+        Policy.parse_and_resolve(policy, model, cache_dir=cache_dir),
+        form=form,
+        cache_dir=cache_dir,
+        progress=progress,
     )
 
 

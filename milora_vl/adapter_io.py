@@ -1,8 +1,7 @@
 """Save and load adapters: stock PEFT files with milora.json beside them, checked against the base model.
 
-Load an adapter into a model whose modules have other names: HF's layout and LLaVA's own are one base.
-
-PEFT finds modules by the paths in the file. Here the paths of config and weights are replaced first, then PEFT loads.
+A model may have other module names than the file: HF's layout and LLaVA's own are one base. PEFT finds modules by the
+paths in the file, so the paths of config and weights are replaced first, then PEFT loads.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from milora_vl.policy.policy import Target
+from milora_vl.policy import Target
 
 _PEFT_PARTS = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+|\.base_layer")
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from milora_vl import apply_milora, merge
 from milora_vl.lora.errors import AdapterError
-from milora_vl.policy.policy import Policy, PolicyError
+from milora_vl.policy import Policy, PolicyError
 
 
 def test_the_result_reports_every_decomposed_weight_and_every_target(tiny_llava) -> None:

@@ -13,7 +13,7 @@ from milora_vl.models.quantized import bytes_per_number
 from milora_vl.plan.cost import changes, verdict
 from milora_vl.plan.estimate import GIB, Plan, duration, flops_per_step, host_memory, memory
 from milora_vl.plan.simulate import Resident, Shape, simulate
-from milora_vl.policy.policy import Policy
+from milora_vl.policy import Policy
 from milora_vl.tiny import tiny_llama
 
 PLAN = Plan(
@@ -92,7 +92,7 @@ def simulated(checkpointing: bool, learnt: int = 60, records: int = 4) -> Reside
     config = tiny_llama()[0].config
     with torch.device("meta"):
         base = LlamaForCausalLM(config)
-    targets = Policy.settle([{"modules": "language", "method": "milora", "rank": 4}], base)
+    targets = Policy.parse_and_resolve([{"modules": "language", "method": "milora", "rank": 4}], base)
     shape = Shape(
         records=records, tokens=300, learnt=learnt, pictures=0, image_tokens=0, half=False,
         checkpointing=checkpointing, base_dtype=torch.float32,

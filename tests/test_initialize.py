@@ -9,7 +9,7 @@ from adapter_cases import one_rule, tiny_gpt2
 from torch import nn
 
 from milora_vl.initialize import Initial, initialize
-from milora_vl.policy.policy import Policy, PolicyError
+from milora_vl.policy import Policy, PolicyError
 from milora_vl.svd import decompose
 
 

@@ -19,7 +19,7 @@ from milora_vl.plan.cost import plan_of
 from milora_vl.plan.estimate import memory, protected_bytes
 from milora_vl.plan.first_batch import Counts
 from milora_vl.plan.screen import policy_rows
-from milora_vl.policy.policy import Policy, PolicyError
+from milora_vl.policy import Policy, PolicyError
 from milora_vl.recipe.policy_edits import PolicyEdits, edited
 from milora_vl.report.run_page import read_run
 from milora_vl.report.tables import policy_table
@@ -108,4 +108,4 @@ def test_flags_keep_it_where_the_method_can_use_it(tiny_llava) -> None:
     assert changed["lora"][0]["protect"] == FORMS[0]
     assert "protect" not in changed["full"][0]
     with pytest.raises(PolicyError, match=r"policy\[0\]\.protect: method dora cannot use it"):
-        Policy.settle(changed["dora"], tiny_llava()[0])
+        Policy.parse_and_resolve(changed["dora"], tiny_llava()[0])

@@ -19,7 +19,7 @@ _HOMES = {
     "Item": "benchmark",
     "Metric": "benchmark",
     "run": "evaluate",
-    "score": "results",
+    "score": "scores.results",
 }
 
 __all__ = ["Answer", "Benchmark", "Item", "Metric", "run", "score"]

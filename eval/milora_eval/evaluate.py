@@ -18,6 +18,7 @@ from milora_eval.scores.exports import export
 from milora_eval.scores.results import TABLE, Results, numbers, read_results, require_lines, write_results
 from milora_eval.scores.table import Table, pairs_table, results_table, with_forgetting
 from milora_eval.suites import find_benchmark
+from milora_vl.forgetting import general_text, measure_forgetting
 
 
 def run(
@@ -111,7 +112,6 @@ def add_forgetting(
     folder: Path, model: Any, processor: Any, base: Any | None, key: str, num_tokens: int
 ) -> dict[str, Any]:
     """Measure the text forgetting and write it into results.json, unless it is there for the same key already."""
-    from milora_vl.forgetting import general_text, measure_forgetting
     from milora_vl.models.loading import split_processor
 
     results = read_results(folder)

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from milora_data.errors import UserError
-
-if TYPE_CHECKING:
-    from milora_data.pixels import AspectRatio
-
-PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+from milora_vl.models.names import PROJECTOR_FILES
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -50,16 +45,3 @@ def holds_text_model(folder: Path) -> bool:
     """Whether a run's folder holds a tokenizer without the processor of a model that sees."""
     processors = ("processor_config.json", "preprocessor_config.json")
     return (folder / "tokenizer_config.json").is_file() and not any((folder / name).is_file() for name in processors)
-
-
-def trained_prompts(folder: Path) -> tuple[str, AspectRatio]:
-    """Return the template, and what is done to pictures, that a run was trained with, by its recipe.yaml.
-
-    `folder` is the run's or that of a checkpoint in it; vicuna_v1 and pad, LLaVA-1.5's, where nothing says so. Raises
-    UserError for a recipe that cannot be read.
-    """
-    from milora_vl.recipe import yaml_file
-
-    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
-    recipe = {} if file is None else yaml_file.read_file(file)[0]
-    return recipe.get("template") or "vicuna_v1", (recipe.get("data") or {}).get("image_aspect_ratio") or "pad"

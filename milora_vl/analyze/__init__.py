@@ -1,1 +1,5 @@
-"""What is in a weight and what an adapter did to it: measures, weights read layer by layer, tables and figures."""
+"""What is in a weight, and what a training changed in it. `python -m milora_vl.analyze`."""
+
+from milora_vl.analyze.command import main
+
+__all__ = ["main"]

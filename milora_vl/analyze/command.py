@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import next_step, parser, positive, run
+from milora_data.command import next_step, parser, positive
 from milora_data.errors import UserError
 from milora_data.flags import shared
+from milora_vl.adapters.folders import holds_adapter, holds_residual
 from milora_vl.report.regenerate import rewrite_report
 
 _EXAMPLES = """\
@@ -34,7 +35,6 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; UserError for what cannot be analysed. Returns the exit code."""
     options = _options(argv)
-    from milora_vl.adapters.folders import holds_adapter, holds_residual
     from milora_vl.analyze import job, page
     from milora_vl.models.devices import device_named
 
@@ -95,7 +95,3 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
-
-
-if __name__ == "__main__":
-    run(main)

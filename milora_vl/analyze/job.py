@@ -16,10 +16,11 @@ import torch
 
 from milora_data.errors import UserError
 from milora_data.whole import write_text
-from milora_vl.adapters.folders import base_of, holds_adapter, holds_residual
+from milora_vl.adapters.folders import base_of, holds_adapter, holds_projector_alone, holds_residual
 from milora_vl.analyze.changes import changes_of_model, read_changes
 from milora_vl.analyze.rows import Row, base_row, update_row
 from milora_vl.analyze.weights import Weights, open_weights
+from milora_vl.load import load_model
 
 FILE = "layers.jsonl"
 
@@ -130,8 +131,6 @@ def _chosen(paths: list[str], pattern: str | None) -> list[str]:
 
 def _tuned(subject: str, base: str) -> Weights:
     """A fully tuned model; a projector trained alone, on its base."""
-    from milora_vl.adapters.folders import holds_projector_alone
-    from milora_vl.load import load_model
 
     if holds_projector_alone(Path(subject)):
         return Weights.of(load_model(base, adapter=subject)[0], subject)

@@ -14,10 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.command import count, next_step, parser, positive, report, run, suggest
+from milora_data.command import count, next_step, parser, positive, report, suggest
 from milora_data.errors import UserError
 from milora_data.flags import shared
+from milora_data.images import load_image
 from milora_data.records import Turn
+from milora_data.templates import template_name
 from milora_vl.adapters.folders import holds_adapter, holds_projector_alone
 from milora_vl.recipe.yaml_file import trained_prompts
 
@@ -250,7 +252,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _check(options: argparse.Namespace) -> None:
     """Find out before the model loads what would go wrong after."""
-    from milora_data.templates import template_name
 
     if options.template:
         template_name(options.template)
@@ -274,7 +275,6 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _open(path: Path) -> Image.Image:
-    from milora_data.images import load_image
 
     if path.is_file():
         return load_image(path)
@@ -289,7 +289,3 @@ def _unknown(word: str) -> str:
     known = [name.split()[0] for name in COMMANDS]
     near = suggest(word, known)
     return f"unknown command {word}; " + (f"did you mean {near[0]} ?" if near else f"there are {', '.join(known)}")
-
-
-if __name__ == "__main__":
-    run(main)

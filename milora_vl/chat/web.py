@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from milora_data.errors import UserError
 from milora_data.records import Turn
+from milora_vl.models.loading import split_processor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -125,8 +126,6 @@ def answers(
 def _growing(chat: Chat, turns: list[Turn], picture: Image.Image | None, *, base: bool) -> Iterator[str]:
     """Yield an answer as far as it is known; the last one is whole. Errors of the model come out here."""
     from transformers import TextIteratorStreamer
-
-    from milora_vl.models.loading import split_processor
 
     tokenizer: Any = split_processor(chat.processor)[0]
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]

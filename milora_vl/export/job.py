@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from milora_data.errors import UserError
+from milora_vl.adapter import merge
+from milora_vl.adapter_io import load_adapter
 from milora_vl.adapters.imported import import_adapter, refuse_mutating, require_copies
 from milora_vl.adapters.llava import config_for_llava, read_llava, write_llava
 from milora_vl.adapters.plain import PlainAdapter, read_config, read_plain, write_plain
@@ -117,8 +119,6 @@ class Job:
         return adapter, {}
 
     def _write_merged(self, base: Base) -> None:
-        from milora_vl.adapter import merge
-        from milora_vl.adapter_io import load_adapter
 
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.source.folder

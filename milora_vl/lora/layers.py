@@ -7,12 +7,10 @@ A = A0 and B = B0 the two products cancel to the last bit (arXiv:2406.09044, wri
 The anchor is a buffer because PEFT switches `requires_grad` on for every parameter of an adapter. State dicts hold the
 joined factor under its stock name; under ZeRO-3, where the trained half has no elements, they hold the raw names.
 
-The two halves of an embedding's adapter. PEFT keeps its factors in two ParameterDicts, which get the class below.
+An embedding's factors lie in PEFT's two ParameterDicts, which get the class EmbeddingHalves.
 
-The two products of an anchored layer, fused: one cast of the input, one product for each input's gradient.
-
-Forward, the trained half and the anchor are multiplied separately, so that equal halves cancel to the last bit.
-Backward, nothing has to cancel: the joined factor gives the input's gradient in one product, and the anchor has none.
+The two products of a linear layer are fused: one cast of the input, one product for each input's gradient. Backward,
+nothing has to cancel: the joined factor gives the input's gradient in one product, and the anchor has none.
 """
 
 from __future__ import annotations

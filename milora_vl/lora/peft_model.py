@@ -1,8 +1,6 @@
 """PEFT's own model classes with a mixin in front: adapters in halves are saved, added and loaded as such.
 
 Everything else (forward, merge, generate, set_adapter, ...) is PEFT's.
-
-PEFT's wrapper of a module that trains as a whole, under ZeRO-3.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """milora.json, the file beside an adapter: what each module is, how it was made, and a sketch of its base weight.
 
-Without it the folder is still a correct LoRA of rank 2r; with it, training goes on as it was.
-
-Whether the weights of an adapter folder are those that its milora.json tells of: by names and shapes, unread.
+Without it the folder is still a correct LoRA of rank 2r; with it, training continues as before. `require_weights`
+compares the file with the weights beside it, by names and shapes alone.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from milora_vl.lora.errors import AdapterError
 from milora_vl.policy.protect import Protect
 from milora_vl.policy.rules import METHODS, FloorSigma, Target
 from milora_vl.weights.fingerprint import Sketch
-
-__all__ = ["FILE_NAME", "FORMAT_VERSION", "AdapterError", "Sidecar", "locate", "read_sidecar"]
 
 FILE_NAME = "milora.json"
 FORMAT_VERSION = 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 
@@ -31,3 +34,10 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     else:
         native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def train_device(train: Mapping[str, Any]) -> torch.device:
+    """The kind of device that a run with this `train:` section computes on, known before HF's arguments are made."""
+    if train.get("use_cpu"):
+        return torch.device("cpu")
+    return torch.device("mps") if torch.backends.mps.is_available() else device_named(None)

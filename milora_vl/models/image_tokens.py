@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from milora_data.anyres import Tiling
 from milora_data.errors import UserError
 
@@ -54,7 +56,6 @@ def extra_tokens(config: Any) -> int:
     vision = config.vision_config
     if vision.model_type in EXTRA_TOKENS or config.model_type != "llava":
         return EXTRA_TOKENS.get(vision.model_type, 0)
-
     return count_tokens(vision, config.vision_feature_layer) - _patches(config)
 
 
@@ -62,3 +63,23 @@ def _patches(config: Any) -> int:
     vision = config.vision_config
     side = vision.image_size // vision.patch_size if "patch_size" in dir(vision) else vision.grid
     return int(side * side)
+
+
+def count_tokens(config: Any, layer: int) -> int:
+    """Tokens that a layer of a tower gives for one picture, before any is dropped. UserError where it gives none."""
+    from transformers import AutoModel
+    from transformers.modeling_utils import set_zero3_state
+
+    with torch.device("meta"), set_zero3_state():  # ZeRO-3 has nothing to cut up here
+        tower = AutoModel.from_config(config)
+        try:
+            out = tower(torch.empty(1, 3, config.image_size, config.image_size), output_hidden_states=True)
+            features = out.hidden_states[layer]
+        except (TypeError, AttributeError, IndexError, ValueError) as error:
+            raise UserError(
+                f"{config.model_type} cannot serve as a vision tower with layer {layer}: {error}\n"
+                "expected:  an encoder that gives hidden states (batch, tokens, channels), or timm/NAME"
+            ) from None
+    if features.dim() != 3:
+        raise UserError(f"{config.model_type} gives features of shape {tuple(features.shape)}: take it from timm")
+    return int(features.shape[1])

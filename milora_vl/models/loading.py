@@ -1,109 +1,24 @@
-"""Models by name: where they come from, how they and their processors are loaded, what their pictures cost in tokens.
+"""Models by name, their configs and processors, whatever layout they are in.
 
-Every model but `smol-llava` loads without this package too; the processor is completed here from the model's config,
-since many published ones do not say how many image tokens a picture takes (LLaVA then fails on a count mismatch).
+Every model but `smol-llava` loads without this package too.
 """
 
 from __future__ import annotations
 
-import json
-import socket
 import sys
-from contextlib import nullcontext
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from torch import nn
 
-from milora_data.command import suggest
-from milora_data.errors import UserError
-from milora_vl.adapters.folders import base_of, holds_adapter
-from milora_vl.models import original
+from milora_vl.models import hub, original, parts
 from milora_vl.models.assemble import whole_weights
-from milora_vl.models.image_tokens import extra_tokens
-from milora_vl.models.quantized import Quantization, quantization_config
-from milora_vl.models.quiet import quiet_bars
-from milora_vl.towers import keep_weights_readable
+from milora_vl.models.names import MADE_IN_MEMORY
+from milora_vl.models.quantized import Quantization
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
-
-# Name -> id on the model hub; those of MADE_HERE need no hub.
-NAMED_MODELS: dict[str, str] = {
-    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
-    "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
-    "llava-v1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
-    "llava-v1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
-    "llava-v1.6-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
-    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
-    "smol-llava": "SmolLM2-135M-Instruct + EfficientNet-Lite0, made here at first use",
-    "smol-llava-unaligned": "the same before stage 1, with a fresh projector",
-    "smollm2": "SmolLM2-135M-Instruct, text only, made here at first use",
-    "tiny": "random weights, for tests",
-    "tiny-text": "random weights, text only, for tests",
-}
-# Names by which LLaVA's own scripts call the same weights in another layout.
-SAME_WEIGHTS = {
-    "liuhaotian/llava-v1.5-7b": "llava-1.5-7b",
-    "liuhaotian/llava-v1.5-13b": "llava-1.5-13b",
-    "liuhaotian/llava-v1.6-vicuna-7b": "llava-v1.6-vicuna-7b",
-    "liuhaotian/llava-v1.6-vicuna-13b": "llava-v1.6-vicuna-13b",
-    "liuhaotian/llava-v1.6-mistral-7b": "llava-v1.6-mistral-7b",
-}
-# Parts whose configs lie inside those of the package (LLaVA's scripts start from them): a dry run needs no hub.
-PART_OF: dict[str, tuple[str, str, dict[str, int]]] = {
-    "lmsys/vicuna-7b-v1.5": ("llava-1.5-7b", "text_config", {"vocab_size": 32000}),
-    "lmsys/vicuna-13b-v1.5": ("llava-1.5-13b", "text_config", {"vocab_size": 32000}),
-    "smollm2": ("smol-llava", "text_config", {"vocab_size": 49152}),
-    "openai/clip-vit-large-patch14-336": ("llava-1.5-7b", "vision_config", {}),
-    "openai/clip-vit-large-patch14": ("llava-1.5-7b", "vision_config", {"image_size": 224}),
-}
-MADE_HERE = ("smol-llava", "smol-llava-unaligned", "smollm2", "tiny", "tiny-text")
-
-
-class UnknownModelError(UserError):
-    """A model that is neither named here, nor a folder, nor a hub id."""
-
-
-def load_model(
-    name_or_path: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    quantization: Quantization | BitsAndBytesConfig | None = None,
-) -> tuple[nn.Module, Any]:
-    """Load a model and its processor (of a text-only model: its tokenizer), in eval mode.
-
-    name_or_path: a name of NAMED_MODELS, a hub id, or a folder; a folder with an adapter brings its base along.
-    adapter: a folder with an adapter of ours, PEFT's, LLaVA's own code, or one trained on a residual base that it
-    brings along, told by its files; or with a projector alone (`mm_projector.safetensors`).
-    dtype: default float32 on a CPU, as saved elsewhere. device: default the CPU.
-    quantization: 4bit, 8bit, or settings of bitsandbytes.
-
-    Raises UserError for an unknown name, a model that cannot be had, and a folder that holds none.
-
-    >>> model, processor = load_model("tiny")
-    >>> image_tokens(model.config)
-    16
-    """
-    name = str(name_or_path)
-    if adapter is None and holds_adapter(Path(name)):
-        name, adapter = base_of(Path(name)), name
-    device = torch.device(device or "cpu")
-    dtype = dtype or (torch.float32 if device.type == "cpu" else None)
-    model, processor = load_weights(name, dtype, quantization=quantization, device=device), load_processor(name)
-    if adapter is not None:
-        model = _with_adapter(model, Path(adapter))
-    if quantization is None:
-        model = model.to(device)
-    return model.eval(), processor
 
 
 def load_weights(
@@ -115,35 +30,33 @@ def load_weights(
 ) -> nn.Module:
     """Return a model without its processor, in the dtype it was saved in unless one is given.
 
-    Raises UserError for an unknown name, a model that cannot be had, and a folder that holds none.
+    Raises UserError for an unknown name, a model that is not available, and a folder without a model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    return hub.load_weights(in_hf_layout(name_or_path), dtype, quantization=quantization, device=device)
 
-    name = str(name_or_path)
-    if name in ("tiny", "tiny-text"):
-        if quantization is not None:
-            raise UserError(f"{name} is made in memory: there is no quantised one\nsave it to a folder and name that")
-        return _named(_tiny(name)[0].to(dtype or torch.float32), name)
-    source = _source(name)
-    config = _read(AutoConfig.from_pretrained, source, name)
-    if original.MARK in config.to_dict():
-        raise UserError(
-            f"{name} is in the layout of the original LLaVA code, which is converted from a folder\n"
-            f"first:  hf download {name} --local-dir FOLDER      then --model FOLDER"
-        )
-    auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
-    arguments: dict[str, Any] = {"dtype": dtype or "auto"}
-    if quantization is not None:
-        chosen = quantization_config(quantization) if isinstance(quantization, str) else quantization
-        arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
-    with quiet_bars() if name in MADE_HERE or not sys.stderr.isatty() else nullcontext():
-        model = _read(auto.from_pretrained, source, name, **arguments)
-    if is_deepspeed_zero3_enabled():
-        # HF then keeps renamings of old checkpoints that this one had no need of, and undoes them when it saves.
-        vars(model).pop("_weight_conversions", None)
-    keep_weights_readable(model)
-    return _named(model, name)
+
+def load_processor(name: str | Path) -> Any:
+    """Return the processor of a model (of a text-only one its tokenizer), without its weights.
+
+    Raises UserError for an unknown name and a processor that is not available.
+    """
+    return hub.load_processor(in_hf_layout(name))
+
+
+def config_of(name: str) -> Any:
+    """Return the HF config of a named model, a folder or a hub id; packaged ones first, which need no network."""
+    if original.is_original(Path(name)):
+        return parts.planned_config(parts.parts_of_original(Path(name)))
+    return hub.config_of(name)
+
+
+def meta_model(config: Any) -> nn.Module:
+    """Return the model of a config with shapes alone: no weights, no memory."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    sees = "vision_config" in config.to_dict()
+    with whole_weights(), torch.device("meta"):
+        return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
 
 
 def prepare(name: str) -> None:
@@ -151,79 +64,27 @@ def prepare(name: str) -> None:
 
     Raises UserError for an unknown name, and where the folder cannot be made.
     """
-    if name not in ("tiny", "tiny-text"):
-        _source(name)
+    if name not in MADE_IN_MEMORY:
+        hub.source_of(in_hf_layout(name))
 
 
 def weights_folder(name: str) -> Path | None:
     """Return the folder with a model's files, from the hub where it is one of its; None for those made in memory.
 
-    Raises UserError for an unknown name and a model that cannot be had.
+    Raises UserError for an unknown name and a model that is not available.
     """
-    from huggingface_hub import snapshot_download
-
-    if name in ("tiny", "tiny-text"):
-        return None
-    source = _source(name)
-    if Path(source).is_dir():
-        return Path(source)
-    return Path(_read(snapshot_download, source, name, allow_patterns=["*.json", "*.safetensors"]))
+    return hub.weights_folder(in_hf_layout(name))
 
 
-def load_processor(name: str | Path) -> Any:
-    """Return the processor of a model (of a text-only one its tokenizer), without its weights.
-
-    Raises UserError for an unknown name and a processor that cannot be had.
-    """
-    from transformers import AutoProcessor, AutoTokenizer
-
-    name = str(name)
-    if name in ("tiny", "tiny-text"):
-        return _tiny(name)[1]
-    config = config_of(name)
-    sees = "vision_config" in config.to_dict()
-    processor = _read((AutoProcessor if sees else AutoTokenizer).from_pretrained, _source(name), name)
-    if sees:
-        _complete(processor, config)
-    return processor
-
-
-def config_of(name: str) -> Any:
-    """Return the HF config of a named model, a folder or a hub id; packaged ones first, which need no network."""
-    from transformers import AutoConfig
-
-    if name in ("tiny", "tiny-text"):
-        return _tiny(name)[0].config
-    if original.is_original(Path(name)):
-        from milora_vl.models import parts
-
-        return parts.planned_config(parts.parts_of_original(Path(name)))
-    if name in PART_OF:
-        whole, part, differing = PART_OF[name]
-        inner = config_of(whole).to_dict()[part] | differing
-        return AutoConfig.for_model(inner.pop("model_type"), **inner)
-    packaged = files("milora_vl") / "configs" / f"{SAME_WEIGHTS.get(name, name)}.json"
-    if packaged.is_file():
-        _register_own()
-        content = json.loads(packaged.read_text(encoding="utf-8"))
-        return AutoConfig.for_model(content.pop("model_type"), **content)
-    return _read(AutoConfig.from_pretrained, _source(name), name)
-
-
-def converted(folder: Path) -> Path:
-    """Return the folder, in Hugging Face's layout, of a whole model in LLaVA's original one: made once, cached."""
-    from milora_vl.models import parts
-
-    made, is_new = parts.base_folder(parts.parts_of_original(folder))
+def in_hf_layout(name: str | Path) -> str:
+    """Return the name as it is, or the converted folder of a whole model in LLaVA's original layout (cached)."""
+    folder = Path(name)
+    if not original.is_original(folder):
+        return str(name)
+    converted, is_new = parts.base_folder(parts.parts_of_original(folder))
     if is_new:
-        sys.stderr.write(f"{folder} is in LLaVA's original layout: written in Hugging Face's to {made}\n")
-    return made
-
-
-def read_pretrained(load: Any, name: str, **arguments: Any) -> Any:
-    """`from_pretrained` of a class of transformers on a folder as it is, or a hub id; UserError where it fails."""
-    with quiet_bars():
-        return _read(load.from_pretrained, str(name), str(name), **arguments)
+        sys.stderr.write(f"{folder} is in LLaVA's original layout: written in Hugging Face's to {converted}\n")
+    return str(converted)
 
 
 def split_processor(processor: Any) -> tuple[Any, Any | None]:
@@ -233,118 +94,3 @@ def split_processor(processor: Any) -> tuple[Any, Any | None]:
     if isinstance(processor, ProcessorMixin):
         return processor.tokenizer, processor.image_processor
     return processor, None
-
-
-def _tiny(name: str) -> tuple[Any, Any]:
-    from milora_vl import tiny
-
-    with whole_weights():  # under ZeRO-3 HF would draw them part by part: another model
-        return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
-
-
-def _named(model: Any, name: str) -> nn.Module:
-    """Let adapters record the name the user gave, not a folder of the cache."""
-    if name in MADE_HERE:
-        model.name_or_path = name
-        model.config._name_or_path = name
-    return model
-
-
-def _source(name: str) -> str:
-    """Return the folder or hub id behind a name; makes smol-llava and smollm2 at first use."""
-    if name.startswith("smol") and name in MADE_HERE:
-        from milora_vl.smol_llava import made_folder
-
-        return str(made_folder(name))
-    folder = Path(name)
-    if folder.is_dir():
-        _register_own()
-        if original.is_original(folder):
-            return str(converted(folder))
-        if not (folder / "config.json").is_file():
-            found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-            raise UserError(f"{name} holds no model: it has no config.json\nfound: {found}")
-        return name
-    if name in NAMED_MODELS or name in SAME_WEIGHTS:
-        return NAMED_MODELS[SAME_WEIGHTS.get(name, name)]
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        return name
-    near = suggest(name.lower(), NAMED_MODELS)
-    raise UnknownModelError(
-        f'unknown model "{name}"\n'
-        + (f"did you mean: {', '.join(near)}\n" if near else "")
-        + f"named:    {', '.join(NAMED_MODELS)}\n"
-        "or:       a folder with a model, or a hub id such as llava-hf/llava-1.5-7b-hf"
-    )
-
-
-def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
-    """Call a `from_pretrained`, without a question about running a model's own code; UserError where it fails."""
-    from safetensors import SafetensorError
-
-    local = Path(source).is_dir()
-    try:
-        return load(source, local_files_only=local or not _hub_is_known(), trust_remote_code=False, **arguments)
-    except (SafetensorError, ValueError, ImportError, TypeError) as error:  # cut off, of no known kind, no tokenizer
-        raise UserError(f"cannot read the model in {source}\n{_first_line(error)}") from None
-    except OSError as error:
-        if local:
-            raise UserError(f"cannot read the model in {source}\n{_first_line(error)}") from None
-        raise UserError(
-            f"the weights of {name} are not here, and the model hub does not answer\n"
-            f"looked for:  {source}, in the local cache and on the hub\n"
-            f"said:        {_first_line(error)}\n"
-            f"try:         hf download {source}      (where there is a network), or --model FOLDER with the weights\n"
-            f"without:     python -m milora_vl.train --model {name} --dry-run      needs no weights"
-        ) from None
-
-
-def _hub_is_known() -> bool:
-    """Whether the hub's name resolves; without a network the client would try for half a minute, noisily."""
-    from huggingface_hub.constants import ENDPOINT
-
-    if getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _register_own() -> None:
-    from milora_vl.models.timm_tower import register
-
-    register()
-
-
-def _complete(processor: Any, config: Any) -> None:
-    """Set what the processor needs to count image tokens, and square padding, as LLaVA-1.5 was trained."""
-    if config.model_type not in ("llava", "llava_next"):
-        return
-    processor.patch_size = config.vision_config.patch_size
-    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    processor.num_additional_image_tokens = extra_tokens(config)
-    if config.model_type == "llava_next":
-        processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
-    elif type(processor.image_processor).__name__.startswith("LlavaImageProcessor"):  # ...Fast, ...Pil
-        processor.image_processor.do_pad = True
-
-
-def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    from milora_vl.adapters.folders import holds_projector_alone
-    from milora_vl.adapters.load_any import load_any
-    from milora_vl.lora.errors import AdapterError
-    from milora_vl.models.projector import load_projector
-
-    if holds_projector_alone(folder):
-        load_projector(model, folder)
-        return model
-    try:
-        return load_any(model, folder)
-    except AdapterError as error:
-        raise UserError(str(error)) from None

@@ -1,6 +1,6 @@
-"""The language model of a LLaVA: any causal LM whose head is a plain matrix on its last hidden states.
+"""The parts of a LLaVA by name (language model, vision tower, projector), its config, and the folder it is written to.
 
-Which parts a LLaVA is made of, what its config says, and the folder it is written to, once.
+The language model is any causal LM whose head is a plain matrix on its last hidden states.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ import torch
 
 from milora_data.assets import cache_dir
 from milora_data.errors import UserError
-from milora_vl.models import original, vision
-from milora_vl.models.assemble import whole_weights
+from milora_vl.models import hub, original, vision
+from milora_vl.models.assemble import TowerPlan, compose, llava_config, plan_tower, processor_for, whole_weights
+from milora_vl.models.projector import load_projector, projector_file
 
 
 def load_language(name: str) -> tuple[Any, Any]:
     """Load a causal LM in the dtype it was saved in, and its tokenizer. UserError where it cannot be a LLaVA's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from milora_vl.models import loading
-
     if original.is_original(Path(name)):
         config = original.read_original(Path(name)).text_config()
-        language: Any = loading.read_pretrained(AutoModelForCausalLM, name, config=config, dtype="auto")
-        tokenizer = loading.read_pretrained(AutoTokenizer, name)
+        language: Any = hub.read_pretrained(AutoModelForCausalLM, name, config=config, dtype="auto")
+        tokenizer = hub.read_pretrained(AutoTokenizer, name)
     else:
-        language, tokenizer = loading.load_weights(name), loading.load_processor(name)
+        language, tokenizer = hub.load_weights(name), hub.load_processor(name)
     if "vision_config" in language.config.to_dict():
         raise UserError(f"{name} is a vision-language model already; a LLaVA is composed of a text-only one")
     require_plain_head(language, name)
@@ -87,41 +86,14 @@ def parts_of_original(folder: Path) -> Parts:
 
 def language_config(name: str) -> Any:
     """Config of the language model: a text-only model, or the Llama inside a folder in LLaVA's original layout."""
-    from milora_vl.models import loading
-
     folder = Path(name)
-    return original.read_original(folder).text_config() if original.is_original(folder) else loading.config_of(name)
-
-
-def llava_config(plan: Any, text: Any, *, image_token: int) -> Any:
-    """HF's LlavaConfig of the parts; `plan` is a TowerPlan. Says in `text` too whether its head stays tied."""
-    from transformers import LlavaConfig
-
-    text.tie_word_embeddings = bool(text.tie_word_embeddings) and _can_tie(text)
-    config: Any = LlavaConfig(
-        vision_config=plan.config,
-        text_config=text,
-        image_token_index=image_token,
-        image_seq_length=plan.tokens,
-        vision_feature_layer=plan.layer,
-        vision_feature_select_strategy=plan.strategy,
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
-    return config
-
-
-def _can_tie(text: Any) -> bool:
-    """HF's LLaVA ties its head to `embed_tokens` of the language model by name; GPT-2 and others call it otherwise."""
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        return "embed_tokens" in dict(AutoModel.from_config(text).named_children())
+    return original.read_original(folder).text_config() if original.is_original(folder) else hub.config_of(name)
 
 
 def planned_config(parts: Parts) -> Any:
     """The config that the parts will have together, from their configs alone (for a dry run)."""
     text = language_config(parts.language)
-    plan = vision.plan_tower(vision.tower_config(parts.vision), layer=parts.select_layer, feature=parts.select_feature)
+    plan = plan_tower(vision.tower_config(parts.vision), layer=parts.select_layer, feature=parts.select_feature)
     image_token = text.vocab_size
     text.vocab_size = -(-(image_token + 1) // ROWS) * ROWS
     return llava_config(plan, text, image_token=image_token)
@@ -151,13 +123,11 @@ def base_folder(parts: Parts) -> tuple[Path, bool]:
 @whole_weights()
 def write(parts: Parts, folder: Path) -> None:
     """Compose the parts and write model and processor into `folder`. UserError where they do not fit together."""
-    from milora_vl.models.assemble import compose, processor_for
-    from milora_vl.models.projector import load_projector
 
     if parts.vision_weights == vision.RANDOM:
         sys.stderr.write(f"warning: {parts.vision} gets random weights: for a try-out only\n")
     language, tokenizer = load_language(parts.language)
-    plan = vision.plan_tower(vision.tower_config(parts.vision), layer=parts.select_layer, feature=parts.select_feature)
+    plan = plan_tower(vision.tower_config(parts.vision), layer=parts.select_layer, feature=parts.select_feature)
     tower = _tower(parts, plan, language.dtype)
     model = compose(tower, language, tokenizer, plan=plan, rows=ROWS)
     if parts.projector:
@@ -176,7 +146,7 @@ def write(parts: Parts, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _tower(parts: Parts, plan: vision.TowerPlan, dtype: torch.dtype) -> Any:
+def _tower(parts: Parts, plan: TowerPlan, dtype: torch.dtype) -> Any:
     folder = Path(parts.language)
     if original.is_original(folder):
         inside = original.read_original(folder).tensors(original.TOWER)
@@ -203,7 +173,6 @@ def _stamp(path: Path) -> list[tuple[str, int, int]]:
 
 def require_parts(parts: Parts) -> None:
     """Check what can be checked before anything is loaded. UserError names the part that is not there."""
-    from milora_vl.models.projector import projector_file
 
     if parts.projector and not original.is_original(Path(parts.projector)):
         projector_file(Path(parts.projector))

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from milora_data.errors import UserError
+from milora_vl.models import original
 from milora_vl.models.names import PROJECTOR_FILES
 from milora_vl.towers import find_towers
 from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
@@ -69,8 +70,6 @@ def read_projector(source: Path) -> dict[str, Tensor]:
     Of a whole model in LLaVA's original layout, its projector alone is read.
     """
     from safetensors.torch import load_file
-
-    from milora_vl.models import original
 
     if original.is_original(source):
         inside = original.read_original(source).tensors(original.PROJECTOR)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from milora_data.errors import UserError
+from milora_vl.models import hub
+from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, as_map
 from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 
 TIMM = "timm/"
@@ -21,27 +22,12 @@ RANDOM = "random"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-@dataclass(frozen=True, slots=True)
-class TowerPlan:
-    """A tower as LLaVA uses it: features of `layer`, the first token dropped where `strategy` is default."""
-
-    config: Any
-    layer: int
-    strategy: str
-    tokens: int  # of a picture, after the choice above
-    extra_tokens: int  # of the tower beside its patches: class token, registers
-    image_size: int
-
-
 def tower_config(name: str) -> Any:
     """Return the config of a vision tower: a folder, a hub id, or `timm/NAME`. UserError where it is none."""
-    from milora_vl.models import loading
-    from milora_vl.models.timm_tower import TimmTowerConfig
-
     if name.startswith(TIMM):
         size, grid = _timm_sizes(name.removeprefix(TIMM))
         return TimmTowerConfig.of(name.removeprefix(TIMM), image_size=size, grid=grid)
-    config = loading.config_of(name)
+    config = hub.config_of(name)
     if "vision_config" in config.to_dict():
         config = config.vision_config
     if "image_size" not in config.to_dict():
@@ -49,45 +35,9 @@ def tower_config(name: str) -> Any:
     return config
 
 
-def plan_tower(config: Any, *, layer: int, feature: str) -> TowerPlan:
-    """Say which features of a tower are used, and how many tokens they are, counted by the tower on the meta device.
-
-    `feature` is LLaVA's: patch drops the class token where there is one, cls_patch keeps it.
-    """
-    if config.model_type == "milora_timm_tower":
-        return TowerPlan(config, -1, "full", config.grid**2, 0, config.image_size)
-    found = count_tokens(config, layer)
-    extra = found - (config.image_size // config.patch_size) ** 2
-    strategy = "default" if extra and feature == "patch" else "full"
-    return TowerPlan(config, layer, strategy, found - (strategy == "default"), extra, config.image_size)
-
-
-def count_tokens(config: Any, layer: int) -> int:
-    """Tokens that a layer of a tower gives for one picture, before any is dropped. UserError where it gives none."""
-    from transformers import AutoModel
-    from transformers.modeling_utils import set_zero3_state
-
-    with torch.device("meta"), set_zero3_state():  # ZeRO-3 has nothing to cut up here
-        tower = AutoModel.from_config(config)
-        try:
-            out = tower(torch.empty(1, 3, config.image_size, config.image_size), output_hidden_states=True)
-            features = out.hidden_states[layer]
-        except (TypeError, AttributeError, IndexError, ValueError) as error:
-            raise UserError(
-                f"{config.model_type} cannot serve as a vision tower with layer {layer}: {error}\n"
-                "expected:  an encoder that gives hidden states (batch, tokens, channels), or timm/NAME"
-            ) from None
-    if features.dim() != 3:
-        raise UserError(f"{config.model_type} gives features of shape {tuple(features.shape)}: take it from timm")
-    return int(features.shape[1])
-
-
 def load_tower(name: str, config: Any, dtype: torch.dtype, weights: str | None = None) -> Any:
     """Load the tower of `tower_config`; `weights` is a file for timm's networks, or `random` for a try-out."""
     from transformers import AutoModel
-
-    from milora_vl.models import loading
-    from milora_vl.models.timm_tower import TimmTower
 
     if name.startswith(TIMM):
         tower: Any = TimmTower(config)
@@ -97,7 +47,7 @@ def load_tower(name: str, config: Any, dtype: torch.dtype, weights: str | None =
     if weights == RANDOM:
         return AutoModel.from_config(config).to(dtype).eval()
     cls = type(_meta(config))
-    return loading.read_pretrained(cls, name, config=config, dtype=dtype).eval()
+    return hub.read_pretrained(cls, name, config=config, dtype=dtype).eval()
 
 
 def with_weights(config: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
@@ -143,8 +93,6 @@ def _meta(config: Any) -> Any:
 def _timm_sizes(architecture: str) -> tuple[int, int]:
     """Pixels a side and tokens a side, as the network was trained. UserError where it gives no square of tokens."""
     import timm
-
-    from milora_vl.models.timm_tower import as_map
 
     if not timm.is_model(architecture):
         near = timm.list_models(f"{architecture.split('_')[0]}*")[:3]

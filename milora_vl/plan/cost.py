@@ -32,7 +32,7 @@ from milora_vl.plan.estimate import (
 from milora_vl.plan.first_batch import Counts
 from milora_vl.plan.screen import trained_sizes
 from milora_vl.plan.simulate import Shape, simulate
-from milora_vl.policy.policy import Target
+from milora_vl.policy import Target
 from milora_vl.towers import find_towers
 
 MIX665K = Counts(tokens=700, learnt=60, exact=False)  # per record, roughly
@@ -80,8 +80,8 @@ def costs_of(
         out.append(f"       with {flags} about {leanest / GIB:.1f} GiB")
     change: str | None = ""
     if gpu_memory is not None:
-        verdict, change = verdict(plan, lean, flags, gpu_memory)
-        out += verdict
+        lines, change = verdict(plan, lean, flags, gpu_memory)
+        out += lines
     here, step = measured_flops(), flops_per_step(plan)
     rows = [("one A100 per device at 40 % of its peak", A100_FLOPS), ("this machine's CPU", here)]
     for name, rate in rows if is_here else rows[:1]:

@@ -14,25 +14,27 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from milora_data.command import as_typed
 from milora_data.errors import UserError
 from milora_data.templates import OWN
-from milora_vl.models import loading
-from milora_vl.models.assemble import whole_weights
 from milora_vl.models.image_tokens import image_tokens
+from milora_vl.models.loading import meta_model
+from milora_vl.models.names import MADE_HERE, NAMED_MODELS
+from milora_vl.models.quantized import bytes_per_number
+from milora_vl.models.smol_llava import folder_of
 from milora_vl.plan import evaluation, first_batch, requirements, run_data, run_folder, training_args
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.cost import MIX665K, costs_of
 from milora_vl.plan.screen import COLUMNS, Screen, policy_rows, trainable_text, trained_sizes
-from milora_vl.policy.policy import Target
+from milora_vl.policy import Target
 from milora_vl.recipe import base_model, settings
 from milora_vl.recipe.arguments import PROG, Request
+from milora_vl.recipe.on_model import rules_for, targets_of
 from milora_vl.recipe.schema import Recipe, RecipeError
+from milora_vl.tiny import tiny_tokenizer
 from milora_vl.towers import TOWERS, find_towers
-from milora_vl.train import model
 
 
 def show(request: Request) -> int:
@@ -46,12 +48,12 @@ def show(request: Request) -> int:
         settings.require_fit(request, chosen.recipe)
     except RecipeError as error:  # without a policy there is no plan, but data and evaluation have faults of their own
         found = [error, *_missing(chosen.recipe), *_faults_of_data(chosen.recipe)]
-        raise UserError("\n".join(map(str, found))) from None
+        raise UserError(problems=[problem for e in found for problem in e.problems], source=error.source) from None
     requirements.check(chosen.recipe.train, chosen.recipe.quantization, chosen.recipe.attn_implementation)
     config = base_model.config_for(chosen.recipe)
     base = meta_model(config)
-    recipe = model.rules_for(chosen.recipe, base, implicit=chosen.implicit_policy)
-    targets = model.targets_of(recipe, base)
+    recipe = rules_for(chosen.recipe, base, implicit=chosen.implicit_policy)
+    targets = targets_of(recipe, base)
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
     run_folder.choose(path, request.resume)
     train, warnings = training_args.prepared(recipe)
@@ -79,7 +81,7 @@ def show(request: Request) -> int:
     )  # fmt: skip
     screen.say("\n".join(costs.lines))
     if problems:
-        raise UserError("\n".join(map(str, problems)))
+        raise UserError(problems=[problem for error in problems for problem in error.problems])
     start = command(request) + ("" if recipe.data.path else _words_for_data(base))
     start += f" {costs.change}" if costs.change else ""
     if batching.num_devices > 1 and request.output_dir is None:
@@ -140,20 +142,10 @@ def _trained(base: nn.Module, targets: list[Target]) -> dict[str, Any]:
 
 
 def _packed_bytes(recipe: Recipe) -> float | None:
-    from milora_vl.models.quantized import bytes_per_number
 
     if recipe.quantization == "none":
         return None
     return bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
-
-
-def meta_model(config: Any) -> nn.Module:
-    """The model of a config with shapes alone: no weights, no memory."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    sees = "vision_config" in config.to_dict()
-    with whole_weights(), torch.device("meta"):
-        return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
 
 
 def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
@@ -214,13 +206,9 @@ def tokenizer_at_hand(name: str) -> Any | None:
     from transformers import AutoTokenizer
 
     if name in ("tiny", "tiny-text"):
-        from milora_vl.tiny import tiny_tokenizer
-
         return tiny_tokenizer()
-    source = name if Path(name).is_dir() else loading.NAMED_MODELS.get(name, name)
-    if name in loading.MADE_HERE:
-        from milora_vl.smol_llava import folder_of
-
+    source = name if Path(name).is_dir() else NAMED_MODELS.get(name, name)
+    if name in MADE_HERE:
         source = str(folder_of(name))
     try:
         return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from milora_vl.policy.policy import Target
+from milora_vl.policy import Target
 
 GIB = 1024**3
 A100_FLOPS = 312e12 * 0.4  # bf16 peak times the share that LLaVA's scripts reach

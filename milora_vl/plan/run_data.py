@@ -17,6 +17,7 @@ from milora_data.mix import Source, mixed_records
 from milora_data.pictures import find_missing, uses
 from milora_data.records import Record, load_records
 from milora_data.report import Report
+from milora_data.stream import record_stream
 from milora_vl.recipe.schema import DataConfig, SourceConfig
 
 LOOKED_AT = 100  # records of a stream, before it is trained on
@@ -78,7 +79,6 @@ def describe(config: DataConfig) -> str:
 
 def _looked_at(config: DataConfig) -> RunData:
     """The first records of a stream: what would be wrong with all of them is found before the model loads."""
-    from milora_data.stream import record_stream
 
     if find_spec("torchdata") is None:
         raise UserError('data.streaming needs torchdata: pip install "milora-vl[data]"')

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from milora_vl.initialize import LayerReport
-    from milora_vl.policy.policy import Target
+    from milora_vl.policy import Target
 
 Rows = Sequence[tuple[str, str]]
 COLUMNS = ("tower", "modules", "method", "rank", "alpha", "parameters", "rate", "trained sigma / max", "energy")

@@ -11,7 +11,7 @@ import torch
 import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
-from milora_vl.models.devices import device_named, fastest_dtype
+from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.plan import cpu_load, launch
 from milora_vl.recipe import hf_arguments
 from milora_vl.recipe.schema import Recipe
@@ -95,13 +95,6 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
             warnings.append("train.tf32 has no effect on a CPU")
     _evaluation(train, recipe)
     return train, warnings
-
-
-def train_device(train: dict[str, Any]) -> torch.device:
-    """The kind of device that a run with this `train:` section computes on, known before HF's arguments are made."""
-    if train.get("use_cpu"):
-        return torch.device("cpu")
-    return torch.device("mps") if torch.backends.mps.is_available() else device_named(None)
 
 
 def deepspeed_config(name: str) -> Any:

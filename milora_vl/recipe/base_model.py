@@ -10,6 +10,7 @@ from milora_vl.models import loading
 from milora_vl.models import parts as composing
 from milora_vl.models.image_tokens import require_llava
 from milora_vl.models.parts import Parts
+from milora_vl.models.projector import projector_file
 from milora_vl.recipe.schema import PartsConfig, Recipe
 
 # LLaVA's word -> Hugging Face's.
@@ -39,7 +40,6 @@ def config_for(recipe: Recipe) -> Any:
 
 def check(recipe: Recipe) -> None:
     """Find out before anything loads whether all parts are there, and are a LLaVA's. UserError names what is not."""
-    from milora_vl.models.projector import projector_file
 
     if recipe.factor_cache and Path(recipe.factor_cache).exists() and not Path(recipe.factor_cache).is_dir():
         raise UserError(f"--factor_cache {recipe.factor_cache}: expected a folder, this is a file")

@@ -82,7 +82,7 @@ class Flag:
 @cache
 def flags() -> Mapping[str, Flag]:
     """All flags by name, of every supported transformers version."""
-    text = resources.files("milora_vl.train").joinpath("hf_flags.json").read_text(encoding="utf-8")
+    text = resources.files("milora_vl.recipe").joinpath("hf_flags.json").read_text(encoding="utf-8")
     known = {
         name: Flag(name, f["type"], tuple(f["choices"]), f["default"], f["help"], tuple(f["versions"]))
         for name, f in json.loads(text).items()

@@ -10,6 +10,7 @@ import yaml
 
 import llava_recipes
 from milora_data.errors import UserError
+from milora_vl.models.names import NAMED_MODELS
 from milora_vl.recipe import hf_arguments, settings
 from milora_vl.recipe.arguments import PROG, Request
 from milora_vl.recipe.schema import Recipe
@@ -29,7 +30,6 @@ def show(request: Request) -> int:
 
 def models() -> dict[str, str]:
     """The named models, and where each comes from."""
-    from milora_vl.models.names import NAMED_MODELS
 
     return {name: str(model) for name, model in NAMED_MODELS.items()}
 

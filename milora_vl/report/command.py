@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command import as_typed, parser, run
+from milora_data.command import as_typed, parser
 from milora_data.flags import shared
 from milora_vl.report import run_page, wording
 from milora_vl.report.page import write_page
@@ -36,7 +36,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_evaluated = any(comparison.after for comparison in content.comparisons)
     sys.stderr.write(as_typed(f"next: {commands(content).chat if is_evaluated else commands(content).evaluate}\n"))
     return 0
-
-
-if __name__ == "__main__":
-    run(main)

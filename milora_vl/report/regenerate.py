@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from milora_data.errors import UserError
+from milora_vl.report.page import write_report
 
 
 def write_anew(run: Path, warn: Callable[[str], object]) -> Path | None:
     """Write report.html of a run and return its path; None after a warning: no drawing may fail what was measured."""
-    from milora_vl.report.page import write_report  # matplotlib takes a second
 
     try:
         return write_report(run)

@@ -13,7 +13,7 @@ from torch import nn
 import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
-from milora_vl.policy.policy import Policy, PolicyError
+from milora_vl.policy import Policy, PolicyError
 from milora_vl.recipe import yaml_file
 from milora_vl.recipe.schema import Strict
 from milora_vl.sweep.cells import Cell, arm_rules
@@ -75,7 +75,7 @@ class Study(Strict):
         """Return the study with an arm for every module that `each` names; PolicyError where it names none."""
         if self.each is None:
             return self
-        targets = Policy.settle([self.each], model)
+        targets = Policy.parse_and_resolve([self.each], model)
         arms = {target.path: {"policy": [*self.policy, self.each | {"modules": target.path}]} for target in targets}
         return self.model_copy(update={"arms": self.arms | arms, "each": None})
 

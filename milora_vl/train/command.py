@@ -6,7 +6,6 @@ import atexit
 import sys
 from collections.abc import Sequence
 
-from milora_data.command import run
 from milora_data.errors import UserError
 from milora_vl.recipe import arguments
 
@@ -58,7 +57,3 @@ def _leave_the_group() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run(main)

@@ -23,7 +23,7 @@ from milora_data.features import PLAIN, FeatureReader, Features
 from milora_data.images import ImageError, place_of
 from milora_data.pixels import PixelMaker
 from milora_data.records import Record
-from milora_vl.policy.policy import Target
+from milora_vl.policy import Target
 from milora_vl.towers import find_towers
 
 VERSION = 1  # raise it when the same tower and picture may give other features

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from milora_data.errors import UserError
-from milora_vl.initialize import LayerReport, WeightError
-from milora_vl.lora.errors import AdapterError
+from milora_vl.adapter import apply_targets
+from milora_vl.adapter_io import load_adapter
+from milora_vl.initialize import LayerReport
+from milora_vl.load import load_model
 from milora_vl.lora.sidecar import FILE_NAME
+from milora_vl.models.projector import load_projector
+from milora_vl.models.quantized import quantization_config
 from milora_vl.plan.screen import trained_sizes
-from milora_vl.policy.policy import Policy, PolicyError, Target
+from milora_vl.policy import Target
 from milora_vl.recipe.schema import Recipe
 from milora_vl.towers import TOWERS, find_towers
 from milora_vl.train.trainer import Saves
@@ -37,8 +41,6 @@ class Built:
 
 def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
     """The base model and its processor; the projector from `projector_weights` where the recipe says so."""
-    from milora_vl.load import load_model
-    from milora_vl.models.projector import load_projector
 
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
     _set_attention(model, recipe.attn_implementation)
@@ -51,7 +53,6 @@ def _quantization(recipe: Recipe) -> Any:
     """Settings of bitsandbytes; what 4 bits are multiplied in is the precision that the run trains in, as in LLaVA."""
     if recipe.quantization == "none":
         return None
-    from milora_vl.models.quantized import quantization_config
 
     half = torch.bfloat16 if recipe.train.get("bf16") else torch.float16 if recipe.train.get("fp16") else torch.float32
     return quantization_config(
@@ -69,46 +70,6 @@ def _set_attention(model: Any, name: str) -> None:
         raise UserError(f"attn_implementation: {name} cannot be had here\n{str(error).splitlines()[0]}") from None
 
 
-def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:
-    """The recipe whose default policy fits this model: no projector rule where there is no projector."""
-    if not implicit or find_towers(base).projector is not None:
-        return recipe
-    rules = [rule for rule in recipe.policy or () if rule["modules"] != "projector"]
-    return recipe.model_copy(update={"policy": rules})
-
-
-def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]:
-    """What of the recipe fits this model badly: prompts other than its own, and how it sees pictures."""
-    from milora_vl.models.image_tokens import tiling_of
-    from milora_vl.models.loading import split_processor
-
-    tokenizer, pictures = split_processor(processor)
-    if pictures is None and recipe.template == "vicuna_v1" and tokenizer.chat_template:
-        return ["prompts are vicuna_v1's; this model brings a chat template of its own: --template chat_template"]
-
-    tiling = tiling_of(cast("Any", base).config)
-    if tiling is None:
-        return []
-    said = []
-    if recipe.data.image_aspect_ratio == "pad":
-        said.append(f"this model sees pictures in tiles of {tiling.tile} pixels (image_aspect_ratio anyres, not pad)")
-    if tiling.most_tokens < recipe.data.max_length:
-        return said
-    return [
-        *said,
-        f"a picture takes up to {tiling.most_tokens:,} tokens: at max_length {recipe.data.max_length:,} large ones are "
-        "left out, with all that follows them (--max_length 4096)",
-    ]
-
-
-def targets_of(recipe: Recipe, base: nn.Module) -> list[Target]:
-    """The resolved policy on a model. UserError with every fault of the rules."""
-    try:
-        return Policy.parse(recipe.policy or []).resolve(base, cache_dir=recipe.factor_cache)
-    except PolicyError as error:
-        raise UserError(f"{error}\nsee: python -m milora_vl.train --model {recipe.model} --dry-run") from None
-
-
 def saves_of(targets: Sequence[Target]) -> Saves:
     """What a checkpoint of such a run holds."""
     if any(t.rank is not None for t in targets):
@@ -123,21 +84,16 @@ def build(
 
     `dtype` is that of the weights that train.
     """
-    from milora_vl.adapter import apply_targets
-    from milora_vl.adapter_io import load_adapter
 
     saves = saves_of(targets)
     sizes = trained_sizes(targets, base)
     if checkpoint is not None:
         _require_same_kind(checkpoint, saves)
     frozen: list[str] = [tower for tower in TOWERS if _has(base, tower) and tower not in {t.tower for t in targets}]
-    try:
-        if saves == "adapter" and checkpoint is not None:
-            model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
-        else:
-            model = apply_targets(base, targets, form=recipe.form, cache_dir=recipe.factor_cache, progress=True)
-    except (AdapterError, WeightError) as error:
-        raise UserError(str(error)) from None
+    if saves == "adapter" and checkpoint is not None:
+        model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
+    else:
+        model = apply_targets(base, targets, form=recipe.form, cache_dir=recipe.factor_cache, progress=True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

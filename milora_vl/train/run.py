@@ -12,11 +12,18 @@ from typing import Any
 from milora_data.errors import UserError
 from milora_vl import checkpoints
 from milora_vl.checkpoints import step_of
-from milora_vl.plan import evaluation, requirements, run_data, run_folder
+from milora_vl.plan import evaluation, requirements, run_data, run_folder, training_args
 from milora_vl.plan.batching import Batching
+from milora_vl.plan.launch import calls_on_sigterm
 from milora_vl.plan.screen import Screen, policy_rows, trainable_line
-from milora_vl.recipe import settings
+from milora_vl.plan.training_args import trained_dtype
+from milora_vl.recipe import base_model, on_model, settings
 from milora_vl.recipe.arguments import Request
+from milora_vl.train import failures, features, model, resuming, run_files, streaming
+from milora_vl.train.finalize import close, write_pages
+from milora_vl.train.forgetting import ForgettingCallback, Probe
+from milora_vl.train.spectrum import layer_spectra
+from milora_vl.train.trainer import MiloraTrainer
 
 # What the collator counts, in words.
 WHAT_HAPPENED = {
@@ -70,8 +77,6 @@ class Run:
             self.screen.warn(f"{len(self.data.broken):,} broken records are left out (python -m milora_data check)")
         if self.data.unlearnable:
             self.screen.warn(f"{self.data.unlearnable:,} records without an answer are left out")
-        from milora_vl.plan import training_args
-        from milora_vl.train import resuming
 
         self.args, warnings = training_args.make(self.recipe, self.folder.path)
         self._count_steps(None if self.recipe.data.streaming else len(self.data.train))
@@ -99,16 +104,12 @@ class Run:
 
     def check_evaluation(self) -> None:
         """Find out now what loading the model, or the evaluation after the training, would stumble over."""
-        from milora_vl.recipe import base_model
 
         evaluation.check(self.recipe.eval)
         base_model.check(self.recipe)
 
     def load_model(self) -> None:
         """Load the base model and its processor."""
-        from milora_vl.plan import training_args
-        from milora_vl.recipe import base_model
-        from milora_vl.train import model
 
         with self.args.main_process_first(desc="composing the base"):
             self.recipe, line = base_model.settled(self.recipe)
@@ -117,19 +118,16 @@ class Run:
             self.screen.say(line)
         with self.screen.step(f"loading {self.recipe.model}"):
             self.base, self.processor = model.load_base(self.recipe, self.dtype, training_args.load_device(self.args))
-        self.recipe = model.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
-        for warning in model.model_warnings(self.recipe, self.base, self.processor):
+        self.recipe = on_model.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
+        for warning in on_model.model_warnings(self.recipe, self.base, self.processor):
             self.screen.warn(warning)
         self.probe = None
         if self.recipe.eval.forgetting_every:
-            from milora_vl.train.forgetting import Probe
-
             with self.screen.step("keeping the base's predictions, for forgetting"):
                 self.probe = Probe(self.base, self.processor)
 
     def arrange_data(self) -> None:
         """Count tokens where the recipe groups records by length, and pack them where it asks for that."""
-        from milora_vl.train import run_files
 
         self.items: Any = self.data.train
         self.lengths = run_files.lengths(self.recipe, self.base, self.processor, self.data.train)
@@ -140,8 +138,6 @@ class Run:
             self.screen.say(line)
             self._count_steps(len(self.items))
         if self.recipe.data.streaming:
-            from milora_vl.train import streaming
-
             self.items = streaming.stream_of(self.recipe, self.args)
             self.args.ignore_data_skip = True  # a resumed stream is where it was
 
@@ -149,11 +145,7 @@ class Run:
         """Make the adapters, or put a checkpoint's back; nothing of the base changes in the anchored form."""
         from transformers import set_seed
 
-        from milora_vl.plan.training_args import trained_dtype
-        from milora_vl.train import model
-        from milora_vl.train.spectrum import layer_spectra
-
-        targets = model.targets_of(self.recipe, self.base)
+        targets = on_model.targets_of(self.recipe, self.base)
         if self.describes_start():
             with self.screen.step("measuring the spectrum of one layer per tower"):
                 self.spectra = layer_spectra(self.base, targets)
@@ -166,7 +158,6 @@ class Run:
 
     def open_folder(self) -> None:
         """Show the header and the policy, and write what is known before the first step."""
-        from milora_vl.train import run_files
 
         self.screen.header(self.header())
         self.screen.policy(policy_rows(self.built.targets, self.built.sizes, self.built.report), self.built.frozen)
@@ -201,10 +192,6 @@ class Run:
         from peft.helpers import disable_input_dtype_casting
         from transformers import TrainerState
 
-        from milora_vl.plan.launch import calls_on_sigterm
-        from milora_vl.train import failures, run_files
-        from milora_vl.train.trainer import MiloraTrainer
-
         self.collator = run_files.collator(self.recipe, self.base, self.processor, self.data.train[:100])
         self._use_feature_cache()
         self.trainer = MiloraTrainer(
@@ -221,8 +208,6 @@ class Run:
             stream_from=self.folder.checkpoint,
         )
         if self.probe is not None and self.recipe.eval.forgetting_every:
-            from milora_vl.train.forgetting import ForgettingCallback
-
             self.trainer.add_callback(ForgettingCallback(self.probe, self.recipe.eval.forgetting_every, self.trainer))
         checkpoint = self.folder.checkpoint
         if checkpoint is not None and self.has_all_steps():
@@ -253,8 +238,6 @@ class Run:
     def _use_feature_cache(self) -> None:
         """Let batches hold what the frozen tower makes of the pictures, where the recipe names a folder for it."""
         if self.recipe.data.feature_cache:
-            from milora_vl.train import features
-
             features.check(self.base, self.built.targets)
             records = [*self.data.train, *(self.data.evaluation or ())]
             folder = Path(self.recipe.data.feature_cache)
@@ -267,7 +250,6 @@ class Run:
 
     def save(self) -> None:
         """Write the final weights, processor and HF's state at the root of the run folder."""
-        from milora_vl.train import failures
 
         with failures.explained(self.args):
             if not self.has_all_steps():
@@ -299,8 +281,6 @@ class Run:
     def close(self) -> int:
         """Write the model card and the report, and say where everything is. Returns the exit code."""
         if self.args.should_save:
-            from milora_vl.train.finalize import close
-
             close(self.folder, self.recipe, self.screen, self.request.format)
         for command in self.failed:
             self.screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")
@@ -309,8 +289,6 @@ class Run:
     def describe_unfinished(self) -> None:
         """Write the losses so far, the model card and the report of a run that ended before its end."""
         if self.args.should_save and self.trainer is not None:
-            from milora_vl.train.finalize import write_pages
-
             try:
                 self.trainer.state.save_to_json(str(self.folder.path / "trainer_state.json"))
                 write_pages(self.folder, self.recipe, self.screen)

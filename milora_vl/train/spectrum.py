@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from torch import nn
 
-from milora_vl.policy.policy import Target
+from milora_vl.policy import Target
 from milora_vl.svd import singular_values
 from milora_vl.towers import TOWERS, find_towers
 from milora_vl.weights.matrices import is_linear, matrix_shape, read_matrix

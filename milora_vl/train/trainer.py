@@ -31,7 +31,7 @@ from milora_vl.lora.keep_protected import keep_protected
 from milora_vl.losses import install, summed_loss
 from milora_vl.models.projector import load_projector, save_projector
 from milora_vl.param_groups import parameter_groups, target_path
-from milora_vl.policy.policy import Target
+from milora_vl.policy import Target
 from milora_vl.recipe import protection
 from milora_vl.train import streaming
 from milora_vl.train.meter import Meter, group_rates, tower_norms

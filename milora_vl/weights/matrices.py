@@ -1,6 +1,6 @@
 """Layer kinds an adapter can sit on, and their weight as one matrix (out, in) in PEFT's orientation.
 
-Read the weight of a layer as one matrix, whatever holds it: plain, quantised, or partitioned by ZeRO-3.
+`read_matrix` reads it whatever holds it: a plain weight, a quantised one, or one that ZeRO-3 has partitioned.
 """
 
 from __future__ import annotations

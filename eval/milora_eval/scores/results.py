@@ -18,6 +18,7 @@ import numpy as np
 from milora_data.errors import UserError
 from milora_data.whole import read_json, write_json
 from milora_eval.answers.lines import to_answer
+from milora_eval.answers.selection import select
 from milora_eval.answers.store import JUDGEMENTS, PREDICTIONS, Line, each_line, read_lines, write_lines
 from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.stats import mean
@@ -127,7 +128,6 @@ def check_ids(folder: Path, results: Mapping[str, Any]) -> None:
 
 def _gone(path: Path, results: Mapping[str, Any]) -> str:
     """Return which ids are missing, where the questions can still be read."""
-    from milora_eval.answers.selection import select
 
     have, again = {_name(line) for line in each_line(path)}, "\nask them again: the same python -m milora_eval run"
     missing: list[str] = []
