@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,12 +11,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from milora_data.encode import NothingToLearn, encode
 from milora_data.errors import UserError
+from milora_data.records import Record
+from milora_data.templates import OWN, TEMPLATES
+from milora_data.tokens import own_template
 from milora_vl.initialize import LayerReport, WeightError
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.sidecar import FILE_NAME
 from milora_vl.plan.screen import trained_sizes
 from milora_vl.policy.policy import Policy, PolicyError, Target
+from milora_vl.recipe.policy_edits import without_projector
 from milora_vl.recipe.schema import Recipe
 from milora_vl.towers import TOWERS, find_towers
 from milora_vl.train.trainer import Saves
@@ -35,16 +41,41 @@ class Built:
     frozen: list[str]  # towers of which nothing trains
 
 
-def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
-    """The base model and its processor; the projector from `projector_weights` where the recipe says so."""
+def load_base(
+    recipe: Recipe, dtype: torch.dtype, device: torch.device, first: Sequence[Record] = ()
+) -> tuple[nn.Module, Any]:
+    """The base model and its processor; the projector from `projector_weights` where the recipe says so.
+
+    UserError, before weights load, for a template that is not there, or that does not take the first records.
+    """
     from milora_vl.load import load_model
+    from milora_vl.models.loading import load_processor, split_processor
     from milora_vl.models.projector import load_projector
 
+    if recipe.template == OWN:
+        checked = first if recipe.data.bad_images == "raise" else ()
+        require_template(recipe, split_processor(load_processor(recipe.model))[0], checked)
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
     _set_attention(model, recipe.attn_implementation)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))
     return model, processor
+
+
+def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] = ()) -> None:
+    """UserError unless the model's own chat template, where the recipe asks for it, is there and takes the records."""
+    if recipe.template != OWN:
+        return
+    try:
+        own_template(tokenizer)
+    except UserError:
+        known = ", ".join(TEMPLATES)
+        raise UserError(
+            f"--template {OWN}: {recipe.model} has no chat template\nname another template, one of: {known}"
+        ) from None
+    for record in records:
+        with suppress(NothingToLearn):
+            encode(record, tokenizer, template=OWN, image_token_id=-1, image_tokens=0)
 
 
 def _quantization(recipe: Recipe) -> Any:
@@ -73,8 +104,7 @@ def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:
     """The recipe whose default policy fits this model: no projector rule where there is no projector."""
     if not implicit or find_towers(base).projector is not None:
         return recipe
-    rules = [rule for rule in recipe.policy or () if rule["modules"] != "projector"]
-    return recipe.model_copy(update={"policy": rules})
+    return recipe.model_copy(update={"policy": without_projector(recipe.policy or [])})
 
 
 def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]:
@@ -134,6 +164,7 @@ def build(
     try:
         if saves == "adapter" and checkpoint is not None:
             model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
+            _require_same_adapter(checkpoint, model, targets, recipe.form)
         else:
             model = apply_targets(base, targets, form=recipe.form, cache_dir=recipe.factor_cache, progress=True)
     except (AdapterError, WeightError) as error:
@@ -155,6 +186,27 @@ def _require_same_kind(checkpoint: Path, saves: Saves) -> None:
         raise UserError(
             f"{checkpoint} has no {FILE_NAME}, which tells what of the adapter trains and what is its anchor\n"
             "put the file back, or resume from another checkpoint"
+        )
+
+
+def _require_same_adapter(checkpoint: Path, model: Any, targets: Sequence[Target], form: str) -> None:
+    """UserError where the rules describe another adapter than the files: tables and pages would show that one."""
+    stored, wanted = (
+        {t.path: f"{t.method} of rank {t.rank}, scale {t.scaling:g}" if t.rank else t.method for t in found}
+        for found in (model.milora_targets, targets)
+    )
+    differing = [
+        f"{path}: {stored.get(path, 'frozen')} -> {wanted.get(path, 'frozen')}"
+        for path in {**stored, **wanted}
+        if stored.get(path) != wanted.get(path)
+    ]
+    if model.sidecars["default"].form != form:
+        differing.insert(0, f"form: {model.sidecars['default'].form} -> {form}")
+    if differing:
+        more = f"\n... and {len(differing) - 1:,} more" if len(differing) > 1 else ""
+        raise UserError(
+            f"{checkpoint} was trained by other rules, and cannot continue with these\n{differing[0]}{more}\n"
+            "to resume:  repeat the --method, --rank, --alpha, --form or --policy of the run that wrote it"
         )
 
 
