@@ -1,4 +1,6 @@
-"""Which checkpoints of a run can be resumed from. A process may be killed while it writes one.
+"""The checkpoint-N folders of a run, by name and by what lies in them. Needs no torch.
+
+Which checkpoints of a run can be resumed from. A process may be killed while it writes one.
 
 A checkpoint is HF Trainer's folder: weights, optimizer, scheduler, random states of all processes, and last of all
 trainer_state.json. DeepSpeed keeps the optimizer in a folder global_stepN, with a file for each process.
@@ -11,21 +13,10 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
+# What a checkpoint is loaded from; the adapter comes first.
 WEIGHTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
-SET_ASIDE = "incomplete-"
-# What only a resumed run needs.
-NO_RESULT = (
-    "optimizer.pt",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*.pth",
-    "latest",
-    "zero_to_*.py",
-    "trainer_state.json",
-)
-SHARDS = "global_step*/*_optim_states.pt"
-SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # of ZeRO-3 alone
 
 
 def step_of(folder: Path) -> int:
@@ -44,6 +35,33 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that has weights; None where there is none."""
+    return next((folder for folder in reversed(checkpoints(run)) if holds_weights(folder)), None)
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds an adapter, a projector or a model."""
+    return any((folder / name).is_file() for name in WEIGHTS)
+
+
+__all__ = ["WEIGHTS", "checkpoints", "step_of"]
+
+SET_ASIDE = "incomplete-"
+# What only a resumed run needs.
+NO_RESULT = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "latest",
+    "zero_to_*.py",
+    "trainer_state.json",
+)
+SHARDS = "global_step*/*_optim_states.pt"
+SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # of ZeRO-3 alone
+
+
 def why_incomplete(folder: Path) -> str | None:
     """What is missing or cut off in a checkpoint; None where it can be resumed from."""
     try:
@@ -54,7 +72,7 @@ def why_incomplete(folder: Path) -> str | None:
         return "trainer_state.json is cut off"
     if step_of(folder) >= 0 and state.get("global_step") != step_of(folder):
         return f"trainer_state.json is of step {state.get('global_step')}"
-    if not any((folder / name).is_file() for name in WEIGHTS) and not list(folder.glob("global_step*")):
+    if not holds_weights(folder) and not list(folder.glob("global_step*")):
         return "has no weights"
     if not list(folder.glob("rng_state*.pth")):
         return "has no optimizer or random state (--save_only_model); it can be evaluated, not resumed"
@@ -139,3 +157,38 @@ def _is_cut_off_safetensors(file: Path) -> bool:
         return True
     ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
     return file.stat().st_size < 8 + length + max(ends, default=0)
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a training in this folder has come to its end."""
+    return bool(read_environment(path).get("finished")) and any((path / name).is_file() for name in WEIGHTS)
+
+
+def resumed_run(output_dir: str | None, resume: str | None) -> Path | None:
+    """The folder of the run that a command continues, finished or not; None where it starts one."""
+    wanted = asked_for(resume)
+    if wanted is None:
+        return None
+    if not is_word(wanted):
+        return Path(wanted).parent
+    run = None if output_dir is None else Path(output_dir)
+    return run if run is not None and (checkpoints(run) or is_finished(run)) else None
+
+
+def asked_for(resume: str | None) -> str | None:
+    """What --resume_from_checkpoint asks for; None where it asks for nothing."""
+    return None if resume is None or resume.lower() in ("false", "no", "none") else resume
+
+
+def is_word(wanted: str) -> bool:
+    """Whether that is a word, and no folder."""
+    return wanted.lower() in ("true", "yes", "1", "auto")
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """Content of a run's environment.json, empty where there is none or it is cut off."""
+    try:
+        content = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from milora_vl.adapters.folders import base_of, holds_adapter, holds_projector_alone
+from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone
 from milora_vl.adapters.load_any import load_any
 from milora_vl.models.loading import load_processor, load_weights
 from milora_vl.models.projector import load_projector

@@ -41,12 +41,23 @@ def test_a_script_runs_with_milora_as_its_lora(tmp_path: Path, capsys) -> None:
     assert main(["--part", "principal", str(script), "4", str(tmp_path / "out")]) == 0
     assert peft.get_peft_model is stock
     assert (tmp_path / "out" / "milora.json").is_file()
-    assert "2 modules start with method pissa" in capsys.readouterr().err
+    assert "method pissa on 2 modules" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"MiLoRA cannot start this LoRA\npolicy.*rank: 65"):
         main([str(script), "65", str(tmp_path / "out")])
     for run in (main, llava_main):
         with pytest.raises(UserError, match="no script at|llava is not installed"):
             run([str(tmp_path / "nothing.py")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_warned"),
+    [(["--weight_decay", "0.1"], True), (["--weight_decay=0.1"], True), (["--weight_decay", "0."], False), ([], False)],
+)
+def test_weight_decay_of_a_script_is_warned_of(flags: list[str], is_warned: bool, tmp_path: Path, capsys) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    assert main([str(script), "4", str(tmp_path / "out"), *flags]) == 0
+    assert ("--weight_decay 0.1" in capsys.readouterr().err) is is_warned
 
 
 def test_modules_that_imported_the_function_before_are_reached(tiny_llama, monkeypatch) -> None:
@@ -164,7 +175,7 @@ def test_llavas_own_training_runs_and_its_own_classes_load_what_it_saved(tmp_pat
     pytest.importorskip("llava")
     from PIL import Image
 
-    _small_vicuna_and_clip(tmp_path)
+    small_vicuna_and_clip(tmp_path)
     (tmp_path / "images").mkdir()
     for i in range(8):
         Image.new("RGB", (40, 30), (30 * i, 10, 200)).save(tmp_path / "images" / f"{i}.png")
@@ -187,14 +198,14 @@ def test_llavas_own_training_runs_and_its_own_classes_load_what_it_saved(tmp_pat
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert "milora: 14 modules start with method milora" in done.stderr
+    assert "milora: method milora on 14 modules" in done.stderr
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     assert config.keys() <= KNOWN_KEYS
     assert config["r"] == 8
     assert torch.allclose(_as_llava_loads(tmp_path, out), torch.load(tmp_path / "train.py.logits"), atol=1e-4)
 
 
-def _small_vicuna_and_clip(root: Path) -> None:
+def small_vicuna_and_clip(root: Path) -> None:
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from transformers import CLIPImageProcessor, CLIPVisionModel
 

@@ -92,8 +92,50 @@ def test_flags_of_llava_about_data_alone_leave_the_policy_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
+    "flag",
+    [
+        "--bits 16", "--lora_bias none", "--mm_vision_select_layer -2", "--mm_vision_select_feature patch",
+        "--mm_projector_type mlp2x_gelu", "--mm_patch_merge_type flat", "--mm_use_im_start_end False",
+        "--mm_use_im_patch_token False", "--mpt_attn_impl triton", "--cache_dir x", "--freeze_backbone False",
+        "--freeze_mm_mlp_adapter False", "--tune_mm_mlp_adapter False",
+    ],
+)  # fmt: skip
+def test_a_flag_that_is_not_about_what_trains_leaves_the_policy_and_the_pictures_as_they_are(flag: str) -> None:
+    plain = settings("--model tiny --rank 8")
+    beside = settings(f"--model tiny --rank 8 {flag}")
+    assert beside.recipe == plain.recipe
+    assert beside.notes == []
+
+
+def test_bits_alone_mean_a_quantised_base() -> None:
+    plain = settings("--model tiny --rank 8").recipe
+    for bits in ("4", "8"):
+        assert settings(f"--model tiny --rank 8 --bits {bits}").recipe == plain.model_copy(
+            update={"quantization": f"{bits}bit"}
+        )
+        quantised = settings(f"--recipe tiny-test --bits {bits}").recipe
+        assert quantised == settings("--recipe tiny-test").recipe.model_copy(update={"quantization": f"{bits}bit"})
+    with pytest.raises(UserError, match="--bits 5: expected 16, 8 or 4"):
+        settings("--model tiny --bits 5")
+
+
+def test_a_frozen_projector_alone_leaves_the_default_adapters() -> None:
+    plain = settings("--model tiny --rank 8").recipe.policy
+    frozen = settings("--model tiny --rank 8 --freeze_mm_mlp_adapter True")
+    assert plain is not None
+    assert frozen.recipe.policy == plain[:1]
+    assert frozen.recipe.data.image_aspect_ratio == "pad"
+    lora = settings("--model tiny --method lora --rank 8 --freeze_mm_mlp_adapter True").recipe.policy
+    assert lora == [plain[0] | {"method": "lora"}]
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--vision_tower x --rank 8", r"--rank(.|\n)*in full(.|\n)*--lora_enable True"),
+        ("--lora_enable False --lora_alpha 8", r"--alpha(.|\n)*in full(.|\n)*--lora_enable True"),
+        ("--tune_mm_mlp_adapter True --lora_dropout 0.1", r"--dropout(.|\n)*the projector alone(.|\n)*leave"),
+        ("--freeze_backbone True --lora_r 8", r"--rank(.|\n)*the projector alone(.|\n)*leave"),
         ("--freeze_backbone True --freeze_mm_mlp_adapter True", "nothing is left to train"),
         ("--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", "nothing is left to train"),
         ("--recipe tiny-test --lora_enable True", "the recipe decides that"),
@@ -216,3 +258,54 @@ def test_ddp_looks_for_unused_weights_where_the_last_layers_of_the_tower_may_tra
     """LLaVA reads the last layer but one, so those behind it get no gradient, by whatever name a rule has for them."""
     request = parse(["--model", "tiny", "--policy", f"[{{modules: {modules}, method: full}}]"])
     assert prepared(resolve(request).recipe)[0]["ddp_find_unused_parameters"] is may_be
+
+
+RECIPE_WITH_EVALUATION = """\
+model: tiny
+data: {path: theirs.json, image_folder: images, eval_path: held-out.json}
+train: {max_steps: 2, eval_strategy: steps, eval_steps: 1, load_best_model_at_end: true}
+"""
+
+
+def test_data_of_ones_own_comes_without_the_recipes_evaluation(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE_WITH_EVALUATION)
+    made = settings(f"--recipe {recipe} --data_path mine.json")
+    assert (made.recipe.data.path, made.recipe.data.eval_path) == ("mine.json", None)
+    assert not {"eval_strategy", "load_best_model_at_end"} & made.recipe.train.keys()
+    (note,) = made.notes
+    assert "held-out.json" in note
+    assert "--eval_data_path" in note
+    prepared(made.recipe)
+    demo = settings("--recipe smol-llava-demo --data_path mine.json --image_folder mine")
+    assert demo.recipe.data.eval_path is None
+    assert len(demo.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "evaluated"),
+    [
+        ("", "held-out.json"),
+        ("--image_folder mine", "held-out.json"),
+        ("--data_path theirs.json", "held-out.json"),
+        ("--data_path mine.json --eval_data_path my-own.json", "my-own.json"),
+    ],
+)
+def test_the_evaluation_stays_where_its_data_does_or_another_is_named(
+    words: str, evaluated: str, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE_WITH_EVALUATION)
+    made = settings(f"--recipe {recipe} {words}")
+    assert made.recipe.data.eval_path == evaluated
+    assert made.recipe.train["eval_strategy"] == "steps"
+    assert made.notes == []
+
+
+@pytest.mark.parametrize("flag", ["--eval_strategy epoch", "--evaluation_strategy epoch"])
+def test_an_evaluation_that_is_asked_for_is_not_left_out(flag: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE_WITH_EVALUATION)
+    made = settings(f"--recipe {recipe} --data_path mine.json {flag}")
+    with pytest.raises(UserError, match="--eval_data_path"):
+        prepared(made.recipe)

@@ -144,6 +144,8 @@ def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
     text = written.read_text()
     assert "12 of 12 cells are done" in text
     assert "lora − milora" in text
+    assert (pair.difference.low, pair.difference.p_bootstrap) == (None, None)
+    assert "no interval and no p-value from 4 items" in text
     for name in ("pareto.png", "pareto.pdf", "pareto.csv", "rates.png", "cells.csv", "results.json"):
         assert (sweep.folder / name).stat().st_size > 50
     with (sweep.folder / "cells.csv").open() as file:
@@ -248,7 +250,8 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
         ({}, ["--lrs", "0"], "must be positive"),
         ({}, ["--lrs", "fast"], "expected numbers"),
         ({"data": {"path": "train.json"}}, [], "held-out records"),
-        ({"sweep": {}}, [], "what shall the cells be scored on"),
+        ({"data": {"eval_path": "val.json"}}, [], "data.path"),
+        ({"sweep": {}}, [], "sweep.suite"),
         ({"sweep": {"suite": "emoji", "train": {"max_step": 3}}}, [], "max_step"),
         ({}, ["--plan"], "train.json"),
         ({}, ["--suite", "emojis"], "emoji"),

@@ -16,13 +16,14 @@ from torch.utils.data import get_worker_info
 
 from milora_data.anyres import Tiling
 from milora_data.batches import Row, joined, packed, padded, with_single_image_tokens
+from milora_data.conversation import require_template
 from milora_data.encode import IGNORE, Encoded, NothingToLearn, encode
 from milora_data.errors import DataError, UserError
 from milora_data.features import FeatureReader
 from milora_data.images import ImageError, ImagePolicy, place_of
 from milora_data.pixels import AspectRatio, JpegDecoding, PixelMaker
 from milora_data.records import Record, parse_record
-from milora_data.templates import IMAGE, get_template
+from milora_data.templates import IMAGE
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class ImageTextCollator:
         self.image_aspect_ratio: AspectRatio = "anyres" if tiling else image_aspect_ratio
         self.jpeg_decoding: JpegDecoding = jpeg_decoding
         self._maker: PixelMaker | None = None
-        get_template(template)
+        require_template(template, tokenizer)
         if max_length is not None and max_length < 1:
             raise UserError(f"max_length must be at least 1, got {max_length}")
         self.template = template

@@ -11,6 +11,7 @@ from typing import NamedTuple, TextIO
 
 from milora_data.command import command_line
 from milora_data.errors import DataError
+from milora_data.web import not_fetched, web_address
 
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -110,10 +111,19 @@ def write_objects(path: Path, objects: Iterable[object]) -> int:
 
 def missing_file(path: Path) -> str:
     """Return the message for a data file that is not there, with the JSON files that are."""
+    address = web_address(path)
+    if address is not None:
+        return not_fetched(address)
     if path.is_dir():
         from milora_data.captions import SUFFIXES
+        from milora_data.saved import is_saved
 
         found, text = path, f"{path}: this is a folder; expected a JSON or JSONL file"
+        if is_saved(path):
+            call = command_line("milora_data", "convert", "--from", "hub", path, "--output_dir", "OUT")
+            text += f"\nit was written by save_to_disk of datasets: {call}"
+        for kind in (".parquet", ".tar"):
+            text += f"\nname its files: '{path}/*{kind}'" if any(path.glob(f"*{kind}")) else ""
         if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
             call = command_line("milora_data", "convert", "--from", "folder", path, "--output_dir", "OUT")
             text += f"\nof pictures and captions records are made by: {call}"

@@ -12,6 +12,7 @@ from typing import Any
 from milora_data.check import image_folder
 from milora_data.command import count, next_step, parser
 from milora_data.duplicates import duplicate_statistics, leakage
+from milora_data.embedded import EmbeddedPicture
 from milora_data.encode import encode
 from milora_data.errors import DataError, UserError
 from milora_data.flags import RECORDS, shared
@@ -82,7 +83,7 @@ def _read(path: Path) -> list[Record]:
     try:
         return list(load_records(path))
     except DataError as error:
-        if not path.is_file():
+        if not path.is_file() or isinstance(error, EmbeddedPicture):  # which says itself what to do
             raise
         hint = f"see: python -m milora_data check {path}; --fix OUT writes what is usable, which can be counted"
         raise DataError(f"{error}\n{hint}") from None

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from milora_data.errors import UserError
+from milora_vl.adapter_folders import holds_residual
 from milora_vl.adapter_io import load_adapter
-from milora_vl.adapters.folders import holds_residual
 from milora_vl.adapters.imported import import_adapter, refuse_mutating
 from milora_vl.adapters.plain import write_plain
 from milora_vl.adapters.source import Source, find_source

@@ -15,7 +15,7 @@ from typing import Any
 from milora_data.command import next_step, parser, positive
 from milora_data.errors import UserError
 from milora_data.flags import shared
-from milora_vl.adapters.folders import holds_adapter, holds_residual
+from milora_vl.adapter_folders import holds_adapter, holds_residual, newest_of_unfinished
 from milora_vl.report.regenerate import rewrite_report
 
 _EXAMPLES = """\
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
     if folder is None:
         taken = "is no training" if subject.is_dir() else "is no folder here, so it is taken for a model"
+        newest = newest_of_unfinished(subject, "milora_vl.analyze")
+        if newest:
+            raise UserError(f"{subject} holds no adapter{newest}")
         raise UserError(f"{options.subject} {taken}: where shall the files go?\nsay:  --output_dir O")
     device = device_named(options.device)
     todo = job.plan(

@@ -14,8 +14,9 @@ from typing import Any
 
 from milora_data import load_records
 from milora_data.errors import UserError
+from milora_data.saved import is_saved
 from milora_data.whole import read_json, write_json
-from milora_vl.adapters.folders import base_of, holds_adapter
+from milora_vl.adapter_folders import base_of, holds_adapter
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.forgetting.measure import compare_on, hides_its_base, measure_forgetting
 from milora_vl.forgetting.text import sampled_batches
@@ -61,7 +62,7 @@ class Job:
             raise UserError("forgetting is measured against a base\nsay:  --adapter A, or --base B for a full --model")
         if self.adapter is not None and self.base is not None:
             raise UserError("--base is for a fully trained --model; the base of an adapter is its --model")
-        missing = [path for path in (*(self.texts or ()), self.data_path) if path is not None and not path.is_file()]
+        missing = [path for path in (*(self.texts or ()), self.data_path) if path is not None and not _is_there(path)]
         if missing:
             raise UserError(f"no file {missing[0]}")
         measures: dict[str, Callable[[], Any]] = {
@@ -199,10 +200,15 @@ class Job:
         return load_model(name, adapter=adapter, dtype=dtype_named(self.dtype, device), device=device)[0]
 
 
+def _is_there(path: Path) -> bool:
+    return path.is_file() or is_saved(path)
+
+
 def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Results]:
     """Return the change of each benchmark's first score; `was_good` tells whether the base beat the answer by rote.
 
-    A drop says that something was forgotten only where the base was good before.
+    A drop says that something was forgotten only where the base was good before: by two standard errors, or by the 3/n
+    that n equal answers leave open (the rule of three), whichever is more.
     """
     new = {benchmark["name"]: benchmark["metrics"][0] for benchmark in after["benchmarks"] if benchmark["metrics"]}
     changes = []
@@ -210,7 +216,8 @@ def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[R
         if not benchmark["metrics"] or benchmark["name"] not in new:
             continue
         old, now = benchmark["metrics"][0], new[benchmark["name"]]
-        error, floor = old.get("stderr") or 0.0, old.get("baseline") or 0.0
+        floor = old.get("baseline") or 0.0
+        margin = max(2 * (old.get("stderr") or 0.0), 3 / max(old["n"], 1))
         changes.append(
             {
                 "benchmark": benchmark["name"],
@@ -219,7 +226,7 @@ def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[R
                 "after": now["value"],
                 "change": now["value"] - old["value"],
                 "baseline": floor,
-                "was_good": bool(old["value"] > floor + 2 * error),
+                "was_good": bool(old["value"] > floor + margin),
             }
         )
     return changes

@@ -21,14 +21,15 @@ from torch import nn
 
 from milora_data.command import suggest
 from milora_data.errors import UserError
+from milora_data.tokens import share_template
 from milora_vl import tiny
+from milora_vl.adapter_folders import newest_of_unfinished
 from milora_vl.models import original, smol_llava
 from milora_vl.models.assemble import whole_weights
-from milora_vl.models.image_tokens import extra_tokens
+from milora_vl.models.image_tokens import complete_processor
 from milora_vl.models.names import MADE_HERE, MADE_IN_MEMORY, NAMED_MODELS, PART_OF, SAME_WEIGHTS, UnknownModelError
 from milora_vl.models.quantized import Quantization, quantization_config
 from milora_vl.models.quiet import quiet_bars
-from milora_vl.models.timm_tower import register
 from milora_vl.towers import keep_weights_readable
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def load_weights(
         # HF then keeps renamings of old checkpoints that this one had no need of, and undoes them when it saves.
         vars(model).pop("_weight_conversions", None)
     keep_weights_readable(model)
+    vars(model.config).pop("auto_map", None)  # code in the folder was not used: what is saved must not name it
     return _named(model, name)
 
 
@@ -104,7 +106,8 @@ def load_processor(name: str | Path) -> Any:
     sees = "vision_config" in config.to_dict()
     processor = _read((AutoProcessor if sees else AutoTokenizer).from_pretrained, source_of(name), name)
     if sees:
-        _complete(processor, config)
+        share_template(processor)
+        complete_processor(processor, config)
     return processor
 
 
@@ -120,7 +123,6 @@ def config_of(name: str) -> Any:
         return AutoConfig.for_model(inner.pop("model_type"), **inner)
     packaged = files("milora_vl") / "configs" / f"{SAME_WEIGHTS.get(name, name)}.json"
     if packaged.is_file():
-        register()
         content = json.loads(packaged.read_text(encoding="utf-8"))
         return AutoConfig.for_model(content.pop("model_type"), **content)
     return _read(AutoConfig.from_pretrained, source_of(name), name)
@@ -151,10 +153,10 @@ def source_of(name: str) -> str:
         return str(smol_llava.made_folder(name))
     folder = Path(name)
     if folder.is_dir():
-        register()
         if not (folder / "config.json").is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-            raise UserError(f"{name} holds no model: it has no config.json\nfound: {found}")
+            newest = newest_of_unfinished(folder, "--model")
+            raise UserError(f"{name} holds no model: it has no config.json" + (newest or f"\nfound: {found}"))
         return name
     if name in NAMED_MODELS or name in SAME_WEIGHTS:
         return NAMED_MODELS[SAME_WEIGHTS.get(name, name)]
@@ -175,7 +177,7 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
 
     local = Path(source).is_dir()
     try:
-        return load(source, local_files_only=local or not _hub_is_known(), trust_remote_code=False, **arguments)
+        return load(source, local_files_only=local or not hub_is_known(), trust_remote_code=False, **arguments)
     except (SafetensorError, ValueError, ImportError, TypeError) as error:  # cut off, of no known kind, no tokenizer
         raise UserError(f"cannot read the model in {source}\n{_first_line(error)}") from None
     except OSError as error:
@@ -190,7 +192,7 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
         ) from None
 
 
-def _hub_is_known() -> bool:
+def hub_is_known() -> bool:
     """Whether the hub's name resolves; without a network the client would try for half a minute, noisily."""
     from huggingface_hub.constants import ENDPOINT
 
@@ -205,16 +207,3 @@ def _hub_is_known() -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _complete(processor: Any, config: Any) -> None:
-    """Set what the processor needs to count image tokens, and square padding, as LLaVA-1.5 was trained."""
-    if config.model_type not in ("llava", "llava_next"):
-        return
-    processor.patch_size = config.vision_config.patch_size
-    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    processor.num_additional_image_tokens = extra_tokens(config)
-    if config.model_type == "llava_next":
-        processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
-    elif type(processor.image_processor).__name__.startswith("LlavaImageProcessor"):  # ...Fast, ...Pil
-        processor.image_processor.do_pad = True

@@ -1,10 +1,9 @@
-"""The models that have a name here, and the files that a projector alone is saved in. Needs no torch."""
+"""The models that have a name here. Needs no torch."""
 
 from __future__ import annotations
 
 from milora_data.errors import UserError
 
-PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 # Name -> id on the model hub; those of MADE_HERE need no hub.
 NAMED_MODELS: dict[str, str] = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",

@@ -53,7 +53,9 @@ def require_plain_head(language: Any, name: str) -> None:
         )
 
 
-FORMAT = 2  # to be raised with every change of what a base folder holds
+FORMAT = 2  # to be raised when a base folder that was made before would be wrong
+# Where config.json says which tower a base was made of: Hugging Face's LLaVA has no field for that.
+TOWER_NAME = "vision_tower_name"
 # Rows of the vocabulary: a multiple of this, as Hugging Face's own conversion of LLaVA has it.
 ROWS = 64
 
@@ -99,12 +101,17 @@ def planned_config(parts: Parts) -> Any:
     return llava_config(plan, text, image_token=image_token)
 
 
+def planned_folder(parts: Parts) -> Path:
+    """The folder in the cache that a base of these parts has, or will have: its name tells its contents."""
+    return cache_dir() / "models" / f"{_name(parts)}-{_digest(parts)}"
+
+
 def base_folder(parts: Parts) -> tuple[Path, bool]:
     """The folder with these parts in Hugging Face's layout, and whether it was made now rather than found.
 
     It lies in the cache under a name of its contents; an adapter names it as its base, and stock PEFT loads both.
     """
-    folder = cache_dir() / "models" / f"{_name(parts)}-{_digest(parts)}"
+    folder = planned_folder(parts)
     if (folder / "config.json").is_file():
         return folder, False
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +149,9 @@ def write(parts: Parts, folder: Path) -> None:
         strategy=plan.strategy,
         extra_tokens=plan.extra_tokens,
     )
+    tower_folder = Path(parts.vision)
+    name = str(tower_folder.resolve()) if tower_folder.is_dir() else parts.vision
+    model.config.update({TOWER_NAME: name})
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

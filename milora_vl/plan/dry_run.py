@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 from datetime import datetime
@@ -16,22 +17,23 @@ from typing import Any
 
 from torch import nn
 
-from milora_data.command import as_typed
+from milora_data.command import amount, as_typed
 from milora_data.errors import UserError
 from milora_data.templates import OWN
+from milora_data.tokens import share_template
 from milora_vl.models.image_tokens import image_tokens
-from milora_vl.models.loading import meta_model
+from milora_vl.models.loading import meta_model, split_processor
 from milora_vl.models.names import MADE_HERE, NAMED_MODELS
 from milora_vl.models.quantized import bytes_per_number
 from milora_vl.models.smol_llava import folder_of
-from milora_vl.plan import evaluation, first_batch, requirements, run_data, run_folder, training_args
+from milora_vl.plan import evaluation, first_batch, requirements, resuming, run_data, run_folder, training_args
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.cost import MIX665K, costs_of
 from milora_vl.plan.screen import COLUMNS, Screen, policy_rows, trainable_text, trained_sizes
 from milora_vl.policy import Target
-from milora_vl.recipe import base_model, settings
+from milora_vl.recipe import base_model, rates, settings
 from milora_vl.recipe.arguments import PROG, Request
-from milora_vl.recipe.on_model import rules_for, targets_of
+from milora_vl.recipe.on_model import require_template, rules_for, targets_of
 from milora_vl.recipe.schema import Recipe, RecipeError
 from milora_vl.tiny import tiny_tokenizer
 from milora_vl.towers import TOWERS, find_towers
@@ -44,33 +46,32 @@ def show(request: Request) -> int:
     """
     screen = Screen(sys.stdout if request.format == "human" else sys.stderr)
     chosen = settings.resolve(request)
-    try:
-        settings.require_fit(request, chosen.recipe)
-    except RecipeError as error:  # without a policy there is no plan, but data and evaluation have faults of their own
-        found = [error, *_missing(chosen.recipe), *_faults_of_data(chosen.recipe)]
-        raise UserError(problems=[problem for e in found for problem in e.problems], source=error.source) from None
+    _require_fit(request, chosen.recipe)
     requirements.check(chosen.recipe.train, chosen.recipe.quantization, chosen.recipe.attn_implementation)
     config = base_model.config_for(chosen.recipe)
     base = meta_model(config)
     recipe = rules_for(chosen.recipe, base, implicit=chosen.implicit_policy)
     targets = targets_of(recipe, base)
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
-    run_folder.choose(path, request.resume)
-    train, warnings = training_args.prepared(recipe)
+    resumed, processes = resuming.Resumed(run_folder.choose(path, request.resume), request.resume), num_devices(request)
+    warnings = resumed.compare(chosen.recipe, implicit_policy=chosen.implicit_policy, processes=processes)
+    train, more_warnings = training_args.prepared(recipe)
+    warnings += more_warnings + rates.warnings(targets, train, method=request.edits.method)
+    targets = rates.in_force(targets, train)
     for line in [*chosen.notes, *(f"warning: {warning}" for warning in [*chosen.warnings, *warnings])]:
         screen.say(line)
     parts = base_model.parts_of(recipe)
     screen.say(f"model  {parts.describe() if parts else recipe.model}, {count(base):,} parameters")
     screen.say(f"run    {path} (not created)\n")
     policy(screen, base, targets)
-    counts, num_records = None, None
     problems = _missing(recipe)  # the rest of the plan is worth seeing; they are raised at the end
     try:
         counts, num_records = data(screen, recipe, config, base)
     except UserError as error:
         problems.append(error)
-    rows = math.ceil((num_records or 1) / (counts.records if counts else 1))
-    batching = _batching(train, None if recipe.data.streaming else rows, request.devices or num_devices())
+        counts, num_records = _assumed(screen, recipe, "cannot be read"), None
+    rows = math.ceil((num_records or 1) / counts.records)
+    batching = _batching(train, None if recipe.data.streaming else rows, processes)
     screen.say(f"\nbatch  {batching.describe()}")
     has_steps = recipe.data.streaming or num_records is not None
     unknown = "not known: the data cannot be read" if recipe.data.path else "not known without data"
@@ -110,15 +111,32 @@ def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batc
     )
 
 
+def _require_fit(request: Request, recipe: Recipe) -> None:
+    """Without a policy there is no plan, but data and evaluation have faults of their own: UserError with all."""
+    try:
+        settings.require_fit(request, recipe)
+    except RecipeError as error:
+        found = [error, *_missing(recipe), *_faults_of_data(recipe)]
+        raise UserError("\n".join(map(str, found))) from None
+
+
 def _missing(recipe: Recipe) -> list[UserError]:
     """What loading the model, or the evaluation after the training, would stumble over."""
     found = []
-    for check in (lambda: base_model.check(recipe), lambda: evaluation.check(recipe.eval)):
+    for check in (lambda: base_model.check(recipe), lambda: _template(recipe), lambda: evaluation.check(recipe.eval)):
         try:
             check()
         except UserError as error:
             found.append(error)
     return found
+
+
+def _template(recipe: Recipe) -> None:
+    """UserError for a chat template that a tokenizer at hand does not have."""
+    if recipe.template == OWN and base_model.parts_of(recipe) is None:
+        tokenizer = tokenizer_at_hand(recipe.model)
+        if tokenizer is not None:
+            require_template(recipe, tokenizer)
 
 
 def _faults_of_data(recipe: Recipe) -> list[UserError]:
@@ -163,19 +181,20 @@ def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
     screen.say(f"adapters {adapters:,}, in full {full:,}")
 
 
-def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[first_batch.Counts | None, int | None]:
+def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[first_batch.Counts, int | None]:
     """Check and show the records, and return what one of a batch takes, and how many there are.
 
-    None for what is not known: where no data is named yet, and how many a stream has.
+    The number is None where it is not known: no data is named yet, or it is a stream.
     """
     if recipe.data.path is None:
-        screen.say("\ndata   none named yet (--data_path); counts below assume records as in LLaVA's mix665k")
-        return (_packed(screen, recipe, MIX665K) if recipe.data.packing else None), None
+        return _assumed(screen, recipe, "none named yet (--data_path)"), None
     read = run_data.read(recipe.data)
     sees = find_towers(base).vision is not None
     num_tokens = image_tokens(config) if sees else 0
     tokenizer, template = tokenizer_at_hand(recipe.model), recipe.template
-    if tokenizer is None and template == OWN:
+    if template == OWN and base_model.parts_of(recipe) is not None:
+        template = "vicuna_v1"  # which composing gives it
+    elif template == OWN and tokenizer is None:
         screen.say("\nthe model's own template comes with its tokenizer, which is not here: counted as vicuna_v1")
         template = "vicuna_v1"
     first = read.train[: recipe.train.get("per_device_train_batch_size", 8)]
@@ -187,11 +206,18 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
         max_length=recipe.data.max_length,
     )
     screen.say(f"\ndata   {read.describe()}")
-    screen.say(f"first batch: {len(first)} records, {counts.describe()}   (> is learnt, . is only read)")
+    screen.say(f"first batch: {amount(len(first), 'record')}, {counts.describe()}   (> is learnt, . is only read)")
     for line in first_batch.lines(first, template=template, image_tokens=num_tokens, tokenizer=tokenizer):
         screen.say(line)
     packed = _packed(screen, recipe, counts) if recipe.data.packing else counts
     return packed, None if read.streamed else len(read.train)
+
+
+def _assumed(screen: Screen, recipe: Recipe, why: str) -> first_batch.Counts:
+    """What a record takes where none can be read: about as much as one of LLaVA's mix665k, within --max_length."""
+    counts = MIX665K.within(recipe.data.max_length)
+    screen.say(f"\ndata   {why}; counts below assume records of {counts.tokens:,} tokens (LLaVA's mix665k)")
+    return _packed(screen, recipe, counts) if recipe.data.packing else counts
 
 
 def _packed(screen: Screen, recipe: Recipe, counts: first_batch.Counts) -> first_batch.Counts:
@@ -203,17 +229,23 @@ def _packed(screen: Screen, recipe: Recipe, counts: first_batch.Counts) -> first
 
 def tokenizer_at_hand(name: str) -> Any | None:
     """The model's tokenizer if it is on this machine, else None: nothing is fetched for a dry run."""
-    from transformers import AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
 
     if name in ("tiny", "tiny-text"):
         return tiny_tokenizer()
     source = name if Path(name).is_dir() else NAMED_MODELS.get(name, name)
     if name in MADE_HERE:
         source = str(folder_of(name))
-    try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
+    for auto in (AutoProcessor, AutoTokenizer):  # the chat template may be the processor's; of a text model both are
+        try:
+            found = auto.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError):
+            continue
+        tokenizer, pictures = split_processor(found)
+        if pictures is not None:
+            share_template(found)
+        return tokenizer
+    return None
 
 
 def count(model: nn.Module) -> int:
@@ -221,11 +253,9 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def num_devices() -> int:
-    """Devices of the launch: what torchrun says, else one."""
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def num_devices(request: Request) -> int:
+    """Devices that are planned for, else those of the launch: what torchrun says, or one."""
+    return request.devices or int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def command(request: Request) -> str:

@@ -5,21 +5,23 @@ recipe.yaml, environment.json, policy.json, spectrum.json, the processor and REA
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from milora_data import whole
 from milora_data.errors import UserError
 from milora_vl import checkpoints
 from milora_vl.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from milora_vl.plan.run_data import RunData
 
 OWN_FILES = ("recipe.yaml", "README.md", "policy.json", "report.html")
 GIT_PATIENCE = 10  # seconds
@@ -56,23 +58,17 @@ def default_path(recipe: Recipe, now: datetime) -> Path:
     return Path("runs") / Path(recipe.model).name / method / now.strftime("%Y-%m-%d_%H%M%S")
 
 
-def is_finished(path: Path) -> bool:
-    """Whether a training in this folder has come to its end."""
-    return bool(read_environment(path).get("finished")) and any((path / name).is_file() for name in checkpoints.WEIGHTS)
-
-
 def choose(path: Path, resume: str | None) -> RunFolder:
     """The folder to run in, by what is there and what `--resume_from_checkpoint` says (None, true, auto, or a folder).
 
     UserError, before anything is written, where a run would be overwritten or there is nothing to resume.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output_dir {path} is a file, not a folder")
-    wanted = None if resume is None or resume.lower() in ("false", "no", "none") else resume
+    _require_writable(path)
+    wanted = checkpoints.asked_for(resume)
     if wanted is None:
         _refuse_to_overwrite(path)
         return RunFolder(path)
-    if wanted.lower() not in ("true", "yes", "1", "auto"):
+    if not checkpoints.is_word(wanted):
         given = _given_checkpoint(Path(wanted))
         if given.resolve().parent != path.resolve():
             _refuse_to_overwrite(path)
@@ -85,50 +81,47 @@ def choose(path: Path, resume: str | None) -> RunFolder:
             + "\nleave --resume_from_checkpoint out to start, or say auto to resume where there is something"
         )  # fmt: skip
     has_weights = any((path / name).is_file() for name in checkpoints.WEIGHTS)
-    if checkpoint is None and has_weights and not read_environment(path):
+    if checkpoint is None and has_weights and not checkpoints.read_environment(path):
         _refuse_to_overwrite(path)
     return RunFolder(path, checkpoint, tuple(skipped))
 
 
-def read_environment(path: Path) -> dict[str, Any]:
-    """Content of a run's environment.json, empty where there is none or it is cut off."""
-    try:
-        content = json.loads((path / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def continued(before: Mapping[str, Any], now: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """environment.json of a resumed run: when it began stays, when it was resumed is added."""
-    resumed = [*before.get("resumed", []), {"from": checkpoint.name, "at": now["started"]}]
-    return {**now, "started": before.get("started", now["started"]), "resumed": resumed}
-
-
 def describe_environment(
-    recipe: Recipe, command: Sequence[str], *, base: str, device: str, data: Mapping[str, int]
+    recipe: Recipe, command: Sequence[str], *, base: str, device: str, data: RunData, dtype: str, processes: int
 ) -> dict[str, Any]:
-    """What environment.json says at the start of a run."""
+    """What environment.json says at the start of a run; `dtype` is that of the frozen weights."""
     return {
         "command": list(command),
         "versions": {"python": sys.version.split()[0], **_versions()},
         "git": _git_state(),
         "device": device,
+        "processes": processes,
+        "dtype": dtype,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "finished": None,
         "seconds": 0.0,
         "seed": recipe.train.get("seed", 42),
         "model": recipe.model,
         "base": base,
-        "data": dict(data),
+        "data": data.counts(),
+        "records": data.fingerprint,
     }
+
+
+def _require_writable(path: Path) -> None:
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        inside = "" if there == path else f": {there}"
+        raise UserError(f"--output_dir {path} is {'inside ' if inside else ''}a file, not a folder{inside}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {path}: {there} cannot be written to\nname another folder")
 
 
 def _refuse_to_overwrite(path: Path) -> None:
     found = [name for name in checkpoints.WEIGHTS if (path / name).is_file()]
     steps = [folder.name for folder in checkpoints.checkpoints(path)]
     if found:
-        what = f"a finished run ({found[0]})" if is_finished(path) else f"trained weights ({found[0]})"
+        what = f"a finished run ({found[0]})" if checkpoints.is_finished(path) else f"trained weights ({found[0]})"
         raise UserError(
             f"{path} holds {what}; nothing is overwritten\n"
             "give another --output_dir, or remove the folder to start afresh\n"
@@ -141,7 +134,7 @@ def _refuse_to_overwrite(path: Path) -> None:
             "to start afresh:   another --output_dir, or remove the folder"
         )
     foreign = [name for name in OWN_FILES if (path / name).exists()]
-    if foreign and not read_environment(path):
+    if foreign and not checkpoints.read_environment(path):
         raise UserError(f"{path} holds {', '.join(foreign)} that no run of ours wrote; give another --output_dir")
 
 

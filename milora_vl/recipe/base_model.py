@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
+from milora_data.templates import OWN
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
 from milora_vl.models.image_tokens import require_llava
@@ -64,7 +65,19 @@ def settled(recipe: Recipe) -> tuple[Recipe, str]:
     folder, is_new = composing.base_folder(parts)
     done = "composed" if is_new else "composed before"
     line = f"base {folder}, {done} of {parts.describe()}; the adapter names it"
-    return recipe.model_copy(update={"model": str(folder), "parts": PartsConfig(), "projector_weights": None}), line
+    return _composed(recipe, folder), line
+
+
+def named_as_composed(recipe: Recipe, model: str) -> Recipe:
+    """The recipe as `settled` leaves it, where its parts are those of `model`, the composed base of an earlier run."""
+    parts = parts_of(recipe)
+    if parts is None or composing.planned_folder(parts).name != Path(model).name:
+        return recipe
+    return _composed(recipe, Path(model))
+
+
+def _composed(recipe: Recipe, folder: Path) -> Recipe:
+    return recipe.model_copy(update={"model": str(folder), "parts": PartsConfig(), "projector_weights": None})
 
 
 def warnings(recipe: Recipe) -> list[str]:
@@ -72,6 +85,8 @@ def warnings(recipe: Recipe) -> list[str]:
     named = recipe.parts
     if named == PartsConfig() or not recipe.model:
         return []
+    if recipe.template == OWN and parts_of(recipe):
+        return [f"--template {OWN}: a base that is composed here has that of vicuna_v1, not that of {recipe.model}"]
     if not _sees(recipe.model):
         return [] if named.vision_tower else ["without a --vision_tower, what is said of its layer has no effect"]
     config = loading.config_of(recipe.model)

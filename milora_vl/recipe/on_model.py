@@ -5,17 +5,24 @@ No weights are loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from torch import nn
 
+from milora_data.command import amount
+from milora_data.encode import NothingToLearn, encode
 from milora_data.errors import Problem, UserError
+from milora_data.records import Record
+from milora_data.templates import OWN, TEMPLATES
+from milora_data.tokens import own_template
 from milora_vl.models.image_tokens import tiling_of
 from milora_vl.models.loading import meta_model, split_processor
 from milora_vl.models.quantized import is_quantized
 from milora_vl.policy import Policy, PolicyError, Target
 from milora_vl.policy.resolve import RankTooLarge
+from milora_vl.recipe.policy_edits import without_projector
 from milora_vl.recipe.schema import Recipe
 from milora_vl.towers import find_towers
 
@@ -24,8 +31,7 @@ def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:
     """The recipe whose default policy fits this model: no projector rule where there is no projector."""
     if not implicit or find_towers(base).projector is not None:
         return recipe
-    rules = [rule for rule in recipe.policy or () if rule["modules"] != "projector"]
-    return recipe.model_copy(update={"policy": rules})
+    return recipe.model_copy(update={"policy": without_projector(recipe.policy or [])})
 
 
 def targets_of(recipe: Recipe, base: nn.Module) -> list[Target]:
@@ -56,6 +62,22 @@ def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]
         f"a picture takes up to {tiling.most_tokens:,} tokens: at max_length {recipe.data.max_length:,} large ones are "
         "left out, with all that follows them (--max_length 4096)",
     ]
+
+
+def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] = ()) -> None:
+    """UserError unless the model's own chat template, where the recipe asks for it, is there and takes the records."""
+    if recipe.template != OWN:
+        return
+    try:
+        own_template(tokenizer)
+    except UserError:
+        known = ", ".join(TEMPLATES)
+        raise UserError(
+            f"--template {OWN}: {recipe.model} has no chat template\nname another template, one of: {known}"
+        ) from None
+    for record in records:
+        with suppress(NothingToLearn):
+            encode(record, tokenizer, template=OWN, image_token_id=-1, image_tokens=0)
 
 
 def problems_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bool = False) -> list[Problem]:
@@ -94,6 +116,7 @@ def require_float_weights(recipe: Recipe, config: Any) -> None:
     packed = [t.path for t in targets if t.rank is None and is_quantized(t.path, base.get_submodule(t.path))]
     if packed:
         raise UserError(
-            f"quantization {recipe.quantization}: {len(packed):,} modules are to train in full, first {packed[0]}\n"
+            f"quantization {recipe.quantization}: {amount(len(packed), 'module')} would train in full, "
+            f"first {packed[0]}\n"
             "a quantised weight cannot train; an adapter on it can: --lora_enable True, or --method milora"
         )

@@ -129,8 +129,8 @@ def _resolve(request: Request) -> Settings:
     base = Recipe.parse(given, source, lines)
     meaning = _llava(request)
     content = base.model_dump() | {"train": overridden(base.train, request.overrides.get("train", {}))}
+    notes_on_data = _without_evaluation(content, request)
     merged = _merge(content, request.overrides)
-    notes_on_pictures: list[str] = []
     if meaning and meaning.quantization:
         merged["quantization"] = meaning.quantization
     if request.llava and request.llava.get("group_by_modality_length"):
@@ -138,7 +138,7 @@ def _resolve(request: Request) -> Settings:
     merged["parts"] = {**merged["parts"], **llava_flags.parts(request.llava)}
     if llava_flags.is_script(request.llava) and not request.recipe and not _gives(request, "data.image_aspect_ratio"):
         merged["data"]["image_aspect_ratio"] = "plain"
-        notes_on_pictures = ["LLaVA flags: no --image_aspect_ratio means pictures cropped to a square"]
+        notes_on_data += ["LLaVA flags: no --image_aspect_ratio means pictures cropped to a square"]
     rules = _policy(request, base, meaning)
     implicit = rules is None
     merged["policy"] = edited(rules, request.edits)
@@ -152,17 +152,27 @@ def _resolve(request: Request) -> Settings:
     batch = (int(per_device), int(base.train.get("gradient_accumulation_steps", 1))) if per_device else None
     notes = [meaning.line] if meaning and meaning.line else []
     warnings = [*(meaning.warnings if meaning else []), *base_model.warnings(recipe)]
-    return Settings(recipe, request.recipe or "", implicit, batch, [*notes, *notes_on_pictures], warnings)
+    return Settings(recipe, request.recipe or "", implicit, batch, [*notes, *notes_on_data], warnings)
 
 
 def _dtype_of_resumed(request: Request) -> str | None:
     """The dtype of the run that a request goes on with, whatever is the fastest here."""
-    if request.resume is None or request.output_dir is None:
+    run = checkpoints.resumed_run(request.output_dir, request.resume)
+    if run is None or not (run / "recipe.yaml").is_file():  # nothing was saved: it begins again
         return None
-    kept = Path(request.output_dir) / "recipe.yaml"
-    if not kept.is_file() or not checkpoints.checkpoints(kept.parent):  # nothing was saved: it begins again
-        return None
-    return str(yaml_file.read_file(kept)[0].get("dtype", "")) or None
+    return str(yaml_file.read_file(run / "recipe.yaml")[0].get("dtype", "")) or None
+
+
+def _without_evaluation(content: dict[str, Any], request: Request) -> list[str]:
+    """Drop a recipe's held-out records where --data_path replaces its data; returns what to say about it."""
+    data, flags = content["data"], request.overrides.get("data", {})
+    held_out = data["eval_path"]
+    if held_out is None or "eval_path" in flags or flags.get("path", data["path"]) == data["path"]:
+        return []
+    data["eval_path"] = None
+    for name in ("eval_strategy", "load_best_model_at_end"):
+        content["train"].pop(name, None)
+    return [f"--data_path replaces the recipe's data: its {held_out} is left out (yours: --eval_data_path FILE)"]
 
 
 def _gives(request: Request, path: str) -> bool:
@@ -194,7 +204,7 @@ def _llava(request: Request) -> llava_flags.Meaning | None:
         if clash:
             decided_by = "recipe" if request.recipe else "policy"
             raise UserError(f"{' '.join(clash)}: the {decided_by} decides that\nuse --method")
-    if request.edits.method in ADAPTERS and llava_flags.decide_what_trains(given):
+    if request.edits.method in ADAPTERS and (llava_flags.is_script(given) or given.get("freeze_backbone")):
         given["lora_enable"] = True
     edits = request.edits
     found = llava_flags.meaning(given, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
@@ -232,7 +242,8 @@ def _read_policy(text: str) -> tuple[list[dict[str, Any]], str]:
     if isinstance(rules, Mapping):
         rules = rules.get("policy", [rules])
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
-        raise UserError(f"{source}: expected a list of rules, e.g. [{{modules: language, method: milora, rank: 64}}]")
+        example = "[{modules: language, method: milora, rank: 64, learning_rate: 2.0e-4}]"
+        raise UserError(f"{source}: expected a list of rules, e.g. {example}")
     return [dict(rule) for rule in rules], source
 
 

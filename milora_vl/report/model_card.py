@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from milora_vl.adapters.folders import holds_text_model
-from milora_vl.plan.run_folder import read_environment
+from milora_vl.adapter_folders import holds_text_model
+from milora_vl.checkpoints import read_environment
 from milora_vl.recipe.schema import Recipe
 
 UNFINISHED = (

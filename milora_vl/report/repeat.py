@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command import command_line
-from milora_vl.adapters.folders import holds_text_model
+from milora_vl.adapter_folders import holds_text_model
 from milora_vl.report.run_page import Run
 
 

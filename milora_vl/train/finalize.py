@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from milora_data.command import command_line
-from milora_vl.adapters.folders import holds_text_model
+from milora_vl.adapter_folders import holds_text_model
 from milora_vl.checkpoints import WEIGHTS
 from milora_vl.plan.run_folder import RunFolder
 from milora_vl.plan.screen import Screen

@@ -11,15 +11,19 @@ import torch
 from torch import nn
 
 from milora_data.errors import UserError
+from milora_data.records import Record
+from milora_data.templates import OWN
 from milora_vl.adapter import apply_targets
 from milora_vl.adapter_io import load_adapter
 from milora_vl.initialize import LayerReport
 from milora_vl.load import load_model
 from milora_vl.lora.sidecar import FILE_NAME
+from milora_vl.models.loading import load_processor, split_processor
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import quantization_config
 from milora_vl.plan.screen import trained_sizes
 from milora_vl.policy import Target
+from milora_vl.recipe.on_model import require_template
 from milora_vl.recipe.schema import Recipe
 from milora_vl.towers import TOWERS, find_towers
 from milora_vl.train.trainer import Saves
@@ -39,9 +43,17 @@ class Built:
     frozen: list[str]  # towers of which nothing trains
 
 
-def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
-    """The base model and its processor; the projector from `projector_weights` where the recipe says so."""
+def load_base(
+    recipe: Recipe, dtype: torch.dtype, device: torch.device, first: Sequence[Record] = ()
+) -> tuple[nn.Module, Any]:
+    """The base model and its processor; the projector from `projector_weights` where the recipe says so.
 
+    UserError, before weights load, for a template that is not there, or that does not take the first records.
+    """
+
+    if recipe.template == OWN:
+        checked = first if recipe.data.bad_images == "raise" else ()
+        require_template(recipe, split_processor(load_processor(recipe.model))[0], checked)
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
     _set_attention(model, recipe.attn_implementation)
     if recipe.projector_weights:
@@ -53,7 +65,6 @@ def _quantization(recipe: Recipe) -> Any:
     """Settings of bitsandbytes; what 4 bits are multiplied in is the precision that the run trains in, as in LLaVA."""
     if recipe.quantization == "none":
         return None
-
     half = torch.bfloat16 if recipe.train.get("bf16") else torch.float16 if recipe.train.get("fp16") else torch.float32
     return quantization_config(
         recipe.quantization,
@@ -92,6 +103,7 @@ def build(
     frozen: list[str] = [tower for tower in TOWERS if _has(base, tower) and tower not in {t.tower for t in targets}]
     if saves == "adapter" and checkpoint is not None:
         model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
+        _require_same_adapter(checkpoint, model, targets, recipe.form)
     else:
         model = apply_targets(base, targets, form=recipe.form, cache_dir=recipe.factor_cache, progress=True)
     for parameter in model.parameters():
@@ -111,6 +123,27 @@ def _require_same_kind(checkpoint: Path, saves: Saves) -> None:
         raise UserError(
             f"{checkpoint} has no {FILE_NAME}, which tells what of the adapter trains and what is its anchor\n"
             "put the file back, or resume from another checkpoint"
+        )
+
+
+def _require_same_adapter(checkpoint: Path, model: Any, targets: Sequence[Target], form: str) -> None:
+    """UserError where the rules describe another adapter than the files: tables and pages would show that one."""
+    stored, wanted = (
+        {t.path: f"{t.method} of rank {t.rank}, scale {t.scaling:g}" if t.rank else t.method for t in found}
+        for found in (model.milora_targets, targets)
+    )
+    differing = [
+        f"{path}: {stored.get(path, 'frozen')} -> {wanted.get(path, 'frozen')}"
+        for path in {**stored, **wanted}
+        if stored.get(path) != wanted.get(path)
+    ]
+    if model.sidecars["default"].form != form:
+        differing.insert(0, f"form: {model.sidecars['default'].form} -> {form}")
+    if differing:
+        more = f"\n... and {len(differing) - 1:,} more" if len(differing) > 1 else ""
+        raise UserError(
+            f"{checkpoint} was trained by other rules, and cannot continue with these\n{differing[0]}{more}\n"
+            "to resume:  repeat the --method, --rank, --alpha, --form or --policy of the run that wrote it"
         )
 
 

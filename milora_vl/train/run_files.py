@@ -1,8 +1,8 @@
-"""What a run makes besides weights: collator, chat template, policy.json, spectra, differences on resume."""
+"""What a run makes besides weights: collator, chat template, policy.json, spectra."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,22 @@ from milora_data.errors import UserError
 from milora_data.lengths import encoded_lengths
 from milora_data.pack import PackedRecords, fill, pack
 from milora_data.records import Record
-from milora_data.templates import render_chat_template
+from milora_data.templates import OWN, render_chat_template
 from milora_data.tokens import remember_legacy
 from milora_vl.models import loading
 from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of
-from milora_vl.recipe.schema import Recipe, load
+from milora_vl.recipe.schema import Recipe
 from milora_vl.towers import find_towers
 from milora_vl.train.model import Built
+
+# What the collator counts, in words.
+WHAT_HAPPENED = {
+    "skipped": "a record was left out because a picture of it is missing or broken",
+    "replaced": "a missing or broken picture was replaced by a plain one",
+    "unlearnable": "a record was left out because nothing of its answers is left within --max_length",
+    "cut": "a record was cut to --max_length",
+    "broken": "a broken record was left out (python -m milora_data check)",
+}
 
 
 def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Sequence[Record] = ()) -> ImageTextCollator:
@@ -46,6 +55,13 @@ def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Seque
         substitutes=substitutes,
         tiling=_tiling(recipe, base),
     )
+
+
+def warnings_of(collator: ImageTextCollator) -> list[str]:
+    """What the collator of a run met while training, with how often."""
+    return [
+        f"{count:,} times while training: {WHAT_HAPPENED[what]}" for what, count in collator.counts().items() if count
+    ]
 
 
 def _tiling(recipe: Recipe, base: nn.Module) -> Tiling | None:
@@ -90,7 +106,8 @@ def set_chat_template(processor: Any, template: str) -> None:
     """Give the processor, and its tokenizer, a chat template that renders exactly the prompt of training."""
     tokenizer, image_processor = loading.split_processor(processor)
     remember_legacy(tokenizer)
-    tokenizer.chat_template = render_chat_template(template, tokenizer, bos=image_processor is None)
+    if template != OWN:
+        tokenizer.chat_template = render_chat_template(template, tokenizer, bos=image_processor is None)
     if image_processor is not None:
         processor.chat_template = tokenizer.chat_template
 
@@ -107,15 +124,6 @@ def policy_json(built: Built) -> dict[str, Any]:
     }
 
 
-def changes(folder: Path, recipe: Recipe) -> list[str]:
-    """What differs between the recipe of a run so far and the one it is resumed with."""
-    if not (folder / "recipe.yaml").is_file():
-        return []
-    before, now = dict(_flat(load(folder / "recipe.yaml").model_dump())), dict(_flat(recipe.model_dump()))
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys]
-
-
 def base_name(base: nn.Module) -> str:
     """The name or folder the base was loaded by, as adapters record it."""
     assert isinstance(base, PreTrainedModel)
@@ -125,14 +133,3 @@ def base_name(base: nn.Module) -> str:
 def device_name(device: torch.device) -> str:
     """`cpu`, or a GPU by its name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _flat(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _flat(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(content, list):
-        for number, value in enumerate(content):
-            yield from _flat(value, f"{path}[{number}]")
-    else:
-        yield path, content

@@ -6,6 +6,7 @@ Distributed training, precision and logging are all HF's; whatever wraps the mod
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +29,11 @@ from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
 from milora_data.stream import RecordStream
 from milora_vl.lora.keep_protected import keep_protected
+from milora_vl.lora.sidecar import FILE_NAME
 from milora_vl.losses import install, summed_loss
 from milora_vl.models.projector import load_projector, save_projector
 from milora_vl.param_groups import parameter_groups, target_path
+from milora_vl.plan.hub import first_line
 from milora_vl.policy import Target
 from milora_vl.recipe import protection
 from milora_vl.train import streaming
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
+OWN_FILES = (FILE_NAME, "mm_projector.safetensors", "mm_projector.bin")
 Saves = Literal["adapter", "projector", "full"]
 
 
@@ -148,6 +152,7 @@ class MiloraTrainer(Trainer):
         named = {name: target_path(name, paths) for name, p in model.named_parameters() if p.requires_grad}
         self.norms = TowerNorms({name: paths[path] for name, path in named.items() if path})
         self.add_callback(self.norms)
+        self._failed_pushes: list[str] = []
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
 
     def trained(self) -> nn.Module:
@@ -286,6 +291,24 @@ class MiloraTrainer(Trainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / "training_args.bin")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """HF's, which knows only files of its own: milora.json and the projector go up with them."""
+        self._failed_pushes += self._failures_now()
+        for name in OWN_FILES if self.args.should_save else ():
+            if (Path(checkpoint_folder) / name).is_file():
+                shutil.copy2(Path(checkpoint_folder) / name, str(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def failed_pushes(self) -> list[str]:
+        """Return why uploads of checkpoints failed: HF's Trainer waits for them and does not look."""
+        return list(dict.fromkeys([*self._failed_pushes, *self._failures_now()]))
+
+    def _failures_now(self) -> list[str]:
+        if not (self.args.push_to_hub and self.is_world_process_zero()) or self.push_in_progress is None:
+            return []
+        errors = [job.exception() for job in self.push_in_progress.jobs if job.done()]
+        return [first_line(error) for error in errors if error is not None]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.saves == "adapter":

@@ -14,7 +14,7 @@ from typing import Any
 
 from milora_data.tokens import fast_backend
 from milora_eval.benchmark import Benchmark, Item
-from milora_vl.adapters.folders import holds_adapter, holds_residual
+from milora_vl.adapter_folders import holds_adapter, holds_residual
 
 ADAPTER_FILES = (
     "adapter_model.safetensors",

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command import suggest
+from milora_data.embedded import is_embedded, refusal
 from milora_data.errors import DataError, UserError
 from milora_data.images import place_of
 from milora_data.records import Turn, parse_record
+from milora_data.web import not_fetched, web_address
 from milora_eval.benchmark import Benchmark, Form, Item, MissingData
 from milora_eval.data_files import read_json, read_jsonl
 from milora_eval.rules.anls import anls
@@ -57,6 +59,9 @@ class OwnData(Benchmark):
             raise UserError(f"the questions of {self.origin} are needed: name their file, as in --benchmarks FILE.json")
         path = self.path if self.path.is_file() else data_dir / self.path
         if not path.is_file():
+            address = web_address(self.path)
+            if address is not None:
+                raise UserError(not_fetched(address))
             raise MissingData(f"there is no file {self.path}, neither here nor in {data_dir}")
         rows, metric = _rows(path)
         items = [_item(row, number, path, metric, data_dir) for number, row in enumerate(rows, start=1)]
@@ -98,6 +103,9 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
     turns, images, answers = _conversation(row, place) if "conversations" in row else _question(row, place)
     if not answers:
         raise DataError(f"{place}: no answer to compare with")
+    if embedded := next(filter(is_embedded, images), ""):
+        form = "llava" if "conversations" in row else "table"
+        raise DataError(f"{place}: {refusal(embedded, f'{path}:{number}', form)}")
     return Item(
         id=str(row.get("id") or row.get("question_id") or number),
         turns=turns,
@@ -111,7 +119,7 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
 
 def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
     """Return the turns up to the last answer, the pictures, and that answer (or the row's `answers`)."""
-    record = parse_record(row, source=place)
+    record = parse_record(row, source=place, embedded="keep")
     turns = record.turns
     answers = row.get("answers")
     if turns and turns[-1].role == "assistant":

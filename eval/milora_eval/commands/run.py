@@ -22,7 +22,7 @@ from milora_eval.scores.exports import SUBMISSION
 from milora_eval.scores.results import read_results
 from milora_eval.scores.table import FORMATS, show
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
-from milora_vl.adapters.folders import holds_adapter
+from milora_vl.adapter_folders import holds_adapter
 from milora_vl.report.regenerate import rewrite_report
 
 EXAMPLES = """\
