@@ -1,6 +1,6 @@
 """Models by name, their configs and processors, whatever layout they are in.
 
-Every model but `smol-llava` loads without this package too.
+Every model without a timm tower (`smol-llava` has one) loads without this package too.
 """
 
 from __future__ import annotations
