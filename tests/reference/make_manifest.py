@@ -1,0 +1,78 @@
+"""Rewrite tests/reference/manifest.json: what users and their code rely on.  python tests/reference/make_manifest.py
+
+It may grow. What is in it may only go with a deprecation, so run this when something is added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from milora_vl.__main__ import main as milora
+from milora_vl.policy import Rule
+from milora_vl.recipe.schema import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET = Path(__file__).with_name("manifest.json")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMANDS = [
+    *(f"milora_vl.{name}" for name in "train compose report sweep studies chat export forgetting analyze".split()),
+    "milora_vl.integrations.llava",
+    "milora_vl.integrations.replace",
+    *(f"milora_data {name}" for name in "check convert show stats emoji".split()),
+    *(f"milora_eval {name}" for name in "run ls score judge compare view".split()),
+    "milora_eval.lm_eval",
+]
+
+
+def flags(command: str) -> list[str]:
+    """The long flags in the help of a command."""
+    module, *rest = command.split()
+    words = [module.removeprefix("milora_"), *rest] if rest else [module.rpartition(".")[2]]
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        milora([*words, "--help"])
+    return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", shown.getvalue())))
+
+
+def keys(model: Any, prefix: str = "") -> list[str]:
+    """The dotted keys of a recipe's schema."""
+    found = []
+    for name, field in model.model_fields.items():
+        found.append(prefix + name)
+        if hasattr(field.annotation, "model_fields"):
+            found += keys(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def imports() -> list[str]:
+    """`from module import name` of ours as the pages show it, and what docs/api.md documents."""
+    found = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for module, names in re.findall(
+            r"from ((?:milora_vl|milora_data|milora_eval|llava_recipes)[\w.]*) import ([\w, ]+)", text
+        ):
+            found |= {f"{module}:{name.strip()}" for name in names.split(",")}
+        for path in re.findall(r"^::: ((?:milora_vl|milora_data|milora_eval)[\w.]*)\.(\w+)$", text, re.MULTILINE):
+            found.add(":".join(path))
+    return sorted(found)
+
+
+def manifest_of_keys() -> dict[str, list[str]]:
+    """The keys of recipes and of policy rules."""
+    return {"recipe_keys": keys(Recipe), "rule_keys": [field.name for field in dataclasses.fields(Rule)]}
+
+
+def manifest() -> dict[str, Any]:
+    """All of it."""
+    return {"flags": {command: flags(command) for command in COMMANDS}, **manifest_of_keys(), "imports": imports()}
+
+
+if __name__ == "__main__":
+    TARGET.write_text(json.dumps(manifest(), indent=1) + "\n", encoding="utf-8")
