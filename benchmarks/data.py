@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from llava_oracle import llama_tokenizer, llava_train
 
 from milora_data.encode import encode
+from milora_data.images.pixels import PixelMaker
 from milora_data.pack import fill, pack
-from milora_data.pixels import PixelMaker
-from milora_data.records import load_records
+from milora_data.sources import load_records
 
 # 30,000 made-up words, the frequent ones frequent by Zipf's law and short, as those of a language are.
 _letters = random.Random(0)

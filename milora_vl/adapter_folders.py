@@ -6,7 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
-from milora_data.command import command_line
+from milora_data.command.cli import command_line
 from milora_data.errors import UserError
 from milora_vl.checkpoints import holds_weights, newest_checkpoint, step_of
 

@@ -21,9 +21,8 @@ from torch import Tensor
 from milora_data.conversation import segments_of
 from milora_data.encode import encode_prompt
 from milora_data.errors import UserError
-from milora_data.images import expand_to_square, load_image, picture_size, to_rgb, unmistakable
-from milora_data.records import Record, Turn
-from milora_data.templates import IMAGE
+from milora_data.images.files import expand_to_square, load_image, picture_size, to_rgb, unmistakable
+from milora_data.records import IMAGE, Record, Turn
 from milora_data.tokens import bos_ids, fast_backend
 from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of
 from milora_vl.models.loading import split_processor

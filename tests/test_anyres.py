@@ -18,9 +18,9 @@ from versions import TRANSFORMERS_5
 from milora_data.anyres import Tiling
 from milora_data.collate import ImageTextCollator
 from milora_data.errors import UserError
-from milora_data.images import picture_size
+from milora_data.images.files import picture_size
+from milora_data.images.pixels import PixelMaker
 from milora_data.lengths import encoded_lengths
-from milora_data.pixels import PixelMaker
 from milora_data.records import Turn, parse_record
 from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl import load_model

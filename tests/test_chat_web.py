@@ -11,7 +11,7 @@ import pytest
 from adapter_cases import move
 
 from milora_data.errors import UserError
-from milora_data.images import load_image
+from milora_data.images.files import load_image
 from milora_data.records import Turn
 from milora_vl.chat.command import Chat, main
 from milora_vl.chat.web import answers, free_port, page

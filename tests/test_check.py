@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from milora_data.__main__ import main
-from milora_data.check import check_for_training, scan
-from milora_data.duplicates import picture_hashes
+from milora_data.check.command import check_for_training, scan
+from milora_data.check.duplicates import picture_hashes
+from milora_data.check.pictures import MissingImages, find_missing
 from milora_data.errors import DataError, UserError
-from milora_data.images import place_of
-from milora_data.mix import within
-from milora_data.pictures import MissingImages, find_missing
-from milora_data.records import Record, load_records
+from milora_data.images.files import place_of
+from milora_data.records import Record
+from milora_data.sources import load_records, within
 
 H, G = "human", "gpt"
 

@@ -17,8 +17,8 @@ from transformers import Trainer, TrainingArguments
 from milora_data.collate import ImageTextCollator
 from milora_data.encode import IGNORE, encode
 from milora_data.errors import DataError, UserError
-from milora_data.images import ImageError
-from milora_data.records import load_records
+from milora_data.images.files import ImageError
+from milora_data.sources import load_records
 
 TOKENS = 16
 

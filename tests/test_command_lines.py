@@ -19,10 +19,10 @@ import pytest
 from safetensors import SafetensorError
 from test_eval_view import stored
 
-from milora_data.command import CommandParser, Help, run
+from milora_data.command.atomic_write import write_text
+from milora_data.command.cli import CommandParser, Help, run
+from milora_data.command.flags import SHARED
 from milora_data.errors import UserError
-from milora_data.flags import SHARED
-from milora_data.whole import write_text
 from milora_vl.__main__ import MENU, main
 
 INNER = {name: import_module(MENU.modules[name]).MENU for name in MENU.menus}

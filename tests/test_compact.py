@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from milora_data.compact import CompactRecords
-from milora_data.images import StoredPicture
+from milora_data.images.files import StoredPicture
 from milora_data.records import Record, Turn
 
 MEGABYTE = 1 << 20

@@ -13,8 +13,7 @@ import pytest
 
 from milora_data.__main__ import main
 from milora_data.errors import DataError, UserError
-from milora_data.mix import Source, mixed_records
-from milora_data.records import load_records
+from milora_data.sources import Source, load_records, mixed_records
 from milora_eval.benchmarks.refcoco import RefCOCO
 
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -13,8 +13,8 @@ from PIL import Image
 
 from milora_data.__main__ import main
 from milora_data.errors import UserError
-from milora_data.images import StoredPicture, load_image
-from milora_data.records import load_records
+from milora_data.images.files import StoredPicture, load_image
+from milora_data.sources import load_records
 
 
 def png(colour: str) -> bytes:
@@ -89,7 +89,7 @@ def test_what_is_broken_off_leaves_nothing_in_the_way_of_the_next_try(
 
     words = ["convert", "--from", "hub", str(parquet), "--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr("milora_data.convert.write_objects", full)
+        patch.setattr("milora_data.convert.command.write_objects", full)
         with pytest.raises(error):
             main(words)
     assert not list((tmp_path / "out").iterdir())

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.captions import caption_records
 from milora_data.errors import DataError
-from milora_data.records import load_records
+from milora_data.formats.captions import caption_records
+from milora_data.sources import load_records
 
 
 def convert_file(path: Path, kind: str, out: Path) -> list[Any]:

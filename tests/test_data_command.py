@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from milora_data import command
 from milora_data.__main__ import main
-from milora_data.command import as_typed, parser, suggest
+from milora_data.command import cli
+from milora_data.command.cli import as_typed, parser, suggest
 from milora_data.errors import DataError, UserError
-from milora_data.images import ImageError
-from milora_data.preview import text_pieces, token_pieces
-from milora_data.records import load_records, parse_record
+from milora_data.images.files import ImageError
+from milora_data.records import parse_record
+from milora_data.show.preview import text_pieces, token_pieces
+from milora_data.sources import load_records
 
 Out = pytest.CaptureFixture[str]
 
@@ -45,8 +46,8 @@ def test_a_mistake_is_a_few_lines_on_stderr_and_exit_2() -> None:
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     record = {"conversations": [{"from": "human", "value": "word " * 2000}, {"from": "gpt", "value": "b"}]}
     (tmp_path / "a.json").write_text(json.dumps([record] * 200))
-    command = f"{sys.executable} -m milora_data show {tmp_path}/a.json --limit 200 --format json | head -c 100"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    cli = f"{sys.executable} -m milora_data show {tmp_path}/a.json --limit 200 --format json | head -c 100"
+    done = subprocess.run(cli, shell=True, capture_output=True, text=True)
     assert done.stderr == ""
 
 
@@ -79,7 +80,7 @@ def test_what_a_loader_process_raises_is_shown_without_its_traceback(capsys: Out
         return len(list(DataLoader(_Broken(), num_workers=1)))  # type: ignore[arg-type]
 
     with pytest.raises(SystemExit) as caught:
-        command.run(main)
+        cli.run(main)
     assert caught.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["error: a.png: cannot read this picture: empty", "       needed by train.json:3"]

@@ -11,9 +11,9 @@ import pytest
 from test_train import words
 
 from milora_data.__main__ import main as data_main
-from milora_data.check import check_for_training, scan
+from milora_data.check.command import check_for_training, scan
 from milora_data.errors import UserError
-from milora_data.records import load_records
+from milora_data.sources import load_records
 from milora_vl.train.command import main
 
 

@@ -14,8 +14,8 @@ from test_train import words
 
 from milora_data.__main__ import main
 from milora_data.errors import DataError, UserError
-from milora_data.images import load_image
-from milora_data.records import load_records
+from milora_data.images.files import load_image
+from milora_data.sources import load_records
 from milora_eval.benchmarks.own_data import OwnData
 from milora_vl.train.command import main as train
 

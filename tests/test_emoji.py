@@ -10,10 +10,10 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from milora_data import emoji, emoji_catalogue, emoji_questions
 from milora_data.assets import ASSETS, fetch
-from milora_data.emoji_catalogue import KINDS, Emoji
-from milora_data.emoji_questions import TYPES, Pool, a
+from milora_data.emoji import catalogue, command, questions
+from milora_data.emoji.catalogue import KINDS, Emoji
+from milora_data.emoji.questions import TYPES, Pool, a
 from milora_data.errors import UserError
 
 
@@ -31,7 +31,7 @@ def some() -> list[Emoji]:
 def folder(tmp_path_factory):
     """The real data set, a small test split, two variants of each training picture left out."""
     target = tmp_path_factory.mktemp("emoji") / "data"
-    emoji.write(target, per_type=8)
+    command.write(target, per_type=8)
     return target
 
 
@@ -90,11 +90,11 @@ def test_no_test_picture_is_shown_in_training(files):
 
 
 def test_a_name_of_two_emoji_is_learned_from_one_and_tested_on_the_other():
-    emojis = emoji_catalogue.catalogue()
+    emojis = catalogue.catalogue()
     dogs = {thing.code: thing.split for thing in emojis if thing.name == "dog"}
     assert sorted(dogs.values()) == ["test", "train"]
     known = {thing.name for thing in emojis if thing.split == "train"}
-    records = emoji_questions.held_out_records([t for t in emojis if t.split == "test"], 60, 0, known)
+    records = questions.held_out_records([t for t in emojis if t.split == "test"], 60, 0, known)
     named = [known.intersection(record["answers"]) for record in records if record["type"] == "naming"]
     assert all(named)
     assert len(named) >= 15
@@ -102,7 +102,7 @@ def test_a_name_of_two_emoji_is_learned_from_one_and_tested_on_the_other():
 
 def test_genders_of_one_emoji_stay_together():
     places: dict[str, set[str]] = {}
-    for thing in emoji_catalogue.catalogue():
+    for thing in catalogue.catalogue():
         if thing.kind == "person":
             places.setdefault(thing.group, set()).add(thing.split)
     assert len(places) > 100
@@ -110,7 +110,7 @@ def test_genders_of_one_emoji_stay_together():
 
 
 def test_every_kind_is_in_every_split():
-    emojis = emoji_catalogue.catalogue()
+    emojis = catalogue.catalogue()
     for split in ("train", "val", "test"):
         assert {thing.kind for thing in emojis if thing.split == split} == set(KINDS)
 
@@ -131,23 +131,23 @@ def test_every_record_has_its_picture_and_the_test_split_is_balanced(folder, fil
 
 
 def test_the_same_seed_gives_the_same_records(some):
-    assert emoji_questions.training_records(some, 5) == emoji_questions.training_records(some, 5)
-    assert emoji_questions.training_records(some, 5) != emoji_questions.training_records(some, 6)
+    assert questions.training_records(some, 5) == questions.training_records(some, 5)
+    assert questions.training_records(some, 5) != questions.training_records(some, 6)
 
 
 def test_main_colours_of_known_pictures():
-    assert emoji_catalogue.main_colour("1F34E") == "red"  # an apple
-    assert emoji_catalogue.main_colour("1F438") == "green"  # a frog
-    assert emoji_catalogue.main_colour("1F600") == "yellow"  # a smiley
-    assert emoji_catalogue.main_colour("1F308") is None  # a rainbow
+    assert catalogue.main_colour("1F34E") == "red"  # an apple
+    assert catalogue.main_colour("1F438") == "green"  # a frog
+    assert catalogue.main_colour("1F600") == "yellow"  # a smiley
+    assert catalogue.main_colour("1F308") is None  # a rainbow
 
 
 def test_nothing_is_overwritten(folder, tmp_path, capsys):
-    assert emoji.main(["--output_dir", str(folder)]) == 0
+    assert command.main(["--output_dir", str(folder)]) == 0
     assert "already" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="not empty"):
-        emoji.main(["--output_dir", str(tmp_path)])
+        command.main(["--output_dir", str(tmp_path)])
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
@@ -161,7 +161,7 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
 )
 def test_a_mistake_is_told(arguments, message):
     with pytest.raises(UserError, match=message):
-        emoji.main(arguments)
+        command.main(arguments)
 
 
 def test_credits_stand_beside_the_pictures(folder):
@@ -173,7 +173,7 @@ def test_credits_stand_beside_the_pictures(folder):
 def test_a_missing_renderer_is_told_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(UserError, match=r"milora-vl\[demo\]"):
-        emoji_catalogue.render("1F600", 13)
+        catalogue.render("1F600", 13)
 
 
 def test_an_environment_without_pip_is_told_what_it_lacks(tmp_path, monkeypatch):

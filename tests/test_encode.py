@@ -14,8 +14,8 @@ from llava_oracle import byte_bpe, llama_tokenizer, llava_ids
 
 from milora_data.encode import IGNORE, NothingToLearn, encode, encode_prompt
 from milora_data.errors import DataError, UserError
-from milora_data.records import Turn, parse_record
-from milora_data.templates import IMAGE, TEMPLATES
+from milora_data.records import IMAGE, Turn, parse_record
+from milora_data.templates import TEMPLATES
 from milora_data.words import words_of
 
 CONVERSATIONS = json.loads((Path(__file__).parent / "reference" / "conversations.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_data.command import run
+from milora_data.command.cli import run
 from milora_data.errors import DataError, Problem, UserError, render
 from milora_vl.train import main as train
 

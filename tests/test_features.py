@@ -15,7 +15,7 @@ from test_train import losses, words
 from tiny_next import saved
 
 from milora_data.errors import UserError
-from milora_data.features import FeatureReader
+from milora_data.images.features import FeatureReader
 from milora_vl.recipe.schema import RecipeError
 from milora_vl.train.command import main
 from milora_vl.train.features import check
@@ -130,7 +130,7 @@ def test_what_it_cannot_do_is_told(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_picture_that_changed_while_training_is_told(tiny_llava: Any, tiny_data: Path, tmp_path: Path) -> None:
-    from milora_data.pixels import PixelMaker
+    from milora_data.images.pixels import PixelMaker
 
     reader = FeatureReader(tmp_path, PixelMaker(tiny_llava()[1].image_processor))
     with pytest.raises(UserError, match="changed, or added"):

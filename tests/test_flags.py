@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from milora_data.command import parser, positive
+from milora_data.command.cli import parser, positive
+from milora_data.command.flags import shared
 from milora_data.errors import UserError
-from milora_data.flags import shared
 
 
 def test_a_mistyped_flag_is_named_where_the_right_one_is_missing() -> None:

@@ -12,11 +12,11 @@ from PIL import Image
 from test_train import words
 
 from milora_data.__main__ import main as data_main
-from milora_data.check import check_for_training, scan
+from milora_data.check.command import check_for_training, scan
+from milora_data.check.pictures import MissingImages
 from milora_data.errors import UserError
-from milora_data.images import ImageError, load_image, picture_size
-from milora_data.mix import mixed_records, read_sources
-from milora_data.pictures import MissingImages
+from milora_data.images.files import ImageError, load_image, picture_size
+from milora_data.sources import mixed_records, read_sources
 from milora_vl.train.command import main
 
 

@@ -18,7 +18,7 @@ from milora_data.encode import IGNORE
 from milora_data.errors import UserError
 from milora_data.lengths import encoded_lengths
 from milora_data.pack import PackedRecords, fill, pack
-from milora_data.records import load_records
+from milora_data.sources import load_records
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train import run_files
 

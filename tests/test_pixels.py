@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from versions import TRANSFORMERS_5
 
-from milora_data.images import ImageError, expand_to_square, load_image
-from milora_data.pixels import PixelMaker
+from milora_data.images.files import ImageError, expand_to_square, load_image
+from milora_data.images.pixels import PixelMaker
 
 if TRANSFORMERS_5:
     from transformers import CLIPImageProcessor

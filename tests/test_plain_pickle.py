@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from milora_data.errors import DataError
-from milora_data.plain_pickle import read_plain_pickle
+from milora_data.formats.plain_pickle import read_plain_pickle
 
 
 class Hostile:

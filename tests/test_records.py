@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milora_data.errors import DataError
-from milora_data.jsonfile import read_objects, write_objects
-from milora_data.records import Record, Turn, load_records, parse_record
+from milora_data.formats.jsonfile import read_objects, write_objects
+from milora_data.records import Record, Turn, parse_record
+from milora_data.sources import load_records
 
 RECORD = {
     "id": 17,

@@ -14,7 +14,7 @@ from test_train import words
 
 from milora_data.__main__ import main as data_main
 from milora_data.errors import DataError, UserError
-from milora_data.records import load_records
+from milora_data.sources import load_records
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.train.command import main
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 from milora_data.__main__ import main as command
 from milora_data.errors import DataError, UserError
-from milora_data.images import StoredPicture
-from milora_data.jsonfile import parts_of, read_objects, read_part
-from milora_data.mix import Source
+from milora_data.formats.jsonfile import parts_of, read_objects, read_part
+from milora_data.images.files import StoredPicture
 from milora_data.records import Record
+from milora_data.sources import Source
 from milora_data.stream import record_stream
 
 loaders = pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)

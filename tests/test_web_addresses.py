@@ -12,9 +12,9 @@ import pytest
 
 from milora_data import load_records
 from milora_data.__main__ import main as data
+from milora_data.command.web import not_fetched
 from milora_data.errors import UserError
-from milora_data.images import ImageError, load_image
-from milora_data.web import not_fetched
+from milora_data.images.files import ImageError, load_image
 from milora_eval.__main__ import main as evaluate
 from milora_vl import chat, export, train
 from milora_vl.forgetting.__main__ import main as forget

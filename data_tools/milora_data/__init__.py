@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 # `encode` is also the name of a module: imported here, the function wins, whatever is imported later.
 from milora_data.encode import Encoded, encode, encode_prompt
 from milora_data.errors import DataError, UserError
-from milora_data.images import expand_to_square, load_image
-from milora_data.records import Record, Turn, load_records, parse_record
+from milora_data.images.files import expand_to_square, load_image
+from milora_data.records import Record, Turn, parse_record
+from milora_data.sources import load_records
 from milora_data.templates import TEMPLATES, Template
 
 if TYPE_CHECKING:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from milora_data.command import run
-from milora_data.menu import Menu
+from milora_data.command.cli import run
+from milora_data.command.menu import Menu
 
 MENU = Menu(
     "python -m milora_data",
     "Data for LLaVA-style training.",
     {
         "look": {
-            "check": ("milora_data.check", "find what is broken in a data set, and write it without"),
-            "stats": ("milora_data.stats", "count records, pictures, turns and lengths"),
-            "show": ("milora_data.show", "print records as they are learnt, with the mask"),
+            "check": ("milora_data.check.command", "find what is broken in a data set, and write it without"),
+            "stats": ("milora_data.check.stats", "count records, pictures, turns and lengths"),
+            "show": ("milora_data.show.command", "print records as they are learnt, with the mask"),
         },
         "make": {
-            "convert": ("milora_data.convert", "make LLaVA JSON of another format"),
-            "emoji": ("milora_data.emoji", "make the demo's data set"),
+            "convert": ("milora_data.convert.command", "make LLaVA JSON of another format"),
+            "emoji": ("milora_data.emoji.command", "make the demo's data set"),
         },
     },
     """\

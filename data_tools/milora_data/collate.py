@@ -19,11 +19,10 @@ from milora_data.batches import Row, joined, packed, padded, with_single_image_t
 from milora_data.conversation import require_template
 from milora_data.encode import IGNORE, Encoded, NothingToLearn, encode
 from milora_data.errors import DataError, UserError
-from milora_data.features import FeatureReader
-from milora_data.images import ImageError, ImagePolicy, place_of
-from milora_data.pixels import AspectRatio, JpegDecoding, PixelMaker
-from milora_data.records import Record, parse_record
-from milora_data.templates import IMAGE
+from milora_data.images.features import FeatureReader
+from milora_data.images.files import ImageError, ImagePolicy, place_of
+from milora_data.images.pixels import AspectRatio, JpegDecoding, PixelMaker
+from milora_data.records import IMAGE, Record, parse_record
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from milora_data.errors import DataError
-from milora_data.records import Turn
-from milora_data.templates import IMAGE, OWN, TEMPLATES, Segment, render, split_turns, template_name
+from milora_data.records import IMAGE, Turn
+from milora_data.templates import OWN, TEMPLATES, Segment, render, split_turns, template_name
 from milora_data.tokens import Habits, eos_text, habits, own_template
 
 _HOLE = "\ue000{}\ue001"  # private use: no template knows them

@@ -12,8 +12,8 @@ from typing import Any
 
 from milora_data.conversation import segments_of
 from milora_data.errors import DataError
-from milora_data.records import Record, Turn, parse_record
-from milora_data.templates import IMAGE, Segment, place_images
+from milora_data.records import IMAGE, Record, Turn, parse_record
+from milora_data.templates import Segment, place_images
 from milora_data.tokens import IGNORE, Habits, habits
 from milora_data.words import words_of
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from milora_data.anyres import Tiling
 from milora_data.encode import NothingToLearn, encode
-from milora_data.images import ImageError, picture_size, place_of
+from milora_data.images.files import ImageError, picture_size, place_of
 from milora_data.records import Record
 from milora_data.templates import OWN, template_name
 from milora_data.tokens import fast_backend, own_template

@@ -1,19 +1,25 @@
-"""Records of LLaVA's data format, from JSON (a list) or JSONL, read one by one; every error names file and line.
+"""One record: LLaVA's form, and OpenAI's `messages`, which become LLaVA's. Every error names file and line.
 
 The format is that of LLaVA's `train.py`: {"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...]}.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.embedded import EmbeddedPicture, decoded, is_embedded, refusal
 from milora_data.errors import DataError
-from milora_data.jsonfile import read_objects
-from milora_data.saved import is_saved
+from milora_data.images.embedded import (
+    NOT_FETCHED,
+    EmbeddedPicture,
+    decoded,
+    described,
+    is_embedded,
+    is_web_address,
+    refusal,
+)
+from milora_data.images.files import StoredPicture
 
 Role = Literal["user", "assistant", "system"]
 
@@ -25,6 +31,8 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 CHARACTERS_PER_TOKEN = 4
+IMAGE = "<image>"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 KNOWN_KEYS = ("id", "image", "images", "conversations")
 
 
@@ -47,33 +55,6 @@ class Record:
     extra: Mapping[str, object] = field(default_factory=dict)
 
 
-def load_records(path: str | Path) -> Iterator[Record]:
-    """Yield the records of a data set, in order and one by one: nothing is held in memory.
-
-    A JSON file (a list) or JSON lines of LLaVA's records or of `messages`; .parquet, .arrow, .tar (webdataset), a
-    folder of `save_to_disk` and hub:OWNER/NAME[:SPLIT] through `datasets`; .yaml, a mixture of such sources (mix.py).
-    Raises `DataError` with file and line: no such file, broken JSON, a record that is not one.
-    """
-    if is_json(path):
-        for place, value in read_objects(Path(path)):
-            yield parse_record(value, source=f"{path}:{place}")
-    elif str(path).endswith((".yaml", ".yml")):
-        from milora_data.mix import mixed_records, read_sources
-
-        yield from mixed_records(*read_sources(Path(path)))
-    else:
-        from milora_data.stored import stored_records
-
-        yield from stored_records(str(path))
-
-
-def is_json(path: str | Path) -> bool:
-    """Return whether `path` is read as JSON: what is neither a mixture nor stored in a format of `datasets`."""
-    if str(path).startswith("hub:") or Path(path).suffix in (".yaml", ".yml", ".parquet", ".tar", ".arrow"):
-        return False
-    return not is_saved(path)
-
-
 def parse_record(value: object, *, source: str = "", embedded: Literal["refuse", "read", "keep"] = "refuse") -> Record:
     """Return the `Record` of one decoded LLaVA dict; raises `DataError` that starts with `source`.
 
@@ -87,8 +68,6 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["refuse",
             raise DataError(f"expected a record (an object), got {type(value).__name__}")
         form = "llava"
         if "messages" in value and "conversations" not in value:
-            from milora_data.messages import from_messages
-
             form = "messages"
             value = from_messages(value, number=0) | ({} if "id" in value else {"id": ""})
         images = _images(value)
@@ -154,3 +133,68 @@ def _turn(turn: object, number: int) -> Turn:
     if role is None:
         raise DataError(f'turn {number}: unknown "from": {turn.get("from")!r}; expected {", ".join(ROLES)}')
     return Turn(role, turn["value"])
+
+
+_SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+def from_messages(value: object, *, number: int) -> dict[str, Any]:
+    """Return the LLaVA record of {"messages": [...], "images"?: [...]}; further keys are kept.
+
+    `number` is the id of a record that has none.
+    Pictures are named by the parts of a message ({"type": "image", "image": path}) or, in order, by "images".
+    A picture in base64 stays one (embedded.py). Raises `DataError`: no messages, an unknown role or part, a picture at
+    a web address.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
+        raise DataError('expected an object with "messages", a list')
+    named: list[str] = []
+    turns = [_message_turn(message, place, named) for place, message in enumerate(value["messages"], start=1)]
+    given = value.get("images") or []
+    listed = [_file(image) for image in (given if isinstance(given, list) else [given])]
+    if named and listed:
+        raise DataError('pictures are named by the messages and by "images"; expected one of both')
+    images = named or listed
+    missing = len(images) - sum(turn["value"].count(IMAGE) for turn in turns)
+    first = next((turn for turn in turns if turn["from"] == "human"), None)
+    if missing == len(images) and first is not None:
+        first["value"] = f"{IMAGE}\n" * missing + first["value"]
+    rest = {key: item for key, item in value.items() if key not in ("messages", "images", "id")}
+    pictures = {"image": images[0] if len(images) == 1 else images} if images else {}
+    return {"id": str(value.get("id", number)), **pictures, "conversations": turns, **rest}
+
+
+def _message_turn(message: object, place: int, named: list[str]) -> dict[str, str]:
+    role = message.get("role") if isinstance(message, dict) else message
+    if not isinstance(message, dict) or not isinstance(role, str) or role not in ROLES:
+        raise DataError(f"message {place}: unknown role {role!r}; expected {', '.join(_SPEAKERS)}")
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        raise DataError(f'message {place}: "content" must be a text or a list of parts')
+    texts = [_part(part, place, named) for part in parts]
+    return {"from": _SPEAKERS[ROLES[role]], "value": "".join(texts)}
+
+
+def _part(part: object, place: int, named: list[str]) -> str:
+    if not isinstance(part, dict):
+        raise DataError(f"message {place}: a part must be an object, got {type(part).__name__}")
+    kind, text = part.get("type"), part.get("text")
+    if kind in ("text", "input_text", "output_text") and isinstance(text, str):
+        return text
+    if kind in ("image", "image_url", "input_image"):
+        given = [part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None]
+        named += [_file(picture) for picture in given[:1]]
+        return f"{IMAGE}\n"
+    raise DataError(f"message {place}: cannot use this part, of type {kind!r}; expected text or an image")
+
+
+def _file(image: object) -> str:
+    if isinstance(image, StoredPicture):
+        return image
+    name = (image.get("path") or image.get("url")) if isinstance(image, dict) else image
+    if is_web_address(name):
+        raise DataError(f"a picture at a web address: {described(str(name))}\n{NOT_FETCHED}")
+    if not isinstance(name, str):
+        raise DataError(f"a picture must be a file name, got {type(image).__name__}")
+    return name

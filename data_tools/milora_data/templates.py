@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from milora_data.command import suggest
+from milora_data.command.cli import suggest
 from milora_data.errors import DataError, UserError
-from milora_data.records import Turn
+from milora_data.records import IMAGE, Turn
 from milora_data.tokens import bos_ids, bos_text, eos_text, glue_after, own_template
 
-IMAGE = "<image>"
 EOS, BOS = "{eos}", "{bos}"
 OWN = "chat_template"
 """The name of the template that is none of ours: the tokenizer's."""

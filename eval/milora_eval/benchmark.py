@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.command import suggest
+from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_eval.stats import clustered_stderr, mean

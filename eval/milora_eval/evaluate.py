@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from milora_data.command.atomic_write import write_text
 from milora_data.templates import OWN, template_name
 from milora_data.tokens import own_template
-from milora_data.whole import write_text
 from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
 from milora_eval.answers.runner import Outcome, Plan, ask, audit, finish, questions
 from milora_eval.answers.store import PREDICTIONS, alone

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import next_step, parser, run
+from milora_data.command.atomic_write import write_text
+from milora_data.command.cli import next_step, parser, run
+from milora_data.command.flags import shared
 from milora_data.errors import UserError
-from milora_data.flags import shared
-from milora_data.whole import write_text
 
 EXAMPLES = """\
 examples:

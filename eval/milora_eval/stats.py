@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from milora_data.command import amount
+from milora_data.command.cli import amount
 
 # What a bootstrap interval needs: so many independent items, and so many whose difference is not the most common one
 # (resamples of equal values are equal, however many there are). Simulated comparisons of right and wrong answers showed

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from milora_data.command import suggest
+from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 from milora_eval.benchmark import Benchmark
 

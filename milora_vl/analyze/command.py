@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import next_step, parser, positive
+from milora_data.command.cli import next_step, parser, positive
+from milora_data.command.flags import shared
 from milora_data.errors import UserError
-from milora_data.flags import shared
 from milora_vl.adapter_folders import holds_adapter, holds_residual, newest_of_unfinished
 from milora_vl.report.regenerate import rewrite_report
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from milora_data.command.atomic_write import write_text
 from milora_data.errors import UserError
-from milora_data.whole import write_text
 from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone, holds_residual
 from milora_vl.analyze.changes import changes_of_model, read_changes
 from milora_vl.analyze.rows import Row, base_row, update_row

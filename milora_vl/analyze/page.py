@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from milora_data.command.atomic_write import write_json
 from milora_data.page import render as pages
-from milora_data.whole import write_json
 from milora_vl.analyze import plots
 from milora_vl.analyze.rows import Row
 from milora_vl.report.plots import Look, Plot, draw, write_csv

@@ -14,13 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.command import count, next_step, parser, positive, report, suggest
+from milora_data.command.cli import count, next_step, parser, positive, report, suggest
+from milora_data.command.flags import shared
+from milora_data.command.web import web_address
 from milora_data.errors import UserError
-from milora_data.flags import shared
-from milora_data.images import load_image
+from milora_data.images.files import load_image
 from milora_data.records import Turn
 from milora_data.templates import template_name
-from milora_data.web import web_address
 from milora_vl.adapter_folders import holds_adapter, holds_projector_alone, newest_of_unfinished
 from milora_vl.recipe.yaml_file import trained_prompts
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import TextStreamer
 
-    from milora_data.pixels import AspectRatio
+    from milora_data.images.pixels import AspectRatio
 
 COMMANDS = {
     "/image FILE": "talk about another picture (starts a new conversation)",

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data import command
+from milora_data.command import cli
+from milora_data.command.flags import shared
 from milora_data.errors import UserError
-from milora_data.flags import shared
 
 PROG = "python -m milora_vl.compose"
 EXAMPLES = f"""\
@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = json.dumps({"folder": str(folder), "parts": chosen.describe()}, ensure_ascii=False)
     sys.stdout.write((as_json if args.format == "json" else f"{folder}: {chosen.describe()}") + "\n")
     stage = () if args.projector else ("--tune_mm_mlp_adapter", True, "--version", "plain", "--learning_rate", "1e-3")
-    command.next_step("milora_vl.train", "--model", folder, *stage, "--data_path", "DATA.json")
+    cli.next_step("milora_vl.train", "--model", folder, *stage, "--data_path", "DATA.json")
     return 0
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = command.parser(PROG, "Make a LLaVA from a vision tower and a causal language model.", EXAMPLES)
+    options = cli.parser(PROG, "Make a LLaVA from a vision tower and a causal language model.", EXAMPLES)
     given = options.add_argument_group("input")
     given.add_argument("--vision", required=True, metavar="V", help="CLIP, SigLIP, a ViT (folder or id), or timm/NAME")
     given.add_argument("--vision_weights", metavar="FILE", help="for timm/NAME without a hub: a file, or random")

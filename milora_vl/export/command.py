@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import next_step, parser, suggest
+from milora_data.command.cli import next_step, parser, suggest
+from milora_data.command.flags import shared
 from milora_data.errors import UserError
-from milora_data.flags import shared
 from milora_vl.adapter_folders import base_of, holds_text_model
 from milora_vl.checkpoints import step_of
 from milora_vl.recipe.yaml_file import trained_prompts

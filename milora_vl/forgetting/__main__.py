@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command import next_step, parser, positive, run
+from milora_data.command.cli import next_step, parser, positive, run
+from milora_data.command.flags import shared
 from milora_data.errors import UserError
-from milora_data.flags import shared
 from milora_vl.adapter_folders import newest_of_unfinished
 from milora_vl.report.regenerate import rewrite_report
 

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw
 
 from milora_data.collate import ImageTextCollator
-from milora_data.images import place_of
-from milora_data.pixels import AspectRatio
-from milora_data.records import Record, Turn
-from milora_data.templates import IMAGE
+from milora_data.images.files import place_of
+from milora_data.images.pixels import AspectRatio
+from milora_data.records import IMAGE, Record, Turn
 from milora_vl.forgetting.measure import Batch
 from milora_vl.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_token_id, image_tokens

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from milora_data import load_records
+from milora_data.command.atomic_write import read_json, write_json
 from milora_data.errors import UserError
-from milora_data.saved import is_saved
-from milora_data.whole import read_json, write_json
+from milora_data.formats.saved import is_saved
 from milora_vl.adapter_folders import base_of, holds_adapter
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.forgetting.measure import compare_on, hides_its_base, measure_forgetting

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from milora_data.command import run
+from milora_data.command.cli import run
 from milora_data.errors import UserError
 from milora_vl.integrations.replace import get_peft_model_replaced, launch, options
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from milora_data.command import amount, parser, run
+from milora_data.command.cli import amount, parser, run
 from milora_data.errors import UserError
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from urllib.request import getproxies
 import torch
 from torch import nn
 
-from milora_data.command import suggest
+from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 from milora_data.tokens import share_template
 from milora_vl import tiny

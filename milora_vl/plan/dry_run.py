@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from milora_data.command import amount, as_typed
+from milora_data.command.cli import amount, as_typed
 from milora_data.errors import UserError
 from milora_data.templates import OWN
 from milora_data.tokens import share_template

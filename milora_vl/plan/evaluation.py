@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import suggest
+from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 from milora_vl.recipe.schema import EvalConfig
 

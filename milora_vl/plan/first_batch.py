@@ -8,8 +8,8 @@ from typing import Any
 
 from milora_data.conversation import segments_of
 from milora_data.encode import encode
-from milora_data.records import Record, Turn
-from milora_data.templates import IMAGE, Segment, get_template, place_images, render
+from milora_data.records import IMAGE, Record, Turn
+from milora_data.templates import Segment, get_template, place_images, render
 
 CHARACTERS_PER_TOKEN = 4  # of English text, where no tokenizer is at hand
 SHOWN, LONGEST = 2, 300

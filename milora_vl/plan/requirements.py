@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from milora_data.command import suggest
+from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 
 # --report_to NAME -> what to import, any of them; NAME is also what pip installs where nothing else is said.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import command_line
+from milora_data.command.cli import command_line
 from milora_data.errors import UserError
 from milora_vl import checkpoints
 from milora_vl.checkpoints import is_sharded, num_processes, step_of, zero_stage

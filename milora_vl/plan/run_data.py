@@ -10,16 +10,16 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
-from milora_data.check import check_for_training, readable
-from milora_data.command import amount, command_line
+from milora_data.check.command import check_for_training, readable
+from milora_data.check.findings import Finding, examine
+from milora_data.check.pictures import find_missing, uses
+from milora_data.check.report import Report
+from milora_data.command.cli import amount, command_line
 from milora_data.compact import CompactRecords
-from milora_data.embedded import EmbeddedPicture
 from milora_data.errors import DataError, UserError
-from milora_data.findings import Finding, examine
-from milora_data.mix import Source, mixed_records
-from milora_data.pictures import find_missing, uses
-from milora_data.records import Record, load_records
-from milora_data.report import Report
+from milora_data.images.embedded import EmbeddedPicture
+from milora_data.records import Record
+from milora_data.sources import Source, load_records, mixed_records
 from milora_data.stream import record_stream
 from milora_vl.recipe.schema import DataConfig, SourceConfig
 

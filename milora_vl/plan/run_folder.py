@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data import whole
+from milora_data.command import atomic_write
 from milora_data.errors import UserError
 from milora_vl import checkpoints
 from milora_vl.recipe.schema import Recipe
@@ -38,11 +38,11 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write one JSON file as a whole: a killed process leaves the old one or the new one."""
-        whole.write_json(self.path / name, content)
+        atomic_write.write_json(self.path / name, content)
 
     def write_text(self, name: str, text: str) -> None:
         """Write one text file as a whole."""
-        whole.write_text(self.path / name, text)
+        atomic_write.write_text(self.path / name, text)
 
 
 def default_path(recipe: Recipe, now: datetime) -> Path:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TextIO
 
-from milora_data.command import as_typed
+from milora_data.command.cli import as_typed
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import llava_recipes
-from milora_data.command import suggest
+from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.plan import cpu_load, launch

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from milora_data import command
+from milora_data.command import cli
+from milora_data.command.flags import RECORDS
 from milora_data.errors import UserError
-from milora_data.flags import RECORDS
 from milora_vl.recipe import hf_arguments, llava_flags
 from milora_vl.recipe.policy_edits import METHODS, PolicyEdits
 
@@ -129,7 +129,7 @@ class Request:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all flags; `_` and `-` are alike in them."""
-    parser = command.parser(PROG, DESCRIPTION, EPILOG)
+    parser = cli.parser(PROG, DESCRIPTION, EPILOG)
     parser.usage = "%(prog)s [flags]"
     group = parser.add_argument_group("the run")
     for name, (type_, aliases, text) in RUN_FLAGS.items():
@@ -165,7 +165,7 @@ def parse(argv: Sequence[str] | None) -> Request:
     run, train = sections["run"], _train_flags(sections["hf"], sections["run"])
     edits = PolicyEdits(learning_rate=train.get("learning_rate"), **sections["policy"])
     if edits.method not in (None, *METHODS):
-        near = " or ".join(command.suggest(str(edits.method), METHODS))
+        near = " or ".join(cli.suggest(str(edits.method), METHODS))
         hint = f"; did you mean {near}?" if near else ""
         raise UserError(f"--method {edits.method}: expected {', '.join(METHODS)}{hint}")
     overrides = _nested({name: _alias(name, value) for name, value in sections["recipe"].items()})

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from milora_vl.models.names import NAMED_MODELS, SAME_WEIGHTS
 from milora_vl.policy import Policy
 from milora_vl.recipe import hf_arguments
 from milora_vl.recipe.resume_table import SCHEDULES_BY_EVALUATION, SCHEDULES_WITHOUT_END, effect_of
@@ -120,7 +121,6 @@ def _is_same(key: str, before: Any, now: Any) -> bool:
 
 def _weights(name: str) -> str:
     """The hub id or the folder behind a model's name."""
-    from milora_vl.models.names import NAMED_MODELS, SAME_WEIGHTS
 
     if Path(name).is_dir():
         return str(Path(name).resolve())

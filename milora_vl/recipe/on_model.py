@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from milora_data.command import amount
+from milora_data.command.cli import amount
 from milora_data.encode import NothingToLearn, encode
 from milora_data.errors import Problem, UserError
 from milora_data.records import Record

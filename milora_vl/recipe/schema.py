@@ -19,7 +19,7 @@ from pydantic import (
     field_validator,
 )
 
-from milora_data.command import suggest
+from milora_data.command.cli import suggest
 from milora_data.errors import Problem, UserError
 from milora_data.templates import template_name
 from milora_vl.policy import Policy, PolicyError

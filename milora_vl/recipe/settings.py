@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import llava_recipes
-from milora_data.command import suggest
+from milora_data.command.cli import suggest
 from milora_data.errors import Problem, UserError
 from milora_vl import checkpoints
 from milora_vl.models import loading

@@ -11,7 +11,7 @@ import yaml
 from milora_data.errors import UserError
 
 if TYPE_CHECKING:
-    from milora_data.pixels import AspectRatio
+    from milora_data.images.pixels import AspectRatio
 
 FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command import as_typed, parser
-from milora_data.flags import shared
+from milora_data.command.cli import as_typed, parser
+from milora_data.command.flags import shared
 from milora_vl.report import run_page, wording
 from milora_vl.report.page import write_page
 from milora_vl.report.repeat import commands

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import command_line
+from milora_data.command.cli import command_line
 from milora_vl.adapter_folders import holds_text_model
 from milora_vl.report.run_page import Run
 

@@ -12,8 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import amount, next_step, parser, positive, run
-from milora_data.flags import shared
+from milora_data.command.cli import amount, next_step, parser, positive, run
+from milora_data.command.flags import shared
 
 if TYPE_CHECKING:
     from milora_vl.studies.runner import Folder

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from milora_data.command.atomic_write import write_text
 from milora_data.errors import UserError
-from milora_data.whole import write_text
 from milora_vl.report.plots import draw, write_csv
 from milora_vl.report.tables import Table
 from milora_vl.studies import decay, plots

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from milora_data.command.atomic_write import read_json, write_json
 from milora_data.errors import UserError
-from milora_data.whole import read_json, write_json
 from milora_vl.studies.study import Study
 from milora_vl.studies.task import Task
 from milora_vl.studies.tasks import load_task

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from torch import nn
 
 import llava_recipes
-from milora_data.command import suggest
+from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 from milora_vl.policy import Policy, PolicyError
 from milora_vl.recipe import yaml_file

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import amount, next_step, parser, positive, run
+from milora_data.command.atomic_write import read_json, write_json
+from milora_data.command.cli import amount, next_step, parser, positive, run
+from milora_data.command.flags import shared
 from milora_data.errors import UserError
-from milora_data.flags import shared
-from milora_data.whole import read_json, write_json
 from milora_eval.suites import find_benchmark, find_suite, has_files
 from milora_vl.recipe.schema import Recipe
 

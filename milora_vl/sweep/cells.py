@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from milora_data.command import suggest
+from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 from milora_vl.recipe.hf_arguments import overridden
 from milora_vl.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter

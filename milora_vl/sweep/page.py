@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from milora_data.command.atomic_write import write_json
 from milora_data.page import render as pages
-from milora_data.whole import write_json
 from milora_eval.stats import Difference
 from milora_vl.report.plots import draw, write_csv
 from milora_vl.report.tables import Table

@@ -19,9 +19,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from milora_data.collate import ImageTextCollator
 from milora_data.errors import UserError
-from milora_data.features import PLAIN, FeatureReader, Features
-from milora_data.images import ImageError, place_of
-from milora_data.pixels import PixelMaker
+from milora_data.images.features import PLAIN, FeatureReader, Features
+from milora_data.images.files import ImageError, place_of
+from milora_data.images.pixels import PixelMaker
 from milora_data.records import Record
 from milora_vl.policy import Target
 from milora_vl.towers import find_towers

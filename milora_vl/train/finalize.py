@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from milora_data.command import command_line
+from milora_data.command.cli import command_line
 from milora_vl.adapter_folders import holds_text_model
 from milora_vl.checkpoints import WEIGHTS
 from milora_vl.plan.run_folder import RunFolder

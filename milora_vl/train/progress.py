@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from milora_data.command import amount
+from milora_data.command.cli import amount
 from milora_vl.plan.estimate import duration
 
 # Key of the log -> how it is shown, in this order.

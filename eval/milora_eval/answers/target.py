@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from milora_data.command import suggest
+from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import (
     base_of,

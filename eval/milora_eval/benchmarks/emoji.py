@@ -12,7 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from milora_data.records import Record, load_records
+from milora_data.records import Record
+from milora_data.sources import load_records
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, MissingData
 from milora_eval.rules.answers import exact_match, normalise
 from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr

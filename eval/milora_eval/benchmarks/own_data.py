@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import suggest
-from milora_data.embedded import is_embedded, refusal
+from milora_data.command.cli import suggest
+from milora_data.command.web import not_fetched, web_address
 from milora_data.errors import DataError, UserError
-from milora_data.images import place_of
+from milora_data.images.embedded import is_embedded, refusal
+from milora_data.images.files import place_of
 from milora_data.records import Turn, parse_record
-from milora_data.web import not_fetched, web_address
 from milora_eval.benchmark import Benchmark, Form, Item, MissingData
 from milora_eval.data_files import read_json, read_jsonl
 from milora_eval.rules.anls import anls

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from milora_data.command.atomic_write import write_text
 from milora_data.errors import DataError
-from milora_data.whole import write_text
 
 Row = Mapping[str, Any]
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from milora_data.command import next_step, parser
-from milora_data.flags import shared
+from milora_data.command.cli import next_step, parser
+from milora_data.command.flags import shared
 from milora_eval.scores.compare import Pair, compare, num_common
 from milora_eval.scores.results import require_lines
 from milora_eval.scores.table import FORMATS, pairs_table, show

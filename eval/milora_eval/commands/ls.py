@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import next_step, parser
+from milora_data.command.cli import next_step, parser
+from milora_data.command.flags import shared
 from milora_data.errors import UserError
-from milora_data.flags import shared
 from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, has_files
 
 EXAMPLES = """\

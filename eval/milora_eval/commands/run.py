@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import count, next_step, parser
+from milora_data.command.cli import count, next_step, parser
+from milora_data.command.flags import shared
 from milora_data.errors import DataError, UserError
-from milora_data.flags import shared
 from milora_eval.answers.runner import Plan, questions
 from milora_eval.answers.selection import parse_shard
 from milora_eval.answers.target import EvalTarget, eval_target, recipe_of

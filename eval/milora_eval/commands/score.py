@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import next_step, parser
+from milora_data.command.cli import next_step, parser
+from milora_data.command.flags import shared
 from milora_data.errors import UserError
-from milora_data.flags import shared
 from milora_eval.answers.identity import digest
 from milora_eval.answers.lines import to_line
 from milora_eval.answers.selection import select

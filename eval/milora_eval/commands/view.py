@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command import next_step, parser
+from milora_data.command.atomic_write import write_text
+from milora_data.command.cli import next_step, parser
+from milora_data.command.flags import shared
 from milora_data.errors import UserError
-from milora_data.flags import shared
-from milora_data.whole import write_text
 from milora_eval.scores.results import require_lines
 from milora_eval.scores.view import page
 

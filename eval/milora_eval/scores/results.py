@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from milora_data.command.atomic_write import read_json, write_json
 from milora_data.errors import UserError
-from milora_data.whole import read_json, write_json
 from milora_eval.answers.lines import to_answer
 from milora_eval.answers.selection import select
 from milora_eval.answers.store import JUDGEMENTS, PREDICTIONS, Line, each_line, read_lines, write_lines

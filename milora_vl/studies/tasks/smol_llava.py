@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from milora_data.collate import ImageTextCollator
-from milora_data.records import load_records
+from milora_data.sources import load_records
 from milora_vl.forgetting import answer_batches, drawn_questions
 from milora_vl.load import load_model
 from milora_vl.models.image_tokens import image_tokens

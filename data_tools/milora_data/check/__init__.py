@@ -1,0 +1,1 @@
+"""Find, count and repair what is wrong with a data set."""

@@ -1,0 +1,151 @@
+"""What can be wrong with a record, and the rules that find it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from milora_data.errors import DataError
+from milora_data.records import IMAGE, Record, estimated_length
+from milora_data.templates import place_images, split_turns
+
+Severity = Literal["error", "warning"]
+
+
+class Kind(NamedTuple):
+    """One sort of finding: an error makes the record useless for training, a warning may be meant."""
+
+    severity: Severity
+    title: str
+
+
+KINDS: Mapping[str, Kind] = {
+    "broken_json": Kind("error", "broken JSON"),
+    "not_a_record": Kind("error", "not a record of LLaVA's format"),
+    "embedded_picture": Kind("error", "picture embedded as base64: records name picture files"),
+    "turn_order": Kind("error", "questions and answers do not alternate"),
+    "no_answer": Kind("error", "nothing to learn: no answer to a question"),
+    "placeholders": Kind("error", f"not as many {IMAGE} as pictures"),
+    "missing_picture": Kind("error", "missing picture"),
+    "corrupt_picture": Kind("error", "picture that cannot be read"),
+    "broken_text": Kind("error", "text that is no valid Unicode (half of a surrogate pair)"),
+    "empty_answer": Kind("warning", "empty answer: teaches to say nothing"),
+    "empty_question": Kind("warning", "empty question"),
+    "duplicate_id": Kind("warning", "id used before"),
+    "answer_first": Kind("warning", "starts with an answer, which is left out"),
+    "unanswered": Kind("warning", "ends with a question, which teaches nothing"),
+    "special_token": Kind("warning", "text holds a special token, which is encoded as such"),
+    "several_placeholders": Kind("warning", f"more {IMAGE} in a turn than the record has pictures: one is kept"),
+    "picture_in_answer": Kind("warning", f"answer holds {IMAGE}"),
+    "role_in_text": Kind("warning", "text plays another role, as if answers had run on"),
+    "damaged_text": Kind("warning", "text with characters that were lost in a conversion"),
+    "control_character": Kind("warning", "text with control characters"),
+    "long_record": Kind("warning", "longer than 2,048 tokens, by estimate: max_length will cut it"),
+    "duplicate_record": Kind("warning", "same picture and same conversation as before"),
+    "outside_folder": Kind("warning", "picture named by an absolute path, or by one that leaves the folder"),
+    "wrong_suffix": Kind("warning", "picture of another format than its name says"),
+    "animated_picture": Kind("warning", "animated picture: its first frame is used"),
+    "rotated_picture": Kind("warning", "picture stored on its side: it is turned upright (LLaVA does not)"),
+    "cmyk_picture": Kind("warning", "picture in print colours (CMYK): converted"),
+    "deep_picture": Kind("warning", "picture of 16 bits and more, or of floats: scaled to 8"),
+    "transparent_picture": Kind("warning", "picture with transparency, which is dropped as LLaVA does"),
+    "long_picture": Kind("warning", "picture more than 10 times as long as wide: mostly padding"),
+    "tiny_picture": Kind("warning", "picture of less than 16 pixels a side"),
+    "huge_picture": Kind("warning", "picture of more than 40 megapixels: slow to decode (--jpeg_decoding draft)"),
+}
+# Of Llama, Vicuna, Qwen, SmolLM and GPT-2; which of them means something depends on the tokenizer.
+SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")
+
+_LONGEST = 300
+# Kinds whose messages say it themselves.
+_SENTENCES = ("broken_json", "not_a_record", "embedded_picture", "turn_order", "placeholders")
+_ESTIMATED_TOKENS = 2048
+_ROLE = re.compile(r"(?:^|\n| )(?:ASSISTANT|USER|### ?(?:Human|Assistant)): ")
+_LOST = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00e2\u20ac")  # the signs of UTF-8 read as Latin-1
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_PATTERNS = {
+    "broken_text": _SURROGATE,
+    "role_in_text": _ROLE,
+    "damaged_text": _LOST,
+    "control_character": CONTROL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong: a key of `KINDS`, where ("file:line"), and what exactly."""
+
+    kind: str
+    where: str
+    message: str
+
+    def __post_init__(self) -> None:
+        # Findings are printed: no half surrogate pairs, which no terminal takes, and no whole essays.
+        text = self.message.encode("utf-8", "replace").decode()
+        object.__setattr__(self, "message", text if len(text) <= _LONGEST else text[:_LONGEST] + " ...")
+
+    @property
+    def sentence(self) -> str:
+        """Return the message as it is understood without the title of its kind."""
+        return self.message if self.kind in _SENTENCES else f"{KINDS[self.kind].title}: {self.message}"
+
+    @property
+    def severity(self) -> Severity:
+        """Return `error` or `warning`."""
+        return KINDS[self.kind].severity
+
+
+def examine(record: Record) -> Iterator[Finding]:
+    """Yield what is wrong with the record itself; its pictures are not looked at."""
+
+    def found(kind: str, message: str) -> Finding:
+        return Finding(kind, record.source, message)
+
+    try:
+        _, exchange = split_turns(record.turns)
+    except DataError as error:
+        yield found("turn_order", str(error))
+        return
+    try:
+        place_images(record.turns, len(record.images))
+    except DataError as error:
+        yield found("placeholders", str(error))
+    else:
+        if sum(turn.text.count(IMAGE) for turn in record.turns) > len(record.images):
+            number = next(n for n, turn in enumerate(record.turns, start=1) if turn.text.count(IMAGE) > 1)
+            yield found("several_placeholders", f"turn {number}")
+    if len(exchange) < 2:
+        yield found("no_answer", f"{len(record.turns)} turns")
+    elif len(exchange) % 2:
+        yield found("unanswered", exchange[-1].text)
+    if len(exchange) < sum(turn.role != "system" for turn in record.turns):
+        yield found("answer_first", next(turn.text for turn in record.turns if turn.role == "assistant"))
+    tokens = estimated_length(record, 576)
+    if tokens > _ESTIMATED_TOKENS:
+        yield found("long_record", f"about {tokens:,} tokens")
+    outside = [name for name in record.images if name.startswith(("/", "~", "\\")) or ".." in name.split("/")]
+    if outside:
+        yield found("outside_folder", outside[0])
+    yield from _texts(record)
+
+
+def _texts(record: Record) -> Iterator[Finding]:
+    for number, turn in enumerate(record.turns, start=1):
+        where = f"turn {number}"
+        if not turn.text.replace(IMAGE, "").strip():
+            if turn.role == "assistant":
+                yield Finding("empty_answer", record.source, where)
+            elif turn.role == "user" and IMAGE not in turn.text:
+                yield Finding("empty_question", record.source, where)
+        if turn.role == "assistant" and IMAGE in turn.text:
+            yield Finding("picture_in_answer", record.source, where)
+        for kind, pattern in _PATTERNS.items():
+            if (match := pattern.search(turn.text)) is not None:
+                excerpt = turn.text[max(0, match.start() - 20) : match.end() + 20]
+                yield Finding(kind, record.source, f"{where}: {excerpt!r}" if kind != "broken_text" else where)
+        specials = [token for token in SPECIAL_TOKENS if token in turn.text]
+        if specials:
+            yield Finding("special_token", record.source, f"{where}: {', '.join(specials)}")

@@ -1,0 +1,94 @@
+"""`check --fix`: the usable records of a data set, in a new file, with the repairs that need no guessing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from milora_data.check.findings import CONTROL, KINDS, examine
+from milora_data.command.cli import amount
+from milora_data.errors import DataError, UserError
+from milora_data.formats.jsonfile import read_objects, write_objects
+from milora_data.images.embedded import EmbeddedPicture
+from milora_data.records import IMAGE, ROLES, from_messages, parse_record
+
+if TYPE_CHECKING:
+    from milora_data.check.report import Report
+
+
+def write_repaired(report: Report, data: Path, out: Path) -> str:
+    """Write the usable records of `data` to `out`, unchanged but for repairs; returns what was done, as text.
+
+    Raises `UserError`, and writes nothing, if no record is usable.
+    """
+    done: Counter[str] = Counter()
+    lost = {f.where: f.kind for f in report.findings if f.kind in ("missing_picture", "corrupt_picture", "broken_text")}
+    usable = _usable(data, lost, done)
+    first = list(islice(usable, 1))
+    if not first:
+        raise UserError("\n".join([f"no record of {data} is usable; nothing was written", *_changes(done)]))
+    count = write_objects(out, chain(first, usable))
+    return "\n".join([f"{out}: {amount(count, 'record')}", *_changes(done)]) + "\n"
+
+
+def _changes(done: Counter[str]) -> list[str]:
+    return [f"  {number:,} {what}" for what, number in done.most_common()]
+
+
+def repair(value: dict[str, Any], done: Counter[str]) -> dict[str, Any]:
+    """Return a LLaVA dict without turns that are not learnt from, and with the `<image>` that was forgotten."""
+    turns = [dict(turn) for turn in value["conversations"]]
+    start = 1 if turns and ROLES[turns[0]["from"]] == "system" else 0
+    if turns[start:] and ROLES[turns[start]["from"]] == "assistant" and IMAGE not in turns[start]["value"]:
+        del turns[start]
+        done["answers before the first question removed"] += 1
+    if turns and ROLES[turns[-1]["from"]] == "user" and IMAGE not in turns[-1]["value"]:
+        del turns[-1]
+        done["questions without answer removed"] += 1
+    for turn in turns:
+        clean = CONTROL.sub("", turn["value"])
+        if clean != turn["value"]:
+            turn["value"] = clean
+            done["texts without their control characters"] += 1
+    pictures = parse_record(value).images
+    if pictures and turns[start:] and not any(IMAGE in turn["value"] for turn in turns):
+        turns[start]["value"] = f"{IMAGE}\n" * len(pictures) + turns[start]["value"]
+        done[f"forgotten {IMAGE} put in front"] += 1
+    return {**value, "conversations": turns}
+
+
+def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[dict[str, Any]]:
+    def broken(_: DataError) -> None:
+        done[f"left out: {KINDS['broken_json'].title}"] += 1
+
+    try:
+        for number, (place, value) in enumerate(read_objects(data, on_error=broken), start=1):
+            kind = lost.get(f"{data}:{place}") or _hopeless(value)
+            if kind is None:
+                assert isinstance(value, dict)
+                if "conversations" not in value:
+                    value = from_messages(value, number=number)
+                repaired = repair(value, done)
+                record = parse_record(repaired)
+                kind = next((f.kind for f in examine(record) if f.severity == "error"), None)
+            if kind is not None:
+                done[f"left out: {KINDS[kind].title}"] += 1
+            elif not any(turn.text.replace(IMAGE, "").strip() for turn in record.turns if turn.role == "assistant"):
+                done["left out: every answer is empty"] += 1
+            else:
+                yield repaired
+    except DataError:
+        done["broken JSON list: nothing after the break could be read"] += 1
+
+
+def _hopeless(value: object) -> str | None:
+    try:
+        record = parse_record(value)
+    except EmbeddedPicture:
+        return "embedded_picture"
+    except DataError:
+        return "not_a_record"
+    return next((f.kind for f in examine(record) if f.kind == "turn_order"), None)

@@ -1,0 +1,71 @@
+"""What `milora_data check` found, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from milora_data.check.findings import KINDS, Finding
+from milora_data.command.cli import amount
+from milora_data.images.embedded import convert_words
+
+
+@dataclass(slots=True)
+class Report:
+    """What a scan found."""
+
+    path: str
+    image_folder: str
+    records: int = 0
+    with_pictures: int = 0
+    picture_files: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    form: str = ""  # what `convert --from` calls records with embedded pictures, where there are some
+
+    def count(self, severity: str) -> int:
+        """Return the number of errors or of warnings."""
+        return sum(finding.severity == severity for finding in self.findings)
+
+    def by_kind(self) -> dict[str, list[Finding]]:
+        """Return the findings of each kind that occurs, errors first."""
+        return {
+            kind: found for kind in KINDS if (found := [finding for finding in self.findings if finding.kind == kind])
+        }
+
+    def convert_words(self) -> tuple[str, ...]:
+        """Return the command of milora_data that writes the embedded pictures that were found to files."""
+        first = next(finding for finding in self.findings if finding.kind == "embedded_picture")
+        return convert_words(first.where.rpartition(":")[0], self.form)
+
+
+def as_json(report: Report) -> str:
+    """Return the report as one JSON object."""
+    content: dict[str, Any] = {
+        "path": report.path,
+        "image_folder": report.image_folder,
+        "records": report.records,
+        "with_pictures": report.with_pictures,
+        "picture_files": report.picture_files,
+        "errors": report.count("error"),
+        "warnings": report.count("warning"),
+        "kinds": Counter(finding.kind for finding in report.findings),
+        "findings": [{"severity": finding.severity, **asdict(finding)} for finding in report.findings],
+    }
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+
+
+def as_text(report: Report, limit: int) -> str:
+    """Return the report for people: counts, then each kind of finding with its first cases."""
+    files = amount(report.picture_files, "file")
+    pictures = f"{report.with_pictures:,} with pictures ({files}, looked for in {report.image_folder})"
+    lines = [f"{report.path}: {amount(report.records, 'record')}, {pictures if report.with_pictures else 'text only'}"]
+    for kind, found in report.by_kind().items():
+        severity, title = KINDS[kind]
+        lines += ["", f"{severity:<8} {len(found):>7,}  {title}"]
+        lines += [f"    {finding.where}: {finding.message}".replace("\n", "\n    ") for finding in found[:limit]]
+        if len(found) > limit:
+            lines.append(f"    ... and {len(found) - limit:,} more (--limit {len(found)} shows all)")
+    counts = ", ".join(amount(report.count(severity), severity) for severity in ("error", "warning"))
+    return "\n".join([*lines, "", counts if lines[1:] else "nothing to complain about", ""])

@@ -1,0 +1,172 @@
+"""`python -m milora_data stats`: what a data set holds, in numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from milora_data.check.command import image_folder
+from milora_data.check.duplicates import duplicate_statistics, leakage
+from milora_data.command.cli import count, next_step, parser
+from milora_data.command.flags import RECORDS, shared
+from milora_data.encode import encode
+from milora_data.errors import DataError, UserError
+from milora_data.images.embedded import EmbeddedPicture
+from milora_data.records import IMAGE, Record
+from milora_data.sources import load_records
+from milora_data.tokens import load_tokenizer
+
+EPILOG = """\
+examples:
+  python -m milora_data stats train.json
+  python -m milora_data stats train.json --tokenizer runs/demo --image_tokens 16 --max_length 2048
+  python -m milora_data stats train.json --image_folder images --copies near --against test.json
+"""
+
+
+SECTIONS = ("tokens", "duplicates", "leakage")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    options = parser("python -m milora_data stats", "Count records, pictures, turns and lengths.", EPILOG)
+    given = options.add_argument_group("input")
+    given.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
+    shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
+    given.add_argument("--against", type=Path, metavar="TEST", help="count what of this test set is in DATA")
+    given.add_argument("--against_image_folder", type=Path, help="folder of its pictures (default: beside TEST)")
+    settings = options.add_argument_group("settings")
+    settings.add_argument("--copies", choices=("exact", "near"), help="look for pictures that occur twice")
+    settings.add_argument("--tokenizer", help="folder or name of a tokenizer, to count tokens")
+    shared(settings, "template", default="vicuna_v1", about="prompt format (default: %(default)s)")
+    settings.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
+    settings.add_argument("--max_length", type=count, help="count the records that are longer")
+    out = options.add_argument_group("output")
+    out.add_argument("--limit", type=count, default=5, help="lines of each list (default: %(default)s)")
+    shared(out, "format")
+    chosen = options.parse_args(argv)
+    tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
+    records = _read(chosen.data)
+    if not records:
+        raise DataError(f"{chosen.data}: no records")
+    content = statistics(records)
+    folder = image_folder(chosen.data, chosen.image_folder)
+    content["duplicates"] = duplicate_statistics(records, folder, chosen.copies)
+    if chosen.against is not None:
+        folders = (folder, image_folder(chosen.against, chosen.against_image_folder))
+        content["leakage"] = leakage(records, _read(chosen.against), folders, chosen.copies)
+    elif chosen.against_image_folder is not None:
+        raise UserError("--against_image_folder needs --against TEST")
+    if tokenizer is not None:
+        content["tokens"] = token_statistics(
+            records,
+            tokenizer,
+            template=chosen.template,
+            image_tokens=chosen.image_tokens,
+            max_length=chosen.max_length,
+        )
+    sys.stdout.write(
+        json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        if chosen.format == "json"
+        else f"{chosen.data}\n" + as_text(content, chosen.limit)
+    )
+    pictures = ["--image_folder", folder] if chosen.image_folder else []
+    next_step("milora_data", "show", chosen.data, *pictures, "--limit", 50, "--html", "OUT.html")
+    return 0
+
+
+def _read(path: Path) -> list[Record]:
+    try:
+        return list(load_records(path))
+    except DataError as error:
+        if not path.is_file() or isinstance(error, EmbeddedPicture):  # which says itself what to do
+            raise
+        hint = f"see: python -m milora_data check {path}; --fix OUT writes what is usable, which can be counted"
+        raise DataError(f"{error}\n{hint}") from None
+
+
+def statistics(records: Sequence[Record]) -> dict[str, Any]:
+    """Return counts and distributions of `records`; lists are sorted, the most frequent first."""
+    answers = [turn.text for record in records for turn in record.turns if turn.role == "assistant"]
+    questions = [turn.text for record in records for turn in record.turns if turn.role == "user"]
+    pictures = [name for record in records for name in record.images]
+    return {
+        "records": len(records),
+        "with_pictures": sum(bool(record.images) for record in records),
+        "text_only": sum(not record.images for record in records),
+        "pictures": len(pictures),
+        "picture_files": len(set(pictures)),
+        "questions_per_record": spread([sum(turn.role == "user" for turn in record.turns) for record in records]),
+        "words_per_question": spread([len(text.replace(IMAGE, "").split()) for text in questions]),
+        "words_per_answer": spread([len(text.split()) for text in answers]),
+        "most_frequent_answers": _ranking(answers),
+        "picture_folders": _ranking(str(Path(name).parent) for name in pictures),
+        "types": _ranking(str(record.extra["type"]) for record in records if "type" in record.extra),
+    }
+
+
+def token_statistics(
+    records: Iterable[Record], tokenizer: Any, *, template: str, image_tokens: int, max_length: int | None
+) -> dict[str, Any]:
+    """Return the spread of encoded lengths and of learnt tokens, and how many records exceed `max_length`."""
+    lengths, learnt, failed = [], [], 0
+    for record in records:
+        try:
+            made = encode(record, tokenizer, template=template, image_token_id=-200, image_tokens=image_tokens)
+        except DataError:
+            failed += 1
+            continue
+        lengths.append(len(made.input_ids))
+        learnt.append(sum(label >= 0 for label in made.labels))
+    return {
+        "per_record": spread(lengths),
+        "learnt_per_record": spread(learnt),
+        "longer_than_max_length": sum(max_length is not None and length > max_length for length in lengths),
+        "not_encodable": failed,
+    }
+
+
+def spread(numbers: Sequence[int]) -> dict[str, int]:
+    """Return minimum, median, 95th percentile, maximum and sum.
+
+    >>> spread([1, 2, 3, 4, 100])
+    {'min': 1, 'median': 3, 'p95': 100, 'max': 100, 'sum': 110}
+    """
+    ordered = sorted(numbers) or [0]
+    return {
+        "min": ordered[0],
+        "median": ordered[len(ordered) // 2],
+        "p95": ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)],
+        "max": ordered[-1],
+        "sum": sum(numbers),
+    }
+
+
+def as_text(content: dict[str, Any], limit: int) -> str:
+    """Return the statistics for people."""
+    lines = []
+    for name, value in content.items():
+        title = name.replace("_", " ")
+        if isinstance(value, int):
+            lines.append(f"  {title:<24}{value:>12,}")
+        elif name in SECTIONS:
+            lines += ["", title, as_text(value, limit).rstrip("\n")]
+        elif isinstance(value, dict):
+            lines.append(f"  {title:<24}" + "   ".join(f"{key} {number:,}" for key, number in value.items()))
+        elif value:
+            lines += ["", title, *(f"  {count:>9,}  {_short(text)}" for text, count in value[:limit])]
+            lines += [f"             ... and {len(value) - limit:,} more"] * (len(value) > limit)
+    return "\n".join(lines) + "\n"
+
+
+def _ranking(words: Iterable[str]) -> list[tuple[str, int]]:
+    return Counter(words).most_common()
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 70 else line[:70] + " ..."

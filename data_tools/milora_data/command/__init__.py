@@ -1,0 +1,1 @@
+"""What all commands share: parsers, flags, menus, files written whole, HTML pages."""

@@ -1,0 +1,1 @@
+"""LLaVA JSON out of other formats."""

@@ -1,0 +1,150 @@
+"""`python -m milora_data emoji`: the demo's data set, rendered from OpenMoji and written as LLaVA JSON plus pictures.
+
+train.json, val.json and test.json ask eight types of questions (emoji_questions.py); captions.json is for stage 1.
+No training record shows a test picture; see emoji_catalogue.py for how the emoji are split.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milora_data.command.cli import count, next_step, parser, positive
+from milora_data.command.flags import shared
+from milora_data.emoji.catalogue import PICTURE_SIZE, Emoji, catalogue, on_background, render, with_colours
+from milora_data.emoji.questions import Record, captions, held_out_records, training_records
+from milora_data.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CREDIT = """\
+# Emoji questions
+
+Pictures: OpenMoji, the open-source emoji and icon project (openmoji.org), version 17.0, licence CC BY-SA 4.0.
+They were rendered from the project's SVG files{changes}.
+Names and categories: emoji-data, MIT licence. Questions: made by `python -m milora_data emoji`, CC BY-SA 4.0.
+
+| file | records | pictures of |
+|---|---|---|
+{rows}
+No picture of `test.json` is in a training file, in any gender; skin tones are left out of all of them. Where a name
+belongs to two emoji (`dog`, `dog face`) one is in training and one in test, and naming asks for these; the other names
+of the test are new, and stand in choices and yes/no questions only.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0 also when the data set is there already."""
+    options = parser(
+        "python -m milora_data emoji",
+        "Make the demo's data set: OpenMoji pictures with questions and answers in LLaVA's format.",
+        "examples:\n  python -m milora_data emoji --output_dir data/emoji\n",
+    )
+    settings = options.add_argument_group("settings")
+    shared(settings, "seed", about="of the split and of the questions (default: %(default)s)")
+    settings.add_argument(
+        "--per_type", type=positive, default=60, help="test questions of each type (default: %(default)s)"
+    )
+    settings.add_argument(
+        "--variants",
+        type=count,
+        default=0,
+        help="further pictures of each training emoji: moved, turned, on other backgrounds; for stage 1 (default: 0)",
+    )
+    out = options.add_argument_group("output")
+    shared(out, "output_dir", default=Path("data/emoji"), about="folder to write (default: %(default)s)")
+    shared(out, "format")
+    chosen = options.parse_args(argv)
+    if chosen.output_dir.exists() and not chosen.output_dir.is_dir():
+        raise UserError(f"--output_dir {chosen.output_dir} is a file, not a folder")
+    if all((chosen.output_dir / name).exists() for name in ("README.md", "test.json", "images")):
+        sys.stderr.write(f"{chosen.output_dir} holds the data set already; remove the folder to make it again\n")
+        return 0
+    if chosen.output_dir.exists() and any(chosen.output_dir.iterdir()):
+        raise UserError(
+            f"{chosen.output_dir} is not empty and holds no emoji data set\nnothing was written\n"
+            "try: another --output_dir"
+        )
+    counts = write(chosen.output_dir, seed=chosen.seed, per_type=chosen.per_type, variants=chosen.variants)
+    if chosen.format == "json":
+        sys.stdout.write(json.dumps({"folder": str(chosen.output_dir), "records": counts}) + "\n")
+    else:
+        sys.stdout.write("".join(f"{chosen.output_dir / name}: {n:,} records\n" for name, n in counts.items()))
+    next_step("milora_data", "show", chosen.output_dir / "train.json", "--limit", 3)
+    return 0
+
+
+def write(folder: Path, *, seed: int = 0, per_type: int = 60, variants: int = 0) -> dict[str, int]:
+    """Write the whole data set into `folder`; returns the number of records by file name.
+
+    The folder appears under its name only when it is complete.
+    """
+    emojis = with_colours(catalogue(seed))
+    split = {name: [emoji for emoji in emojis if emoji.split == name] for name in ("train", "val", "test")}
+    patterns = ["{code}.png", *(f"variants/{{code}}_{i}.png" for i in range(variants))]
+    known = {emoji.name for emoji in split["train"]}
+    files: dict[str, list[Record]] = {
+        "train.json": training_records(split["train"], seed),
+        "val.json": held_out_records(split["val"], max(1, per_type // 4), seed, known),
+        "test.json": held_out_records(split["test"], per_type, seed, known),
+        "captions.json": captions(split["train"], patterns, seed),
+        "captions_val.json": captions(split["val"], ["{code}.png"], seed),
+    }
+    folder = folder.absolute()  # "." has no name
+    scratch = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    (scratch / "images").mkdir(parents=True)
+    _draw(emojis, split["train"], scratch / "images", variants, seed)
+    for name, records in files.items():
+        (scratch / name).write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
+    (scratch / "README.md").write_text(_readme(files, split, variants), encoding="utf-8")
+    if folder.exists():
+        folder.rmdir()  # empty, or main would have refused
+    scratch.rename(folder)
+    return {name: len(records) for name, records in files.items()}
+
+
+def _draw(emojis: Sequence[Emoji], train: Sequence[Emoji], folder: Path, variants: int, seed: int) -> None:
+    from tqdm import tqdm
+
+    for emoji in tqdm(emojis, desc="rendering", unit="picture", file=sys.stderr, disable=None):
+        on_background(render(emoji.code)).save(folder / emoji.file)
+    if not variants:
+        return
+    (folder / "variants").mkdir()
+    for emoji in tqdm(train, desc="variants", unit="emoji", file=sys.stderr, disable=None):
+        for i in range(variants):
+            rng = random.Random(f"{seed}:{emoji.code}:{i}")
+            _variant(emoji.code, rng).save(folder / "variants" / f"{emoji.code}_{i}.png")
+
+
+def _variant(code: str, rng: random.Random) -> Image.Image:
+    """Return the picture smaller or larger, slightly turned and off its place, half the time on a light background."""
+    from PIL import Image
+
+    side = round(PICTURE_SIZE * rng.uniform(0.75, 1.1))
+    picture = render(code, side).rotate(rng.uniform(-15, 15), resample=Image.Resampling.BICUBIC)
+    free = PICTURE_SIZE - side
+    place = (round(free * rng.random()), round(free * rng.random()))
+    canvas = Image.new("RGBA", (PICTURE_SIZE, PICTURE_SIZE), (0, 0, 0, 0))
+    canvas.paste(picture, place)
+    light = (rng.randint(215, 255), rng.randint(215, 255), rng.randint(215, 255))
+    return on_background(canvas, light if rng.random() < 0.5 else (255, 255, 255))
+
+
+def _readme(files: dict[str, list[Record]], split: dict[str, list[Emoji]], variants: int) -> str:
+    rows = ""
+    for name, records in files.items():
+        part = "train" if name.startswith(("train", "captions.")) else name.split(".")[0].removeprefix("captions_")
+        types = Counter(str(record.get("type", "caption")) for record in records)
+        rows += f"| {name} | {len(records)}: {', '.join(f'{n} {kind}' for kind, n in types.items())} "
+        rows += f"| {len(split[part])} emoji |\n"
+    changes = ", some moved, turned and put on other backgrounds" if variants else ""
+    return CREDIT.format(rows=rows, changes=changes)

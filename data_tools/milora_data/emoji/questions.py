@@ -1,0 +1,291 @@
+"""Questions about emoji in LLaVA's format: seven kinds about a picture, one without.
+
+Every record is a LLaVA record with two more keys: `type`, and `answers`, those that count as right for its last turn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from milora_data.emoji.catalogue import COLOURS, KINDS, Emoji
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+NAMING = ("What is this?", "What does the picture show?", "What is the name of the thing in the picture?")
+CATEGORY = ("What kind of thing is this?", "What kind of thing does the picture show?")
+COLOUR = ("What is the main color?", "Which color is most of the picture?", "What color is this mostly?")
+WHICH = "Which of these is in the picture"
+OPTIONS = 4
+TEXT_SHARE = 0.6  # of the named training emoji have a text-only record
+
+Record = dict[str, Any]
+Turns = list[tuple[str, str]]
+
+
+@dataclass(slots=True)
+class Pool:
+    """The emoji that questions may mention: distractors come from the same split, so test names stay unseen."""
+
+    emojis: Sequence[Emoji]
+    rng: random.Random
+
+    def named(self) -> list[Emoji]:
+        """Return the emoji that a question may call by name."""
+        return [emoji for emoji in self.emojis if emoji.named]
+
+    def other_names(self, emoji: Emoji, count: int, *, hard: int) -> list[str]:
+        """Return `count` names of other things, the first `hard` of them of the same kind."""
+        taken = {emoji.name, *emoji.aliases}
+        others = [other for other in self.named() if not taken.intersection((other.name, *other.aliases))]
+        same = [other.name for other in others if other.kind == emoji.kind]
+        rest = [other.name for other in others if other.kind != emoji.kind]
+        picked = self.rng.sample(sorted(set(same)), min(hard, len(set(same))))
+        return picked + self.rng.sample(sorted(set(rest)), count - len(picked))
+
+
+def a(name: str) -> str:
+    """Return a name with its article: `a dog`, `an owl`, `grapes`."""
+    if name.endswith("s") and not name.endswith(("ss", "us", "is", "as")):
+        return name
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def naming(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """`What is this?`: the name, or one of its other names."""
+    if not emoji.named:
+        return None
+    return [(pool.rng.choice(NAMING) + SHORT, emoji.name)], [emoji.name, *emoji.aliases]
+
+
+def category(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """`What kind of thing is this?`: animal, food, vehicle, ...: a word that holds for new pictures too."""
+    return [(pool.rng.choice(CATEGORY) + SHORT, emoji.kind)], [emoji.kind]
+
+
+def colour(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """`What is the main color?`, for pictures in which one colour clearly prevails."""
+    if emoji.colour is None:
+        return None
+    return [(pool.rng.choice(COLOUR) + SHORT, emoji.colour)], _colour_answers(emoji.colour)
+
+
+def yes_no(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """`Is this an animal?`, `Does the picture show a fox?`, `Is it mostly red?`; half the answers are no.
+
+    A wrong name is of the same kind as the right one, so that the kind alone does not answer.
+    """
+    rng = pool.rng
+    truth = rng.random() < 0.5
+    about = rng.choice(["kind", "kind"] + ["name"] * (2 * emoji.named) + ["colour"] * (emoji.colour is not None))
+    if about == "kind":
+        kind = emoji.kind if truth else rng.choice([kind for kind in KINDS if kind != emoji.kind])
+        question = f"Does the picture show {a(kind)}?"
+    elif about == "name":
+        name = emoji.name if truth else pool.other_names(emoji, 1, hard=1)[0]
+        question = f"Does the picture show {a(name)}?"
+    else:
+        word = emoji.colour if truth else rng.choice([word for word in COLOURS if word != emoji.colour])
+        question = f"Is the picture mostly {word}?"
+    answer = "Yes" if truth else "No"
+    return [(question + SHORT, answer)], [answer]
+
+
+def choice(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """`Which of these is in the picture: ...?`, answered by the option's text."""
+    options = _options(emoji, pool)
+    listed = ", ".join(a(option) for option in options[:-1]) + f" or {a(options[-1])}"
+    right = _label(emoji)
+    return [(f"{WHICH}: {listed}?" + SHORT, right)], [right, a(right)]
+
+
+def choice_letter(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """The same as lettered options, answered by the letter (LLaVA's multiple-choice prompt)."""
+    options = _options(emoji, pool)
+    lines = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
+    letter = "ABCD"[options.index(_label(emoji))]
+    return [("What is in the picture?" + lines + LETTER, letter)], [letter]
+
+
+def multi_turn(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """Two questions about one picture: its kind, then its colour, its name among others of its kind, or yes/no."""
+    follow = [yes_no] + [colour] * (emoji.colour is not None) + [choice] * emoji.named
+    first, second = category(emoji, pool), pool.rng.choice(follow)(emoji, pool)
+    return (first[0] + second[0], second[1]) if first and second else None
+
+
+def text_only(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
+    """No picture: what kind of thing a named thing is, and yes/no about it."""
+    if not emoji.named:
+        return None
+    if pool.rng.random() < 0.5:
+        return [(f"What kind of thing is {a(emoji.name)}?" + SHORT, emoji.kind)], [emoji.kind]
+    truth = pool.rng.random() < 0.5
+    kind = emoji.kind if truth else pool.rng.choice([kind for kind in KINDS if kind != emoji.kind])
+    answer = "Yes" if truth else "No"
+    return [(f"Is {a(emoji.name)} {a(kind)}?" + SHORT, answer)], [answer]
+
+
+TYPES: dict[str, Callable[[Emoji, Pool], tuple[Turns, list[str]] | None]] = {
+    "naming": naming,
+    "category": category,
+    "colour": colour,
+    "yes_no": yes_no,
+    "choice": choice,
+    "choice_letter": choice_letter,
+    "multi_turn": multi_turn,
+    "text_only": text_only,
+}
+
+
+# What training asks about each picture. Yes/no thrice: an answer of one bit teaches least; few pictures have a name.
+ASKED = ("naming", "naming", "category", "colour", "yes_no", "yes_no", "yes_no", "choice", "choice_letter")
+
+
+def training_records(emojis: Sequence[Emoji], seed: int) -> list[Record]:
+    """Return conversations of one to four questions about each emoji, as ASKED, and text-only ones; shuffled.
+
+    Questions about one picture share a record, as in LLaVA-1.5's own mixture: its tokens are paid for once. Any type
+    may come first, so each is learned from the picture too and not from earlier answers alone.
+    """
+    rng = random.Random(seed)
+    pool = Pool(emojis, rng)
+    records: list[Record] = []
+    for emoji in emojis:
+        asked = {}
+        for kind in rng.sample(ASKED, len(ASKED)):
+            if record := _record(kind, emoji, pool):
+                asked[record["conversations"][0]["value"]] = record  # no question twice
+        conversations = _conversations(list(asked.values()), rng)
+        if rng.random() < TEXT_SHARE and (record := _record("text_only", emoji, pool)):
+            conversations.append(record)
+        records += [{**record, "id": f"{emoji.code}-{i}"} for i, record in enumerate(conversations)]
+    rng.shuffle(records)
+    return records
+
+
+def _conversations(asked: Sequence[Record], rng: random.Random) -> list[Record]:
+    """Join the questions about one picture, in order, to conversations of one to four."""
+    joined, start = [], 0
+    while start < len(asked):
+        part = asked[start : start + rng.choice((1, 2, 3, 4))]
+        turns = [turn for record in part for turn in record["conversations"]]
+        turns = [turns[0], *({**turn, "value": turn["value"].removeprefix("<image>\n")} for turn in turns[1:])]
+        kind = part[0]["type"] if len(part) == 1 else "multi_turn"
+        joined.append({**part[-1], "type": kind, "conversations": turns})
+        start += len(part)
+    return joined
+
+
+def held_out_records(emojis: Sequence[Emoji], per_type: int, seed: int, known: Collection[str]) -> list[Record]:
+    """Return `per_type` questions of each type (fewer where there are not enough pictures).
+
+    Within a type the answers' strata take turns (kinds; colours; yes and no), so that no answer prevails. Naming asks
+    for `known` names only, those of training: other pictures of what has been named.
+    """
+    records: list[Record] = []
+    for kind in TYPES:
+        rng = random.Random(f"{seed}:{kind}")
+        pool = Pool(emojis, rng)
+        asked = [record for emoji in _shuffled(emojis, rng) if (record := _record(kind, emoji, pool))]
+        if kind == "naming":
+            asked = [record for record in asked if not set(known).isdisjoint(record["answers"])]
+        records += _balanced(asked)[:per_type]
+    return records
+
+
+def captions(emojis: Sequence[Emoji], variants: Sequence[str], seed: int) -> list[Record]:
+    """Return stage-1 records: one caption for each picture of each emoji, in varied forms.
+
+    `variants` are patterns for file names, such as `{code}.png`. Captions are short and each tells colour and kind, so
+    that most of what is learned is these and the name rather than the words around them.
+    """
+    rng = random.Random(seed)
+    records = []
+    for emoji in emojis:
+        for pattern in variants:
+            image = pattern.format(code=emoji.code)
+            turns = [
+                {"from": "human", "value": "<image>"},
+                {"from": "gpt", "value": rng.choice(_caption_forms(emoji))},
+            ]
+            records.append({"id": f"caption-{image}", "image": image, "conversations": turns})
+    rng.shuffle(records)
+    return records
+
+
+def _caption_forms(emoji: Emoji) -> list[str]:
+    """Colour, kind and name in few words; a name may not come before what it would give away."""
+    name, kind, word = emoji.name, emoji.kind, emoji.colour or "colorful"
+    forms = [
+        f"{word} {kind}".capitalize() + ".",
+        f"Kind: {kind}. Color: {word}.",
+        f"{a(kind)}, mostly {word}".capitalize() + ".",
+    ]
+    if len(name.split()) <= 4:  # longer ones describe a face or a person beyond what a few tokens can show
+        forms = [
+            f"{word} {kind}: {name}".capitalize() + ".",
+            f"Color: {word}. Kind: {kind}. Name: {name}.",
+            f"{a(kind)}, mostly {word}: {a(name)}".capitalize() + ".",
+            f"Mostly {word}. It is {a(kind)}, {a(name)}.",
+            f"Kind: {kind}. Color: {word}. Name: {name}.",
+            f"{a(name)}, mostly {word}".capitalize() + ".",
+        ]
+    return forms
+
+
+def _record(kind: str, emoji: Emoji, pool: Pool) -> Record | None:
+    made = TYPES[kind](emoji, pool)
+    if made is None:
+        return None
+    turns, answers = made
+    record: Record = {"id": f"{kind}-{emoji.code}", "type": kind, "answers": answers}
+    if kind != "text_only":
+        record["image"] = emoji.file
+        turns = [(f"<image>\n{turns[0][0]}", turns[0][1]), *turns[1:]]
+    record["conversations"] = [
+        {"from": role, "value": text} for turn in turns for role, text in zip(("human", "gpt"), turn, strict=True)
+    ]
+    return record
+
+
+def _balanced(records: Sequence[Record]) -> list[Record]:
+    """Order records so that every answer gets its turn: the first of each, then the second of each, ...
+
+    All options chosen by their text count as one answer, or a type that mixes forms would ask for little else.
+    """
+    strata: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        is_choice = record["conversations"][-2]["value"].removeprefix("<image>\n").startswith(WHICH)
+        strata[WHICH if is_choice else record["answers"][0]].append(record)
+    turns = [list(stratum) for stratum in strata.values()]
+    return list(_round_robin(turns))
+
+
+def _round_robin(lists: list[list[Record]]) -> Iterator[Record]:
+    for place in range(max(map(len, lists), default=0)):
+        yield from (items[place] for items in lists if place < len(items))
+
+
+def _shuffled(emojis: Sequence[Emoji], rng: random.Random) -> list[Emoji]:
+    return rng.sample(list(emojis), len(emojis))
+
+
+def _label(emoji: Emoji) -> str:
+    """Return what an option calls the emoji: its name, or its kind where a picture does not tell the name."""
+    return emoji.name if emoji.named else emoji.kind
+
+
+def _options(emoji: Emoji, pool: Pool) -> list[str]:
+    if emoji.named:
+        options = [emoji.name, *pool.other_names(emoji, OPTIONS - 1, hard=1)]
+    else:
+        options = [emoji.kind, *pool.rng.sample([kind for kind in KINDS if kind != emoji.kind], OPTIONS - 1)]
+    return pool.rng.sample(options, len(options))
+
+
+def _colour_answers(word: str) -> list[str]:
+    return [word, "gray"] if word == "grey" else [word]

@@ -1,0 +1,100 @@
+"""A folder of pictures with captions as LLaVA records: a text file beside each, or one table for all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from milora_data.command.cli import amount
+from milora_data.errors import DataError
+from milora_data.formats.tables import not_utf8, read_rows
+from milora_data.records import IMAGE, SUFFIXES
+
+UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
+TABLES = ("captions.json", "captions.jsonl", "captions.csv", "metadata.csv", "metadata.jsonl")
+FILE_KEYS = ("image", "file_name", "file", "filename", "path")
+TEXT_KEYS = ("caption", "text", "description")
+
+
+def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
+    """Yield a record for each caption of each picture of `folder`, in the order of names; says what is left out.
+
+    Raises `DataError`: no folder, no captions, a table without the columns, a caption for a file that is not there.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    # Hidden files are those of the system: .DS_Store, and ._a.jpg beside a.jpg.
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.name.startswith("."))
+    pictures = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
+    table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    captions: dict[str, list[str]] = {}
+    for name, text in _beside(folder, pictures) if table is None else _rows(table):
+        captions.setdefault(name, []).extend([text] if text else [])
+    if not captions:
+        raise DataError(f"{folder}: no captions\nexpected a.txt beside a.jpg, or one of: {', '.join(TABLES)}")
+    unknown = [name for name in captions if name not in set(pictures)]
+    if unknown:
+        raise DataError(f"{table}: {len(unknown):,} captions without a picture in {folder}: {', '.join(unknown[:5])}")
+    _say_left_out("picture", "without a caption", [name for name in pictures if not captions.get(name)])
+    foreign = [name for name in files if Path(name).suffix.lower() in UNREADABLE]
+    _say_left_out("picture", "not readable (to be saved as JPEG or PNG)", foreign)
+    if table is None:
+        used = {str(Path(name).with_suffix("")) for name in pictures}
+        texts = [name for name in files if Path(name).suffix == ".txt"]
+        _say_left_out("caption", "without a picture", [n for n in texts if str(Path(n).with_suffix("")) not in used])
+    for name in pictures:
+        for number, answer in enumerate(captions.get(name, ()), start=1):
+            turns = [{"from": "human", "value": f"{IMAGE}\n{prompt}"}, {"from": "gpt", "value": answer}]
+            identifier = str(Path(name).with_suffix("")) + (f"-{number}" if number > 1 else "")
+            yield {"id": identifier, "image": name, "conversations": turns}
+
+
+def _say_left_out(what: str, why: str, names: list[str]) -> None:
+    if names:
+        more = ", ..." if len(names) > 5 else ""
+        sys.stderr.write(f"left out: {amount(len(names), what)} {why}: {', '.join(names[:5])}{more}\n")
+
+
+def _beside(folder: Path, pictures: list[str]) -> Iterator[tuple[str, str]]:
+    for name in pictures:
+        path = (folder / name).with_suffix(".txt")
+        if path.is_file():
+            yield name, _text(path)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(not_utf8(path, error)) from None
+
+
+def _rows(table: Path) -> Iterator[tuple[str, str]]:
+    if table.suffix == ".json" and table.read_text(encoding="utf-8-sig").lstrip().startswith("{"):
+        yield from _mapping(table)
+    else:
+        yield from (_row(value, table) for _, value in read_rows(table))
+
+
+def _mapping(table: Path) -> Iterator[tuple[str, str]]:
+    try:
+        content = json.loads(table.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{table}:{error.lineno}: broken JSON: {error.msg}") from None
+    for name, text in content.items():
+        yield _row({"file": name, "text": text}, table)
+
+
+def _row(row: object, table: Path) -> tuple[str, str]:
+    if isinstance(row, dict):
+        name = next((row[key] for key in FILE_KEYS if row.get(key)), None)
+        text = next((row[key] for key in TEXT_KEYS if row.get(key)), None)
+        if isinstance(name, str) and isinstance(text, str):
+            return name, text.strip()
+    raise DataError(
+        f"{table}: a row without file name or caption: {str(row)[:80]}\n"
+        f"expected columns: one of {', '.join(FILE_KEYS)} and one of {', '.join(TEXT_KEYS)}"
+    )

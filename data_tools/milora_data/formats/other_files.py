@@ -1,0 +1,131 @@
+"""RefCOCO, COCO captions, ShareGPT, and tables with columns for picture, question and answer, as LLaVA records."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from milora_data.errors import DataError
+from milora_data.formats.instructions import earlier, with_input, with_system
+from milora_data.formats.jsonfile import read_objects
+from milora_data.formats.plain_pickle import read_plain_pickle
+from milora_data.formats.tables import read_rows
+from milora_data.formats.vqa_files import Options, Records, read_json, record
+from milora_data.images.embedded import stored_pictures
+from milora_data.images.files import on_padded_square
+from milora_data.records import IMAGE
+
+DEFAULT_PROMPT = "Describe this picture."
+WHERE_IS = "Please provide the bounding box coordinate of the region this sentence describes: {}"
+COLUMNS = {
+    "image": ("image", "image_path", "file_name", "filename", "file", "path", "images"),
+    "question": ("question", "query", "instruction", "prompt", "problem"),
+    "answer": ("answer", "answers", "response", "output", "label", "multiple_choice_answer", "solution"),
+    "caption": ("caption", "text", "description", "captions"),
+    "input": ("input",),
+    "system": ("system", "system_prompt"),
+}
+_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "chatgpt": "gpt", "bing": "gpt", "bard": "gpt"}
+
+
+def coco_captions(sources: Sequence[Path], options: Options) -> Records:
+    """COCO captions: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
+    for path in sources:
+        content = read_json(path)
+        names = {row["id"]: row["file_name"] for row in content["images"]}
+        for row in content["annotations"]:
+            name = names.get(row["image_id"])
+            if name is None:
+                raise DataError(f"{path}: a caption for picture {row['image_id']}, which the file does not list")
+            image = options.image(row["image_id"], name.replace("{", "{{").replace("}", "}}"))
+            yield record(
+                row.get("id", row["image_id"]), image, [(options.prompt or DEFAULT_PROMPT, row["caption"].strip())]
+            )
+
+
+def refcoco(sources: Sequence[Path], options: Options) -> Records:
+    """RefCOCO, RefCOCO+, RefCOCOg: refs(...).p or .json, and instances.json; boxes as shares of the padded square."""
+    contents = [read_plain_pickle(path) if path.suffix == ".p" else read_json(path) for path in sources]
+    refs = next((content for content in contents if isinstance(content, list)), None)
+    instances = next((content for content in contents if isinstance(content, dict)), None)
+    if refs is None or instances is None:
+        raise DataError("expected two files: refs(...).p (or the same as JSON) and instances.json")
+    images = {row["id"]: row for row in instances["images"]}
+    boxes = {row["id"]: row["bbox"] for row in instances["annotations"]}
+    for ref in refs:
+        if ref.get("split", options.split) != options.split:
+            continue
+        image, (left, top, width, height) = images[ref["image_id"]], boxes[ref["ann_id"]]
+        shares = on_padded_square((left, top, left + width, top + height), image["width"], image["height"])
+        box = "[" + ", ".join(f"{share:.2f}" for share in shares) + "]"
+        name = options.image(ref["image_id"], image["file_name"].replace("{", "{{").replace("}", "}}"))
+        questions = dict.fromkeys(WHERE_IS.format(sentence["sent"]) for sentence in ref["sentences"])
+        yield record(ref["ref_id"], name, [(question, box) for question in questions])
+
+
+def sharegpt(sources: Sequence[Path], options: Options) -> Records:
+    """ShareGPT: conversations between human and gpt; each is kept as far as its turns alternate."""
+    short = 0
+    for path in sources:
+        for number, (place, value) in enumerate(read_objects(path), start=1):
+            turns = value.get("conversations", value.get("items")) if isinstance(value, dict) else None
+            if not isinstance(value, dict) or not isinstance(turns, list):
+                raise DataError(f'{path}:{place}: expected an object with "conversations", a list')
+            kept = _alternating(turns)
+            short += len(kept) < len(turns)
+            if len(kept) >= 2:
+                yield {"id": str(value.get("id", number)), "conversations": kept}
+    if short:
+        sys.stderr.write(f"shortened or left out: {short:,} conversations whose turns do not alternate\n")
+
+
+def table(sources: Sequence[Path], options: Options) -> Records:
+    """Rows with picture, question and answer, or picture and caption."""
+    for path in sources:
+        for number, (place, row) in enumerate(read_rows(path)):
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{place}: expected a row (an object), got {type(row).__name__}")
+            made = row_record(row, options, place=f"{path}:{place}", identifier=str(number))
+            yield from stored_pictures(made, f"{path}:{place}", options.left_out)
+
+
+def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifier: str) -> dict[str, Any]:
+    """Return the record of one row; its columns are known by their names. Raises `DataError` without such columns.
+
+    `input`, `system` and `history` are Alpaca's, as in `instructions`; an input without a question is the question.
+    """
+    found = {what: next((row[name] for name in names if row.get(name)), None) for what, names in COLUMNS.items()}
+    answer = found["answer"] if found["question"] else found["caption"] or found["answer"]
+    if isinstance(answer, list | tuple):
+        answer = answer[0] if answer else None
+    if not isinstance(answer, str) or not (found["question"] or found["input"] or found["image"]):
+        expected = "\n".join(f"  {what:<9} {', '.join(names)}" for what, names in COLUMNS.items())
+        raise DataError(
+            f"{place}: no question with an answer, and no picture with a caption\n"
+            f"columns: {', '.join(map(str, row))}\nexpected some of:\n{expected}"
+        )
+    asked = with_input(str(found["question"] or ""), str(found["input"] or ""))
+    question = (asked or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
+    images = found["image"] if isinstance(found["image"], list) else [found["image"]] if found["image"] else []
+    exchanges = [*earlier(row, place), (question, answer.strip())]
+    made = record(row.get("id") or row.get("question_id") or identifier, None, exchanges)
+    if images:
+        made["conversations"][0]["value"] = f"{IMAGE}\n" * len(images) + made["conversations"][0]["value"]
+        made = {"id": made["id"], "image": images[0] if len(images) == 1 else images, **made}
+    return with_system(made, found["system"])
+
+
+def _alternating(turns: Sequence[Any]) -> list[dict[str, str]]:
+    kept: list[dict[str, str]] = []
+    for turn in turns:
+        role = _SPEAKERS.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
+        text = turn.get("value", turn.get("content", turn.get("text"))) if isinstance(turn, dict) else None
+        if not kept and role == "gpt":
+            continue
+        if role != ("gpt" if len(kept) % 2 else "human") or not isinstance(text, str):
+            break
+        kept.append({"from": role, "value": re.sub(re.escape(IMAGE), "", text)})
+    return kept[: len(kept) - len(kept) % 2]

@@ -1,0 +1,1 @@
+"""Picture files to RGB and to the pixel values a model reads."""
