@@ -11,7 +11,6 @@ import math
 import os
 import shlex
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ from milora_vl.models.loading import meta_model, split_processor
 from milora_vl.models.names import MADE_HERE, NAMED_MODELS
 from milora_vl.models.quantized import bytes_per_number
 from milora_vl.models.smol_llava import folder_of
-from milora_vl.plan import evaluation, first_batch, requirements, resuming, run_data, run_folder, training_args
+from milora_vl.plan import evaluation, first_batch, run_data, training_args
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.cost import MIX665K, costs_of
+from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.screen import COLUMNS, Screen, policy_rows, trainable_text, trained_sizes
 from milora_vl.policy import Target
 from milora_vl.recipe import base_model, rates, settings
@@ -45,20 +45,16 @@ def show(request: Request) -> int:
     With --format json the plan goes to stderr, and what a program wants of it to stdout.
     """
     screen = Screen(sys.stdout if request.format == "human" else sys.stderr)
-    chosen = settings.resolve(request)
-    _require_fit(request, chosen.recipe)
-    requirements.check(chosen.recipe.train, chosen.recipe.quantization, chosen.recipe.attn_implementation)
-    config = base_model.config_for(chosen.recipe)
+    plan = _plan_or_all_problems(request)
+    config = base_model.config_for(plan.recipe)
     base = meta_model(config)
-    recipe = rules_for(chosen.recipe, base, implicit=chosen.implicit_policy)
+    recipe = rules_for(plan.recipe, base, implicit=plan.settings.implicit_policy)
     targets = targets_of(recipe, base)
-    path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
-    resumed, processes = resuming.Resumed(run_folder.choose(path, request.resume), request.resume), num_devices(request)
-    warnings = resumed.compare(chosen.recipe, implicit_policy=chosen.implicit_policy, processes=processes)
-    train, more_warnings = training_args.prepared(recipe)
-    warnings += more_warnings + rates.warnings(targets, train, method=request.edits.method)
+    path, processes = plan.folder.path, num_devices(request)
+    train, warnings = training_args.prepared(recipe)
+    warnings += rates.warnings(targets, train, method=request.edits.method)
     targets = rates.in_force(targets, train)
-    for line in [*chosen.notes, *(f"warning: {warning}" for warning in [*chosen.warnings, *warnings])]:
+    for line in [*plan.notes, *(f"warning: {warning}" for warning in [*plan.warnings, *warnings])]:
         screen.say(line)
     parts = base_model.parts_of(recipe)
     screen.say(f"model  {parts.describe() if parts else recipe.model}, {count(base):,} parameters")
@@ -111,13 +107,14 @@ def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batc
     )
 
 
-def _require_fit(request: Request, recipe: Recipe) -> None:
-    """Without a policy there is no plan, but data and evaluation have faults of their own: UserError with all."""
+def _plan_or_all_problems(request: Request) -> Plan:
+    """Make the plan. Where the rules do not fit, UserError with the problems of data and evaluation as well."""
     try:
-        settings.require_fit(request, recipe)
+        return make_plan(request, processes=num_devices(request))
     except RecipeError as error:
+        recipe = settings.resolve(request).recipe
         found = [error, *_missing(recipe), *_faults_of_data(recipe)]
-        raise UserError("\n".join(map(str, found))) from None
+        raise UserError(problems=[problem for e in found for problem in e.problems], source=error.source) from None
 
 
 def _missing(recipe: Recipe) -> list[UserError]:

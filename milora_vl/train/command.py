@@ -6,12 +6,11 @@ import atexit
 import sys
 from collections.abc import Sequence
 
-from milora_data.errors import UserError
 from milora_vl.recipe import arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks; UserError for what the user can mend. Returns the exit code."""
+    """Do what the command line asks. Returns the exit code; raises UserError for mistakes that the user can fix."""
     request = arguments.parse(argv)
     if request.action in ("print_recipe", "list_models", "list_recipes"):
         from milora_vl.recipe import listings
@@ -21,33 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from milora_vl.plan import dry_run
 
         return dry_run.show(request)
+    from milora_vl.train.run import train
+
     return train(request)
-
-
-def train(request: arguments.Request) -> int:
-    """One run, from the recipe to the report."""
-    from milora_vl.train.run import Run
-
-    job = Run(request)
-    job.check_resumed()
-    if job.is_done():
-        return 0
-    job.check_policy()
-    job.check_hub()
-    job.read_data()
-    job.check_evaluation()
-    job.load_model()
-    job.arrange_data()
-    job.apply_policy()
-    job.open_folder()
-    try:
-        job.train()
-    except (KeyboardInterrupt, UserError):
-        job.describe_unfinished()
-        raise
-    job.save()
-    job.evaluate()
-    return job.close()
 
 
 @atexit.register

@@ -1,4 +1,9 @@
-"""One training run, step by step; `milora_vl.train` tells them in order."""
+"""One training run, as a chain of values that are each complete when they exist:
+
+request -> plan -> inputs -> loaded base -> ordered rows -> adapted model -> trained files -> report.
+
+Everything that can be wrong is found before the model loads; nothing is written before the first step begins.
+"""
 
 from __future__ import annotations
 
@@ -6,314 +11,388 @@ import gc
 import os
 import signal
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from milora_data.errors import UserError
 from milora_vl import checkpoints
 from milora_vl.checkpoints import step_of
-from milora_vl.plan import evaluation, hub, requirements, resuming, run_data, run_folder, training_args
+from milora_vl.plan import evaluation, hub, resuming, run_data, run_folder, training_args
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.launch import calls_on_sigterm
+from milora_vl.plan.plan import Plan, make_plan
+from milora_vl.plan.run_data import RunData
+from milora_vl.plan.run_folder import RunFolder
 from milora_vl.plan.screen import Screen, policy_rows, trainable_line
-from milora_vl.recipe import base_model, on_model, rates, settings
+from milora_vl.recipe import base_model, on_model, rates
 from milora_vl.recipe.arguments import Request
+from milora_vl.recipe.schema import Recipe
 from milora_vl.train import failures, features, header, model, run_files, streaming
 from milora_vl.train.finalize import close, write_pages
 from milora_vl.train.forgetting import ForgettingCallback, Probe
+from milora_vl.train.model import Built
 from milora_vl.train.opening import AtFirstStep, Opening
 from milora_vl.train.spectrum import layer_spectra
 from milora_vl.train.trainer import MiloraTrainer
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
-class Run:
-    """State of one run. Everything that can be wrong is found before the model loads."""
 
-    def __init__(self, request: Request) -> None:
-        self.start = time.monotonic()
-        self.screen = Screen()
-        self.request = request
-        self.trainer: Any = None
-        self.probe: Any = None
-        self.spectra: Any = None  # measured at the start of a run alone
-        self.push_failed = False
-        self.failed: list[str] = []  # evaluations that did not come to their end
-        self.settings = settings.resolve(request)
-        self.recipe, self.hub_token = hub.without_token(self.settings.recipe)
-        path = Path(request.output_dir) if request.output_dir else run_folder.default_path(self.recipe, datetime.now())
-        self.folder = run_folder.choose(path, request.resume)
-        requirements.check(self.recipe.train, self.recipe.quantization, self.recipe.attn_implementation)
-        for note in self.settings.notes:
-            self.screen.say(note)
-        for warning in self.settings.warnings:
-            self.screen.warn(warning)
+def train(request: Request) -> int:
+    """Run a training from its request to its report. Returns the exit code."""
+    start, screen = time.monotonic(), Screen()
+    plan = make_plan(request, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    for note in plan.notes:
+        screen.say(note)
+    for warning in plan.warnings:
+        screen.warn(warning)
+    if plan.resumed.is_done():  # a requeued job has nothing left to do
+        screen.say(f"{plan.folder.path} is finished; nothing to resume")
+        return 0
+    hub.check(plan.recipe.train, plan.folder.path, plan.hub_token)
+    inputs = read_inputs(plan, screen)
+    check_what_follows(plan.recipe)
+    trained = load_and_train(plan, inputs, screen, start)  # the model's memory is free again when this returns
+    failed = evaluate(trained, screen)
+    return finish(trained, failed, screen, request.format)
 
-    def check_resumed(self) -> None:
-        """Refuse to continue a run with settings that it was not trained with; find the changes that it may have."""
-        self.resumed = resuming.Resumed(self.folder, self.request.resume)
-        processes, implicit = int(os.environ.get("WORLD_SIZE", "1")), self.settings.implicit_policy
-        for warning in self.resumed.compare(self.recipe, implicit_policy=implicit, processes=processes):
-            self.screen.warn(warning)
 
-    def is_done(self) -> bool:
-        """Whether `--resume_from_checkpoint auto` finds a finished run: a requeued job has nothing left to do."""
-        if not self.resumed.is_done():
-            return False
-        self.screen.say(f"{self.folder.path} is finished; nothing to resume")
-        return True
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The records, Hugging Face's arguments, and the number of steps that they make."""
 
-    def check_policy(self) -> None:
-        """Find out by the model's config, before anything is read, what the rules say wrongly of it."""
-        settings.require_fit(self.request, self.recipe)
+    data: RunData
+    args: TrainingArguments
+    batching: Batching
 
-    def check_hub(self) -> None:
-        """Find out whether the run could push its files, where it is to."""
-        hub.check(self.recipe.train, self.folder.path, self.hub_token)
 
-    def read_data(self) -> None:
-        """Read and check the records, and settle HF's arguments and the number of steps."""
-        with self.screen.step(f"reading {run_data.describe(self.recipe.data)}"):
-            self.data = run_data.read(self.recipe.data)
-        self.resumed.require_same_records(self.data)
-        self.args, warnings = training_args.make(self.recipe, self.folder.path)
-        self._count_steps(None if self.recipe.data.streaming else len(self.data.train))
-        if self.folder.checkpoint is not None:
-            stage = training_args.zero_stage(self.args)
-            warnings += resuming.check(self.folder.checkpoint, processes=self.args.world_size, stage=stage)
-        warnings += header.warnings(self.args, self.batching)
-        for warning in [*self.data.warnings(), *warnings]:
-            self.screen.warn(warning)
+def read_inputs(plan: Plan, screen: Screen) -> Inputs:
+    """Read and check the records, and work out the arguments and the number of steps."""
+    recipe, checkpoint = plan.recipe, plan.folder.checkpoint
+    with screen.step(f"reading {run_data.describe(recipe.data)}"):
+        data = run_data.read(recipe.data)
+    plan.resumed.require_same_records(data)
+    args, warnings = training_args.make(recipe, plan.folder.path)
+    batching = count_steps(plan, args, None if recipe.data.streaming else len(data.train))
+    if checkpoint is not None:
+        stage = training_args.zero_stage(args)
+        warnings += resuming.check(checkpoint, processes=args.world_size, stage=stage)
+    for warning in [*data.warnings(), *warnings, *header.warnings(args, batching)]:
+        screen.warn(warning)
+    return Inputs(data, args, batching)
 
-    def _count_steps(self, num_items: int | None) -> None:
-        self.batching = Batching(
-            num_records=num_items,
-            per_device=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            num_devices=self.args.world_size,
-            epochs=self.args.num_train_epochs,
-            max_steps=self.args.max_steps,
-            drop_last=self.args.dataloader_drop_last,
-        )
-        if self.folder.checkpoint is not None:
-            resuming.require_same_steps(self.folder.checkpoint, self.recipe, self.batching.steps)
 
-    def check_evaluation(self) -> None:
-        """Find out now what loading the model, or the evaluation after the training, would stumble over."""
-        evaluation.check(self.recipe.eval)
-        base_model.check(self.recipe)
+def count_steps(plan: Plan, args: TrainingArguments, num_items: int | None) -> Batching:
+    """Return the arithmetic of the run for a number of rows. UserError where a resumed run had other steps."""
+    batching = Batching(
+        num_records=num_items,
+        per_device=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        num_devices=args.world_size,
+        epochs=args.num_train_epochs,
+        max_steps=args.max_steps,
+        drop_last=args.dataloader_drop_last,
+    )
+    if plan.folder.checkpoint is not None:
+        resuming.require_same_steps(plan.folder.checkpoint, plan.recipe, batching.steps)
+    return batching
 
-    def load_model(self) -> None:
-        """Load the base model and its processor."""
-        with self.args.main_process_first(desc="composing the base"):
-            self.recipe, line = base_model.settled(self.recipe)
-        self.dtype = training_args.base_dtype(self.recipe, self.recipe.train)
-        if line:
-            self.screen.say(line)
-        device, first = training_args.load_device(self.args), self.data.train[:100]
-        with self.screen.step(f"loading {self.recipe.model}"):
-            self.base, self.processor = model.load_base(self.recipe, self.dtype, device, first)
-        self.recipe = on_model.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
-        for warning in on_model.model_warnings(self.recipe, self.base, self.processor):
-            self.screen.warn(warning)
-        if self.recipe.eval.forgetting_every:
-            with self.screen.step("keeping the base's predictions, for forgetting"):
-                self.probe = Probe(self.base, self.processor)
 
-    def arrange_data(self) -> None:
-        """Count tokens where the recipe groups records by length, and pack them where it asks for that."""
-        self.items: Any = self.data.train
-        self.lengths = run_files.lengths(self.recipe, self.base, self.processor, self.data.train)
-        if self.recipe.data.packing:
-            assert self.lengths is not None
-            self.items, line = run_files.packed(self.recipe, self.data.train, self.lengths)
-            self.lengths = None
-            self.screen.say(line)
-            self._count_steps(len(self.items))
-        if self.recipe.data.streaming:
-            self.items = streaming.stream_of(self.recipe, self.args)
-            self.args.ignore_data_skip = True  # a resumed stream is where it was
+def check_what_follows(recipe: Recipe) -> None:
+    """Find mistakes now that would otherwise stop the loading of the model or the evaluation after the training."""
+    evaluation.check(recipe.eval)
+    base_model.check(recipe)
 
-    def apply_policy(self) -> None:
-        """Make the adapters, or put a checkpoint's back; nothing of the base changes in the anchored form."""
-        from transformers import set_seed
 
-        targets = on_model.targets_of(self.recipe, self.base)
-        for warning in rates.warnings(targets, self.recipe.train, method=self.request.edits.method):
-            self.screen.warn(warning)
-        targets = rates.in_force(targets, self.recipe.train)
-        if self.describes_start():
-            with self.screen.step("measuring the spectrum of one layer per tower"):
-                self.spectra = layer_spectra(self.base, targets)
-        set_seed(self.args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
-        checkpoint, dtype = self.folder.checkpoint, training_args.trained_dtype(self.args)
-        with self.screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
-            self.built = model.build(self.recipe, self.base, targets, checkpoint, dtype)
-        if self.args.gradient_checkpointing:
-            self.built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The base model, its processor, and the recipe with the rules that fit this model."""
 
-    def open_folder(self) -> None:
-        """Show the header and the policy, and gather what is written when the first step begins."""
-        known = (self.settings, self.recipe.model, self.data, self.batching, self.args, self.dtype, self.folder)
-        self.screen.header(header.rows(*known))
-        self.screen.policy(policy_rows(self.built.targets, self.built.sizes, self.built.report), self.built.frozen)
-        self.screen.say(trainable_line(self.built.model))
-        run_files.set_chat_template(self.processor, self.recipe.template)
-        if self.resumed.changes:
-            self.screen.say(f"changed since {self.folder.checkpoint}: {'; '.join(map(str, self.resumed.changes))}")
-        self.environment = run_folder.describe_environment(
-            self.recipe,
-            ["python", "-m", "milora_vl.train", *hub.hidden_token(self.request.words)],
-            base=run_files.base_name(self.base) or self.recipe.model,
-            device=run_files.device_name(self.args.device),
-            data=self.data,
-            dtype=str(self.dtype).removeprefix("torch."),
-            processes=self.args.world_size,
-        )
-        if self.folder.checkpoint is not None:
-            self.environment = self.resumed.continued(self.environment)
-        start = {"policy.json": run_files.policy_json(self.built), "spectrum.json": self.spectra}
-        self.opening = Opening(
-            folder=self.folder,
-            recipe=self.recipe,
-            environment=self.environment,
-            content=start if self.describes_start() else {},
-            screen=self.screen,
-            is_writer=self.args.should_save,
-        )
+    recipe: Recipe
+    base: Any
+    processor: Any
+    dtype: torch.dtype  # of the frozen weights
+    probe: Probe | None  # the base's predictions, for forgetting during training
 
-    def train(self) -> None:
-        """Train with HF's Trainer; where no step begins, nothing is left in the run folder."""
+
+def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
+    """Load the base model and its processor."""
+    args = inputs.args
+    with args.main_process_first(desc="composing the base"):
+        recipe, line = base_model.settled(plan.recipe)
+    if line:
+        screen.say(line)
+    dtype = training_args.base_dtype(recipe, recipe.train)
+    with screen.step(f"loading {recipe.model}"):
+        device = training_args.load_device(args)
+        base, processor = model.load_base(recipe, dtype, device, inputs.data.train[:100])
+    recipe = on_model.rules_for(recipe, base, implicit=plan.settings.implicit_policy)
+    for warning in on_model.model_warnings(recipe, base, processor):
+        screen.warn(warning)
+    probe = None
+    if recipe.eval.forgetting_every:
+        with screen.step("keeping the base's predictions, for forgetting"):
+            probe = Probe(base, processor)
+    return Loaded(recipe, base, processor, dtype, probe)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the loader draws from: records, packs of records, or a stream; with lengths where batches go by them."""
+
+    items: Any
+    lengths: list[int] | None
+    batching: Batching
+
+
+def order(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Rows:
+    """Count tokens where the recipe groups records by length, and pack the records where it asks for that."""
+    recipe, records = loaded.recipe, inputs.data.train
+    lengths = run_files.lengths(recipe, loaded.base, loaded.processor, records)
+    if recipe.data.packing:
+        assert lengths is not None
+        packs, line = run_files.packed(recipe, records, lengths)
+        screen.say(line)
+        return Rows(packs, None, count_steps(plan, inputs.args, len(packs)))
+    if recipe.data.streaming:
+        inputs.args.ignore_data_skip = True  # a resumed stream is where it was
+        return Rows(streaming.stream_of(recipe, inputs.args), lengths, inputs.batching)
+    return Rows(records, lengths, inputs.batching)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """The model that trains, and, at the start of a run, the spectra of one layer per tower."""
+
+    built: Built
+    spectra: Any
+
+
+def adapt(plan: Plan, loaded: Loaded, args: TrainingArguments, screen: Screen) -> Adapted:
+    """Apply the policy, or load a checkpoint's adapter; in the anchored form the base does not change."""
+    from transformers import set_seed
+
+    recipe, checkpoint = loaded.recipe, plan.folder.checkpoint
+    targets = on_model.targets_of(recipe, loaded.base)
+    for warning in rates.warnings(targets, recipe.train, method=plan.request.edits.method):
+        screen.warn(warning)
+    targets = rates.in_force(targets, recipe.train)
+    spectra = None
+    if describes_start(plan.folder):
+        with screen.step("measuring the spectrum of one layer per tower"):
+            spectra = layer_spectra(loaded.base, targets)
+    set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
+    with screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
+        built = model.build(recipe, loaded.base, targets, checkpoint, training_args.trained_dtype(args))
+    if args.gradient_checkpointing:
+        built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
+    return Adapted(built, spectra)
+
+
+def describes_start(folder: RunFolder) -> bool:
+    """Whether policy and spectra are to be written: a resumed run has the files of its start."""
+    return folder.checkpoint is None or not (folder.path / "policy.json").is_file()
+
+
+def describe(plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Adapted, screen: Screen) -> Opening:
+    """Show the header and the policy; return the files that are written when the first step begins."""
+    recipe, folder, built = loaded.recipe, plan.folder, adapted.built
+    screen.header(
+        header.rows(plan.settings, recipe.model, inputs.data, rows.batching, inputs.args, loaded.dtype, folder)
+    )
+    screen.policy(policy_rows(built.targets, built.sizes, built.report), built.frozen)
+    screen.say(trainable_line(built.model))
+    run_files.set_chat_template(loaded.processor, recipe.template)
+    if plan.resumed.changes:
+        screen.say(f"changed since {folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
+    environment = run_folder.describe_environment(
+        recipe,
+        ["python", "-m", "milora_vl.train", *hub.hidden_token(plan.request.words)],
+        base=run_files.base_name(loaded.base) or recipe.model,
+        device=run_files.device_name(inputs.args.device),
+        data=inputs.data,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        processes=inputs.args.world_size,
+    )
+    if folder.checkpoint is not None:
+        environment = plan.resumed.continued(environment)
+    content = {"policy.json": run_files.policy_json(built), "spectrum.json": adapted.spectra}
+    return Opening(
+        folder=folder,
+        recipe=recipe,
+        environment=environment,
+        content=content if describes_start(folder) else {},
+        screen=screen,
+        is_writer=inputs.args.should_save,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A run whose weights are on disk."""
+
+    recipe: Recipe
+    folder: RunFolder
+    args: TrainingArguments
+    repository: str  # on the hub, if the run pushes its files
+
+
+def load_and_train(plan: Plan, inputs: Inputs, screen: Screen, start: float) -> Trained:
+    """Load, adapt, train and save. `start` is the time of the run's start by `time.monotonic`."""
+    loaded = load(plan, inputs, screen)
+    rows = order(plan, loaded, inputs, screen)
+    adapted = adapt(plan, loaded, inputs.args, screen)
+    opening = describe(plan, inputs, loaded, rows, adapted, screen)
+    try:
+        trainer = make_trainer(plan, inputs, loaded, rows, adapted, opening)
         try:
-            self._make_trainer()
-            self._train()
-        finally:
-            self.opening.remove_empty_folders()
-
-    def _make_trainer(self) -> None:
-        self.collator = run_files.collator(self.recipe, self.base, self.processor, self.data.train[:100])
-        self._use_feature_cache()
-        hub.open_repository(self.args)
-        self.trainer = MiloraTrainer(
-            self.built.model,
-            self.args,
-            targets=self.built.targets,
-            saves=self.built.saves,
-            data_collator=self.collator,
-            train_dataset=self.items,
-            eval_dataset=self.data.evaluation,
-            processing_class=self.processor,
-            lengths=self.lengths,
-            kinds=None if self.lengths is None else [bool(record.images) for record in self.data.train],
-            stream_from=self.folder.checkpoint,
-        )
-        self.trainer.add_callback(AtFirstStep(self.opening.begin))
-        if self.probe is not None and self.recipe.eval.forgetting_every:
-            self.trainer.add_callback(ForgettingCallback(self.probe, self.recipe.eval.forgetting_every, self.trainer))
-
-    def _train(self) -> None:
-        """Make the steps; a keyboard interrupt says how to go on."""
-        from peft.helpers import disable_input_dtype_casting
-        from transformers import TrainerState
-
-        checkpoint = self.folder.checkpoint
-        if checkpoint is not None and self.has_all_steps():
-            self.opening.begin()
-            self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            return
-        try:
-            # Autocast casts what it multiplies; PEFT would first widen every input to the adapter's float32.
-            with (
-                failures.explained(self.args),
-                calls_on_sigterm(self.trainer.stop_on_signal.hear),
-                disable_input_dtype_casting(self.trainer.trained(), active=self.trainer.accelerator.native_amp),
-            ):
-                self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except KeyboardInterrupt:
-            self.screen.say(f"\nstopped at step {self.trainer.state.global_step}")
-            self.screen.say(checkpoints.where_to_go_on(self.folder.path))
+            make_steps(plan, rows, trainer, opening)
+        except (KeyboardInterrupt, UserError):
+            describe_unfinished(trainer, opening)
             raise
-        if self.trainer.stop_on_signal.stopped and self.trainer.state.global_step < self.batching.steps:
-            raise UserError(
-                f"stopped by SIGTERM at step {self.trainer.state.global_step}, which is saved\n"
-                "to go on, repeat the command with  --resume_from_checkpoint auto",
-                exit_code=128 + signal.SIGTERM,
-            )
-        for warning in run_files.warnings_of(self.collator):
-            self.screen.warn(warning)
+    finally:
+        opening.remove_empty_folders()
+    return save(plan, rows, trainer, opening, start)
 
-    def _use_feature_cache(self) -> None:
-        """Let batches hold what the frozen tower makes of the pictures, where the recipe names a folder for it."""
-        if self.recipe.data.feature_cache:
-            features.check(self.base, self.built.targets)
-            records = [*self.data.train, *(self.data.evaluation or ())]
-            folder = Path(self.recipe.data.feature_cache)
-            self.collator.features = features.prepare(folder, self.base, self.collator, records, self.args, self.screen)
 
-    def has_all_steps(self) -> bool:
-        """Whether only the end of the run was lost: HF's loop would make one more step before it sees max_steps."""
-        checkpoint = self.folder.checkpoint
-        return checkpoint is not None and step_of(checkpoint) == self.batching.steps
+def make_trainer(
+    plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Adapted, opening: Opening
+) -> MiloraTrainer:
+    """Return the trainer with its collator and callbacks."""
+    recipe, data = loaded.recipe, inputs.data
+    collator = run_files.collator(recipe, loaded.base, loaded.processor, data.train[:100])
+    if recipe.data.feature_cache:
+        features.check(loaded.base, adapted.built.targets)
+        records = [*data.train, *(data.evaluation or ())]
+        cache = Path(recipe.data.feature_cache)
+        collator.features = features.prepare(cache, loaded.base, collator, records, inputs.args, opening.screen)
+    hub.open_repository(inputs.args)
+    trainer = MiloraTrainer(
+        adapted.built.model,
+        inputs.args,
+        targets=adapted.built.targets,
+        saves=adapted.built.saves,
+        data_collator=collator,
+        train_dataset=rows.items,
+        eval_dataset=data.evaluation,
+        processing_class=loaded.processor,
+        lengths=rows.lengths,
+        kinds=None if rows.lengths is None else [bool(record.images) for record in data.train],
+        stream_from=plan.folder.checkpoint,
+    )
+    trainer.add_callback(AtFirstStep(opening.begin))
+    if loaded.probe is not None and recipe.eval.forgetting_every:
+        trainer.add_callback(ForgettingCallback(loaded.probe, recipe.eval.forgetting_every, trainer))
+    return trainer
 
-    def save(self) -> None:
-        """Write the final weights, processor and HF's state at the root of the run folder."""
-        with failures.explained(self.args):
-            if not self.has_all_steps():
-                self.trainer.save_model(_internal_call=True)  # pushed when the pages are there too
-            elif self.args.should_save:
-                best = self.trainer.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-                checkpoints.copy_results(Path(best or str(self.folder.checkpoint)), self.folder.path)
-            self.trainer.save_state()
-        if self.args.should_save:
-            self.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
-            self.environment["seconds"] = round(time.monotonic() - self.start, 1)
-            self.folder.write_json("environment.json", self.environment)
-            self.repository = self.trainer.hub_model_id
-            for reason in self.trainer.failed_pushes():
-                self.screen.warn(f"a push during the training failed: {reason}")
 
-    def evaluate(self) -> None:
-        """Start the evaluation that the recipe asks for, once this process has given its memory back."""
-        plan = evaluation.commands(self.recipe.eval, model=self.recipe.model, output_dir=self.folder.path)
-        if not plan or not self.args.should_save:
-            return
-        import torch
+def make_steps(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening) -> None:
+    """Train with HF's loop; a keyboard interrupt prints how to resume."""
+    from peft.helpers import disable_input_dtype_casting
+    from transformers import TrainerState
 
-        del self.trainer, self.built, self.base
-        gc.collect()
-        torch.cuda.empty_cache()
-        for command in plan:
-            self.screen.say("python " + " ".join(command))
-            if not evaluation.run(command):
-                self.failed.append("python " + " ".join(command))
+    checkpoint, screen = plan.folder.checkpoint, opening.screen
+    if checkpoint is not None and has_all_steps(checkpoint, rows.batching):
+        opening.begin()
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return
+    try:
+        # Autocast casts what it multiplies; PEFT would first widen every input to the adapter's float32.
+        with (
+            failures.explained(trainer.args),
+            calls_on_sigterm(trainer.stop_on_signal.hear),
+            disable_input_dtype_casting(trainer.trained(), active=trainer.accelerator.native_amp),
+        ):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyboardInterrupt:
+        screen.say(f"\nstopped at step {trainer.state.global_step}")
+        screen.say(checkpoints.where_to_go_on(plan.folder.path))
+        raise
+    if trainer.stop_on_signal.stopped and trainer.state.global_step < rows.batching.steps:
+        raise UserError(
+            f"stopped by SIGTERM at step {trainer.state.global_step}, which is saved",
+            code="train-stopped",
+            hint="to resume, repeat the command with  --resume_from_checkpoint auto",
+            exit_code=128 + signal.SIGTERM,
+        )
+    for warning in run_files.warnings_of(trainer.data_collator):  # type: ignore[arg-type]
+        screen.warn(warning)
 
-    def close(self) -> int:
-        """Write the model card and the report, and say where everything is. Returns the exit code."""
-        if self.args.should_save:
-            close(self.folder, self.recipe, self.screen, self.request.format)
-            if self.args.push_to_hub:
-                self._push()
-        for command in self.failed:
-            self.screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")
-        return 1 if self.failed or self.push_failed else 0
 
-    def _push(self) -> None:
-        try:
-            with self.screen.step(f"pushing to {self.repository}"):
-                self.screen.say(f"pushed   {hub.push(self.folder.path, self.repository, self.args.hub_revision)}")
-        except UserError as error:
-            self.push_failed = True
-            self.screen.warn(str(error))
+def has_all_steps(checkpoint: Path | None, batching: Batching) -> bool:
+    """Whether only the end of the run was lost: HF's loop would make one more step before it sees max_steps."""
+    return checkpoint is not None and step_of(checkpoint) == batching.steps
 
-    def describe_unfinished(self) -> None:
-        """Write the losses so far, the model card and the report of a run that ended before its end."""
-        if self.args.should_save and self.opening.has_begun:
-            try:
-                self.trainer.state.save_to_json(str(self.folder.path / "trainer_state.json"))
-                write_pages(self.folder, self.recipe, self.screen)
-            except OSError as error:  # the disk is full: what ended the run is what the user has to read
-                self.screen.warn(f"no report: {error}")
 
-    def describes_start(self) -> bool:
-        """Whether policy and spectra are to be written: not where a resumed run finds those of its start."""
-        return self.folder.checkpoint is None or not (self.folder.path / "policy.json").is_file()
+def describe_unfinished(trainer: MiloraTrainer, opening: Opening) -> None:
+    """Write the losses so far, the model card and the report of a run that stopped before its end."""
+    if not (trainer.args.should_save and opening.has_begun):
+        return
+    try:
+        trainer.state.save_to_json(str(opening.folder.path / "trainer_state.json"))
+        write_pages(opening.folder, opening.recipe, opening.screen)
+    except OSError as error:  # the disk is full: the user has to read what ended the run, not this
+        opening.screen.warn(f"no report: {error}")
+
+
+def save(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening, start: float) -> Trained:
+    """Write the final weights, the processor and HF's state at the root of the run folder."""
+    folder, args = plan.folder, trainer.args
+    with failures.explained(args):
+        if not has_all_steps(folder.checkpoint, rows.batching):
+            trainer.save_model(_internal_call=True)  # pushed when the pages are there too
+        elif args.should_save:
+            best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
+            checkpoints.copy_results(Path(best or str(folder.checkpoint)), folder.path)
+        trainer.save_state()
+    if args.should_save:
+        opening.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        opening.environment["seconds"] = round(time.monotonic() - start, 1)
+        folder.write_json("environment.json", opening.environment)
+        for reason in trainer.failed_pushes():
+            opening.screen.warn(f"a push during the training failed: {reason}")
+    return Trained(opening.recipe, folder, args, trainer.hub_model_id or "")
+
+
+def evaluate(trained: Trained, screen: Screen) -> list[str]:
+    """Start the evaluation that the recipe asks for, in processes of their own. Returns the commands that failed."""
+    commands = evaluation.commands(trained.recipe.eval, model=trained.recipe.model, output_dir=trained.folder.path)
+    if not commands or not trained.args.should_save:
+        return []
+    gc.collect()  # the trainer holds itself in a circle
+    torch.cuda.empty_cache()
+    failed = []
+    for command in commands:
+        screen.say("python " + " ".join(command))
+        if not evaluation.run(command):
+            failed.append("python " + " ".join(command))
+    return failed
+
+
+def finish(trained: Trained, failed: list[str], screen: Screen, style: str) -> int:
+    """Write the model card and the report, push them, and print where everything is. Returns the exit code."""
+    pushed = True
+    if trained.args.should_save:
+        close(trained.folder, trained.recipe, screen, style)
+        if trained.args.push_to_hub:
+            pushed = push(trained, screen)
+    for command in failed:
+        screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")
+    return 1 if failed or not pushed else 0
+
+
+def push(trained: Trained, screen: Screen) -> bool:
+    """Push the run folder to the hub; a failure is a warning, since the training is saved."""
+    try:
+        with screen.step(f"pushing to {trained.repository}"):
+            url = hub.push(trained.folder.path, trained.repository, trained.args.hub_revision)
+            screen.say(f"pushed   {url}")
+    except UserError as error:
+        screen.warn(str(error))
+        return False
+    return True
