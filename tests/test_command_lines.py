@@ -194,7 +194,7 @@ def test_plans_and_lists_are_json_too(capsys: pytest.CaptureFixture[str]) -> Non
 # In a process of its own, as the console script runs them: pytest would show warnings in its own way.
 SESSION = """
 import sys
-from milora_data.command import hide_warnings_of_others
+from milora_data.command.cli import hide_warnings_of_others
 from milora_vl.__main__ import main
 hide_warnings_of_others()
 data, run = sys.argv[1:]

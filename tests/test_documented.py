@@ -208,7 +208,7 @@ def test_no_command_that_runs_loads_a_model_of_the_hub() -> None:
 
 def test_pictures_of_the_demo_that_are_named_are_in_its_data_set() -> None:
     """In the other tests small questions replace the set."""
-    from milora_data.emoji_catalogue import catalogue
+    from milora_data.emoji.catalogue import catalogue
 
     named = {code for command in ALL for code in re.findall(r"data/emoji/images/(\w+)\.png", command.text)}
     assert named
