@@ -28,8 +28,8 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from torch import Tensor
 
 from milora_data.assets import fetch
-from milora_vl.report.tables import Table
 from milora_vl.models.smol_llava import GGUF
+from milora_vl.report.tables import Table
 from milora_vl.studies.page import markdown, with_block
 
 Q4_1 = GGMLQuantizationType.Q4_1

@@ -156,3 +156,12 @@ def test_records_that_are_not_here_are_no_longer_than_the_recipe_allows(capsys: 
 def test_everything_is_validated(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main([*words, "--dry-run"])
+
+
+def test_a_half_precision_base_without_autocast_is_refused_where_a_module_trains_in_full() -> None:
+    words = ["--model", "tiny", "--rank", "4", "--dtype", "bfloat16", "--bf16", "False", "--dry-run"]
+    with pytest.raises(UserError) as caught:
+        main(words)
+    assert [problem.code for problem in caught.value.problems] == ["recipe-precision"]
+    lora = "[{modules: language, method: lora, rank: 2, learning_rate: 1.0e-4}]"
+    assert main([*words[:2], "--policy", lora, *words[4:]]) == 0

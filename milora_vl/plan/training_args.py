@@ -99,7 +99,18 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
                 "say --deepspeed zero2, as LLaVA's finetune_qlora.sh does"
             )
     if recipe.dtype in ("bfloat16", "float16"):
-        train.setdefault("bf16" if recipe.dtype == "bfloat16" else "fp16", True)
+        autocast = "bf16" if recipe.dtype == "bfloat16" else "fp16"
+        train.setdefault(autocast, True)
+        in_full = any(rule.get("method") == "full" for rule in recipe.policy or ())
+        if not train[autocast] and in_full and not train.get("deepspeed"):
+            # What trains is float32, and only autocast multiplies it with a half-precision base.
+            raise UserError(
+                f"dtype {recipe.dtype} with {autocast} off: a module that trains in full is float32 and does not fit the "
+                "base's precision",
+                code="recipe-precision",
+                where=f"train.{autocast}",
+                hint=f"leave --{autocast} out, or use --dtype float32",
+            )
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         train.setdefault("use_cpu", True)  # HF refuses bf16 on a CPU unless it is told so
     # A batch without pictures holds a hidden one, so all that trains is used, but for layers of the vision tower that
