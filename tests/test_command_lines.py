@@ -194,9 +194,9 @@ def test_plans_and_lists_are_json_too(capsys: pytest.CaptureFixture[str]) -> Non
 # In a process of its own, as the console script runs them: pytest would show warnings in its own way.
 SESSION = """
 import sys
-from milora_data.command import hide_warnings_of_others
+from milora_data.command.cli import silence_dependencies
 from milora_vl.__main__ import main
-hide_warnings_of_others()
+silence_dependencies()
 data, run = sys.argv[1:]
 picture = f"{data}/images/0.png"
 words = ["--recipe", "tiny-test", "--data_path", f"{data}/train.json", "--image_folder", f"{data}/images"]

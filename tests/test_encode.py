@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from llava_oracle import byte_bpe, llama_tokenizer, llava_ids
 
-from milora_data.encode import IGNORE, NothingToLearn, encode, encode_prompt
+from milora_data.encode import IGNORE, NoSupervisedTokens, encode, encode_prompt
 from milora_data.errors import DataError, UserError
 from milora_data.records import IMAGE, Turn, parse_record
 from milora_data.templates import TEMPLATES
@@ -200,9 +200,9 @@ def test_cutting_keeps_a_prefix_and_never_a_part_of_a_picture() -> None:
 def test_a_record_with_nothing_left_to_learn_is_an_error() -> None:
     tokenizer = llama_tokenizer("new")
     value = parse_record(record("<image>\nWhat is it?", "A cat.", images=1), source="a.jsonl:4")
-    with pytest.raises(NothingToLearn, match=r"^a\.jsonl:4: no answer to learn from.*max_length 20 cuts off"):
+    with pytest.raises(NoSupervisedTokens, match=r"^a\.jsonl:4: no answer to learn from.*max_length 20 cuts off"):
         encode(value, tokenizer, image_token_id=IMG, image_tokens=10, max_length=20)
-    with pytest.raises(NothingToLearn, match="no answer"):
+    with pytest.raises(NoSupervisedTokens, match="no answer"):
         encode(record("A question alone?"), tokenizer, image_token_id=IMG)
 
 

@@ -249,4 +249,4 @@ def test_a_conversation_that_ends_in_a_question_teaches_the_answers_before() -> 
     assert learnt_text(made, tokenizer) == "b<|im_end|>"
     ids, segments = segments_of([], "vicuna_v1", tokenizer)
     assert not ids
-    assert [segment.learnt for segment in segments] == [False]
+    assert [segment.supervised for segment in segments] == [False]

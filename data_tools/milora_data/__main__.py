@@ -14,7 +14,7 @@ MENU = Menu(
         "look": {
             "check": ("milora_data.check.command", "find what is broken in a data set, and write it without"),
             "stats": ("milora_data.check.stats", "count records, pictures, turns and lengths"),
-            "show": ("milora_data.show.command", "print records as they are learnt, with the mask"),
+            "show": ("milora_data.show.command", "print records as training sees them, with the loss mask"),
         },
         "make": {
             "convert": ("milora_data.convert.command", "make LLaVA JSON of another format"),

@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 from milora_data.anyres import Tiling
 from milora_data.batches import Row, joined, packed, padded, with_single_image_tokens
 from milora_data.conversation import require_template
-from milora_data.encode import IGNORE, Encoded, NothingToLearn, encode
+from milora_data.encode import IGNORE, Encoded, NoSupervisedTokens, encode
 from milora_data.errors import DataError, UserError
 from milora_data.images.features import FeatureReader
 from milora_data.images.files import ImageError, ImagePolicy, place_of
@@ -134,7 +134,7 @@ class ImageTextCollator:
         try:
             record = _record(item)
             sample = self._read(record)
-        except NothingToLearn as error:
+        except NoSupervisedTokens as error:
             self._leave_out("unlearnable", error)
             return None
         except ImageError as error:

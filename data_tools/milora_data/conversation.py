@@ -1,6 +1,6 @@
 """A conversation as segments, by one of our templates or by the chat template that the tokenizer brings.
 
-A chat template is a program that gives one text. To know what of it is learnt, it is run on place-holders that it
+A chat template is a program that gives one text. To know what of it is supervised, it is run on place-holders that it
 cannot trip over; the true texts are put in their places, and the result must be what it makes of the true texts.
 """
 
@@ -13,21 +13,21 @@ from typing import Any
 from milora_data.errors import DataError
 from milora_data.records import IMAGE, Turn
 from milora_data.templates import OWN, TEMPLATES, Segment, render, split_turns, template_name
-from milora_data.tokens import Habits, eos_text, habits, own_template
+from milora_data.tokens import TokenizerTraits, eos_text, own_template, tokenizer_traits
 
 _HOLE = "\ue000{}\ue001"  # private use: no template knows them
 _HOLES = re.compile("\ue000([0-9]+)\ue001")
 
 
 def segments_of(
-    turns: Sequence[Turn], template: str, tokenizer: Any, *, prompt: bool = False, knows: Habits | None = None
+    turns: Sequence[Turn], template: str, tokenizer: Any, *, prompt: bool = False, traits: TokenizerTraits | None = None
 ) -> tuple[list[int], list[Segment]]:
     """Return the ids in front of the conversation (BOS, or none) and its segments, made for `tokenizer`.
 
     With `prompt`, they end where the next answer begins. Raises `DataError` for turns that the template does not take.
     """
     name = template_name(template)
-    bos = habits(tokenizer).bos if knows is None else knows.bos
+    bos = tokenizer_traits(tokenizer).bos if traits is None else traits.bos
     text = str(tokenizer.bos_token) if bos else ""
     if name == OWN:
         own = own_segments(turns, tokenizer, prompt=prompt)
@@ -66,19 +66,19 @@ def own_segments(turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False)
     asked = template.question_to_answer()
     segments: list[Segment] = []
     for turn, (before, content, after) in zip(used, template.parts(prompt), strict=True):
-        learnt = turn.role == "assistant"
+        supervised = turn.role == "assistant"
         tail = re.match(end, after)
-        cut = tail.end() if learnt and tail else 0
-        start = len(asked) if learnt and before.startswith(asked) else len(before)
+        cut = tail.end() if supervised and tail else 0
+        start = len(asked) if supervised and before.startswith(asked) else len(before)
         segments += [
-            Segment(before[:start], learnt=False),
-            Segment(before[start:] + content + after[:cut], learnt),
-            Segment(after[cut:], learnt=False),
+            Segment(before[:start], supervised=False),
+            Segment(before[start:] + content + after[:cut], supervised),
+            Segment(after[cut:], supervised=False),
         ]
     if "".join(segment.text for segment in segments) != template.run([turn.text for turn in used], prompt):
         raise DataError("the tokenizer's chat template rewrites a text of this record; what is learnt cannot be told")
     if not has_token and not prompt and used and used[-1].role == "assistant":
-        segments.append(Segment(eos_text(tokenizer), learnt=True))
+        segments.append(Segment(eos_text(tokenizer), supervised=True))
     return [segment for segment in segments if segment.text]
 
 

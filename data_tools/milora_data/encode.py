@@ -14,11 +14,11 @@ from milora_data.conversation import segments_of
 from milora_data.errors import DataError
 from milora_data.records import IMAGE, Record, Turn, parse_record
 from milora_data.templates import Segment, place_images
-from milora_data.tokens import IGNORE, Habits, habits
+from milora_data.tokens import IGNORE, TokenizerTraits, tokenizer_traits
 from milora_data.words import words_of
 
 
-class NothingToLearn(DataError):
+class NoSupervisedTokens(DataError):
     """A record without a single target: it has no answer, or `max_length` cut all of them off."""
 
 
@@ -53,12 +53,12 @@ def encode(
     record = record if isinstance(record, Record) else parse_record(record)
     try:
         turns = place_images(record.turns, len(record.images))
-        knows = habits(tokenizer)
-        bos, segments = segments_of(turns, template, tokenizer, knows=knows)
-        encoded = _join(_tokenize(segments, tokenizer, knows), bos, image_token_id, image_tokens, max_length)
+        traits = tokenizer_traits(tokenizer)
+        bos, segments = segments_of(turns, template, tokenizer, traits=traits)
+        encoded = _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
             cut = f"; max_length {max_length} cuts off {encoded.num_cut} tokens" if encoded.num_cut else ""
-            raise NothingToLearn(f"no answer to learn from in this record{cut}")
+            raise NoSupervisedTokens(f"no answer to learn from in this record{cut}")
     except DataError as error:
         raise type(error)(f"{record.source or f'record {record.id!r}'}: {error}") from None
     return encoded
@@ -84,14 +84,16 @@ def encode_prompt(
         raise DataError(f"{record.source or 'prompt'}: the last turn must be a question")
     num_images = len(record.images) if record is record_or_turns else None
     try:
-        knows = habits(tokenizer)
-        bos, segments = segments_of(place_images(turns, num_images), template, tokenizer, prompt=True, knows=knows)
+        traits = tokenizer_traits(tokenizer)
+        bos, segments = segments_of(place_images(turns, num_images), template, tokenizer, prompt=True, traits=traits)
     except DataError as error:
         raise DataError(f"{record.source or 'prompt'}: {error}") from None
-    return _join(_tokenize(segments, tokenizer, knows), bos, image_token_id, image_tokens).input_ids
+    return _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens).input_ids
 
 
-def _tokenize(segments: Sequence[Segment], tokenizer: Any, knows: Habits) -> list[tuple[list[int], list[int]]]:
+def _tokenize(
+    segments: Sequence[Segment], tokenizer: Any, traits: TokenizerTraits
+) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of each stretch of text between two pictures.
 
     A stretch is tokenized as a whole and alone, as LLaVA does: pieces may join across segments (never across a
@@ -99,21 +101,21 @@ def _tokenize(segments: Sequence[Segment], tokenizer: Any, knows: Habits) -> lis
     each answer is tokenized alone, so that the prompt has the same pieces in training as when the model is asked.
     """
     texts, spans = [""], [[]]  # type: tuple[list[str], list[list[tuple[int, int]]]]
-    for text, learnt in segments:
+    for text, supervised in segments:
         for number, part in enumerate(text.split(IMAGE)):
             if number:
                 texts.append("")
                 spans.append([])
-            if learnt:
+            if supervised:
                 spans[-1].append((len(texts[-1]), len(texts[-1]) + len(part)))
             texts[-1] += part
     try:
-        if not knows.blank:
-            return [_in_parts(text, learnt, knows.backend) for text, learnt in zip(texts, spans, strict=True)]
-        words = words_of(tokenizer, knows.backend)
+        if not traits.blank:
+            return [_in_parts(text, supervised, traits.backend) for text, supervised in zip(texts, spans, strict=True)]
+        words = words_of(tokenizer, traits.backend)
         return [
-            (words.encode(text, learnt) if words.usable else None) or _whole(text, learnt, knows.backend)
-            for text, learnt in zip(texts, spans, strict=True)
+            (words.encode(text, supervised) if words.usable else None) or _whole(text, supervised, traits.backend)
+            for text, supervised in zip(texts, spans, strict=True)
         ]
     except TypeError:  # what the Rust side says to a text that UTF-8 cannot hold
         raise DataError("a text is no valid Unicode: it holds half of a surrogate pair (\\ud800 to \\udfff)") from None
@@ -126,9 +128,9 @@ def _in_parts(text: str, spans: Sequence[tuple[int, int]], backend: Any) -> tupl
     at = 0
     for start, end in [*spans, (len(text), len(text))]:
         given = backend.encode(text[at:start], add_special_tokens=False).ids
-        learnt = backend.encode(text[start:end], add_special_tokens=False).ids
-        ids += given + learnt
-        labels += [IGNORE] * len(given) + learnt
+        supervised = backend.encode(text[start:end], add_special_tokens=False).ids
+        ids += given + supervised
+        labels += [IGNORE] * len(given) + supervised
         at = end
     return ids, labels
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from milora_data.anyres import Tiling
-from milora_data.encode import NothingToLearn, encode
+from milora_data.encode import NoSupervisedTokens, encode
 from milora_data.images.files import ImageError, picture_size, place_of
 from milora_data.records import Record
 from milora_data.templates import OWN, template_name
@@ -62,7 +62,7 @@ def _counted(
     for number, record in enumerate(bar):
         try:
             made = encode(record, tokenizer, template=template, image_token_id=-1, image_tokens=0)
-        except NothingToLearn:
+        except NoSupervisedTokens:
             continue  # the collator leaves it out
         counts[0, number] = len(made.input_ids)
         counts[1, number] = sum(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from milora_data.command.web import web_address
 from milora_data.errors import DataError
 from milora_data.images.embedded import (
     NOT_FETCHED,
@@ -16,7 +17,6 @@ from milora_data.images.embedded import (
     decoded,
     described,
     is_embedded,
-    is_web_address,
     refusal,
 )
 from milora_data.images.files import StoredPicture
@@ -193,8 +193,8 @@ def _file(image: object) -> str:
     if isinstance(image, StoredPicture):
         return image
     name = (image.get("path") or image.get("url")) if isinstance(image, dict) else image
-    if is_web_address(name):
-        raise DataError(f"a picture at a web address: {described(str(name))}\n{NOT_FETCHED}")
+    if isinstance(name, str) and web_address(name):
+        raise DataError(f"a picture at a web address: {described(name)}\n{NOT_FETCHED}")
     if not isinstance(name, str):
         raise DataError(f"a picture must be a file name, got {type(image).__name__}")
     return name

@@ -41,14 +41,14 @@ class Template:
     closing: str = ""  # behind an answer, not learnt
     between: str = ""  # in front of every question but the first
     captions: bool = False  # a picture and its caption, nothing else: what the user says is left out
-    learnt: Literal["answers", "all"] = "answers"
+    supervised: Literal["answers", "all"] = "answers"
 
 
 class Segment(NamedTuple):
     """A piece of the rendered conversation; `learnt` pieces are the targets of training."""
 
     text: str
-    learnt: bool
+    supervised: bool
 
 
 _VISION_SYSTEM = (
@@ -128,7 +128,7 @@ TEMPLATES: dict[str, Template] = {
         user=(f"{_INDENT}### Instruction:\n{_INDENT}", f"\n{_INDENT}\n"),
         assistant=f"{_INDENT}### Response:\n{_INDENT}",
         answer=("", EOS),
-        learnt="all",  # finetune.py's train_on_inputs
+        supervised="all",  # finetune.py's train_on_inputs
     ),
     "tulu": Template(
         frame=("<|system|>\n", "\n"),
@@ -188,24 +188,24 @@ def render(
     system, exchange = split_turns(turns)
     text = template.system if system is None else system
     framed = template.frame[0] + text + template.frame[1] if text else ""
-    segments = [] if template.system_in_question else [Segment(framed, learnt=False)]
+    segments = [] if template.system_in_question else [Segment(framed, supervised=False)]
     for number, turn in enumerate(exchange):
         if turn.role == "user":
             first, last = template.user
             first = template.between.replace(BOS, bos) + first if number else first
             first += framed if template.system_in_question and not number else ""
-            segments.append(Segment(first + (IMAGE if template.captions else turn.text) + last, learnt=False))
+            segments.append(Segment(first + (IMAGE if template.captions else turn.text) + last, supervised=False))
         else:
             before, after = template.answer
-            segments.append(Segment(template.assistant, learnt=False))
-            segments.append(Segment(before + turn.text + after.replace(EOS, eos), learnt=True))
-            segments.append(Segment(template.closing, learnt=False))
+            segments.append(Segment(template.assistant, supervised=False))
+            segments.append(Segment(before + turn.text + after.replace(EOS, eos), supervised=True))
+            segments.append(Segment(template.closing, supervised=False))
     if template.captions:
         _require_caption(exchange, prompt)
     if prompt:
-        segments.append(Segment(template.assistant, learnt=False))
-    elif template.learnt == "all" and any(segment.learnt for segment in segments):
-        return [Segment("".join(segment.text for segment in segments), learnt=True)]
+        segments.append(Segment(template.assistant, supervised=False))
+    elif template.supervised == "all" and any(segment.supervised for segment in segments):
+        return [Segment("".join(segment.text for segment in segments), supervised=True)]
     return [segment for segment in segments if segment.text]
 
 

@@ -29,7 +29,7 @@ def fast_backend(tokenizer: Any) -> Any:
 IGNORE = -100
 
 
-class Habits(NamedTuple):
+class TokenizerTraits(NamedTuple):
     """What a tokenizer does to a text."""
 
     backend: Any
@@ -37,13 +37,13 @@ class Habits(NamedTuple):
     blank: bool  # it puts a blank in front of it, as SentencePiece does: such texts must not be cut
 
 
-def habits(tokenizer: Any) -> Habits:
+def tokenizer_traits(tokenizer: Any) -> TokenizerTraits:
     """Return what the tokenizer does to a text, by trying it out: once a record, so that no change goes unseen."""
     backend = fast_backend(tokenizer)
     tried = backend.encode("a")
     ids, tokens = tried.ids, tried.tokens
     first = 1 if tokens[0] == tokenizer.bos_token else 0
-    return Habits(backend, ids[:first], tokens[first].startswith("\u2581"))
+    return TokenizerTraits(backend, ids[:first], tokens[first].startswith("\u2581"))
 
 
 def bos_ids(tokenizer: Any) -> list[int]:

@@ -44,7 +44,7 @@ class Words:
         labels: list[int] = []
         before, last, num_marks = "", "", 0  # the mark in front of a stretch of words, "" at the start of the text
         stretch_goes_on = False
-        for start, end, learnt in _ranges(len(text), spans):
+        for start, end, supervised in _ranges(len(text), spans):
             for number, part in enumerate(self._marks.split(text[start:end])):
                 if not part:
                     continue
@@ -58,7 +58,7 @@ class Words:
                     made = self._pieces(part, None if stretch_goes_on else before)
                     last, stretch_goes_on = part[-1], True
                 ids += made
-                labels += made if learnt else [IGNORE] * len(made)
+                labels += made if supervised else [IGNORE] * len(made)
         return (ids, labels) if num_marks == len(self._marks.findall(text)) else None
 
     def _pieces(self, stretch: str, before: str | None) -> list[int]:

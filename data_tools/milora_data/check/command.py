@@ -21,7 +21,7 @@ from milora_data.command.web import not_fetched, web_address
 from milora_data.errors import DataError, UserError
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.stored import stored_items
-from milora_data.images.embedded import EmbeddedPicture, described, is_web_address
+from milora_data.images.embedded import EmbeddedPicture, described
 from milora_data.images.files import ImagePolicy, OutsidePicture, place_of
 from milora_data.records import SUFFIXES, Record, parse_record
 from milora_data.sources import is_json, load_records, mixed_records, read_sources
@@ -208,7 +208,7 @@ def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report
             report.findings += [Finding("corrupt_picture", where, f"{name}: the file is empty") for where in used[name]]
             continue
         shown, why = name, OUTSIDE if isinstance(place_of(folder, name), OutsidePicture) else ""
-        if is_web_address(name):
+        if web_address(name) is not None:
             shown, why = described(name), WEB
         report.findings += [Finding("missing_picture", where, shown + why) for where in used[name]]
     if how == "decode":

@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from milora_data.command.web import web_address
 from milora_data.errors import DataError
-from milora_data.images.embedded import NOT_FETCHED, described, is_web_address
+from milora_data.images.embedded import NOT_FETCHED, described
 from milora_data.images.files import (
     ORIENTATION,
     SUFFIXES,
@@ -36,7 +37,7 @@ class MissingImages(DataError):
     def __init__(
         self, missing: Sequence[str], used: Mapping[str, Sequence[str]], folder: Path, elsewhere: Path | None
     ) -> None:
-        shown = [described(name) if is_web_address(name) else name for name in missing[:5]]
+        shown = [described(name) if web_address(name) else name for name in missing[:5]]
         where = f"in {folder}" if str(folder) != "." else "in the current folder (--image_folder names another)"
         empty = sum(is_empty(place_of(folder, name)) for name in missing)
         what = "missing or empty" if empty else "missing"
@@ -49,7 +50,7 @@ class MissingImages(DataError):
             lines.append(f"{empty:,} are empty files (0 bytes): copy or download them again")
         if elsewhere is not None:
             lines.append(f"there are such files below: --image_folder {elsewhere}")
-        addresses = sum(map(is_web_address, missing))
+        addresses = sum(web_address(name) is not None for name in missing)
         if addresses:
             lines.append(f"{addresses:,} at a web address: {NOT_FETCHED}")
         outside = sum(isinstance(place_of(folder, name), OutsidePicture) for name in missing)

@@ -113,7 +113,7 @@ def token_statistics(
     records: Iterable[Record], tokenizer: Any, *, template: str, image_tokens: int, max_length: int | None
 ) -> dict[str, Any]:
     """Return the spread of encoded lengths and of learnt tokens, and how many records exceed `max_length`."""
-    lengths, learnt, failed = [], [], 0
+    lengths, supervised, failed = [], [], 0
     for record in records:
         try:
             made = encode(record, tokenizer, template=template, image_token_id=-200, image_tokens=image_tokens)
@@ -121,10 +121,10 @@ def token_statistics(
             failed += 1
             continue
         lengths.append(len(made.input_ids))
-        learnt.append(sum(label >= 0 for label in made.labels))
+        supervised.append(sum(label >= 0 for label in made.labels))
     return {
         "per_record": spread(lengths),
-        "learnt_per_record": spread(learnt),
+        "learnt_per_record": spread(supervised),
         "longer_than_max_length": sum(max_length is not None and length > max_length for length in lengths),
         "not_encodable": failed,
     }

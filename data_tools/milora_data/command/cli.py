@@ -197,14 +197,14 @@ def _asked_for_json() -> bool:
     return "--format=json" in words or ("--format", "json") in pairwise(words)
 
 
-def _let_first_rank_speak() -> None:
+def _log_on_rank_zero_first() -> None:
     # A mistake that all processes of a launch find is told by the first: its launcher ends the others while they wait.
     # What only one of the others finds is told all the same.
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
 
 
-def hide_warnings_of_others() -> None:
+def silence_dependencies() -> None:
     """Show no warnings of other packages, which are for those who write code, unless Python is told to (-W default)."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
@@ -230,12 +230,12 @@ def _is_on_the_way_to_what_was_named(error: OSError) -> bool:
 
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run `main` on the command line's arguments and leave the process with its exit code."""
-    hide_warnings_of_others()
+    silence_dependencies()
     try:
         code = main(None)
         sys.stdout.flush()
     except UserError as error:
-        _let_first_rank_speak()
+        _log_on_rank_zero_first()
         report(error)
         code = error.exit_code
     except KeyboardInterrupt:

@@ -29,11 +29,6 @@ def is_embedded(name: object) -> bool:
     return isinstance(name, str) and not isinstance(name, StoredPicture) and name[:5].lower() == "data:"
 
 
-def is_web_address(name: object) -> bool:
-    """Return whether a record's picture is an http or https URL."""
-    return isinstance(name, str) and name[:8].lower().startswith(("http://", "https://"))
-
-
 def described(name: str) -> str:
     """Return a URL in few words, without its content.
 

@@ -34,7 +34,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    options = parser("python -m milora_data show", "Print records as they are learnt, with the mask.", EPILOG)
+    options = parser("python -m milora_data show", "Print records as training sees them, with the loss mask.", EPILOG)
     given = options.add_argument_group("input")
     given.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
     shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
@@ -102,10 +102,10 @@ def _pieces(
         image_tokens=image_tokens,
         max_length=max_length,
     )
-    learnt = sum(label >= 0 for label in made.labels)
+    supervised = sum(label >= 0 for label in made.labels)
     counts = {
         "tokens": len(made.input_ids),
-        "learnt": learnt,
+        "learnt": supervised,
         "of_pictures": made.num_images * image_tokens,
         "cut": made.num_cut,
     }

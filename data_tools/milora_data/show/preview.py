@@ -31,10 +31,10 @@ def text_pieces(record: Record, *, template: str = "vicuna_v1", eos: str = "</s>
     except DataError as error:
         raise DataError(f"{record.source or f'record {record.id!r}'}: {error}") from None
     pieces = []
-    for text, learnt in segments:
+    for text, supervised in segments:
         for number, part in enumerate(text.split(IMAGE)):
             pieces += [Piece("picture", IMAGE)] * bool(number)
-            pieces += [Piece("learnt" if learnt else "given", part)] * bool(part)
+            pieces += [Piece("learnt" if supervised else "given", part)] * bool(part)
     return _joined(pieces)
 
 
