@@ -187,7 +187,7 @@ def test_pictures_can_be_named_by_a_pattern(tmp_path: Path) -> None:
 
 
 def test_a_flag_without_effect_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--split is for --from ocrvqa, scienceqa, refcoco; --from gqa has no use"):
+    with pytest.raises(UserError, match="--split is for --from ocrvqa, scienceqa, refcoco; --from gqa does not use it"):
         convert("gqa", CASES["gqa"][0], tmp_path, "--split", "val")
 
 
@@ -261,7 +261,7 @@ def test_sources_are_mixed_by_weight_from_a_yaml(tiny_data: Path, tmp_path: Path
     for text, message in {
         "sources: []": "expected `sources:`",
         "sources: [{path: a, wieght: 2}]": "unknown key 'wieght'",
-        "sources: [{path: a, weight: -1}]": "weight must be a number from 0 up",
+        "sources: [{path: a, weight: -1}]": "weight must be a number >= 0",
         "sources: [": "broken YAML",
     }.items():
         (tiny_data / "bad.yaml").write_text(text)

@@ -1,4 +1,4 @@
-"""What `milora_data check` found, for people and for programs."""
+"""The result of `milora_data check`, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from milora_data.images.embedded import convert_words
 
 @dataclass(slots=True)
 class Report:
-    """What a scan found."""
+    """Counts and findings of a scan."""
 
     path: str
     image_folder: str
@@ -22,10 +22,10 @@ class Report:
     with_pictures: int = 0
     picture_files: int = 0
     findings: list[Finding] = field(default_factory=list)
-    form: str = ""  # what `convert --from` calls records with embedded pictures, where there are some
+    form: str = ""  # format for `convert --from`, if records have embedded pictures
 
     def count(self, severity: str) -> int:
-        """Return the number of errors or of warnings."""
+        """Return the number of findings with a severity, `error` or `warning`."""
         return sum(finding.severity == severity for finding in self.findings)
 
     def by_kind(self) -> dict[str, list[Finding]]:
@@ -35,7 +35,7 @@ class Report:
         }
 
     def convert_words(self) -> tuple[str, ...]:
-        """Return the command of milora_data that writes the embedded pictures that were found to files."""
+        """Return the arguments of the milora_data command that writes the embedded pictures to files."""
         first = next(finding for finding in self.findings if finding.kind == "embedded_picture")
         return convert_words(first.where.rpartition(":")[0], self.form)
 
@@ -57,7 +57,7 @@ def as_json(report: Report) -> str:
 
 
 def as_text(report: Report, limit: int) -> str:
-    """Return the report for people: counts, then each kind of finding with its first cases."""
+    """Return the report as text: counts, then each kind of finding with its first cases."""
     files = amount(report.picture_files, "file")
     pictures = f"{report.with_pictures:,} with pictures ({files}, looked for in {report.image_folder})"
     lines = [f"{report.path}: {amount(report.records, 'record')}, {pictures if report.with_pictures else 'text only'}"]
@@ -68,4 +68,4 @@ def as_text(report: Report, limit: int) -> str:
         if len(found) > limit:
             lines.append(f"    ... and {len(found) - limit:,} more (--limit {len(found)} shows all)")
     counts = ", ".join(amount(report.count(severity), severity) for severity in ("error", "warning"))
-    return "\n".join([*lines, "", counts if lines[1:] else "nothing to complain about", ""])
+    return "\n".join([*lines, "", counts if lines[1:] else "no errors or warnings", ""])
