@@ -137,17 +137,18 @@ def test_a_broken_list_is_an_error_with_a_caret(tiny_data: Path, capsys: pytest.
 def test_bad_usage_is_told_from_bad_data(tiny_data: Path) -> None:
     empty = tiny_data / "empty.json"
     empty.write_text("[]")
-    for arguments, message in [
-        (["check", "none.json"], "none.json: no such file"),
-        (["check", str(tiny_data)], "this is a folder"),
-        (["check", str(tiny_data / "train.json"), "--image_folder", "none"], "no such image folder: none"),
-        (["check", str(tiny_data / "train.json"), "--imagefolder", "x"], "did you mean --image_folder"),
-        (["chekc", "x"], "did you mean check"),
-        ([], "no command given"),
-        (["check", str(empty)], "empty.json: no records"),
+    for arguments, code, message in [
+        (["check", "none.json"], "data-missing-file", "none.json: no such file"),
+        (["check", str(tiny_data)], "data-folder", "this is a folder"),
+        (["check", str(tiny_data / "train.json"), "--image_folder", "none"], "path-missing", "image folder: none"),
+        (["check", str(tiny_data / "train.json"), "--imagefolder", "x"], "command-line", "did you mean --image_folder"),
+        (["chekc", "x"], "command-unknown", "did you mean check"),
+        ([], "command-missing", ""),
+        (["check", str(empty)], "data-no-records", "empty.json: "),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             main(arguments)
+        assert caught.value.first.code == code
         assert caught.value.exit_code == 2
 
 

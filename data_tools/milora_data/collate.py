@@ -93,7 +93,7 @@ class ImageTextCollator:
         self._maker: PixelMaker | None = None
         require_template(template, tokenizer)
         if max_length is not None and max_length < 1:
-            raise UserError(f"max_length must be at least 1, got {max_length}", code="argument-out-of-range")
+            raise UserError(f"max_length must be at least 1, got {max_length}", code="flag-value")
         self.template = template
         self.image_tokens = image_tokens
         self.image_token_id = self._own_image_token() if image_token_id is None else image_token_id
@@ -198,7 +198,7 @@ class ImageTextCollator:
         if num_images and self.image_processor is None:
             raise DataError(
                 "a record with pictures, but this model reads only text",
-                code="record-pictures-for-text-model",
+                code="model-reads-only-text",
                 where=record.source or record.id,
             )
         # max_length may have cut off the last pictures: do not read them.

@@ -111,7 +111,7 @@ def _rows(source: Source, processes: int) -> datasets.IterableDataset:
         count = -(-MIN_PARTS // processes) * processes
         parts = parts_of(Path(source.path), count, processes)
         if not parts:
-            raise DataError("no records", code="data-empty", where=str(source.path))
+            raise DataError("no records", code="data-no-records", where=str(source.path))
         return datasets.IterableDataset.from_generator(
             _json_rows, features=FEATURES, gen_kwargs={"parts": parts, "image_folder": source.image_folder}
         )

@@ -66,7 +66,7 @@ def own_template(tokenizer: Any) -> str:
     if not template:
         raise UserError(
             "the template chat_template is the tokenizer's own, and this tokenizer has no chat template",
-            code="tokenizer-no-chat-template",
+            code="template-missing",
             hint="name another template, for example --template vicuna_v1",
         )
     return str(template)

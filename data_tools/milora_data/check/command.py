@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     report = scan(chosen.data, folder, pictures=chosen.pictures)
     if not report.records and not report.findings:
-        raise UserError("no records", code="data-empty", where=str(chosen.data))
+        raise UserError("no records", code="data-no-records", where=str(chosen.data))
     sys.stdout.write(as_json(report) if chosen.format == "json" else as_text(report, chosen.limit))
     if chosen.fix is not None:
         sys.stderr.write(write_repaired(report, chosen.data, chosen.fix))
@@ -102,9 +102,7 @@ def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str 
 
 def _is_wrong_folder(report: Report) -> bool:
     """Return whether all pictures are missing, and some of them could be in another folder."""
-    missing = {finding.message for finding in report.by_kind().get("missing_picture", ())}
-    in_no_folder = sum(name.endswith((OUTSIDE, WEB)) for name in missing)
-    return in_no_folder < len(missing) == report.picture_files
+    return report.num_never_read < report.num_missing == report.picture_files
 
 
 def _num_usable(report: Report) -> int:
@@ -136,7 +134,7 @@ def no_folder(folder: Path) -> Problem:
         return web_address_problem(address)
     return Problem(
         f"no such image folder: {folder}",
-        code="data-missing-folder",
+        code="path-missing",
         hint="name the folder of the pictures with --image_folder",
     )
 
@@ -222,6 +220,8 @@ def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report
         shown, why = name, OUTSIDE if isinstance(place_of(folder, name), OutsidePicture) else ""
         if web_address(name) is not None:
             shown, why = described(name), WEB
+        report.num_missing += 1
+        report.num_never_read += bool(why)
         report.findings += [Finding("missing_picture", where, shown + why) for where in used[name]]
     if how == "decode":
         gone = set(missing)
@@ -245,7 +245,7 @@ def check_for_training(
         raise DataError(problems=[no_folder(folder)])
     records = list(load_records(data) if isinstance(data, str | Path) else data)
     if not records:
-        raise DataError("no records", code="data-empty", where=str(path or "the data"))
+        raise DataError("no records", code="data-no-records", where=str(path or "the data"))
     errors = [finding for record in records for finding in examine(record) if finding.severity == "error"]
     unlearnable = [finding for finding in errors if finding.kind == "no_answer"]
     if len(errors) > len(unlearnable):

@@ -98,11 +98,12 @@ def near_pairs(one: Mapping[str, int], other: Mapping[str, int]) -> list[tuple[s
             bands.setdefault(band, []).append(name)
     pairs = []
     for name, value in other.items():
-        candidates = (found for band in _bands(value) for found in bands.get(band, ()))
+        candidates = (candidate for band in _bands(value) for candidate in bands.get(band, ()))
         near = (
-            found
-            for found in candidates
-            if (one is not other or place[found] < place[name]) and (one[found] ^ value).bit_count() <= NEAR_BITS
+            candidate
+            for candidate in candidates
+            if (one is not other or place[candidate] < place[name])
+            and (one[candidate] ^ value).bit_count() <= NEAR_BITS
         )
         first = next(near, None)
         if first is not None:

@@ -22,6 +22,8 @@ class Report:
     with_pictures: int = 0
     picture_files: int = 0
     findings: list[Finding] = field(default_factory=list)
+    num_missing: int = 0  # picture names without a file
+    num_never_read: int = 0  # of these, names outside the image folder and web addresses
     form: str = ""  # format for `convert --from`, if records have embedded pictures
 
     def count(self, severity: str) -> int:
@@ -31,7 +33,9 @@ class Report:
     def by_kind(self) -> dict[str, list[Finding]]:
         """Return the findings of each kind that occurs, errors first."""
         return {
-            kind: found for kind in KINDS if (found := [finding for finding in self.findings if finding.kind == kind])
+            kind: findings
+            for kind in KINDS
+            if (findings := [finding for finding in self.findings if finding.kind == kind])
         }
 
     def convert_words(self) -> tuple[str, ...]:
@@ -61,11 +65,11 @@ def as_text(report: Report, limit: int) -> str:
     files = amount(report.picture_files, "file")
     pictures = f"{report.with_pictures:,} with pictures ({files}, looked for in {report.image_folder})"
     lines = [f"{report.path}: {amount(report.records, 'record')}, {pictures if report.with_pictures else 'text only'}"]
-    for kind, found in report.by_kind().items():
+    for kind, findings in report.by_kind().items():
         severity, title = KINDS[kind]
-        lines += ["", f"{severity:<8} {len(found):>7,}  {title}"]
-        lines += [f"    {finding.where}: {finding.message}".replace("\n", "\n    ") for finding in found[:limit]]
-        if len(found) > limit:
-            lines.append(f"    ... and {len(found) - limit:,} more (--limit {len(found)} shows all)")
+        lines += ["", f"{severity:<8} {len(findings):>7,}  {title}"]
+        lines += [f"    {finding.where}: {finding.message}".replace("\n", "\n    ") for finding in findings[:limit]]
+        if len(findings) > limit:
+            lines.append(f"    ... and {len(findings) - limit:,} more (--limit {len(findings)} shows all)")
     counts = ", ".join(amount(report.count(severity), severity) for severity in ("error", "warning"))
     return "\n".join([*lines, "", counts if lines[1:] else "no errors or warnings", ""])

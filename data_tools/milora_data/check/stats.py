@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
     records = _read(chosen.data)
     if not records:
-        raise DataError("no records", code="data-empty", where=str(chosen.data))
+        raise DataError("no records", code="data-no-records", where=str(chosen.data))
     content = statistics(records)
     folder = image_folder(chosen.data, chosen.image_folder)
     content["duplicates"] = duplicate_statistics(records, folder, chosen.copies)

@@ -134,7 +134,7 @@ def _require_records(records: Records, chosen: argparse.Namespace, left_out: Seq
         split = f" of split {chosen.split or 'train'} (--split)" if "split" in KINDS[chosen.kind].flags else ""
         broken = "".join(f"{line}\n" for line in left_out[:5])
         raise UserError(
-            f"{broken}{', '.join(chosen.sources)}: no record{split}", code="data-empty", hint="nothing was written"
+            f"{broken}{', '.join(chosen.sources)}: no record{split}", code="data-no-records", hint="nothing was written"
         )
     return chain([first], records)
 
@@ -152,7 +152,10 @@ def _check_flags(chosen: argparse.Namespace) -> None:
         if vars(chosen)[flag] is not None and flag not in KINDS[chosen.kind].flags:
             kinds = ", ".join(name for name, kind in KINDS.items() if flag in kind.flags)
             raise UserError(
-                f"--{flag} is for --from {kinds}; --from {chosen.kind} does not use it", code="flag-unsupported"
+                f"only applies to --from {kinds}, not to {chosen.kind}",
+                code="flag-no-effect",
+                where=f"--{flag}",
+                hint="remove the flag",
             )
     if chosen.kind == "folder" and len(chosen.sources) > 1:
         raise UserError(

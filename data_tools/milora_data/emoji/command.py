@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shared(out, "format")
     chosen = options.parse_args(argv)
     if chosen.output_dir.exists() and not chosen.output_dir.is_dir():
-        raise UserError(f"--output_dir {chosen.output_dir} is a file, not a folder", code="path-unusable")
+        raise UserError("a file, not a folder", code="path-not-a-folder", where=f"--output_dir {chosen.output_dir}")
     if all((chosen.output_dir / name).exists() for name in ("README.md", "test.json", "images")):
         sys.stderr.write(f"{chosen.output_dir} contains the data set already; remove the folder to create it again\n")
         return 0

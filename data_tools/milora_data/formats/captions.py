@@ -26,7 +26,7 @@ def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
     names a missing file.
     """
     if not folder.is_dir():
-        raise DataError("no such folder", code="data-missing-folder", where=str(folder))
+        raise DataError("no such folder", code="path-missing", where=str(folder))
     # Hidden files are system files, such as .DS_Store, or ._a.jpg beside a.jpg.
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.name.startswith("."))
     pictures = [name for name in files if Path(name).suffix.lower() in SUFFIXES]

@@ -122,16 +122,16 @@ def _open_file(file: str) -> Any:
     return _undecoded(datasets.load_dataset(builder, data_files=[file], split="train", streaming=True))
 
 
-def _undecoded(found: Any) -> Any:
+def _undecoded(data_set: Any) -> Any:
     """Return the data set with decoding of pictures switched off."""
     import datasets
 
-    for column, feature in (found.features or {}).items():
+    for column, feature in (data_set.features or {}).items():
         if isinstance(feature, datasets.Image):
-            found = found.cast_column(column, datasets.Image(decode=False))
+            data_set = data_set.cast_column(column, datasets.Image(decode=False))
         elif isinstance(_inner(feature), datasets.Image):
-            found = found.cast_column(column, datasets.Sequence(datasets.Image(decode=False)))
-    return found
+            data_set = data_set.cast_column(column, datasets.Sequence(datasets.Image(decode=False)))
+    return data_set
 
 
 def _inner(feature: Any) -> Any:

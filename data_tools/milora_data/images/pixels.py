@@ -103,8 +103,8 @@ class PixelMaker:
 
         for size in ((97, 60), (31, 3 * self.side)):
             image = Image.effect_noise(size, 90).convert("RGB")
-            whole = self([expand_to_square(image, self.color)])
-            if not torch.equal(self([shrink_to_square(image, self.side, self.color)]), whole):
+            expected = self([expand_to_square(image, self.color)])
+            if not torch.equal(self([shrink_to_square(image, self.side, self.color)]), expected):
                 log.info(
                     "%s resizes differently: pictures are resized after padding", type(self.image_processor).__name__
                 )

@@ -83,8 +83,8 @@ def _page(data: str, records: Sequence[Shown], total: int, licences: Sequence[st
         }
         for record in records
     ]
-    whole = amount(len(records), "record") + (", not all of the file," if is_part else "")
-    count = whole if len(records) == total else f"The first {len(records):,} of {total:,} records"
+    all_records = amount(len(records), "record") + (", not all of the file," if is_part else "")
+    count = all_records if len(records) == total else f"The first {len(records):,} of {total:,} records"
     lede = f"{count} as training sees {'it' if len(records) == 1 else 'them'}"
     page = {"title": data, "lede": lede, "records": content, "credits": licences, "count_names": COUNTS}
     return render(Path(__file__).with_name("show.html.j2"), page)
