@@ -122,7 +122,7 @@ def test_a_broken_line_of_jsonl_does_not_hide_the_next_one(tiny_data: Path, caps
     out = capsys.readouterr().out
     assert f"{path}:2: broken JSON: expecting property name" in out
     assert f"{path}:3: 1 turns" in out
-    assert f"{path}:4: expecting ','" in out
+    assert f"{path}:4: broken JSON: expecting ','" in out
 
 
 def test_a_broken_list_is_an_error_with_a_caret(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

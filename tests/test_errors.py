@@ -60,7 +60,7 @@ def test_context_keeps_the_class_and_its_attributes() -> None:
     placed = with_context(error, "train.json:3", hint="or skip it")
     assert (type(placed), placed.reason, placed.exit_code) == (ImageError, "empty", 2)
     assert placed.problems == (
-        Problem("cannot read this picture: empty", "image-unreadable", "train.json:3: a.png", "copy it\nor skip it"),
+        Problem("cannot read this picture: empty", "image-unreadable", "train.json:3: a.png", "copy\nor skip it"),
     )
-    assert str(placed) == "train.json:3: a.png: cannot read this picture: empty\ncopy it\nor skip it"
+    assert str(placed) == "train.json:3: a.png: cannot read this picture: empty\ncopy\nor skip it"
     assert error.first.where == "a.png"
