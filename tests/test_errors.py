@@ -54,9 +54,7 @@ def test_problems_are_data_on_stdout_with_format_json(
 
 
 def test_context_keeps_the_class_and_its_attributes() -> None:
-    error = ImageError(
-        "cannot read this picture: empty", "empty", code="image-unreadable", where="a.png", hint="copy it"
-    )
+    error = ImageError("cannot read this picture: empty", "empty", code="image-unreadable", where="a.png", hint="copy")
     placed = with_context(error, "train.json:3", hint="or skip it")
     assert (type(placed), placed.reason, placed.exit_code) == (ImageError, "empty", 2)
     assert placed.problems == (
