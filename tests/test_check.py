@@ -143,7 +143,7 @@ def test_bad_usage_is_told_from_bad_data(tiny_data: Path) -> None:
         (["check", str(tiny_data / "train.json"), "--image_folder", "none"], "path-missing", "image folder: none"),
         (["check", str(tiny_data / "train.json"), "--imagefolder", "x"], "command-line", "did you mean --image_folder"),
         (["chekc", "x"], "command-unknown", "did you mean check"),
-        ([], "command-missing", ""),
+        ([], "command-missing", "no command given"),
         (["check", str(empty)], "data-no-records", "empty.json: "),
     ]:
         with pytest.raises(UserError, match=message) as caught:

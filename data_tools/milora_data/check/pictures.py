@@ -112,15 +112,19 @@ def faults(path: str | Path) -> Iterator[tuple[str, str]]:
             notes = list(_peculiarities(image, Path(path).suffix.lower()))
         load_image(path)
     except ImageError as error:
-        yield "corrupt_picture", error.reason
+        yield "corrupt_picture", _details(error)
         return
     except Exception:  # PIL's plugins raise exceptions of any type; load_image converts them
         try:
             load_image(path)
         except ImageError as error:
-            yield "corrupt_picture", error.reason
+            yield "corrupt_picture", _details(error)
         return
     yield from notes
+
+
+def _details(error: ImageError) -> str:
+    return "\n".join(filter(None, (error.reason, error.first.hint)))
 
 
 def _peculiarities(image: Image.Image, suffix: str) -> Iterator[tuple[str, str]]:

@@ -29,6 +29,7 @@ examples:
 
 
 SECTIONS = ("tokens", "duplicates", "leakage")
+TITLES = {"learnt_per_record": "supervised_per_record"}  # titles that differ from the keys of the JSON output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,7 +151,7 @@ def as_text(content: dict[str, Any], limit: int) -> str:
     """Return the statistics as text."""
     lines = []
     for name, value in content.items():
-        title = name.replace("_", " ")
+        title = TITLES.get(name, name).replace("_", " ")
         if isinstance(value, int):
             lines.append(f"  {title:<24}{value:>12,}")
         elif name in SECTIONS:

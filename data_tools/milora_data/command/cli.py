@@ -194,7 +194,7 @@ def _asked_for_json() -> bool:
     return "--format=json" in words or ("--format", "json") in pairwise(words)
 
 
-def _log_on_rank_zero_first() -> None:
+def _wait_for_rank_zero() -> None:
     # If all ranks fail with the same error, rank 0 prints it and the launcher stops the other ranks while they wait. An
     # error on a single other rank is printed after the delay.
     if os.environ.get("RANK", "0") != "0":
@@ -232,7 +232,7 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         code = main(None)
         sys.stdout.flush()
     except UserError as error:
-        _log_on_rank_zero_first()
+        _wait_for_rank_zero()
         report(error)
         code = error.exit_code
     except KeyboardInterrupt:
@@ -246,12 +246,13 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         if error.errno not in _PATH_ERRORS and not _is_missing_argument_path(error):
             raise
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        where = str(error.filename or "a file cannot be written")
-        report(UserError(str(error.strerror), code="disk-full" if is_full else "path-unusable", where=where))
+        message = str(error.strerror) if error.filename else f"a file cannot be written: {error.strerror}"
+        cause = "disk-full" if is_full else "path-unusable"
+        report(UserError(message, code=cause, where=str(error.filename or "")))
         code = 1 if is_full else 2
     except Exception as error:  # safetensors raises its own exception class for a full disk
         if "No space left" not in str(error):
             raise
-        report(UserError(str(error).splitlines()[0], code="disk-full", where="a file cannot be written"))
+        report(UserError(f"a file cannot be written: {str(error).splitlines()[0]}", code="disk-full"))
         code = 1
     sys.exit(code)
