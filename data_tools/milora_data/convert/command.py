@@ -13,7 +13,7 @@ from typing import Any
 
 from milora_data.command.cli import amount, next_step, parser, positive
 from milora_data.command.flags import shared
-from milora_data.convert.written import PictureFolder, already_there
+from milora_data.convert.picture_folder import PictureFolder, output_exists
 from milora_data.errors import DataError, UserError, with_context
 from milora_data.formats.captions import caption_records
 from milora_data.formats.instructions import held_out, instructions
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     images, out = PictureFolder(chosen.output_dir / "images"), chosen.output_dir / "data.json"
     new = [out, *([chosen.output_dir / "eval.json"] if chosen.hold_out else [])]
     if there := [path for path in [*new, *([images.path] * (chosen.kind == "hub"))] if path.exists()]:
-        raise already_there(there[0])
+        raise output_exists(there[0])
     conversion = Options(chosen.prompt, chosen.split or "train", chosen.image_pattern)
     sources = chosen.sources if chosen.kind == "hub" else [Path(source) for source in chosen.sources]
     try:

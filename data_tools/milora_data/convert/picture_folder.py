@@ -13,7 +13,7 @@ from milora_data.formats.vqa_files import Records
 from milora_data.images.files import StoredPicture, picture_suffix
 
 
-def already_there(path: Path) -> UserError:
+def output_exists(path: Path) -> UserError:
     """Return the error for a file or folder that a conversion would overwrite."""
     return UserError(
         f"{path} exists already", code="output-exists", hint="nothing was written; name a new --output_dir"
@@ -63,7 +63,7 @@ class PictureFolder:
 
     def _write(self, picture: StoredPicture) -> str:
         if not self.is_mine and self.path.exists():
-            raise already_there(self.path)
+            raise output_exists(self.path)
         original = Path(picture.replace("\0", ""))  # file systems allow no NUL and at most 255 bytes
         stem, suffix = original.stem[:60] or "picture", original.suffix[:12] or picture_suffix(picture.content)
         name = wanted = f"{stem}{suffix}"
