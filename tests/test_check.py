@@ -73,7 +73,7 @@ def test_a_clean_data_set_is_said_to_be_one(tiny_data: Path, capsys: pytest.Capt
     assert main(["check", str(tiny_data / "train.json"), "--image-folder", str(tiny_data / "images")]) == 0
     out = capsys.readouterr().out
     assert "12 records, 8 with pictures (8 files" in out
-    assert "nothing to complain about" in out
+    assert "no errors or warnings" in out
 
 
 def test_pictures_beside_the_data_are_found_without_a_flag(tiny_data: Path, write: Callable[..., Path]) -> None:
@@ -120,9 +120,9 @@ def test_a_broken_line_of_jsonl_does_not_hide_the_next_one(tiny_data: Path, caps
     path.write_text(f"{json.dumps(GOOD)}\n{{broken\n{json.dumps(BROKEN['no_answer'][1])}\n[1\n")
     assert main(["check", str(path)]) == 1
     out = capsys.readouterr().out
-    assert f"{path}:2: expecting property name" in out
+    assert f"{path}:2: broken JSON: expecting property name" in out
     assert f"{path}:3: 1 turns" in out
-    assert f"{path}:4: expecting ','" in out
+    assert f"{path}:4: broken JSON: expecting ','" in out
 
 
 def test_a_broken_list_is_an_error_with_a_caret(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,24 +130,25 @@ def test_a_broken_list_is_an_error_with_a_caret(tiny_data: Path, capsys: pytest.
     path.write_text(f'[\n{json.dumps(GOOD)},\n{{"id": 1 "x": 2}}\n]')
     assert main(["check", str(path)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    at = next(i for i, line in enumerate(lines) if f"{path}:3: expecting ','" in line)
+    at = next(i for i, line in enumerate(lines) if f"{path}:3: broken JSON: expecting ','" in line)
     assert lines[at + 1][lines[at + 2].index("^")] == '"'
 
 
 def test_bad_usage_is_told_from_bad_data(tiny_data: Path) -> None:
     empty = tiny_data / "empty.json"
     empty.write_text("[]")
-    for arguments, message in [
-        (["check", "none.json"], "none.json: no such file"),
-        (["check", str(tiny_data)], "this is a folder"),
-        (["check", str(tiny_data / "train.json"), "--image_folder", "none"], "no such image folder: none"),
-        (["check", str(tiny_data / "train.json"), "--imagefolder", "x"], "did you mean --image_folder"),
-        (["chekc", "x"], "did you mean check"),
-        ([], "no command given"),
-        (["check", str(empty)], "empty.json: no records"),
+    for arguments, code, message in [
+        (["check", "none.json"], "data-missing-file", "none.json: no such file"),
+        (["check", str(tiny_data)], "data-folder", "this is a folder"),
+        (["check", str(tiny_data / "train.json"), "--image_folder", "none"], "path-missing", "image folder: none"),
+        (["check", str(tiny_data / "train.json"), "--imagefolder", "x"], "command-line", "did you mean --image_folder"),
+        (["chekc", "x"], "command-unknown", "did you mean check"),
+        ([], "command-missing", "no command given"),
+        (["check", str(empty)], "data-no-records", "empty.json: "),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             main(arguments)
+        assert caught.value.first.code == code
         assert caught.value.exit_code == 2
 
 
@@ -160,7 +161,7 @@ def test_fix_writes_the_usable_records_repaired(
     assert main([*arguments, "--fix", str(out)]) == 1
     said = capsys.readouterr().err
     assert "1 left out: missing picture" in said
-    assert "1 forgotten <image> put in front" in said
+    assert "1 missing <image> inserted at the start" in said
     assert "1 left out: every answer is empty" in said
 
     report = scan(out, tiny_data / "images")

@@ -158,7 +158,7 @@ def test_looking_at_data_reports_json_and_the_next_command(
     assert said(capsys, "data", "show", *data)["id"] == "p0"
     assert said(capsys, "data", "show", *data, "--html", str(tmp_path / "page.html"))["records"] == 12
     assert said(capsys, "data", "show", *data, "--limit", "2", "--html", str(tmp_path / "two.html"))["records"] == 2
-    assert "2 records, not all of the file, as they are learnt" in (tmp_path / "two.html").read_text()
+    assert "2 records, not all of the file, as training sees them" in (tmp_path / "two.html").read_text()
     made = said(capsys, "data", "convert", "--from", "jsonl", data[0], "--output_dir", str(tmp_path / "new"))
     assert made == {"file": str(tmp_path / "new" / "data.json"), "records": 12}
 
@@ -194,9 +194,9 @@ def test_plans_and_lists_are_json_too(capsys: pytest.CaptureFixture[str]) -> Non
 # In a process of its own, as the console script runs them: pytest would show warnings in its own way.
 SESSION = """
 import sys
-from milora_data.command.cli import hide_warnings_of_others
+from milora_data.command.cli import silence_dependencies
 from milora_vl.__main__ import main
-hide_warnings_of_others()
+silence_dependencies()
 data, run = sys.argv[1:]
 picture = f"{data}/images/0.png"
 words = ["--recipe", "tiny-test", "--data_path", f"{data}/train.json", "--image_folder", f"{data}/images"]

@@ -74,7 +74,7 @@ def test_a_folder_says_what_of_it_is_left_out(tmp_path: Path, capsys: pytest.Cap
     assert (record.images, record.turns[1].text) == (("ä b.jpg",), "Rot.")
     said = capsys.readouterr().err
     assert "left out: 2 pictures without a caption: empty.png, none.png\n" in said
-    assert "left out: 1 picture not readable (to be saved as JPEG or PNG): phone.HEIC\n" in said
+    assert "left out: 1 picture in an unsupported format (save as JPEG or PNG): phone.HEIC\n" in said
     assert "left out: 2 captions without a picture: lonely.txt, phone.txt\n" in said
     assert f"next: python -m milora_data check {tmp_path}/out/data.json --image_folder '{folder}'\n" in said
     (folder / "ä b.txt").write_bytes("Grün".encode("latin-1"))

@@ -211,20 +211,21 @@ def test_a_folder_of_pictures_becomes_records(pictures: Path, tmp_path: Path, ta
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "code"),
     [
-        ("nothing", "", "no captions"),
-        ("captions.csv", "a,b\n1,2\n", "a row without file name or caption"),
-        ("captions.json", '{"a.jpg": "A.", "no.jpg": "B."}', "1 captions without a picture"),
-        ("captions.json", '{"a.jpg": ', "captions.json:1: broken JSON"),
+        ("nothing", "", "captions-missing"),
+        ("captions.csv", "a,b\n1,2\n", "table-missing-columns"),
+        ("captions.json", '{"a.jpg": "A.", "no.jpg": "B."}', "captions-without-picture"),
+        ("captions.json", '{"a.jpg": ', "json-syntax"),
     ],
 )
 def test_captions_that_do_not_fit_are_refused(
-    pictures: Path, tmp_path: Path, name: str, content: str, message: str
+    pictures: Path, tmp_path: Path, name: str, content: str, code: str
 ) -> None:
     (pictures / name).write_text(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError) as error:
         main(["convert", "--from", "folder", str(pictures), "--output_dir", str(tmp_path / "out")])
+    assert error.value.first.code == code
     assert not (tmp_path / "out" / "data.json").exists()
 
 
@@ -268,19 +269,20 @@ def test_messages_become_records(tmp_path: Path, value: dict[str, Any], image: A
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("value", "code"),
     [
-        ({"text": "x"}, r"m\.jsonl:2: expected an object with \"messages\""),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "message 1: unknown role 'bot'"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "cannot use this part"),
-        ({"messages": said("a", "b"), "images": ["https://example.org/a.jpg"]}, "download them and name the files"),
-        ({"messages": [{"role": "user", "content": None}]}, "must be a text or a list"),
+        ({"text": "x"}, "messages-missing"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "record-unknown-role"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages-unsupported-part"),
+        ({"messages": said("a", "b"), "images": ["https://example.org/a.jpg"]}, "image-web-address"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages-content"),
     ],
 )
-def test_messages_that_cannot_be_used_are_named(tmp_path: Path, value: dict[str, Any], message: str) -> None:
+def test_messages_that_cannot_be_used_are_named(tmp_path: Path, value: dict[str, Any], code: str) -> None:
     (tmp_path / "m.jsonl").write_text(json.dumps({"messages": said("a", "b")}) + "\n" + json.dumps(value))
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError) as error:
         main(["convert", "--from", "messages", str(tmp_path / "m.jsonl"), "--output_dir", str(tmp_path / "out")])
+    assert (error.value.first.code, error.value.first.where) == (code, f"{tmp_path / 'm.jsonl'}:2")
     assert not (tmp_path / "out" / "data.json").exists()
 
 
@@ -306,7 +308,7 @@ def make_lines(tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_a_prompt_without_folder_has_no_effect_and_is_refused(tiny_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--prompt is for --from folder"):
+    with pytest.raises(UserError, match="--prompt: only applies to --from folder"):
         main(
             [
                 "convert",

@@ -44,7 +44,7 @@ def test_the_fixed_copy_is_clean_and_every_loss_is_counted(dirty: Path, capsys: 
     assert scan(out, images).count("error") == 0
     left_out = sum(int(line.split()[0]) for line in said.splitlines() if "left out" in line)
     assert len(list(load_records(out))) + left_out == len(dirty.read_bytes().splitlines()) - 1
-    assert "forgotten <image> put in front" in said
+    assert "missing <image> inserted at the start" in said
 
 
 @pytest.mark.parametrize(("policy", "workers"), [("skip", "2"), ("replace", "0")])
@@ -87,5 +87,5 @@ def test_bytes_that_are_not_utf8_cost_their_record_of_a_list(tmp_path: Path) -> 
 def test_a_finding_is_understood_alone(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(dirty_data.ask("Half \ud83d?", "Yes.")) + "\n")
-    with pytest.raises(UserError, match=r"train.jsonl:1: text that is no valid Unicode .*: turn 1"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: text that is not valid Unicode .*: turn 1"):
         check_for_training(path)

@@ -156,7 +156,7 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
     [
         (["--per_type", "-3"], "must not be negative, got -3"),
         (["--per_type", "0"], "must be at least 1"),
-        (["--output_dir", __file__], "is a file, not a folder"),
+        (["--output_dir", __file__], "a file, not a folder"),
     ],
 )
 def test_a_mistake_is_told(arguments, message):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from llava_oracle import byte_bpe, llama_tokenizer, llava_ids
 
-from milora_data.encode import IGNORE, NothingToLearn, encode, encode_prompt
+from milora_data.encode import IGNORE, NoSupervisedTokens, encode, encode_prompt
 from milora_data.errors import DataError, UserError
 from milora_data.records import IMAGE, Turn, parse_record
 from milora_data.templates import TEMPLATES
@@ -172,14 +172,18 @@ def test_pictures_that_llava_would_make_one_are_one_where_the_record_has_one() -
 @pytest.mark.parametrize(("text", "images"), [("no placeholder", 1), ("<image> here", 0), ("<image><image>", 3)])
 def test_a_picture_too_many_or_too_few_is_named_with_file_and_line(text: str, images: int) -> None:
     value = parse_record(record(text, "Yes.", images=images), source="train.json:17")
-    with pytest.raises(DataError, match=rf"^train\.json:17: \d <image> in the conversation, but {images} picture"):
+    with pytest.raises(
+        DataError, match=rf"^train\.json:17: \d <image> in the conversation, but {images} picture"
+    ) as error:
         encode(value, llama_tokenizer("new"), image_token_id=IMG)
+    assert (error.value.first.code, error.value.first.where) == ("record-image-count", "train.json:17")
 
 
 def test_turns_out_of_order_are_named_with_file_and_line() -> None:
     value = {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}
-    with pytest.raises(DataError, match=r"^x\.json:3: turn 2 is from user, expected assistant"):
+    with pytest.raises(DataError, match=r"^x\.json:3: turn 2 is from user, expected assistant") as error:
         encode(parse_record(value, source="x.json:3"), llama_tokenizer("new"), image_token_id=IMG)
+    assert (error.value.first.code, error.value.first.where) == ("record-turn-order", "x.json:3")
 
 
 def test_cutting_keeps_a_prefix_and_never_a_part_of_a_picture() -> None:
@@ -200,9 +204,10 @@ def test_cutting_keeps_a_prefix_and_never_a_part_of_a_picture() -> None:
 def test_a_record_with_nothing_left_to_learn_is_an_error() -> None:
     tokenizer = llama_tokenizer("new")
     value = parse_record(record("<image>\nWhat is it?", "A cat.", images=1), source="a.jsonl:4")
-    with pytest.raises(NothingToLearn, match=r"^a\.jsonl:4: no answer to learn from.*max_length 20 cuts off"):
+    with pytest.raises(NoSupervisedTokens, match="max_length 20 cuts off") as error:
         encode(value, tokenizer, image_token_id=IMG, image_tokens=10, max_length=20)
-    with pytest.raises(NothingToLearn, match="no answer"):
+    assert (error.value.first.code, error.value.first.where) == ("record-no-answer", "a.jsonl:4")
+    with pytest.raises(NoSupervisedTokens):
         encode(record("A question alone?"), tokenizer, image_token_id=IMG)
 
 

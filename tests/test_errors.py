@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from milora_data.command.cli import run
-from milora_data.errors import DataError, Problem, UserError, render
+from milora_data.errors import DataError, Problem, UserError, render, with_context
+from milora_data.images.files import ImageError
 from milora_vl.train import main as train
 
 RULES = "[{modules: langauge, method: milora, rank: 4}, {modules: projector, method: full, rank: 3}]"
@@ -50,3 +51,14 @@ def test_problems_are_data_on_stdout_with_format_json(
         "--policy: policy[1].rank": "policy-unused-field",
     }
     assert err.startswith("error: 2 problems in --policy:")
+
+
+def test_context_keeps_the_class_and_its_attributes() -> None:
+    error = ImageError("cannot read this picture: empty", "empty", code="image-unreadable", where="a.png", hint="copy")
+    placed = with_context(error, "train.json:3", hint="or skip it")
+    assert (type(placed), placed.reason, placed.exit_code) == (ImageError, "empty", 2)
+    assert placed.problems == (
+        Problem("cannot read this picture: empty", "image-unreadable", "train.json:3: a.png", "copy\nor skip it"),
+    )
+    assert str(placed) == "train.json:3: a.png: cannot read this picture: empty\ncopy\nor skip it"
+    assert error.first.where == "a.png"

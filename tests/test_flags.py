@@ -27,8 +27,8 @@ def test_a_mistyped_flag_is_named_where_the_right_one_is_missing() -> None:
     [
         ("cdua", "expected cpu, cuda, cuda:1, ..., got 'cdua'\ndid you mean cuda ?"),
         ("meta", "expected cpu, cuda, cuda:1, ..., got 'meta'"),
-        ("cuda", "no device cuda here: PyTorch sees none of its kind"),
-        ("cpu:3", "no device cpu:3 here: PyTorch sees 1 of its kind"),
+        ("cuda", "no device cuda: PyTorch finds no cuda devices"),
+        ("cpu:3", "no device cpu:3: PyTorch finds 1 cpu devices"),
     ],
 )
 def test_a_device_that_is_none_or_not_here_is_refused(word: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def an_analysis(folder: Path) -> Path:
 PAGES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "report": (a_report, ("Before and after", "What it forgot", "Do it again", "64 test questions")),
     "view": (a_view, ("final is right on 3 questions", "</script><script>alert(1)</script>", "6 shown")),
-    "show": (a_show, ("3 records as they are learnt", "gone.png (no such file)", "<b>Yes</b></s>")),
+    "show": (a_show, ("3 records as training sees them", "gone.png (no such file)", "<b>Yes</b></s>")),
     "sweep": (a_sweep, ("11 of 12 cells are done, 1 failed", "minor-flat − milora", "Do it again")),
     "analysis": (an_analysis, ("The spectra of", "effective rank", "layers.csv")),
 }
@@ -202,7 +202,7 @@ def test_a_page_holds_what_5_mb_do_and_says_so(tmp_path: Path, capsys: pytest.Ca
     out = tmp_path / "long.html"
     assert data(["show", str(tmp_path / "long.json"), "--limit", "9", "--html", str(out)]) == 0
     assert out.stat().st_size <= render.MAX_BYTES
-    assert "the page holds the first 4 of 9" in capsys.readouterr().err
+    assert "the page contains the first 4 of 9" in capsys.readouterr().err
     assert "The first 4 of 9 records" in out.read_text()
     said = ["long " * 300_000] * 6
     base = stored(tmp_path, "base", said)

@@ -91,8 +91,9 @@ def test_broken_json_is_shown_with_line_and_caret(tmp_path: Path, name: str) -> 
     path.write_text(text)
     with pytest.raises(DataError) as caught:
         list(read_objects(path))
-    first, excerpt, caret = str(caught.value).split("\n")
-    assert first.startswith(f"{path}:{line}: broken JSON: ")
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.where) == ("json-syntax", f"{path}:{line}")
+    first, excerpt, caret = problem.message.split("\n")
     assert message in first
     assert caret.strip() == "^"
     if under is not None:
@@ -125,24 +126,24 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
 
 
 NOT_RECORDS: list[tuple[Any, str]] = [
-    ([1], "expected a record"),
-    ({"id": 1, "text": ""}, '"conversations" must be a list of turns; the keys of this record: id, text'),
-    ({"conversations": [{"from": "human"}]}, "turn 1 must be"),
-    ({"conversations": [{"from": "human", "value": None}]}, "turn 1 must be"),
-    ({"conversations": [{"from": "bot", "value": ""}]}, "turn 1: unknown \"from\": 'bot'; expected human"),
-    ({"conversations": [], "image": 3}, '"image" must be a file name'),
-    ({"conversations": [], "image": [""]}, '"image" must be a file name'),
+    ([1], "record-not-an-object"),
+    ({"id": 1, "text": ""}, "record-no-conversations"),
+    ({"conversations": [{"from": "human"}]}, "record-turn-format"),
+    ({"conversations": [{"from": "human", "value": None}]}, "record-turn-format"),
+    ({"conversations": [{"from": "bot", "value": ""}]}, "record-unknown-role"),
+    ({"conversations": [], "image": 3}, "record-image-field"),
+    ({"conversations": [], "image": [""]}, "record-image-field"),
 ]
 
 
-@pytest.mark.parametrize(("value", "message"), NOT_RECORDS)
-def test_what_is_no_record_is_named_with_file_and_line(tmp_path: Path, value: Any, message: str) -> None:
+@pytest.mark.parametrize(("value", "code"), NOT_RECORDS)
+def test_what_is_no_record_is_named_with_file_and_line(tmp_path: Path, value: Any, code: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(RECORD) + "\n" + json.dumps(value) + "\n")
     with pytest.raises(DataError) as caught:
         list(load_records(path))
-    assert str(caught.value).startswith(f"{path}:2: ")
-    assert message in str(caught.value)
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.where) == (code, f"{path}:2")
 
 
 def test_numbers_are_not_cut_where_the_reading_window_ends(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# `encode` is also the name of a module: imported here, the function wins, whatever is imported later.
+# `encode` is also the name of a module. This import binds the function, and importing the module later keeps it.
 from milora_data.encode import Encoded, encode, encode_prompt
 from milora_data.errors import DataError, UserError
 from milora_data.images.files import expand_to_square, load_image
@@ -39,7 +39,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "ImageTextCollator":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # It needs torch, which commands must not import before they have read their arguments.
+    # It imports torch, which is too slow for commands that only parse their arguments.
     from milora_data.collate import ImageTextCollator
 
     return ImageTextCollator

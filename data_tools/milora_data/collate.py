@@ -1,7 +1,8 @@
-"""Records to a batch for HF's LLaVA models or LLaVA's own: encoded, padded or packed, with their pixels.
+"""Collate records into a batch for HF's LLaVA models or LLaVA's own: encode, pad or pack, add pixel values.
 
-A batch without any picture gets a plain one, whose tokens are hidden from attention and from the loss: tower and
-projector stay in the graph with gradient zero, as DDP and ZeRO-3 need it (LLaVA splices features of length zero).
+A batch without pictures gets one plain picture, whose tokens are hidden from attention and from the loss. Vision tower
+and projector then stay in the graph with gradient zero, which DDP and ZeRO-3 require: all ranks must use the same
+parameters in each step. (LLaVA splices features of length zero for the same reason.)
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch.utils.data import get_worker_info
 from milora_data.anyres import Tiling
 from milora_data.batches import Row, joined, packed, padded, with_single_image_tokens
 from milora_data.conversation import require_template
-from milora_data.encode import IGNORE, Encoded, NothingToLearn, encode
-from milora_data.errors import DataError, UserError
+from milora_data.encode import IGNORE, Encoded, NoSupervisedTokens, encode
+from milora_data.errors import DataError, UserError, with_context
 from milora_data.images.features import FeatureReader
 from milora_data.images.files import ImageError, ImagePolicy, place_of
 from milora_data.images.pixels import AspectRatio, JpegDecoding, PixelMaker
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 LLAVA_IMAGE_ID = -200
 _MAX_WORKERS = 256
 _COUNTERS = ("skipped", "replaced", "unlearnable", "cut", "broken")
-
 
 Item = Record | Mapping[str, Any] | DataError
 
@@ -42,21 +42,22 @@ class Sample(NamedTuple):
 
 
 class ImageTextCollator:
-    """Turns records (`Record` or LLaVA dicts) into a batch; usable as `data_collator`, with workers too.
+    """Collates records (`Record` or LLaVA dicts) into a batch; usable as `data_collator`, also in loader processes.
 
     `__call__` returns input_ids, attention_mask, labels (batch, length) and, with an image processor, pixel_values
-    (num_images, 3, H, W): the pictures of all records in order. Labels are -100 wherever nothing is learnt.
-    A list of records in place of one is packed into one row (pack.py): position_ids and use_cache then stand for
-    attention_mask, and `packing="flat"` makes one row of all, as flash attention needs it.
-    With `tiling` (anyres.py), of LLaVA-1.6, pictures are cut into tiles: each has as many tokens as its size asks for,
-    and the batch has image_sizes too; `image_tokens` and `image_aspect_ratio` are then without meaning.
-    `image_token_id` is the tokenizer's `<image>` unless given; `image_folder` None takes picture names as they are.
-    `layout="llava"` is for LLaVA's own classes: one -200 for each picture, and `images`, a plain one for text alone.
+    (num_images, 3, H, W): the pictures of all records in order. Labels of unsupervised tokens are -100.
 
-    `bad_images` says what happens with a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
-    plain one. A record with nothing to learn is left out; so is a broken one (a stream gives a `DataError` in its
-    place), unless `raise` is said. Each case is logged, and counted in `counts()`. Of
-    `substitutes`, the first good one stands in for a batch of which nothing is left (else the last good record does).
+    A list of records in place of a record is packed into one row (pack.py). The batch then has position_ids and
+    use_cache in place of attention_mask; `packing="flat"` joins all rows into one, which flash attention needs.
+    `tiling` (anyres.py) cuts pictures into tiles as LLaVA-1.6 does: the number of tokens depends on the size of the
+    picture, the batch also has image_sizes, and `image_tokens` and `image_aspect_ratio` are ignored.
+    `image_token_id` defaults to the tokenizer's `<image>`. With `image_folder` None, picture names are used as paths.
+    `layout="llava"` is for LLaVA's own classes: one -200 per picture, and `images`, with a plain one for text alone.
+
+    `bad_images` decides what happens to a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
+    plain one. Records without supervised tokens are skipped. Broken records (a stream yields a `DataError` in their
+    place) are skipped unless `bad_images` is `raise`. Each case is logged and counted in `counts()`. If a batch has no
+    record left, the first usable one of `substitutes` replaces it, else the last good record.
     """
 
     def __init__(
@@ -79,17 +80,20 @@ class ImageTextCollator:
         tiling: Tiling | None = None,
     ) -> None:
         if tiling is not None and layout == "llava":
-            raise UserError("pictures in tiles (anyres) are for Hugging Face's LLaVA-1.6, not for LLaVA's own classes")
+            raise UserError(
+                "pictures in tiles (anyres) are for Hugging Face's LLaVA-1.6, not for LLaVA's own classes",
+                code="collate-unsupported-layout",
+            )
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.tiling = tiling
-        self.features: FeatureReader | None = None  # what the tower makes of pictures, in place of their pixels
+        self.features: FeatureReader | None = None  # reads cached features of the tower in place of pixels
         self.image_aspect_ratio: AspectRatio = "anyres" if tiling else image_aspect_ratio
         self.jpeg_decoding: JpegDecoding = jpeg_decoding
         self._maker: PixelMaker | None = None
         require_template(template, tokenizer)
         if max_length is not None and max_length < 1:
-            raise UserError(f"max_length must be at least 1, got {max_length}")
+            raise UserError(f"max_length must be at least 1, got {max_length}", code="flag-value")
         self.template = template
         self.image_tokens = image_tokens
         self.image_token_id = self._own_image_token() if image_token_id is None else image_token_id
@@ -100,20 +104,23 @@ class ImageTextCollator:
         self.layout = layout
         self.packing = packing
         self._untried = list(reversed(substitutes))
-        self._spare_given: Sample | None = None
-        # One row per loader process, in shared memory: the process that reports is not the one that counts.
+        self._substitute_sample: Sample | None = None
+        self._last_sample: Sample | None = None
+        # Shared memory, one row per loader process: loader processes count, the main process reports.
         self._counts = torch.zeros(_MAX_WORKERS, len(_COUNTERS), dtype=torch.long).share_memory_()
-        self._spare: Sample | None = None
 
     def __call__(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         """Return the batch of `records`; raises `DataError` with file and line."""
         packs = [[item] if isinstance(item, Record | Mapping | DataError) else list(item) for item in records]
         is_packed = any(not isinstance(item, Record | Mapping | DataError) for item in records)
         if is_packed and self.layout == "llava":
-            raise UserError("LLaVA's own classes make their positions themselves: they cannot take packed records")
-        read = [[sample for item in pack if (sample := self._sample(item)) is not None] for pack in packs]
-        rows = [samples for samples in read if samples] or [[self._substitute()]]
-        self._spare = rows[-1][-1]
+            raise UserError(
+                "LLaVA's own classes compute their own positions and cannot take packed records",
+                code="collate-unsupported-layout",
+            )
+        packs_of_samples = [[sample for item in pack if (sample := self._sample(item)) is not None] for pack in packs]
+        rows = [samples for samples in packs_of_samples if samples] or [[self._substitute()]]
+        self._last_sample = rows[-1][-1]
         return self._batch(rows, is_packed)
 
     def counts(self) -> dict[str, int]:
@@ -123,25 +130,27 @@ class ImageTextCollator:
     def _own_image_token(self) -> int:
         if self.image_processor is None:
             return -1
-        found = self.tokenizer.convert_tokens_to_ids(IMAGE)
-        if found is None or found == self.tokenizer.unk_token_id:
+        token_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        if token_id is None or token_id == self.tokenizer.unk_token_id:
             raise UserError(
-                f"this tokenizer has no {IMAGE} token\nname the one of the model's config: image_token_id=..."
+                f"this tokenizer has no {IMAGE} token",
+                code="tokenizer-no-image-token",
+                hint="pass the id from the model's config: image_token_id=...",
             )
-        return int(found)
+        return int(token_id)
 
     def _sample(self, item: Item) -> Sample | None:
         try:
             record = _record(item)
             sample = self._read(record)
-        except NothingToLearn as error:
+        except NoSupervisedTokens as error:
             self._leave_out("unlearnable", error)
             return None
         except ImageError as error:
             if self.bad_images == "raise":
-                raise ImageError(
-                    f"{error}\nneeded by {record.source or record.id}; --bad_images skip leaves it out"
-                ) from None
+                # The error names the picture; the user also has to know which record to fix.
+                hint = f"needed by {record.source or record.id}; --bad_images skip leaves it out"
+                raise with_context(error, hint=hint) from None
             self._leave_out("skipped", error)
             return None
         except DataError as error:
@@ -157,6 +166,7 @@ class ImageTextCollator:
         if self.tiling is None:
             encoded = self._encoded(record, [self.image_tokens] * len(record.images))
             return Sample(encoded, self._images(record, encoded.num_images))
+        # With tiles, the size of a picture decides how many tokens it takes: read the pictures before encoding.
         images = self._images(record, len(record.images))
         encoded = self._encoded(record, [self._num_tokens(image) for image in images])
         return Sample(encoded, images[: encoded.num_images])
@@ -173,18 +183,25 @@ class ImageTextCollator:
             image_tokens=counts,
             max_length=self.max_length,
         )
-        found, expected = encoded.input_ids.count(self.image_token_id), sum(counts[: encoded.num_images])
-        if found != expected:
+        # A text may contain the picture token itself. The model would then replace text by features of a picture.
+        actual, expected = encoded.input_ids.count(self.image_token_id), sum(counts[: encoded.num_images])
+        if actual != expected:
             raise DataError(
-                f"{record.source or record.id}: {found} tokens of pictures for {encoded.num_images} pictures "
-                f"of {expected} in all: the text itself holds the picture token ({self.image_token_id})"
+                f"{actual} picture tokens, but {encoded.num_images} pictures take {expected}: "
+                f"the text contains the picture token ({self.image_token_id})",
+                code="record-image-token-in-text",
+                where=record.source or record.id,
             )
         return encoded
 
     def _images(self, record: Record, num_images: int) -> list[Any]:
         if num_images and self.image_processor is None:
-            raise DataError(f"{record.source or record.id}: a record with pictures, but this model reads only text")
-        # max_length may have cut off the last ones.
+            raise DataError(
+                "a record with pictures, but this model reads only text",
+                code="model-reads-only-text",
+                where=record.source or record.id,
+            )
+        # max_length may have cut off the last pictures: do not read them.
         return [self._image(place_of(self.image_folder, name)) for name in record.images[:num_images]]
 
     def _image(self, path: str | Path) -> Any:
@@ -194,14 +211,14 @@ class ImageTextCollator:
             if self.bad_images != "replace":
                 raise
             self._count("replaced")
-            log.warning("%s (a plain picture takes its place)", error)
+            log.warning("%s (replaced by a plain picture)", error)
             return self._pixels().plain_image()
 
     def _pixels(self) -> PixelMaker | FeatureReader:
         return self.features or self.maker()
 
     def maker(self) -> PixelMaker:
-        """Return what makes pixels of picture files for this image processor."""
+        """Return the `PixelMaker` of this image processor."""
         if self._maker is None or self._maker.image_processor is not self.image_processor:
             self._maker = PixelMaker(self.image_processor, self.image_aspect_ratio, self.jpeg_decoding)
         return self._maker
@@ -211,17 +228,22 @@ class ImageTextCollator:
         log.warning("left out: %s", error)
 
     def _substitute(self) -> Sample:
-        # A step must have a batch. Given records come first: with them, a resumed run does what an unbroken one does.
-        while self._spare_given is None and self._untried:
-            record = self._untried.pop()
+        # A step must have a batch on every rank. `substitutes` come first: the last good record depends on where a run
+        # was resumed, they do not.
+        while self._substitute_sample is None and self._untried:
+            item = self._untried.pop()
             try:
-                self._spare_given = self._read(_record(record))
+                self._substitute_sample = self._read(_record(item))
             except DataError:
-                continue  # it is reported where it comes up itself
-        found = self._spare_given or self._spare
-        if found is None:
-            raise DataError("every record of the first batch was left out; see the warnings above")
-        return found
+                continue  # reported when the record comes up in a batch
+        sample = self._substitute_sample or self._last_sample
+        if sample is None:
+            raise DataError(
+                "every record of the first batch was left out",
+                code="collate-empty-batch",
+                hint="see the warnings above",
+            )
+        return sample
 
     def _count(self, counter: str) -> None:
         worker = get_worker_info()
@@ -235,6 +257,7 @@ class ImageTextCollator:
         if self.layout == "llava":
             return self._llava_batch(rows, [row[0].images for row in samples])
         if self.image_processor is not None and not images:
+            # Keep tower and projector in the graph (see the module's docstring).
             images = [self._pixels().plain_image()]
             rows = self._with_hidden_image(rows, self._num_tokens(images[0]))
         batch = (packed if is_packed else padded)(rows, self._pad_id(), self.pad_to_multiple_of)
@@ -245,7 +268,8 @@ class ImageTextCollator:
         return batch
 
     def _with_hidden_image(self, rows: Sequence[Row], num_tokens: int) -> list[Row]:
-        # Behind the shortest row, beyond its attended length, so that the batch grows as little as it can.
+        # Append it to the shortest row, so that the batch grows as little as possible. `lengths` is unchanged: the
+        # attention mask (or the positions of packed rows) excludes the appended tokens.
         shortest = min(range(len(rows)), key=lambda row: len(rows[row].input_ids))
         hidden = [self.image_token_id] * num_tokens, [IGNORE] * num_tokens
         return [
@@ -254,22 +278,23 @@ class ImageTextCollator:
         ]
 
     def _llava_batch(self, rows: Sequence[Row], images: Sequence[list[Any]]) -> dict[str, Any]:
-        own = (self.image_token_id, self.image_tokens, LLAVA_IMAGE_ID)
-        batch = padded([with_single_image_tokens(row, *own) for row in rows], self._pad_id(), self.pad_to_multiple_of)
+        ids = (self.image_token_id, self.image_tokens, LLAVA_IMAGE_ID)
+        batch = padded([with_single_image_tokens(row, *ids) for row in rows], self._pad_id(), self.pad_to_multiple_of)
         batch["attention_mask"] = batch["attention_mask"].bool()
         if self.image_processor is not None:
-            # LLaVA takes a picture for every row, and none of the features of those that have no place for it.
+            # LLaVA expects a picture for each row and ignores the features of a row without an image token.
             pictures = [image for row in images for image in (row or [self._pixels().plain_image()])]
             batch["images"] = self._pixels().inputs(pictures)["pixel_values"]
         return batch
 
     def _pad_id(self) -> int:
-        own = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if own is None else own)
+        # Padding is masked everywhere, so EOS replaces a missing pad token.
+        pad_id = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad_id is None else pad_id)
 
 
 def _record(item: Item) -> Record:
-    """Return an item as a `Record`. Raises `DataError`, also the one that stands in the place of a broken record."""
+    """Return an item as a `Record`. Raises `DataError`, also if the item is the `DataError` of a broken record."""
     if isinstance(item, DataError):
         raise item
     return item if isinstance(item, Record) else parse_record(item)

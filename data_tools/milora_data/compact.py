@@ -1,7 +1,7 @@
-"""Records of a training in little memory: their bytes, and a `Record` when one is asked for.
+"""Records in little memory: stored as bytes, and unpickled when they are read.
 
-A list of a million objects is copied page by page into every loader process, as each look at an object writes to its
-reference count. Here there are two arrays, which all processes share.
+A list of a million objects is copied page by page into each loader process, because reading an object changes its
+reference count. The bytes and two arrays of offsets are shared by all processes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from milora_data.records import Record
 
 
 class CompactRecords(Sequence[Record]):
-    """A sequence of records that are made anew each time they are read. A record that follows itself is kept once.
+    """A sequence of records that are unpickled on each access. Consecutive repeats of a record are stored once.
 
     >>> records = CompactRecords([Record("a", (), ()), Record("b", (), ())])
     >>> len(records), records[1].id, [record.id for record in records[:1]]
@@ -46,5 +46,5 @@ class CompactRecords(Sequence[Record]):
     def __getitem__(self, place: int | slice) -> Record | list[Record]:
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
-        found: Record = pickle.loads(memoryview(self._content)[self._starts[place] : self._ends[place]])
-        return found
+        record: Record = pickle.loads(memoryview(self._content)[self._starts[place] : self._ends[place]])
+        return record

@@ -1,7 +1,8 @@
-"""A conversation as segments, by one of our templates or by the chat template that the tokenizer brings.
+"""Conversations as segments, rendered by one of our templates or by the tokenizer's own chat template.
 
-A chat template is a program that gives one text. To know what of it is learnt, it is run on place-holders that it
-cannot trip over; the true texts are put in their places, and the result must be what it makes of the true texts.
+A chat template is a Jinja program that returns one text and does not mark the answers. To find them, it is run with
+placeholders as contents; the text is split at the placeholders, and the real contents are inserted. The result is
+compared with the template's output for the real contents, so a wrong loss mask is an error and never silent.
 """
 
 from __future__ import annotations
@@ -13,38 +14,38 @@ from typing import Any
 from milora_data.errors import DataError
 from milora_data.records import IMAGE, Turn
 from milora_data.templates import OWN, TEMPLATES, Segment, render, split_turns, template_name
-from milora_data.tokens import Habits, eos_text, habits, own_template
+from milora_data.tokens import TokenizerTraits, eos_text, own_template, tokenizer_traits
 
-_HOLE = "\ue000{}\ue001"  # private use: no template knows them
-_HOLES = re.compile("\ue000([0-9]+)\ue001")
+_PLACEHOLDER = "\ue000{}\ue001"  # characters of Unicode's private use area: no template handles them specially
+_PLACEHOLDERS = re.compile("\ue000([0-9]+)\ue001")
 
 
 def segments_of(
-    turns: Sequence[Turn], template: str, tokenizer: Any, *, prompt: bool = False, knows: Habits | None = None
+    turns: Sequence[Turn], template: str, tokenizer: Any, *, prompt: bool = False, traits: TokenizerTraits | None = None
 ) -> tuple[list[int], list[Segment]]:
-    """Return the ids in front of the conversation (BOS, or none) and its segments, made for `tokenizer`.
+    """Return the ids before the conversation (BOS, or none) and its segments, rendered for `tokenizer`.
 
-    With `prompt`, they end where the next answer begins. Raises `DataError` for turns that the template does not take.
+    With `prompt`, they end where the next answer begins. Raises `DataError` for turns that the template refuses.
     """
     name = template_name(template)
-    bos = habits(tokenizer).bos if knows is None else knows.bos
+    bos = tokenizer_traits(tokenizer).bos if traits is None else traits.bos
     text = str(tokenizer.bos_token) if bos else ""
     if name == OWN:
-        own = own_segments(turns, tokenizer, prompt=prompt)
-        return (bos if own and bos and _processor_adds(text, own[0].text, tokenizer) else []), own
+        segments = own_segments(turns, tokenizer, prompt=prompt)
+        return (bos if segments and bos and _processor_adds(text, segments[0].text, tokenizer) else []), segments
     return bos, render(turns, TEMPLATES[name], eos_text(tokenizer), bos=text, prompt=prompt)
 
 
 def require_template(template: str, tokenizer: Any) -> None:
-    """Raise `UserError` for an unknown template, and for the tokenizer's own where it has none."""
+    """Raise `UserError` for an unknown template, and for the tokenizer's own template if it has none."""
     if template_name(template) == OWN:
         own_template(tokenizer)
 
 
 def _processor_adds(bos: str, text: str, tokenizer: Any) -> bool:
-    """Whether transformers puts the BOS in front of what a chat template makes: a processor does, a tokenizer does not.
+    """Return whether transformers adds the BOS to the output of the chat template; a processor does, a tokenizer not.
 
-    A tokenizer that knows the token of a picture is that of a processor.
+    A tokenizer with an `<image>` token belongs to a processor.
     """
     image = tokenizer.convert_tokens_to_ids(IMAGE)
     return not text.startswith(bos) and image is not None and image != tokenizer.unk_token_id
@@ -56,51 +57,58 @@ def own_segments(turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False)
     The supervised part is what the model has to write: everything after the text that asks for an answer, up to and
     including the special token that ends the answer. If the template has no such token, the text that it puts after an
     answer is supervised instead, and an EOS at the end of the conversation.
-    Raises `UserError` without a chat template, `DataError` where it refuses the turns or rewrites their texts.
+    Raises `UserError` without a chat template, and `DataError` if it refuses the turns or rewrites their texts.
     """
     own_template(tokenizer)
     system, exchange = split_turns(turns)
-    used = ([] if system is None else [Turn("system", system)]) + list(exchange)
-    template = _ChatTemplate(tokenizer, used)
+    kept = ([] if system is None else [Turn("system", system)]) + list(exchange)
+    template = _ChatTemplate(tokenizer, kept)
     end, has_token = template.end_of_answer()
-    asked = template.question_to_answer()
+    generation_prompt = template.question_to_answer()
     segments: list[Segment] = []
-    for turn, (before, content, after) in zip(used, template.parts(prompt), strict=True):
-        learnt = turn.role == "assistant"
+    for turn, (before, content, after) in zip(kept, template.parts(prompt), strict=True):
+        supervised = turn.role == "assistant"
+        # The answer ends with its special token; text after that (often a newline) starts the next turn.
         tail = re.match(end, after)
-        cut = tail.end() if learnt and tail else 0
-        start = len(asked) if learnt and before.startswith(asked) else len(before)
+        cut = tail.end() if supervised and tail else 0
+        # At inference the prompt ends with the generation prompt. If the template writes more than that before an
+        # answer (such as an empty block of thoughts), the model has to write it: it is supervised.
+        start = len(generation_prompt) if supervised and before.startswith(generation_prompt) else len(before)
         segments += [
-            Segment(before[:start], learnt=False),
-            Segment(before[start:] + content + after[:cut], learnt),
-            Segment(after[cut:], learnt=False),
+            Segment(before[:start], supervised=False),
+            Segment(before[start:] + content + after[:cut], supervised),
+            Segment(after[cut:], supervised=False),
         ]
-    if "".join(segment.text for segment in segments) != template.run([turn.text for turn in used], prompt):
-        raise DataError("the tokenizer's chat template rewrites a text of this record; what is learnt cannot be told")
-    if not has_token and not prompt and used and used[-1].role == "assistant":
-        segments.append(Segment(eos_text(tokenizer), learnt=True))
+    if "".join(segment.text for segment in segments) != template.run([turn.text for turn in kept], prompt):
+        raise DataError(
+            "the tokenizer's chat template rewrites a text of this record, so the supervised part is unknown",
+            code="chat-template-rewrites-text",
+        )
+    if not has_token and not prompt and kept and kept[-1].role == "assistant":
+        segments.append(Segment(eos_text(tokenizer), supervised=True))
     return [segment for segment in segments if segment.text]
 
 
 class _ChatTemplate:
-    """The tokenizer's template, run on some turns with other texts in them."""
+    """The tokenizer's chat template for given turns, whose contents can be replaced."""
 
     def __init__(self, tokenizer: Any, turns: Sequence[Turn]) -> None:
         self.tokenizer, self.turns = tokenizer, list(turns)
-        self.in_parts = False  # messages in parts, as the templates of vision models take them
+        self.in_parts = False  # contents are lists of parts, as templates of vision models expect
         self.blanks = [_blanks(turn.text) for turn in turns]
-        self.holes = [_HOLE.format(number) for number in range(len(turns))]
+        self.placeholders = [_PLACEHOLDER.format(number) for number in range(len(turns))]
+        # Templates do not declare which form of content they take: try text first, then parts.
         try:
-            self.in_parts = len(_HOLES.findall(self.run(self.holes))) < len(turns)
-        except DataError as refused:
+            self.in_parts = len(_PLACEHOLDERS.findall(self.run(self.placeholders))) < len(turns)
+        except DataError as error:
             self.in_parts = True
             try:
-                self.run(self.holes)
+                self.run(self.placeholders)
             except DataError:
-                raise refused from None
+                raise error from None
 
     def run(self, texts: Sequence[str], prompt: bool = False) -> str:
-        """Return what the template makes of the first turns, with `texts` as their contents."""
+        """Return the template's output for the first turns, with `texts` as their contents."""
         from jinja2 import TemplateError
 
         messages = [
@@ -110,19 +118,28 @@ class _ChatTemplate:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
         except (TemplateError, TypeError) as error:
-            raise DataError(f"the tokenizer's chat template refuses this conversation: {error}") from None
+            raise DataError(
+                f"the tokenizer's chat template refuses this conversation: {error}", code="chat-template-refuses"
+            ) from None
 
     def parts(self, prompt: bool = False, count: int | None = None) -> list[tuple[str, str, str]]:
-        """Return for each turn the text in front of its content, the content, and (of the last or an answer) behind."""
-        holes, blanks = self.holes[:count], self.blanks[:count]
-        bare = _HOLES.split(self.run(holes, prompt))[::2]
-        blank = [first + hole + last for hole, (first, last) in zip(holes, blanks, strict=True)]
-        gaps = _HOLES.split(self.run(blank, prompt))[::2]
-        if not len(bare) == len(gaps) == len(holes) + 1:
-            raise DataError("the tokenizer's chat template leaves a text of this record out, or says it twice")
+        """Return for each turn the text before its content, the content, and the text after it.
+
+        The text between two contents is returned once: after an answer, before any other turn.
+        """
+        placeholders, blanks = self.placeholders[:count], self.blanks[:count]
+        bare = _PLACEHOLDERS.split(self.run(placeholders, prompt))[::2]
+        # Some templates strip the contents. A second run, with the blanks of the real texts, shows which blanks stay.
+        with_blanks = [first + text + last for text, (first, last) in zip(placeholders, blanks, strict=True)]
+        gaps = _PLACEHOLDERS.split(self.run(with_blanks, prompt))[::2]
+        if not len(bare) == len(gaps) == len(placeholders) + 1:
+            raise DataError(
+                "the tokenizer's chat template omits or repeats a text of this record",
+                code="chat-template-rewrites-text",
+            )
         kept = [
-            _kept(gap, plain, behind, first)
-            for gap, plain, behind, first in zip(
+            _kept_blanks(gap, plain, after, before)
+            for gap, plain, after, before in zip(
                 gaps, bare, ["", *(last for _, last in blanks)], [*(first for first, _ in blanks), ""], strict=True
             )
         ]
@@ -130,30 +147,30 @@ class _ChatTemplate:
             (
                 "" if number and self.turns[number - 1].role == "assistant" else bare[number],
                 kept[number][1] + self.turns[number].text.strip() + kept[number + 1][0],
-                bare[number + 1] if self.turns[number].role == "assistant" or number == len(holes) - 1 else "",
+                bare[number + 1] if self.turns[number].role == "assistant" or number == len(placeholders) - 1 else "",
             )
-            for number in range(len(holes))
+            for number in range(len(placeholders))
         ]
 
     def question_to_answer(self) -> str:
-        """Return what stands between a question and the answer that the model is asked for."""
+        """Return the generation prompt: the text between a question and the answer that the model generates."""
         first = next((number for number, turn in enumerate(self.turns) if turn.role == "assistant"), 0)
-        return _HOLES.split(self.run(self.holes[:first], prompt=True))[-1] if first else ""
+        return _PLACEHOLDERS.split(self.run(self.placeholders[:first], prompt=True))[-1] if first else ""
 
     def end_of_answer(self) -> tuple[str, bool]:
-        """Return a pattern for what ends an answer in this template, and whether there is a special token in it."""
+        """Return a pattern for the text that ends an answer, and whether it contains a special token."""
         answers = [number for number, turn in enumerate(self.turns) if turn.role == "assistant"]
         if not answers:
             return "", True
         tail = self.parts(count=answers[-1] + 1)[-1][2]
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         specials = sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
-        found = re.match(rf"\s*(?:{'|'.join(map(re.escape, specials))})", tail) if specials else None
-        return re.escape(found.group() if found else tail), found is not None
+        match = re.match(rf"\s*(?:{'|'.join(map(re.escape, specials))})", tail) if specials else None
+        return re.escape(match.group() if match else tail), match is not None
 
 
 def _blanks(text: str) -> tuple[str, str]:
-    """Return the blanks in front of and behind a text, which some templates cut off."""
+    """Return the blanks before and after a text, which some templates strip."""
     core = text.strip()
     if not core:
         return "", text
@@ -161,9 +178,9 @@ def _blanks(text: str) -> tuple[str, str]:
     return before, after
 
 
-def _kept(gap: str, plain: str, behind: str, before: str) -> tuple[str, str]:
-    """Return which of the blanks around a gap between two contents the template has kept."""
-    for kept in ((behind, before), (behind, ""), ("", before)):
+def _kept_blanks(gap: str, plain: str, after: str, before: str) -> tuple[str, str]:
+    """Return the blanks that the template keeps after one content and before the next; `gap` is the text between."""
+    for kept in ((after, before), (after, ""), ("", before)):
         if gap == kept[0] + plain + kept[1]:
             return kept
     return "", ""

@@ -1,7 +1,9 @@
-"""Conversations to token ids and labels, by segments: the mask is known while the text is put together.
+"""Conversations to token ids and labels.
 
-Equal to LLaVA's `preprocess_v1`, `preprocess_plain` and `preprocess_llama_2` (llava/train/train.py) on well-formed
-records, without their re-counting, which masks a whole conversation as soon as a count is off by one.
+The text is rendered as segments that are either supervised or not, so the loss mask is known before tokenization.
+The result equals LLaVA's `preprocess_v1`, `preprocess_plain` and `preprocess_llama_2` (llava/train/train.py) on
+well-formed records. LLaVA tokenizes the rounds again to count their tokens, and masks a whole conversation if one count
+is off by one; this module does not count.
 """
 
 from __future__ import annotations
@@ -11,27 +13,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from milora_data.conversation import segments_of
-from milora_data.errors import DataError
+from milora_data.errors import DataError, with_context
 from milora_data.records import IMAGE, Record, Turn, parse_record
 from milora_data.templates import Segment, place_images
-from milora_data.tokens import IGNORE, Habits, habits
+from milora_data.tokens import IGNORE, TokenizerTraits, tokenizer_traits
 from milora_data.words import words_of
 
 
-class NothingToLearn(DataError):
-    """A record without a single target: it has no answer, or `max_length` cut all of them off."""
+class NoSupervisedTokens(DataError):
+    """The record has no answer, or `max_length` cuts all answers off."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids and labels of one conversation, equally long; labels are -100 where nothing is learnt."""
+    """Token ids and labels of one conversation, of equal length; labels are -100 for unsupervised tokens."""
 
     input_ids: list[int]
     labels: list[int]
     num_images: int
-    """Pictures whose tokens are in `input_ids`: less than the record has where `max_length` cut some off."""
+    """Pictures whose tokens are in `input_ids`; fewer than the record has if `max_length` cuts some off."""
     num_cut: int = 0
-    """Tokens that `max_length` cut off."""
+    """Tokens that `max_length` cuts off."""
 
 
 def encode(
@@ -45,22 +47,22 @@ def encode(
 ) -> Encoded:
     """Return ids and labels of `record` (a `Record` or a LLaVA dict) for training.
 
-    Each picture becomes `image_tokens` copies of `image_token_id` (a list gives one count per picture); 1 and -200 give
-    LLaVA's own ids. What exceeds `max_length` is cut off at the end, a picture as a whole.
-    Raises `DataError`, with file and line where they are known: turns out of order, more or fewer `<image>` than
-    pictures, nothing left to learn.
+    Each picture becomes `image_tokens` copies of `image_token_id` (a list has one count per picture); 1 and -200 give
+    LLaVA's own ids. Tokens beyond `max_length` are cut off at the end; a picture is never cut in two.
+    Raises `DataError`, with file and line if they are known, if turns are out of order, if the number of `<image>`
+    differs from the number of pictures, or if no supervised token is left.
     """
     record = record if isinstance(record, Record) else parse_record(record)
     try:
         turns = place_images(record.turns, len(record.images))
-        knows = habits(tokenizer)
-        bos, segments = segments_of(turns, template, tokenizer, knows=knows)
-        encoded = _join(_tokenize(segments, tokenizer, knows), bos, image_token_id, image_tokens, max_length)
+        traits = tokenizer_traits(tokenizer)
+        bos, segments = segments_of(turns, template, tokenizer, traits=traits)
+        encoded = _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
             cut = f"; max_length {max_length} cuts off {encoded.num_cut} tokens" if encoded.num_cut else ""
-            raise NothingToLearn(f"no answer to learn from in this record{cut}")
+            raise NoSupervisedTokens(f"no answer to learn from in this record{cut}", code="record-no-answer")
     except DataError as error:
-        raise type(error)(f"{record.source or f'record {record.id!r}'}: {error}") from None
+        raise with_context(error, record.source or f"record {record.id!r}") from None
     return encoded
 
 
@@ -72,91 +74,102 @@ def encode_prompt(
     image_token_id: int,
     image_tokens: int | Sequence[int] = 576,
 ) -> list[int]:
-    """Return the ids after which a model answers: all turns so far, then `ASSISTANT:`. A last answer is left out.
+    """Return the ids from which a model generates: all turns so far, then `ASSISTANT:`. A last answer is dropped.
 
-    Raises `DataError` like `encode`; with turns alone, the number of pictures is not known and not compared.
+    Raises `DataError` like `encode`. Turns without a record do not name pictures, so their number is not checked.
     """
     if isinstance(record_or_turns, Mapping):
         record_or_turns = parse_record(record_or_turns)
     record = record_or_turns if isinstance(record_or_turns, Record) else Record("", (), tuple(record_or_turns))
     turns = list(record.turns[:-1] if record.turns and record.turns[-1].role == "assistant" else record.turns)
+    where = record.source or "prompt"
     if not turns or turns[-1].role != "user":
-        raise DataError(f"{record.source or 'prompt'}: the last turn must be a question")
+        raise DataError("the last turn must be a question", code="record-turn-order", where=where)
     num_images = len(record.images) if record is record_or_turns else None
     try:
-        knows = habits(tokenizer)
-        bos, segments = segments_of(place_images(turns, num_images), template, tokenizer, prompt=True, knows=knows)
+        traits = tokenizer_traits(tokenizer)
+        bos, segments = segments_of(place_images(turns, num_images), template, tokenizer, prompt=True, traits=traits)
     except DataError as error:
-        raise DataError(f"{record.source or 'prompt'}: {error}") from None
-    return _join(_tokenize(segments, tokenizer, knows), bos, image_token_id, image_tokens).input_ids
+        raise with_context(error, where) from None
+    return _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens).input_ids
 
 
-def _tokenize(segments: Sequence[Segment], tokenizer: Any, knows: Habits) -> list[tuple[list[int], list[int]]]:
+def _tokenize(
+    segments: Sequence[Segment], tokenizer: Any, traits: TokenizerTraits
+) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of each stretch of text between two pictures.
 
-    A stretch is tokenized as a whole and alone, as LLaVA does: pieces may join across segments (never across a
-    picture), and the offsets say which piece belongs to which segment. Where a text may be cut (not with SentencePiece)
-    each answer is tokenized alone, so that the prompt has the same pieces in training as when the model is asked.
+    Each stretch is tokenized alone, as in LLaVA: tokens may span segments but never a picture. Character offsets assign
+    tokens to segments.
     """
+    # A picture ends a stretch. `spans` holds the supervised character ranges of each stretch.
     texts, spans = [""], [[]]  # type: tuple[list[str], list[list[tuple[int, int]]]]
-    for text, learnt in segments:
+    for text, supervised in segments:
         for number, part in enumerate(text.split(IMAGE)):
             if number:
                 texts.append("")
                 spans.append([])
-            if learnt:
+            if supervised:
                 spans[-1].append((len(texts[-1]), len(texts[-1]) + len(part)))
             texts[-1] += part
     try:
-        if not knows.blank:
-            return [_in_parts(text, learnt, knows.backend) for text, learnt in zip(texts, spans, strict=True)]
-        words = words_of(tokenizer, knows.backend)
+        if not traits.blank:
+            # A byte-level BPE may merge the end of the prompt with the start of the answer. At inference the prompt is
+            # tokenized without an answer, so the answer is tokenized alone in training too.
+            return [_in_parts(text, ranges, traits.backend) for text, ranges in zip(texts, spans, strict=True)]
+        # SentencePiece puts a blank in front of every text that it tokenizes: a cut would add one inside the text.
+        words = words_of(tokenizer, traits.backend)
         return [
-            (words.encode(text, learnt) if words.usable else None) or _whole(text, learnt, knows.backend)
-            for text, learnt in zip(texts, spans, strict=True)
+            (words.encode(text, ranges) if words.usable else None) or _whole(text, ranges, traits.backend)
+            for text, ranges in zip(texts, spans, strict=True)
         ]
-    except TypeError:  # what the Rust side says to a text that UTF-8 cannot hold
-        raise DataError("a text is no valid Unicode: it holds half of a surrogate pair (\\ud800 to \\udfff)") from None
+    except TypeError:  # the Rust tokenizer raises it for text that UTF-8 cannot represent
+        raise DataError(
+            "a text is not valid Unicode: it contains half of a surrogate pair (\\ud800 to \\udfff)",
+            code="record-invalid-unicode",
+        ) from None
 
 
 def _in_parts(text: str, spans: Sequence[tuple[int, int]], backend: Any) -> tuple[list[int], list[int]]:
-    """Return ids and labels of one text, of which the characters of `spans` are learnt, each tokenized alone."""
+    """Return ids and labels of one text; each supervised range of characters in `spans` is tokenized alone."""
     ids: list[int] = []
     labels: list[int] = []
     at = 0
     for start, end in [*spans, (len(text), len(text))]:
-        given = backend.encode(text[at:start], add_special_tokens=False).ids
-        learnt = backend.encode(text[start:end], add_special_tokens=False).ids
-        ids += given + learnt
-        labels += [IGNORE] * len(given) + learnt
+        context = backend.encode(text[at:start], add_special_tokens=False).ids
+        target = backend.encode(text[start:end], add_special_tokens=False).ids
+        ids += context + target
+        labels += [IGNORE] * len(context) + target
         at = end
     return ids, labels
 
 
 def _whole(text: str, spans: Sequence[tuple[int, int]], backend: Any) -> tuple[list[int], list[int]]:
-    """Return ids and labels of one text, of which the characters of `spans` are learnt."""
+    """Return ids and labels of one text that is tokenized in one call; `spans` are its supervised characters."""
     encoding = backend.encode(text, add_special_tokens=False)
     ids = encoding.ids
     labels = [IGNORE] * len(ids)
     for start, end in spans:
-        first, last = _piece(encoding, start, text), _piece(encoding, end, text)
-        for place, edge in ((first, start), (last, end)):
-            if place < len(ids) and encoding.token_to_chars(place)[0] < edge:
-                return _cut(text, spans, edge, backend)  # one piece on both sides, such as "><"
+        first, last = _token_at(encoding, start, text), _token_at(encoding, end, text)
+        for token, edge in ((first, start), (last, end)):
+            if token < len(ids) and encoding.token_to_chars(token)[0] < edge:
+                # One token covers both sides of the edge, such as "><". It has no correct label, so cut the text there.
+                return _cut(text, spans, edge, backend)
         labels[first:last] = ids[first:last]
     return ids, labels
 
 
-def _piece(encoding: Any, character: int, text: str) -> int:
-    """Return the place of the first piece that holds a character, or a later one if none does."""
+def _token_at(encoding: Any, character: int, text: str) -> int:
+    """Return the index of the token that contains a character, or of the next token if none contains it."""
     for place in range(character, len(text)):
-        found = encoding.char_to_token(place)
-        if found is not None:
-            return int(found)
+        token = encoding.char_to_token(place)
+        if token is not None:
+            return int(token)
     return len(encoding)
 
 
 def _cut(text: str, spans: Sequence[tuple[int, int]], edge: int, backend: Any) -> tuple[list[int], list[int]]:
+    """Return ids and labels of a text whose parts before and after the character `edge` are tokenized separately."""
     before = [(start, min(end, edge)) for start, end in spans if start < edge]
     after = [(max(start, edge) - edge, end - edge) for start, end in spans if end > edge]
     ids, labels = _whole(text[:edge], before, backend)
@@ -171,10 +184,11 @@ def _join(
     image_tokens: int | Sequence[int],
     max_length: int | None = None,
 ) -> Encoded:
+    """Return BOS and the stretches with the tokens of one picture between two of them, cut to `max_length`."""
     num_images = len(stretches) - 1
     counts = [image_tokens] * num_images if isinstance(image_tokens, int) else list(image_tokens)
     if len(counts) != num_images:
-        raise DataError(f"image_tokens has {len(counts)} counts for {num_images} pictures")
+        raise DataError(f"image_tokens has {len(counts)} counts for {num_images} pictures", code="image-token-counts")
     input_ids, labels = list(bos), [IGNORE] * len(bos)
     pictures: list[tuple[int, int]] = []
     for count, (ids, targets) in zip([0, *counts], stretches, strict=True):
@@ -182,6 +196,7 @@ def _join(
         input_ids += [image_token_id] * count + ids
         labels += [IGNORE] * count + targets
     end = len(input_ids) if max_length is None else min(max_length, len(input_ids))
+    # The model needs all tokens of a picture or none: if the cut falls into a picture, move it to the picture's start.
     kept = [picture for picture in pictures[1:] if picture[1] <= end]
     if len(kept) < num_images:
         end = min(end, pictures[1 + len(kept)][0])

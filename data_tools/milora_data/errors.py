@@ -6,16 +6,20 @@ The commands print them without a traceback (`command.run`); with `--format json
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from typing import TypeVar
+
+ErrorT = TypeVar("ErrorT", bound="UserError")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that a user can fix.
+    """One mistake that a user can fix.
 
-    `message` says what is wrong and what was found, `hint` what to do. `where` is a file with its line, a dotted key, a
-    module path or a flag; it is empty where there is only one place. `code` names the cause; docs/troubleshooting.md
-    has an entry for each.
+    `message` describes the mistake and the value found, `hint` the fix. `where` is a file with its line, a dotted key,
+    a module path or a flag; it is empty if there is only one place. `code` names the cause; docs/troubleshooting.md has
+    an entry for each.
     """
 
     message: str
@@ -24,7 +28,7 @@ class Problem:
     hint: str = ""
 
     def inside(self, place: str) -> Problem:
-        """Return the same problem one level further out.
+        """Return the same problem with `place` in front of its `where`.
 
         >>> Problem("expected a number", where=".rank").inside("policy[1]").where
         'policy[1].rank'
@@ -32,13 +36,13 @@ class Problem:
         return replace(self, where=place + self.where)
 
     def __str__(self) -> str:
-        """The text for people: the place and the message, then what to do."""
+        """Return the text for people: the place and the message, then the hint."""
         place = f"{self.where}: " if self.where else ""
         return place + self.message + (f"\n{self.hint}" if self.hint else "")
 
 
 def render(problems: Sequence[Problem], source: str = "") -> str:
-    """Return the text of one problem, or of several with their number; `source` is the file that all of them are in.
+    """Return the text of one problem, or of several with their number; `source` is the file that contains all of them.
 
     >>> print(render([Problem("missing", where="policy[0].rank", hint="for example  rank: 64")]))
     policy[0].rank: missing
@@ -56,7 +60,7 @@ def render(problems: Sequence[Problem], source: str = "") -> str:
 
 
 class UserError(ValueError):
-    """One or more problems that a user can fix. `exit_code` is that of the command: 2 bad usage, 1 the run failed."""
+    """One or more problems that a user can fix. The command exits with `exit_code`: 2 bad usage, 1 the run failed."""
 
     def __init__(
         self,
@@ -73,6 +77,30 @@ class UserError(ValueError):
         self.exit_code = exit_code
         super().__init__(render(self.problems, source))
 
+    @property
+    def first(self) -> Problem:
+        """The first problem, in most cases the only one."""
+        return self.problems[0]
+
+
+def with_context(error: ErrorT, where: str = "", hint: str = "") -> ErrorT:
+    """Return a copy of `error` whose problems are at `where` and end with the line `hint`.
+
+    >>> str(with_context(DataError("turn 2 is empty", hint="remove it"), where="a.json:3"))
+    'a.json:3: turn 2 is empty\\nremove it'
+    """
+    copied = copy(error)
+    copied.problems = tuple(
+        replace(
+            problem,
+            where=": ".join(filter(None, (where, problem.where))),
+            hint="\n".join(filter(None, (problem.hint, hint))),
+        )
+        for problem in error.problems
+    )
+    copied.args = (render(copied.problems),)
+    return copied
+
 
 class DataError(UserError):
-    """A mistake in a data set; `where` is the file and, where it is known, the line."""
+    """A mistake in a data set; `where` is the file and, if known, the line."""

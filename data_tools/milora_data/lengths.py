@@ -1,4 +1,4 @@
-"""True lengths of records, in tokens with those of pictures: counted once, and kept beside the data."""
+"""Exact lengths of records in tokens, including picture tokens; counted once and cached beside the data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from milora_data.anyres import Tiling
-from milora_data.encode import NothingToLearn, encode
+from milora_data.encode import NoSupervisedTokens, encode
 from milora_data.images.files import ImageError, picture_size, place_of
 from milora_data.records import Record
 from milora_data.templates import OWN, template_name
@@ -32,11 +32,11 @@ def encoded_lengths(
     tiling: Tiling | None = None,
     image_folder: str | Path | None = None,
 ) -> list[int]:
-    """Return the number of tokens of each record, at most `max_length`; a bar shows how far it is.
+    """Return the number of tokens of each record, at most `max_length`; shows a progress bar.
 
-    `beside` is the data file: the lengths are kept next to it (NAME.lengths-KEY.npy) and used again for the same
-    records, tokenizer and template. A folder that cannot be written to is no error. Raises `DataError` like `encode`.
-    With `tiling`, a picture takes as many tokens as its size below `image_folder` asks for.
+    `beside` is the data file: the lengths are cached next to it (NAME.lengths-KEY.npy) and reused for the same records,
+    tokenizer and template; a read-only folder is not an error. With `tiling`, the number of tokens of a picture
+    depends on the size of its file below `image_folder`. Raises `DataError` like `encode`.
     """
     folder = Path(image_folder or "")
     key = _key(records, tokenizer, template, tiling, folder)
@@ -46,7 +46,7 @@ def encoded_lengths(
     else:
         texts, pictures = _counted(records, tokenizer, template, tiling, folder)
         if cache is not None:
-            _keep(cache, np.stack([texts, pictures]))
+            _save(cache, np.stack([texts, pictures]))
     lengths = texts + (pictures if tiling else image_tokens * pictures)
     return list(map(int, lengths if max_length is None else np.minimum(lengths, max_length)))
 
@@ -54,19 +54,19 @@ def encoded_lengths(
 def _counted(
     records: Sequence[Record], tokenizer: Any, template: str, tiling: Tiling | None, folder: Path
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of texts, and the number of pictures or, where they are tiled, that of their tokens."""
+    """Return per record the number of text tokens, and the number of pictures or, with `tiling`, of picture tokens."""
     from tqdm import tqdm
 
     counts = np.zeros((2, len(records)), dtype=np.int64)
     bar = tqdm(records, "counting tokens", disable=None, file=sys.stderr, leave=False)
     for number, record in enumerate(bar):
         try:
-            made = encode(record, tokenizer, template=template, image_token_id=-1, image_tokens=0)
-        except NothingToLearn:
-            continue  # the collator leaves it out
-        counts[0, number] = len(made.input_ids)
+            encoded = encode(record, tokenizer, template=template, image_token_id=-1, image_tokens=0)
+        except NoSupervisedTokens:
+            continue  # the collator skips it
+        counts[0, number] = len(encoded.input_ids)
         counts[1, number] = sum(
-            _num_tokens(place_of(folder, name), tiling) for name in record.images[: made.num_images]
+            _num_tokens(place_of(folder, name), tiling) for name in record.images[: encoded.num_images]
         )
     return counts[0], counts[1]
 
@@ -76,39 +76,39 @@ def _num_tokens(picture: str | Path, tiling: Tiling | None) -> int:
         return 1
     try:
         return tiling.num_tokens(*picture_size(picture))
-    except ImageError:  # the collator leaves it out, or shows a plain one
+    except ImageError:  # the collator skips the record, or replaces the picture by a plain one
         return tiling.num_tokens(1, 1)
 
 
 def _key(records: Sequence[Record], tokenizer: Any, template: str, tiling: Tiling | None, folder: Path) -> str:
-    """What lengths depend on, as a hash: where pictures are tiled, also on which files they are, by size and time."""
-    found = hashlib.blake2b(f"{tiling}\0".encode() if tiling else b"", digest_size=6)
+    """Return a hash of everything that lengths depend on; with `tiling`, also of the size and time of picture files."""
+    key = hashlib.blake2b(f"{tiling}\0".encode() if tiling else b"", digest_size=6)
     if template_name(template) == OWN:
-        found.update(own_template(tokenizer).encode())
-    found.update(f"{template}\0{fast_backend(tokenizer).to_str()}\0{tokenizer.eos_token}\0".encode())
+        key.update(own_template(tokenizer).encode())
+    key.update(f"{template}\0{fast_backend(tokenizer).to_str()}\0{tokenizer.eos_token}\0".encode())
     for record in records:
         text = "\0".join([str(len(record.images)), *(f"{turn.role}\1{turn.text}" for turn in record.turns)])
-        found.update(text.encode("utf-8", "surrogatepass"))
+        key.update(text.encode("utf-8", "surrogatepass"))
         if tiling is not None:
             states = (f"{name}\1{_state(place_of(folder, name))}" for name in record.images)
-            found.update("\0".join(states).encode("utf-8", "surrogatepass"))
-    return found.hexdigest()
+            key.update("\0".join(states).encode("utf-8", "surrogatepass"))
+    return key.hexdigest()
 
 
 def _state(picture: str | Path) -> str:
-    """Of a file its size and time of change; of a stored picture, whose place says which it is, nothing."""
+    """Return size and modification time of a file; a stored picture is identified by its name alone."""
     try:
-        found = picture.stat() if isinstance(picture, Path) else None
+        status = picture.stat() if isinstance(picture, Path) else None
     except OSError:
         return "missing"
-    return f"{found.st_size} {found.st_mtime_ns}" if found else ""
+    return f"{status.st_size} {status.st_mtime_ns}" if status else ""
 
 
-def _keep(path: Path, counts: np.ndarray) -> None:
+def _save(path: Path, counts: np.ndarray) -> None:
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
             np.save(file, counts)
         part.replace(path)
     except OSError as error:
-        log.info("lengths are not kept: %s", error)
+        log.info("the lengths are not cached: %s", error)

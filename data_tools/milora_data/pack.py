@@ -1,6 +1,6 @@
-"""Packing: records into rows of a fixed length, so that nearly every position of a step is a real token.
+"""Pack records into rows of a fixed length, so that nearly every position of a step is a real token.
 
-The collator makes one row of the list of records that stands for it, and keeps them apart by their positions.
+The collator converts each list of records to one row and separates the records by their positions.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ POOL = 8192  # records that are packed together
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]]:
-    """Return rows of indices whose lengths sum up to at most `capacity`; every index stands in one row.
+    """Return rows of indices whose lengths sum to at most `capacity`; each index is in exactly one row.
 
-    Records are drawn in random order and packed pool by pool. A row starts with the longest record that is left; of the
-    others, those come that divide the room evenly, and last the longest that fits. Plain first-fit decreasing leaves 5
-    to 13 % of such rows empty, as pictures make all records about equally long: four fit, and nothing fits beside them.
-    A record longer than `capacity` counts as `capacity`: encoding cuts it.
+    Records are shuffled and packed pool by pool. A row starts with the longest remaining record; the next ones divide
+    the free space evenly, and the last one is the longest that fits. Plain first-fit decreasing leaves 5 to 13 % of the
+    positions empty: with pictures, all records have about the same length, so four fit and the rest stays empty.
+    A record longer than `capacity` counts as `capacity`, because encoding cuts it.
 
     >>> [sorted(row) for row in pack([5, 3, 4, 2, 6], capacity=10)]
     [[2, 4], [0, 1, 3]]
@@ -40,26 +40,26 @@ def pack(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]
 
 
 def _fitted(indices: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
-    """Return rows of `indices`, which are sorted by their `sizes`; both lists are used up."""
+    """Return rows of `indices`, which are sorted by their `sizes`; both lists are emptied."""
     rows = []
     total = sum(sizes)
     while indices:
-        row, room, place = [], capacity, len(indices) - 1
+        row, space, place = [], capacity, len(indices) - 1
         while indices and place >= 0:
             row.append(indices.pop(place))
             size = sizes.pop(place)
             total -= size
-            room -= size
-            more = max(1, room * len(sizes) // total) if total else 1  # so many of those left fit, on average
-            place = bisect_right(sizes, room // more) - 1
-            if place < 0 and sizes and sizes[0] <= room:
+            space -= size
+            more = max(1, space * len(sizes) // total) if total else 1  # average number of records that still fit
+            place = bisect_right(sizes, space // more) - 1
+            if place < 0 and sizes and sizes[0] <= space:
                 place = 0
         rows.append(row)
     return rows
 
 
 def fill(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -> float:
-    """Return the share of the positions of all rows that hold a token.
+    """Return the fraction of positions of all rows that contain a token.
 
     >>> fill([[0, 1], [2]], [5, 3, 4], capacity=10)
     0.6
@@ -68,7 +68,7 @@ def fill(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -
 
 
 class PackedRecords(Dataset[list[Record]]):
-    """Records by rows: each item is the list of records that share a row."""
+    """A data set of rows: each item is the list of records that share a row."""
 
     def __init__(self, records: Sequence[Record], rows: Sequence[Sequence[int]]) -> None:
         self.records, self.rows = records, rows

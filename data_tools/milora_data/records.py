@@ -1,6 +1,6 @@
-"""One record: LLaVA's form, and OpenAI's `messages`, which become LLaVA's. Every error names file and line.
+"""One record: LLaVA's format, and OpenAI's `messages`, which are converted to it. Every error names file and line.
 
-The format is that of LLaVA's `train.py`: {"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...]}.
+LLaVA's `train.py` defines the format: {"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...]}.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from milora_data.errors import DataError
+from milora_data.command.web import web_address
+from milora_data.errors import DataError, with_context
 from milora_data.images.embedded import (
     NOT_FETCHED,
-    EmbeddedPicture,
     decoded,
     described,
     is_embedded,
-    is_web_address,
     refusal,
 )
 from milora_data.images.files import StoredPicture
@@ -38,7 +37,7 @@ KNOWN_KEYS = ("id", "image", "images", "conversations")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a conversation; `text` holds `<image>` where a picture stands."""
+    """One turn of a conversation; `text` has `<image>` at the position of each picture."""
 
     role: Role
     text: str
@@ -46,7 +45,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation with its pictures. `source` is "file:line"; `extra` holds what the format does not know."""
+    """One conversation with its pictures. `source` is "file:line"; `extra` holds the keys outside LLaVA's format."""
 
     id: str
     images: tuple[str, ...]
@@ -56,24 +55,24 @@ class Record:
 
 
 def parse_record(value: object, *, source: str = "", embedded: Literal["refuse", "read", "keep"] = "refuse") -> Record:
-    """Return the `Record` of one decoded LLaVA dict; raises `DataError` that starts with `source`.
+    """Return the `Record` of one decoded LLaVA dict; raises `DataError` at `source` if it is not a record.
 
-    embedded: whether pictures in base64 are refused (`EmbeddedPicture`), read as stored ones, or kept as they are.
+    embedded: refuse base64 pictures (raises `EmbeddedPicture`), read them as stored pictures, or keep them unchanged.
 
     >>> parse_record({"id": 7, "conversations": [{"from": "human", "value": "Hi"}]}).turns
     (Turn(role='user', text='Hi'),)
     """
     try:
         if not isinstance(value, dict):
-            raise DataError(f"expected a record (an object), got {type(value).__name__}")
+            raise DataError(f"expected a record (an object), got {type(value).__name__}", code="record-not-an-object")
         form = "llava"
         if "messages" in value and "conversations" not in value:
             form = "messages"
             value = from_messages(value, number=0) | ({} if "id" in value else {"id": ""})
         images = _images(value)
-        if found := next(filter(is_embedded, images), ""):
+        if first := next(filter(is_embedded, images), ""):
             if embedded == "refuse":
-                raise refusal(found, source, form)
+                raise refusal(first, source, form)
             if embedded == "read":
                 images = tuple(decoded(name) if is_embedded(name) else name for name in images)
         return Record(
@@ -84,14 +83,11 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["refuse",
             extra={key: item for key, item in value.items() if key not in KNOWN_KEYS},
         )
     except DataError as error:
-        place = source or "record"
-        if isinstance(error, EmbeddedPicture):
-            raise EmbeddedPicture(f"{place}: {error}", error.form) from None
-        raise type(error)(f"{place}: {error}") from None
+        raise with_context(error, source or "record") from None
 
 
 def estimated_length(record: Record, image_tokens: int) -> int:
-    """Return about how many tokens a record takes, without a tokenizer: for sorting, not for counting.
+    """Return an estimate of the tokens of a record, without a tokenizer: for sorting, not for counting.
 
     >>> estimated_length(Record("a", ("a.png",), (Turn("user", "<image>\\nWhat is it?"),), "x:1", {}), 576)
     580
@@ -100,17 +96,19 @@ def estimated_length(record: Record, image_tokens: int) -> int:
 
 
 def _images(value: dict[str, Any]) -> tuple[str, ...]:
-    found = value.get("images") or value.get("image")  # tables that were joined hold both columns, one of them empty
-    if found is None:
+    field = value.get("images") or value.get("image")  # joined tables have both columns, one of them empty
+    if field is None:
         return ()
-    names = found if isinstance(found, list) else [found]
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f'"image" must be a file name or a list of file names, got {_short(found)}')
+    names = field if isinstance(field, list) else [field]
+    if not all(isinstance(name, str) and name for name in names):
+        raise DataError(
+            f'"image" must be a file name or a list of file names, got {_short(field)}', code="record-image-field"
+        )
     return tuple(names)
 
 
 def _short(value: object) -> str:
-    """Return a value as it is written if that is short, else its type: nobody reads half of a value."""
+    """Return the value as text if it is short, else its type and length."""
     text = repr(value)
     return text if len(text) <= 80 else f"{type(value).__name__} of {len(text):,} characters"
 
@@ -120,18 +118,24 @@ def _turns(value: dict[str, Any]) -> tuple[Turn, ...]:
     if not isinstance(turns, list):
         keys = ", ".join(map(str, value)) or "none"
         raise DataError(
-            f'"conversations" must be a list of turns; the keys of this record: {keys}\n'
-            "records of other forms (tables, Alpaca, ...): python -m milora_data convert --help"
+            f'"conversations" must be a list of turns; the keys of this record: {keys}',
+            code="record-no-conversations",
+            hint="records of other formats (tables, Alpaca, ...): python -m milora_data convert --help",
         )
     return tuple(_turn(turn, number) for number, turn in enumerate(turns, start=1))
 
 
 def _turn(turn: object, number: int) -> Turn:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise DataError(f'turn {number} must be {{"from": ..., "value": text}}, got {_short(turn)}')
+        raise DataError(
+            f'turn {number} must be {{"from": ..., "value": text}}, got {_short(turn)}', code="record-turn-format"
+        )
     role = ROLES.get(str(turn.get("from")))
     if role is None:
-        raise DataError(f'turn {number}: unknown "from": {turn.get("from")!r}; expected {", ".join(ROLES)}')
+        raise DataError(
+            f'turn {number}: unknown "from": {turn.get("from")!r}; expected {", ".join(ROLES)}',
+            code="record-unknown-role",
+        )
     return Turn(role, turn["value"])
 
 
@@ -139,62 +143,71 @@ _SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
 def from_messages(value: object, *, number: int) -> dict[str, Any]:
-    """Return the LLaVA record of {"messages": [...], "images"?: [...]}; further keys are kept.
+    """Return the LLaVA record of {"messages": [...], "images"?: [...]}; other keys are kept.
 
-    `number` is the id of a record that has none.
+    `number` is the default id.
     Pictures are named by the parts of a message ({"type": "image", "image": path}) or, in order, by "images".
-    A picture in base64 stays one (embedded.py). Raises `DataError`: no messages, an unknown role or part, a picture at
-    a web address.
+    Base64 pictures are kept unchanged (embedded.py). Raises `DataError` if there are no messages, if a role or a part
+    is unknown, or if a picture is a web address.
     """
     if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
-        raise DataError('expected an object with "messages", a list')
+        raise DataError('expected an object with "messages", a list', code="messages-missing")
     named: list[str] = []
     turns = [_message_turn(message, place, named) for place, message in enumerate(value["messages"], start=1)]
-    given = value.get("images") or []
-    listed = [_file(image) for image in (given if isinstance(given, list) else [given])]
+    field = value.get("images") or []
+    listed = [_file(image) for image in (field if isinstance(field, list) else [field])]
     if named and listed:
-        raise DataError('pictures are named by the messages and by "images"; expected one of both')
+        raise DataError(
+            'the messages and "images" both name pictures; expected only one of them', code="messages-images-twice"
+        )
     images = named or listed
     missing = len(images) - sum(turn["value"].count(IMAGE) for turn in turns)
     first = next((turn for turn in turns if turn["from"] == "human"), None)
     if missing == len(images) and first is not None:
         first["value"] = f"{IMAGE}\n" * missing + first["value"]
-    rest = {key: item for key, item in value.items() if key not in ("messages", "images", "id")}
+    others = {key: item for key, item in value.items() if key not in ("messages", "images", "id")}
     pictures = {"image": images[0] if len(images) == 1 else images} if images else {}
-    return {"id": str(value.get("id", number)), **pictures, "conversations": turns, **rest}
+    return {"id": str(value.get("id", number)), **pictures, "conversations": turns, **others}
 
 
 def _message_turn(message: object, place: int, named: list[str]) -> dict[str, str]:
     role = message.get("role") if isinstance(message, dict) else message
     if not isinstance(message, dict) or not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"message {place}: unknown role {role!r}; expected {', '.join(_SPEAKERS)}")
+        raise DataError(
+            f"message {place}: unknown role {role!r}; expected {', '.join(_SPEAKERS)}", code="record-unknown-role"
+        )
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
-        raise DataError(f'message {place}: "content" must be a text or a list of parts')
+        raise DataError(f'message {place}: "content" must be a text or a list of parts', code="messages-content")
     texts = [_part(part, place, named) for part in parts]
     return {"from": _SPEAKERS[ROLES[role]], "value": "".join(texts)}
 
 
 def _part(part: object, place: int, named: list[str]) -> str:
     if not isinstance(part, dict):
-        raise DataError(f"message {place}: a part must be an object, got {type(part).__name__}")
+        raise DataError(
+            f"message {place}: a part must be an object, got {type(part).__name__}", code="messages-content"
+        )
     kind, text = part.get("type"), part.get("text")
     if kind in ("text", "input_text", "output_text") and isinstance(text, str):
         return text
     if kind in ("image", "image_url", "input_image"):
-        given = [part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None]
-        named += [_file(picture) for picture in given[:1]]
+        pictures = [part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None]
+        named += [_file(picture) for picture in pictures[:1]]
         return f"{IMAGE}\n"
-    raise DataError(f"message {place}: cannot use this part, of type {kind!r}; expected text or an image")
+    raise DataError(
+        f"message {place}: unsupported part of type {kind!r}; expected text or an image",
+        code="messages-unsupported-part",
+    )
 
 
 def _file(image: object) -> str:
     if isinstance(image, StoredPicture):
         return image
     name = (image.get("path") or image.get("url")) if isinstance(image, dict) else image
-    if is_web_address(name):
-        raise DataError(f"a picture at a web address: {described(str(name))}\n{NOT_FETCHED}")
+    if isinstance(name, str) and web_address(name):
+        raise DataError(f"a picture at a web address: {described(name)}", code="image-web-address", hint=NOT_FETCHED)
     if not isinstance(name, str):
-        raise DataError(f"a picture must be a file name, got {type(image).__name__}")
+        raise DataError(f"a picture must be a file name, got {type(image).__name__}", code="record-image-field")
     return name

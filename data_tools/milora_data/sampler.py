@@ -1,6 +1,6 @@
-"""Batches of records of similar length: less padding, so less of a step is spent on nothing.
+"""Group records of similar length into batches, which reduces padding.
 
-LLaVA's group_by_modality_length sorts by words and counts no picture; here a picture counts as its tokens.
+LLaVA's group_by_modality_length sorts by the number of words and ignores pictures; here a picture counts as its tokens.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.utils.data import Sampler
 
-CHUNKS_PER_POOL = 50  # of so many batches the records are sorted together: long enough to group, short enough to mix
+CHUNKS_PER_POOL = 50  # batches that are sorted together: enough for similar lengths, and still well shuffled
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Every index once, so that `batch_size` consecutive ones have similar lengths; the batches in random order.
+    """Yields each index once; `batch_size` consecutive indices have similar lengths, and batches are shuffled.
 
-    batch_size: records of one optimizer step on all devices. `kinds`, one for each index (with a picture or without,
-    say), are not mixed in a batch, but for the last records of an epoch. The order depends on `seed` and the epoch
-    alone, so it is the same on every rank and in a resumed run; `state_dict` says how far it is.
+    batch_size: records of one optimizer step on all devices. `kinds` has one value per index, for example with or
+    without a picture; a batch has one kind only, except for the last records of an epoch. The order depends only on
+    `seed` and the epoch, so all ranks and a resumed run have the same order; `state_dict` holds the position.
     """
 
     def __init__(
@@ -36,15 +36,15 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next; accelerate calls it."""
+        """Set the epoch of the next iteration; accelerate calls it."""
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """Return epoch and number of indices given out in it, for `load_state_dict`."""
+        """Return the epoch and the number of indices yielded in it, for `load_state_dict`."""
         return {"epoch": self.epoch, "done": self._done}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where another sampler of the same lengths and seed was: the next iteration gives what is due."""
+        """Continue from the state of a sampler with the same lengths and seed; the next iteration yields the rest."""
         self.epoch, self._done = state["epoch"], state["done"]
 
     def __iter__(self) -> Iterator[int]:
@@ -59,15 +59,15 @@ class LengthGroupedSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
         indices = torch.randperm(len(self.lengths), generator=generator).tolist()
         batches: list[list[int]] = []
-        rest: list[int] = []
+        incomplete: list[int] = []
         for group in self._groups(indices):
             for start in range(0, len(group), self.batch_size * CHUNKS_PER_POOL):
-                together = sorted(group[start : start + self.batch_size * CHUNKS_PER_POOL], key=self._shorter)
+                together = sorted(group[start : start + self.batch_size * CHUNKS_PER_POOL], key=self._negative_length)
                 batches += [together[i : i + self.batch_size] for i in range(0, len(together), self.batch_size)]
             if batches and len(batches[-1]) < self.batch_size:
-                rest += batches.pop()  # short batches come last, together
+                incomplete += batches.pop()  # records of incomplete batches come last
         order = torch.randperm(len(batches), generator=generator).tolist()
-        return [index for number in order for index in batches[number]] + sorted(rest, key=self._shorter)
+        return [index for number in order for index in batches[number]] + sorted(incomplete, key=self._negative_length)
 
     def _groups(self, indices: Sequence[int]) -> list[list[int]]:
         if self.kinds is None:
@@ -77,5 +77,5 @@ class LengthGroupedSampler(Sampler[int]):
             groups.setdefault(self.kinds[index], []).append(index)
         return list(groups.values())
 
-    def _shorter(self, index: int) -> int:
+    def _negative_length(self, index: int) -> int:
         return -self.lengths[index]

@@ -1,4 +1,4 @@
-"""A data set by name: JSON, tables and shards of `datasets`, or a mixture of such sources with a weight each."""
+"""Load a data set by name: JSON, tables, shards of `datasets`, or a weighted mixture of such sources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.web import not_fetched, web_address
+from milora_data.command.web import web_address, web_address_problem
 from milora_data.errors import DataError, UserError
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.saved import is_saved
@@ -20,11 +20,11 @@ _KEYS = ("path", "weight", "image_folder")
 
 
 def load_records(path: str | Path) -> Iterator[Record]:
-    """Yield the records of a data set, in order and one by one: nothing is held in memory.
+    """Yield the records of a data set in order, one at a time; the data set is not held in memory.
 
-    A JSON file (a list) or JSON lines of LLaVA's records or of `messages`; .parquet, .arrow, .tar (webdataset), a
-    folder of `save_to_disk` and hub:OWNER/NAME[:SPLIT] through `datasets`; .yaml, a mixture of such sources (mix.py).
-    Raises `DataError` with file and line: no such file, broken JSON, a record that is not one.
+    Supported: a JSON list or JSON lines of LLaVA's records or of `messages`; .parquet, .arrow, .tar (webdataset), a
+    folder of `save_to_disk` and hub:OWNER/NAME[:SPLIT], which `datasets` reads; .yaml, a mixture of such sources.
+    Raises `DataError` with file and line if the file is missing, its JSON is broken, or a value is not a record.
     """
     if is_json(path):
         for place, value in read_objects(Path(path)):
@@ -36,7 +36,7 @@ def load_records(path: str | Path) -> Iterator[Record]:
 
 
 def is_json(path: str | Path) -> bool:
-    """Return whether `path` is read as JSON: what is neither a mixture nor stored in a format of `datasets`."""
+    """Return whether `path` is read as JSON: it is not a mixture and not in a format that `datasets` reads."""
     if str(path).startswith("hub:") or Path(path).suffix in (".yaml", ".yml", ".parquet", ".tar", ".arrow"):
         return False
     return not is_saved(path)
@@ -44,7 +44,7 @@ def is_json(path: str | Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source of a mixture: with weight 2 its records come twice, with 0.3 a random 30 % of them come."""
+    """One source of a mixture. Weight 2 repeats each of its records; weight 0.3 keeps a random 30 % of them."""
 
     path: str
     weight: float = 1.0
@@ -54,30 +54,37 @@ class Source:
 def read_sources(path: Path) -> tuple[list[Source], int]:
     """Return the sources and the seed of a YAML file: `sources: [{path, weight, image_folder}]`, `seed`.
 
-    Paths are relative to the file. Raises `DataError`: no such file, broken YAML, unknown keys, a weight below 0.
+    Paths are relative to the file. Raises `DataError` if the file is missing, its YAML is broken, a key is unknown or a
+    weight is below 0.
     """
     import yaml
 
     if not path.is_file():
         address = web_address(path)
-        raise DataError(f"{path}: no such file" if address is None else not_fetched(address))
+        if address is not None:
+            raise DataError(problems=[web_address_problem(address)])
+        raise DataError("no such file", code="data-missing-file", where=str(path))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise DataError(f"{path}: broken YAML: {error}") from None
+        raise DataError(f"broken YAML: {error}", code="yaml-syntax", where=str(path)) from None
     seed = content.get("seed", 0) if isinstance(content, Mapping) else 0
     entries = content.get("sources") if isinstance(content, Mapping) else content
     if not isinstance(entries, list) or not entries or not isinstance(seed, int):
-        raise DataError(f"{path}: expected `sources:`, a list of {{path: ..., weight: ..., image_folder: ...}}")
+        raise DataError(
+            "expected `sources:`, a list of {path: ..., weight: ..., image_folder: ...}",
+            code="mixture-format",
+            where=str(path),
+        )
     return [_source(entry, path.parent, f"{path}: source {number}") for number, entry in enumerate(entries, 1)], seed
 
 
 def mixed_records(
     sources: Sequence[Source], seed: int = 0, read: Callable[[str], Iterator[Record]] = load_records
 ) -> Iterator[Record]:
-    """Yield the records of all sources, one source after the other, each as often as its weight says.
+    """Yield the records of all sources, one source after another, repeated or sampled according to its weight.
 
-    Names of pictures are joined to the image folder of their source. Raises what `read` raises.
+    Picture names are joined to the image folder of their source. Raises what `read` raises.
     """
     for number, source in enumerate(sources):
         chance = random.Random(f"{seed} {number}")
@@ -91,9 +98,9 @@ def mixed_records(
 
 
 def within(record: Record, image_folder: str | None) -> Record:
-    """Return a record whose pictures are named from anywhere: below the image folder of its source, if it has one.
+    """Return a record whose picture names include the image folder of its source, if the source has one.
 
-    A name that leads out of that folder stays as it is, and counts for the image folder of the training.
+    A name that leads out of that folder is not changed; it is then relative to the image folder of the training.
     """
     if image_folder is None:
         return record
@@ -111,13 +118,17 @@ def _source(entry: Any, folder: Path, place: str) -> Source:
     if isinstance(entry, str):
         entry = {"path": entry}
     if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
-        raise DataError(f"{place}: expected {{path: ..., weight: ..., image_folder: ...}}, got {entry!r}")
+        raise DataError(
+            f"expected {{path: ..., weight: ..., image_folder: ...}}, got {entry!r}", code="mixture-format", where=place
+        )
     unknown = [key for key in entry if key not in _KEYS]
     if unknown:
-        raise UserError(f"{place}: unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}")
+        raise UserError(
+            f"unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}", code="mixture-unknown-key", where=place
+        )
     weight = entry.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-        raise DataError(f"{place}: weight must be a number from 0 up, got {weight!r}")
+        raise DataError(f"weight must be a number >= 0, got {weight!r}", code="mixture-weight", where=place)
     path, images = entry["path"], entry.get("image_folder")
     return Source(
         path if path.startswith("hub:") else str(folder / path),

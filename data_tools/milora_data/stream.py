@@ -1,7 +1,7 @@
-"""Records as a stream through `datasets`: its shards, shuffle buffer, split by node and worker, and interleaving.
+"""Stream records with `datasets`: its shards, shuffle buffer, split by node and worker, and interleaving.
 
-Nothing is read but what is due, so a set may be larger than memory, or lie on the hub. A row of the stream is a record
-as bytes (whatever the format it was read from); what is broken in a source comes as a `DataError` in its place.
+Records are read when they are needed, so a data set may be larger than memory, or on the hub. Each row of the stream
+is a pickled `Record`, independent of the source's format, or a pickled `DataError` in place of a broken record.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from milora_data.sources import Source, is_json, read_sources, within
 
 StreamItem: TypeAlias = Record | DataError
 FEATURES = datasets.Features({"record": datasets.Value("large_binary")})
-MIN_PARTS = 64  # of a JSON file: many small ones mix better, and every process gets its share
+MIN_PARTS = 64  # parts of a JSON file: many small parts mix better, and each process gets some
 
 
 class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
-    """An endless stream of the records of `rows`, epoch after epoch, each in an order of its own.
+    """An endless stream of the records of `rows`; each epoch has a different order.
 
-    It goes on where another one was: `state_dict` holds the epoch and what came of it. With a shuffle buffer, whose
-    content `datasets` does not keep, the rows of the epoch so far are read again (not decoded), so that exactly those
-    that are due follow; without one the state of `datasets` itself leads there at once.
+    `state_dict` holds the epoch and the number of records read in it, so that a stream can be resumed. `datasets` does
+    not save the content of its shuffle buffer, so the rows of the epoch are read again (not decoded) up to
+    the saved number. Without a shuffle buffer, the state of `datasets` restores the position directly.
     """
 
     def __init__(self, rows: datasets.IterableDataset, seed: int, *, buffered: bool) -> None:
@@ -41,27 +41,27 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
         self._epoch, self._done = 0, 0
 
     def __iter__(self) -> Iterator[StreamItem]:
-        # Loader processes would share the number of the epoch with each other.
+        # `set_epoch` writes to shared memory, and loader processes may be in different epochs.
         self.rows = deepcopy(self.rows)
         while True:
-            self.rows.set_epoch(1 + self.seed + self._epoch)  # from 1 on, shards come in random order
+            self.rows.set_epoch(1 + self.seed + self._epoch)  # epoch 0 would not shuffle the shards
             try:
                 for row in islice(self.rows, self._done if self.buffered else 0, None):
                     self._done += 1
                     yield pickle.loads(row["record"])
-            except Exception as error:  # files answer for themselves; a hub may be anything
+            except Exception as error:  # files yield their errors as items; the hub raises exceptions of any type
                 raise broken_off(f"a source of the hub, after {self._done:,} records", error) from None
             if self._done == 0:
-                return  # more loader processes than shards: there is nothing for this one
+                return  # more loader processes than shards: this one has no data
             self._epoch, self._done = self._epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on behind the last record."""
+        """Return the state from which `load_state_dict` continues after the last record."""
         rows = None if self.buffered else self.rows.state_dict()
         return {"epoch": self._epoch, "done": self._done, "rows": rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the stream was that gave `state`, of the same source, seed and number of processes."""
+        """Continue from `state`, which must come from a stream with the same source, seed and number of processes."""
         self._epoch, self._done = state["epoch"], state["done"]
         if state["rows"] is not None:
             self.rows.load_state_dict(state["rows"])
@@ -78,19 +78,20 @@ def record_stream(
 ) -> RecordStream:
     """Return the endless stream of one file (or hub:NAME, or a mixture in YAML), or of several sources.
 
-    Of several, one is drawn for each record, by their weights (`datasets.interleave_datasets`). Shards come in random
-    order, and `shuffle_buffer` rows are mixed at a time (0: none). `rank` of `world_size` processes gets its share.
-    Raises `UserError`: no such file, no source with a weight.
+    With several sources, each record comes from a source drawn with the probability of its weight
+    (`datasets.interleave_datasets`). Shards are shuffled, and `shuffle_buffer` rows are shuffled at a time (0: none).
+    `rank` of `world_size` processes gets its part of the rows.
+    Raises `UserError` if a file is missing or no source has a weight above 0.
     """
     used = [source for source in _sources(sources) if source.weight > 0]
     if not used:
-        raise UserError("no source has a weight above 0")
+        raise UserError("no source has a weight above 0", code="mixture-weight")
     opened = [_rows(source, world_size * max(num_workers, 1)) for source in used]
     rows = opened[0]
     if len(opened) > 1:
         total = sum(source.weight for source in used)
-        shares = [source.weight / total for source in used]
-        rows = datasets.interleave_datasets(opened, shares, seed=seed, stopping_strategy="all_exhausted")
+        probabilities = [source.weight / total for source in used]
+        rows = datasets.interleave_datasets(opened, probabilities, seed=seed, stopping_strategy="all_exhausted")
     if shuffle_buffer:
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
     if world_size > 1:
@@ -98,24 +99,24 @@ def record_stream(
     return RecordStream(rows, seed, buffered=bool(shuffle_buffer))
 
 
-def _sources(given: str | Path | Sequence[Source]) -> Sequence[Source]:
-    if not isinstance(given, str | Path):
-        return given
-    return read_sources(Path(given))[0] if str(given).endswith((".yaml", ".yml")) else [Source(str(given))]
+def _sources(sources: str | Path | Sequence[Source]) -> Sequence[Source]:
+    if not isinstance(sources, str | Path):
+        return sources
+    return read_sources(Path(sources))[0] if str(sources).endswith((".yaml", ".yml")) else [Source(str(sources))]
 
 
 def _rows(source: Source, processes: int) -> datasets.IterableDataset:
-    """Return the rows of one source: {"record": the bytes of a `Record`, or of the `DataError` in its place}."""
+    """Return the rows of one source: {"record": pickled `Record` or `DataError`}."""
     if is_json(source.path):
         count = -(-MIN_PARTS // processes) * processes
         parts = parts_of(Path(source.path), count, processes)
         if not parts:
-            raise DataError(f"{source.path}: no records")
+            raise DataError("no records", code="data-no-records", where=str(source.path))
         return datasets.IterableDataset.from_generator(
             _json_rows, features=FEATURES, gen_kwargs={"parts": parts, "image_folder": source.image_folder}
         )
     if source.path.endswith((".yaml", ".yml")):
-        raise UserError(f"{source.path}: a mixture within a mixture cannot be streamed")
+        raise UserError("a mixture within a mixture cannot be streamed", code="mixture-nested", where=str(source.path))
     if not source.path.startswith(HUB):
         files = {"files": files_of(source.path), "image_folder": source.image_folder}
         return datasets.IterableDataset.from_generator(_stored_rows, features=FEATURES, gen_kwargs=files)
@@ -136,7 +137,7 @@ def _json_rows(parts: list[Part], image_folder: str | None) -> Iterator[dict[str
             for place, value in read_part(part, broken.append):
                 yield from _drained(broken)
                 yield _row(_json_item(value, f"{part.path}:{place}", image_folder))
-        except DataError as error:  # of a list, nothing is read behind a break
+        except DataError as error:  # a broken list cannot be read beyond the error
             broken.append(error)
         yield from _drained(broken)
 
@@ -161,7 +162,7 @@ def _stored_rows(files: list[str], image_folder: str | None) -> Iterator[dict[st
 
 def _hub_row(row: Mapping[str, Any], number: int, source: str, image_folder: str | None) -> dict[str, bytes]:
     try:
-        # The number is one within a shard: a name of the row's own, where it has one, says more.
+        # `number` counts within a shard and is not unique: prefer the id of the row.
         name = str(row.get("id") or row.get("__key__") or number)
         return _row(within(row_to_record(row, f"{source}:{name}", name), image_folder))
     except DataError as error:

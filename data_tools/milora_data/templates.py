@@ -1,9 +1,9 @@
-"""Prompt formats as data, and the text of a conversation as segments of which it is known whether they are learnt.
+"""Prompt formats as data, and conversations rendered as supervised and unsupervised segments.
 
-`vicuna_v1`, `plain`, `llava_llama_2`, `mpt` and `mistral` are LLaVA's own (llava/conversation.py), `llama_3` is
-LLaVA-NeXT's, `qwen` and `chatml` are those of the models' makers, `alpaca` is Stanford Alpaca's (MetaMath, PiSSA and
-MiLoRA have it too), `llm_adapters` LLM-Adapters', `tulu` open-instruct's. `chat_template` is whatever the tokenizer
-brings (own_template.py). Made for one tokenizer, they hold for others: EOS and BOS are those of the tokenizer at hand.
+`vicuna_v1`, `plain`, `llava_llama_2`, `mpt` and `mistral` come from LLaVA (llava/conversation.py), `llama_3` from
+LLaVA-NeXT, `qwen` and `chatml` from the authors of the models, `alpaca` from Stanford Alpaca (MetaMath, PiSSA and
+MiLoRA use it too), `llm_adapters` from LLM-Adapters, `tulu` from open-instruct. `chat_template` is the tokenizer's own
+template (conversation.py). A format works with any tokenizer: it uses the EOS and BOS of that tokenizer.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from milora_data.tokens import bos_ids, bos_text, eos_text, glue_after, own_temp
 
 EOS, BOS = "{eos}", "{bos}"
 OWN = "chat_template"
-"""The name of the template that is none of ours: the tokenizer's."""
+"""The name for the tokenizer's own chat template, which is not in `TEMPLATES`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
     """One prompt format: the system text in its frame, then questions and answers.
 
-    A question is `user[0]` + text + `user[1]`, an answer `assistant`, `answer[0]` + text + `answer[1]`, `closing`.
-    What is learnt of it is the answer, `answer[0]` + text + `answer[1]`, or all of it.
+    A question is `user[0]` + text + `user[1]`, an answer is `assistant` + `answer[0]` + text + `answer[1]` + `closing`.
+    The supervised part is `answer[0]` + text + `answer[1]` ("answers") or the whole conversation ("all").
     """
 
     user: tuple[str, str]
     assistant: str
     answer: tuple[str, str]
     system: str = ""
-    frame: tuple[str, str] = ("", "")  # around the system text; without one it is left out
-    system_in_question: bool = False  # the framed system text stands within the first question
-    closing: str = ""  # behind an answer, not learnt
-    between: str = ""  # in front of every question but the first
-    captions: bool = False  # a picture and its caption, nothing else: what the user says is left out
-    learnt: Literal["answers", "all"] = "answers"
+    frame: tuple[str, str] = ("", "")  # around the system text; omitted if there is no system text
+    system_in_question: bool = False  # put the framed system text into the first question
+    closing: str = ""  # after an answer, unsupervised
+    between: str = ""  # before each question except the first
+    captions: bool = False  # a picture and its caption only: drop the user's text
+    supervised: Literal["answers", "all"] = "answers"
 
 
 class Segment(NamedTuple):
-    """A piece of the rendered conversation; `learnt` pieces are the targets of training."""
+    """A piece of the rendered conversation; the loss is computed on `supervised` pieces."""
 
     text: str
-    learnt: bool
+    supervised: bool
 
 
 _VISION_SYSTEM = (
@@ -58,7 +58,7 @@ _VISION_SYSTEM = (
 _ALPACA_SYSTEM = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
-_INDENT = " " * 16  # of LLM-Adapters' source, within whose function the text stands
+_INDENT = " " * 16  # LLM-Adapters' prompt is a triple-quoted string and includes the indentation of its source
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
@@ -128,7 +128,7 @@ TEMPLATES: dict[str, Template] = {
         user=(f"{_INDENT}### Instruction:\n{_INDENT}", f"\n{_INDENT}\n"),
         assistant=f"{_INDENT}### Response:\n{_INDENT}",
         answer=("", EOS),
-        learnt="all",  # finetune.py's train_on_inputs
+        supervised="all",  # finetune.py's train_on_inputs
     ),
     "tulu": Template(
         frame=("<|system|>\n", "\n"),
@@ -138,7 +138,7 @@ TEMPLATES: dict[str, Template] = {
         between="\n",
     ),
 }
-# LLaVA's and LLaVA-NeXT's names for --version.
+# LLaVA and LLaVA-NeXT use these names for --version.
 ALIASES = {
     "v1": "vicuna_v1",
     "llama_2": "llava_llama_2",
@@ -152,7 +152,7 @@ ALIASES = {
 
 
 def template_name(name: str) -> str:
-    """Return the name of a template as we spell it, for any of its names; raises `UserError` with those there are.
+    """Return the canonical name of a template; raises `UserError` with the known names for an unknown one.
 
     >>> template_name("llama-3")
     'llama_3'
@@ -163,8 +163,10 @@ def template_name(name: str) -> str:
         return plain
     names = [*TEMPLATES, OWN]
     near = suggest(plain, names)
-    hint = f"\ndid you mean {near[0]} ?" if near else ""
-    raise UserError(f'unknown template "{name}"; expected one of: {", ".join(names)}{hint}')
+    hint = f"did you mean {near[0]} ?" if near else ""
+    raise UserError(
+        f'unknown template "{name}"; expected one of: {", ".join(names)}', code="template-unknown", hint=hint
+    )
 
 
 def get_template(name: str) -> Template:
@@ -172,7 +174,9 @@ def get_template(name: str) -> Template:
     name = template_name(name)
     if name == OWN:
         raise UserError(
-            f'the template "{OWN}" is the tokenizer\'s own, and there is none here\nname it: --tokenizer FOLDER'
+            f'the template "{OWN}" is the tokenizer\'s own, but no tokenizer is loaded',
+            code="template-needs-tokenizer",
+            hint="name it: --tokenizer FOLDER",
         )
     return TEMPLATES[name]
 
@@ -182,64 +186,73 @@ def render(
 ) -> list[Segment]:
     """Return the segments of a conversation; with `prompt`, they end where the next answer begins.
 
-    The text of all segments together is the conversation, with `<image>` where a picture goes.
-    Raises `DataError` for turns that are not in order.
+    The segments joined are the text of the conversation, with `<image>` at the position of each picture.
+    Raises `DataError` if questions and answers do not alternate.
     """
     system, exchange = split_turns(turns)
     text = template.system if system is None else system
+    # A format without a default system text has no frame either, unless the record brings a system turn.
     framed = template.frame[0] + text + template.frame[1] if text else ""
-    segments = [] if template.system_in_question else [Segment(framed, learnt=False)]
+    segments = [] if template.system_in_question else [Segment(framed, supervised=False)]
     for number, turn in enumerate(exchange):
         if turn.role == "user":
             first, last = template.user
             first = template.between.replace(BOS, bos) + first if number else first
             first += framed if template.system_in_question and not number else ""
-            segments.append(Segment(first + (IMAGE if template.captions else turn.text) + last, learnt=False))
+            segments.append(Segment(first + (IMAGE if template.captions else turn.text) + last, supervised=False))
         else:
+            # The role marker is part of the prompt at inference. The text that ends the answer is supervised: the model
+            # must learn to stop.
             before, after = template.answer
-            segments.append(Segment(template.assistant, learnt=False))
-            segments.append(Segment(before + turn.text + after.replace(EOS, eos), learnt=True))
-            segments.append(Segment(template.closing, learnt=False))
+            segments.append(Segment(template.assistant, supervised=False))
+            segments.append(Segment(before + turn.text + after.replace(EOS, eos), supervised=True))
+            segments.append(Segment(template.closing, supervised=False))
     if template.captions:
         _require_caption(exchange, prompt)
     if prompt:
-        segments.append(Segment(template.assistant, learnt=False))
-    elif template.learnt == "all" and any(segment.learnt for segment in segments):
-        return [Segment("".join(segment.text for segment in segments), learnt=True)]
+        segments.append(Segment(template.assistant, supervised=False))
+    elif template.supervised == "all" and any(segment.supervised for segment in segments):
+        # Without an answer the segments stay unsupervised, so that the record counts as one without supervised tokens.
+        return [Segment("".join(segment.text for segment in segments), supervised=True)]
     return [segment for segment in segments if segment.text]
 
 
 def split_turns(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
     """Return the text of a leading system turn (or None) and the turns that alternate, user first.
 
-    An answer before the first question is left out, as LLaVA does.
-    Raises `DataError` where two turns of one role follow each other.
+    An answer before the first question is dropped, as in LLaVA.
+    Raises `DataError` if two consecutive turns have the same role.
     """
-    rest = list(turns)
-    system = rest.pop(0).text if rest and rest[0].role == "system" else None
-    if rest and rest[0].role == "assistant":
-        rest.pop(0)
-    for number, turn in enumerate(rest):
+    exchange = list(turns)
+    system = exchange.pop(0).text if exchange and exchange[0].role == "system" else None
+    if exchange and exchange[0].role == "assistant":
+        exchange.pop(0)
+    for number, turn in enumerate(exchange):
         expected = "assistant" if number % 2 else "user"
         if turn.role != expected:
-            place = len(turns) - len(rest) + number + 1
+            place = len(turns) - len(exchange) + number + 1
             raise DataError(
-                f"turn {place} is from {turn.role}, expected {expected}: questions and answers must alternate"
+                f"turn {place} is from {turn.role}, expected {expected}: questions and answers must alternate",
+                code="record-turn-order",
             )
-    return system, rest
+    return system, exchange
 
 
 def place_images(turns: Sequence[Turn], num_images: int | None) -> list[Turn]:
-    """Return the turns with `<image>` where LLaVA puts it: in front of its turn, followed by a newline.
+    """Return the turns with `<image>` at the start of its turn, followed by a newline.
 
-    This is `preprocess_multimodal` (llava/train/train.py). Several in one turn become one by that rule; if the record
-    has a picture for each, they stay where they are, as in LLaVA-NeXT. `num_images` None: not known.
-    Raises `DataError` where the number of placeholders fits neither rule.
+    This is LLaVA's `preprocess_multimodal` (llava/train/train.py), which merges several `<image>` of one turn into one.
+    If the record has a picture for each of them, they keep their positions, as in LLaVA-NeXT. Pass `num_images` None if
+    the number is unknown.
+    Raises `DataError` if the number of `<image>` fits neither rule.
     """
     counts = [turn.text.count(IMAGE) for turn in turns]
     several = num_images is None or sum(counts) == num_images
     if not several and sum(count > 0 for count in counts) != num_images:
-        raise DataError(f"{sum(counts)} {IMAGE} in the conversation, but {num_images} pictures in the record")
+        raise DataError(
+            f"{sum(counts)} {IMAGE} in the conversation, but {num_images} pictures in the record",
+            code="record-image-count",
+        )
     return [
         turn if count == 0 or (several and count > 1) else Turn(turn.role, _in_front(turn.text))
         for turn, count in zip(turns, counts, strict=True)
@@ -252,18 +265,22 @@ def _in_front(text: str) -> str:
 
 def _require_caption(exchange: Sequence[Turn], prompt: bool) -> None:
     if len(exchange) != (1 if prompt else 2) or IMAGE not in exchange[0].text:
-        raise DataError(f'the template "plain" needs one turn with {IMAGE} and one answer, the caption')
+        raise DataError(
+            f'the template "plain" needs one turn with {IMAGE} and one answer, the caption', code="record-not-a-caption"
+        )
 
 
 def render_chat_template(template: str, tokenizer: Any, *, bos: bool = False) -> str:
-    """Return the Jinja chat template for the processor (or tokenizer) that is saved beside a model.
+    """Return the Jinja chat template for the processor (or tokenizer) that is saved with a model.
 
-    With it, `apply_chat_template` gives exactly the ids of `encode` and `encode_prompt`: system text, EOS, the place of
-    pictures, and the blank that LLaVA's tokenizing leaves behind a picture. Answers stand in `generation` blocks.
+    With it, `apply_chat_template` returns exactly the ids of `encode` and `encode_prompt`: same system text, EOS,
+    position of pictures, and the blank that LLaVA's tokenization leaves after a picture. Answers are in `generation`
+    blocks.
 
-    `bos` puts the BOS into the text, for a tokenizer that is saved without a processor: its `apply_chat_template` adds
-    no special tokens, while a processor does (and so does `processor(text=...)`, which would then have two).
-    Raises `UserError`: unknown template, no EOS, a picture token that changes the text around it.
+    `bos` puts the BOS into the text. It is for a tokenizer that is saved without a processor: a tokenizer's
+    `apply_chat_template` adds no special tokens. A processor adds them, and would add a second BOS.
+    Raises `UserError` for an unknown template, a tokenizer without EOS, or a picture token that changes the text
+    around it.
 
     >>> processor.chat_template = render_chat_template("vicuna_v1", processor.tokenizer)  # doctest: +SKIP
     """
@@ -290,7 +307,7 @@ def render_chat_template(template: str, tokenizer: Any, *, bos: bool = False) ->
     text = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
     for name, value in values.items():
         text = text.replace(f"${name}$", json.dumps(value, ensure_ascii=False))
-    # Nothing is put in front of a text that starts with a blank or with a token of its own.
+    # A text that starts with a blank or an added token gets no glue: SentencePiece adds no blank there either.
     alone = [" ", *(token.content for token in tokenizer.added_tokens_decoder.values())]
     text = text.replace("$ALONE$", "(" + "".join(json.dumps(mark, ensure_ascii=False) + "," for mark in alone) + ")")
     return text.replace("$QUESTION$", f"'{IMAGE}'" if form.captions else "content(message)")

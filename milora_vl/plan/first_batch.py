@@ -67,10 +67,10 @@ def lines(records: Sequence[Record], *, template: str, image_tokens: int, tokeni
         turns = place_images(record.turns, len(record.images))
         joined: list[tuple[bool, str]] = []
         for segment in _segments(turns, template, tokenizer):
-            if joined and joined[-1][0] == segment.learnt:
-                joined[-1] = (segment.learnt, joined[-1][1] + segment.text)
+            if joined and joined[-1][0] == segment.supervised:
+                joined[-1] = (segment.supervised, joined[-1][1] + segment.text)
             else:
-                joined.append((segment.learnt, segment.text))
+                joined.append((segment.supervised, segment.text))
         for learnt, text in joined:
             out.append(f"  {'>' if learnt else '.'} {_shown(text, image_tokens)}")
     return out
@@ -86,8 +86,8 @@ def _count_one(
         return len(encoded.input_ids), sum(label != -100 for label in encoded.labels)
     turns = place_images(record.turns, len(record.images))
     segments = _segments(turns, template, None)
-    learnt = sum(len(s.text) // CHARACTERS_PER_TOKEN + 1 for s in segments if s.learnt)
-    read = sum(len(s.text.replace(IMAGE, "")) // CHARACTERS_PER_TOKEN + 1 for s in segments if not s.learnt)
+    learnt = sum(len(s.text) // CHARACTERS_PER_TOKEN + 1 for s in segments if s.supervised)
+    read = sum(len(s.text.replace(IMAGE, "")) // CHARACTERS_PER_TOKEN + 1 for s in segments if not s.supervised)
     return min(read + learnt + image_tokens * len(record.images), max_length), learnt
 
 

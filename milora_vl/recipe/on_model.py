@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from milora_data.command.cli import amount
-from milora_data.encode import NothingToLearn, encode
+from milora_data.encode import NoSupervisedTokens, encode
 from milora_data.errors import Problem, UserError
 from milora_data.records import Record
 from milora_data.templates import OWN, TEMPLATES
@@ -76,7 +76,7 @@ def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] =
             f"--template {OWN}: {recipe.model} has no chat template\nname another template, one of: {known}"
         ) from None
     for record in records:
-        with suppress(NothingToLearn):
+        with suppress(NoSupervisedTokens):
             encode(record, tokenizer, template=OWN, image_token_id=-1, image_tokens=0)
 
 

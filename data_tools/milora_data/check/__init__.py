@@ -1,1 +1,1 @@
-"""Find, count and repair what is wrong with a data set."""
+"""Find, count and repair errors in a data set."""

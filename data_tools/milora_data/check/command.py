@@ -1,4 +1,4 @@
-"""`python -m milora_data check`: everything that is wrong with a data set, in one pass, with file and line.
+"""`python -m milora_data check`: find all errors of a data set in one pass, with file and line.
 
 Training calls `check_for_training` before it loads a model.
 """
@@ -17,17 +17,17 @@ from milora_data.check.repair import write_repaired
 from milora_data.check.report import Report, as_json, as_text
 from milora_data.command.cli import command_line, count, next_step, parser
 from milora_data.command.flags import RECORDS, shared
-from milora_data.command.web import not_fetched, web_address
-from milora_data.errors import DataError, UserError
+from milora_data.command.web import web_address, web_address_problem
+from milora_data.errors import DataError, Problem, UserError
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.stored import stored_items
-from milora_data.images.embedded import EmbeddedPicture, described, is_web_address
+from milora_data.images.embedded import EmbeddedPicture, described
 from milora_data.images.files import ImagePolicy, OutsidePicture, place_of
 from milora_data.records import SUFFIXES, Record, parse_record
 from milora_data.sources import is_json, load_records, mixed_records, read_sources
 
 EPILOG = """\
-exit code: 0 no errors (warnings may be meant), 1 errors found, 2 the data cannot be read at all
+exit code: 0 no errors (warnings are allowed), 1 errors found, 2 the data cannot be read at all
 
 examples:
   python -m milora_data check train.json --image_folder images
@@ -39,47 +39,56 @@ WEB = " (a web address: pictures are not fetched)"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 if there are errors."""
-    options = parser("python -m milora_data check", "Find what is broken in a data set of LLaVA's format.", EPILOG)
-    given = options.add_argument_group("input")
-    given.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
-    shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
+    options = parser("python -m milora_data check", "Find errors in a data set of LLaVA's format.", EPILOG)
+    inputs = options.add_argument_group("input")
+    inputs.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
+    shared(inputs, "image_folder", about="folder of the pictures (default: beside DATA)")
     settings = options.add_argument_group("settings")
     settings.add_argument(
         "--pictures",
         choices=("decode", "exist"),
         default="decode",
-        help="read each one, or only look for its file (default: %(default)s)",
+        help="decode each picture, or only check that its file exists (default: %(default)s)",
     )
     out = options.add_argument_group("output")
-    out.add_argument("--fix", type=Path, metavar="OUT", help="write what is usable, repaired, to this new file")
-    out.add_argument("--limit", type=count, default=5, help="examples to print of each kind (default: %(default)s)")
+    out.add_argument("--fix", type=Path, metavar="OUT", help="write the usable records, repaired, to this new file")
+    out.add_argument("--limit", type=count, default=5, help="examples to print per kind (default: %(default)s)")
     shared(out, "format")
     chosen = options.parse_args(argv)
     if chosen.data.is_file() and chosen.data.suffix.lower() in SUFFIXES:
-        raise UserError(f"{chosen.data}: this is a picture; expected a JSON or JSONL file that names it")
+        raise UserError(
+            "this is a picture; expected a JSON or JSONL file that names it",
+            code="data-picture-file",
+            where=str(chosen.data),
+        )
     folder = image_folder(chosen.data, chosen.image_folder)
     if chosen.fix is not None and chosen.fix.exists():
-        raise UserError(f"{chosen.fix} exists already\nnothing was written; name a new file with --fix")
+        raise UserError(
+            f"{chosen.fix} exists already",
+            code="output-exists",
+            hint="nothing was written; name a new file with --fix",
+        )
     if chosen.fix is not None and not is_json(chosen.data):
         call = command_line("milora_data", "convert", "--from", "hub", chosen.data, "--output_dir", "OUT")
         is_mixture = chosen.data.suffix in (".yaml", ".yml")
-        todo = "repair its sources one by one" if is_mixture else f"convert it first: {call}"
-        raise UserError(f"--fix repairs JSON and JSON lines, not {chosen.data}\n{todo}")
+        hint = "repair its sources one by one" if is_mixture else f"convert it first: {call}"
+        raise UserError(
+            f"--fix repairs JSON and JSON lines, not {chosen.data}", code="check-fix-unsupported", hint=hint
+        )
     report = scan(chosen.data, folder, pictures=chosen.pictures)
     if not report.records and not report.findings:
-        raise UserError(f"{chosen.data}: no records")
+        raise UserError("no records", code="data-no-records", where=str(chosen.data))
     sys.stdout.write(as_json(report) if chosen.format == "json" else as_text(report, chosen.limit))
     if chosen.fix is not None:
         sys.stderr.write(write_repaired(report, chosen.data, chosen.fix))
-    _tell_next(report, chosen.fix, ["--image_folder", folder] if report.with_pictures else [])
+    _print_next_step(report, chosen.fix, ["--image_folder", folder] if report.with_pictures else [])
     return 1 if report.count("error") else 0
 
 
-def _tell_next(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
-    found = report.by_kind()
+def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
     if report.form:
         next_step("milora_data", *report.convert_words())
-    elif found.keys() == {"not_a_record"} and len(report.findings) == report.records:
+    elif report.by_kind().keys() == {"not_a_record"} and len(report.findings) == report.records:
         next_step("milora_data", "convert", "--help")
     elif fixed is None and _is_wrong_folder(report):
         next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")
@@ -92,46 +101,48 @@ def _tell_next(report: Report, fixed: Path | None, pictures: Sequence[str | Path
 
 
 def _is_wrong_folder(report: Report) -> bool:
-    """Whether no picture at all was found, of those that are not named in a way that no folder mends."""
-    missing = {finding.message for finding in report.by_kind().get("missing_picture", ())}
-    lost = sum(name.endswith((OUTSIDE, WEB)) for name in missing)
-    return lost < len(missing) == report.picture_files
+    """Return whether all pictures are missing, and some of them could be in another folder."""
+    return report.num_never_read < report.num_missing == report.picture_files
 
 
 def _num_usable(report: Report) -> int:
     return report.records - len({finding.where for finding in report.findings if finding.severity == "error"})
 
 
-def image_folder(data: Path, given: Path | None) -> Path:
+def image_folder(data: Path, option: Path | None) -> Path:
     """Return the folder that picture names are relative to.
 
-    That is the given one, else the folder of the data file or `images` in it, whichever holds the first picture.
-    Raises `UserError` for a folder that is not there.
+    It is the value of the option, else the folder of the data file or its subfolder `images`, whichever contains the
+    first picture. Raises `UserError` if the folder does not exist.
     """
-    if given is not None:
-        if not given.is_dir():
-            raise UserError(no_folder(given))
-        return given
+    if option is not None:
+        if not option.is_dir():
+            raise UserError(problems=[no_folder(option)])
+        return option
     try:
         first = next((record.images[0] for record in load_records(data) if record.images), "")
     except DataError:
-        return data.parent  # the command itself says what is broken
+        return data.parent  # the command itself reports the error
     places = (data.parent, data.parent / "images")
     return next((place for place in places if first and (place / first).is_file()), data.parent)
 
 
-def no_folder(folder: Path) -> str:
-    """Return the message for a folder of pictures that is not there."""
+def no_folder(folder: Path) -> Problem:
+    """Return the problem of an image folder that does not exist."""
     address = web_address(folder)
     if address is not None:
-        return not_fetched(address)
-    return f"no such image folder: {folder}\nname the folder of the pictures with --image_folder"
+        return web_address_problem(address)
+    return Problem(
+        f"no such image folder: {folder}",
+        code="path-missing",
+        hint="name the folder of the pictures with --image_folder",
+    )
 
 
 def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "decode") -> Report:
-    """Examine every record of `path` and every picture below `folder`.
+    """Return a report on all records of `path` and their pictures below `folder`.
 
-    Raises `DataError` only if there is nothing to read.
+    Raises `DataError` only if there is no such file.
     """
     report = Report(str(path), str(folder))
     ids: dict[str, str] = {}
@@ -156,7 +167,7 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
 
 
 def readable(source: str | Path, report: Report) -> Iterator[Record]:
-    """Yield the records; what is none becomes a finding of `report`. Raises `DataError` if there is no such file."""
+    """Yield the records and add a finding to `report` for each other value. Raises `DataError` for a missing file."""
     if str(source).endswith((".yaml", ".yml")):
         yield from mixed_records(*read_sources(Path(source)), read=partial(readable, report=report))
     elif is_json(source):
@@ -167,17 +178,17 @@ def readable(source: str | Path, report: Report) -> Iterator[Record]:
                 yield item
             else:
                 report.records += 1
-                where, _, message = str(item).partition(": ")
-                report.findings.append(Finding("not_a_record", where, message))
+                report.findings.append(Finding("not_a_record", item.first.where, _without_place(item.first)))
+
+
+def _without_place(problem: Problem) -> str:
+    return "\n".join(filter(None, (problem.message, problem.hint)))
 
 
 def _readable_json(path: Path, report: Report) -> Iterator[Record]:
 
     def broken(error: DataError) -> None:
-        where, known, message = str(error).partition(": broken JSON: ")
-        if not known:
-            where, _, message = str(error).rpartition(": ")
-        report.findings.append(Finding("broken_json", where, message))
+        report.findings.append(Finding("broken_json", error.first.where, _without_place(error.first)))
 
     objects = read_objects(path, on_error=broken)
     while True:
@@ -193,11 +204,10 @@ def _readable_json(path: Path, report: Report) -> Iterator[Record]:
             yield parse_record(value, source=f"{path}:{place}")
         except DataError as error:
             report.records += 1
-            where, kind = f"{path}:{place}", "not_a_record"
-            message = str(error).removeprefix(f"{where}: ")
-            if isinstance(error, EmbeddedPicture):  # what to do about them is said once
-                kind, message, report.form = "embedded_picture", message.splitlines()[0], report.form or error.form
-            report.findings.append(Finding(kind, where, message))
+            kind, message = "not_a_record", _without_place(error.first)
+            if isinstance(error, EmbeddedPicture):  # the command prints the hint once, as the next step
+                kind, message, report.form = "embedded_picture", error.first.message, report.form or error.form
+            report.findings.append(Finding(kind, f"{path}:{place}", message))
 
 
 def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report: Report) -> None:
@@ -208,8 +218,10 @@ def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report
             report.findings += [Finding("corrupt_picture", where, f"{name}: the file is empty") for where in used[name]]
             continue
         shown, why = name, OUTSIDE if isinstance(place_of(folder, name), OutsidePicture) else ""
-        if is_web_address(name):
+        if web_address(name) is not None:
             shown, why = described(name), WEB
+        report.num_missing += 1
+        report.num_never_read += bool(why)
         report.findings += [Finding("missing_picture", where, shown + why) for where in used[name]]
     if how == "decode":
         gone = set(missing)
@@ -220,24 +232,24 @@ def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report
 def check_for_training(
     data: str | Path | Iterable[Record], image_folder: str | Path | None = None, bad_images: ImagePolicy = "raise"
 ) -> dict[str, int]:
-    """Check what training would stumble over, without decoding pictures; `data` is a file or its records.
+    """Check a data set for errors that would stop training, without decoding pictures; `data` is a file or its records.
 
-    Returns counts: records, with_pictures, missing_pictures, unlearnable (left out by the collator).
-    Raises `DataError` with count, first cases and what to do: a file that is no data set, turns out of order, `<image>`
-    and pictures that do not match, and, unless `bad_images` says otherwise, pictures that are missing or empty
-    (`MissingImages`).
+    Returns counts: records, with_pictures, missing_pictures, unlearnable (skipped by the collator).
+    Raises `DataError` with the count, the first cases and a hint if the file is not a data set, if turns are out of
+    order, or if the number of `<image>` differs from the number of pictures. Raises `MissingImages` for missing or
+    empty pictures, if `bad_images` is `raise`.
     """
     path = Path(data) if isinstance(data, str | Path) else None
     folder = Path(image_folder or "")
     if not folder.is_dir():
-        raise DataError(no_folder(folder))
+        raise DataError(problems=[no_folder(folder)])
     records = list(load_records(data) if isinstance(data, str | Path) else data)
     if not records:
-        raise DataError(f"{path or 'the data'}: no records")
-    found = [finding for record in records for finding in examine(record) if finding.severity == "error"]
-    unlearnable = [finding for finding in found if finding.kind == "no_answer"]
-    if len(found) > len(unlearnable):
-        raise DataError(_broken([finding for finding in found if finding.kind != "no_answer"]))
+        raise DataError("no records", code="data-no-records", where=str(path or "the data"))
+    errors = [finding for record in records for finding in examine(record) if finding.severity == "error"]
+    unlearnable = [finding for finding in errors if finding.kind == "no_answer"]
+    if len(errors) > len(unlearnable):
+        raise _broken([finding for finding in errors if finding.kind != "no_answer"])
     used = uses(records)
     missing = find_missing(used, folder)
     if missing and bad_images == "raise":
@@ -250,9 +262,13 @@ def check_for_training(
     }
 
 
-def _broken(findings: Sequence[Finding]) -> str:
+def _broken(findings: Sequence[Finding]) -> DataError:
+    """Return the error for broken records, with the first five of them."""
     lines = [f"{finding.where}: {finding.sentence}" for finding in findings[:5]]
     more = [f"... and {len(findings) - 5:,} more"] if len(findings) > 5 else []
     path = findings[0].where.rpartition(":")[0] or "DATA"
-    hint = f"see: python -m milora_data check {path}; --fix OUT writes a file without them"
-    return "\n".join([f"{len(findings):,} broken records", *lines, *more, hint])
+    return DataError(
+        "\n".join([f"{len(findings):,} broken records", *lines, *more]),
+        code="data-broken-records",
+        hint=f"see: python -m milora_data check {path}; --fix OUT writes a file without them",
+    )

@@ -1,4 +1,4 @@
-"""What occurs twice: records, pictures under several names, near copies of them, and a test set in the training.
+"""Find duplicates: records, copies and near copies of pictures, and test data in the training data.
 
 Equal files are found by their content. Near copies (another size, format or quality) are found by the perceptual hash
 of the library `imagehash`: two pictures are near if at most 4 of its 64 bits differ.
@@ -19,48 +19,48 @@ from milora_data.records import Record
 
 Hashing = Literal["exact", "near"]
 NEAR_BITS = 4
-_BANDS = NEAR_BITS + 1  # of two hashes that differ in 4 bits, one of 5 bands is equal
+_BANDS = NEAR_BITS + 1  # if two hashes differ in at most 4 bits, at least one of 5 bands is equal
 
 
 def duplicate_statistics(records: Sequence[Record], folder: Path, how: Hashing | None) -> dict[str, Any]:
-    """Return how many records are repeated, and of the pictures (where `how` is given) how many, with first cases."""
-    found: dict[str, Any] = {"repeated_records": len(records) - len({(r.images, r.turns) for r in records})}
+    """Return the number of repeated records and, with `how`, of repeated pictures and the first cases."""
+    result: dict[str, Any] = {"repeated_records": len(records) - len({(r.images, r.turns) for r in records})}
     if how is not None:
         hashes = picture_hashes((name for record in records for name in record.images), folder, how)
         pairs = equal_pairs(hashes, hashes) if how == "exact" else near_pairs(hashes, hashes)
-        found[f"{how}_copies_of_pictures"] = len({second for _, second in pairs})
-        found["first_copies"] = [[f"{one} = {other}", 1] for one, other in pairs[:20]]
-    return found
+        result[f"{how}_copies_of_pictures"] = len({second for _, second in pairs})
+        result["first_copies"] = [[f"{one} = {other}", 1] for one, other in pairs[:20]]
+    return result
 
 
 def leakage(
     train: Sequence[Record], test: Sequence[Record], folders: tuple[Path, Path], how: Hashing | None
 ) -> dict[str, Any]:
-    """Return how much of `test` is in `train`: questions, names of pictures, and pictures if `how` is given."""
+    """Return how many records of `test` share questions, picture names and, with `how`, pictures with `train`."""
     known = {(record.images, turn.text) for record in train for turn in record.turns if turn.role == "user"}
     asked = [
         any((record.images, turn.text) in known for turn in record.turns if turn.role == "user") for record in test
     ]
     names = dict.fromkeys(name for record in train for name in record.images)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "test_records": len(test),
         "with_a_question_of_the_training": sum(asked),
         "with_a_picture_name_of_the_training": sum(any(name in names for name in record.images) for record in test),
     }
     if how is not None:
-        ours = picture_hashes(names, folders[0], how)
-        theirs = picture_hashes((name for record in test for name in record.images), folders[1], how)
-        pairs = equal_pairs(ours, theirs) if how == "exact" else near_pairs(ours, theirs)
+        train_hashes = picture_hashes(names, folders[0], how)
+        test_hashes = picture_hashes((name for record in test for name in record.images), folders[1], how)
+        pairs = equal_pairs(train_hashes, test_hashes) if how == "exact" else near_pairs(train_hashes, test_hashes)
         shared = {name for _, name in pairs}
-        found["with_an_equal_picture_in_the_training" if how == "exact" else "with_a_near_picture_in_the_training"] = (
+        result["with_an_equal_picture_in_the_training" if how == "exact" else "with_a_near_picture_in_the_training"] = (
             sum(any(name in shared for name in record.images) for record in test)
         )
-        found["first_shared"] = [[f"{one} = {other}", 1] for one, other in pairs[:20]]
-    return found
+        result["first_shared"] = [[f"{one} = {other}", 1] for one, other in pairs[:20]]
+    return result
 
 
 def picture_hashes(names: Iterable[str], folder: Path, how: Hashing, *, threads: int = 8) -> dict[str, int]:
-    """Return a hash of each picture that can be read; a bar shows on a terminal how far it is."""
+    """Return a hash of each readable picture; shows a progress bar on a terminal."""
     from tqdm import tqdm
 
     unique = list(dict.fromkeys(names))
@@ -72,7 +72,10 @@ def picture_hashes(names: Iterable[str], folder: Path, how: Hashing, *, threads:
 
 
 def equal_pairs(one: Mapping[str, int], other: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return (name in `one`, name in `other`) for each of `other` that has an equal; within one set, its first."""
+    """Return (name in `one`, name in `other`) for each picture of `other` with an equal one in `one`.
+
+    If both are the same set, each picture is paired with its first equal.
+    """
     first: dict[int, str] = {}
     for name, value in one.items():
         first.setdefault(value, name)
@@ -81,7 +84,9 @@ def equal_pairs(one: Mapping[str, int], other: Mapping[str, int]) -> list[tuple[
 
 
 def near_pairs(one: Mapping[str, int], other: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return (name in `one`, name in `other`) for each of `other` that has a near one before it, or in another set.
+    """Return (name in `one`, name in `other`) for each picture of `other` with a near one in `one`.
+
+    If both are the same set, each picture is paired with an earlier one.
 
     >>> near_pairs({"a": 0b1011, "b": 0xFF00}, {"c": 0b1000})
     [('a', 'c')]
@@ -93,11 +98,12 @@ def near_pairs(one: Mapping[str, int], other: Mapping[str, int]) -> list[tuple[s
             bands.setdefault(band, []).append(name)
     pairs = []
     for name, value in other.items():
-        candidates = (found for band in _bands(value) for found in bands.get(band, ()))
+        candidates = (candidate for band in _bands(value) for candidate in bands.get(band, ()))
         near = (
-            found
-            for found in candidates
-            if (one is not other or place[found] < place[name]) and (one[found] ^ value).bit_count() <= NEAR_BITS
+            candidate
+            for candidate in candidates
+            if (one is not other or place[candidate] < place[name])
+            and (one[candidate] ^ value).bit_count() <= NEAR_BITS
         )
         first = next(near, None)
         if first is not None:
@@ -121,7 +127,11 @@ def _near_hash() -> Any:
     try:
         import imagehash
     except ImportError:
-        raise UserError('near copies are found with the library imagehash: pip install "milora-vl[data]"') from None
+        raise UserError(
+            "near copies need the package imagehash, which is not installed",
+            code="package-missing",
+            hint='pip install "milora-vl[data]"',
+        ) from None
 
     def make(path: str | Path) -> int | None:
         try:

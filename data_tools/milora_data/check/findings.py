@@ -1,4 +1,4 @@
-"""What can be wrong with a record, and the rules that find it."""
+"""The kinds of errors and warnings that a record can have, and the rules that detect them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Severity = Literal["error", "warning"]
 
 
 class Kind(NamedTuple):
-    """One sort of finding: an error makes the record useless for training, a warning may be meant."""
+    """One kind of finding. A record with an error cannot be used for training; a warning may be intended."""
 
     severity: Severity
     title: str
@@ -26,44 +26,44 @@ KINDS: Mapping[str, Kind] = {
     "not_a_record": Kind("error", "not a record of LLaVA's format"),
     "embedded_picture": Kind("error", "picture embedded as base64: records name picture files"),
     "turn_order": Kind("error", "questions and answers do not alternate"),
-    "no_answer": Kind("error", "nothing to learn: no answer to a question"),
-    "placeholders": Kind("error", f"not as many {IMAGE} as pictures"),
+    "no_answer": Kind("error", "no supervised tokens: no answer to a question"),
+    "placeholders": Kind("error", f"the number of {IMAGE} differs from the number of pictures"),
     "missing_picture": Kind("error", "missing picture"),
     "corrupt_picture": Kind("error", "picture that cannot be read"),
-    "broken_text": Kind("error", "text that is no valid Unicode (half of a surrogate pair)"),
-    "empty_answer": Kind("warning", "empty answer: teaches to say nothing"),
+    "broken_text": Kind("error", "text that is not valid Unicode (half of a surrogate pair)"),
+    "empty_answer": Kind("warning", "empty answer: the model learns to answer nothing"),
     "empty_question": Kind("warning", "empty question"),
     "duplicate_id": Kind("warning", "id used before"),
-    "answer_first": Kind("warning", "starts with an answer, which is left out"),
-    "unanswered": Kind("warning", "ends with a question, which teaches nothing"),
-    "special_token": Kind("warning", "text holds a special token, which is encoded as such"),
+    "answer_first": Kind("warning", "starts with an answer, which is dropped"),
+    "unanswered": Kind("warning", "ends with a question, which has no effect on training"),
+    "special_token": Kind("warning", "text contains a special token, which is encoded as such"),
     "several_placeholders": Kind("warning", f"more {IMAGE} in a turn than the record has pictures: one is kept"),
-    "picture_in_answer": Kind("warning", f"answer holds {IMAGE}"),
-    "role_in_text": Kind("warning", "text plays another role, as if answers had run on"),
-    "damaged_text": Kind("warning", "text with characters that were lost in a conversion"),
+    "picture_in_answer": Kind("warning", f"answer contains {IMAGE}"),
+    "role_in_text": Kind("warning", "text contains a role marker such as USER:, as if an answer had not stopped"),
+    "damaged_text": Kind("warning", "text with characters that an encoding conversion has destroyed"),
     "control_character": Kind("warning", "text with control characters"),
     "long_record": Kind("warning", "longer than 2,048 tokens, by estimate: max_length will cut it"),
-    "duplicate_record": Kind("warning", "same picture and same conversation as before"),
-    "outside_folder": Kind("warning", "picture named by an absolute path, or by one that leaves the folder"),
-    "wrong_suffix": Kind("warning", "picture of another format than its name says"),
+    "duplicate_record": Kind("warning", "same pictures and same conversation as an earlier record"),
+    "outside_folder": Kind("warning", "picture with an absolute path, or a path outside the folder"),
+    "wrong_suffix": Kind("warning", "picture whose format differs from its file name"),
     "animated_picture": Kind("warning", "animated picture: its first frame is used"),
-    "rotated_picture": Kind("warning", "picture stored on its side: it is turned upright (LLaVA does not)"),
+    "rotated_picture": Kind("warning", "picture with an EXIF rotation: it is turned upright (LLaVA does not)"),
     "cmyk_picture": Kind("warning", "picture in print colours (CMYK): converted"),
-    "deep_picture": Kind("warning", "picture of 16 bits and more, or of floats: scaled to 8"),
-    "transparent_picture": Kind("warning", "picture with transparency, which is dropped as LLaVA does"),
+    "deep_picture": Kind("warning", "picture with 16 or more bits, or floats: scaled to 8 bits"),
+    "transparent_picture": Kind("warning", "picture with transparency, which is dropped as in LLaVA"),
     "long_picture": Kind("warning", "picture more than 10 times as long as wide: mostly padding"),
-    "tiny_picture": Kind("warning", "picture of less than 16 pixels a side"),
-    "huge_picture": Kind("warning", "picture of more than 40 megapixels: slow to decode (--jpeg_decoding draft)"),
+    "tiny_picture": Kind("warning", "picture with less than 16 pixels per side"),
+    "huge_picture": Kind("warning", "picture with more than 40 megapixels: slow to decode (--jpeg_decoding draft)"),
 }
-# Of Llama, Vicuna, Qwen, SmolLM and GPT-2; which of them means something depends on the tokenizer.
+# Special tokens of Llama, Vicuna, Qwen, SmolLM and GPT-2; a tokenizer has only some of them.
 SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")
 
 _LONGEST = 300
-# Kinds whose messages say it themselves.
+# Kinds whose messages are complete without the title.
 _SENTENCES = ("broken_json", "not_a_record", "embedded_picture", "turn_order", "placeholders")
 _ESTIMATED_TOKENS = 2048
 _ROLE = re.compile(r"(?:^|\n| )(?:ASSISTANT|USER|### ?(?:Human|Assistant)): ")
-_LOST = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00e2\u20ac")  # the signs of UTF-8 read as Latin-1
+_LOST = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00e2\u20ac")  # typical of UTF-8 text decoded as Latin-1
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PATTERNS = {
@@ -76,20 +76,20 @@ _PATTERNS = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong: a key of `KINDS`, where ("file:line"), and what exactly."""
+    """One error or warning: a key of `KINDS`, the place ("file:line"), and the details."""
 
     kind: str
     where: str
     message: str
 
     def __post_init__(self) -> None:
-        # Findings are printed: no half surrogate pairs, which no terminal takes, and no whole essays.
+        # Findings are printed: remove half surrogate pairs, which a terminal cannot print, and shorten long texts.
         text = self.message.encode("utf-8", "replace").decode()
         object.__setattr__(self, "message", text if len(text) <= _LONGEST else text[:_LONGEST] + " ...")
 
     @property
     def sentence(self) -> str:
-        """Return the message as it is understood without the title of its kind."""
+        """Return the message with the title of its kind, if the message is incomplete without it."""
         return self.message if self.kind in _SENTENCES else f"{KINDS[self.kind].title}: {self.message}"
 
     @property
@@ -99,36 +99,36 @@ class Finding:
 
 
 def examine(record: Record) -> Iterator[Finding]:
-    """Yield what is wrong with the record itself; its pictures are not looked at."""
+    """Yield the errors and warnings of the record itself; its pictures are not checked."""
 
-    def found(kind: str, message: str) -> Finding:
+    def finding(kind: str, message: str) -> Finding:
         return Finding(kind, record.source, message)
 
     try:
         _, exchange = split_turns(record.turns)
     except DataError as error:
-        yield found("turn_order", str(error))
+        yield finding("turn_order", error.first.message)
         return
     try:
         place_images(record.turns, len(record.images))
     except DataError as error:
-        yield found("placeholders", str(error))
+        yield finding("placeholders", error.first.message)
     else:
         if sum(turn.text.count(IMAGE) for turn in record.turns) > len(record.images):
             number = next(n for n, turn in enumerate(record.turns, start=1) if turn.text.count(IMAGE) > 1)
-            yield found("several_placeholders", f"turn {number}")
+            yield finding("several_placeholders", f"turn {number}")
     if len(exchange) < 2:
-        yield found("no_answer", f"{len(record.turns)} turns")
+        yield finding("no_answer", f"{len(record.turns)} turns")
     elif len(exchange) % 2:
-        yield found("unanswered", exchange[-1].text)
+        yield finding("unanswered", exchange[-1].text)
     if len(exchange) < sum(turn.role != "system" for turn in record.turns):
-        yield found("answer_first", next(turn.text for turn in record.turns if turn.role == "assistant"))
+        yield finding("answer_first", next(turn.text for turn in record.turns if turn.role == "assistant"))
     tokens = estimated_length(record, 576)
     if tokens > _ESTIMATED_TOKENS:
-        yield found("long_record", f"about {tokens:,} tokens")
+        yield finding("long_record", f"about {tokens:,} tokens")
     outside = [name for name in record.images if name.startswith(("/", "~", "\\")) or ".." in name.split("/")]
     if outside:
-        yield found("outside_folder", outside[0])
+        yield finding("outside_folder", outside[0])
     yield from _texts(record)
 
 

@@ -1,4 +1,4 @@
-"""Which pictures of a data set are missing, which cannot be read, and what is peculiar about others."""
+"""Find the pictures of a data set that are missing, unreadable or unusual."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from milora_data.command.web import web_address
 from milora_data.errors import DataError
-from milora_data.images.embedded import NOT_FETCHED, described, is_web_address
+from milora_data.images.embedded import NOT_FETCHED, described
 from milora_data.images.files import (
     ORIENTATION,
     SUFFIXES,
@@ -28,80 +29,82 @@ if TYPE_CHECKING:
 
 
 class MissingImages(DataError):
-    """Pictures that records name and that are not there, or empty: how many, the first few, and what to do.
+    """Records name pictures that are missing or empty; the message has their number and the first few.
 
-    `used` is what `uses` returns, of the missing pictures and of all others.
+    `used` is the result of `uses` for all pictures.
     """
 
     def __init__(
         self, missing: Sequence[str], used: Mapping[str, Sequence[str]], folder: Path, elsewhere: Path | None
     ) -> None:
-        shown = [described(name) if is_web_address(name) else name for name in missing[:5]]
-        where = f"in {folder}" if str(folder) != "." else "in the current folder (--image_folder names another)"
+        shown = [described(name) if web_address(name) else name for name in missing[:5]]
+        place = f"in {folder}" if str(folder) != "." else "in the current folder (--image_folder names another)"
         empty = sum(is_empty(place_of(folder, name)) for name in missing)
-        what = "missing or empty" if empty else "missing"
+        state = "missing or empty" if empty else "missing"
         files = dict.fromkeys(source.rpartition(":")[0] for name in missing for source in used[name])
         named = ", ".join([file for file in files if file][:3]) + (", ..." if len(files) > 3 else "")
-        lines = [f"{len(missing):,} of {len(used):,} pictures are {what} {where}"]
+        lines = [f"{len(missing):,} of {len(used):,} pictures are {state} {place}"]
         lines += [f"named in {named}"] if named else []
         lines.append(f"first: {', '.join(shown)}" + (", ..." if len(missing) > 5 else ""))
+        hints = []
         if empty:
-            lines.append(f"{empty:,} are empty files (0 bytes): copy or download them again")
+            hints.append(f"{empty:,} are empty files (0 bytes): copy or download them again")
         if elsewhere is not None:
-            lines.append(f"there are such files below: --image_folder {elsewhere}")
-        addresses = sum(map(is_web_address, missing))
+            hints.append(f"files with these names exist in another folder: --image_folder {elsewhere}")
+        addresses = sum(web_address(name) is not None for name in missing)
         if addresses:
-            lines.append(f"{addresses:,} at a web address: {NOT_FETCHED}")
+            hints.append(f"{addresses:,} at a web address: {NOT_FETCHED}")
         outside = sum(isinstance(place_of(folder, name), OutsidePicture) for name in missing)
         if outside:
-            lines.append(f"{outside:,} lead out of that folder and are never read; absolute paths: --image_folder /")
-        lines.append("leave their records out: --bad_images skip; show a plain picture instead: --bad_images replace")
-        super().__init__("\n".join(lines))
+            hints.append(f"{outside:,} lead out of that folder and are never read; absolute paths: --image_folder /")
+        hints.append("skip their records: --bad_images skip; show a plain picture instead: --bad_images replace")
+        super().__init__("\n".join(lines), code="data-missing-pictures", hint="\n".join(hints))
 
 
 def uses(records: Iterable[Record]) -> dict[str, list[str]]:
-    """Return, by picture name in the order of first use, the sources of the records that name it."""
-    found: dict[str, list[str]] = {}
+    """Return, for each picture name in the order of first use, the sources of the records that name it."""
+    sources: dict[str, list[str]] = {}
     for record in records:
         for name in record.images:
-            found.setdefault(name, []).append(record.source)
-    return found
+            sources.setdefault(name, []).append(record.source)
+    return sources
 
 
 def find_missing(names: Iterable[str], folder: Path) -> list[str]:
-    """Return the names for which there is no file below `folder`, or an empty one."""
+    """Return the names whose file below `folder` is missing or empty."""
     return [name for name in names if not _num_bytes(place_of(folder, name))]
 
 
 def is_empty(path: str | Path) -> bool:
-    """Return whether a picture is there, and has no content."""
+    """Return whether a picture exists and has no content."""
     return _num_bytes(path) == 0
 
 
 def _num_bytes(path: str | Path) -> int | None:
-    """Return the size of a picture file, or of a stored picture; None where there is no file."""
+    """Return the size of a picture file, or of a stored picture, in bytes; None if there is no file."""
     if isinstance(path, StoredPicture):
         return len(path.content)
     try:
-        found = path.stat() if isinstance(path, Path) else None
-    except (OSError, ValueError):  # a name that is too long for a file system, say
+        status = path.stat() if isinstance(path, Path) else None
+    except (OSError, ValueError):  # for example, a name that is too long for the file system
         return None
-    return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
+    return status.st_size if status is not None and stat.S_ISREG(status.st_mode) else None
 
 
 def find_faults(names: Sequence[str], folder: Path, *, threads: int = 8) -> Iterator[tuple[str, str, str]]:
-    """Yield (name, kind of finding, what exactly) of each picture, decoded; a bar shows on a terminal how far it is."""
+    """Yield (name, kind of finding, details) for each picture after decoding it; shows a progress bar on a terminal."""
     from tqdm import tqdm
 
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda name: list(faults(place_of(folder, name))), names)
-        for name, some in zip(names, tqdm(found, "pictures", len(names), disable=None, leave=False), strict=True):
-            for kind, message in some:
+        results = pool.map(lambda name: list(faults(place_of(folder, name))), names)
+        bar = tqdm(results, "pictures", len(names), disable=None, leave=False)
+        for name, findings in zip(names, bar, strict=True):
+            for kind, message in findings:
                 yield name, kind, message
 
 
 def faults(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yield (kind of finding, what exactly) of one picture file, which is decoded as training does."""
+    """Yield (kind of finding, details) for one picture file, which is decoded as in training."""
     from PIL import Image
 
     try:
@@ -109,15 +112,19 @@ def faults(path: str | Path) -> Iterator[tuple[str, str]]:
             notes = list(_peculiarities(image, Path(path).suffix.lower()))
         load_image(path)
     except ImageError as error:
-        yield "corrupt_picture", error.reason
+        yield "corrupt_picture", _details(error)
         return
-    except Exception:  # PIL's plugins raise whatever they trip over; load_image says it in words
+    except Exception:  # PIL's plugins raise exceptions of any type; load_image converts them
         try:
             load_image(path)
         except ImageError as error:
-            yield "corrupt_picture", error.reason
+            yield "corrupt_picture", _details(error)
         return
     yield from notes
+
+
+def _details(error: ImageError) -> str:
+    return "\n".join(filter(None, (error.reason, error.first.hint)))
 
 
 def _peculiarities(image: Image.Image, suffix: str) -> Iterator[tuple[str, str]]:
@@ -146,7 +153,7 @@ def _peculiarities(image: Image.Image, suffix: str) -> Iterator[tuple[str, str]]
 
 
 def elsewhere(missing: Sequence[str], folder: Path, beside: Path | None) -> Path | None:
-    """Return the folder below which the first missing pictures do lie: a neighbour of `folder`, or the data's own."""
+    """Return a folder near `folder` or beside the data that contains one of the first missing pictures, or None."""
     candidates = [folder.parent, *([beside, beside / "images"] if beside else []), folder / "images"]
     near = (place for place in candidates if place != folder)
     return next((place for place in near if any(_num_bytes(place_of(place, name)) for name in missing[:5])), None)

@@ -1,4 +1,4 @@
-"""`check --fix`: the usable records of a data set, in a new file, with the repairs that need no guessing."""
+"""`check --fix`: write the usable records of a data set to a new file, with repairs that are unambiguous."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def write_repaired(report: Report, data: Path, out: Path) -> str:
-    """Write the usable records of `data` to `out`, unchanged but for repairs; returns what was done, as text.
+    """Write the usable records of `data`, repaired, to `out`; return a text that lists the changes.
 
     Raises `UserError`, and writes nothing, if no record is usable.
     """
@@ -29,7 +29,8 @@ def write_repaired(report: Report, data: Path, out: Path) -> str:
     usable = _usable(data, lost, done)
     first = list(islice(usable, 1))
     if not first:
-        raise UserError("\n".join([f"no record of {data} is usable; nothing was written", *_changes(done)]))
+        message = "\n".join([f"no record of {data} is usable; nothing was written", *_changes(done)])
+        raise UserError(message, code="data-no-usable-record")
     count = write_objects(out, chain(first, usable))
     return "\n".join([f"{out}: {amount(count, 'record')}", *_changes(done)]) + "\n"
 
@@ -39,7 +40,7 @@ def _changes(done: Counter[str]) -> list[str]:
 
 
 def repair(value: dict[str, Any], done: Counter[str]) -> dict[str, Any]:
-    """Return a LLaVA dict without turns that are not learnt from, and with the `<image>` that was forgotten."""
+    """Return a LLaVA dict without turns that have no effect on training, and with missing `<image>` inserted."""
     turns = [dict(turn) for turn in value["conversations"]]
     start = 1 if turns and ROLES[turns[0]["from"]] == "system" else 0
     if turns[start:] and ROLES[turns[start]["from"]] == "assistant" and IMAGE not in turns[start]["value"]:
@@ -56,7 +57,7 @@ def repair(value: dict[str, Any], done: Counter[str]) -> dict[str, Any]:
     pictures = parse_record(value).images
     if pictures and turns[start:] and not any(IMAGE in turn["value"] for turn in turns):
         turns[start]["value"] = f"{IMAGE}\n" * len(pictures) + turns[start]["value"]
-        done[f"forgotten {IMAGE} put in front"] += 1
+        done[f"missing {IMAGE} inserted at the start"] += 1
     return {**value, "conversations": turns}
 
 
@@ -66,7 +67,7 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
 
     try:
         for number, (place, value) in enumerate(read_objects(data, on_error=broken), start=1):
-            kind = lost.get(f"{data}:{place}") or _hopeless(value)
+            kind = lost.get(f"{data}:{place}") or _fatal_kind(value)
             if kind is None:
                 assert isinstance(value, dict)
                 if "conversations" not in value:
@@ -81,10 +82,11 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
             else:
                 yield repaired
     except DataError:
-        done["broken JSON list: nothing after the break could be read"] += 1
+        done["broken JSON list: the records after the error could not be read"] += 1
 
 
-def _hopeless(value: object) -> str | None:
+def _fatal_kind(value: object) -> str | None:
+    """Return the kind of an error that `repair` cannot fix, or None."""
     try:
         record = parse_record(value)
     except EmbeddedPicture:

@@ -1,4 +1,4 @@
-"""What `milora_data check` found, for people and for programs."""
+"""The result of `milora_data check`, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from milora_data.images.embedded import convert_words
 
 @dataclass(slots=True)
 class Report:
-    """What a scan found."""
+    """Counts and findings of a scan."""
 
     path: str
     image_folder: str
@@ -22,20 +22,24 @@ class Report:
     with_pictures: int = 0
     picture_files: int = 0
     findings: list[Finding] = field(default_factory=list)
-    form: str = ""  # what `convert --from` calls records with embedded pictures, where there are some
+    num_missing: int = 0  # picture names without a file
+    num_never_read: int = 0  # of these, names outside the image folder and web addresses
+    form: str = ""  # format for `convert --from`, if records have embedded pictures
 
     def count(self, severity: str) -> int:
-        """Return the number of errors or of warnings."""
+        """Return the number of findings with a severity, `error` or `warning`."""
         return sum(finding.severity == severity for finding in self.findings)
 
     def by_kind(self) -> dict[str, list[Finding]]:
         """Return the findings of each kind that occurs, errors first."""
         return {
-            kind: found for kind in KINDS if (found := [finding for finding in self.findings if finding.kind == kind])
+            kind: findings
+            for kind in KINDS
+            if (findings := [finding for finding in self.findings if finding.kind == kind])
         }
 
     def convert_words(self) -> tuple[str, ...]:
-        """Return the command of milora_data that writes the embedded pictures that were found to files."""
+        """Return the arguments of the milora_data command that writes the embedded pictures to files."""
         first = next(finding for finding in self.findings if finding.kind == "embedded_picture")
         return convert_words(first.where.rpartition(":")[0], self.form)
 
@@ -57,15 +61,15 @@ def as_json(report: Report) -> str:
 
 
 def as_text(report: Report, limit: int) -> str:
-    """Return the report for people: counts, then each kind of finding with its first cases."""
+    """Return the report as text: counts, then each kind of finding with its first cases."""
     files = amount(report.picture_files, "file")
     pictures = f"{report.with_pictures:,} with pictures ({files}, looked for in {report.image_folder})"
     lines = [f"{report.path}: {amount(report.records, 'record')}, {pictures if report.with_pictures else 'text only'}"]
-    for kind, found in report.by_kind().items():
+    for kind, findings in report.by_kind().items():
         severity, title = KINDS[kind]
-        lines += ["", f"{severity:<8} {len(found):>7,}  {title}"]
-        lines += [f"    {finding.where}: {finding.message}".replace("\n", "\n    ") for finding in found[:limit]]
-        if len(found) > limit:
-            lines.append(f"    ... and {len(found) - limit:,} more (--limit {len(found)} shows all)")
+        lines += ["", f"{severity:<8} {len(findings):>7,}  {title}"]
+        lines += [f"    {finding.where}: {finding.message}".replace("\n", "\n    ") for finding in findings[:limit]]
+        if len(findings) > limit:
+            lines.append(f"    ... and {len(findings) - limit:,} more (--limit {len(findings)} shows all)")
     counts = ", ".join(amount(report.count(severity), severity) for severity in ("error", "warning"))
-    return "\n".join([*lines, "", counts if lines[1:] else "nothing to complain about", ""])
+    return "\n".join([*lines, "", counts if lines[1:] else "no errors or warnings", ""])

@@ -1,4 +1,4 @@
-"""`python -m milora_data stats`: what a data set holds, in numbers."""
+"""`python -m milora_data stats`: count records, pictures, turns and tokens of a data set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from milora_data.check.duplicates import duplicate_statistics, leakage
 from milora_data.command.cli import count, next_step, parser
 from milora_data.command.flags import RECORDS, shared
 from milora_data.encode import encode
-from milora_data.errors import DataError, UserError
+from milora_data.errors import DataError, UserError, with_context
 from milora_data.images.embedded import EmbeddedPicture
 from milora_data.records import IMAGE, Record
 from milora_data.sources import load_records
@@ -29,19 +29,20 @@ examples:
 
 
 SECTIONS = ("tokens", "duplicates", "leakage")
+TITLES = {"learnt_per_record": "supervised_per_record"}  # titles that differ from the keys of the JSON output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = parser("python -m milora_data stats", "Count records, pictures, turns and lengths.", EPILOG)
-    given = options.add_argument_group("input")
-    given.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
-    shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
-    given.add_argument("--against", type=Path, metavar="TEST", help="count what of this test set is in DATA")
-    given.add_argument("--against_image_folder", type=Path, help="folder of its pictures (default: beside TEST)")
+    inputs = options.add_argument_group("input")
+    inputs.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
+    shared(inputs, "image_folder", about="folder of the pictures (default: beside DATA)")
+    inputs.add_argument("--against", type=Path, metavar="TEST", help="count the overlap of this test set with DATA")
+    inputs.add_argument("--against_image_folder", type=Path, help="folder of its pictures (default: beside TEST)")
     settings = options.add_argument_group("settings")
-    settings.add_argument("--copies", choices=("exact", "near"), help="look for pictures that occur twice")
-    settings.add_argument("--tokenizer", help="folder or name of a tokenizer, to count tokens")
+    settings.add_argument("--copies", choices=("exact", "near"), help="count pictures that occur twice")
+    settings.add_argument("--tokenizer", help="folder or name of a tokenizer that counts tokens")
     shared(settings, "template", default="vicuna_v1", about="prompt format (default: %(default)s)")
     settings.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
     settings.add_argument("--max_length", type=count, help="count the records that are longer")
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
     records = _read(chosen.data)
     if not records:
-        raise DataError(f"{chosen.data}: no records")
+        raise DataError("no records", code="data-no-records", where=str(chosen.data))
     content = statistics(records)
     folder = image_folder(chosen.data, chosen.image_folder)
     content["duplicates"] = duplicate_statistics(records, folder, chosen.copies)
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders = (folder, image_folder(chosen.against, chosen.against_image_folder))
         content["leakage"] = leakage(records, _read(chosen.against), folders, chosen.copies)
     elif chosen.against_image_folder is not None:
-        raise UserError("--against_image_folder needs --against TEST")
+        raise UserError("--against_image_folder needs --against TEST", code="flag-needs-another")
     if tokenizer is not None:
         content["tokens"] = token_statistics(
             records,
@@ -83,14 +84,14 @@ def _read(path: Path) -> list[Record]:
     try:
         return list(load_records(path))
     except DataError as error:
-        if not path.is_file() or isinstance(error, EmbeddedPicture):  # which says itself what to do
+        if not path.is_file() or isinstance(error, EmbeddedPicture):  # it has a hint
             raise
-        hint = f"see: python -m milora_data check {path}; --fix OUT writes what is usable, which can be counted"
-        raise DataError(f"{error}\n{hint}") from None
+        hint = f"see: python -m milora_data check {path}; --fix OUT writes the usable records to a new file"
+        raise with_context(error, hint=hint) from None
 
 
 def statistics(records: Sequence[Record]) -> dict[str, Any]:
-    """Return counts and distributions of `records`; lists are sorted, the most frequent first."""
+    """Return counts and distributions of `records`; lists start with the most frequent item."""
     answers = [turn.text for record in records for turn in record.turns if turn.role == "assistant"]
     questions = [turn.text for record in records for turn in record.turns if turn.role == "user"]
     pictures = [name for record in records for name in record.images]
@@ -112,19 +113,19 @@ def statistics(records: Sequence[Record]) -> dict[str, Any]:
 def token_statistics(
     records: Iterable[Record], tokenizer: Any, *, template: str, image_tokens: int, max_length: int | None
 ) -> dict[str, Any]:
-    """Return the spread of encoded lengths and of learnt tokens, and how many records exceed `max_length`."""
-    lengths, learnt, failed = [], [], 0
+    """Return the spread of encoded lengths and of supervised tokens, and the number of records above `max_length`."""
+    lengths, supervised, failed = [], [], 0
     for record in records:
         try:
-            made = encode(record, tokenizer, template=template, image_token_id=-200, image_tokens=image_tokens)
+            encoded = encode(record, tokenizer, template=template, image_token_id=-200, image_tokens=image_tokens)
         except DataError:
             failed += 1
             continue
-        lengths.append(len(made.input_ids))
-        learnt.append(sum(label >= 0 for label in made.labels))
+        lengths.append(len(encoded.input_ids))
+        supervised.append(sum(label >= 0 for label in encoded.labels))
     return {
         "per_record": spread(lengths),
-        "learnt_per_record": spread(learnt),
+        "learnt_per_record": spread(supervised),
         "longer_than_max_length": sum(max_length is not None and length > max_length for length in lengths),
         "not_encodable": failed,
     }
@@ -147,10 +148,10 @@ def spread(numbers: Sequence[int]) -> dict[str, int]:
 
 
 def as_text(content: dict[str, Any], limit: int) -> str:
-    """Return the statistics for people."""
+    """Return the statistics as text."""
     lines = []
     for name, value in content.items():
-        title = name.replace("_", " ")
+        title = TITLES.get(name, name).replace("_", " ")
         if isinstance(value, int):
             lines.append(f"  {title:<24}{value:>12,}")
         elif name in SECTIONS:

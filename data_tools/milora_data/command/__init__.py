@@ -1,1 +1,1 @@
-"""What all commands share: parsers, flags, menus, files written whole, HTML pages."""
+"""Shared by all commands: parsers, flags, menus, atomic file writes, HTML pages."""

@@ -1,6 +1,6 @@
-"""What every command of this project shares: a parser that explains itself, and an outer edge without tracebacks.
+"""Shared by every command: an argument parser with helpful errors, and `run`, which prints errors without a traceback.
 
-Data goes to stdout, everything else to stderr; exit code 0 is fine, 1 the run failed, 2 bad usage.
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 the run failed, 2 bad usage.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from milora_data.errors import UserError
 
 
 def suggest(word: str, candidates: Iterable[str]) -> list[str]:
-    """Return up to three of `candidates` that look like `word`, the nearest first.
+    """Return up to three of `candidates` that are similar to `word`, the most similar first.
 
     >>> suggest("vicuna", ["plain", "vicuna_v1"])
     ['vicuna_v1']
@@ -36,7 +36,7 @@ def suggest(word: str, candidates: Iterable[str]) -> list[str]:
 
 
 def count(text: str) -> int:
-    """Parse a whole number from 0 up: the `type` of a flag that counts something."""
+    """Parse an integer >= 0: the `type` of a flag that counts something."""
     try:
         number = int(text)
     except ValueError:
@@ -47,14 +47,14 @@ def count(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """Parse a whole number from 1 up."""
+    """Parse an integer >= 1."""
     if count(text) == 0:
         raise argparse.ArgumentTypeError("must be at least 1, got 0")
     return int(text)
 
 
 def amount(number: int, what: str) -> str:
-    """Return a number with what it counts.
+    """Return a number with the thing that it counts.
 
     >>> amount(1, "record"), amount(1200, "record")
     ('1 record', '1,200 records')
@@ -63,14 +63,14 @@ def amount(number: int, what: str) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """`argparse` with `-` and `_` alike in flags, no guessing from prefixes, and near names for unknown flags."""
+    """`argparse` that accepts `-` for `_` in flags, allows no abbreviations, and suggests names for unknown flags."""
 
-    _given: Sequence[str] = ()
+    _arguments: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Spell every known flag as it was declared, then parse as usual."""
+        """Replace each known flag by its declared spelling, then parse as usual."""
         arguments = list(sys.argv[1:] if args is None else args)
-        self._given = arguments
+        self._arguments = arguments
         declared = {flag.replace("-", "_"): flag for flag in self.flags()}
         for position, argument in enumerate(arguments):
             if argument == "--":
@@ -81,14 +81,14 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(arguments, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and raise `UserError` with near names for what is not known."""
+        """Parse, and raise `UserError` with similar names for unknown arguments."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unknown argument: {' '.join(unknown)}{self._near(unknown)}")
+            self.error(f"unknown argument: {' '.join(unknown)}{self._suggestion(unknown)}")
         return parsed
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Near names for a word that is none of an argument's choices."""
+        """Add a similar name to the error for a value that is not among the choices."""
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
@@ -97,7 +97,7 @@ class CommandParser(argparse.ArgumentParser):
             raise
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """The value of an argument. Where a path is expected, a web address is refused."""
+        """Convert the value of an argument; refuse a web address if a path is expected."""
         address = web_address(arg_string) if action.type is Path else None
         if address is not None:
             raise argparse.ArgumentError(action, not_fetched(address))
@@ -108,16 +108,16 @@ class CommandParser(argparse.ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
-        """Raise `UserError` (exit code 2) where argparse would leave the process."""
-        if " required" in message:
-            # A flag that is missing may be there, mistyped; argparse looks for what is missing first.
-            words = takewhile(lambda word: word != "--", self._given)
+        """Raise `UserError` (exit code 2); argparse itself would exit the process."""
+        if " required" in message:  # argparse's text
+            # The missing flag may be present but misspelled; argparse reports missing flags before unknown ones.
+            words = takewhile(lambda word: word != "--", self._arguments)
             unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in self.flags()]
-            message += f"\nunknown argument: {' '.join(unknown)}{self._near(unknown)}" if unknown else ""
-        raise UserError(f"{message}\nsee: {self.prog} --help")
+            message += f"\nunknown argument: {' '.join(unknown)}{self._suggestion(unknown)}" if unknown else ""
+        raise UserError(message, code="command-line", hint=f"see: {self.prog} --help")
 
-    def _near(self, unknown: Sequence[str]) -> str:
-        """A line with the flags that look like one of the words that are none; empty where nothing does."""
+    def _suggestion(self, unknown: Sequence[str]) -> str:
+        """Return a line with the flags that are similar to an unknown word, or an empty string."""
         names = {flag.lstrip("-").replace("-", "_"): flag for flag in self.flags()}
         words = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("-")]
         near = [names[name] for word in words for name in suggest(word, names)]
@@ -125,7 +125,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Lines as they were written in texts; a flag's value is called by its kind (N, X, PATH), not by the flag again."""
+    """Keep line breaks in texts, and show the type of a flag's value (N, X, PATH) as its name."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28)
@@ -138,7 +138,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
-    """Return a parser whose mistakes raise `UserError`; `epilog` keeps its line breaks (use it for examples)."""
+    """Return a parser that raises `UserError`; `epilog` keeps its line breaks (use it for examples)."""
     return CommandParser(
         prog=as_typed(prog),
         description=description,
@@ -149,7 +149,7 @@ def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
 
 
 def command_line(module: str, *words: object) -> str:
-    """Return the call of `module` with these arguments as a user would type it, quoted where a shell needs that.
+    """Return the command that runs `module` with these arguments, quoted for a shell.
 
     >>> command_line("milora_data", "check", "my data.json")
     "python -m milora_data check 'my data.json'"
@@ -158,7 +158,7 @@ def command_line(module: str, *words: object) -> str:
 
 
 def as_typed(text: str) -> str:
-    """Return `text` with our programs called in the way this one was: as subcommands, where `milora` was typed."""
+    """Return `text` with `python -m milora_...` replaced by `milora ...` if this command was started as `milora`."""
     if Path(sys.argv[0]).stem != "milora":
         return text
     return re.sub(r"python -m milora_(vl|data|eval)((?:\.\w+)*)\b", _as_subcommand, text)
@@ -170,24 +170,21 @@ def _as_subcommand(called: re.Match[str]) -> str:
 
 
 def next_step(module: str, *words: object) -> None:
-    """Say what is sensible to type after a command that has ended well: on stderr, ready to be copied.
-
-    A word in capitals stands for what the reader knows.
-    """
+    """Print a useful next command to stderr, ready to be copied. A word in capitals is a placeholder."""
     sys.stderr.write(as_typed(f"next: {command_line(module, *words)}\n"))
 
 
 def report(error: UserError) -> None:
-    """Write `error` to stderr: its first line after `error: `, the others aligned below.
+    """Write `error` to stderr: `error: `, then its first line, with the other lines aligned below.
 
-    With `--format json` on the command line its problems go to stdout too, as data.
+    With `--format json` on the command line, also write its problems to stdout as JSON.
     """
     if _asked_for_json():
         problems = [asdict(problem) for problem in error.problems]
         sys.stdout.write(json.dumps({"problems": problems, "exit_code": error.exit_code}, ensure_ascii=False) + "\n")
     text = str(error)
     if text.startswith("Caught ") and "DataLoader worker" in text:
-        # What a loader process raises arrives with its traceback put in front of the message.
+        # PyTorch puts the traceback of a loader process before the message of the exception and drops its attributes.
         text = re.split(r"^[\w.]+Error: ", text, flags=re.MULTILINE)[-1].rstrip()
     sys.stderr.write(as_typed("error: " + text.replace("\n", "\n       ") + "\n"))
 
@@ -197,62 +194,65 @@ def _asked_for_json() -> bool:
     return "--format=json" in words or ("--format", "json") in pairwise(words)
 
 
-def _let_first_rank_speak() -> None:
-    # A mistake that all processes of a launch find is told by the first: its launcher ends the others while they wait.
-    # What only one of the others finds is told all the same.
+def _wait_for_rank_zero() -> None:
+    # If all ranks fail with the same error, rank 0 prints it and the launcher stops the other ranks while they wait. An
+    # error on a single other rank is printed after the delay.
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
 
 
-def hide_warnings_of_others() -> None:
-    """Show no warnings of other packages, which are for those who write code, unless Python is told to (-W default)."""
+def silence_dependencies() -> None:
+    """Suppress warnings of dependencies, which are for developers; Python's option -W turns them on again."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"(milora_vl|milora_data|milora_eval|llava_recipes)\b")
-        # PEFT imports bitsandbytes wherever it is installed, which then misses a kernel that nobody has asked for.
+        # PEFT imports bitsandbytes if it is installed, and bitsandbytes warns about an optional kernel.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-# What is wrong with a place that was named, or with the disk below it; no mistake of ours.
-_OF_PLACES = frozenset(
+# Errors of a path that the user named, or of its disk; a bug of ours does not raise them.
+_PATH_ERRORS = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)
 )
 
 
-def _is_on_the_way_to_what_was_named(error: OSError) -> bool:
-    """A path of the command line, or a folder above it, is not there or cannot be made (below /proc)."""
+def _is_missing_argument_path(error: OSError) -> bool:
+    """Return whether a path of the command line, or a parent folder, does not exist or cannot be created."""
     if error.errno != errno.ENOENT or not isinstance(error.filename, str | Path):
         return False
-    place = Path(error.filename).resolve()
-    named = [Path(word.partition("=")[2] or word).resolve() for word in sys.argv[1:]]
-    return any(path.is_relative_to(place) for path in named)
+    missing = Path(error.filename).resolve()
+    arguments = [Path(word.partition("=")[2] or word).resolve() for word in sys.argv[1:]]
+    return any(path.is_relative_to(missing) for path in arguments)
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
-    """Run `main` on the command line's arguments and leave the process with its exit code."""
-    hide_warnings_of_others()
+    """Run `main` with the arguments of the command line and exit the process with its exit code."""
+    silence_dependencies()
     try:
         code = main(None)
         sys.stdout.flush()
     except UserError as error:
-        _let_first_rank_speak()
+        _wait_for_rank_zero()
         report(error)
         code = error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         code = 130
     except BrokenPipeError:
-        # The reader (head, less) went away; Python would complain once more when it flushes stdout at exit.
+        # The reader of the pipe (head, less) has exited; otherwise Python would fail again when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno not in _OF_PLACES and not _is_on_the_way_to_what_was_named(error):
+        if error.errno not in _PATH_ERRORS and not _is_missing_argument_path(error):
             raise
-        report(UserError(f"{error.filename or 'a file cannot be written'}: {error.strerror}"))
-        code = 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
-    except Exception as error:  # safetensors tells of a full disk in a class of its own
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        message = str(error.strerror) if error.filename else f"a file cannot be written: {error.strerror}"
+        cause = "disk-full" if is_full else "path-unusable"
+        report(UserError(message, code=cause, where=str(error.filename or "")))
+        code = 1 if is_full else 2
+    except Exception as error:  # safetensors raises its own exception class for a full disk
         if "No space left" not in str(error):
             raise
-        report(UserError(f"a file cannot be written: {str(error).splitlines()[0]}"))
+        report(UserError(f"a file cannot be written: {str(error).splitlines()[0]}", code="disk-full"))
         code = 1
     sys.exit(code)

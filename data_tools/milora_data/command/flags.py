@@ -1,6 +1,6 @@
-"""Flags that mean the same in every command: one name, one kind of value, one sentence.
+"""Flags that have the same name, type and meaning in every command.
 
-A command's flags stand in the groups `input`, `settings` and `output`.
+Each command groups its flags into `input`, `settings` and `output`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from milora_data.command.cli import positive, suggest
 
 
 def device(text: str) -> str:
-    """Parse the name of a device that is here: the `type` of --device."""
+    """Parse the name of an available device: the `type` of --device."""
     import torch
 
     try:
@@ -25,36 +25,35 @@ def device(text: str) -> str:
         hint = f"\ndid you mean {near[0]} ?" if near else ""
         raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1, ..., got {text!r}{hint}")
     backend = {"cuda": torch.cuda, "xpu": torch.xpu}.get(kind)
-    there = backend.device_count() if backend else int(kind == "cpu" or torch.backends.mps.is_available())
-    if (torch.device(text).index or 0) >= there:
-        found = f"{there} of its kind" if there else "none of its kind"
-        raise argparse.ArgumentTypeError(f"no device {text} here: PyTorch sees {found}")
+    available = backend.device_count() if backend else int(kind == "cpu" or torch.backends.mps.is_available())
+    if (torch.device(text).index or 0) >= available:
+        raise argparse.ArgumentTypeError(f"no device {text}: PyTorch finds {available or 'no'} {kind} devices")
     return text
 
 
 RECORDS = "JSON, JSONL, .parquet, .tar, a folder of save_to_disk, hub:OWNER/NAME, or a mixture (.yaml)"
 SHARED: dict[str, dict[str, Any]] = {
-    "model": {"metavar": "MODEL", "help": "a named model, a hub id or a folder"},
-    "adapter": {"type": Path, "metavar": "FOLDER", "help": "of a fine-tuning, such as a run's output_dir"},
-    "base": {"metavar": "MODEL", "help": "what a fully trained --model is compared with"},
-    "image_folder": {"type": Path, "metavar": "FOLDER", "help": "that the records' pictures are relative to"},
-    "suite": {"metavar": "NAME", "help": "a list of benchmarks; see: python -m milora_eval ls"},
-    "data": {"type": Path, "metavar": "FOLDER", "help": "with the files of the benchmarks"},
-    "template": {"metavar": "NAME", "help": "prompt format (default: the run's own, else vicuna_v1)"},
-    "limit": {"type": positive, "help": "the first N items"},
-    "batch_size": {"type": positive, "help": "items at a time (default: %(default)s)"},
-    "seed": {"type": int, "default": 0, "help": "of what is drawn (default: %(default)s)"},
+    "model": {"metavar": "MODEL", "help": "named model, hub id or folder"},
+    "adapter": {"type": Path, "metavar": "FOLDER", "help": "adapter folder, for example the output_dir of a run"},
+    "base": {"metavar": "MODEL", "help": "base model to compare with, if --model was trained in full"},
+    "image_folder": {"type": Path, "metavar": "FOLDER", "help": "folder that picture names are relative to"},
+    "suite": {"metavar": "NAME", "help": "list of benchmarks; see: python -m milora_eval ls"},
+    "data": {"type": Path, "metavar": "FOLDER", "help": "folder that contains the benchmark files"},
+    "template": {"metavar": "NAME", "help": "prompt format (default: the format of the run, else vicuna_v1)"},
+    "limit": {"type": positive, "help": "use only the first N items"},
+    "batch_size": {"type": positive, "help": "items per batch (default: %(default)s)"},
+    "seed": {"type": int, "default": 0, "help": "random seed (default: %(default)s)"},
     "device": {
         "type": device,
         "metavar": "DEVICE",
-        "help": "cpu, cuda, cuda:1, ... (default: cuda if there is one)",
+        "help": "cpu, cuda, cuda:1, ... (default: cuda if available)",
     },
     "dtype": {
         "choices": ("float32", "bfloat16", "float16", "fastest"),
-        "help": "of the weights (default: float32 on a CPU); fastest: bfloat16 where the device multiplies in it",
+        "help": "data type of the weights (default: float32 on a CPU); fastest: bfloat16 if the device supports it",
     },
-    "output_dir": {"type": Path, "metavar": "FOLDER", "help": "to write"},
-    "format": {"choices": ("human", "json"), "default": "human", "help": "of what is printed (default: %(default)s)"},
+    "output_dir": {"type": Path, "metavar": "FOLDER", "help": "output folder"},
+    "format": {"choices": ("human", "json"), "default": "human", "help": "output format (default: %(default)s)"},
 }
 
 
@@ -67,7 +66,7 @@ def shared(
     default: Any = None,
     choices: tuple[str, ...] | None = None,
 ) -> None:
-    """Declare a flag of the table; `about` says what it is here where the table's sentence says too little."""
-    given = {"help": about, "default": default, "choices": choices}
-    options = SHARED[name] | {key: value for key, value in given.items() if value is not None}
+    """Add a flag of `SHARED` to `group`; `about`, `default` and `choices` override the shared values."""
+    overrides = {"help": about, "default": default, "choices": choices}
+    options = SHARED[name] | {key: value for key, value in overrides.items() if value is not None}
     group.add_argument(f"--{name}", required=required, **options)

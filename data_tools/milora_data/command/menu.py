@@ -1,4 +1,4 @@
-"""Several programs under one name: --help lists them, one of them is run, a wrong name is helped."""
+"""Several programs under one name: `--help` lists them, the first argument selects one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CODES = "exit codes: 0 done, 1 the run failed or errors were found, 2 bad usage,
 
 @dataclass(frozen=True, slots=True)
 class Menu:
-    """`groups` has, by heading and name, the module with a `main` and what it does.
+    """`groups` maps heading and name to a module with a `main` and a description.
 
-    A module is imported only when it is asked for. Those in `menus` are menus themselves, whose programs are listed.
+    A module is imported only when it is selected. Names in `menus` are menus themselves; their programs are listed.
     """
 
     prog: str
@@ -46,21 +46,25 @@ class Menu:
         return f"usage: {prog} {self.word} ...\n\n{self.about}\n\n{groups}\n\n{see}\n\n{examples}\n{CODES}"
 
     def main(self, argv: Sequence[str] | None = None) -> int:
-        """Run one program and return its exit code; UserError for a name that is none."""
+        """Run one program and return its exit code; raises `UserError` for an unknown name."""
         arguments = list(sys.argv[1:] if argv is None else argv)
         kind = self.word.lower()
         if not arguments:
             sys.stderr.write(self.usage() + "\n")
-            raise UserError(f"no {kind} given")
+            raise UserError(f"no {kind} given", code="command-missing")
         name = arguments[0]
         if name in ("-h", "--help"):
             sys.stdout.write(self.usage())
             return 0
         if name not in self.modules:
-            inner = {own.split()[-1]: own for lines in self.groups.values() for own, _ in self._lines(lines)}
+            inner = {words.split()[-1]: words for lines in self.groups.values() for words, _ in self._lines(lines)}
             near = [inner[name]] if name in inner else suggest(name, self.modules)
-            hint = f"\ndid you mean {near[0]} ?" if near else ""
-            raise UserError(f"unknown {kind}: {name}\nexpected one of: {', '.join(self.modules)}{hint}")
+            suggestion = f"\ndid you mean {near[0]} ?" if near else ""
+            raise UserError(
+                f"unknown {kind}: {name}",
+                code="command-unknown",
+                hint=f"expected one of: {', '.join(self.modules)}{suggestion}",
+            )
         return int(import_module(self.modules[name]).main(arguments[1:]))
 
     def _lines(self, programs: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -69,4 +73,4 @@ class Menu:
                 yield name, about
                 continue
             for inner in import_module(module).MENU.groups.values():
-                yield from ((f"{name} {own}", said) for own, (_, said) in inner.items())
+                yield from ((f"{name} {program}", text) for program, (_, text) in inner.items())

@@ -1,4 +1,4 @@
-"""Web addresses in the place of files: nothing is fetched, so they are refused with what to do."""
+"""Web addresses in place of files. Nothing is downloaded, so they are refused with a download command."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from milora_data.errors import Problem
+
 
 def web_address(path: str | Path) -> str | None:
-    """Return the http or https address that stands where a path is expected; None for a path.
+    """Return `path` as an http or https address, or None if it is a path.
 
-    `Path` makes one slash of two.
+    `Path` collapses the two slashes to one; they are restored.
 
     >>> web_address(Path("https://example.org/cat.png")), web_address("images/cat.png")
     ('https://example.org/cat.png', None)
     """
-    found = re.match(r"(https?):/+", str(path), re.IGNORECASE)
-    return None if found is None else f"{found[1]}://{str(path)[found.end() :]}"
+    match = re.match(r"(https?):/+", str(path), re.IGNORECASE)
+    return None if match is None else f"{match[1]}://{str(path)[match.end() :]}"
+
+
+def web_address_problem(address: str) -> Problem:
+    """Return the problem for an address in place of a path; its hint is a command that downloads the file."""
+    name = Path(urlsplit(address).path).name
+    hint = f"download it:  curl -L -o {shlex.quote(name)} {shlex.quote(address)}\nand name:     {name}"
+    return Problem(
+        f"{address} is a web address; only files on this machine are read",
+        code="path-web-address",
+        hint=hint if "." in name else "download it, and name the file or folder",
+    )
 
 
 def not_fetched(address: str) -> str:
-    """Return the message for an address: what is wrong, and how to get a file."""
-    lines = f"{address} is a web address; only files on this machine are read"
-    name = Path(urlsplit(address).path).name
-    if "." not in name:
-        return f"{lines}\ndownload it, and name the file or folder"
-    return f"{lines}\ndownload it:  curl -L -o {shlex.quote(name)} {shlex.quote(address)}\nand name:     {name}"
+    """Return the text of `web_address_problem`."""
+    return str(web_address_problem(address))

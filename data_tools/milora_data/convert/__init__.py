@@ -1,1 +1,1 @@
-"""LLaVA JSON out of other formats."""
+"""Convert other formats to LLaVA JSON."""

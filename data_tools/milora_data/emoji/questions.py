@@ -1,6 +1,6 @@
 """Questions about emoji in LLaVA's format: seven kinds about a picture, one without.
 
-Every record is a LLaVA record with two more keys: `type`, and `answers`, those that count as right for its last turn.
+Each record is a LLaVA record with two more keys: `type`, and `answers`, the correct answers to the last question.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CATEGORY = ("What kind of thing is this?", "What kind of thing does the picture 
 COLOUR = ("What is the main color?", "Which color is most of the picture?", "What color is this mostly?")
 WHICH = "Which of these is in the picture"
 OPTIONS = 4
-TEXT_SHARE = 0.6  # of the named training emoji have a text-only record
+TEXT_SHARE = 0.6  # fraction of the named training emoji that have a text-only record
 
 Record = dict[str, Any]
 Turns = list[tuple[str, str]]
@@ -28,13 +28,13 @@ Turns = list[tuple[str, str]]
 
 @dataclass(slots=True)
 class Pool:
-    """The emoji that questions may mention: distractors come from the same split, so test names stay unseen."""
+    """The emoji that questions may mention. Distractors come from the same split, so test names stay unseen."""
 
     emojis: Sequence[Emoji]
     rng: random.Random
 
     def named(self) -> list[Emoji]:
-        """Return the emoji that a question may call by name."""
+        """Return the emoji that questions may refer to by name."""
         return [emoji for emoji in self.emojis if emoji.named]
 
     def other_names(self, emoji: Emoji, count: int, *, hard: int) -> list[str]:
@@ -42,9 +42,9 @@ class Pool:
         taken = {emoji.name, *emoji.aliases}
         others = [other for other in self.named() if not taken.intersection((other.name, *other.aliases))]
         same = [other.name for other in others if other.kind == emoji.kind]
-        rest = [other.name for other in others if other.kind != emoji.kind]
+        different = [other.name for other in others if other.kind != emoji.kind]
         picked = self.rng.sample(sorted(set(same)), min(hard, len(set(same))))
-        return picked + self.rng.sample(sorted(set(rest)), count - len(picked))
+        return picked + self.rng.sample(sorted(set(different)), count - len(picked))
 
 
 def a(name: str) -> str:
@@ -55,28 +55,28 @@ def a(name: str) -> str:
 
 
 def naming(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
-    """`What is this?`: the name, or one of its other names."""
+    """`What is this?`: the name; the aliases are also correct."""
     if not emoji.named:
         return None
     return [(pool.rng.choice(NAMING) + SHORT, emoji.name)], [emoji.name, *emoji.aliases]
 
 
 def category(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
-    """`What kind of thing is this?`: animal, food, vehicle, ...: a word that holds for new pictures too."""
+    """`What kind of thing is this?`: animal, food, vehicle, ...: it can be answered for new pictures too."""
     return [(pool.rng.choice(CATEGORY) + SHORT, emoji.kind)], [emoji.kind]
 
 
 def colour(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
-    """`What is the main color?`, for pictures in which one colour clearly prevails."""
+    """`What is the main color?`, for pictures with a dominant colour."""
     if emoji.colour is None:
         return None
     return [(pool.rng.choice(COLOUR) + SHORT, emoji.colour)], _colour_answers(emoji.colour)
 
 
 def yes_no(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
-    """`Is this an animal?`, `Does the picture show a fox?`, `Is it mostly red?`; half the answers are no.
+    """`Is this an animal?`, `Does the picture show a fox?`, `Is it mostly red?`; half of the answers are no.
 
-    A wrong name is of the same kind as the right one, so that the kind alone does not answer.
+    A wrong name has the same kind as the right one, so the kind alone does not reveal the answer.
     """
     rng = pool.rng
     truth = rng.random() < 0.5
@@ -95,7 +95,7 @@ def yes_no(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
 
 
 def choice(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
-    """`Which of these is in the picture: ...?`, answered by the option's text."""
+    """`Which of these is in the picture: ...?`; the answer is the text of the option."""
     options = _options(emoji, pool)
     listed = ", ".join(a(option) for option in options[:-1]) + f" or {a(options[-1])}"
     right = _label(emoji)
@@ -103,7 +103,7 @@ def choice(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
 
 
 def choice_letter(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
-    """The same as lettered options, answered by the letter (LLaVA's multiple-choice prompt)."""
+    """The same with lettered options; the answer is the letter (LLaVA's multiple-choice prompt)."""
     options = _options(emoji, pool)
     lines = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
     letter = "ABCD"[options.index(_label(emoji))]
@@ -111,14 +111,14 @@ def choice_letter(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
 
 
 def multi_turn(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
-    """Two questions about one picture: its kind, then its colour, its name among others of its kind, or yes/no."""
+    """Two questions about one picture: its kind, then its colour, a choice of names, or a yes/no question."""
     follow = [yes_no] + [colour] * (emoji.colour is not None) + [choice] * emoji.named
     first, second = category(emoji, pool), pool.rng.choice(follow)(emoji, pool)
     return (first[0] + second[0], second[1]) if first and second else None
 
 
 def text_only(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
-    """No picture: what kind of thing a named thing is, and yes/no about it."""
+    """No picture: the kind of a named thing, or a yes/no question about it."""
     if not emoji.named:
         return None
     if pool.rng.random() < 0.5:
@@ -141,15 +141,16 @@ TYPES: dict[str, Callable[[Emoji, Pool], tuple[Turns, list[str]] | None]] = {
 }
 
 
-# What training asks about each picture. Yes/no thrice: an answer of one bit teaches least; few pictures have a name.
+# Question types per training picture. Yes/no answers carry only one bit, so there are three of them; naming is repeated
+# because few pictures have a name.
 ASKED = ("naming", "naming", "category", "colour", "yes_no", "yes_no", "yes_no", "choice", "choice_letter")
 
 
 def training_records(emojis: Sequence[Emoji], seed: int) -> list[Record]:
-    """Return conversations of one to four questions about each emoji, as ASKED, and text-only ones; shuffled.
+    """Return shuffled conversations of one to four questions about each emoji, as in ASKED, and text-only records.
 
-    Questions about one picture share a record, as in LLaVA-1.5's own mixture: its tokens are paid for once. Any type
-    may come first, so each is learned from the picture too and not from earlier answers alone.
+    Questions about one picture share a record, as in LLaVA-1.5's mixture, so that its tokens are processed once. Each
+    type may come first, so the model learns it from the picture and not only from earlier answers.
     """
     rng = random.Random(seed)
     pool = Pool(emojis, rng)
@@ -168,7 +169,7 @@ def training_records(emojis: Sequence[Emoji], seed: int) -> list[Record]:
 
 
 def _conversations(asked: Sequence[Record], rng: random.Random) -> list[Record]:
-    """Join the questions about one picture, in order, to conversations of one to four."""
+    """Join the questions about one picture, in order, into conversations of one to four questions."""
     joined, start = [], 0
     while start < len(asked):
         part = asked[start : start + rng.choice((1, 2, 3, 4))]
@@ -181,10 +182,10 @@ def _conversations(asked: Sequence[Record], rng: random.Random) -> list[Record]:
 
 
 def held_out_records(emojis: Sequence[Emoji], per_type: int, seed: int, known: Collection[str]) -> list[Record]:
-    """Return `per_type` questions of each type (fewer where there are not enough pictures).
+    """Return `per_type` questions of each type (fewer if there are not enough pictures).
 
-    Within a type the answers' strata take turns (kinds; colours; yes and no), so that no answer prevails. Naming asks
-    for `known` names only, those of training: other pictures of what has been named.
+    Within a type, the answers (kinds, colours, yes and no) alternate, so that no answer dominates. Naming asks only for
+    `known` names, which training uses for other pictures.
     """
     records: list[Record] = []
     for kind in TYPES:
@@ -198,10 +199,10 @@ def held_out_records(emojis: Sequence[Emoji], per_type: int, seed: int, known: C
 
 
 def captions(emojis: Sequence[Emoji], variants: Sequence[str], seed: int) -> list[Record]:
-    """Return stage-1 records: one caption for each picture of each emoji, in varied forms.
+    """Return stage-1 records: one caption for each picture of each emoji, in various forms.
 
-    `variants` are patterns for file names, such as `{code}.png`. Captions are short and each tells colour and kind, so
-    that most of what is learned is these and the name rather than the words around them.
+    `variants` are patterns for file names, such as `{code}.png`. Captions are short and contain colour and kind, so
+    that most supervised tokens are colour, kind and name.
     """
     rng = random.Random(seed)
     records = []
@@ -218,14 +219,14 @@ def captions(emojis: Sequence[Emoji], variants: Sequence[str], seed: int) -> lis
 
 
 def _caption_forms(emoji: Emoji) -> list[str]:
-    """Colour, kind and name in few words; a name may not come before what it would give away."""
+    """Return captions with colour, kind and name; usually the name comes last, as it reveals the kind."""
     name, kind, word = emoji.name, emoji.kind, emoji.colour or "colorful"
     forms = [
         f"{word} {kind}".capitalize() + ".",
         f"Kind: {kind}. Color: {word}.",
         f"{a(kind)}, mostly {word}".capitalize() + ".",
     ]
-    if len(name.split()) <= 4:  # longer ones describe a face or a person beyond what a few tokens can show
+    if len(name.split()) <= 4:  # longer names describe details of faces and persons that few picture tokens can show
         forms = [
             f"{word} {kind}: {name}".capitalize() + ".",
             f"Color: {word}. Kind: {kind}. Name: {name}.",
@@ -238,10 +239,10 @@ def _caption_forms(emoji: Emoji) -> list[str]:
 
 
 def _record(kind: str, emoji: Emoji, pool: Pool) -> Record | None:
-    made = TYPES[kind](emoji, pool)
-    if made is None:
+    question = TYPES[kind](emoji, pool)
+    if question is None:
         return None
-    turns, answers = made
+    turns, answers = question
     record: Record = {"id": f"{kind}-{emoji.code}", "type": kind, "answers": answers}
     if kind != "text_only":
         record["image"] = emoji.file
@@ -253,9 +254,9 @@ def _record(kind: str, emoji: Emoji, pool: Pool) -> Record | None:
 
 
 def _balanced(records: Sequence[Record]) -> list[Record]:
-    """Order records so that every answer gets its turn: the first of each, then the second of each, ...
+    """Order records so that answers alternate: the first record of each answer, then the second of each, ...
 
-    All options chosen by their text count as one answer, or a type that mixes forms would ask for little else.
+    All answers to choices count as one answer; otherwise choices would dominate a type with several question forms.
     """
     strata: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -275,7 +276,7 @@ def _shuffled(emojis: Sequence[Emoji], rng: random.Random) -> list[Emoji]:
 
 
 def _label(emoji: Emoji) -> str:
-    """Return what an option calls the emoji: its name, or its kind where a picture does not tell the name."""
+    """Return the text of the option for an emoji: its name, or its kind if the picture does not show the name."""
     return emoji.name if emoji.named else emoji.kind
 
 

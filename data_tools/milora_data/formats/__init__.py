@@ -1,1 +1,1 @@
-"""Readers of everybody's files: JSON, tables, parquet, messages, and the layouts of well-known data sets."""
+"""Readers for common file formats: JSON, tables, parquet, messages, and well-known data sets."""

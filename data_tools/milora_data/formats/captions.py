@@ -1,4 +1,4 @@
-"""A folder of pictures with captions as LLaVA records: a text file beside each, or one table for all."""
+"""Convert a folder of pictures with captions to LLaVA records: one text file per picture, or one table for all."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ TEXT_KEYS = ("caption", "text", "description")
 
 
 def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
-    """Yield a record for each caption of each picture of `folder`, in the order of names; says what is left out.
+    """Yield a record for each caption of each picture of `folder`, sorted by name; skipped files are logged.
 
-    Raises `DataError`: no folder, no captions, a table without the columns, a caption for a file that is not there.
+    Raises `DataError` if the folder is missing or has no captions, if the table lacks the columns, or if a caption
+    names a missing file.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    # Hidden files are those of the system: .DS_Store, and ._a.jpg beside a.jpg.
+        raise DataError("no such folder", code="path-missing", where=str(folder))
+    # Hidden files are system files, such as .DS_Store, or ._a.jpg beside a.jpg.
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.name.startswith("."))
     pictures = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
@@ -34,17 +35,26 @@ def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
     for name, text in _beside(folder, pictures) if table is None else _rows(table):
         captions.setdefault(name, []).extend([text] if text else [])
     if not captions:
-        raise DataError(f"{folder}: no captions\nexpected a.txt beside a.jpg, or one of: {', '.join(TABLES)}")
+        raise DataError(
+            "no captions",
+            code="captions-missing",
+            where=str(folder),
+            hint=f"expected a.txt beside a.jpg, or one of: {', '.join(TABLES)}",
+        )
     unknown = [name for name in captions if name not in set(pictures)]
     if unknown:
-        raise DataError(f"{table}: {len(unknown):,} captions without a picture in {folder}: {', '.join(unknown[:5])}")
-    _say_left_out("picture", "without a caption", [name for name in pictures if not captions.get(name)])
-    foreign = [name for name in files if Path(name).suffix.lower() in UNREADABLE]
-    _say_left_out("picture", "not readable (to be saved as JPEG or PNG)", foreign)
+        raise DataError(
+            f"{len(unknown):,} captions without a picture in {folder}: {', '.join(unknown[:5])}",
+            code="captions-without-picture",
+            where=str(table),
+        )
+    _log_left_out("picture", "without a caption", [name for name in pictures if not captions.get(name)])
+    unreadable = [name for name in files if Path(name).suffix.lower() in UNREADABLE]
+    _log_left_out("picture", "in an unsupported format (save as JPEG or PNG)", unreadable)
     if table is None:
         used = {str(Path(name).with_suffix("")) for name in pictures}
         texts = [name for name in files if Path(name).suffix == ".txt"]
-        _say_left_out("caption", "without a picture", [n for n in texts if str(Path(n).with_suffix("")) not in used])
+        _log_left_out("caption", "without a picture", [n for n in texts if str(Path(n).with_suffix("")) not in used])
     for name in pictures:
         for number, answer in enumerate(captions.get(name, ()), start=1):
             turns = [{"from": "human", "value": f"{IMAGE}\n{prompt}"}, {"from": "gpt", "value": answer}]
@@ -52,7 +62,7 @@ def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
             yield {"id": identifier, "image": name, "conversations": turns}
 
 
-def _say_left_out(what: str, why: str, names: list[str]) -> None:
+def _log_left_out(what: str, why: str, names: list[str]) -> None:
     if names:
         more = ", ..." if len(names) > 5 else ""
         sys.stderr.write(f"left out: {amount(len(names), what)} {why}: {', '.join(names[:5])}{more}\n")
@@ -69,7 +79,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise DataError(not_utf8(path, error)) from None
+        raise not_utf8(path, error) from None
 
 
 def _rows(table: Path) -> Iterator[tuple[str, str]]:
@@ -83,7 +93,7 @@ def _mapping(table: Path) -> Iterator[tuple[str, str]]:
     try:
         content = json.loads(table.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise DataError(f"{table}:{error.lineno}: broken JSON: {error.msg}") from None
+        raise DataError(f"broken JSON: {error.msg}", code="json-syntax", where=f"{table}:{error.lineno}") from None
     for name, text in content.items():
         yield _row({"file": name, "text": text}, table)
 
@@ -95,6 +105,8 @@ def _row(row: object, table: Path) -> tuple[str, str]:
         if isinstance(name, str) and isinstance(text, str):
             return name, text.strip()
     raise DataError(
-        f"{table}: a row without file name or caption: {str(row)[:80]}\n"
-        f"expected columns: one of {', '.join(FILE_KEYS)} and one of {', '.join(TEXT_KEYS)}"
+        f"a row without file name or caption: {str(row)[:80]}",
+        code="table-missing-columns",
+        where=str(table),
+        hint=f"expected columns: one of {', '.join(FILE_KEYS)} and one of {', '.join(TEXT_KEYS)}",
     )

@@ -1,4 +1,4 @@
-"""Reads and writes the objects of a JSON list or of JSON lines one by one, and points at what is broken."""
+"""Read and write the objects of a JSON list or of JSON lines one at a time; errors show the line and an excerpt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from milora_data.command.cli import command_line
-from milora_data.command.web import not_fetched, web_address
+from milora_data.command.web import web_address, web_address_problem
 from milora_data.errors import DataError
 from milora_data.formats.saved import is_saved
 from milora_data.records import SUFFIXES
@@ -25,24 +25,24 @@ _DECODER = json.JSONDecoder()
 def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, object]]:
     """Yield (place, value) for each element of a JSON list, or for each line of JSON lines.
 
-    The place is the number of the line it starts on, and of the element where it shares that line with others, as in a
-    list without line breaks: "7", "1, record 57". No two elements have the same.
-    Raises `DataError` with file, line and an excerpt with a caret. With `on_error`, a broken line of JSON lines, or an
-    element with bytes that are not UTF-8, is handed to it and left out; a list of broken JSON still raises, as nothing
-    is known of what follows.
+    The place is the number of the first line of an element, and also the number of the element if several share the
+    line: "7", "1, record 57". All places are different.
+    Raises `DataError` with file, line and an excerpt with a caret. With `on_error`, a broken line of JSON lines and an
+    element with bytes that are not UTF-8 are passed to it and skipped. A list with broken JSON still raises, as the
+    start of the next element is unknown.
     """
     if not path.is_file():
-        raise DataError(missing_file(path))
+        raise missing_file(path)
     try:
-        # Bytes that are not UTF-8 pass as lone surrogates: they cost the record that holds them, not the file.
+        # Bytes that are not UTF-8 are read as lone surrogates: only their record is lost, not the whole file.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             yield from _Reader(path, file, on_error).objects()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise DataError(f"cannot be read: {error.strerror}", code="data-unreadable", where=str(path)) from None
 
 
 class Part(NamedTuple):
-    """A part of a JSON file: bytes `start` to `end` of JSON lines, from `line` on, or every `step`-th of a list."""
+    """A part of a JSON file: bytes `start` to `end` of JSON lines, starting at `line`, or each `step`-th element."""
 
     path: str
     start: int
@@ -52,12 +52,12 @@ class Part(NamedTuple):
 
 
 def parts_of(path: Path, count: int, processes: int = 1) -> list[Part]:
-    """Return about `count` parts of a file of JSON lines; of a list, which must be read as a whole, `processes` parts.
+    """Return about `count` parts of a file of JSON lines, or `processes` parts of a list, which is read as a whole.
 
-    Every object lies in one of them; `read_part` reads it. Raises `DataError`: no such file.
+    Each object is in exactly one part; `read_part` reads a part. Raises `DataError` if the file is missing.
     """
     if not path.is_file():
-        raise DataError(missing_file(path))
+        raise missing_file(path)
     with path.open("rb") as file:
         if file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").startswith(b"["):
             return [Part(str(path), first, 0, 1, processes) for first in range(processes)]
@@ -88,12 +88,12 @@ def read_part(part: Part, on_error: Callable[[DataError], None] | None = None) -
 
 
 def write_objects(path: Path, objects: Iterable[object]) -> int:
-    """Write a JSON list with one element a line, or JSON lines if `path` ends in .jsonl; returns how many.
+    """Write a JSON list with one element per line, or JSON lines if `path` ends in .jsonl; return the number written.
 
-    The file appears only when it is complete; one that exists is never replaced (`DataError`).
+    The file appears only when it is complete. Raises `DataError` if the file exists.
     """
     if path.exists():
-        raise DataError(f"{path} exists already\nnothing was written; name a new file")
+        raise DataError(f"{path} exists already", code="output-exists", hint="nothing was written; name a new file")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     lines = path.suffix == ".jsonl"
@@ -111,29 +111,31 @@ def write_objects(path: Path, objects: Iterable[object]) -> int:
     return count
 
 
-def missing_file(path: Path) -> str:
-    """Return the message for a data file that is not there, with the JSON files that are."""
+def missing_file(path: Path) -> DataError:
+    """Return the error for a data file that does not exist; its hint lists the JSON files beside it."""
     address = web_address(path)
     if address is not None:
-        return not_fetched(address)
+        return DataError(problems=[web_address_problem(address)])
+    hints = []
     if path.is_dir():
-        found, text = path, f"{path}: this is a folder; expected a JSON or JSONL file"
+        folder, code, message = path, "data-folder", "this is a folder; expected a JSON or JSONL file"
         if is_saved(path):
             call = command_line("milora_data", "convert", "--from", "hub", path, "--output_dir", "OUT")
-            text += f"\nit was written by save_to_disk of datasets: {call}"
+            hints.append(f"it was written by save_to_disk of datasets: {call}")
         for kind in (".parquet", ".tar"):
-            text += f"\nname its files: '{path}/*{kind}'" if any(path.glob(f"*{kind}")) else ""
+            hints += [f"name its files: '{path}/*{kind}'"] if any(path.glob(f"*{kind}")) else []
         if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
             call = command_line("milora_data", "convert", "--from", "folder", path, "--output_dir", "OUT")
-            text += f"\nof pictures and captions records are made by: {call}"
+            hints.append(f"convert its pictures and captions to records: {call}")
     else:
-        found, text = path.parent, f"{path}: no such file"
-    names = sorted(p.name for p in found.glob("*.json*"))[:5] if found.is_dir() else []
-    return text + (f"\nin {found}: {', '.join(names)}" if names else "")
+        folder, code, message = path.parent, "data-missing-file", "no such file"
+    names = sorted(p.name for p in folder.glob("*.json*"))[:5] if folder.is_dir() else []
+    hints += [f"in {folder}: {', '.join(names)}"] if names else []
+    return DataError(message, code=code, where=str(path), hint="\n".join(hints))
 
 
 class _Reader:
-    """A window on the file: `text[at:]` is not consumed yet, `line` is the number of the line `at` stands on."""
+    """A window on the file. `text[at:]` is not consumed yet; `line` is the line number at position `at`."""
 
     def __init__(self, path: Path, file: TextIO, on_error: Callable[[DataError], None] | None, line: int = 1) -> None:
         self.path, self.file, self.on_error = path, file, on_error
@@ -181,7 +183,7 @@ class _Reader:
             except json.JSONDecodeError as error:
                 hint = "; expected a list [...] or one record per line" if self.line == 1 else ""
                 broken = self._error(self.at + error.pos, error.msg + hint)
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+            except (ValueError, RecursionError) as error:  # a number with thousands of digits; deeply nested lists
                 broken = self._error(self.at, str(error))
             if broken is None:
                 yield f"{self.line}", value
@@ -195,14 +197,16 @@ class _Reader:
         self.on_error(error)
 
     def _not_utf8(self, end: int) -> DataError | None:
-        found = _NOT_UTF8.search(self.text, self.at, end)
-        if found is None:
+        match = _NOT_UTF8.search(self.text, self.at, end)
+        if match is None:
             return None
-        line = self.line + self.text.count("\n", self.at, found.start())
-        before = self.text[self.text.rfind("\n", 0, found.start()) + 1 : found.start()]
+        line = self.line + self.text.count("\n", self.at, match.start())
+        before = self.text[self.text.rfind("\n", 0, match.start()) + 1 : match.start()]
         column = len(before.encode("utf-8", "surrogateescape")) + 1
-        byte = ord(found[0]) - 0xDC00
-        return DataError(f"{self.path}:{line}: not UTF-8 (byte 0x{byte:02x} at column {column})")
+        byte = ord(match[0]) - 0xDC00
+        return DataError(
+            f"not UTF-8 (byte 0x{byte:02x} at column {column})", code="data-not-utf8", where=f"{self.path}:{line}"
+        )
 
     def _line_end(self) -> int:
         while (end := self.text.find("\n", self.at)) < 0:
@@ -211,12 +215,12 @@ class _Reader:
         return end
 
     def _value(self) -> tuple[object, DataError | None]:
-        """Return the next element of the list, or None and what is wrong with its bytes."""
+        """Return the next element of the list and an error if its bytes are not UTF-8, else None."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                # It may only be cut off by the end of the window.
+                # The element may end beyond the window: read more and try again.
                 if not self._more():
                     ended = not self.text[error.pos :].strip() or error.msg.startswith("Unterminated string")
                     message = "the file ends in the middle of the list" if ended else error.msg
@@ -225,13 +229,13 @@ class _Reader:
                 raise self._error(self.at, str(error)) from None
             else:
                 if end == len(self.text) and self._more():
-                    continue  # a number may go on
+                    continue  # a number may continue beyond the window
                 broken = self._not_utf8(end)
                 self._advance(end)
                 return value, broken
 
     def _skip(self) -> str:
-        """Pass over white space and return the next character, "" at the end of the file."""
+        """Skip white space and return the next character, "" at the end of the file."""
         while True:
             match = _SPACE.match(self.text, self.at)
             assert match is not None
@@ -246,7 +250,7 @@ class _Reader:
         self.at = to
 
     def _more(self) -> bool:
-        # Reading as much again as is waiting keeps the repeated attempts at a long record linear.
+        # Doubling the window keeps the total work for a long record linear, although it is parsed again each time.
         added = self.file.read(max(_CHUNK, len(self.text) - self.at))
         if added:
             self.text, self.at = self.text[self.at :] + added, 0
@@ -260,4 +264,8 @@ class _Reader:
         left, right = max(start, position - 50), min(end, position + 30)
         excerpt = self.text[left:right].replace("\t", " ").rstrip("\r")
         message = message[0].lower() + message[1:]
-        return DataError(f"{self.path}:{line}: broken JSON: {message}\n  {excerpt}\n  {' ' * (position - left)}^")
+        return DataError(
+            f"broken JSON: {message}\n  {excerpt}\n  {' ' * (position - left)}^",
+            code="json-syntax",
+            where=f"{self.path}:{line}",
+        )

@@ -1,4 +1,4 @@
-"""RefCOCO, COCO captions, ShareGPT, and tables with columns for picture, question and answer, as LLaVA records."""
+"""Convert RefCOCO, COCO captions, ShareGPT, and tables with picture, question and answer to LLaVA records."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ def coco_captions(sources: Sequence[Path], options: Options) -> Records:
         for row in content["annotations"]:
             name = names.get(row["image_id"])
             if name is None:
-                raise DataError(f"{path}: a caption for picture {row['image_id']}, which the file does not list")
+                raise DataError(
+                    f"a caption for picture {row['image_id']}, which the file does not list",
+                    code="captions-without-picture",
+                    where=str(path),
+                )
             image = options.image(row["image_id"], name.replace("{", "{{").replace("}", "}}"))
             yield record(
                 row.get("id", row["image_id"]), image, [(options.prompt or DEFAULT_PROMPT, row["caption"].strip())]
@@ -47,12 +51,14 @@ def coco_captions(sources: Sequence[Path], options: Options) -> Records:
 
 
 def refcoco(sources: Sequence[Path], options: Options) -> Records:
-    """RefCOCO, RefCOCO+, RefCOCOg: refs(...).p or .json, and instances.json; boxes as shares of the padded square."""
+    """RefCOCO, RefCOCO+, RefCOCOg: refs(...).p or .json, and instances.json; boxes relative to the padded square."""
     contents = [read_plain_pickle(path) if path.suffix == ".p" else read_json(path) for path in sources]
     refs = next((content for content in contents if isinstance(content, list)), None)
     instances = next((content for content in contents if isinstance(content, dict)), None)
     if refs is None or instances is None:
-        raise DataError("expected two files: refs(...).p (or the same as JSON) and instances.json")
+        raise DataError(
+            "expected two files: refs(...).p (or the same as JSON) and instances.json", code="convert-missing-input"
+        )
     images = {row["id"]: row for row in instances["images"]}
     boxes = {row["id"]: row["bbox"] for row in instances["annotations"]}
     for ref in refs:
@@ -67,13 +73,17 @@ def refcoco(sources: Sequence[Path], options: Options) -> Records:
 
 
 def sharegpt(sources: Sequence[Path], options: Options) -> Records:
-    """ShareGPT: conversations between human and gpt; each is kept as far as its turns alternate."""
+    """ShareGPT: conversations between human and gpt; each is kept up to the first turn that does not alternate."""
     short = 0
     for path in sources:
         for number, (place, value) in enumerate(read_objects(path), start=1):
             turns = value.get("conversations", value.get("items")) if isinstance(value, dict) else None
             if not isinstance(value, dict) or not isinstance(turns, list):
-                raise DataError(f'{path}:{place}: expected an object with "conversations", a list')
+                raise DataError(
+                    'expected an object with "conversations", a list',
+                    code="record-no-conversations",
+                    where=f"{path}:{place}",
+                )
             kept = _alternating(turns)
             short += len(kept) < len(turns)
             if len(kept) >= 2:
@@ -87,35 +97,42 @@ def table(sources: Sequence[Path], options: Options) -> Records:
     for path in sources:
         for number, (place, row) in enumerate(read_rows(path)):
             if not isinstance(row, dict):
-                raise DataError(f"{path}:{place}: expected a row (an object), got {type(row).__name__}")
-            made = row_record(row, options, place=f"{path}:{place}", identifier=str(number))
-            yield from stored_pictures(made, f"{path}:{place}", options.left_out)
+                raise DataError(
+                    f"expected a row (an object), got {type(row).__name__}",
+                    code="record-not-an-object",
+                    where=f"{path}:{place}",
+                )
+            converted = row_record(row, options, place=f"{path}:{place}", identifier=str(number))
+            yield from stored_pictures(converted, f"{path}:{place}", options.left_out)
 
 
 def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifier: str) -> dict[str, Any]:
-    """Return the record of one row; its columns are known by their names. Raises `DataError` without such columns.
+    """Return the record of one row, whose columns are recognized by name. Raises `DataError` if columns are missing.
 
-    `input`, `system` and `history` are Alpaca's, as in `instructions`; an input without a question is the question.
+    `input`, `system` and `history` have the same meaning as in Alpaca (see `instructions`); an input without a question
+    is used as the question.
     """
-    found = {what: next((row[name] for name in names if row.get(name)), None) for what, names in COLUMNS.items()}
-    answer = found["answer"] if found["question"] else found["caption"] or found["answer"]
+    cells = {what: next((row[name] for name in names if row.get(name)), None) for what, names in COLUMNS.items()}
+    answer = cells["answer"] if cells["question"] else cells["caption"] or cells["answer"]
     if isinstance(answer, list | tuple):
         answer = answer[0] if answer else None
-    if not isinstance(answer, str) or not (found["question"] or found["input"] or found["image"]):
+    if not isinstance(answer, str) or not (cells["question"] or cells["input"] or cells["image"]):
         expected = "\n".join(f"  {what:<9} {', '.join(names)}" for what, names in COLUMNS.items())
         raise DataError(
-            f"{place}: no question with an answer, and no picture with a caption\n"
-            f"columns: {', '.join(map(str, row))}\nexpected some of:\n{expected}"
+            f"no question with an answer, and no picture with a caption\ncolumns: {', '.join(map(str, row))}",
+            code="table-missing-columns",
+            where=place,
+            hint=f"expected some of:\n{expected}",
         )
-    asked = with_input(str(found["question"] or ""), str(found["input"] or ""))
-    question = (asked or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
-    images = found["image"] if isinstance(found["image"], list) else [found["image"]] if found["image"] else []
+    question = with_input(str(cells["question"] or ""), str(cells["input"] or ""))
+    question = (question or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
+    images = cells["image"] if isinstance(cells["image"], list) else [cells["image"]] if cells["image"] else []
     exchanges = [*earlier(row, place), (question, answer.strip())]
-    made = record(row.get("id") or row.get("question_id") or identifier, None, exchanges)
+    converted = record(row.get("id") or row.get("question_id") or identifier, None, exchanges)
     if images:
-        made["conversations"][0]["value"] = f"{IMAGE}\n" * len(images) + made["conversations"][0]["value"]
-        made = {"id": made["id"], "image": images[0] if len(images) == 1 else images, **made}
-    return with_system(made, found["system"])
+        converted["conversations"][0]["value"] = f"{IMAGE}\n" * len(images) + converted["conversations"][0]["value"]
+        converted = {"id": converted["id"], "image": images[0] if len(images) == 1 else images, **converted}
+    return with_system(converted, cells["system"])
 
 
 def _alternating(turns: Sequence[Any]) -> list[dict[str, str]]:

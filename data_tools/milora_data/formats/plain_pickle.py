@@ -1,4 +1,4 @@
-"""Pickles of plain data (RefCOCO's refs are shipped as such), read without running what they may hold."""
+"""Read pickles of plain data, such as RefCOCO's refs, without running code that they may contain."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from milora_data.formats.jsonfile import missing_file
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """A pickle may run any code when it is read; this one takes lists, dicts, texts and numbers alone."""
+    """Loading a pickle can run any code; this unpickler accepts only lists, dicts, texts and numbers."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, not data alone")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, not data alone")
 
 
 def read_plain_pickle(path: Path) -> Any:
-    """Return the lists, dicts, texts and numbers of a pickle, Python 2's too. DataError for any other."""
+    """Return the lists, dicts, texts and numbers of a pickle (also Python 2). Raises `DataError` for other content."""
     if not path.is_file():
-        raise DataError(missing_file(path))
+        raise missing_file(path)
     try:
         with path.open("rb") as file:
             return _PlainUnpickler(file, encoding="latin1").load()
     except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read as a pickle of plain data: {error}") from None
+        raise DataError(
+            f"cannot be read as a pickle of plain data: {error}", code="data-unsafe-pickle", where=str(path)
+        ) from None

@@ -1,6 +1,6 @@
-"""Records from parquet and arrow files, webdataset shards and sets of the hub, read row by row with `datasets`.
+"""Read records from parquet and arrow files, webdataset shards and hub data sets, row by row with `datasets`.
 
-Pictures are not decoded here: they come as `StoredPicture`, a name with the bytes of the file.
+Pictures are not decoded: each is a `StoredPicture`, a name with the bytes of the file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import DataError, UserError
+from milora_data.errors import DataError, UserError, with_context
 from milora_data.formats.jsonfile import missing_file
 from milora_data.formats.other_files import COLUMNS, row_record
 from milora_data.formats.saved import files_of_saved, is_saved
@@ -19,13 +19,13 @@ from milora_data.records import Record, parse_record
 
 HUB = "hub:"
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
-_TEXT_KEYS = ("txt", "caption", "cls")  # what webdataset shards call the text beside a picture
+_TEXT_KEYS = ("txt", "caption", "cls")  # webdataset's names for the text that belongs to a picture
 
 
 def stored_records(source: str, options: Options | None = None) -> Iterator[Record]:
-    """Yield the records of FILE.parquet, FILE.tar (or a pattern with *), a folder of `save_to_disk`, or of the hub.
+    """Yield the records of FILE.parquet, FILE.tar (or a pattern with *), a folder of `save_to_disk`, or a hub data set.
 
-    Rows are LLaVA records, `messages`, or have columns for picture, question and answer, or picture and caption.
+    Rows are LLaVA records, `messages`, or have columns for picture, question and answer, or for picture and caption.
     Raises `DataError` with the number of the row.
     """
     for item in stored_items(source, options):
@@ -35,7 +35,7 @@ def stored_records(source: str, options: Options | None = None) -> Iterator[Reco
 
 
 def stored_items(source: str, options: Options | None = None) -> Iterator[Record | DataError]:
-    """Yield the records of a source, and in the place of a row that is none what is wrong with it."""
+    """Yield the records of a source, and a `DataError` in place of each row that is not a record."""
     if source.startswith(HUB):
         number = -1
         try:
@@ -54,24 +54,26 @@ def stored_items(source: str, options: Options | None = None) -> Iterator[Record
 
 
 def items_of_file(file: str, options: Options | None = None, *, start: int = 0) -> Iterator[Record | DataError]:
-    """Yield the records of one file (start: the number of the first one, its id unless it has one).
+    """Yield the records of one file; `start` is the number, and the default id, of the first one.
 
-    Behind a break nothing is known: the last item is then a `DataError` that says where it is.
+    If the file is broken at a row, the last item is a `DataError` with that row, as later rows cannot be read.
     """
     number = -1
     try:
-        # `iter`, as the other way a loader process would share out the rows of the file once more.
+        # Iterating the data set itself would split the rows among the loader processes a second time; `iter` does not.
         for number, batch in enumerate(_open_file(file).iter(batch_size=1)):
             row = {key: values[0] for key, values in batch.items()}
             yield _item(row, f"{file}:{number}", str(start + number), options)
-    except Exception as error:  # whatever the readers of file formats trip over
+    except Exception as error:  # readers of file formats raise exceptions of any type
         yield broken_off(f"{file}:{number + 1}", error)
 
 
 def broken_off(place: str, error: Exception) -> DataError:
-    """Return what is said of a source that a reader of `datasets` does not come through."""
-    words = str(error).splitlines() or [type(error).__name__]
-    return DataError(f"{place}: cannot be read from here on: {words[0]}")
+    """Return the error for a source that `datasets` cannot read beyond `place`."""
+    if isinstance(error, DataError):
+        return with_context(error, place)
+    lines = str(error).splitlines() or [type(error).__name__]
+    return DataError(f"cannot be read from here on: {lines[0]}", code="data-unreadable", where=place)
 
 
 def _item(row: Mapping[str, Any], place: str, number: str, options: Options | None) -> Record | DataError:
@@ -82,21 +84,21 @@ def _item(row: Mapping[str, Any], place: str, number: str, options: Options | No
 
 
 def row_to_record(row: Mapping[str, Any], place: str, number: str, options: Options | None = None) -> Record:
-    """Return the record of one row; `number` is its id unless it has one. Raises `DataError`."""
+    """Return the record of one row; `number` is the default id. Raises `DataError` if it is not a record."""
     plain = {key: value for key, value in _plain(row, number).items() if value is not None}
     if "conversations" in plain or "messages" in plain:
         return parse_record(plain, source=place, embedded="read")
-    made = row_record(plain, options or Options(), place=place, identifier=number)
-    return parse_record(made, source=place, embedded="read")
+    converted = row_record(plain, options or Options(), place=place, identifier=number)
+    return parse_record(converted, source=place, embedded="read")
 
 
 def files_of(source: str) -> list[str]:
-    """Return the files of a name, a pattern with *, or a folder of `save_to_disk`. Raises `DataError` without any."""
+    """Return the files of a name, a pattern with *, or a `save_to_disk` folder. Raises `DataError` without any."""
     if is_saved(source):
         return files_of_saved(Path(source))
     files = sorted(map(str, Path(source).parent.glob(Path(source).name)))
     if not files:
-        raise DataError(missing_file(Path(source)))
+        raise missing_file(Path(source))
     return files
 
 
@@ -107,29 +109,29 @@ def open_hub(source: str) -> Any:
     name, _, split = source.removeprefix(HUB).partition(":")
     try:
         return _undecoded(datasets.load_dataset(name, split=split or "train", streaming=True))
-    except Exception as error:  # whatever hub, network and file formats have to say
-        words = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{source}: cannot be read: {words[0]}") from None
+    except Exception as error:  # hub, network and readers of file formats raise exceptions of any type
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"cannot be read: {lines[0]}", code="hub-unreadable", where=source) from None
 
 
 def _open_file(file: str) -> Any:
     import datasets
 
     if (builder := _BUILDERS.get(Path(file).suffix)) is None:
-        raise DataError(f"expected one of {', '.join(_BUILDERS)}")
+        raise DataError(f"expected one of {', '.join(_BUILDERS)}", code="data-unknown-format")
     return _undecoded(datasets.load_dataset(builder, data_files=[file], split="train", streaming=True))
 
 
-def _undecoded(found: Any) -> Any:
-    """Return a set whose pictures are left as they are stored."""
+def _undecoded(data_set: Any) -> Any:
+    """Return the data set with decoding of pictures switched off."""
     import datasets
 
-    for column, feature in (found.features or {}).items():
+    for column, feature in (data_set.features or {}).items():
         if isinstance(feature, datasets.Image):
-            found = found.cast_column(column, datasets.Image(decode=False))
+            data_set = data_set.cast_column(column, datasets.Image(decode=False))
         elif isinstance(_inner(feature), datasets.Image):
-            found = found.cast_column(column, datasets.Sequence(datasets.Image(decode=False)))
-    return found
+            data_set = data_set.cast_column(column, datasets.Sequence(datasets.Image(decode=False)))
+    return data_set
 
 
 def _inner(feature: Any) -> Any:
@@ -141,25 +143,25 @@ def _inner(feature: Any) -> Any:
 
 
 def _plain(row: Mapping[str, Any], number: str) -> dict[str, Any]:
-    """Return a row with its pictures as `StoredPicture`, and with the names that webdataset shards have replaced."""
-    made: dict[str, Any] = {}
+    """Return a row with pictures as `StoredPicture`, and with webdataset's column names replaced by ours."""
+    plain: dict[str, Any] = {}
     for key, value in row.items():
         if key == "json" and isinstance(value, Mapping):
-            made.update(value)
+            plain.update(value)
         elif key == "__key__":
-            made.setdefault("id", value)
+            plain.setdefault("id", value)
         elif key in _TEXT_KEYS and isinstance(value, str):
-            made.setdefault("caption", value)
+            plain.setdefault("caption", value)
         elif isinstance(value, list) and value and all(map(_is_picture, value)):
-            made[key] = [_picture(item, f"{number}-{place}") for place, item in enumerate(value)]
+            plain[key] = [_picture(item, f"{number}-{place}") for place, item in enumerate(value)]
         elif _is_picture(value):
-            made["image" if key in ("jpg", "jpeg", "png", "webp") else key] = _picture(value, number)
+            plain["image" if key in ("jpg", "jpeg", "png", "webp") else key] = _picture(value, number)
         else:
-            made[key] = value
-    names = [name for name in COLUMNS["image"] if made.get(name) is not None]
-    if names and names[0] != "image" and "images" not in made:
-        made["image"] = made.pop(names[0])
-    return made
+            plain[key] = value
+    names = [name for name in COLUMNS["image"] if plain.get(name) is not None]
+    if names and names[0] != "image" and "images" not in plain:
+        plain["image"] = plain.pop(names[0])
+    return plain
 
 
 def _is_picture(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Rows of a table, one by one: .csv and .tsv with a header, or objects in .json and .jsonl."""
+"""Read a table row by row: .csv and .tsv with a header, or objects in .json and .jsonl."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ DELIMITERS = ",;\t"
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield (place, row), the place as of `read_objects`; a row of .csv or .tsv is a dict by the names in the header.
+    """Yield (place, row) as `read_objects` does; a row of .csv or .tsv is a dict with the names of the header as keys.
 
-    A .csv may be separated by commas, semicolons (as spreadsheets write it in half of Europe) or tabs.
-    Raises `DataError` with file and line: no such file, not UTF-8, broken JSON or quoting.
+    A .csv may be separated by commas, semicolons (as European spreadsheets do) or tabs.
+    Raises `DataError` with file and line if the file is missing or not UTF-8, or if its JSON or quoting is broken.
     """
     if path.suffix.lower() not in (".csv", ".tsv"):
         yield from read_objects(path)
         return
     if not path.is_file():
-        raise DataError(missing_file(path))
+        raise missing_file(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             header = file.readline()
@@ -32,15 +32,18 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
             for row in reader:
                 yield f"{reader.line_num}", row
         except UnicodeDecodeError as error:
-            raise DataError(not_utf8(path, error)) from None
+            raise not_utf8(path, error) from None
         except csv.Error as error:
-            raise DataError(f"{path}: broken table: {error}") from None
+            raise DataError(f"broken table: {error}", code="table-syntax", where=str(path)) from None
 
 
-def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
-    """Return the message for a text in another encoding, and how to change it."""
+def not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
+    """Return the error for a text in another encoding; its hint is a command that converts the file."""
     byte = error.object[error.start]
-    return (
-        f"{path}: not UTF-8 (byte 0x{byte:02x})\nsave it as UTF-8 (in a spreadsheet: CSV UTF-8), or where it comes "
-        "from Windows:\n  iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+    return DataError(
+        f"not UTF-8 (byte 0x{byte:02x})",
+        code="data-not-utf8",
+        where=str(path),
+        hint="save it as UTF-8 (in a spreadsheet: CSV UTF-8); convert a file from Windows with:\n"
+        "  iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
     )

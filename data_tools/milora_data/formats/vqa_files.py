@@ -1,8 +1,8 @@
-"""The files of well-known question-answering sets as LLaVA records, worded as in LLaVA-1.5's mix665k.
+"""Convert the files of well-known VQA data sets to LLaVA records, with the prompts of LLaVA-1.5's mix665k.
 
-VQAv2, OK-VQA, GQA, VizWiz, TextVQA, OCR-VQA: several questions about one picture are one conversation, and the first
-says how to answer. A-OKVQA and ScienceQA: multiple choice, answered by a letter. Pictures stay where they are; their
-names are those of the original downloads unless `image_pattern` says otherwise.
+VQAv2, OK-VQA, GQA, VizWiz, TextVQA, OCR-VQA: all questions about one picture form one conversation; the first question
+includes the answer format. A-OKVQA and ScienceQA: multiple choice, answered by a letter. Pictures are not copied; their
+names are the names of the original downloads, or follow `image_pattern`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line may say about a conversion."""
+    """Options of a conversion."""
 
-    prompt: str | None = None  # what is asked about a picture that has a caption alone
-    split: str = "train"  # of sets whose file holds all splits
+    prompt: str | None = None  # question for a picture that has only a caption
+    split: str = "train"  # split to convert, if a file contains all splits
     image_pattern: str | None = None  # file name of a picture from its id, such as coco/train2017/{:012d}.jpg
-    left_out: list[str] = field(default_factory=list)  # gets a line for each record with a broken embedded picture
+    left_out: list[str] = field(default_factory=list)  # collects a line for each record with a broken embedded picture
 
     def image(self, identifier: Any, default: str) -> str:
         """Return the file name of a picture; raises `DataError` if the pattern does not fit its id."""
@@ -41,7 +41,10 @@ class Options:
         try:
             return pattern.format(int(identifier) if str(identifier).isdecimal() and "d}" in pattern else identifier)
         except (ValueError, IndexError, KeyError) as error:
-            raise DataError(f"--image_pattern {pattern} does not fit the picture {identifier!r}: {error}") from None
+            raise DataError(
+                f"--image_pattern {pattern} does not fit the picture {identifier!r}: {error}",
+                code="convert-image-pattern",
+            ) from None
 
 
 Records = Iterator[dict[str, Any]]
@@ -49,19 +52,19 @@ Converter = Callable[[Sequence[Path], Options], Records]
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds; raises `DataError` with file and line."""
+    """Return the content of a JSON file; raises `DataError` with file and line."""
     if not path.is_file():
-        raise DataError(missing_file(path))
+        raise missing_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+        raise DataError(f"broken JSON: {error.msg}", code="json-syntax", where=f"{path}:{error.lineno}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: {error.reason}") from None
+        raise DataError(f"not UTF-8: {error.reason}", code="data-not-utf8", where=str(path)) from None
 
 
 def record(identifier: Any, image: str | None, exchanges: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Return a LLaVA record of questions and answers, with `<image>` in front of the first if there is a picture."""
+    """Return a LLaVA record of questions and answers, with `<image>` before the first question if it has a picture."""
     turns = []
     for question, answer in exchanges:
         turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
@@ -76,7 +79,8 @@ def vqa(sources: Sequence[Path], options: Options) -> Records:
     files = {key: content for path in sources for key, content in _keyed(path, ("questions", "annotations")).items()}
     if not {"questions", "annotations"} <= set(files):
         raise DataError(
-            f'expected a file with "questions" and one with "annotations"; found: {", ".join(files) or "none"}'
+            f'expected a file with "questions" and one with "annotations"; found: {", ".join(files) or "none"}',
+            code="convert-missing-input",
         )
     answers = {row["question_id"]: _vqa_answer(row) for row in files["annotations"]}
     subtype = files.get("data_subtype", "train2014")
@@ -85,8 +89,8 @@ def vqa(sources: Sequence[Path], options: Options) -> Records:
         for row in files["questions"]
         if row["question_id"] in answers
     ]
-    if left := len(files["questions"]) - len(rows):
-        sys.stderr.write(f"left out: {amount(left, 'question')} without an annotation\n")
+    if num_unanswered := len(files["questions"]) - len(rows):
+        sys.stderr.write(f"left out: {amount(num_unanswered, 'question')} without an annotation\n")
     yield from _by_picture(rows, options, f"COCO_{subtype}_{{:012d}}.jpg", SHORT)
 
 
@@ -98,15 +102,15 @@ def gqa(sources: Sequence[Path], options: Options) -> Records:
 
 def textvqa(sources: Sequence[Path], options: Options) -> Records:
     """TextVQA: {"data": [{"image_id", "question", "answers": [...]}]}."""
-    found = [row for path in sources for row in read_json(path)["data"]]
-    rows = [(row["image_id"], row["question"], most_frequent(row["answers"])) for row in found]
+    entries = [row for path in sources for row in read_json(path)["data"]]
+    rows = [(row["image_id"], row["question"], most_frequent(row["answers"])) for row in entries]
     yield from _by_picture(rows, options, "{}.jpg", SHORT)
 
 
 def vizwiz(sources: Sequence[Path], options: Options) -> Records:
     """VizWiz: [{"image", "question", "answers": [{"answer"}]}]."""
-    found = [row for path in sources for row in read_json(path)]
-    rows = [(row["image"], row["question"], most_frequent(a["answer"] for a in row["answers"])) for row in found]
+    entries = [row for path in sources for row in read_json(path)]
+    rows = [(row["image"], row["question"], most_frequent(a["answer"] for a in row["answers"])) for row in entries]
     rows = [(image, question, _capital(answer, "unanswerable")) for image, question, answer in rows]
     yield from _by_picture(rows, options, "{}", f"{UNANSWERABLE}\n{SHORT}")
 
@@ -118,7 +122,9 @@ def ocrvqa(sources: Sequence[Path], options: Options) -> Records:
         for identifier, row in read_json(path).items():
             if row.get("split", wanted) == wanted and row["questions"]:
                 image = options.image(identifier, "{}.jpg")
-                yield record(identifier, image, _first_told(zip(row["questions"], row["answers"], strict=True), SHORT))
+                yield record(
+                    identifier, image, _with_answer_format(zip(row["questions"], row["answers"], strict=True), SHORT)
+                )
 
 
 def aokvqa(sources: Sequence[Path], options: Options) -> Records:
@@ -143,7 +149,7 @@ def scienceqa(sources: Sequence[Path], options: Options) -> Records:
 
 
 def with_choices(question: str, choices: Sequence[str]) -> str:
-    """Return a question with its choices below, each behind its letter.
+    """Return a question with one line per choice: its letter, then its text.
 
     >>> with_choices("Which?", ["this", "that"])
     'Which?\\nA. this\\nB. that'
@@ -152,7 +158,7 @@ def with_choices(question: str, choices: Sequence[str]) -> str:
 
 
 def most_frequent(answers: Iterable[str]) -> str:
-    """Return the answer that most people gave, the first of those that are equally frequent.
+    """Return the most frequent answer; of equally frequent answers, the first.
 
     >>> most_frequent(["red", "blue", "blue", "red"])
     'red'
@@ -169,21 +175,26 @@ def _vqa_answer(row: Mapping[str, Any]) -> str:
 def _keyed(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise DataError(f"{path}: expected an object with {' or '.join(keys)}, got a {type(content).__name__}")
+        raise DataError(
+            f"expected an object with {' or '.join(keys)}, got a {type(content).__name__}",
+            code="convert-wrong-format",
+            where=str(path),
+        )
     return {key: content[key] for key in (*keys, "data_subtype") if key in content}
 
 
-def _by_picture(rows: Iterable[tuple[Any, str, str]], options: Options, default: str, how: str) -> Records:
+def _by_picture(rows: Iterable[tuple[Any, str, str]], options: Options, default: str, answer_format: str) -> Records:
     by_picture: dict[Any, list[tuple[str, str]]] = {}
     for identifier, question, answer in rows:
         by_picture.setdefault(identifier, []).append((question, answer))
     for identifier, exchanges in by_picture.items():
-        yield record(identifier, options.image(identifier, default), _first_told(exchanges, how))
+        yield record(identifier, options.image(identifier, default), _with_answer_format(exchanges, answer_format))
 
 
-def _first_told(exchanges: Iterable[tuple[str, str]], how: str) -> list[tuple[str, str]]:
+def _with_answer_format(exchanges: Iterable[tuple[str, str]], answer_format: str) -> list[tuple[str, str]]:
+    """Append the answer format ("Answer the question using ...") to the first question."""
     (question, answer), *others = exchanges
-    return [(f"{question}\n{how}", answer), *others]
+    return [(f"{question}\n{answer_format}", answer), *others]
 
 
 def _capital(answer: str, word: str) -> str:

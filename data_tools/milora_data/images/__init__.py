@@ -1,1 +1,1 @@
-"""Picture files to RGB and to the pixel values a model reads."""
+"""Load pictures as RGB and convert them to the pixel values of a model."""

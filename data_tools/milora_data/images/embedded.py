@@ -1,4 +1,4 @@
-"""Pictures inside the records, as base64 in a `data:` URL. OpenAI's messages have them."""
+"""Pictures embedded in records as base64 `data:` URLs, as in OpenAI's messages."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ NOT_FETCHED = "pictures are not fetched from the web: download them and name the
 
 
 class EmbeddedPicture(DataError):
-    """A picture as base64 where the name of a file is expected. `form` is what `convert --from` calls such records."""
+    """A base64 picture in place of a file name. `form` is the format for `convert --from`: llava or messages."""
 
-    def __init__(self, message: str, form: str = "llava") -> None:
-        super().__init__(message)
-        self.form = form
+    form: str = "llava"
 
 
 def is_embedded(name: object) -> bool:
@@ -29,13 +27,8 @@ def is_embedded(name: object) -> bool:
     return isinstance(name, str) and not isinstance(name, StoredPicture) and name[:5].lower() == "data:"
 
 
-def is_web_address(name: object) -> bool:
-    """Return whether a record's picture is an http or https URL."""
-    return isinstance(name, str) and name[:8].lower().startswith(("http://", "https://"))
-
-
 def described(name: str) -> str:
-    """Return a URL in few words, without its content.
+    """Return a short description of a URL, without its content.
 
     >>> described("data:image/png;base64,iVBORw0KGgo="), described("https://example.org/a.png?token=1")
     ('data:image/png;base64, 12 characters', 'https://example.org/a.png')
@@ -48,22 +41,24 @@ def described(name: str) -> str:
 
 
 def refusal(name: str, source: str, form: str) -> EmbeddedPicture:
-    """Return the error for a record with such a picture, with the command that writes the pictures to files."""
+    """Return the error for a record with an embedded picture; its hint is a command that writes pictures to files."""
     file = source.rpartition(":")[0] or "DATA"
-    return EmbeddedPicture(
-        f"a picture is embedded as base64 ({described(name)}), and a record names picture files\n"
-        f"write the pictures to files: {command_line('milora_data', *convert_words(file, form))}",
-        form,
+    error = EmbeddedPicture(
+        f"a picture is embedded as base64 ({described(name)}), and a record names picture files",
+        code="image-embedded",
+        hint=f"write the pictures to files: {command_line('milora_data', *convert_words(file, form))}",
     )
+    error.form = form
+    return error
 
 
 def convert_words(file: str, form: str) -> tuple[str, ...]:
-    """Return the command of milora_data that writes the embedded pictures of a file of records to files."""
+    """Return the arguments of the milora_data command that writes the embedded pictures of `file` to picture files."""
     return "convert", "--from", form, file, "--output_dir", "OUT"
 
 
 def decoded(name: str) -> StoredPicture:
-    """Return an embedded picture as a stored one, whose name is made from its content. Raises `ImageError`."""
+    """Return an embedded picture as a stored picture, named by a hash of its content. Raises `ImageError`."""
     header, comma, body = name.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise _broken(name, "it is not in base64")
@@ -78,25 +73,26 @@ def decoded(name: str) -> StoredPicture:
 
 
 def stored_pictures(value: Mapping[str, Any], place: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield a LLaVA dict after decoding its embedded pictures and replacing them by stored ones.
+    """Yield a LLaVA dict whose embedded pictures are replaced by stored ones.
 
     If a picture is broken, yield nothing and add a line that begins with `place` to `left_out`.
     """
-    made = dict(value)
+    converted = dict(value)
     try:
         for key in ("image", "images"):
-            found = value.get(key)
-            if isinstance(found, list):
-                made[key] = [_whole(name) if is_embedded(name) else name for name in found]
-            elif is_embedded(found):
-                made[key] = _whole(found)
+            field = value.get(key)
+            if isinstance(field, list):
+                converted[key] = [_verified(name) if is_embedded(name) else name for name in field]
+            elif is_embedded(field):
+                converted[key] = _verified(field)
     except ImageError as error:
         left_out.append(f"{place}: {error}")
         return
-    yield made
+    yield converted
 
 
-def _whole(name: Any) -> StoredPicture:
+def _verified(name: Any) -> StoredPicture:
+    """Return the picture of a `data:` URL after decoding all of its pixels. Raises `ImageError`."""
     picture = decoded(name)
     try:
         load_image(picture)
@@ -106,4 +102,6 @@ def _whole(name: Any) -> StoredPicture:
 
 
 def _broken(name: str, reason: str) -> ImageError:
-    return ImageError(f"an embedded picture ({described(name)}) cannot be read: {reason}", reason)
+    return ImageError(
+        f"an embedded picture ({described(name)}) cannot be read: {reason}", reason, code="image-unreadable"
+    )

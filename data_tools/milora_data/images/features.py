@@ -1,7 +1,7 @@
-"""What a frozen vision tower makes of pictures, kept on disk: computed once, read in place of decoding and the tower.
+"""A disk cache for the features of a frozen vision tower: computed once, then read instead of decoding and encoding.
 
-An entry is a file named by a hash of the picture's bytes, in a folder named by all that decides what it holds (tower,
-transform, dtype): a picture that changes has another entry, and processes may write the same one.
+An entry is a file named by a hash of the picture's bytes, in a folder named by the tower, its transform and its dtype.
+A changed picture has another entry, and several processes may write the same entry.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from milora_data.errors import DataError
 from milora_data.images.files import content_of
 from milora_data.images.pixels import PixelMaker
 
-PLAIN = "plain"  # the picture that stands for none
+PLAIN = "plain"  # entry of the plain picture, used for batches without pictures
 
 
 class Features(NamedTuple):
-    """Of one picture: values (tiles, tokens, channels), one tile unless pictures are cut into some; its size."""
+    """Features of one picture (tiles, tokens, channels), with one tile if it is not tiled; its size in pixels."""
 
     values: Tensor
     height: int
@@ -32,28 +32,33 @@ class Features(NamedTuple):
 
 
 class FeatureReader:
-    """Reads what `write` has kept in `folder`; takes the place of a `PixelMaker`, which `maker` is.
+    """Reads features that `write` has stored in `folder`; replaces the `PixelMaker` `maker`.
 
-    A picture that `maker` cannot read has no entry, and raises the same `ImageError`.
+    A picture that `maker` cannot read has no entry and raises the same `ImageError`.
     """
 
     def __init__(self, folder: Path, maker: PixelMaker, tiling: Tiling | None = None) -> None:
         self.folder, self.maker, self.tiling = folder, maker, tiling
 
     def read(self, path: str | Path) -> Features:
-        """Return the features of a picture. Raises `ImageError`, and `DataError` where they are not kept."""
+        """Return the features of a picture. Raises `ImageError`, or `DataError` if they are not in the cache."""
         entry = self.entry(path)
         if entry is not None and self.holds(entry):
             return self._load(entry)
         self.maker.read(path)
-        raise DataError(f"{path}: changed, or added, since the features of pictures were computed; start again")
+        raise DataError(
+            "changed, or added, since the features of pictures were computed",
+            code="feature-cache-stale",
+            where=str(path),
+            hint="start the run again",
+        )
 
     def plain_image(self) -> Features:
         """Return the features of the plain picture."""
         return self._load(self.file(PLAIN))
 
     def inputs(self, images: Sequence[Features]) -> dict[str, Tensor]:
-        """Return what the model takes for pictures: pixel_values (num_images, [tiles,] 1, tokens, channels)."""
+        """Return the model's inputs: pixel_values (num_images, [tiles,] 1, tokens, channels), and image_sizes."""
         if self.tiling is None:
             return {"pixel_values": torch.stack([image.values for image in images])}
         most = max(len(image.values) for image in images)
@@ -62,14 +67,14 @@ class FeatureReader:
         return {"pixel_values": torch.stack(rows)[:, :, None], "image_sizes": sizes}
 
     def entry(self, path: str | Path) -> Path | None:
-        """Return the file of the picture in `path`, which is read for its hash; None where it cannot be read."""
+        """Return the cache file of the picture in `path`, which is read for its hash; None if it cannot be read."""
         try:
             return self.file(xxhash.xxh3_128_hexdigest(content_of(path)))
-        except (OSError, ValueError):  # a name that is too long for a file system, say
+        except (OSError, ValueError):  # for example, a name that is too long for the file system
             return None
 
     def holds(self, entry: Path) -> bool:
-        """Whether an entry is there, and whole: a disk that was full or lost its power leaves files cut off."""
+        """Return whether an entry exists and is complete; a full disk or a power failure leaves truncated files."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -79,11 +84,11 @@ class FeatureReader:
             return False
 
     def file(self, name: str) -> Path:
-        """Return the file of an entry."""
+        """Return the path of an entry."""
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def write(self, entry: Path, features: Features) -> None:
-        """Keep the features of one picture; another process sees them whole or not at all."""
+        """Store the features of one picture atomically."""
         from safetensors.torch import save_file
 
         entry.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +100,6 @@ class FeatureReader:
     def _load(self, entry: Path) -> Features:
         from safetensors.torch import load_file
 
-        found = load_file(entry)
-        height, width = found["size"].tolist()
-        return Features(found["values"], height, width)
+        tensors = load_file(entry)
+        height, width = tensors["size"].tolist()
+        return Features(tensors["values"], height, width)

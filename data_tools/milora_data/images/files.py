@@ -1,4 +1,4 @@
-"""Picture files to RGB, whatever is inside them, and LLaVA's padding to a square."""
+"""Load picture files of any format as RGB, and pad them to a square as LLaVA does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from milora_data.command.web import not_fetched, web_address
+from milora_data.command.web import web_address, web_address_problem
 from milora_data.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,24 +26,24 @@ SUFFIXES = {
     ".tif": ("TIFF",),
     ".tiff": ("TIFF",),
 }
-ORIENTATION = 0x0112  # EXIF's tag: values above 4 are pictures stored on their side
+ORIENTATION = 0x0112  # EXIF tag; values above 4 mean that width and height are swapped
 ImagePolicy = Literal["raise", "skip", "replace"]
-"""What to do with a picture that cannot be read: stop, leave its record out, or show a plain picture in its place."""
+"""What to do with an unreadable picture: stop, skip its record, or replace it by a plain picture."""
 
 
 class StoredPicture(str):
     """The name of a picture that is stored inside a data set; `content` holds the bytes of its file.
 
-    Many sets call all their pictures the same: two are equal if name and content are.
+    Many data sets give all pictures the same name: two are equal if name and content are equal.
     """
 
     content: bytes
 
     def __new__(cls, name: str, content: bytes) -> StoredPicture:
         """Return `name` with the bytes of its file."""
-        made = super().__new__(cls, name)
-        made.content = content
-        return made
+        picture = super().__new__(cls, name)
+        picture.content = content
+        return picture
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StoredPicture) and str.__eq__(self, other) and self.content == other.content
@@ -56,17 +56,17 @@ class StoredPicture(str):
 
 
 class PlacedPicture(str):
-    """The path of a picture that the image folder of its source has been put before: no other folder confines it."""
+    """The path of a picture that already includes the image folder of its source; it may be outside other folders."""
 
 
 class OutsidePicture(str):
-    """The name of a picture that leads out of the image folder: it is never read."""
+    """The name of a picture outside the image folder; it is never read."""
 
 
 def leads_outside(folder: Path, name: str) -> bool:
-    """Return whether a record's `name` of a picture, taken literally, is no path below `folder`.
+    """Return whether the picture `name` of a record is a path outside `folder`; symbolic links are not resolved.
 
-    Where no folder is named (`Path()`) there is none to leave: names are taken as they are.
+    Without a folder (`Path()`), no name is outside.
 
     >>> [leads_outside(Path("images"), name) for name in ("a/../b.png", "../b.png", "/b.png")]
     [False, True, True]
@@ -78,9 +78,9 @@ def leads_outside(folder: Path, name: str) -> bool:
 
 
 def place_of(folder: Path, name: str) -> str | Path:
-    """Return what `load_image` reads for the picture `name` of a record: a file below `folder`, or the stored one.
+    """Return the argument of `load_image` for the picture `name` of a record: a file below `folder`, or stored bytes.
 
-    Data may come from anybody: a name that leads out of the folder becomes one that cannot be read.
+    Data is not trusted: a name that leads out of the folder becomes an `OutsidePicture`, which is never read.
     """
     if isinstance(name, StoredPicture):
         return name
@@ -90,19 +90,19 @@ def place_of(folder: Path, name: str) -> str | Path:
 
 
 class ImageError(DataError):
-    """A picture that is missing or cannot be decoded. `reason` is the message without the name of the picture."""
+    """A picture is missing or cannot be decoded. `reason` is the message without the name of the picture."""
 
-    def __init__(self, message: str, reason: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, reason: str = "", *, code: str = "", where: str = "", hint: str = "") -> None:
+        super().__init__(message, code=code, where=where, hint=hint)
         self.reason = reason or message
 
 
 def load_image(path: str | Path, *, longest: int | None = None, shortest: int | None = None) -> Image.Image:
-    """Return the picture in `path`, decoded, upright (EXIF) and RGB; alpha is dropped as LLaVA does.
+    """Return the picture in `path` as RGB, turned upright (EXIF); alpha is dropped as in LLaVA.
 
-    16-bit grey is scaled to 8 bits (PIL alone would clip it to white); of an animation, the first picture counts.
-    With `longest` (or `shortest`), a JPEG is decoded smaller than it is, with at least so many pixels on that side.
-    Raises `ImageError`: missing, empty, cut off, not a picture, far more pixels than a photo has.
+    16-bit grey is scaled to 8 bits (PIL alone would clip it to white). An animation gives its first frame.
+    With `longest` (or `shortest`), a JPEG is decoded at a reduced size with at least that many pixels on that side.
+    Raises `ImageError` if the file is missing, empty, truncated, not a picture, or has too many pixels.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -117,32 +117,40 @@ def load_image(path: str | Path, *, longest: int | None = None, shortest: int | 
     except FileNotFoundError:
         address = web_address(path)
         if address is not None:
-            raise ImageError(not_fetched(address)) from None
-        reason = "no such file"
+            problem = web_address_problem(address)
+            raise ImageError(problem.message, "a web address", code=problem.code, hint=problem.hint) from None
+        reason, hint = "no such file", ""
     except UnidentifiedImageError:
         size = len(path.content) if isinstance(path, StoredPicture) else Path(path).stat().st_size
-        reason = "not a picture" if size else "the file is empty"
-    except Exception as error:
-        reason = _reason(error)
-    raise ImageError(f"{path}: cannot read this picture: {reason}", reason)
+        reason, hint = "not a picture" if size else "the file is empty", ""
+    except Exception as error:  # PIL's plugins raise exceptions of any type
+        reason, hint = _reason(error)
+    raise _unreadable(path, reason, hint)
 
 
-def _reason(error: Exception) -> str:
-    """Return why PIL does not read a picture: its plugins raise whatever they trip over, OSError, struct.error, ..."""
+def _unreadable(path: str | Path, reason: str, hint: str) -> ImageError:
+    return ImageError(
+        f"cannot read this picture: {reason}", reason, code="image-unreadable", where=str(path), hint=hint
+    )
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """Return why PIL cannot read a picture, and a hint. PIL's plugins raise OSError, struct.error and others."""
     from PIL import Image
 
     if isinstance(error, Image.DecompressionBombError):
         pixels = re.search(r"[0-9]+", str(error))
         size = f"{int(pixels[0]) // 1_000_000:,} megapixels" if pixels else "too many pixels"
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         return (
-            f"it has {size}, and at most {2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000:,} are read\n"
-            "save it smaller: a model sees some hundred pixels a side"
+            f"it has {size}, and at most {most:,} are read",
+            "save it smaller: models use a few hundred pixels a side",
         )
-    return str(error) or type(error).__name__
+    return str(error) or type(error).__name__, ""
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
-    """Return (height, width) of the upright picture in `path` by its header. Raises `ImageError`."""
+    """Return (height, width) of the upright picture in `path`, read from its header. Raises `ImageError`."""
     from PIL import Image
 
     try:
@@ -150,12 +158,11 @@ def picture_size(path: str | Path) -> tuple[int, int]:
             width, height = image.size
             return (width, height) if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8) else (height, width)
     except Exception as error:
-        reason = _reason(error)
-        raise ImageError(f"{path}: cannot read this picture: {reason}", reason) from None
+        raise _unreadable(path, *_reason(error)) from None
 
 
 def picture_suffix(content: bytes) -> str:
-    """Return the suffix of a picture file by what is inside: ".png"; ".img" where that is no picture."""
+    """Return the suffix for the content of a picture file, such as ".png"; ".img" if it is not a picture."""
     from PIL import Image
 
     try:
@@ -169,26 +176,27 @@ def picture_suffix(content: bytes) -> str:
 
 
 def opened(path: str | Path) -> str | Path | BytesIO:
-    """Return what PIL opens: the path, or the bytes of a stored picture. Raises `OSError` where it may not."""
+    """Return the path or the bytes of a stored picture for PIL to open. Raises `OSError` if it must not be read."""
     if isinstance(path, StoredPicture):
         return BytesIO(path.content)
     if isinstance(path, OutsidePicture):
         raise PermissionError("it is outside the image folder")
     if not Path(path).is_file():
-        raise FileNotFoundError(path)  # PIL would wait for ever for what comes out of a named pipe
+        raise FileNotFoundError(path)  # PIL would block for ever on a named pipe
     return path
 
 
 def content_of(path: str | Path) -> bytes:
     """Return the bytes of a picture file, or of a stored picture. Raises `OSError`."""
-    found = opened(path)
-    return found.getvalue() if isinstance(found, BytesIO) else Path(found).read_bytes()
+    file = opened(path)
+    return file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture of any mode as RGB: grey of more than 8 bits scaled to them, alpha dropped as LLaVA does.
+    """Return a picture of any mode as RGB: grey of more than 8 bits is scaled to 8, alpha is dropped as in LLaVA.
 
-    Floats mean shares of 1 if none is larger, grey levels if none is above 255, and else shares of the largest.
+    Float values are multiplied by 255 if none is above 1, kept if none is above 255, and otherwise divided by the
+    largest.
     """
     if image.mode == "F":
         scale = _levels(image)
@@ -196,12 +204,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.mode == "P":
-        image = image.convert("RGBA")  # palettes with transparency make PIL warn otherwise
+        image = image.convert("RGBA")  # avoids PIL's warning about palettes with transparency
     return image.convert("RGB")
 
 
 def _levels(image: Image.Image) -> float:
-    """Return what the floats of a picture are multiplied by to be grey levels of 0 to 255."""
+    """Return the factor that converts the float values of a picture to grey levels from 0 to 255."""
     import numpy as np
 
     largest = float(np.nan_to_num(np.asarray(image), posinf=0.0).max())
@@ -222,9 +230,9 @@ def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.I
 
 
 def on_padded_square(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
-    """Return a box (left, top, right, bottom) in pixels as shares of the square that `expand_to_square` makes.
+    """Return a box (left, top, right, bottom) in pixels as fractions of the square that `expand_to_square` returns.
 
-    So LLaVA-1.5 was trained to name boxes (its issues 606 and 822).
+    LLaVA-1.5 was trained with such boxes (its issues 606 and 822).
 
     >>> on_padded_square((0, 0, 200, 100), 200, 100)
     (0.0, 0.25, 1.0, 0.75)
@@ -236,10 +244,10 @@ def on_padded_square(box: Sequence[float], width: int, height: int) -> tuple[flo
 
 
 def unmistakable(images: Sequence[Any]) -> list[Any]:
-    """Return RGB pictures (or tensors made of them) in a form in which no processor takes rows for channels.
+    """Return RGB pictures (or their tensors) in a layout in which no processor mistakes rows for channels.
 
-    Transformers 4 turns pictures into arrays, takes the first side of the first for the channels if that is 1 or 3, and
-    all others to be of the same form. So they are all given with channels first as soon as one is that narrow.
+    Transformers 4 infers the layout from the first picture: if its first dimension is 1 or 3, it is taken as channels,
+    for all pictures. So all pictures are returned with channels first if one is 1 or 3 pixels high.
     """
     import numpy as np
     from PIL import Image

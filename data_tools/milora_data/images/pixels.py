@@ -1,8 +1,9 @@
-"""Picture files to the pixel values of a model's own image processor, bit for bit, but sooner.
+"""Convert picture files to the pixel values of a model's image processor: bit for bit equal, but faster.
 
-LLaVA pads a picture to a square and has the square resized. Here the two passes of the resizing (along the rows, then
-along the columns) are done one by one, and what is padding is made small first: the same numbers for less work, and a
-picture of 1 x 60,000 pixels never becomes a square of 10 GB. It is used where a trial shows that it is the same.
+LLaVA pads a picture to a square and resizes the square. Here the two passes of the resizing (along the rows, then along
+the columns) run separately, and the padding is added after the pass that shrinks the picture. The numbers are the same
+for less work, and a picture of 1 x 60,000 pixels never becomes a square of 10 GB. A test at start decides whether the
+processor resizes in this way; if not, the square is resized.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ log = logging.getLogger(__name__)
 
 AspectRatio = Literal["pad", "plain", "anyres"]
 JpegDecoding = Literal["exact", "draft"]
-"""`draft` decodes a large JPEG at a half, quarter or eighth of its size, never below twice what is needed."""
+"""`draft` decodes a large JPEG at a half, quarter or eighth of its size, never below twice the required size."""
 
-_STRIP = 16_000_000  # pixels of a tall picture that are padded at a time
-_LONGEST = 20  # times as long as wide: beyond that, only the middle of an unpadded picture is resized
+_STRIP = 16_000_000  # pixels of a tall picture that are padded at once
+_LONGEST = 20  # ratio of length to width; beyond it, only the middle of an unpadded picture is resized
 
 
 class PixelMaker:
-    """Pictures to pixel values (num_images, 3, height, width), as `image_processor` makes them."""
+    """Computes pixel values (num_images, 3, height, width), as `image_processor` does."""
 
     def __init__(
         self, image_processor: Any, aspect_ratio: AspectRatio = "pad", jpeg_decoding: JpegDecoding = "exact"
@@ -43,31 +44,31 @@ class PixelMaker:
         self.jpeg_decoding = jpeg_decoding
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
-        """Return the pixel values of pictures that `read` or `prepare` gave, in order."""
+        """Return the pixel values of pictures from `read` or `prepare`, in order."""
         return self.inputs(images)["pixel_values"]
 
     def inputs(self, images: Sequence[Any]) -> dict[str, Tensor]:
-        """Return what the model takes: pixel_values, and image_sizes (num_images, 2) where pictures are tiled.
+        """Return the model's inputs: pixel_values, and image_sizes (num_images, 2) for tiled pictures.
 
-        Tiled, pixel_values are (num_images, tiles, 3, height, width), with zeros for the tiles that a picture lacks.
+        For tiled pictures, pixel_values is (num_images, tiles, 3, height, width), padded with tiles of zeros.
         """
-        # What is square already is not padded again; a processor that pads by itself must not do so for "plain".
+        # Pictures are already square, or must not be padded ("plain"): turn off the processor's own padding.
         padding = self.aspect_ratio != "anyres" and self.image_processor.to_dict().get("do_pad")
         options = {"do_pad": False} if padding else {}
         return dict(self.image_processor(images=unmistakable(images), return_tensors="pt", **options))
 
     def read(self, path: str | Path) -> Any:
-        """Return the picture in `path`, small and square if that is what the processor would make of it.
+        """Return the picture in `path`, padded and resized if the processor would do the same.
 
-        Raises `ImageError` for a file that cannot be read.
+        Raises `ImageError` if the file cannot be read.
         """
-        if self.aspect_ratio == "anyres":  # how it is tiled depends on its true size
+        if self.aspect_ratio == "anyres":  # the tiles depend on the original size
             return load_image(path)
         least = 2 * self.side if self.jpeg_decoding == "draft" else None
         return self.prepare(load_image(path, longest=least if self.aspect_ratio == "pad" else None, shortest=least))
 
     def prepare(self, image: Image.Image) -> Any:
-        """Return an RGB picture as this maker takes it."""
+        """Return an RGB picture in the form that `inputs` expects."""
         if self.aspect_ratio == "anyres":
             return image
         if self.aspect_ratio == "plain":
@@ -77,34 +78,36 @@ class PixelMaker:
         return expand_to_square(image, self.color)
 
     def plain_image(self) -> Any:
-        """Return a picture of the mean colour, which the model sees as zeros."""
+        """Return a picture of the mean colour; its normalized pixel values are about zero."""
         from PIL import Image
 
         return self.prepare(Image.new("RGB", (32, 32), self.color))
 
     @property
     def color(self) -> tuple[int, int, int]:
-        """The mean colour, with which pictures are padded."""
+        """The mean colour of the processor, used for padding."""
         red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)
         return red, green, blue
 
     @cached_property
     def side(self) -> int:
-        """Pixels on a side of what the processor makes."""
+        """Side length in pixels of the processor's output."""
         from PIL import Image
 
         return int(self([Image.new("RGB", (32, 32))]).shape[-1])
 
     @cached_property
     def _two_passes(self) -> bool:
-        """Whether this processor resizes as torch does with integers: tried on a wide and on a tall picture."""
+        """Whether this processor resizes like torch does for integers, tested with a wide and a tall picture."""
         from PIL import Image
 
         for size in ((97, 60), (31, 3 * self.side)):
             image = Image.effect_noise(size, 90).convert("RGB")
-            whole = self([expand_to_square(image, self.color)])
-            if not torch.equal(self([shrink_to_square(image, self.side, self.color)]), whole):
-                log.info("%s resizes in its own way", type(self.image_processor).__name__)
+            expected = self([expand_to_square(image, self.color)])
+            if not torch.equal(self([shrink_to_square(image, self.side, self.color)]), expected):
+                log.info(
+                    "%s resizes differently: pictures are resized after padding", type(self.image_processor).__name__
+                )
                 return False
         return True
 
@@ -133,7 +136,7 @@ def _resized(pixels: Tensor, side: int, dim: int) -> Tensor:
 
 
 def _framed(pixels: Tensor, length: int, offset: int, dim: int, color: tuple[int, int, int]) -> Tensor:
-    """Return `pixels` (1, 3, height, width) at `offset` of a picture that is `length` along `dim`."""
+    """Return `pixels` (1, 3, height, width) padded with `color` to `length` along `dim`, starting at `offset`."""
     shape = list(pixels.shape)
     shape[dim] = length
     frame = torch.tensor(color, dtype=torch.uint8)[None, :, None, None].expand(shape)
@@ -143,7 +146,7 @@ def _framed(pixels: Tensor, length: int, offset: int, dim: int, color: tuple[int
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """Return the middle of a picture that is too long to be resized as a whole; its ends would be cropped anyway."""
+    """Return the middle of a very long picture; the processor would resize it to a huge size and crop its ends."""
     width, height = image.size
     longest = _LONGEST * min(width, height)
     if max(width, height) <= longest:

@@ -1,1 +1,1 @@
-"""The look that all HTML pages of this project share: frame, style sheet, parts, small pictures."""
+"""Shared by all HTML pages of this project: base template, style sheet, parts, small pictures."""

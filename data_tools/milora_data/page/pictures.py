@@ -1,4 +1,4 @@
-"""Pictures small enough to lie inside a page."""
+"""Pictures that are small enough to be embedded in a page."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from milora_data.images.files import ImageError, load_image
 if TYPE_CHECKING:
     from PIL import Image
 
-SIDE = 320  # pixels: shown at half of it on dense screens
+SIDE = 320  # pixels; shown at half this size on high-density screens
 _LEAST = 64
 
 
 def data_uri(content: bytes, mime: str) -> str:
-    """Return the bytes as a URI that a page can hold.
+    """Return the bytes as a URI that can be embedded in a page.
 
     >>> data_uri(b"abc", "image/png")
     'data:image/png;base64,YWJj'
@@ -27,7 +27,7 @@ def data_uri(content: bytes, mime: str) -> str:
 
 
 def thumbnail(place: str | Path | None, side: int = SIDE) -> bytes | None:
-    """Return a picture, as a model sees it, as a small JPEG; None where there is none or it cannot be read."""
+    """Return a picture, loaded like a model's input, as a small JPEG; None if it is missing or cannot be read."""
     try:
         return None if place is None else small(load_image(place, longest=2 * side), side)
     except ImageError:
@@ -35,7 +35,7 @@ def thumbnail(place: str | Path | None, side: int = SIDE) -> bytes | None:
 
 
 def small(image: Image.Image, side: int = SIDE) -> bytes:
-    """Return an RGB picture as a JPEG of at most `side` pixels a side."""
+    """Return an RGB picture as a JPEG of at most `side` pixels per side."""
     copy = image.copy()
     copy.thumbnail((side, side))
     buffer = io.BytesIO()
@@ -44,14 +44,14 @@ def small(image: Image.Image, side: int = SIDE) -> bytes:
 
 
 def fitting(pictures: Sequence[bytes | None], budget: int) -> list[str]:
-    """Return JPEGs as URIs ("" for none), all of them smaller by the same measure until they take `budget` characters.
+    """Return JPEGs as URIs ("" for none), all resized to the same side so that they take at most `budget` characters.
 
-    Below 64 pixels a side they are not made smaller: then they may take more.
+    The side is at least 64 pixels, so many pictures may take more.
     """
     from PIL import Image
 
-    made, side = list(pictures), SIDE
-    while sum(len(one) for one in made if one) * 4 // 3 > budget and side > _LEAST:
+    resized, side = list(pictures), SIDE
+    while sum(len(one) for one in resized if one) * 4 // 3 > budget and side > _LEAST:
         side = max(_LEAST, side * 3 // 4)
-        made = [small(Image.open(io.BytesIO(one)), side) if one else None for one in pictures]
-    return [data_uri(one, "image/jpeg") if one else "" for one in made]
+        resized = [small(Image.open(io.BytesIO(one)), side) if one else None for one in pictures]
+    return [data_uri(one, "image/jpeg") if one else "" for one in resized]

@@ -1,4 +1,4 @@
-"""HTML pages from templates that extend base.html.j2: self-contained, escaped, written whole."""
+"""Render HTML pages from templates that extend base.html.j2: self-contained, escaped, written atomically."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from milora_data.command.atomic_write import write_text
 
 MAX_BYTES = 5_000_000
-"""No page is larger: it must open at once on a phone, and go through a mail."""
+"""Maximum size of a page: it must open quickly on a phone and fit into an e-mail."""
 
 
 def render(template: Path, content: Mapping[str, Any]) -> str:
-    """Return the page; a name that the content lacks is an error, and all that it holds is escaped."""
+    """Return the page. All content is escaped, and a name that `content` lacks is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -28,12 +28,12 @@ def render(template: Path, content: Mapping[str, Any]) -> str:
 
 
 def write(page: Path, text: str) -> None:
-    """Write a page as a whole: a reader sees the old one or the new one."""
-    write_text(page, text.encode("utf-8", "replace").decode("utf-8"))  # captions may hold half of a surrogate pair
+    """Write a page atomically: a reader sees the old page or the new one."""
+    write_text(page, text.encode("utf-8", "replace").decode("utf-8"))  # captions may contain half a surrogate pair
 
 
 def _unbroken(value: Any) -> Any:
-    """Keep a number and its percent sign on one line; what is marked as HTML already stays as it is."""
+    """Keep a number and its percent sign on one line; text that is already marked as HTML is not changed."""
     from markupsafe import Markup
 
     if isinstance(value, str) and not isinstance(value, Markup):

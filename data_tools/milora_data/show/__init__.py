@@ -1,1 +1,1 @@
-"""Records as training sees them."""
+"""Show records as training sees them."""

@@ -1,4 +1,4 @@
-"""`python -m milora_data show`: records as training sees them, with the mask."""
+"""`python -m milora_data show`: print records as training sees them, with the loss mask."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from milora_data.errors import UserError
 from milora_data.images.files import ImageError, load_image, place_of
 from milora_data.records import Record
 from milora_data.show.page import Shown, shown, write_page
-from milora_data.show.preview import Piece, as_rich, text_pieces, token_pieces
+from milora_data.show.preview import COUNTS, Piece, as_rich, text_pieces, token_pieces
 from milora_data.sources import load_records
 from milora_data.tokens import load_tokenizer
 
 EPILOG = """\
-what is learnt stands in [[ ]]; with --tokenizer the text is decoded from the very ids
+[[ ]] marks the supervised text; with --tokenizer, the text is decoded from the token ids
 
 examples:
   python -m milora_data show train.json
@@ -34,18 +34,18 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    options = parser("python -m milora_data show", "Print records as they are learnt, with the mask.", EPILOG)
-    given = options.add_argument_group("input")
-    given.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
-    shared(given, "image_folder", about="folder of the pictures (default: beside DATA)")
-    given.add_argument("--id", help="only the record with this id")
-    given.add_argument("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)")
-    given.add_argument("--limit", type=positive, help="number of records (default: 1; 100 with --html)")
+    options = parser("python -m milora_data show", "Print records as training sees them, with the loss mask.", EPILOG)
+    inputs = options.add_argument_group("input")
+    inputs.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
+    shared(inputs, "image_folder", about="folder of the pictures (default: beside DATA)")
+    inputs.add_argument("--id", help="print only the record with this id")
+    inputs.add_argument("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)")
+    inputs.add_argument("--limit", type=positive, help="number of records (default: 1; 100 with --html)")
     settings = options.add_argument_group("settings")
     shared(settings, "template", default="vicuna_v1", about="prompt format (default: %(default)s)")
-    settings.add_argument("--tokenizer", help="folder or name of a tokenizer, to see tokens")
-    settings.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
-    settings.add_argument("--max_length", type=count, help="cut as training would")
+    settings.add_argument("--tokenizer", help="folder or name of a tokenizer; shows tokens")
+    settings.add_argument("--image_tokens", type=count, default=576, help="tokens per picture (default: %(default)s)")
+    settings.add_argument("--max_length", type=count, help="cut records to this number of tokens, as training does")
     out = options.add_argument_group("output")
     out.add_argument("--html", type=Path, metavar="OUT", help="write a page with the pictures to this new file")
     shared(out, "format")
@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = image_folder(chosen.data, chosen.image_folder)
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
     limit = (1 if chosen.html is None else 100) if chosen.limit is None else chosen.limit
-    found = _chosen(chosen.data, chosen.id, chosen.index, limit + 1)
+    records = _select(chosen.data, chosen.id, chosen.index, limit + 1)
     page = []
-    for number, record in enumerate(found[:limit]):
+    for number, record in enumerate(records[:limit]):
         pieces, counts = _pieces(record, tokenizer, chosen.template, chosen.image_tokens, chosen.max_length)
         if chosen.html is not None:
             page.append(shown(record, pieces, counts, folder))
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _print(record, pieces, counts, folder, separate=number > 0)
     if chosen.html is not None:
-        _write_page(chosen, page, folder, is_part=len(found) > limit or chosen.index > 0 or chosen.id is not None)
+        _write_page(chosen, page, folder, is_part=len(records) > limit or chosen.index > 0 or chosen.id is not None)
     pictures = ["--image_folder", folder] if chosen.image_folder else []
     next_step("milora_data", "check", chosen.data, *pictures)
     return 0
@@ -75,18 +75,24 @@ def _write_page(chosen: argparse.Namespace, records: Sequence[Shown], folder: Pa
     as_json = json.dumps({"page": str(chosen.html), "records": written})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{chosen.html}: {amount(written, 'record')}\n")
     if written < len(records):
-        sys.stderr.write(f"the page holds the first {written:,} of {len(records):,}: no page is larger than 5 MB\n")
+        sys.stderr.write(
+            f"the page contains the first {written:,} of {len(records):,} records: pages are at most 5 MB\n"
+        )
 
 
-def _chosen(data: Path, name: str | None, index: int, limit: int) -> list[Record]:
+def _select(data: Path, name: str | None, index: int, limit: int) -> list[Record]:
     records = load_records(data)
     if name is not None:
         records = (record for record in records if record.id == name)
-    found = list(islice(records, index, index + limit))
-    if not found:
-        asked = f'id "{name}"' if name is not None else f"number {index}"
-        raise UserError(f"{data} holds no record with {asked}\nsee: python -m milora_data stats {data}")
-    return found
+    selected = list(islice(records, index, index + limit))
+    if not selected:
+        selector = f'id "{name}"' if name is not None else f"number {index}"
+        raise UserError(
+            f"{data} contains no record with {selector}",
+            code="record-not-found",
+            hint=f"see: python -m milora_data stats {data}",
+        )
+    return selected
 
 
 def _pieces(
@@ -94,7 +100,7 @@ def _pieces(
 ) -> tuple[list[Piece], dict[str, int]]:
     if tokenizer is None:
         return text_pieces(record, template=template), {}
-    made = encode(
+    encoded = encode(
         record,
         tokenizer,
         template=template,
@@ -102,14 +108,14 @@ def _pieces(
         image_tokens=image_tokens,
         max_length=max_length,
     )
-    learnt = sum(label >= 0 for label in made.labels)
+    supervised = sum(label >= 0 for label in encoded.labels)
     counts = {
-        "tokens": len(made.input_ids),
-        "learnt": learnt,
-        "of_pictures": made.num_images * image_tokens,
-        "cut": made.num_cut,
+        "tokens": len(encoded.input_ids),
+        "learnt": supervised,
+        "of_pictures": encoded.num_images * image_tokens,
+        "cut": encoded.num_cut,
     }
-    return token_pieces(made, tokenizer, -200), counts
+    return token_pieces(encoded, tokenizer, -200), counts
 
 
 def _content(record: Record, pieces: Sequence[Piece], counts: dict[str, int]) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def _print(record: Record, pieces: Sequence[Piece], counts: dict[str, int], fold
     if record.extra:
         console.print(f"more keys: {json.dumps(dict(record.extra), ensure_ascii=False)}", style="dim")
     if counts:
-        console.print(", ".join(f"{number:,} {what.replace('_', ' ')}" for what, number in counts.items()), style="dim")
+        console.print(", ".join(f"{number:,} {COUNTS[name]}" for name, number in counts.items()), style="dim")
     console.print(as_rich(pieces))
 
 
@@ -143,4 +149,4 @@ def _size(path: str | Path) -> str:
     try:
         return "{} x {}".format(*load_image(path).size)
     except ImageError as error:
-        return str(error).rpartition(": ")[2]
+        return error.reason

@@ -1,4 +1,4 @@
-"""The folder that a conversion writes the pictures of a data set to."""
+"""The folder to which a conversion writes the pictures of a data set."""
 
 from __future__ import annotations
 
@@ -13,41 +13,43 @@ from milora_data.formats.vqa_files import Records
 from milora_data.images.files import StoredPicture, picture_suffix
 
 
-def already_there(path: Path) -> str:
-    """Return the message for a file or folder that a conversion would overwrite."""
-    return f"{path} exists already\nnothing was written; name a new --output_dir"
+def output_exists(path: Path) -> UserError:
+    """Return the error for a file or folder that a conversion would overwrite."""
+    return UserError(
+        f"{path} exists already", code="output-exists", hint="nothing was written; name a new --output_dir"
+    )
 
 
 class PictureFolder:
-    """A folder that is made with the first picture. `num_elsewhere` counts the records that name files elsewhere."""
+    """A folder that is created with the first picture. `num_elsewhere` counts the records that name other files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.is_mine = False  # it holds what was written here, and nothing else
+        self.is_mine = False  # created by this conversion
         self.num_elsewhere = 0
         self._used: Counter[str] = Counter()
         self._names: dict[tuple[str, bytes], str] = {}
 
     def filled(self, records: Records) -> Records:
-        """Yield the records after their stored pictures have been written, each content once by each of its names.
+        """Yield the records after writing their stored pictures; equal names with equal content are written once.
 
-        Raises `UserError` where the folder exists before the first one is.
+        Raises `UserError` if the folder exists before the first picture is written.
         """
         for value in records:
             elsewhere = False
             for key in ("image", "images"):
-                found = value.get(key)
-                for name in found if isinstance(found, list) else [found] if found else []:
+                field = value.get(key)
+                for name in field if isinstance(field, list) else [field] if field else []:
                     elsewhere |= not isinstance(name, StoredPicture)
-                if isinstance(found, list):
-                    value[key] = [self._written(name) for name in found]
-                elif found:
-                    value[key] = self._written(found)
+                if isinstance(field, list):
+                    value[key] = [self._written(name) for name in field]
+                elif field:
+                    value[key] = self._written(field)
             self.num_elsewhere += elsewhere
             yield value
 
     def remove(self) -> None:
-        """Remove the folder if it was made here."""
+        """Remove the folder if this conversion created it."""
         if self.is_mine:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -61,9 +63,9 @@ class PictureFolder:
 
     def _write(self, picture: StoredPicture) -> str:
         if not self.is_mine and self.path.exists():
-            raise UserError(already_there(self.path))
-        named = Path(picture.replace("\0", ""))  # a name may be anything: no file system takes NUL, or 256 bytes
-        stem, suffix = named.stem[:60] or "picture", named.suffix[:12] or picture_suffix(picture.content)
+            raise output_exists(self.path)
+        original = Path(picture.replace("\0", ""))  # file systems allow no NUL and at most 255 bytes
+        stem, suffix = original.stem[:60] or "picture", original.suffix[:12] or picture_suffix(picture.content)
         name = wanted = f"{stem}{suffix}"
         while name in self._used:
             self._used[wanted] += 1
