@@ -149,9 +149,9 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
     [
         (["--suite", "emoij"], ['unknown suite "emoij"', "emoji", "milora_eval ls"]),
         (["--benchmarks", "emoji,emojy"], ['unknown benchmark "emojy"', "did you mean emoji"]),
-        (["--benchmarks", ","], ["--benchmarks names none", "milora_eval ls"]),
-        (["--benchmarks", "emoji,emoji"], ["emoji comes twice", "--output_dir"]),
-        (["--benchmarks", "gqa,gqa@official"], ["gqa comes twice", "--output_dir"]),
+        (["--benchmarks", ","], ["--benchmarks: no benchmark name", "milora_eval ls"]),
+        (["--benchmarks", "emoji,emoji"], ["emoji is listed twice", "--output_dir"]),
+        (["--benchmarks", "gqa,gqa@official"], ["gqa is listed twice", "--output_dir"]),
         (["--benchmarks", "no_module:Thing"], ["cannot import", "module:Class"]),
         (["--suite", "emoji", "--data", "nowhere"], ["nowhere", "python -m milora_data emoji --output_dir nowhere"]),
         (["--suite", "quick", "--data", "nowhere"], ["no benchmark's files", "milora_eval ls"]),
@@ -215,7 +215,7 @@ def test_files_of_a_common_name_are_not_taken_for_a_benchmarks(
     shutil.copy(copy / "test.json", copy / "val.json")
     flags = ["--suite", "quick", "--data", str(copy), "--limit", "2", "--output_dir", str(tmp_path)]
     assert main(["run", "--model", "tiny", *flags]) == 0
-    assert "left out: benchmark vizwiz" in capsys.readouterr().err
+    assert "skipped: benchmark vizwiz" in capsys.readouterr().err
     found = json.loads((tmp_path / "eval" / "quick" / "base" / "results.json").read_text())
     assert [entry["name"] for entry in found["benchmarks"]] == ["emoji"]
 
@@ -226,8 +226,9 @@ def test_suites_are_listed_by_name(data: Path, capsys: pytest.CaptureFixture[str
     assert "emoji" in shown
     assert "quick" in shown
     assert "found" in shown
-    with pytest.raises(UserError, match="no folder nowhere"):
+    with pytest.raises(UserError, match="no folder nowhere") as caught:
         main(["ls", "--data", "nowhere"])
+    assert caught.value.problems[0].code == "path-not-a-folder"
 
 
 def test_help_and_ls_do_not_import_torch() -> None:

@@ -110,7 +110,7 @@ def test_llava_bench_is_the_ratio_of_the_marks(tmp_path: Path) -> None:
     official_data.dump_lines(tmp_path / "reviews.jsonl", reviews)
     assert main(["judge", str(folder), "--file", str(tmp_path / "reviews.jsonl")]) == 0
     assert headline(folder)["value"] == pytest.approx(15 / 18)
-    assert headline(folder)["note"] == "1 reviews without two numbers are left out"
+    assert headline(folder)["note"] == "1 reviews without two numbers are skipped"
 
 
 def test_the_judge_of_llava_bench_gets_a_system_message(server: str, tmp_path: Path) -> None:

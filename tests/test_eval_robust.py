@@ -194,10 +194,10 @@ def test_files_for_others_are_written_without_holding_the_answers(data: Path, tm
 def test_files_of_another_form_are_a_message(data: Path, tmp_path: Path) -> None:
     official_data.gqa(tmp_path)
     (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"text": "Why?"}}')
-    with pytest.raises(UserError, match=r"benchmark gqa: .* not of the published form: no 'question'"):
+    with pytest.raises(UserError, match=r"benchmark gqa: .* published format: no 'question'"):
         load_items(find_benchmark("gqa"), tmp_path)
     (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "two"}\n')
-    with pytest.raises(UserError, match=r"benchmark gsm8k: .* not of the published form: could not convert"):
+    with pytest.raises(UserError, match=r"benchmark gsm8k: .* published format: could not convert"):
         load_items(find_benchmark("gsm8k"), tmp_path)
 
 

@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     results = evaluate(model, data, done)
     assert results is not None
     assert results["asked"] == 22 - 9
-    assert "9 of 22 answers are there from before" in capsys.readouterr().err
+    assert "9 of 22 answers are stored already" in capsys.readouterr().err
     assert answers(done) == answers(whole)
 
 

@@ -47,7 +47,7 @@ def test_one_page_holds_questions_answers_truths_and_pictures(
     found = content(page)
     assert found["runs"] == ["base", "final"]
     assert "6 questions" in page.read_text()
-    assert "final is right on 4 questions that base gets wrong, and wrong on 1 of its right ones" in page.read_text()
+    assert "final corrects 4 wrong answers of base, and gets 1 of its right ones wrong" in page.read_text()
     assert [row["answers"][0]["value"] for row in found["rows"]] == [1, 1, 0, 0, 0, 0]
     assert found["rows"][3]["answers"][0]["text"] == "</script><script>alert(1)</script>"
     assert found["rows"][0]["question"].startswith("What color is it?")
