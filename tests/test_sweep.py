@@ -316,8 +316,8 @@ def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) ->
 @pytest.mark.parametrize(
     ("name", "fields", "words"),
     [
-        ("whole", {"method": "full", "protect": {"top": 4}}, "protect: no use here"),
-        ("whole", {"method": "full", "weight_deca": 0.1}, "weight_deca: no use here"),
+        ("whole", {"method": "full", "protect": {"top": 4}}, "protect: no effect"),
+        ("whole", {"method": "full", "weight_deca": 0.1}, "weight_deca: no effect"),
         ("a/b", {"method": "lora"}, "cannot hold a /"),
     ],
 )

@@ -81,9 +81,7 @@ def _lede(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
         return f"{sum(scored):,} of {len(scored):,} answers are right" if scored else "The answers are not scored yet"
     gained, lost = marks.count([False, True]), marks.count([True, False])
     first, second = names
-    return (
-        f"{second} is right on {gained:,} questions that {first} gets wrong, and wrong on {lost:,} that it gets right"
-    )
+    return f"{second} corrects {gained:,} wrong answers of {first}, and gets {lost:,} of its right ones wrong"
 
 
 def _row(key: tuple[str, str], lines: Sequence[Line | None], pictures: dict[str, int]) -> dict[str, Any]:
