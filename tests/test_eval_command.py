@@ -1,4 +1,4 @@
-"""The command `python -m milora_eval`: the road of the demo on tiny models, and mistakes in a few clear lines."""
+"""The command `python -m milora_eval`: the demo's steps on tiny models, and short error messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock LoRA on `tiny` that answers otherwise than its base."""
+    """Return a stock LoRA on `tiny` whose answers differ from its base."""
     from peft import LoraConfig, get_peft_model
 
     from milora_vl.load import load_model
@@ -50,7 +50,7 @@ def results(output: Path, which: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def both(adapter: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """The folder of an evaluation of base and tuned model, to look at or to copy, and what it said."""
+    """Return the folder of an evaluation of base and tuned model (read it or copy it), and its output."""
     folder, out, err = tmp_path_factory.mktemp("both"), io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert main(arguments(adapter, data, folder, "--with_base")) == 0

@@ -1,4 +1,4 @@
-"""Free answers and their judge: from a file or a server that speaks OpenAI's protocol, one request an answer."""
+"""Free-form answers and their judge: from a file or an OpenAI-compatible server, one request per answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from milora_eval.suites import find_benchmark, folder_of
 
 
 class Judge(BaseHTTPRequestHandler):
-    """Answers with what the test put into `replies`, and keeps what it was asked."""
+    """Answers with the texts in `replies`, and stores the requests."""
 
     replies: ClassVar[list[str]] = []
     asked: ClassVar[list[dict[str, Any]]] = []

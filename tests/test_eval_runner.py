@@ -1,4 +1,4 @@
-"""Asking: resumable at any point, shared out over shards, the same bytes in the end."""
+"""Generating answers: resumable at any point, split over shards, with the same bytes in the end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def answers(output: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def whole(model: Made, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an evaluation that nothing has disturbed, to look at or to copy."""
+    """Return the folder of an uninterrupted evaluation; read it or copy it."""
     folder = tmp_path_factory.mktemp("whole")
     evaluate(model, data, folder, model_name="tiny")
     return folder
@@ -56,7 +56,7 @@ def whole(model: Made, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def done(whole: Path, tmp_path: Path) -> Path:
-    """A copy of it to change."""
+    """Return a copy of it to change."""
     return shutil.copytree(whole, tmp_path / "done")
 
 
