@@ -1,10 +1,10 @@
-"""Every benchmark in one go, each in a process of its own, one at a time: `make bench`.
+"""Run every benchmark, one at a time, each in its own process: `make bench`.
 
 python benchmarks/all.py [--only NAME ...] [--missing] [--page]
 
-Results go to benchmarks/results.json as they come, with the machine's description; docs/performance.md is made of them.
---only measures some parts again and keeps the others; --missing measures what has no result yet, after an interruption;
---page writes the page and measures nothing.
+Each result is written to benchmarks/results.json with a description of the machine; docs/performance.md shows them.
+--only measures some parts again and keeps the others; --missing measures the parts without a result;
+--page only writes the page.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ PARTS = {
 
 
 def main() -> int:
-    """Measure, write results and page; 1 if a script failed."""
+    """Measure, write the results and the page; return 1 if a script failed."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME")
-    options.add_argument("--missing", action="store_true", help="leave out the parts that have a result")
-    options.add_argument("--page", action="store_true", help="write docs/performance.md from the results there are")
+    options.add_argument("--missing", action="store_true", help="skip the parts that have a result")
+    options.add_argument("--page", action="store_true", help="write docs/performance.md from the stored results")
     chosen = options.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     failed = []
@@ -86,14 +86,14 @@ def main() -> int:
 
 
 def measure(command: str) -> Any:
-    """Run one script; what its last line of output says, or None if it failed."""
+    """Run one script; return the JSON value of its last line of output, None if it failed."""
     script, *words = command.split()
     done = subprocess.run([sys.executable, f"benchmarks/{script}", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return a description of this machine, on which the figures depend."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()

@@ -1,6 +1,6 @@
-"""Data speed: encoding against LLaVA's preprocess_v1, pixels against LLaVA's path, packing, memory over many records.
+"""Data speed: encoding and pixels against LLaVA's code, packing, and memory for many records.
 
-python benchmarks/data.py [--records 2000] [--lines 1000000]    prints a JSON line; ratios are from this one run
+python benchmarks/data.py [--records 2000] [--lines 1000000]    prints a JSON line; the ratios are measured in one run
 Needs the development packages (llava-torch and mistral-common): make setup
 """
 
@@ -34,23 +34,23 @@ from milora_data.images.pixels import PixelMaker
 from milora_data.pack import fill, pack
 from milora_data.sources import load_records
 
-# 30,000 made-up words, the frequent ones frequent by Zipf's law and short, as those of a language are.
+# 30,000 random words with frequencies by Zipf's law; as in a natural language, frequent words are short.
 _letters = random.Random(0)
 WORDS = ["".join(_letters.choices("etaoinshrdlucmfwypvbgk", k=2 + rank.bit_length() // 2)) for rank in range(1, 30_001)]
 WEIGHTS = list(accumulate(1 / rank for rank in range(1, 30_001)))
-# exchanges and words of question and answer, as in the parts of mix665k
+# number of exchanges, and words per question and answer, as in the parts of mix665k
 ROUNDS = 5
 KINDS = {"VQA": (8, 9, 1), "captions": (1, 12, 60), "conversations": (3, 14, 80)}
 
 
 def main() -> None:
-    """Measure all of it and print the figures."""
+    """Measure everything and print the figures."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--records", type=int, default=1000)
     options.add_argument("--lines", type=int, default=1_000_000)
     chosen = options.parse_args()
     torch.set_num_threads(1)
-    # Memory first: nothing else has raised the peak yet.
+    # Memory comes first, because nothing else has raised the peak yet.
     measured = {"threads": 1, **memory(chosen.lines), **encoding(chosen.records), **pixels(), **packing()}
     print(json.dumps(measured))
 
@@ -76,7 +76,7 @@ def records(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def encoding(count: int) -> dict[str, Any]:
-    """Milliseconds a record, up to tensors of ids and labels; ours with 576 image tokens, LLaVA's with its copy."""
+    """Return milliseconds per record up to tensors of ids and labels; LLaVA's time includes its copy of the record."""
     train, tokenizer = llava_train(), llama_tokenizer("new")
     train.conversation_lib.default_conversation = train.conversation_lib.conv_templates["v1"]
     arguments = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False)
@@ -87,12 +87,12 @@ def encoding(count: int) -> dict[str, Any]:
 
     def ours(value: dict[str, Any]) -> None:
         made = encode(value, tokenizer, image_token_id=32000)
-        for numbers in (made.input_ids, made.labels):  # as the collator makes tensors of them
+        for numbers in (made.input_ids, made.labels):  # the collator converts them to tensors in the same way
             torch.from_numpy(np.fromiter(numbers, np.int64, len(numbers)))
 
     found: dict[str, Any] = {}
     for kind in KINDS:
-        fresh = [records(kind, count, seed) for seed in range(ROUNDS)]  # no text comes twice
+        fresh = [records(kind, count, seed) for seed in range(ROUNDS)]  # no text is repeated
         rounds = iter(fresh), iter(fresh)
         with contextlib.redirect_stdout(io.StringIO()):
             slow, fast = alternating(
@@ -103,7 +103,7 @@ def encoding(count: int) -> dict[str, Any]:
 
 
 def photo(width: int, height: int, path: Path) -> None:
-    """Write a JPEG with structure of all sizes, as photos have it."""
+    """Write a JPEG with structure at all scales, like a photo."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 255, (height // 16, width // 16, 3), dtype=np.uint8))
     fine = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
@@ -112,7 +112,7 @@ def photo(width: int, height: int, path: Path) -> None:
 
 
 def pixels() -> dict[str, Any]:
-    """Milliseconds a file, and the largest and the mean difference in levels of 255."""
+    """Return milliseconds per file, and the largest and the mean difference in levels of 255."""
     from llava.mm_utils import expand2square
     from transformers import CLIPImageProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -148,7 +148,7 @@ def pixels() -> dict[str, Any]:
 
 
 def packing() -> dict[str, Any]:
-    """Share of positions that hold a token: records in random order padded to the longest of 16, and packed."""
+    """Return the share of positions that hold a token: for random batches of 16 with padding, and for packed rows."""
     rng = np.random.default_rng(0)
     pictures, texts = 576 + 45 + rng.gamma(1.5, 80, 100_000), 45 + rng.lognormal(6, 0.9, 100_000)
     lengths = [int(n) for n in np.where(rng.random(100_000) < 0.94, pictures, texts).clip(60, 2048)]
@@ -161,7 +161,7 @@ def packing() -> dict[str, Any]:
 
 
 def memory(lines: int) -> dict[str, Any]:
-    """Peak memory (MB) that reading JSON lines adds, after a tenth of them and after all."""
+    """Return the added peak memory (MB) of reading JSON lines, after a tenth of them and after all."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "many.jsonl"
         some = "".join(json.dumps(value) + "\n" for value in records("VQA", 1000))
@@ -183,7 +183,7 @@ def peak() -> float:
 
 
 def alternating(one: Callable[[], Any], other: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, float]:
-    """Return the shortest times of both, measured in turns, so that a slow moment of the machine meets both."""
+    """Return the shortest times of both. They are measured alternately, so a slow phase of the machine affects both."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for function, found in zip((one, other), times, strict=True):

@@ -1,9 +1,9 @@
-"""The demo as the README shows it: how long `make demo` took here, and what it printed.
+"""The demo in the README: the time of `make demo` on this machine, and its output.
 
-python benchmarks/demo.py            # minutes: runs it in a folder of its own, writes demo.json and the README's part
-python benchmarks/demo.py --readme   # writes the README's part from demo.json
+python benchmarks/demo.py            # takes minutes: runs the demo, writes demo.json and the README's section
+python benchmarks/demo.py --readme   # writes the README's section from demo.json
 
-`make demo` must have run before, so that downloads and the making of smol-llava are not measured.
+Run `make demo` once before, so that downloads and the creation of smol-llava are not measured.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ report: runs/demo/report.html
 
 
 def measure() -> dict[str, Any]:
-    """Run the demo; its time, its table and the numbers that the summary needs."""
+    """Run the demo; return its time, its table and the numbers for the summary."""
     with TemporaryDirectory(dir=ROOT / "runs") as folder:
         start = time.perf_counter()
         done = subprocess.run(
@@ -50,7 +50,7 @@ def measure() -> dict[str, Any]:
 
 
 def table(printed: str) -> list[str]:
-    """The lines of the table of scores in what the demo printed; ValueError where there is none."""
+    """Return the lines of the score table in the demo's output. Raises ValueError if there is no table."""
     lines = [line.rstrip() for line in printed.splitlines()]
     head = next((place for place, line in enumerate(lines) if "baseline" in line and "tuned" in line), None)
     if head is None:
@@ -60,14 +60,14 @@ def table(printed: str) -> list[str]:
 
 
 def block(found: dict[str, Any]) -> str:
-    """The README's part."""
+    """Return the README's section."""
     minutes, seconds = divmod(found["seconds"], 60)
     cpu, lines = found["machine"]["cpu"], "\n".join(found["table"])
     return PRINTED.format(minutes=minutes, seconds=seconds, cpu=cpu, dtype=found["dtype"], table=lines)
 
 
 def written(readme: str, found: dict[str, Any]) -> str:
-    """The README's text with its part made anew."""
+    """Return the README's text with a new section. Raises ValueError if it has no markers."""
     start = "<!-- demo -->\n"
     before, found_start, rest = readme.partition(start)
     _, found_end, after = rest.partition("<!-- end -->")
@@ -77,9 +77,9 @@ def written(readme: str, found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure, keep, and write the README."""
+    """Measure, store the result, and update the README."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--readme", action="store_true", help="write the README's part from demo.json alone")
+    options.add_argument("--readme", action="store_true", help="only write the README's section from demo.json")
     if not options.parse_args().readme:
         RESULTS.write_text(json.dumps(measure(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     found = json.loads(RESULTS.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Evaluation: several questions about one picture against batch 1, VQAv2 scoring against the plain rules, memory.
+"""Evaluation: shared pictures against batch size 1, VQAv2 scoring against the plain rules, and memory.
 
 python benchmarks/eval.py [--model smol-llava] [--pictures 16] [--questions 6] [--answers 200000]
     [--predictions 1000000]   prints a JSON line
@@ -30,7 +30,7 @@ from milora_eval.rules import vqa
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
 
-# The high-water mark of a process starts anew at exec; that of getrusage would be this one's.
+# VmHWM restarts at exec; the peak of getrusage would include this process.
 SCORE_ALONE = """
 from pathlib import Path
 from milora_eval.scores.results import numbers
@@ -42,7 +42,7 @@ THINGS = ("dog", "chair", "cup", "person", "tree", "car", "bottle", "bird", "tab
 
 
 def main() -> None:
-    """Measure both and print the ratios."""
+    """Measure everything and print the ratios."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--model", default="smol-llava")
     options.add_argument("--pictures", type=int, default=16)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def asking(name: str, num_pictures: int, num_questions: int, batch_size: int) -> dict[str, Any]:
-    """Ask POPE-like questions, several a picture: one by one, as LLaVA's scripts do, and in batches; in turns."""
+    """Ask several POPE-like questions per picture: one by one, like LLaVA's scripts, and in batches; alternately."""
     model, processor = load_model(name)
     rng = random.Random(0)
     prompts = []
@@ -91,7 +91,7 @@ def asking(name: str, num_pictures: int, num_questions: int, batch_size: int) ->
 
 
 def memory(count: int) -> dict[str, Any]:
-    """Peak memory of scoring stored answers: of a tenth and of all, each in a process of its own."""
+    """Return the peak memory of scoring a tenth of the stored answers and all of them, each in its own process."""
     peaks = []
     for number in (count // 10, count):
         with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ def memory(count: int) -> dict[str, Any]:
 
 
 def write_predictions(folder: Path, count: int) -> None:
-    """Lines of predictions.jsonl for VQAv2, written one by one."""
+    """Write predictions.jsonl for VQAv2, line by line."""
     benchmark, data = VQAv2(), Path("data")
     with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
         for i in range(count):
@@ -121,7 +121,7 @@ def write_predictions(folder: Path, count: int) -> None:
 
 
 def drawing(rng: random.Random) -> Image.Image:
-    """A picture with a few shapes."""
+    """Return a picture with a few shapes."""
     picture = Image.new("RGB", (320, 240), tuple(rng.randbytes(3)))
     draw = ImageDraw.Draw(picture)
     for _ in range(5):
@@ -131,7 +131,7 @@ def drawing(rng: random.Random) -> Image.Image:
 
 
 def scoring(count: int) -> dict[str, Any]:
-    """VQAv2 accuracy of `count` answers drawn from a few thousand, as real ones are."""
+    """Measure VQAv2 scoring of `count` answers, drawn from a few thousand texts as in real answers."""
     rng = random.Random(0)
     words = [f"{rng.choice(('the ', '', 'a '))}{thing}{rng.choice(('', 's', '.', ', red'))}" for thing in THINGS * 300]
     words += ["yes", "no", "2", "two", "dont know", "1,000", "black-white"] * 200
@@ -148,7 +148,7 @@ def scoring(count: int) -> dict[str, Any]:
 
 
 def plain_accuracy(text: str, references: Sequence[str]) -> float:
-    """The official rules as they are written down: every answer normalised anew, every annotator left out in turn."""
+    """Return the accuracy by a literal implementation: normalise every answer, leave out each annotator in turn."""
     text, references = vqa.clean(text), [vqa.clean(reference) for reference in references]
     if len(set(references)) > 1:
         text, references = plain_normalise(text), [plain_normalise(reference) for reference in references]
@@ -160,7 +160,7 @@ def plain_accuracy(text: str, references: Sequence[str]) -> float:
 
 
 def plain_normalise(text: str) -> str:
-    """Mark by mark and word by word."""
+    """Return the normal form, computed mark by mark and word by word."""
     before = text
     for mark in vqa.PUNCTUATION:
         beside_blank = f"{mark} " in before or f" {mark}" in before
@@ -169,7 +169,7 @@ def plain_normalise(text: str) -> str:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Return seconds and result."""
+    """Return the seconds and the result of a call."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result

@@ -1,9 +1,9 @@
-"""A LLaVA-1.5-7B with random weights in bf16 on a CPU: load, factors, one step, save; time and peak memory of each.
+"""A LLaVA-1.5-7B with random weights in bf16 on a CPU: time and peak memory of load, factors, one step and save.
 
 MiLoRA of rank 16 on all seven projections of the 32 blocks (224 matrices). The goal is 24 GB and two cores. With
---layers N the language model has N blocks. Every stage's peak is the kernel's own counter (VmHWM), reset before it; the
-step's is compared with the plan of a dry run. The model is written once into --folder and read from there, as a real
-one would be. Prints one JSON line.
+--layers N the language model has N blocks. The peak of each stage is the kernel's counter (VmHWM), reset before it; the
+peak of the step is compared with the plan of a dry run. The model is written once to --folder and read from there,
+like a real one. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ RESULTS: dict[str, Any] = {}
 
 
 def status(name: str) -> int:
-    """Bytes of VmRSS or VmHWM."""
+    """Return VmRSS or VmHWM in bytes."""
     with Path("/proc/self/status").open() as lines:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Time and peak of one stage."""
+    """Record the time and the peak of one stage."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
@@ -54,7 +54,7 @@ def stage(name: str) -> Iterator[None]:
 
 
 def write(config: Any, folder: Path) -> None:
-    """Write random weights shard by shard: the model is never whole in memory here."""
+    """Write random weights shard by shard, so the whole model is never in memory."""
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def write(config: Any, folder: Path) -> None:
 
 
 def one_step(base: Any, model: Any, config: Any) -> None:
-    """Forward, backward and one step of Adam on one record with a picture, checkpointing on."""
+    """Run forward, backward and one step of Adam on one record with a picture, with checkpointing."""
     from peft.helpers import disable_input_dtype_casting
 
     length = PICTURE + ANSWER + 64
@@ -102,7 +102,7 @@ def one_step(base: Any, model: Any, config: Any) -> None:
 
 
 def planned(config: Any) -> int:
-    """Bytes of the step by the plan: what is resident, and what the step adds (Adam's states come after the peak)."""
+    """Return the planned bytes: resident, and added by the step (without Adam's states, which follow the peak)."""
     targets = Policy.parse_and_resolve(RULES, meta_model(config))
     shape = Shape(
         records=1, tokens=PICTURE + ANSWER + 64, learnt=ANSWER, pictures=1, image_tokens=PICTURE, half=True,
@@ -116,10 +116,10 @@ def planned(config: Any) -> int:
 def main() -> None:
     """Run all stages and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=32, help="blocks of the language model [32]")
-    parser.add_argument("--folder", help="where the weights are written (14 GB) [a temporary folder]")
+    parser.add_argument("--layers", type=int, default=32, help="number of blocks of the language model [32]")
+    parser.add_argument("--folder", help="folder for the weights (14 GB) [a temporary folder]")
     args = parser.parse_args()
-    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # so that what is freed goes back, and peaks are what is in use
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # return freed memory to the system, so that peaks show used memory
         os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
         os.execv(sys.executable, [sys.executable, *sys.argv])
     config = loading.config_of("llava-1.5-7b")

@@ -1,4 +1,4 @@
-"""What we want to reach, and where in the results of `benchmarks/all.py` it stands."""
+"""The performance goals, and the place of each figure in the results of `benchmarks/all.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Results = dict[str, Any]  # name of a part -> the JSON that its script printed
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """One figure: measured by `part`, at least (or, with `at_most`, at most) `goal`."""
+    """One figure, measured by `part`: at least (with `at_most`: at most) `goal`."""
 
     what: str
     against: str
@@ -22,7 +22,7 @@ class Goal:
     at_most: bool = False
 
     def is_met(self, value: float) -> bool:
-        """Whether `value` reaches the goal."""
+        """Return whether `value` reaches the goal."""
         return value <= self.goal if self.at_most else value >= self.goal
 
 
@@ -91,7 +91,7 @@ GOALS = (
     Goal("the slowest --help", "", "imports", lambda r: max(r["help"].values()), 1.5, " s", True),
 )  # fmt: skip
 
-# Why a goal is missed, and what was tried.
+# Why a goal is missed, and which attempts failed.
 THIN = (
     "CPUs with matrix units multiply bfloat16 so fast that thin products cost far more than their count of operations, "
     "LoRA's own too. "

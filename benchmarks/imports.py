@@ -1,4 +1,4 @@
-"""What `import milora_vl` adds to `import torch`, and how long each program's --help takes; fresh processes, medians.
+"""The time that `import milora_vl` adds to `import torch`, and the time of each --help: medians of fresh processes.
 
 python benchmarks/imports.py [--repeats 7]    prints a JSON line
 """
@@ -16,7 +16,7 @@ from milora_vl.__main__ import MENU
 
 
 def main() -> None:
-    """Measure in turns and print the figures."""
+    """Measure alternately and print the figures."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--repeats", type=int, default=7)
     repeats = options.parse_args().repeats
@@ -26,13 +26,13 @@ def main() -> None:
 
 
 def alternating(one: list[str], other: list[str], repeats: int) -> tuple[float, float]:
-    """Median seconds of two commands, run in turns."""
+    """Return the median seconds of two commands, run alternately."""
     pairs = [(seconds(one), seconds(other)) for _ in range(repeats)]
     return statistics.median(pair[0] for pair in pairs), statistics.median(pair[1] for pair in pairs)
 
 
 def seconds(arguments: list[str]) -> float:
-    """Seconds of one fresh Python process."""
+    """Return the seconds of one fresh Python process."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""A whole model's initialisation: ours, from the cache, PEFT's `pissa`, and a full SVD per layer; time, memory, errors.
+"""Initialization of a model: ours, from the cache, PEFT's `pissa`, and a full SVD per layer; time, memory, errors.
 
 python benchmarks/init_model.py [--model smollm2|7b-block|FOLDER] [--rank 32] [--dtype float32|bfloat16]
 
@@ -31,7 +31,7 @@ from milora_vl.weights.matrices import read_matrix
 
 
 def main() -> None:
-    """Measure all ways, one after the other, and print the table."""
+    """Measure all methods one after the other and print the table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default="smollm2")
     options.add_argument("--rank", type=int, default=32)
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def language_model(name: str, dtype: torch.dtype) -> nn.Module:
-    """The causal language model called so."""
+    """Return the causal language model with this name."""
     if name == "smollm2":
         return load_model("smol-llava", dtype=dtype)[0].model.language_model
     if name == "7b-block":
@@ -62,7 +62,7 @@ def language_model(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def block(hidden: int, mlp: int) -> nn.Module:
-    """The linear layers of one block of LLaMA with Gaussian weights."""
+    """Return the linear layers of one block of LLaMA with Gaussian weights."""
     shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (hidden, hidden))
     shapes |= {"gate_proj": (hidden, mlp), "up_proj": (hidden, mlp), "down_proj": (mlp, hidden)}
     layers = nn.ModuleDict({name: nn.Linear(*sizes, bias=False) for name, sizes in shapes.items()})
@@ -73,7 +73,7 @@ def block(hidden: int, mlp: int) -> nn.Module:
 
 
 def ours(model: nn.Module, targets: list[Target]) -> list[dict[str, Any]]:
-    """Without a cache, filling one, and from it."""
+    """Measure without a cache, filling a cache, and loading from it."""
     with tempfile.TemporaryDirectory() as folder:
         plain, made = measured("milora_vl", lambda: initialize(model, targets))
         filled, _ = measured("milora_vl, filling its cache", lambda: initialize(model, targets, cache_dir=folder))
@@ -85,7 +85,7 @@ def ours(model: nn.Module, targets: list[Target]) -> list[dict[str, Any]]:
 
 
 def full(model: nn.Module, targets: list[Target]) -> dict[str, Any]:
-    """torch.linalg.svd of every weight."""
+    """Measure torch.linalg.svd of every weight."""
 
     def every() -> None:
         for target in targets:
@@ -96,7 +96,7 @@ def full(model: nn.Module, targets: list[Target]) -> dict[str, Any]:
 
 
 def pissa(model: nn.Module, targets: list[Target], rank: int) -> dict[str, Any]:
-    """PEFT's own initialisation by principal components; it changes the model, so it comes last."""
+    """Measure PEFT's initialization with principal components; it runs last because it changes the model."""
     names = sorted({target.path.rpartition(".")[2] for target in targets})
     config = LoraConfig(r=rank, target_modules=names, init_lora_weights="pissa")
     with warnings.catch_warnings():
@@ -106,8 +106,8 @@ def pissa(model: nn.Module, targets: list[Target], rank: int) -> dict[str, Any]:
 
 
 def measured(way: str, function: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
-    """Seconds, and how far memory rose above what was in use before (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    """Return the seconds, and the increase of the memory above the initial use (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak counter
     before = memory("VmRSS")
     start = time.perf_counter()
     result = function()
@@ -116,7 +116,7 @@ def measured(way: str, function: Callable[[], Any]) -> tuple[dict[str, Any], Any
 
 
 def memory(name: str) -> int:
-    """KiB, as the kernel counts them."""
+    """Return a value of /proc/self/status in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 

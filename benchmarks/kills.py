@@ -1,7 +1,7 @@
-"""A training that is killed at random moments, and resumed each time, against the same training left alone.
+"""Compare a training that is killed at random times and resumed with the same training without kills.
 
 python benchmarks/kills.py --kills 20 --processes 2 --output_dir FOLDER -- --model smol-llava --deepspeed zero3 ...
-What stands behind `--` is the command line of milora_vl.train; prints a JSON line.
+The arguments after `--` are the command line of milora_vl.train. Prints a JSON line.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def main() -> int:
-    """Run both and compare their losses; 1 where they differ."""
+    """Run both and compare their losses; return 1 if they differ."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--processes", type=int, default=1)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--output_dir", type=Path, help="where the two runs are kept [a temporary folder]")
+    options.add_argument("--output_dir", type=Path, help="folder for the two runs [a temporary folder]")
     options.add_argument("words", nargs="+")
     chosen = options.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def compare(chosen: argparse.Namespace, folder: Path) -> int:
-    """Train twice in `folder`, alone and killed, and print what came out; 1 where the losses differ."""
+    """Train twice in `folder`, without and with kills, and print the result; return 1 if the losses differ."""
     whole, killed = folder / "whole", folder / "killed"
     start = time.monotonic()
     training = Training(chosen.words, whole, chosen.processes)
@@ -61,7 +61,7 @@ def compare(chosen: argparse.Namespace, folder: Path) -> int:
 
 
 class Training:
-    """The processes of one training. They are forked from one that has imported everything: a start costs a second."""
+    """The processes of one training, forked from a process that has imported everything: a start takes a second."""
 
     def __init__(self, words: Sequence[str], run: Path, processes: int) -> None:
         run.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class Training:
             process.start()
 
     def ends(self, seconds: float | None = None) -> bool:
-        """Whether all have ended after that time; AssertionError where one has failed."""
+        """Return whether all processes have ended after this time. Raises AssertionError if one has failed."""
         for process in self.processes:
             process.join(seconds)
         codes = [process.exitcode for process in self.processes]
@@ -83,7 +83,7 @@ class Training:
         return codes == [0] * len(codes)
 
     def kill(self) -> None:
-        """SIGKILL for all of them."""
+        """Send SIGKILL to all processes."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -91,13 +91,13 @@ class Training:
 
 
 def place(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process."""
+    """Return the environment variables that torchrun sets for a process."""
     said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     return {name: str(value) for name, value in said.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def train(words: Sequence[str], environment: Mapping[str, str], log: str) -> None:
-    """In a process of its own: milora_vl.train."""
+    """Run milora_vl.train in this process."""
     os.environ.update(environment)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
@@ -110,10 +110,10 @@ def train(words: Sequence[str], environment: Mapping[str, str], log: str) -> Non
 
 
 def kill_often(chosen: argparse.Namespace, run: Path, seconds: float) -> list[dict[str, bool]]:
-    """Start, kill all its processes at a random moment, start again; in the end leave it alone.
+    """Start a training, kill all its processes at a random time, and start it again; the last start is not killed.
 
-    Every second kill aims at a checkpoint: it comes within 100 ms of the appearance of its folder. The others come
-    within the `seconds` that a start takes up to its first checkpoint, so some before the training has begun.
+    Every second kill happens within 100 ms after a checkpoint folder appears. The others happen
+    within the `seconds` from a start to its first checkpoint, so some happen before the training begins.
     """
     rng = random.Random(chosen.seed)
     kills: list[dict[str, bool]] = []
@@ -137,14 +137,14 @@ def kill_often(chosen: argparse.Namespace, run: Path, seconds: float) -> list[di
 
 
 def wait_for_checkpoint(training: Training, run: Path, here: set[Path], at_most: float = float("inf")) -> None:
-    """Until there is a checkpoint that is not `here`, the training ends, or the seconds are over."""
+    """Wait until a checkpoint that is not in `here` exists, the training ends, or the time is over."""
     end = time.monotonic() + at_most
     while not training.ends(0) and set(run.glob("checkpoint-*")) <= here and time.monotonic() < end:
         time.sleep(0.001)
 
 
 def losses(run: Path) -> list[float]:
-    """The loss of every logged step."""
+    """Return the loss of every logged step."""
     log: list[dict[str, Any]] = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return [entry["loss"] for entry in log if "loss" in entry]
 

@@ -1,6 +1,6 @@
-"""Records a second of 2 loader processes, and of smol-llava's training, each measured alone; the tower's share.
+"""Records per second of 2 loader processes and of smol-llava's training, measured separately; the share of the tower.
 
-python benchmarks/loader.py [--steps 6] [--batches 40]    prints a JSON line; ratios are from this one run
+python benchmarks/loader.py [--steps 6] [--batches 40]    prints a JSON line; the ratios are measured in one run
 Pictures are JPEGs of 640 x 480, conversations as in the parts of mix665k, batches of 8 as in the demo's recipe.
 """
 
@@ -36,7 +36,7 @@ POLICY = [
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the figures."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--steps", type=int, default=6)
     options.add_argument("--batches", type=int, default=40)
@@ -64,7 +64,7 @@ def measured(folder: Path, steps: int, batches: int, batch_size: int) -> dict[st
         image_folder=folder,
         max_length=512,
     )
-    # The processes start before the clock does.
+    # The processes start before the time measurement.
     loader = iter(DataLoader(list(islice(cycle(items), (batches + 4) * batch_size)), batch_size, num_workers=2,
                              collate_fn=collator))  # fmt: skip
     given = [next(loader) for _ in range(4)]

@@ -1,8 +1,8 @@
-"""The loss in chunks against the model's own: peak memory and time of a step at 2,048 positions x 32,000 words.
+"""The chunked loss against the model's loss: peak memory and time of a step at 2,048 positions x 32,000 words.
 
-A small Llama with a large vocabulary, so that logits are nearly all of a step. Memory: resident at the peak of the
-third step less what stays, each way in a process of its own. Time: of the processor, both ways in turns in one process.
-Prints one JSON line with ratios (ours / the model's own).
+A small Llama with a large vocabulary, so that the logits dominate a step. Memory is the resident memory at the peak of
+the third step minus the memory after it, each method in its own process. Time is processor time, alternately in one
+process. Prints one JSON line with ratios (ours / the model's).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from milora_vl.losses import install, summed_loss
 from plan import status
 
 WORDS, LENGTH, WIDTH = 32000, 2048, 256
-LEARNT = (60, LENGTH - 1)  # of a LLaVA record, and of a text
+LEARNT = (60, LENGTH - 1)  # of a LLaVA record, and of a text record
 WAYS = ("own", "chunked")
 
 
 def model() -> Any:
-    """One layer, a head of WIDTH x WORDS that trains."""
+    """Return a model with one layer and a trainable head of WIDTH x WORDS."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -40,7 +40,7 @@ def model() -> Any:
 
 
 def batch(learnt: int) -> dict[str, torch.Tensor]:
-    """One row, the last `learnt` positions supervised."""
+    """Return one row in which the last `learnt` positions are supervised."""
     ids = torch.randint(0, WORDS, (1, LENGTH))
     labels = ids.clone()
     labels[:, :-learnt] = -100
@@ -48,7 +48,7 @@ def batch(learnt: int) -> dict[str, torch.Tensor]:
 
 
 def step(made: Any, inputs: dict[str, torch.Tensor], way: str) -> float:
-    """Forward and backward; the loss."""
+    """Run forward and backward; return the loss."""
     if way == "own":
         loss = made(**inputs).loss
     else:
@@ -60,19 +60,19 @@ def step(made: Any, inputs: dict[str, torch.Tensor], way: str) -> float:
 
 
 def memory(way: str, learnt: int) -> int:
-    """Bytes that the third step takes at its peak."""
+    """Return the bytes that the third step needs at its peak."""
     made, inputs = model(), batch(learnt)
     for _ in range(2):
         step(made, inputs, way)
     start = status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 - the kernel's own counter of the peak
+    with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 - the kernel's peak counter
         file.write("5")
     step(made, inputs, way)
     return status("VmHWM") - start
 
 
 def seconds(learnt: int, rounds: int) -> dict[str, float]:
-    """Median processor time of a step, by way."""
+    """Return the median processor time of a step per method."""
     made, inputs = model(), batch(learnt)
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     losses = {way: step(made, inputs, way) for way in WAYS}
@@ -86,11 +86,9 @@ def seconds(learnt: int, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure both ways at both counts of supervised positions."""
+    """Measure both methods at both numbers of supervised positions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--one", nargs=2, metavar=("WAY", "LEARNT"), help="memory of one (used by the benchmark itself)"
-    )
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "LEARNT"), help="measure the memory of one method (internal)")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     if args.one:

@@ -1,4 +1,4 @@
-"""docs/performance.md, made of benchmarks/results.json and the goals."""
+"""Generate docs/performance.md from benchmarks/results.json and the goals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KILLS = (
 
 
 def page(results: dict[str, Any]) -> str:
-    """The text of docs/performance.md; SystemExit where the results are not of one machine."""
+    """Return the text of docs/performance.md. Raises SystemExit if the results come from several machines."""
     described = [entry["machine"] for entry in results.values()]
     if any(other != described[0] for other in described):
         raise SystemExit("the results come from different machines or versions: measure all of them again")
@@ -37,18 +37,18 @@ def page(results: dict[str, Any]) -> str:
 
 
 def figure(value: float) -> str:
-    """Three significant digits; whole numbers from a hundred on."""
+    """Return three significant digits; whole numbers from a hundred on."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, or minutes and seconds."""
+    """Return seconds, or minutes and seconds."""
     minutes, left = divmod(round(seconds), 60)
     return f"{minutes} min {left} s" if minutes else f"{seconds:.3g} s"
 
 
 def power(value: float | None) -> str:
-    """An excess: 3e-4, 0, or a dash where nothing is known."""
+    """Return an excess: 3e-4, 0, or a dash if it is unknown."""
     if value is None:
         return "–"
     return f"{value:.0e}" if value else "0"

@@ -1,7 +1,7 @@
-"""What the plan of a run says of memory, against what real runs take and what DeepSpeed's own estimators say.
+"""The planned memory of a run against the memory of real runs and DeepSpeed's estimators.
 
-Measured: small LLaVAs of several shapes on this CPU, resident memory at the peak of the second step, each in a
-process of its own (glibc told to give memory back). Planned: what 7B and 13B need on 1, 2, 4 and 8 devices of 24, 40
+Measured: small LLaVAs of several shapes on this CPU, resident memory at the peak of the second step, each in its own
+process (glibc returns freed memory). Planned: the memory of 7B and 13B on 1, 2, 4 and 8 devices with 24, 40
 and 80 GB. Prints one JSON line.
 """
 
@@ -42,7 +42,7 @@ RUNS = [
 
 
 def config(layers: int, width: int) -> Any:
-    """A LLaVA on Llama of that shape, with a small tower of 64 image tokens."""
+    """Return a LLaVA on a Llama with this shape, with a small tower of 64 image tokens."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     heads = width // 128
@@ -62,13 +62,13 @@ def config(layers: int, width: int) -> Any:
 
 
 def status(name: str) -> int:
-    """Bytes of VmRSS or VmHWM."""
+    """Return VmRSS or VmHWM in bytes."""
     with open("/proc/self/status") as lines:  # noqa: PTH123
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def measure(layers: int, width: int, records: int, tokens: int, checkpointing: bool, half: bool) -> dict[str, Any]:
-    """Predicted and measured peak of one shape, in bytes."""
+    """Return the predicted and the measured peak of one shape, in bytes."""
     from peft.helpers import disable_input_dtype_casting
     from transformers import LlavaForConditionalGeneration
 
@@ -83,7 +83,7 @@ def measure(layers: int, width: int, records: int, tokens: int, checkpointing: b
     )  # fmt: skip
     found = simulate(made, targets, shape)
     predicted = found.frozen + found.anchors + 3 * found.trained + found.with_gradients
-    nn.Linear(64, 64)(torch.randn(4, 64)).sum().backward()  # what a first use of the kernels takes is not the model's
+    nn.Linear(64, 64)(torch.randn(4, 64)).sum().backward()  # exclude the memory of the first use of the kernels
     start = status("VmRSS")
     torch.set_default_dtype(dtype)
     base = LlavaForConditionalGeneration(made)
@@ -105,9 +105,9 @@ def measure(layers: int, width: int, records: int, tokens: int, checkpointing: b
     batch["pixel_values"] = torch.randn(records, 3, 112, 112)
     for step in range(2):
         if step == 1:
-            with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 - the kernel's own counter of the peak
+            with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 - the kernel's peak counter
                 file.write("5")
-        with disable_input_dtype_casting(model, active=half):  # checkpoints are made again as they were made
+        with disable_input_dtype_casting(model, active=half):  # recompute checkpoints under the same autocast
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss, count = summed_loss(model, dict(batch), chunked=True)
             (loss / count).backward()
@@ -123,7 +123,7 @@ def measure(layers: int, width: int, records: int, tokens: int, checkpointing: b
 
 
 def deepspeed_ratios() -> list[dict[str, Any]]:
-    """Weights, gradients and Adam of full training by our plan and by DeepSpeed's estimators, in GB per device."""
+    """Return weights, gradients and Adam of full training by our plan and DeepSpeed's estimators, in GB per device."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
 
@@ -148,7 +148,7 @@ def deepspeed_ratios() -> list[dict[str, Any]]:
 
 
 def full_plan(total: int, devices: int) -> Any:
-    """Everything trains, in bf16."""
+    """Return a plan in which everything trains in bf16."""
     from milora_vl.plan.estimate import Plan
 
     return Plan(
@@ -158,7 +158,7 @@ def full_plan(total: int, devices: int) -> Any:
 
 
 def needs() -> list[dict[str, Any]]:
-    """GiB a device with rank 128, batch 1 and 16, checkpointing; whether cards of 24, 40 and 80 GB hold it."""
+    """Return GiB per device (rank 128, batch 1 and 16, checkpointing), and whether it fits 24, 40 and 80 GB."""
     rows = []
     for name in ("llava-1.5-7b", "llava-1.5-13b"):
         made = loading.config_of(name)
@@ -184,7 +184,7 @@ def needs() -> list[dict[str, Any]]:
 def main() -> None:
     """Measure every shape, compare with DeepSpeed, and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", help="measure one run, by its number (used by the benchmark itself)")
+    parser.add_argument("--one", help="measure one run by its number (internal)")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(*RUNS[int(args.one)])))

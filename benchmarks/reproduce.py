@@ -1,10 +1,10 @@
-"""What the trainings of docs/reproduce.md cost: the `--dry-run` of every training command there, on records made up.
+"""The cost of the trainings in docs/reproduce.md: the `--dry-run` of every training command, with generated records.
 
-python benchmarks/reproduce.py          one JSON line
-python benchmarks/reproduce.py --docs   that, into benchmarks/reproduce.json and the page's table too
+python benchmarks/reproduce.py          prints one JSON line
+python benchmarks/reproduce.py --docs   also writes benchmarks/reproduce.json and the table of the page
 
-Sizes of the sets are those of their cards; lengths of their records are assumed, since the sets are not here. Methods
-that train a part of the spectrum cost the same, whichever part: one of them is planned.
+The sizes of the sets come from their cards. The lengths of the records are assumed, because the sets are not available
+here. All methods that train a part of the spectrum cost the same, so only one of them is planned.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROJECTOR = Path("checkpoints/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5/mm_
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """One training set: how many records it has, and how long one of them is made, in characters."""
+    """One training set: its number of records, and the length of a generated record in characters."""
 
     records: int
     question: int
@@ -51,17 +51,17 @@ SETS = {
 
 
 def commands() -> list[tuple[int, list[str]]]:
-    """Devices and flags of every training command of the page, in order."""
+    """Return devices and flags of every training command of the page, in order."""
     return [(int(devices or 1), flags.split()) for devices, flags in COMMAND.findall(PAGE.read_text(encoding="utf-8"))]
 
 
 def run_of(flags: list[str]) -> str:
-    """The name of a command's run."""
+    """Return the name of the run of a command."""
     return Path(flags[flags.index("--output_dir") + 1]).name
 
 
 def write_data(folder: Path) -> None:
-    """Write a few records for every set, and the other files that the recipes name, where they name them."""
+    """Write a few records for every set, and the other files of the recipes, to the paths in the recipes."""
     from PIL import Image
 
     pictures = folder / "playground" / "data"
@@ -83,11 +83,11 @@ def write_data(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What the plan of one command says."""
+    """The plan of one command."""
 
     run: str
     trained: int
-    share: float  # of all parameters, in percent
+    share: float  # trainable share of all parameters, in percent
     devices: int
     batch: int
     tokens: int  # of a record
@@ -98,7 +98,7 @@ class Cost:
 
 
 def cost(devices: int, flags: list[str], folder: Path) -> Cost:
-    """The plan of one command, run in a folder with the data."""
+    """Return the plan of one command, run in a folder with the data."""
     text, before = io.StringIO(), Path.cwd()
     os.chdir(folder)
     try:
@@ -132,7 +132,7 @@ def _found(pattern: str, text: str) -> str:
 
 
 def table(costs: list[Cost]) -> str:
-    """The costs as markdown."""
+    """Return the costs as markdown."""
     rows = [
         "| run | trained parameters | of all | devices | records a step | tokens each | steps | GiB a device | hours |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -146,7 +146,7 @@ def table(costs: list[Cost]) -> str:
 def main() -> None:
     """Plan every command of the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--docs", action="store_true", help="write the results and the page's table too")
+    parser.add_argument("--docs", action="store_true", help="also write the results and the table of the page")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder))

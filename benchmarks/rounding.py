@@ -1,16 +1,16 @@
-"""How much of the minor part of smol-llava's weights is rounding noise, and what the same rounding does to MiniLM-L6.
+"""The share of rounding noise in the minor part of smol-llava's weights, and the same rounding applied to MiniLM-L6.
 
 python benchmarks/rounding.py [--docs docs/studies]
 
-smol-llava's language model is stored as Q4_1: blocks of 32 weights, 16 levels each, a step d apart, so that a weight is
-wrong by up to d/2, with variance d^2/12. The unrounded weights cannot be had here. Two answers:
+smol-llava's language model is stored as Q4_1: blocks of 32 weights with 16 levels at distance d. The error of a weight
+is at most d/2, with variance d^2/12. The unrounded weights are not available here. Two measurements:
 
-- expected: the energy that fresh noise of these variances has in the last `rank` left singular directions of the stored
-  weight, E ||U'N||^2 = sum_ij var_ij (sum_k U_ik^2), and on both sides, E ||U'NV||^2, over the weight's own there;
-- seen: MiniLM-L6's float32 weights are rounded in this way, and their minor subspaces compared before and after
-  (similarity ||U'U~||^2 / rank of the left vectors: 1 the same, rank/out for random ones).
+- expected: the energy of new noise with these variances in the last `rank` left singular directions of the stored
+  weight, E ||U'N||^2 = sum_ij var_ij (sum_k U_ik^2), and on both sides, E ||U'NV||^2, divided by the weight's energy;
+- observed: MiniLM-L6's float32 weights are rounded in this way, and their minor subspaces are compared before and after
+  (similarity ||U'U~||^2 / rank of the left vectors: 1 for equal subspaces, rank/out for random ones).
 
-Prints a table and writes rounding.csv, a row a matrix.
+Prints a table and writes rounding.csv with one row per matrix.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from milora_vl.report.tables import Table
 from milora_vl.studies.page import markdown, with_block
 
 Q4_1 = GGMLQuantizationType.Q4_1
-BLOCK, BYTES = 32, 20  # weights in a block; its bytes: scale and minimum as float16, then 16 of levels
+BLOCK, BYTES = 32, 20  # weights per block; bytes: scale and minimum as float16, then 16 bytes of levels
 KINDS = {
     "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o", "ffn_gate": "gate", "ffn_up": "up",
     "ffn_down": "down", "query": "q", "key": "k", "value": "v", "attention.output.dense": "o",
@@ -44,13 +44,13 @@ MODELS = {"smollm2": "SmolLM2-135M, as stored", "minilm": "MiniLM-L6, rounded by
 
 
 def variances(stored: np.ndarray) -> Tensor:
-    """The variance of the rounding error of each weight, (out, in), from the bytes of Q4_1 blocks."""
+    """Return the variance of the rounding error of each weight (out, in), from the bytes of Q4_1 blocks."""
     steps = stored.reshape(stored.shape[0], -1, BYTES)[..., :2].copy().view(np.float16)[..., 0]
     return torch.from_numpy(steps.astype(np.float64)).square().div(12).repeat_interleave(BLOCK, dim=1)
 
 
 def row(model: str, name: str, stored: np.ndarray, rank: int, exact: Tensor | None) -> dict[str, Any]:
-    """One matrix: relative noise, noise in the minor subspace over the energy there, and what of it is left."""
+    """One matrix: relative noise, noise over energy in the minor subspace, and the similarity of the subspaces."""
     weight = torch.from_numpy(quants.dequantize(stored, Q4_1)).double()
     variance = variances(stored)
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -71,14 +71,14 @@ def row(model: str, name: str, stored: np.ndarray, rank: int, exact: Tensor | No
 
 
 def smollm2(rank: int) -> Iterator[dict[str, Any]]:
-    """The stored matrices of the language model."""
+    """Return the stored matrices of the language model."""
     for tensor in GGUFReader(next(fetch("smollm2").rglob(GGUF))).tensors:
         if tensor.tensor_type == Q4_1:
             yield row("smollm2", tensor.name, tensor.data, rank, None)
 
 
 def minilm(rank: int) -> Iterator[dict[str, Any]]:
-    """The matrices of the encoder, rounded."""
+    """Return the rounded matrices of the encoder."""
     from transformers import AutoModel
 
     for name, module in AutoModel.from_pretrained(fetch("minilm")).encoder.named_modules():
@@ -88,7 +88,7 @@ def minilm(rank: int) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]], rank: int) -> Table:
-    """Medians and ranges by model and kind of matrix."""
+    """Return medians and ranges by model and kind of matrix."""
     lines = []
     for model, label in MODELS.items():
         for kind in dict.fromkeys(KINDS.values()):
@@ -121,7 +121,7 @@ def _spread(rows: list[dict[str, Any]], column: str) -> str:
 
 
 def main() -> None:
-    """Measure, print, and write where asked."""
+    """Measure, print, and write the files if requested."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rank", type=int, default=32)
     options.add_argument("--docs", type=Path)

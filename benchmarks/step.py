@@ -1,7 +1,7 @@
-"""Time and memory of a training step against stock PEFT LoRA of rank r on the same layers, interleaved in one process.
+"""Time and memory of a training step against stock PEFT LoRA of rank r on the same layers, alternately in one process.
 
 python benchmarks/step.py [--width 4096] [--rank 128] [--tokens 512] [--layers 2] [--dtype bfloat16] [--checkpointing]
-prints one JSON line: for each form the ratio of medians and its bound; anchors and peak activations beside it
+Prints one JSON line: for each form the ratio of medians and its bound, and the memory of anchors and activations.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from milora_vl import apply_milora
 
-ALLOWANCE = 1.03  # beyond what counting operations predicts
+ALLOWANCE = 1.03  # above the prediction from the number of operations
 
 
 class Block(nn.Module):
-    """A linear layer with a residual connection, as both kinds of layers of a language model have."""
+    """A linear layer with a residual connection, as in a language model."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A stack of blocks, nothing else: what attention and norms cost would hide the difference."""
+    """A stack of blocks without attention and norms, whose cost would hide the difference."""
 
     def __init__(self, width: int, inner: int, num_layers: int, checkpointing: bool) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def main() -> None:
     """Measure all forms and print the ratios."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--width", type=int, default=4096)
-    options.add_argument("--inner", type=int, help="outputs of a layer; default: the width")
+    options.add_argument("--inner", type=int, help="outputs per layer (default: the width)")
     options.add_argument("--rank", type=int, default=128)
     options.add_argument("--tokens", type=int, default=512)
     options.add_argument("--layers", type=int, default=2)
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Time the three models step by step in turns; ratios are of medians."""
+    """Time the three models alternately, step by step; return ratios of medians."""
     inner = chosen.inner or chosen.width
     models = {name: build(name, chosen, inner) for name in ("lora", "anchored", "residual")}
     x = torch.randn(chosen.tokens, chosen.width, device=chosen.device, dtype=getattr(torch, chosen.dtype))
@@ -79,7 +79,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     for number in range(chosen.steps + 2):
         for name, model in models.items():
             took = step(model, x, chosen)
-            if number >= 2:  # the first two warm up
+            if number >= 2:  # the first two steps are warm-up
                 seconds[name].append(took)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     predicted = flops(chosen.width, inner, chosen.rank, chosen.checkpointing)
@@ -99,7 +99,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def build(name: str, chosen: argparse.Namespace, inner: int) -> nn.Module:
-    """Return the same model with stock LoRA, or with ours in one of its forms. Factors of any kind cost alike."""
+    """Return the same model with stock LoRA or one of our forms. The cost does not depend on the initial factors."""
     torch.manual_seed(0)
     base = Model(chosen.width, inner, chosen.layers, chosen.checkpointing)
     base = base.to(chosen.device, getattr(torch, chosen.dtype))
@@ -114,7 +114,7 @@ def build(name: str, chosen: argparse.Namespace, inner: int) -> nn.Module:
 
 
 def step(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> float:
-    """One forward and backward, the input's gradient included as below every layer but the first."""
+    """Run forward and backward, including the gradient of the input, which every layer except the first needs."""
     x = x.detach().requires_grad_()
     model.zero_grad(set_to_none=True)
     start = now(chosen.device)
@@ -123,14 +123,14 @@ def step(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> float:
 
 
 def forward(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> Tensor:
-    """Run the model, under autocast if that was asked for."""
+    """Run the model, optionally under autocast."""
     with torch.autocast(torch.device(chosen.device).type, torch.bfloat16, enabled=chosen.autocast):
         out: Tensor = model(x)
         return out
 
 
 def activations(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> int:
-    """Bytes that autograd keeps from forward to backward, each storage once, weights left out."""
+    """Return the bytes that autograd saves for backward; each storage counts once, without weights."""
     owned = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -148,7 +148,7 @@ def activations(model: nn.Module, x: Tensor, chosen: argparse.Namespace) -> int:
 
 
 def flops(width: int, inner: int, rank: int, checkpointing: bool) -> float:
-    """The ratio that counting multiplications predicts: the anchor adds its forward and its input's gradient."""
+    """Return the ratio by the number of multiplications: the anchor adds a forward product and an input gradient."""
     forward, weight = 1 + checkpointing, width * inner
     adapter = rank * (width + inner)
     lora = forward * (weight + adapter) + (weight + adapter) + adapter
@@ -156,7 +156,7 @@ def flops(width: int, inner: int, rank: int, checkpointing: bool) -> float:
 
 
 def now(device: str) -> float:
-    """Seconds, after what the device still has to do."""
+    """Return the time in seconds after the device has finished its work."""
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,13 +1,13 @@
-"""Time and error of `milora_vl.svd.decompose` against torch.linalg.svd, in turns in one process.
+"""Time and error of `milora_vl.svd.decompose` against torch.linalg.svd, measured alternately in one process.
 
 python benchmarks/svd.py headline [--repeats 3]    r = 128 at 4096 x 4096 and 4096 x 11008, two spectra
 python benchmarks/svd.py families                  spectrum families at 2048 x 2048
 python benchmarks/svd.py ranks                     ranks 8 to 512 at 4096 x 4096
-python benchmarks/svd.py principal                 principal part beside PEFT's pissa_niter_4
-python benchmarks/svd.py llama [--size 7b 13b]     every shape of a LLaMA, measured once, times its count
+python benchmarks/svd.py principal                 principal part against PEFT's pissa_niter_4
+python benchmarks/svd.py llama [--size 7b 13b]     every shape of a LLaMA, measured once, multiplied by its count
 
-Each prints a table (stderr) and one JSON line. Errors are true ones: the
-relative excess of the norm of the singular values, against those of the full decomposition.
+Each prints a table (stderr) and one JSON line. Errors are exact: the
+relative excess of the norm of the singular values over the full decomposition.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from milora_vl.svd import Factors, decompose
 
-# (out, in) and how many of them, by layer kind; blocks, hidden size and MLP size of LLaMA.
+# (out, in) and their number, by layer kind; number of blocks, hidden size and MLP size of LLaMA.
 LLAMA = {"7b": (32, 4096, 11008), "13b": (40, 5120, 13824)}
 FAMILIES = ("gaussian", "low-rank", "power 1/i", "exponential 1e-4", "exponential 1e-6", "rank-deficient", "clustered")
 
@@ -39,9 +39,9 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--rank", type=int, default=128)
     options.add_argument("--device", default="cpu")
-    options.add_argument("--scale", type=int, default=1, help="divide all sizes by this, for a quick look")
+    options.add_argument("--scale", type=int, default=1, help="divide all sizes by this number, for a quick test")
     options.add_argument("--size", nargs="+", choices=sorted(LLAMA), default=["7b"])
-    options.add_argument("--plot", type=Path, metavar="PNG", help="llama: draw the seconds of each shape")
+    options.add_argument("--plot", type=Path, metavar="PNG", help="llama: plot the seconds of each shape")
     chosen = options.parse_args()
     if chosen.plot is not None and chosen.part != "llama":
         options.error("--plot draws the shapes of `llama` alone")
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def headline(chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """The two shapes of LLaMA-7B, Gaussian and Gaussian plus a strong low-rank part."""
+    """Measure the two shapes of LLaMA-7B, Gaussian and Gaussian plus a strong low-rank part."""
     rows = []
     for out, inn in ((4096, 4096), (4096, 11008)):
         weights = {name: matrix(out, inn, name, chosen) for name in FAMILIES[:2]}
@@ -62,14 +62,14 @@ def headline(chosen: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def families(chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every family of spectra at one size, minor and principal part."""
+    """Measure every family of spectra at one size, minor and principal part."""
     weights = {name: matrix(2048, 2048, name, chosen) for name in FAMILIES}
     rank = 64 // chosen.scale
     return compare(weights, rank, chosen) + compare(weights, rank, chosen, part="principal")
 
 
 def ranks(chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """One Gaussian matrix, many ranks."""
+    """Measure one Gaussian matrix at many ranks."""
     W = matrix(4096, 4096, "gaussian", chosen)
     peer, S = timed(lambda: torch.linalg.svd(W, full_matrices=False).S, W.device)
     rows = []
@@ -80,7 +80,7 @@ def ranks(chosen: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def principal(chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """The principal part, and PEFT's way to it: torch.svd_lowrank with niter 4 (pissa_niter_4)."""
+    """Measure the principal part, ours and PEFT's: torch.svd_lowrank with niter 4 (pissa_niter_4)."""
     rows = []
     rank = chosen.rank // chosen.scale
     for name in FAMILIES[:3]:
@@ -99,7 +99,7 @@ def principal(chosen: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def llama(chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """All linear layers of the blocks, each shape measured once."""
+    """Measure all linear layers of the blocks, each shape once."""
     rows: list[dict[str, Any]] = []
     for size in chosen.size:
         blocks, hidden, mlp = LLAMA[size]
@@ -126,7 +126,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
 def compare(
     weights: dict[str, Tensor], rank: int, chosen: argparse.Namespace, part: Any = "minor", repeats: int | None = None
 ) -> list[dict[str, Any]]:
-    """Time the full SVD and ours in turns; the medians count."""
+    """Time the full SVD and ours alternately; return the medians."""
     times: dict[str, list[float]] = {name: [] for name in weights}
     peers: dict[str, list[Any]] = {name: [] for name in weights}
     results: dict[str, tuple[Factors, Tensor]] = {}
@@ -152,7 +152,7 @@ def compare(
 
 
 def full(W: Tensor) -> tuple[float | None, Tensor]:
-    """Seconds of the full decomposition, and its singular values; None (and those of float64) where LAPACK fails."""
+    """Return seconds and singular values of the full decomposition; None and the float64 values if LAPACK fails."""
     try:
         return timed(lambda: torch.linalg.svd(W, full_matrices=False).S, W.device)
     except torch.linalg.LinAlgError:
@@ -162,7 +162,7 @@ def full(W: Tensor) -> tuple[float | None, Tensor]:
 def row(
     name: str, W: Tensor, found: Factors, seconds: float, peer: float | None, S: Tensor, part: str
 ) -> dict[str, Any]:
-    """One line of the table."""
+    """One row of the table."""
     rank = found.S.numel()
     return {
         "spectrum": name, "shape": f"{W.shape[0]}x{W.shape[1]}", "rank": rank, "part": part, "method": found.method,
@@ -172,7 +172,7 @@ def row(
 
 
 def excess(W: Tensor, found: Factors, S: Tensor, part: str) -> float:
-    """How much more (principal: less) of W the space holds than the true one; below the float32 floor it is 0."""
+    """Return by how much the norm of W in the space exceeds (principal: misses) the exact one; 0 below rounding."""
     tall = W.shape[0] >= W.shape[1]
     held = float(torch.linalg.vector_norm(W @ found.Vh.T if tall else found.U.T @ W, dtype=torch.float64))
     chosen = S[-len(found.S) :] if part == "minor" else S[: len(found.S)]
@@ -184,12 +184,12 @@ def excess(W: Tensor, found: Factors, S: Tensor, part: str) -> float:
 
 
 def matrix(out: int, inn: int, family: str, chosen: argparse.Namespace) -> Tensor:
-    """A float32 matrix with the spectrum named."""
+    """Return a float32 matrix with the named spectrum."""
     out, inn = out // chosen.scale, inn // chosen.scale
     generator = torch.Generator().manual_seed(1)
     if family == "gaussian":
         return torch.randn(out, inn, generator=generator).to(chosen.device)
-    if family == "low-rank":  # entries of the strong part are 30 times those of the rest
+    if family == "low-rank":  # the entries of the strong part are 30 times larger than the others
         left, right = torch.randn(out, 64, generator=generator), torch.randn(64, inn, generator=generator)
         return (torch.randn(out, inn, generator=generator) + 30 / 8 * left @ right).to(chosen.device)
     count = min(out, inn)
@@ -208,7 +208,7 @@ def matrix(out: int, inn: int, family: str, chosen: argparse.Namespace) -> Tenso
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds and result of one call."""
+    """Return the seconds and the result of one call."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -228,7 +228,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def cell(key: str, value: Any) -> str:
-    """A number as it is read best."""
+    """Return a readable form of a number."""
     if not isinstance(value, float):
         return str(value)
     if key in ("true", "certificate"):
@@ -237,7 +237,7 @@ def cell(key: str, value: Any) -> str:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Seconds per layer kind, ours and the full SVD's, on a logarithmic axis."""
+    """Plot the seconds per layer kind, ours and the full SVD's, on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")

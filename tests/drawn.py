@@ -1,4 +1,4 @@
-"""Pictures that the tests draw, and the writing of small data files."""
+"""Draw pictures for the tests, and write small data files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A handful of questions in the format of `python -m milora_data emoji`, for the evaluation's tests."""
+"""A few questions in the format of `python -m milora_data emoji`, for the tests of the evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220), 
 def record(
     kind: str, name: str, question: str, answers: list[str], *, image: str | None, before: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """One record; `before` holds earlier questions and answers, in turn."""
+    """Return one record; `before` holds earlier questions and answers, alternating."""
     texts = [*before, question, answers[0]]
     if image is not None:
         texts[0] = f"<image>\n{texts[0]}"

@@ -1,4 +1,4 @@
-"""Miniature data sets in the official formats of the benchmarks, with pictures drawn here: `write_all(folder)`."""
+"""Miniature data sets in the official formats of the benchmarks, with drawn pictures: `write_all(folder)`."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 
 def write_all(folder: Path) -> Path:
-    """Write every data set below `folder`, in the subfolders in which LLaVA keeps them."""
+    """Write every data set below `folder`, in the same subfolders as LLaVA."""
     for name in WRITERS:
         write(folder, name)
     commonsense(folder)

@@ -1,4 +1,4 @@
-"""The normalisation of short answers: lower-case, blanks, one period and one article; nothing else."""
+"""The normalisation of short answers: lower-case, spaces, one period and one article; nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every benchmark from its official files to its submission: prompts as LLaVA's, answers by `tiny`, numbers, files."""
+"""Every benchmark from its official files to its submission: LLaVA's prompts, answers by `tiny`, scores, files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'U
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 REGION = "Please provide the bounding box coordinate of the region this sentence describes: red disc"
 
-# The question that LLaVA's scripts put behind "<image>\n", of the last item but where another is named.
+# The text that LLaVA's scripts append to "<image>\n", for the last item unless another one is named.
 PROMPTS: dict[str, tuple[int, str]] = {
     "vqav2": (1, " Is it  red? " + SHORT),
     "vqav2-testdev": (0, "What is it?" + SHORT),
@@ -43,7 +43,7 @@ PROMPTS: dict[str, tuple[int, str]] = {
     "pope": (0, "Is there a disc in the image?" + SHORT),
     "mmbench": (0, "Look.\nWhich\tcolor?\nA. red\nB. green\nC. blue\nD. yellow, or = none" + LETTER),
     "mmbench-cn": (1, "Look.\n哪种颜色?\nA. green\nB. blue\nC. yellow, or = none\nD. red\n请直接回答选项字母。"),
-    "mmbench-test": (-1, "Which\tcolor?\nA. blue\nB. red\nC. green" + LETTER),  # an option "None" is none
+    "mmbench-test": (-1, "Which\tcolor?\nA. blue\nB. red\nC. green" + LETTER),  # an option "None" counts as missing
     "mme": (1, "Is it a dog?" + SHORT),
     "seed-bench": (2, "Which color?\nA. red\nB. green\nC. blue\nD. none" + LETTER),
     "mm-vet": (0, "What is it? "),
@@ -76,7 +76,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_llava: Callable[..., Made], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
-    """Results and their folder by a benchmark's name; each is asked once for all tests."""
+    """Return results and their folder per benchmark; each benchmark runs once for all tests."""
     model = tiny_llava()
 
     @cache
@@ -126,7 +126,7 @@ def test_mathematics_is_asked_step_by_step(data: Path) -> None:
     assert item.question == f"{ALPACA}\n\n### Instruction:\n1 + 1?\n\n### Response: Let's think step by step."
     assert find_benchmark("gsm8k").score(item, "The answer is: 1,002. Instruction: The answer is: 3") == 1.0
     assert find_benchmark("gsm8k").score(item, "The answer is: 1,002. Question: The answer is: 3") == 0.0
-    assert find_benchmark("gsm8k").score(item, "The answer is: 100,200") == 1.0  # the grader forgives a factor of 100
+    assert find_benchmark("gsm8k").score(item, "The answer is: 100,200") == 1.0  # the grader accepts a factor of 100
     (item,) = find_benchmark("math").load(folder_of(find_benchmark("math"), data))
     assert find_benchmark("math").score(item, "so. The answer is: 0.5") == 1.0
     assert find_benchmark("math").score(item, "Question of halves. The answer is: 0.5") == 1.0

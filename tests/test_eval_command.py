@@ -1,4 +1,4 @@
-"""The command `python -m milora_eval`: the road of the demo on tiny models, and mistakes in a few clear lines."""
+"""The command `python -m milora_eval`: the demo's steps on tiny models, and short error messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock LoRA on `tiny` that answers otherwise than its base."""
+    """Return a stock LoRA on `tiny` whose answers differ from its base."""
     from peft import LoraConfig, get_peft_model
 
     from milora_vl.load import load_model
@@ -50,7 +50,7 @@ def results(output: Path, which: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def both(adapter: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """The folder of an evaluation of base and tuned model, to look at or to copy, and what it said."""
+    """Return the folder of an evaluation of base and tuned model (read it or copy it), and its output."""
     folder, out, err = tmp_path_factory.mktemp("both"), io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert main(arguments(adapter, data, folder, "--with_base")) == 0
@@ -149,9 +149,9 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
     [
         (["--suite", "emoij"], ['unknown suite "emoij"', "emoji", "milora_eval ls"]),
         (["--benchmarks", "emoji,emojy"], ['unknown benchmark "emojy"', "did you mean emoji"]),
-        (["--benchmarks", ","], ["--benchmarks names none", "milora_eval ls"]),
-        (["--benchmarks", "emoji,emoji"], ["emoji comes twice", "--output_dir"]),
-        (["--benchmarks", "gqa,gqa@official"], ["gqa comes twice", "--output_dir"]),
+        (["--benchmarks", ","], ["--benchmarks: no benchmark name", "milora_eval ls"]),
+        (["--benchmarks", "emoji,emoji"], ["emoji is listed twice", "--output_dir"]),
+        (["--benchmarks", "gqa,gqa@official"], ["gqa is listed twice", "--output_dir"]),
         (["--benchmarks", "no_module:Thing"], ["cannot import", "module:Class"]),
         (["--suite", "emoji", "--data", "nowhere"], ["nowhere", "python -m milora_data emoji --output_dir nowhere"]),
         (["--suite", "quick", "--data", "nowhere"], ["no benchmark's files", "milora_eval ls"]),
@@ -215,7 +215,7 @@ def test_files_of_a_common_name_are_not_taken_for_a_benchmarks(
     shutil.copy(copy / "test.json", copy / "val.json")
     flags = ["--suite", "quick", "--data", str(copy), "--limit", "2", "--output_dir", str(tmp_path)]
     assert main(["run", "--model", "tiny", *flags]) == 0
-    assert "left out: benchmark vizwiz" in capsys.readouterr().err
+    assert "skipped: benchmark vizwiz" in capsys.readouterr().err
     found = json.loads((tmp_path / "eval" / "quick" / "base" / "results.json").read_text())
     assert [entry["name"] for entry in found["benchmarks"]] == ["emoji"]
 
@@ -226,8 +226,9 @@ def test_suites_are_listed_by_name(data: Path, capsys: pytest.CaptureFixture[str
     assert "emoji" in shown
     assert "quick" in shown
     assert "found" in shown
-    with pytest.raises(UserError, match="no folder nowhere"):
+    with pytest.raises(UserError, match="no folder nowhere") as caught:
         main(["ls", "--data", "nowhere"])
+    assert caught.value.problems[0].code == "path-not-a-folder"
 
 
 def test_help_and_ls_do_not_import_torch() -> None:

@@ -1,4 +1,4 @@
-"""Comparing two evaluations: paired by id, over what both have."""
+"""Comparing two evaluations: paired by id, over their common items."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def answered(data: Path, right: set[str]) -> list[dict[str, Any]]:
-    """Every item answered: rightly where its id is in `right`."""
+    """Return an answer to every item, right if its id is in `right`."""
     benchmark = Emoji()
     return [
         to_line(benchmark, item, item.answers[0] if item.id in right else "nonsense", item.id, data)

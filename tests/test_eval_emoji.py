@@ -1,4 +1,4 @@
-"""The emoji questions: what is asked, what counts, and what an answer without looking would get."""
+"""The emoji questions: prompts, accepted answers, and baselines that ignore the picture."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_any_accepted_answer_counts(data: Path) -> None:
 
 
 def test_the_baseline_is_the_most_frequent_answer_of_the_test_itself(data: Path) -> None:
-    """Stricter than the most frequent answer of training: no constant answer does better."""
+    """The baseline is stricter than the most frequent training answer: no constant answer scores higher."""
     metrics = {metric.name: metric for metric in all_answered(data, "red")}
     assert metrics["colour"].baseline == 1 / 4  # four colours, once each
     assert metrics["yes_no"].baseline == 3 / 4  # always yes
@@ -44,7 +44,7 @@ def test_the_baseline_is_the_most_frequent_answer_of_the_test_itself(data: Path)
 
 
 def test_the_baseline_knows_the_form_of_the_answer(tmp_path: Path) -> None:
-    """A type that mixes yes/no and open questions: always yes to the ones, red to the others."""
+    """For a type with yes/no and open questions, the baseline answers yes to the former and red to the latter."""
     words = ["Yes", "Yes", "No", "red", "red", "red", "blue"]
     records = [record("text_only", f"t{i}", "?", [word], image=None) for i, word in enumerate(words)]
     (tmp_path / "test.json").write_text(json.dumps(records))
@@ -71,7 +71,7 @@ def test_an_answer_in_a_sentence_counts_in_the_lenient_mean_alone(data: Path) ->
     metrics = all_answered(data, "It is red.\nblue")
     assert metrics[0].value == 0
     assert metrics[-1].name == "mean, answer in first line"
-    assert metrics[-1].value == pytest.approx((1 / 4 + 0 + 1 / 4 + 1 / 4 + 0) / 5)  # letters left out
+    assert metrics[-1].value == pytest.approx((1 / 4 + 0 + 1 / 4 + 1 / 4 + 0) / 5)  # without letters
     assert all_answered(data, "It is reddish.")[-1].value == 0
 
 

@@ -1,4 +1,4 @@
-"""An answer is only used again where everything that made it is the same."""
+"""An answer is reused only if everything that determines it is the same."""
 
 from __future__ import annotations
 

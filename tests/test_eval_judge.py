@@ -1,4 +1,4 @@
-"""Free answers and their judge: from a file or a server that speaks OpenAI's protocol, one request an answer."""
+"""Free-form answers and their judge: from a file or an OpenAI-compatible server, one request per answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from milora_eval.suites import find_benchmark, folder_of
 
 
 class Judge(BaseHTTPRequestHandler):
-    """Answers with what the test put into `replies`, and keeps what it was asked."""
+    """Answers with the texts in `replies`, and stores the requests."""
 
     replies: ClassVar[list[str]] = []
     asked: ClassVar[list[dict[str, Any]]] = []
@@ -110,7 +110,7 @@ def test_llava_bench_is_the_ratio_of_the_marks(tmp_path: Path) -> None:
     official_data.dump_lines(tmp_path / "reviews.jsonl", reviews)
     assert main(["judge", str(folder), "--file", str(tmp_path / "reviews.jsonl")]) == 0
     assert headline(folder)["value"] == pytest.approx(15 / 18)
-    assert headline(folder)["note"] == "1 reviews without two numbers are left out"
+    assert headline(folder)["note"] == "1 reviews without two numbers are skipped"
 
 
 def test_the_judge_of_llava_bench_gets_a_system_message(server: str, tmp_path: Path) -> None:

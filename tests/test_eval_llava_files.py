@@ -1,4 +1,4 @@
-"""Predictions of LLaVA's scripts scored by ours, and ours by theirs: joined by id, whatever the order."""
+"""Predictions of LLaVA's scripts scored by our code and vice versa: joined by id, in any order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_pope_questions(folder: Path) -> None:
-    """LLaVA's question file: one for the three sets, with ids of its own, in another order."""
+    """Write LLaVA's question file: one file for the three sets, with other ids, in another order."""
     rows = [
         {"image": row["image"], "text": row["text"] + SHORT, "category": name}
         for name in ("adversarial", "popular", "random")
@@ -42,7 +42,7 @@ def write_pope_questions(folder: Path) -> None:
 
 
 def answered(name: str, data: Path) -> list[Answer]:
-    """Every item answered: with the truth, with another item's, or with a sentence."""
+    """Return an answer to every item: the right one, the one of another item, or a sentence."""
     benchmark, rng = find_benchmark(name), random.Random(7)
     items = benchmark.load(folder_of(benchmark, data))
     choices = [item.answers[0] for item in items if item.answers]
@@ -170,7 +170,7 @@ def capitalised(item: Item) -> str:
 
 
 def script(name: str) -> Path:
-    """A script of LLaVA's, run as a file: its package would import all of LLaVA."""
+    """Run a script of LLaVA as a file, because its package would import all of LLaVA."""
     import llava
 
     return Path(str(llava.__file__)).parent / "eval" / f"{name}.py"

@@ -1,4 +1,4 @@
-"""A benchmark of one's own: the LLaVA JSON of a training, rows of question and answer, or one short file of code."""
+"""A user's own benchmark: the LLaVA JSON of a training, rows with question and answer, or one short file of code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "evaluation.md"
 
 
 def code_of_the_docs() -> str:
-    """The file that the documentation shows."""
+    """Return the file that the documentation shows."""
     found = re.search(r"```python\n(from pathlib.*?class Shades.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None
     return found.group(1)

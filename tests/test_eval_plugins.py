@@ -1,6 +1,6 @@
-"""The real lmms-eval and lm_eval, each in its own environment, run a local task through our plug-ins (slow).
+"""The real lmms-eval and lm_eval, each in a separate environment, run a local task through our plug-ins (slow).
 
-VLMEvalKit's tables are written and read without it.
+VLMEvalKit's tables are written and read without VLMEvalKit.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(folder: Path, *packages: str) -> Path:
-    """An environment with the packages on top of what this one has; returns its Python."""
+    """Create an environment with the packages in addition to this environment's; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     (own,) = folder.glob("lib/python*/site-packages")
     root = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def test_lm_eval_runs_a_local_task_on_base_and_adapter(adapter: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_lmms_eval_finds_the_model_by_its_entry_point(adapter: Path, tmp_path: Path) -> None:
-    python = environment(tmp_path / "env", "lmms-eval>=0.7.3", "filelock<4")  # 0.7.3 reaches into filelock 3
+    python = environment(tmp_path / "env", "lmms-eval>=0.7.3", "filelock<4")  # 0.7.3 uses internals of filelock 3
     docs = [{"color": color, "question": "Is it red?", "answer": "yes"} for color in ("red", "blue", "blue")]
     dump_lines(tmp_path / "tasks" / "docs.jsonl", docs)
     (tmp_path / "tasks" / "pictures.py").write_text(VISUAL)
@@ -162,7 +162,7 @@ def test_a_prediction_of_zero_is_an_answer(tmp_path: Path) -> None:
 
 def test_vlmevalkits_model_answers_a_message(tmp_path: Path) -> None:
     class BaseModel:
-        """Stands where VLMEvalKit's class does: our model adds its one method."""
+        """A substitute for VLMEvalKit's class; our model adds its one method."""
 
     (tmp_path / "a.png").write_bytes(encoded("red"))
     model = milora_vlm(BaseModel, "tiny", None, "vicuna_v1")

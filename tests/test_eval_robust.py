@@ -1,4 +1,4 @@
-"""Whatever a model answers is scored by the rule, stored and read back; no answer ends an evaluation."""
+"""Every possible answer is scored by the rule, stored and read back; no answer stops an evaluation."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_strange_answers_are_scored_stored_and_read_back(name: str, data: Path, 
         store.append(lines)
         assert [line["prediction"] for line in read_lines(store.path)] == [text] * len(items)
         for metric in benchmark.summarise(to_answer(benchmark, line) for line in lines):
-            assert metric.value == metric.value  # not a number is unequal to itself
+            assert metric.value == metric.value  # NaN is not equal to itself
         answers = [to_answer(benchmark, line) for line in lines]
         if "\ud83d" not in text:  # a server's file is UTF-8
             benchmark.submission(answers, tmp_path / str(number), folder_of(benchmark, data))
@@ -120,7 +120,7 @@ def test_a_formula_that_would_take_forever_is_not_waited_for(text: str, monkeypa
 
 
 def test_what_a_script_stumbles_over_is_what_comes_first() -> None:
-    # util.py gives up a fraction of one sign before it comes to the fraction of nothing behind it.
+    # util.py returns at a fraction with one sign, before it reaches the empty fraction after it.
     assert not math_answers.is_equivalent("2", "\\frac.\\frac")
     assert math_answers.is_equivalent("2", "\\frac")
 
@@ -139,7 +139,7 @@ def test_pope_without_a_yes_is_zero(data: Path) -> None:
 
 
 def stored(data: Path, folder: Path) -> list[dict[str, Any]]:
-    """A results folder as `run` leaves it."""
+    """Return a results folder as written by `run`."""
     benchmark = find_benchmark("gqa")
     items = items_of("gqa", data)
     lines = [to_line(benchmark, item, item.answers[0], item.id, data / "gqa") for item in items]
@@ -194,10 +194,10 @@ def test_files_for_others_are_written_without_holding_the_answers(data: Path, tm
 def test_files_of_another_form_are_a_message(data: Path, tmp_path: Path) -> None:
     official_data.gqa(tmp_path)
     (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"text": "Why?"}}')
-    with pytest.raises(UserError, match=r"benchmark gqa: .* not of the published form: no 'question'"):
+    with pytest.raises(UserError, match=r"benchmark gqa: .* published format: no 'question'"):
         load_items(find_benchmark("gqa"), tmp_path)
     (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "two"}\n')
-    with pytest.raises(UserError, match=r"benchmark gsm8k: .* not of the published form: could not convert"):
+    with pytest.raises(UserError, match=r"benchmark gsm8k: .* published format: could not convert"):
         load_items(find_benchmark("gsm8k"), tmp_path)
 
 

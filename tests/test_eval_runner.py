@@ -1,4 +1,4 @@
-"""Asking: resumable at any point, shared out over shards, the same bytes in the end."""
+"""Generating answers: resumable at any point, split over shards, with the same bytes in the end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def answers(output: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def whole(model: Made, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an evaluation that nothing has disturbed, to look at or to copy."""
+    """Return the folder of an uninterrupted evaluation; read it or copy it."""
     folder = tmp_path_factory.mktemp("whole")
     evaluate(model, data, folder, model_name="tiny")
     return folder
@@ -56,7 +56,7 @@ def whole(model: Made, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def done(whole: Path, tmp_path: Path) -> Path:
-    """A copy of it to change."""
+    """Return a copy of it to change."""
     return shutil.copytree(whole, tmp_path / "done")
 
 
@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     results = evaluate(model, data, done)
     assert results is not None
     assert results["asked"] == 22 - 9
-    assert "9 of 22 answers are there from before" in capsys.readouterr().err
+    assert "9 of 22 answers are stored already" in capsys.readouterr().err
     assert answers(done) == answers(whole)
 
 

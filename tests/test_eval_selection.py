@@ -1,4 +1,4 @@
-"""Subsets contain each other; shards share out every item once."""
+"""Subsets are nested; every item is in exactly one shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every benchmark with the real smol-llava: official files, prompts as LLaVA's to the byte, answers, score, files."""
+"""Every benchmark with the real smol-llava: official files, LLaVA's prompts byte for byte, answers, scores, files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from milora_vl.models.loading import split_processor
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("picture_cache")]
 OFFICIAL = [name for name in BENCHMARKS if name != "emoji"]
 WITHOUT_SUBMISSION = {"chartqa", "refcoco", "refcoco+", "refcocog", "llava-bench"}
-LIMIT = 4  # new tokens: what is said does not matter here
+LIMIT = 4  # new tokens: the answer does not matter here
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return official_data.write_all(tmp_path_factory.mktemp("official"))
 
 
-@pytest.fixture(scope="session")  # before the cache is put elsewhere
+@pytest.fixture(scope="session")  # before the test moves the cache
 def smol() -> tuple[Any, Any]:
     return load_model("smol-llava")
 
@@ -54,7 +54,7 @@ def test_files_to_submission(name: str, smol: tuple[Any, Any], data: Path, tmp_p
 
 
 def assert_asked_as_llava_does(item: Item, form: Any, tokenizer: Any) -> None:
-    """The text and the ids that model_vqa_loader.py makes of the question: conversation, then tokenizer_image_token."""
+    """Return text and ids of the question as in model_vqa_loader.py: conversation, then tokenizer_image_token."""
     if form != "exact":
         return
     llava_train()

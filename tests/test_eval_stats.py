@@ -34,7 +34,7 @@ def test_clusters_of_one_are_no_clusters() -> None:
 
 
 def test_equal_answers_within_a_picture_count_once() -> None:
-    """Every value doubled: the naive error shrinks by sqrt(2), the clustered one stays about where it was."""
+    """If every value appears twice, the naive error shrinks by sqrt(2), but the clustered error is about the same."""
     rng = random.Random(0)
     once = [float(rng.random() < 0.4) for _ in range(400)]
     twice = [value for value in once for _ in range(2)]
@@ -43,7 +43,7 @@ def test_equal_answers_within_a_picture_count_once() -> None:
 
 
 def test_the_error_of_a_mean_over_types_is_that_of_repeated_experiments() -> None:
-    """Pictures have a difficulty that all their questions share; 300 experiments tell the true spread."""
+    """All questions about a picture share its difficulty; 300 experiments give the true spread."""
 
     def experiment(rng: random.Random) -> tuple[list[float], list[str], list[int]]:
         values, types, pictures = [], [], []
@@ -108,7 +108,7 @@ def test_questions_about_one_picture_count_once() -> None:
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0.25, 0.25), (0.15, 0.05), (0.05, 0.0), (0.0, 0.9), (0.02, 0.0)])
 def test_few_intervals_that_are_shown_miss_the_truth(only_a: float, only_b: float) -> None:
-    """From the smallest number of questions that has one, whatever the shares of questions that one side gets right."""
+    """The interval holds from the smallest allowed number of questions, for any share of right answers."""
     rng, missed, times = random.Random(0), 0, 200
     for _ in range(times):
         drawn = [rng.random() for _ in range(MIN_GROUPS)]
@@ -117,7 +117,7 @@ def test_few_intervals_that_are_shown_miss_the_truth(only_a: float, only_b: floa
         found = paired_difference(a, b, resamples=300)
         if found.low is not None and found.high is not None:
             missed += not found.low - 1e-9 <= only_b - only_a <= found.high + 1e-9
-    assert missed / times <= 0.09  # 0.05, and what 200 draws may add
+    assert missed / times <= 0.09  # 0.05, plus the sampling error of 200 draws
 
 
 def test_an_item_without_a_group_stands_alone() -> None:
@@ -144,7 +144,7 @@ def test_the_error_of_an_f1_is_that_of_drawing_pictures_again() -> None:
     rng = random.Random(0)
     answers = []
     for picture in range(80):
-        skill = rng.random()  # the questions of a picture are alike
+        skill = rng.random()  # the questions about a picture are equal
         for name in ("random", "popular"):
             for label in ("yes", "no", "yes"):
                 said = label if rng.random() < skill else {"yes": "no", "no": "yes"}[label]

@@ -1,4 +1,4 @@
-"""Answers on disk survive being killed, and none is ever thrown away."""
+"""Answers on disk survive a kill, and none is ever deleted."""
 
 from __future__ import annotations
 

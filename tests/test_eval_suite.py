@@ -1,4 +1,4 @@
-"""Suites: the paper's seven columns and their mean, tables in every form, two evaluations compared."""
+"""Suites: the paper's seven columns and their mean, tables in every format, comparison of two evaluations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stored(suite: str, data: Path, folder: Path, right_every: int) -> Path:
-    """A results folder in which every n-th answer is right."""
+    """Return a results folder in which every n-th answer is right."""
     lines = []
     for name in SUITES[suite].benchmarks:
         benchmark = find_benchmark(name)
@@ -45,7 +45,7 @@ def stored(suite: str, data: Path, folder: Path, right_every: int) -> Path:
 
 @pytest.fixture(scope="module")
 def half(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The paper's suite, with every second answer right."""
+    """Return the paper's suite, with every second answer right."""
     return stored("llava-paper", data, tmp_path_factory.mktemp("half"), 2)
 
 
@@ -93,7 +93,7 @@ def test_tables_come_in_four_forms(form: str, half: Path, capsys: pytest.Capture
 
 @pytest.fixture
 def few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Intervals from the few questions of the tests."""
+    """Allow intervals from the few questions of the tests."""
     monkeypatch.setattr(stats, "MIN_GROUPS", 2)
     monkeypatch.setattr(stats, "MIN_UNLIKE", 1)
 
@@ -132,7 +132,7 @@ def test_two_evaluations_are_compared_with_intervals_and_tests(
     assert f1.high is not None
     assert f1.low <= f1.value <= f1.high
     assert pairs["pope", "random accuracy"].difference is None
-    circular = pairs["mmbench", "circular accuracy"].difference  # over questions, not over their rotations
+    circular = pairs["mmbench", "circular accuracy"].difference  # over questions, not over rotations
     assert circular is not None
     assert circular.n == 3
 

@@ -1,4 +1,4 @@
-"""Every case of reference/eval-vectors.json, nearly all of them answers of the official scripts, one test each."""
+"""Every case of reference/eval-vectors.json, most of them results of the official scripts, one test per case."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VECTORS: list[dict[str, Any]] = json.loads(
 
 
 def circular(texts: list[str], answers: list[str]) -> int:
-    """Rotations whose options are not part of the vector: letters alone decide."""
+    """Return rotations whose options are not part of the vector: only the letters count."""
     return int(all(mmbench.option_letter(text, "ABCD") == answer for text, answer in zip(texts, answers, strict=True)))
 
 
@@ -45,7 +45,7 @@ def last_number(text: str) -> float | str:
     return "inf" if found == float("inf") else found
 
 
-# metric -> what is called with (prediction, references)
+# metric -> function of (prediction, references)
 METRICS: dict[str, Callable[[Any, Any], Any]] = {
     "vqa_normalize": lambda p, r: vqa.normalise(vqa.clean(p)),
     "m4c_normalize": lambda p, r: textvqa.m4c_normalise(p),

@@ -1,4 +1,4 @@
-"""The page of answers: everything in one file, nothing that an answer holds can break it."""
+"""The page of answers: everything is in one file, and no answer can break it."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def test_one_page_holds_questions_answers_truths_and_pictures(
     found = content(page)
     assert found["runs"] == ["base", "final"]
     assert "6 questions" in page.read_text()
-    assert "final is right on 4 questions that base gets wrong, and wrong on 1 of its right ones" in page.read_text()
+    assert "final corrects 4 wrong answers of base, and gets 1 of its right ones wrong" in page.read_text()
     assert [row["answers"][0]["value"] for row in found["rows"]] == [1, 1, 0, 0, 0, 0]
     assert found["rows"][3]["answers"][0]["text"] == "</script><script>alert(1)</script>"
     assert found["rows"][0]["question"].startswith("What color is it?")
-    assert len(found["pictures"]) == 3  # each once, however many questions it has
+    assert len(found["pictures"]) == 3  # each picture once, for any number of questions
     assert all(source.startswith("data:image/jpeg;base64,") for source in found["pictures"])
     text = page.read_text()
     assert "Pictures by us, licence CC BY 4.0." in text

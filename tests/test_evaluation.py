@@ -1,4 +1,4 @@
-"""The eval section: checked before the training, run after it in a process of its own."""
+"""The eval section: checked before the training, run after it in a separate process."""
 
 from __future__ import annotations
 

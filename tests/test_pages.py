@@ -208,4 +208,4 @@ def test_a_page_holds_what_5_mb_do_and_says_so(tmp_path: Path, capsys: pytest.Ca
     base = stored(tmp_path, "base", said)
     assert evaluation(["view", str(base)]) == 0
     assert (base / "view.html").stat().st_size <= render.MAX_BYTES
-    assert "of 6 questions: no page is larger" in capsys.readouterr().err
+    assert "of 6 questions: a page has at most 5 MB" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""docs/performance.md is what benchmarks/results.json says, of one machine, with a reason for every goal missed."""
+"""docs/performance.md shows benchmarks/results.json from one machine, with a reason for every missed goal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_page_is_made_of_the_results() -> None:
 
 
 def test_every_part_has_a_result_and_a_script() -> None:
-    """What `make bench` runs, no more and no less."""
+    """The results are exactly the parts of `make bench`."""
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("all_benchmarks", ROOT / "benchmarks" / "all.py")

@@ -1,4 +1,4 @@
-"""docs/reproduce.md: every command works on small data, and trains what the paper says and the page's table counts."""
+"""docs/reproduce.md: every command works on small data, and trains the layers of the paper and of the page's table."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def recipe(flags: list[str]) -> Recipe:
 
 @cache
 def base(model: str, of: str) -> Any:
-    """The meta model of a name, composed as a recipe says."""
+    """Return the meta model of a name, composed as in a recipe."""
     return loading.meta_model(base_model.config_for(recipe(["--recipe", of, "--model", model])))
 
 
@@ -114,7 +114,7 @@ def test_one_training_of_the_page_dry_runs(
     plan = capsys.readouterr().out
     assert "trainable params: 112,197,632" in plan
     assert "= 16\n" in plan
-    assert "> b b b" in plan  # the answer alone is learnt
+    assert "> b b b" in plan  # only the answer is supervised
 
 
 def test_the_pages_conversions_make_what_its_recipes_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Studies: the trainings that a file asks for are run, kept, shared, resumed and shown; docs show what the CSV says."""
+"""Studies: the trainings of a file are run, stored, shared, resumed and shown; the docs show the CSV's numbers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ PAIR = small(arms={"a": {}, "b": {"method": "lora"}}, learning_rates=[1e-3], see
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the study PAIR has run as `one`; starting a worker takes longer than its cells."""
+    """Return a folder in which the study PAIR has run as `one`; starting a worker takes longer than its cells."""
     folder = tmp_path_factory.mktemp("studies")
     assert len(run(Folder(folder / "one", PAIR))) == 2
     return folder
@@ -91,7 +91,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def studies(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it to go on with."""
+    """Return a copy of it to continue."""
     return shutil.copytree(trained, tmp_path / "studies")
 
 
@@ -125,7 +125,7 @@ def test_a_failed_cell_is_kept_and_tried_again_on_request(tmp_path: Path) -> Non
 
 
 def test_a_killed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as by the system, for want of memory; the cells that it had done are kept."""
+    """For example the system kills it if memory runs out; its finished cells are kept."""
 
     def killed(futures: Any) -> Any:
         for worker in multiprocessing.active_children():

@@ -1,4 +1,4 @@
-"""The studies' tasks on small networks: what is trained, what is measured, and that nothing is forgotten at step 0."""
+"""The tasks of the studies on small networks: training, measurements, and no forgetting at step 0."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ small = pytest.mark.parametrize("name", STUDIES)
 @cache
 def task(name: str) -> Any:
     if name == "smollm2":
-        return NamedTopics("tiny-text")  # the same task on a network of toy size
+        return NamedTopics("tiny-text")  # the same task on a tiny network
     made: Any = DIGITS[name](base_steps=60) if name in DIGITS else load_task(name)
-    if name == "lite0":  # fewer pictures in four turns, for time
+    if name == "lite0":  # fewer pictures in four rotations, to save time
         count = len(made.test)
         made.test, made.validation = made.test[:50], made.validation[:20]
         made.names = [item for place, item in enumerate(made.names) if place % count < 50]

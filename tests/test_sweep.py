@@ -1,4 +1,4 @@
-"""The sweep without its trainings: cells and their recipes, the choice on validation, what the page says, mistakes."""
+"""The sweep without its trainings: cells and their recipes, selection by validation loss, the page, and user errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def sweep(tmp_path: Path) -> Sweep:
 
 
 def finish(sweep: Sweep, cell: Cell, *, loss: float, right: list[bool], forgetting: float) -> None:
-    """Write what a cell that has run leaves."""
+    """Write the files of a finished cell."""
     result = {
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
         "validation_loss": loss, "benchmark": "emoji", "metric": "accuracy", "score": sum(right) / len(right),
@@ -84,7 +84,7 @@ def test_cells_are_every_combination_and_full_has_no_rank() -> None:
         ("lora-decay", {"method": "lora"}, {"weight_decay": 0.1}),
         ("strong", {"method": "lora", "alpha": 16}, {"weight_decay": 0.2}),
         ("full", {"method": "full"}, {}),
-        ("random", {"method": "random", "seed": 9}, {}),  # each seed draws its own components
+        ("random", {"method": "random", "seed": 9}, {}),  # each seed draws different components
     ],
 )
 def test_the_recipe_of_a_cell(method: str, rule: dict[str, Any], train: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ def test_the_recipe_of_a_cell(method: str, rule: dict[str, Any], train: dict[str
 def test_a_variant_that_trains_in_full_is_evaluated_as_the_model_that_it_is(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a cell has trained is known once it has: the command that evaluates it is made after the training."""
+    """The kind of a trained cell is known only after its training, so the evaluation command is built after it."""
     stand_in = sweep.folder / "python"
     cell = Cell("lora", 1e-3, None, 7)
     run = sweep.run_folder(cell)
@@ -124,7 +124,7 @@ def test_means_have_students_intervals() -> None:
 
 
 def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
-    """The rate with the best test score has the worse validation loss: it is not the one that is reported."""
+    """The rate with the best test score has a worse validation loss, so it is not reported."""
     cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-4, 1e-3, 1e-2], None, 2)
     losses = {1e-4: 0.9, 1e-3: 0.5, 1e-2: 0.7}
     for cell in cells:
@@ -156,7 +156,9 @@ def test_the_page_keeps_what_earlier_commands_asked_for(sweep: Sweep) -> None:
     first, later = (make_cells(sweep.recipe, [method], [1e-3], None, 2) for method in ("milora", "lora"))
     for cell in (*first, *later):
         finish(sweep, cell, loss=0.5, right=[True, False], forgetting=0.1)
-    finish(sweep, Cell("dora", 1e-3, None, 99), loss=0.5, right=[True], forgetting=0.1)  # of a seed not asked for
+    finish(
+        sweep, Cell("dora", 1e-3, None, 99), loss=0.5, right=[True], forgetting=0.1
+    )  # with a seed that was not requested
     _, table = page.write(page.of_sweep(sweep, later, 2, "..."))
     assert [row[0] for row in table.rows] == ["lora", "milora"]
 
@@ -222,7 +224,7 @@ def test_the_front_keeps_what_none_beats_in_both() -> None:
 
 
 def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
-    """Its data is not there: the training ends with exit code 2; without --retry it is left alone."""
+    """Its data is missing: the training ends with exit code 2, and the cell runs again only with --retry."""
     (cell,) = make_cells(sweep.recipe, ["milora"], [1e-3], None, 1)
     seen: list[tuple[str, bool, int]] = []
 
@@ -239,7 +241,7 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
     assert failure is not None
     assert (failure["code"], "train.json" in failure["said"]) == (2, True)
     ran = yaml.safe_load((sweep.folder / "recipes" / f"{cell.name}.yaml").read_text())
-    assert ran["factor_cache"] == str(sweep.folder / "factors")  # all cells share it
+    assert ran["factor_cache"] == str(sweep.folder / "factors")  # shared by all cells
     assert "train.json" in page.write(page.of_sweep(sweep, [cell], 1, "again"))[0].read_text()
 
 
@@ -304,7 +306,7 @@ def test_students_t_beyond_its_table(n: int, t: float) -> None:
 
 
 def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) -> None:
-    """Its first cell has failed, so that another method has a result before it."""
+    """The first cell of the first method has failed, so another method has a result earlier."""
     cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-4, 1e-3], None, 1)
     for cell in cells[1:]:
         finish(sweep, cell, loss=0.5, right=[True, cell.method == "lora"], forgetting=0.1)
@@ -316,8 +318,8 @@ def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) ->
 @pytest.mark.parametrize(
     ("name", "fields", "words"),
     [
-        ("whole", {"method": "full", "protect": {"top": 4}}, "protect: no use here"),
-        ("whole", {"method": "full", "weight_deca": 0.1}, "weight_deca: no use here"),
+        ("whole", {"method": "full", "protect": {"top": 4}}, "protect: no effect"),
+        ("whole", {"method": "full", "weight_deca": 0.1}, "weight_deca: no effect"),
         ("a/b", {"method": "lora"}, "cannot hold a /"),
     ],
 )
@@ -328,7 +330,7 @@ def test_variants_that_would_be_ignored_or_cannot_be_kept(name: str, fields: dic
 
 
 def test_a_folder_keeps_to_what_a_variant_meant(tmp_path: Path) -> None:
-    """Cells are known by the name of their variant: under another meaning of it they would be shown as its results."""
+    """The name of its variant identifies a cell, so a changed variant must not reuse the old results."""
 
     def sweep_with(alpha: int, **more: dict[str, Any]) -> Sweep:
         variants = {"strong": {"method": "lora", "alpha": alpha}, **more}

@@ -1,4 +1,4 @@
-"""A whole sweep on the tiny model, killed on the way and resumed."""
+"""A whole sweep on the tiny model, killed and resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ sweep: {{suite: emoji, data: {data}, limit: 10}}
 
 
 def write_recipe(folder: Path) -> Path:
-    """A recipe with its data."""
+    """Write a recipe with its data."""
     data = write_questions(folder / "data")
     rows = json.loads((data / "test.json").read_text())
     (data / "train.json").write_text(json.dumps(rows))
@@ -38,7 +38,7 @@ def write_recipe(folder: Path) -> Path:
 
 
 def test_what_a_first_cell_has_left_is_no_hindrance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The plan asks a training what it costs, which must not be taken for one that goes on in the cell's folder."""
+    """The plan runs a dry run for the cost, which must not look like a resumed training in the cell's folder."""
     run = tmp_path / "out" / "cells" / "milora-lr0.001-seed42"
     (run / "checkpoint-3").mkdir(parents=True)
     (run / "checkpoint-3" / "trainer_state.json").write_text("{}")
@@ -66,7 +66,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     until = time.monotonic() + 300
     while not list((out / "cells").glob("*.json")) and time.monotonic() < until:
         time.sleep(0.2)
-    first.send_signal(signal.SIGKILL)  # its commands live on; the next sweep waits for them
+    first.send_signal(signal.SIGKILL)  # its commands continue; the next sweep waits for them
     first.wait()
     kept = {file.name: file.stat().st_mtime_ns for file in (out / "cells").glob("*.json")}
     assert 0 < len(kept) < 4

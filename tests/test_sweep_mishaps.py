@@ -1,4 +1,4 @@
-"""What happens to a sweep from outside: a folder is removed, a command is killed, a recipe is not made for it."""
+"""Faults from outside a sweep: a deleted folder, a killed command, an unsuitable recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sweep(tmp_path: Path) -> Sweep:
 
 
 def test_a_cell_whose_folder_was_removed_is_to_be_run_again(sweep: Sweep) -> None:
-    """The page of the others is written all the same."""
+    """The page of the other cells is still written."""
     cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-3], None, 1)
     (sweep.folder / "cells").mkdir()
     for cell in cells:

@@ -1,4 +1,6 @@
-"""Benchmarks for LLaVA-style models: ask (resumable), score, compare; `python -m milora_eval --help`.
+"""Benchmarks for LLaVA-style models: generate answers (resumable), score and compare them.
+
+`python -m milora_eval --help` lists the commands. From Python:
 
 from milora_eval import Benchmark, run, score
 """
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from milora_eval.evaluate import run
     from milora_eval.scores.results import score
 
-# Loaded on first use: `run` needs torch, which the command must not import before it has read its arguments.
+# Loaded on first use: `run` needs torch, and the command reads its arguments before it imports torch.
 _HOMES = {
     "Answer": "benchmark",
     "Benchmark": "benchmark",

@@ -1,6 +1,6 @@
 """The command `python -m milora_eval`: run, ls, score, judge, compare, view.
 
-Torch is imported only once a model must be loaded.
+It imports torch only when it loads a model.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ MENU = Menu(
     "Evaluate vision-language models.",
     {
         "measure": {
-            "run": ("milora_eval.commands.run", "ask a model, score its answers, compare with its base"),
+            "run": ("milora_eval.commands.run", "run benchmarks on a model and compare it with its base"),
             "ls": ("milora_eval.commands.ls", "list suites and benchmarks"),
-            "score": ("milora_eval.commands.score", "score stored answers, or another program's, without a model"),
-            "judge": ("milora_eval.commands.judge", "have free answers graded by a model (MM-Vet, LLaVA-Bench)"),
+            "score": ("milora_eval.commands.score", "score stored answers or another program's predictions"),
+            "judge": ("milora_eval.commands.judge", "grade free-form answers with a judge model (MM-Vet, LLaVA-Bench)"),
         },
         "look": {
-            "compare": ("milora_eval.commands.compare", "paired differences of two evaluations"),
-            "view": ("milora_eval.commands.view", "one HTML page to browse the answers of one run, or of two"),
+            "compare": ("milora_eval.commands.compare", "compute paired differences of two evaluations"),
+            "view": ("milora_eval.commands.view", "write one HTML page to browse the answers of one or two runs"),
         },
     },
     """\
@@ -35,7 +35,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the commands; returns the exit code."""
+    """Run one of the commands and return its exit code."""
     return MENU.main(argv)
 
 

@@ -1,7 +1,7 @@
-"""What a benchmark is: items to ask, a rule that scores one answer, a summary of all answers.
+"""The base class of benchmarks: it loads items, scores one answer and summarises all answers.
 
-A new benchmark is one class with `name`, `files` and the methods `load` and `score`; the rest has defaults. Items carry
-everything their scoring needs, so that stored answers can be scored again without the data and without a model.
+A new benchmark is one class with `name`, `files` and the methods `load` and `score`; everything else has defaults.
+Items carry everything that scoring needs, so stored answers can be scored again without the data and without a model.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from milora_eval.stats import clustered_stderr, mean
 
 
 class MissingData(UserError):
-    """The files of a benchmark are not where they were looked for; the message says how to get them."""
+    """Raised when the files of a benchmark are missing; the hint says how to get them."""
 
 
-# How turns become ids. exact: the template, pictures where `<image>` stands, nothing stripped (LLaVA's evaluation);
+# How turns become ids. exact: the template, pictures at `<image>`, nothing stripped (LLaVA's evaluation);
 # training: as training encodes the same conversation; raw: the text of the last turn is the whole prompt.
 Form = Literal["exact", "training", "raw"]
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question: the conversation up to it, its pictures (absolute paths) and what counts as right.
+    """One question: the conversation up to it, its pictures (absolute paths) and the reference answers.
 
-    `kind` is the question type, `group` what the error bars are clustered by (the picture, as a rule; without one the
-    item stands alone), `baseline` the value that a model which never looks would get on this item.
+    `kind` is the question type. `group` is the cluster for the error bars, usually the picture (default: the item's
+    own id). `baseline` is the score of a model that never looks at the picture.
     """
 
     id: str
@@ -55,9 +55,9 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model said to one item, and the value the benchmark gave it: None where nothing here can tell.
+    """The model's answer to one item and its score; None if the answer alone cannot be scored.
 
-    `judgement` is what a judge said to the answer, where a benchmark needs one.
+    `judgement` is the text of the judge model, for benchmarks that need one.
     """
 
     item: Item
@@ -67,17 +67,17 @@ class Answer:
 
     @property
     def worth(self) -> float:
-        """The value, 0.0 where there is none."""
+        """The value, 0.0 if it is None."""
         return self.value or 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One number of a benchmark with its standard error. A `fraction` is shown as percent, `points` as they are.
+    """One number of a benchmark with its standard error. A `fraction` is shown in percent, `points` unchanged.
 
-    `mean_of` says how it comes from the answers' values, for paired comparisons: their mean over the items (those of
-    the type it is named after, else all), the mean over the types of each one's mean, or None (an F1, say).
-    A `detail` stands in results.json and not in the table.
+    `mean_of` says how the number is computed from the values of the answers, for paired comparisons. "items": the mean
+    over the items (of the type with this name, else all). "types": the mean of the means of the types. None: not a mean
+    (for example an F1). A `detail` appears in results.json but not in the table.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Metric:
 
 
 class Benchmark:
-    """The base of all benchmarks. `protocol` names whose rules it follows and is stamped into every result."""
+    """The base class of all benchmarks. `protocol` names the scoring rules; every result stores it."""
 
     name = ""
     version = "1"
@@ -102,26 +102,29 @@ class Benchmark:
     max_new_tokens = 128
     num_beams = 1
     form: Form = "exact"
-    files: tuple[str, ...] = ()  # what `load` reads, relative to the data folder; "a|b": the first that is there
-    folders: tuple[str, ...] = ()  # names of the data folder's subfolder, beside the benchmark's own name
+    files: tuple[str, ...] = ()  # files that `load` reads, relative to the data folder; "a|b": the first that exists
+    folders: tuple[str, ...] = ()  # other names for the subfolder of the data folder, besides the benchmark's name
     source = ""  # where the files come from, one line
     metric = "accuracy"
-    can_resample = True  # whether the numbers of some pictures drawn twice mean something, and are had fast
+    can_resample = True  # whether the numbers are valid for pictures drawn twice and fast to compute (bootstrap)
     judge = ""  # the model that grades the answers, for benchmarks that need one
-    judge_system = ""  # the system message it is given
-    origin = ""  # `module:Class` or `file.py:Class` of one that is not in the table of suites.py
+    judge_system = ""  # the system message for the judge
+    origin = ""  # `module:Class` or `file.py:Class` of a benchmark that is not in the table of suites.py
 
     def __init__(self, protocol: str | None = None) -> None:
-        """Raises UserError for a protocol that this benchmark does not have."""
+        """Raises UserError if this benchmark does not have the protocol."""
         if protocol is not None and protocol not in self.protocols:
             near = suggest(protocol, self.protocols)
-            hint = f"\ndid you mean {near[0]} ?" if near else ""
             known = ", ".join(self.protocols)
-            raise UserError(f'benchmark {self.name} has no protocol "{protocol}"; expected one of: {known}{hint}')
+            raise UserError(
+                f'benchmark {self.name} has no protocol "{protocol}"; expected one of: {known}',
+                code="eval-unknown-protocol",
+                hint=f"did you mean {near[0]} ?" if near else "",
+            )
         self.protocol = protocol or self.protocols[0]
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the items from a folder; MissingData (a UserError) when a file is not there."""
+        """Read the items from a folder. Raises MissingData (a UserError) if a file is missing."""
         raise NotImplementedError(f"benchmark {type(self).__name__} has no method load(data_dir)")
 
     def prompt(self, item: Item) -> tuple[Turn, ...]:
@@ -129,34 +132,34 @@ class Benchmark:
         return item.turns
 
     def score(self, item: Item, text: str) -> float | None:
-        """Return the value of one answer, 0.0 to 1.0; None where it cannot be told from the answer alone."""
+        """Return the value of one answer, 0.0 to 1.0; None if the answer alone does not determine it."""
         raise NotImplementedError(f"benchmark {type(self).__name__} has no method score(item, text)")
 
     def grade(self, item: Item, judgement: str) -> float | None:
-        """Return the value of an answer from what the judge said to it."""
+        """Return the value of an answer from the judge's text."""
         return None
 
     def judge_prompt(self, item: Item, text: str) -> str:
-        """Return what the judge is asked about an answer."""
+        """Return the prompt for the judge about an answer."""
         raise NotImplementedError(f"benchmark {self.name} has no judge")
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the benchmark's numbers, the headline first: the mean, and that of each type if there are several."""
+        """Return the numbers, the headline first: the mean, then the mean of each type if there are several types."""
         return means(answers, self.metric)
 
     def units(self, answers: Sequence[Answer]) -> Sequence[Answer]:
-        """Return what the headline is the mean of, in the order of the items: the answers, or one for several."""
+        """Return the answers that the headline averages, in the order of the items; one may stand for several items."""
         return answers
 
     def llava_question(self, item: Item) -> dict[str, Any]:
-        """Return the item as a line of LLaVA's question files; answers are joined by its question_id."""
+        """Return the item as a line of LLaVA's question files; question_id joins the answers to it."""
         line = {"question_id": item.meta.get("question_id", item.id), "text": plain_text(item)}
         if item.images:
             line["image"] = item.meta.get("image", Path(item.images[0]).name)
         return line | {"category": item.kind or "default"}
 
     def llava_keys(self, item: Item) -> tuple[Any, ...]:
-        """Return by which keys a line of LLaVA's answers may belong to the item; see `llava_key`."""
+        """Return the keys of LLaVA answer lines that belong to the item; see `llava_key`."""
         return (str(item.meta.get("question_id", item.id)),)
 
     def llava_key(self, line: Mapping[str, Any]) -> Any:
@@ -164,19 +167,19 @@ class Benchmark:
         return str(line["question_id"])
 
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
-        """Write what the benchmark's server or official script reads, validated; return the files, none by default."""
+        """Write validated files for the benchmark's server or official script; return them (default: none)."""
         return []
 
 
 def plain_text(item: Item) -> str:
-    """Return the question without the mark of its picture, as in LLaVA's question files."""
+    """Return the question without its `<image>` line, as in LLaVA's question files."""
     return item.question.removeprefix("<image>\n")
 
 
 def means(answers: Iterable[Answer], name: str, *, detail: bool = False) -> list[Metric]:
-    """Return the mean value of all answers, then of each type; answers without a value are left out.
+    """Return the mean value of all answers, then of each type; answers without a value are skipped.
 
-    Reads `answers` once and keeps two numbers of each, so that a million take little memory.
+    Reads `answers` once and keeps three numbers per answer, so a million answers take little memory.
     """
     tally = Tally()
     for answer in answers:
@@ -186,7 +189,7 @@ def means(answers: Iterable[Answer], name: str, *, detail: bool = False) -> list
 
 
 class Tally:
-    """Values with their types and groups, kept as plain numbers."""
+    """Values with their types and groups, stored as plain numbers."""
 
     def __init__(self) -> None:
         from array import array
@@ -202,16 +205,16 @@ class Tally:
         self.groups.append(self._groups.setdefault(group, len(self._groups)))
 
     def metrics(self, name: str, *, detail: bool = False) -> list[Metric]:
-        """Return the mean of everything under `name`, and of each type where there are several; [] for no values."""
+        """Return the mean of all values as `name`, then of each type if there are several; [] for no values."""
         if not self.values:
             return []
-        found = [_mean_metric(name, self.values, self.groups)]
+        metrics = [_mean_metric(name, self.values, self.groups)]
         if len(self._kinds) > 1:
             for kind, number in sorted(self._kinds.items()):
-                places = [place for place, other in enumerate(self.kinds) if other == number]
-                values, groups = [self.values[i] for i in places], [self.groups[i] for i in places]
-                found.append(_mean_metric(kind, values, groups, detail=detail))
-        return found
+                positions = [i for i, other in enumerate(self.kinds) if other == number]
+                values, groups = [self.values[i] for i in positions], [self.groups[i] for i in positions]
+                metrics.append(_mean_metric(kind, values, groups, detail=detail))
+        return metrics
 
 
 def _mean_metric(name: str, values: Any, groups: Any, *, detail: bool = False) -> Metric:

@@ -1,4 +1,4 @@
-"""Reading the official files of benchmarks; what is not there is said with where it comes from."""
+"""Read the official files of benchmarks. Errors about missing files say where to download them."""
 
 from __future__ import annotations
 
@@ -17,30 +17,34 @@ from milora_data.assets import cache_dir
 from milora_data.errors import DataError, UserError
 from milora_eval.benchmark import Benchmark, Item, MissingData
 
-# What pandas reads as "not a number" where LLaVA's scripts read tables with it.
+# Texts that pandas reads as NaN: LLaVA's scripts read their tables with pandas.
 NOT_A_NUMBER = frozenset(
     "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null|".split("|")
 )
 
 
 def find(benchmark: Benchmark, data_dir: Path, names: str) -> Path:
-    """Return the first of the files or folders `names` ("a|b") in a folder; raises MissingData with what goes where."""
+    """Return the first existing file or folder of `names` ("a|b"). Raises MissingData with the expected files."""
     for name in names.split("|"):
         if (data_dir / name).exists():
             return data_dir / name
     specs = [spec.removesuffix("|.").replace("|", "  or  ") for spec in benchmark.files[:4]]
     wanted = "\n".join(f"  {spec}" for spec in [*specs[:2], *([";  ".join(specs[2:])] if specs[2:] else [])])
     source = f"\nthey come from: {benchmark.source}" if benchmark.source else ""
-    lacks = f"no {names.removesuffix('|.').replace('|', ' or ')} in {data_dir}"
-    if not data_dir.is_dir():
-        lacks = f"no folder {data_dir} (--data)"
-    raise MissingData(f"benchmark {benchmark.name}: {lacks}\nput there:\n{wanted}{source}")
+    raise MissingData(
+        f"no {names.removesuffix('|.').replace('|', ' or ')} in {data_dir}"
+        if data_dir.is_dir()
+        else f"no folder {data_dir} (--data)",
+        code="eval-missing-files",
+        where=f"benchmark {benchmark.name}",
+        hint=f"put there:\n{wanted}{source}",
+    )
 
 
 def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
-    """Return a benchmark's items; DataError where its official files have another form than was published.
+    """Return the items of a benchmark. Raises DataError if its official files do not have the published format.
 
-    The mistakes of a benchmark of the user's own are not caught: their traceback says where they are.
+    Exceptions of a user's own benchmark class are not caught: the traceback shows their place.
     """
     if not type(benchmark).__module__.startswith("milora_eval."):
         return benchmark.load(data_dir)
@@ -52,32 +56,34 @@ def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         files = ", ".join(name.partition("|")[0] for name in benchmark.files)
         raise DataError(
-            f"benchmark {benchmark.name}: a file in {data_dir} is not of the published form: {what}\n"
-            f"files: {files}\nthey come from: {benchmark.source}"
+            f"a file in {data_dir} does not have the published format: {what}",
+            code="benchmark-file-format",
+            where=f"benchmark {benchmark.name}",
+            hint=f"files: {files}\nthey come from: {benchmark.source}",
         ) from None
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; DataError that names it."""
+    """Return the content of a JSON file. Raises DataError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not a JSON file: {error}") from None
+        raise DataError(f"not a JSON file: {error}", code="json-syntax", where=str(path)) from None
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:
-    """Yield the values of a JSONL file; DataError that names file and line."""
+    """Yield the values of a JSONL file. Raises DataError with the line if one is not JSON."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
                     yield json.loads(line)
                 except ValueError as error:
-                    raise DataError(f"{path}:{number}: not JSON: {error}") from None
+                    raise DataError(f"not JSON: {error}", code="json-syntax", where=f"{path}:{number}") from None
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a tab-separated file with a header, as text; what pandas calls NaN is left out of a row."""
+    """Return the rows of a tab-separated file with a header, as text; values that pandas reads as NaN are omitted."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t")
@@ -93,15 +99,18 @@ def table_columns(path: Path) -> list[str]:
 
 
 def unpack_picture(data: str | bytes, place: str) -> Path:
-    """Write a picture (bytes or base64) into the user's cache under the hash of its bytes; return its path."""
+    """Write a picture (bytes or base64) to the user's cache, named by its hash; return its path.
+
+    Raises DataError if it is not base64.
+    """
     try:
         content = base64.b64decode(data) if isinstance(data, str) else data
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"{place}: the picture is not base64: {error}") from None
+        raise DataError(f"the picture is not base64: {error}", code="data-picture-base64", where=place) from None
     path = cache_dir() / "eval-pictures" / f"{hashlib.sha256(content).hexdigest()[:24]}.img"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")  # shards may do the same at the same time
+        partial = path.with_suffix(f".{os.getpid()}")  # shards may write the same picture at the same time
         partial.write_bytes(content)
         partial.replace(path)
     return path

@@ -1,4 +1,4 @@
-"""One model on one suite: answers, numbers and table in OUTPUT_DIR/eval/SUITE/WHICH."""
+"""Evaluate one model on one suite: write answers, numbers and a table to OUTPUT_DIR/eval/SUITE/WHICH."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def run(
     batch_size: int = 16,
     audit_items: int = 0,
 ) -> Results | None:
-    """Evaluate a loaded model; returns the content of results.json, None while other shards are missing.
+    """Evaluate a loaded model; return the content of results.json, None while other shards are missing.
 
-    `adapter` is the folder of the adapter that `model` carries: its bytes are part of what an answer depends on. The
-    files go to `output_dir`/eval/`suite`/`which`; answers that are there already are not asked again.
+    `adapter` is the folder of the adapter that `model` carries; its bytes are part of the key of each answer. The files
+    go to `output_dir`/eval/`suite`/`which`. Stored answers with the same key are reused.
     Raises UserError for unknown benchmarks and missing data.
     """
-    found = tuple(find_benchmark(name) if isinstance(name, str) else name for name in benchmarks)
-    suite = suite or "+".join(benchmark.name for benchmark in found)
+    resolved = tuple(find_benchmark(name) if isinstance(name, str) else name for name in benchmarks)
+    suite = suite or "+".join(benchmark.name for benchmark in resolved)
     plan = Plan(
-        benchmarks=found,
+        benchmarks=resolved,
         data_dir=Path(data_dir),
         template=template,
         image_aspect_ratio=image_aspect_ratio,
@@ -75,9 +75,9 @@ def run(
 def _write(
     plan: Plan, outcome: Outcome, about: dict[str, Any], checked: dict[str, Any] | None, folder: Path
 ) -> Results:
-    """Write results.json, the table and the files for others from the answers in `folder`."""
+    """Write results.json, the table and the files for other programs from the answers in `folder`."""
     before = read_results(folder)
-    # What was measured beside the answers holds for the weights and settings it was measured with, and for no others.
+    # Forgetting and audit are kept only if the weights and settings are still the ones they were measured with.
     same = before if (before.get("generation") or {}).get("key") == digest(plan.settings) else {}
     results = _results(plan, outcome, before) | numbers(folder, about["suite"]) | about
     results |= {"forgetting": same.get("forgetting"), "audit": checked or same.get("audit")}
@@ -88,14 +88,14 @@ def _write(
 
 
 def results_folder(output_dir: str | Path, suite: str, which: str) -> Path:
-    """Return where the files of one evaluation are."""
+    """Return the folder for the files of one evaluation."""
     return Path(output_dir) / "eval" / suite / which
 
 
 def settings(
     model: Any, processor: Any, adapter: str | Path | None, template: str, image_aspect_ratio: str
 ) -> dict[str, Any]:
-    """Return everything beside the question that an answer depends on; weights and rules as digests."""
+    """Return everything except the question that an answer depends on; weights and tokenizer as digests."""
     from milora_vl.models.loading import split_processor
 
     tokenizer, image_processor = split_processor(processor)
@@ -115,7 +115,7 @@ def settings(
 def add_forgetting(
     folder: Path, model: Any, processor: Any, base: Any | None, key: str, num_tokens: int
 ) -> dict[str, Any]:
-    """Measure the text forgetting and write it into results.json, unless it is there for the same key already."""
+    """Measure the text forgetting and write it to results.json, unless it holds a value with the same key."""
     from milora_vl.models.loading import split_processor
 
     results = read_results(folder)
@@ -129,7 +129,7 @@ def add_forgetting(
 
 
 def write_table(folder: Path) -> Table:
-    """Write table.md beside results.json: beside the base's numbers where those are there; returns the table."""
+    """Write table.md next to results.json and return the table; it compares with the base if its answers exist."""
     results = read_results(folder)
     base = folder.parent / "base"
     table = results_table(results)

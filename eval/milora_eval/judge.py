@@ -1,6 +1,6 @@
-"""Judge models for free answers (MM-Vet, LLaVA-Bench): from a file, or from any OpenAI-compatible endpoint.
+"""Grade free-form answers (MM-Vet, LLaVA-Bench) with a judge model: from a file or an OpenAI-compatible endpoint.
 
-Judgements are kept line by line in judgements.jsonl beside the answers and never asked for twice.
+Judgements are stored one per line in judgements.jsonl, in the folder of the answers. No answer is judged twice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from milora_eval.data_files import read_json, read_jsonl
 from milora_eval.scores.results import judgements, review_of
 from milora_eval.suites import find_benchmark
 
-Ask = Callable[[str, str, str], str]  # (model, system message or "", prompt) -> what the judge said
+Ask = Callable[[str, str, str], str]  # (model, system message or "", prompt) -> text of the judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Endpoint:
     timeout: float = 120.0
 
     def ask(self, model: str, system: str, prompt: str) -> str:
-        """Return the answer at temperature 0. Raises UserError (exit code 1) for a server that refuses."""
+        """Return the answer at temperature 0. Raises UserError (exit code 1) if the server does not answer."""
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt})
         body = {"model": model, "temperature": 0, "messages": messages}
@@ -44,8 +44,12 @@ class Endpoint:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 answer = json.load(response)["choices"][0]["message"]["content"]
         except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            kept = "what it said so far is kept; the same command goes on"
-            raise UserError(f"the judge at {address} did not answer: {error}\n{kept}", exit_code=1) from None
+            raise UserError(
+                f"the judge at {address} did not answer: {error}",
+                code="judge-no-answer",
+                hint="the judgements so far are saved; run the same command again to continue",
+                exit_code=1,
+            ) from None
         return str(answer)
 
 
@@ -58,30 +62,34 @@ def unjudged(folder: Path) -> Iterator[Line]:
 
 
 def judge_by(ask: Ask, line: Line, model: str | None, folder: Path) -> None:
-    """Ask the judge about one answer and keep what it says."""
+    """Ask the judge about one answer and store the judgement."""
     benchmark = find_benchmark(line["benchmark"])
     prompt = benchmark.judge_prompt(to_item(line), line["prediction"])
-    said = ask(model or benchmark.judge, benchmark.judge_system, prompt)
-    _keep(line, said, model or benchmark.judge, folder)
+    judgement = ask(model or benchmark.judge, benchmark.judge_system, prompt)
+    _store(line, judgement, model or benchmark.judge, folder)
 
 
 def judge_from_file(path: Path, folder: Path) -> int:
-    """Take judgements from a file; return how many were new.
+    """Read judgements from a file and store them; return how many were new.
 
-    JSONL of {question_id or id, judgement | content | text}, as LLaVA's review files, or one JSON object of id to text.
-    Raises UserError that names an id of no question.
+    The file is JSONL with {question_id or id, judgement | content | text}, like LLaVA's review files, or one JSON
+    object that maps ids to texts. Raises UserError for an id that belongs to no question.
     """
     content: Any = read_json(path) if path.suffix == ".json" else list(read_jsonl(path))
     rows = content.items() if isinstance(content, dict) else [_review(row, path) for row in content]
     waiting = {line["id"]: line for line in unjudged(folder)}
     known = {line["id"] for line in each_line(folder / PREDICTIONS) if find_benchmark(line["benchmark"]).judge}
     count = 0
-    for name, said in rows:
+    for name, judgement in rows:
         if str(name) not in known:
-            raise UserError(f'{path}: a judgement for the id "{name}", which is no question of {folder}')
+            raise UserError(
+                f'a judgement for the id "{name}", but {folder} has no such question',
+                code="judge-unknown-id",
+                where=str(path),
+            )
         line = waiting.get(str(name))
         if line is not None:
-            _keep(line, str(said), str(path), folder)
+            _store(line, str(judgement), str(path), folder)
             count += 1
     return count
 
@@ -89,18 +97,20 @@ def judge_from_file(path: Path, folder: Path) -> int:
 def _review(row: Any, path: Path) -> tuple[str, str]:
     if isinstance(row, dict):
         name = row.get("id") if row.get("question_id") is None else row["question_id"]
-        said = next((row[key] for key in ("judgement", "content", "text") if key in row), None)
-        if name is not None and said is not None:
-            return str(name), str(said)
-    raise UserError(f'{path}: expected {{"question_id": ..., "content": ...}}, got {row!r:.80}')
+        judgement = next((row[key] for key in ("judgement", "content", "text") if key in row), None)
+        if name is not None and judgement is not None:
+            return str(name), str(judgement)
+    raise UserError(
+        f'expected {{"question_id": ..., "content": ...}}, got {row!r:.80}', code="judge-file-format", where=str(path)
+    )
 
 
-def _keep(line: Line, said: str, judge: str, folder: Path) -> None:
-    kept = {name: line[name] for name in ("benchmark", "id", "prediction")}
-    kept |= {"judgement": said, "judge": judge, "key": digest([kept, judge])}
+def _store(line: Line, judgement: str, judge: str, folder: Path) -> None:
+    entry = {name: line[name] for name in ("benchmark", "id", "prediction")}
+    entry |= {"judgement": judgement, "judge": judge, "key": digest([entry, judge])}
     path = folder / JUDGEMENTS
-    # Behind a line that a kill has cut off, a new one begins: both would be lost.
+    # If a kill has truncated the last line, start a new line: else this judgement would be lost too.
     with path.open("ab+") as file:
         file.seek(max(file.tell() - 1, 0))
         start = "" if file.read() in (b"", b"\n") else "\n"
-        file.write(f"{start}{json.dumps(kept)}\n".encode())
+        file.write(f"{start}{json.dumps(entry)}\n".encode())

@@ -1,7 +1,7 @@
-"""`python -m milora_eval.lm_eval`: base + adapter on tasks of lm-evaluation-harness, for what a model forgot of text.
+"""`python -m milora_eval.lm_eval`: run tasks of lm-evaluation-harness on base + adapter, to measure forgetting of text.
 
-The harness' release has no entry point for models, and its own `peft=` argument knows neither LLaVA's language tower
-nor a projector beside the adapter. Its multiple-choice numbers are likelihoods: not comparable with the suite `text`.
+The released harness has no entry point for models. Its `peft=` argument does not support LLaVA's language tower or a
+trained projector. Its multiple-choice scores compare likelihoods and are not comparable with the suite `text`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: the harness' table goes to stdout, its results to O/lm_eval.json."""
+    """Run the command: the harness' table goes to stdout, its results to OUTPUT_DIR/lm_eval.json."""
     options = _options().parse_args(argv)
     evaluator, tasks, harness, utils = _harness()
     manager = tasks.TaskManager(include_path=None if options.include_path is None else str(options.include_path))
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
-        raise UserError(f"lm_eval has no task {', '.join(unknown)}\nyour own: --include_path DIR with its yaml file")
+        raise UserError(
+            f"lm_eval has no task {', '.join(unknown)}",
+            code="lm-eval-unknown-task",
+            where="--tasks",
+            hint="for your own task: --include_path DIR with its yaml file",
+        )
     results = evaluator.simple_evaluate(
         model=model(harness.HFLM, options.model, options.adapter, options.dtype, options.device, options.batch_size),
         tasks=names,
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def model(wrapper: Any, name: str, adapter: Path | None, dtype: str | None, device: str | None, batch_size: int) -> Any:
-    """Return the harness' own wrapper (HFLM) around base + adapter as `load_model` makes them."""
+    """Return the harness' wrapper (HFLM) around base + adapter, loaded with `load_model`."""
     from milora_vl.load import load_model
     from milora_vl.models.devices import device_named, dtype_named
     from milora_vl.models.loading import split_processor
@@ -71,13 +76,13 @@ def model(wrapper: Any, name: str, adapter: Path | None, dtype: str | None, devi
 
 def _options() -> argparse.ArgumentParser:
     options = parser("python -m milora_eval.lm_eval", "Run lm-evaluation-harness on base + adapter.", EXAMPLES)
-    given = options.add_argument_group("input")
-    shared(given, "model", required=True)
-    shared(given, "adapter")
-    given.add_argument("--tasks", required=True, metavar="a,b", help="names of the harness' tasks")
-    given.add_argument("--include_path", type=Path, help="folder with tasks of your own")
+    inputs = options.add_argument_group("input")
+    shared(inputs, "model", required=True)
+    shared(inputs, "adapter")
+    inputs.add_argument("--tasks", required=True, metavar="a,b", help="names of tasks of the harness")
+    inputs.add_argument("--include_path", type=Path, help="folder with your own tasks")
     settings = options.add_argument_group("settings")
-    settings.add_argument("--num_fewshot", type=int, help="examples in the prompt (default: the task's)")
+    settings.add_argument("--num_fewshot", type=int, help="number of examples in the prompt (default: set by the task)")
     shared(settings, "limit", about="the first N questions of each task")
     shared(settings, "batch_size", default=8)
     shared(settings, "device")
@@ -94,7 +99,9 @@ def _harness() -> tuple[Any, Any, Any, Any]:
         evaluator, tasks, harness, utils = map(importlib.import_module, names)
     except ImportError as error:
         raise UserError(
-            f"lm-evaluation-harness is not installed: {error}\ninstall it: pip install 'lm_eval[hf]'"
+            f"lm-evaluation-harness is not installed: {error}",
+            code="package-missing",
+            hint="install it: pip install 'lm_eval[hf]'",
         ) from None
     return evaluator, tasks, harness, utils
 

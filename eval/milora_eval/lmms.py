@@ -1,4 +1,4 @@
-"""The model `milora` of lmms-eval: base + adapter, which its own LLaVA wrappers cannot load.
+"""The model `milora` for lmms-eval: base + adapter, which lmms-eval's LLaVA wrappers cannot load.
 
 lmms-eval finds it through the entry point `lmms_eval.models` (see pyproject.toml):
     python -m lmms_eval --model milora --model_args pretrained=llava-1.5-7b,adapter=runs/a --tasks mme
@@ -23,7 +23,7 @@ MANIFEST = ModelManifest(model_id="milora", simple_class_path="milora_eval.lmms.
 
 
 class Milora(lmms):
-    """Greedy answers in batches; questions about one picture share its computation."""
+    """Greedy decoding in batches; questions about one picture share its computation."""
 
     is_simple = True
 
@@ -44,37 +44,37 @@ class Milora(lmms):
         self.template, self.batch_size = template, int(batch_size)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Return the answers to requests (context, options, pictures of, document, task, split)."""
+        """Return the answers to requests (context, options, document to pictures, document, task, split)."""
         answers = [""] * len(requests)
-        places = sorted(range(len(requests)), key=lambda place: repr(requests[place].args[1]))
-        for _, alike in groupby(places, key=lambda place: repr(requests[place].args[1])):
-            chosen = list(alike)
+        order = sorted(range(len(requests)), key=lambda index: repr(requests[index].args[1]))
+        for _, same_options in groupby(order, key=lambda index: repr(requests[index].args[1])):
+            chosen = list(same_options)
             options = requests[chosen[0]].args[1]
             texts = generate(
                 self.loaded,
                 self.processor,
-                [self._prompt(*requests[place].args[:1], *requests[place].args[2:]) for place in chosen],
+                [self._prompt(*requests[index].args[:1], *requests[index].args[2:]) for index in chosen],
                 template=self.template,
                 max_new_tokens=int(options.get("max_new_tokens", 128)),
                 num_beams=_beams(options),
                 batch_size=self.batch_size,
             )
-            for place, text in zip(chosen, texts, strict=True):
-                answers[place] = _until(text, options.get("until", ()))
+            for index, text in zip(chosen, texts, strict=True):
+                answers[index] = _until(text, options.get("until", ()))
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Return the log-probability of each target, and whether greedy decoding says it."""
+        """Return the log-probability of each target, and whether greedy decoding produces it."""
         pairs = []
         for request in requests:
-            context, target, *rest = request.args
-            text = target if isinstance(target, str) else target(self._document(*rest[1:]))
-            pairs.append((self._prompt(context, *rest), f" {text}"))
+            context, target, *source = request.args
+            text = target if isinstance(target, str) else target(self._document(*source[1:]))
+            pairs.append((self._prompt(context, *source), f" {text}"))
         return loglikelihoods(self.loaded, self.processor, pairs, template=self.template)
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """Raises UserError: the tasks with several rounds need another model class."""
-        raise UserError("the model milora does not take tasks with several rounds")
+        """Raises UserError: tasks with several rounds are not supported."""
+        raise UserError("the model milora does not support tasks with several rounds", code="lmms-unsupported")
 
     def _document(self, number: int, task: str, split: str) -> Any:
         return self.task_dict[task][split][number]
@@ -87,7 +87,7 @@ class Milora(lmms):
 
 def _beams(options: dict[str, Any]) -> int:
     if options.get("do_sample") and options.get("temperature", 1.0):
-        raise UserError(f"the model milora decodes greedily, the task asks for {options}")
+        raise UserError(f"the model milora decodes greedily, the task asks for {options}", code="lmms-unsupported")
     return int(options.get("num_beams") or 1)
 
 

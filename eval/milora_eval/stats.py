@@ -1,6 +1,7 @@
 """Standard errors and paired comparisons, clustered by picture.
 
-The first two agree with lmms-eval (lmms_eval/api/metrics.py): ddof 1, and clustering by adding a cluster's cross terms.
+`mean_stderr` and `clustered_stderr` agree with lmms-eval (lmms_eval/api/metrics.py): ddof 1, and clustering adds the
+cross terms within a cluster.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ import numpy as np
 
 from milora_data.command.cli import amount
 
-# What a bootstrap interval needs: so many independent items, and so many whose difference is not the most common one
-# (resamples of equal values are equal, however many there are). Simulated comparisons of right and wrong answers showed
-# an interval that misses the truth in at most 5.1 % of cases with both, in as many as 55 % with the first alone, and in
-# 83 % from 10 items without either.
+# A bootstrap interval needs MIN_GROUPS independent items, and MIN_UNLIKE items whose difference is not the most common
+# one (resamples of equal values are equal). In simulated comparisons of right and wrong answers, the interval missed
+# the true value in at most 5.1 % of cases with both conditions. With the first alone it missed in up to 55 %, and with
+# 10 items and neither condition in 83 %.
 MIN_GROUPS = 30
 MIN_UNLIKE = 5
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the arithmetic mean; nan for no values."""
+    """Return the arithmetic mean; nan if there are no values."""
     return math.fsum(values) / len(values) if values else math.nan
 
 
 def mean_stderr(values: Sequence[float]) -> float | None:
-    """Return the standard error of the mean, sample standard deviation (ddof 1) over sqrt(n); None below two values.
+    """Return the standard error of the mean (sample standard deviation, ddof 1, over sqrt(n)); None below two values.
 
     >>> round(mean_stderr([1, 1, 0, 0]), 6)
     0.288675
@@ -41,7 +42,7 @@ def mean_stderr(values: Sequence[float]) -> float | None:
 
 
 def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
-    """Return the standard error of the mean when values of one cluster (one picture) are correlated.
+    """Return the standard error of the mean if the values within a cluster (one picture) are correlated.
 
     >>> round(clustered_stderr([1, 1, 0, 0], ["a", "a", "b", "b"]), 6)
     0.381881
@@ -50,14 +51,14 @@ def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> f
 
 
 def stratified_mean(values: Sequence[float], strata: Sequence[Hashable]) -> float:
-    """Return the mean over strata (question types) of each stratum's own mean."""
+    """Return the mean of the means of the strata (question types)."""
     return mean([mean(part) for part in _parts(values, strata).values()])
 
 
 def stratified_stderr(
     values: Sequence[float], strata: Sequence[Hashable], clusters: Sequence[Hashable]
 ) -> float | None:
-    """Return the standard error of `stratified_mean`, clustered; None where a stratum has a single value.
+    """Return the clustered standard error of `stratified_mean`; None if a stratum has a single value.
 
     With w_i = 1 / (T n_t) and residuals r_i within the stratum, the variance is the naive one, sum_t s_t^2 / (n_t T^2),
     plus the cross terms w_i r_i w_j r_j of all ordered pairs i != j within a cluster (also across strata).
@@ -79,10 +80,11 @@ def stratified_stderr(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A paired difference B minus A on the same items: interval (95 %) and `p_bootstrap` resample whole clusters.
+    """A paired difference B minus A on the same items.
 
-    `p_value` is McNemar's, over the items that only one side got right (or more right); None for a number that is no
-    mean over items. Where the items are too few for an interval or a p-value, these are None and `note` says why.
+    The 95 % interval (`low`, `high`) and `p_bootstrap` resample whole clusters. `p_value` is McNemar's test over the
+    items that one side scores higher; None if the number is not a mean over items. With too few items for an interval
+    or a p-value, these are None and `note` says why.
     """
 
     value: float
@@ -107,7 +109,7 @@ def paired_difference(
 ) -> Difference:
     """Compare two runs on identical items: difference of (stratified) means, clustered error, interval, McNemar's test.
 
-    Raises ValueError when the lengths differ.
+    Raises ValueError if the lengths differ.
     """
     if len(a) != len(b):
         raise ValueError(f"a paired comparison needs the same items on both sides, got {len(a)} and {len(b)}")
@@ -134,7 +136,7 @@ def paired_difference(
 
 
 def too_few(gaps: Sequence[float], clusters: Sequence[Hashable]) -> str:
-    """Return why these differences bear no interval; empty where they do.
+    """Return why these differences allow no interval; empty if they do.
 
     >>> too_few([1.0, 0.0], ["a", "b"])
     'no interval and no p-value from 2 items, 30 are needed'
@@ -143,25 +145,25 @@ def too_few(gaps: Sequence[float], clusters: Sequence[Hashable]) -> str:
     for gap, cluster in zip(gaps, clusters, strict=True):
         sums[cluster] += gap
     if len(sums) < MIN_GROUPS:
-        about = "" if len(sums) == len(gaps) else " (questions about one picture count once)"
+        about = "" if len(sums) == len(gaps) else " (all questions about one picture count as one item)"
         return f"no interval and no p-value from {amount(len(sums), 'item')}{about}, {MIN_GROUPS} are needed"
     alike = max(Counter(round(total, 9) for total in sums.values()).values())
     if (unlike := len(sums) - alike) < MIN_UNLIKE:
-        return f"no interval: the difference of {amount(unlike, 'item')} is unlike the rest, {MIN_UNLIKE} are needed"
+        return f"no interval: only {amount(unlike, 'item')} differ from the most common value, {MIN_UNLIKE} are needed"
     return ""
 
 
 def resampled_difference(
     compute: Callable[[list[tuple[int, int]]], float | None], groups: Sequence[Hashable], resamples: int
 ) -> tuple[float, float, float, float]:
-    """Return standard error, interval and p-value of a difference that `compute` gets from some of the items.
+    """Return standard error, interval (low, high) and p-value of a number that is not a mean, such as an F1.
 
-    It is given (place, how often its group was drawn before): whole groups (pictures) are drawn with replacement. For
-    numbers that are no means: an F1, a sum of points. None: these items have no such number.
+    Whole groups (pictures) are drawn with replacement. `compute` takes a list of (item index, how often its group was
+    drawn before) and returns the difference, or None if it is undefined for these items.
     """
     members: dict[Hashable, list[int]] = defaultdict(list)
-    for place, group in enumerate(groups):
-        members[group].append(place)
+    for index, group in enumerate(groups):
+        members[group].append(index)
     parts, generator = list(members.values()), np.random.default_rng(0)
     draws: list[float] = []
     for _ in range(resamples):
@@ -169,7 +171,7 @@ def resampled_difference(
         seen: Counter[int] = Counter()
         drawn = []
         for number in chosen.tolist():
-            drawn += [(place, seen[number]) for place in parts[number]]
+            drawn += [(index, seen[number]) for index in parts[number]]
             seen[number] += 1
         difference = compute(drawn)
         draws += [] if difference is None else [difference]
@@ -178,7 +180,7 @@ def resampled_difference(
 
 
 def interval(draws: Sequence[float]) -> tuple[float, float]:
-    """Return the 2.5 and 97.5 percentiles; nan for no draws."""
+    """Return the 2.5 and 97.5 percentiles; nan if there are no draws."""
     if not len(draws):
         return math.nan, math.nan
     low, high = np.percentile(draws, [2.5, 97.5])
@@ -186,7 +188,7 @@ def interval(draws: Sequence[float]) -> tuple[float, float]:
 
 
 def bootstrap_p(draws: Sequence[float]) -> float:
-    """Return the two-sided p-value of "no difference": how rarely a resampled difference lies beyond zero.
+    """Return the two-sided p-value of "no difference": twice the share of resampled differences on zero's far side.
 
     >>> bootstrap_p([0.1, 0.2, 0.3])
     0.5
@@ -196,7 +198,7 @@ def bootstrap_p(draws: Sequence[float]) -> float:
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Return the exact two-sided p-value of McNemar's test for the items that only one of two models gets right.
+    """Return the exact two-sided p-value of McNemar's test over the items that only one of two models answers right.
 
     >>> round(mcnemar(0, 5), 9)
     0.0625
@@ -216,7 +218,7 @@ def _parts(values: Sequence[float], strata: Sequence[Hashable]) -> dict[Hashable
 def _bootstrap(
     values: Sequence[float], strata: Sequence[Hashable], clusters: Sequence[Hashable], resamples: int
 ) -> list[float]:
-    """Return the stratified mean over whole clusters drawn with replacement, again and again."""
+    """Return stratified means of resamples; each draws whole clusters with replacement."""
     if not values:
         return []
     rows, columns = _numbered(clusters), _numbered(strata)

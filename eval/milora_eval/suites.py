@@ -1,6 +1,6 @@
-"""Names of benchmarks and suites. Benchmarks are imported when used.
+"""Names of benchmarks and suites. Benchmarks are imported on first use.
 
-`module:Class` and files name one that is not in the table. A name may carry a protocol: `gqa@official`.
+`module:Class` or a file names a benchmark that is not in the table. A name may carry a protocol: `gqa@official`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from milora_data.command.cli import suggest
 from milora_data.errors import UserError
@@ -66,9 +66,10 @@ COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Benchmarks under one name; with `limit`, that many items of each. `partial`: only those whose files are there.
+    """A named list of benchmarks.
 
-    `mean`: the benchmarks whose headlines' plain mean is the suite's own number.
+    `limit` is the number of items per benchmark. `partial` skips benchmarks whose files are missing. `mean` lists the
+    benchmarks whose headline numbers are averaged into the number of the suite.
     """
 
     benchmarks: tuple[str, ...]
@@ -81,18 +82,19 @@ class Suite:
 SUITES: dict[str, Suite] = {
     "llava-paper": Suite(LLAVA_PAPER, "the MiLoRA paper's seven columns and their plain mean", mean=LLAVA_PAPER),
     "llava-1.5": Suite(
-        (*LLAVA_PAPER, "mme", "mmbench-cn", "seed-bench", "llava-bench", "mm-vet"), "all that LLaVA-1.5 reports"
+        (*LLAVA_PAPER, "mme", "mmbench-cn", "seed-bench", "llava-bench", "mm-vet"),
+        "all benchmarks that LLaVA-1.5 reports",
     ),
     "text": Suite(
         (*COMMONSENSE, *MATHEMATICS),
-        "eight commonsense sets (and their mean), GSM8K and MATH, as the MiLoRA paper scores them",
+        "eight commonsense sets (and their mean), GSM8K and MATH, scored as in the MiLoRA paper",
         mean=COMMONSENSE,
     ),
     "commonsense": Suite(COMMONSENSE, "the eight commonsense sets of `text` alone, and their mean", mean=COMMONSENSE),
     "mathematics": Suite(MATHEMATICS, "GSM8K and MATH of `text` alone, and their mean", mean=MATHEMATICS),
     "quick": Suite(
         tuple(name for name in BENCHMARKS if not name.endswith(("-test", "-testdev"))),
-        "200 items each of the benchmarks whose files are there",
+        "200 items each of all benchmarks whose files exist",
         limit=200,
         partial=True,
     ),
@@ -101,16 +103,16 @@ SUITES: dict[str, Suite] = {
 
 
 def find_suite(name: str) -> Suite:
-    """Return a suite; UserError with the names there are."""
+    """Return a suite. Raises UserError with the known names if the name is unknown."""
     if name not in SUITES:
-        raise UserError(_unknown("suite", name, SUITES))
+        raise _unknown("suite", name, SUITES)
     return SUITES[name]
 
 
 def find_benchmark(name: str) -> Benchmark:
     """Return a benchmark by its name in BENCHMARKS, by `module:Class`, or from a file (.json, .jsonl, .py).
 
-    `name@protocol` picks one of its protocols. Raises UserError with the names there are.
+    `name@protocol` picks one of its protocols. Raises UserError if the name is unknown or the import fails.
     """
     spec, _, protocol = name.partition("@")
     place = BENCHMARKS.get(spec, spec)
@@ -120,38 +122,47 @@ def find_benchmark(name: str) -> Benchmark:
         return OwnData(place)
     module, _, attribute = place.partition(":")
     if not attribute and not module.endswith(".py"):
-        raise UserError(_unknown("benchmark", name, BENCHMARKS))
+        raise _unknown("benchmark", name, BENCHMARKS)
     try:
         holder = _import_file(Path(module)) if module.endswith(".py") else import_module(module)
         kind = getattr(holder, attribute) if attribute else _only_benchmark(holder)
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise UserError(
-            f'cannot import the benchmark "{place}": {error}\nexpected: module:Class or file.py:Class'
+            f'cannot import the benchmark "{place}": {error}',
+            code="eval-benchmark-import",
+            hint="expected: module:Class or file.py:Class",
         ) from None
     if not (isinstance(kind, type) and issubclass(kind, Benchmark)):
-        raise UserError(f"{place} is no benchmark\nexpected: a class that derives from milora_eval.Benchmark")
-    made: Benchmark = kind(protocol) if protocol else kind()
-    made.origin = (
+        raise UserError(
+            f"{place} is not a benchmark",
+            code="eval-not-a-benchmark",
+            hint="expected: a class that derives from milora_eval.Benchmark",
+        )
+    benchmark: Benchmark = kind(protocol) if protocol else kind()
+    benchmark.origin = (
         "" if spec in BENCHMARKS else f"{holder.__file__}:{kind.__name__}" if module.endswith(".py") else place
     )
-    return made
+    return benchmark
 
 
 def with_protocol(name: str, protocol: str) -> str:
-    """Return the name with a protocol, where that benchmark has it and none is named; else the name as it is."""
-    own = find_benchmark(name)
-    return f"{name}@{protocol}" if "@" not in name and protocol in own.protocols and len(own.protocols) > 1 else name
+    """Return `name@protocol` if the benchmark has several protocols with this one among them; else the name itself.
+
+    A name that already carries a protocol is returned unchanged.
+    """
+    known = find_benchmark(name).protocols
+    return f"{name}@{protocol}" if "@" not in name and protocol in known and len(known) > 1 else name
 
 
 def reference(benchmark: Benchmark) -> str:
-    """Return what `find_benchmark` finds this benchmark by, its protocol included where it is not the default."""
-    own = f"{type(benchmark).__module__}:{type(benchmark).__qualname__}"
-    name = benchmark.origin or (benchmark.name if BENCHMARKS.get(benchmark.name) == own else own)
+    """Return the name with which `find_benchmark` finds this benchmark, with its protocol unless it is the default."""
+    path = f"{type(benchmark).__module__}:{type(benchmark).__qualname__}"
+    name = benchmark.origin or (benchmark.name if BENCHMARKS.get(benchmark.name) == path else path)
     return name if benchmark.protocol == benchmark.protocols[0] else f"{name}@{benchmark.protocol}"
 
 
 def folder_of(benchmark: Benchmark, data_dir: Path) -> Path:
-    """Return where a benchmark's files are: the subfolder with one of its names, or else the data folder."""
+    """Return the folder with a benchmark's files: the subfolder with one of its names, else the data folder."""
     for name in (benchmark.name, *benchmark.folders):
         if (data_dir / name).is_dir():
             return data_dir / name
@@ -159,16 +170,16 @@ def folder_of(benchmark: Benchmark, data_dir: Path) -> Path:
 
 
 def has_files(benchmark: Benchmark, data_dir: Path) -> bool:
-    """Tell whether everything that the benchmark reads is there."""
+    """Return whether all files that the benchmark reads exist."""
     folder = folder_of(benchmark, data_dir)
     return all(any((folder / name).exists() for name in names.split("|")) for names in benchmark.files)
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file once, under a name of its own."""
+    """Import a file once, under a unique module name."""
     path = path.absolute()
     if not path.is_file():
-        raise ImportError(f"there is no file {path}")
+        raise ImportError(f"no file {path}")
     name = f"milora_eval_own.{path.stem}_{abs(hash(str(path)))}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -181,18 +192,22 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _only_benchmark(module: ModuleType) -> type[Benchmark]:
-    own = [
+    classes = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Benchmark) and value.__module__ == module.__name__
     ]
-    if len(own) != 1:
-        names = ", ".join(value.__name__ for value in own) or "none"
+    if len(classes) != 1:
+        names = ", ".join(value.__name__ for value in classes) or "none"
         raise AttributeError(f"expected one class that derives from milora_eval.Benchmark, found: {names}")
-    return own[0]
+    return classes[0]
 
 
-def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
+def _unknown(what: Literal["suite", "benchmark"], name: str, known: Mapping[str, Any]) -> UserError:
     near = suggest(name, known)
-    hint = f"\ndid you mean {near[0]} ?" if near else ""
-    return f'unknown {what} "{name}"; expected one of: {", ".join(known)}{hint}\nsee: python -m milora_eval ls'
+    guess = f"did you mean {near[0]} ?\n" if near else ""
+    return UserError(
+        f'unknown {what} "{name}"; expected one of: {", ".join(known)}',
+        code=f"eval-unknown-{what}",
+        hint=f"{guess}see: python -m milora_eval ls",
+    )

@@ -1,6 +1,7 @@
-"""VLMEvalKit's tables, with and without VLMEvalKit: its question TSV, its predictions (xlsx, tsv), and its model class.
+"""VLMEvalKit's formats: its question TSV, its predictions (xlsx, tsv) and its model class.
 
-`milora_vlm(...)` gives a model for `vlmeval.config.supported_VLM`; VLMEvalKit has no plug-in hook (`register` sets it).
+The tables do not need VLMEvalKit. `milora_vlm(...)` returns a model for `vlmeval.config.supported_VLM`; VLMEvalKit has
+no plug-in hook, so `register` adds the model to this dict.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ from milora_eval.data_files import read_table
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a predictions table as {question_id, text}; DataError for one that is none."""
+    """Return the rows of a predictions table as {question_id, text}. Raises DataError if a column is missing."""
     rows: Sequence[Mapping[str, Any]] = read_xlsx(path) if path.suffix == ".xlsx" else read_table(path)
     if not rows or "index" not in rows[0] or not any("prediction" in row for row in rows):
-        found = ", ".join(map(str, rows[0])) if rows else "nothing"
-        raise DataError(f"{path}: expected a table with the columns index and prediction, got: {found}")
+        columns = ", ".join(map(str, rows[0])) if rows else "nothing"
+        raise DataError(
+            f"expected a table with the columns index and prediction, got: {columns}",
+            code="predictions-format",
+            where=str(path),
+        )
     texts = ["" if row.get("prediction") is None else str(row["prediction"]) for row in rows]  # 0 is an answer
     return [{"question_id": row["index"], "text": text} for row, text in zip(rows, texts, strict=True)]
 
 
 def write_predictions(path: Path, answers: Sequence[Answer]) -> Path:
-    """Write predictions as VLMEvalKit reads them (MODEL_DATASET.xlsx): index, question, prediction, answer."""
+    """Write predictions in VLMEvalKit's format (MODEL_DATASET.xlsx): index, question, prediction, answer."""
     rows = [
         [_index(a.item), plain_text(a.item), a.text, a.item.answers[0] if a.item.answers else None] for a in answers
     ]
@@ -55,13 +60,15 @@ def write_questions(path: Path, items: Sequence[Item]) -> Path:
 
 
 def register(name: str, model: str, adapter: str | None = None, *, template: str = "vicuna_v1") -> None:
-    """Make a model with our adapter known to VLMEvalKit under `name`. Raises UserError where it is not installed."""
+    """Register base + adapter with VLMEvalKit as `name`. Raises UserError if VLMEvalKit is not installed."""
     try:
         known = importlib.import_module("vlmeval.config").supported_VLM
         base = importlib.import_module("vlmeval.vlm.base").BaseModel
     except ImportError as error:
         raise UserError(
-            f"VLMEvalKit is not installed: {error}\ninstall it from its repository, then try again"
+            f"VLMEvalKit is not installed: {error}",
+            code="package-missing",
+            hint="install it from its repository, then try again",
         ) from None
     known[name] = lambda: milora_vlm(base, model, adapter, template)
 
@@ -74,7 +81,7 @@ def milora_vlm(base: type, model: str, adapter: str | None, template: str) -> An
     loaded, processor = load_model(model, adapter=adapter)
 
     class MiloraVLM(base):  # type: ignore[misc]
-        """A message is a list of {type: image or text, value}; pictures come first, as LLaVA has them."""
+        """A message is a list of {type: image or text, value}; pictures come first, as in LLaVA."""
 
         INTERLEAVE = False
 
@@ -88,5 +95,5 @@ def milora_vlm(base: type, model: str, adapter: str | None, template: str) -> An
 
 
 def _index(item: Item, number: int = 0) -> int | str:
-    found = item.meta.get("index", item.meta.get("question_id", number))
-    return found if isinstance(found, int | str) else str(found)
+    index = item.meta.get("index", item.meta.get("question_id", number))
+    return index if isinstance(index, int | str) else str(index)

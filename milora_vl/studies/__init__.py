@@ -1,1 +1,1 @@
-"""Open questions about MiLoRA, each a file in llava_recipes/studies: many small trainings of one task, compared."""
+"""Studies of open questions about MiLoRA. Each is a file in llava_recipes/studies: many small trainings of one task."""

@@ -1,4 +1,4 @@
-"""`python -m milora_vl.studies`: repeat one of the studies in docs/studies."""
+"""`python -m milora_vl.studies`: run one of the studies in docs/studies."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from milora_vl.sweep.cells import Cell
 
 _EXAMPLES = """\
-A study is a question and a task, QUESTION.TASK: components.minilm. Its question alone means all its tasks.
-The same command again goes on where an earlier one ended.
+A study is a question and a task, QUESTION.TASK: components.minilm. The question alone means all its tasks.
+Run the same command again to resume.
 
 examples:
   python -m milora_vl.studies --list
@@ -32,7 +32,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; UserError for what is no study. Returns the exit code."""
+    """Run the command and return its exit code. Raises UserError for an unknown study."""
     options = _options(argv)
     from milora_vl.studies.study import chosen, read_study
 
@@ -46,18 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = parser("python -m milora_vl.studies", "Many small trainings that answer one question.", _EXAMPLES)
-    read = options.add_argument_group("input")
-    read.add_argument("study", nargs="?", metavar="STUDY", help="question, or question.task; none: show the list")
-    read.add_argument("--list", action="store_true", help="show the studies and stop")
+    options = parser("python -m milora_vl.studies", "Run many small trainings that answer one question.", _EXAMPLES)
+    inputs = options.add_argument_group("input")
+    inputs.add_argument(
+        "study", nargs="?", metavar="STUDY", help="question or question.task; without it, the list is shown"
+    )
+    inputs.add_argument("--list", action="store_true", help="show the studies, then stop")
     settings = options.add_argument_group("settings")
-    settings.add_argument("--jobs", type=positive, help="N cells at a time (default: a core each, up to 4)")
-    settings.add_argument("--plan", action="store_true", help="show what there is to run, and stop")
-    settings.add_argument("--retry", action="store_true", help="try the cells that failed again")
-    written = options.add_argument_group("output")
-    shared(written, "output_dir", default=Path("runs/studies"), about="to write (default: %(default)s)")
-    written.add_argument("--docs", type=Path, metavar="FOLDER", help="put the results into QUESTION.md there")
-    shared(written, "format")
+    settings.add_argument("--jobs", type=positive, help="number of parallel cells (default: one per core, up to 4)")
+    settings.add_argument("--plan", action="store_true", help="show the cells to run, then stop")
+    settings.add_argument("--retry", action="store_true", help="run failed cells again")
+    out = options.add_argument_group("output")
+    shared(out, "output_dir", default=Path("runs/studies"), about="output folder (default: %(default)s)")
+    out.add_argument("--docs", type=Path, metavar="FOLDER", help="write the results into QUESTION.md in this folder")
+    shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 
@@ -66,12 +68,12 @@ def _list(as_json: bool) -> None:
     import llava_recipes
     from milora_vl.studies.study import read_study
 
-    found = {name: read_study(name).question for name in llava_recipes.names("study")}
+    questions = {name: read_study(name).question for name in llava_recipes.names("study")}
     lines: list[str] = []
-    for question, names in groupby(found, key=found.__getitem__):
+    for question, names in groupby(questions, key=questions.__getitem__):
         lines += [question, *(f"  {name}" for name in names)]
-    sys.stdout.write((json.dumps(found, ensure_ascii=False) if as_json else "\n".join(lines)) + "\n")
-    next_step("milora_vl.studies", next(iter(found)), "--plan")
+    sys.stdout.write((json.dumps(questions, ensure_ascii=False) if as_json else "\n".join(lines)) + "\n")
+    next_step("milora_vl.studies", next(iter(questions)), "--plan")
 
 
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
@@ -80,7 +82,7 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     from milora_vl.studies.tasks import load_task, task_class
     from milora_vl.sweep.runner import alone
 
-    task_class(study.task)  # what it needs and is not there is said here, not by each worker
+    task_class(study.task)  # raises UserError for missing packages or data before the workers start
     if study.each is not None:
         sys.stderr.write(f"{name}: reading the matrices of its model ...\n")
         study = study.with_each(load_task(study.task).model())
@@ -88,9 +90,9 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     jobs = options.jobs or min(os.cpu_count() or 1, 4)
     cells = all_cells(folder)
     left = [cell for cell in cells if folder.result(cell) is None]
-    soon = _time_left(folder, cells, len(left), jobs)  # known as soon as one has run
+    estimate = _time_left(folder, cells, len(left), jobs)
     sys.stderr.write(
-        f"{name}: {amount(len(cells), 'cell')}, {len(left):,} to run, {jobs} at a time{soon}\n{folder.path}\n"
+        f"{name}: {amount(len(cells), 'cell')}, {len(left):,} to run, {jobs} at a time{estimate}\n{folder.path}\n"
     )
     if options.plan:
         next_step("milora_vl.studies", name)
@@ -98,8 +100,8 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     command = f"python -m milora_vl.studies {name}"
 
     def on_done(cell: Cell, is_done: bool, left: int) -> None:
-        said = "done" if is_done else "FAILED"
-        sys.stderr.write(f"{said:<8}{cell.name}   {left:,} left{_time_left(folder, all_cells(folder), left, jobs)}\n")
+        status = "done" if is_done else "FAILED"
+        sys.stderr.write(f"{status:<8}{cell.name}   {left:,} left{_time_left(folder, all_cells(folder), left, jobs)}\n")
 
     with alone(folder.path):
         run_study(folder, jobs, retry=options.retry, on_done=on_done)
@@ -110,7 +112,9 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
         sys.stderr.write(f"docs: {page.document(name, folder, options.docs)}\n")
     failed = [cell for cell in all_cells(folder) if folder.failure(cell)]
     for cell in failed:
-        sys.stderr.write(f"failed: {cell.name}   see {folder.path / 'failed' / cell.name}.json; again with --retry\n")
+        sys.stderr.write(
+            f"failed: {cell.name}   see {folder.path / 'failed' / cell.name}.json; try again with --retry\n"
+        )
     sys.stderr.write(f"page: {written}\n")
     next_step(
         "milora_vl.studies",
@@ -124,7 +128,7 @@ def _time_left(folder: Folder, cells: Sequence[Cell], left: int, jobs: int) -> s
     if not left:
         return ""
     if not seconds:
-        return "; how long is known when one has run"
+        return "; a time estimate is available after the first cell"
     return f", about {statistics.mean(seconds) * -(-left // jobs) / 60:.0f} minutes"
 
 

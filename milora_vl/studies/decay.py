@@ -1,8 +1,9 @@
-"""Does the decay of a layer's spectrum predict how much its adapter helps? One arm a layer, joined with its spectrum.
+"""Does the decay of a layer's spectrum predict how much its adapter helps? The study has one arm per layer.
 
-The help of a layer is how far training its adapter alone lowers the validation loss below the arm `none`, which trains
-what all arms train. Rank correlation, because neither is linear in the other; for all layers and for each kind of
-layer (its name), because kinds differ in both, and a correlation over all may be that alone.
+The help of a layer is the decrease of the validation loss from training its adapter alone, relative to the arm `none`,
+which trains only the parts that all arms share. The relation need not be linear, so rank correlation is used. It is
+computed for all layers and for each kind of layer (its name): kinds differ in both variables, which can by itself
+cause a correlation over all layers.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ _DRAWS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer: its path and kind, the shape of its spectrum, and how far its adapter lowers the validation loss."""
+    """One layer: its path and kind, the shape of its spectrum, and the decrease of the validation loss (`help`)."""
 
     path: str
     kind: str
     decay: float
-    effective_rank: float  # as a share of the number of singular values
+    effective_rank: float  # divided by the number of singular values
     minor_energy: float
     help: float
 
@@ -49,12 +50,12 @@ class Correlation:
 
 
 def layers(model: nn.Module, results: Mapping[Cell, Result], seeds: int, rank: int) -> list[Layer]:
-    """Join the arms that are module paths with the spectra of `model`; ValueError without a finished arm `none`."""
+    """Join the arms that are module paths with the spectra of `model`. Raises ValueError without a finished `none`."""
     best = {arm.label: arm.best for arm in arms(results, seeds) if arm.best}
     if NONE not in best:
         raise ValueError(f"no finished arm {NONE!r} to compare the layers with")
     start = best[NONE].validation.value
-    found = []
+    joined = []
     for path, point in best.items():
         if path == NONE:
             continue
@@ -63,21 +64,21 @@ def layers(model: nn.Module, results: Mapping[Cell, Result], seeds: int, rank: i
         if decay is not None:
             share = effective_rank(sigma) / len(sigma)
             helped = start - point.validation.value
-            found.append(Layer(path, _kind(path), decay, share, minor_energy(sigma, rank), helped))
-    return found
+            joined.append(Layer(path, _kind(path), decay, share, minor_energy(sigma, rank), helped))
+    return joined
 
 
-def correlations(found: Sequence[Layer]) -> list[Correlation]:
-    """Return the correlation of each measure with the help: over all layers, then over each kind with five or more."""
-    counts = Counter(layer.kind for layer in found)
-    groups = {"all": list(found)} | {
-        kind: [layer for layer in found if layer.kind == kind] for kind, n in counts.items() if n >= 5
+def correlations(of_layers: Sequence[Layer]) -> list[Correlation]:
+    """Return the correlation of each measure with the help: over all layers, then per kind with five or more layers."""
+    counts = Counter(layer.kind for layer in of_layers)
+    groups = {"all": list(of_layers)} | {
+        kind: [layer for layer in of_layers if layer.kind == kind] for kind, n in counts.items() if n >= 5
     }
     return [_correlation(measure, kind, group) for measure in MEASURES for kind, group in groups.items()]
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
-    """Return Spearman's rank correlation of two vectors, ties at their mean rank; 0 where one is constant.
+    """Return Spearman's rank correlation of two vectors; ties get their mean rank, a constant vector gives 0.
 
     >>> round(spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 9.0])), 6)
     1.0
@@ -105,7 +106,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def _kind(path: str) -> str:
-    """The part of a path that names the kind of a layer: what stands after its last number."""
+    """Return the kind of a layer: the part of its path after the last number."""
     parts = path.split(".")
     last = max((place for place, part in enumerate(parts) if part.isdigit()), default=-1)
     return ".".join(parts[last + 1 :])

@@ -1,9 +1,9 @@
-"""A GRU whose weights an adapter can sit on: the arithmetic of nn.GRU (Cho et al., arXiv:1406.1078) with two Linears.
+"""A GRU that can hold adapters: the same arithmetic as nn.GRU (Cho et al., arXiv:1406.1078), with two Linear layers.
 
-nn.GRU holds its matrices as parameters of its own (`weight_ih_l0`, `weight_hh_l0`) and hands them to one fused kernel:
-there is no layer inside it which PEFT could replace, so an adapter's product would never be asked for. Written as
-layers they can be adapted, merged and decomposed like any other. The price is the fused kernel: every step of a
-sequence is some ten small operations. Merged weights go back into an nn.GRU as they are.
+nn.GRU stores its matrices as direct parameters (`weight_ih_l0`, `weight_hh_l0`) and passes them to one fused kernel.
+It contains no layer that PEFT could replace, so an adapter would have no effect. As Linear layers, the matrices can be
+adapted, merged and decomposed like any others. The cost is the fused kernel: each step of a sequence becomes about ten
+small operations. Merged weights can be copied back into an nn.GRU unchanged.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class LinearGru(nn.Module):
-    """One layer, one direction, batch first. Each Linear has the gates reset, update and new below each other."""
+    """One layer, one direction, batch first. Each Linear stacks the rows of the gates reset, update and new."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -23,19 +23,19 @@ class LinearGru(nn.Module):
 
     @classmethod
     def of(cls, gru: nn.GRU) -> LinearGru:
-        """Return the same network with the weights of `gru`. ValueError for several layers or directions."""
+        """Return the same network with the weights of `gru`. Raises ValueError for several layers or directions."""
         if gru.num_layers > 1 or gru.bidirectional or not gru.bias or not gru.batch_first:
             raise ValueError("expected an nn.GRU of one layer and direction, with biases and the batch first")
-        made = cls(gru.input_size, gru.hidden_size)
-        own = {
+        network = cls(gru.input_size, gru.hidden_size)
+        weights = {
             "input.weight": gru.weight_ih_l0, "input.bias": gru.bias_ih_l0,
             "hidden.weight": gru.weight_hh_l0, "hidden.bias": gru.bias_hh_l0,
         }  # fmt: skip
-        made.load_state_dict(own)
-        return made
+        network.load_state_dict(weights)
+        return network
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Sequences (batch, steps, in) -> all states (batch, steps, hidden) and the last (1, batch, hidden)."""
+        """Map sequences (batch, steps, in) to all states (batch, steps, hidden) and the last one (1, batch, hidden)."""
         state = rows.new_zeros(len(rows), self.hidden_size)
         states = []
         for step in self.input(rows).unbind(1):

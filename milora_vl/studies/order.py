@@ -1,4 +1,4 @@
-"""The order of a training's records: a new shuffle for every pass, decided by a seed alone."""
+"""The order of the training records: a new shuffle for every epoch, which depends on a seed alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def shuffled(num_records: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Yield the places of `batch_size` records without end; what is left of a pass is dropped.
+    """Yield an endless stream of `batch_size` record indices; the incomplete last batch of an epoch is dropped.
 
     >>> next(shuffled(4, 4, seed=0)) == next(shuffled(4, 4, seed=0))
     True

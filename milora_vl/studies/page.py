@@ -1,4 +1,4 @@
-"""The files of a study: an HTML page as a sweep has it, and its part of a page in docs/studies."""
+"""Write the files of a study: an HTML page like that of a sweep, and its section of a page in docs/studies."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import Arm, Result, arms, mean_of
 
-# What cells.csv holds beside what every cell has, with a heading for it.
+# Optional columns of cells.csv, with their headings.
 _MORE = {"forgetting_pictures": "of pictures", "update": "‖ΔW‖/‖W‖", "overlap": "overlap with top"}
 
 
 def write(folder: Folder, command: str) -> tuple[Path, Table]:
-    """Write sweep.html, cells.csv and the figures; returns the page and the table of arms."""
+    """Write sweep.html, cells.csv and the figures; return the path of the page and the table of arms."""
     study, cells = folder.study, all_cells(folder)
     results = finished(cells, folder)
     failed = {cell: failure for cell in cells if (failure := folder.failure(cell)) is not None}
@@ -36,10 +36,20 @@ def write(folder: Folder, command: str) -> tuple[Path, Table]:
         return {item: (score, item) for item, score in folder.items(cell).items()}
 
     task, title = task_class(study.task), f"{study.question} ({study.task})"
-    kept = "Every cell with the scores of its test items is a file in cells/"
+    cells_are = "Every cell is a file in cells/ with the scores of its test items"
     written, _ = page.write(
         page.Compared(
-            folder.path, title, cells, results, failed, answers, study.seeds, task.metric, task.forgets, command, kept
+            folder.path,
+            title,
+            cells,
+            results,
+            failed,
+            answers,
+            study.seeds,
+            task.metric,
+            task.forgets,
+            command,
+            cells_are,
         )
     )
     if decay.NONE in study.arms:
@@ -48,22 +58,23 @@ def write(folder: Folder, command: str) -> tuple[Path, Table]:
 
 
 def _write_layers(folder: Folder, results: Mapping[Cell, Result]) -> None:
-    """Write layers.csv and correlations.csv of a study with an arm for each layer, and their figure.
+    """Write layers.csv, correlations.csv and their figure for a study with one arm per layer.
 
-    Nothing where the cells of `none`, or those of all layers, have failed.
+    Writes nothing if the cells of `none`, or the cells of all layers, have failed.
     """
     study = folder.study
     ready = {arm.label for arm in arms(results, study.seeds) if arm.best}
     if decay.NONE not in ready or len(ready) == 1:
         return
-    found = decay.layers(load_task(study.task).model(), results, study.seeds, study.overlap or 16)
-    for name, rows in (("layers", found), ("correlations", decay.correlations(found))):
+    layers = decay.layers(load_task(study.task).model(), results, study.seeds, study.overlap or 16)
+    for name, rows in (("layers", layers), ("correlations", decay.correlations(layers))):
         write_csv(folder.path / f"{name}.csv", list(asdict(rows[0])), [list(asdict(row).values()) for row in rows])
-    draw(folder.path, "layers", partial(plots.layers_figure, found), "Help over decay, a point a layer.", with_pdf=True)
+    caption = "Help over decay, one point per layer."
+    draw(folder.path, "layers", partial(plots.layers_figure, layers), caption, with_pdf=True)
 
 
 def table(study: Study, results: Mapping[Cell, Result]) -> Table:
-    """One row an arm, at its learning rate by validation loss: means ± half a 95 % interval over seeds."""
+    """Return a table with one row per arm at its best learning rate: means ± half a 95 % interval over seeds."""
     more = [key for key in _MORE if any(result.get(key) not in (None, "") for result in results.values())]
     header = (
         "arm",
@@ -82,24 +93,26 @@ def _row(arm: Arm, results: Mapping[Cell, Result], more: Sequence[str], seeds: i
     if arm.best is None:
         return (arm.label, f"no rate with {seeds} seeds", *["–"] * (4 + len(more)))
     best = arm.best
-    own = [
+    at_best = [
         r for cell, r in results.items() if cell.arm == (best.method, None) and cell.learning_rate == best.learning_rate
     ]
     rate = f"{best.learning_rate:g}" + (" (edge)" if arm.at_edge else "")
-    others = [mean_of([float(result[key]) for result in own]).text for key in more]
-    trained = f"{round(sum(int(float(r['trainable'])) for r in own) / len(own)):,}"
+    others = [mean_of([float(result[key]) for result in at_best]).text for key in more]
+    trained = f"{round(sum(int(float(r['trainable'])) for r in at_best) / len(at_best)):,}"
     return (arm.label, rate, best.validation.text, best.score.text, best.forgetting.text, *others, trained)
 
 
 def document(name: str, folder: Folder, docs: Path) -> Path:
-    """Put the results into the question's page of `docs`: the cells as CSV, the figure, and the table in its text.
+    """Write the results into the page of the question in `docs`: the cells as CSV, the figure, and the table.
 
-    Raises UserError where the page has no place for them, and where a result is not there.
+    Raises UserError if the page has no marker for them, or if a result is missing.
     """
     file = docs / f"{name.partition('.')[0]}.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if f"<!-- results: {name} -->" not in text:
-        raise UserError(f"{file} has no line  <!-- results: {name} -->  (up to  <!-- end -->)")
+        raise UserError(
+            f"no line  <!-- results: {name} -->  (up to  <!-- end -->)", code="study-page-marker", where=str(file)
+        )
     if decay.NONE in folder.study.arms:
         files = {".csv": "cells.csv", ".layers.csv": "layers.csv", ".correlations.csv": "correlations.csv"}
         files |= {".png": "layers.png"}
@@ -107,7 +120,11 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
         files = {".csv": "cells.csv", ".png": "pareto.png"}
     missing = [source for source in files.values() if not (folder.path / source).is_file()]
     if missing:
-        raise UserError(f"{folder.path} has no {missing[0]}: cells have failed, or have not run")
+        raise UserError(
+            f"{folder.path} has no {missing[0]}: cells have failed or have not run",
+            code="study-incomplete",
+            hint="run the study first, with --retry for failed cells",
+        )
     for suffix, source in files.items():
         shutil.copyfile(folder.path / source, docs / f"{name}{suffix}")
     write_text(file, documented(text, name, folder.study, docs))
@@ -115,13 +132,13 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
 
 
 def documented(text: str, name: str, study: Study, docs: Path) -> str:
-    """A page of `docs` with the results of one study as the CSV files there have them."""
+    """Return the text of a page in `docs` with the results of one study, read from the CSV files in `docs`."""
     figure = "help over decay" if decay.NONE in study.arms else "score over forgetting"
     return with_block(text, name, shown(name, study, docs), f"{figure}, {study.task}")
 
 
 def shown(name: str, study: Study, docs: Path) -> Table:
-    """The table of a study as its page in `docs` shows it, from the CSV files there."""
+    """Return the table of a study for its page in `docs`, read from the CSV files there."""
     if decay.NONE not in study.arms:
         return table(study, read_cells(docs / f"{name}.csv"))
 
@@ -144,10 +161,10 @@ def shown(name: str, study: Study, docs: Path) -> Table:
 
 
 def with_block(text: str, name: str, filled: Table, figure: str = "") -> str:
-    """Return a page's text with the block of one study filled anew: its table, what that says, and its figure."""
+    """Return the text of a page with a new block for one study: its table, its caption and its figure."""
     start = f"<!-- results: {name} -->"
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition("<!-- end -->")
+    before, _, from_block = text.partition(start)
+    _, _, after = from_block.partition("<!-- end -->")
     shown_figure = f"\n\n![{figure}]({name}.png)" if figure else ""
     return f"{before}{start}\n{markdown(filled)}\n\n{filled.caption}{shown_figure}\n<!-- end -->{after}"
 
@@ -159,7 +176,7 @@ def markdown(whole: Table) -> str:
 
 
 def read_cells(file: Path) -> dict[Cell, dict[str, Any]]:
-    """Read cells.csv back."""
+    """Return the cells and their numbers from cells.csv."""
     with file.open(encoding="utf-8", newline="") as opened:
         rows = list(csv.DictReader(opened))
     return {Cell(row["method"], float(row["learning_rate"]), None, int(row["seed"])): row for row in rows}

@@ -1,4 +1,4 @@
-"""The figure of the study of layers; the others are those of a sweep."""
+"""The figure of the study of layers; the other figures are the same as in a sweep."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def layers_figure(found: Sequence[Layer], look: Look) -> Figure:
-    """Draw how much each layer's adapter helps over the decay of its spectrum, a mark a kind of layer."""
+def layers_figure(layers: Sequence[Layer], look: Look) -> Figure:
+    """Draw how much each layer's adapter helps over the decay of its spectrum, with one marker per kind of layer."""
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys(layer.kind for layer in found))
+    kinds = list(dict.fromkeys(layer.kind for layer in layers))
     with styled(look):
         figure = Figure(figsize=(look.width, 4.2), layout="constrained")
         axis = figure.subplots()
         for place, kind in enumerate(kinds):
-            own = [layer for layer in found if layer.kind == kind]
+            of_kind = [layer for layer in layers if layer.kind == kind]
             axis.plot(
-                [layer.decay for layer in own], [layer.help for layer in own], ls="", ms=7,
+                [layer.decay for layer in of_kind], [layer.help for layer in of_kind], ls="", ms=7,
                 marker=MARKS[place % len(MARKS)], color=colour_of(place, look), label=kind,
             )  # fmt: skip
         axis.set(xlabel="decay exponent of the spectrum", ylabel="validation loss saved by the layer’s adapter alone")

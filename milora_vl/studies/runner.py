@@ -1,7 +1,7 @@
-"""Run the cells of a study in worker processes, each of which holds the task once; resumable after any kind of end.
+"""Run the cells of a study in worker processes; each process builds the task once. A run can always be resumed.
 
-cells/NAME.json holds a cell's numbers and the scores of its test items, failed/NAME.json why it has none.
-A cell that another study beside it has trained already is taken from the folder that all of them share.
+cells/NAME.json holds the numbers of a cell and the scores of its test items, failed/NAME.json the reason of a failure.
+Studies in the same folder share finished cells through the folder `shared`.
 """
 
 from __future__ import annotations
@@ -34,48 +34,48 @@ OnDone = Callable[[Cell, bool, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Where a study keeps what it has. A cell whose arm has changed since has no result."""
+    """The folder of a study. A stored cell whose arm has changed since does not count as a result."""
 
     path: Path
     study: Study
 
     def result(self, cell: Cell) -> Result | None:
-        """The numbers of a cell; None for one that is not finished."""
-        kept = self._read("cells", cell)
-        return kept["result"] if kept else None
+        """Return the numbers of a cell; None if it is not finished."""
+        stored = self._read("cells", cell)
+        return stored["result"] if stored else None
 
     def items(self, cell: Cell) -> dict[str, float]:
-        """The score of each test item of a finished cell."""
-        kept = self._read("cells", cell)
-        return kept["items"] if kept else {}
+        """Return the score of each test item of a finished cell."""
+        stored = self._read("cells", cell)
+        return stored["items"] if stored else {}
 
     def failure(self, cell: Cell) -> Result | None:
-        """Why a cell has no result; None where it has one, or has not been tried."""
+        """Return the failure of a cell; None if it has a result or has not run."""
         return None if self.result(cell) else self._read("failed", cell)
 
     def shared(self, cell: Cell) -> Path:
-        """Where any study keeps a cell that is trained in this way."""
+        """Return the file in which all studies share the result of this cell."""
         return self.path.parent / "shared" / f"{self.study.key(cell)}.json"
 
     def keep(self, cell: Cell, result: Result, items: dict[str, float]) -> None:
-        """Write a finished cell."""
+        """Store a finished cell."""
         self._write("cells", cell, {"result": result, "items": items})
         (self.path / "failed" / f"{cell.name}.json").unlink(missing_ok=True)
 
     def keep_failure(self, cell: Cell, said: str) -> None:
-        """Write why a cell has no result."""
+        """Store the reason why a cell failed."""
         self._write("failed", cell, {"said": said})
 
     def _read(self, kind: str, cell: Cell) -> dict[str, Any] | None:
-        kept = read_json(self.path / kind / f"{cell.name}.json")
-        return kept if kept and kept["key"] == self.study.key(cell) else None
+        stored = read_json(self.path / kind / f"{cell.name}.json")
+        return stored if stored and stored["key"] == self.study.key(cell) else None
 
     def _write(self, kind: str, cell: Cell, content: dict[str, Any]) -> None:
         write_json(self.path / kind / f"{cell.name}.json", {"key": self.study.key(cell), **content})
 
 
 def all_cells(folder: Folder) -> list[Cell]:
-    """The cells that are known by now: the search, and the further seeds of each arm whose best rate it has found."""
+    """Return the known cells: the search and, once it is complete, the other seeds at the best rate of each arm."""
     study = folder.study
     searched = study.cells(range(study.search_seeds or study.seeds))
     results = finished(searched, folder)
@@ -87,7 +87,7 @@ def all_cells(folder: Folder) -> list[Cell]:
 
 
 def run_study(folder: Folder, jobs: int, *, retry: bool, on_done: OnDone) -> None:
-    """Run every cell without a result, first the search and then the further seeds; failed ones only with `retry`."""
+    """Run every cell without a result: first the search, then the other seeds. Failed cells run only with `retry`."""
     tried: set[Cell] = set()
     while todo := _left(folder, tried, retry=retry):
         tried.update(todo)
@@ -107,8 +107,9 @@ def _run_all(folder: Folder, todo: Sequence[Cell], jobs: int) -> Iterator[tuple[
             yield from ((futures[future], future.result()) for future in as_completed(futures))
         except BrokenProcessPool:
             raise UserError(
-                "a worker was killed: where nobody did it, memory ran out\n"
-                f"finished cells are kept: the same command goes on, with less memory if you say --jobs {jobs - 1}",
+                "a worker was killed: if no user did this, memory ran out",
+                code="study-worker-killed",
+                hint=f"finished cells are saved; run the same command again, with --jobs {jobs - 1} to use less memory",
                 exit_code=1,
             ) from None
 
@@ -123,13 +124,13 @@ def _left(folder: Folder, tried: set[Cell], *, retry: bool) -> list[Cell]:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One process with the task, which it builds once for all its cells."""
+    """One process, which builds the task once for all its cells."""
 
     task: Task
     folder: Folder
 
     def run(self, cell: Cell) -> bool:
-        """Train and keep one cell; False where that failed, which is kept too and must not end the others."""
+        """Train and store one cell. Return False if it failed; the failure is stored and other cells continue."""
         try:
             shared = self.folder.shared(cell)
             known = read_json(shared)
@@ -143,7 +144,7 @@ class Worker:
         return True
 
 
-_worker: Worker | None = None  # of a worker process
+_worker: Worker | None = None  # set in each worker process
 
 
 def _start(folder: Folder, jobs: int) -> None:
@@ -159,7 +160,7 @@ def _run(cell: Cell) -> bool:
 
 
 def _end_with_parent() -> None:
-    """A killed command must not leave workers behind, which would train what the next one trains too."""
+    """End this worker when its parent ends. Without this, a killed command leaves workers that train in parallel."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -167,5 +168,5 @@ def _end_with_parent() -> None:
 
 
 def finished(cells: Sequence[Cell], folder: Folder) -> dict[Cell, Result]:
-    """The results that are there."""
+    """Return the results of the finished cells."""
     return {cell: result for cell in cells if (result := folder.result(cell)) is not None}

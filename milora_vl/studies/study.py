@@ -1,10 +1,11 @@
-"""A study as its YAML file says it: one task, several arms, learning rates and seeds."""
+"""The schema of a study's YAML file: one task, several arms, learning rates and seeds."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
@@ -12,23 +13,23 @@ from torch import nn
 
 import llava_recipes
 from milora_data.command.cli import suggest
-from milora_data.errors import UserError
+from milora_data.errors import Problem, UserError
 from milora_vl.policy import Policy, PolicyError
 from milora_vl.recipe import yaml_file
 from milora_vl.recipe.schema import Strict
 from milora_vl.sweep.cells import Cell, arm_rules
 
-VERSION = 1  # raise it when the same cell may come out otherwise
-# What an arm says beside fields of its adapter rules.
+VERSION = 1  # increase it if the results of an unchanged cell may change
+# The keys of an arm that are not fields of its adapter rules.
 _OF_ARM = ("train", "learning_rates")
 
 
 class Study(Strict):
-    """One file of llava_recipes/studies. An arm names fields of the adapter rules, or a `policy` of its own.
+    """One file of llava_recipes/studies. An arm sets fields of the adapter rules, or has its own `policy`.
 
-    Its `train` replaces `steps`, `weight_decay` and so on for that arm, its `learning_rates` those of the study.
-    `each` is a rule whose every module is an arm of its own, by its path. `search_seeds`: with how many seeds every
-    learning rate is tried; the best one by validation loss then gets the others.
+    The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
+    rates of the study. `each` is a rule: every module that it matches becomes an arm, named by its path. `search_seeds`
+    is the number of seeds for the search over learning rates; only the best rate by validation loss runs all seeds.
     """
 
     question: str
@@ -42,37 +43,37 @@ class Study(Strict):
     each: dict[str, Any] | None = None
     learning_rates: list[PositiveFloat]
     seeds: PositiveInt = 3
-    search_seeds: PositiveInt | None = None  # None: all of them
-    overlap: PositiveInt | None = None  # measure the share of the update in the first so many singular directions
+    search_seeds: PositiveInt | None = None  # None: all seeds
+    overlap: PositiveInt | None = None  # measure the share of the update in this number of first singular directions
 
     def rules(self, arm: str, learning_rate: float, seed: int = 0) -> list[dict[str, Any]]:
-        """The policy of an arm at a learning rate; the seed is for components that are drawn at random."""
+        """Return the policy of an arm at a learning rate; `seed` is for randomly drawn components."""
         fields = {name: value for name, value in self.arms[arm].items() if name not in _OF_ARM}
         return arm_rules(self.policy, fields, learning_rate=learning_rate, seed=seed)
 
     def training(self, arm: str) -> Training:
-        """How an arm trains."""
-        own = {name: getattr(self, name) for name in Training.model_fields}
-        return Training.model_validate(own | self.arms[arm].get("train", {}))
+        """Return the training settings of an arm."""
+        defaults = {name: getattr(self, name) for name in Training.model_fields}
+        return Training.model_validate(defaults | self.arms[arm].get("train", {}))
 
     def rates(self, arm: str) -> list[float]:
-        """The learning rates that are tried for an arm."""
-        found: list[float] = self.arms[arm].get("learning_rates", self.learning_rates)
-        return found
+        """Return the learning rates of an arm."""
+        rates: list[float] = self.arms[arm].get("learning_rates", self.learning_rates)
+        return rates
 
     def cells(self, seeds: range) -> list[Cell]:
-        """The cells of all arms and learning rates for some seeds, seed by seed."""
+        """Return the cells of all arms and learning rates for some seeds, seed by seed."""
         return [Cell(arm, rate, None, seed) for seed in seeds for arm in self.arms for rate in self.rates(arm)]
 
     def key(self, cell: Cell) -> str:
-        """What a cell's numbers depend on, as a hash: studies that share a cell train it once."""
+        """Return a hash of everything that determines the numbers of a cell; studies with equal cells share them."""
         training = self.training(cell.method).model_dump()
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content = [VERSION, self.task, self.overlap, training, rules, cell.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
     def with_each(self, model: nn.Module) -> Study:
-        """Return the study with an arm for every module that `each` names; PolicyError where it names none."""
+        """Return the study with one arm per module that `each` matches. Raises PolicyError if it matches none."""
         if self.each is None:
             return self
         targets = Policy.parse_and_resolve([self.each], model)
@@ -81,7 +82,7 @@ class Study(Strict):
 
 
 class Training(Strict):
-    """The part of a study that an arm may change."""
+    """The training settings of a study that an arm can change."""
 
     steps: PositiveInt
     batch_size: PositiveInt
@@ -90,35 +91,48 @@ class Training(Strict):
 
 
 def chosen(name: str) -> list[str]:
-    """The studies that a name means: `components.minilm`, or all tasks of `components`. UserError where none is."""
+    """Return the studies with this name: `components.minilm`, or all tasks of `components`.
+
+    Raises UserError for an unknown name.
+    """
     names = llava_recipes.names("study")
-    found = [study for study in names if name in (study, study.partition(".")[0])]
-    if not found:
+    matches = [study for study in names if name in (study, study.partition(".")[0])]
+    if not matches:
         near = suggest(name, [*names, *dict.fromkeys(study.partition(".")[0] for study in names)])
-        hint = f"did you mean {near[0]} ?" if near else f"studies: {', '.join(names)}"
-        raise UserError(f"no study {name!r}\n{hint}")
-    return found
+        raise UserError(
+            f"unknown study {name!r}",
+            code="study-unknown",
+            hint=f"did you mean {near[0]} ?" if near else f"known studies: {', '.join(names)}",
+        )
+    return matches
 
 
 def read_study(name: str) -> Study:
-    """Read a study by name. UserError with everything that is wrong in it."""
+    """Read a study by name. Raises UserError with all problems in its file."""
     source = f"study {name}"
     content, _ = yaml_file.read(llava_recipes.read(name, "study"), source)
     return parse_study(content, source)
 
 
 def parse_study(content: Mapping[str, Any], source: str) -> Study:
-    """A study from nested mappings. UserError with everything that is wrong in it."""
+    """Return a study from nested mappings. Raises UserError with all problems in it."""
     try:
         study = Study.model_validate(content)
         for arm in study.arms:
             study.training(arm)
     except ValidationError as error:
-        wrong = [f"  {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise UserError("\n".join([f"{source}:", *wrong])) from None
+        problems = [
+            Problem(fault["msg"], code="study-value", where=f"{source}: {'.'.join(map(str, fault['loc']))}")
+            for fault in error.errors()
+        ]
+        raise UserError(problems=problems, source=source) from None
     for arm in study.arms:
         try:
             Policy.parse(study.rules(arm, study.rates(arm)[0]))
         except (PolicyError, UserError) as error:
-            raise UserError(f"{source}: arm {arm}: {error}") from None
+            problems = [
+                replace(problem, where=f"{source}: arm {arm}" + (f": {problem.where}" if problem.where else ""))
+                for problem in error.problems
+            ]
+            raise UserError(problems=problems, source=source) from None
     return study

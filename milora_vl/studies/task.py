@@ -1,4 +1,4 @@
-"""What a study trains and measures: a base model, batches, a loss, a test, and what may be forgotten."""
+"""The interface of a study's task: a base model, batches, a loss, a test, and a measurement of forgetting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What came out of one training. `items`: the score of each test item, for paired tests; `more`: other numbers."""
+    """The numbers of one training. `items` is the score of each test item, for paired tests; `more` other numbers."""
 
     validation_loss: float
     score: float
@@ -21,17 +21,17 @@ class Measured:
 
 
 class Task(Protocol):
-    """One task. It is built once in a process and trained on many times, so it holds what all trainings share."""
+    """One task. A process builds it once for many trainings, so it holds everything that they share."""
 
-    metric: str  # what `score` is, higher is better
-    forgets: str  # what `forgetting` is, higher is worse
+    metric: str  # name of `score`, higher is better
+    forgets: str  # name of `forgetting`, higher is worse
 
     def model(self) -> nn.Module:
-        """Return a fresh copy of the base model, on the CPU, as `apply_milora` takes it."""
+        """Return a new copy of the base model on the CPU, ready for `apply_milora`."""
         ...
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Any]:
-        """Yield batches of training records without end, in an order that `seed` alone decides."""
+        """Yield an endless stream of training batches, in an order that depends on `seed` alone."""
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -39,5 +39,5 @@ class Task(Protocol):
         ...
 
     def measure(self, model: nn.Module) -> Measured:
-        """Measure a tuned model; `model` is in eval mode, no gradients are kept."""
+        """Measure a tuned model in eval mode, without gradients."""
         ...

@@ -1,4 +1,4 @@
-"""One cell of a study: adapt a fresh copy of the task's model, train it, measure it."""
+"""Run one cell of a study: adapt a new copy of the task's model, train it and measure it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _CLIP = 1.0  # HF's max_grad_norm
 
 
 def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Result, dict[str, float]]:
-    """Train and measure one cell; returns its numbers and the score of each test item.
+    """Train and measure one cell; return its numbers and the score of each test item.
 
-    `factors` is the folder in which all cells keep initial factors. The global generator of torch is used inside
-    (dropout, LoRA's random A) and put back. A training whose loss is no number any more is measured all the same.
+    `factors` is the folder of the initial factors that all cells share. The cell uses torch's global generator
+    (dropout, LoRA's random A) and restores it. A training with a NaN loss is measured too.
     """
     start = time.monotonic()
     with torch.random.fork_rng(devices=[]):
@@ -34,23 +34,23 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
         updates = Updates.of(base, study.overlap, factors)
         model = apply_milora(base, study.rules(cell.method, cell.learning_rate, cell.seed), cache_dir=factors)
         for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.data = parameter.data.float()  # Adam's steps are lost in half precision
+            parameter.data = parameter.data.float()  # half precision loses small Adam steps
         last = _train(task, model, study.training(cell.method), cell)
     model.eval()
     with torch.no_grad():
-        found = task.measure(model)
-        moved = updates.measure(model)
+        measured = task.measure(model)
+        update = updates.measure(model)
     numbers = {
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
-        "validation_loss": found.validation_loss, "score": found.score, "forgetting": found.forgetting,
+        "validation_loss": measured.validation_loss, "score": measured.score, "forgetting": measured.forgetting,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "train_loss": last,
-        **found.more, **moved, "seconds": round(time.monotonic() - start, 1),
+        **measured.more, **update, "seconds": round(time.monotonic() - start, 1),
     }  # fmt: skip
-    return numbers, dict(found.items)
+    return numbers, dict(measured.items)
 
 
 def _train(task: Task, model: Any, training: Training, cell: Cell) -> float:
-    """AdamW with a linear warm-up and a cosine, gradients clipped, as HF's Trainer does it; returns the last loss."""
+    """Train with AdamW, linear warm-up, cosine decay and gradient clipping, like HF's Trainer; return the last loss."""
     from transformers import get_cosine_schedule_with_warmup
 
     groups = parameter_groups(

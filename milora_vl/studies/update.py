@@ -1,4 +1,4 @@
-"""How far a training moved the weights of a small model, and how much of that lies in their first directions."""
+"""The size of a weight update of a small model, and its share in the first singular directions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from milora_vl.weights.matrices import as_matrix, is_adaptable
 
 @dataclass(frozen=True, slots=True)
 class Updates:
-    """The weights before the training, by module path, as matrices (out, in), and how many directions are the first.
+    """The weights before the training, by module path, as matrices (out, in); `top` is the number of first directions.
 
-    The first directions are kept in the folder `cache`, where there is one: they are the same for all trainings.
+    The first directions are the same for all trainings; they are stored in the folder `cache` if it is set.
     """
 
     before: Mapping[str, Tensor]
@@ -30,20 +30,20 @@ class Updates:
 
     @classmethod
     def of(cls, base: nn.Module, top: int | None, cache: Path | None = None) -> Updates:
-        """Remember a base model's weights, as copies: a training in full changes them."""
-        found = {
+        """Copy the weights of a base model: a full training changes them."""
+        matrices = {
             path: as_matrix(module, module.get_parameter("weight").detach()).clone()
             for path, module in base.named_modules()
             if is_adaptable(module)
         }
-        return cls(found, top, cache)
+        return cls(matrices, top, cache)
 
     @torch.no_grad()
     def measure(self, model: Any) -> dict[str, float]:
-        """Return `update`, the norm of all changes as a share of the weights' that changed, and `overlap`.
+        """Return `update`, the norm of all changes divided by the norm of the changed weights, and `overlap`.
 
-        Of a model with an adapter the adapted layers count, of one that trains in full all of them. `overlap` is the
-        share of the squared norm of the change that touches the first `top` singular directions of its weight, on
+        For a model with an adapter only the adapted layers count, for a full training all layers. `overlap` is the
+        share of the squared norm of the change that involves the first `top` singular directions of its weight, on
         either side: 1 - ||(I - U U') dW (I - V V')||^2 / ||dW||^2.
         """
         changed = weights = outside = 0.0
@@ -52,10 +52,10 @@ class Updates:
             weights += float(old.square().sum())
             if self.top is not None:
                 outside += float(self._outside(path, old, change).square().sum())
-        found = {"update": math.sqrt(changed / weights) if weights else 0.0}
+        measures = {"update": math.sqrt(changed / weights) if weights else 0.0}
         if self.top is not None:
-            found["overlap"] = max(0.0, 1 - outside / changed) if changed else 0.0
-        return found
+            measures["overlap"] = max(0.0, 1 - outside / changed) if changed else 0.0
+        return measures
 
     def _changes(self, model: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
         is_adapter = isinstance(model, PeftModel)

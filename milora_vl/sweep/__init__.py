@@ -1,1 +1,1 @@
-"""Methods x learning rates x ranks x seeds over one recipe: `python -m milora_vl.sweep`. On top of all packages."""
+"""`python -m milora_vl.sweep`: train methods x learning rates x ranks x seeds of one recipe and compare them."""

@@ -1,4 +1,4 @@
-"""`python -m milora_vl.sweep`: methods x learning rates x ranks x seeds over one recipe, compared fairly."""
+"""`python -m milora_vl.sweep`: train methods x learning rates x ranks x seeds of one recipe and compare them fairly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from milora_data.command.atomic_write import read_json, write_json
 from milora_data.command.cli import amount, next_step, parser, positive, run
 from milora_data.command.flags import shared
-from milora_data.errors import UserError
+from milora_data.errors import Problem, UserError
 from milora_eval.suites import find_benchmark, find_suite, has_files
 from milora_vl.recipe.schema import Recipe
 
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
 methods: milora, lora, pissa, random, dora, olora, mica, full (as in milora_vl.train);
          minor-flat (minor directions without their singular values), lora-decay (LoRA with weight decay 0.1);
-         and those that the recipe names in sweep.variants
-Each cell trains, answers the suite's questions and has its forgetting measured. The learning rate of a method is
-chosen by validation loss (data.eval_path of the recipe) and reported on the suite. The same command again goes on.
+         and the variants in sweep.variants of the recipe
+Each cell is one training, an evaluation on the suite and a measurement of forgetting. The validation loss
+(data.eval_path of the recipe) selects the learning rate of each method; the suite gives its reported score.
+Run the same command again to resume.
 
 examples:
   python -m milora_vl.sweep --recipe smol-llava-demo --methods milora,lora --lrs 1e-4,3e-4,1e-3 --seeds 3
@@ -41,7 +42,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; UserError for what cannot be swept. Returns the exit code."""
+    """Run the command and return its exit code. Raises UserError if the recipe or the flags are not usable."""
     options = _options(argv)
     from milora_vl.sweep import page
     from milora_vl.sweep.runner import Evaluation, Sweep, alone, run_cells
@@ -66,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _remember(sweep)
 
         def on_done(cell: Cell, is_done: bool, left: int) -> None:
-            said = "done" if is_done else "FAILED" if sweep.failure(cell) else "stopped"
-            sys.stderr.write(f"{said:<8}{cell.name}   {left:,} left{_time_left(sweep, cells, left, jobs)}\n")
+            status = "done" if is_done else "FAILED" if sweep.failure(cell) else "stopped"
+            sys.stderr.write(f"{status:<8}{cell.name}   {left:,} left{_time_left(sweep, cells, left, jobs)}\n")
             page.write(page.of_sweep(sweep, cells, options.seeds, command))
 
         run_cells(sweep, cells, jobs, retry=options.retry, on_done=on_done)
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "\n".join("  ".join(f"{cell:<22}" for cell in row) for row in (table.header, *table.rows)) + "\n"
         )
     for cell in failed:
-        sys.stderr.write(f"failed: {cell.name}   see {folder / 'logs' / cell.name}.log; again with --retry\n")
+        sys.stderr.write(f"failed: {cell.name}   see {folder / 'logs' / cell.name}.log; try again with --retry\n")
     sys.stderr.write(f"page:   {written}\n")
     if failed:
         next_step("milora_vl.sweep", *(sys.argv[1:] if argv is None else argv), "--retry")
@@ -91,44 +92,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser("python -m milora_vl.sweep", "Compare methods, each at its own best learning rate.", _EXAMPLES)
-    given = options.add_argument_group("input")
-    given.add_argument("--recipe", required=True, metavar="RECIPE", help="name or file, as for milora_vl.train")
-    shared(given, "suite", about="what is scored (default: sweep.suite of the recipe)")
-    given.add_argument("--data", metavar="FOLDER", help="with the suite's files")
+    inputs = options.add_argument_group("input")
+    inputs.add_argument("--recipe", required=True, metavar="RECIPE", help="name or file, as for milora_vl.train")
+    shared(inputs, "suite", about="suite that scores the cells (default: sweep.suite of the recipe)")
+    inputs.add_argument("--data", metavar="FOLDER", help="folder with the files of the suite")
     settings = options.add_argument_group("settings")
-    settings.add_argument("--methods", type=_words, required=True, metavar="a,b", help="the first one is compared with")
-    settings.add_argument("--lrs", type=_numbers(float), required=True, metavar="x,y", help="learning rates")
-    settings.add_argument("--ranks", type=_numbers(int), metavar="r,s", help="(default: the recipe's own)")
-    settings.add_argument("--seeds", type=positive, default=3, help="how many, from the recipe's on (default: 3)")
-    shared(settings, "limit", about="items of each benchmark")
     settings.add_argument(
-        "--jobs", type=positive, help="cells at a time (default: a GPU each, or a core each, up to 4)"
+        "--methods", type=_words, required=True, metavar="a,b", help="methods; the others are compared with the first"
     )
-    settings.add_argument("--plan", action="store_true", help="show the plan and its cost, and stop")
-    settings.add_argument("--retry", action="store_true", help="try the cells that failed again")
+    settings.add_argument("--lrs", type=_numbers(float), required=True, metavar="x,y", help="learning rates")
+    settings.add_argument("--ranks", type=_numbers(int), metavar="r,s", help="ranks (default: set by the recipe)")
+    settings.add_argument(
+        "--seeds", type=positive, default=3, help="number of seeds, starting at the recipe's seed (default: 3)"
+    )
+    shared(settings, "limit", about="number of items per benchmark")
+    settings.add_argument(
+        "--jobs", type=positive, help="number of parallel cells (default: one per GPU, or one per core up to 4)"
+    )
+    settings.add_argument("--plan", action="store_true", help="show the plan and its cost, then stop")
+    settings.add_argument("--retry", action="store_true", help="run failed cells again")
     out = options.add_argument_group("output")
-    shared(out, "output_dir", about="to write (default: runs/sweep-RECIPE)")
+    shared(out, "output_dir", about="output folder (default: runs/sweep-RECIPE)")
     shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 
 
 def _words(text: str) -> list[str]:
-    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not found:
-        raise argparse.ArgumentTypeError("names nothing")
-    return found
+    words = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not words:
+        raise argparse.ArgumentTypeError("expected at least one name")
+    return words
 
 
 def _numbers(kind: type[float] | type[int]) -> type:
     def parse(text: str) -> list[float]:
         try:
-            found = [kind(word) for word in _words(text)]
+            numbers = [kind(word) for word in _words(text)]
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected numbers with commas, got {text!r}") from None
-        if min(found) <= 0:
+        if min(numbers) <= 0:
             raise argparse.ArgumentTypeError(f"must be positive, got {text!r}")
-        return sorted(set(found))
+        return sorted(set(numbers))
 
     return parse  # type: ignore[return-value]
 
@@ -141,7 +146,7 @@ def _recipe(name: str) -> Recipe:
 
 
 def _checked_cells(options: argparse.Namespace, recipe: Recipe, evaluation: Evaluation) -> list[Cell]:
-    """Return the cells. UserError with all that is missing or wrong, before the first step."""
+    """Return the cells. Raises UserError with all problems before the first step."""
     from milora_vl.sweep.cells import make_cells, recipe_of
 
     problems, cells = _missing(options.recipe, recipe, evaluation), []
@@ -149,42 +154,44 @@ def _checked_cells(options: argparse.Namespace, recipe: Recipe, evaluation: Eval
         if evaluation.suite:
             _check_suite(evaluation)
     except UserError as error:
-        problems.append(str(error))
+        problems += error.problems
     try:
         cells = make_cells(recipe, options.methods, options.lrs, options.ranks, options.seeds)
         for cell in cells:
             recipe_of(recipe, cell)
     except UserError as error:
-        problems.append(str(error))
+        problems += error.problems
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(problems=problems)
     return cells
 
 
-def _missing(name: str, recipe: Recipe, evaluation: Evaluation) -> list[str]:
-    """What every sweep needs and this recipe does not have, with the way to add it."""
+def _missing(name: str, recipe: Recipe, evaluation: Evaluation) -> list[Problem]:
+    """Return a problem that lists the settings of a sweep that this recipe lacks; an empty list if it has all."""
     needed = {
         "model: the base model": recipe.model,
-        "data.path: the records to train on": recipe.data.path,
-        "data.eval_path: held-out records, on which the learning rate is chosen": recipe.data.eval_path,
-        "sweep.suite, or --suite: what the cells are scored on (python -m milora_eval ls)": evaluation.suite,
+        "data.path: the training records": recipe.data.path,
+        "data.eval_path: held-out records that select the learning rate": recipe.data.eval_path,
+        "sweep.suite, or --suite: the suite that scores the cells (python -m milora_eval ls)": evaluation.suite,
     }
-    lacking = [what for what, value in needed.items() if not value]
-    if not lacking:
+    missing = [what for what, value in needed.items() if not value]
+    if not missing:
         return []
     copy = f"python -m milora_vl.train --print-recipe {shlex.quote(name)} > mine.yaml"
-    hint = "" if Path(name).exists() else f"\nset this in a copy of the recipe:  {copy}"
-    return ["\n  ".join([f"recipe {name} lacks what a sweep needs:", *lacking]) + hint]
+    hint = "" if Path(name).exists() else f"set this in a copy of the recipe:  {copy}"
+    message = "\n  ".join(["missing settings that a sweep needs:", *missing])
+    return [Problem(message, code="sweep-recipe-incomplete", where=f"recipe {name}", hint=hint)]
 
 
 def _check_suite(evaluation: Evaluation) -> None:
-    """UserError for a suite that is not known, or whose files are not there: the cells would fail after training."""
-
+    """Raise UserError if the suite is unknown or its files are missing: the cells would fail after training."""
     data = Path(evaluation.data or f"data/{evaluation.suite}")
     names = find_suite(evaluation.suite).benchmarks
     if not any(has_files(find_benchmark(name), data) for name in names):
         raise UserError(
-            f"the files of suite {evaluation.suite} are not in {data}\nsee: python -m milora_eval ls --data {data}"
+            f"the files of suite {evaluation.suite} are not in {data}",
+            code="eval-missing-files",
+            hint=f"see: python -m milora_eval ls --data {data}",
         )
 
 
@@ -195,21 +202,24 @@ def _jobs(cells: int) -> int:
 
 
 def _same_sweep(sweep: Sweep) -> None:
-    """UserError where the folder holds cells of another recipe; more methods, rates or seeds may join."""
+    """Raise UserError if the folder holds cells of another recipe. More methods, rates or seeds are allowed."""
     known = read_json(sweep.folder / "sweep.json")
     if known is None:
         return
     if known["key"] != _key(sweep):
         raise UserError(
-            f"{sweep.folder} holds a sweep over another recipe or suite; nothing is overwritten\n"
-            "say:  --output_dir ANOTHER"
+            f"{sweep.folder} holds a sweep of another recipe or suite; nothing is overwritten",
+            code="sweep-other-recipe",
+            hint="choose another folder:  --output_dir ANOTHER",
         )
     before = known.get("variants", {})
     changed = [name for name, fields in sweep.recipe.sweep.variants.items() if before.get(name, fields) != fields]
     if changed:
         raise UserError(
-            f"{sweep.folder} is of a sweep in which {changed[0]} was {before[changed[0]]}\n"
-            "say:  --output_dir ANOTHER, or give the new one another name"
+            f"{sweep.folder} holds a sweep in which {changed[0]} was {before[changed[0]]}",
+            code="sweep-variant-changed",
+            where=f"sweep.variants.{changed[0]}",
+            hint="use --output_dir ANOTHER, or rename the new variant",
         )
 
 
@@ -241,7 +251,7 @@ def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -
 
 
 def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str:
-    """From the time that finished cells took, training and evaluation."""
+    """Return the remaining time, from the training and evaluation time of finished cells; empty if unknown."""
     seconds = [result["seconds"] for cell in cells if (result := sweep.result(cell))]
     if not seconds or not left:
         return ""
@@ -250,19 +260,21 @@ def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str
 
 
 def _estimate(sweep: Sweep, cell: Cell, left: int, jobs: int) -> str:
-    """What `milora_vl.train --dry-run` says of one cell: it also finds missing data. UserError for its mistakes."""
+    """Return the cost of one cell from `milora_vl.train --dry-run`. Raises UserError if the cell cannot run."""
     from milora_vl.sweep.cells import recipe_of
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"{cell.name}.yaml")
         file.write_text(recipe_of(sweep.recipe, cell).to_yaml(), encoding="utf-8")
         command = [sys.executable, "-m", "milora_vl.train", "--recipe", str(file), "--dry-run"]
-        command += ["--output_dir", str(Path(folder, cell.name))]  # its own may hold a run to go on with
+        command += ["--output_dir", str(Path(folder, cell.name))]  # the real folder may hold a run to resume
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise UserError(f"a cell cannot run:\n{done.stderr.removeprefix('error: ').replace(f'{folder}/', '').strip()}")
+        # The dry run is a separate process: its text is shown as the hint.
+        hint = done.stderr.removeprefix("error: ").replace(f"{folder}/", "").strip()
+        raise UserError("a cell cannot run:", code="sweep-cell-cannot-run", hint=hint)
     lines = [line for line in done.stdout.splitlines() if line.startswith(("warning", "memory", "time", "factors"))]
-    words = f" of training one of {amount(left, 'cell')}, {jobs} at a time (measured once the first is done):\n  "
+    words = f" of training one of {amount(left, 'cell')}, {jobs} at a time (measured after the first cell):\n  "
     return words + "\n  ".join(lines)
 
 

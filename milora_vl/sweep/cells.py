@@ -1,4 +1,4 @@
-"""The cells of a sweep: one training each, as a recipe of its own that `python -m milora_vl.train` runs."""
+"""The cells of a sweep. Each cell is one training with its own recipe, which `python -m milora_vl.train` runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milora_vl.recipe.hf_arguments import overridden
 from milora_vl.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
 from milora_vl.recipe.schema import EvalConfig, Recipe, SweepConfig
 
-# Names for --methods beside those of milora_vl.train: fields of the adapter rules, and of `train:`.
+# Names for --methods, with fields of the adapter rules and of `train:`.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in (*ADAPTERS, "full")},
     "minor-flat": {"method": "milora", "sigma": "none"},  # the minor directions without their singular values
@@ -24,7 +24,7 @@ _EDITS = ("method", "rank", "alpha", "dropout")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One training. `rank` is None where the method has none, or the recipe's own is kept."""
+    """One training. `rank` is None if the method has no rank, or if the recipe sets it."""
 
     method: str
     learning_rate: float
@@ -33,26 +33,34 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the cell's folder."""
         rank = "" if self.rank is None else f"-r{self.rank}"
         return f"{self.method}{rank}-lr{self.learning_rate:g}-seed{self.seed}"
 
     @property
     def arm(self) -> tuple[str, int | None]:
-        """What is compared: the method at one rank."""
+        """The unit of comparison: (method, rank)."""
         return self.method, self.rank
 
 
 def make_cells(
     recipe: Recipe, methods: Sequence[str], rates: Sequence[float], ranks: Sequence[int] | None, seeds: int
 ) -> list[Cell]:
-    """Return every cell, seed by seed, so that an early look sees all methods. UserError for unknown methods."""
+    """Return all cells, seed by seed, so that the first results cover all methods.
+
+    Raises UserError for unknown methods and for learning rates that are too close.
+    """
     known = variants(recipe)
     for name in methods:
         if name not in known:
             near = suggest(name, known)
-            hint = f"did you mean {near[0]} ?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"--methods {name}: no such method\n{hint}\n(a recipe may name its own: sweep.variants)")
+            guess = f"did you mean {near[0]} ?" if near else f"known methods: {', '.join(known)}"
+            raise UserError(
+                f"unknown method {name!r}",
+                code="sweep-unknown-method",
+                where="--methods",
+                hint=f"{guess}\n(a recipe can define more in sweep.variants)",
+            )
     first = int(recipe.train.get("seed", 42))
     cells = []
     for seed, rate, method in product(range(first, first + seeds), rates, methods):
@@ -60,27 +68,36 @@ def make_cells(
         chosen: Sequence[int | None] = ranks if ranks and has_rank else [None]
         cells += [Cell(method, rate, rank, seed) for rank in chosen]
     if len({cell.name for cell in cells}) < len(cells):
-        raise UserError("--lrs: rates that agree in six digits would be one cell")
+        raise UserError(
+            "two learning rates agree in six digits and would be one cell", code="flag-value", where="--lrs"
+        )
     return cells
 
 
 def variants(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Every name for --methods with its fields; a recipe's own win. UserError for one without a known method."""
-    found = {**VARIANTS, **recipe.sweep.variants}
-    for name, fields in found.items():
+    """Return every name for --methods with its fields; the recipe's variants override the built-in ones.
+
+    Raises UserError for a variant with an invalid name or without a known method.
+    """
+    known = {**VARIANTS, **recipe.sweep.variants}
+    for name, fields in known.items():
         if "/" in name or name.startswith("."):
             raise UserError(
-                f"sweep.variants.{name}: its cells are folders of this name, which cannot hold a / or begin with ."
+                "its cells are folders of this name, which cannot hold a / or begin with .",
+                code="sweep-variant-name",
+                where=f"sweep.variants.{name}",
             )
         if "policy" not in fields and fields.get("method") not in (*ADAPTERS, "full"):
             raise UserError(
-                f"sweep.variants.{name}: method {fields.get('method')!r}, expected {', '.join((*ADAPTERS, 'full'))}"
+                f"unknown method {fields.get('method')!r}; expected one of: {', '.join((*ADAPTERS, 'full'))}",
+                code="sweep-unknown-method",
+                where=f"sweep.variants.{name}",
             )
-    return found
+    return known
 
 
 def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
-    """Return the recipe of one cell. UserError with everything that is wrong in it."""
+    """Return the recipe of one cell. Raises UserError with all its problems."""
     fields = dict(variants(recipe)[cell.method])
     train = dict(recipe.train)
     for over in (recipe.sweep.train, fields.pop("train", {}), {"seed": cell.seed}):
@@ -97,18 +114,21 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
 def arm_rules(
     policy: Sequence[dict[str, Any]] | None, fields: Mapping[str, Any], *, learning_rate: float, seed: int
 ) -> list[dict[str, Any]]:
-    """Return the rules of one arm: `fields` replace those of the adapter rules, its `policy` all rules before that.
+    """Return the rules of one arm. Its `policy` replaces all rules, then its `fields` replace those of adapter rules.
 
-    Every seed draws random components of its own, or the interval over seeds would not tell how much a draw matters.
-    UserError for fields that no rule takes.
+    Each seed draws different random components, so that the interval over seeds includes the effect of the draw.
+    Raises UserError for fields that apply to no rule.
     """
-    given: dict[str, Any] = {name: fields[name] for name in _EDITS if not isinstance(fields.get(name), Mapping | None)}
-    rules = edited(fields.get("policy", policy), PolicyEdits(learning_rate=learning_rate, **given))
-    others = {name: value for name, value in fields.items() if name not in given and name != "policy"}
+    edits: dict[str, Any] = {name: fields[name] for name in _EDITS if not isinstance(fields.get(name), Mapping | None)}
+    rules = edited(fields.get("policy", policy), PolicyEdits(learning_rate=learning_rate, **edits))
+    others = {name: value for name, value in fields.items() if name not in edits and name != "policy"}
     adapters = [rule for rule in rules if is_adapter(rule)]
     if others and not adapters:
         raise UserError(
-            f"{', '.join(others)}: no use here, no rule makes an adapter (give the arm a policy of its own)"
+            "no effect: no rule makes an adapter",
+            code="policy-unused-field",
+            where=", ".join(others),
+            hint="give the arm its own policy",
         )
     for rule in adapters:
         rule.update(others)

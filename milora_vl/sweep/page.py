@@ -1,4 +1,4 @@
-"""The files of a sweep: cells.csv, table.csv, results.json, figures with their CSV, and sweep.html."""
+"""Write the files of a sweep: cells.csv, table.csv, results.json, figures with their CSV, and sweep.html."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import Answers, Arm, Pair, Result, arms, pairs
 from milora_vl.sweep.runner import Sweep
 
-FORGETS = "forgetting on general text, nats a token"
+FORGETS = "forgetting on general text, nats per token"
 _POINT = ("method", "rank", "learning_rate", "validation", "score", "score_half", "forgetting", "forgetting_half", "n")
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """What a page is about: cells with their results, test items and failures, and the command that repeats it."""
+    """The content of a page: cells with their results, test items and failures, and the command that repeats it."""
 
     folder: Path
     title: str
@@ -37,11 +37,11 @@ class Compared:
     metric: str
     forgets: str
     command: str
-    cells_are: str = "Every cell is a run folder in cells/ with a report of its own"
+    cells_are: str = "Every cell is a run folder in cells/ with its own report"
 
 
 def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> Compared:
-    """What there is of a sweep by now: the cells asked for, and those that earlier commands left in its folder."""
+    """Return the current state of a sweep: the requested cells, and finished cells of earlier commands."""
     cells = list(dict.fromkeys([*cells, *sweep.finished({cell.seed for cell in cells})]))
     results = {cell: result for cell in cells if (result := sweep.result(cell)) is not None}
     failed = {cell: failure for cell in cells if (failure := sweep.failure(cell)) is not None}
@@ -52,73 +52,77 @@ def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> C
 
 
 def write(compared: Compared) -> tuple[Path, Table]:
-    """Write what the finished cells say; returns the page and the table of methods."""
-    found = _in_order(arms(compared.results, compared.seeds), compared.cells)
-    tests = pairs(found, compared.answers)
-    table = arms_table(found, compared.metric, compared.seeds)
-    _files(compared, found, tests, table)
+    """Write the page and the files of the finished cells; return the path of the page and the table of methods."""
+    all_arms = _in_order(arms(compared.results, compared.seeds), compared.cells)
+    tests = pairs(all_arms, compared.answers)
+    table = arms_table(all_arms, compared.metric, compared.seeds)
+    _files(compared, all_arms, tests, table)
     content = {
-        "title": compared.title, "lede": lede(found, compared.metric),
+        "title": compared.title, "lede": lede(all_arms, compared.metric),
         "done": len(compared.results), "count": len(compared.cells),
         "cells_are": compared.cells_are, "table": table, "tests": pairs_table(tests),
-        "figures": _figures(compared, found), "command": compared.command,
+        "figures": _figures(compared, all_arms), "command": compared.command,
         "failed": [(cell.name, failure["said"]) for cell, failure in compared.failed.items()],
-        "edges": [arm.label for arm in found if arm.at_edge],
+        "edges": [arm.label for arm in all_arms if arm.at_edge],
     }  # fmt: skip
     page = compared.folder / "sweep.html"
     pages.write(page, pages.render(Path(__file__).with_name("sweep.html.j2"), content))
     return page, table
 
 
-def _in_order(found: Sequence[Arm], cells: Sequence[Cell]) -> list[Arm]:
-    """The arms as they were asked for, whichever has a result first: the others are compared with the first one."""
-    asked = list(dict.fromkeys(cell.arm for cell in cells))
-    return sorted(found, key=lambda arm: asked.index((arm.points[0].method, arm.points[0].rank)))
+def _in_order(all_arms: Sequence[Arm], cells: Sequence[Cell]) -> list[Arm]:
+    """Return the arms in the requested order: the others are compared with the first one."""
+    requested = list(dict.fromkeys(cell.arm for cell in cells))
+    return sorted(all_arms, key=lambda arm: requested.index((arm.points[0].method, arm.points[0].rank)))
 
 
-def _figures(compared: Compared, found: Sequence[Arm]) -> list[dict[str, Any]]:
+def _figures(compared: Compared, all_arms: Sequence[Arm]) -> list[dict[str, Any]]:
     figures = []
-    if found:
+    if all_arms:
         caption = (
-            "Up and to the left is better. Open marks are learning rates that validation did not choose; bars are 95 % "
-            "intervals over seeds; the grey line joins the points that none beats in both."
+            "Up and to the left is better. Open markers are learning rates that the validation loss did not select. "
+            "Bars are 95 % intervals over seeds. The grey line is the Pareto front."
         )
-        figure = partial(plots.pareto_figure, found, compared.metric, compared.forgets)
+        figure = partial(plots.pareto_figure, all_arms, compared.metric, compared.forgets)
         figures.append({"plot": draw(compared.folder, "pareto", figure, caption, with_pdf=True), "caption": caption})
-    if any(len(arm.points) > 1 for arm in found):
-        caption = "Each method over the learning rates. The validation loss alone decides which one is reported."
-        figure = partial(plots.rates_figure, found, compared.metric)
+    if any(len(arm.points) > 1 for arm in all_arms):
+        caption = "Each method over the learning rates. The validation loss alone selects the reported one."
+        figure = partial(plots.rates_figure, all_arms, compared.metric)
         figures.append({"plot": draw(compared.folder, "rates", figure, caption, with_pdf=True), "caption": caption})
     return figures
 
 
-def lede(found: Sequence[Arm], metric: str) -> str:
-    """The result in a line: the best scores, the highest first."""
-    ready = [arm for arm in found if arm.best is not None]
+def lede(all_arms: Sequence[Arm], metric: str) -> str:
+    """Return the result in one line: the best scores, highest first."""
+    ready = [arm for arm in all_arms if arm.best is not None]
     ready.sort(key=lambda arm: -arm.best.score.value if arm.best else 0.0)
     words = [f"{arm.label} {arm.best.score.text}" for arm in ready[:3] if arm.best]
     more = f" and {len(ready) - 3} more" if len(ready) > 3 else ""
     return f"{metric}: {', '.join(words)}{more}" if words else "No method has a learning rate with all seeds yet"
 
 
-def arms_table(found: Sequence[Arm], metric: str, seeds: int) -> Table:
-    """One row a method: its best learning rate, and what it reached there on the test items."""
+def arms_table(all_arms: Sequence[Arm], metric: str, seeds: int) -> Table:
+    """Return a table with one row per method: its best learning rate and its results there."""
     rows = []
-    for arm in found:
+    for arm in all_arms:
         if arm.best is None:
             rows.append((arm.label, "–", "–", "–", "–", f"no learning rate has a loss for all {seeds} seeds"))
             continue
         best = arm.best
-        note = "at the edge of the rates tried" if arm.at_edge else ""
+        note = "at the edge of the tested rates" if arm.at_edge else ""
         rate = f"{best.learning_rate:g}"
         rows.append((arm.label, rate, best.score.text, best.forgetting.text, best.validation.text, note))
     header = ("method", "learning rate", metric, "forgetting", "validation loss", "note")
-    over = f"± half a 95 % interval over {seeds} seeds (Student’s t)." if seeds > 1 else "One seed: no interval."
-    return Table(header, tuple(rows), f"Learning rate by validation loss; score on the test items. {over}")
+    over = f"± is half a 95 % interval over {seeds} seeds (Student’s t)." if seeds > 1 else "One seed: no interval."
+    return Table(
+        header,
+        tuple(rows),
+        f"The validation loss selects the learning rate; the score is measured on the test items. {over}",
+    )
 
 
 def pairs_table(compared: Sequence[Pair]) -> Table:
-    """One row a pair: the difference of the test answers, item by item."""
+    """Return a table with one row per pair: the paired difference of the test answers."""
     rows = [
         (
             f"{pair.b} − {pair.a}", f"{pair.difference.value:+.3f}", _interval(pair.difference),
@@ -129,9 +133,9 @@ def pairs_table(compared: Sequence[Pair]) -> Table:
     ]  # fmt: skip
     notes = dict.fromkeys(pair.difference.note for pair in compared if pair.difference.note)
     words = (
-        "Paired over test items: each item’s mean over the seeds of both sides; interval and p by a bootstrap of whole "
-        "pictures. It says what other items would bring, not other seeds; the intervals above say that."
-        + "".join(f" Here {note}." for note in notes)
+        "Paired over test items: the mean of each item over the seeds of both methods. Interval and p come from a "
+        "bootstrap of whole pictures: they show the effect of other test items. The intervals above show the effect of "
+        "other seeds." + "".join(f" Here {note}." for note in notes)
     )
     return Table(("difference", "mean over items", "95 % interval", "p", "items", "seeds"), tuple(rows), words)
 
@@ -142,7 +146,7 @@ def _interval(difference: Difference) -> str:
     return f"{difference.low:+.3f} to {difference.high:+.3f}"
 
 
-def _files(compared: Compared, found: Sequence[Arm], tests: Sequence[Pair], table: Table) -> None:
+def _files(compared: Compared, all_arms: Sequence[Arm], tests: Sequence[Pair], table: Table) -> None:
     folder, results = compared.folder, compared.results.values()
     columns = list(dict.fromkeys(key for result in results for key in result))
     write_csv(folder / "cells.csv", columns, [[result.get(key) for key in columns] for result in results])
@@ -150,10 +154,10 @@ def _files(compared: Compared, found: Sequence[Arm], tests: Sequence[Pair], tabl
     points = [
         (p.method, p.rank, p.learning_rate, p.validation.value, p.score.value, p.score.half, p.forgetting.value,
          p.forgetting.half, p.score.n)
-        for arm in found for p in arm.points
+        for arm in all_arms for p in arm.points
     ]  # fmt: skip
     for name in ("pareto", "rates"):
         write_csv(folder / f"{name}.csv", _POINT, points)
-    content = {"arms": [asdict(arm) for arm in found], "pairs": [asdict(pair) for pair in tests]}
-    # NaN, which a training that broke down leaves, is no JSON: null.
+    content = {"arms": [asdict(arm) for arm in all_arms], "pairs": [asdict(pair) for pair in tests]}
+    # A diverged training leaves NaN, which is not valid JSON: write null.
     write_json(folder / "results.json", json.loads(json.dumps(content), parse_constant=lambda _: None))

@@ -12,7 +12,7 @@ from milora_vl.sweep.results import Arm, Mean, front
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours and three more, each with a mark of its own; (on a light page, on a dark one).
+# Okabe and Ito's colours and three more, each with its own marker: (on a light page, on a dark page).
 _COLOURS = (
     ("#0072B2", "#3E9BDB"), ("#E69F00", "#E69F00"), ("#009E73", "#1FB68A"), ("#CC79A7", "#D58BB5"),
     ("#D55E00", "#E8702A"), ("#56B4E9", "#9BD5F7"), ("#8A8A8A", "#9A9A9A"), ("#9A8B00", "#C9BC1E"),
@@ -22,7 +22,7 @@ MARKS = "osD^vPX<>*"
 
 
 def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, look: Look) -> Figure:
-    """Draw every method's way over its learning rates; the chosen one is filled, the Pareto front a grey line."""
+    """Draw score over forgetting for every method; the selected rate is filled, the Pareto front is a grey line."""
     from matplotlib.figure import Figure
 
     with styled(look):
@@ -51,7 +51,7 @@ def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, look: Look) ->
 
 
 def _logarithmic(axis: Any) -> None:
-    """Put x on a logarithmic scale, marked with plain numbers: 0.5, 1, 2, and more of them where it is short."""
+    """Use a logarithmic x axis with plain tick labels: 0.5, 1, 2, and more of them for a short range."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_xscale("log")
@@ -63,27 +63,27 @@ def _logarithmic(axis: Any) -> None:
 
 
 def _frame(axis: Any, arms: Sequence[Arm]) -> None:
-    """Show the part of the plane in which the chosen points lie, and say how many others lie below it."""
+    """Limit the axes to the range of the selected points, and annotate how many others are below it."""
     chosen = [arm.best.score.value for arm in arms if arm.best]
     points = [point for arm in arms for point in arm.points]
     if not chosen:
         return
     floor = 2 * min(chosen) - max(chosen) - 0.1 * abs(max(chosen))
-    # The intervals of rates that were not chosen may be as long as they like.
+    # The intervals of rates that were not selected do not affect the range.
     highest = max(arm.best.score.value + (arm.best.score.half or 0) for arm in arms if arm.best)
     highest = max(highest, *(point.score.value for point in points))
     axis.set_ylim(top=highest + 0.05 * (highest - floor))
-    seen = [point for point in points if point.score.value >= floor]
-    if len(seen) == len(points):
+    visible = [point for point in points if point.score.value >= floor]
+    if len(visible) == len(points):
         return
-    left, right = min(p.forgetting.value for p in seen), max(p.forgetting.value for p in seen)
+    left, right = min(p.forgetting.value for p in visible), max(p.forgetting.value for p in visible)
     axis.set(ylim=(floor, axis.get_ylim()[1]), xlim=(left * 0.8, right * 1.25) if left > 0 else (None, right * 1.1))
-    words = f"{len(points) - len(seen)} learning rates lie below"
+    words = f"{len(points) - len(visible)} learning rates are below this range"
     axis.annotate(words, (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color=GREY)
 
 
 def rates_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
-    """Draw validation loss, test score and forgetting over the learning rate, a line a method."""
+    """Draw validation loss, test score and forgetting over the learning rate, one line per method."""
     from matplotlib.figure import Figure
 
     panels = ("validation", "validation loss"), ("score", metric), ("forgetting", "forgetting")
@@ -100,7 +100,7 @@ def rates_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
                     elinewidth=0.8,
                 )  # fmt: skip
             axis.set(xscale="log", xlabel="learning rate")
-            title = fill(name, 40 if look.narrow else 26)  # a metric's name may be longer than its panel is wide
+            title = fill(name, 40 if look.narrow else 26)  # the name of a metric may be wider than its panel
             axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
         handles = [_handle(axis, place, arm.label, look) for place, arm in enumerate(arms)]
         figure.legend(handles=handles, loc="outside upper left", ncols=2 if look.narrow else 5, handletextpad=0.2)

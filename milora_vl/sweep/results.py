@@ -1,4 +1,4 @@
-"""What the finished cells say: the best learning rate of each method, its test score over seeds, paired tests."""
+"""Summarize the finished cells: the best learning rate of each method, its test score over seeds, paired tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from milora_eval.stats import Difference, paired_difference
 from milora_vl.sweep.cells import Cell
 
 Result = Mapping[str, Any]  # the numbers of one cell
-# The test items of a cell: id -> its score, and what it is about; items about the same thing are not independent.
+# The test items of a cell: id -> (score, group, usually the picture); items of one group are not independent.
 Answers = Callable[[Cell], Mapping[str, tuple[float, Any]]]
 # Student's t for a two-sided 95 % interval, by degrees of freedom from 1 on.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -19,7 +19,7 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A mean over seeds with half its 95 % interval (Student's t); None for a single seed."""
+    """A mean over seeds with half the width of its 95 % interval (Student's t); None for a single seed."""
 
     value: float
     half: float | None
@@ -27,8 +27,8 @@ class Mean:
 
     @property
     def text(self) -> str:
-        """For people."""
-        is_tiny = (self.half or 0) < abs(self.value) < 5e-4  # and told apart from zero
+        """The mean and half its interval as text."""
+        is_tiny = (self.half or 0) < abs(self.value) < 5e-4  # but significantly different from zero
         numbers = [self.value] if self.half is None else [self.value, self.half]
         return " ± ".join(f"{x:.1e}" if is_tiny else f"{round(x, 3) + 0.0:.3f}" for x in numbers)
 
@@ -53,7 +53,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A method at one rank: its points by learning rate, the best of them by validation loss (None: none complete)."""
+    """A method at one rank: its points by learning rate, and the best one by validation loss (None: none complete)."""
 
     label: str
     points: tuple[Point, ...]
@@ -63,7 +63,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The test answers of two arms at their best learning rates, mean over common seeds: b minus a, item by item."""
+    """The paired difference b minus a of two arms at their best learning rates; items are means over common seeds."""
 
     a: str
     b: str
@@ -87,8 +87,8 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def arms(results: Mapping[Cell, Result], seeds: int) -> list[Arm]:
-    """Group the results. The best learning rate is chosen by the validation loss alone, among those with all seeds."""
-    found = []
+    """Group the results by arm. The validation loss selects the best learning rate among those with all seeds."""
+    grouped = []
     for method, rank in dict.fromkeys(cell.arm for cell in results):
         by_rate: dict[float, dict[int, Result]] = {}
         for cell, result in results.items():
@@ -98,13 +98,13 @@ def arms(results: Mapping[Cell, Result], seeds: int) -> list[Arm]:
         complete = [p for p in points if len(p.seeds) == seeds and math.isfinite(p.validation.value)]
         best = min(complete, key=lambda point: point.validation.value, default=None)
         edges = (points[0], points[-1])
-        found.append(Arm(points[0].label, points, best, at_edge=len(points) > 1 and best in edges))
-    return found
+        grouped.append(Arm(points[0].label, points, best, at_edge=len(points) > 1 and best in edges))
+    return grouped
 
 
-def pairs(found: Sequence[Arm], answers: Answers) -> list[Pair]:
+def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[Pair]:
     """Compare every arm with the first one, on the test items that both answered."""
-    ready = [arm for arm in found if arm.best is not None]
+    ready = [arm for arm in all_arms if arm.best is not None]
     out = []
     for arm in ready[1:]:
         assert arm.best is not None
@@ -120,9 +120,9 @@ def pairs(found: Sequence[Arm], answers: Answers) -> list[Pair]:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other beats in both score and forgetting, from the least forgetting on.
+    """Return the Pareto front: the points that no other beats in both score and forgetting, least forgetting first.
 
-    Those of trainings that ended in no numbers (NaN) are left out: they compare with nothing.
+    Points with NaN are skipped.
     """
     kept: list[Point] = []
     numbers = [p for p in points if math.isfinite(p.forgetting.value) and math.isfinite(p.score.value)]
@@ -143,7 +143,7 @@ def _point(method: str, rank: int | None, rate: float, by_seed: Mapping[int, Res
 
 
 def _mean_answers(answers: Answers, point: Point, seeds: Sequence[int]) -> dict[str, tuple[float, Any]]:
-    """Per item its mean score over the seeds, and what it is about."""
+    """Return per item its mean score over the seeds, and its group."""
     sums: dict[str, list[float]] = {}
     groups: dict[str, Any] = {}
     for seed in seeds:

@@ -1,7 +1,7 @@
-"""Run the cells: the public commands in a folder each, several at a time, resumable after any kind of end.
+"""Run the cells with the public commands, several in parallel, each in its own folder. Runs can always be resumed.
 
-cells/NAME is the run folder, logs/NAME.log what its commands said, cells/NAME.json its result, failed/NAME.json why it
-has none. A lock file is held by the commands themselves: those of a killed sweep that still run are waited for.
+cells/NAME is the run folder, logs/NAME.log the output of its commands, cells/NAME.json its result, failed/NAME.json the
+reason of a failure. The commands themselves hold a lock file, so a new sweep waits for the commands of a killed one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """How a cell is evaluated after its training."""
+    """The evaluation of a cell after its training."""
 
     suite: str
     data: str | None
@@ -41,51 +41,50 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """The folder of a sweep and what its cells share."""
+    """The folder of a sweep and the settings that its cells share."""
 
     folder: Path
     recipe: Recipe
     evaluation: Evaluation
 
     def run_folder(self, cell: Cell) -> Path:
-        """Where a cell trains."""
+        """Return the run folder of a cell."""
         return self.folder / "cells" / cell.name
 
     def results_folder(self, cell: Cell) -> Path:
-        """Where the answers of a cell are."""
+        """Return the folder with the answers of a cell."""
         return self.run_folder(cell) / "eval" / self.evaluation.suite / "final"
 
     def result(self, cell: Cell) -> Result | None:
-        """What came out of a cell; None for one that is not finished, or whose answers were removed since."""
+        """Return the result of a cell; None if it is not finished, or if its answers have been deleted."""
         if not (self.results_folder(cell) / "predictions.jsonl").is_file():
-            return None  # the paired tests need them
+            return None  # the paired tests need the answers
         return read_json(self.folder / "cells" / f"{cell.name}.json")
 
     def failure(self, cell: Cell) -> Result | None:
-        """Why a cell has no result; None where it has one, or has not been tried."""
+        """Return the failure of a cell; None if it has a result or has not run."""
         return None if self.result(cell) else read_json(self.folder / "failed" / f"{cell.name}.json")
 
     def finished(self, seeds: Collection[int]) -> list[Cell]:
-        """The cells with these seeds that have a result, whichever command asked for them."""
-        found = [read_json(file) or {} for file in sorted((self.folder / "cells").glob("*.json"))]
-        cells = [Cell(each["method"], each["learning_rate"], each["rank"], each["seed"]) for each in found]
+        """Return all cells in the folder with these seeds and a result, including cells of earlier commands."""
+        results = [read_json(file) or {} for file in sorted((self.folder / "cells").glob("*.json"))]
+        cells = [Cell(each["method"], each["learning_rate"], each["rank"], each["seed"]) for each in results]
         return [cell for cell in cells if cell.seed in seeds and self.result(cell)]
 
     def answers(self, cell: Cell) -> dict[str, tuple[float, Any]]:
-        """The answers of a finished cell to the first benchmark of the suite: id -> score, picture."""
-
+        """Return the answers of a finished cell to the first benchmark of the suite: id -> (score, picture)."""
         lines = require_lines(self.results_folder(cell))
         of_first = (line for line in lines if line["benchmark"] == lines[0]["benchmark"])
         return {line["id"]: (float(line["correct"]), line["group"]) for line in of_first if line["correct"] is not None}
 
     def training(self, cell: Cell) -> list[str]:
-        """The command that trains a cell, without the interpreter."""
+        """Return the command that trains a cell, without the interpreter."""
         file, run = self.folder / "recipes" / f"{cell.name}.yaml", self.run_folder(cell)
         words = ["--recipe", str(file), "--output_dir", str(run), "--resume_from_checkpoint", "auto"]
         return ["-m", "milora_vl.train", *words]
 
     def evaluating(self, cell: Cell) -> list[str]:
-        """The command that evaluates a trained cell: what it trained is told by its folder."""
+        """Return the command that evaluates a trained cell; a config.json in its folder means a full training."""
         run = str(self.run_folder(cell))
         tuned = ["--model", self.recipe.model, "--adapter", run]
         if (self.run_folder(cell) / "config.json").is_file():
@@ -98,9 +97,9 @@ class Sweep:
 def run_cells(
     sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool, on_done: Callable[[Cell, bool, int], None]
 ) -> None:
-    """Run every cell that has no result, `jobs` at a time; those that failed only with `retry`.
+    """Run every cell without a result, `jobs` in parallel; failed cells only with `retry`.
 
-    `on_done(cell, whether it has a result, number left)` is called as each ends. A keyboard interrupt ends all.
+    Calls `on_done(cell, whether it has a result, number left)` when a cell ends. A keyboard interrupt stops all cells.
     """
     todo = [c for c in cells if sweep.result(c) is None and (retry or sweep.failure(c) is None)]
     slots = list(range(jobs))
@@ -122,7 +121,7 @@ def run_cells(
         try:
             for left, future in enumerate(as_completed(futures), start=1):
                 on_done(futures[future], future.result(), len(todo) - left)
-        except KeyboardInterrupt:  # the commands got the signal too
+        except KeyboardInterrupt:  # the commands receive the signal too
             stopped.set()
             raise
 
@@ -131,7 +130,7 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
     for name in ("cells", "logs", "failed", "recipes"):
         (sweep.folder / name).mkdir(parents=True, exist_ok=True)
     recipe = recipe_of(sweep.recipe, cell)
-    # Cells differ in method, rate and seed: the factors of a method at a rank are computed for the first one.
+    # Cells with the same method and rank share their initial factors through the cache.
     shared = recipe.factor_cache or str(sweep.folder / "factors")
     recipe = recipe.model_copy(update={"factor_cache": shared})
     write_text(sweep.folder / "recipes" / f"{cell.name}.yaml", recipe.to_yaml())
@@ -148,15 +147,15 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
             if done.returncode == 130 or done.returncode == -2:  # interrupted by the user: not a failure of the cell
                 return False
             if done.returncode != 0:
-                said = f"{_tail(log)}\n{_ended(done.returncode)}"
-                why = {"command": command, "code": done.returncode, "log": str(log), "said": said}
-                write_json(sweep.folder / "failed" / f"{cell.name}.json", why)
+                output = f"{_tail(log)}\n{_exit_reason(done.returncode)}"
+                failure = {"command": command, "code": done.returncode, "log": str(log), "said": output}
+                write_json(sweep.folder / "failed" / f"{cell.name}.json", failure)
                 return False
     try:
         result = _collect(sweep, cell) | {"seconds": round(time.monotonic() - start, 1)}
     except (KeyError, IndexError, OSError, ValueError) as error:
-        why = {"command": [], "code": 0, "log": str(log), "said": f"{type(error).__name__}: {error}"}
-        write_json(sweep.folder / "failed" / f"{cell.name}.json", why)
+        failure = {"command": [], "code": 0, "log": str(log), "said": f"{type(error).__name__}: {error}"}
+        write_json(sweep.folder / "failed" / f"{cell.name}.json", failure)
         return False
     write_json(sweep.folder / "cells" / f"{cell.name}.json", result)
     (sweep.folder / "failed" / f"{cell.name}.json").unlink(missing_ok=True)
@@ -164,12 +163,15 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
 
 
 def _collect(sweep: Sweep, cell: Cell) -> Result:
-    """The numbers of a finished cell: validation loss, headline score, forgetting. ValueError for what is missing."""
+    """Return the numbers of a finished cell: validation loss, headline score, forgetting.
+
+    Raises ValueError if the training logged no evaluation loss, KeyError or OSError if a file or number is missing.
+    """
     run = sweep.run_folder(cell)
     state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
     if not losses:
-        raise ValueError("the training logged no evaluation loss: eval_steps is beyond its end")
+        raise ValueError("the training logged no evaluation loss: eval_steps is larger than its number of steps")
     best = state["best_model_checkpoint"] if recipe_of(sweep.recipe, cell).train.get("load_best_model_at_end") else None
     kept = int(best.rpartition("-")[2]) if best else max(losses)  # the step whose weights are evaluated
     results = json.loads((sweep.results_folder(cell) / "results.json").read_text(encoding="utf-8"))
@@ -185,18 +187,18 @@ def _collect(sweep: Sweep, cell: Cell) -> Result:
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:
-    """Each cell gets its share of the cores, and a GPU of its own where there are several."""
+    """Return the environment of a cell: its share of the cores, and one GPU if there are several."""
     import torch
 
-    own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    variables = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     if torch.cuda.device_count() > 1:
-        own["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-    return {**os.environ, **own}
+        variables["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
+    return {**os.environ, **variables}
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep a second sweep out of a folder. UserError where one is running."""
+    """Lock a folder against a second sweep. Raises UserError if a sweep is running in it."""
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder / ".lock", wait=False):
         yield
@@ -204,19 +206,19 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _lock(file: Path, *, wait: bool) -> Iterator[int]:
-    """Hold a lock that the system drops when the last process that has it ends, however that happens."""
+    """Hold a lock; the system releases it when the last process that holds it ends, also after a kill."""
     with file.open("w") as opened:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"another sweep is running in {file.parent}") from None
+            raise UserError(f"another sweep is running in {file.parent}", code="sweep-already-running") from None
         yield opened.fileno()
 
 
-def _ended(code: int) -> str:
-    """How a command ended that failed: one that was killed could say nothing itself."""
+def _exit_reason(code: int) -> str:
+    """Return why a failed command ended; a killed command cannot print a reason itself."""
     if code == -signal.SIGKILL:
-        return "killed (SIGKILL): where nobody did it, memory ran out; fewer --jobs need less"
+        return "killed (SIGKILL): if no user did this, memory ran out; fewer --jobs need less memory"
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 

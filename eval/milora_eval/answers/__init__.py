@@ -1,1 +1,1 @@
-"""Ask a model: which items, in which order, stored where, resumed how."""
+"""Generate answers: select the items, run the model, store the answers and resume."""

@@ -1,6 +1,7 @@
-"""What an answer depends on, as digests: an answer is used again only where everything that made it is the same.
+"""Digests of everything that an answer depends on. A stored answer is reused only if all of them are equal.
 
-Weights enter by their content, never by their path: training again into the same folder makes new answers.
+Weights are identified by their content, never by their path: after a second training into the same folder, the
+questions are asked again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ADAPTER_FILES = (
     "mm_projector.bin",
     "non_lora_trainables.bin",
 )
-# Where the factors are beside a residual base, which is then a part of the adapter.
+# A residual adapter consists of its factors and of the residual base beside them.
 RESIDUAL_FILES = ("*/adapter_model.safetensors", "*/adapter_model.bin", "*.safetensors", "pytorch_model*.bin")
 _SAMPLES = 256
 
@@ -48,16 +49,16 @@ def adapter_digest(folder: Path) -> str:
 
 
 def weights_digest(model: Any) -> str:
-    """Return a hash of a model's own weights, adapters left out: name, shape, type and up to 256 values of each.
+    """Return a hash of a model's weights without adapters: name, shape, type and up to 256 values of each weight.
 
-    The same whether the model is wrapped by PEFT or not. Takes a fraction of a second also for 7B parameters.
+    A PEFT wrapper does not change it. It takes a fraction of a second, also for 7B parameters.
     """
     total = hashlib.sha256()
     weights = {}
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-        own = _own_name(name)
-        if own is not None and weight.device.type != "meta":
-            weights[own] = weight
+        base_name = _base_name(name)
+        if base_name is not None and weight.device.type != "meta":
+            weights[base_name] = weight
     for name in sorted(weights):
         flat = weights[name].detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
@@ -68,12 +69,11 @@ def weights_digest(model: Any) -> str:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """Return a hash of a tokenizer's vocabulary and rules."""
-
     return hashlib.sha256(fast_backend(tokenizer).to_str().encode()).hexdigest()[:16]
 
 
 def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item) -> str:
-    """Return the key of one answer: the settings, the prompt, and name and size of the pictures."""
+    """Return the key of one answer: a digest of the settings, the prompt, and the names and sizes of the pictures."""
     pictures = []
     for image in item.images:
         path = Path(image)
@@ -83,8 +83,8 @@ def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item) ->
     return digest([settings, benchmark.name, decoding, turns, pictures])
 
 
-def _own_name(name: str) -> str | None:
-    """Return a weight's name without what PEFT puts around it; None for a weight of an adapter."""
+def _base_name(name: str) -> str | None:
+    """Return a weight's name without PEFT's prefixes and suffixes; None for a weight of an adapter."""
     if "lora_" in name or ".modules_to_save." in name:
         return None
     return re.sub(r"^base_model\.model\.|\.base_layer(?=\.)|\.original_module(?=\.)", "", name)

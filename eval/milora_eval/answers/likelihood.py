@@ -1,4 +1,4 @@
-"""How likely a model finds a given answer to a prompt: for benchmarks of other suites that rank options."""
+"""Log-likelihood of a given answer to a prompt, for benchmarks of other suites that rank options."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from milora_vl.generate import Prompt, Reader
 def loglikelihoods(
     model: Any, processor: Any, pairs: Sequence[tuple[Prompt, str]], *, template: str = "vicuna_v1"
 ) -> list[tuple[float, bool]]:
-    """Return for each (prompt, answer) the sum of the answer's log-probabilities, and whether greedy decoding says it.
+    """Return per (prompt, answer) the sum of the answer's log-probabilities, and whether greedy decoding produces it.
 
-    The answer begins where the prompt ends; one pair at a time, so that padding plays no part.
+    The answer follows the prompt directly. Pairs run one at a time, so padding has no effect.
     """
     reader = Reader(model, processor, template, "pad")
     return [_one(reader, prompt, answer) for prompt, answer in pairs]

@@ -1,4 +1,4 @@
-"""One answer as a line of predictions.jsonl, and back: the line alone is enough to score the answer again."""
+"""Convert answers to lines of predictions.jsonl and back. A line holds all that is needed to score it again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from milora_eval.suites import reference
 
 
 def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path) -> dict[str, Any]:
-    """Return the line of one answer, scored; `correct` is None where a judge or a server scores."""
+    """Return the scored line of one answer; `correct` is None if a judge or a server scores it."""
     picture = item.images[0] if item.images else None
     turns = benchmark.prompt(item)
     line: dict[str, Any] = {
@@ -39,14 +39,14 @@ def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Pat
 
 
 def to_answer(benchmark: Benchmark, line: Mapping[str, Any], judgement: str | None = None) -> Answer:
-    """Return the answer of a line, scored anew; with a judgement, graded by it."""
+    """Return the answer of a line with a fresh score; with a judgement, the judgement decides the score."""
     item, text = to_item(line), line["prediction"]
     value = benchmark.score(item, text) if judgement is None else benchmark.grade(item, judgement)
     return Answer(item, text, value, judgement)
 
 
 def to_item(line: Mapping[str, Any]) -> Item:
-    """Return the item of a line; its turns are those that were shown."""
+    """Return the item of a line, with the turns that the model saw."""
     turns = [*line.get("context", ()), ["user", line["question"]]]
     first = [line["image_file"]] if line["image_file"] else []
     return Item(

@@ -1,6 +1,6 @@
-"""Ask, store, score: the questions of some benchmarks to one model, so that a killed run goes on where it was.
+"""Ask one model the questions of some benchmarks and store the answers, so that a killed run can resume.
 
-Every batch is written when it is there. An answer that exists with the same key (see `identity`) is not asked again.
+Every batch is written when it is complete. A stored answer with the same key (see `identity`) is reused.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,10 @@ from milora_eval.suites import folder_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to ask and how. `shard` is (number from 1, count); `audit` items are asked again one by one."""
+    """The benchmarks and the generation settings. `shard` is (number from 1, count).
+
+    `audit` is the number of items that are asked a second time, one by one.
+    """
 
     benchmarks: tuple[Benchmark, ...]
     data_dir: Path
@@ -49,19 +52,20 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How many answers were asked for, and how long it took."""
+    """How many questions the model answered, and how many seconds that took."""
 
     asked: int
     seconds: float
 
 
 def questions(plan: Plan) -> list[Question]:
-    """Read the items of all benchmarks, all shards.
+    """Read the items of all benchmarks and all shards.
 
-    Raises UserError for missing data, for pictures that are not there, and for two benchmarks of one name.
+    Raises UserError for missing data, missing pictures, duplicate ids and two benchmarks with one name.
     """
     _check_names(plan.benchmarks)
-    found, missing = [], {}
+    result: list[Question] = []
+    missing: dict[str, MissingData] = {}
     for benchmark in plan.benchmarks:
         try:
             loaded = load_items(benchmark, folder_of(benchmark, plan.data_dir))
@@ -70,49 +74,56 @@ def questions(plan: Plan) -> list[Question]:
             continue
         items = select(loaded, plan.limit)
         if not items:
-            raise UserError(f"no questions in the data of benchmark {benchmark.name} in {plan.data_dir}")
+            raise UserError(
+                f"no questions in the data of benchmark {benchmark.name} in {plan.data_dir}", code="benchmark-empty"
+            )
         _check_ids(benchmark, items)
         _check_pictures(benchmark, items)
-        found += [Question(benchmark, item, answer_key(plan.settings, benchmark, item)) for item in items]
+        result += [Question(benchmark, item, answer_key(plan.settings, benchmark, item)) for item in items]
     if missing:
         first, *others = missing
-        more = f"\nthe files of {', '.join(others)} are missing too: python -m milora_eval ls --data {plan.data_dir}"
-        there = ",".join(benchmark.name for benchmark in plan.benchmarks if benchmark.name not in missing)
-        rest = f"\nwithout them: --benchmarks {there}" if there else ""
-        raise MissingData(f"{missing[first]}{more if others else ''}{rest}")
-    return found
+        problem, *further = missing[first].problems
+        hint = [problem.hint]
+        if others:
+            hint += [
+                f"the files of {', '.join(others)} are missing too: python -m milora_eval ls --data {plan.data_dir}"
+            ]
+        if available := ",".join(benchmark.name for benchmark in plan.benchmarks if benchmark.name not in missing):
+            hint += [f"without them: --benchmarks {available}"]
+        raise MissingData(problems=[replace(problem, hint="\n".join(filter(None, hint))), *further])
+    return result
 
 
 def ask(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folder: Path) -> Outcome:
-    """Get the answers of the plan's shard that are missing in `folder`."""
+    """Generate the answers of the plan's shard that are missing in `folder`."""
     store, start = Store(folder, plan.shard), time.perf_counter()
     known = store.known()
-    mine = {question.key for question in _of_shard(asked, plan.shard)}
-    # POPE asks some questions in each of its sets: the same question about the same picture is asked once.
-    new = {question.key: question for question in asked if question.key in mine and question.key not in known}
+    keys = {question.key for question in _of_shard(asked, plan.shard)}
+    # POPE repeats some questions in its sets. The same question about the same picture is asked once.
+    new = {question.key: question for question in asked if question.key in keys and question.key not in known}
     todo = list(new.values())
-    there = len(mine.intersection(known))
+    stored = len(keys.intersection(known))
     if todo:
-        if there:
-            sys.stderr.write(f"{there:,} of {len(mine):,} answers are there from before\n")
+        if stored:
+            sys.stderr.write(f"{stored:,} of {len(keys):,} answers are stored already\n")
         store.open()
         _generate(model, processor, plan, todo, store)
     return Outcome(len(todo), time.perf_counter() - start)
 
 
 def finish(plan: Plan, asked: Sequence[Question], folder: Path) -> bool:
-    """Leave predictions.jsonl complete; False, and nothing done, while answers of other shards are missing."""
+    """Write the complete predictions.jsonl; return False without writing while answers of other shards are missing."""
     store = Store(folder, plan.shard)
     known = store.known()
     if any(question.key not in known for question in asked):
         return False
-    # Scored anew, so that an answer taken over from an older version follows today's rules.
+    # All answers are scored again, so that an answer of an older version follows the current rules.
     store.finish(_line(plan, question, known[question.key]) for question in asked)
     return True
 
 
 def audit(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folder: Path) -> dict[str, Any]:
-    """Ask `plan.audit` of the questions again, one by one without sharing, and report whose answer changed."""
+    """Ask `plan.audit` questions again, one by one without shared pictures, and report which answers changed."""
     chosen = {id(item) for item in select([question.item for question in asked], plan.audit)}
     again = [question for question in asked if id(question.item) in chosen]
     texts: dict[str, str] = {}
@@ -187,8 +198,9 @@ def _check_names(benchmarks: Sequence[Benchmark]) -> None:
     for benchmark in benchmarks:
         if benchmark.name in seen:  # its numbers and files would replace the other's
             raise UserError(
-                f"the benchmark {benchmark.name} comes twice\n"
-                "two protocols, or two files of one name, are evaluated with an --output_dir each"
+                f"the benchmark {benchmark.name} is listed twice",
+                code="eval-duplicate-benchmark",
+                hint="use a separate --output_dir for each protocol, or for each file with the same name",
             )
         seen.add(benchmark.name)
 
@@ -197,7 +209,11 @@ def _check_ids(benchmark: Benchmark, items: Sequence[Item]) -> None:
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
-            raise UserError(f'benchmark {benchmark.name}: the id "{item.id}" comes twice in its questions')
+            raise UserError(
+                f'the id "{item.id}" appears twice in the questions',
+                code="benchmark-duplicate-id",
+                where=f"benchmark {benchmark.name}",
+            )
         seen.add(item.id)
 
 
@@ -206,5 +222,9 @@ def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:
     if missing:
         shown = [*missing[:3], *(["..."] if len(missing) > 3 else [])]
         folders = [names.removesuffix("|.") for names in benchmark.files if names.endswith("|.")]
-        shown += [f"put their folder beside the questions: {names.replace('|', ' or ')}" for names in folders]
-        raise UserError("\n".join([f"{len(missing)} pictures of benchmark {benchmark.name} are missing", *shown]))
+        shown += [f"put their folder next to the questions: {names.replace('|', ' or ')}" for names in folders]
+        raise UserError(
+            f"{len(missing)} pictures of benchmark {benchmark.name} are missing",
+            code="benchmark-missing-pictures",
+            hint="\n".join(shown),
+        )

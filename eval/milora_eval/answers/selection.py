@@ -1,4 +1,4 @@
-"""Which items are asked: subsets that contain each other, and shards that keep a picture's questions together."""
+"""Select items: nested subsets, and shards that keep the questions about one picture together."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from milora_eval.benchmark import Item
 
 
 def select(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """Return at most `limit` items, in their order; a smaller limit gives a subset of a larger one's.
+    """Return at most `limit` items, in their order; a smaller limit gives a subset of a larger one.
 
-    Pictures are drawn in an order that depends on their names alone, each with all its questions.
+    The order in which pictures are chosen depends on their names alone. A picture brings all its questions.
     """
     if limit is None or limit >= len(items):
         return list(items)
@@ -21,15 +21,15 @@ def select(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def take_shard(items: Sequence[Item], shard: tuple[int, int]) -> list[Item]:
-    """Return the items of shard `number` (from 1) of `count`; every item is in exactly one, some may be empty."""
+    """Return the items of shard `number` (from 1) of `count`. Every item is in one shard; a shard may be empty."""
     number, count = shard
     groups = sorted({item.group for item in items}, key=_order)
-    mine = set(groups[number - 1 :: count])
-    return [item for item in items if item.group in mine]
+    chosen = set(groups[number - 1 :: count])
+    return [item for item in items if item.group in chosen]
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Return (number, count) of "2/4"; raises UserError.
+    """Return (number, count) of "2/4". Raises UserError for any other form.
 
     >>> parse_shard("2/4")
     (2, 4)
@@ -37,7 +37,12 @@ def parse_shard(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
         return int(number), int(count)
-    raise UserError(f"--shard {text}: expected i/n with i from 1 to n\nas in: --shard 1/4, --shard 2/4, ...")
+    raise UserError(
+        "expected i/n with i from 1 to n",
+        code="flag-value",
+        where=f"--shard {text}",
+        hint="for example: --shard 1/4, --shard 2/4, ...",
+    )
 
 
 def _order(group: str) -> str:

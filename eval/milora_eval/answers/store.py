@@ -1,9 +1,9 @@
-"""Answers on disk: one JSON line each, written as they come, so that a killed evaluation goes on where it was.
+"""Answers on disk, one JSON line each. Each batch is written at once, so a killed evaluation can resume.
 
-predictions.jsonl   the answers of the results beside it, in the order of the items
-predictions.K-of-N.jsonl   those of one shard, until the answers of all are there
-spare.jsonl         answers of earlier selections or settings; used again when their key fits, never scored
-judgements.jsonl    what a judge model said to answers, for the benchmarks that need one
+predictions.jsonl   the answers behind results.json, in the order of the items
+predictions.K-of-N.jsonl   the answers of one shard, until all shards are complete
+spare.jsonl         answers of earlier selections or settings; reused if their key matches, never scored
+judgements.jsonl    the texts of a judge model, for the benchmarks that need one
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PREDICTIONS, SPARE, JUDGEMENTS = "predictions.jsonl", "spare.jsonl", "judgements
 
 
 def each_line(path: Path) -> Iterator[Line]:
-    """Yield the lines of a file one by one, none if it does not exist; a last one cut off by a kill is left out."""
+    """Yield the lines of a file, none if it does not exist. Skips a last line that a kill has truncated."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", newline="\n", errors="replace") as file:  # answers may hold other line ends
@@ -40,21 +40,21 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write a file as a whole, line by line; it is there in full or not at all."""
+    """Write a file atomically, line by line: the file is complete or does not exist."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(_text(line) for line in lines)
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)  # of a full disk
+        partial.unlink(missing_ok=True)  # left over if the disk is full
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Wait while another process finishes the same folder, as the last two shards may do at one moment.
+    """Lock a folder while it is finished: the last two shards may finish at the same time.
 
-    The system drops the lock when its process ends, however that happens; the file stays.
+    The system releases the lock when the process ends, also after a kill; the lock file stays.
     """
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -62,7 +62,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 class Store:
-    """The answers of one model to one suite, in one folder. `shard` is (number from 1, count)."""
+    """The answers of one model on one suite, in one folder. `shard` is (number from 1, count)."""
 
     def __init__(self, folder: Path, shard: tuple[int, int] = (1, 1)) -> None:
         self.folder = folder
@@ -71,31 +71,31 @@ class Store:
         self.path = folder / (PREDICTIONS if count == 1 else f"predictions.{number}-of-{count}.jsonl")
 
     def known(self) -> dict[str, str]:
-        """Return every answer's text in the folder by its key, those of other shards too."""
+        """Return the texts of all answers in the folder by key, including other shards."""
         return {line["key"]: line["prediction"] for path in self._paths() for line in each_line(path)}
 
     def open(self) -> None:
-        """Prepare for `append`: drop a line that was cut off, so that the next one does not continue it."""
+        """Prepare for `append`: drop a truncated last line, so that the next line does not continue it."""
         if self.path.is_file():
             write_lines(self.path, each_line(self.path))
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines; they are on the disk when this returns."""
+        """Append lines and sync them to the disk."""
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.writelines(_text(line) for line in lines)
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Leave exactly `lines` in predictions.jsonl, in their order; every other answer goes to the spare ones."""
+        """Write `lines` as predictions.jsonl, in their order; move all other answers to spare.jsonl."""
         complete, kept = self.folder / ".complete.jsonl", set()
 
-        def noted() -> Iterator[Mapping[str, Any]]:
+        def with_keys_noted() -> Iterator[Mapping[str, Any]]:
             for line in lines:
                 kept.add(line["key"])
                 yield line
 
-        write_lines(complete, noted())
+        write_lines(complete, with_keys_noted())
         spare = {line["key"]: line for path in self._paths() for line in each_line(path) if line["key"] not in kept}
         if spare:
             write_lines(self.folder / SPARE, spare.values())
@@ -112,6 +112,6 @@ def _text(line: Mapping[str, Any]) -> str:
     text = json.dumps(line, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 cannot hold and JSON can
+    except UnicodeEncodeError:  # half of a surrogate pair: JSON can escape it, UTF-8 cannot encode it
         text = json.dumps(line)
     return text + "\n"

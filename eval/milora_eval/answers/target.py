@@ -1,4 +1,4 @@
-"""Which model an evaluation is about, told from its folders, and where its files go."""
+"""The model that an evaluation measures, derived from its folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from milora_vl.checkpoints import step_of
 
 @dataclass(frozen=True, slots=True)
 class EvalTarget:
-    """What to load: a model, the adapter on it (or None), the base to compare with (or None: the model itself).
+    """The model to load, its adapter (or None), and the base to compare with (None: the model itself).
 
     `which` is base, final or checkpoint-N.
     """
@@ -33,23 +33,27 @@ class EvalTarget:
 
     @property
     def has_base(self) -> bool:
-        """Whether there is something untouched to compare with."""
+        """Whether there is an untrained model to compare with."""
         return self.adapter is not None or self.base is not None
 
     @property
     def folder(self) -> Path:
-        """The folder that was trained: of the adapter, or of the model."""
+        """The trained folder: the adapter's if there is one, else the model's."""
         return self.adapter or Path(self.model)
 
 
 def eval_target(model: str, adapter: Path | None, base: str | None) -> EvalTarget:
-    """Resolve the flags --model, --adapter and --base; UserError where they do not fit together."""
+    """Resolve the flags --model, --adapter and --base. Raises UserError if they contradict each other."""
     folder = Path(model)
     if adapter is None and holds_adapter(folder):
         model, adapter = base_of(folder), folder
     if adapter is not None:
         if base is not None:
-            raise UserError("--base is for a fully trained --model; the base of an adapter is its --model")
+            raise UserError(
+                "this flag is for a fully trained --model; the base of an adapter is its --model",
+                code="flag-conflict",
+                where="--base",
+            )
         _check_adapter(adapter, model)
         return EvalTarget(model, adapter, None, _which(adapter))
     is_trained = base is not None or (folder / "recipe.yaml").is_file() or _is_checkpoint(folder)
@@ -57,7 +61,7 @@ def eval_target(model: str, adapter: Path | None, base: str | None) -> EvalTarge
 
 
 def recipe_of(folder: Path) -> dict[str, object]:
-    """Return template and picture handling that a run was trained with; empty for a folder that is no run."""
+    """Return the template and image_aspect_ratio of a training run; empty if the folder has no recipe."""
     for place in (folder, folder.parent):
         path = place / "recipe.yaml"
         if path.is_file():
@@ -71,19 +75,21 @@ def _check_adapter(folder: Path, model: str) -> None:
     if holds_adapter(folder) or holds_projector_alone(folder) or holds_residual(folder):
         return
     if not folder.is_dir():
-        there = [path for path in sorted(folder.parent.glob("*")) if path.is_dir() and holds_adapter(path)]
-        others = suggest(folder.name, [path.name for path in there]) or [path.name for path in there[:3]]
+        siblings = [path.name for path in sorted(folder.parent.glob("*")) if path.is_dir() and holds_adapter(path)]
+        others = suggest(folder.name, siblings) or siblings[:3]
         raise UserError(
-            f"no adapter: there is no folder {folder}\n"
-            + (f"there are: {', '.join(str(folder.parent / name) for name in others)}\n" if others else "")
-            + f"train one: python -m milora_vl.train --model {model} --data_path ... --output_dir {folder}"
+            f"no adapter: there is no folder {folder}",
+            code="adapter-missing",
+            hint=(f"there are: {', '.join(str(folder.parent / name) for name in others)}\n" if others else "")
+            + f"train one: python -m milora_vl.train --model {model} --data_path ... --output_dir {folder}",
         )
     newest = newest_of_unfinished(folder, "milora_eval", "run", "--model", model, "--adapter")
-    full = f"\na fully trained model is evaluated with --model {folder} --base {model}"
+    full = f"\nfor a fully trained model, use --model {folder} --base {model}"
     raise UserError(
-        f"no adapter in {folder}: it has no adapter_config.json"
-        + (newest or "\nit may be an unfinished run, without a checkpoint")
-        + (full if (folder / "config.json").is_file() else "")
+        f"no adapter in {folder}: it has no adapter_config.json",
+        code="adapter-missing",
+        hint=(newest.removeprefix("\n") or "it may be an unfinished run without a checkpoint")
+        + (full if (folder / "config.json").is_file() else ""),
     )
 
 

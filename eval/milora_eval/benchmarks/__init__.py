@@ -1,1 +1,1 @@
-"""One file per benchmark: which files it reads, what it asks, how its answers become numbers."""
+"""One file per benchmark: the files it reads, the questions it asks, and how answers become numbers."""

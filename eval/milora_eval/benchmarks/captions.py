@@ -1,7 +1,7 @@
 """COCO captions (Karpathy test) and NoCaps (val): CIDEr-D, x 100, with document frequencies from all references.
 
-Words are split by Penn Treebank rules without their Java tokenizer: lower-case, punctuation dropped, clitics apart. On
-ordinary captions that gives the same words; the official number needs Java.
+Captions are tokenized by Penn Treebank rules, without the official Java tokenizer: lower-case, no punctuation, clitics
+separate. Ordinary captions give the same words; the official number needs Java.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from milora_eval.rules.cider import cider_d
 from milora_eval.stats import mean, mean_stderr
 
 PROMPT = "Provide a one-sentence caption for the provided image."
-NOTE = "points, 100 x CIDEr-D; words split here, not by the Java tokenizer"
+NOTE = "points, 100 x CIDEr-D; tokenized without the official Java tokenizer"
 _CLITIC = re.compile(r"(n't|'s|'re|'ve|'ll|'d|'m)\b")
 _WORD = re.compile(r"n't|'\w+|[\w]+(?:[-.,/:]\w+)*", re.UNICODE)
 
@@ -50,10 +50,10 @@ class COCOCaptions(Benchmark):
         ]
 
     def score(self, item: Item, text: str) -> None:
-        """Return None: a caption's worth depends on the other pictures' captions."""
+        """Return None: the score of a caption depends on the captions of the other pictures."""
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return CIDEr-D; the standard error takes the references as given."""
+        """Return CIDEr-D; the standard error treats the references as fixed."""
         done = [answer for answer in answers if answer.item.answers]
         if not done:
             return []
@@ -90,7 +90,7 @@ class NoCaps(COCOCaptions):
 
 
 def words(caption: str) -> str:
-    """Return the words of a caption, separated by blanks.
+    """Return the words of a caption, separated by spaces.
 
     >>> words("A dog's ball, isn't it?")
     "a dog 's ball is n't it"

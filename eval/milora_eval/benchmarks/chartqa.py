@@ -1,4 +1,4 @@
-"""ChartQA, test: relaxed accuracy (five percent for numbers) on the human and the augmented half, and their mean."""
+"""ChartQA, test: relaxed accuracy (5 % tolerance for numbers) on the human and the augmented half, and their mean."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HALVES = ("human", "augmented")
 
 
 class ChartQA(Benchmark):
-    """The mean of the halves, then each."""
+    """The mean of both halves, then each half."""
 
     name = "chartqa"
     files = (
@@ -42,11 +42,11 @@ class ChartQA(Benchmark):
         ]
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 for an answer that is near enough."""
+        """Return 1.0 for an answer within the tolerance."""
         return float(chartqa_correct(text, item.answers[0]))
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the mean of the halves and each half."""
+        """Return the mean of both halves, then each half."""
         scored = [(a.value, a.item.kind, a.item.group) for a in answers if a.value is not None]
         if not scored:
             return []
@@ -58,7 +58,7 @@ class ChartQA(Benchmark):
 
 
 def _half(name: str, scored: list[tuple[float, str, str]]) -> Metric:
-    own = [row for row in scored if row[1] == name]
-    values, groups = [row[0] for row in own], [row[2] for row in own]
-    metric = Metric(name, stratified_mean(values, [name] * len(own)), None, len(own), mean_of="items")
-    return replace(metric, stderr=stratified_stderr(values, [name] * len(own), groups))
+    rows = [row for row in scored if row[1] == name]
+    values, groups = [row[0] for row in rows], [row[2] for row in rows]
+    metric = Metric(name, stratified_mean(values, [name] * len(rows)), None, len(rows), mean_of="items")
+    return replace(metric, stderr=stratified_stderr(values, [name] * len(rows), groups))

@@ -1,7 +1,7 @@
-"""The eight commonsense sets as LLM-Adapters, DoRA and MiLoRA evaluate them: generate, then find the label.
+"""The eight commonsense sets as LLM-Adapters, DoRA and MiLoRA evaluate them: generate a text, then find its label.
 
 Follows AGI-Edgerunners/LLM-Adapters commonsense_evaluate.py: its Alpaca prompt with the indentation of the source, four
-beams, 32 new tokens. Not comparable with lm-evaluation-harness, which ranks likelihoods.
+beams, 32 new tokens. The scores are not comparable with lm-evaluation-harness, which ranks likelihoods.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ HEAD = "Below is an instruction that describes a task. Write a response that app
 
 
 def alpaca(instruction: str) -> str:
-    """Return the prompt of one instruction, byte for byte as the script's f-string."""
+    """Return the prompt of one instruction, byte for byte the same as the script's f-string."""
     return f"{HEAD}{_INDENT}### Instruction:{_INDENT}{instruction}\n{_INDENT}### Response:{_INDENT}"
 
 
 class BoolQ(Benchmark):
-    """True or false, without the passage; the base of the other sets."""
+    """True or false, without the passage; the base class of the other sets."""
 
     name = "boolq"
     protocols = ("llm-adapters",)
@@ -35,7 +35,7 @@ class BoolQ(Benchmark):
     files: tuple[str, ...] = ("boolq/test.json|dataset/boolq/test.json|test.json",)
 
     def __init_subclass__(cls) -> None:
-        """Each set lies in the folder of its own name."""
+        """Set the file of each set: test.json in a folder with its name."""
         cls.files = (f"{cls.dataset}/test.json|dataset/{cls.dataset}/test.json|test.json",)
 
     def load(self, data_dir: Path) -> list[Item]:
@@ -53,8 +53,8 @@ class BoolQ(Benchmark):
         ]
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 where the first label in the answer is the right one."""
-        answer = text.split("### Response:")[0]  # what the script takes: behind the prompt's mark, up to the next
+        """Return 1.0 if the first label in the answer is right."""
+        answer = text.split("### Response:")[0]  # like the script: the text up to a second response header
         return float(commonsense_label(answer, self.dataset) == item.answers[0])
 
 
@@ -77,7 +77,7 @@ class HellaSwag(BoolQ):
 
 
 class WinoGrande(BoolQ):
-    """Whom a pronoun means."""
+    """The referent of a pronoun."""
 
     name = dataset = "winogrande"
 
@@ -95,6 +95,6 @@ class ARCChallenge(BoolQ):
 
 
 class OBQA(BoolQ):
-    """Elementary science with a fact to know."""
+    """Elementary science that needs a fact."""
 
     name, dataset = "obqa", "openbookqa"

@@ -1,4 +1,4 @@
-"""DocVQA and InfographicVQA: average normalised Levenshtein similarity (ANLS), by the RRC script's rule."""
+"""DocVQA and InfographicVQA: average normalised Levenshtein similarity (ANLS), computed as in the RRC script."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milora_eval.rules.anls import anls
 
 
 class DocVQA(Benchmark):
-    """val of task 1."""
+    """The val split of task 1."""
 
     name = "docvqa"
     split = "val"
@@ -37,7 +37,7 @@ class DocVQA(Benchmark):
         ]
 
     def score(self, item: Item, text: str) -> float | None:
-        """Return the similarity to the nearest reference."""
+        """Return the similarity to the closest reference."""
         return anls(text, item.answers) if item.answers else None
 
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
@@ -48,7 +48,7 @@ class DocVQA(Benchmark):
 
 
 class InfoVQA(DocVQA):
-    """val of task 3."""
+    """The val split of task 3."""
 
     name = "infovqa"
     files = (

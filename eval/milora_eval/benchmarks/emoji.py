@@ -1,7 +1,7 @@
 """The emoji questions of `python -m milora_data emoji`: eight types, exact match, majority-answer baselines.
 
-An answer is right when it equals an accepted one after `answers.normalise`: lower-case, blanks collapsed, one trailing
-period and one leading article dropped. Of a conversation the last turn counts; the earlier ones are given as they were.
+An answer is right if it equals an accepted one after `answers.normalise`: lower-case, spaces collapsed, one trailing
+period and one leading article dropped. Only the last turn of a conversation is scored; the prompt contains the others.
 """
 
 from __future__ import annotations
@@ -20,27 +20,31 @@ from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratifie
 
 LENIENT = "mean, answer in first line"
 LENIENT_NOTE = (
-    "counts an accepted answer anywhere in the reply's first line (letters left out): what is not mere format"
+    "counts an accepted answer anywhere in the first line of the reply (except letters): ignores mere format errors"
 )
-LETTER_NOTE = "small models seldom learn to answer by letter: this type may stay at its baseline"
+LETTER_NOTE = "small models rarely learn to answer with a letter: this type may stay at its baseline"
 
 
 class Emoji(Benchmark):
-    """Held-out emoji: accuracy by question type, the mean over the types as the headline, and a lenient mean last."""
+    """Held-out emoji: the mean over the question types (headline), accuracy by type, and a lenient mean."""
 
     name = "emoji"
     version = "1"
     protocols = ("exact match after normalisation",)
     split = "test"
     form = "training"
-    max_new_tokens = 12  # the longest accepted answer is 7 tokens of SmolLM2; a longer reply is wrong anyway
+    max_new_tokens = 12  # the longest accepted answer has 7 tokens of SmolLM2; a longer reply is wrong anyway
     files = ("test.json", "images")
 
     def load(self, data_dir: Path) -> list[Item]:
         """Read test.json."""
         path = data_dir / "test.json"
         if not path.is_file():
-            raise MissingData(f"{data_dir} holds no emoji questions: no test.json\nmake them: {make_command(data_dir)}")
+            raise MissingData(
+                f"{data_dir} holds no emoji questions: no test.json",
+                code="eval-missing-files",
+                hint=f"create them: {make_command(data_dir)}",
+            )
         records = list(load_records(path))
         baselines = _baselines(records)
         return [_item(record, data_dir, baselines[record.id]) for record in records]
@@ -50,7 +54,7 @@ class Emoji(Benchmark):
         return float(exact_match(text, item.answers))
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the mean over types, then each type; errors are clustered by picture."""
+        """Return the mean over types, then each type; standard errors are clustered by picture."""
         answers = list(answers)
         by_type: dict[str, list[Answer]] = defaultdict(list)
         for answer in answers:
@@ -70,7 +74,7 @@ class Emoji(Benchmark):
 
 
 def make_command(data_dir: Path) -> str:
-    """Return the command that makes the data set in a folder."""
+    """Return the command that creates the data set in a folder."""
     return f"python -m milora_data emoji --output_dir {data_dir}"
 
 
@@ -89,7 +93,7 @@ def _accuracy(kind: str, answers: Sequence[Answer]) -> Metric:
 
 
 def _lenient(answers: Sequence[Answer]) -> list[Metric]:
-    """Return how often an accepted answer is at least mentioned, so that a reply in a sentence counts too."""
+    """Return how often a reply mentions an accepted answer, so that a reply in a sentence counts too."""
     asked = [answer for answer in answers if answer.item.kind != "choice_letter"]
     if not asked:
         return []
@@ -126,25 +130,25 @@ def _answers(record: Record) -> tuple[str, ...]:
 
 
 def _baselines(records: Sequence[Record]) -> dict[str, float]:
-    """Return, per question, the value of the best answer to its type and form that does not look at the picture.
+    """Return, per question, the score of the best strategy for its type and form that ignores the picture.
 
-    That is the most frequent answer of the test questions themselves. Where options are offered it is the best of
-    that answer, always the same position, and guessing.
+    The strategy is the most frequent answer among the test questions. For questions with options it is the best of
+    this answer, always the same position, and guessing.
     """
     by_form: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         by_form[_kind(record), _form(record)].append(record)
-    found: dict[str, float] = {}
+    baselines: dict[str, float] = {}
     for (_, form), part in by_form.items():
         candidates = _choosing(part) if form == "options" else []
         candidates.append(_majority(part))
         best = max(candidates, key=lambda values: math.fsum(values))
-        found |= zip((record.id for record in part), best, strict=True)
-    return found
+        baselines |= zip((record.id for record in part), best, strict=True)
+    return baselines
 
 
 def _form(record: Record) -> str:
-    """Return what a question asks for: yes or no, one of its options, or a word of one's own."""
+    """Return the form of the answer: yes or no, one of the options, or a free word."""
     if {normalise(answer) for answer in _answers(record)} <= {"yes", "no"}:
         return "yes/no"
     return "options" if _options(record.turns[-2].text) else "open"
@@ -157,7 +161,7 @@ def _majority(records: Sequence[Record]) -> list[float]:
 
 
 def _choosing(records: Sequence[Record]) -> list[list[float]]:
-    """Return the values of guessing, and of always taking the first, the second, ... option."""
+    """Return the scores of guessing, and of always choosing the first, the second, ... option."""
     offered = [_options(record.turns[-2].text) for record in records]
     right = [
         [float(exact_match(option, _answers(record))) for option in options]
@@ -170,7 +174,7 @@ def _choosing(records: Sequence[Record]) -> list[list[float]]:
 
 
 def _options(question: str) -> list[str]:
-    """Return what a question offers to answer with: letters of lettered lines, or the parts of `...: a, b or c?`."""
+    """Return the options of a question: letters of lettered lines, or the parts of `...: a, b or c?`."""
     letters = re.findall(r"^([A-Z])\. ", question, flags=re.MULTILINE)
     if letters:
         return letters

@@ -1,6 +1,6 @@
 """GQA, testdev-balanced: exact equality. Follows the release's eval.py, and scripts/convert_gqa_for_eval.py of LLaVA.
 
-Open and binary are properties of the question. Consistency and the like need files that testdev does not have.
+Open and binary are properties of the question. Consistency and similar metrics need files that testdev does not have.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from milora_eval.rules.short_rules import gqa_correct
 
 
 class GQA(Benchmark):
-    """Accuracy, that of open and binary questions. Protocol llava drops trailing periods and case, official nothing."""
+    """Accuracy over all, open and binary questions. Protocol llava ignores trailing periods and case; official not."""
 
     name = "gqa"
     protocols = ("llava", "official")
@@ -45,20 +45,20 @@ class GQA(Benchmark):
         ]
 
     def score(self, item: Item, text: str) -> float | None:
-        """Return 1.0 for the answer."""
+        """Return 1.0 if the answer equals the reference by the protocol's rule."""
         if not item.answers:
             return None
         return float(gqa_correct(text, item.answers[0]) if self.protocol == "llava" else text == item.answers[0])
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the accuracy, binary, open."""
+        """Return the accuracy over all, binary and open questions."""
         return means(answers, self.metric)
 
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{questionId, prediction}] for eval.py."""
-        made = [(a.item.meta["question_id"], a.text) for a in answers]
+        predictions = [(a.item.meta["question_id"], a.text) for a in answers]
         if self.protocol == "llava":
-            made = [(name, text.rstrip(".").lower()) for name, text in made]
-        rows = [{"questionId": name, "prediction": text} for name, text in made]
+            predictions = [(name, text.rstrip(".").lower()) for name, text in predictions]
+        rows = [{"questionId": name, "prediction": text} for name, text in predictions]
         path = folder / "testdev_balanced_predictions.json"
         return [write_rows(path, rows, {"questionId": str, "prediction": str}, "questionId")]

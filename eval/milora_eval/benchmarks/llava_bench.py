@@ -1,7 +1,8 @@
-"""LLaVA-Bench (in the wild): a judge model gives the reference answer and ours a mark from 1 to 10.
+"""LLaVA-Bench (in the wild): a judge model grades the reference answer and the model's answer from 1 to 10.
 
-Follows llava/eval/eval_gpt_review_bench.py and summarize_gpt_review.py: 100 x mean of ours / mean of the reference's.
-A review without two numbers counts there as (-1, -1) and drags the means; here it is left out, and counted.
+Follows llava/eval/eval_gpt_review_bench.py and summarize_gpt_review.py: 100 x mean grade of the model / mean grade of
+the reference. Those scripts count a review without two numbers as (-1, -1), which lowers the means; here such a review
+is skipped and counted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ RULE = (
 
 
 class LLaVABench(Benchmark):
-    """The relative score, overall and for conversation, detail and complex questions."""
+    """The relative score, overall and per category: conversation, detail and complex questions."""
 
     name = "llava-bench"
     protocols = ("llava",)
@@ -44,8 +45,8 @@ class LLaVABench(Benchmark):
     judge_system = "You are a helpful and precise assistant for checking the quality of the answer."
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read questions, descriptions of the pictures, and the reference's answers."""
-        asked, contexts, references = (list(read_jsonl(find(self, data_dir, name))) for name in self.files[:3])
+        """Read the questions, the descriptions of the pictures, and the reference answers."""
+        questions, contexts, references = (list(read_jsonl(find(self, data_dir, name))) for name in self.files[:3])
         pictures = find(self, data_dir, self.files[3])
         caption = {line["image"]: _joined(line["caption"]) for line in contexts}
         reference = {line["question_id"]: line["text"] for line in references}
@@ -58,19 +59,19 @@ class LLaVABench(Benchmark):
                 kind=line["category"],
                 meta={"context": caption[line["image"]], "image": line["image"]},
             )
-            for line in asked
+            for line in questions
         ]
 
     def score(self, item: Item, text: str) -> None:
-        """Return None: the judge scores."""
+        """Return None: only the judge can grade an answer."""
 
     def grade(self, item: Item, judgement: str) -> float | None:
-        """Return our mark as a share of ten."""
+        """Return the grade of the model's answer, divided by ten."""
         scores = judge_scores(judgement)
         return None if scores == NO_SCORE else scores[1] / 10
 
     def judge_prompt(self, item: Item, text: str) -> str:
-        """Return the review request, the reference's answer first."""
+        """Return the review request, with the reference answer first."""
         first, second = (f"[Assistant {i}]\n{words}\n\n[End of Assistant {i}]" for i, words in _two(item, text))
         return (
             f"[Context]\n{item.meta['context']}\n\n[Question]\n{plain_text(item)}\n\n"
@@ -78,20 +79,20 @@ class LLaVABench(Benchmark):
         )
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the relative scores; a note says how many reviews had no numbers."""
-        marks: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        unread = 0
+        """Return the relative scores; a note counts the reviews without numbers."""
+        grades: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        num_skipped = 0
         for answer in answers:
             if answer.judgement is not None:
                 scores = judge_scores(answer.judgement)
-                unread += scores == NO_SCORE
+                num_skipped += scores == NO_SCORE
                 if scores != NO_SCORE:
-                    marks[answer.item.kind].append(scores)
-        if not marks:
+                    grades[answer.item.kind].append(scores)
+        if not grades:
             return []
-        note = f"{unread} reviews without two numbers are left out" if unread else None
-        every = [pair for pairs in marks.values() for pair in pairs]
-        kinds = [_relative(kind, pairs) for kind, pairs in sorted(marks.items())]
+        note = f"{num_skipped} reviews without two numbers are skipped" if num_skipped else None
+        every = [pair for pairs in grades.values() for pair in pairs]
+        kinds = [_relative(kind, pairs) for kind, pairs in sorted(grades.items())]
         return [_relative(self.metric, every, note), *(kinds if len(kinds) > 1 else [])]
 
 

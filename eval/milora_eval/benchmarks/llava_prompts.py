@@ -1,4 +1,4 @@
-"""What LLaVA appends to questions, byte for byte as in its question files (docs/Evaluation.md, llava/eval)."""
+"""Texts that LLaVA appends to questions, byte for byte as in its question files (docs/Evaluation.md, llava/eval)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def picture_item(
     group: str = "",
     meta: Mapping[str, Any] | None = None,
 ) -> Item:
-    """Return the item of one question about one picture; `name` is its id where `question_id` alone is not unique."""
+    """Return the item of one question about one picture; `name` is the id if `question_id` alone is not unique."""
     path = str(picture.absolute())
     return Item(
         id=name or str(question_id),

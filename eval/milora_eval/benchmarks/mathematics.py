@@ -1,7 +1,8 @@
-"""GSM8K and MATH as MiLoRA evaluates them: the answer behind "The answer is: ".
+"""GSM8K and MATH as MiLoRA evaluates them: the answer follows "The answer is: ".
 
-Follows sufenlp/MiLoRA inference/ (MetaMath's scripts): the Alpaca prompt with "Let's think step by step.", greedy,
-stopped where it would begin another task. Files: MetaMath's GSM8K_test.jsonl and MATH_test.jsonl, or the sets' own.
+Follows sufenlp/MiLoRA inference/ (MetaMath's scripts): the Alpaca prompt with "Let's think step by step." and greedy
+decoding, which stops before another task begins. Files: MetaMath's GSM8K_test.jsonl and MATH_test.jsonl, or the files
+of the original data sets.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response: Let's think step by step."
 )
-_STOP = re.compile("Instruction|Response")  # MetaMath's own scripts stop at more words, MiLoRA's do not
+_STOP = re.compile("Instruction|Response")  # as in MiLoRA's scripts; MetaMath's scripts have more stop words
 
 
 class GSM8K(Benchmark):
-    """School arithmetic in words."""
+    """Grade-school word problems."""
 
     name = "gsm8k"
     protocols = ("milora",)
@@ -37,7 +38,7 @@ class GSM8K(Benchmark):
     solutions: tuple[str, ...] = ("response", "answer")
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read one JSON object a line: query and response, or question and answer."""
+        """Read one JSON object per line: query and response, or question and answer."""
         path = find(self, data_dir, self.files[0])
         return [self._item(number, entry, path) for number, entry in enumerate(read_jsonl(path), start=1)]
 
@@ -46,14 +47,18 @@ class GSM8K(Benchmark):
         return float(gsm8k_correct(stopped(text), int(item.answers[0])))
 
     def truth(self, solution: str) -> str:
-        """Return the number behind the last ####."""
+        """Return the number after the last ####."""
         return str(int(float(solution.split("#### ")[-1].replace(",", ""))))
 
     def _item(self, number: int, entry: dict[str, Any], path: Path) -> Item:
         question = next((entry[key] for key in self.questions if key in entry), None)
         solution = next((entry[key] for key in self.solutions if key in entry), None)
         if question is None or solution is None:
-            raise DataError(f"{path}:{number}: expected {self.questions[0]} and {self.solutions[0]}, got {list(entry)}")
+            raise DataError(
+                f"expected {self.questions[0]} and {self.solutions[0]}, got {list(entry)}",
+                code="benchmark-file-format",
+                where=f"{path}:{number}",
+            )
         return Item(
             id=str(number),
             turns=(Turn("user", PROMPT.format(question)),),
@@ -65,7 +70,7 @@ class GSM8K(Benchmark):
 
 
 class MATH(GSM8K):
-    """Competition mathematics; by subject where the file says it."""
+    """Competition mathematics; also by subject if the file names the subjects."""
 
     name = "math"
     max_new_tokens = 2048
@@ -79,10 +84,10 @@ class MATH(GSM8K):
         return float(math_correct(stopped(text), item.answers[0]))
 
     def truth(self, solution: str) -> str:
-        """Return what the last \\boxed holds."""
+        """Return the content of the last \\boxed."""
         return last_boxed(solution) or ""
 
 
 def stopped(text: str) -> str:
-    """Return an answer up to the first of the words at which the scripts stop generating."""
+    """Return an answer up to the first stop word of the scripts."""
     return _STOP.split(text, maxsplit=1)[0]

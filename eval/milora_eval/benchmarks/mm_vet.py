@@ -1,6 +1,6 @@
-"""MM-Vet: free answers, graded 0 to 1 by a judge model. Follows yuweihao/MM-Vet mm-vet_evaluator.
+"""MM-Vet: free-form answers, graded from 0 to 1 by a judge model. Follows yuweihao/MM-Vet mm-vet_evaluator.
 
-A grade's text that holds no number counts as no grade, not as 0.
+A judgement without a number counts as missing, not as 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 
 class MMVet(Benchmark):
-    """The mean grade, and that of every capability; a question counts for each that it needs."""
+    """The mean grade, overall and per capability; a question counts for each capability that it needs."""
 
     name = "mm-vet"
     max_new_tokens = 1024
@@ -28,7 +28,7 @@ class MMVet(Benchmark):
     judge = "gpt-4-0613"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the questions, asked as they are."""
+        """Read the questions; the prompt adds nothing to them."""
         pictures = find(self, data_dir, self.files[1])
         return [
             picture_item(
@@ -43,10 +43,10 @@ class MMVet(Benchmark):
         ]
 
     def score(self, item: Item, text: str) -> None:
-        """Return None: the judge grades."""
+        """Return None: only the judge can grade an answer."""
 
     def grade(self, item: Item, judgement: str) -> float | None:
-        """Return the first word of what the judge said as a number, None where it is none from 0 to 1."""
+        """Return the first word of the judgement as a number; None if it is not a number from 0 to 1."""
         try:
             value = float(judgement.split()[0])
         except (ValueError, IndexError):
@@ -54,22 +54,22 @@ class MMVet(Benchmark):
         return value if 0 <= value <= 1 else None
 
     def judge_prompt(self, item: Item, text: str) -> str:
-        """Return the evaluator's few-shot prompt, ending where the grade goes."""
+        """Return the evaluator's few-shot prompt; the judge continues it with the grade."""
         truth = item.answers[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
         head = Path(__file__).with_name("mm_vet_prompt.txt").read_text(encoding="utf-8")
         return f"{head}\n" + " | ".join([plain_text(item), truth, text, ""])
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the mean grade and that of each capability."""
+        """Return the mean grade, overall and per capability."""
         graded = [answer for answer in answers if answer.value is not None]
-        found = means(graded, self.metric)
+        metrics = means(graded, self.metric)
         for name in CAPABILITIES:
             tally = Tally()
             for answer in graded:
                 if name in answer.item.meta["capability"]:
                     tally.add(answer.worth, "", answer.item.group)
-            found += [Metric(name, m.value, m.stderr, m.n) for m in tally.metrics(name)]
-        return found
+            metrics += [Metric(name, m.value, m.stderr, m.n) for m in tally.metrics(name)]
+        return metrics
 
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write {"v1_0": answer} for the online evaluator."""

@@ -1,8 +1,8 @@
-"""MMBench, English and Chinese: a question counts where the model is right for every rotation of its options.
+"""MMBench, English and Chinese: a question counts as right if the model is right for every rotation of its options.
 
-Prompts follow llava/eval/model_vqa_mmbench.py, options are read by VLMEvalKit's exact matching (no judge), the upload
-is that of scripts/convert_mmbench_for_submission.py. The legacy dev file has a row for each rotation (index + 1,000,000
-each), which LLaVA asks once each; of a file without rotations they are made here, as its --all-rounds does.
+Prompts follow llava/eval/model_vqa_mmbench.py. The chosen option is parsed with VLMEvalKit's exact matching (no judge).
+The submission follows scripts/convert_mmbench_for_submission.py. The legacy dev file has one row per rotation (index +
+1,000,000 each), which LLaVA asks once each. For a file without rotations they are generated, as with --all-rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 
 
 class MMBench(Benchmark):
-    """dev, English: circular accuracy, by category; the plain accuracy of the first rotation."""
+    """dev, English: circular accuracy, overall and by category, and the accuracy on the first rotation."""
 
     name = "mmbench"
     version = "20230712"
@@ -36,54 +36,54 @@ class MMBench(Benchmark):
     suffix = LETTER
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the table; its pictures are unpacked into the user's cache."""
+        """Read the table and unpack its pictures into the user's cache."""
         rows = read_table(find(self, data_dir, self.files[0]))
         pictures = _pictures(rows)
-        asked = Counter(int(row["index"]) % ROTATION for row in rows)
-        rotated = len(asked) < len(rows)
+        num_rows = Counter(int(row["index"]) % ROTATION for row in rows)
+        rotated = len(num_rows) < len(rows)
         items = []
         for row in rows:
             turns = 1 if rotated else max(1, len(_options(row)))
-            count = asked[int(row["index"]) % ROTATION] if rotated else turns
+            count = num_rows[int(row["index"]) % ROTATION] if rotated else turns
             items += [self._item(row, pictures[row["index"]], turn, count) for turn in range(turns)]
         return items
 
     def score(self, item: Item, text: str) -> float | None:
-        """Return 1.0 where the option that is meant is the right one; None where the table has no answers."""
+        """Return 1.0 if the chosen option is right; None if the table has no answers."""
         return float(mmbench_option(text, item.meta["options"]) == item.answers[0]) if item.answers else None
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return circular accuracy, the accuracy of the first rotation, circular accuracy of each category."""
+        """Return the circular accuracy, the accuracy on the first rotation, and the circular accuracy per category."""
         scored = [answer for answer in answers if answer.value is not None]
         if not scored:
             return []
         circular = means(self.units(scored), self.metric)
-        if not any(map(_is_whole, _questions(scored))):
+        if not any(map(_is_complete, _questions(scored))):
             circular[0] = replace(circular[0], note="no question has all of its rotations: --limit is too small")
         first = means((a for a in scored if a.item.meta["index"] < ROTATION), "first rotation")
         return [circular[0], *(replace(metric, mean_of=None) for metric in first[:1]), *circular[1:]]
 
     def units(self, answers: Sequence[Answer]) -> list[Answer]:
-        """Return one answer a question: right where all rotations are. A question that a limit cut is left out."""
+        """Return one answer per question, right if all rotations are right; skip questions that a limit has cut."""
         questions = _questions(answers)
-        whole = [own for own in questions if _is_whole(own)]
-        return [min(own, key=lambda answer: answer.worth) for own in whole or questions]
+        complete = [rotations for rotations in questions if _is_complete(rotations)]
+        return [min(rotations, key=lambda answer: answer.worth) for rotations in complete or questions]
 
     def llava_keys(self, item: Item) -> tuple[Any, ...]:
-        """Row and round."""
+        """Return the possible (row, round) of the item."""
         index, turn = item.meta["index"], item.meta["round"]
         return ((index, 0), (index % ROTATION, turn)) if turn else ((index, 0),)
 
     def llava_key(self, line: Mapping[str, Any]) -> Any:
-        """Row and round."""
+        """Return (row, round)."""
         return int(line["question_id"]), int(line.get("round_id", 0))
 
     def llava_question(self, item: Item) -> dict[str, Any]:
-        """Return the prompt as model_vqa_mmbench.py stores it: without the request for a letter."""
+        """Return the prompt as in model_vqa_mmbench.py, without the request for a letter."""
         return super().llava_question(item) | {"text": plain_text(item).removesuffix(self.suffix)}
 
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
-        """Write the table of the upload: the rows of the file, with the column `prediction` as the seventh."""
+        """Write the table for the server: the rows of the file, with `prediction` as the seventh column."""
         texts = {a.item.meta["index"]: a.text for a in answers}
         path = find(self, data_dir, self.files[0])
         rows = read_table(path)
@@ -130,7 +130,7 @@ class MMBenchCN(MMBench):
 
 
 class MMBenchTest(MMBench):
-    """test, English: a file for the server, and a score where the table has answers."""
+    """test, English: writes a file for the server, and computes a score if the table has answers."""
 
     name = "mmbench-test"
     split = "test"
@@ -139,19 +139,19 @@ class MMBenchTest(MMBench):
 
 
 def _questions(answers: Iterable[Answer]) -> list[list[Answer]]:
-    """Return the answers to the rotations of each question."""
-    found: dict[int, list[Answer]] = defaultdict(list)
+    """Return, per question, the answers to its rotations."""
+    by_question: dict[int, list[Answer]] = defaultdict(list)
     for answer in answers:
-        found[answer.item.meta["index"] % ROTATION].append(answer)
-    return list(found.values())
+        by_question[answer.item.meta["index"] % ROTATION].append(answer)
+    return list(by_question.values())
 
 
-def _is_whole(own: Sequence[Answer]) -> bool:
-    return len(own) >= own[0].item.meta["rotations"]
+def _is_complete(rotations: Sequence[Answer]) -> bool:
+    return len(rotations) >= rotations[0].item.meta["rotations"]
 
 
 def _options(row: Mapping[str, str]) -> list[str]:
-    """Return the options up to the first that is missing, as LLaVA's get_options."""
+    """Return the options up to the first missing one, like LLaVA's get_options."""
     options: list[str] = []
     for letter in "ABCD":
         if not _is_there(row.get(letter)):
@@ -165,7 +165,7 @@ def _is_there(text: str | None) -> bool:
 
 
 def _pictures(rows: Iterable[Mapping[str, str]]) -> dict[str, Path]:
-    """Return the picture of each row; 64 characters or fewer are the index of the row that holds it."""
+    """Return the picture of each row; a text of at most 64 characters is the index of the row with the picture."""
     data = {row["index"]: row["image"] for row in rows}
     return {
         index: unpack_picture(data[text] if len(text) <= 64 else text, f"row {index}") for index, text in data.items()

@@ -1,7 +1,7 @@
-"""MME: two yes/no questions a picture in fourteen subtasks; points, 200 a subtask.
+"""MME: two yes/no questions per picture in fourteen subtasks; up to 200 points per subtask.
 
-Scored by calculation.py of the benchmark's eval_tool.zip. LLaVA's questions leave out "Please answer yes or no." and
-ask for a single word or phrase (its convert_answer_to_mme.py puts the sentence back).
+Scores follow calculation.py of the benchmark's eval_tool.zip. LLaVA's questions omit "Please answer yes or no." and ask
+for a single word or phrase; its convert_answer_to_mme.py restores the sentence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ YES_OR_NO = "Please answer yes or no."
 
 
 class MME(Benchmark):
-    """Perception (what LLaVA-1.5 reports), cognition, and every subtask, in points."""
+    """Perception (the number that LLaVA-1.5 reports), cognition, and every subtask, in points."""
 
     name = "mme"
     files = ("MME_Benchmark_release_version|MME_Benchmark|existence/..",)
@@ -32,36 +32,36 @@ class MME(Benchmark):
     metric = "perception"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the subtasks that are there; a picture lies beside its text file or in `images`."""
+        """Read the subtasks that exist; a picture is next to its text file or in `images`."""
         root = find(self, data_dir, self.files[0])
         root = root / "MME_Benchmark" if (root / "MME_Benchmark").is_dir() else root
         return [item for name in (*PERCEPTION, *COGNITION) if (root / name).is_dir() for item in _subtask(root / name)]
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 for the right one of yes and no."""
+        """Return 1.0 if the yes or no is right."""
         return float(mme_answer(text) == item.answers[0].lower())
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the two sums and the points of each subtask; only pictures with both answers count."""
-        found: dict[str, dict[str, list[Answer]]] = defaultdict(lambda: defaultdict(list))
+        """Return the two sums and the points of each subtask; a picture counts only if both answers exist."""
+        by_task: dict[str, dict[str, list[Answer]]] = defaultdict(lambda: defaultdict(list))
         for answer in answers:
-            found[answer.item.kind][answer.item.group].append(answer)
-        tasks = [metric for name, pictures in found.items() if (metric := _points(name, pictures)) is not None]
+            by_task[answer.item.kind][answer.item.group].append(answer)
+        tasks = [metric for name, pictures in by_task.items() if (metric := _points(name, pictures)) is not None]
         sums = [("perception", PERCEPTION), ("cognition", COGNITION)]
         totals = [_total(name, [task for task in tasks if task.name in names]) for name, names in sums]
         return [*(total for total in totals if total is not None), *tasks]
 
     def llava_keys(self, item: Item) -> tuple[Any, ...]:
-        """Picture and question."""
+        """Return (picture, question)."""
         return ((item.meta["question_id"], item.question.removeprefix("<image>\n").removesuffix(SHORT)),)
 
     def llava_key(self, line: Mapping[str, Any]) -> Any:
-        """Picture and question."""
+        """Return (picture, question)."""
         question = line["prompt"].removesuffix(SHORT)
         return line["question_id"], question.removesuffix(YES_OR_NO).rstrip()
 
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
-        """Write one text file a subtask for calculation.py: picture, question, truth, answer; pairs stand together."""
+        """Write one text file per subtask for calculation.py: picture, question, truth, answer; pairs are adjacent."""
         tasks: dict[str, dict[str, list[Answer]]] = defaultdict(lambda: defaultdict(list))
         for answer in answers:
             tasks[answer.item.kind][answer.item.group].append(answer)
@@ -81,7 +81,11 @@ def _subtask(folder: Path) -> list[Item]:
         for number, line in enumerate((line for line in lines if line.strip()), start=1):
             question, tab, answer = line.rpartition("\t")
             if not tab or answer.strip() not in ("Yes", "No"):
-                raise DataError(f"{file}:{number}: expected a question, a tab, Yes or No; got {line[:80]!r}")
+                raise DataError(
+                    f"expected a question, a tab, Yes or No; got {line[:80]!r}",
+                    code="benchmark-file-format",
+                    where=f"{file}:{number}",
+                )
             place = picture.relative_to(folder.parent).as_posix()
             item = picture_item(
                 place,
@@ -102,21 +106,25 @@ def _picture(folder: Path, stem: str) -> Path:
         for ending in (".jpg", ".png", ".jpeg"):
             if (place / (stem + ending)).is_file():
                 return place / (stem + ending)
-    raise UserError(f"benchmark mme: no picture {stem}.jpg or .png in {folder} or {folder / 'images'}")
+    raise UserError(
+        f"no picture {stem}.jpg or .png in {folder} or {folder / 'images'}",
+        code="benchmark-missing-pictures",
+        where="benchmark mme",
+    )
 
 
 def _points(name: str, pictures: Mapping[str, list[Answer]]) -> Metric | None:
     pairs = [pair for pair in pictures.values() if len(pair) == 2]
     if not pairs:
         return None
-    own = [mme_score([a.text for a in pair], [a.item.answers[0] for a in pair]) for pair in pairs]
+    per_picture = [mme_score([a.text for a in pair], [a.item.answers[0] for a in pair]) for pair in pairs]
     lines = [answer for pair in pairs for answer in pair]
     points = mme_score([a.text for a in lines], [a.item.answers[0] for a in lines])
-    return Metric(name, points, mean_stderr(own), len(lines), unit="points")
+    return Metric(name, points, mean_stderr(per_picture), len(lines), unit="points")
 
 
 def _total(name: str, tasks: list[Metric]) -> Metric | None:
-    """Return the sum of subtasks; their errors are independent."""
+    """Return the sum of the subtasks; their errors are treated as independent."""
     if not tasks:
         return None
     errors = [task.stderr for task in tasks if task.stderr is not None]

@@ -1,8 +1,9 @@
 """MMMU, validation: college-level questions of 30 subjects, multiple-choice and open.
 
-Prompts follow the benchmark's mmmu/configs/llava1.5.yaml and run_llava.py, which show the first picture alone (its
-check for options that are pictures walks the letters of a text and finds none); scored by mmmu/utils/eval_utils.py. In
-the yaml an empty line inside quotes is one newline: none stands between a question and its options.
+Prompts follow the benchmark's mmmu/configs/llava1.5.yaml and run_llava.py, which show only the first picture (their
+check for options that are pictures iterates over the letters of a text and finds none). Scores follow
+mmmu/utils/eval_utils.py. An empty line inside quotes of the yaml is one newline, so no empty line separates a question
+from its options.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LETTERS = "ABCDEFGHIJ"
 
 
 class MMMU(Benchmark):
-    """Accuracy over all questions (micro), and of each subject as a detail."""
+    """Accuracy over all questions (micro), and per subject as details."""
 
     name = "mmmu"
     split = "validation"
@@ -30,7 +31,7 @@ class MMMU(Benchmark):
     source = "huggingface.co/datasets/MMMU/MMMU (a folder of parquet files per subject)"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read validation*.parquet of every subject; pictures are unpacked into the user's cache."""
+        """Read validation*.parquet of every subject and unpack the pictures into the user's cache."""
         import pyarrow.parquet as parquet
 
         files = sorted([*data_dir.glob("*/validation*.parquet"), *data_dir.glob("validation*.parquet")])
@@ -39,13 +40,13 @@ class MMMU(Benchmark):
         return [_item(row) for file in files for row in parquet.read_table(file).to_pylist()]
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 for the right option, or for an open answer that contains a right one."""
+        """Return 1.0 for the right option, or for an open answer that contains a reference."""
         if item.meta["options"]:
             return float(mmmu_option(text, item.meta["options"], seed=item.id) == item.answers[0])
         return float(mmmu_open_correct(text, item.answers))
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the accuracy and that of each subject."""
+        """Return the accuracy, overall and per subject."""
         return means(answers, self.metric, detail=True)
 
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""OK-VQA, val2014: questions that need outside knowledge, in VQA's files and by VQAv2's rule (ten answers each)."""
+"""OK-VQA, val2014: questions that need outside knowledge, in VQA's file format and with VQAv2's rule (ten answers)."""
 
 from __future__ import annotations
 

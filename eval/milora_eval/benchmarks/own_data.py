@@ -1,7 +1,7 @@
-"""A benchmark of the user's own as data: a LLaVA JSON as it is, or rows of image, question, answer and a metric's name.
+"""A user's own benchmark as a data file: a LLaVA JSON, or rows with image, question, answer and optionally a metric.
 
-`--benchmarks my.json` reads either; pictures are looked for beside the file, in `images` and in `--data`. Rows may name
-a `metric` each, or the file is {"metric": ..., "questions": [...]}; without one, answers are compared after a light
+`--benchmarks my.json` reads both. Pictures are searched for next to the file, in `images` and in `--data`. Each row may
+name a `metric`, or the file is {"metric": ..., "questions": [...]}. The default metric compares answers after a light
 normalisation.
 """
 
@@ -41,7 +41,7 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 
 
 class OwnData(Benchmark):
-    """Questions from one file. `data:NAME` stands in stored answers, which carry their metric with them."""
+    """Questions from one file. Stored answers name it `data:NAME` and hold the metric of each question."""
 
     protocols = ("own data",)
     split = "own"
@@ -54,18 +54,23 @@ class OwnData(Benchmark):
         self.origin = f"data:{self.name}"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the file; where it is not there, the one of that name in the data folder."""
+        """Read the file, or if it does not exist the file of that name in the data folder."""
         if self.path is None:
-            raise UserError(f"the questions of {self.origin} are needed: name their file, as in --benchmarks FILE.json")
+            raise UserError(
+                f"{self.origin} does not name the file with its questions",
+                code="own-data-no-file",
+                where="--benchmarks",
+                hint="name the file: --benchmarks FILE.json",
+            )
         path = self.path if self.path.is_file() else data_dir / self.path
         if not path.is_file():
             address = web_address(self.path)
             if address is not None:
-                raise UserError(not_fetched(address))
-            raise MissingData(f"there is no file {self.path}, neither here nor in {data_dir}")
+                raise UserError(not_fetched(address), code="path-web-address")
+            raise MissingData(f"no file {self.path}, and no file of that name in {data_dir}", code="data-missing-file")
         rows, metric = _rows(path)
         items = [_item(row, number, path, metric, data_dir) for number, row in enumerate(rows, start=1)]
-        # Training data may use an id for several records; the number of the record tells them apart.
+        # Training data may use one id for several records; the number of the record makes the id unique.
         times = Counter(item.id for item in items)
         return [
             replace(item, id=f"{item.id}#{number}") if times[item.id] > 1 else item
@@ -73,7 +78,7 @@ class OwnData(Benchmark):
         ]
 
     def score(self, item: Item, text: str) -> float:
-        """Return the value by the row's metric."""
+        """Return the value by the metric of the row."""
         return METRICS[item.meta["metric"]](text, item.answers)
 
 
@@ -84,28 +89,39 @@ def _rows(path: Path) -> tuple[list[Any], str]:
     if isinstance(content, dict):
         unknown = set(content) - {"metric", "questions"}
         if unknown or not isinstance(content.get("questions"), list):
-            raise DataError(f'{path}: expected a list of questions, or {{"metric": ..., "questions": [...]}}')
+            raise DataError(
+                'expected a list of questions, or {"metric": ..., "questions": [...]}',
+                code="own-data-format",
+                where=str(path),
+            )
         return content["questions"], content.get("metric", "exact")
     if not isinstance(content, list):
-        raise DataError(f"{path}: expected a list of questions, got {type(content).__name__}")
+        raise DataError(
+            f"expected a list of questions, got {type(content).__name__}", code="own-data-format", where=str(path)
+        )
     return content, "exact"
 
 
 def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Item:
     place = f"{path}, question {number}"
     if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object, got {type(row).__name__}")
+        raise DataError(f"expected an object, got {type(row).__name__}", code="own-data-format", where=place)
     metric = row.get("metric", metric)
     if metric not in METRICS:
         near = suggest(str(metric), METRICS)
-        hint = f"\ndid you mean {near[0]} ?" if near else ""
-        raise DataError(f'{place}: unknown metric "{metric}"; expected one of: {", ".join(METRICS)}{hint}')
+        raise DataError(
+            f'unknown metric "{metric}"; expected one of: {", ".join(METRICS)}',
+            code="own-data-unknown-metric",
+            where=place,
+            hint=f"did you mean {near[0]} ?" if near else "",
+        )
     turns, images, answers = _conversation(row, place) if "conversations" in row else _question(row, place)
     if not answers:
-        raise DataError(f"{place}: no answer to compare with")
+        raise DataError("no answer to compare with", code="own-data-no-answer", where=place)
     if embedded := next(filter(is_embedded, images), ""):
         form = "llava" if "conversations" in row else "table"
-        raise DataError(f"{place}: {refusal(embedded, f'{path}:{number}', form)}")
+        problems = refusal(embedded, f"{path}:{number}", form).problems
+        raise DataError(problems=[replace(problem, where=place) for problem in problems])
     return Item(
         id=str(row.get("id") or row.get("question_id") or number),
         turns=turns,
@@ -130,11 +146,19 @@ def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tu
 
 def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
     if not isinstance(row.get("question"), str):
-        raise DataError(f'{place}: no text under "question"; its keys: {", ".join(map(str, row)) or "none"}')
-    found = row.get("images") or row.get("image") or []
-    images = tuple(found) if isinstance(found, list) else (found,)
+        raise DataError(
+            f'no text under "question"; its keys: {", ".join(map(str, row)) or "none"}',
+            code="own-data-format",
+            where=place,
+        )
+    value = row.get("images") or row.get("image") or []
+    images = tuple(value) if isinstance(value, list) else (value,)
     if not all(isinstance(name, str) for name in images):
-        raise DataError(f'{place}: "image" must be a file name or a list of file names, got {str(found)[:80]}')
+        raise DataError(
+            f'"image" must be a file name or a list of file names, got {str(value)[:80]}',
+            code="own-data-format",
+            where=place,
+        )
     answers = row.get("answers", row.get("answer"))
     answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     text = row["question"] if "<image>" in row["question"] else "<image>\n" * len(images) + row["question"]
@@ -142,8 +166,13 @@ def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[
 
 
 def _picture(name: str, beside: Path, data_dir: Path, row: str) -> Path:
-    found = [place_of(folder, name) for folder in (beside, beside / "images", data_dir)]
-    places = [place for place in found if isinstance(place, Path)]
-    if not places:
-        raise DataError(f"{row}: {name} is outside the folders of the pictures\nsay:  --data FOLDER, which may be /")
-    return next((place for place in places if place.is_file()), places[0]).absolute()
+    candidates = [place_of(folder, name) for folder in (beside, beside / "images", data_dir)]
+    paths = [path for path in candidates if isinstance(path, Path)]
+    if not paths:
+        raise DataError(
+            f"{name} is outside the folders of the pictures",
+            code="image-outside-folder",
+            where=row,
+            hint="use:  --data FOLDER (it may be /)",
+        )
+    return next((path for path in paths if path.is_file()), paths[0]).absolute()

@@ -1,7 +1,7 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: a box for a sentence, right from an overlap (IoU) of 0.5.
+"""RefCOCO, RefCOCO+ and RefCOCOg: the box of a sentence, right if the overlap (IoU) is at least 0.5.
 
-Reads the files of lichengunc/refer. The truth is put on the square that LLaVA pads a picture to (its issues 606, 822);
-lmms-eval takes shares of the picture itself, which is wrong for LLaVA-1.5.
+Reads the files of lichengunc/refer. The reference box is converted to the square that LLaVA pads a picture to (its
+issues 606, 822); lmms-eval uses fractions of the unpadded picture, which is wrong for LLaVA-1.5.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROMPT = "Please provide the bounding box coordinate of the region this sentence
 
 
 class RefCOCO(Benchmark):
-    """Accuracy over val, testA and testB, and each of them."""
+    """Accuracy over val, testA and testB together, and over each."""
 
     name = "refcoco"
     version = "unc"
@@ -32,7 +32,7 @@ class RefCOCO(Benchmark):
     metric = "accuracy at IoU 0.5"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the sentences of all splits but train."""
+        """Read the sentences of all splits except train."""
         path = find(self, data_dir, self.files[0])
         instances = read_json(find(self, data_dir, self.files[1]))
         pictures = find(self, data_dir, self.files[2])
@@ -46,16 +46,16 @@ class RefCOCO(Benchmark):
         ]
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 for a box that overlaps by half."""
+        """Return 1.0 for a box with an IoU of at least 0.5."""
         return float(iou(box_of(text), item.meta["box"]) >= 0.5)
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the accuracy, and that of each split."""
+        """Return the accuracy, overall and per split."""
         return means(answers, self.metric)
 
 
 class RefCOCOPlus(RefCOCO):
-    """Sentences without words of place."""
+    """Sentences without location words."""
 
     name = "refcoco+"
 

@@ -17,7 +17,7 @@ from milora_eval.rules.scienceqa import LETTERS, scienceqa_index
 
 
 class ScienceQA(Benchmark):
-    """All questions: accuracy, that of questions with a picture and without. A picture comes before the context."""
+    """All questions: accuracy overall, with a picture and without. A picture comes before the context."""
 
     name = "scienceqa-all"
     protocols = ("llava",)
@@ -40,11 +40,11 @@ class ScienceQA(Benchmark):
         return float(scienceqa_index(text, item.meta["num_choices"]) == item.meta["answer"])
 
     def llava_question(self, item: Item) -> dict[str, Any]:
-        """Return the prompt with its `<image>`, by which eval_science_qa.py knows the questions with a picture."""
+        """Return the prompt with its `<image>`, from which eval_science_qa.py detects questions with a picture."""
         return super().llava_question(item) | {"text": item.question}
 
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
-        """Write what eval_science_qa.py writes: the numbers, the index and the text of every answer."""
+        """Write the output file of eval_science_qa.py: the scores, and the index and text of every answer."""
         right = sum(self.score(a.item, a.text) for a in answers)
         chosen = {a.item.id: scienceqa_index(a.text, a.item.meta["num_choices"]) for a in answers}
         result = {
@@ -58,7 +58,7 @@ class ScienceQA(Benchmark):
 
 
 class ScienceQAImages(ScienceQA):
-    """The questions with a picture: the paper's column."""
+    """The questions with a picture, as in the paper's table."""
 
     name = "scienceqa"
     only_pictures = True
@@ -74,7 +74,7 @@ def _item(name: str, problem: dict[str, Any], pictures: Path) -> Item:
             pictures / name / problem["image"],
             answers=answers,
             kind="with picture",
-            group=name,  # every picture is called image.png
+            group=name,  # every picture has the file name image.png
             meta=meta | {"image": f"{name}/{problem['image']}"},
         )
     turns = (Turn("user", _prompt(problem)),)

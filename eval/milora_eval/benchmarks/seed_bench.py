@@ -1,6 +1,6 @@
-"""SEED-Bench, pictures and middle frames of videos: the letter, exactly, as LLaVA's convert_seed_for_submission.py.
+"""SEED-Bench, pictures and middle frames of videos: exact match of the letter (LLaVA's convert_seed_for_submission.py).
 
-The benchmark's own script ranks the likelihoods of the options instead.
+The official script ranks the likelihoods of the options instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VIDEO = "SEED-Bench-video-image"
 
 
 class SEEDBench(Benchmark):
-    """Accuracy over all, over pictures and over videos; types in results.json. Without frames, pictures alone."""
+    """Accuracy over all, pictures and videos; types are in results.json. Without frames, only pictures are asked."""
 
     name = "seed-bench"
     protocols = ("llava",)
@@ -30,7 +30,7 @@ class SEEDBench(Benchmark):
     source = "github.com/AILab-CVC/SEED-Bench (frames: LLaVA's extract_video_frames.py, into SEED-Bench-video-image)"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the questions; those about videos where their frames are there."""
+        """Read the questions; questions about videos only if the frames exist."""
         content = read_json(find(self, data_dir, self.files[0]))
         pictures = find(self, data_dir, self.files[1])
         types = {number: name for name, number in content["question_type"].items()}
@@ -46,21 +46,21 @@ class SEEDBench(Benchmark):
         return items
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 for the letter."""
+        """Return 1.0 for the right letter."""
         return float(seed_correct(text, item.answers[0]))
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the accuracy, that of pictures and videos, and that of each type as a detail."""
+        """Return the accuracy: overall, for pictures and videos, and per type as details."""
         types = Tally()
 
-        def noted() -> Iterator[Answer]:
+        def tallied() -> Iterator[Answer]:
             for answer in answers:
                 types.add(answer.worth, answer.item.meta["type"], answer.item.group)
                 yield answer
 
-        found = means(noted(), self.metric)
+        metrics = means(tallied(), self.metric)
         details = types.metrics(self.metric, detail=True)[1:]
-        return [*found, *(replace(own, name=f"type: {own.name}", mean_of=None) for own in details)]
+        return [*metrics, *(replace(each, name=f"type: {each.name}", mean_of=None) for each in details)]
 
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write {question_id, prediction} lines."""

@@ -1,4 +1,4 @@
-"""Files for servers and official scripts: written, read back and compared with what the format asks for."""
+"""Write files for servers and official scripts, after checking that they have the required format."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Row = Mapping[str, Any]
 
 
 def write_rows(path: Path, rows: Sequence[Row], types: Mapping[str, type | tuple[type, ...]], key: str) -> Path:
-    """Write a JSON list of objects, or JSONL by the name's ending; every row has exactly the keys of `types`.
+    """Write a JSON list of objects, or JSONL if the name ends in .jsonl; every row has exactly the keys of `types`.
 
-    Raises DataError for a row of another form and for a `key` that comes twice.
+    Raises DataError for a row with other keys or types, and for a duplicate `key`.
     """
     check_rows(rows, types, key)
     if path.suffix == ".jsonl":
@@ -32,11 +32,15 @@ def write_object(path: Path, value: Mapping[str, Any]) -> Path:
 
 
 def check_rows(rows: Sequence[Row], types: Mapping[str, type | tuple[type, ...]], key: str) -> None:
-    """Raise DataError for a row whose keys or types differ from `types`, and for a `key` that comes twice."""
+    """Raise DataError for a row whose keys or types differ from `types`, and for a duplicate `key`."""
     seen = set()
     for number, row in enumerate(rows, start=1):
         if set(row) != set(types) or not all(isinstance(row[name], kind) for name, kind in types.items()):
-            raise DataError(f"row {number} of the submission is {row!r}, expected {dict(types)}")
+            raise DataError(
+                f"row {number} of the submission is {row!r}, expected {dict(types)}", code="submission-format"
+            )
         if row[key] in seen:
-            raise DataError(f"row {number} of the submission: {key} {row[key]!r} comes twice")
+            raise DataError(
+                f"duplicate {key} {row[key]!r}", code="submission-duplicate-id", where=f"row {number} of the submission"
+            )
         seen.add(row[key])

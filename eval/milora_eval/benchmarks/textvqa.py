@@ -1,7 +1,7 @@
-"""TextVQA, val 0.5.1, with and without the OCR tokens that LLaVA puts into the prompt (they are worth ten points).
+"""TextVQA, val 0.5.1, with and without the OCR tokens that LLaVA adds to the prompt (they gain about ten points).
 
-Scored by the M4C rule (llava/eval/m4c_evaluator.py). LLaVA's answers are joined by picture and question, since in its
-question file the picture is the question_id.
+Scores follow the M4C rule (llava/eval/m4c_evaluator.py). LLaVA's answers are joined by picture and question, because
+its question file uses the picture as the question_id.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LLAVA_FILE = "llava_textvqa_val_v051_ocr.jsonl"
 
 
 class TextVQA(Benchmark):
-    """With OCR tokens: from LLaVA's question file word for word where that is there, else from the Rosetta file."""
+    """With OCR tokens: verbatim from LLaVA's question file if it exists, else from the Rosetta file."""
 
     name = "textvqa"
     version = "0.5.1"
@@ -41,7 +41,9 @@ class TextVQA(Benchmark):
         odd = next((entry for entry in entries if len(entry.get("answers", range(10))) != 10), None)
         if odd is not None:
             raise DataError(
-                f"{self.files[0]}: question {odd['question_id']} has {len(odd['answers'])} answers, not ten"
+                f"question {odd['question_id']} has {len(odd['answers'])} answers, expected ten",
+                code="benchmark-file-format",
+                where=self.files[0],
             )
         return [
             picture_item(
@@ -60,15 +62,15 @@ class TextVQA(Benchmark):
         return textvqa_accuracy(text, item.answers) if item.answers else None
 
     def llava_keys(self, item: Item) -> tuple[Any, ...]:
-        """Picture and question."""
+        """Return (picture, question)."""
         return ((item.meta["question_id"], question_of(plain_text(item))),)
 
     def llava_key(self, line: Mapping[str, Any]) -> Any:
-        """Picture and question."""
+        """Return (picture, question)."""
         return line["question_id"], question_of(line["prompt"])
 
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
-        """Write [{question_id, answer}], as the EvalAI server reads it."""
+        """Write [{question_id, answer}] for the EvalAI server."""
         rows = [{"question_id": a.item.meta["server_id"], "answer": a.text} for a in answers]
         return [write_rows(folder / "textvqa_val.json", rows, {"question_id": int, "answer": str}, "question_id")]
 
@@ -93,6 +95,6 @@ class TextVQAWithoutOCR(TextVQA):
 
 
 def _with_tokens(question: str, tokens: list[str]) -> str:
-    # A newline in a token would make a prompt of four lines, which LLaVA's scorer does not read.
+    # A newline in a token would make a prompt of four lines, which LLaVA's scorer cannot parse.
     listed = ", ".join(token.replace("\n", " ") for token in tokens)
     return f"{question}\nReference OCR token: {listed}" + SHORT

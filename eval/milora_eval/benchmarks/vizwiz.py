@@ -1,8 +1,8 @@
-"""VizWiz-VQA: val is scored here, test by the EvalAI server.
+"""VizWiz-VQA: val is scored locally, test by the EvalAI server.
 
-The official script normalises the answer and never the references; protocol llava applies the M4C normaliser before,
-as scripts/convert_vizwiz_for_submission.py does. Questions have one capital, their first letter, and the number of
-their line as id, as in LLaVA's question file.
+The official script normalises the answer but never the references. Protocol llava first applies the M4C normaliser, as
+scripts/convert_vizwiz_for_submission.py does. As in LLaVA's question file, only the first letter of a question is a
+capital, and the id is the line number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from milora_eval.rules.vqa import vizwiz_accuracy
 
 
 class VizWiz(Benchmark):
-    """val: the accuracy, and that of each answer type."""
+    """val: the accuracy, overall and per answer type."""
 
     name = "vizwiz"
     protocols = ("llava", "official")
@@ -28,7 +28,7 @@ class VizWiz(Benchmark):
     source = "vizwiz.org/tasks-and-datasets/vqa"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the questions; their pictures name them."""
+        """Read the questions; the file name of the picture is the id."""
         entries = read_json(find(self, data_dir, self.files[0]))
         pictures = find(self, data_dir, self.files[1])
         return [
@@ -45,15 +45,15 @@ class VizWiz(Benchmark):
         ]
 
     def score(self, item: Item, text: str) -> float | None:
-        """Return the accuracy over the annotators; None without any."""
+        """Return the accuracy over the annotators; None without annotations."""
         return vizwiz_accuracy(self.answer(text), item.answers) if item.answers else None
 
     def answer(self, text: str) -> str:
-        """Return the answer as it is submitted."""
+        """Return the answer in the form that is submitted."""
         return m4c_normalise(text) if self.protocol == "llava" else text
 
     def llava_keys(self, item: Item) -> tuple[str, ...]:
-        """The number of the question, or the picture's name."""
+        """Return the number of the question and the name of the picture."""
         return str(item.meta["question_id"]), item.id
 
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
@@ -63,7 +63,7 @@ class VizWiz(Benchmark):
 
 
 class VizWizTest(VizWiz):
-    """test: a file for the server."""
+    """test: writes a file for the server."""
 
     name = "vizwiz-test"
     split = "test"

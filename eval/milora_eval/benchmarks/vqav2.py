@@ -1,4 +1,4 @@
-"""VQAv2: ten annotators' answers, on val2014 (scored here) and test-dev (scored by the EvalAI server).
+"""VQAv2: answers of ten annotators, on val2014 (scored locally) and test-dev (scored by the EvalAI server).
 
 Follows GT-Vision-Lab/VQA vqaEval.py; protocol llava first applies the M4C normaliser to the answer, as
 scripts/convert_vqav2_for_submission.py does before the upload.
@@ -20,7 +20,7 @@ from milora_eval.rules.vqa import vqav2_accuracy
 
 
 class VQAv2(Benchmark):
-    """val2014, by the official accuracy: overall, by answer type, and (in results.json) by question type."""
+    """The official accuracy on val2014: overall, by answer type, and (in results.json) by question type."""
 
     name = "vqav2"
     protocols = ("llava", "official")
@@ -33,11 +33,11 @@ class VQAv2(Benchmark):
     source = "visualqa.org/download.html and cocodataset.org (COCO_val2014_*.jpg)"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read questions, and annotations where the split has them."""
-        asked = read_json(find(self, data_dir, self.files[0]))["questions"]
+        """Read the questions, and the annotations if the split has them."""
+        questions = read_json(find(self, data_dir, self.files[0]))["questions"]
         known = self._annotations(data_dir)
         pictures = find(self, data_dir, self.files[-1])
-        return [self._item(question, known.get(question["question_id"], {}), pictures) for question in asked]
+        return [self._item(question, known.get(question["question_id"], {}), pictures) for question in questions]
 
     def score(self, item: Item, text: str) -> float | None:
         """Return the accuracy over the annotators; None without annotations."""
@@ -46,21 +46,21 @@ class VQAv2(Benchmark):
         return vqav2_accuracy(self.answer(text), item.answers)
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the accuracy, that of each answer type, and that of each question type as a detail."""
-        asked = Tally()
+        """Return the accuracy: overall, per answer type, and per question type as details."""
+        by_question_type = Tally()
 
-        def noted() -> Iterator[Answer]:
+        def tallied() -> Iterator[Answer]:
             for answer in answers:
                 if answer.value is not None:
-                    asked.add(answer.value, answer.item.meta["question_type"], answer.item.group)
+                    by_question_type.add(answer.value, answer.item.meta["question_type"], answer.item.group)
                 yield answer
 
-        found = means(noted(), self.metric)
-        kinds = asked.metrics(self.metric, detail=True)[1:]
-        return [*found, *(replace(own, name=f"question type: {own.name}", mean_of=None) for own in kinds)]
+        metrics = means(tallied(), self.metric)
+        details = by_question_type.metrics(self.metric, detail=True)[1:]
+        return [*metrics, *(replace(each, name=f"question type: {each.name}", mean_of=None) for each in details)]
 
     def answer(self, text: str) -> str:
-        """Return the answer as it is submitted."""
+        """Return the answer in the form that is submitted."""
         return m4c_normalise(text) if self.protocol == "llava" else text
 
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
@@ -90,7 +90,7 @@ class VQAv2(Benchmark):
 
 
 class VQAv2TestDev(VQAv2):
-    """test-dev: a file for the server. The rest of test2015 gets empty answers where its questions are there."""
+    """test-dev: writes a file for the server. If the questions of test2015 exist, the others get empty answers."""
 
     name = "vqav2-testdev"
     split = "test-dev2015"
@@ -105,5 +105,5 @@ class VQAv2TestDev(VQAv2):
     def _unasked(self, asked: set[int], data_dir: Path) -> list[dict[str, Any]]:
         if not (data_dir / self.whole).is_file():
             return []
-        rest = (question["question_id"] for question in read_json(data_dir / self.whole)["questions"])
-        return [{"question_id": number, "answer": ""} for number in rest if number not in asked]
+        all_ids = (question["question_id"] for question in read_json(data_dir / self.whole)["questions"])
+        return [{"question_id": number, "answer": ""} for number in all_ids if number not in asked]

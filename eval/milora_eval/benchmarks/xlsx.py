@@ -1,4 +1,4 @@
-"""Tables for Excel, written and read with openpyxl (extra `eval`); text stays text, also what looks like a formula."""
+"""Read and write Excel tables with openpyxl (extra `eval`). Text stays text, even if it looks like a formula."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from typing import Any
 from milora_data.errors import UserError
 
 Cell = str | int | float | None
-NEEDED = ".xlsx files need openpyxl\ninstall it: pip install 'milora-vl[eval]'"
+
+
+def _missing_openpyxl() -> UserError:
+    return UserError(
+        ".xlsx files need openpyxl", code="package-missing", hint="install it: pip install 'milora-vl[eval]'"
+    )
 
 
 def write_xlsx(path: Path, names: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Path:
-    """Write one sheet with a header, and check that it reads back the same. Control characters are left out."""
+    """Write one sheet with a header and check that it can be read back. Control characters are removed."""
     workbook, illegal = _openpyxl()
     book = workbook()
     sheet = book.active
     sheet.title = "Sheet1"
     for number, row in enumerate([list(names), *rows], start=1):
-        for place, value in enumerate(row, start=1):
-            cell = sheet.cell(number, place)
+        for column, value in enumerate(row, start=1):
+            cell = sheet.cell(number, column)
             if isinstance(value, str):
                 cell.value = illegal.sub("", value)[:32767]
                 cell.data_type = "s"
@@ -32,7 +37,7 @@ def write_xlsx(path: Path, names: Sequence[str], rows: Sequence[Sequence[Cell]])
     book.save(partial)
     partial.replace(path)
     if len(read_xlsx(path)) != len(rows):
-        raise ValueError(f"{path} does not read back")
+        raise ValueError(f"{path} cannot be read back: a different number of rows")
     return path
 
 
@@ -41,7 +46,7 @@ def read_xlsx(path: Path) -> list[dict[str, Cell]]:
     try:
         from openpyxl import load_workbook
     except ImportError:
-        raise UserError(NEEDED) from None
+        raise _missing_openpyxl() from None
     with closing(load_workbook(path, read_only=True)) as book:
         rows = list(book.worksheets[0].iter_rows(values_only=True))
     return [dict(zip(map(str, rows[0]), row, strict=False)) for row in rows[1:]] if rows else []
@@ -52,5 +57,5 @@ def _openpyxl() -> tuple[Any, Any]:
         from openpyxl import Workbook
         from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
     except ImportError:
-        raise UserError(NEEDED) from None
+        raise _missing_openpyxl() from None
     return Workbook, ILLEGAL_CHARACTERS_RE

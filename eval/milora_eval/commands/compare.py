@@ -1,4 +1,4 @@
-"""`python -m milora_eval compare A B`: paired differences of two evaluations of the same items."""
+"""`python -m milora_eval compare A B`: compute paired differences of two evaluations of the same items."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parse = parser(
-        "python -m milora_eval compare", "Paired differences of two evaluations of the same items.", EXAMPLES
+        "python -m milora_eval compare", "Compute paired differences of two evaluations of the same items.", EXAMPLES
     )
-    given = parse.add_argument_group("input")
-    given.add_argument("a", type=Path, metavar="A", help="a results folder, such as runs/one/eval/emoji/final")
-    given.add_argument("b", type=Path, metavar="B", help="another one; differences are B minus A")
+    inputs = parse.add_argument_group("input")
+    inputs.add_argument("a", type=Path, metavar="A", help="results folder, for example runs/one/eval/emoji/final")
+    inputs.add_argument("b", type=Path, metavar="B", help="second results folder; differences are B minus A")
     shared(parse.add_argument_group("output"), "format", choices=FORMATS)
     options = parse.parse_args(argv)
     a, b = require_lines(options.a), require_lines(options.b)
     pairs, common = compare(a, b), num_common(a, b)
     if common < max(len(a), len(b)):
-        sys.stderr.write(f"compared on the {common:,} items that both have (A {len(a):,}, B {len(b):,})\n")
+        sys.stderr.write(f"comparing the {common:,} items that both have (A {len(a):,}, B {len(b):,})\n")
     if options.format == "json":
         sys.stdout.write(json.dumps([asdict(pair) for pair in pairs], indent=1) + "\n")
     else:
@@ -47,15 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sentence(pair: Pair) -> str:
-    found, scale = pair.difference, 100.0 if pair.b.unit == "fraction" else 1.0
-    assert found is not None
+    paired, scale = pair.difference, 100.0 if pair.b.unit == "fraction" else 1.0
+    assert paired is not None
     between = ""
-    if found.low is not None and found.high is not None:
-        between = f", 95 % interval {scale * found.low:+.1f} to {scale * found.high:+.1f}"
-    more = [] if found.p_value is None else [f"McNemar p = {found.p_value:.2g}"]
-    more += [] if found.p_bootstrap is None else [f"bootstrap p = {found.p_bootstrap:.2g}"]
-    more += [found.note] if found.note else []
+    if paired.low is not None and paired.high is not None:
+        between = f", 95 % interval {scale * paired.low:+.1f} to {scale * paired.high:+.1f}"
+    more = [] if paired.p_value is None else [f"McNemar p = {paired.p_value:.2g}"]
+    more += [] if paired.p_bootstrap is None else [f"bootstrap p = {paired.p_bootstrap:.2g}"]
+    more += [paired.note] if paired.note else []
     return (
-        f"{pair.benchmark} {pair.b.name}: B - A = {scale * found.value:+.1f}{between}; "
-        f"only A right {found.only_a}, only B {found.only_b}, {', '.join(more)}\n"
+        f"{pair.benchmark} {pair.b.name}: B - A = {scale * paired.value:+.1f}{between}; "
+        f"only A right {paired.only_a}, only B {paired.only_b}, {', '.join(more)}\n"
     )

@@ -1,4 +1,4 @@
-"""`python -m milora_eval judge FOLDER`: have free answers graded by a model, then score again."""
+"""`python -m milora_eval judge FOLDER`: grade free-form answers with a judge model, then compute the scores."""
 
 from __future__ import annotations
 
@@ -24,17 +24,21 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; judgements are kept one by one, so that an interrupted one goes on where it was."""
-    parse = parser("python -m milora_eval judge", "Have free answers graded by a model, then score again.", EXAMPLES)
-    given = parse.add_argument_group("input")
-    given.add_argument("folder", type=Path, metavar="FOLDER", help="a results folder with MM-Vet or LLaVA-Bench")
-    what = given.add_mutually_exclusive_group(required=True)
-    what.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server, up to and including /v1")
-    what.add_argument("--file", type=Path, help="judgements that are there already (JSONL, or JSON)")
+    """Run the command. Each judgement is stored at once, so an interrupted run can resume."""
+    about = "Grade free-form answers with a judge model, then compute the scores."
+    parse = parser("python -m milora_eval judge", about, EXAMPLES)
+    inputs = parse.add_argument_group("input")
+    inputs.add_argument("folder", type=Path, metavar="FOLDER", help="results folder with MM-Vet or LLaVA-Bench")
+    source = inputs.add_mutually_exclusive_group(required=True)
+    source.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server, up to and including /v1")
+    source.add_argument("--file", type=Path, help="file with existing judgements (JSONL or JSON)")
     settings = parse.add_argument_group("settings")
-    settings.add_argument("--judge_model", metavar="NAME", help="(default: the one that the benchmark names)")
+    settings.add_argument("--judge_model", metavar="NAME", help="judge model (default: set by the benchmark)")
     settings.add_argument(
-        "--key_variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable (default: %(default)s)"
+        "--key_variable",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable with the API key (default: %(default)s)",
     )
     shared(parse.add_argument_group("output"), "format", choices=FORMATS)
     options = parse.parse_args(argv)
@@ -42,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     require_answers(options.folder)
     if options.file is not None:
-        sys.stderr.write(f"{judge_from_file(options.file, options.folder)} judgements taken from {options.file}\n")
+        sys.stderr.write(f"{judge_from_file(options.file, options.folder)} judgements read from {options.file}\n")
     else:
         waiting = list(unjudged(options.folder))
         server = Endpoint(options.endpoint, os.environ.get(options.key_variable, ""))
@@ -56,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show(table, options.format)
     if missing:
-        raise UserError(f"{missing} answers have no judgement yet; the numbers are over the others", exit_code=1)
+        raise UserError(
+            f"{missing} answers have no judgement yet; the scores are computed from the other answers",
+            code="judge-incomplete",
+            exit_code=1,
+        )
     next_step("milora_eval", "view", options.folder)
     return 0

@@ -1,4 +1,4 @@
-"""`python -m milora_eval ls`: the suites and benchmarks there are, and whether their files are in a data folder."""
+"""`python -m milora_eval ls`: list the suites and benchmarks, and whether their files are in a data folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parse = parser("python -m milora_eval ls", "List suites and benchmarks.", EXAMPLES)
-    shared(parse.add_argument_group("input"), "data", about="also say whether the files are there")
+    shared(parse.add_argument_group("input"), "data", about="data folder to search for the benchmark files")
     shared(parse.add_argument_group("output"), "format")
     options = parse.parse_args(argv)
     if options.data and not options.data.is_dir():
-        raise UserError(f"no folder {options.data}")
+        raise UserError(f"no folder {options.data}", code="path-not-a-folder", where="--data")
     benchmarks = [_about(name, options.data) for name in BENCHMARKS]
     if options.format == "json":
         suites = {name: {"benchmarks": suite.benchmarks, "about": suite.about} for name, suite in SUITES.items()}
@@ -43,12 +43,12 @@ def _print(benchmarks: Sequence[dict[str, Any]]) -> None:
     sys.stdout.write("suites\n")
     for name, suite in SUITES.items():
         sys.stdout.write(f"  {name:14} {suite.about}\n")
-    sys.stdout.write("benchmarks (read from DIR/NAME, or from DIR, with --data DIR)\n")
+    sys.stdout.write("benchmarks (with --data DIR, files are read from DIR/NAME or DIR)\n")
     for entry in benchmarks:
-        there = {None: "", True: "found    ", False: "missing  "}[entry["found"]]
+        status = {None: "", True: "found    ", False: "missing  "}[entry["found"]]
         files = ", ".join(name.partition("|")[0] for name in entry["files"])
         rules = " or ".join(entry["protocols"])
-        sys.stdout.write(f"  {entry['name']:14} {there}{entry['split']}, {rules}: {files}\n")
+        sys.stdout.write(f"  {entry['name']:14} {status}{entry['split']}, {rules}: {files}\n")
 
 
 def _about(name: str, data: Path | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`python -m milora_eval run`: load a model once, evaluate it (and its untouched base), print one table."""
+"""`python -m milora_eval run`: load a model once, evaluate it (and optionally its base), print one table."""
 
 from __future__ import annotations
 
@@ -36,19 +36,23 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Everything that can be wrong without a model is checked before one is loaded."""
+    """Run the command. All flags and data files are checked before the model is loaded."""
     options = _options(argv)
-    who = eval_target(options.model, options.adapter, options.base)
-    if options.with_base and not who.has_base:
-        raise UserError("--with_base needs something that was trained: --adapter A, or --model RUN with --base B")
-    arguments = _arguments(options, who)
-    own = (who.folder.resolve(), who.folder.resolve().parent)  # a checkpoint is evaluated into its run
-    if holds_adapter(options.output_dir) and options.output_dir.resolve() not in own:
+    target = eval_target(options.model, options.adapter, options.base)
+    if options.with_base and not target.has_base:
+        raise UserError(
+            "this flag needs a trained model: --adapter A, or --model RUN with --base B",
+            code="flag-conflict",
+            where="--with_base",
+        )
+    arguments = _arguments(options, target)
+    run_folders = (target.folder.resolve(), target.folder.resolve().parent)  # a checkpoint is evaluated into its run
+    if holds_adapter(options.output_dir) and options.output_dir.resolve() not in run_folders:
         sys.stderr.write(f"warning: {options.output_dir} holds another adapter; its scores and report are replaced\n")
-    sys.stderr.write(f"loading {options.model}" + (f" with {who.adapter}\n" if who.adapter else "\n"))
-    folders = _evaluate(options, who, arguments)
+    sys.stderr.write(f"loading {options.model}" + (f" with {target.adapter}\n" if target.adapter else "\n"))
+    folders = _evaluate(options, target, arguments)
     if folders is None:
-        sys.stderr.write(f"shard {options.shard} is done; the last one to finish writes the results\n")
+        sys.stderr.write(f"shard {options.shard} is complete; the last shard to finish writes the results\n")
         return 0
     _print(options, folders)
     _report(options.output_dir)
@@ -57,41 +61,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = parser("python -m milora_eval run", "Ask a model, score its answers, compare with its base.", EXAMPLES)
-    given = options.add_argument_group("input")
-    shared(given, "model", required=True)
-    shared(given, "adapter")
-    shared(given, "base")
-    what = given.add_mutually_exclusive_group(required=True)
+    options = parser("python -m milora_eval run", "Run benchmarks on a model and compare it with its base.", EXAMPLES)
+    inputs = options.add_argument_group("input")
+    shared(inputs, "model", required=True)
+    shared(inputs, "adapter")
+    shared(inputs, "base")
+    what = inputs.add_mutually_exclusive_group(required=True)
     shared(what, "suite")
     what.add_argument("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class")
-    shared(given, "data", about="with the benchmarks' files, or your FILE.json's pictures (default: data/SUITE)")
+    shared(
+        inputs,
+        "data",
+        about="folder with the benchmark files, or with the pictures of your FILE.json (default: data/SUITE)",
+    )
     settings = options.add_argument_group("settings")
-    settings.add_argument("--with_base", action="store_true", help="evaluate the untouched base model too")
-    shared(settings, "limit", about="N items of each benchmark, a part of any larger N's")
-    settings.add_argument("--protocol", metavar="NAME", help="official or llava, for the benchmarks that have both")
+    settings.add_argument("--with_base", action="store_true", help="also evaluate the base model")
+    shared(settings, "limit", about="number of items per benchmark; a larger N contains the items of a smaller one")
+    settings.add_argument("--protocol", metavar="NAME", help="official or llava, for benchmarks that have both")
     shared(settings, "template")
-    shared(settings, "batch_size", default=32, about="questions at a time (default: %(default)s)")
+    shared(settings, "batch_size", default=32, about="questions per batch (default: %(default)s)")
     settings.add_argument("--audit", type=count, default=0, help="ask N items again, one by one, and compare")
     settings.add_argument(
         "--forgetting_tokens",
         type=count,
         default=8192,
-        help="of general text; 0: no forgetting number (default: %(default)s)",
+        help="tokens of general text to measure forgetting on; 0 skips it (default: %(default)s)",
     )
-    settings.add_argument("--shard", default="1/1", metavar="i/n", help="the i-th of n parts; all write to one folder")
+    settings.add_argument(
+        "--shard", default="1/1", metavar="i/n", help="evaluate part i of n; all parts write to one folder"
+    )
     shared(settings, "device")
     shared(settings, "dtype")
     out = options.add_argument_group("output")
-    shared(out, "output_dir", required=True, about="files go to FOLDER/eval/SUITE/...")
+    shared(out, "output_dir", required=True, about="output folder; files go to FOLDER/eval/SUITE/...")
     shared(out, "format", choices=FORMATS)
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 
 
-def _arguments(options: argparse.Namespace, who: EvalTarget) -> dict[str, Any]:
-    """Return what `evaluate.run` takes, checked; reads the questions once to find missing data early."""
-
+def _arguments(options: argparse.Namespace, target: EvalTarget) -> dict[str, Any]:
+    """Return the checked arguments of `evaluate.run`; reads the questions once to find missing data early."""
     if options.suite is not None:
         suite = find_suite(options.suite)
         names, name, limit, partial = suite.benchmarks, options.suite, options.limit or suite.limit, suite.partial
@@ -99,7 +108,12 @@ def _arguments(options: argparse.Namespace, who: EvalTarget) -> dict[str, Any]:
         names = tuple(part.strip() for part in options.benchmarks.split(",") if part.strip())
         name, limit, partial = None, options.limit, False
         if not names:
-            raise UserError("--benchmarks names none\nsee: python -m milora_eval ls")
+            raise UserError(
+                "no benchmark name given",
+                code="flag-value",
+                where="--benchmarks",
+                hint="see: python -m milora_eval ls",
+            )
     data = options.data or Path("data") / (options.suite or names[0])
     if options.protocol is not None:
         names = tuple(_with_protocol(names, options.protocol))
@@ -107,10 +121,14 @@ def _arguments(options: argparse.Namespace, who: EvalTarget) -> dict[str, Any]:
     if partial:
         benchmarks = [benchmark for benchmark in benchmarks if _is_there(benchmark, data, limit)]
         if not benchmarks:
-            raise UserError(f"no benchmark's files are in {data}\nsee: python -m milora_eval ls --data {data}")
+            raise UserError(
+                f"no benchmark's files are in {data}",
+                code="eval-missing-files",
+                hint=f"see: python -m milora_eval ls --data {data}",
+            )
     else:
         questions(Plan(benchmarks=tuple(benchmarks), data_dir=data, limit=limit))
-    own = recipe_of(who.folder)
+    recipe = recipe_of(target.folder)
     return {
         "benchmarks": benchmarks,
         "data_dir": data,
@@ -120,53 +138,58 @@ def _arguments(options: argparse.Namespace, who: EvalTarget) -> dict[str, Any]:
         "shard": parse_shard(options.shard),
         "batch_size": options.batch_size,
         "audit_items": options.audit,
-        "template": options.template or own.get("template") or "vicuna_v1",
-        "image_aspect_ratio": own.get("image_aspect_ratio") or "pad",
+        "template": options.template or recipe.get("template") or "vicuna_v1",
+        "image_aspect_ratio": recipe.get("image_aspect_ratio") or "pad",
     }
 
 
 def _is_there(benchmark: Benchmark, data: Path, limit: int | None) -> bool:
-    """Tell whether a benchmark's files are in a folder: its own, not others' of the same name, such as test.json."""
-
+    """Return whether a folder has a benchmark's files and not unrelated files with the same names (test.json)."""
     if not has_files(benchmark, data):
         return False
     try:
         questions(Plan(benchmarks=(benchmark,), data_dir=data, limit=limit))
     except DataError as error:
-        sys.stderr.write(f"left out: {error}\n")
+        sys.stderr.write(f"skipped: {error}\n")
         return False
     return True
 
 
 def _with_protocol(names: Sequence[str], protocol: str) -> list[str]:
-    """Return the names with the protocol where they have it; UserError where none does."""
+    """Add the protocol to the names whose benchmark has it. Raises UserError if none has it."""
     chosen = [with_protocol(name, protocol) for name in names]
     if not any(protocol in find_benchmark(name).protocols for name in names):
-        known = sorted({own for name in names for own in find_benchmark(name).protocols})
-        raise UserError(f"--protocol {protocol}: none of these benchmarks has it\ntheirs are: {', '.join(known)}")
+        known = sorted({known for name in names for known in find_benchmark(name).protocols})
+        raise UserError(
+            "none of these benchmarks has it",
+            code="eval-unknown-protocol",
+            where=f"--protocol {protocol}",
+            hint=f"their protocols are: {', '.join(known)}",
+        )
     return chosen
 
 
-def _evaluate(options: argparse.Namespace, who: EvalTarget, arguments: dict[str, Any]) -> list[Path] | None:
-    """Evaluate base and tuned model as asked; returns their results folders, None while shards are missing."""
+def _evaluate(options: argparse.Namespace, target: EvalTarget, arguments: dict[str, Any]) -> list[Path] | None:
+    """Evaluate the tuned model and, if asked, its base; return their results folders, None while shards are missing."""
     from peft import PeftModel
 
     from milora_vl.forgetting.measure import hides_its_base
 
-    model, processor = _load(options, who.model, who.adapter)
+    model, processor = _load(options, target.model, target.adapter)
     base = None
-    if (who.base or options.with_base or isinstance(model, PeftModel)) and not hides_its_base(model):
-        base, _ = _load(options, who.base or who.model, None)
+    if (target.base or options.with_base or isinstance(model, PeftModel)) and not hides_its_base(model):
+        base, _ = _load(options, target.base or target.model, None)
     done = []
     if options.with_base:
         with contextlib.nullcontext() if base is not None else model.disable_adapter():
-            done.append(run(base or model, processor, which="base", model_name=who.base or who.model, **arguments))
-    done.append(run(model, processor, which=who.which, model_name=who.model, adapter=who.adapter, **arguments))
+            name = target.base or target.model
+            done.append(run(base or model, processor, which="base", model_name=name, **arguments))
+    done.append(run(model, processor, which=target.which, model_name=target.model, adapter=target.adapter, **arguments))
     if not all(done):
         return None
     folders = [results_folder(options.output_dir, arguments["suite"], result["which"]) for result in done if result]
     if options.forgetting_tokens and (base is not None or hides_its_base(model)):
-        sys.stderr.write(f"text forgetting on {options.forgetting_tokens:,} tokens of general text\n")
+        sys.stderr.write(f"measuring forgetting on {options.forgetting_tokens:,} tokens of general text\n")
         key = str((done[-1] or {})["generation"]["key"])
         add_forgetting(folders[-1], model, processor, base, key, options.forgetting_tokens)
     return folders
@@ -181,7 +204,6 @@ def _load(options: argparse.Namespace, name: str, adapter: Path | None) -> tuple
 
 
 def _print(options: argparse.Namespace, folders: list[Path]) -> None:
-
     results = [read_results(folder) for folder in folders]
     if options.format == "json":
         sys.stdout.write(
@@ -200,7 +222,7 @@ def _print(options: argparse.Namespace, folders: list[Path]) -> None:
 
 
 def _report(output_dir: Path) -> None:
-    """Write the run's report anew and put the scores into its card; it cannot fail the evaluation."""
+    """Update the report and the model card of the run with the scores; an error here does not fail the evaluation."""
     if not (output_dir / "recipe.yaml").is_file():
         return
     from milora_vl.report.model_card import update_scores

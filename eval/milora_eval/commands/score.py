@@ -1,4 +1,4 @@
-"""`python -m milora_eval score`: score stored answers again, or another program's predictions; no model needed."""
+"""`python -m milora_eval score`: score stored answers or another program's predictions, without a model."""
 
 from __future__ import annotations
 
@@ -36,17 +36,19 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: a folder's results.json, table.md and submission files are written anew."""
+    """Run the command: rewrite results.json, table.md and the submission files of a folder."""
     options = _options(argv)
     path = options.folder
     if path.is_file() and path.name == PREDICTIONS and options.benchmark is None:
         path = path.parent
     if path.is_file():
         return _score_file(options, path)
-    given = [flag for flag in ("benchmark", "protocol", "data", "limit", "output_dir") if getattr(options, flag)]
-    if given:
+    flags = [flag for flag in ("benchmark", "protocol", "data", "limit", "output_dir") if getattr(options, flag)]
+    if flags:
         raise UserError(
-            f"--{given[0]} is for a file with predictions; {path} is scored by what its answers say themselves"
+            f"this flag is for a file with predictions; the answers in {path} already name their benchmark",
+            code="flag-conflict",
+            where=f"--{flags[0]}",
         )
     results = score(path)
     _print(options, path, results)
@@ -57,17 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    about = "Score stored answers again, or another program's predictions; no model is needed."
+    about = "Score stored answers or another program's predictions, without a model."
     options = parser("python -m milora_eval score", about, EXAMPLES)
-    given = options.add_argument_group("input")
-    given.add_argument("folder", type=Path, metavar="PATH", help="a results folder, or a file with predictions")
-    given.add_argument("--benchmark", metavar="NAME", help="of which benchmark a file's predictions are")
-    shared(given, "data", about="with that benchmark's files")
+    inputs = options.add_argument_group("input")
+    inputs.add_argument("folder", type=Path, metavar="PATH", help="results folder, or file with predictions")
+    inputs.add_argument("--benchmark", metavar="NAME", help="benchmark of the predictions in a file")
+    shared(inputs, "data", about="folder with the files of that benchmark")
     settings = options.add_argument_group("settings")
-    settings.add_argument("--protocol", metavar="NAME", help="official or llava, where a benchmark has both")
-    shared(settings, "limit", about="of the same N items as `run --limit N`")
+    settings.add_argument("--protocol", metavar="NAME", help="official or llava, for benchmarks that have both")
+    shared(settings, "limit", about="score the same N items as `run --limit N`")
     out = options.add_argument_group("output")
-    shared(out, "output_dir", about="keep the results in FOLDER/eval/BENCHMARK/FILE")
+    shared(out, "output_dir", about="output folder; results go to FOLDER/eval/BENCHMARK/FILE")
     shared(out, "format", choices=FORMATS)
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
@@ -76,7 +78,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 def _score_file(options: argparse.Namespace, path: Path) -> int:
     if options.benchmark is None or options.data is None:
         raise UserError(
-            f"{path} is a file with predictions: --benchmark NAME and --data DIR are needed\n{EXAMPLES}".rstrip()
+            f"{path} is a file with predictions: --benchmark NAME and --data DIR are required",
+            code="flag-required",
+            hint=EXAMPLES.rstrip(),
         )
     name = with_protocol(options.benchmark, options.protocol) if options.protocol else options.benchmark
     benchmark = find_benchmark(name)
@@ -85,7 +89,9 @@ def _score_file(options: argparse.Namespace, path: Path) -> int:
         if options.output_dir is not None:
             folder = options.output_dir / "eval" / benchmark.name / path.stem
             if (folder / PREDICTIONS).exists():
-                raise UserError(f"{folder} holds results already\nname another --output_dir")
+                raise UserError(
+                    f"{folder} holds results already", code="output-exists", hint="choose another --output_dir"
+                )
             folder.mkdir(parents=True, exist_ok=True)
         results = _results(benchmark, path, options, folder)
         _print(options, folder, results)

@@ -1,1 +1,1 @@
-"""Scoring rules: what one answer is worth, by the official scripts. Text in, numbers out; nothing else is imported."""
+"""Scoring rules of the official scripts, as functions from texts to numbers that import nothing else of the project."""

@@ -1,7 +1,7 @@
 """DocVQA and InfographicVQA: average normalised Levenshtein similarity of one answer.
 
 `anls` follows the RRC script (as in QwenLM/Qwen-VL, eval_mm/infographicsvqa_eval.py), `anls_pix2struct` the variant of
-google-research/pix2struct, which gives nothing at exactly 0.5.
+google-research/pix2struct, which gives 0 at exactly 0.5.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ THRESHOLD = 0.5
 
 
 def anls(text: str, references: Sequence[str]) -> float:
-    """Return the similarity to the nearest reference, 0 below 0.5.
+    """Return the similarity to the closest reference, 0 below 0.5.
 
-    Case and blanks are evened out for the distance, but not for the length it is divided by, which is that of the
-    capitals: "ß" counts as the two letters of "SS".
+    The distance ignores case and repeated spaces. The length that divides it does not: it is the length of the
+    upper-case text, in which "ß" has the two letters of "SS".
 
     >>> anls("helo", ["hello"]), anls("ab  ", ["ax"])
     (0.8, 0.75)
@@ -30,7 +30,7 @@ def anls(text: str, references: Sequence[str]) -> float:
 
 
 def anls_pix2struct(text: str, references: Sequence[str]) -> float:
-    """Return the similarity to the nearest reference, 0 at 0.5 and below; callers lower-case both."""
+    """Return the similarity to the closest reference, 0 at 0.5 and below; the caller lower-cases both texts."""
     best = 0.0
     for reference in references:
         length = max(len(text), len(reference))
@@ -40,7 +40,7 @@ def anls_pix2struct(text: str, references: Sequence[str]) -> float:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Return the least number of insertions, deletions and replacements that turn one text into the other."""
+    """Return the smallest number of insertions, deletions and replacements that turn one text into the other."""
     short, long = sorted((a, b), key=len)
     row = list(range(len(short) + 1))
     for i, letter in enumerate(long):

@@ -1,4 +1,4 @@
-"""Reading answers: the normalisation for short free answers. Benchmarks with official rules bring their own."""
+"""Normalisation of short free answers. Benchmarks with official rules have their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ ARTICLES = ("a ", "an ", "the ")
 
 
 def normalise(text: str) -> str:
-    """Return an answer as it is compared: lower-case, blanks collapsed, one trailing period and one article dropped.
+    """Return the normal form of an answer: lower-case, spaces collapsed, one trailing period and one article dropped.
 
     >>> normalise(" A  Red fox.")
     'red fox'
@@ -21,7 +21,7 @@ def normalise(text: str) -> str:
 
 
 def exact_match(text: str, accepted: Iterable[str]) -> bool:
-    """Tell whether `text` equals one of the accepted answers after `normalise`, applied to both.
+    """Return whether `text` equals one of the accepted answers after `normalise`.
 
     >>> exact_match("Grey.", ["gray", "grey"])
     True

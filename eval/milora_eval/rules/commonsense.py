@@ -1,4 +1,4 @@
-"""The text benchmarks of LLM-Adapters, which DoRA and MiLoRA report: the label, number or letter of an answer.
+"""The text benchmarks of LLM-Adapters, reported by DoRA and MiLoRA: parse the label, number or letter of an answer.
 
 Follows AGI-Edgerunners/LLM-Adapters commonsense_evaluate.py and evaluate.py.
 """
@@ -22,22 +22,24 @@ LABELS = {
 
 
 def commonsense_label(text: str, dataset: str) -> str:
-    """Return the first label in an answer, also inside other words; "" for none. KeyError for an unknown data set.
+    """Return the first label in an answer, also inside other words; "" if there is none.
+
+    Raises KeyError for an unknown data set.
 
     >>> commonsense_label("the correct answer is untrue", "boolq")
     'true'
     """
-    found = re.search(LABELS[dataset], text)
-    return found.group() if found else ""
+    match = re.search(LABELS[dataset], text)
+    return match.group() if match else ""
 
 
 def last_number(text: str) -> float:
-    """Return the last number of an answer, commas removed; infinity for none (GSM8K and its like)."""
-    found = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
-    return float(found[-1]) if found else math.inf
+    """Return the last number of an answer, without commas; infinity if there is none (GSM8K and similar sets)."""
+    numbers = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
+    return float(numbers[-1]) if numbers else math.inf
 
 
 def first_letter(text: str) -> str:
-    """Return the first capital A to E of an answer, in whatever word; "" for none (AQuA)."""
-    found = re.search("[A-E]", text)
-    return found.group() if found else ""
+    """Return the first capital A to E in any word of an answer; "" if there is none (AQuA)."""
+    match = re.search("[A-E]", text)
+    return match.group() if match else ""

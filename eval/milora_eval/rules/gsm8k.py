@@ -1,4 +1,4 @@
-"""GSM8K as MiLoRA scores it: the rounded number behind the last "The answer is: ".
+"""GSM8K as MiLoRA scores it: the rounded number after the last "The answer is: ".
 
 Follows sufenlp/MiLoRA inference/gsm8k_inference.py.
 """
@@ -15,9 +15,9 @@ _NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 
 
 def gsm8k_number(text: str) -> int | None:
-    """Return the first number behind the last marker, rounded as Python does; None without marker or number.
+    """Return the first number after the last marker, with Python's rounding; None without a marker or number.
 
-    One separator is read: "1,234,567" is 1234. A fraction is divided; over 0 it is its numerator.
+    Only one separator is parsed: "1,234,567" is 1234. A fraction is divided; with denominator 0 it is its numerator.
 
     >>> gsm8k_number("so. The answer is: 1/2"), gsm8k_number("The answer is 42")
     (0, None)
@@ -34,7 +34,7 @@ def gsm8k_number(text: str) -> int | None:
 
 
 def gsm8k_correct(text: str, truth: int) -> bool:
-    """Tell whether an answer's number is right; up to 1e-4 or a factor of 100, since the script asks MATH's grader too.
+    """Return whether the number is right within 1e-4 or a factor of 100, because the script also uses MATH's grader.
 
     >>> gsm8k_correct("The answer is: 1,800", 18), gsm8k_correct("The answer is: 19", 18)
     (True, False)
@@ -44,7 +44,7 @@ def gsm8k_correct(text: str, truth: int) -> bool:
 
 
 def same_number(value: float, truth: float) -> bool:
-    """Tell whether two numbers are the same up to 1e-4 or a factor of 100, as grader.py does."""
+    """Return whether two numbers are equal up to 1e-4 or a factor of 100, like grader.py."""
     return any(math.isclose(own, value, rel_tol=1e-4) for own in (truth / 100, truth, truth * 100))
 
 

@@ -1,13 +1,13 @@
-"""MATH as MiLoRA scores it: the answer behind the marker equals the reference as text, as a number or as a formula.
+"""MATH as MiLoRA scores it: the answer after the marker equals the reference as text, as a number or as a formula.
 
-Follows sufenlp/MiLoRA inference/MATH_inference.py, util.py and grader.py, quirks included: a factor of 100 is forgiven,
-and an answer or reference that the rewriting stumbles over ("x/2", two units) counts as right whatever the other says.
-Formulas are read by sympy's parse_expr, as in the paper's environment (no LaTeX parser there): ^ is exclusive or.
-It would execute a model's output: only a small alphabet reaches it, names mean symbols or a few functions, and after
-ten seconds two formulas are not equal.
+Follows sufenlp/MiLoRA inference/MATH_inference.py, util.py and grader.py, including their quirks. A factor of 100 is
+accepted. An answer or reference that cannot be rewritten ("x/2", two units) makes the answer right, for any text of the
+other. sympy's parse_expr parses the formulas, as in the paper's environment (without a LaTeX parser), so ^ is exclusive
+or. parse_expr would execute the output of a model. Therefore only a small alphabet reaches it, names mean symbols or a
+few functions, and two formulas that take more than ten seconds are not equal.
 
-Answers as text are rewritten as in MetaMath's util.py, by which two spellings of LaTeX become one. A text that it
-cannot rewrite raises ValueError there and here; the scorer has its own rule for that.
+Answers as text are rewritten as in MetaMath's util.py, which unifies spellings of LaTeX. A text that it cannot rewrite
+raises ValueError, as in the script; the scorer has its own rule for this case.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _BRACES = str.maketrans("", "", "{}()")
 _NAMES = frozenset(("sqrt", "sin", "cos", "tan", "log", "ln", "exp", "pi", "E", "I", "factorial"))
 _FORMULA = re.compile(r"[a-zA-Z\d\s+\-*/^().,!]{1,80}")
 _SECONDS = 10.0
-# Attributes; and, lest it costs the time above, the plainest numbers, factorials and powers that would take forever.
+# Attributes; also numbers, factorials and powers that would obviously exceed the time limit.
 _RISKY = re.compile(r"\.\s*[a-zA-Z]|\d{20}|\d{4}\s*!|!\s*!|(\*\*|\^).*(\*\*|\^)|(\*\*|\^)[\s(\-]*\d{3}")
 
 
 def math_correct(text: str, reference: str) -> bool:
-    """Tell whether an answer equals the reference; always wrong without "The answer is: "."""
+    """Return whether an answer equals the reference; False without "The answer is: "."""
     parts = text.split(MARKER)
     if len(parts) < 2:
         return False
@@ -40,17 +40,17 @@ def math_correct(text: str, reference: str) -> bool:
 
 
 def is_equivalent(answer: str, reference: str) -> bool:
-    """Tell whether two LaTeX answers are the same, by the script's rules."""
+    """Return whether two LaTeX answers are equal by the script's rules."""
     try:
         own, true = simplified(answer), simplified(reference)
         return math_equal(own, true) or own == true
     except ValueError:
-        # The script compares the answer with itself here: right, but for an empty one and for "nan".
+        # The script compares the answer with itself here: it is right, except an empty one and "nan".
         return math_equal(answer, answer) or answer == reference
 
 
 def math_equal(answer: str, reference: str) -> bool:
-    """Tell whether answers are equal as numbers (up to 1e-4 or a factor of 100), as text, in parts, or as formulas."""
+    """Return whether answers are equal as numbers (within 1e-4 or a factor 100), as text, by parts, or as formulas."""
     own, true = _number(answer), _number(reference)
     if own is not None and true is not None:
         return same_number(own, true)
@@ -72,7 +72,7 @@ def _number(text: str) -> float | None:
 
 
 def _bare(text: str, reference: str, *, of: str | None = None) -> str:
-    """Return a text without braces and, where the answer is a list of the reference's kind, without brackets."""
+    """Return a text without braces, and without brackets if the answer is a list of the same kind as the reference."""
     answer = text if of is None else of
     as_list = answer.startswith("[") and answer.endswith("]") and not reference.startswith("(")
     as_tuple = answer.startswith("(") and answer.endswith(")") and not reference.startswith("[")
@@ -80,7 +80,7 @@ def _bare(text: str, reference: str, *, of: str | None = None) -> str:
 
 
 def _equal_parts(answer: str, reference: str) -> bool:
-    """Tell whether two lists or two tuples are equal part by part."""
+    """Return whether two lists or two tuples are equal part by part."""
     for left, right in ("[]", "()"):
         if all(text.startswith(left) and text.endswith(right) for text in (answer, reference)):
             own, true = answer[1:-1].split(","), reference[1:-1].split(",")
@@ -89,8 +89,8 @@ def _equal_parts(answer: str, reference: str) -> bool:
 
 
 def _equal_formulas(answer: str, reference: str) -> bool:
-    """Tell whether two formulas are equal after simplification, or as numbers up to 1e-3."""
-    import sympy.parsing.sympy_parser  # noqa: F401 - not within the time limit, which would leave half of it
+    """Return whether two formulas are equal after simplification, or as numbers up to 1e-3."""
+    import sympy.parsing.sympy_parser  # noqa: F401 - the import takes half of the time limit, so it is outside
 
     try:
         with _at_most(_SECONDS):
@@ -119,30 +119,30 @@ def _equal_in_sympy(answer: str, reference: str) -> bool:
 
 
 def _parse(text: str, *, xor_is_power: bool = False) -> Any:
-    """Return the sympy expression of a formula; None for what is none, and for what would not be safe to parse."""
+    """Return the sympy expression of a formula; None if the text is not a formula or not safe to parse."""
     if not _FORMULA.fullmatch(text) or _RISKY.search(text):
         return None
     import sympy
     from sympy.parsing.sympy_parser import convert_xor, parse_expr, standard_transformations
 
     words = set(re.findall("[a-zA-Z]+", text)) - _NAMES
-    if words & vars(sympy).keys():  # "2*beta": a function there, which cannot be multiplied
+    if words & vars(sympy).keys():  # "2*beta": beta is a function in sympy, which cannot be multiplied
         return None
     symbols = {word: sympy.Symbol(word) for word in words}
     rules = (*standard_transformations, convert_xor) if xor_is_power else standard_transformations
     try:
         return parse_expr(text, local_dict=symbols, transformations=rules)
-    except Exception:  # whatever the parser trips over, it is no formula
+    except Exception:  # any error of the parser means that the text is not a formula
         return None
 
 
-class _TooLong(BaseException):  # no Exception: sympy catches those
+class _TooLong(BaseException):  # not an Exception, because sympy catches those
     pass
 
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise _TooLong after that time; in the main thread alone, which gets the signals."""
+    """Raise _TooLong after this time; has no effect outside the main thread, which alone receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -165,7 +165,7 @@ _SILENT = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
 
 
 def last_boxed(solution: str) -> str | None:
-    """Return the content of the last \\boxed{...} (braces balanced), None without one.
+    """Return the content of the last \\boxed{...} (with balanced braces), None if there is none.
 
     >>> last_boxed("so \\\\boxed{\\\\frac{1}{2}}")
     '\\\\frac{1}{2}'
@@ -182,7 +182,7 @@ def last_boxed(solution: str) -> str | None:
 
 
 def simplified(text: str) -> str:
-    """Return an answer in the spelling that is compared. Raises ValueError for what the script stumbles over.
+    """Return the normal form of an answer. Raises ValueError for texts that the script cannot rewrite.
 
     >>> simplified("1/2"), simplified("\\\\frac12"), simplified("x = 0.5")
     ('\\\\frac{1}{2}', '\\\\frac{1}{2}', '\\\\frac{1}{2}')
@@ -213,32 +213,32 @@ def _without_unit(text: str) -> str:
 
 
 def _braced_roots(text: str) -> str:
-    first, *rest = text.split("\\sqrt")
-    if not all(rest):
-        raise ValueError("a root of nothing")
-    return first + "".join("\\sqrt" + (part if part[0] == "{" else f"{{{part[0]}}}{part[1:]}") for part in rest)
+    first, *parts = text.split("\\sqrt")
+    if not all(parts):
+        raise ValueError("a root without a radicand")
+    return first + "".join("\\sqrt" + (part if part[0] == "{" else f"{{{part[0]}}}{part[1:]}") for part in parts)
 
 
 def _braced_fractions(text: str) -> str:
-    first, *rest = text.split("\\frac")
-    made = first
-    for part in rest:
+    first, *parts = text.split("\\frac")
+    result = first
+    for part in parts:
         if not part:
-            raise ValueError("a fraction of nothing")
+            raise ValueError("a fraction without a numerator")
         if part[0] == "{":
-            made += f"\\frac{part}"
+            result += f"\\frac{part}"
         elif len(part) < 2:
             return text
         elif part[1] == "{":
-            made += f"\\frac{{{part[0]}}}{part[1:]}"
+            result += f"\\frac{{{part[0]}}}{part[1:]}"
         else:
-            made += f"\\frac{{{part[0]}}}{{{part[1]}}}{part[2:]}"
-    return made
+            result += f"\\frac{{{part[0]}}}{{{part[1]}}}{part[2:]}"
+    return result
 
 
 def _slash_to_fraction(text: str) -> str:
     parts = text.split("/")
     if len(parts) != 2:
         return text
-    a, b = int(parts[0]), int(parts[1])  # ValueError for anything but integers, as in the script
+    a, b = int(parts[0]), int(parts[1])  # raises ValueError except for integers, as in the script
     return f"\\frac{{{a}}}{{{b}}}" if re.fullmatch(f"{a}/{b}", text) else text

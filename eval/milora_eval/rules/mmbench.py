@@ -1,4 +1,4 @@
-"""MMBench: the option an answer means, by VLMEvalKit's rules without a judge and by lmms-eval's, and CircularEval.
+"""MMBench: parse the option of an answer by the rules of VLMEvalKit (without a judge) and lmms-eval, and CircularEval.
 
 Follows vlmeval/utils/matching_util.py and vlmeval/dataset/utils/multiple_choice.py (exact matching), and
 lmms_eval/tasks/mmbench/mmbench_evals.py. Their switch VERBOSE, which changes results, is off here.
@@ -21,12 +21,12 @@ REFUSALS = (
 NO_ANSWER = "Failed to obtain answer via API"
 _VERBOSE = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
 _BLANKED = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-# What lmms-eval allows around a letter, in this order.
+# Forms around a letter that lmms-eval accepts, in this order.
 _AROUND = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
 
 
 def mmbench_option(text: str, choices: Mapping[str, str]) -> Option:
-    """Return the letter that an answer means, "Z" for a refusal, False where it cannot be told (VLMEvalKit).
+    """Return the letter of an answer by VLMEvalKit's rules, "Z" for a refusal, False if it is not clear.
 
     >>> mmbench_option("The answer is (B).", {"A": "red", "B": "green"})
     'B'
@@ -52,11 +52,11 @@ def option_letter(text: str, letters: Iterable[str]) -> Option:
 
 
 def mmbench_option_lmms_eval(text: str, choices: Mapping[str, str]) -> Option:
-    """Return the letter that an answer means by lmms-eval's rules, False where it cannot be told."""
+    """Return the letter of an answer by lmms-eval's rules, False if it is not clear."""
     letters, words = "ABCDE", text.split()
     if NO_ANSWER not in text:
         named = [letter for letter in letters if letter in words]
-        # A among more than three words may be the article: then no bare letter counts.
+        # "A" among more than three words may be the article: then no bare letter counts.
         if len(named) == 1 and not ("A" in words and len(words) > 3):
             return named[0]
         for around in _AROUND:
@@ -67,13 +67,13 @@ def mmbench_option_lmms_eval(text: str, choices: Mapping[str, str]) -> Option:
 
 
 def circular_hit(texts: Sequence[str], answers: Sequence[str], choices: Sequence[Mapping[str, str]]) -> bool:
-    """Tell whether every rotation of a question is answered rightly; one that cannot be told is a miss."""
+    """Return whether the answers to all rotations of a question are right; an unclear answer is wrong."""
     rotations = zip(texts, answers, choices, strict=True)
     return all(mmbench_option(text, options) == answer for text, answer, options in rotations)
 
 
 def _option_by_text(text: str, choices: Mapping[str, str], longest: int | None) -> Option:
-    """Return the only option whose text is in the answer; not for answers `longest` times as long as all options."""
+    """Return the only option whose text is in the answer; an answer `longest` times as long as all options has none."""
     text = text.lower()
     if longest is not None and len(text) > longest * sum(len(str(option)) for option in choices.values()):
         return False

@@ -1,4 +1,4 @@
-"""MME: yes, no or other from an answer, and the score of a subtask, 0 to 200.
+"""MME: parse yes, no or other from an answer, and compute the score of a subtask, 0 to 200.
 
 Follows calculation.py of the benchmark's eval_tool.zip (BradyFU/Awesome-Multimodal-Large-Language-Models).
 """
@@ -13,7 +13,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 
 def mme_answer(text: str) -> Literal["yes", "no", "other"]:
-    """Return what an answer says: the whole of it, or else "yes", then "no", within its first four characters.
+    """Return "yes", "no" or "other": the whole answer counts, else "yes", then "no", in its first four characters.
 
     >>> mme_answer("Yes, it is"), mme_answer("not sure"), mme_answer("y")
     ('yes', 'no', 'other')
@@ -25,13 +25,13 @@ def mme_answer(text: str) -> Literal["yes", "no", "other"]:
 
 
 def mme_score(texts: Sequence[str], labels: Sequence[str]) -> float:
-    """Return 100 x accuracy + 100 x the share of pictures with both questions right; two lines in turn are a picture.
+    """Return 100 x accuracy + 100 x the share of pictures with both questions right; two adjacent lines are a picture.
 
     Raises ValueError for an odd number of lines.
     """
     right = [mme_answer(text) == label.lower() for text, label in zip(texts, labels, strict=True)]
     if len(right) % 2:
-        raise ValueError(f"MME asks two questions about every picture, got {len(right)} answers")
+        raise ValueError(f"MME has two questions per picture, got {len(right)} answers")
     if not right:
         return 0.0
     both = sum(first and second for first, second in zip(right[::2], right[1::2], strict=True))

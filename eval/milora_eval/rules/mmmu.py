@@ -1,7 +1,7 @@
-"""MMMU: the option of a multiple-choice answer, and the parts of an open one. Follows mmmu/utils/eval_utils.py.
+"""MMMU: parse the option of a multiple-choice answer and the parts of an open one. Follows mmmu/utils/eval_utils.py.
 
-One thing differs: an answer that names no option gets a random one, as in the script, but one that depends on the item
-alone, not on the order of the items.
+There is one difference: an answer without an option gets a random option, as in the script, but the choice depends only
+on the item, not on the order of the items.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-# As in the script, but for (?<!\d): no match starts inside a run of digits anyway, and trying takes quadratic time.
+# As in the script, plus (?<!\d): no match starts inside a run of digits, and trying to takes quadratic time.
 NUMBERS = (
     r"-?\b\d{1,3}(?:,\d{3})+\b",
     r"-?(?<!\d)\d+(?:\.\d+)?[eE][+-]?\d+",
@@ -20,9 +20,9 @@ NUMBERS = (
 
 
 def mmmu_option(text: str, options: Mapping[str, str], *, seed: str = "") -> str:
-    """Return the letter of an answer: "(B)", else a lone B, else an option's text in a long answer, else by chance.
+    """Return the letter of an answer: "(B)", else a lone B, else an option's text in a long answer, else a random one.
 
-    The last one named counts. `options` maps letters to texts; `seed` is the item's id.
+    The last option in the text counts. `options` maps letters to texts; `seed` is the item's id.
     """
     for mark in ",.!?;:'":
         text = text.strip(mark)
@@ -42,7 +42,7 @@ def mmmu_option(text: str, options: Mapping[str, str], *, seed: str = "") -> str
 
 
 def mmmu_open_correct(text: str, references: str | Sequence[str]) -> bool:
-    """Tell whether an open answer is right: a number in it equals a reference, or a part of it contains one."""
+    """Return whether an open answer is right: a number in it equals a reference, or a part of it contains one."""
     golds = [references] if isinstance(references, str) else references
     right = [form for gold in golds for form in normal_forms(gold)]
     for part in open_parts(text):
@@ -55,16 +55,16 @@ def mmmu_open_correct(text: str, references: str | Sequence[str]) -> bool:
 
 
 def open_parts(text: str) -> list[str | float]:
-    """Return what an open answer says: its key phrases and all numbers in them, normalised."""
+    """Return the normalised key phrases of an open answer and all numbers in them."""
     phrases = key_phrases(text)
     numbers = [number for phrase in phrases for pattern in NUMBERS for number in re.findall(pattern, phrase)]
     return list(dict.fromkeys(form for part in (*phrases, *numbers) for form in normal_forms(part)))
 
 
 def key_phrases(text: str) -> list[str]:
-    """Return per line the shortest tail behind an indicator ("so", "is", ...; in the last also "="), or the whole."""
+    """Return per line the shortest tail after an indicator ("so", "is", ...; in the last also "="), else the text."""
     text = text.strip().strip(".").lower()
-    # The look-ahead for a capital never holds, since the text is lower-cased already: only newlines split.
+    # The look-ahead for a capital never matches, because the text is lower-case: only newlines split.
     sentences = re.split(r"\.\s(?=[A-Z])|\n", text)
     found = []
     for place, sentence in enumerate(sentences):
@@ -77,7 +77,7 @@ def key_phrases(text: str) -> list[str]:
 
 
 def normal_forms(text: str) -> list[str | float]:
-    """Return a number rounded to two decimals, else the lower-cased text; one letter gets a blank on either side."""
+    """Return a number rounded to two decimals, else the lower-case text; a letter gets a space on either side."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -87,7 +87,7 @@ def normal_forms(text: str) -> list[str | float]:
 
 
 def _shortest(tails: Sequence[str]) -> str:
-    """Return the first shortest of the tails; an empty one is replaced by whatever follows it, as in the script."""
+    """Return the first shortest tail; as in the script, the next tail replaces an empty one."""
     best = ""
     for tail in tails:
         if not best or len(tail) < len(best):

@@ -1,6 +1,6 @@
-"""POPE: yes or no from an answer, and the five numbers of a split.
+"""POPE: parse yes or no from an answer, and compute the five numbers of a split.
 
-Follows llava/eval/eval_pope.py (the rule of RUCAIBox/POPE evaluate.py); where that divides by zero, the number is 0.
+Follows llava/eval/eval_pope.py (the rule of RUCAIBox/POPE evaluate.py); a number is 0 where the script divides by zero.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ YesNo = Literal["yes", "no"]
 
 
 class PopeNumbers(NamedTuple):
-    """In the order in which the script prints them; `yes_ratio` is that of the answers."""
+    """The five numbers in the order of the script; `yes_ratio` is the share of yes among the answers."""
 
     f1: float
     accuracy: float
@@ -22,7 +22,7 @@ class PopeNumbers(NamedTuple):
 
 
 def pope_answer(text: str) -> YesNo:
-    """Return "no" where a word of the first sentence is exactly No, not or no; "yes" for anything else.
+    """Return "no" if a word of the first sentence is exactly No, not or no; else "yes".
 
     >>> pope_answer("No, there is none."), pope_answer("NO"), pope_answer("")
     ('no', 'yes', 'yes')

@@ -1,4 +1,4 @@
-"""RefCOCO: boxes in answers, and their overlap. Follows lmms_eval/tasks/refcoco/utils_rec.py."""
+"""RefCOCO: parse boxes in answers, and compute their overlap. Follows lmms_eval/tasks/refcoco/utils_rec.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def box_of(text: str) -> Box:
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return intersection over union of two boxes (left, top, right, bottom); 0 where both are empty."""
+    """Return the intersection over union of two boxes (left, top, right, bottom); 0 if both are empty."""
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height

@@ -1,4 +1,4 @@
-"""ScienceQA: the letter of an answer and its place among the choices. Follows llava/eval/eval_science_qa.py."""
+"""ScienceQA: parse the letter of an answer and its index among the choices. Follows llava/eval/eval_science_qa.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LETTERS = "ABCDE"
 
 
 def scienceqa_letter(text: str) -> str:
-    """Return the letter of an answer, or FAILED: a bare letter, "B. ...", or one "The answer is B" and a character.
+    """Return the letter of an answer (a bare letter, "B. ...", or one "The answer is B" and a character), or FAILED.
 
     >>> scienceqa_letter("B"), scienceqa_letter("B. red"), scienceqa_letter("(B)")
     ('B', 'B', 'FAILED')
@@ -23,6 +23,6 @@ def scienceqa_letter(text: str) -> str:
 
 
 def scienceqa_index(text: str, num_choices: int) -> int:
-    """Return the number of the choice that an answer names, -1 (wrong) for none of them."""
+    """Return the index of the choice that an answer names, -1 (wrong) if it names none."""
     letter = scienceqa_letter(text)
     return LETTERS.index(letter) if letter in list(LETTERS[:num_choices]) else -1

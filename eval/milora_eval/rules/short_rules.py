@@ -1,20 +1,20 @@
-"""Rules of one line: GQA, SEED-Bench and LLaVA-Bench as LLaVA's scripts have them."""
+"""Short rules of LLaVA's scripts: GQA, SEED-Bench and LLaVA-Bench."""
 
 from __future__ import annotations
 
 
 def gqa_correct(text: str, reference: str) -> bool:
-    """Tell whether an answer equals the reference once trailing periods and case are gone (convert_gqa_for_eval.py)."""
+    """Return whether an answer equals the reference except for trailing periods and case (convert_gqa_for_eval.py)."""
     return text.rstrip(".").lower() == reference
 
 
 def seed_correct(text: str, letter: str) -> bool:
-    """Tell whether an answer is the letter, exactly (convert_seed_for_submission.py)."""
+    """Return whether an answer is exactly the letter (convert_seed_for_submission.py)."""
     return text == letter
 
 
 def judge_scores(review: str) -> tuple[float, float]:
-    """Return the two numbers of a judge's first line, (-1, -1) where it is anything else (eval_gpt_review_bench.py).
+    """Return the two numbers of a judge's first line, (-1, -1) for any other text (eval_gpt_review_bench.py).
 
     >>> judge_scores("8 7 out of ten"), judge_scores("8,7")
     ((-1.0, -1.0), (8.0, 7.0))

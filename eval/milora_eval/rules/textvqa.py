@@ -1,4 +1,4 @@
-"""TextVQA as LLaVA scores it: the M4C normaliser on both sides, and the question taken back from the prompt.
+"""TextVQA as LLaVA scores it: apply the M4C normaliser to both sides, and extract the question from the prompt.
 
 Follows llava/eval/m4c_evaluator.py and llava/eval/eval_textvqa.py.
 """
@@ -14,7 +14,7 @@ from milora_eval.rules.vqa import clean, leave_one_out, normalise_words, strip_p
 
 @lru_cache(maxsize=1 << 18)
 def m4c_normalise(text: str) -> str:
-    """Return an answer as M4C compares it: like VQA's, but commas, question marks and `'s` are dealt with first.
+    """Return M4C's normal form of an answer: like VQA's, but commas, question marks and `'s` are processed first.
 
     >>> m4c_normalise("Dog's"), m4c_normalise("red,blue")
     ("dog 's", 'redblue')
@@ -24,16 +24,16 @@ def m4c_normalise(text: str) -> str:
 
 
 def textvqa_accuracy(text: str, references: Sequence[str]) -> float:
-    """Return the accuracy of one answer against ten references. Raises ValueError for another number of them."""
+    """Return the accuracy of one answer against ten references. Raises ValueError for another number."""
     if len(references) != 10:
         raise ValueError(f"TextVQA's rule needs 10 references, got {len(references)}")
     return leave_one_out(m4c_normalise(text), [m4c_normalise(reference) for reference in references])
 
 
 def question_of(prompt: str) -> str:
-    """Return the lower-cased question of a prompt; with the image id it is the key of the annotation.
+    """Return the lower-case question of a prompt; together with the image id it is the key of the annotation.
 
-    Raises ValueError for a prompt of another shape, as one with a newline inside an OCR token.
+    Raises ValueError for a prompt with another format, for example with a newline inside an OCR token.
     """
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):

@@ -1,7 +1,7 @@
 """VQAv2 and VizWiz: the answer normaliser and the leave-one-annotator-out accuracy of their official scripts.
 
-Follows GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py, with its quirks: the period rule whose
-look-behind never looks behind and which stops after 32 periods, and no normalisation where all annotators agree.
+Follows GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py, with its quirks: the look-behind of the
+period rule has no effect, this rule stops after 32 periods, and nothing is normalised if all annotators agree.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _DIGITS = "zero one two three four five six seven eight nine ten".split()
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_DIGITS)}
 ARTICLES = frozenset(("a", "an", "the"))
 
-# Each word is also written with one of its apostrophes left out. The script's Im, Ive, Id've and I'dve are missing:
-# their capitals never meet a lower-cased text.
+# Each word also counts with one apostrophe omitted. The script's Im, Ive, Id've and I'dve are omitted: their capitals
+# never match a lower-case text.
 _WORDS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
 he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
@@ -27,17 +27,17 @@ weren't what'll what're what's what've when's where'd where's where've who'd who
 why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """.split()
 CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _WORDS for i, letter in enumerate(word) if letter == "'"}
-CONTRACTIONS["somebody'd"] = "somebodyd"  # the script has this one the wrong way round
+CONTRACTIONS["somebody'd"] = "somebodyd"  # the script has this pair in the wrong order
 
 _PERIOD = re.compile(r"\.(?!\d)")
 _COMMA = re.compile(r"\d,\d")
 _MARKS = re.compile(f"[{re.escape(PUNCTUATION)}]")
-_NUM_PERIODS = 32  # re.UNICODE, passed where the count goes
+_NUM_PERIODS = 32  # the script passes re.UNICODE (32) as the count
 
 
 @lru_cache(maxsize=1 << 18)
 def normalise(text: str) -> str:
-    """Return an answer as the official script compares it: punctuation, periods, then words.
+    """Return the normal form of an answer by the official script: punctuation, periods, then words.
 
     >>> normalise("The t-shirt, two of them")
     't shirt 2 of them'
@@ -46,7 +46,7 @@ def normalise(text: str) -> str:
 
 
 def strip_punctuation(text: str) -> str:
-    """Delete or blank punctuation: deleted where the mark has a blank beside it anywhere, or a number has a comma."""
+    """Delete a mark if it is next to a space anywhere, or if a number has a comma; else replace it by a space."""
     marks = set(_MARKS.findall(text))
     if marks:
         grouped = _COMMA.search(text) is not None
@@ -56,18 +56,18 @@ def strip_punctuation(text: str) -> str:
 
 
 def normalise_words(text: str) -> str:
-    """Lower-case; number words to digits, articles dropped, contractions given their apostrophe."""
+    """Lower-case the text, convert number words to digits, drop articles, and restore apostrophes in contractions."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def clean(text: str) -> str:
-    """Return the text with newlines and tabs as blanks, stripped."""
+    """Return the stripped text with newlines and tabs replaced by spaces."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def vqav2_accuracy(text: str, references: Sequence[str]) -> float:
-    """Return the accuracy of one answer, 0.0 to 1.0; both sides are normalised only where the references differ."""
+    """Return the accuracy of one answer, 0.0 to 1.0; both sides are normalised only if the references differ."""
     text, references = clean(text), [clean(reference) for reference in references]
     if len(set(references)) > 1:
         text, references = normalise(text), [normalise(reference) for reference in references]
@@ -75,7 +75,7 @@ def vqav2_accuracy(text: str, references: Sequence[str]) -> float:
 
 
 def vizwiz_accuracy(text: str, references: Sequence[str]) -> float:
-    """Return the accuracy of one answer by VizWiz' script: the answer is normalised always, the references never."""
+    """Return the accuracy of one answer by VizWiz' script, which normalises the answer but never the references."""
     return leave_one_out(normalise(clean(text)), [clean(reference) for reference in references])
 
 

@@ -1,4 +1,4 @@
-"""Two evaluations of the same items: paired differences with standard error, interval, McNemar's test and bootstrap."""
+"""Compare two evaluations of the same items: paired differences, standard errors, intervals and tests."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.stats import Difference, paired_difference, resampled_difference, too_few
 from milora_eval.suites import find_benchmark
 
-WORK = 1_000_000  # answers that a bootstrap may score
+WORK = 1_000_000  # largest number of answers that a bootstrap scores
 MIN_RESAMPLES = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One metric on both sides, over the items that both have. `difference` is b minus a; None where not a mean."""
+    """One metric on both sides, over their common items. `difference` is b minus a; None if it cannot be paired."""
 
     benchmark: str
     a: Metric
@@ -29,7 +29,7 @@ class Pair:
 def compare(a: Sequence[Line], b: Sequence[Line]) -> list[Pair]:
     """Return every metric that both sides have, computed over their common items.
 
-    Raises UserError when there are none.
+    Raises UserError if there are no common items.
     """
     pairs: list[Pair] = []
     for name in dict.fromkeys(line["benchmark"] for line in a):
@@ -37,12 +37,16 @@ def compare(a: Sequence[Line], b: Sequence[Line]) -> list[Pair]:
         if left:
             pairs += _pairs(name, left, right)
     if not pairs:
-        raise UserError("the two evaluations have no item in common\nboth must come from the same benchmark and data")
+        raise UserError(
+            "the two evaluations have no item in common",
+            code="eval-nothing-in-common",
+            hint="both must come from the same benchmark and data",
+        )
     return pairs
 
 
 def num_common(a: Sequence[Line], b: Sequence[Line]) -> int:
-    """Return how many items both sides have."""
+    """Return the number of common items."""
     return len({(line["benchmark"], line["id"]) for line in a} & {(line["benchmark"], line["id"]) for line in b})
 
 
@@ -61,7 +65,7 @@ def _pairs(name: str, a: Sequence[Answer], b: Sequence[Answer]) -> list[Pair]:
     pairs = [(metric, right[metric.name]) for metric in benchmark.summarise(a) if metric.name in right]
     resampled = _resampled(benchmark, pairs, a, b)
     units = benchmark.units(a), benchmark.units(b)
-    return [Pair(name, left, own, resampled.get(left.name) or _difference(left, *units)) for left, own in pairs]
+    return [Pair(name, left, other, resampled.get(left.name) or _difference(left, *units)) for left, other in pairs]
 
 
 def _difference(metric: Metric, a: Sequence[Answer], b: Sequence[Answer]) -> Difference | None:
@@ -79,7 +83,7 @@ def _difference(metric: Metric, a: Sequence[Answer], b: Sequence[Answer]) -> Dif
 
 
 def _copy(answer: Answer, times: int) -> Answer:
-    """Return the answer as that of another picture, for one that is drawn again."""
+    """Return the answer with a new group, for a picture that is drawn again."""
     if not times:
         return answer
     return replace(answer, item=replace(answer.item, group=f"{answer.item.group} again {times}"))
@@ -88,9 +92,9 @@ def _copy(answer: Answer, times: int) -> Answer:
 def _resampled(
     benchmark: Benchmark, pairs: Sequence[tuple[Metric, Metric]], a: Sequence[Answer], b: Sequence[Answer]
 ) -> dict[str, Difference]:
-    """Return the difference of the headline where it is no mean over items, by drawing pictures again and again.
+    """Return the bootstrapped difference of the headline if it is not a mean over items; else an empty dict.
 
-    The draws are fewer for many answers, since each computes the benchmark's numbers anew.
+    Each draw computes all numbers of the benchmark again, so more answers mean fewer draws.
     """
     resamples = min(1000, WORK // max(len(a), 1))
     if not pairs or pairs[0][0].mean_of is not None or not benchmark.can_resample or resamples < MIN_RESAMPLES:

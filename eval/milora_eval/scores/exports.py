@@ -1,4 +1,4 @@
-"""Files for other programs from stored answers: submissions for servers and official scripts, LLaVA's answers files."""
+"""Write stored answers for other programs: submissions for servers and official scripts, LLaVA's answers files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUBMISSION = "submission"
 
 
 class StoredAnswers(Collection[Answer]):
-    """The answers to one benchmark, read from the disk each time, so that a million take little memory."""
+    """The answers to one benchmark, read from the disk on each iteration, so that a million take little memory."""
 
     def __init__(
         self, benchmark: Benchmark, reference: str, path: Path, reviews: Mapping[tuple[str, str, str], str]
@@ -35,14 +35,14 @@ class StoredAnswers(Collection[Answer]):
         return sum(line["benchmark"] == self._reference for line in each_line(self._path))
 
     def __contains__(self, answer: object) -> bool:
-        return any(answer == own for own in self)
+        return any(answer == stored for stored in self)
 
 
 def export(folder: Path) -> list[Path]:
-    """Write submission/BENCHMARK/* for all benchmarks of a results folder that have files for others.
+    """Write submission/BENCHMARK/* for all benchmarks of a results folder that have a submission format.
 
-    A part of a benchmark (--limit) makes no submission; what cannot be written is said and does not stop the rest.
-    Files of earlier answers do not stay behind.
+    A run with --limit has no submission. A submission that cannot be written causes a warning, and the others are still
+    written. Submissions of earlier answers are deleted.
     """
     results = read_results(folder)
     shutil.rmtree(folder / SUBMISSION, ignore_errors=True)
@@ -59,5 +59,5 @@ def export(folder: Path) -> list[Path]:
             if benchmark.form == "exact":
                 written += write_llava_files(benchmark, answers, target, model)
         except UserError as error:
-            sys.stderr.write(f"no submission for {benchmark.name}: {error}\n")
+            sys.stderr.write(f"warning: no submission for {benchmark.name}: {error}\n")
     return written

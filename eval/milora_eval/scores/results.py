@@ -1,6 +1,6 @@
-"""results.json: the numbers of one model on one suite, computed from the lines of predictions.jsonl alone.
+"""Compute results.json, the numbers of one model on one suite, from the lines of predictions.jsonl alone.
 
-The lines are read one by one and never all held, so that a million of them take little memory.
+The lines are streamed, so a million of them take little memory.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Results = dict[str, Any]
 
 
 def summarise(folder: Path) -> list[dict[str, Any]]:
-    """Return the `benchmarks` entry of results.json; every answer is scored anew."""
+    """Return the `benchmarks` entry of results.json; every answer is scored again."""
     path, reviews = folder / PREDICTIONS, judgements(folder)
     runs = [name for name, _ in groupby(line["benchmark"] for line in each_line(path))]
-    if len(set(runs)) == len(runs):  # each benchmark's lines stand together, as they are written
+    if len(set(runs)) == len(runs):  # the usual case: the lines of each benchmark are contiguous
         return [
             _entry(name, lines, reviews) for name, lines in groupby(each_line(path), lambda line: line["benchmark"])
         ]
@@ -43,18 +43,18 @@ def summarise(folder: Path) -> list[dict[str, Any]]:
 def score(folder: str | Path) -> Results:
     """Score the stored answers of an evaluation again, without its model, and rewrite its results.json.
 
-    Raises UserError for a folder without answers, for an answer that is there twice, and for one that is missing.
+    Raises UserError if the folder has no answers, or if answers are duplicated or missing.
     """
     folder = Path(folder)
     require_answers(folder)
     before = read_results(folder)
     check_ids(folder, before)
-    made: dict[str, Benchmark] = {}
+    benchmarks: dict[str, Benchmark] = {}
 
     def rescored() -> Iterator[Line]:
         reviews = judgements(folder)
         for line in each_line(folder / PREDICTIONS):
-            benchmark = made.setdefault(line["benchmark"], find_benchmark(line["benchmark"]))
+            benchmark = benchmarks.setdefault(line["benchmark"], find_benchmark(line["benchmark"]))
             yield line | {"correct": to_answer(benchmark, line, review_of(line, reviews)).value}
 
     write_lines(folder / PREDICTIONS, rescored())
@@ -65,7 +65,7 @@ def score(folder: str | Path) -> Results:
 
 
 def numbers(folder: Path, suite: str) -> dict[str, Any]:
-    """Return the entries of results.json that follow from the answers: benchmarks, the suite's mean, a digest."""
+    """Return the entries of results.json that depend on the answers: benchmarks, mean of the suite, a digest."""
     entries = summarise(folder)
     return {
         "benchmarks": entries,
@@ -75,7 +75,7 @@ def numbers(folder: Path, suite: str) -> dict[str, Any]:
 
 
 def suite_mean(suite: str, entries: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return the plain mean of the headlines that the suite averages, in percent, unrounded; None while some lack."""
+    """Return the mean of the headlines that the suite averages, in percent, unrounded; None if one is missing."""
     wanted = SUITES[suite].mean if suite in SUITES else ()
     headlines = {entry["name"]: entry["metrics"][0]["value"] for entry in entries if entry["metrics"]}
     if not wanted or not set(wanted) <= set(headlines):
@@ -84,26 +84,31 @@ def suite_mean(suite: str, entries: Iterable[Mapping[str, Any]]) -> dict[str, An
 
 
 def judgements(folder: Path) -> dict[tuple[str, str, str], str]:
-    """Return what the judge said, by benchmark, item and answer: a new answer has no judgement yet."""
-    found = each_line(folder / JUDGEMENTS)
-    return {(line["benchmark"], line["id"], line["prediction"]): line["judgement"] for line in found}
+    """Return the texts of the judge by (benchmark, item id, answer), so a new answer has no judgement yet."""
+    lines = each_line(folder / JUDGEMENTS)
+    return {(line["benchmark"], line["id"], line["prediction"]): line["judgement"] for line in lines}
 
 
 def review_of(line: Line, reviews: Mapping[tuple[str, str, str], str]) -> str | None:
-    """Return the judgement of a line's answer."""
+    """Return the judgement of a line's answer, None if there is none."""
     return reviews.get((line["benchmark"], line["id"], line["prediction"])) if reviews else None
 
 
 def require_answers(folder: Path) -> None:
-    """Raise UserError where a folder holds no answers, with the folders that have some."""
+    """Raise UserError if a folder has no answers; the hint lists subfolders that have some."""
     if next(each_line(folder / PREDICTIONS), None) is None:
         near = sorted(path.parent for path in folder.glob(f"**/{PREDICTIONS}"))[:5] if folder.is_dir() else []
-        hint = "there are answers in: " + ", ".join(map(str, near)) if near else "make some: python -m milora_eval run"
-        raise UserError(f"{folder} holds no answers: no {PREDICTIONS}\n{hint}")
+        raise UserError(
+            f"{folder} holds no answers: no {PREDICTIONS}",
+            code="eval-no-answers",
+            hint="there are answers in: " + ", ".join(map(str, near))
+            if near
+            else "to generate answers: python -m milora_eval run",
+        )
 
 
 def require_lines(folder: Path) -> list[Line]:
-    """Return the answers in `folder`, with their judgements; UserError that names the folders which have some."""
+    """Return the answers in `folder` with their judgements. Raises UserError if there are none."""
     require_answers(folder)
     reviews = judgements(folder)
     lines = read_lines(folder / PREDICTIONS)
@@ -111,7 +116,7 @@ def require_lines(folder: Path) -> list[Line]:
 
 
 def check_ids(folder: Path, results: Mapping[str, Any]) -> None:
-    """Raise UserError that names an answer which is there twice, or one that the results had and is gone."""
+    """Raise UserError if an answer appears twice, or if there are fewer answers than results.json counts."""
     path = folder / PREDICTIONS
     hashes = np.fromiter((hash(_name(line)) for line in each_line(path)), dtype=np.int64)
     values, counts = np.unique(hashes, return_counts=True)
@@ -119,17 +124,23 @@ def check_ids(folder: Path, results: Mapping[str, Any]) -> None:
         twice = set(values[counts > 1].tolist())
         name = next(_name(line) for line in each_line(path) if hash(_name(line)) in twice)
         raise UserError(
-            f'{path}: {name[0]} has two answers for the id "{name[1]}"\nleave one of them, then score again'
+            f'{name[0]} has two answers for the id "{name[1]}"',
+            code="predictions-duplicate-id",
+            where=str(path),
+            hint="delete one of them, then score again",
         )
     expected = sum(entry["n"] for entry in results.get("benchmarks", ()))
     if len(values) < expected:
-        raise UserError(f"{path} holds {len(values)} answers, {expected} were asked{_gone(path, results)}")
+        raise UserError(
+            f"{path} holds {len(values)} answers, expected {expected}",
+            code="predictions-missing-ids",
+            hint=_missing_ids(path, results) + "generate them: run the same  python -m milora_eval run  again",
+        )
 
 
-def _gone(path: Path, results: Mapping[str, Any]) -> str:
-    """Return which ids are missing, where the questions can still be read."""
-
-    have, again = {_name(line) for line in each_line(path)}, "\nask them again: the same python -m milora_eval run"
+def _missing_ids(path: Path, results: Mapping[str, Any]) -> str:
+    """Return a line with the missing ids; empty if the questions cannot be read."""
+    have = {_name(line) for line in each_line(path)}
     missing: list[str] = []
     for entry in results["benchmarks"]:
         try:
@@ -140,7 +151,7 @@ def _gone(path: Path, results: Mapping[str, Any]) -> str:
         name = entry.get("reference", entry["name"])
         missing += [f'{entry["name"]} "{item.id}"' for item in items if (name, item.id) not in have]
     more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-    return (f"\nmissing: {', '.join(missing[:5])}{more}" if missing else "") + again
+    return f"missing: {', '.join(missing[:5])}{more}\n" if missing else ""
 
 
 def _name(line: Line) -> tuple[str, str]:
@@ -148,7 +159,7 @@ def _name(line: Line) -> tuple[str, str]:
 
 
 def lines_digest(lines: Iterable[Line]) -> str:
-    """Return a hash of who was asked what and answered what."""
+    """Return a hash of the benchmark, id and answer of all lines."""
     total = hashlib.sha256()
     for line in lines:
         total.update(json.dumps([line["benchmark"], line["id"], line["prediction"]]).encode())
@@ -156,12 +167,12 @@ def lines_digest(lines: Iterable[Line]) -> str:
 
 
 def read_results(folder: Path) -> Results:
-    """Return the results.json of a folder, an empty dict where there is none."""
+    """Return the results.json of a folder, an empty dict if there is none."""
     return read_json(folder / RESULTS) or {}
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write results.json as a whole."""
+    """Write results.json atomically."""
     write_json(folder / RESULTS, results)
 
 

@@ -1,4 +1,4 @@
-"""Result tables: the same cells for the terminal, as markdown and as LaTeX."""
+"""Result tables for the terminal, as markdown and as LaTeX, all with the same cells."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LATEX = str.maketrans(
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells as text, the first column a name; `notes` go below."""
+    """Cells as text; the first column is a name. `notes` appear below the table."""
 
     title: str
     header: tuple[str, ...]
@@ -51,7 +51,7 @@ class Table:
         return "\n".join(lines).rstrip() + "\n"
 
     def latex(self) -> str:
-        """Return a tabular for a LaTeX document (booktabs), title and notes as comments."""
+        """Return a LaTeX tabular (booktabs) with the title and the notes as comments."""
         lines = [f"% {self.title}", rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\toprule"]
         body = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in (self.header, *self.rows)]
         lines += [body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"]
@@ -71,7 +71,7 @@ class Table:
 
 
 def show(table: Table, form: str) -> None:
-    """Print a table to stdout: human, markdown or latex."""
+    """Print a table to stdout as human, markdown or latex."""
     if form != "human":
         sys.stdout.write(table.markdown() if form == "markdown" else table.latex())
         return
@@ -84,17 +84,17 @@ def show(table: Table, form: str) -> None:
 
 
 def results_table(results: Results) -> Table:
-    """Return one model's numbers: metric, n, baseline, value; with several benchmarks, their protocol and version."""
-    found = shown(metrics_of(results))
+    """Return the table of one model: metric, n, baseline, value. For several benchmarks also protocol and version."""
+    metrics = shown(metrics_of(results))
     rows: list[tuple[str, ...]] = [
-        (label(benchmark, name, found), f"{metric.n:,}", baseline(metric), value(metric))
-        for (benchmark, name), metric in found.items()
+        (label(benchmark, name, metrics), f"{metric.n:,}", baseline(metric), value(metric))
+        for (benchmark, name), metric in metrics.items()
     ]
     header: tuple[str, ...] = ("", "n", "baseline", results["which"])
-    notes = _notes(found, results)
+    notes = _notes(metrics, results)
     entries = {entry["name"]: entry for entry in results["benchmarks"]}
     if len(entries) > 1:
-        about = [(entries[name]["protocol"], entries[name]["version"]) for name, _ in found]
+        about = [(entries[name]["protocol"], entries[name]["version"]) for name, _ in metrics]
         header = (*header, "protocol", "version")
         rows = [(*row, *more) for row, more in zip(rows, about, strict=True)]
     if results.get("mean"):
@@ -104,15 +104,15 @@ def results_table(results: Results) -> Table:
 
 
 def pairs_table(title: str, pairs: Sequence[Pair], names: tuple[str, str], means: Sequence[Any] = ()) -> Table:
-    """Return two models side by side: metric, n, baseline, a, b, paired difference.
+    """Return the table of two models: metric, n, baseline, a, b, paired difference.
 
-    `means`: the suite's mean of both, for a first row; unrounded like that of one model.
+    `means` are the means of the suite for both models; they make the first row, unrounded.
     """
     pairs = [pair for pair in pairs if not pair.b.detail]
-    found = {(pair.benchmark, pair.b.name): pair.b for pair in pairs}
+    metrics = {(pair.benchmark, pair.b.name): pair.b for pair in pairs}
     rows = [
         (
-            label(pair.benchmark, pair.b.name, found),
+            label(pair.benchmark, pair.b.name, metrics),
             f"{pair.b.n:,}",
             baseline(pair.b),
             value(pair.a),
@@ -124,11 +124,11 @@ def pairs_table(title: str, pairs: Sequence[Pair], names: tuple[str, str], means
     if means and all(means):
         a, b = (entry["value"] for entry in means)
         rows.insert(0, (mean_label(means[1]), "", "", repr(a), repr(b), f"{b - a:+}"))
-    return Table(title, ("", "n", "baseline", *names, "difference"), tuple(rows), tuple(_notes(found)))
+    return Table(title, ("", "n", "baseline", *names, "difference"), tuple(rows), tuple(_notes(metrics)))
 
 
 def with_forgetting(table: Table, forgetting: Mapping[str, Any] | None) -> Table:
-    """Return the table with the text-forgetting row and its explanation."""
+    """Return the table with the text-forgetting row and its note."""
     if not forgetting or "difference" not in table.header:
         return table
     row = (
@@ -140,20 +140,20 @@ def with_forgetting(table: Table, forgetting: Mapping[str, Any] | None) -> Table
         "+" + _nats(forgetting["kl"], forgetting["kl_stderr"]),
     )
     note = (
-        "text forgetting: cross-entropy against the base model's own predictions on general text, nats per token; "
-        "the base's entropy is its floor"
+        "text forgetting: cross-entropy against the base model's predictions on general text, nats per token; "
+        "its minimum is the entropy of the base model"
     )
     return replace(table, rows=(*table.rows, row), notes=(*table.notes, note))
 
 
-def shown(found: Mapping[tuple[str, str], Metric]) -> dict[tuple[str, str], Metric]:
-    """Return the metrics that stand in a table: not the details."""
-    return {key: metric for key, metric in found.items() if not metric.detail}
+def shown(metrics: Mapping[tuple[str, str], Metric]) -> dict[tuple[str, str], Metric]:
+    """Return the metrics that a table shows, without the details."""
+    return {key: metric for key, metric in metrics.items() if not metric.detail}
 
 
-def label(benchmark: str, name: str, found: Mapping[tuple[str, str], Metric]) -> str:
-    """Return a metric's name, with its benchmark where there are several."""
-    return name if len({key[0] for key in found}) == 1 else f"{benchmark}: {name}"
+def label(benchmark: str, name: str, metrics: Mapping[tuple[str, str], Metric]) -> str:
+    """Return the name of a metric, with its benchmark if there are several."""
+    return name if len({key[0] for key in metrics}) == 1 else f"{benchmark}: {name}"
 
 
 def mean_label(entry: Mapping[str, Any]) -> str:
@@ -162,7 +162,7 @@ def mean_label(entry: Mapping[str, Any]) -> str:
 
 
 def value(metric: Metric) -> str:
-    """Return a value with its standard error; without one where all answers score alike, which tells no spread.
+    """Return a value with its standard error; without it if all answers have the same score.
 
     >>> value(Metric("accuracy", 0.5, 0.012, 100)), value(Metric("accuracy", 1.0, 0.0, 2))
     ('50.0 ± 1.2', '100.0')
@@ -173,17 +173,17 @@ def value(metric: Metric) -> str:
 
 
 def baseline(metric: Metric) -> str:
-    """Return a metric's baseline, a blank where it has none."""
+    """Return the baseline of a metric, an empty text if it has none."""
     return "" if metric.baseline is None else f"{_scale(metric) * metric.baseline:.1f}"
 
 
 def difference(pair: Pair) -> str:
-    """Return b minus a with the paired standard error, where there is one."""
-    scale, found = _scale(pair.b), pair.difference
-    if found is None:
+    """Return b minus a, with the paired standard error if there is one."""
+    scale, paired = _scale(pair.b), pair.difference
+    if paired is None:
         return f"{scale * (pair.b.value - pair.a.value):+.1f}"
-    text = f"{scale * found.value:+.1f}"
-    return f"{text} ± {scale * found.stderr:.1f}" if found.stderr else text
+    text = f"{scale * paired.value:+.1f}"
+    return f"{text} ± {scale * paired.stderr:.1f}" if paired.stderr else text
 
 
 def _nats(value: float, stderr: float | None) -> str:
@@ -194,9 +194,9 @@ def _scale(metric: Metric) -> float:
     return 100.0 if metric.unit == "fraction" else 1.0
 
 
-def _notes(found: Mapping[tuple[str, str], Metric], results: Mapping[str, Any] | None = None) -> list[str]:
-    notes = [f"{label(*key, found)}: {metric.note}" for key, metric in found.items() if metric.note]
-    if any(metric.baseline is not None for metric in found.values()):
+def _notes(metrics: Mapping[tuple[str, str], Metric], results: Mapping[str, Any] | None = None) -> list[str]:
+    notes = [f"{label(*key, metrics)}: {metric.note}" for key, metric in metrics.items() if metric.note]
+    if any(metric.baseline is not None for metric in metrics.values()):
         notes.insert(0, "baseline: the most frequent answer, or the best fixed choice, without looking at the picture")
     for entry in (results or {}).get("benchmarks", ()):
         if not entry["metrics"]:

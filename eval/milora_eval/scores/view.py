@@ -1,6 +1,6 @@
-"""One HTML page to browse the answers of an evaluation, or of two: pictures, questions, answers, truths, filters.
+"""One HTML page to browse the answers of one or two evaluations: pictures, questions, answers, references, filters.
 
-The page holds everything itself, small copies of the pictures included, and needs no network.
+The page is self-contained, with small copies of the pictures, and needs no network.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Runs = Sequence[tuple[str, Sequence[Line]]]
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The page, how many questions it holds, and how many there are."""
+    """The page, the number of questions on it, and the number of all questions."""
 
     html: str
     shown: int
@@ -32,26 +32,26 @@ class Page:
 
 
 def page(runs: Runs, limit: int) -> Page:
-    """Return the page for one run or two, each (name, lines); of many questions, `limit` or as many as 5 MB hold.
+    """Return the page for one or two runs, each (name, lines), with at most `limit` questions and at most 5 MB.
 
-    The second run's answers are compared with the first's on the questions of the first.
+    The page shows the questions of the first run and compares the second run's answers to them.
     """
     while True:
-        made = _page(runs, limit)
-        size = len(made.html)  # all of it is ASCII
-        if size <= MAX_BYTES or made.shown <= 1:
-            return made
-        limit = max(1, made.shown * MAX_BYTES * 9 // (size * 10))
+        result = _page(runs, limit)
+        size = len(result.html)  # all of it is ASCII
+        if size <= MAX_BYTES or result.shown <= 1:
+            return result
+        limit = max(1, result.shown * MAX_BYTES * 9 // (size * 10))
 
 
 def _page(runs: Runs, limit: int) -> Page:
     names = [name for name, _ in runs]
-    lines = [{(line["benchmark"], line["id"]): line for line in own} for _, own in runs]
+    lines = [{(line["benchmark"], line["id"]): line for line in run_lines} for _, run_lines in runs]
     items = [to_item(line) for line in lines[0].values()]
     kept = {id(item) for item in select(items, limit)}
     pictures: dict[str, int] = {}
     rows = [
-        _row(key, [own.get(key) for own in lines], pictures)
+        _row(key, [by_key.get(key) for by_key in lines], pictures)
         for key, item in zip(lines[0], items, strict=True)
         if id(item) in kept
     ]
@@ -66,7 +66,7 @@ def _page(runs: Runs, limit: int) -> Page:
             "lede": _lede(names, rows),
             "about": f"{count} questions",
             "credits": credit_lines(folder for name in pictures for folder in list(Path(name).parents)[:2]),
-            # Plain ASCII and no "<": whatever an answer holds, it cannot end the script it stands in.
+            # Plain ASCII without "<", so no answer can end the script element that contains it.
             "content": content.replace("<", "\\u003c"),
         },
     )
@@ -74,18 +74,18 @@ def _page(runs: Runs, limit: int) -> Page:
 
 
 def _lede(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The result in a line: how many of the questions shown are right, or how two runs differ."""
+    """Return the result in one line: how many answers are right, or how two runs differ."""
     marks = [[None if a is None or a["value"] is None else a["value"] >= 0.5 for a in row["answers"]] for row in rows]
     if len(names) == 1:
-        scored = [own for (own,) in marks if own is not None]
-        return f"{sum(scored):,} of {len(scored):,} answers are right" if scored else "Answers that are not scored yet"
+        scored = [mark for (mark,) in marks if mark is not None]
+        return f"{sum(scored):,} of {len(scored):,} answers are right" if scored else "The answers are not scored yet"
     gained, lost = marks.count([False, True]), marks.count([True, False])
     first, second = names
-    return f"{second} is right on {gained:,} questions that {first} gets wrong, and wrong on {lost:,} of its right ones"
+    return f"{second} corrects {gained:,} wrong answers of {first}, and gets {lost:,} of its right ones wrong"
 
 
-def _row(key: tuple[str, str], own: Sequence[Line | None], pictures: dict[str, int]) -> dict[str, Any]:
-    first = own[0]
+def _row(key: tuple[str, str], lines: Sequence[Line | None], pictures: dict[str, int]) -> dict[str, Any]:
+    first = lines[0]
     assert first is not None
     names = [name for name in (first["image_file"], *first.get("more_images", ())) if name]
     return {
@@ -96,11 +96,11 @@ def _row(key: tuple[str, str], own: Sequence[Line | None], pictures: dict[str, i
         "question": _shown(first["question"]),
         "truths": list(dict.fromkeys(map(str, first["answers"]))),
         "pictures": [pictures.setdefault(name, len(pictures)) for name in names],
-        "answers": [None if line is None else _said(line) for line in own],
+        "answers": [None if line is None else _answer(line) for line in lines],
     }
 
 
-def _said(line: Mapping[str, Any]) -> dict[str, Any]:
+def _answer(line: Mapping[str, Any]) -> dict[str, Any]:
     answer = to_answer(find_benchmark(line["benchmark"]), line, line.get("judgement"))
     return {"text": answer.text, "value": answer.value}
 

@@ -1,4 +1,4 @@
-"""The tasks of the studies by name; the module of one is imported when it is asked for."""
+"""The tasks of the studies by name. The module of a task is imported on first use."""
 
 from __future__ import annotations
 
@@ -25,20 +25,32 @@ TASKS = {
 
 
 def task_class(name: str) -> type[Task]:
-    """Return the class of a task, which knows what is measured; UserError for no such name, and for what it lacks."""
+    """Return the class of a task. Raises UserError for an unknown name, a missing package or missing data."""
     if name not in TASKS:
         near = suggest(name, TASKS)
-        raise UserError(f"no task {name!r}\n" + (f"did you mean {near[0]} ?" if near else f"known: {', '.join(TASKS)}"))
-    module, cls = TASKS[name]
+        raise UserError(
+            f"unknown task {name!r}",
+            code="study-unknown-task",
+            hint=f"did you mean {near[0]} ?" if near else f"known tasks: {', '.join(TASKS)}",
+        )
+    module, class_name = TASKS[name]
     if module in ("pictures", "digits") and find_spec("sklearn") is None:
-        raise UserError(f'the pictures of task {name} come with scikit-learn\npip install "milora-vl[studies]"')
+        raise UserError(
+            f"task {name} needs the pictures of scikit-learn, which is not installed",
+            code="package-missing",
+            hint='pip install "milora-vl[studies]"',
+        )
     if name == "smol-llava" and not (EMOJI / "train.json").is_file():
-        raise UserError(f"no {EMOJI / 'train.json'}\nmake it:  python -m milora_data emoji --output_dir {EMOJI}")
-    found: type[Task] = getattr(import_module(f"milora_vl.studies.tasks.{module}"), cls)
-    return found
+        raise UserError(
+            f"no file {EMOJI / 'train.json'}",
+            code="data-missing-file",
+            hint=f"create it:  python -m milora_data emoji --output_dir {EMOJI}",
+        )
+    task: type[Task] = getattr(import_module(f"milora_vl.studies.tasks.{module}"), class_name)
+    return task
 
 
 @cache
 def load_task(name: str) -> Task:
-    """Return a task, built once in a process; see `task_class`."""
+    """Return a task; each process builds it once. Raises the errors of `task_class`."""
     return task_class(name)()

@@ -1,4 +1,4 @@
-"""What the tasks of language models share: they learn short answers, and may forget general text."""
+"""The base class of tasks for language models: learn short answers; forgetting is measured on general text."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ BATCH, TOKENS = 16, 1536
 class AnswerTask:
     """Questions with short answers.
 
-    Each test question is read with its answer once, and is right if each token of the answer, its end included, is the
-    likeliest: what greedy decoding would write. No other accepted answer counts. `probes` are batches on which
-    forgetting is measured beside general text.
+    One forward pass scores each test question with its answer: it is right if every token of the answer, including the
+    end token, is the most likely one, so greedy decoding would produce it. No other accepted answer counts. `probes`
+    are further batches, besides general text, on which forgetting is measured.
     """
 
     metric = "whole answer right, share of the test questions"
@@ -52,7 +52,7 @@ class AnswerTask:
         self.lengths = self._lengths(train)
         self.validation, self.test = self._by_length(validation), self._by_length(test)
         text = text_batches(general_text(), collator.tokenizer, num_tokens=TOKENS, block_length=256, batch_size=4)
-        with torch.no_grad():  # the base model's predictions (n, vocabulary), which all trainings are compared with
+        with torch.no_grad():  # predictions of the base model (n, vocabulary), the reference for all trainings
             self.probes = {
                 name: [(batch, self._predicted(base, batch)) for batch in batches]
                 for name, batches in {"text": text, **probes}.items()
@@ -65,7 +65,7 @@ class AnswerTask:
         return copied
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Any]:
-        """Yield batches of records of similar length, in an order that the seed decides."""
+        """Yield batches of records of similar length, in an order that depends on the seed."""
         sampler = LengthGroupedSampler(self.lengths, batch_size, seed)
         for epoch in count():
             order = sampler.order(epoch)
@@ -73,13 +73,13 @@ class AnswerTask:
                 yield self.collator([self.train[place] for place in order[start : start + batch_size]])
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the mean loss of the answers' tokens, under bfloat16 autocast as the demo trains."""
+        """Return the mean loss of the answer tokens under bfloat16 autocast, as in the demo."""
         with _autocast(model):
             loss, num_tokens = summed_loss(model, batch, chunked=True)
         return loss / num_tokens
 
     def measure(self, model: nn.Module) -> Measured:
-        """Measure the loss on held-out records, whole answers on test questions, and KL on text and other probes."""
+        """Measure the loss on held-out records, exact answers on test questions, and the KL on text and the probes."""
         losses, _ = self._answers(model, self.validation)
         test_losses, right = self._answers(model, self.test)
         items = {record.id: float(hit) for record, hit in zip(self.test, right, strict=True)}
@@ -90,21 +90,21 @@ class AnswerTask:
         return Measured(fmean(losses), fmean(items.values()), items, text.kl, more)
 
     def _answers(self, model: nn.Module, records: Sequence[Record]) -> tuple[list[float], list[bool]]:
-        """Of each record the mean loss over the tokens of its answers, and whether each is the likeliest."""
+        """Return per record the mean loss over its answer tokens, and whether every token is the most likely one."""
         losses: list[float] = []
         right: list[bool] = []
         for start in range(0, len(records), BATCH):
             batch = self.collator(records[start : start + BATCH])
             labels = batch.pop("labels")[:, 1:]
-            places = (labels != IGNORE).any(0).nonzero()[:, 0]  # logits are made where an answer stands
+            positions = (labels != IGNORE).any(0).nonzero()[:, 0]  # compute logits only at answer tokens
             with _autocast(model):
-                logits = model(**batch, logits_to_keep=places).logits
-            labels = labels[:, places]
-            learnt = labels != IGNORE
-            own = torch.zeros(labels.shape)
-            own[learnt] = cross_entropy(logits[learnt].float(), labels[learnt], reduction="none")
-            losses += (own.sum(1) / learnt.sum(1)).tolist()
-            right += ((logits.argmax(-1) == labels) | ~learnt).all(1).tolist()
+                logits = model(**batch, logits_to_keep=positions).logits
+            labels = labels[:, positions]
+            supervised = labels != IGNORE
+            token_losses = torch.zeros(labels.shape)
+            token_losses[supervised] = cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
+            losses += (token_losses.sum(1) / supervised.sum(1)).tolist()
+            right += ((logits.argmax(-1) == labels) | ~supervised).all(1).tolist()
         return losses, right
 
     def _kl(self, model: nn.Module, probe: Sequence[tuple[Batch, Tensor]]) -> Forgetting:
@@ -122,13 +122,13 @@ class AnswerTask:
         )
 
     def _by_length(self, records: Sequence[Record]) -> list[Record]:
-        """The records with those of similar length together: less padding."""
+        """Return the records sorted by length, for less padding."""
         lengths = self._lengths(records)
         return [records[place] for place in sorted(range(len(records)), key=lengths.__getitem__)]
 
 
 @contextmanager
 def _autocast(model: nn.Module) -> Iterator[None]:
-    """What trains is float32, the rest bfloat16: the demo's training multiplies in bfloat16 too."""
+    """Use bfloat16 autocast with float32 trainable weights, like the demo's training."""
     with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(model):
         yield

