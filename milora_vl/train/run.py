@@ -1,4 +1,4 @@
-"""One training run, step by step; `milora_vl.train` tells them in order."""
+"""The steps of one training run. `milora_vl.train.command.train` calls them in order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from milora_vl.train.trainer import MiloraTrainer
 
 
 class Run:
-    """State of one run. Everything that can be wrong is found before the model loads."""
+    """State of one run. All checks that do not need the model happen before it loads."""
 
     def __init__(self, request: Request) -> None:
         self.start = time.monotonic()
@@ -36,9 +36,9 @@ class Run:
         self.request = request
         self.trainer: Any = None
         self.probe: Any = None
-        self.spectra: Any = None  # measured at the start of a run alone
+        self.spectra: Any = None  # measured only at the start of a run
         self.push_failed = False
-        self.failed: list[str] = []  # evaluations that did not come to their end
+        self.failed: list[str] = []  # commands of the evaluations that failed
         self.settings = settings.resolve(request)
         self.recipe, self.hub_token = hub.without_token(self.settings.recipe)
         path = Path(request.output_dir) if request.output_dir else run_folder.default_path(self.recipe, datetime.now())
@@ -50,29 +50,29 @@ class Run:
             self.screen.warn(warning)
 
     def check_resumed(self) -> None:
-        """Refuse to continue a run with settings that it was not trained with; find the changes that it may have."""
+        """Compare the settings with the resumed run: raise where they must be equal, warn where they may differ."""
         self.resumed = resuming.Resumed(self.folder, self.request.resume)
         processes, implicit = int(os.environ.get("WORLD_SIZE", "1")), self.settings.implicit_policy
         for warning in self.resumed.compare(self.recipe, implicit_policy=implicit, processes=processes):
             self.screen.warn(warning)
 
     def is_done(self) -> bool:
-        """Whether `--resume_from_checkpoint auto` finds a finished run: a requeued job has nothing left to do."""
+        """Return whether `--resume_from_checkpoint auto` finds a finished run. A requeued job then does nothing."""
         if not self.resumed.is_done():
             return False
         self.screen.say(f"{self.folder.path} is finished; nothing to resume")
         return True
 
     def check_policy(self) -> None:
-        """Find out by the model's config, before anything is read, what the rules say wrongly of it."""
+        """Check the policy rules against the model's config before any file of data or weights is read."""
         settings.require_fit(self.request, self.recipe)
 
     def check_hub(self) -> None:
-        """Find out whether the run could push its files, where it is to."""
+        """Check that the run can push its files if `--push_to_hub` is set."""
         hub.check(self.recipe.train, self.folder.path, self.hub_token)
 
     def read_data(self) -> None:
-        """Read and check the records, and settle HF's arguments and the number of steps."""
+        """Read and check the records, make HF's TrainingArguments and compute the number of steps."""
         with self.screen.step(f"reading {run_data.describe(self.recipe.data)}"):
             self.data = run_data.read(self.recipe.data)
         self.resumed.require_same_records(self.data)
@@ -99,7 +99,7 @@ class Run:
             resuming.require_same_steps(self.folder.checkpoint, self.recipe, self.batching.steps)
 
     def check_evaluation(self) -> None:
-        """Find out now what loading the model, or the evaluation after the training, would stumble over."""
+        """Check the base model's files and the evaluation after training, so that mistakes there show up now."""
         evaluation.check(self.recipe.eval)
         base_model.check(self.recipe)
 
@@ -117,11 +117,11 @@ class Run:
         for warning in on_model.model_warnings(self.recipe, self.base, self.processor):
             self.screen.warn(warning)
         if self.recipe.eval.forgetting_every:
-            with self.screen.step("keeping the base's predictions, for forgetting"):
+            with self.screen.step("computing the base model's predictions to measure forgetting"):
                 self.probe = Probe(self.base, self.processor)
 
     def arrange_data(self) -> None:
-        """Count tokens where the recipe groups records by length, and pack them where it asks for that."""
+        """Count the tokens per record for batches of similar length, and pack the records if the recipe asks for it."""
         self.items: Any = self.data.train
         self.lengths = run_files.lengths(self.recipe, self.base, self.processor, self.data.train)
         if self.recipe.data.packing:
@@ -132,10 +132,10 @@ class Run:
             self._count_steps(len(self.items))
         if self.recipe.data.streaming:
             self.items = streaming.stream_of(self.recipe, self.args)
-            self.args.ignore_data_skip = True  # a resumed stream is where it was
+            self.args.ignore_data_skip = True  # the stream restores its own position
 
     def apply_policy(self) -> None:
-        """Make the adapters, or put a checkpoint's back; nothing of the base changes in the anchored form."""
+        """Create the adapters or load them from the checkpoint. The anchored form leaves the base weights unchanged."""
         from transformers import set_seed
 
         targets = on_model.targets_of(self.recipe, self.base)
@@ -145,15 +145,15 @@ class Run:
         if self.describes_start():
             with self.screen.step("measuring the spectrum of one layer per tower"):
                 self.spectra = layer_spectra(self.base, targets)
-        set_seed(self.args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
+        set_seed(self.args.seed)  # LoRA starts from random numbers; HF's example scripts set the seed here too
         checkpoint, dtype = self.folder.checkpoint, training_args.trained_dtype(self.args)
         with self.screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
             self.built = model.build(self.recipe, self.base, targets, checkpoint, dtype)
         if self.args.gradient_checkpointing:
-            self.built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
+            self.built.model.enable_input_require_grads()  # otherwise frozen embeddings detach the graph
 
     def open_folder(self) -> None:
-        """Show the header and the policy, and gather what is written when the first step begins."""
+        """Print the header and the policy, and prepare the files that are written when the first step begins."""
         known = (self.settings, self.recipe.model, self.data, self.batching, self.args, self.dtype, self.folder)
         self.screen.header(header.rows(*known))
         self.screen.policy(policy_rows(self.built.targets, self.built.sizes, self.built.report), self.built.frozen)
@@ -183,7 +183,7 @@ class Run:
         )
 
     def train(self) -> None:
-        """Train with HF's Trainer; where no step begins, nothing is left in the run folder."""
+        """Train with HF's Trainer. If no step begins, the run folder is removed again."""
         try:
             self._make_trainer()
             self._train()
@@ -212,7 +212,7 @@ class Run:
             self.trainer.add_callback(ForgettingCallback(self.probe, self.recipe.eval.forgetting_every, self.trainer))
 
     def _train(self) -> None:
-        """Make the steps; a keyboard interrupt says how to go on."""
+        """Run the training steps. After a keyboard interrupt, print how to resume."""
         from peft.helpers import disable_input_dtype_casting
         from transformers import TrainerState
 
@@ -222,7 +222,7 @@ class Run:
             self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             return
         try:
-            # Autocast casts what it multiplies; PEFT would first widen every input to the adapter's float32.
+            # Autocast casts the operands itself; PEFT would first cast every input to the adapter's float32.
             with (
                 failures.explained(self.args),
                 calls_on_sigterm(self.trainer.stop_on_signal.hear),
@@ -235,15 +235,16 @@ class Run:
             raise
         if self.trainer.stop_on_signal.stopped and self.trainer.state.global_step < self.batching.steps:
             raise UserError(
-                f"stopped by SIGTERM at step {self.trainer.state.global_step}, which is saved\n"
-                "to go on, repeat the command with  --resume_from_checkpoint auto",
+                f"stopped by SIGTERM at step {self.trainer.state.global_step}, which is saved",
+                code="run-stopped-by-signal",
+                hint="to resume, repeat the command with  --resume_from_checkpoint auto",
                 exit_code=128 + signal.SIGTERM,
             )
         for warning in run_files.warnings_of(self.collator):
             self.screen.warn(warning)
 
     def _use_feature_cache(self) -> None:
-        """Let batches hold what the frozen tower makes of the pictures, where the recipe names a folder for it."""
+        """Put cached features of the frozen vision tower into the batches if the recipe sets `data.feature_cache`."""
         if self.recipe.data.feature_cache:
             features.check(self.base, self.built.targets)
             records = [*self.data.train, *(self.data.evaluation or ())]
@@ -251,7 +252,7 @@ class Run:
             self.collator.features = features.prepare(folder, self.base, self.collator, records, self.args, self.screen)
 
     def has_all_steps(self) -> bool:
-        """Whether only the end of the run was lost: HF's loop would make one more step before it sees max_steps."""
+        """Return whether the checkpoint is of the last step. HF's loop would train one step more than max_steps."""
         checkpoint = self.folder.checkpoint
         return checkpoint is not None and step_of(checkpoint) == self.batching.steps
 
@@ -259,7 +260,7 @@ class Run:
         """Write the final weights, processor and HF's state at the root of the run folder."""
         with failures.explained(self.args):
             if not self.has_all_steps():
-                self.trainer.save_model(_internal_call=True)  # pushed when the pages are there too
+                self.trainer.save_model(_internal_call=True)  # pushed later, together with the pages
             elif self.args.should_save:
                 best = self.trainer.state.best_model_checkpoint if self.args.load_best_model_at_end else None
                 checkpoints.copy_results(Path(best or str(self.folder.checkpoint)), self.folder.path)
@@ -273,7 +274,7 @@ class Run:
                 self.screen.warn(f"a push during the training failed: {reason}")
 
     def evaluate(self) -> None:
-        """Start the evaluation that the recipe asks for, once this process has given its memory back."""
+        """Free the memory of this process, then start the evaluations that the recipe asks for."""
         plan = evaluation.commands(self.recipe.eval, model=self.recipe.model, output_dir=self.folder.path)
         if not plan or not self.args.should_save:
             return
@@ -288,13 +289,13 @@ class Run:
                 self.failed.append("python " + " ".join(command))
 
     def close(self) -> int:
-        """Write the model card and the report, and say where everything is. Returns the exit code."""
+        """Write the model card and the report, print where all files are, and return the exit code."""
         if self.args.should_save:
             close(self.folder, self.recipe, self.screen, self.request.format)
             if self.args.push_to_hub:
                 self._push()
         for command in self.failed:
-            self.screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")
+            self.screen.warn(f"the evaluation failed; the training is saved. To evaluate again: {command}")
         return 1 if self.failed or self.push_failed else 0
 
     def _push(self) -> None:
@@ -306,14 +307,14 @@ class Run:
             self.screen.warn(str(error))
 
     def describe_unfinished(self) -> None:
-        """Write the losses so far, the model card and the report of a run that ended before its end."""
+        """Write the losses so far, the model card and the report of an interrupted run."""
         if self.args.should_save and self.opening.has_begun:
             try:
                 self.trainer.state.save_to_json(str(self.folder.path / "trainer_state.json"))
                 write_pages(self.folder, self.recipe, self.screen)
-            except OSError as error:  # the disk is full: what ended the run is what the user has to read
+            except OSError as error:  # a full disk must not hide the error that ended the run
                 self.screen.warn(f"no report: {error}")
 
     def describes_start(self) -> bool:
-        """Whether policy and spectra are to be written: not where a resumed run finds those of its start."""
+        """Return whether to write policy and spectra. A resumed run keeps the files from its start."""
         return self.folder.checkpoint is None or not (self.folder.path / "policy.json").is_file()
