@@ -1,4 +1,4 @@
-"""`python -m milora_vl.train`: fine-tune a model by a recipe, with Hugging Face's, LLaVA's and our own flags."""
+"""`python -m milora_vl.train`: fine-tune a model from a recipe, with Hugging Face's, LLaVA's and our own flags."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from milora_vl.recipe import arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks; UserError for what the user can mend. Returns the exit code."""
+    """Run the action of the command line and return the exit code. Raises UserError for mistakes the user can fix."""
     request = arguments.parse(argv)
     if request.action in ("print_recipe", "list_models", "list_recipes"):
         from milora_vl.recipe import listings
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(request: arguments.Request) -> int:
-    """One run, from the recipe to the report."""
+    """Run one training, from the recipe to the report, and return the exit code."""
     from milora_vl.train.run import Run
 
     job = Run(request)
@@ -51,8 +51,8 @@ def train(request: arguments.Request) -> int:
 
 
 @atexit.register
-def _leave_the_group() -> None:
-    """Several processes part in order: gloo's threads now and then abort an interpreter that ends under them."""
+def _destroy_process_group() -> None:
+    """Close the process group before exit: gloo's threads sometimes abort an interpreter that ends while they run."""
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist
