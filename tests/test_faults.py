@@ -67,7 +67,7 @@ def test_a_full_disk_is_named(arguments: TrainingArguments) -> None:
         with pytest.raises(UserError, match="--resume_from_checkpoint auto") as error, failures.explained(arguments):
             write()
         problem = error.value.problems[0]
-        assert (problem.code, problem.where) == ("run-disk-full", arguments.output_dir)
+        assert (problem.code, problem.where) == ("disk-full", arguments.output_dir)
         assert error.value.exit_code == 1
 
 

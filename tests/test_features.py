@@ -94,7 +94,7 @@ def test_entries_that_are_cut_off_are_made_anew_and_a_folder_that_cannot_be_is_t
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory") as error:
         main(words(tiny_data, tmp_path / "third", *run, str(tmp_path / "file")))
-    assert error.value.problems[0].code == "feature-cache-not-writable"
+    assert error.value.problems[0].code == "path-not-writable"
 
 
 def test_stored_pictures_of_one_name_have_entries_of_their_own(tiny_data: Path, tmp_path: Path) -> None:

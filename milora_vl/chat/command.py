@@ -275,7 +275,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.web and options.question is not None:
         raise UserError(
             "takes no question on the command line",
-            code="flags-conflict",
+            code="flag-conflict",
             where="--web",
             hint="type the question on the page, or remove --web to get the answer here",
         )
@@ -284,7 +284,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("needs gradio, which is not installed", code="package-missing", where="--web", hint=hint)
     if options.format == "json" and options.question is None:
         hint = "add a question, or remove the flag"
-        raise UserError("json needs a question to answer", code="flags-conflict", where="--format", hint=hint)
+        raise UserError("json needs a question to answer", code="flag-needs-another", where="--format", hint=hint)
     adapter = options.adapter
     if adapter and not (holds_adapter(adapter) or holds_projector_alone(adapter)):
         newest = newest_of_unfinished(adapter, "milora_vl.chat", "--model", options.model, "--adapter")

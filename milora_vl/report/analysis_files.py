@@ -35,7 +35,7 @@ def read_analysis(run: Path) -> Analysis | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"cannot be read: {error}",
-            code="report-unreadable-file",
+            code="file-unreadable",
             where=str(file),
             hint=f"repeat the analysis, or move {file.parent} away for a report without it",
         ) from error

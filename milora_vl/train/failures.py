@@ -66,7 +66,7 @@ def _explain(text: str, args: TrainingArguments) -> Problem | None:
         return Problem(f"a loader process died: {first}", "run-loader-died", hint=hint)
     if any(phrase in text for phrase in NOT_WRITTEN):
         hint = f"free some space, or set --save_total_limit\n{RESUME}"
-        return Problem(f"cannot write: {first}", "run-disk-full", str(args.output_dir), hint)
+        return Problem(f"cannot write: {first}", "disk-full", str(args.output_dir), hint)
     if args.world_size > 1 and any(phrase in text for phrase in OTHER_DIED):
         hint = f"its own message gives the reason\n{RESUME}"
         return Problem(f"another process of this run has ended ({first[:200]})", "run-process-died", hint=hint)

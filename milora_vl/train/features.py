@@ -92,7 +92,7 @@ def prepare(
             _fill(reader, compute, pictures, args, screen)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{folder} cannot be written to: {error}", code="feature-cache-not-writable", where="data.feature_cache"
+                f"{folder} cannot be written to: {error}", code="path-not-writable", where="data.feature_cache"
             ) from None
     replay(tower, layers)
     return reader
@@ -205,7 +205,7 @@ def _announce(reader: FeatureReader, missing: int, total: int, screen: _Screen) 
     if size > free:
         raise UserError(
             f"{size / 1e9:,.1f} GB are needed in {reader.folder}, {free / 1e9:,.1f} are free",
-            code="feature-cache-no-space",
+            code="disk-full",
             where="data.feature_cache",
             hint="free some space, or name a folder on another disk",
         )

@@ -168,7 +168,7 @@ class MiloraTrainer(Trainer):
             if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(options):
                 raise UserError(
                     f"{self.args.optim} makes its own parameter groups, so learning rates per rule are not possible",
-                    code="optimizer-own-groups",
+                    code="optimizer-unsupported",
                     where="--optim",
                     hint="use another optimizer, for example  --optim adamw_torch",
                 )
