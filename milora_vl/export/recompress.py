@@ -1,6 +1,6 @@
 """Recompress an adapter to the nearest LoRA of lower rank: the truncated SVD of each change s (B A - B0 A0).
 
-The rank of a change is at most that of the joined factors, so two thin QR decompositions and a small SVD suffice.
+The joined factors bound the rank of a change, so two thin QR decompositions and one small SVD suffice.
 """
 
 from __future__ import annotations
