@@ -1,7 +1,7 @@
-"""Answers in batches: greedy, with stock `model.generate`, each picture computed once for all questions about it.
+"""Greedy answers in batches with `model.generate`; each picture is computed once for all questions about it.
 
-Rows are padded on the left. What all rows of a batch begin with (system text and picture, as a rule) is run once per
-picture; its key-value cache is repeated for the questions, whose padding then stands between the two.
+Rows are padded on the left. The common prefix of all rows in a batch (usually system text and picture) is computed once
+per picture, and its key-value cache is repeated for the questions. Their padding is then between prefix and question.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ OnBatch = Callable[[list[int], list[str]], None]
 class Prompt:
     """A conversation up to a question, and its pictures: paths or PIL images, one for each `<image>` in the turns.
 
-    form: training, as training encodes the turns (pictures to the front, text stripped); exact, as they stand, which is
-    what LLaVA's evaluation does; raw, the last turn's text without any template.
+    form: `training` encodes the turns like training (pictures first, text stripped); `exact` keeps them unchanged, like
+    LLaVA's evaluation; `raw` uses the text of the last turn without a template.
     """
 
     turns: tuple[Turn, ...]
@@ -49,10 +49,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """An encoded prompt; `place` is its number in the caller's list, `picture` the same for equal pictures.
+    """An encoded prompt. `place` is its index in the caller's list; equal pictures have an equal `picture`.
 
-    Until its batch comes, `ids` holds each picture as one id, since there may be a million rows. `length` is that of
-    the whole prompt.
+    `ids` contains each picture as one id until its batch starts, because there may be a million rows. `length` counts
+    all ids of the full prompt.
     """
 
     place: int
@@ -76,17 +76,19 @@ def generate(
     on_batch: OnBatch | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[str]:
-    """Return the model's answers, in the order of `prompts`; the same at every batch size, up to rounding.
+    """Return the answers in the order of `prompts`; they are equal at every batch size, up to rounding.
 
-    `model` is a LLaVA or a text-only causal model, also within a PeftModel. `on_batch(places, texts)` is called after
-    each batch, with the numbers of its prompts; transformers' `streamer` gets the tokens of a single prompt as they
-    come. A model of LLaVA-1.6 tiles its pictures, whatever `image_aspect_ratio` says. Raises UserError for a picture
-    without a model that sees, ValueError for a streamer with several prompts and for a batch size below 1.
+    `model` is a LLaVA or a text-only causal model, or a PeftModel of one. `on_batch(places, texts)` is called after
+    each batch with the indices of its prompts. transformers' `streamer` gets the tokens of a single prompt. A LLaVA-1.6
+    model tiles its pictures and ignores `image_aspect_ratio`.
+
+    Raises UserError for a picture if the model reads only text, and ValueError for a streamer with several prompts or a
+    batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if streamer is not None and len(prompts) != 1:
-        raise ValueError(f"a streamer takes one prompt, got {len(prompts)}")
+        raise ValueError(f"a streamer needs exactly one prompt, got {len(prompts)}")
     reader = Reader(model, processor, template, image_aspect_ratio)
     answers = [""] * len(prompts)
     with torch.inference_mode(), _evaluating(model):
@@ -103,10 +105,10 @@ def generate(
 def prompt_ids(
     prompt: Prompt, tokenizer: Any, template: str, *, image_token_id: int, image_tokens: int | Sequence[int] = 576
 ) -> list[int]:
-    """Return the ids of a prompt, each picture as `image_tokens` copies of `image_token_id` (a list: one count each).
+    """Return the ids of a prompt, with `image_tokens` copies of `image_token_id` per picture (a list: one count each).
 
-    Form exact is LLaVA's tokenizer_image_token on its conversation's text. Raises UserError where the number of
-    `<image>` is not that of the pictures.
+    Form `exact` equals LLaVA's tokenizer_image_token on the text of the conversation. Raises UserError if the numbers
+    of `<image>` and pictures differ.
     """
     if prompt.form == "training":
         return encode_prompt(
@@ -120,20 +122,22 @@ def prompt_ids(
     if prompt.form == "exact":
         ids, segments = segments_of(prompt.turns, template, tokenizer, prompt=True)
         text = "".join(segment.text for segment in segments)
-    # Text between pictures is tokenized stretch by stretch.
-    first, *rest = text.split(IMAGE) if prompt.images else [text]
-    if len(rest) != len(prompt.images):
-        raise UserError(f"{len(rest)} {IMAGE} in the prompt, but {len(prompt.images)} pictures")
+    # Each piece of text between pictures is tokenized separately.
+    first, *pieces = text.split(IMAGE) if prompt.images else [text]
+    if len(pieces) != len(prompt.images):
+        raise UserError(
+            f"the prompt contains {len(pieces)} {IMAGE}, but {len(prompt.images)} pictures", code="prompt-image-count"
+        )
     backend = fast_backend(tokenizer)
     ids = [*ids, *backend.encode(first, add_special_tokens=False).ids]
-    counts = [image_tokens] * len(rest) if isinstance(image_tokens, int) else image_tokens
-    for count, stretch in zip(counts, rest, strict=True):
-        ids += [image_token_id] * count + backend.encode(stretch, add_special_tokens=False).ids
+    counts = [image_tokens] * len(pieces) if isinstance(image_tokens, int) else image_tokens
+    for count, piece in zip(counts, pieces, strict=True):
+        ids += [image_token_id] * count + backend.encode(piece, add_special_tokens=False).ids
     return ids
 
 
 class Reader:
-    """What turns prompts into tensors for one model."""
+    """Turns prompts into tensors for one model."""
 
     def __init__(self, model: Any, processor: Any, template: str, image_aspect_ratio: str) -> None:
         self.model = model
@@ -144,13 +148,17 @@ class Reader:
         self.image_token = None if images is None else image_token_id(model.config)
         self.image_tokens = 0 if images is None else image_tokens(model.config)
         self.tiling = None if images is None else tiling_of(model.config)
-        own = self.tokenizer.pad_token_id
-        self.pad = self.tokenizer.eos_token_id if own is None else own
+        pad = self.tokenizer.pad_token_id
+        self.pad = self.tokenizer.eos_token_id if pad is None else pad
 
     def row(self, place: int, prompt: Prompt) -> _Row:
         """Encode one prompt."""
         if prompt.images and self.image_token is None:
-            raise UserError("a question with a picture, but this model reads only text\nuse a vision-language model")
+            raise UserError(
+                "the question has a picture, but this model reads only text",
+                code="model-reads-only-text",
+                hint="use a vision-language model",
+            )
         image = -1 if self.image_token is None else self.image_token
         ids = prompt_ids(prompt, self.tokenizer, self.template, image_token_id=image, image_tokens=1)
         length = len(ids) + sum(self._num_tokens(picture) - 1 for picture in prompt.images)
@@ -158,24 +166,24 @@ class Reader:
         return _Row(place, array("i", ids), length, prompt.images, names)
 
     def whole(self, row: _Row) -> _Row:
-        """Return the row with as many ids for each picture as the model wants."""
+        """Return the row with the ids of each picture repeated as often as the model needs."""
         counts = map(self._num_tokens, row.images)
-        times = (next(counts, 1) if own == self.image_token else 1 for own in row.ids)
-        return replace(row, ids=[own for own, count in zip(row.ids, times, strict=True) for _ in range(count)])
+        repeats = (next(counts, 1) if token == self.image_token else 1 for token in row.ids)
+        return replace(row, ids=[token for token, count in zip(row.ids, repeats, strict=True) for _ in range(count)])
 
     def pixels(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
-        """Return {"pixel_values": (num_images, 3, H, W)} of the rows' pictures in order; {} without any.
+        """Return {"pixel_values": (num_images, 3, H, W)} for the pictures of the rows in order; {} without pictures.
 
-        Of a model that tiles them, (num_images, tiles, 3, H, W), and image_sizes.
+        A model that tiles pictures gets (num_images, tiles, 3, H, W) and image_sizes.
         """
         images = [self._picture(image) for row in rows for image in row.images]
         if not images:
             return {}
-        # What is square already is not padded again; a processor that pads by itself must not do so for "plain".
+        # Square pictures are not padded again. A processor that pads must not do so for "plain".
         options = {"do_pad": False} if self.tiling is None and self.image_processor.to_dict().get("do_pad") else {}
-        made = dict(self.image_processor(images=unmistakable(images), return_tensors="pt", **options))
-        made["pixel_values"] = made["pixel_values"].to(self.model.dtype)
-        return {name: tensor.to(self.model.device) for name, tensor in made.items()}
+        inputs = dict(self.image_processor(images=unmistakable(images), return_tensors="pt", **options))
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
     def _num_tokens(self, image: str | Path | Image.Image) -> int:
         if self.tiling is None:
@@ -192,19 +200,19 @@ class Reader:
 
 
 def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Yield batches of rows with equally many pictures: those about one picture together, and those of like length."""
+    """Yield batches of rows with the same number of pictures, grouped by picture and then by length."""
     longest: dict[tuple[str | int, ...], int] = {}
     for row in rows:
         longest[row.picture] = max(longest.get(row.picture, 0), row.length)
 
-    def like(row: _Row) -> tuple[int, int, str, int]:
+    def order(row: _Row) -> tuple[int, int, str, int]:
         return len(row.picture), longest[row.picture], str(row.picture), row.length
 
-    # Long ones first: what does not fit into memory fails at once, and the time left is not underestimated.
-    for _, group in groupby(sorted(rows, key=like, reverse=True), key=lambda row: len(row.picture)):
-        alike = list(group)
-        for start in range(0, len(alike), batch_size):
-            yield alike[start : start + batch_size]
+    # Longest first: a batch too large for memory fails at once, and the remaining time is not underestimated.
+    for _, group in groupby(sorted(rows, key=order, reverse=True), key=lambda row: len(row.picture)):
+        members = list(group)
+        for start in range(0, len(members), batch_size):
+            yield members[start : start + batch_size]
 
 
 def _answer(
@@ -230,7 +238,7 @@ def _answer(
     else:
         inputs |= reader.pixels(rows)
     config = _greedy(reader, *decoding)
-    inputs |= {"generation_config": config, "streamer": streamer} | _own_config_alone()
+    inputs |= {"generation_config": config, "streamer": streamer} | _ignore_model_defaults()
     output = reader.model.generate(**inputs)[:, width:].tolist()
     ends = set(config.eos_token_id)
     return [
@@ -240,7 +248,7 @@ def _answer(
 
 
 def _common_prefix(rows: Sequence[_Row], image_token: int | None) -> int:
-    """Return how many ids all rows begin with, short of the shortest; 0 where a picture comes after them."""
+    """Return the length of the common prefix, below the shortest row; 0 if a picture comes after it."""
     shortest = min(len(row.ids) for row in rows) - 1
     columns = zip(*(row.ids[:shortest] for row in rows), strict=True)
     prefix = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
@@ -248,12 +256,12 @@ def _common_prefix(rows: Sequence[_Row], image_token: int | None) -> int:
 
 
 def _shared_cache(reader: Reader, first: Sequence[_Row], rows: Sequence[_Row], prefix: int) -> dict[str, Any]:
-    """Run the common prefix once per picture and return its cache, one entry a row, under its argument's name."""
+    """Run the common prefix once per picture. Return {argument name: cache} with one entry per row."""
     from transformers import DynamicCache, GenerationMixin
 
-    # Renamed in transformers 5.24; the old name warns since, and goes with 5.40.
-    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    name = "cache" if "cache" in known else "past_key_values"
+    # transformers 5.24 renames the argument. The old name warns until 5.40 removes it.
+    names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    name = "cache" if "cache" in names else "past_key_values"
     cache = DynamicCache(config=reader.model.config.get_text_config(decoder=True))
     ids = torch.tensor([row.ids[:prefix] for row in first], device=reader.model.device)
     reader.model(
@@ -270,11 +278,11 @@ def _shared_cache(reader: Reader, first: Sequence[_Row], rows: Sequence[_Row], p
 
 
 def _greedy(reader: Reader, max_new_tokens: int, num_beams: int) -> Any:
-    """Return a config that says everything: what it left open, `generate` would take from the model's own."""
+    """Return a complete config: `generate` would take missing values from the config of the model."""
     from transformers import GenerationConfig
 
-    own = reader.model.generation_config.eos_token_id
-    ends = {reader.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    eos = reader.model.generation_config.eos_token_id
+    ends = {reader.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -289,23 +297,23 @@ def _greedy(reader: Reader, max_new_tokens: int, num_beams: int) -> Any:
     )
 
 
-def _own_config_alone() -> dict[str, bool]:
-    """Transformers 4 takes what a given config has at its default from the model's own, unless it is told not to."""
+def _ignore_model_defaults() -> dict[str, bool]:
+    """Return the flag that stops transformers 4 from replacing defaults of our config by values of the model."""
     from transformers import GenerationMixin
 
-    known = "use_model_defaults" in inspect.signature(GenerationMixin.generate).parameters
-    return {"use_model_defaults": False} if known else {}
+    is_supported = "use_model_defaults" in inspect.signature(GenerationMixin.generate).parameters
+    return {"use_model_defaults": False} if is_supported else {}
 
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     training = model.training
     model.eval()
-    # The last position is a strided slice of the hidden states; times a frozen head, torch would make it a batched
-    # product for which CPUs copy the head once a row.
-    dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    # The last position is a strided slice of the hidden states. For its product with a frozen head, torch would use a
+    # batched product, in which CPUs copy the head once per row.
+    contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
         yield
     finally:
-        dense.remove()
+        contiguous.remove()
         model.train(training)

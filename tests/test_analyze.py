@@ -92,8 +92,9 @@ def test_the_headline_keeps_a_projector_in_full_apart() -> None:
 
     said = lede("update", [row("projector", 0.16, 0.75), row("language", 0.01, 0.1), row("language", 0.02, 0.2)])
     assert said == (
-        "The training changed language (2 layers) by 1.5 % of its norm (similar to last directions 0.50, first 0.15), "
-        "projector (1 layer) by 16 % of its norm (similar to last directions 0.50, first 0.75)"
+        "The training changed language (2 layers) by 1.5 % of its norm "
+        "(similarity with the last directions 0.50, first 0.15), projector (1 layer) by 16 % of its norm "
+        "(similarity with the last directions 0.50, first 0.75)"
     )
 
 
@@ -126,7 +127,7 @@ def test_what_was_interrupted_goes_on(base: Path, tmp_path: Path, capsys: pytest
     whole = file.read_text().splitlines(keepends=True)
     file.write_text("".join(whole[:3]) + whole[3][:20])
     run(4)
-    assert "2 of 6 layers are there already" in capsys.readouterr().err
+    assert "2 of 6 layers are already analysed" in capsys.readouterr().err
     again = file.read_text().splitlines(keepends=True)
     assert again[:3] == whole[:3]
     assert [json.loads(line)["sigma"] for line in again[1:]] == [json.loads(line)["sigma"] for line in whole[1:]]
@@ -169,8 +170,8 @@ def test_a_wrong_base_and_a_place_without_files_are_refused(
     (tmp_path / "adapter" / "recipe.yaml").write_text("model: tiny\n")
     flags = ["--base", str(tmp_path / "other"), "--allow-base-mismatch"]
     assert main([str(tmp_path / "adapter"), *flags]) == 0
-    assert "A lower factor does not by itself mean" in (tmp_path / "adapter" / "report.html").read_text()
-    with pytest.raises(UserError, match="where shall the files go"):
+    assert "A lower factor alone does not show" in (tmp_path / "adapter" / "report.html").read_text()
+    with pytest.raises(UserError, match="--output_dir: is required"):
         main(["tiny"])
     with pytest.raises(UserError, match="no layer matches"):
         main(["tiny", "--modules", "nothing", "--output_dir", str(tmp_path / "x")])

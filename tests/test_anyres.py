@@ -205,7 +205,7 @@ def test_the_treatment_of_pictures_must_fit_the_model(tiny_data: Path, tmp_path:
         main(words(tiny_data, tmp_path / "run", "--rank", "4", "--image_aspect_ratio", "anyres"))
     folder = saved(tmp_path / "next")
     draft = ["--image_aspect_ratio", "anyres", "--jpeg_decoding", "draft"]
-    with pytest.raises(UserError, match="tiles are cut from pictures of full size"):
+    with pytest.raises(UserError, match="tiles need them in full size"):
         main(words(tiny_data, tmp_path / "run", "--model", str(folder), "--rank", "4", *draft))
     with pytest.raises(UserError, match="tiles its pictures"):
         main(words(tiny_data, tmp_path / "run", "--model", str(folder), "--rank", "4", "--image_aspect_ratio", "plain"))

@@ -92,7 +92,9 @@ def test_importing_the_package_makes_a_merged_model_loadable(made: SimpleNamespa
     torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("module", ["timm_tower_config", "timm_tower", "timm_llava", "exporting.base"])
+@pytest.mark.parametrize(
+    "module", ["models.timm_tower_config", "models.timm_tower", "models.timm_llava", "export.base"]
+)
 def test_each_module_can_be_the_first_to_import_transformers(module: str) -> None:
     code = f"import milora_vl.{module}; from transformers import AutoConfig; AutoConfig.for_model('milora_timm_tower')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -131,10 +133,10 @@ def test_a_base_beside_an_adapter_and_a_residual_one_get_the_code_too(made: Simp
 
 
 def test_code_that_nothing_needs_is_refused(made: SimpleNamespace, tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a whole model, which --to rank-4 does not write"):
+    with pytest.raises(UserError, match="a full model, which --to rank-4 does not write"):
         export(made.root / "adapter", "rank-4", tmp_path / "out", remote_code=True)
     save_adapter(apply_milora(load_model(tiny_folder)[0], POLICY), tmp_path / "adapter")
-    with pytest.raises(UserError, match="loads in plain transformers\nleave the flag out"):
+    with pytest.raises(UserError, match="loads in plain transformers\nremove the flag"):
         export(tmp_path / "adapter", "merged", tmp_path / "out", remote_code=True)
     assert not (tmp_path / "out").exists()
     assert export(tmp_path / "adapter", "merged", tmp_path / "out").loads_with == "transformers"

@@ -87,7 +87,7 @@ def test_words_are_streamed_as_they_come_without_the_first_space(
     import torch
 
     tokenizer = tiny_llama()[1]
-    words, seen = command._words(tokenizer), []
+    words, seen = command._word_streamer(tokenizer), []
     words.put(torch.tensor([[1, 2]]))  # the prompt, which is not shown
     for word in (" red", " apple "):
         for number in tokenizer(word, add_special_tokens=False).input_ids:
@@ -132,7 +132,7 @@ def test_an_adapter_that_cannot_be_switched_off_is_not_compared(tmp_path: Path) 
     ("words", "said"),
     [
         (["--image", "{images}/00.png", "What?"], "0.png"),
-        (["--adapter", "{images}", "What?"], "holds no adapter"),
+        (["--adapter", "{images}", "What?"], "contains no adapter"),
         (["--adapter", "nowhere", "What?"], "no such folder"),
         (["--compare", "What?"], "needs an adapter"),
         (["--template", "vicuna", "What?"], "vicuna_v1"),

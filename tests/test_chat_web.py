@@ -74,10 +74,12 @@ def test_a_port_is_found_or_refused() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(UserError, match=r"--port \d+: Address already in use"):
+        with pytest.raises(UserError, match="Address already in use") as error:
             free_port(taken.getsockname()[1])
-    with pytest.raises(UserError, match="from 0"):
+    assert (error.value.problems[0].code, error.value.problems[0].where) == ("port-taken", "--port")
+    with pytest.raises(UserError, match="from 0") as error:
         free_port(99999)
+    assert error.value.problems[0].code == "port-invalid"
 
 
 def test_an_error_of_the_model_reaches_the_page(options: Options) -> None:

@@ -71,7 +71,7 @@ def test_both_stages_and_what_comes_out(
     assert compose.main([*parts, "--output_dir", str(base)]) == 0
     config = json.loads((base / "config.json").read_text())
     assert config["image_seq_length"] == tokens
-    with pytest.raises(UserError, match="exists; nothing is overwritten"):
+    with pytest.raises(UserError, match="exists; it is not overwritten"):
         compose.main([*parts, "--output_dir", str(base)])
 
     records = [record for record in json.loads((tiny_data / "train.json").read_text()) if "image" in record]

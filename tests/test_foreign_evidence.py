@@ -62,7 +62,7 @@ def test_biases_trained_along_are_forgotten_with(tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     rows = analysed(tmp_path / "adapter")
     assert len(rows) == 4
-    assert "biases that were trained along" in capsys.readouterr().err
+    assert "trained biases" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
@@ -77,7 +77,7 @@ def test_a_head_that_is_tied_has_a_weight(config: dict[str, Any], tmp_path: Path
 def test_trained_rows_of_the_embeddings_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained("tiny-text", tmp_path, target_modules=["q_proj"], trainable_token_indices=[1, 2])
     assert set(analysed(tmp_path)) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
-    assert "not analysed, as they are no matrices: rows of the embeddings" in capsys.readouterr().err
+    assert "not analysed, because they are not matrices: rows of the embeddings" in capsys.readouterr().err
 
 
 def edited(folder: Path, **fields: Any) -> None:
@@ -90,7 +90,7 @@ def edited(folder: Path, **fields: Any) -> None:
     [
         ({"init_lora_weights": "pissa"}, "milora_vl.export .* --to adapter --initial FOLDER"),
         ({"alora_invocation_tokens": [1]}, "an activated LoRA"),
-        ({"base_model_name_or_path": None}, "say:  --base NAME-OR-FOLDER"),
+        ({"base_model_name_or_path": None}, "add:  --base NAME-OR-FOLDER"),
     ],
 )
 def test_what_cannot_be_analysed_is_said(fields: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_blocks_take_turns_between_the_texts_and_start_alike(tiny_llama: Callabl
 
 def test_what_cannot_be_measured_is_said(pair: tuple[Any, Any, Any]) -> None:
     tuned, base, tokenizer = pair
-    with pytest.raises(ValueError, match="against a base"):
+    with pytest.raises(ValueError, match="needs a base model"):
         measure_forgetting(tuned, tokenizer, **SMALL)
     with pytest.raises(ValueError, match="empty"):
         measure_forgetting(tuned, tokenizer, base=base, texts={"none": ""})

@@ -72,16 +72,16 @@ def test_another_probe_joins_and_another_seed_begins_anew(adapter: Path, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--model", "tiny"], "nothing is forgotten"),
-        (["--model", "tiny", "--adapter", "A", "--base", "tiny"], "--base is for"),
+        (["--model", "tiny"], "nothing to compare"),
+        (["--model", "tiny", "--adapter", "A", "--base", "tiny"], "--base: only applies to"),
         (["--model", "tiny", "--adapter", "A", "--on", "texts"], "expected some of"),
-        (["--model", "tiny", "--adapter", "A", "--text", "no.txt"], "no file no.txt"),
+        (["--model", "tiny", "--adapter", "A", "--text", "no.txt"], "no.txt: no such file"),
         (["--model", "tiny", "--adapter", "A", "--text", "A/adapter_model.safetensors"], "codec"),
         (["--model", "tiny-text", "--adapter", "A", "--on", "pictures"], "reads only text"),
-        (["--model", "tiny", "--adapter", "A", "--on", "samples", "--text", "a.txt"], "--text has no use here"),
-        (["--model", "tiny", "--adapter", "A", "--data", "."], "--data has no use here: it goes with --suite"),
-        (["--model", "tiny", "--adapter", "A", "--image_folder", "."], "goes with --data_path"),
-        (["--model", "tiny", "--adapter", "A", "--on", "text", "--limit", "3"], "--limit has no use here"),
+        (["--model", "tiny", "--adapter", "A", "--on", "samples", "--text", "a.txt"], "--text: only applies with"),
+        (["--model", "tiny", "--adapter", "A", "--data", "."], "--data: only applies with --suite"),
+        (["--model", "tiny", "--adapter", "A", "--image_folder", "."], "only applies with --data_path"),
+        (["--model", "tiny", "--adapter", "A", "--on", "text", "--limit", "3"], "--limit: only applies with"),
     ],
 )
 def test_mistakes_are_said(adapter: Path, flags: list[str], words: str) -> None:

@@ -74,7 +74,7 @@ def test_the_page_tells_the_result_in_words(finished: Path) -> None:
     results = json.loads((finished / "eval/emoji/final/results.json").read_text())
     mean = results["benchmarks"][0]["metrics"][0]
     assert f"correctly answers {100 * mean['value']:.1f} % (±{100 * mean['stderr']:.1f}) of the questions" in text
-    assert "0.220 (±0.010) nats a token" in text
+    assert "0.220 (±0.010) nats per token" in text
     assert "answers by letter alone stay near chance" in text
     assert "last 32 of 576 train" in text
 

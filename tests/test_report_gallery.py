@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fake_run import make_run
 
-from milora_vl.report.parts import Question, Said, outcomes, questions, sample
+from milora_vl.report.parts import Answer, Question, outcomes, questions, sample
 from milora_vl.report.run_page import read_run
 
 
@@ -13,7 +13,7 @@ def made(
     number: int, kind: str = "naming", before: float = 0, after: float = 1, picture: int | None = None
 ) -> Question:
     path = Path(f"{number if picture is None else picture}.png")
-    return Question(f"q{number}", kind, "What?", "", ("a",), path, Said("b", before), Said("a", after))
+    return Question(f"q{number}", kind, "What?", "", ("a",), path, Answer("b", before), Answer("a", after))
 
 
 def test_the_sample_has_the_shares_of_the_whole() -> None:
@@ -44,7 +44,7 @@ def test_outcomes_are_counted_in_pairs() -> None:
         made(4, before=0, after=0.4),
     ]
     assert list(outcomes(items).values()) == [1, 1, 1, 1]
-    unpaired = Question("q", "naming", "What?", "", (), None, None, Said("a", 1))
+    unpaired = Question("q", "naming", "What?", "", (), None, None, Answer("a", 1))
     assert outcomes([*items, unpaired]) == {}
 
 
@@ -58,7 +58,7 @@ def test_answers_of_both_models_meet_at_their_question(tmp_path: Path) -> None:
 
 
 def test_verdicts_in_words() -> None:
-    assert [Said("x", value).verdict for value in (0.0, 0.6, 1.0)] == ["wrong", "60% right", "right"]
+    assert [Answer("x", value).verdict for value in (0.0, 0.6, 1.0)] == ["wrong", "60% right", "right"]
 
 
 def test_the_mark_of_the_picture_is_not_shown_and_earlier_turns_are(tmp_path: Path) -> None:

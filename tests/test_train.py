@@ -106,8 +106,10 @@ def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(
     checkpoint = shutil.copytree(plain_run / "checkpoint-4", tmp_path / "checkpoint-4")
     (checkpoint / "milora.json").unlink()
     more = ["--rank", "4", "--resume_from_checkpoint", str(checkpoint)]
-    with pytest.raises(UserError, match=r"checkpoint-4 has no milora.json, which tells what"):
+    with pytest.raises(UserError, match=r"milora.json is missing") as error:
         main(words(tiny_data, tmp_path / "again", *more))
+    problem = error.value.problems[0]
+    assert (problem.code, problem.where) == ("checkpoint-incomplete", str(checkpoint))
 
 
 def test_a_rank_from_a_spectrum_is_found_once_for_each_weight(

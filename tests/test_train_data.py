@@ -81,7 +81,7 @@ def test_broken_pictures_cost_no_run_and_are_counted(tiny_data: Path, tmp_path: 
     run = tmp_path / "run"
     extra = "--rank 4 --bad_images skip --per_device_train_batch_size 1 --max_steps 12".split()
     assert main(words(tiny_data, run, *extra, "--dataloader_num_workers", "1")) == 0
-    assert "3 times while training: a record was left out because a picture" in capfd.readouterr().err
+    assert "3 times while training: a record was skipped because one of its pictures" in capfd.readouterr().err
 
 
 def test_a_recipe_mixes_sources_by_weight(tiny_data: Path, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def test_a_batch_with_nothing_to_learn_is_an_error(make: Callable[..., MiloraTra
     with pytest.raises(UserError, match="nothing in the batch is supervised") as error:
         make([row(0, 0)]).train()
     assert error.value.exit_code == 1
+    assert error.value.problems[0].code == "train-no-supervised-tokens"
 
 
 def test_the_log_tells_what_was_learnt_from_and_how_it_moves(make: Callable[..., MiloraTrainer]) -> None:
@@ -65,8 +66,9 @@ def test_a_loss_that_is_no_number_ends_the_run(make: Callable[..., MiloraTrainer
     trainer = make([row(0, 5)])
     with torch.no_grad():
         next(p for p in trainer.trained().parameters() if p.requires_grad).fill_(float("nan"))
-    with pytest.raises(UserError, match="the loss is nan"):
+    with pytest.raises(UserError, match="the loss is nan") as error:
         trainer.train()
+    assert error.value.problems[0].code == "train-loss-not-finite"
 
 
 def test_the_evaluation_loss_is_per_token_whatever_the_batch(make: Callable[..., MiloraTrainer]) -> None:

@@ -1,4 +1,4 @@
-"""What is in a weight, and what a training changed in it. `python -m milora_vl.analyze`."""
+"""Analyse the weights of a model, or what a training changed in them: `python -m milora_vl.analyze`."""
 
 from milora_vl.analyze.command import main
 

@@ -1,4 +1,4 @@
-"""What an adapter or a full fine-tuning changes, module by module, whatever form it is saved in."""
+"""Read what an adapter or a full fine-tuning changes in each module, from any saved form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft.utils import load_peft_weights
@@ -30,9 +29,9 @@ _TOKENS = "trainable_token_indices"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One changed module. `rank` is the r of its method (half of what an anchored pair has), None for a whole weight.
+    """One changed module. `rank` is the r of its method (half the rank of anchored factors), None for a full weight.
 
-    `low` are its factors, `magnitude` DoRA's column norms (out,), `whole` where the tuned weight is to be had from.
+    `low` holds its factors, `magnitude` DoRA's norms (out,), `whole` the tuned weight or the model that contains it.
     """
 
     path: str
@@ -43,12 +42,12 @@ class Change:
     whole: Tensor | Weights | None = None
 
     def update(self, W: Tensor, base: Weights, rank: int) -> tuple[Update, float, Tensor]:
-        """The change of W (out, in): its first triplets (`rank` of them, or all), its norm, and the tuned weight."""
+        """Return the change of W (out, in) as its first triplets (`rank` or all), its norm, and the tuned weight."""
         if self.low is not None:
             A, B = (t.to(W.device) for t in self.low.matrices())
             if self.magnitude is None:
-                found = Update.from_factors(B, A)
-                return found, float(torch.linalg.vector_norm(found.S)), W.float() + B @ A
+                update = Update.from_factors(B, A)
+                return update, float(torch.linalg.vector_norm(update.S)), W.float() + B @ A
             adapted = W.float() + B @ A
             norms = torch.linalg.vector_norm(adapted, dim=1)
             tuned = (self.magnitude.to(W.device).float().flatten() / norms)[:, None] * adapted
@@ -61,7 +60,7 @@ class Change:
         return Update.from_matrix(change, rank), float(torch.linalg.matrix_norm(change.double())), tuned
 
     def moves(self) -> dict[str, float | None]:
-        """How far A and B left their start, relative to it; of a LoRA that starts at B = 0 the norms of the two."""
+        """Return the relative distance of A and B from their start, or their norms if B started at 0 (LoRA)."""
         if self.low is None or self.rank is None:
             return {}
         A, B = self.low.matrices()
@@ -74,15 +73,15 @@ class Change:
 
 
 def read_changes(folder: Path, base: Weights, *, allow_base_mismatch: bool = False) -> dict[str, Change]:
-    """Read an adapter folder of any origin: ours, PEFT's (DoRA too), LLaVA's, PiSSA's on a residual base.
+    """Read an adapter folder of any origin: ours, PEFT (also DoRA), LLaVA, or PiSSA on a residual base.
 
-    Raises UserError where it does not fit the base, or is of a kind that no matrix is known for.
+    Raises UserError if the adapter does not fit the base model, or if its change is not a known matrix.
     """
     source = find_source(folder)
     magnitudes: Mapping[str, Tensor] = {}
     names = canonical_names(base.model)
     if source.kind == "residual":
-        base = base if base.stored is None else Weights.of(_loaded(base.name), base.name)
+        base = base if base.stored is None else Weights.of(load_weights(base.name), base.name)
         adapter = import_adapter(source, base.model, base.name).adapter
     elif source.kind == "llava":
         adapter = in_hf_layout(read_llava(source.folder), names)
@@ -91,7 +90,7 @@ def read_changes(folder: Path, base: Weights, *, allow_base_mismatch: bool = Fal
             _refuse_mutating(source.folder)
         adapter, magnitudes = _read(source.folder)
     if adapter.sidecar is not None and source.kind != "llava":
-        adapter = _at_home(adapter, names)
+        adapter = _relocate(adapter, names)
         if not allow_base_mismatch and adapter.sidecar is not None:
             _require_base(adapter.sidecar, base)
     changes = dict(_factors(adapter, magnitudes))
@@ -102,19 +101,30 @@ def read_changes(folder: Path, base: Weights, *, allow_base_mismatch: bool = Fal
     missing = [path for path in changes if not base.has(path)]
     if missing:
         raise UserError(
-            f"the adapter changes {len(missing):,} modules that {base.name} does not have, first {missing[0]}\n"
-            "is it the right base?  --base NAME-OR-FOLDER"
+            f"the adapter changes {len(missing):,} modules that {base.name} does not have, first {missing[0]}",
+            code="adapter-wrong-base",
+            where="--base",
+            hint="name the base model of the adapter:  --base NAME-OR-FOLDER",
         )
-    order = {path: place for place, (path, _) in enumerate(base.model.named_modules())}
+    order = {path: position for position, (path, _) in enumerate(base.model.named_modules())}
     return dict(sorted(changes.items(), key=lambda item: order[item[0]]))
 
 
 def changes_of_model(tuned: Weights, base: Weights) -> dict[str, Change]:
-    """Every matrix of a fully tuned model that differs from the base's. UserError for models of other shapes."""
+    """Return every matrix of a fully tuned model that differs from the base model.
+
+    Raises UserError if the shapes differ or the models share no layer.
+    """
     paths = [path for path in base.paths() if tuned.has(path)]
     wrong = [path for path in paths if tuned.shape(path) != base.shape(path)]
     if wrong or not paths:
-        raise UserError(f"{tuned.name} is no fine-tuned {base.name}: {wrong[0] if wrong else 'no layer'} differs")
+        reason = f"{wrong[0]} has another shape" if wrong else "they have no layer in common"
+        raise UserError(
+            f"{tuned.name} is not a fine-tuned {base.name}: {reason}",
+            code="model-wrong-base",
+            where="--base",
+            hint="name the base model of the training:  --base NAME-OR-FOLDER",
+        )
     return {
         path: Change(path, "full", whole=tuned)
         for path in paths
@@ -123,71 +133,74 @@ def changes_of_model(tuned: Weights, base: Weights) -> dict[str, Change]:
 
 
 def _refuse_mutating(folder: Path) -> None:
-    """UserError with what can be done about it here: this command has no flags for the initial factors."""
+    """Raise UserError if the initial factors are missing, with a hint for this command, which has no flags for them."""
     try:
         refuse_mutating(folder)
     except UserError:
         raise UserError(
-            f"{folder} was trained on a residual base, and its initial factors are not here\n"
-            f"put them into:  {folder}/{INITIAL_NAMES[0]}\n"
-            f"or first:       python -m milora_vl.export {folder} --to adapter --initial FOLDER --output_dir O"
+            "the adapter was trained on a residual base, and its initial factors are missing",
+            code="adapter-no-initial-factors",
+            where=str(folder),
+            hint=f"put them into:  {folder}/{INITIAL_NAMES[0]}\n"
+            f"or first:       python -m milora_vl.export {folder} --to adapter --initial FOLDER --output_dir O",
         ) from None
 
 
-def _loaded(name: str) -> Any:
-
-    return load_weights(name)
-
-
 def _read(folder: Path) -> tuple[PlainAdapter, dict[str, Tensor]]:
-    """A LoRA folder, and the magnitudes of a DoRA by path."""
+    """Read a LoRA folder, and the magnitudes of a DoRA by path."""
     config = read_config(folder, any_lora=True)
     more = more_than_factors(folder)
-    unknown = [what for name, what in more.items() if name not in ("use_dora", _TOKENS)]
+    unknown = [description for name, description in more.items() if name not in ("use_dora", _TOKENS)]
     if unknown:
-        raise UserError(f"{folder} holds {unknown[0]}: what it changes is no matrix that is known here")
+        raise UserError(
+            f"contains {unknown[0]}, which cannot be analysed as a change of a matrix",
+            code="adapter-unsupported-kind",
+            where=str(folder),
+        )
     state = load_peft_weights(str(folder), device="cpu")
-    found = {key: tensor for key, tensor in state.items() if _MAGNITUDE in key}
-    apart = {key for key in state if ".trainable_tokens_" in key or (config.bias != "none" and key.endswith(".bias"))}
-    if apart or _TOKENS in more:
-        words = more.get(_TOKENS, "biases that were trained along")
-        sys.stderr.write(f"not analysed, as they are no matrices: {words} ({len(apart)})\n")
-    plain = {key: tensor for key, tensor in state.items() if key not in found and key not in apart}
-    magnitudes = {key.removeprefix(PREFIX).partition(_MAGNITUDE)[0]: tensor for key, tensor in found.items()}
+    scales = {key: tensor for key, tensor in state.items() if _MAGNITUDE in key}
+    other = {key for key in state if ".trainable_tokens_" in key or (config.bias != "none" and key.endswith(".bias"))}
+    if other or _TOKENS in more:
+        description = more.get(_TOKENS, "trained biases")
+        sys.stderr.write(f"not analysed, because they are not matrices: {description} ({len(other)})\n")
+    plain = {key: tensor for key, tensor in state.items() if key not in scales and key not in other}
+    magnitudes = {key.removeprefix(PREFIX).partition(_MAGNITUDE)[0]: tensor for key, tensor in scales.items()}
     return from_state(plain, config, folder, read_sidecar(folder)), magnitudes
 
 
-def _at_home(adapter: PlainAdapter, names: Mapping[str, str]) -> PlainAdapter:
-    """The adapter with the paths of this base, where it was saved from another layout of the same model."""
+def _relocate(adapter: PlainAdapter, names: Mapping[str, str]) -> PlainAdapter:
+    """Return the adapter with the module paths of this base model, for adapters saved from another layout."""
     saved = adapter.sidecar
     assert saved is not None
-    here = locate(saved, names)
-    moved_to = {old.path: new.path for old, new in zip(saved.targets, here.targets, strict=True)}
+    located = locate(saved, names)
+    moved_to = {old.path: new.path for old, new in zip(saved.targets, located.targets, strict=True)}
     factors = {moved_to.get(path, path): low for path, low in adapter.factors.items()}
     whole = {}
     for key, tensor in adapter.whole.items():
         path, _, leaf = key.rpartition(".")
         whole[f"{moved_to.get(path, path)}.{leaf}"] = tensor
-    return replace(adapter, factors=factors, whole=whole, sidecar=here)
+    return replace(adapter, factors=factors, whole=whole, sidecar=located)
 
 
 def _require_base(sidecar: Sidecar, base: Weights) -> None:
     for path, saved in sidecar.sketches.items():
-        apart = distance(saved, base.matrix(path))
-        if apart > 1:
+        ratio = distance(saved, base.matrix(path))
+        if ratio > 1:
             raise UserError(
-                f"{base.name} is not the base model that the adapter was made for: {path} differs\n"
-                f"({apart:.0f} times what rounding explains)\n"
-                "say which it is:  --base NAME-OR-FOLDER   (or --allow_base_mismatch)"
+                f"{base.name} is not the base model of the adapter: the difference in {path} is "
+                f"{ratio:.0f} times the rounding error",
+                code="adapter-wrong-base",
+                where="--base",
+                hint="name the right one:  --base NAME-OR-FOLDER   (or --allow_base_mismatch)",
             )
 
 
 def _factors(adapter: PlainAdapter, magnitudes: Mapping[str, Tensor]) -> list[tuple[str, Change]]:
     saved = {target.path: target for target in adapter.sidecar.targets} if adapter.sidecar else {}
-    found = []
+    changes = []
     for path, low in adapter.factors.items():
         target, magnitude = saved.get(path), magnitudes.get(path)
         method = target.method if target else "dora" if magnitude is not None else "lora"
         rank = target.rank if target and target.rank else low.rank
-        found.append((path, Change(path, method, rank, low, magnitude)))
-    return found
+        changes.append((path, Change(path, method, rank, low, magnitude)))
+    return changes

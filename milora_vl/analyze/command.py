@@ -1,6 +1,6 @@
-"""`python -m milora_vl.analyze MODEL_OR_ADAPTER`: the spectra of a model, or what a training did to its weights.
+"""`python -m milora_vl.analyze MODEL_OR_ADAPTER`: the spectra of a model, or what a training changed in its weights.
 
-One layer at a time is in memory; what is interrupted goes on where it stopped.
+Only one layer is in memory at a time. An interrupted analysis resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from milora_vl.adapter_folders import holds_adapter, holds_residual, newest_of_u
 from milora_vl.report.regenerate import rewrite_report
 
 _EXAMPLES = """\
-of a model:    the spectrum of each layer, the share of its energy in the minor part, effective rank (exp of the
+model:         spectrum of each layer, the share of its energy in the minor part, effective rank (exp of the
                entropy of sigma / sum sigma), stable rank, decay exponent, condition number
-of a training: ||dW||, amplification factor, subspace similarity with W's top, bottom and random vectors
-               (arXiv:2406.09044), intruder dimensions (arXiv:2410.21228), how far A and B left their start.
-               A lower amplification factor does not by itself mean that more was preserved.
+training:      ||dW||, amplification factor, subspace similarity with W's top, bottom and random vectors
+               (arXiv:2406.09044), intruder dimensions (arXiv:2410.21228), distance of A and B from their start.
+               A lower amplification factor alone does not show that more was preserved.
 
 examples:
   python -m milora_vl.analyze llava-1.5-7b --output_dir spectra --device cuda
@@ -33,7 +33,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; UserError for what cannot be analysed. Returns the exit code."""
+    """Run the command and return the exit code. Raises UserError if the model or adapter cannot be analysed."""
     options = _options(argv)
     from milora_vl.analyze import job, page
     from milora_vl.models.devices import device_named
@@ -42,11 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_trained = holds_adapter(subject) or holds_residual(subject) or options.base is not None
     folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
     if folder is None:
-        taken = "is no training" if subject.is_dir() else "is no folder here, so it is taken for a model"
-        newest = newest_of_unfinished(subject, "milora_vl.analyze")
+        newest = newest_of_unfinished(subject, "milora_vl.analyze").removeprefix("\n")
         if newest:
-            raise UserError(f"{subject} holds no adapter{newest}")
-        raise UserError(f"{options.subject} {taken}: where shall the files go?\nsay:  --output_dir O")
+            raise UserError("contains no adapter", code="adapter-missing", where=str(subject), hint=newest)
+        raise UserError(
+            f"is required, because {options.subject} is not a training of this machine",
+            code="flag-required",
+            where="--output_dir",
+            hint="add:  --output_dir FOLDER",
+        )
     device = device_named(options.device)
     todo = job.plan(
         options.subject, options.base, rank=options.rank, device=device, modules=options.modules,
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _as_text(table: Mapping[str, Any]) -> str:
-    """The table of the page with its columns as lines: there are few parts of a model, and many measures."""
+    """Return the transposed table of the page: a model has few parts and many measures."""
     lines = list(zip(table["header"], *table["rows"], strict=True))
     first, *others = (max(len(cell) for cell in column) for column in zip(*lines, strict=True))
     shown = ("  ".join([f"{name:<{first}}", *map(str.rjust, cells, others)]) for name, *cells in lines)
@@ -81,20 +85,23 @@ def _as_text(table: Mapping[str, Any]) -> str:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser(
-        "python -m milora_vl.analyze", "Analyse a model's weights, or what was changed in them.", _EXAMPLES
+        "python -m milora_vl.analyze", "Analyse the weights of a model, or what a training changed in them.", _EXAMPLES
     )
-    given = options.add_argument_group("input")
-    given.add_argument("subject", metavar="MODEL_OR_ADAPTER", help="name, hub id or folder")
-    shared(given, "base", about="what was tuned: needed for a whole model, else the adapter's own")
-    given.add_argument("--modules", metavar="GLOB", help="only layers whose path matches")
+    inputs = options.add_argument_group("input")
+    inputs.add_argument("subject", metavar="MODEL_OR_ADAPTER", help="name, hub id or folder")
+    shared(inputs, "base", about="base model; required for a full model (default: the one the adapter names)")
+    inputs.add_argument("--modules", metavar="GLOB", help="only layers whose path matches")
     settings = options.add_argument_group("settings")
     settings.add_argument(
-        "--rank", type=positive, default=128, help="of the minor part, where no adapter has one (128)"
+        "--rank",
+        type=positive,
+        default=128,
+        help="rank of the minor part for modules without an adapter (default: %(default)s)",
     )
     shared(settings, "device")
-    settings.add_argument("--allow_base_mismatch", action="store_true", help="go on with another base model")
+    settings.add_argument("--allow_base_mismatch", action="store_true", help="continue with another base model")
     out = options.add_argument_group("output")
-    shared(out, "output_dir", about="to write (default for what was trained: its folder's analysis)")
+    shared(out, "output_dir", about="output folder (default for a training: analysis/ in its folder)")
     shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed

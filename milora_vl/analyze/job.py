@@ -1,4 +1,4 @@
-"""An analysis from end to end: layer by layer into layers.jsonl, resumable; then tables, figures and a page."""
+"""Run an analysis: write one row per layer to layers.jsonl, and resume an interrupted one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -27,7 +27,7 @@ FILE = "layers.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to analyse: `kind` is base or update; `row` makes the row of one path."""
+    """What to analyse: `kind` is base or update; `row` computes the row of one path."""
 
     kind: str
     name: str
@@ -46,7 +46,7 @@ def plan(
     modules: str | None = None,
     allow_base_mismatch: bool = False,
 ) -> Plan:
-    """Open what is to be analysed. UserError for what does not fit together."""
+    """Open the weights to analyse. Raises UserError if subject and base model do not fit."""
     folder = Path(subject)
     is_adapter = holds_adapter(folder) or holds_residual(folder)
     if is_adapter:
@@ -62,7 +62,7 @@ def plan(
     else:
         changes = changes_of_model(_tuned(subject, base), weights)
     if not changes:
-        raise UserError(f"{subject} changes no matrix of {base}")
+        raise UserError(f"changes no matrix of {base}", code="analysis-no-change", where=subject)
     key = _digest("update", subject, base, rank, modules, *_files(folder), *_stamps(Path(base)))
     return Plan(
         "update", subject, base, _chosen(list(changes), modules),
@@ -71,23 +71,23 @@ def plan(
 
 
 def rows_of(todo: Plan, folder: Path) -> list[Row]:
-    """Return a row for every path; what layers.jsonl has of the same analysis is not computed again.
+    """Return a row for every path. Rows that layers.jsonl has from the same analysis are reused.
 
-    UserError where the folder holds another analysis.
+    Raises UserError if the folder contains another analysis.
     """
     from tqdm import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / FILE
     done = {row["path"]: row for row in _read(file, todo)}
-    left = [path for path in todo.paths if path not in done]
-    if done and left:
-        sys.stderr.write(f"{len(done):,} of {len(todo.paths):,} layers are there already\n")
+    remaining = [path for path in todo.paths if path not in done]
+    if done and remaining:
+        sys.stderr.write(f"{len(done):,} of {len(todo.paths):,} layers are already analysed\n")
     with file.open("a", encoding="utf-8") as out, torch.inference_mode():
         if not done and file.stat().st_size == 0:
             out.write(json.dumps({"analysis": todo.key, "of": todo.name, "base": todo.base}) + "\n")
-        interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file need not hold every layer
-        for path in tqdm(left, desc="layers", unit="layer", disable=not left, mininterval=interval):
+        interval = 0.1 if sys.stderr.isatty() else 10.0  # log files do not need every layer
+        for path in tqdm(remaining, desc="layers", unit="layer", disable=not remaining, mininterval=interval):
             start = time.perf_counter()
             row = todo.row(path)
             row["seconds"] = round(time.perf_counter() - start, 3)
@@ -98,51 +98,58 @@ def rows_of(todo: Plan, folder: Path) -> list[Row]:
 
 
 def _read(file: Path, todo: Plan) -> Iterator[Row]:
-    """The rows that an earlier, interrupted run left; a line that was cut off is dropped from the file."""
+    """Yield the rows of an earlier, interrupted run, and remove an incomplete last line from the file."""
     if not file.is_file():
         return
-    whole = []
+    entries = []
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
         with suppress(ValueError):
-            whole.append(json.loads(line))
-    if whole and whole[0].get("analysis") != todo.key:
+            entries.append(json.loads(line))
+    if entries and entries[0].get("analysis") != todo.key:
         raise UserError(
-            f"{file.parent} holds another analysis, of {whole[0].get('of')}; nothing is overwritten\n"
-            "say:  --output_dir ANOTHER"
+            f"contains another analysis, of {entries[0].get('of')}; it is not overwritten",
+            code="output-exists",
+            where=str(file.parent),
+            hint="use:  --output_dir ANOTHER",
         )
-    write_text(file, "".join(json.dumps(line) + "\n" for line in whole))
-    yield from whole[1:]
+    write_text(file, "".join(json.dumps(line) + "\n" for line in entries))
+    yield from entries[1:]
 
 
 def _named_base(folder: Path) -> str:
-    """The base that an adapter names, or the adapter in a residual base."""
+    """Return the base model that an adapter names, or the adapter inside a residual base."""
     try:
         return base_of(folder if holds_adapter(folder) else next(folder.glob("*/adapter_config.json")).parent)
     except UserError as error:
-        raise UserError(f"{str(error).partition(chr(10))[0]}\nsay:  --base NAME-OR-FOLDER") from None
+        problems = [replace(problem, hint="add:  --base NAME-OR-FOLDER") for problem in error.problems]
+        raise UserError(problems=problems) from None
 
 
 def _chosen(paths: list[str], pattern: str | None) -> list[str]:
-    found = [path for path in paths if pattern is None or fnmatch(path, pattern)]
-    if not found:
-        raise UserError(f"--modules {pattern}: no layer matches\nthere are {len(paths):,}, such as {paths[0]}")
-    return found
+    matching = [path for path in paths if pattern is None or fnmatch(path, pattern)]
+    if not matching:
+        raise UserError(
+            f"no layer matches {pattern}",
+            code="analysis-no-match",
+            where="--modules",
+            hint=f"there are {len(paths):,} layers, for example {paths[0]}",
+        )
+    return matching
 
 
 def _tuned(subject: str, base: str) -> Weights:
-    """A fully tuned model; a projector trained alone, on its base."""
-
+    """Open a fully tuned model, or a base model with the trained projector."""
     if holds_projector_alone(Path(subject)):
         return Weights.of(load_model(base, adapter=subject)[0], subject)
     return open_weights(subject)
 
 
 def _files(folder: Path) -> list[tuple[str, str]]:
-    """The files of what was trained, by content: a longer training or another scale (config) is another analysis."""
+    """Return name and hash of the files of a training. A longer training or another scale (config) changes them."""
     names = ("*.safetensors", "*.bin", "*/adapter_model.*", "adapter_config.json", "*/adapter_config.json")
-    found = (file for name in names for file in folder.glob(name))
+    candidates = (file for name in names for file in folder.glob(name))
     digests = []
-    for file in sorted(found):
+    for file in sorted(candidates):
         content = hashlib.sha256()
         with file.open("rb") as opened:
             for chunk in iter(lambda: opened.read(1 << 20), b""):
@@ -152,7 +159,7 @@ def _files(folder: Path) -> list[tuple[str, str]]:
 
 
 def _stamps(folder: Path) -> list[tuple[str, int, int]]:
-    """Size and time of a model's files: of a whole model hashing takes too long."""
+    """Return size and time of the files of a full model, which takes too long to hash."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 

@@ -1,6 +1,6 @@
-"""The spectrum of a base weight in numbers: how much its minor part holds, how it decays, how many directions count.
+"""Measures of the spectrum of a weight (minor energy, decay, effective rank) and of an update.
 
-What an update does to a weight, as the paper measures it (arXiv:2406.09044, section 5 and appendix).
+The measures of an update follow the paper (arXiv:2406.09044, section 5 and appendix).
 
 Throughout, W is the pretrained weight (out, in) and the update is fine-tuned minus pretrained.
 """
@@ -16,7 +16,7 @@ from milora_vl.svd import Factors, decompose
 
 
 def minor_energy(sigma: Tensor, rank: int) -> float:
-    """Return the share of ||W||_F^2 that the last `rank` singular values hold; `sigma` is descending.
+    """Return the share of the last `rank` singular values in ||W||_F^2; `sigma` is descending.
 
     >>> minor_energy(torch.tensor([3.0, 1.0]), 1)
     0.1
@@ -47,7 +47,7 @@ def stable_rank(sigma: Tensor) -> float:
 
 
 def condition_number(sigma: Tensor) -> float | None:
-    """Return sigma_1 / sigma_k; None where the last is zero to the rounding of float32 (1e-7 sigma_1)."""
+    """Return sigma_1 / sigma_k; None if the last is zero within float32 rounding (1e-7 sigma_1)."""
     first, last = float(sigma[0]), float(sigma[-1])
     return first / last if last > 1e-7 * first else None
 
@@ -55,8 +55,8 @@ def condition_number(sigma: Tensor) -> float | None:
 def decay_exponent(sigma: Tensor) -> float | None:
     """Return a of sigma_i ~ i^-a, by least squares of log sigma on log i over the first half of the components.
 
-    The second half is left out: there every finite matrix falls off, whatever its power law. None for fewer than four
-    components, or zeros among them.
+    The second half is ignored, because there the spectrum of every finite matrix drops below its power law. None for
+    fewer than four components, or with zeros among them.
 
     >>> round(decay_exponent(torch.arange(1, 101).double() ** -0.7), 6)
     0.7
@@ -69,7 +69,7 @@ def decay_exponent(sigma: Tensor) -> float | None:
     return float(-(x * y).sum() / x.square().sum())
 
 
-# Of the intruder dimensions (arXiv:2410.21228, algorithm 1): how many directions are looked at, and what counts as new.
+# Intruder dimensions (arXiv:2410.21228, algorithm 1): number of directions, and the cosine below which one is new.
 INTRUDER_K, INTRUDER_EPSILON = 10, 0.5
 
 
@@ -83,9 +83,9 @@ class Update:
 
     @classmethod
     def from_factors(cls, B: Tensor, A: Tensor) -> Update:
-        """The change B A of B (out, k), A (k, in): by two thin QR decompositions, the matrix is never formed.
+        """Return the change B A from B (out, k), A (k, in), by two thin QR decompositions without forming the matrix.
 
-        Components below the rounding of the largest are none: a LoRA that trains little has fewer than its rank.
+        Components below the rounding of the largest are removed, so a little trained LoRA may have fewer than k.
         """
         Q_B, R_B = torch.linalg.qr(B.double())
         Q_A, R_A = torch.linalg.qr(A.double().T)
@@ -94,12 +94,12 @@ class Update:
 
     @classmethod
     def from_matrix(cls, change: Tensor, rank: int) -> Update:
-        """The first `rank` triplets of a change that is a whole matrix."""
-        found = decompose(change, min(rank, *change.shape), "principal")
-        return cls(found.U.double(), found.S.double(), found.Vh.double())._without_zeros()
+        """Return the first `rank` triplets of a change given as a full matrix."""
+        factors = decompose(change, min(rank, *change.shape), "principal")
+        return cls(factors.U.double(), factors.S.double(), factors.Vh.double())._without_zeros()
 
     def first(self, rank: int) -> Update:
-        """The first `rank` triplets, or as many as there are."""
+        """Return the first `rank` triplets, or all if there are fewer."""
         return Update(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
 
     def _without_zeros(self) -> Update:
@@ -108,15 +108,15 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """How many triplets there are."""
+        """Return the number of triplets."""
         return len(self.S)
 
 
 def amplification(W: Tensor, update: Update, rank: int) -> tuple[float, float]:
-    """Return (||U' dW V||_F, ||U' W V||_F) with U, V the top-`rank` singular vectors of the update; their ratio is
+    """Return (||U' dW V||_F, ||U' W V||_F) with U, V the top-`rank` singular vectors of the update dW.
 
-    the amplification factor (LoRA paper, section 7.3). It is large where the update is large or where W has little in
-    its directions, so a lower factor does not by itself mean that more was preserved: read both numbers.
+    Their ratio is the amplification factor (LoRA paper, section 7.3). It is large if the update is large or if W has
+    little energy in its directions, so a lower factor alone does not show that more was preserved: read both numbers.
     """
     top = update.first(rank)
     inside = top.U.T @ (W.double() @ top.Vh.T)
@@ -133,7 +133,7 @@ def expected_inside(W_norm: float, shape: tuple[int, int], rank: int) -> float:
 
 
 def subspace_similarity(A: Tensor, B: Tensor) -> float:
-    """Return ||A'B||_F^2 / r for column-orthonormal A, B (d, r), in [0, 1]; r is the larger width where they differ.
+    """Return ||A'B||_F^2 / r for column-orthonormal A, B (d, r), in [0, 1]; r is the larger of the two widths.
 
     >>> subspace_similarity(torch.eye(4)[:, :2], torch.eye(4)[:, 1:3])
     0.5
@@ -144,27 +144,27 @@ def subspace_similarity(A: Tensor, B: Tensor) -> float:
 def similarities(base: Factors, update: Update, rank: int) -> tuple[float, float, float]:
     """Return the similarity of the update's left vectors with the top, the bottom and random left vectors of W.
 
-    `base` is the whole decomposition of W; the third is the mean over all draws of `rank` of its vectors.
+    `base` is the full decomposition of W. The third value is the mean over all choices of `rank` of its vectors.
     """
-    own = update.first(rank).U
-    r = own.shape[1]
+    vectors = update.first(rank).U
+    r = vectors.shape[1]
     if r == 0:
         return 0.0, 0.0, 0.0
-    shares = (base.U.double().T @ own).square().sum(1)  # of each left vector of W
+    shares = (base.U.double().T @ vectors).square().sum(1)  # one per left vector of W
     return float(shares[:r].sum()) / r, float(shares[-r:].sum()) / r, float(shares.mean())
 
 
 def intruders(base: Factors, tuned_U: Tensor, epsilon: float = INTRUDER_EPSILON) -> int:
     """Return how many columns of `tuned_U` (out, k), the top left vectors of the tuned weight, are new.
 
-    New means: its cosine with every left singular vector of the pretrained weight is below `epsilon`
-    (arXiv:2410.21228, algorithm 1, with k = 10 and epsilon = 0.5 there). `base` is the whole decomposition of W.
+    A vector is new if its cosine with every left singular vector of the pretrained weight is below `epsilon`
+    (arXiv:2410.21228, algorithm 1, which uses k = 10 and epsilon = 0.5). `base` is the full decomposition of W.
     """
     cosines = (base.U.double().T @ tuned_U.double()).abs().max(dim=0).values
     return int((cosines < epsilon).sum())
 
 
 def moved(now: Tensor, start: Tensor) -> float | None:
-    """Return ||now - start||_F / ||start||_F; None for a start at zero."""
+    """Return ||now - start||_F / ||start||_F; None if `start` is zero."""
     length = float(torch.linalg.vector_norm(start.double()))
     return float(torch.linalg.vector_norm(now.double() - start.double())) / length if length else None

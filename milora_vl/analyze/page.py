@@ -1,4 +1,4 @@
-"""The files of an analysis: layers.csv, summary.json, figures with the CSV behind them, and one page."""
+"""Write the files of an analysis: layers.csv, summary.json, figures with their CSV files, and one page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milora_vl.analyze.rows import Row
 from milora_vl.report.plots import Look, Plot, draw, write_csv
 from milora_vl.report.tables import Table
 
-# What a heat map is drawn of: field, name of its colour bar, and the caption.
+# Heat maps: field -> (label of the colour bar, caption).
 BASE_MAPS = {
     "effective_rank": ("effective rank", "exp of the entropy of σ / Σσ (Roy and Vetterli 2007)."),
     "minor_energy": ("share of ‖W‖²", "The share of ‖W‖² in the last r components."),
@@ -24,13 +24,13 @@ UPDATE_MAPS = {
     "relative_update": ("‖ΔW‖ / ‖W‖", "Size of the update, in Frobenius norms."),
     "amplification": (
         "amplification factor",
-        "‖UᵀΔWV‖ / ‖UᵀWV‖ with U, V the top-r singular vectors of ΔW. A lower factor does not by itself mean that more "
-        "was preserved: PiSSA has the lowest of all. Read it together with ‖UᵀWV‖, in the table above.",
+        "‖UᵀΔWV‖ / ‖UᵀWV‖ with U, V the top-r singular vectors of ΔW. A lower factor alone does not show that more "
+        "was preserved: PiSSA has the lowest. Read it together with ‖UᵀWV‖ in the table above.",
     ),
-    "similarity_bottom": ("similarity", "Subspace similarity of ΔW’s left vectors with the bottom r of W’s."),
-    "similarity_top": ("similarity", "Subspace similarity of ΔW’s left vectors with the top r of W’s."),
-    "intruders": ("of the first 10", "Intruder dimensions: top left vectors of the tuned weight that have a cosine of "
-                  "0.5 with none of W’s (arXiv:2410.21228, k = 10)."),
+    "similarity_bottom": ("similarity", "Subspace similarity of the left vectors of ΔW with the bottom r of W."),
+    "similarity_top": ("similarity", "Subspace similarity of the left vectors of ΔW with the top r of W."),
+    "intruders": ("number of the first 10", "Intruder dimensions: top left vectors of the tuned weight whose cosine "
+                  "with every left vector of W is below 0.5 (arXiv:2410.21228, k = 10)."),
 }  # fmt: skip
 _BASE_FIELDS = {
     "effective rank": "effective_rank", "stable rank": "stable_rank", "decay exponent": "decay_exponent",
@@ -38,16 +38,16 @@ _BASE_FIELDS = {
 }  # fmt: skip
 _UPDATE_FIELDS = {
     "‖ΔW‖": "update_norm", "‖ΔW‖/‖W‖": "relative_update", "factor": "amplification", "‖UᵀΔWV‖": "update_inside",
-    "‖UᵀWV‖": "base_inside", "W’s own top": "base_inside_top", "random": "base_inside_random",
+    "‖UᵀWV‖": "base_inside", "top of W": "base_inside_top", "random": "base_inside_random",
     "like top": "similarity_top", "like bottom": "similarity_bottom", "like random": "similarity_random",
     "intruders": "intruders", "A moved": "moved_A", "B moved": "moved_B",
 }  # fmt: skip
 
 
 def write(folder: Path, kind: str, name: str, base: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """Write all files of an analysis into `folder`; returns the content of summary.json."""
+    """Write all files of an analysis into `folder` and return the content of summary.json."""
     fields = _BASE_FIELDS if kind == "base" else _UPDATE_FIELDS
-    means = {group: _means(found, fields) for group, found in plots.groups(rows).items()}
+    means = {group: _means(members, fields) for group, members in plots.groups(rows).items()}
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "sigma"]
     write_csv(folder / "layers.csv", columns, [[row.get(key, "") for key in columns] for row in rows])
     figures = _figures(folder, kind, rows)
@@ -56,7 +56,7 @@ def write(folder: Path, kind: str, name: str, base: str, rows: Sequence[Row]) ->
     summary["figures"] = [{"name": figure["name"], "caption": figure["caption"]} for figure in figures]
     summary["table"] = asdict(table)
     write_json(folder / "summary.json", summary)
-    # As the page holds them, in all looks: the report of a run shows them too.
+    # In all looks of the page: the report of a run shows these plots too.
     drawn = [{"plot": asdict(figure["plot"]), "caption": figure["caption"]} for figure in figures]
     write_json(folder / "figures.json", drawn)
     title = f"{name}" if kind == "base" else f"{name} on {base}"
@@ -66,9 +66,9 @@ def write(folder: Path, kind: str, name: str, base: str, rows: Sequence[Row]) ->
 
 
 def lede(kind: str, rows: Sequence[Row]) -> str:
-    """The result in a line: how large the update is, and in which directions of W it lies, tower by tower.
+    """Return the result in one line: size of the update and similarity with directions of W, for each tower.
 
-    A projector that trains in full moves far more than an adapter does: one mean over both would speak of neither.
+    A fully trained projector moves much more than an adapter, so one mean over both would describe neither.
     """
     if kind == "base":
         return f"The spectra of {len(rows):,} layers"
@@ -78,22 +78,23 @@ def lede(kind: str, rows: Sequence[Row]) -> str:
 
 
 def _moved(tower: str, rows: Sequence[Row]) -> str:
-    found = _means(rows, _UPDATE_FIELDS)
+    means = _means(rows, _UPDATE_FIELDS)
     words = f"{tower} ({len(rows):,} {'layer' if len(rows) == 1 else 'layers'})"
-    if "relative_update" in found:
-        words += f" by {100 * found['relative_update']:.2g} % of its norm"
-    if "similarity_top" in found:
-        words += f" (similar to last directions {found['similarity_bottom']:.2f}, first {found['similarity_top']:.2f})"
+    if "relative_update" in means:
+        words += f" by {100 * means['relative_update']:.2g} % of its norm"
+    if "similarity_top" in means:
+        bottom, top = means["similarity_bottom"], means["similarity_top"]
+        words += f" (similarity with the last directions {bottom:.2f}, first {top:.2f})"
     return words
 
 
 def _means(rows: Sequence[Row], fields: dict[str, str]) -> dict[str, float]:
-    found = {}
+    means = {}
     for field in fields.values():
         values = [row[field] for row in rows if row.get(field) is not None]
         if values:
-            found[field] = sum(values) / len(values)
-    return {"layers": len(rows), **found}
+            means[field] = sum(values) / len(values)
+    return {"layers": len(rows), **means}
 
 
 def _table(means: dict[str, dict[str, float]], fields: dict[str, str]) -> Table:
@@ -106,30 +107,30 @@ def _table(means: dict[str, dict[str, float]], fields: dict[str, str]) -> Table:
 
 
 def _figures(folder: Path, kind: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Draw what the rows allow: (plot, caption) in the order of the page."""
-    made = []
+    """Draw the figures that the rows allow; return name, plot and caption of each in the order of the page."""
+    figures = []
     curves: dict[str, tuple[Callable[[Sequence[Row], Look], Any], str]] = {
-        "spectra": (plots.spectra_figure, "Singular values of every layer; the darker, the nearer to the input."),
+        "spectra": (plots.spectra_figure, "Singular values of every layer. Darker lines are closer to the input."),
         "minor-energy": (
             plots.minor_energy_figure,
-            "How much of ‖W‖² the last components hold; dotted: a flat spectrum.",
+            "Share of the last components in ‖W‖². The dotted line is a flat spectrum.",
         ),
     }
     if kind == "update":
-        words = "Similarity of the update’s left singular vectors with those of W, mean over the modules of a layer."
+        words = "Similarity between the left singular vectors of the update and of W, mean over the modules of a layer."
         curves = {"similarity": (plots.similarity_figure, words)}
     for name, (figure, caption) in curves.items():
         _curve_csv(folder, name, rows)
-        made.append({"name": name, "plot": _draw(folder, name, partial(figure, rows), caption), "caption": caption})
+        figures.append({"name": name, "plot": _draw(folder, name, partial(figure, rows), caption), "caption": caption})
     maps = BASE_MAPS if kind == "base" else UPDATE_MAPS
     for field, (label, caption) in maps.items() if plots.has_map(rows) else ():
-        if len({row[field] for row in rows if row.get(field) is not None}) > 1:  # one colour shows nothing
+        if len({row[field] for row in rows if row.get(field) is not None}) > 1:  # a map with one value shows nothing
             name = f"heat-{field}"
             keys = ("tower", "block", "module", field)
             write_csv(folder / f"{name}.csv", keys, [[row.get(key) for key in keys] for row in rows])
             plot = _draw(folder, name, partial(plots.heat_map, rows, field, label), caption)
-            made.append({"name": name, "plot": plot, "caption": caption})
-    return made
+            figures.append({"name": name, "plot": plot, "caption": caption})
+    return figures
 
 
 def _draw(folder: Path, name: str, figure: Callable[[Look], Any], alt: str) -> Plot:

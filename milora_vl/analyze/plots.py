@@ -1,4 +1,4 @@
-"""Heat maps (layer x module) and curves of an analysis, in the style of the report. Matplotlib's Agg alone."""
+"""Heat maps (layer x module) and curves of an analysis, in the style of the report. It uses only Matplotlib's Agg."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_MODULES = 14  # columns of a heat map that can be read
+_MOST_MODULES = 14  # a heat map with more columns is not readable
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by tower and family, in the order of the model: `language attention`, `language mlp`, `projector`, ..."""
-    found: dict[str, list[Row]] = {}
+    """Return the rows by tower and family, sorted by name: `language attention`, `language mlp`, `projector`, ..."""
+    by_name: dict[str, list[Row]] = {}
     for row in rows:
         name = row["tower"] if row["family"] == row["tower"] else f"{row['tower']} {row['family']}"
-        found.setdefault(name, []).append(row)
-    return dict(sorted(found.items()))
+        by_name.setdefault(name, []).append(row)
+    return dict(sorted(by_name.items()))
 
 
 def has_map(rows: Sequence[Row]) -> list[str]:
-    """The towers that have blocks of alike modules: those of which a heat map can be drawn."""
+    """Return the towers for which a heat map is possible: those with several blocks of the same modules."""
     towers = []
     for tower in dict.fromkeys(row["tower"] for row in rows):
         inside = [row for row in rows if row["tower"] == tower and row["block"] is not None]
@@ -36,7 +36,7 @@ def has_map(rows: Sequence[Row]) -> list[str]:
 
 
 def heat_map(rows: Sequence[Row], field: str, label: str, look: Look) -> Figure:
-    """Draw `field` of every layer: modules across, blocks downward, a panel per tower; absent cells stay empty."""
+    """Draw `field` of every layer: modules across, blocks downward, one panel per tower. Missing cells stay empty."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
 
@@ -66,40 +66,42 @@ def heat_map(rows: Sequence[Row], field: str, label: str, look: Look) -> Figure:
 
 
 def spectra_figure(rows: Sequence[Row], look: Look) -> Figure:
-    """Draw sigma_i / sigma_1 of every layer over its relative position, a panel per family, coloured by depth."""
+    """Draw sigma_i / sigma_1 of every layer over its relative position, one panel per family, coloured by depth."""
     return _panels(groups(rows), look, _spectra_panel, "position, largest first, %", "σ / σ₁")
 
 
 def minor_energy_figure(rows: Sequence[Row], look: Look) -> Figure:
-    """Draw the share of ||W||_F^2 in the last r components over r / k: one line a layer, a panel per family."""
+    """Draw the share of ||W||_F^2 in the last r components over r / k, one line per layer, one panel per family."""
     return _panels(groups(rows), look, _minor_panel, "last components, %", "share of ‖W‖², %")
 
 
 def similarity_figure(rows: Sequence[Row], look: Look) -> Figure:
     """Draw the similarity of the update with W's top, bottom and random subspace, over the blocks (paper, Fig. 2)."""
-    inside = {name: found for name, found in groups(rows).items() if any(row["block"] is not None for row in found)}
+    inside = {
+        name: members for name, members in groups(rows).items() if any(row["block"] is not None for row in members)
+    }
     return _panels(inside or groups(rows), look, _similarity_panel, "layer", "subspace similarity", legend=True)
 
 
 def _panels(
-    found: dict[str, list[Row]], look: Look, draw: Any, xlabel: str, ylabel: str, *, legend: bool = False
+    rows_of: dict[str, list[Row]], look: Look, draw: Any, xlabel: str, ylabel: str, *, legend: bool = False
 ) -> Figure:
     from matplotlib.figure import Figure
 
-    columns = 1 if look.narrow else 2 if len(found) == 4 else min(3, len(found))
-    lines = -(-len(found) // columns)
+    columns = 1 if look.narrow else 2 if len(rows_of) == 4 else min(3, len(rows_of))
+    lines = -(-len(rows_of) // columns)
     with styled(look):
         figure = Figure(figsize=(look.width, 2.5 * lines + 0.2), layout="constrained")
         axes = figure.subplots(lines, columns, squeeze=False)
-        for axis in axes.flat[len(found) :]:
+        for axis in axes.flat[len(rows_of) :]:
             axis.set_visible(False)
-        for axis, (name, rows) in zip(axes.flat, found.items(), strict=False):
+        for axis, (name, rows) in zip(axes.flat, rows_of.items(), strict=False):
             draw(axis, rows, look)
             axis.set_title(name.replace("mlp", "MLP"), loc="left", fontsize=10, fontweight="bold")
         for axis in axes[:, 0]:
             axis.set_ylabel(ylabel)
-        for place, axis in enumerate(axes.flat[: len(found)]):
-            if place + columns >= len(found):
+        for position, axis in enumerate(axes.flat[: len(rows_of)]):
+            if position + columns >= len(rows_of):
                 axis.set_xlabel(xlabel)
         if legend:
             handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -124,7 +126,7 @@ def _minor_panel(axis: Axes, rows: Sequence[Row], look: Look) -> None:
 
 
 def minor_curve(sigma: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Share of the components, counted from the last, and the share of ||W||_F^2 they hold, both in percent.
+    """Return the share of the last components, and their share in ||W||_F^2, both in percent.
 
     >>> minor_curve([3.0, 1.0])
     ([0.0, 50.0, 100.0], [0.0, 10.0, 100.0])
@@ -155,7 +157,7 @@ def _similarity_panel(axis: Axes, rows: Sequence[Row], look: Look) -> None:
 
 
 def _by_depth(rows: Sequence[Row]) -> list[Any]:
-    """A colour a row, from the first block to the last."""
+    """Return one colour per row, from the first block to the last."""
     from matplotlib import colormaps
 
     last = max([row["block"] or 0 for row in rows] + [1])
@@ -163,7 +165,7 @@ def _by_depth(rows: Sequence[Row]) -> list[Any]:
 
 
 def _grid(rows: Sequence[Row], tower: str, field: str) -> tuple[list[str], list[int], list[list[float]]]:
-    """Modules, blocks, and the field as (blocks, modules) with NaN where there is nothing."""
+    """Return modules, blocks and the field as (blocks, modules), with NaN for missing cells."""
     inside = [row for row in rows if row["tower"] == tower and row["block"] is not None]
     modules = list(dict.fromkeys(str(row["module"]) for row in inside))
     blocks = sorted({int(row["block"]) for row in inside})
@@ -173,6 +175,6 @@ def _grid(rows: Sequence[Row], tower: str, field: str) -> tuple[list[str], list[
 
 
 def _short(module: str) -> str:
-    """The last word of a module's path that tells it apart: `q_proj`."""
+    """Return the last distinctive part of a module's path, such as `q_proj`."""
     words = module.split(".")
     return words[-1] if not words[-1].isdecimal() else ".".join(words[-2:])

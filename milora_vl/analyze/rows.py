@@ -1,4 +1,4 @@
-"""One layer in numbers: a row of layers.jsonl, for a base model or for what was changed of it."""
+"""Compute one row of layers.jsonl: a layer of a base model, or the change of a layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def base_row(path: str, base: Weights, device: torch.device, rank: int) -> Row:
-    """The spectrum of one weight. `minor_energy` is at `rank`; the whole of `sigma` is kept for the curves."""
+    """Return the spectrum of one weight. `minor_energy` is at `rank`; all of `sigma` is kept for the curves."""
     W = base.matrix(path).to(device)
     sigma = singular_values(W).cpu()
     return _place(path, base) | {
@@ -30,30 +30,30 @@ def base_row(path: str, base: Weights, device: torch.device, rank: int) -> Row:
 
 
 def update_row(change: Change, base: Weights, device: torch.device, rank: int) -> Row:
-    """What was done to one weight. The r of the measures is the adapter's own, `rank` where it has none."""
+    """Return the measures of one changed weight, at the rank of its adapter or else at `rank`."""
     path = change.path
     W = base.matrix(path).to(device)
     r = min(change.rank or rank, *W.shape)
     update, norm, tuned = change.update(W, base, r)
-    whole = decompose(W.float(), min(W.shape), "principal")
+    full = decompose(W.float(), min(W.shape), "principal")
     top = decompose(tuned, min(measures.INTRUDER_K, *W.shape), "principal")
     of_update, of_base = measures.amplification(W, update, r)
-    like_top, like_bottom, like_random = measures.similarities(whole, update, r)
+    like_top, like_bottom, like_random = measures.similarities(full, update, r)
     return _place(path, base) | {
         "method": change.method,
         "rank": r,
-        "norm": _rounded(whole.norm),
+        "norm": _rounded(full.norm),
         "update_norm": _rounded(norm),
-        "relative_update": _rounded(norm / whole.norm if whole.norm else None),
+        "relative_update": _rounded(norm / full.norm if full.norm else None),
         "amplification": _rounded(of_update / of_base if of_base else None),
         "update_inside": _rounded(of_update),
         "base_inside": _rounded(of_base),
-        "base_inside_top": _rounded(torch.linalg.vector_norm(whole.S[:r].double())),
-        "base_inside_random": _rounded(measures.expected_inside(whole.norm, (W.shape[0], W.shape[1]), r)),
+        "base_inside_top": _rounded(torch.linalg.vector_norm(full.S[:r].double())),
+        "base_inside_random": _rounded(measures.expected_inside(full.norm, (W.shape[0], W.shape[1]), r)),
         "similarity_top": _rounded(like_top),
         "similarity_bottom": _rounded(like_bottom),
         "similarity_random": _rounded(like_random),
-        "intruders": measures.intruders(whole, top.U),
+        "intruders": measures.intruders(full, top.U),
         **{name: _rounded(value) for name, value in change.moves().items()},
     }
 
@@ -72,5 +72,5 @@ def _place(path: str, base: Weights) -> Row:
 
 
 def _rounded(value: Any) -> float | None:
-    """Six digits: what float32 weights can say."""
+    """Round to six digits, the precision of float32 weights."""
     return None if value is None else float(f"{float(value):.6g}")

@@ -1,6 +1,6 @@
-"""`python -m milora_vl.chat`: ask a model about a picture, or talk with it in the terminal or (`--web`) in a browser.
+"""`python -m milora_vl.chat`: ask a model about a picture, or chat in the terminal or (`--web`) a browser.
 
-Prompt as in training (`milora_data.templates`), answer greedy: what is said here is what an evaluation gets.
+Prompt format (`milora_data.templates`) and greedy decoding are as in an evaluation, so the answers are the same.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
     from milora_data.images.pixels import AspectRatio
 
 COMMANDS = {
-    "/image FILE": "talk about another picture (starts a new conversation)",
+    "/image FILE": "ask about another picture (starts a new conversation)",
     "/reset": "start again with the same picture",
-    "/quit": "leave",
+    "/quit": "quit",
 }
 _EXAMPLES = """\
 examples:
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png "What is this?"
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png --compare "What is this?"
-  python -m milora_vl.chat --model smol-llava --adapter runs/demo        # a conversation; /quit to leave
+  python -m milora_vl.chat --model smol-llava --adapter runs/demo        # a conversation; /quit to quit
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --web --compare
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer the question on stdout, or hold a conversation when there is none. Returns the exit code."""
+    """Answer the question on stdout, or start a conversation without one. Return the exit code."""
     options = _options(argv)
     _check(options)
     picture = _open(options.image) if options.image else None
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Chat:
-    """A conversation with one model. Answers are written to stdout as they come."""
+    """A conversation with one model. Answers are streamed to stdout."""
 
     def __init__(
         self,
@@ -91,7 +91,10 @@ class Chat:
 
     @classmethod
     def load(cls, options: argparse.Namespace) -> Chat:
-        """Load what the command line names. UserError where that cannot be had or cannot be compared."""
+        """Load the model and adapter of the command line.
+
+        Raises UserError if `--compare` is set and the adapter cannot be switched off.
+        """
         from milora_vl.forgetting.measure import hides_its_base
         from milora_vl.load import load_model
         from milora_vl.models.devices import device_named, dtype_named
@@ -102,8 +105,10 @@ class Chat:
         model, processor = load_model(options.model, adapter=options.adapter, dtype=dtype, device=device)
         if options.compare and not hides_its_base(model):
             raise UserError(
-                f"--compare: {options.adapter} cannot be switched off: it trained biases, or a projector alone\n"
-                "ask the base without --adapter"
+                f"{options.adapter} cannot be switched off: it trained biases, or only a projector",
+                code="compare-no-base",
+                where="--compare",
+                hint="ask the base model without --adapter",
             )
         return cls(
             model,
@@ -115,32 +120,35 @@ class Chat:
         )
 
     def start(self, picture: Image.Image | None) -> None:
-        """Forget what was said; the next question is about `picture`."""
+        """Clear the conversation; the next question is about `picture`."""
         self.picture = picture
         self.turns: list[Turn] = []
 
     def ask(self, question: str) -> str:
-        """Put a question and write the answer, with `compare` the base's first; only the tuned one is remembered."""
+        """Ask a question, write the answer and return it. With `compare`, write the base model's answer first.
+
+        Only the answer of the tuned model stays in the conversation.
+        """
         self.turns.append(self.user_turn(question, self.picture, self.turns))
         if self.compare:
-            self._say("base   ", base=True)
-        answer = self._say("tuned  " if self.compare else "", base=False)
+            self._write_reply("base   ", base=True)
+        answer = self._write_reply("tuned  " if self.compare else "", base=False)
         self.turns.append(Turn("assistant", answer))
         return answer
 
     def answers(self, question: str, picture: Image.Image | None) -> dict[str, str]:
-        """The question with the answer to it, and with `compare` the base model's."""
+        """Return the question and its answer, and with `compare` the base model's answer."""
         turns = [self.user_turn(question, picture, [])]
         base = {"base": self.reply(turns, picture, None, base=True)} if self.compare else {}
         return {"question": question, **base, "answer": self.reply(turns, picture, None, base=False)}
 
     @staticmethod
     def user_turn(question: str, picture: Image.Image | None, turns: Sequence[Turn]) -> Turn:
-        """The question as a turn; the picture stands in the first one."""
+        """Return the question as a turn. The first turn contains the picture."""
         return Turn("user", f"<image>\n{question}" if picture is not None and not turns else question)
 
     def reply(self, turns: Sequence[Turn], picture: Image.Image | None, streamer: Any, *, base: bool) -> str:
-        """The answer to the last turn, of the base model if `base`; `streamer` gets its tokens as they come."""
+        """Return the answer to the last turn, from the base model if `base`. `streamer` gets each new token."""
         from milora_vl.generate import Prompt, generate
 
         prompt = Prompt(tuple(turns), () if picture is None else (picture,))
@@ -156,29 +164,29 @@ class Chat:
             )
         return answer
 
-    def _say(self, label: str, *, base: bool) -> str:
+    def _write_reply(self, label: str, *, base: bool) -> str:
         from milora_vl.models.loading import split_processor
 
         sys.stdout.write(label)
-        return self.reply(self.turns, self.picture, _words(split_processor(self.processor)[0]), base=base)
+        return self.reply(self.turns, self.picture, _word_streamer(split_processor(self.processor)[0]), base=base)
 
 
 def converse(chat: Chat, picture: Image.Image | None = None) -> int:
-    """Read questions and /commands until /quit or the end of the input. A mistake does not end it."""
+    """Read questions and /commands until /quit or the end of the input. Errors are printed and do not end it."""
     chat.start(picture)
     width = max(map(len, COMMANDS))
-    sys.stderr.write("".join(f"{name:<{width}}  {what}\n" for name, what in COMMANDS.items()))
+    sys.stderr.write("".join(f"{name:<{width}}  {meaning}\n" for name, meaning in COMMANDS.items()))
     for line in _lines():
-        word, _, rest = line.partition(" ")
+        word, _, argument = line.partition(" ")
         try:
             if word == "/quit":
                 break
             if word == "/reset":
                 chat.start(chat.picture)
             elif word == "/image":
-                chat.start(_open(Path(rest.strip())))
+                chat.start(_open(Path(argument.strip())))
             elif line.startswith("/"):
-                raise UserError(_unknown(word))
+                raise _unknown_command(word)
             else:
                 _ask_unless_stopped(chat, line)
         except UserError as error:
@@ -187,7 +195,7 @@ def converse(chat: Chat, picture: Image.Image | None = None) -> int:
 
 
 def _ask_unless_stopped(chat: Chat, question: str) -> None:
-    """Ask; Ctrl-C stops the answer, not the conversation, and the question is forgotten."""
+    """Ask a question. Ctrl-C stops the answer and removes the question; the conversation continues."""
     before = list(chat.turns)
     try:
         chat.ask(question)
@@ -199,9 +207,9 @@ def _ask_unless_stopped(chat: Chat, question: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of stdin that hold something; on a terminal with a prompt, editing and history."""
+    """Yield the non-empty lines of stdin; a terminal gets a prompt, editing and history."""
     if sys.stdin.isatty():
-        import readline  # noqa: F401  (input() uses it once it is imported)
+        import readline  # noqa: F401  (input() uses it after the import)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -211,17 +219,17 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _words(tokenizer: Any) -> TextStreamer:
-    """Make what writes words to stdout as they come."""
+def _word_streamer(tokenizer: Any) -> TextStreamer:
+    """Return a streamer that writes words to stdout."""
     from transformers import TextStreamer
 
     class Stripped(TextStreamer):
-        """Without the blanks around an answer: a blank waits until a word follows it."""
+        """Strip the answer: a space is written only when a word follows it."""
 
         waiting, is_first = "", True
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            """Write what is certain by now."""
+            """Write the text without trailing spaces."""
             text = (self.waiting + text).lstrip() if self.is_first else self.waiting + text
             words = text.rstrip()
             self.waiting, self.is_first = text[len(words) :], self.is_first and not words
@@ -232,66 +240,83 @@ def _words(tokenizer: Any) -> TextStreamer:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = parser("python -m milora_vl.chat", "Ask a model about a picture, or talk with it.", _EXAMPLES)
-    given = options.add_argument_group("input")
-    given.add_argument("question", nargs="?", help="asked once; without it a conversation starts")
-    shared(given, "model", required=True)
-    shared(given, "adapter")
-    given.add_argument("--image", type=Path, help="the picture that the question is about")
+    options = parser("python -m milora_vl.chat", "Ask a model about a picture, or chat with it.", _EXAMPLES)
+    inputs = options.add_argument_group("input")
+    inputs.add_argument("question", nargs="?", help="question to answer; without one, a conversation starts")
+    shared(inputs, "model", required=True)
+    shared(inputs, "adapter")
+    inputs.add_argument("--image", type=Path, help="picture that the question is about")
     settings = options.add_argument_group("settings")
-    settings.add_argument("--compare", action="store_true", help="show the base model's answer beside the tuned one's")
-    settings.add_argument("--max_new_tokens", type=positive, default=256, help="of an answer (default: %(default)s)")
+    settings.add_argument("--compare", action="store_true", help="show the base model's answer too")
+    settings.add_argument(
+        "--max_new_tokens",
+        type=positive,
+        default=256,
+        help="maximum length of an answer in tokens (default: %(default)s)",
+    )
     shared(settings, "template")
     shared(settings, "device")
     shared(settings, "dtype")
     out = options.add_argument_group("output")
-    out.add_argument("--web", action="store_true", help="talk in a browser: pip install 'milora-vl[web]'")
-    out.add_argument("--port", type=count, default=7860, help="of --web; 0 is any free one (default: %(default)s)")
-    shared(out, "format", about="of the answer to a question (default: %(default)s)")
+    out.add_argument(
+        "--web", action="store_true", help="open a chat page in a browser; needs pip install 'milora-vl[web]'"
+    )
+    out.add_argument(
+        "--port", type=count, default=7860, help="port of --web; 0 for any free port (default: %(default)s)"
+    )
+    shared(out, "format", about="output format of the answer (default: %(default)s)")
     return options.parse_args(argv)
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Find out before the model loads what would go wrong after."""
-
+    """Check the options before the model loads. Raises UserError for options that do not fit together."""
     if options.template:
         template_name(options.template)
     if options.web and options.question is not None:
-        raise UserError("--web takes no question: type it on the page\nwithout --web the question is answered here")
+        raise UserError(
+            "takes no question on the command line",
+            code="flag-conflict",
+            where="--web",
+            hint="type the question on the page, or remove --web to get the answer here",
+        )
     if options.web and find_spec("gradio") is None:
-        raise UserError("--web needs gradio, which is not installed\npip install 'milora-vl[web]'")
+        hint = "pip install 'milora-vl[web]'"
+        raise UserError("needs gradio, which is not installed", code="package-missing", where="--web", hint=hint)
     if options.format == "json" and options.question is None:
-        raise UserError("--format json is for the answer to a question\nadd the question, or leave the flag out")
+        hint = "add a question, or remove the flag"
+        raise UserError("json needs a question to answer", code="flag-needs-another", where="--format", hint=hint)
     adapter = options.adapter
     if adapter and not (holds_adapter(adapter) or holds_projector_alone(adapter)):
         newest = newest_of_unfinished(adapter, "milora_vl.chat", "--model", options.model, "--adapter")
         raise UserError(
-            f"--adapter {adapter}: {'no such folder' if not adapter.is_dir() else 'holds no adapter'}"
-            + (
-                newest
-                or "\nexpected: a folder with adapter_config.json, such as the output_dir of a training\n"
-                "make one: python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo"
-            )
+            f"{adapter}: {'no such folder' if not adapter.is_dir() else 'contains no adapter'}",
+            code="adapter-missing",
+            where="--adapter",
+            hint=newest.removeprefix("\n")
+            or "expected a folder with adapter_config.json, for example the output_dir of a run\n"
+            "make one: python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo",
         )
     if options.compare and not holds_adapter(adapter or Path(options.model)):
         raise UserError(
-            "--compare needs an adapter: it shows the same model with and without one"
-            + (newest_of_unfinished(Path(options.model), "--model") or "\nadd:  --adapter FOLDER")
+            "needs an adapter: it shows the answers with and without it",
+            code="adapter-missing",
+            where="--compare",
+            hint=newest_of_unfinished(Path(options.model), "--model").removeprefix("\n") or "add:  --adapter FOLDER",
         )
 
 
 def _open(path: Path) -> Image.Image:
-
     if path.is_file() or web_address(path):
         return load_image(path)
     if path.is_dir():
-        raise UserError(f"{path}: this is a folder; expected a picture")
+        raise UserError("this is a folder; expected a picture", code="image-missing", where=str(path))
     near = suggest(path.name, (file.name for file in path.parent.iterdir())) if path.parent.is_dir() else []
-    hint = f"\ndid you mean {' or '.join(str(path.parent / name) for name in near)} ?" if near else ""
-    raise UserError(f"{path}: no such picture{hint}")
+    hint = f"did you mean {' or '.join(str(path.parent / name) for name in near)} ?" if near else ""
+    raise UserError("no such picture", code="image-missing", where=str(path), hint=hint)
 
 
-def _unknown(word: str) -> str:
+def _unknown_command(word: str) -> UserError:
     known = [name.split()[0] for name in COMMANDS]
     near = suggest(word, known)
-    return f"unknown command {word}; " + (f"did you mean {near[0]} ?" if near else f"there are {', '.join(known)}")
+    hint = f"did you mean {near[0]} ?" if near else f"known commands: {', '.join(known)}"
+    return UserError(f"unknown command {word}", code="chat-unknown-command", hint=hint)

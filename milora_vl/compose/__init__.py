@@ -1,4 +1,4 @@
-"""A LLaVA from a vision tower, a projector and a language model. `python -m milora_vl.compose`."""
+"""Compose a LLaVA from a vision tower, a projector and a language model: `python -m milora_vl.compose`."""
 
 from milora_vl.compose.command import main
 

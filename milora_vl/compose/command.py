@@ -1,7 +1,7 @@
-"""Put a vision tower, a projector and a causal language model together into a LLaVA in Hugging Face layout.
+"""Compose a LLaVA in Hugging Face layout from a vision tower, a projector and a causal language model.
 
-`python -m milora_vl.compose --vision V --language L --output_dir O`: the folder is ready for stage 1, in which the
-projector learns captions (recipe pretrain-projector-llava).
+`python -m milora_vl.compose --vision V --language L --output_dir O` writes a folder that is ready for stage 1, which
+trains the projector on captions (recipe pretrain-projector-llava).
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compose what the command line names and write it. UserError where the parts do not fit. Returns the exit code."""
+    """Compose the parts, write the model and return the exit code. Raises UserError if the parts do not fit."""
     args = _options(argv)
     from milora_vl.models import parts
 
     folder = Path(args.output_dir)
     if folder.exists():
-        raise UserError(f"--output_dir {folder} exists; nothing is overwritten")
+        raise UserError(
+            f"{folder} exists; it is not overwritten",
+            code="output-exists",
+            where="--output_dir",
+            hint="use:  --output_dir ANOTHER",
+        )
     chosen = parts.Parts(
         args.language, args.vision, args.projector, args.select_layer, args.select_feature, args.vision_weights
     )
@@ -45,24 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = cli.parser(PROG, "Make a LLaVA from a vision tower and a causal language model.", EXAMPLES)
-    given = options.add_argument_group("input")
-    given.add_argument("--vision", required=True, metavar="V", help="CLIP, SigLIP, a ViT (folder or id), or timm/NAME")
-    given.add_argument("--vision_weights", metavar="FILE", help="for timm/NAME without a hub: a file, or random")
-    given.add_argument("--language", required=True, metavar="L", help="a causal LM: folder or id")
-    given.add_argument("--projector", metavar="FILE", help="mm_projector.bin or .safetensors to start from")
+    options = cli.parser(PROG, "Compose a LLaVA from a vision tower and a causal language model.", EXAMPLES)
+    inputs = options.add_argument_group("input")
+    inputs.add_argument("--vision", required=True, metavar="V", help="CLIP, SigLIP, a ViT (folder or id), or timm/NAME")
+    inputs.add_argument("--vision_weights", metavar="FILE", help="weights file of timm/NAME, or random (no download)")
+    inputs.add_argument("--language", required=True, metavar="L", help="causal language model: folder or id")
+    inputs.add_argument("--projector", metavar="FILE", help="initial mm_projector.bin or .safetensors")
     settings = options.add_argument_group("settings")
     settings.add_argument(
-        "--select_layer", type=int, default=-2, help="of the tower, whose features are taken (default: %(default)s)"
+        "--select_layer",
+        type=int,
+        default=-2,
+        help="layer of the tower that provides the features (default: %(default)s)",
     )
     settings.add_argument(
         "--select_feature",
         choices=("patch", "cls_patch"),
         default="patch",
-        help="with cls_patch the class token too (default: %(default)s)",
+        help="cls_patch also uses the class token (default: %(default)s)",
     )
     out = options.add_argument_group("output")
-    shared(out, "output_dir", required=True, about="to write; must not exist")
+    shared(out, "output_dir", required=True, about="output folder, which must not exist")
     shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed

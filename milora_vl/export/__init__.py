@@ -1,4 +1,4 @@
-"""An adapter of any origin, written in another form. `python -m milora_vl.export`."""
+"""Convert an adapter of any origin to another form: `python -m milora_vl.export`."""
 
 from milora_vl.export.command import Exported, export, main
 

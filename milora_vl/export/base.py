@@ -1,6 +1,6 @@
-"""The base model of an export: its config, its weights and its processor, each loaded only when it is asked for.
+"""The base model of an export: its config, weights and processor, each loaded on first use.
 
-The processor beside an export: the run folder's own, whose chat template is that of training, else the base's.
+An export gets the processor of the run folder (with the chat template of training), else of the base model.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from milora_data.errors import UserError
 from milora_vl.models import loading
 from milora_vl.models.timm_tower_config import TimmTowerConfig
 
-# The code of a model with a timm tower, and the class that transformers finds in it with trust_remote_code=True.
+# The code of a model with a timm tower, and the class that transformers loads from it with trust_remote_code=True.
 CODE_FILES = ("timm_llava.py", "timm_tower.py", "timm_tower_config.py")
 AUTO_MAP = {"AutoConfig": "timm_llava.TimmLlavaConfig"}
 
 
 class Base:
-    """A base model by name (or folder, or hub id), or one at hand. `name` is what adapters record."""
+    """A base model by name, folder or hub id, or a loaded model. Adapters record its `name`."""
 
     def __init__(
         self, source: str | Path | nn.Module | None, dtype: torch.dtype | None, *, is_rounded_later: bool = False
@@ -37,21 +37,29 @@ class Base:
 
     @property
     def name(self) -> str:
-        """The name the base was given by; of a model at hand the one it knows itself."""
+        """Return the name of the base model. A loaded model has it in its config.
+
+        Raises UserError if the adapter names no base model.
+        """
         if isinstance(self._source, nn.Module):
             return str(self.config.name_or_path)
         if not self._source:
-            raise UserError("which base model? its adapter_config.json does not say\nsay:  --base NAME-OR-FOLDER")
+            raise UserError(
+                "adapter_config.json does not name the base model",
+                code="adapter-no-base-name",
+                where="--base",
+                hint="add:  --base NAME-OR-FOLDER",
+            )
         return str(self._source)
 
     @property
     def config(self) -> Any:
-        """The HF config, without the weights."""
+        """Return the HF config without loading weights."""
         return self._source.config if isinstance(self._source, nn.Module) else loading.config_of(self.name)
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model with its weights, in the dtype they were saved in unless one was asked for."""
+        """Return the model with its weights, in the requested data type, else as stored."""
         if isinstance(self._source, nn.Module):
             return self._source
         dtype, saved = self._dtype, self.config.dtype
@@ -60,36 +68,36 @@ class Base:
         return loading.load_weights(self.name, dtype)
 
     def processor(self) -> Any:
-        """Return the processor (of a text-only model the tokenizer); None for a model at hand. Needs no weights."""
+        """Return the processor (the tokenizer of a text-only model); None for a loaded model. Needs no weights."""
         return None if isinstance(self._source, nn.Module) else loading.load_processor(self.name)
 
 
 def has_timm_tower(config: Any) -> bool:
-    """Whether a model of this HF config needs this package (or its code beside it) to load in transformers."""
+    """Return whether transformers needs this package or its code to load a model with this HF config."""
     vision = config.to_dict().get("vision_config") or {}
     return bool(vision.get("model_type") == TimmTowerConfig.model_type)
 
 
 def write_code(folder: Path) -> None:
-    """Put the code of a timm tower into the folder of a model, so that it loads without this package."""
+    """Write the code of a timm tower into a model folder, so that the model loads without this package."""
     for name in CODE_FILES:
-        (folder / name).write_text((files("milora_vl") / name).read_text(encoding="utf-8"), encoding="utf-8")
+        (folder / name).write_text((files("milora_vl.models") / name).read_text(encoding="utf-8"), encoding="utf-8")
     config = folder / "config.json"
     content = json.loads(config.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a model to load again, all of it in `dtype` where one is given.
+    """Save a model; with `dtype`, also set the data type in the configs of its parts.
 
-    Transformers 4 loads each part in the dtype that its own config says; nobody else updates that.
+    Transformers 4 loads each part in the data type that its config names, and does not update the config.
     """
     for part in model.config.sub_configs if dtype is not None else ():
         getattr(model.config, part).dtype = dtype
     model.save_pretrained(folder, max_shard_size="5GB")
 
 
-# What tokenizers, image processors and processors of transformers write.
+# Files that tokenizers, image processors and processors of transformers write.
 _FILES = (
     "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "merges.txt spiece.model chat_template.jinja chat_template.json preprocessor_config.json processor_config.json "
@@ -98,16 +106,16 @@ _FILES = (
 
 
 def copy_processor(source: Path, target: Path, base: Base) -> None:
-    """Copy the processor's files of `source`; where it has none, write the base's, or say why not."""
-    found = [name for name in _FILES if (source / name).is_file()]
-    for name in found:
+    """Copy the processor files of `source`. If it has none, write the base model's, or print why not."""
+    present = [name for name in _FILES if (source / name).is_file()]
+    for name in present:
         shutil.copyfile(source / name, target / name)
-    if found:
+    if present:
         return
     try:
         processor = base.processor()
     except UserError as error:
-        sys.stderr.write(f"no processor written: {str(error).splitlines()[0]}\n")
+        sys.stderr.write(f"no processor written: {error.problems[0].message}\n")
         return
     if processor is not None:
         processor.save_pretrained(target)

@@ -1,7 +1,7 @@
-"""`python -m milora_vl.export FOLDER --to FORM`: an adapter of any origin, written in another form.
+"""`python -m milora_vl.export FOLDER --to FORM`: convert an adapter of any origin to another form.
 
-FOLDER is ours, a plain PEFT one, one of LLaVA's LoRA runs, or a PiSSA/MiLoRA checkpoint with its residual base; which,
-is told by its files. Nothing is overwritten, and an interrupted export leaves no half-written folder.
+FOLDER holds an adapter of ours, a plain PEFT adapter, a LoRA run of LLaVA, or a PiSSA/MiLoRA checkpoint with its
+residual base; its files show which. An export overwrites nothing, and an interrupted one leaves no incomplete folder.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ if TYPE_CHECKING:
     from milora_vl.export.job import LoadsWith
 
 FORMS = {
-    "adapter": "stock PEFT LoRA on the untouched base, with milora.json",
-    "merged": "a whole model: float32 arithmetic, the base's dtype",
-    "residual": "the papers' form: a base without the initial components, and (A, B) of rank r",
-    "llava": "LoRA folder of haotian-liu/LLaVA, for its own load_pretrained_model",
-    "rank-N": "plain LoRA of rank N nearest to the adapter, with its error (rank-r: each module's r)",
+    "adapter": "stock PEFT LoRA on the unchanged base model, with milora.json",
+    "merged": "full model, merged in float32 and saved in the data type of the base model",
+    "residual": "form of the papers: a base model without the initial components, and (A, B) of rank r",
+    "llava": "LoRA folder for load_pretrained_model of haotian-liu/LLaVA",
+    "rank-N": "plain LoRA of rank N nearest to the adapter, and its error (rank-r: the r of each module)",
 }
 _EXAMPLES = """\
 examples:
   python -m milora_vl.export runs/a --to merged --output_dir merged
-  python -m milora_vl.export runs/a --to rank-64 --dtype bfloat16 --with_base      # for servers that take small LoRAs
-  python -m milora_vl.export llava-v1.5-7b-lora --to adapter --base vicuna-clip   # from LLaVA's own run
+  python -m milora_vl.export runs/a --to rank-64 --dtype bfloat16 --with_base      # for servers that limit the rank
+  python -m milora_vl.export llava-v1.5-7b-lora --to adapter --base vicuna-clip   # from a run of LLaVA
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written. `layers`: per module the error of re-compression or the drift of a residual, and its rank.
+    """The result of an export. `layers`: rank per module, and the error of recompression or the drift of a residual.
 
-    `total`: relative error of the whole change, of re-compression or of rounding to another dtype. `loads_with`: what
-    the whole model in the folder (merged, residual, base/) needs to load; None without one.
+    `total`: relative error of the whole change by recompression, or by rounding to another data type. `loads_with`:
+    what is needed to load the full model in the folder (merged, residual, base/); None without one.
     """
 
     folder: Path
@@ -77,14 +77,14 @@ def export(
 ) -> Exported:
     """Write the adapter in `folder` to `output_dir` in the form `to`: adapter, merged, residual, llava or rank-N.
 
-    base: name, folder or HF id of the base model, or the model itself (it is used up); by default the one the adapter
-    names. dtype: of all that is written; by default as stored. with_base: write the modules trained in full into a copy
-    of the base (base/), so that the adapter holds LoRA factors alone. residual, initial: the residual base and the
-    initial factors of a PiSSA/MiLoRA checkpoint, where the folder does not tell. vision_tower: the CLIP model that
-    LLaVA's config.json shall name. remote_code: write the code of a timm vision tower beside the whole model, so
-    that it loads with trust_remote_code=True where this package is not installed.
+    base: name, folder or HF id of the base model, or a loaded model, which is modified; by default the model that the
+    adapter names. dtype: data type of all written tensors; by default as stored. with_base: write fully trained modules
+    into a copy of the base model (base/), so that the adapter holds only LoRA factors. residual, initial: the residual
+    base and the initial factors of a PiSSA/MiLoRA checkpoint, if the folder does not name them. vision_tower: the CLIP
+    model for LLaVA's config.json. remote_code: write the code of a timm vision tower into the folder of the full
+    model, which then loads with trust_remote_code=True without this package.
 
-    Raises UserError for folders and forms that do not fit, and for an output folder that holds something.
+    Raises UserError if folder and form do not fit, or if the output folder is not empty.
     """
     from milora_vl.adapters.source import find_source
     from milora_vl.export.job import Job
@@ -93,14 +93,21 @@ def export(
 
     form, rank = _form(to)
     if with_base and form not in ("adapter", "rank"):
-        raise UserError(f"with_base is for --to adapter and rank-N: {to} needs no base of its own")
+        message = f"only applies to --to adapter and rank-N, not to {to}"
+        raise UserError(message, code="flag-no-effect", where="--with_base", hint="remove the flag")
     if remote_code and not (with_base or form in ("merged", "residual")):
-        raise UserError(f"--remote_code is for a whole model, which --to {to} does not write\nadd:  --with_base")
+        message = f"only applies to a full model, which --to {to} does not write"
+        raise UserError(message, code="flag-no-effect", where="--remote_code", hint="add:  --with_base")
     target = Path(output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not empty: nothing is overwritten\nsay:  --output_dir ANOTHER")
-    given = [None if path is None else Path(path) for path in (residual, initial)]
-    source = find_source(Path(folder), *given)
+        raise UserError(
+            "exists and is not empty; an export overwrites nothing",
+            code="output-exists",
+            where=str(target),
+            hint="use:  --output_dir ANOTHER",
+        )
+    companions = [None if path is None else Path(path) for path in (residual, initial)]
+    source = find_source(Path(folder), *companions)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     job = Job(source, base, dtype, partial, target, vision_tower, allow_base_mismatch, remote_code)
@@ -109,7 +116,7 @@ def export(
             layers, total, loads_with = job.write(form, rank, with_base)
         if target.exists():
             target.rmdir()
-        partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        partial.chmod(0o755)  # only the owner can read a folder of mkdtemp
         open_to_others(partial)
         partial.rename(target)
     finally:
@@ -118,14 +125,13 @@ def export(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; UserError for what cannot be exported. Returns the exit code."""
+    """Run the command and return the exit code. Raises UserError if the adapter cannot be exported."""
     options = _options(argv)
     import torch
 
     from milora_vl.models.quiet import hush_deepspeed
 
     hush_deepspeed()
-
     target = options.output_dir or _beside(options.folder, options.to)
     done = export(
         options.folder,
@@ -141,40 +147,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         remote_code=options.remote_code,
     )
     _show(done, options.format)
-    _tell_next(done, trained_prompts(options.folder)[0])
+    _print_next(done, trained_prompts(options.folder)[0])
     return 0
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    forms = "\n".join(f"  {name:<10} {what}" for name, what in FORMS.items())
-    options = parser("python -m milora_vl.export", f"Write an adapter in another form.\n\nforms:\n{forms}", _EXAMPLES)
-    given = options.add_argument_group("input")
-    given.add_argument("folder", type=Path, metavar="FOLDER", help="ours, PEFT's, LLaVA's, or on a residual base")
-    shared(given, "base", about="the base model, untouched (default: the one that the adapter names)")
-    given.add_argument("--residual", type=Path, help="the residual base of a PiSSA/MiLoRA checkpoint")
-    given.add_argument("--initial", type=Path, help="its initial factors (pissa_init)")
+    forms = "\n".join(f"  {name:<10} {meaning}" for name, meaning in FORMS.items())
+    options = parser("python -m milora_vl.export", f"Convert an adapter to another form.\n\nforms:\n{forms}", _EXAMPLES)
+    inputs = options.add_argument_group("input")
+    inputs.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="adapter of ours, of PEFT or of LLaVA, or one on a residual base"
+    )
+    shared(inputs, "base", about="unchanged base model (default: the model that the adapter names)")
+    inputs.add_argument("--residual", type=Path, help="residual base of a PiSSA/MiLoRA checkpoint")
+    inputs.add_argument("--initial", type=Path, help="initial factors of a PiSSA/MiLoRA checkpoint (pissa_init)")
     settings = options.add_argument_group("settings")
-    settings.add_argument("--with_base", action="store_true", help="modules trained in full go into a copy of the base")
+    settings.add_argument(
+        "--with_base", action="store_true", help="write fully trained modules into a copy of the base"
+    )
     settings.add_argument(
         "--remote_code", action="store_true", help="add the code of a timm tower, for trust_remote_code=True"
     )
-    settings.add_argument("--vision_tower", metavar="NAME", help="the CLIP model that LLaVA's config.json shall name")
-    settings.add_argument("--allow_base_mismatch", action="store_true", help="go on with another base model")
+    settings.add_argument("--vision_tower", metavar="NAME", help="CLIP model for LLaVA's config.json")
+    settings.add_argument("--allow_base_mismatch", action="store_true", help="continue with another base model")
     out = options.add_argument_group("output")
     out.add_argument("--to", required=True, metavar="FORM", help="adapter, merged, residual, llava, rank-N")
     shared(
-        out, "dtype", about="of all that is written (default: as stored)", choices=("float32", "bfloat16", "float16")
+        out, "dtype", about="data type of all tensors (default: as stored)", choices=("float32", "bfloat16", "float16")
     )
-    shared(out, "output_dir", about="to write (default: FOLDER-FORM, beside it; of a checkpoint beside its run)")
+    shared(out, "output_dir", about="output folder (default: FOLDER-FORM, of a checkpoint next to its run)")
     shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 
 
 def _beside(folder: Path, to: str) -> Path:
-    """FOLDER-FORM; of `.` and `..`, which have no name, beside the folder that they mean.
+    """Return FOLDER-FORM; `.` and `..` are resolved first, because they have no name.
 
-    Of a checkpoint RUN-checkpoint-N-FORM, beside the run: in it, the Trainer would delete the result as a checkpoint.
+    For a checkpoint it is RUN-checkpoint-N-FORM next to the run: inside the run, the Trainer would delete the result
+    like an old checkpoint.
     """
     named = folder.resolve() if folder.name in ("", "..") else folder
     if step_of(folder.resolve()) >= 0:
@@ -184,7 +195,7 @@ def _beside(folder: Path, to: str) -> Path:
 
 
 def _form(to: str) -> tuple[str, int | None]:
-    """Split rank-64 into its two parts; rank-r keeps the r of each module."""
+    """Return the kind of form and its rank, ("rank", 64) for rank-64; rank-r keeps the r of each module."""
     kind, _, number = to.partition("-")
     if to == "rank-r":
         return "rank", None
@@ -192,34 +203,35 @@ def _form(to: str) -> tuple[str, int | None]:
         return "rank", int(number)
     if to not in FORMS or to == "rank-N":
         near = suggest(to, [form for form in FORMS if form != "rank-N"])
-        hint = f"\ndid you mean {near[0]} ?" if near else ""
-        raise UserError(f"unknown form {to!r}\nknown:  {', '.join(FORMS)}   (N a number: rank-64){hint}")
+        known = f"known forms: {', '.join(FORMS)}   (N is a number: rank-64)"
+        hint = f"{known}\ndid you mean {near[0]} ?" if near else known
+        raise UserError(f"unknown form {to!r}", code="export-unknown-form", where="--to", hint=hint)
     return to, None
 
 
 def _show(done: Exported, style: str) -> None:
-    """The layers and the folder on stdout, what it is on stderr."""
+    """Print layers and folder to stdout, and what was converted to stderr."""
     if style == "json":
         layers = [{"module": path, "rank": rank, "error": error} for path, (rank, error) in done.layers.items()]
         content = {"folder": str(done.folder), "form": done.form, "origin": done.origin, "layers": layers}
         sys.stdout.write(json.dumps({**content, "total": done.total, "loads_with": done.loads_with}) + "\n")
         return
-    what = "drift" if done.form == "residual" or not done.form.startswith("rank") else "error"
+    measure = "drift" if done.form == "residual" or not done.form.startswith("rank") else "error"
     for path, (rank, error) in done.layers.items():
-        sys.stdout.write(f"{path}  rank {rank}  {what} {error:.3e}\n")
+        sys.stdout.write(f"{path}  rank {rank}  {measure} {error:.3e}\n")
     if done.total is not None:
         sys.stdout.write(f"total  error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"{_ORIGINS[done.origin]}, now: {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
-    asked, most = _form(done.form)[1], max((rank for rank, _ in done.layers.values()), default=0)
-    if asked is not None and most < asked:
-        sys.stderr.write(f"no change has a rank above {most}: {done.form} is the whole of it\n")
+    requested, largest = _form(done.form)[1], max((rank for rank, _ in done.layers.values()), default=0)
+    if requested is not None and largest < requested:
+        sys.stderr.write(f"no change has a rank above {largest}, so {done.form} keeps all of it\n")
     if done.loads_with in _TO_LOAD:
         sys.stderr.write(_TO_LOAD[done.loads_with])
 
 
-def _tell_next(done: Exported, template: str) -> None:
-    """What to type (or, of the papers' form, to write) to use the folder, which does not name its `template`."""
+def _print_next(done: Exported, template: str) -> None:
+    """Print the command or the code that uses the folder; `template` is the prompt format of its training."""
     folder, name = done.folder, done.folder.resolve().name.lower()
     if done.form == "llava":
         if "llava" not in name or "lora" not in name:
@@ -245,19 +257,19 @@ def _tell_next(done: Exported, template: str) -> None:
 def _base_name(folder: Path) -> str:
     try:
         return base_of(folder)
-    except UserError:  # an adapter of a model without a name
+    except UserError:  # the adapter names no base model
         return "MODEL"
 
 
 _TO_LOAD = {
     "transformers": "the model loads in plain transformers\n",
     "milora_vl": (
-        "note: transformers and servers do not know its vision tower, which is a network from timm\n"
+        "note: transformers and servers do not support its vision tower, a network from timm\n"
         "      in transformers:       import milora_vl     before from_pretrained\n"
         "      without this package:  export with --remote_code, load with trust_remote_code=True\n"
     ),
     "trust_remote_code": (
-        "note: servers do not know its vision tower, which is a network from timm\n"
+        "note: servers do not support its vision tower, a network from timm\n"
         "      in transformers:  trust_remote_code=True, with timm installed; or import milora_vl\n"
     ),
 }

@@ -1,4 +1,4 @@
-"""One export: read what is needed, write one form. Weights of the base are loaded only where a form needs them."""
+"""One export: read the adapter and write one form. The base weights load only if the form needs them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from milora_vl.lora.sidecar import FILE_NAME, Sidecar
 from milora_vl.models.names import SAME_WEIGHTS
 
 Layers = Mapping[str, tuple[int, float]]
-# What a whole model needs to load: transformers alone, this package, or its own code and trust_remote_code=True.
+# What loading a full model needs: only transformers, this package, or its own code with trust_remote_code=True.
 LoadsWith = Literal["transformers", "milora_vl", "trust_remote_code"]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What `milora_vl.export.export` was asked for. `out` is written to, `target` is where it will be."""
+    """The arguments of `milora_vl.export.export`. `out` is the folder to write, `target` its final path."""
 
     source: Source
     given_base: str | Path | nn.Module | None
@@ -48,13 +48,12 @@ class Job:
     def write(self, form: str, rank: int | None, with_base: bool) -> tuple[Layers, float | None, LoadsWith | None]:
         """Write one form.
 
-        Returns what it cost per layer (rank and error) and in total, and what the whole model in it, if any, needs to
-        load.
+        Return (rank, error) per layer, the total error, and what the full model in the folder needs to load (or None).
         """
-        # A merge or a residual in fewer bits is rounded once, at its end.
+        # A merged or residual model in half precision is rounded once, at the end.
         base = Base(self._base_for(form), self.dtype, is_rounded_later=form in ("merged", "residual"))
-        whole = self.out / "base" if with_base else self.out if form in ("merged", "residual") else None
-        loads_with = None if whole is None else self._loads_with(base)
+        model_folder = self.out / "base" if with_base else self.out if form in ("merged", "residual") else None
+        loads_with = None if model_folder is None else self._loads_with(base)
         layers: Layers = {}
         total = None
         if form == "merged":
@@ -68,18 +67,20 @@ class Job:
         else:
             layers, total = self._write_adapter(base, form, rank, with_base)
         copy_processor(self.source.folder, self.out, base)
-        if whole is not None and loads_with == "trust_remote_code":
-            write_code(whole)
+        if model_folder is not None and loads_with == "trust_remote_code":
+            write_code(model_folder)
         return layers, total, loads_with
 
     def _loads_with(self, base: Base) -> LoadsWith:
-        """What the whole model that is written needs to load. UserError for code that it does not need."""
+        """Return what the written model needs to load. Raises UserError if `--remote_code` is set without need."""
         if has_timm_tower(base.config):
             return "trust_remote_code" if self.remote_code else "milora_vl"
         if self.remote_code:
             raise UserError(
-                f"--remote_code: {base.name} has no vision tower from timm, so it loads in plain transformers\n"
-                "leave the flag out"
+                f"{base.name} has no vision tower from timm, so it loads in plain transformers",
+                code="flag-no-effect",
+                where="--remote_code",
+                hint="remove the flag",
             )
         return "transformers"
 
@@ -111,25 +112,33 @@ class Job:
         return layers, total
 
     def _base_for(self, form: str) -> str | Path | nn.Module | None:
-        """The base that was given, or the one that the adapter names; of a residual one only to merge with it."""
+        """Return the base model of the arguments, or the model that the adapter names.
+
+        An adapter on a residual base names only that; it is enough to merge. Raises UserError for other forms.
+        """
         if self.given_base is not None:
             return self.given_base
         if self.source.kind == "residual":
             if form == "merged" and self.source.residual is not None:
                 return self.source.residual
             raise UserError(
-                "which base model was the residual made of? an adapter for the untouched base has to know it\n"
-                "say:  --base NAME-OR-FOLDER   (not needed for --to merged)"
+                "the base model of the residual is unknown; an adapter for the unchanged base model needs it",
+                code="adapter-no-base-name",
+                where="--base",
+                hint="add:  --base NAME-OR-FOLDER   (not needed for --to merged)",
             )
         named = read_config(self.source.folder, any_lora=True).base_model_name_or_path
         return SAME_WEIGHTS.get(str(named), named)
 
     def _read(self, base: Base, needs_base: bool) -> tuple[PlainAdapter, Mapping[str, float]]:
-        """The adapter for the untouched base, with the paths of `base` where that is loaded or was given."""
+        """Return the adapter for the unchanged base model and the drift per layer.
+
+        Module paths are those in `base` if it is an argument or its weights load.
+        """
         is_foreign = self.source.kind in ("llava", "residual") or (self.source.kind == "plain" and needs_base)
         if is_foreign:
-            made = import_adapter(self.source, base.model, base.name)
-            return made.adapter, made.drift
+            imported = import_adapter(self.source, base.model, base.name)
+            return imported.adapter, imported.drift
         if self.source.kind == "plain":
             refuse_mutating(self.source.folder)
         adapter = read_plain(self.source.folder)
@@ -143,7 +152,6 @@ class Job:
         return adapter, {}
 
     def _write_merged(self, base: Base) -> None:
-
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.source.folder
             on_residual = self.source.kind == "residual" and self.given_base is None
@@ -158,21 +166,30 @@ class Job:
             try:
                 merged = merge(tuned)
             except (NotImplementedError, RuntimeError, ValueError) as error:
-                raise UserError(f"PEFT cannot merge the adapter in {self.source.folder}\n{error}") from None
+                raise UserError(
+                    f"PEFT cannot merge the adapter: {error}",
+                    code="adapter-not-mergeable",
+                    where=str(self.source.folder),
+                ) from None
         for name, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(self.dtype or dtypes.get(name, parameter.dtype))
         save_model(merged, self.out, self.dtype)
 
     def _into_base(self, adapter: PlainAdapter, base: Base) -> PlainAdapter:
-        """Write the base with the modules trained in full in it; return the adapter without them, on that base."""
+        """Write a copy of the base model with the fully trained modules; return the adapter without them."""
         if adapter.whole:
             sys.stderr.write(
-                f"note: {self.target / 'base'} holds what this run trained in full ({len(adapter.whole):,} tensors): "
-                "adapters of other runs do not belong on it\n"
+                f"note: {self.target / 'base'} contains the fully trained modules of this run "
+                f"({len(adapter.whole):,} tensors); do not use it with adapters of other runs\n"
             )
         _, unknown = base.model.load_state_dict(dict(adapter.whole), strict=False)
         if unknown:
-            raise UserError(f"the base model has no {unknown[0]}\nis it the right one?  --base NAME-OR-FOLDER")
+            raise UserError(
+                f"the base model has no {unknown[0]}, which the adapter trained",
+                code="adapter-wrong-base",
+                where="--base",
+                hint="name the base model of the adapter:  --base NAME-OR-FOLDER",
+            )
         save_model(base.model, self.out / "base", self.dtype)
         copy_processor(self.source.folder, self.out / "base", base)
         sidecar = adapter.sidecar
@@ -182,7 +199,7 @@ class Job:
 
 
 def _moved(adapter: PlainAdapter, before: Sidecar, after: Sidecar) -> PlainAdapter:
-    """The adapter with the paths that a model has for the same modules."""
+    """Return the adapter with its module paths renamed from `before` to `after`."""
     path_of = {old.path: new.path for old, new in zip(before.targets, after.targets, strict=True)}
     factors = {path_of.get(path, path): low for path, low in adapter.factors.items()}
     whole = {}

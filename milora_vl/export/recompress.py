@@ -1,6 +1,6 @@
-"""A LoRA of lower rank nearest to an adapter: the truncated SVD of each change s (B A - B0 A0), and what it loses.
+"""Recompress an adapter to the nearest LoRA of lower rank: the truncated SVD of each change s (B A - B0 A0).
 
-The change has at most the rank of the joined factors, so two thin QR decompositions and one small SVD are enough.
+The joined factors bound the rank of a change, so two thin QR decompositions and one small SVD suffice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from milora_vl.adapters.plain import LowRank, PlainAdapter
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What re-compression leaves out: squared norms of the change and of the part that is lost, and the rank kept."""
+    """The error of recompression: squared norms of the change and of the lost part, and the rank kept."""
 
     rank: int
     total: float
@@ -23,16 +23,17 @@ class Loss:
 
     @property
     def error(self) -> float:
-        """||change - kept||_F / ||change||_F."""
+        """Return ||change - kept||_F / ||change||_F."""
         return (self.lost / self.total) ** 0.5 if self.total > 0 else 0.0
 
 
 def recompress(
     adapter: PlainAdapter, rank: int | None, dtype: torch.dtype | None = None
 ) -> tuple[PlainAdapter, dict[str, Loss]]:
-    """Return the adapter with factors of `rank` (None: half of what each module has, its r), and the loss by module.
+    """Return the adapter with factors of `rank`, and the loss per module.
 
-    Modules of a lower rank keep theirs. The loss is that of the factors as stored, in `dtype`: rounding counts.
+    None means half the rank of each module's joined factors, its r. Modules of lower rank keep their rank. The loss
+    includes the rounding of the stored factors to `dtype`.
     """
     factors, losses = {}, {}
     for path, low in adapter.factors.items():
@@ -43,19 +44,19 @@ def recompress(
 
 
 def loss_of(low: LowRank, stored: LowRank) -> Loss:
-    """What `stored` lacks of the change that `low` makes; by QR, without a matrix of full size."""
+    """Return the loss of `stored` relative to the change of `low`, by QR without a full-size matrix."""
     (A, B), (A1, B1) = ([t.double() for t in factors.matrices()] for factors in (low, stored))
     return Loss(stored.rank, _square(B, A), _square(torch.cat([B, -B1], dim=1), torch.cat([A, A1])))
 
 
 def _square(B: Tensor, A: Tensor) -> float:
-    """||B A||_F^2."""
+    """Return ||B A||_F^2."""
     R_B, R_A = torch.linalg.qr(B).R, torch.linalg.qr(A.T).R
     return float((R_B @ R_A.T).square().sum())
 
 
 def total_error(losses: dict[str, Loss]) -> float:
-    """The relative error of the whole adapter, as if all changes stood in one matrix."""
+    """Return the relative error of the whole adapter, as if all changes were blocks of one matrix."""
     return Loss(0, sum(loss.total for loss in losses.values()), sum(loss.lost for loss in losses.values())).error
 
 

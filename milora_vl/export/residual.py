@@ -1,8 +1,8 @@
-"""The form of the papers' own scripts: a residual base W - s B0 A0 as a whole model, and (A, B) of rank r beside it.
+"""The form of the papers' scripts: a residual base W - s B0 A0 as a full model, and (A, B) of rank r next to it.
 
 model.safetensors, config.json, ...   the residual base
-lora/                                 A and B as trained, where the official MiLoRA script looks for them
-lora_init/                            A0 and B0: what brings the untouched base back
+lora/                                 the trained A and B, where the official MiLoRA script expects them
+lora_init/                            A0 and B0, which restore the unchanged base model
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ INITIAL = "lora_init"
 def write_residual(
     adapter: PlainAdapter, base: nn.Module, folder: Path, name: str, dtype: torch.dtype | None = None
 ) -> Mapping[str, float]:
-    """Take s B0 A0 out of `base` (in place), write it and both adapters; return the drift of every layer.
+    """Subtract s B0 A0 from `base` (in place), write it and both adapters, and return the drift of every layer.
 
-    `name` is what the two adapters call their base: the folder where all this will be.
-
-    The drift is what rounding the residual to the dtype it is written in loses, relative to ||W||_F.
-    UserError for an adapter without initial factors.
+    The two adapters record `name` as their base model: the final folder of the export. The drift is the error of
+    rounding the residual to its stored data type, relative to ||W||_F.
+    Raises UserError if the adapter has no initial factors.
     """
     parts = {t.path: t for t in adapter.sidecar.targets if t.has_anchor} if adapter.sidecar is not None else {}
     if not parts:
         raise UserError(
-            "this adapter has no initial factors (milora, pissa or random rules): nothing to take out of the base\n"
-            "possible:  --to adapter, merged, llava, rank-r"
+            "the adapter has no initial factors to subtract: it was not trained with milora, pissa or random rules",
+            code="export-needs-initial-factors",
+            where="--to",
+            hint="use another form: adapter, merged, llava, rank-r",
         )
     trained, initial = dict(adapter.factors), {}
     for path in parts:
         trained[path], initial[path] = _halves(adapter.factors[path])
-    if dtype is not None:  # what is taken out is what is written beside
+    if dtype is not None:  # subtract the same rounded factors that are written
         initial = {path: low.cast(dtype) for path, low in initial.items()}
-    drift = {path: _take_out(base.get_submodule(path), low, dtype) for path, low in initial.items()}
+    drift = {path: _subtract(base.get_submodule(path), low, dtype) for path, low in initial.items()}
     save_model(base if dtype is None else base.to(dtype), folder, dtype)
     for subfolder, factors, whole in ((OFFICIAL_NAME, trained, adapter.whole), (INITIAL, initial, {})):
         part = replace(adapter, base=name, factors=factors, whole=whole, sidecar=None)
@@ -53,13 +54,13 @@ def write_residual(
 
 
 def _halves(low: LowRank) -> tuple[LowRank, LowRank]:
-    """(A, B) and (A0, B0) of the joined factors [A; A0], [B, -B0]."""
+    """Return (A, B) and (A0, B0) from the joined factors [A; A0], [B, -B0]."""
     (A, A0), (B, B0) = low.A.chunk(2, dim=0), low.B.chunk(2, dim=1)
     return replace(low, A=A.clone(), B=B.clone()), replace(low, A=A0.clone(), B=-B0)
 
 
 @torch.no_grad()
-def _take_out(module: nn.Module, initial: LowRank, dtype: torch.dtype | None) -> float:
+def _subtract(module: nn.Module, initial: LowRank, dtype: torch.dtype | None) -> float:
     weight: Tensor = module.get_parameter("weight").data
     matrix = as_matrix(module, weight)  # a view: writing into it changes the module
     W = matrix.float().clone()

@@ -1,9 +1,9 @@
-"""How much a tuned model has forgotten of what its base model knew; `python -m milora_vl.forgetting` measures it.
+"""Measure how much a tuned model has forgotten of its base model: `python -m milora_vl.forgetting`.
 
 The measure of the paper (arXiv:2406.09044, after Kalajdzievski 2024) is the cross-entropy of the tuned model against
-the base model's predicted distributions, in nats per token. Its floor is the base model's own entropy; what lies above
-is the Kullback-Leibler divergence. It is taken on general text, on text that the base model itself has written, and on
-the base model's answers about pictures; each name below is imported when it is first asked for.
+the predicted distributions of the base model, in nats per token. Its minimum is the entropy of the base model; the
+difference is the Kullback-Leibler divergence. It is measured on general text, on text that the base model writes, and
+on the answers of the base model about pictures. Each name below is imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m milora_vl.forgetting`: what a tuned model has forgotten, on text, its base's own words and pictures."""
+"""`python -m milora_vl.forgetting`: measure forgetting on text, on samples of the base model and on pictures."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from milora_vl.report.regenerate import rewrite_report
 
 PROBES = ("text", "samples", "pictures")
 _EXAMPLES = """\
-measures, all against the base model, in nats per token:
-  text      general text (three books of the package, or --text): the paper's number, and the plain loss on the text
-  samples   text that the base model writes itself; needs no data
-  pictures  the base model's answers about pictures (drawn shapes, or --data_path of LLaVA records)
-  --suite   the drop of the scores of a suite: python -m milora_eval run, before and after
+probes (tuned model against base model, in nats per token):
+  text      general text (three books of the package, or --text): the number of the paper, and the loss on the text
+  samples   text sampled from the base model; needs no data
+  pictures  answers of the base model about pictures (drawn shapes, or the LLaVA records of --data_path)
+  --suite   drop of the scores of a suite (python -m milora_eval run for base model and tuned model)
 
 examples:
   python -m milora_vl.forgetting --model smol-llava --adapter runs/demo
@@ -30,11 +30,11 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; UserError for what cannot be measured. Returns the exit code."""
+    """Run the command and return the exit code. Raises UserError if forgetting cannot be measured."""
     options = _options(argv)
     _refuse_unused(options)
     _refuse_unfinished(options)
-    folder = options.output_dir or _own_folder(options)
+    folder = options.output_dir or _tuned_folder(options)
     from milora_vl.forgetting.job import Job
 
     job = Job(
@@ -72,33 +72,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser("python -m milora_vl.forgetting", "Measure what a tuned model has forgotten.", _EXAMPLES)
-    given = options.add_argument_group("input")
-    shared(given, "model", required=True)
-    shared(given, "adapter")
-    shared(given, "base")
-    given.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="text files, a document each")
-    given.add_argument("--data_path", type=Path, metavar="DATA", help="LLaVA records whose questions are asked")
-    shared(given, "image_folder")
-    shared(given, "suite", about="evaluate a suite too, before and after; see: python -m milora_eval ls")
-    shared(given, "data", about="with the suite's files")
+    inputs = options.add_argument_group("input")
+    shared(inputs, "model", required=True)
+    shared(inputs, "adapter")
+    shared(inputs, "base")
+    inputs.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="text files, one document each")
+    inputs.add_argument(
+        "--data_path", type=Path, metavar="DATA", help="LLaVA records with the questions about pictures"
+    )
+    shared(inputs, "image_folder")
+    shared(inputs, "suite", about="also evaluate base and tuned model on a suite; see: python -m milora_eval ls")
+    shared(inputs, "data", about="folder that contains the files of the suite")
     settings = options.add_argument_group("settings")
-    settings.add_argument("--on", type=_probes, metavar="a,b", help=f"of {', '.join(PROBES)} (default: all)")
-    settings.add_argument("--num_tokens", type=positive, default=8192, help="of text (default: %(default)s)")
-    shared(settings, "limit", about="the first N questions, or items of a benchmark")
+    settings.add_argument(
+        "--on", type=_probes, metavar="a,b", help=f"probes to measure, from {', '.join(PROBES)} (default: all)"
+    )
+    settings.add_argument(
+        "--num_tokens", type=positive, default=8192, help="number of text tokens (default: %(default)s)"
+    )
+    shared(settings, "limit", about="use only the first N questions, or items of a benchmark")
     shared(settings, "template")
     shared(settings, "batch_size", default=8)
-    shared(settings, "seed", about="of the samples (default: %(default)s)")
+    shared(settings, "seed", about="random seed of the samples (default: %(default)s)")
     shared(settings, "device")
     shared(settings, "dtype")
     out = options.add_argument_group("output")
-    shared(out, "output_dir", about="for forgetting.json (default: the tuned folder)")
+    shared(out, "output_dir", about="folder for forgetting.json (default: the folder of the tuned model)")
     shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 
 
 def _refuse_unused(options: argparse.Namespace) -> None:
-    """UserError for a flag that what is measured has no use for."""
+    """Raise UserError for a flag that no selected probe uses."""
     on = options.on or PROBES
     pictures = "pictures" in on
     uses = {
@@ -111,16 +117,17 @@ def _refuse_unused(options: argparse.Namespace) -> None:
     }
     for flag, (is_used, use) in uses.items():
         if getattr(options, flag) is not None and not is_used:
-            raise UserError(f"--{flag} has no use here: it goes with {use}")
+            raise UserError(f"only applies with {use}", code="flag-no-effect", where=f"--{flag}")
 
 
 def _refuse_unfinished(options: argparse.Namespace) -> None:
-    """UserError for a run that holds checkpoints alone, before anything is loaded."""
+    """Raise UserError for a run that has only checkpoints, before anything loads."""
     folder = options.adapter or Path(options.model)
     words = ("--model", options.model, "--adapter") if options.adapter else ("--model",)
     newest = newest_of_unfinished(folder, "milora_vl.forgetting", *words)
     if newest:
-        raise UserError(f"{folder} holds no adapter{newest}")
+        hint = newest.removeprefix("\n")
+        raise UserError("contains no adapter", code="adapter-missing", where=str(folder), hint=hint)
 
 
 def _probes(text: str) -> tuple[str, ...]:
@@ -131,12 +138,22 @@ def _probes(text: str) -> tuple[str, ...]:
     return names
 
 
-def _own_folder(options: argparse.Namespace) -> Path:
+def _tuned_folder(options: argparse.Namespace) -> Path:
     if options.adapter is not None and not options.adapter.is_dir():
-        raise UserError(f"{options.adapter} is no folder: --adapter takes that of an adapter or a training")
+        raise UserError(
+            f"{options.adapter}: no such folder",
+            code="adapter-missing",
+            where="--adapter",
+            hint="expected the folder of an adapter or the output_dir of a run",
+        )
     folder: Path = options.adapter or Path(options.model)
     if not folder.is_dir():
-        raise UserError(f"{options.model} is no folder of a training: nothing is forgotten\nsay:  --adapter A")
+        raise UserError(
+            f"{options.model} is not the folder of a training, so there is nothing to compare",
+            code="forgetting-no-base",
+            where="--model",
+            hint="add:  --adapter FOLDER",
+        )
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What forgetting is measured on in pictures: the base model's own answers to questions outside the training task."""
+"""The picture probe of forgetting: answers of the base model to questions outside the training task."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _QUESTIONS = (
 
 
 def drawn_questions(folder: Path) -> list[Record]:
-    """Draw 20 plain shapes as PNG files in `folder` and return 80 questions about them: a probe that needs no data."""
+    """Draw 20 plain shapes as PNG files in `folder` and return 80 questions about them. This probe needs no data."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for colour, code in _COLOURS.items():
@@ -59,12 +59,11 @@ def answer_batches(
     max_new_tokens: int = 16,
     batch_size: int = 8,
 ) -> Iterator[Batch]:
-    """Yield the first question of each record with the answer that `model` gives (greedy); the answer's ids count.
+    """Yield the first question of each record with the greedy answer of `model`. Only the ids of the answer count.
 
-    A picture is a document: questions about the same one are not independent. A record without a picture is one by
-    itself. `without_adapter` asks the base of a PeftModel. What the records answer themselves is not read.
+    Questions about one picture belong to one document, because they are not independent. A record without a picture is
+    a separate document. `without_adapter` asks the base model of a PeftModel. The answers in the records are ignored.
     """
-
     asked = [replace(record, turns=(*_until_question(record),)) for record in records]
     paths = [tuple(place_of(image_folder, name) for name in record.images) for record in asked]
     context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()
@@ -75,19 +74,19 @@ def answer_batches(
             image_aspect_ratio=image_aspect_ratio,
         )  # fmt: skip
     tokenizer, image_processor = split_processor(processor)
-    sees = image_processor is not None
+    has_vision = image_processor is not None
     collate = ImageTextCollator(
         tokenizer,
         image_processor,
         template=template,
-        image_tokens=image_tokens(model.config) if sees else 0,
-        image_token_id=image_token_id(model.config) if sees else -1,
+        image_tokens=image_tokens(model.config) if has_vision else 0,
+        image_token_id=image_token_id(model.config) if has_vision else -1,
         image_folder=image_folder,
         image_aspect_ratio=image_aspect_ratio,
     )
-    told = [replace(r, turns=(*r.turns, Turn("assistant", a))) for r, a in zip(asked, answers, strict=True)]
-    # Rows with and without pictures apart, so that none of a batch lacks what the others have.
-    for group in ([r for r in told if r.images], [r for r in told if not r.images]):
+    answered = [replace(r, turns=(*r.turns, Turn("assistant", a))) for r, a in zip(asked, answers, strict=True)]
+    # Separate batches for records with and without pictures, because a batch has pictures in all rows or in none.
+    for group in ([r for r in answered if r.images], [r for r in answered if not r.images]):
         for start in range(0, len(group), batch_size):
             yield _batch(collate, group[start : start + batch_size])
 
@@ -100,7 +99,7 @@ def _batch(collate: Any, records: Sequence[Record]) -> Batch:
 
 
 def _until_question(record: Record) -> Iterator[Turn]:
-    """The turns before the first answer."""
+    """Yield the turns before the first answer."""
     for turn in record.turns:
         if turn.role == "assistant":
             return
@@ -108,7 +107,7 @@ def _until_question(record: Record) -> Iterator[Turn]:
 
 
 def _draw(shape: str, colour: str, side: int = 160) -> Image.Image:
-    """One shape in the middle of a white square."""
+    """Return one shape in the middle of a white square."""
     picture = Image.new("RGB", (side, side), "white")
     pen, low, high, middle = ImageDraw.Draw(picture), side * 0.2, side * 0.8, side / 2
     if shape == "circle":

@@ -1,4 +1,4 @@
-"""One measurement from end to end: models loaded, probes read, forgetting.json written, a table for people."""
+"""Run one measurement: load the models, measure the probes, write forgetting.json and format the table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FILE = "forgetting.json"
 
 @dataclass
 class Job:
-    """What to measure: the flags of the command. Results go to `file`, each probe as soon as it is done."""
+    """The flags of the command. `run` writes the result of each probe to `file` when it is done."""
 
     model: str
     adapter: Path | None
@@ -51,77 +51,89 @@ class Job:
 
     @property
     def file(self) -> Path:
-        """Where the results are."""
+        """Return the path of the results."""
         return self.folder / FILE
 
     def run(self) -> Results:
-        """Measure what was asked for. UserError for what does not fit together."""
+        """Measure the selected probes. Raises UserError for options that do not fit together."""
         if self.adapter is None and holds_adapter(Path(self.model)):
             self.model, self.adapter = base_of(Path(self.model)), Path(self.model)
         if self.adapter is None and self.base is None:
-            raise UserError("forgetting is measured against a base\nsay:  --adapter A, or --base B for a full --model")
+            raise UserError(
+                "forgetting needs a base model to compare with",
+                code="forgetting-no-base",
+                hint="add:  --adapter FOLDER, or --base MODEL for a fully trained --model",
+            )
         if self.adapter is not None and self.base is not None:
-            raise UserError("--base is for a fully trained --model; the base of an adapter is its --model")
-        missing = [path for path in (*(self.texts or ()), self.data_path) if path is not None and not _is_there(path)]
+            raise UserError(
+                "only applies to a fully trained --model; the base model of an adapter is its --model",
+                code="flag-no-effect",
+                where="--base",
+            )
+        missing = [path for path in (*(self.texts or ()), self.data_path) if path is not None and not _exists(path)]
         if missing:
-            raise UserError(f"no file {missing[0]}")
+            raise UserError("no such file", code="data-missing-file", where=str(missing[0]))
         measures: dict[str, Callable[[], Any]] = {
             "text": self._text, "samples": self._samples, "pictures": self._pictures
         }  # fmt: skip
-        asked = self.probes or tuple(measures)
-        if "pictures" in asked and not self._sees:
+        probes = self.probes or tuple(measures)
+        if "pictures" in probes and not self._has_vision:
             if self.probes:
-                raise UserError(f"--on pictures: {self.model} reads only text")
-            asked = tuple(name for name in asked if name != "pictures")
-        results = self._begun(asked)
-        for name in asked:
+                raise UserError(
+                    f"{self.model} reads only text",
+                    code="model-reads-only-text",
+                    where="--on",
+                    hint="remove pictures from --on",
+                )
+            probes = tuple(name for name in probes if name != "pictures")
+        results = self._kept_results(probes)
+        for name in probes:
             sys.stderr.write(f"forgetting on {name} ...\n")
             try:
                 results[name] = asdict(measures[name]())
             except UserError:
                 raise
-            except ValueError as error:  # too little text, text that is none, models of two vocabularies
-                raise UserError(f"--on {name}: {error}") from None
+            except ValueError as error:  # too little text, a file without text, two vocabularies
+                raise UserError(f"{name}: {error}", code="forgetting-not-measurable", where="--on") from None
             write_json(self.file, results)
         return results
 
-    def _begun(self, asked: Sequence[str]) -> Results:
-        """The file's results of the same weights and seed that are not asked for again; of others none."""
-        is_of: Results = {"model": self.model, "adapter": None if self.adapter is None else str(self.adapter)}
-        is_of |= {"base": self.base, "seed": self.seed}
+    def _kept_results(self, probes: Sequence[str]) -> Results:
+        """Return the results in `file` except for `probes`, or none if weights or seed have changed."""
+        identity: Results = {"model": self.model, "adapter": None if self.adapter is None else str(self.adapter)}
+        identity |= {"base": self.base, "seed": self.seed}
         tuned = self.adapter or Path(self.model)
         weights = [file for name in ("*.safetensors", "*.bin", "adapter_config.json") for file in tuned.glob(name)]
         before = read_json(self.file) or {}
-        if {key: before.get(key) for key in is_of} != is_of:
-            return is_of
+        if {key: before.get(key) for key in identity} != identity:
+            return identity
         if any(file.stat().st_mtime > self.file.stat().st_mtime for file in weights):  # trained again since
-            return is_of
-        return {key: value for key, value in before.items() if key not in asked}
+            return identity
+        return {key: value for key, value in before.items() if key not in probes}
 
     def scores(self, suite: str, data: Path | None) -> list[Results]:
-        """Evaluate a suite before and after, in a process of its own, and return the change of its headline scores."""
-        what = ["--model", self.model, *(["--adapter", str(self.adapter)] if self.adapter else [])]
-        what += ["--base", self.base] if self.base else []
+        """Evaluate a suite for both models in a separate process, and return the change of its headline scores."""
+        models = ["--model", self.model, *(["--adapter", str(self.adapter)] if self.adapter else [])]
+        models += ["--base", self.base] if self.base else []
         options = [*(["--data", str(data)] if data else []), *(["--limit", str(self.limit)] if self.limit else [])]
         options += [
             *(["--dtype", self.dtype] if self.dtype else []),
             *(["--device", self.device] if self.device else []),
         ]
         command = [
-            sys.executable, "-m", "milora_eval", "run", *what, "--suite", suite, *options, "--with_base",
+            sys.executable, "-m", "milora_eval", "run", *models, "--suite", suite, *options, "--with_base",
             "--forgetting_tokens", "0", "--output_dir", str(self.folder), "--format", "json",
         ]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
-            raise UserError(f"the evaluation of {suite} failed (see above)", exit_code=1)
+            raise UserError(f"the evaluation of {suite} failed (see above)", code="evaluation-failed", exit_code=1)
         sides = json.loads(done.stdout)
         after = next(side for which, side in sides.items() if which != "base")
-        found = score_changes(sides["base"], after)
-        write_json(self.file, (read_json(self.file) or {}) | {"scores": found})
-        return found
+        changes = score_changes(sides["base"], after)
+        write_json(self.file, (read_json(self.file) or {}) | {"scores": changes})
+        return changes
 
     def _text(self) -> Any:
-
         texts = None
         if self.texts:
             texts = {str(path): path.read_text(encoding="utf-8") for path in self.texts}
@@ -138,7 +150,6 @@ class Job:
         return compare_on(list(batches), self._tuned, base=self._reference, what="the base model's own text")
 
     def _pictures(self) -> Any:
-
         template, image_aspect_ratio = trained_prompts(self.adapter or Path(self.model))
         with tempfile.TemporaryDirectory() as drawn:
             if self.data_path is None:
@@ -161,20 +172,17 @@ class Job:
         return compare_on(batches, self._tuned, base=self._reference, what=what)
 
     def _records(self) -> list[Any]:
-
         records = [r for r in load_records(str(self.data_path)) if any(turn.role == "user" for turn in r.turns)]
         if not records:
-            raise UserError(f"{self.data_path} holds no question")
+            raise UserError("contains no question", code="data-no-question", where=str(self.data_path))
         return records
 
     @property
-    def _sees(self) -> bool:
-
+    def _has_vision(self) -> bool:
         return split_processor(self._processor)[1] is not None
 
     @property
     def _tokenizer(self) -> Any:
-
         return split_processor(self._processor)[0]
 
     @cached_property
@@ -183,32 +191,29 @@ class Job:
 
     @cached_property
     def _processor(self) -> Any:
-
         return load_processor(self.model)
 
     @cached_property
     def _reference(self) -> Any | None:
-        """The base as a model of its own, where switching off an adapter does not give it."""
-
+        """Return the base model, or None if switching off the adapter restores it."""
         if hides_its_base(self._tuned):
             return None
-        return self._load(self.base or self.model, None)  # a projector alone, the whole model or biases were trained
+        return self._load(self.base or self.model, None)  # a projector, the full model or biases trained
 
     def _load(self, name: str, adapter: Path | None) -> Any:
-
         device = device_named(self.device)
         return load_model(name, adapter=adapter, dtype=dtype_named(self.dtype, device), device=device)[0]
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     return path.is_file() or is_saved(path)
 
 
 def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Results]:
-    """Return the change of each benchmark's first score; `was_good` tells whether the base beat the answer by rote.
+    """Return the change of the first score of each benchmark. `was_good`: the base model beat a fixed answer.
 
-    A drop says that something was forgotten only where the base was good before: by two standard errors, or by the 3/n
-    that n equal answers leave open (the rule of three), whichever is more.
+    Only then does a drop show forgetting. The base model must be better by the larger of two standard errors and 3/n,
+    the uncertainty of n equal answers (rule of three).
     """
     new = {benchmark["name"]: benchmark["metrics"][0] for benchmark in after["benchmarks"] if benchmark["metrics"]}
     changes = []
@@ -235,20 +240,22 @@ def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[R
 def table(results: Mapping[str, Any]) -> str:
     """Return the results as lines for a terminal."""
     lines = [
-        f"{'':<10} {'forgotten (KL)':>18} {'cross-entropy':>18} {'base entropy':>13} {'change of loss':>18} tokens"
+        f"{'':<10} {'forgetting (KL)':>18} {'cross-entropy':>18} {'base entropy':>13} {'change of loss':>18} tokens"
     ]
     for name in ("text", "samples", "pictures"):
-        if found := results.get(name):
+        if probe := results.get(name):
             cells = [
-                _with_error(found["kl"], found["kl_stderr"]), _with_error(found["cross_entropy"], found["stderr"]),
-                f"{found['base_entropy']:.3f}", _with_error(found["loss_change"], found["loss_change_stderr"]),
+                _with_error(probe["kl"], probe["kl_stderr"]), _with_error(probe["cross_entropy"], probe["stderr"]),
+                f"{probe['base_entropy']:.3f}", _with_error(probe["loss_change"], probe["loss_change_stderr"]),
             ]  # fmt: skip
             lines.append(
-                f"{name:<10} {cells[0]:>18} {cells[1]:>18} {cells[2]:>13} {cells[3]:>18} {found['n_tokens']:,} "
-                f"in {found['n_documents']} documents"
+                f"{name:<10} {cells[0]:>18} {cells[1]:>18} {cells[2]:>13} {cells[3]:>18} {probe['n_tokens']:,} "
+                f"in {probe['n_documents']} documents"
             )
     for score in results.get("scores", ()):
-        note = "" if score["was_good"] else "   (the base was not good at it: says nothing about forgetting)"
+        note = (
+            "" if score["was_good"] else "   (the base model was not good at it, so this does not measure forgetting)"
+        )
         lines.append(f"{score['benchmark']} {score['metric']}: {score['before']:.3f} -> {score['after']:.3f}{note}")
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a tuned model against its base's predictions, over batches of whatever both shall read."""
+"""Cross-entropy of a tuned model against the predictions of its base model, over batches of any input."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from milora_vl.forgetting.text import Batch, general_text, text_batches
 
-# Positions whose distributions over the vocabulary are held in float32 at a time.
+# Number of positions whose distributions over the vocabulary are in memory as float32 at a time.
 _POSITIONS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Forgetting:
-    """Means over tokens, in nats; standard errors are clustered by document, None for a single one.
+    """Means over tokens, in nats. Standard errors are clustered by document; None for a single document.
 
-    `cross_entropy` is the paper's number, `kl` its distance from the floor `base_entropy`. `loss` and `base_loss` are
-    the plain cross-entropies of the tokens themselves, `loss_change` their difference.
+    `cross_entropy` is the number of the paper, `kl` its difference from the minimum `base_entropy`. `loss` and
+    `base_loss` are the usual losses on the tokens, `loss_change` their difference.
     """
 
     cross_entropy: float
@@ -50,10 +50,10 @@ def measure_forgetting(
     block_length: int = 256,
     batch_size: int = 4,
 ) -> Forgetting:
-    """Compare `model` with its base on `num_tokens` tokens of `texts` (default: `general_text()`), block by block.
+    """Compare `model` with its base model on `num_tokens` tokens of `texts` (default: `general_text()`) in blocks.
 
-    The base is the PeftModel itself without its adapter, or the second model `base` with the same vocabulary. A LLaVA
-    reads text alone. Raises ValueError when there is no base, or no text.
+    The base model is the PeftModel without its adapter, or a second model `base` with the same vocabulary. A LLaVA
+    gets no pictures. Raises ValueError if there is no base model or no text.
 
     >>> from milora_vl.tiny import tiny_llama
     >>> model, tokenizer = tiny_llama()
@@ -67,9 +67,9 @@ def measure_forgetting(
 
 
 def compare_on(batches: Iterable[Batch], model: Any, *, base: Any | None = None, what: str) -> Forgetting:
-    """Compare `model` with its base (see `measure_forgetting`) on any batches; `what` names them in the result.
+    """Compare `model` with its base model (see `measure_forgetting`) on any batches; `what` names them in the result.
 
-    Raises ValueError when there is no base, another vocabulary, or nothing to compare on.
+    Raises ValueError if there is no base model, if the vocabularies differ, or if there are no batches.
     """
     without = base_context(model, base)
     reference = model if base is None else base
@@ -77,12 +77,12 @@ def compare_on(batches: Iterable[Batch], model: Any, *, base: Any | None = None,
     documents: list[str] = []
     with torch.inference_mode(), evaluating(model, reference):
         for batch in batches:
-            own = logits_of(model, batch)
+            logits = logits_of(model, batch)
             with without():
                 target = logits_of(reference, batch)
-            if own.shape != target.shape:
-                raise ValueError(f"the vocabularies differ: {own.shape[1]:,} tokens, of the base {target.shape[1]:,}")
-            rows.append(token_sums(own, target, batch))
+            if logits.shape != target.shape:
+                raise ValueError(f"the vocabularies differ: {logits.shape[1]:,} tokens, base model {target.shape[1]:,}")
+            rows.append(token_sums(logits, target, batch))
             documents += batch.documents
     if not rows:
         raise ValueError("there is nothing to measure forgetting on")
@@ -90,21 +90,19 @@ def compare_on(batches: Iterable[Batch], model: Any, *, base: Any | None = None,
 
 
 def base_context(model: Any, base: Any | None) -> Callable[[], AbstractContextManager[None]]:
-    """Return the context in which the base's predictions are made: of a PeftModel, with its adapter switched off."""
+    """Return the context for predictions of the base model; for a PeftModel it switches off the adapter."""
     if base is not None:
         return nullcontext
     if not hides_its_base(model):
-        raise ValueError(
-            "forgetting is measured against a base: give base=, or a model with an adapter that trained no biases"
-        )
+        raise ValueError("forgetting needs a base model: give base=, or a model with an adapter that trained no biases")
     context: Callable[[], AbstractContextManager[None]] = model.disable_adapter
     return context
 
 
 def hides_its_base(model: Any) -> bool:
-    """Whether switching off an adapter of `model` gives its base back.
+    """Return whether switching off the adapter of `model` restores its base model.
 
-    Biases that PEFT trains (bias of its config) are those of the base itself: they stay when it is switched off.
+    PEFT trains biases (`bias` of its config) in the base model itself, so they stay when the adapter is off.
     """
     from peft import PeftModel
 
@@ -114,7 +112,7 @@ def hides_its_base(model: Any) -> bool:
 
 @contextmanager
 def evaluating(*models: Any) -> Iterator[None]:
-    """Put the models into eval mode, and each back into its own afterwards."""
+    """Put the models into eval mode inside the block, and restore the mode of each afterwards."""
     before = [model.training for model in models]
     for model in models:
         model.eval()
@@ -126,37 +124,37 @@ def evaluating(*models: Any) -> Iterator[None]:
 
 
 def logits_of(model: Any, batch: Batch) -> Tensor:
-    """Return the predictions that count: (n, vocabulary), row by row."""
-    # Not every vision tower casts its pixels to the dtype of its weights.
+    """Return the logits of the counted positions, (n, vocabulary), row by row."""
+    # Some vision towers do not cast pixels to the data type of their weights.
     dtypes = {name: model.dtype if tensor.is_floating_point() else None for name, tensor in batch.inputs.items()}
     inputs = {name: tensor.to(model.device, dtypes[name]) for name, tensor in batch.inputs.items()}
     logits: Tensor = model(**inputs).logits[:, :-1]
     return logits[batch.counted.to(logits.device)]
 
 
-def token_sums(own: Tensor, target: Tensor, batch: Batch) -> Tensor:
-    """Return (rows, 5), float64: sums of cross-entropy, base entropy, own loss and the base's; number of tokens.
+def token_sums(logits: Tensor, target: Tensor, batch: Batch) -> Tensor:
+    """Return (rows, 5), float64: sums of cross-entropy, base entropy, loss and base loss, and the number of tokens.
 
-    `own`, `target`: (n, vocabulary), the tuned and the base model's logits where `batch` counts.
+    `logits`, `target`: (n, vocabulary), the logits of the tuned and the base model at the counted positions.
     """
     ids = batch.inputs["input_ids"][:, 1:][batch.counted]
     row = torch.arange(len(batch.counted))[:, None].expand_as(batch.counted)[batch.counted]
     total = torch.zeros(len(batch.counted), 5, dtype=torch.float64)
     for start in range(0, len(ids), _POSITIONS):
         part = slice(start, start + _POSITIONS)
-        log_q = own[part].float().log_softmax(-1)
+        log_q = logits[part].float().log_softmax(-1)
         log_p = target[part].float().log_softmax(-1)
-        words = ids[part, None].to(log_q.device)
-        # Where the base is sure (p = 0 in float32) nothing is added, whatever the tuned model thinks.
+        tokens = ids[part, None].to(log_q.device)
+        # Terms with p = 0 in float32 are 0, also if the tuned model has log q = -inf there.
         cross, entropy = (torch.where(log_p > -100, -log_p.exp() * log, 0.0).sum(-1) for log in (log_q, log_p))
-        losses = [-log.gather(1, words.to(log.device))[:, 0] for log in (log_q, log_p)]
+        losses = [-log.gather(1, tokens.to(log.device))[:, 0] for log in (log_q, log_p)]
         terms = torch.stack([cross, entropy, *losses, torch.ones_like(cross)], dim=1)
         total.index_add_(0, row[part], terms.double().cpu())
     return total
 
 
 def summary(sums: Tensor, documents: Sequence[str], what: str) -> Forgetting:
-    """Return means and their standard errors from sums by row (see `token_sums`) and the document of each row."""
+    """Return means and standard errors from sums by row (see `token_sums`) and the document of each row."""
     cross, entropy, loss, base_loss, tokens = sums.unbind(1)
     mean = cluster_mean(documents, tokens)
     (ce, ce_error), (kl, kl_error) = mean(cross), mean(cross - entropy)
@@ -181,17 +179,17 @@ def summary(sums: Tensor, documents: Sequence[str], what: str) -> Forgetting:
 def cluster_mean(documents: Sequence[str], tokens: Tensor) -> Callable[[Tensor], tuple[float, float | None]]:
     """Return a function from sums by row to (mean per token, its standard error clustered by document).
 
-    The error is that of a ratio of two sums over G documents (linearised, times G/(G-1)): with documents of equal
-    length the usual one of their means.
+    It is the linearised error of a ratio of two sums over G documents, times G/(G-1). For documents of equal length it
+    equals the standard error of their means.
     """
-    number = {name: place for place, name in enumerate(dict.fromkeys(documents))}
-    place = torch.tensor([number[name] for name in documents])
+    number = {name: i for i, name in enumerate(dict.fromkeys(documents))}
+    index = torch.tensor([number[name] for name in documents])
     count, length = len(number), float(tokens.sum())
 
     def mean(sums: Tensor) -> tuple[float, float | None]:
         value = float(sums.sum()) / length
-        left = torch.zeros(count, dtype=torch.float64).index_add_(0, place, sums - value * tokens)
-        error = math.sqrt(count / (count - 1) * float(left.square().sum())) / length if count > 1 else None
+        residuals = torch.zeros(count, dtype=torch.float64).index_add_(0, index, sums - value * tokens)
+        error = math.sqrt(count / (count - 1) * float(residuals.square().sum())) / length if count > 1 else None
         return value, error
 
     return mean

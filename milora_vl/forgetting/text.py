@@ -1,4 +1,4 @@
-"""What forgetting is measured on in text: the package's three books, or what the base model itself writes."""
+"""The text probes of forgetting: three books of the package, or samples of the base model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from milora_data.tokens import bos_ids
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What both models read: forward arguments with `input_ids` (rows, length).
+    """The input of both models: forward arguments with `input_ids` (rows, length).
 
-    `counted` (rows, length - 1) says which predictions count: position t is the prediction of id t + 1. `documents`
-    names, row by row, where the text is from: predictions from one document are not independent of each other.
+    `counted` (rows, length - 1) marks the predictions that count: position t predicts id t + 1. `documents` names the
+    document of each row: predictions in one document are not independent of each other.
     """
 
     inputs: Mapping[str, Tensor]
@@ -28,7 +28,7 @@ class Batch:
 
 
 def general_text() -> dict[str, str]:
-    """Return the package's own texts by name: parts of three public-domain books (general_text/)."""
+    """Return the texts of the package by name: parts of three public-domain books (general_text/)."""
     folder = files("milora_vl") / "general_text"
     names = ("alice_in_wonderland", "news_from_nowhere", "origin_of_species")
     return {name: (folder / f"{name}.txt").read_text(encoding="utf-8") for name in names}
@@ -37,10 +37,10 @@ def general_text() -> dict[str, str]:
 def text_blocks(
     texts: Mapping[str, str], tokenizer: Any, *, num_tokens: int, block_length: int
 ) -> list[tuple[str, list[int]]]:
-    """Return blocks (name of the text, ids) cut from the texts in turn; BOS first where the tokenizer adds one.
+    """Return blocks (name of the text, ids), taken from the texts in turn. BOS comes first if the tokenizer adds it.
 
-    A text that does not fill a block is one by itself; of longer ones the end that fills none is left out. Raises
-    ValueError when the texts hold nothing that could be predicted.
+    A text shorter than a block is one block. The incomplete last block of a longer text is dropped. Raises ValueError
+    if the texts contain no tokens to predict.
     """
     first = bos_ids(tokenizer)
     step = block_length - len(first)
@@ -50,13 +50,13 @@ def text_blocks(
         ends = range(step, len(ids) + 1, step) if len(ids) > step else [len(ids)]
         cut.append(iter([(name, first + ids[max(0, end - step) : end]) for end in ends]))
     blocks: list[tuple[str, list[int]]] = []
-    wanted = num_tokens
-    while cut and wanted > 0:
+    remaining = num_tokens
+    while cut and remaining > 0:
         source = cut.pop(0)
         block = next(source, None)
         if block is not None:
-            wanted -= len(block[1])
-            blocks += [block] if len(block[1]) > 1 else []  # one id predicts nothing
+            remaining -= len(block[1])
+            blocks += [block] if len(block[1]) > 1 else []  # a single id has no prediction
             cut.append(source)
     if not blocks:
         raise ValueError("the texts are empty")
@@ -82,15 +82,15 @@ def sampled_batches(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Iterator[Batch]:
-    """Yield text that `model` writes itself: sampled at temperature 1 from its own distribution, no data needed.
+    """Yield text sampled from `model` at temperature 1, without any data.
 
-    Each sample is a document, begun by BOS (or EOS, in a model without one), ended by EOS or after `length` ids; all
-    its ids but the first count. `without_adapter` lets the base of a PeftModel write. The random state of the
-    caller is left alone.
+    Each sample is a document that starts with BOS (or EOS without a BOS token) and ends with EOS or after `length` ids.
+    All ids but the first count. `without_adapter` samples from the base model of a PeftModel. The random state of the
+    caller does not change.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ends = tokenizer.eos_token_id
-    count = max(2, -(-num_tokens // (length - 1)))  # of one alone there would be no standard error
+    count = max(2, -(-num_tokens // (length - 1)))  # a single document has no standard error
     written: list[tuple[str, list[int]]] = []
     context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()
     training = model.training
@@ -121,9 +121,9 @@ def _sampling(num_tokens: int, ends: int) -> Any:
 
 
 def _ended(ids: Sequence[int], end: int) -> list[int]:
-    """The ids up to the first EOS that the model wrote, that one included."""
-    wrote = list(ids[1:])
-    return [ids[0], *(wrote[: wrote.index(end) + 1] if end in wrote else wrote)]
+    """Return the ids up to and including the first generated EOS."""
+    generated = list(ids[1:])
+    return [ids[0], *(generated[: generated.index(end) + 1] if end in generated else generated)]
 
 
 def _batches(rows: Sequence[tuple[str, list[int]]], batch_size: int, tokenizer: Any) -> Iterator[Batch]:

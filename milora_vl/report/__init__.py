@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page, its plots, and the model card. `python -m milora_vl.report`."""
+"""The report of a run (one HTML page and its plots) and the model card: `python -m milora_vl.report`."""
 
 from milora_vl.report.command import main
 

@@ -1,4 +1,4 @@
-"""What `python -m milora_vl.analyze` left in a run folder (analysis/), for the run's report."""
+"""Read the results of `python -m milora_vl.analyze` (analysis/ in a run folder) for the report of the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Analysis:
 
 
 def read_analysis(run: Path) -> Analysis | None:
-    """Return the analysis of a run; None where there is none. UserError for a file that cannot be parsed."""
+    """Return the analysis of a run, or None without one. Raises UserError if a file cannot be parsed."""
     file = run / "analysis" / "summary.json"
     if not file.is_file():
         return None
@@ -34,5 +34,8 @@ def read_analysis(run: Path) -> Analysis | None:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file}: cannot be read: {error}\nmove {file.parent} away to have a report without it"
+            f"cannot be read: {error}",
+            code="file-unreadable",
+            where=str(file),
+            hint=f"repeat the analysis, or move {file.parent} away for a report without it",
         ) from error

@@ -1,6 +1,6 @@
-"""`python -m milora_vl.report RUN`: (re)write the report of a run from the files in its folder, as one page.
+"""`python -m milora_vl.report RUN`: write the report of a run from the files in its folder, as one page.
 
-Pictures and plots are inside the page, which loads nothing and runs no script. Plots go to plots/ too, each with a CSV.
+The page contains all pictures and plots; it loads no other file and runs no script. plots/ gets each plot with a CSV.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from milora_vl.report.repeat import commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; UserError for a folder that is no run. Returns the exit code."""
+    """Run the command and return the exit code. Raises UserError if the folder is not a run."""
     options = parser(
         "python -m milora_vl.report",
-        "Write report.html into a run folder, from the files there. Without an evaluation it says how to make one.",
+        "Write report.html into a run folder from the files in it. Without an evaluation, it shows the command.",
         "examples:\n  python -m milora_vl.report runs/demo\n",
     )
-    given = options.add_argument_group("input")
-    given.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a training")
+    inputs = options.add_argument_group("input")
+    inputs.add_argument("run", type=Path, metavar="RUN", help="output_dir of a training")
     shared(options.add_argument_group("output"), "format")
     chosen = options.parse_args(argv)
     content = run_page.read_run(chosen.run)

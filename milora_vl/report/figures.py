@@ -1,4 +1,4 @@
-"""The plots of one run: a PNG and a CSV each in plots/, and data URIs for the page, light and dark, wide and narrow."""
+"""The plots of one run: PNG and CSV files in plots/, and data URIs for the page (light or dark, wide or narrow)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from milora_vl.report.run_page import Comparison, Layer, Run
 
 
 def make(run: Run) -> dict[str, Plot]:
-    """Draw what the run's files allow: `loss`, `spectrum`, and `scores-SUITE` for every suite."""
-    made = {}
+    """Draw the plots that the run's files allow: `loss`, `forgetting`, `spectrum` and `scores-SUITE` per suite."""
+    drawn = {}
     if any("loss" in entry for entry in run.history):
         _loss_csv(run)
-        made["loss"] = draw(
+        drawn["loss"] = draw(
             _folder(run), "loss", lambda look: plots.loss_figure(run.history, look), wording.loss_words(run)
         )
     if any("forgetting" in entry for entry in run.history):
@@ -23,18 +23,18 @@ def make(run: Run) -> dict[str, Plot]:
         rows = [[entry.get(key, "") for key in keys] for entry in run.history if "forgetting" in entry]
         plots.write_csv(_file(run, "forgetting.csv"), keys, rows)
         words = wording.forgetting_words(run)
-        made["forgetting"] = draw(
+        drawn["forgetting"] = draw(
             _folder(run), "forgetting", lambda look: plots.forgetting_figure(run.history, look), words
         )
     layers = [layer for layer in run.layers if layer.sigma]
     if layers:
         _spectrum_csv(run, layers)
-        words = "Singular values, largest first. " + " ".join(map(wording.layer_words, layers))
-        made["spectrum"] = draw(_folder(run), "spectrum", lambda look: plots.spectrum_figure(layers, look), words)
+        words = "Singular values in descending order. " + " ".join(map(wording.layer_words, layers))
+        drawn["spectrum"] = draw(_folder(run), "spectrum", lambda look: plots.spectrum_figure(layers, look), words)
     for comparison in run.comparisons:
         if any(score.any.unit == "fraction" for score in comparison.scores):
-            made[f"scores-{comparison.suite}"] = _scores(run, comparison)
-    return made
+            drawn[f"scores-{comparison.suite}"] = _scores(run, comparison)
+    return drawn
 
 
 def _scores(run: Run, comparison: Comparison) -> Plot:

@@ -1,4 +1,4 @@
-"""README.md of a run folder: a model card with the front matter that model hubs read."""
+"""README.md of a run folder: a model card with the front matter for model hubs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from milora_vl.checkpoints import read_environment
 from milora_vl.recipe.schema import Recipe
 
 UNFINISHED = (
-    "This training ended before its end: there are checkpoints at most. To go on, repeat the command of\n"
+    "This training did not finish, so this folder has no final weights. To resume, repeat the command of\n"
     "`environment.json` with `--resume_from_checkpoint auto`."
 )
 SCORES_BEGIN, SCORES_END = "<!-- scores -->", "<!-- end of scores -->"
 
 
 def render(path: Path, recipe: Recipe) -> str:
-    """The card of the run in `path`: what it is, how to load it, what it scored, how to repeat it."""
+    """Return the card of the run in `path`: summary, how to load it, scores, how to repeat it."""
     environment = read_environment(path)
     base = str(environment.get("base", recipe.model))
     front = {
@@ -38,18 +38,18 @@ def render(path: Path, recipe: Recipe) -> str:
         "## Use\n\n" + (_usage(path, recipe, base) if environment.get("finished") else UNFINISHED),
         _scores(path),
         "## Repeat\n\n```\npython -m milora_vl.train --recipe recipe.yaml --output_dir NEW_FOLDER\n```\n\n"
-        "`recipe.yaml` holds every setting, `environment.json` the versions, `policy.json` what trained and what was\n"
-        "measured per layer. Method: MiLoRA, arXiv:2406.09044.",
+        "`recipe.yaml` contains all settings, `environment.json` the versions, `policy.json` the trained modules and\n"
+        "the measurements per layer. Method: MiLoRA, arXiv:2406.09044.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def update_scores(path: Path) -> None:
-    """Put the scores of the run in `path` into its card; the rest, which may have been edited, stays as it is."""
+    """Update the scores in the card of the run in `path`. The rest, which users may edit, does not change."""
     card = path / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    before, begin, rest = text.partition(SCORES_BEGIN)
-    _, end, after = rest.partition(SCORES_END)
+    before, begin, tail = text.partition(SCORES_BEGIN)
+    _, end, after = tail.partition(SCORES_END)
     if begin and end:
         card.write_text(before + _scores(path) + after, encoding="utf-8")
 
@@ -58,9 +58,9 @@ def _summary(path: Path, recipe: Recipe, environment: dict[str, Any]) -> str:
     policy = _json(path / "policy.json")
     trained = f", {policy['trainable']:,} of {policy['total']:,} parameters trained" if "trainable" in policy else ""
     records = environment.get("data", {}).get("train")
-    data = "" if records is None else f" on {records:,} records"  # how many a stream has, nobody knows
+    data = "" if records is None else f" on {records:,} records"  # the length of a stream is unknown
     loss = _last_loss(path)
-    rules = "\n".join(f"- {_in_words(rule)}" for rule in recipe.policy or ())
+    rules = "\n".join(f"- {_rule_text(rule)}" for rule in recipe.policy or ())
     return (
         f"`{recipe.model}` fine-tuned{data}{trained}."
         + (f" Training loss at the end: {loss:.4f}." if loss is not None else "")
@@ -68,7 +68,7 @@ def _summary(path: Path, recipe: Recipe, environment: dict[str, Any]) -> str:
     )
 
 
-def _in_words(rule: dict[str, Any]) -> str:
+def _rule_text(rule: dict[str, Any]) -> str:
     return f"`{rule.get('modules')}`: " + ", ".join(f"{k} {v}" for k, v in rule.items() if k != "modules")
 
 
@@ -80,8 +80,8 @@ def _usage(path: Path, recipe: Recipe, base: str) -> str:
         )
         return (
             f"```python\n{code}\n```\n\n"
-            f"It is a stock PEFT LoRA for `{base}`: on the loaded base, `PeftModel.from_pretrained(base, PATH)` "
-            "needs no `milora_vl`."
+            f"It is a stock PEFT LoRA for `{base}`. On the loaded base model, `PeftModel.from_pretrained(base, PATH)` "
+            "works without `milora_vl`."
         )
     if (path / "mm_projector.safetensors").is_file():
         return f"```\npython -m milora_vl.train --model {recipe.model} --projector_weights PATH_OF_THIS_FOLDER ...\n```"
@@ -91,12 +91,12 @@ def _usage(path: Path, recipe: Recipe, base: str) -> str:
 def _scores(path: Path) -> str:
     tables: list[str] = []
     for suite in sorted(path.glob("eval/*")):
-        found = {
+        texts = {
             table.parent.name: table.read_text(encoding="utf-8").strip() for table in sorted(suite.glob("*/table.md"))
         }
-        if len(found) > 1:
-            found.pop("base", None)  # the tuned model's table tells the base's numbers too
-        tables += found.values()
+        if len(texts) > 1:
+            texts.pop("base", None)  # the table of the tuned model includes the base scores
+        tables += texts.values()
     text = "## Scores\n\n" + "\n\n".join(dict.fromkeys(tables)) + "\n\n" if tables else ""
     return f"{SCORES_BEGIN}\n\n{text}{SCORES_END}"
 

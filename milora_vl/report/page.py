@@ -1,4 +1,4 @@
-"""The page of a run: what its files say, in one report.html with the pictures and plots inside."""
+"""The page of a run: one report.html from its files, with all pictures and plots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from milora_vl.report.analysis_files import read_analysis
 from milora_vl.report.repeat import commands, steps
 from milora_vl.report.run_page import Run
 
-# How the four outcomes of a question are coloured (classes of base.css).
+# CSS class (base.css) for each of the four outcomes of a question.
 _OUTCOME_CLASS = {
     "right before and after": "kept",
     "newly right": "gained",
@@ -21,29 +21,29 @@ _OUTCOME_CLASS = {
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html and plots/ into a run folder and return the page's path; an older report is replaced.
+    """Write report.html and plots/ into a run folder, replacing older ones, and return the path of the page.
 
-    Raises UserError for a folder that holds none of a run's files, or a file that cannot be parsed.
+    Raises UserError if the folder contains no file of a run, or if a file cannot be parsed.
     """
     return write_page(run_page.read_run(folder))
 
 
 def write_page(content: Run) -> Path:
-    """Write the page and the plots of a run that has been read."""
+    """Write the page and the plots of `content` and return the path of the page."""
     page = content.folder / "report.html"
     pages.write(page, render(content))
     return page
 
 
 def render(content: Run) -> str:
-    """The page as HTML, the plots written on the way. All that comes from the run's files is escaped."""
+    """Write the plots and return the page as HTML. All text from the files of the run is escaped."""
     return pages.render(Path(__file__).with_name("report.html.j2"), _content(content))
 
 
 def _content(content: Run) -> dict[str, Any]:
-    """What the template's names mean."""
+    """Return the variables of the template."""
     plots = figures.make(content)
-    found = [lost for comparison in content.comparisons if (lost := wording.forgetting(comparison))]
+    measured = [lost for comparison in content.comparisons if (lost := wording.forgetting(comparison))]
     recipe = content.folder / "recipe.yaml"
     return {
         "title": wording.title(content),
@@ -52,7 +52,7 @@ def _content(content: Run) -> dict[str, Any]:
         "suites": parts.suites(content, list(plots)),
         "outcome_class": _OUTCOME_CLASS,
         "gallery": parts.gallery(content),
-        "forgetting": found[0] if found else None,
+        "forgetting": measured[0] if measured else None,
         "forgetting_words": wording.forgetting_words(content),
         "forgetting_table": tables.forgetting_table(content),
         "score_changes": wording.score_changes(content),

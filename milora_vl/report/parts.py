@@ -1,6 +1,6 @@
-"""The pictures of a report: which questions to show (a fair sample, never a choice), with both models' answers.
+"""The parts of a report other than tables and plots: key figures, suites, gallery, versions and credits.
 
-The parts of a report that are neither table nor plot: key figures, suites, gallery, commands, versions, credits.
+The gallery shows a representative sample of the questions with the answers of both models.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from milora_vl.report.wording import amount, duration, forgetting, gain, headlin
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """One model's answer to one question and what it earned, 0 to 1."""
+class Answer:
+    """The answer of one model to one question, and its score from 0 to 1."""
 
     text: str
     value: float
 
     @property
     def is_right(self) -> bool:
-        """Whether it counts as right when one must say so."""
+        """Return whether the answer counts as right in a count of right and wrong answers."""
         return self.value >= 0.5
 
     @property
     def verdict(self) -> str:
-        """The mark in words."""
+        """Return the score as text."""
         return {0.0: "wrong", 1.0: "right"}.get(self.value, f"{self.value:.0%} right")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One test question with what the two models said; a model that was not evaluated said None.
+    """One test question with the answers of both models; None for a model without an evaluation.
 
-    `context` is the conversation before the question, a line a turn.
+    `context` is the conversation before the question, one line per turn.
     """
 
     key: str
@@ -50,29 +50,30 @@ class Question:
     context: str
     answers: tuple[str, ...]
     picture: Path | None
-    before: Said | None
-    after: Said | None
+    before: Answer | None
+    after: Answer | None
 
 
 def questions(comparison: Comparison) -> list[Question]:
-    """All questions of a suite, in the order they were asked."""
+    """Return all questions of a suite in the order of the evaluation."""
     before, after = (_by_id(side.predictions if side else ()) for side in (comparison.before, comparison.after))
     rows = []
     for key in {**after, **before}:
         line = after.get(key) or before[key]
-        said = [_said(side.get(key)) for side in (before, after)]
+        pair = [_answer(side.get(key)) for side in (before, after)]
         picture = Path(str(line["image_file"])) if line.get("image_file") else None
         kind, answers = str(line.get("type") or line.get("benchmark", "")), tuple(map(str, line.get("answers", ())))
         earlier = "\n".join(_asked(str(text)) for _, text in line.get("context", ()))
-        rows.append(Question("/".join(key), kind, _asked(str(line["question"])), earlier, answers, picture, *said))
+        rows.append(Question("/".join(key), kind, _asked(str(line["question"])), earlier, answers, picture, *pair))
     return rows
 
 
 def sample(items: Sequence[Question], count: int) -> list[Question]:
-    """Pick `count` questions that stand for all, the same ones every time.
+    """Return `count` representative questions; the choice is deterministic.
 
-    Sorted by type and outcome they are cut into `count` runs of equal length, and one is taken from the middle of each:
-    so every type and outcome has about the share it has in the whole. No picture twice, if that can be helped.
+    The questions are sorted by type and outcome and cut into `count` windows of equal length, and one is taken from the
+    middle of each. Every type and outcome then has about the same share as in all questions. A picture appears twice
+    only if its window has no other.
     """
     count = min(count, len(items))
     ordered = sorted(items, key=lambda item: (item.kind, _marks(item), _hash(item.key)))
@@ -81,13 +82,13 @@ def sample(items: Sequence[Question], count: int) -> list[Question]:
         window = ordered[index * len(items) // count : (index + 1) * len(items) // count]
         outwards = sorted(range(len(window)), key=lambda place: abs(2 * place - len(window) + 1))
         shown = {item.picture for item in chosen if item.picture}
-        fresh = (window[place] for place in outwards if window[place].picture not in shown)
-        chosen.append(next(fresh, window[outwards[0]]))
+        unseen = (window[place] for place in outwards if window[place].picture not in shown)
+        chosen.append(next(unseen, window[outwards[0]]))
     return sorted(chosen, key=lambda item: _hash(item.key))
 
 
 def outcomes(items: Sequence[Question]) -> dict[str, int]:
-    """Count the questions by who got them right: both, one of the two, neither; empty unless both answered all."""
+    """Count questions by outcome: both models right, one, or none. Empty unless both answered all questions."""
     both = [(item.before.is_right, item.after.is_right) for item in items if item.before and item.after]
     if not both or len(both) < len(items):
         return {}
@@ -100,20 +101,20 @@ def _by_id(lines: Sequence[Json]) -> dict[tuple[str, str], Json]:
 
 
 def _asked(text: str) -> str:
-    """A turn without the mark that says where the picture goes."""
+    """Return the text of a turn without the <image> placeholder."""
     return text.replace("<image>", "").strip()
 
 
-def _said(line: Json | None) -> Said | None:
+def _answer(line: Json | None) -> Answer | None:
     return (
-        Said(shorten(str(line["prediction"]).strip(), 160, placeholder=" ..."), float(line["correct"]))
-        if line and line["correct"] is not None  # None: a judge or a server scores
+        Answer(shorten(str(line["prediction"]).strip(), 160, placeholder=" ..."), float(line["correct"]))
+        if line and line["correct"] is not None  # None: a judge or a server scores it
         else None
     )
 
 
 def _marks(item: Question) -> tuple[float, ...]:
-    return tuple(said.value if said else -1.0 for said in (item.after, item.before))
+    return tuple(answer.value if answer else -1.0 for answer in (item.after, item.before))
 
 
 def _hash(key: str) -> str:
@@ -121,12 +122,12 @@ def _hash(key: str) -> str:
 
 
 GALLERY_SIZE = 24
-_PICTURES = 2_000_000  # characters that they may take
+_PICTURES = 2_000_000  # maximum size of all data URIs, in characters
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One figure of the strip under the title."""
+    """One key figure below the title."""
 
     name: str
     value: str
@@ -135,7 +136,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """What the page says of one suite; `plot` is a key of the plots, `outcomes` empty unless both models answered."""
+    """The section of one suite. `plot` is a key of the plots; `outcomes` is empty unless both models answered."""
 
     name: str
     has_before: bool
@@ -147,7 +148,7 @@ class Suite:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One question of the gallery; `uri` is its picture."""
+    """One question of the gallery; `uri` is its picture as a data URI."""
 
     question: Question
     kind: str
@@ -156,31 +157,31 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Gallery:
-    """The pictures and how they were chosen."""
+    """The chosen questions and a sentence about how they were chosen."""
 
     words: str
     cards: list[Card]
 
 
 def facts(run: Run) -> list[Fact]:
-    """The key figures that the run has."""
+    """Return the key figures that the files of the run provide."""
     best = headline(run)
-    found = list(_score_facts(best[1])) if best else []
+    figures = list(_score_facts(best[1])) if best else []
     lost = next((lost for comparison in run.comparisons if (lost := forgetting(comparison))), None)
     if lost:
-        found.append(Fact("forgetting", f"{lost['kl']:.3f} nats", "a token of ordinary text"))
+        figures.append(Fact("forgetting", f"{lost['kl']:.3f} nats", "per token of ordinary text"))
     trainable, total = run.policy.get("trainable"), run.policy.get("total")
     if trainable and total:
-        found.append(Fact("parameters trained", percent(trainable / total), f"{trainable:,} of {total:,}"))
+        figures.append(Fact("parameters trained", percent(trainable / total), f"{trainable:,} of {total:,}"))
     if run.environment.get("finished") and run.environment.get("seconds"):
-        found.append(Fact("training", duration(run.environment["seconds"]), str(run.environment.get("device", ""))))
+        figures.append(Fact("training", duration(run.environment["seconds"]), str(run.environment.get("device", ""))))
     records = run.environment.get("data", {})
     if records.get("train"):
         skipped = f", {records['skipped']:,} skipped" if records.get("skipped") else ""
-        found.append(
+        figures.append(
             Fact("training records", f"{records['train']:,}", f"{records.get('eval') or 0:,} for evaluation{skipped}")
         )
-    return found
+    return figures
 
 
 def _score_facts(score: Score) -> Iterator[Fact]:
@@ -189,11 +190,11 @@ def _score_facts(score: Score) -> Iterator[Fact]:
         ends = f"from {amount(score.before.value, unit)} to {amount(score.after.value, unit)}"
         yield Fact("gain", f"{gain(score)} points", ends)
     if baseline is not None:
-        yield Fact("majority answer", amount(baseline, unit), "by never looking")
+        yield Fact("majority answer", amount(baseline, unit), "without looking at the picture")
 
 
 def suites(run: Run, plots: Sequence[str]) -> list[Suite]:
-    """One entry for every suite that was evaluated."""
+    """Return one entry per evaluated suite."""
     return [
         Suite(
             name=comparison.suite,
@@ -208,7 +209,7 @@ def suites(run: Run, plots: Sequence[str]) -> list[Suite]:
 
 
 def gallery(run: Run) -> Gallery | None:
-    """A fair sample of the first suite's questions with their pictures; None when nothing was asked."""
+    """Return a representative sample of the questions of the first suite with pictures; None without questions."""
     best = headline(run)
     items = questions(best[0]) if best else []
     if not items:
@@ -220,12 +221,12 @@ def gallery(run: Run) -> Gallery | None:
 
 
 def _how_chosen(chosen: Sequence[Question], items: Sequence[Question]) -> str:
-    """What a reader must know to trust the gallery: the rule, and the share of right answers in it and in the whole."""
+    """Return how the gallery was chosen, with the share of right answers in it and in all questions."""
     words = f"All {len(items):,} test questions."
     if len(chosen) < len(items):
         words = (
-            f"{len(chosen)} of the {len(items):,} test questions, chosen by rule and not by hand: sorted by type and "
-            "outcome and taken at even distances, so that both have the shares they have in the whole test."
+            f"{len(chosen)} of the {len(items):,} test questions, chosen automatically: sorted by type and outcome and "
+            "taken at equal distances, so that every type and outcome has the same share as in the whole test."
         )
     shown, whole = _share_right(chosen), _share_right(items)
     if shown is None or whole is None:
@@ -239,7 +240,7 @@ def _share_right(items: Sequence[Question]) -> float | None:
 
 
 def versions(run: Run) -> list[tuple[str, str]]:
-    """Machine and software, a row each."""
+    """Return the rows about machine and software."""
     known, git = run.environment, run.environment.get("git")
     if isinstance(git, Mapping):
         git = f"{str(git.get('commit'))[:12]}{', with local changes' if git.get('changed') else ''}"
@@ -250,7 +251,7 @@ def versions(run: Run) -> list[tuple[str, str]]:
 
 
 def _resumed(entry: Mapping[str, Any]) -> str:
-    """One resumption in words, with what it changed.
+    """Return one line about a resumption and the settings it changed.
 
     >>> _resumed({"from": "checkpoint-4", "at": "10:00", "changed": {"train.save_steps": [2.0, 1.0]}})
     '10:00 from checkpoint-4, with train.save_steps 2 -> 1'
@@ -263,7 +264,7 @@ def _resumed(entry: Mapping[str, Any]) -> str:
 
 
 def credits_of(run: Run) -> list[str]:
-    """Who made the pictures: the README.md beside the records, and beside or above pictures that were asked about."""
+    """Return the credits of the pictures, from README.md files near the records and the test pictures."""
     path = (run.recipe.get("data") or {}).get("path") or []
     folders = [Path(entry["path"]).parent for entry in path] if isinstance(path, list) else [Path(path).parent]
     files = {line.get("image_file") for side in sides(run) for line in side.predictions[:50]}
@@ -273,6 +274,6 @@ def credits_of(run: Run) -> list[str]:
 
 
 def sides(run: Run) -> Iterator[Evaluation]:
-    """Every evaluation that the page shows."""
+    """Yield every evaluation that the page shows."""
     for comparison in run.comparisons:
         yield from (side for side in (comparison.before, comparison.after) if side)

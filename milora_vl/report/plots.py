@@ -1,9 +1,8 @@
-"""A figure drawn for every kind of page, and as files: PNG always, PDF where it may go into a paper.
+"""The plots of a run (loss, spectrum with the trained band, forgetting, scores), for pages and as PNG or PDF files.
 
-The three plots of a run: loss, spectrum with the trained band, scores before and after. Matplotlib's Agg alone.
-
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; shapes and labels say the same again. A figure
-is drawn for a light or a dark page, wide or narrow, so that its text is always as large as the text around it.
+The colours by Okabe and Ito are distinguishable for colour-blind readers; shapes and labels repeat them. Each figure is
+drawn for light and dark, wide and narrow pages, so that its text always has the size of the surrounding text. Only
+Matplotlib's Agg backend is used.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _NARROW, _DARK = "(max-width: 600px)", "(prefers-color-scheme: dark)"
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A plot inside the page: its light, wide form, (media query, form) of the others, and what it says in words."""
+    """A plot in the page: the data URI for light, wide pages, (media query, data URI) for others, alternative text."""
 
     uri: str
     sources: tuple[tuple[str, str], ...]
@@ -37,7 +36,7 @@ class Plot:
 
 
 def draw(folder: Path, name: str, figure: Callable[[Look], Figure], alt: str, *, with_pdf: bool = False) -> Plot:
-    """Draw a figure in all looks; write `name`.png (and .pdf) into `folder` as it is on a light, wide page."""
+    """Draw a figure in all looks. Write the one for a light, wide page to `folder` as `name`.png (and .pdf)."""
     images = {look: png(figure(look)) for look in LOOKS}
     (folder / f"{name}.png").write_bytes(images[Look()])
     if with_pdf:
@@ -52,35 +51,35 @@ def draw(folder: Path, name: str, figure: Callable[[Look], Figure], alt: str, *,
 
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#8a8a8a"
-_SKY = "#56B4E9"  # the blue that is legible on a dark page
-_DPI = 200  # twice the 100 CSS pixels an inch is shown at, for sharp text on any screen
+_SKY = "#56B4E9"  # a blue that is legible on dark pages
+_DPI = 200  # pages show an inch as 100 CSS pixels; twice that gives sharp text on any screen
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a figure is drawn: for a dark page or a light one, for a phone or a desk."""
+    """The style of a figure: for dark or light pages, narrow or wide screens."""
 
     dark: bool = False
     narrow: bool = False
 
     @property
     def width(self) -> float:
-        """Inches across; an inch is shown as 100 CSS pixels."""
+        """Return the width in inches; a page shows an inch as 100 CSS pixels."""
         return 3.5 if self.narrow else 8.6
 
     @property
     def ink(self) -> str:
-        """The colour of text and axes."""
+        """Return the colour of text and axes."""
         return "#d6d9de" if self.dark else "#24292f"
 
     @property
     def paper(self) -> str:
-        """The colour behind the plot, that of the page's cards."""
+        """Return the background colour, equal to the cards of the page."""
         return "#171b21" if self.dark else "#ffffff"
 
     @property
     def blue(self) -> str:
-        """The colour of the tuned model's data."""
+        """Return the colour for the tuned model."""
         return _SKY if self.dark else BLUE
 
 
@@ -89,7 +88,7 @@ History = Sequence[Mapping[str, Any]]
 
 
 def loss_figure(history: History, look: Look = LOOKS[0]) -> Figure:
-    """Draw training and evaluation loss over steps, the learning rate as a strip below; `history` is log_history."""
+    """Draw training and evaluation loss over steps and the learning rate below. `history` is HF's log_history."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -107,7 +106,7 @@ def loss_figure(history: History, look: Look = LOOKS[0]) -> Figure:
             top.plot(*evaluated, color=ORANGE, lw=1.4, marker="o", ms=5, label="evaluation")
         top.set_ylabel("loss")
         losses = train[1] + evaluated[1]
-        if min(losses) < max(losses) / 2:  # else the curve would be a line at the top
+        if min(losses) < max(losses) / 2:  # otherwise the curve would be a flat line at the top
             top.set_ylim(bottom=0)
         top.legend(loc="upper right")
         peak = max(rate[1], default=0.0) or 1.0
@@ -120,7 +119,7 @@ def loss_figure(history: History, look: Look = LOOKS[0]) -> Figure:
 
 
 def spectrum_figure(layers: Sequence[Layer], look: Look = LOOKS[0]) -> Figure:
-    """Draw the singular values of each layer on a log scale, the band that trains shaded."""
+    """Draw the singular values of each layer on a log scale, with the trained band shaded."""
     from matplotlib.figure import Figure
 
     layers = [layer for layer in layers if layer.sigma]
@@ -138,7 +137,7 @@ def spectrum_figure(layers: Sequence[Layer], look: Look = LOOKS[0]) -> Figure:
 
 
 def forgetting_figure(history: History, look: Look = LOOKS[0]) -> Figure:
-    """Draw forgetting over steps with one standard error on either side; it starts from nothing."""
+    """Draw forgetting over steps with one standard error on either side. It is 0 at step 0."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -150,7 +149,7 @@ def forgetting_figure(history: History, look: Look = LOOKS[0]) -> Figure:
         low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
         axis.fill_between(steps, low, high, color=ORANGE, alpha=0.25, lw=0)
         axis.plot(steps, values, color=ORANGE, lw=2, marker="o" if len(steps) < 30 else None, ms=5)
-        axis.set(xlabel="step", ylabel="forgotten, nats a token", xlim=(0, None), ylim=(0, None))
+        axis.set(xlabel="step", ylabel="forgetting, nats per token", xlim=(0, None), ylim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(4 if look.narrow else 8, integer=True))
     return figure
 
@@ -159,7 +158,7 @@ def _spectrum_panel(axis: Axes, layer: Layer, look: Look) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     count = len(layer.sigma)
-    floor = (layer.sigma[0] or 1.0) * 1e-7  # float32 resolves nothing below, and a zero would stretch the axis for ever
+    floor = (layer.sigma[0] or 1.0) * 1e-7  # float32 resolves no smaller values, and the log axis has no 0
     index, sigma = range(1, count + 1), [max(s, floor) for s in layer.sigma]
     axis.plot(index, sigma, color=look.blue if layer.trained else GREY, lw=2)
     axis.set(yscale="log", xlim=(1, max(count, 2)), ylim=(sigma[-1] / 1.6, sigma[0] * 1.6))
@@ -179,7 +178,7 @@ def _spectrum_panel(axis: Axes, layer: Layer, look: Look) -> None:
 
 
 def scores_figure(scores: Sequence[Score], look: Look = LOOKS[0], names: tuple[str, str] = ("base", "tuned")) -> Figure:
-    """Draw one row a score: before as a ring, after as a disc, both with error bars, the majority answer as a tick."""
+    """Draw one row per score: a ring before, a disc after, both with error bars, and a tick for the majority answer."""
     from matplotlib.figure import Figure
 
     with styled(look):
@@ -218,7 +217,7 @@ def _score_row(axis: Axes, row: int, score: Score, look: Look) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """Encode a figure as a PNG of few colours (a third of the size) and forget it."""
+    """Return a figure as PNG with 128 colours, which is a third of the size."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
@@ -232,7 +231,7 @@ def png(figure: Figure) -> bytes:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write the numbers behind a plot."""
+    """Write the numbers of a plot."""
     text = io.StringIO()
     csv.writer(text).writerows([header, *rows])
     write_text(path, text.getvalue())
@@ -240,7 +239,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
 
 @contextmanager
 def styled(look: Look) -> Iterator[None]:
-    """Our sizes and colours as matplotlib's defaults, for as long as a figure is being drawn."""
+    """Use our sizes and colours as defaults of matplotlib inside the block."""
     import matplotlib as mpl
 
     settings: dict[Any, Any] = {
@@ -257,13 +256,13 @@ def styled(look: Look) -> Iterator[None]:
 
 
 def _series(history: History, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the log entries that hold `key`."""
+    """Return the steps and values of the log entries with `key`."""
     entries = [(int(entry["step"]), float(entry[key])) for entry in history if key in entry]
     return [step for step, _ in entries], [value for _, value in entries]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window of a tenth of the run, narrower at the ends: no lag as in a running average."""
+    """Return the mean over a centred window of a tenth of the run, narrower at the ends. It has no lag."""
     half = max(1, len(values) // 20)
     windows = ((i, min(i, len(values) - 1 - i, half)) for i in range(len(values)))
     return [sum(values[i - reach : i + reach + 1]) / (2 * reach + 1) for i, reach in windows]

@@ -1,4 +1,4 @@
-"""The report of a run written anew by the programs that add something to its folder."""
+"""Regenerate the report of a run after a command has added files to its folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from milora_data.errors import UserError
 from milora_vl.report.page import write_report
 
 
-def write_anew(run: Path, warn: Callable[[str], object]) -> Path | None:
-    """Write report.html of a run and return its path; None after a warning: no drawing may fail what was measured."""
-
+def try_write_report(run: Path, warn: Callable[[str], object]) -> Path | None:
+    """Write report.html of a run and return its path. On any error, warn and return None: the results must not fail."""
     try:
         return write_report(run)
-    except (UserError, OSError) as error:  # a full disk, most often
+    except (UserError, OSError) as error:  # for example a full disk
         warn(f"no report: {error}")
     except Exception:
         warn(f"no report; run python -m milora_vl.report {run} to see why\n{traceback.format_exc(limit=1)}")
@@ -24,7 +23,7 @@ def write_anew(run: Path, warn: Callable[[str], object]) -> Path | None:
 
 
 def rewrite_report(folder: Path) -> None:
-    """Write the report of a folder that is a run's anew, and say on stderr where it is, or why not."""
+    """Regenerate the report if `folder` is a run folder, and print its path or the reason of failure on stderr."""
     if (folder / "recipe.yaml").is_file():
-        page = write_anew(folder, lambda text: sys.stderr.write(f"{text}\n"))
+        page = try_write_report(folder, lambda text: sys.stderr.write(f"{text}\n"))
         sys.stderr.write(f"report:  {page}\n" if page is not None else "")

@@ -1,4 +1,4 @@
-"""The commands that repeat, evaluate and use a run, as a user would type them."""
+"""The commands that repeat, evaluate and use a run, as a user types them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milora_vl.report.run_page import Run
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """One line each. `repeat` writes into a new folder, because nothing overwrites a run."""
+    """One command line each. `repeat` writes into a new folder, because a run is never overwritten."""
 
     as_typed: str
     repeat: str
@@ -27,7 +27,7 @@ class Commands:
 
 
 def commands(run: Run) -> Commands:
-    """What made this run, and what to type next."""
+    """Return the command of this run and the commands that use it."""
     recipe = run.folder / "recipe.yaml"
     model, base = _model(run)
     where: list[str | Path] = ["--with_base", "--output_dir", run.folder]
@@ -43,20 +43,20 @@ def commands(run: Run) -> Commands:
 
 
 def steps(run: Run) -> list[tuple[str, str]]:
-    """What to type for what, in the order of the work."""
+    """Return (purpose, command) pairs in the order of work."""
     typed = commands(run)
-    made = [("made by", typed.as_typed)] if typed.as_typed else []
-    rest = [
+    original = [("original command", typed.as_typed)] if typed.as_typed else []
+    return [
+        *original,
         ("train again", typed.repeat),
         ("evaluate", typed.evaluate),
         ("ask", typed.chat),
         ("this page", typed.report),
     ]
-    return made + rest
 
 
 def _as_typed(argv: Sequence[str]) -> str:
-    """The command line of the training; run with -m, Python leaves only a file name as its first word."""
+    """Return the command line of the training. With -m, Python keeps only a file name as its first word."""
     if not argv:
         return ""
     if Path(argv[0]).name in ("train.py", "__main__.py"):
@@ -65,9 +65,9 @@ def _as_typed(argv: Sequence[str]) -> str:
 
 
 def _model(run: Run) -> tuple[list[str | Path], list[str | Path]]:
-    """The flags that load this run's model, and those that name the base where the first do not.
+    """Return the flags that load the model of this run, and the flags for its base model if that is a separate model.
 
-    A full fine-tuning is a model of its own; everything else sits on its base.
+    A full fine-tuning is a complete model; an adapter or projector also needs its base model.
     """
     base = str(run.environment.get("model") or run.recipe.get("model") or "MODEL")
     if (run.folder / "config.json").is_file() and not (run.folder / "adapter_config.json").is_file():
@@ -76,27 +76,27 @@ def _model(run: Run) -> tuple[list[str | Path], list[str | Path]]:
 
 
 def _suite(run: Run) -> list[str | Path]:
-    """The suite and its data: those of the last evaluation, of the recipe, or what goes with the training data."""
+    """Return the flags of the suite and its data, from the last evaluation, the recipe or the training data."""
     planned, data = run.recipe.get("eval") or {}, run.recipe.get("data") or {}
     path = data.get("path") if isinstance(data.get("path"), str) else None
     names = [comparison.suite for comparison in run.comparisons] + list(planned.get("suites") or ())
     records = Path(path).parent if path else Path("DATA")
     is_emoji = records.name == "emoji" or (records / "captions_val.json").is_file()
-    own = _own_questions(run)
-    if own or not (names or is_emoji):  # records of one's own are a benchmark, where they were held out of the training
+    custom = _custom_benchmarks(run)
+    if custom or not (names or is_emoji):  # held-out records of the user serve as a benchmark
         folder = ["--data", str(data["image_folder"])] if data.get("image_folder") else []
-        return ["--benchmarks", own or str(data.get("eval_path") or "HELD_OUT.json"), *folder, *_settings(run)]
-    words = ["--suite", names[0] if names else "emoji", "--data", str(planned.get("data") or records)]
-    return [*words, *_settings(run)]
+        return ["--benchmarks", custom or str(data.get("eval_path") or "HELD_OUT.json"), *folder, *_settings(run)]
+    flags = ["--suite", names[0] if names else "emoji", "--data", str(planned.get("data") or records)]
+    return [*flags, *_settings(run)]
 
 
-def _own_questions(run: Run) -> str:
-    """The file of one's own that the last evaluation asked, as far as the results tell: they know its name."""
+def _custom_benchmarks(run: Run) -> str:
+    """Return the files of the user's benchmarks in the last evaluation. The results contain only their names."""
     entries = [entry for results in _results(run)[:1] for entry in results.get("benchmarks", ())]
-    own = [str(entry["name"]) for entry in entries if str(entry.get("reference", "")).startswith("data:")]
+    custom = [str(entry["name"]) for entry in entries if str(entry.get("reference", "")).startswith("data:")]
     data = run.recipe.get("data") or {}
     files = {Path(path).stem: path for path in (data.get("path"), data.get("eval_path")) if isinstance(path, str)}
-    return ",".join(files.get(name, f"{name}.json") for name in own)
+    return ",".join(files.get(name, f"{name}.json") for name in custom)
 
 
 def _results(run: Run) -> list[Mapping[str, Any]]:
@@ -104,7 +104,7 @@ def _results(run: Run) -> list[Mapping[str, Any]]:
 
 
 def _settings(run: Run) -> list[str | Path]:
-    """What the last evaluation was told beyond its data: the same again finds its answers and asks nothing twice."""
+    """Return the other flags of the last evaluation. The same flags let a new one reuse its answers."""
     done = _results(run)
     if not done:
         return []
@@ -117,7 +117,7 @@ def _question(run: Run) -> list[str | Path]:
 
 
 def _picture(run: Run) -> str | Path:
-    """A picture that was asked about, else a word in its place."""
+    """Return a picture of the evaluation, or a placeholder."""
     for comparison in run.comparisons:
         for side in (comparison.after, comparison.before):
             for line in side.predictions if side else ():

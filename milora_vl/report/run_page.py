@@ -1,4 +1,4 @@
-"""What a run folder holds, read into plain values. Any file may be missing: a run may be young, cut off or old."""
+"""Read a run folder into plain values. Any file may be missing: a run may be new, interrupted or old."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KNOWN = ("recipe.yaml", "environment.json", "policy.json", "trainer_state.json"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One number of a benchmark; a fraction is shown as percent, points as they are."""
+    """One number of a benchmark. Fractions are shown as percent, points unchanged."""
 
     name: str
     value: float
@@ -32,7 +32,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One evaluation of one model: `which` is base, final or checkpoint-N; metrics as (benchmark, metric), in order."""
+    """One evaluation of one model: `which` is base, final or checkpoint-N; `metrics` holds (benchmark, metric)."""
 
     suite: str
     which: str
@@ -43,7 +43,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One metric before and after the training; either may be missing. The first of a benchmark is its headline."""
+    """One metric before and after training; either may be missing. The first of a benchmark is its headline."""
 
     benchmark: str
     name: str
@@ -53,25 +53,25 @@ class Score:
 
     @property
     def label(self) -> str:
-        """The name for people."""
+        """Return the display name."""
         return label(self.name)
 
     @property
     def any(self) -> Metric:
-        """Either side: for what does not differ between them (unit, baseline, note)."""
+        """Return either metric, for fields that are equal in both (unit, baseline, note)."""
         metric = self.after or self.before
         assert metric is not None
         return metric
 
     @property
     def gain(self) -> float | None:
-        """After minus before."""
+        """Return after minus before."""
         return self.after.value - self.before.value if self.after and self.before else None
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A suite before and after."""
+    """The evaluations of a suite before and after training."""
 
     suite: str
     before: Evaluation | None
@@ -93,20 +93,20 @@ class Layer:
 
     @property
     def leaf(self) -> str:
-        """The last word of the path, enough beside the tower's name."""
+        """Return the last part of the path."""
         return self.path.rsplit(".", 1)[-1]
 
     @property
     def energy(self) -> float | None:
-        """The share of the squared Frobenius norm that lies in the trained band."""
+        """Return the share of the trained band in the squared Frobenius norm."""
         total = sum(s * s for s in self.sigma)
         return sum(s * s for s in self.sigma[slice(*self.trained)]) / total if self.trained and total else None
 
     @property
     def status(self) -> str:
-        """What happens to it, in a few words."""
+        """Return a short text about what trains in this layer."""
         if self.trained is None:
-            return "frozen" if self.method == "frozen" else f"{self.method}: no band of its own"
+            return "frozen" if self.method == "frozen" else f"{self.method}: trains no band of components"
         low, high, count = *self.trained, min(self.shape)
         if high - low == count:
             return f"all {count} train"
@@ -115,7 +115,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run folder as read."""
+    """The content of a run folder."""
 
     folder: Path
     recipe: Json = field(default_factory=dict)
@@ -128,7 +128,7 @@ class Run:
 
 
 def label(name: str) -> str:
-    """The name of a metric or question type for people.
+    """Return the display name of a metric or question type.
 
     >>> label("multi_turn"), label("yes_no")
     ('multi turn', 'yes/no')
@@ -137,13 +137,14 @@ def label(name: str) -> str:
 
 
 def read_run(folder: Path) -> Run:
-    """Read what is there. Raises UserError for a folder that is no run folder and for a file that cannot be parsed."""
+    """Read a run folder. Raises UserError if it is not a run folder or if a file cannot be parsed."""
     if not any((folder / name).exists() for name in _KNOWN):
-        what = "holds none of the files of a run" if folder.is_dir() else "is not a folder"
         raise UserError(
-            f"{folder}: {what}\n"
-            f"expected: the output_dir of a training, with {', '.join(_KNOWN[:4])}, ...\n"
-            "make one:  python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo"
+            "contains no file of a run" if folder.is_dir() else "is not a folder",
+            code="run-folder-missing",
+            where=str(folder),
+            hint=f"expected the output_dir of a training, with {', '.join(_KNOWN[:4])}, ...\n"
+            "make one:  python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo",
         )
     state = _json(folder / "trainer_state.json", {})
     return Run(
@@ -159,13 +160,13 @@ def read_run(folder: Path) -> Run:
 
 
 def _comparisons(folder: Path) -> Iterator[Comparison]:
-    """One per suite: the base, and the final model or else its latest checkpoint."""
+    """Yield one comparison per suite: the base model with the final model, or else with its latest checkpoint."""
     for suite in sorted(path for path in folder.glob("*") if path.is_dir()):
-        done = {path.parent.name: path.parent for path in suite.glob("*/results.json")}
-        steps = sorted((name for name in done if name.startswith("checkpoint-")), key=_step)
-        latest = "final" if "final" in done else (steps[-1] if steps else None)
-        before = _evaluation(done["base"]) if "base" in done else None
-        after = _evaluation(done[latest]) if latest else None
+        folders = {path.parent.name: path.parent for path in suite.glob("*/results.json")}
+        steps = sorted((name for name in folders if name.startswith("checkpoint-")), key=_step)
+        latest = "final" if "final" in folders else (steps[-1] if steps else None)
+        before = _evaluation(folders["base"]) if "base" in folders else None
+        after = _evaluation(folders[latest]) if latest else None
         if before or after:
             yield Comparison(suite.name, before, after, _scores(before, after))
 
@@ -198,7 +199,7 @@ def _evaluation(folder: Path) -> Evaluation:
 
 
 def _lines(folder: Path) -> Iterator[Json]:
-    """The predictions; a last line cut off by a killed evaluation is left out."""
+    """Yield the predictions without an incomplete last line of a killed evaluation."""
     path = folder / "predictions.jsonl"
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         try:
@@ -226,11 +227,13 @@ def _json(path: Path, default: Any) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}\nmove it away to have a report without it") from error
+        hint = "move it away for a report without it"
+        raise UserError(f"is not valid JSON: {error}", code="json-syntax", where=str(path), hint=hint) from error
 
 
 def _yaml(path: Path) -> Json:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {error}\nmove it away to have a report without it") from error
+        hint = "move it away for a report without it"
+        raise UserError(f"is not valid YAML: {error}", code="yaml-syntax", where=str(path), hint=hint) from error

@@ -1,4 +1,4 @@
-"""The tables of a report: what happened to which modules, one row a rule and one row a layer, and the scores."""
+"""The tables of a report: what trained in which modules (by rule and by layer), forgetting and scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from milora_vl.report.run_page import Comparison, Json, Run, Score
 from milora_vl.report.wording import METHODS, amount, forgetting_rows, gain, number, percent
 
-# Of the layer table: heading, and how its cell is made from an entry of policy.json's `layers`.
+# Columns of the layer table: heading -> function from an entry of `layers` in policy.json to the cell.
 _LAYER_COLUMNS: dict[str, Callable[[Json], str]] = {
     "layer": lambda layer: str(layer["path"]),
     "size": lambda layer: _cell(layer.get("shape")),
@@ -28,7 +28,7 @@ _LAYER_COLUMNS: dict[str, Callable[[Json], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells as text, the first of a row being its name."""
+    """A table of text cells. The first cell of a row is its name."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -36,14 +36,14 @@ class Table:
 
 
 def forgetting_table(run: Run) -> Table:
-    """One row for each probe of `python -m milora_vl.forgetting`."""
-    header = ("on", "forgotten (KL)", "cross-entropy", "base entropy", "change of loss", "tokens in documents")
-    caption = "Against the base model’s own predictions, nats a token, ± one standard error over documents."
+    """Return a table with one row per probe of `python -m milora_vl.forgetting`."""
+    header = ("probe", "forgotten (KL)", "cross-entropy", "base entropy", "change of loss", "tokens in documents")
+    caption = "Compared with the predictions of the base model, in nats per token, ± one standard error over documents."
     return Table(header, tuple(tuple(row) for row in forgetting_rows(run)), caption)
 
 
 def policy_table(run: Run) -> Table:
-    """One row for all modules that were treated alike."""
+    """Return a table with one row for all modules of equal settings."""
     targets = sorted(run.policy.get("targets", ()), key=_treatment)
     shares = {str(layer["path"]): layer.get("energy") for layer in run.policy.get("layers", ())}
     rows = []
@@ -64,11 +64,11 @@ def policy_table(run: Run) -> Table:
         f"{trainable:,} of {total:,} parameters train ({percent(trainable / total)})." if trainable and total else ""
     )
     header = ("tower", "modules", "method", "rank", "alpha", "learning rate", "share of ‖W‖² in the adapter")
-    return Table(header, tuple(rows), f"What was done to which modules; what is not listed is frozen. {share}".strip())
+    return Table(header, tuple(rows), f"Trained modules by rule; all other modules are frozen. {share}".strip())
 
 
 def layer_table(run: Run) -> Table:
-    """One row a layer, with everything that was measured when its adapter was made."""
+    """Return a table with one row per layer and the measurements from its initialization."""
     layers: Sequence[Json] = run.policy.get("layers", ())
     return Table(
         tuple(_LAYER_COLUMNS), tuple(tuple(cell(layer) for cell in _LAYER_COLUMNS.values()) for layer in layers)
@@ -76,7 +76,7 @@ def layer_table(run: Run) -> Table:
 
 
 def score_tables(comparison: Comparison) -> list[Table]:
-    """One table a benchmark, the headline first; a column of notes where something must be said."""
+    """Return one table per benchmark, headline first, with a column of notes if any score has one."""
     tables = []
     after = comparison.after.which if comparison.after else "final"
     for _, group in groupby(comparison.scores, key=lambda score: score.benchmark):
@@ -95,17 +95,17 @@ def score_tables(comparison: Comparison) -> list[Table]:
 
 
 def _about(comparison: Comparison, benchmark: str) -> str:
-    """Which rules and which split a table's numbers follow."""
+    """Return the caption of a table: benchmark, version, split and protocol."""
     side = comparison.after or comparison.before
-    found: Json = next((b for b in (side.results["benchmarks"] if side else ()) if b["name"] == benchmark), {})
-    parts = [f"{benchmark}, version {found['version']}" if found.get("version") else benchmark]
-    parts += [f"{found['split']} split"] if found.get("split") else []
-    parts += [str(found["protocol"])] if found.get("protocol") else []
-    return "; ".join(parts) + ". In brackets one standard error."
+    entry: Json = next((b for b in (side.results["benchmarks"] if side else ()) if b["name"] == benchmark), {})
+    parts = [f"{benchmark}, version {entry['version']}" if entry.get("version") else benchmark]
+    parts += [f"{entry['split']} split"] if entry.get("split") else []
+    parts += [str(entry["protocol"])] if entry.get("protocol") else []
+    return "; ".join(parts) + ". Brackets show one standard error."
 
 
 def _note(score: Score) -> str:
-    """What must be said beside a score: the benchmark's own note, and a score no better than not looking."""
+    """Return the notes of a score: the note of the benchmark, and a warning for a score below the majority answer."""
     metric, notes = score.any, [score.any.note] if score.any.note else []
     if metric.baseline is not None and score.after and score.after.value < metric.baseline:
         notes.append("below the majority answer")
@@ -118,7 +118,7 @@ def _treatment(target: Json) -> tuple[str, str, int, float, float, str]:
 
 
 def _protected(protect: Json | None) -> str:
-    """What a rule's `protect` adds to its method.
+    """Return the text that a rule's `protect` adds to its method.
 
     >>> _protected({"top": 64, "by": "penalty", "weight": 500.0})
     ', outside the top 64 by penalty 500'
@@ -130,18 +130,18 @@ def _protected(protect: Json | None) -> str:
 
 
 def _span(values: Iterable[float]) -> str:
-    """The range of some numbers to two digits, empty for none.
+    """Return the range of some numbers with two digits; empty without numbers.
 
     >>> _span([0.31, 0.587]), _span([2.0])
     ('0.31 – 0.59', '2')
     """
-    found = sorted(values)
-    ends = dict.fromkeys(f"{value:.2g}" for value in (found[0], found[-1])) if found else ()
+    ordered = sorted(values)
+    ends = dict.fromkeys(f"{value:.2g}" for value in (ordered[0], ordered[-1])) if ordered else ()
     return " – ".join(ends)
 
 
 def _cell(value: Any) -> str:
-    """Any value of a JSON file, short."""
+    """Return any value of a JSON file as short text."""
     if value is None or value == "":
         return "–"
     if isinstance(value, float):

@@ -1,16 +1,16 @@
-"""The sentences of a report: numbers of a run said in words, with their uncertainty."""
+"""The sentences of a report: the numbers of a run with their uncertainty."""
 
 from __future__ import annotations
 
 from milora_vl.report.run_page import Comparison, Layer, Metric, Run, Score, label
 
-# What the questions of a suite are about, where its name does not say it.
-_ABOUT = {"emoji": "questions about emoji it has never seen"}
+# Descriptions of questions, for suites whose name is not enough.
+_ABOUT = {"emoji": "questions about emoji that training did not contain"}
 METHODS = {"milora": "MiLoRA", "pissa": "PiSSA", "lora": "LoRA", "dora": "DoRA", "olora": "OLoRA", "mica": "MiCA"}
 
 
 def percent(share: float) -> str:
-    """A share with two digits or one decimal, whichever is more.
+    """Return a share in percent, with one decimal from 1 % on, else with two digits.
 
     >>> percent(0.0339), percent(0.5614), percent(0.000123)
     ('3.4 %', '56.1 %', '0.012 %')
@@ -19,67 +19,67 @@ def percent(share: float) -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """A value of a metric: fractions as percent, points as they are."""
+    """Return the value of a metric as text: fractions as percent, points unchanged."""
     return f"{100 * value:.1f} %" if unit == "fraction" else f"{value:,.1f}"
 
 
 def number(metric: Metric | None) -> str:
-    """A metric with its standard error.
+    """Return a metric with its standard error.
 
     >>> number(Metric("mean", 0.6123, 0.0141))
     '61.2 % (±1.4)'
     """
     if metric is None:
         return "–"
-    # Equal scores tell no spread.
+    # A standard error of 0 comes from equal scores and is not informative.
     spread = "" if not metric.stderr else f" (±{amount(metric.stderr, metric.unit).removesuffix(' %')})"
     return amount(metric.value, metric.unit) + spread
 
 
 def gain(score: Score) -> str:
-    """After minus before, in points, signed."""
+    """Return the signed change in points."""
     if score.gain is None:
         return "–"
     return f"{score.gain * (100 if score.any.unit == 'fraction' else 1):+,.1f}".replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds for people.
+    """Return a duration as text.
 
     >>> duration(261.4), duration(7300), duration(12)
     ('4 min 21 s', '2 h 01 min', '12 s')
     """
     if seconds is None:
         return "–"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remaining = divmod(round(seconds), 60)
     if minutes < 1:
-        return f"{rest} s"
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+        return f"{remaining} s"
+    return f"{minutes} min {remaining:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def methods(run: Run) -> list[str]:
-    """The methods that train something, adapters first, as people write them."""
-    found = dict.fromkeys(str(target["method"]) for target in run.policy.get("targets", ()))
-    adapters = [METHODS.get(name, name) for name in found if name not in ("full", "frozen")]
-    return adapters or (["full fine-tuning"] if "full" in found else [])
+    """Return the display names of the methods that train something; adapters take precedence over full training."""
+    names = dict.fromkeys(str(target["method"]) for target in run.policy.get("targets", ()))
+    adapters = [METHODS.get(name, name) for name in names if name not in ("full", "frozen")]
+    return adapters or (["full fine-tuning"] if "full" in names else [])
 
 
 def title(run: Run) -> str:
-    """What the page is about: the model and how it was tuned."""
+    """Return the title of the page: the model and its methods."""
     model = run.environment.get("model") or run.recipe.get("model") or run.folder.resolve().name
-    how = " + ".join(methods(run))
-    return f"{model}, tuned with {how}" if how else str(model)
+    names = " + ".join(methods(run))
+    return f"{model}, tuned with {names}" if names else str(model)
 
 
 def headline(run: Run) -> tuple[Comparison, Score] | None:
-    """The number that the page opens with: of the first suite that has the tuned model's scores, else of the first."""
+    """Return the first headline score, preferring suites with scores of the tuned model; None without scores."""
     ranked = sorted(run.comparisons, key=lambda comparison: comparison.after is None)
-    found = [(comparison, score) for comparison in ranked for score in comparison.scores if score.is_headline]
-    return found[0] if found else None
+    headlines = [(comparison, score) for comparison in ranked for score in comparison.scores if score.is_headline]
+    return headlines[0] if headlines else None
 
 
 def summary(run: Run) -> str:
-    """The result in one sentence."""
+    """Return the result in one sentence."""
     best = headline(run)
     if best is None:
         return _unevaluated(run)
@@ -100,37 +100,37 @@ def summary(run: Run) -> str:
 def _unevaluated(run: Run) -> str:
     steps = max((int(entry.get("step", 0)) for entry in run.history), default=0)
     if not steps and not run.environment.get("finished"):
-        return "Nothing has been trained here yet."
+        return "This run has not trained yet."
     if "finished" in run.environment and not run.environment["finished"]:
         return f"Not finished: {steps:,} steps so far; not evaluated yet."
     count = run.environment.get("data", {}).get("train")
     epochs = max((float(entry.get("epoch") or 0) for entry in run.history), default=0.0)
-    seen = f"{round(epochs * count):,} of {count:,}" if count and 0 < epochs < 1 else f"{count or 0:,}"
-    words = (f" for {steps:,} steps" if steps else "") + (f" on {seen} records" if count else "")
+    records = f"{round(epochs * count):,} of {count:,}" if count and 0 < epochs < 1 else f"{count or 0:,}"
+    words = (f" for {steps:,} steps" if steps else "") + (f" on {records} records" if count else "")
     return f"Trained{words}; not evaluated yet."
 
 
 def forgetting(comparison: Comparison) -> dict[str, float | str] | None:
-    """The forgetting numbers of a suite, ready to be shown; None where they were not measured."""
-    found = comparison.after.results.get("forgetting") if comparison.after else None
-    if not found:
+    """Return the forgetting numbers of a suite for the page; None if they were not measured."""
+    measured = comparison.after.results.get("forgetting") if comparison.after else None
+    if not measured:
         return None
-    cross, base = float(found["cross_entropy"]), float(found["base_entropy"])
-    divergence = float(found.get("kl", cross - base))
+    cross, base = float(measured["cross_entropy"]), float(measured["base_entropy"])
+    divergence = float(measured.get("kl", cross - base))
     return {
         "cross_entropy": cross,
-        "stderr": float(found.get("stderr") or 0),
+        "stderr": float(measured.get("stderr") or 0),
         "base_entropy": base,
         "kl": divergence,
-        "kl_stderr": float(found.get("kl_stderr") or 0),
+        "kl_stderr": float(measured.get("kl_stderr") or 0),
         "share": percent(divergence / cross if cross else 0.0),
-        "tokens": int(found.get("n_tokens", 0)),
-        "text": _titles(str(found.get("text") or "")),
+        "tokens": int(measured.get("n_tokens", 0)),
+        "text": _titles(str(measured.get("text") or "")),
     }
 
 
 def _titles(names: str) -> str:
-    """Names of texts for people.
+    """Return the display names of texts.
 
     >>> _titles("alice_in_wonderland + origin_of_species")
     'Alice In Wonderland and Origin Of Species'
@@ -140,53 +140,57 @@ def _titles(names: str) -> str:
 
 
 def loss_words(run: Run) -> str:
-    """First and last losses: the caption and the alternative text of the loss curve."""
+    """Return the first and last losses, as caption and alternative text of the loss curve."""
     train = [float(entry["loss"]) for entry in run.history if "loss" in entry]
-    tested = [float(entry["eval_loss"]) for entry in run.history if "eval_loss" in entry]
+    evaluated = [float(entry["eval_loss"]) for entry in run.history if "eval_loss" in entry]
     steps = max((int(entry["step"]) for entry in run.history), default=0)
     if not train:
         return ""
     tail = train[-max(1, len(train) // 10) :]
     words = f"Over {steps:,} steps the training loss went from {train[0]:.2f} to {sum(tail) / len(tail):.2f}"
     words += " (mean of the last tenth)" if len(tail) > 1 else ""
-    return f"{words}; on the evaluation records it is {tested[-1]:.2f} at the end." if tested else f"{words}."
+    return f"{words}; on the evaluation records it is {evaluated[-1]:.2f} at the end." if evaluated else f"{words}."
 
 
 def forgetting_words(run: Run) -> str:
-    """How forgetting went during the training: the caption of its curve; nothing where it was not measured."""
-    found = [entry for entry in run.history if "forgetting" in entry]
-    if not found:
+    """Return the caption of the forgetting curve of the training; empty if it was not measured."""
+    entries = [entry for entry in run.history if "forgetting" in entry]
+    if not entries:
         return ""
-    last = found[-1]
+    last = entries[-1]
     return (
-        f"Forgetting on general text while it trained, in nats a token: {last['forgetting']:.3f} "
+        f"Forgetting on general text during training, in nats per token: {last['forgetting']:.3f} "
         f"(±{last['forgetting_stderr']:.3f}) at step {last['step']:,}. The loss on the text itself changed by "
         f"{last['forgetting_loss_change']:+.3f}."
     )
 
 
 def forgetting_rows(run: Run) -> list[list[str]]:
-    """What `python -m milora_vl.forgetting` measured, a row a probe: name, numbers with errors, size."""
+    """Return the rows of `python -m milora_vl.forgetting`, one per probe: name, numbers with errors, size."""
     names = {"text": "general text", "samples": "the base model's own text", "pictures": "answers about pictures"}
     return [
         [
-            f"{names[name]}" if name != "pictures" else f"{names[name]} ({found['text']})",
-            _with_error(found["kl"], found["kl_stderr"]),
-            _with_error(found["cross_entropy"], found["stderr"]),
-            f"{found['base_entropy']:.3f}",
-            _with_error(found["loss_change"], found["loss_change_stderr"], sign="+"),
-            f"{found['n_tokens']:,} in {found['n_documents']:,}",
+            f"{names[name]}" if name != "pictures" else f"{names[name]} ({probe['text']})",
+            _with_error(probe["kl"], probe["kl_stderr"]),
+            _with_error(probe["cross_entropy"], probe["stderr"]),
+            f"{probe['base_entropy']:.3f}",
+            _with_error(probe["loss_change"], probe["loss_change_stderr"], sign="+"),
+            f"{probe['n_tokens']:,} in {probe['n_documents']:,}",
         ]
         for name in names
-        if (found := run.forgetting.get(name))
+        if (probe := run.forgetting.get(name))
     ]
 
 
 def score_changes(run: Run) -> list[str]:
-    """The scores that `python -m milora_vl.forgetting --suite` compared, a sentence each."""
+    """Return one sentence per score of `python -m milora_vl.forgetting --suite`."""
     return [
         f"{score['benchmark']}, {label(score['metric'])}: {score['before']:.3f} before, {score['after']:.3f} after"
-        + ("." if score["was_good"] else "; the base model was no better than a fixed answer, so this says nothing.")
+        + (
+            "."
+            if score["was_good"]
+            else "; the base model was no better than a fixed answer, so this score does not measure forgetting."
+        )
         for score in run.forgetting.get("scores", ())
     ]
 
@@ -196,7 +200,7 @@ def _with_error(value: float, error: float | None, sign: str = "") -> str:
 
 
 def layer_words(layer: Layer) -> str:
-    """One sentence on a layer of the spectrum plot."""
+    """Return one sentence about a layer of the spectrum plot."""
     name = f"{layer.tower}, {layer.path} ({' × '.join(str(side) for side in layer.shape)})"
     if layer.note:
         return f"{name}: {layer.note}."
@@ -209,14 +213,14 @@ def layer_words(layer: Layer) -> str:
 
 
 def spectrum_words(run: Run) -> str:
-    """What the shaded band of the spectrum plot means in this run."""
+    """Return what the shaded band of the spectrum plot means in this run."""
     bands = {layer.method for layer in run.layers if layer.trained}
     if "milora" in bands:
         return (
-            "MiLoRA leaves the large ones as they are, where most of what the model knows is thought to sit, and "
-            "trains the smallest: the shaded band. Training starts from exactly the "
-            "outputs of the base model (arXiv:2406.09044)."
+            "MiLoRA does not change the large ones, which are assumed to hold most of the knowledge of the model. It "
+            "trains the smallest: the shaded band. Training starts from exactly the outputs of the base model "
+            "(arXiv:2406.09044)."
         )
     if "pissa" in bands:
         return "PiSSA trains the largest: the shaded band (arXiv:2404.02948)."
-    return "What is shaded trains; a layer without a shaded band is frozen or trained beside its components."
+    return "The shaded components train. A layer without them is frozen, or its method trains no band of components."

@@ -1,4 +1,4 @@
-"""Fine-tune a model by a recipe. `python -m milora_vl.train`."""
+"""Fine-tune a model from a recipe: `python -m milora_vl.train`."""
 
 from milora_vl.train.command import main
 

@@ -1,4 +1,4 @@
-"""`python -m milora_vl.train`: fine-tune a model by a recipe, with Hugging Face's, LLaVA's and our own flags."""
+"""`python -m milora_vl.train`: fine-tune a model from a recipe, with Hugging Face's, LLaVA's and our own flags."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from milora_vl.recipe import arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks. Returns the exit code; raises UserError for mistakes that the user can fix."""
+    """Run the action of the command line and return the exit code. Raises UserError for mistakes the user can fix."""
     request = arguments.parse(argv)
     if request.action in ("print_recipe", "list_models", "list_recipes"):
         from milora_vl.recipe import listings
@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @atexit.register
-def _leave_the_group() -> None:
-    """Several processes part in order: gloo's threads now and then abort an interpreter that ends under them."""
+def _destroy_process_group() -> None:
+    """Close the process group before exit: gloo's threads sometimes abort an interpreter that ends while they run."""
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist

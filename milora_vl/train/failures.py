@@ -1,4 +1,4 @@
-"""What went wrong while training, in a few lines: broken data, too little memory or disk, a process that died."""
+"""Errors during training as short messages: broken data, too little memory or disk space, a dead process."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from milora_data.errors import UserError
+from milora_data.errors import Problem, UserError
 from milora_vl.weights.torch_files import why_unread
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-RESUME = "then repeat the command with  --resume_from_checkpoint auto  (what is half written is passed over)"
-# Words of torch and safetensors: they raise RuntimeErrors of no class of their own.
+RESUME = "then repeat the command with  --resume_from_checkpoint auto  (it skips incomplete checkpoints)"
+# Phrases from errors of torch and safetensors, which have no exception classes for these cases.
 NOT_WRITTEN = (
     "No space left",
     "File too large",
@@ -32,54 +32,61 @@ OTHER_DIED = ("Connection closed by peer", "Connection reset by peer", "NCCL", "
 
 @contextmanager
 def explained(args: TrainingArguments) -> Iterator[None]:
-    """Errors inside become UserErrors with exit code 1 (the run failed) where it is known what they mean."""
+    """Turn known errors inside the block into UserErrors with exit code 1 (the run failed)."""
     try:
         yield
     except UserError as error:
-        raise UserError(without_traceback(str(error)), exit_code=1) from None
+        raise UserError(problems=_without_traceback(error), exit_code=1) from None
     except torch.OutOfMemoryError as error:
-        raise UserError(_out_of_memory(str(error), args), exit_code=1) from None
-    except UnpicklingError as error:  # the states that a resumed run goes on with
-        raise UserError(why_unread("a file of the checkpoint", error), exit_code=1) from None
+        raise UserError(problems=[_out_of_memory(str(error), args)], exit_code=1) from None
+    except UnpicklingError as error:  # optimizer, scheduler or random states of a resumed run
+        text = why_unread("a file of the checkpoint", error)
+        raise UserError(text, code="checkpoint-unreadable", exit_code=1) from None
     except (OSError, SafetensorError, RuntimeError) as error:
-        text = _explanation(str(error), args)
-        if text is None:
+        problem = _explain(str(error), args)
+        if problem is None:
             raise
-        raise UserError(text, exit_code=1) from None
+        raise UserError(problems=[problem], exit_code=1) from None
 
 
-def _out_of_memory(said: str, args: TrainingArguments) -> str:
+def _out_of_memory(text: str, args: TrainingArguments) -> Problem:
     batch = args.per_device_train_batch_size
     smaller = f"--per_device_train_batch_size {max(batch // 2, 1)} --gradient_accumulation_steps "
-    return (
-        f"out of memory: {said.splitlines()[0]}\n"
-        f"the same step with less: {smaller}{2 * args.gradient_accumulation_steps}\n"
+    hint = (
+        f"the same step in less memory: {smaller}{2 * args.gradient_accumulation_steps}\n"
         "or: --gradient_checkpointing True, --deepspeed zero3, a smaller --max_length"
     )
+    return Problem(f"out of memory: {text.splitlines()[0]}", "run-out-of-memory", hint=hint)
 
 
-def _explanation(said: str, args: TrainingArguments) -> str | None:
-    first = said.strip().splitlines()[0] if said.strip() else ""
-    if any(words in said for words in WORKER_DIED):
-        return (
-            f"a loader process died: {first}\n"
-            "the system ends processes when memory runs out; try a smaller --dataloader_num_workers\n" + RESUME
-        )
-    if any(words in said for words in NOT_WRITTEN):
-        return f"cannot write to {args.output_dir}: {first}\nfree some space, or set --save_total_limit\n{RESUME}"
-    if args.world_size > 1 and any(words in said for words in OTHER_DIED):
-        return f"another process of this run has ended; its own message says why\n({first[:200]})\n{RESUME}"
+def _explain(text: str, args: TrainingArguments) -> Problem | None:
+    first = text.strip().splitlines()[0] if text.strip() else ""
+    if any(phrase in text for phrase in WORKER_DIED):
+        hint = f"the system kills processes when memory runs out; try a smaller --dataloader_num_workers\n{RESUME}"
+        return Problem(f"a loader process died: {first}", "run-loader-died", hint=hint)
+    if any(phrase in text for phrase in NOT_WRITTEN):
+        hint = f"free some space, or set --save_total_limit\n{RESUME}"
+        return Problem(f"cannot write: {first}", "disk-full", str(args.output_dir), hint)
+    if args.world_size > 1 and any(phrase in text for phrase in OTHER_DIED):
+        hint = f"its own message gives the reason\n{RESUME}"
+        return Problem(f"another process of this run has ended ({first[:200]})", "run-process-died", hint=hint)
     return None
 
 
-def without_traceback(text: str) -> str:
-    """The message inside what torch makes of an exception in a loader process.
+def _without_traceback(error: UserError) -> tuple[Problem, ...]:
+    """Return the problems of `error`.
 
-    >>> without_traceback("Caught E.\\nOriginal Traceback:\\n  File x\\nmilora_data.E: a.png: broken")
-    'a.png: broken'
+    torch raises an error of a loader process again with nothing but its formatted traceback: then there is one
+    problem, with the lines behind the traceback.
+
+    >>> _without_traceback(UserError("Caught E.\\nOriginal Traceback:\\n  File x\\nmilora_data.E: a.png: broken"))
+    (Problem(message='a.png: broken', code='run-record-failed', where='', hint=''),)
     """
+    text = str(error)
     if "Original Traceback" not in text:
-        return text
+        return error.problems
     lines = text.strip().splitlines()
     starts = [number for number, line in enumerate(lines) if line.startswith("milora_data.")]
-    return "\n".join([lines[starts[-1]].partition(": ")[2], *lines[starts[-1] + 1 :]]) if starts else text
+    if starts:
+        text = "\n".join([lines[starts[-1]].partition(": ")[2], *lines[starts[-1] + 1 :]])
+    return (Problem(text, "run-record-failed"),)

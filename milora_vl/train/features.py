@@ -1,6 +1,6 @@
-"""The features of a frozen vision tower, computed once before the training (`data.feature_cache`).
+"""The feature cache (`data.feature_cache`): features of a frozen vision tower, computed once before training.
 
-The tower then returns what it is given: the batches hold its features in place of pixels.
+The batches then hold features in place of pixels, and the tower returns its input unchanged.
 """
 
 from __future__ import annotations
@@ -26,34 +26,41 @@ from milora_data.records import Record
 from milora_vl.policy import Target
 from milora_vl.towers import find_towers
 
-VERSION = 1  # raise it when the same tower and picture may give other features
+VERSION = 1  # increase it when the same tower and picture may give other features
 BATCH = 16  # pictures
 
 
-class Says(Protocol):
-    """What tells the user something."""
+class _Screen(Protocol):
+    """An object that prints lines for the user, such as `plan.screen.Screen`."""
 
     def say(self, text: str) -> None:
-        """Show a line."""
+        """Print a line."""
 
 
 def check(base: nn.Module, targets: Sequence[Target]) -> None:
-    """UserError unless the tower is frozen as a whole and its features are taken as LLaVA takes them."""
+    """Raise UserError unless the whole tower is frozen and the model uses its features as LLaVA 1.5 and 1.6 do."""
     trained = next((target for target in targets if target.tower == "vision"), None)
     if trained is not None:
         raise UserError(
-            f"data.feature_cache: the vision tower trains ({trained.path}), so its features change with each step\n"
-            "leave the rule for vision out, or the cache"
+            f"the vision tower trains ({trained.path}), so its features change with each step",
+            code="feature-cache-trained-tower",
+            where="data.feature_cache",
+            hint="remove the rule for vision, or the cache",
         )
     assert isinstance(base, PreTrainedModel)
     if find_towers(base).vision is None or base.config.model_type not in ("llava", "llava_next"):
         raise UserError(
-            "data.feature_cache: for models of LLaVA 1.5 and 1.6 alone, which use the tower's tokens as such"
+            f"supports LLaVA 1.5 and 1.6 only, not {base.config.model_type}: they use the tower's tokens unchanged",
+            code="feature-cache-unsupported-model",
+            where="data.feature_cache",
+            hint="remove data.feature_cache",
         )
     if any(parameter.numel() == 0 for parameter in base.parameters()):
         raise UserError(
-            "data.feature_cache: ZeRO-3 has cut the tower up, and the cache needs it whole\n"
-            "say --deepspeed zero2, or leave the cache out"
+            "ZeRO-3 has sharded the vision tower, and the cache needs its complete weights",
+            code="feature-cache-zero3",
+            where="data.feature_cache",
+            hint="use --deepspeed zero2, or remove the cache",
         )
 
 
@@ -63,11 +70,12 @@ def prepare(
     collator: ImageTextCollator,
     records: Iterable[Record],
     args: TrainingArguments,
-    tell: Says,
+    screen: _Screen,
 ) -> FeatureReader:
-    """Compute what the cache lacks of the records' pictures, each process a share; the tower returns what it is given.
+    """Compute the missing features of the records' pictures, a share per process, and return their reader.
 
-    What it will write is said before. UserError where the disk has no room for that, or does not take it.
+    It prints the size of the files before it writes them. Afterwards the tower returns its input (see `replay`).
+    Raises UserError if the disk has too little space or cannot be written to.
     """
     from safetensors import SafetensorError
 
@@ -81,27 +89,29 @@ def prepare(
     reader = FeatureReader(folder / _key(tower, layers, maker, args), maker, collator.tiling)
     with _Tower(tower, layers, args) as compute:
         try:
-            _fill(reader, compute, pictures, args, tell)
+            _fill(reader, compute, pictures, args, screen)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"data.feature_cache: {folder} cannot be written to: {error}") from None
+            raise UserError(
+                f"{folder} cannot be written to: {error}", code="path-not-writable", where="data.feature_cache"
+            ) from None
     replay(tower, layers)
     return reader
 
 
 def replay(tower: Any, layers: Sequence[int]) -> None:
-    """Let `tower` return the features (num_images, 1, tokens, channels) that it is given in place of pixels."""
+    """Make `tower` return its input: features (num_images, 1, tokens, channels) in place of pixels."""
 
     def forward(pixel_values: Tensor, **_: object) -> BaseModelOutput:
         features = pixel_values.squeeze(1)
         parts = features.chunk(len(layers), dim=-1)
-        chosen: Any = dict(zip(layers, parts, strict=True))  # looked up by the number of a layer
+        chosen: Any = dict(zip(layers, parts, strict=True))  # the model indexes it with the number of a layer
         return BaseModelOutput(last_hidden_state=features, hidden_states=chosen)
 
     tower.forward = forward
 
 
 class _Tower:
-    """The tower on the device of the training, in its precision."""
+    """The tower on the device of the training, in the precision of the training."""
 
     def __init__(self, tower: Any, layers: Sequence[int], args: TrainingArguments) -> None:
         self.tower, self.layers, self.device = tower, layers, args.device
@@ -125,7 +135,7 @@ class _Tower:
 
 
 def _fill(
-    reader: FeatureReader, compute: _Tower, pictures: Sequence[str | Path], args: TrainingArguments, tell: Says
+    reader: FeatureReader, compute: _Tower, pictures: Sequence[str | Path], args: TrainingArguments, screen: _Screen
 ) -> None:
     from accelerate import PartialState
     from tqdm import tqdm
@@ -133,17 +143,17 @@ def _fill(
     if not reader.holds(reader.file(PLAIN)):
         _write(reader, compute, [(reader.file(PLAIN), reader.maker.plain_image())])
     seen = {reader.file(PLAIN)}
-    lacking: list[tuple[Path, str | Path]] = []
+    missing: list[tuple[Path, str | Path]] = []
     for picture in tqdm(pictures, "looking for features", disable=None, file=sys.stderr, leave=False):
         entry = reader.entry(picture)
         if entry is None:
-            continue  # training comes upon it, and does as --bad_images says
+            continue  # training meets it again and applies --bad_images
         if entry not in seen and not reader.holds(entry):
-            lacking.append((entry, picture))
+            missing.append((entry, picture))
         seen.add(entry)
-    _announce(reader, len(lacking), len(seen) - 1, tell)
-    PartialState().wait_for_everyone()  # every process has seen the same before one writes
-    mine = _Pictures(lacking[args.process_index :: args.world_size], reader.maker)
+    _announce(reader, len(missing), len(seen) - 1, screen)
+    PartialState().wait_for_everyone()  # all processes list the same files before one of them writes
+    mine = _Pictures(missing[args.process_index :: args.world_size], reader.maker)
     loader: Any = torch.utils.data.DataLoader(
         mine, batch_size=BATCH, num_workers=args.dataloader_num_workers, collate_fn=list
     )
@@ -153,7 +163,7 @@ def _fill(
 
 
 class _Pictures(torch.utils.data.Dataset[Any]):
-    """Pictures as the maker reads them; None for one that cannot be read, which training will come upon itself."""
+    """Decoded pictures; None for an unreadable one, which training handles by `--bad_images`."""
 
     def __init__(self, entries: Sequence[tuple[Path, str | Path]], maker: PixelMaker) -> None:
         self.entries, self.maker = entries, maker
@@ -172,35 +182,38 @@ class _Pictures(torch.utils.data.Dataset[Any]):
 def _write(reader: FeatureReader, compute: _Tower, pairs: Sequence[tuple[Path, Any]]) -> None:
     if not pairs:
         return
-    made = reader.maker.inputs([image for _, image in pairs])
-    pixels = made["pixel_values"]
+    inputs = reader.maker.inputs([image for _, image in pairs])
+    pixels = inputs["pixel_values"]
     entries = [entry for entry, _ in pairs]
     if reader.tiling is None:
         for entry, values in zip(entries, compute(pixels), strict=True):
             reader.write(entry, Features(values[None], 0, 0))
         return
-    for entry, tiles, size in zip(entries, pixels, made["image_sizes"].tolist(), strict=True):
+    for entry, tiles, size in zip(entries, pixels, inputs["image_sizes"].tolist(), strict=True):
         reader.write(entry, Features(compute(tiles[: reader.tiling.num_tiles(*size)]), *size))
 
 
-def _announce(reader: FeatureReader, lacking: int, total: int, tell: Says) -> None:
-    size = reader.file(PLAIN).stat().st_size * lacking
+def _announce(reader: FeatureReader, missing: int, total: int, screen: _Screen) -> None:
+    size = reader.file(PLAIN).stat().st_size * missing
     free = shutil.disk_usage(reader.folder).free
-    have = f"features of {total - lacking:,} of {total:,} pictures are in {reader.folder}"
-    if not lacking:
-        tell.say(have)
+    stored = f"features of {total - missing:,} of {total:,} pictures are in {reader.folder}"
+    if not missing:
+        screen.say(stored)
         return
-    more = "" if reader.tiling is None else " at least"
-    tell.say(f"{have}; the others take{more} {size / 1e6:,.1f} MB ({free / 1e6:,.0f} MB are free)")
+    at_least = "" if reader.tiling is None else " at least"
+    screen.say(f"{stored}; the others take{at_least} {size / 1e6:,.1f} MB ({free / 1e6:,.0f} MB are free)")
     if size > free:
         raise UserError(
-            f"data.feature_cache: {size / 1e9:,.1f} GB are needed in {reader.folder}, {free / 1e9:,.1f} are free"
+            f"{size / 1e9:,.1f} GB are needed in {reader.folder}, {free / 1e9:,.1f} are free",
+            code="disk-full",
+            where="data.feature_cache",
+            hint="free some space, or name a folder on another disk",
         )
 
 
 def _key(tower: nn.Module, layers: Sequence[int], maker: PixelMaker, args: TrainingArguments) -> str:
-    made = f"{VERSION} {layers} {args.bf16} {args.fp16} {maker.aspect_ratio} {maker.jpeg_decoding}"
-    digest = xxhash.xxh3_128(f"{made} {sorted(maker.image_processor.to_dict().items())}".encode())
+    settings = f"{VERSION} {layers} {args.bf16} {args.fp16} {maker.aspect_ratio} {maker.jpeg_decoding}"
+    digest = xxhash.xxh3_128(f"{settings} {sorted(maker.image_processor.to_dict().items())}".encode())
     for name, weight in tower.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

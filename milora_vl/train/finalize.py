@@ -1,4 +1,4 @@
-"""The end of a run: model card, report, and the block that says where everything is."""
+"""The end of a run: model card, report, and the closing block with the paths of all files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from milora_vl.plan.run_folder import RunFolder
 from milora_vl.plan.screen import Screen
 from milora_vl.recipe.schema import Recipe
 from milora_vl.report import model_card
-from milora_vl.report.regenerate import write_anew
+from milora_vl.report.regenerate import try_write_report
 
 
 def close(folder: RunFolder, recipe: Recipe, screen: Screen, style: str = "human") -> None:
-    """Write README.md and report.html and print the closing block; the report cannot fail the run.
+    """Write README.md and report.html and print the closing block. A failed report does not fail the run.
 
-    With the style `json` the block, and what training measured, are the last line of stdout.
+    With the style `json`, the last line of stdout is a JSON object with the block and the results of training.
     """
     page = write_pages(folder, recipe, screen)
     weights = next((name for name in WEIGHTS if (folder.path / name).is_file()), "")
@@ -35,20 +35,20 @@ def close(folder: RunFolder, recipe: Recipe, screen: Screen, style: str = "human
 
 
 def measured(path: Path) -> dict[str, float]:
-    """What a run logged last of each thing: losses, speed, time; empty where it has logged nothing."""
+    """Return the last logged value of each key (losses, speed, time); empty if nothing was logged."""
     file = path / "trainer_state.json"
     entries = json.loads(file.read_text(encoding="utf-8"))["log_history"] if file.is_file() else []
     return {name: value for entry in entries for name, value in entry.items()}
 
 
 def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> Path | None:
-    """Write README.md and report.html; the path of the latter, None where that could not be."""
+    """Write README.md and report.html. Return the path of report.html, or None if it could not be written."""
     folder.write_text("README.md", model_card.render(folder.path, recipe))
-    return write_anew(folder.path, screen.warn)
+    return try_write_report(folder.path, screen.warn)
 
 
 def next_command(path: Path, recipe: Recipe) -> str:
-    """What a user most likely wants to type now."""
+    """Return the command that a user most likely needs next."""
     question = ["QUESTION"] if holds_text_model(path) else ["--image", "PICTURE", "What is this?"]
     if (path / "adapter_model.safetensors").is_file():
         return command_line("milora_vl.chat", "--model", recipe.model, "--adapter", path, *question)

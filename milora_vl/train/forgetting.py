@@ -1,7 +1,7 @@
-"""Forgetting while it happens: what the base predicts is kept from the start, and compared with every N steps.
+"""Forgetting during training: the base model's predictions are stored at the start and compared every N steps.
 
-The log then holds `forgetting` (nats per token above the base's entropy), `forgetting_stderr` and
-`forgetting_loss_change`, beside the loss.
+The log gets `forgetting` (nats per token above the entropy of the base model), `forgetting_stderr` and
+`forgetting_loss_change`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from milora_vl.forgetting.measure import evaluating, logits_of, summary, token_s
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.loading import split_processor
 
-# Of general text: the base's predictions on them stay in memory (vocabulary x 2 or 4 bytes each).
+# Tokens of general text. The base model's predictions stay in memory: vocabulary x 2 or 4 bytes per token.
 NUM_TOKENS, BLOCK_LENGTH, BATCH_SIZE = 1536, 128, 4
 
 
 class Probe:
-    """General text with the untouched base's predictions on it. Make it before anything is adapted."""
+    """General text with the base model's predictions for it. Create it before the model is adapted."""
 
     def __init__(self, base: nn.Module, processor: Any) -> None:
         texts, tokenizer = general_text(), split_processor(processor)[0]
@@ -34,32 +34,32 @@ class Probe:
             self.targets = [logits_of(base, batch).cpu() for batch in self.batches]
 
     def measure(self, model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
-        """Return the log entry of a model as it is now; its forward runs in `context`, as a training step does."""
+        """Return the log entry of the current model. Its forward runs in `context`, like a training step."""
         rows: list[Tensor] = []
         documents: list[str] = []
         with torch.no_grad(), evaluating(model):
             for batch, target in zip(self.batches, self.targets, strict=True):
                 with context():
-                    own = logits_of(model, batch)
-                rows.append(token_sums(own, target.to(own.device), batch))
+                    logits = logits_of(model, batch)
+                rows.append(token_sums(logits, target.to(logits.device), batch))
                 documents += batch.documents
-        found = summary(torch.cat(rows), documents, "general text")
+        result = summary(torch.cat(rows), documents, "general text")
         return {
-            "forgetting": found.kl,
-            "forgetting_stderr": found.kl_stderr or 0.0,
-            "forgetting_loss_change": found.loss_change,
+            "forgetting": result.kl,
+            "forgetting_stderr": result.kl_stderr or 0.0,
+            "forgetting_loss_change": result.loss_change,
         }
 
 
 class ForgettingCallback(TrainerCallback):
-    """Log the forgetting every `every` steps and at the last one. All processes measure; the trainer logs once."""
+    """Log the forgetting every `every` steps and at the last step. All processes measure; the trainer logs once."""
 
     def __init__(self, probe: Probe, every: int, trainer: Any) -> None:
         self.probe, self.every, self.trainer = probe, every, trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measure where it is due; the random state and the mode of the model stay as they are."""
+        """Measure if this step is due. The random state and the mode of the model do not change."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             trainer, due = self.trainer, control.should_log
             trainer.log(self.probe.measure(trainer.model, trainer.compute_loss_context_manager))
-            control.should_log = due  # HF takes any log line for that of the loss
+            control.should_log = due  # HF resets should_log at any log line, also before the loss is logged

@@ -1,4 +1,4 @@
-"""What a run says of itself before it trains: the rows of the header panel, and warnings about its arithmetic."""
+"""The header panel that a run prints before training, and warnings about its settings."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ def rows(
     dtype: torch.dtype,
     folder: RunFolder,
 ) -> list[tuple[str, str]]:
-    """Rows of the header panel; `dtype` is the dtype of the frozen weights."""
-    said, now = settings.batch_in_recipe, (batching.per_device, batching.accumulation)
-    beside = f"   (recipe: {said[0]} x {said[1]})" if said and said != now else ""
+    """Return the rows of the header panel. `dtype` is the data type of the frozen weights."""
+    stated, actual = settings.batch_in_recipe, (batching.per_device, batching.accumulation)
+    note = f"   (recipe: {stated[0]} x {stated[1]})" if stated and stated != actual else ""
     source = f"   recipe {settings.source}" if settings.source else ""
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
-    found = [
+    panel = [
         ("model", f"{model}{source}"),
         ("data", data.describe()),
-        ("batch", batching.describe() + beside),
+        ("batch", batching.describe() + note),
         ("steps", batching.describe_steps()),
         ("dtype", f"{str(dtype).removeprefix('torch.')} base, {precision}, on {args.device}"),
         ("run", str(folder.path)),
     ]
     if folder.checkpoint is not None:
-        found.append(("resumed", folder.checkpoint.name))
-    return found
+        panel.append(("resumed", folder.checkpoint.name))
+    return panel
 
 
 def warnings(args: TrainingArguments, batching: Batching) -> list[str]:
-    """What of a run is probably not meant: checkpoints that never come."""
+    """Return warnings about settings that are probably mistakes: a checkpoint interval longer than the run."""
     if args.save_strategy != "steps" or args.save_steps <= batching.steps:
         return []
     last = f"beyond the last step ({batching.steps:,})"

@@ -1,4 +1,4 @@
-"""What a run did since its last log line: speed, padding, what was learnt from, and how each tower moves."""
+"""What a run did since its last log line: speed, padding, supervised tokens and gradient norms per tower."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIELDS = ("tokens", "positions", "supervised", "images")
 
 
 class Meter:
-    """Counts batches as they pass. Each process has one; `totals` is summed over processes by the trainer."""
+    """Counts tokens and pictures of batches. Each process has one; the trainer sums `totals` over processes."""
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
@@ -32,7 +32,7 @@ class Meter:
         self.counts += torch.tensor(seen, dtype=torch.float64)
 
     def _num_images(self, inputs: Mapping[str, Any]) -> int:
-        """Pictures that are seen: a batch of texts alone holds one behind its attention mask, which does not count."""
+        """Return the number of pictures without the masked dummy picture of a batch that has only text."""
         pixels, mask = inputs.get("pixel_values"), inputs.get("attention_mask")
         if pixels is None:
             return 0
@@ -42,7 +42,7 @@ class Meter:
         return len(pixels)
 
     def take(self, totals: Sequence[float]) -> dict[str, float]:
-        """The log entries for `totals` (FIELDS, summed over processes), and start anew."""
+        """Return the log entries for `totals` (FIELDS, summed over processes) and reset the counts."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         self.start = time.perf_counter()
         self.counts.zero_()
@@ -59,14 +59,14 @@ class Meter:
 
 
 def tower_norms(named: Iterable[tuple[str, nn.Parameter]], tower_of: Mapping[str, str]) -> dict[str, Tensor]:
-    """Squared norm of the gradients of each tower, by `tower_of` a parameter's name; empty where they are sharded."""
+    """Return the squared gradient norm by tower; `tower_of` maps parameter names. Empty if gradients are sharded."""
     squares: dict[str, list[Tensor]] = {}
     for name, parameter in named:
         if parameter.grad is not None and name in tower_of:
             squares.setdefault(tower_of[name], []).append(parameter.grad.detach().float().square().sum())
-    return {tower: torch.stack([s.to(found[0].device) for s in found]).sum() for tower, found in squares.items()}
+    return {tower: torch.stack([s.to(sums[0].device) for s in sums]).sum() for tower, sums in squares.items()}
 
 
 def group_rates(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The learning rate of each optimizer group, under the name that the group has; one name is logged once."""
+    """Return the learning rate of each optimizer group by its name. Groups of the same name have one entry."""
     return {f"learning_rate/{group['name']}": float(group["lr"]) for group in groups if "name" in group}

@@ -1,4 +1,4 @@
-"""The model of a run: loaded, with the policy applied or a checkpoint's adapter put back, ready for the trainer."""
+"""Load the model of a run and apply the policy, or load the adapter of a checkpoint."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ WEIGHTS_FILE: dict[Saves, str] = {"adapter": "adapter_model.safetensors", "proje
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A model that is ready to train: a PeftModel, or the base itself where nothing but whole modules trains."""
+    """A model that is ready to train: a PeftModel, or the base model if only whole modules train."""
 
     model: Any
     targets: list[Target]
     saves: Saves
-    sizes: dict[str, int]  # trained numbers by target
-    report: Sequence[LayerReport]  # one for each adapter that was decomposed
-    frozen: list[str]  # towers of which nothing trains
+    sizes: dict[str, int]  # number of trained values by target
+    report: Sequence[LayerReport]  # one per decomposed weight
+    frozen: list[str]  # towers without trained modules
 
 
 def load_base(
     recipe: Recipe, dtype: torch.dtype, device: torch.device, first: Sequence[Record] = ()
 ) -> tuple[nn.Module, Any]:
-    """The base model and its processor; the projector from `projector_weights` where the recipe says so.
+    """Load the base model and its processor, and the projector from the recipe's `projector_weights`.
 
-    UserError, before weights load, for a template that is not there, or that does not take the first records.
+    Raises UserError, before weights load, if the model has no chat template or it rejects the first records.
     """
 
     if recipe.template == OWN:
@@ -62,7 +62,7 @@ def load_base(
 
 
 def _quantization(recipe: Recipe) -> Any:
-    """Settings of bitsandbytes; what 4 bits are multiplied in is the precision that the run trains in, as in LLaVA."""
+    """Return the settings of bitsandbytes. As in LLaVA, 4-bit products use the precision of the training."""
     if recipe.quantization == "none":
         return None
     half = torch.bfloat16 if recipe.train.get("bf16") else torch.float16 if recipe.train.get("fp16") else torch.float32
@@ -78,11 +78,17 @@ def _set_attention(model: Any, name: str) -> None:
     try:
         model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
-        raise UserError(f"attn_implementation: {name} cannot be had here\n{str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{name} is not available here: {reason}",
+            code="attention-unavailable",
+            where="attn_implementation",
+            hint="use sdpa or eager",
+        ) from None
 
 
 def saves_of(targets: Sequence[Target]) -> Saves:
-    """What a checkpoint of such a run holds."""
+    """Return what the checkpoints of a run with these targets hold."""
     if any(t.rank is not None for t in targets):
         return "adapter"
     return "projector" if all(t.tower == "projector" for t in targets) else "full"
@@ -91,9 +97,9 @@ def saves_of(targets: Sequence[Target]) -> Saves:
 def build(
     recipe: Recipe, base: nn.Module, targets: list[Target], checkpoint: Path | None, dtype: torch.dtype = torch.float32
 ) -> Built:
-    """Apply the settled policy, or put back the adapter of `checkpoint`: its initial factors, so no SVD is repeated.
+    """Apply the resolved policy, or load the adapter of `checkpoint` with its initial factors (without an SVD).
 
-    `dtype` is that of the weights that train.
+    `dtype` is the data type of the trained weights.
     """
 
     saves = saves_of(targets)
@@ -117,33 +123,40 @@ def _require_same_kind(checkpoint: Path, saves: Saves) -> None:
     if not any(file.name.startswith(expected) for file in checkpoint.iterdir()):
         found = ", ".join(sorted(f.name for f in checkpoint.glob("*.safetensors"))) or "no weights"
         raise UserError(
-            f"{checkpoint} is of another kind of run: expected {expected}*, found {found}\nis --method the same?"
+            f"the checkpoint is from a run with another method: expected {expected}*, found {found}",
+            code="resume-other-method",
+            where=str(checkpoint),
+            hint="repeat the --method of the run that wrote it",
         )
     if saves == "adapter" and not (checkpoint / FILE_NAME).is_file():
         raise UserError(
-            f"{checkpoint} has no {FILE_NAME}, which tells what of the adapter trains and what is its anchor\n"
-            "put the file back, or resume from another checkpoint"
+            f"{FILE_NAME} is missing; it records which part of the adapter trains and which is the anchor",
+            code="checkpoint-incomplete",
+            where=str(checkpoint),
+            hint="restore the file, or resume from another checkpoint",
         )
 
 
 def _require_same_adapter(checkpoint: Path, model: Any, targets: Sequence[Target], form: str) -> None:
-    """UserError where the rules describe another adapter than the files: tables and pages would show that one."""
-    stored, wanted = (
-        {t.path: f"{t.method} of rank {t.rank}, scale {t.scaling:g}" if t.rank else t.method for t in found}
-        for found in (model.milora_targets, targets)
+    """Raise UserError if the rules describe another adapter than the checkpoint holds."""
+    stored, requested = (
+        {t.path: f"{t.method} of rank {t.rank}, scale {t.scaling:g}" if t.rank else t.method for t in adapted}
+        for adapted in (model.milora_targets, targets)
     )
     differing = [
-        f"{path}: {stored.get(path, 'frozen')} -> {wanted.get(path, 'frozen')}"
-        for path in {**stored, **wanted}
-        if stored.get(path) != wanted.get(path)
+        f"{path}: {stored.get(path, 'frozen')} -> {requested.get(path, 'frozen')}"
+        for path in {**stored, **requested}
+        if stored.get(path) != requested.get(path)
     ]
     if model.sidecars["default"].form != form:
         differing.insert(0, f"form: {model.sidecars['default'].form} -> {form}")
     if differing:
         more = f"\n... and {len(differing) - 1:,} more" if len(differing) > 1 else ""
         raise UserError(
-            f"{checkpoint} was trained by other rules, and cannot continue with these\n{differing[0]}{more}\n"
-            "to resume:  repeat the --method, --rank, --alpha, --form or --policy of the run that wrote it"
+            f"the checkpoint was trained with other rules and cannot continue with these\n{differing[0]}{more}",
+            code="resume-other-rules",
+            where=str(checkpoint),
+            hint="to resume, repeat the --method, --rank, --alpha, --form or --policy of the run that wrote it",
         )
 
 

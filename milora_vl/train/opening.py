@@ -1,4 +1,4 @@
-"""The start of a run: what it writes when the first step begins. A run that fails before leaves no file behind."""
+"""The files that a run writes when its first step begins. A run that fails earlier leaves no files."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from milora_vl.recipe.schema import Recipe
 
 @dataclass(kw_only=True)
 class Opening:
-    """The first files of a run; `content` holds those that only a new run writes (policy.json, spectrum.json)."""
+    """The first files of a run. Only a new run writes the files in `content` (policy.json, spectrum.json)."""
 
     folder: RunFolder
     recipe: Recipe
     environment: dict[str, Any]
     content: Mapping[str, Any]
     screen: Screen
-    is_writer: bool  # of several processes one writes
+    is_writer: bool  # one of several processes writes
     has_begun: bool = False
-    absent: Sequence[Path] = field(default_factory=list)  # folders that the run makes, the innermost first
+    absent: Sequence[Path] = field(default_factory=list)  # folders that the run creates, innermost first
 
     def __post_init__(self) -> None:
         path = self.folder.path
         self.absent = [folder for folder in (path, *path.parents) if not folder.exists()]
 
     def begin(self) -> None:
-        """Write the files, and set aside the checkpoints that a kill has cut off. Does nothing the second time."""
+        """Write the files and rename incomplete checkpoints. Later calls do nothing."""
         if self.has_begun:
             return
         self.has_begun = True
         if not self.is_writer:
             return
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        for cut_off, reason in self.folder.incomplete:
-            self.screen.warn(f"{cut_off.name} {reason}; it is kept as {checkpoints.set_aside(cut_off).name}")
+        for checkpoint, reason in self.folder.incomplete:
+            self.screen.warn(f"{checkpoint.name} {reason}; it is kept as {checkpoints.set_aside(checkpoint).name}")
         self.folder.write_text("recipe.yaml", self.recipe.to_yaml())
         self.folder.write_json("environment.json", self.environment)
         for name, value in self.content.items():
             self.folder.write_json(name, value)
 
     def remove_empty_folders(self) -> None:
-        """Remove the folders that were made for a run that has not begun, where nothing is in them."""
+        """Remove the empty folders of a run that has not begun."""
         if self.has_begun or not self.is_writer:
             return
         for folder in self.absent:
@@ -59,11 +59,11 @@ class Opening:
 
 
 class AtFirstStep(TrainerCallback):
-    """Call `act` when the first batch is there and its step begins."""
+    """Call `act` when the first step begins, after its batch has loaded."""
 
     def __init__(self, act: Callable[[], None]) -> None:
         self.act = act
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Trainer's hook before every step; `act` knows whether it was called before."""
+        """Call `act` before every step; `act` ignores repeated calls."""
         self.act()

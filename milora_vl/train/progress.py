@@ -1,6 +1,6 @@
-"""The training loop on stderr: Hugging Face's bar on a terminal, and one short line for each entry of the log.
+"""Progress on stderr: Hugging Face's bar on a terminal, and one short line for each entry of the log.
 
-All that is logged stands in trainer_state.json and goes to --report_to; a line holds what a person watches.
+trainer_state.json and --report_to get all logged values; the line shows only the most useful ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from milora_data.command.cli import amount
 from milora_vl.plan.estimate import duration
 
-# Key of the log -> how it is shown, in this order.
+# Format of each log key, in the order of the line.
 SHOWN = {
     "loss": "loss {:.4f}",
     "eval_loss": "loss on held-out records {:.4f}",
@@ -26,13 +26,13 @@ SHOWN = {
     "skipped_records": "{:,.0f} records skipped",
     "epoch": "epoch {:.3g}",
 }
-ALWAYS = ("loss", "eval_loss", "forgetting", "learning_rate")  # the others where they are not 0
+ALWAYS = ("loss", "eval_loss", "forgetting", "learning_rate")  # the others are shown if they are not 0
 
 
 def log_line(logs: Mapping[str, Any], step: int, steps: int, *, done: int | None = None, seconds: float = 0) -> str:
-    """Return one entry of the log as a line; empty where it holds nothing that is shown.
+    """Return one entry of the log as a line; empty if the entry has no key of SHOWN.
 
-    `done` steps (default: all) were made by this process, in `seconds`: of a resumed run fewer than `step`.
+    This process made `done` steps in `seconds`. `done` defaults to `step`; in a resumed run it is smaller.
 
     >>> log_line({"loss": 1.25, "learning_rate": 2e-4, "grad_norm/language": 0.5, "epoch": 0.1}, 5, 20, seconds=10)
     'step 5/20  loss 1.2500  rate 0.0002  epoch 0.1  30 s left'
@@ -40,14 +40,14 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int, *, done: int | None
     done = step if done is None else done
     if "train_runtime" in logs:
         return f"{amount(done, 'step')} in {logs['train_runtime']:,.0f} s, loss {logs['train_loss']:.4f} on average"
-    found = [form.format(logs[key]) for key, form in SHOWN.items() if key in logs and (logs[key] or key in ALWAYS)]
+    values = [form.format(logs[key]) for key, form in SHOWN.items() if key in logs and (logs[key] or key in ALWAYS)]
     if "loss" in logs and seconds and done and step < steps:
-        found.append(f"{duration(seconds / done * (steps - step))} left")
-    return "  ".join([f"step {step:,}/{steps:,}", *found]) if found else ""
+        values.append(f"{duration(seconds / done * (steps - step))} left")
+    return "  ".join([f"step {step:,}/{steps:,}", *values]) if values else ""
 
 
 class Lines(TrainerCallback):
-    """`log_line` for each entry, and no bar: for log files and `--disable_tqdm`."""
+    """Write `log_line` for each entry, without a bar: for log files and `--disable_tqdm`."""
 
     def __init__(self) -> None:
         self.first, self.start = 0, time.monotonic()
@@ -55,7 +55,7 @@ class Lines(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Count from here."""
+        """Count steps and time from here."""
         self.first, self.start = state.global_step, time.monotonic()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
@@ -67,14 +67,14 @@ class Lines(TrainerCallback):
 
 
 class Bars(ProgressCallback):
-    """HF's bars, which tell the time left, with `log_line` above them in the place of its dictionaries."""
+    """HF's bars with the time left; `log_line` above them replaces HF's dictionaries."""
 
-    first = 0  # step that this process began at
+    first = 0  # step at which this process began
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Count from here."""
+        """Count steps from here."""
         super().on_train_begin(args, state, control, **objects)
         self.first = state.global_step
 

@@ -1,4 +1,4 @@
-"""What a run makes besides weights: collator, chat template, policy.json, spectra."""
+"""What a run needs besides the model: collator, token counts, packed rows, chat template, policy.json."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from milora_vl.recipe.schema import Recipe
 from milora_vl.towers import find_towers
 from milora_vl.train.model import Built
 
-# What the collator counts, in words.
+# The events that the collator counts, as text.
 WHAT_HAPPENED = {
-    "skipped": "a record was left out because a picture of it is missing or broken",
+    "skipped": "a record was skipped because one of its pictures is missing or broken",
     "replaced": "a missing or broken picture was replaced by a plain one",
-    "unlearnable": "a record was left out because nothing of its answers is left within --max_length",
+    "unlearnable": "a record was skipped because --max_length cuts off all of its answers",
     "cut": "a record was cut to --max_length",
-    "broken": "a broken record was left out (python -m milora_data check)",
+    "broken": "a broken record was skipped (python -m milora_data check)",
 }
 
 
 def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Sequence[Record] = ()) -> ImageTextCollator:
-    """The collator for this model; without pictures for a text-only one."""
+    """Return the collator for this model. It accepts no pictures for a text-only model."""
     tokenizer, image_processor = loading.split_processor(processor)
     reads_pictures = find_towers(base).vision is not None
     return ImageTextCollator(
@@ -58,27 +58,36 @@ def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Seque
 
 
 def warnings_of(collator: ImageTextCollator) -> list[str]:
-    """What the collator of a run met while training, with how often."""
+    """Return one warning for each kind of event that the collator counted during training."""
     return [
-        f"{count:,} times while training: {WHAT_HAPPENED[what]}" for what, count in collator.counts().items() if count
+        f"{count:,} times while training: {WHAT_HAPPENED[event]}" for event, count in collator.counts().items() if count
     ]
 
 
 def _tiling(recipe: Recipe, base: nn.Module) -> Tiling | None:
-    """How the model tiles pictures, if it does. UserError where the recipe asks for another treatment."""
+    """Return how the model tiles pictures, or None. Raises UserError if the recipe contradicts the model."""
     assert isinstance(base, PreTrainedModel)
     tiling = tiling_of(base.config)
-    asked = recipe.data.image_aspect_ratio
-    if (asked == "anyres" and tiling is None) or (asked == "plain" and tiling is not None):
-        does = "sees a picture once: pad or plain" if tiling is None else "tiles its pictures: anyres"
-        raise UserError(f"data.image_aspect_ratio: {asked}, but {recipe.model} {does}")
+    ratio = recipe.data.image_aspect_ratio
+    if (ratio == "anyres" and tiling is None) or (ratio == "plain" and tiling is not None):
+        raise UserError(
+            f"{ratio}, but {recipe.model} {'sees a picture once' if tiling is None else 'tiles its pictures'}",
+            code="image-aspect-ratio",
+            where="data.image_aspect_ratio",
+            hint="use pad or plain" if tiling is None else "use anyres",
+        )
     if tiling is not None and recipe.data.jpeg_decoding == "draft":
-        raise UserError("data.jpeg_decoding: draft, but tiles are cut from pictures of full size: exact")
+        raise UserError(
+            "draft decoding shrinks pictures, but tiles need them in full size",
+            code="image-draft-tiles",
+            where="data.jpeg_decoding",
+            hint="use exact",
+        )
     return tiling
 
 
 def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[Record]) -> list[int] | None:
-    """How many tokens each record takes, where the recipe asks for packing or for batches of similar length."""
+    """Return the number of tokens per record if the recipe packs records or groups them by length, else None."""
     if not (recipe.data.packing or recipe.train.get("train_sampling_strategy") == "group_by_length"):
         return None
     return encoded_lengths(
@@ -94,7 +103,7 @@ def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[R
 
 
 def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) -> tuple[PackedRecords, str]:
-    """The records in rows of twice max_length, in an order of the data's seed, and a line about how full they are."""
+    """Pack the records into rows of 2 x max_length tokens, ordered by the data seed. Also return a summary line."""
     capacity = 2 * recipe.data.max_length
     seed = recipe.train.get("data_seed")
     rows = pack(lengths, capacity, recipe.train.get("seed", 42) if seed is None else seed)
@@ -103,7 +112,7 @@ def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) ->
 
 
 def set_chat_template(processor: Any, template: str) -> None:
-    """Give the processor, and its tokenizer, a chat template that renders exactly the prompt of training."""
+    """Set the chat template of processor and tokenizer, so that it renders exactly the prompt of training."""
     tokenizer, image_processor = loading.split_processor(processor)
     remember_legacy(tokenizer)
     if template != OWN:
@@ -113,7 +122,7 @@ def set_chat_template(processor: Any, template: str) -> None:
 
 
 def policy_json(built: Built) -> dict[str, Any]:
-    """What policy.json holds: the resolved targets, what was measured, what is protected, and how much trains."""
+    """Return the content of policy.json: targets, measurements of layers, protections and parameter counts."""
     protected = built.model.protections["default"].values() if built.saves == "adapter" else ()
     return {
         "targets": [asdict(target) for target in built.targets],
@@ -125,11 +134,11 @@ def policy_json(built: Built) -> dict[str, Any]:
 
 
 def base_name(base: nn.Module) -> str:
-    """The name or folder the base was loaded by, as adapters record it."""
+    """Return the name or folder of the base model, as adapters record it."""
     assert isinstance(base, PreTrainedModel)
     return str(base.config.name_or_path)
 
 
 def device_name(device: torch.device) -> str:
-    """`cpu`, or a GPU by its name."""
+    """Return `cpu`, or the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,6 +1,7 @@
-"""The singular values of one layer per tower, with the band that trains: the picture that explains MiLoRA.
+"""The singular values of one layer per tower and the band that trains: the plot that explains MiLoRA.
 
-Measured on the base model's weights; written to `spectrum.json` in the run folder, drawn by `reporting/plots.py`.
+They are measured on the weights of the base model and written to `spectrum.json` in the run folder.
+`report/plots.py` draws them.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from milora_vl.svd import singular_values
 from milora_vl.towers import TOWERS, find_towers
 from milora_vl.weights.matrices import is_linear, matrix_shape, read_matrix
 
-# The matrix that leads out of a block's MLP, in the names of Llama, GPT-2, CLIP and their kin.
+# The output matrix of a block's MLP, by its names in Llama, GPT-2, CLIP and related models.
 _MLP_OUT = re.compile(r"(mlp|feed_forward|ffn|output)\.(down_proj|c_proj|fc2|w2|dense|dense_4h_to_h)$")
-# PEFT keeps the base layer inside its wrappers; its own layers beside it have paths that no target has.
+# PEFT keeps the base layer inside its wrappers. No target has the path of one of PEFT's own layers.
 _WRAPPER = re.compile(r"\.(base_layer|original_module)\b")
 # svdvals of an (m, n) matrix takes about m * n * min(m, n) / 7e9 seconds on one CPU core.
 _MAX_WORK = {"cpu": 2e10, "cuda": 2e11}
 
 
 class LayerSpectrum(TypedDict):
-    """One layer: `sigma` descending, `trained` the half-open index range that trains, `note` why sigma is absent."""
+    """One layer: `sigma` descending, `trained` the half-open index range that trains, `note` why sigma is empty."""
 
     path: str
     tower: str
@@ -38,11 +39,11 @@ class LayerSpectrum(TypedDict):
 
 
 def layer_spectra(model: nn.Module, targets: Sequence[Target]) -> list[LayerSpectrum]:
-    """Measure one layer per tower of the base model, whether or not it has been wrapped (in the anchored form).
+    """Measure one layer per tower of the base model, which may be wrapped by an adapter in the anchored form.
 
     A convolution counts as the matrix (out, in * height * width). A matrix that would take more than a few seconds
-    is not decomposed: its `sigma` is empty and its `note` says so. Under the residual form call this before
-    `apply_milora`, which takes the trained band out of the weights.
+    is skipped: its `sigma` is empty and its `note` gives the reason. In the residual form, call this before
+    `apply_milora`, which subtracts the trained band from the weights.
     """
     by_path = {target.path: target for target in targets}
     modules = dict(_matrices(model))
@@ -57,21 +58,21 @@ def layer_spectra(model: nn.Module, targets: Sequence[Target]) -> list[LayerSpec
 
 
 def _base(model: nn.Module) -> nn.Module:
-    """The model under a PEFT wrapper, or the model itself."""
+    """Return the model under a PEFT wrapper, or the model itself."""
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path in the base model, layer) of every linear layer and ungrouped convolution."""
+    """Yield (path in the base model, layer) of every linear layer and ungrouped convolution."""
     for name, module in _base(model).named_modules():
         if is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1):
             yield _WRAPPER.sub("", name), module
 
 
 def _representative(paths: Sequence[str], tower: str) -> str | None:
-    """The layer to show: out of the middle block's MLP, else the middle one of a vision tower, else the first."""
+    """Return the layer to show: MLP output of the middle block, else the middle layer (vision), else the first."""
     outs = [path for path in paths if _MLP_OUT.search(path)]
     if outs:
         return outs[len(outs) // 2]
@@ -79,7 +80,7 @@ def _representative(paths: Sequence[str], tower: str) -> str | None:
 
 
 def _measure(path: str, tower: str, module: nn.Module, target: Target | None) -> LayerSpectrum:
-    """Decompose one weight (out, in) in float32, unless it is too large or not there."""
+    """Decompose one weight (out, in) in float32, unless it is too large or not loaded."""
     shape, method, rank = matrix_shape(module), target.method if target else "frozen", target.rank if target else None
     note = _reason_to_skip(shape, module.get_parameter("weight").device.type)
     sigma = [] if note else singular_values(read_matrix(module)).tolist()
@@ -104,7 +105,7 @@ def _reason_to_skip(shape: tuple[int, int], device: str) -> str | None:
 
 
 def _trained(method: str, rank: int | None, count: int) -> list[int] | None:
-    """Which of `count` singular triplets, in descending order, train at first; None where they are no band."""
+    """Return the initial index range of trained triplets among `count`, in descending order; None without a band."""
     if method == "full":
         return [0, count]
     if method == "milora" and rank:

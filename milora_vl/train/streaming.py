@@ -1,4 +1,4 @@
-"""A run whose records come as a stream: its loader, and the place in the stream that checkpoints keep."""
+"""The loader of a run with streamed records, and the position in the stream that checkpoints store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from milora_vl.weights.torch_files import read_pickled
 
 
 def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
-    """The stream of this process: its share of the records, in an order that the data's seed decides."""
+    """Return the stream of this process: its share of the records, in an order given by the data seed."""
     assert recipe.data.path is not None
     return record_stream(
         sources_of(recipe.data.path),
@@ -30,12 +30,15 @@ def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
 
 
 def loader(stream: RecordStream, collator: Any, args: TrainingArguments, checkpoint: Path | None) -> Any:
-    """The loader of a stream, which goes on where it was at `checkpoint`. UserError where that does not say so."""
+    """Return the loader of a stream; it continues at the position stored in `checkpoint`.
+
+    Raises UserError if the checkpoint has no position for this process or was written by other processes.
+    """
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls what torch has deprecated
-        made = StatefulDataLoader(
+        warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls a deprecated function of torch
+        result = StatefulDataLoader(
             stream,
             batch_size=args.train_batch_size,
             collate_fn=collator,
@@ -46,26 +49,33 @@ def loader(stream: RecordStream, collator: Any, args: TrainingArguments, checkpo
             multiprocessing_context=args.to_dict().get("dataloader_multiprocessing_context"),  # not in transformers 4
         )
     if checkpoint is not None:
-        made.load_state_dict(_kept(checkpoint, _shape(args), args.process_index))
-    return made
+        result.load_state_dict(_stored_position(checkpoint, _shape(args), args.process_index))
+    return result
 
 
 def keep(loader: Any, folder: Path, args: TrainingArguments) -> None:
-    """Write the place of this process in its stream into the checkpoint `folder`."""
+    """Write the stream position of this process into the checkpoint `folder`."""
     content = {"shape": _shape(args), "loader": loader.state_dict()}
     torch.save(content, folder / _name(args.process_index))
 
 
-def _kept(checkpoint: Path, shape: dict[str, int], rank: int) -> Any:
+def _stored_position(checkpoint: Path, shape: dict[str, int], rank: int) -> Any:
     path = checkpoint / _name(rank)
     if not path.is_file():
-        raise UserError(f"{checkpoint} does not say where in the stream it was: no {path.name}")
+        raise UserError(
+            f"{path.name} is missing; it holds the position of this process in the stream",
+            code="checkpoint-incomplete",
+            where=str(checkpoint),
+            hint="resume from another checkpoint, with as many processes as before",
+        )
     content = read_pickled(path)
-    for what, before in content["shape"].items():
-        if before != shape[what]:
+    for name, before in content["shape"].items():
+        if before != shape[name]:
             raise UserError(
-                f"{checkpoint} was written with {what} {before}, this run has {shape[what]}\n"
-                "a stream is shared out among processes: it goes on with as many as before"
+                f"the checkpoint was written with {name} {before}, this run has {shape[name]}",
+                code="resume-other-stream",
+                where=str(checkpoint),
+                hint="a stream is divided among processes: use as many as before",
             )
     return content["loader"]
 

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer with our loss, our parameter groups, and checkpoints that are complete and small.
 
-Distributed training, precision and logging are all HF's; whatever wraps the model, its own forward is called.
+HF's Trainer does distributed training, precision and logging. The loss calls the model's own forward, also in wrappers.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ Saves = Literal["adapter", "projector", "full"]
 class LogBeforeSave(TrainerCallback):
     """Log at every checkpoint and at the end.
 
-    A run that was resumed then averages its losses over the same steps as an uninterrupted one.
+    A resumed run then averages its losses over the same steps as an uninterrupted run.
     """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for a log line where a checkpoint will be written, and at the last step."""
+        """Request a log line before a checkpoint and at the last step."""
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
 
 class TowerNorms(TrainerCallback):
-    """Keep gradient norm of each tower and learning rate of each group, so that the next log line can tell them."""
+    """Keep the gradient norm of each tower and the learning rate of each group for the next log line."""
 
     def __init__(self, tower_of: dict[str, str]) -> None:
         self.tower_of = tower_of
@@ -71,21 +71,21 @@ class TowerNorms(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Gradients are complete, and clipped all alike; the rates are those of the step to come."""
+        """Measure: gradients are complete and clipped by one factor, and the rates apply to the coming step."""
         self.squares = tower_norms(objects["model"].named_parameters(), self.tower_of)
         self.rates = group_rates(objects["optimizer"].param_groups)
 
-    def entries(self, whole: float) -> dict[str, float]:
-        """Each tower's part of the norm before clipping (none under ZeRO: no process has a gradient), and the rates."""
+    def entries(self, norm: float) -> dict[str, float]:
+        """Return the rates, and the norm of each tower from the total `norm` before clipping (not under ZeRO)."""
         total = sum(float(square) for square in self.squares.values())
-        norms = {tower: whole * math.sqrt(float(s) / total) for tower, s in self.squares.items() if total > 0}
+        norms = {tower: norm * math.sqrt(float(s) / total) for tower, s in self.squares.items() if total > 0}
         return {f"grad_norm/{tower}": norm for tower, norm in norms.items()} | self.rates
 
 
 class StopOnSignal(TrainerCallback):
-    """Schedulers send SIGTERM before they take the machine away: save after the step at hand, then stop.
+    """Save after the current step and stop when SIGTERM arrives, which schedulers send before they end a job.
 
-    Processes may hear of it at different steps; all of them stop at the same one.
+    Processes may receive the signal at different steps; all of them stop at the same step.
     """
 
     def __init__(self) -> None:
@@ -93,11 +93,11 @@ class StopOnSignal(TrainerCallback):
         self.heard = self.stopped = False
 
     def hear(self, *_: object) -> None:
-        """The signal's handler."""
+        """Handle the signal."""
         self.heard = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for a checkpoint and the end where any process has heard the signal."""
+        """Request a checkpoint and the end if any process has received the signal."""
         assert self.accelerator is not None
         if self.heard:
             self.accelerator.set_trigger()
@@ -106,10 +106,10 @@ class StopOnSignal(TrainerCallback):
 
 
 class MiloraTrainer(Trainer):
-    """Train what `targets` says; `saves` is what a checkpoint holds: adapter, projector alone, or the whole model.
+    """Train the modules of `targets`. `saves` is the content of checkpoints: adapter, projector or full model.
 
-    With `lengths`, one for each training record, batches are made of records of similar length and of one of `kinds`.
-    A `RecordStream` as data set goes on where it was at the checkpoint `stream_from`.
+    With `lengths` (one per training record), a batch has records of similar length and of one of `kinds`.
+    A `RecordStream` as data set continues at its position in the checkpoint `stream_from`.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class MiloraTrainer(Trainer):
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
         self.stream_from = stream_from
-        self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch whatever the model
+        self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch for every model
         self.meter = Meter(data_collator)
         paths = {target.path: str(target.tower) for target in targets}
         named = {name: target_path(name, paths) for name, p in model.named_parameters() if p.requires_grad}
@@ -156,17 +156,22 @@ class MiloraTrainer(Trainer):
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
 
     def trained(self) -> nn.Module:
-        """The model without wrappers."""
+        """Return the model without wrappers."""
         assert isinstance(self.model, nn.Module)
         return self.model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer of `--optim` on one group per learning rate and weight decay."""
+        """Create the optimizer of `--optim` with one group per learning rate and weight decay."""
         if self.optimizer is None:
             opt_model = self.trained() if model is None else model
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, cast("PreTrainedModel", opt_model))
             if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(options):
-                raise UserError(f"--optim {self.args.optim} makes its own groups; learning rates per rule need another")
+                raise UserError(
+                    f"{self.args.optim} makes its own parameter groups, so learning rates per rule are not possible",
+                    code="optimizer-unsupported",
+                    where="--optim",
+                    hint="use another optimizer, for example  --optim adamw_torch",
+                )
             groups = parameter_groups(
                 opt_model,
                 self.targets,
@@ -175,13 +180,13 @@ class MiloraTrainer(Trainer):
                 decays=set(self.get_decay_parameter_names(opt_model)),
             )
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
-        # transformers 4 calls this without a model and takes none.
-        made = super().create_optimizer() if model is None else super().create_optimizer(model)
-        keep_protected(self.trained(), made)
-        return made
+        # transformers 4 calls this without a model and accepts none.
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        keep_protected(self.trained(), optimizer)
+        return optimizer
 
     def get_train_dataloader(self) -> Any:
-        """HF's loader; that of a stream is its own, as each process reads its own share."""
+        """Return HF's loader, or for a stream a loader that reads the share of this process."""
         if not isinstance(self.train_dataset, RecordStream):
             return super().get_train_dataloader()
         self._stream = streaming.loader(self.train_dataset, self.data_collator, self.args, self.stream_from)
@@ -201,9 +206,9 @@ class MiloraTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean cross-entropy over the supervised tokens of the whole accumulated batch, on all devices.
+        """Return the mean cross-entropy over the supervised tokens of the accumulated batch on all devices.
 
-        Batch 1 x accumulation 8 therefore equals 8 x 1. UserError for a training batch in which nothing is supervised.
+        Batch 1 x accumulation 8 therefore equals 8 x 1. Raises UserError if a training batch has no supervised tokens.
         """
         if not model.training:
             inputs = {**inputs, "labels": self._counted_once(inputs["labels"])}
@@ -214,8 +219,10 @@ class MiloraTrainer(Trainer):
             self.meter.add(inputs)
         if model.training and num_tokens == 0:
             raise UserError(
-                f"step {self.state.global_step + 1}: nothing in the batch is supervised\n"
-                "the answers are empty or cut off; see --max_length and python -m milora_data check",
+                "nothing in the batch is supervised",
+                code="train-no-supervised-tokens",
+                where=f"step {self.state.global_step + 1}",
+                hint="the answers are empty or cut off; see --max_length and python -m milora_data check",
                 exit_code=1,
             )
         loss = summed / (max(num_tokens, 1) if num_items_in_batch is None else num_items_in_batch)
@@ -224,15 +231,15 @@ class MiloraTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def _counted_once(self, labels: Tensor) -> Tensor:
-        """Labels (batch, length) of an evaluation, without the records that have been in it before.
+        """Mask the labels (batch, length) of records that this evaluation has counted before.
 
-        accelerate fills the last batches of several processes up from the start of the records: all have one then.
+        accelerate fills the last batches of several processes with records from the start, so that all are full.
         """
         state, args = self.accelerator.gradient_state, self.args
         if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return labels
-        own = max(state.remainder - args.process_index * args.eval_batch_size, 0)
-        return torch.cat([labels[:own], torch.full_like(labels[own:], -100)])
+        num_new = max(state.remainder - args.process_index * args.eval_batch_size, 0)
+        return torch.cat([labels[:num_new], torch.full_like(labels[num_new:], -100)])
 
     def evaluation_loop(
         self,
@@ -242,9 +249,9 @@ class MiloraTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """HF's loop; the loss it reports is the mean over tokens, not over batches.
+        """Run HF's loop, but report the mean loss over tokens, not over batches.
 
-        It leaves the random state alone: dropout after it is the same whether or not a resumed run evaluates again.
+        It keeps the random state: later dropout is the same whether or not a resumed run evaluates again.
         """
         self._eval_sums.zero_()
         with torch.random.fork_rng():
@@ -257,20 +264,22 @@ class MiloraTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """HF's log; a loss that is no number ends the run, as nothing after it means anything."""
+        """Log as HF does, with our entries. Raises UserError if the loss is not finite."""
         if "loss" in logs:
             totals = self.accelerator.reduce(self.meter.counts.to(self.args.device, torch.float32))
             logs |= self.meter.take(totals.tolist()) | self.norms.entries(logs.get("grad_norm", 0.0))
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(
-                f"step {self.state.global_step}: the loss is {logs['loss']}\n"
-                "lower --learning_rate, or train in bf16 instead of fp16; then resume from the last checkpoint",
+                f"the loss is {logs['loss']}",
+                code="train-loss-not-finite",
+                where=f"step {self.state.global_step}",
+                hint="lower --learning_rate, or train in bf16 instead of fp16; then resume from the last checkpoint",
                 exit_code=1,
             )
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """HF's, and wait: trainer_state.json is written after it and says that every process has written its part."""
+        """Save as HF does, then wait: trainer_state.json, written next, marks all files as complete."""
         super()._save_rng_state(output_dir)
         if isinstance(self.train_dataset, RecordStream):
             streaming.keep(self._stream, Path(output_dir), self.args)
@@ -285,7 +294,7 @@ class MiloraTrainer(Trainer):
             if self.saves == "projector":
                 save_projector(self.trained(), folder, state_dict)
             else:
-                # The vocabulary never grows here; "auto" would ask the hub about it at every checkpoint.
+                # The vocabulary never grows here; "auto" would query the hub at every checkpoint.
                 adapter = cast("PeftModel", self.trained())
                 adapter.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
             if self.processing_class is not None:
@@ -293,7 +302,7 @@ class MiloraTrainer(Trainer):
             torch.save(self.args, folder / "training_args.bin")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """HF's, which knows only files of its own: milora.json and the projector go up with them."""
+        """Push as HF does, but with milora.json and the projector, which HF does not know."""
         self._failed_pushes += self._failures_now()
         for name in OWN_FILES if self.args.should_save else ():
             if (Path(checkpoint_folder) / name).is_file():
@@ -301,7 +310,7 @@ class MiloraTrainer(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def failed_pushes(self) -> list[str]:
-        """Return why uploads of checkpoints failed: HF's Trainer waits for them and does not look."""
+        """Return why uploads of checkpoints failed. HF's Trainer waits for them but does not check their result."""
         return list(dict.fromkeys([*self._failed_pushes, *self._failures_now()]))
 
     def _failures_now(self) -> list[str]:
@@ -327,10 +336,10 @@ class MiloraTrainer(Trainer):
 
 
 def load_full(model: nn.Module, folder: Path) -> None:
-    """Put the weights of an HF folder into `model`, through its own loader.
+    """Load the weights of an HF folder into `model` with `from_pretrained`.
 
-    The names on disk are not those in memory (transformers renames both ways); HF's Trainer reads the file and keeps
-    going when nothing matches.
+    transformers renames weights when it saves and loads. HF's Trainer reads the file directly and does not fail if
+    no name matches.
     """
     assert isinstance(model, PreTrainedModel)
     restored = type(model).from_pretrained(folder, dtype=torch.float32)
