@@ -52,15 +52,15 @@ class RunData:
 
     def warnings(self) -> list[str]:
         """Return warnings about skipped records and the reasons."""
-        found = []
+        messages = []
         if self.skipped:
-            found.append(f"{self.skipped:,} records skipped: images missing or empty (--bad_images skip)")
-        found += [f"{finding.where}: {finding.sentence}" for finding in self.broken[:5]]
+            messages.append(f"{self.skipped:,} records skipped: images missing or empty (--bad_images skip)")
+        messages += [f"{finding.where}: {finding.sentence}" for finding in self.broken[:5]]
         if self.broken:
-            found.append(f"{len(self.broken):,} broken records skipped (python -m milora_data check)")
+            messages.append(f"{len(self.broken):,} broken records skipped (python -m milora_data check)")
         if self.unlearnable:
-            found.append(f"{self.unlearnable:,} records without an answer skipped")
-        return found
+            messages.append(f"{self.unlearnable:,} records without an answer skipped")
+        return messages
 
     def counts(self) -> dict[str, int]:
         """Return the counts for environment.json; the length of a stream is unknown."""
@@ -156,7 +156,7 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
         kept = [record for record in kept if all(finding.kind != "no_answer" for finding in examine(record))]
     if not kept:
         raise UserError(
-            "no record is left: their images are missing, or they have no answers", code="data-no-records", where=path
+            "no record is left: their pictures are missing, or they have no answers", code="data-no-records", where=path
         )
     return RunData(
         CompactRecords(kept),

@@ -55,13 +55,13 @@ def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]
     tiling = tiling_of(cast("Any", base).config)
     if tiling is None:
         return []
-    found = []
+    messages = []
     if recipe.data.image_aspect_ratio == "pad":
-        found.append(f"this model splits images into tiles of {tiling.tile} pixels: use image_aspect_ratio anyres")
+        messages.append(f"this model splits images into tiles of {tiling.tile} pixels: use image_aspect_ratio anyres")
     if tiling.most_tokens < recipe.data.max_length:
-        return found
+        return messages
     return [
-        *found,
+        *messages,
         f"an image takes up to {tiling.most_tokens:,} tokens: max_length {recipe.data.max_length:,} cuts large images "
         "and the text after them (use --max_length 4096)",
     ]

@@ -31,16 +31,16 @@ def warnings(targets: Sequence[Target], train: Mapping[str, Any], *, method: str
 
     `targets` have the rates of their rules; `method` is the value of --method.
     """
-    found = _default_rate([t for t in targets if t.learning_rate is None], train)
+    messages = _default_rate([t for t in targets if t.learning_rate is None], train)
     resolved = in_force(targets, train)
-    found += _anchored_decay(resolved)
+    messages += _anchored_decay(resolved)
     if method == "full":
         rate = max((t.learning_rate or 0.0 for t in resolved), default=0.0)
         if rate > HIGH_FULL_RATE:
-            found.append(
+            messages.append(
                 f"full training with a learning rate of {rate:g}; LLaVA uses {LLAVA_FULL_RATE:g} (--learning_rate)"
             )
-    return found
+    return messages
 
 
 def _default_rate(targets: Sequence[Target], train: Mapping[str, Any]) -> list[str]:

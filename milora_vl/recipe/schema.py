@@ -203,20 +203,22 @@ def data_problems(data: DataConfig, train: Mapping[str, Any]) -> list[Problem]:
     """Return problems of settings that do not work with streamed records."""
     if not data.streaming:
         return []
-    found = []
+    problems = []
     if train.get("max_steps", -1) < 1:
-        found.append(_streaming("data.streaming", "a stream has no known end", "set train.max_steps, or --max_steps N"))
+        problems.append(_streaming("data.streaming", "a stream has no known end", "set train.max_steps or --max_steps"))
     if data.packing:
-        found.append(_streaming("data.packing", "needs the lengths of all records, which data.streaming does not read"))
+        problems.append(
+            _streaming("data.packing", "needs the lengths of all records, which data.streaming does not read")
+        )
     if train.get("train_sampling_strategy") == "group_by_length":
         message = "group_by_length needs all records, which data.streaming does not read"
-        found.append(_streaming("train.train_sampling_strategy", message))
+        problems.append(_streaming("train.train_sampling_strategy", message))
     if data.feature_cache is not None:
         message = "needs all images before training, which data.streaming does not read"
-        found.append(_streaming("data.feature_cache", message))
+        problems.append(_streaming("data.feature_cache", message))
     if data.limit is not None:
-        found.append(_streaming("data.limit", "has no effect with data.streaming; train.max_steps ends the run"))
-    return found
+        problems.append(_streaming("data.limit", "has no effect with data.streaming; train.max_steps ends the run"))
+    return problems
 
 
 def _streaming(path: str, message: str, hint: str = "") -> Problem:
@@ -278,8 +280,8 @@ def _unknown_key(path: str, word: str, known: Iterable[str]) -> Problem:
 
 def located(problems: Iterable[Problem], source: str, lines: Mapping[str, int]) -> list[Problem]:
     """Return the problems with file and line before their dotted paths."""
-    found = []
+    placed = []
     for problem in problems:
         line = f":{lines[problem.where]}" if problem.where in lines else ""
-        found.append(problem.inside(f"{source}{line}: ") if problem.where else problem)
-    return found
+        placed.append(problem.inside(f"{source}{line}: ") if problem.where else problem)
+    return placed

@@ -42,9 +42,9 @@ def resolve(request: Request) -> Settings:
     try:
         return _resolve(request)
     except RecipeError as error:
-        source, lines, found = problems_on_model(request, _config_named(request))
+        source, lines, problems = problems_on_model(request, _config_named(request))
         known = set(error.dotted)
-        new = located([p for p in found if p not in known], source, lines)
+        new = located([p for p in problems if p not in known], source, lines)
         new += located([p for p in _problems_of_flags(request) if p not in known], "the command line", {})
         raise UserError(problems=[*error.problems, *new], source=error.source) from None
 
@@ -61,9 +61,9 @@ def require_fit(request: Request, recipe: Recipe) -> None:
         raise
     except UserError:
         return  # loading the model reports the error
-    source, lines, found = problems_on_model(request, config)
-    if found:
-        raise RecipeError(source, found, lines)
+    source, lines, problems = problems_on_model(request, config)
+    if problems:
+        raise RecipeError(source, problems, lines)
     protection.check(recipe)
     if recipe.quantization != "none":
         require_float_weights(recipe, config)
@@ -85,20 +85,20 @@ def _config_named(request: Request) -> Any:
 
 def problems_on_model(request: Request, config: Any) -> tuple[str, dict[str, int], list[Problem]]:
     """Return the source of the rules, their lines in it, and their problems on the model of that config."""
-    given, source, lines = _rules_of(request)
-    is_list = isinstance(given, list) and all(isinstance(rule, Mapping) for rule in given)
-    if config is None or not (given is None or is_list):  # the latter is a problem of the recipe itself
+    before, source, lines = _rules_of(request)
+    is_list = isinstance(before, list) and all(isinstance(rule, Mapping) for rule in before)
+    if config is None or not (before is None or is_list):  # the latter is a problem of the recipe itself
         return source, {}, []
     try:
-        rules = edited(given, request.edits)
+        rules = edited(before, request.edits)
     except UserError as error:
         return source, {}, list(error.problems)
-    if given is None or len(rules) != len(given):
+    if before is None or len(rules) != len(before):
         lines = {}
-    found = problems_on(rules, config, implicit=given is None)
-    if given is None and request.edits.rank is None:
-        found = of_default_rank(found)
-    return source, lines, found
+    problems = problems_on(rules, config, implicit=before is None)
+    if before is None and request.edits.rank is None:
+        problems = of_default_rank(problems)
+    return source, lines, problems
 
 
 def _rules_of(request: Request) -> tuple[Any, str, dict[str, int]]:
@@ -122,8 +122,8 @@ def _problems_of_flags(request: Request) -> Sequence[Problem]:
 
 
 def _resolve(request: Request) -> Settings:
-    given, lines, source = read_recipe(request.recipe)
-    base = Recipe.parse(given, source, lines)
+    from_file, lines, source = read_recipe(request.recipe)
+    base = Recipe.parse(from_file, source, lines)
     meaning = _llava(request)
     content = base.model_dump() | {"train": overridden(base.train, request.overrides.get("train", {}))}
     notes_on_data = _without_evaluation(content, request)
