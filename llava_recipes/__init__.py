@@ -19,14 +19,14 @@ __all__ = ["names", "read"]
 
 
 def names(kind: Kind = "recipe") -> list[str]:
-    """Return the names of what is packaged, without their endings, in order."""
+    """Return the names of the packaged files, without suffixes, sorted."""
     folder, ending = _PLACE[kind]
     files = resources.files(__name__).joinpath(folder).iterdir()
     return sorted(file.name.removesuffix(ending) for file in files if file.name.endswith(ending))
 
 
 def read(name: str, kind: Kind = "recipe") -> str:
-    """Return the text of one of them; KeyError where there is none of that name."""
+    """Return the text of a packaged file. Raises KeyError if the name is unknown."""
     folder, ending = _PLACE[kind]
     file = resources.files(__name__).joinpath(folder, name + ending)
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""What a folder holds, told by its files: an adapter, a projector alone, a text model. Needs no torch."""
+"""Recognize by its files what a folder holds: an adapter, a projector, a text model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,57 +14,62 @@ PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Whether `folder` holds an adapter: PEFT's files and no whole model beside them, or LLaVA's, with its config."""
+    """Return whether `folder` holds an adapter: PEFT's files without a model, or LLaVA's files."""
     is_llava = (folder / "non_lora_trainables.bin").is_file()
     return (folder / "adapter_config.json").is_file() and (is_llava or not (folder / "config.json").is_file())
 
 
 def holds_residual(folder: Path) -> bool:
-    """Whether `folder` holds a model that an adapter in one of its subfolders was trained on (PiSSA's, MiLoRA's)."""
+    """Return whether `folder` holds a residual base with an adapter in a subfolder (as PiSSA and MiLoRA write it)."""
     return (folder / "config.json").is_file() and any(folder.glob("*/adapter_config.json"))
 
 
 def holds_projector_alone(folder: Path) -> bool:
-    """Whether `folder` holds a projector and no adapter."""
+    """Return whether `folder` holds a projector and no adapter."""
     adapter = (folder / "adapter_config.json").is_file()
     return not adapter and any((folder / name).is_file() for name in PROJECTOR_FILES)
 
 
 def newest_of_unfinished(folder: Path, *call: object) -> str:
-    """Return lines to append to an error about a run that holds checkpoints and no result: what to do. Else "".
+    """Return hint lines, each after a line break, for a run that has checkpoints but no result; else "".
 
-    `call` is what to type before the newest checkpoint: a module and arguments, or only arguments.
+    `call` comes before the newest checkpoint in the suggested command: a module and arguments, or only arguments.
     """
     newest = newest_checkpoint(folder)
     if newest is None or holds_adapter(folder) or holds_weights(folder):
         return ""
     if call[-1] == "--adapter" and not (holds_adapter(newest) or holds_projector_alone(newest)):
-        call = ("--model",)  # everything was trained: a checkpoint is a whole model
+        call = ("--model",)  # full training: a checkpoint is a whole model
     module, *words = *map(str, call), str(newest)
     typed = shlex.join([module, *words]) if module.startswith("--") else command_line(module, *words)
     return (
-        f"\nthe run in it has not finished; its newest checkpoint is of step {step_of(newest):,}\n"
+        f"\nthe run in it has not finished; its newest checkpoint has step {step_of(newest):,}\n"
         f"use it:    {typed}\n"
-        "or resume: the training's command with  --resume_from_checkpoint auto"
+        "or resume: the training command with  --resume_from_checkpoint auto"
     )
 
 
 def base_of(folder: Path) -> str:
-    """Return the name of the base model that an adapter was made for.
+    """Return the name of the base model that an adapter belongs to.
 
-    Raises UserError where its adapter_config.json does not say, or cannot be read.
+    Raises UserError if adapter_config.json does not name it or cannot be read.
     """
     file = folder / "adapter_config.json"
     try:
-        named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read (cut off?): {error}") from None
-    if not named:
-        raise UserError(f"{folder}/adapter_config.json names no base model\ntry: --model BASE --adapter {folder}")
-    return str(named)
+        raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(file)) from None
+    if not name:
+        raise UserError(
+            "the file names no base model",
+            code="adapter-no-base-name",
+            where=str(file),
+            hint=f"try: --model BASE --adapter {folder}",
+        )
+    return str(name)
 
 
 def holds_text_model(folder: Path) -> bool:
-    """Whether a run's folder holds a tokenizer without the processor of a model that sees."""
+    """Return whether a run folder holds a tokenizer but no image processor."""
     processors = ("processor_config.json", "preprocessor_config.json")
     return (folder / "tokenizer_config.json").is_file() and not any((folder / name).is_file() for name in processors)

@@ -1,9 +1,8 @@
-"""Find the checkpoint-N folders of a run and their weights. Needs no torch.
+"""Find the checkpoints of a run, and check which of them are complete. Imports no torch.
 
-Which checkpoints of a run can be resumed from. A process may be killed while it writes one.
-
-A checkpoint is HF Trainer's folder: weights, optimizer, scheduler, random states of all processes, and last of all
-trainer_state.json. DeepSpeed keeps the optimizer in a folder global_stepN, with a file for each process.
+A checkpoint is a folder of HF's Trainer: weights, optimizer, scheduler, random states of all processes and, written
+last, trainer_state.json. DeepSpeed stores the optimizer in a folder global_stepN, with a file per process. A checkpoint
+is incomplete if its process was killed while writing it.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-# What a checkpoint is loaded from; the adapter comes first.
+# Weight files of a checkpoint; the adapter comes first.
 WEIGHTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name, -1 for any other folder.
+    """Return the step in the name of a checkpoint, -1 for any other folder.
 
     >>> step_of(Path("runs/a/checkpoint-20"))
     20
@@ -30,9 +29,9 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, complete or not, in order of their steps."""
-    found = [folder for folder in run.glob("checkpoint-*") if folder.is_dir() and step_of(folder) >= 0]
-    return sorted(found, key=step_of)
+    """Return the checkpoint folders of a run, complete or not, in order of their steps."""
+    folders = [folder for folder in run.glob("checkpoint-*") if folder.is_dir() and step_of(folder) >= 0]
+    return sorted(folders, key=step_of)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -41,14 +40,14 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether a folder holds an adapter, a projector or a model."""
+    """Return whether a folder holds an adapter, a projector or a model."""
     return any((folder / name).is_file() for name in WEIGHTS)
 
 
 __all__ = ["WEIGHTS", "checkpoints", "step_of"]
 
 SET_ASIDE = "incomplete-"
-# What only a resumed run needs.
+# Files that only a resumed run needs.
 NO_RESULT = (
     "optimizer.pt",
     "scheduler.pt",
@@ -59,33 +58,33 @@ NO_RESULT = (
     "trainer_state.json",
 )
 SHARDS = "global_step*/*_optim_states.pt"
-SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # of ZeRO-3 alone
+SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # only with ZeRO-3
 
 
 def why_incomplete(folder: Path) -> str | None:
-    """What is missing or cut off in a checkpoint; None where it can be resumed from."""
+    """Return what is missing or truncated in a checkpoint; None if a run can resume from it."""
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except OSError:
-        return "has no trainer_state.json (the run was killed while it was written)"
+        return "has no trainer_state.json (the run was killed while writing it)"
     except ValueError:
-        return "trainer_state.json is cut off"
+        return "trainer_state.json is truncated"
     if step_of(folder) >= 0 and state.get("global_step") != step_of(folder):
-        return f"trainer_state.json is of step {state.get('global_step')}"
+        return f"trainer_state.json has step {state.get('global_step')}"
     if not holds_weights(folder) and not list(folder.glob("global_step*")):
         return "has no weights"
     if not list(folder.glob("rng_state*.pth")):
-        return "has no optimizer or random state (--save_only_model); it can be evaluated, not resumed"
+        return "has no optimizer and random state (--save_only_model): evaluation works, resuming does not"
     if is_sharded(folder) and len(list(folder.glob(SHARDS))) != num_processes(folder):
         return f"has the optimizer of {len(list(folder.glob(SHARDS)))} of {num_processes(folder)} processes"
     for file in folder.rglob("*"):
-        if _is_cut_off(file):
-            return f"{file.name} is cut off"
+        if _is_truncated(file):
+            return f"{file.name} is truncated"
     return None
 
 
 def latest(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The last checkpoint that can be resumed from, and the later ones that cannot, with the reason."""
+    """Return the newest complete checkpoint, and the newer incomplete ones with the reason."""
     skipped: list[tuple[Path, str]] = []
     for folder in reversed(checkpoints(run)):
         reason = why_incomplete(folder)
@@ -96,39 +95,39 @@ def latest(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def where_to_go_on(run: Path) -> str:
-    """What a run that was stopped goes on from, in words."""
+    """Return a sentence about how to continue a stopped run."""
     newest, _ = latest(run)
     if newest is None:
-        return "no checkpoint was saved yet; the same command with  --resume_from_checkpoint auto  begins again"
-    return f"the same command with  --resume_from_checkpoint auto  goes on from step {step_of(newest)}, the last saved"
+        return "there is no checkpoint yet; the same command with  --resume_from_checkpoint auto  starts again"
+    return f"the same command with  --resume_from_checkpoint auto  continues from step {step_of(newest)}"
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether DeepSpeed wrote the optimizer of a checkpoint."""
+    """Return whether DeepSpeed wrote the optimizer of a checkpoint."""
     return any(folder.glob("global_step*"))
 
 
 def zero_stage(folder: Path) -> int:
-    """Which stage of ZeRO a checkpoint is of: 0 without DeepSpeed, 3, or 2 (which 1 looks like)."""
+    """Return the ZeRO stage of a checkpoint: 0 without DeepSpeed, 2 or 3 (stage 1 counts as 2)."""
     if not is_sharded(folder):
         return 0
     return 3 if any(folder.glob(SHARDED_WEIGHTS)) else 2
 
 
 def num_processes(folder: Path) -> int:
-    """Of the run that wrote a checkpoint, by its files of random states."""
+    """Return the number of processes that wrote a checkpoint, from its files with random states."""
     return 1 if (folder / "rng_state.pth").is_file() else len(list(folder.glob("rng_state_*.pth")))
 
 
 def copy_results(folder: Path, run: Path) -> None:
-    """Put what a checkpoint holds besides the means to resume (weights, processor, ...) at the root of a run."""
+    """Copy weights, processor and other results of a checkpoint to the run folder; skip files only for resuming."""
     for file in folder.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in NO_RESULT):
             shutil.copy2(file, run / file.name)
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename an incomplete checkpoint, so that neither rotation nor a later resume counts it. Returns the new path."""
+    """Rename an incomplete checkpoint, so that rotation and later resumes ignore it. Return the new path."""
     number = 0
     target = folder.with_name(SET_ASIDE + folder.name)
     while target.exists():
@@ -137,15 +136,15 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(target)
 
 
-def _is_cut_off(file: Path) -> bool:
+def _is_truncated(file: Path) -> bool:
     if file.suffix == ".safetensors":
-        return _is_cut_off_safetensors(file)
+        return _is_truncated_safetensors(file)
     if file.suffix in (".pt", ".pth"):
-        return not zipfile.is_zipfile(file)  # torch.save writes a zip, whose directory comes last
+        return not zipfile.is_zipfile(file)  # torch.save writes a zip with its directory at the end
     return False
 
 
-def _is_cut_off_safetensors(file: Path) -> bool:
+def _is_truncated_safetensors(file: Path) -> bool:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = stream.read(length)
@@ -160,12 +159,12 @@ def _is_cut_off_safetensors(file: Path) -> bool:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether a training in this folder has come to its end."""
+    """Return whether the training in this folder has finished."""
     return bool(read_environment(path).get("finished")) and any((path / name).is_file() for name in WEIGHTS)
 
 
 def resumed_run(output_dir: str | None, resume: str | None) -> Path | None:
-    """The folder of the run that a command continues, finished or not; None where it starts one."""
+    """Return the folder of the run that a command resumes, finished or not; None if it starts a new run."""
     wanted = asked_for(resume)
     if wanted is None:
         return None
@@ -176,17 +175,17 @@ def resumed_run(output_dir: str | None, resume: str | None) -> Path | None:
 
 
 def asked_for(resume: str | None) -> str | None:
-    """What --resume_from_checkpoint asks for; None where it asks for nothing."""
+    """Return the value of --resume_from_checkpoint; None if it disables resuming."""
     return None if resume is None or resume.lower() in ("false", "no", "none") else resume
 
 
 def is_word(wanted: str) -> bool:
-    """Whether that is a word, and no folder."""
+    """Return whether the value is true or auto instead of a folder."""
     return wanted.lower() in ("true", "yes", "1", "auto")
 
 
 def read_environment(path: Path) -> dict[str, Any]:
-    """Content of a run's environment.json, empty where there is none or it is cut off."""
+    """Return environment.json of a run; empty if it is missing or truncated."""
     try:
         content = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

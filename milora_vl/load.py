@@ -1,4 +1,4 @@
-"""A model with its processor and, where one is named, an adapter of any origin: one call."""
+"""Load a model with its processor and optionally an adapter of any origin."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def load_model(
     device: str | torch.device | None = None,
     quantization: Quantization | BitsAndBytesConfig | None = None,
 ) -> tuple[nn.Module, Any]:
-    """Load a model and its processor (of a text-only model: its tokenizer), in eval mode.
+    """Load a model and its processor (for a text-only model: its tokenizer), in eval mode.
 
-    name_or_path: a name of NAMED_MODELS, a hub id, or a folder; a folder with an adapter brings its base along.
-    adapter: a folder with an adapter of ours, PEFT's, LLaVA's own code, or one trained on a residual base that it
-    brings along, told by its files; or with a projector alone (`mm_projector.safetensors`).
-    dtype: default float32 on a CPU, as saved elsewhere. device: default the CPU.
+    name_or_path: a name of NAMED_MODELS, a hub id, or a folder; for an adapter folder its base is loaded too.
+    adapter: a folder with an adapter from this package, PEFT or LLaVA's code, an adapter with its residual base, or
+    only a projector (`mm_projector.safetensors`).
+    dtype: default float32 on a CPU, else as saved. device: default the CPU.
     quantization: 4bit, 8bit, or settings of bitsandbytes.
 
-    Raises UserError for an unknown name, a model that cannot be had, and a folder that holds none.
+    Raises UserError for an unknown name, a model that is not available, and a folder without a model.
 
     >>> model, processor = load_model("tiny")
     >>> type(model).__name__

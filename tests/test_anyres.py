@@ -191,7 +191,7 @@ def test_it_trains_and_answers(tiny_data: Path, tmp_path: Path, capfd: Any) -> N
     assert main(words(tiny_data, tmp_path / "run", *extra)) == 0
     said = capfd.readouterr().err
     assert "packed into" in said
-    assert "a picture takes up to 88 tokens" not in said
+    assert "an image takes up to 88 tokens" not in said
     history = losses(tmp_path / "run")
     assert history[-1][1] < history[0][1]
     model, processor = load_model(tmp_path / "run")

@@ -59,7 +59,7 @@ def test_set_aside_keeps_the_files_and_leaves_the_list(tmp_path: Path) -> None:
 
 
 def test_what_a_stopped_run_goes_on_from_is_told(tmp_path: Path) -> None:
-    assert where_to_go_on(tmp_path).startswith("no checkpoint was saved yet")
+    assert where_to_go_on(tmp_path).startswith("there is no checkpoint yet")
     make(tmp_path, 5)
     (make(tmp_path, 10) / "trainer_state.json").unlink()  # Ctrl-C in the middle of it
-    assert where_to_go_on(tmp_path).endswith("goes on from step 5, the last saved")
+    assert where_to_go_on(tmp_path).endswith("continues from step 5")

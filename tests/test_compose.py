@@ -135,14 +135,14 @@ def test_timms_features_become_tokens_in_their_places(name: str) -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (["--vision", "timm/vit_tyni", "--language", "tiny-text"], "timm has no 'vit_tyni'; it has vit"),
+        (["--vision", "timm/vit_tyni", "--language", "tiny-text"], "timm has no model 'vit_tyni'\nsimilar: vit"),
         (["--vision", "./nowhere", "--language", "tiny-text"], "--vision_tower ./nowhere: no such folder"),
-        (["--vision", "timm/test_vit", "--language", "tiny"], "tiny is a vision-language model already"),
+        (["--vision", "timm/test_vit", "--language", "tiny"], "tiny: this is already a vision-language model"),
         (
             ["--vision", "timm/test_vit", "--language", "tiny-text", "--projector", "none.bin"],
-            "no projector weights at",
+            "none.bin: no projector weights",
         ),
-        (["--vision", "tiny-text", "--language", "tiny-text"], "tiny-text is no vision tower: llama"),
+        (["--vision", "tiny-text", "--language", "tiny-text"], "tiny-text: not a vision tower: llama"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(parts: list[str], message: str, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_an_export_for_llava_knows_the_tower_that_its_base_was_composed_of(tmp_p
     assert config["mm_vision_tower"] == str(tmp_path / "tower")
     assert (config["mm_vision_select_layer"], config["mm_vision_select_feature"]) == (-2, "patch")
     (tmp_path / "tower").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=f"composed of {tmp_path}/tower, which is not there\nsay:  --vision_tower"):
+    with pytest.raises(UserError, match=f"composed of {tmp_path}/tower, which is not there\nadd  --vision_tower"):
         export(adapter, "llava", tmp_path / "again")
     export(adapter, "llava", tmp_path / "again", vision_tower=str(tmp_path / "elsewhere"))
     export(adapter, "merged", tmp_path / "merged")
@@ -202,6 +202,6 @@ def test_an_export_for_llava_knows_the_tower_that_its_base_was_composed_of(tmp_p
 def test_an_export_for_llava_refuses_a_tower_that_is_no_clip(kind: str, named: str, tmp_path: Path) -> None:
     from milora_vl.export.command import export
 
-    with pytest.raises(UserError, match=f"loads CLIP models as vision towers, and this base has another: .*{named}"):
+    with pytest.raises(UserError, match=f"loads only CLIP vision towers, this base has .*{named}"):
         export(adapter_on(kind, tmp_path), "llava", tmp_path / "llava-lora")
     assert not (tmp_path / "llava-lora").exists()

@@ -45,9 +45,9 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) 
     [
         ({"path": [{"path": "a.json", "weight": -1}]}, "source 1: weight: Input should be greater than or equal to 0"),
         ({"path": [{"path": "a.json", "wieght": 1}]}, "source 1: wieght: Extra inputs are not permitted; known: path"),
-        ({"path": 3}, "expected a file, or a list of {path, weight, image_folder}, got 3"),
+        ({"path": 3}, "expected a file or a list of {path, weight, image_folder}, got 3"),
         ({"max_length": 0}, "greater than 0"),
-        ({"bad_images": "skp"}, "expected one of raise, skip, replace, got 'skp'\ndid you mean skip ?"),
+        ({"bad_images": "skp"}, "expected one of raise, skip, replace, got 'skp'\ndid you mean skip?"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(section: dict, word: str) -> None:
@@ -73,7 +73,7 @@ def test_old_names_become_the_new_ones(old: dict, new: dict) -> None:
 
 
 def test_overwriting_is_refused_and_contradictions_are_named() -> None:
-    assert "nothing is ever overwritten" in problems({"train": {"overwrite_output_dir": True}})
+    assert "a run never overwrites files" in problems({"train": {"overwrite_output_dir": True}})
     text = problems({"train": {"eval_strategy": "steps", "evaluation_strategy": "epoch"}})
     assert "contradicts" in text
 
@@ -109,8 +109,8 @@ def test_a_folder_named_by_a_date_is_text() -> None:
         ("a: 1\nb: !include other.yaml\n", "my.yaml:2: not valid YAML: could not determine a constructor"),
         ("{[a]: b}", "my.yaml:1: not valid YAML: found unhashable key"),
         ('a: "\x07"', "my.yaml: not valid YAML: unacceptable character"),
-        ("a: 1\na: 2\n", "my.yaml:2: a is given twice (first on line 1)"),
-        ("- 1\n", "my.yaml: a recipe is a mapping"),
+        ("a: 1\na: 2\n", "my.yaml:2: duplicate key a (first on line 1)"),
+        ("- 1\n", "my.yaml: expected a mapping"),
     ],
 )
 def test_broken_yaml_is_named_with_its_line(text: str, message: str) -> None:

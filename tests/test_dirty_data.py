@@ -58,12 +58,12 @@ def test_training_survives_it_and_says_what_it_cost(
     extra += ["--per_device_train_batch_size", "1", "--save_steps", "30", "--dataloader_num_workers", workers]
     assert main(words(folder, run, *extra)) == 0
     said = capfd.readouterr().err
-    assert "16 broken records are left out" in said
-    assert "2 records without an answer are left out" in said
+    assert "16 broken records skipped" in said
+    assert "2 records without an answer skipped" in said
     state = json.loads((run / "trainer_state.json").read_text())
     assert state["global_step"] == 30
     if policy == "skip":
-        assert "6 records left out: pictures missing or empty" in said
+        assert "6 records skipped: images missing or empty" in said
         assert json.loads((run / "environment.json").read_text())["data"]["skipped"] == 6
     assert "times while training: " in said
 

@@ -74,7 +74,7 @@ def test_a_plan_that_does_not_fit_says_what_would() -> None:
     assert line.startswith("fits   40 GiB")
     assert change == ""
     lines, change = verdict(eager, lean, flag, 40)
-    assert lines[0].startswith("does not fit 40 GiB: 141.1")
+    assert lines[0].startswith("does not fit 40 GiB: needs 141.1")
     assert lines[2].startswith(f"  {flag}: ")
     assert change == flag
     lines, change = verdict(PLAN, PLAN, "", 3)

@@ -153,7 +153,7 @@ def test_other_processes_or_another_stage_are_refused_or_told(tmp_path: Path) ->
     plain = make(tmp_path / "b", 4)
     assert resuming.check(plain, processes=1, stage=0) == []
     assert "written by 1 process, now there are 2" in resuming.check(plain, processes=2, stage=0)[0]
-    with pytest.raises(UserError, match="leave --deepspeed out"):
+    with pytest.raises(UserError, match="remove --deepspeed"):
         resuming.check(plain, processes=1, stage=2)
 
 

@@ -92,7 +92,7 @@ def test_a_repository_that_the_hub_does_not_open_leaves_no_folder(
 ) -> None:
     with running(FakeHub(refuses={"repos/create": 403})) as hub:
         known.setattr(constants, "ENDPOINT", hub.url)
-        assert "does not open the repository run" in refused(tiny_data, tmp_path / "run")
+        assert "cannot open the repository run" in refused(tiny_data, tmp_path / "run")
 
 
 def trained(data: Path, run: Path, hub: FakeHub, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -37,7 +37,7 @@ def test_a_printed_recipe_is_the_recipe_with_every_key(name: str, capsys: Any) -
 
 
 def test_print_recipe_wants_a_name() -> None:
-    with pytest.raises(UserError, match="which one"):
+    with pytest.raises(UserError, match="expected the name of a recipe"):
         main(["--print-recipe"])
     with pytest.raises(UserError, match="did you mean tiny-test"):
         main(["--print-recipe", "tiny"])

@@ -43,7 +43,7 @@ def test_empty_files_stop_a_training_before_its_model_loads(with_empty: Path, tm
 def test_skip_leaves_their_records_out_and_counts_them(with_empty: Path, tmp_path: Path, capfd: Any) -> None:
     assert main(words(with_empty, tmp_path / "run", "--rank", "4", "--max_steps", "1", "--bad_images", "skip")) == 0
     said = capfd.readouterr().err
-    assert "3 records left out: pictures missing or empty" in said
+    assert "3 records skipped: images missing or empty" in said
     assert "times while training" not in said
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["data"] == {"train": 9, "eval": 0, "skipped": 3}

@@ -70,7 +70,7 @@ def test_learning_rates_go_where_they_belong() -> None:
 @pytest.mark.parametrize(
     ("rules", "edits", "message"),
     [
-        (RULES, PolicyEdits(method="full", rank=8), "--rank: no use with --method full"),
+        (RULES, PolicyEdits(method="full", rank=8), "--rank: no effect with --method full"),
         ([PROJECTOR], PolicyEdits(method="milora"), "no rule of the recipe makes an adapter"),
         ([PROJECTOR], PolicyEdits(alpha=1), "--alpha: no rule"),
         (RULES[:1], PolicyEdits(projector_learning_rate=1e-4), "no rule of the policy trains the projector"),

@@ -85,8 +85,11 @@ def test_a_recipe_says_how_a_base_is_quantised(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--deepspeed", "zero3"], "ZeRO-3 cannot share out a quantised base"),
-        (["--policy", "[{modules: language, method: full}]"], "14 modules would train in full, first model.language"),
+        (["--deepspeed", "zero3"], "ZeRO-3 cannot shard a quantised base"),
+        (
+            ["--policy", "[{modules: language, method: full}]"],
+            "14 quantised modules would train in full",
+        ),
     ],
 )
 def test_what_a_quantised_base_cannot_do_is_told_before_it_loads(flags: list[str], message: str, folder: Path) -> None:
@@ -97,5 +100,5 @@ def test_what_a_quantised_base_cannot_do_is_told_before_it_loads(flags: list[str
 
 
 def test_a_model_made_in_memory_is_not_silently_left_unquantised() -> None:
-    with pytest.raises(UserError, match="tiny is made in memory"):
+    with pytest.raises(UserError, match="tiny exists only in memory"):
         load_model("tiny", quantization="4bit")

@@ -160,14 +160,14 @@ def test_a_constant_schedule_makes_more_steps(data: Path, tmp_path: Path) -> Non
     for checkpoint in short.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     more = refusal(*words(data, short, *flags, "--max_steps", "9", "--resume_from_checkpoint", "auto"))
-    assert "no checkpoint is left" in more[0]
+    assert "it has no checkpoint to continue from" in more[0]
 
 
 def test_epochs_that_come_to_the_same_steps_are_no_change(whole: Path, data: Path, tmp_path: Path) -> None:
     run = cut(whole, tmp_path / "run")
     epochs = ["--rank", "8", "--max_steps", "-1", "--num_train_epochs"]
     lines = refusal(*words(data, run, *epochs, "3", "--resume_from_checkpoint", "auto"))
-    assert "of a run of 6 steps, this one has 9" in lines[0]
+    assert "a run of 6 steps, this run has 9" in lines[0]
     assert main(words(data, run, *epochs, "2", "--resume_from_checkpoint", "auto")) == 0
     assert same_weights(run, whole)
 
@@ -205,7 +205,7 @@ def test_a_run_of_an_earlier_version_resumes_as_it_is(whole: Path, data: Path, t
     original = (data / "train.json").read_text()
     try:
         (data / "train.json").write_text(shorter.read_text())
-        assert "there were 12, now there are 11" in refusal(*words(data, run, *resume))[0]
+        assert "it had 12, now there are 11" in refusal(*words(data, run, *resume))[0]
     finally:
         (data / "train.json").write_text(original)
     assert main(words(data, run, *resume)) == 0

@@ -77,7 +77,7 @@ def test_resume_without_anything_to_resume(tmp_path: Path) -> None:
     assert "no such folder" in refused(tmp_path, str(tmp_path / "checkpoint-9"))
     broken = make(tmp_path, 3)
     (broken / "trainer_state.json").unlink()
-    assert "cannot be resumed" in refused(tmp_path, str(broken))
+    assert "cannot resume from it" in refused(tmp_path, str(broken))
     assert choose(tmp_path, "auto").checkpoint is None
 
 
@@ -93,7 +93,7 @@ def test_a_git_that_does_not_answer_does_not_end_the_run(tmp_path: Path, monkeyp
     (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 9\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("milora_vl.plan.run_folder.GIT_PATIENCE", 0.2)
+    monkeypatch.setattr("milora_vl.plan.run_folder.GIT_TIMEOUT", 0.2)
     described = describe_environment(
         Recipe.parse({"model": "tiny"}), [], base="tiny", device="cpu", data=RunData([], None), dtype="", processes=1
     )

@@ -203,7 +203,7 @@ MISTAKES = {
     "missing folder": (["--image_folder", "nowhere"], "--image_folder"),
     "missing pictures": (["--image_folder", "."], "8 of 8 pictures are missing"),
     "unknown model": (["--model", "tinny"], "did you mean"),
-    "no model": (["--model", ""], "no model is named"),
+    "no model": (["--model", ""], "no model: set --model"),
     "unknown template": (["--template", "vicuna"], "vicuna_v1"),
     "evaluation without records": (["--eval_strategy", "epoch"], "--eval_data_path"),
     "rank too large": (["--rank", "1000"], "rank"),

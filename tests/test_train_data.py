@@ -107,7 +107,7 @@ def test_records_that_are_none_cost_themselves_alone_in_a_mixture_too(
     (tiny_data / "mix.yaml").write_text(json.dumps(mixture))
     extra = ["--data_path", str(tiny_data / "mix.yaml"), "--rank", "4", "--max_steps", "1"]
     assert main(words(tiny_data, tmp_path / "run", *extra, "--bad_images", "skip")) == 0
-    assert "3 broken records are left out" in capfd.readouterr().err
+    assert "3 broken records skipped" in capfd.readouterr().err
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["data"]["train"] == 12
     with pytest.raises(UserError, match=r"dirty.jsonl:1: "):
         main(words(tiny_data, tmp_path / "raise", *extra))

@@ -32,7 +32,7 @@ def test_it_resumes_in_the_middle_of_an_epoch(
     extra += ["--dataloader_num_workers", workers, "--gradient_accumulation_steps", "2"]
     assert main(words(tiny_data, tmp_path / "whole", *extra)) == 0
     said = capfd.readouterr().err
-    assert "a stream, of which the first" in said
+    assert "a stream; the first" in said
     assert "48 records of a stream" in said
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "checkpoint-6")
@@ -47,7 +47,7 @@ def test_a_plan_counts_the_steps_of_a_stream_and_no_epochs(tiny_data: Path, tmp_
     extra = ["--rank", "4", "--streaming", "--max_steps", "7", "--dry-run"]
     assert main(words(tiny_data, tmp_path / "run", *extra)) == 0
     shown = capsys.readouterr().out
-    assert "a stream, of which the first" in shown
+    assert "a stream; the first" in shown
     assert "steps  7 (" in shown
     assert "epochs" not in shown
 

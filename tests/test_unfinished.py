@@ -64,7 +64,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )  # fmt: skip
 def test_commands_name_the_newest_checkpoint(run: Path, command: Command, words: str, offered: str) -> None:
-    with pytest.raises(UserError, match="newest checkpoint is of step 10") as error:
+    with pytest.raises(UserError, match="newest checkpoint has step 10") as error:
         command(shlex.split(words))
     assert f"use it:    {offered}\n" in str(error.value)
     assert len(str(error.value).splitlines()) == 4
@@ -106,7 +106,7 @@ def test_a_finished_run_is_no_unfinished_one(run: Path) -> None:
 
 
 def test_a_projector_is_looked_for_in_the_checkpoints_of_its_run(run: Path) -> None:
-    with pytest.raises(UserError, match="no projector weights at run") as error:
+    with pytest.raises(UserError, match="run: no projector weights") as error:
         projector_file(run)
     assert "checkpoint" not in str(error.value)
     save_projector(load_model("tiny")[0], run / "checkpoint-11")

@@ -98,6 +98,6 @@ def test_a_model_that_brings_code_is_refused_without_a_question(
     (tmp_path / "model" / "own.py").write_text("open('harmed', 'w').close()\nclass Own: pass\n")
     for load in (load_model, config_of):
         monkeypatch.setattr(sys, "stdin", StringIO("y\ny\ny\n"))
-        with pytest.raises(UserError, match=r"cannot read the model in .*model\n.*custom code"):
+        with pytest.raises(UserError, match=r".*model: cannot read the model: .*custom code"):
             load(str(tmp_path / "model"))
     assert capsys.readouterr().out == ""

@@ -1,1 +1,1 @@
-"""Adapter folders of any origin: what they hold, how they are read, and how they load onto a model."""
+"""Adapter folders of any origin: recognize them, read them, and load them onto a model."""

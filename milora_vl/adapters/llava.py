@@ -1,7 +1,7 @@
 """The layout of haotian-liu/LLaVA: `adapter_*` with its key names, `non_lora_trainables.bin`, its `config.json`.
 
-Read and written so that LLaVA's own `load_pretrained_model` (llava/model/builder.py) takes it. Names as in
-transformers' convert_llava_weights_to_hf.py.
+LLaVA's `load_pretrained_model` (llava/model/builder.py) loads the folders written here. The names follow transformers'
+convert_llava_weights_to_hf.py.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from milora_vl.towers import Towers
 from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 
 NON_LORA = "non_lora_trainables.bin"
-# What LoraConfig knew at the time of LLaVA's pins (transformers 4.37.2, accelerate 0.21); PEFT refused any other key.
+# Keys of LoraConfig in the PEFT of LLaVA's pins (transformers 4.37.2, accelerate 0.21), which rejects other keys.
 KNOWN_KEYS = frozenset(
     "auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights layers_pattern "
     "layers_to_transform lora_alpha lora_dropout modules_to_save peft_type r revision target_modules task_type".split()
 )
-# Fields of the language model's config that LLaVA's LlavaConfig (a LlamaConfig) has too.
+# Fields of the language model's config that LLaVA's LlavaConfig (a LlamaConfig) also has.
 _LLAMA_FIELDS = (
     "attention_bias attention_dropout bos_token_id eos_token_id hidden_act hidden_size initializer_range "
     "intermediate_size max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads "
@@ -38,7 +38,7 @@ _LLAMA_FIELDS = (
 ).split()
 _CLIP_L_336 = {"hidden_size": 1024, "image_size": 336, "patch_size": 14, "num_hidden_layers": 24}
 
-# Where the parts are in each layout, without a model at hand: the same names as `Towers.canonical` of a loaded one.
+# The paths of the parts in each layout, so that names need no model; `Towers.canonical` gives the same names.
 _HF = Towers(
     "llava",
     {
@@ -56,12 +56,12 @@ _ORIGINAL = Towers(
 
 
 def is_llava_folder(folder: Path) -> bool:
-    """Tell whether the folder was written by LLaVA's train.py with LoRA."""
+    """Return whether LLaVA's train.py wrote the folder, with LoRA."""
     return (folder / NON_LORA).is_file() and (folder / "adapter_config.json").is_file()
 
 
 def canonical_of_original(path: str) -> str:
-    """Return the layout-free name of a module of LLaVA's own classes.
+    """Return the layout-free name of a module of LLaVA's classes.
 
     >>> canonical_of_original("model.layers.0.mlp.up_proj"), canonical_of_original("model.mm_projector.2")
     ('language.layers.0.mlp.up_proj', 'projector.linear_2')
@@ -71,7 +71,7 @@ def canonical_of_original(path: str) -> str:
 
 
 def canonical_of_any(path: str) -> str:
-    """Return the layout-free name of a module of HF's LLaVA, of any version of transformers, or of LLaVA's own.
+    """Return the layout-free name of a module of HF's LLaVA (any version of transformers) or LLaVA's classes.
 
     >>> canonical_of_any("language_model.model.layers.0.mlp.up_proj")
     'language.layers.0.mlp.up_proj'
@@ -84,31 +84,33 @@ def canonical_of_any(path: str) -> str:
 
 
 def original_path(canonical: str) -> str:
-    """Return the path in LLaVA's own classes of a module with that layout-free name.
+    """Return the path in LLaVA's classes of a module with that layout-free name.
 
-    UserError for modules of the vision tower, which LLaVA loads after the adapter.
+    Raises UserError for modules of the vision tower, which LLaVA loads after the adapter.
 
     >>> original_path("projector.linear_1"), original_path("language.norm"), original_path("language.lm_head")
     ('model.mm_projector.0', 'model.norm', 'lm_head')
     """
-    tower, _, rest = canonical.partition(".")
+    tower, _, name = canonical.partition(".")
     if tower == "language":
-        return rest if rest == "lm_head" else f"model.{rest}"
-    layer = re.fullmatch(r"linear_(\d)", rest)
+        return name if name == "lm_head" else f"model.{name}"
+    layer = re.fullmatch(r"linear_(\d)", name)
     if tower == "projector" and layer:
         return f"model.mm_projector.{2 * (int(layer[1]) - 1)}"
     raise UserError(
-        f"LLaVA's layout has no place for {canonical}: its loader brings in the vision tower after the adapter\n"
-        "possible:  --to merged"
+        "LLaVA's layout does not support this module: LLaVA loads the vision tower after the adapter",
+        code="export-llava-module",
+        where=canonical,
+        hint="use --to merged",
     )
 
 
 def write_llava(
     adapter: PlainAdapter, folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> None:
-    """Write an adapter (HF layout) as a LoRA folder of LLaVA; `config` is the config.json to put beside it.
+    """Write an adapter (HF layout) as a LoRA folder of LLaVA; `config` becomes its config.json.
 
-    The original vocabulary is shorter than HF's padded one: rows of embeddings and head beyond it are left out.
+    The original vocabulary is shorter than HF's padded one: extra rows of embeddings and head are dropped.
     """
     vocabulary = int(config["vocab_size"])
     sidecar = adapter.sidecar
@@ -136,28 +138,30 @@ def _cut(path: str, low: LowRank, vocabulary: int) -> LowRank:
 
 
 def read_llava(folder: Path) -> PlainAdapter:
-    """Read a LoRA folder of LLaVA; paths as in LLaVA's classes, the projector in `whole`."""
+    """Read a LoRA folder of LLaVA. Paths are those in LLaVA's classes; the projector is in `whole`."""
     adapter = read_plain(folder)
     try:
         stored = read_pickled(folder / NON_LORA)
     except UNREAD as error:
-        raise UserError(why_unread(folder / NON_LORA, error)) from None
-    # Older runs wrote `base_model.model.`, merged ones `model.`; LLaVA's loader strips both, so do we.
+        raise UserError(why_unread(folder / NON_LORA, error), code="weights-unreadable") from None
+    # Older runs wrote `base_model.model.`, merged ones `model.`; LLaVA's loader also strips both.
     whole = {re.sub(r"^base_model\.model\.", "", name): tensor for name, tensor in stored.items()}
     return replace(adapter, whole={**adapter.whole, **whole})
 
 
 def config_for_llava(base: Any, vision_tower: str | None) -> dict[str, Any]:
-    """Return LLaVA's config.json for a base model: its own if it is in LLaVA's layout, else made of HF's.
+    """Return LLaVA's config.json for a base model, converted from HF's config if needed.
 
-    `base` is an HF config. `vision_tower` names the CLIP model, which HF's config does not.
+    `base` is an HF config. `vision_tower` names the CLIP model, which is missing in HF's config. Raises UserError if
+    LLaVA does not support the base, or the name of its vision tower is unknown.
     """
     if base.model_type == "llava_llama":
         return dict(base.to_dict())
     if base.model_type != "llava" or base.text_config.model_type != "llama":
         raise UserError(
-            f"LLaVA's layout is for LLaVA-1.5 models on Llama, this base is {base.model_type}\n"
-            "possible:  --to adapter, merged, rank-r"
+            f"LLaVA's layout supports only LLaVA-1.5 models on Llama, this base is {base.model_type}",
+            code="export-llava-base",
+            hint="use --to adapter, merged or rank-r",
         )
     text, vision = base.text_config.to_dict(), base.vision_config.to_dict()
     vision_tower = _vision_tower(base, vision, vision_tower)
@@ -186,38 +190,45 @@ def config_for_llava(base: Any, vision_tower: str | None) -> dict[str, Any]:
     }
 
 
-def _vision_tower(base: Any, vision: Mapping[str, Any], given: str | None) -> str:
-    """Return the tower's name for LLaVA: as given, as `compose` recorded it, or LLaVA-1.5's if the sizes fit."""
-    kind, noted = vision["model_type"], base.to_dict().get(TOWER_NAME)
-    if kind == TimmTowerConfig.model_type or (kind != "clip_vision_model" and given is None):
+def _vision_tower(base: Any, vision: Mapping[str, Any], name: str | None) -> str:
+    """Return the tower's name for LLaVA: `name`, the name in the config, or LLaVA-1.5's if the sizes fit."""
+    kind, recorded = vision["model_type"], base.to_dict().get(TOWER_NAME)
+    if kind == TimmTowerConfig.model_type or (kind != "clip_vision_model" and name is None):
         raise UserError(
-            f"LLaVA's own code loads CLIP models as vision towers, and this base has another: {noted or kind}\n"
-            "possible:  --to adapter, merged, rank-r"
+            f"LLaVA's code loads only CLIP vision towers, this base has {recorded or kind}",
+            code="export-llava-base",
+            hint="use --to adapter, merged or rank-r",
         )
-    if given is not None:
-        return given
-    if noted is not None and (not Path(noted).is_absolute() or Path(noted).is_dir()):
-        return str(noted)
-    if noted is None and all(vision.get(key) == value for key, value in _CLIP_L_336.items()):
+    if name is not None:
+        return name
+    if recorded is not None and (not Path(recorded).is_absolute() or Path(recorded).is_dir()):
+        return str(recorded)
+    if recorded is None and all(vision.get(key) == value for key, value in _CLIP_L_336.items()):
         return "openai/clip-vit-large-patch14-336"
-    why = f"the base was composed of {noted}, which is not there" if noted else "the base does not say"
+    reason = f"the base was composed of {recorded}, which is not there" if recorded else "the base does not name it"
     raise UserError(
-        f"which CLIP model is the vision tower? LLaVA's config.json names it, and {why}\n"
-        "say:  --vision_tower FOLDER-OR-ID"
+        f"LLaVA's config.json needs the name of the CLIP model, and {reason}",
+        code="flag-required",
+        where="--vision_tower",
+        hint="add  --vision_tower FOLDER-OR-ID",
     )
 
 
 def in_hf_layout(adapter: PlainAdapter, names: Mapping[str, str]) -> PlainAdapter:
     """Return an adapter of LLaVA's layout with the paths of a model; `names` are its layout-free names, by path.
 
-    UserError for modules that the model does not have.
+    Raises UserError for modules that the model does not have.
     """
     path_by_name = {name: path for path, name in names.items()}
 
     def renamed(path: str) -> str:
         name = canonical_of_original(path)
         if name not in path_by_name:
-            raise UserError(f"the base model has no {name} (LLaVA's {path}); is it a LLaVA in Hugging Face's layout?")
+            raise UserError(
+                f"the base model has no {name} (LLaVA's {path})",
+                code="adapter-missing-modules",
+                hint="the base must be a LLaVA in Hugging Face's layout",
+            )
         return path_by_name[name]
 
     whole: dict[str, Tensor] = {}

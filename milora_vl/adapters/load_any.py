@@ -1,12 +1,13 @@
-"""Adapters of other code on a loaded model: LLaVA's own LoRA folders, and those trained on a residual base.
+"""Load adapters of other code onto a model: LLaVA's LoRA folders, and adapters trained on a residual base.
 
-They are told by their files, never by their names, and become adapters of the model in memory; nothing is written.
+The files of a folder, not its name, decide what it is. The adapters are converted in memory.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,21 @@ from milora_vl.lora.sidecar import FILE_NAME
 
 
 def load_any(model: nn.Module, folder: Path) -> Any:
-    """Return `model` with the adapter in `folder`, of whatever kind.
+    """Return `model` with the adapter in `folder`, which may be of any kind.
 
-    Raises AdapterError and UserError for one that does not fit, and UserError for one that was trained on a residual
-    base and does not bring its initial factors: on the untouched base it would load and be wrong.
+    Raises AdapterError and UserError for an adapter that does not fit, and UserError for an adapter that was
+    trained on a residual base and lacks its initial factors: it would load on the unchanged base and be wrong.
     """
     if not _is_adapter(folder):
-        return load_adapter(model, folder)  # says what is missing
+        return load_adapter(model, folder)  # reports what is missing
     source = find_source(folder)
     if source.kind == "plain" and _is_lora(source.folder):
         try:
             refuse_mutating(source.folder)
         except UserError as error:
-            raise UserError(f"{error}\nwith:  python -m milora_vl.export {folder} --to adapter ...") from None
+            command = f"with:  python -m milora_vl.export {folder} --to adapter ..."
+            *others, last = error.problems
+            raise UserError(problems=[*others, replace(last, hint=f"{last.hint}\n{command}".lstrip())]) from None
     if source.kind in ("ours", "plain") or _is_residual_of(model, source):
         return load_adapter(model, source.folder)
     adapter = import_adapter(source, model, str(model.name_or_path)).adapter
@@ -53,10 +56,10 @@ def _is_lora(folder: Path) -> bool:
     try:
         content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except ValueError:
-        return False  # load_adapter says so
+        return False  # load_adapter reports it
     return bool(content.get("peft_type") == "LORA")
 
 
 def _is_residual_of(model: nn.Module, source: Source) -> bool:
-    """Whether the model is the residual base itself, on which the trained factors are right as they are."""
+    """Return whether the model is the residual base, which the trained factors fit without conversion."""
     return source.residual is not None and Path(str(model.name_or_path)).resolve() == source.residual.resolve()

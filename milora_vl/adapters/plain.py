@@ -1,6 +1,6 @@
 """A stock PEFT LoRA folder as plain tensors: factors by module, whole weights by name. Needs no base model.
 
-Forms that need one (merged, residual) are made of a loaded model; all others are made of this.
+Exports that need a base model (merged, residual) use a loaded model; all others use this.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from milora_vl.lora.sidecar import Sidecar, read_sidecar
 PREFIX = "base_model.model."
 _FACTOR_A = re.compile(r"(?P<path>.+)\.(?P<name>lora_A\.weight|lora_embedding_A)")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Fields of adapter_config.json with which a LoRA is more than s B A added to a weight, and what to call it.
+# Fields of adapter_config.json with which a LoRA is more than s B A added to a weight, and a name for each.
 _MORE_THAN_FACTORS = {
     "use_dora": "DoRA weights",
     "alora_invocation_tokens": "an activated LoRA (aLoRA)",
-    "trainable_token_indices": "rows of the embeddings trained by themselves (trainable_token_indices)",
+    "trainable_token_indices": "trained rows of the embeddings (trainable_token_indices)",
     "layer_replication": "a LoRA on copies of layers (layer_replication)",
-    "lora_bias": "a LoRA with biases of its own (lora_bias)",
+    "lora_bias": "a LoRA with trained biases (lora_bias)",
     "use_qalora": "a QALoRA",
     "use_bdlora": "a block-diagonal LoRA",
     "arrow_config": "a LoRA with a router (Arrow)",
@@ -39,9 +39,9 @@ _MORE_THAN_FACTORS = {
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """The factors of one module as stored: A (r, in...) and B (out..., r), their product times `scaling` is the change.
+    """The stored factors of one module: A (r, in...) and B (out..., r); the update is their product times `scaling`.
 
-    `is_embedding` tells of A (r, tokens) and B (dim, r), whose product is the transpose of the weight's change.
+    With `is_embedding` they are A (r, tokens) and B (dim, r), and their product is the transpose of the update.
     """
 
     A: Tensor
@@ -51,7 +51,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """The rank of the stored factors."""
+        """Return the rank of the stored factors."""
         return self.A.shape[0]
 
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -63,16 +63,16 @@ class LowRank:
         return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
 
     def replaced(self, A: Tensor, B: Tensor, scaling: float) -> LowRank:
-        """Return factors (matrices) of another rank for the same module, in its shapes."""
+        """Return new factors, of any rank, for the same module; the matrices are reshaped to its shapes."""
         tail_A, tail_B = self.A.shape[1:], self.B.shape[2:]
         return LowRank(A.reshape(-1, *tail_A), B.reshape(self.B.shape[0], -1, *tail_B), scaling, self.is_embedding)
 
 
 @dataclass(frozen=True, slots=True)
 class PlainAdapter:
-    """The content of a LoRA folder. `whole` holds modules trained in full, by the name of each weight in the base.
+    """The content of a LoRA folder. `whole` holds weights of modules trained in full, by their name in the base.
 
-    `copies`: weights of the base that PEFT saved along, by module; it does so for embeddings that hold an adapter.
+    `copies`: base weights by module that PEFT also saves for embeddings with an adapter.
     """
 
     base: str
@@ -84,7 +84,7 @@ class PlainAdapter:
     copies: Mapping[str, Tensor] = field(default_factory=dict)
 
     def cast(self, dtype: torch.dtype | None) -> PlainAdapter:
-        """Return it with every number in `dtype`; None leaves them."""
+        """Return the adapter in `dtype`; None changes nothing."""
         if dtype is None:
             return self
         factors = {path: low.cast(dtype) for path, low in self.factors.items()}
@@ -93,30 +93,36 @@ class PlainAdapter:
 
 
 def read_plain(folder: Path) -> PlainAdapter:
-    """Read a LoRA folder. UserError for another kind of adapter, DoRA, trained biases, or names that are no LoRA's."""
+    """Read a LoRA folder. Raises UserError for other adapter types, DoRA, trained biases, or unknown tensor names."""
     config = read_config(folder)
     weights = load_peft_weights(str(folder), device="cpu")
     return from_state(weights, config, folder, read_sidecar(folder))
 
 
 def read_config(folder: Path, *, any_lora: bool = False) -> LoraConfig:
-    """Read adapter_config.json. UserError where it is no LoRA's, or (unless `any_lora`) more than two factors."""
+    """Read adapter_config.json. Raises UserError if it is not a LoRA or (unless `any_lora`) more than two factors."""
     kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
     if kind != "LORA":
-        raise UserError(f"{folder} holds an adapter of type {kind}: only LoRA and what is saved as one can be exported")
+        raise UserError(
+            f"unsupported adapter type {kind}: only adapters saved as LoRA can be exported",
+            code="adapter-unsupported-kind",
+            where=str(folder),
+        )
     config = LoraConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)
     more = list(more_than_factors(folder).values())
     if more and not any_lora:
         raise UserError(
-            f"{folder} holds {more[0]}, no plain pairs of factors\n"
-            "possible:  --to merged (where PEFT can merge it), or loading the folder with PEFT"
+            f"the folder holds {more[0]}, not plain pairs of factors",
+            code="adapter-unsupported-kind",
+            where=str(folder),
+            hint="use --to merged (if PEFT can merge it), or load the folder with PEFT",
         )
     return config
 
 
 def more_than_factors(folder: Path) -> dict[str, str]:
-    """Return the fields of adapter_config.json with which a LoRA is more than two factors, and what to call each."""
+    """Return the fields of adapter_config.json with which a LoRA is more than two factors, and a name for each."""
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return {name: what for name, what in _MORE_THAN_FACTORS.items() if content.get(name)}
 
@@ -128,20 +134,25 @@ def from_state(
     state = {key.removeprefix(PREFIX): tensor for key, tensor in weights.items()}
     factors, used = {}, set()
     for key, A in state.items():
-        found = _FACTOR_A.fullmatch(key)
+        match = _FACTOR_A.fullmatch(key)
         other = key.replace("lora_A.", "lora_B.").replace("lora_embedding_A", "lora_embedding_B")
-        if found is not None and other in state:
-            path = found["path"]
-            low = LowRank(A, state[other], _scaling(config, path, A.shape[0]), "embedding" in found["name"])
+        if match is not None and other in state:
+            path = match["path"]
+            low = LowRank(A, state[other], _scaling(config, path, A.shape[0]), "embedding" in match["name"])
             factors[path] = low
             used |= {key, other}
-    rest = {key: tensor for key, tensor in state.items() if key not in used}
-    copies = {path: rest.pop(key) for path in factors if (key := f"{path}.base_layer.weight") in rest}
-    odd = [key for key in rest if ".lora_" in key or (config.bias != "none" and key.endswith(".bias"))]
+    whole = {key: tensor for key, tensor in state.items() if key not in used}
+    copies = {path: whole.pop(key) for path in factors if (key := f"{path}.base_layer.weight") in whole}
+    odd = [key for key in whole if ".lora_" in key or (config.bias != "none" and key.endswith(".bias"))]
     if odd:
-        raise UserError(f"{folder} holds more than LoRA factors and whole modules: {odd[0]}\npossible:  --to merged")
+        raise UserError(
+            f"the folder holds more than LoRA factors and whole modules: {odd[0]}",
+            code="adapter-unsupported-kind",
+            where=str(folder),
+            hint="use --to merged",
+        )
     base = str(config.base_model_name_or_path or "")
-    return PlainAdapter(base, factors, rest, config.lora_dropout, config.task_type, sidecar, copies)
+    return PlainAdapter(base, factors, whole, config.lora_dropout, config.task_type, sidecar, copies)
 
 
 def _scaling(config: LoraConfig, path: str, rank: int) -> float:
@@ -151,7 +162,7 @@ def _scaling(config: LoraConfig, path: str, rank: int) -> float:
 
 
 def _pattern_key(patterns: list[str], path: str) -> str:
-    """The key of alpha_pattern that means a module, by PEFT's rule; else the path itself."""
+    """Return the key of alpha_pattern that matches a module by PEFT's rule; else the path."""
     from peft.utils.other import get_pattern_key
 
     return str(get_pattern_key(patterns, path))
@@ -160,10 +171,10 @@ def _pattern_key(patterns: list[str], path: str) -> str:
 def write_plain(
     adapter: PlainAdapter, folder: Path, known_keys: frozenset[str] | None = None, *, uniform: bool = False
 ) -> None:
-    """Write config and weights (not milora.json). `known_keys` leaves only these in the config.
+    """Write config and weights (not milora.json). `known_keys` limits the keys of the config.
 
-    With `uniform` all modules get one rank and one scale, by zero rows and factors times their scale: programs that
-    read no rank_pattern or alpha_pattern need it.
+    With `uniform` all modules get the same rank and scale: factors are padded with zeros and multiplied by their scale.
+    Programs without rank_pattern and alpha_pattern need this.
     """
     from safetensors.torch import save_file
 
@@ -182,7 +193,7 @@ def write_plain(
 
 
 def config_of(adapter: PlainAdapter) -> LoraConfig:
-    """Return PEFT's config for the factors: full paths, most common rank and alpha, the others by pattern."""
+    """Return PEFT's config for the factors: full paths, the most common rank and alpha, patterns for the others."""
     from collections import Counter
 
     ranks = {path: f.rank for path, f in adapter.factors.items()}
@@ -204,7 +215,7 @@ def config_of(adapter: PlainAdapter) -> LoraConfig:
 
 
 def whole_modules(whole: Mapping[str, Tensor]) -> list[str]:
-    """Return the modules that hold the weights named; one inside another, which holds it, is not named itself.
+    """Return the modules that hold the named weights, without modules inside other modules of the list.
 
     >>> whole_modules({"projector.scale": torch.ones(1), "projector.norm.weight": torch.ones(1)})
     ['projector']

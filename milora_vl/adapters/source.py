@@ -1,4 +1,4 @@
-"""Which kind of folder was given, told by its files: ours, plain PEFT, LLaVA's, or one on a residual base."""
+"""Recognize the kind of an adapter folder by its files: ours, plain PEFT, LLaVA's, or with a residual base."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from milora_data.errors import UserError
+from milora_data.errors import Problem, UserError
 from milora_vl.adapter_folders import holds_projector_alone, newest_of_unfinished
 from milora_vl.adapter_io import require_adapter
 from milora_vl.adapters.llava import is_llava_folder
 from milora_vl.lora.sidecar import FILE_NAME
 
 Kind = Literal["ours", "plain", "llava", "residual"]
-# Subfolders by which code bases keep the initial factors: PEFT and LLaMA-Factory, ms-swift, the official MiLoRA, ours.
+# Subfolders with initial factors: PEFT and LLaMA-Factory, ms-swift, the official MiLoRA, ours.
 INITIAL_NAMES = ("pissa_init", "milora_init", "lora_init", "initial_model")
-# The official MiLoRA script puts the initial adapter here, trains it, and puts the result wherever output_dir says.
+# The official MiLoRA script writes the initial adapter here, trains it, and writes the result to output_dir.
 OFFICIAL_NAME = "lora"
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A folder and what it is. Of a residual kind: the folder of the residual base, and that of the initial factors."""
+    """A folder and its kind; for `residual` also the folders of the residual base and of the initial factors."""
 
     kind: Kind
     folder: Path
@@ -31,18 +31,18 @@ class Source:
 
 
 def find_source(folder: Path, residual: Path | None = None, initial: Path | None = None) -> Source:
-    """Tell what `folder` is; `residual` and `initial` name what it does not tell. UserError for no known kind.
+    """Return the kind of `folder`; `residual` and `initial` name folders that it does not contain.
 
-    Raises AdapterError for files that cannot be read.
+    Raises UserError if the folder has no adapter, and AdapterError if files cannot be read.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder at {folder}")
+        raise UserError("no such folder", code="path-missing", where=str(folder))
     for path in (residual, initial):
         if path is not None and not path.is_dir():
-            raise UserError(f"no folder at {path}")
+            raise UserError("no such folder", code="path-missing", where=str(path))
     trained = _trained(folder)
     if trained is None:
-        raise UserError(_explain(folder))
+        raise UserError(problems=[_no_adapter(folder)])
     for path in (trained, initial):
         if path is not None:
             require_adapter(path)
@@ -74,7 +74,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _trained(folder: Path) -> Path | None:
-    """The adapter that was trained: the folder itself, or, of a folder with a residual base, its subfolder."""
+    """Return the trained adapter: the folder, or the subfolder of a folder with a residual base."""
     if _has(folder, "adapter_config.json"):
         return folder
     if not _holds_model(folder):
@@ -85,7 +85,7 @@ def _trained(folder: Path) -> Path | None:
 
 
 def _residual_of(folder: Path) -> Path | None:
-    """The residual base: the folder itself, or the base that its adapter names, if an initial adapter lies in there."""
+    """Return the residual base: the folder, or the base that its adapter names if it contains an initial adapter."""
     if _holds_model(folder) and not _has(folder, "adapter_config.json") and _trained(folder) is not None:
         return folder
     if not _has(folder, "adapter_config.json"):
@@ -98,31 +98,39 @@ def _residual_of(folder: Path) -> Path | None:
 
 
 def _initial_of(folders: list[Path], trained: Path | None) -> Path | None:
-    """The initial adapter in one of the folders; `lora` counts beside a model alone, where official MiLoRA puts it."""
+    """Return the initial adapter in one of the folders; `lora` counts only beside a model (official MiLoRA)."""
     for folder in folders:
         names = [*INITIAL_NAMES, OFFICIAL_NAME] if _holds_model(folder) else INITIAL_NAMES
         for name in names:
             if _has(folder / name, "adapter_config.json") and (name != OFFICIAL_NAME or folder / name != trained):
                 return folder / name
-    # A residual base with one adapter, never trained on: its factors are the initial ones.
+    # A residual base with one untrained adapter: its factors are the initial ones.
     if trained is not None and trained.name == OFFICIAL_NAME and _holds_model(trained.parent):
         return trained
     return None
 
 
-def _explain(folder: Path) -> str:
+def _no_adapter(folder: Path) -> Problem:
+    """Return the problem of a folder without an adapter, with a hint about what it holds."""
+    code, where = "adapter-missing", str(folder)
     newest = newest_of_unfinished(folder, "milora_vl.export", "--to", "FORM")
     if newest:
-        return f"{folder} holds no adapter{newest}"
+        return Problem("no adapter in this folder", code, where, newest.lstrip())
     inside = sorted(str(path.parent) for path in folder.glob("*/adapter_config.json"))
     if inside:
-        return f"{folder} holds several things, no adapter itself\nname one:  {', '.join(inside[:6])}"
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+        return Problem(
+            "no adapter in this folder, only in subfolders", code, where, f"use one:  {', '.join(inside[:6])}"
+        )
+    names = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
     if holds_projector_alone(folder):
-        return f"{folder} holds a projector alone\nuse it:  --model BASE --adapter {folder}"
-    return (
-        f"{folder} holds no adapter\n"
-        f"found:     {found}\n"
+        return Problem(
+            "the folder holds a projector but no adapter", code, where, f"use it:  --model BASE --adapter {folder}"
+        )
+    return Problem(
+        "no adapter in this folder",
+        code,
+        where,
+        f"found:     {names}\n"
         "expected:  adapter_config.json and adapter_model.safetensors (ours, PEFT's or LLaVA's),\n"
-        f"           or a residual base with an adapter in one of {', '.join((OFFICIAL_NAME, *INITIAL_NAMES))}"
+        f"           or a residual base with an adapter in one of {', '.join((OFFICIAL_NAME, *INITIAL_NAMES))}",
     )

@@ -1,4 +1,4 @@
-"""A vision tower, a projector and a causal language model put together into a LLaVA in Hugging Face's layout."""
+"""Compose a vision tower, a projector and a causal language model into a LLaVA in Hugging Face's layout."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ IMAGE_TOKEN = "<image>"
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
-    """While inside, transformers loads and makes models as if there were no ZeRO-3; what is read then has all parts."""
+    """Inside this context transformers loads and builds unsharded models even under ZeRO-3."""
     from transformers.integrations import deepspeed
 
-    told = deepspeed._hf_deepspeed_config_weak_ref
+    config = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = told
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 @dataclass(frozen=True, slots=True)
 class TowerPlan:
-    """A tower as LLaVA uses it: features of `layer`, the first token dropped where `strategy` is default."""
+    """How LLaVA uses a tower: features of `layer`; strategy `default` drops the first token."""
 
     config: Any
     layer: int
     strategy: str
-    tokens: int  # of a picture, after the choice above
-    extra_tokens: int  # of the tower beside its patches: class token, registers
+    tokens: int  # per image, after `strategy`
+    extra_tokens: int  # class and register tokens of the tower
     image_size: int
 
 
 def plan_tower(config: Any, *, layer: int, feature: str) -> TowerPlan:
-    """Say which features of a tower are used, and how many tokens they are, counted by the tower on the meta device.
+    """Return which features of a tower LLaVA uses, and their number of tokens, counted on the meta device.
 
-    `feature` is LLaVA's: patch drops the class token where there is one, cls_patch keeps it.
+    `feature` is `patch`, which drops the class token if there is one, or `cls_patch`, which keeps it.
     """
     if config.model_type == "milora_timm_tower":
         return TowerPlan(config, -1, "full", config.grid**2, 0, config.image_size)
-    found = count_tokens(config, layer)
-    extra = found - (config.image_size // config.patch_size) ** 2
+    total = count_tokens(config, layer)
+    extra = total - (config.image_size // config.patch_size) ** 2
     strategy = "default" if extra and feature == "patch" else "full"
-    return TowerPlan(config, layer, strategy, found - (strategy == "default"), extra, config.image_size)
+    return TowerPlan(config, layer, strategy, total - (strategy == "default"), extra, config.image_size)
 
 
 def llava_config(plan: Any, text: Any, *, image_token: int) -> Any:
-    """HF's LlavaConfig of the parts; `plan` is a TowerPlan. Says in `text` too whether its head stays tied."""
+    """Return HF's LlavaConfig of the parts; `plan` is a TowerPlan. Updates `text.tie_word_embeddings` in place."""
     from transformers import LlavaConfig
 
     text.tie_word_embeddings = bool(text.tie_word_embeddings) and _can_tie(text)
@@ -71,7 +71,7 @@ def llava_config(plan: Any, text: Any, *, image_token: int) -> Any:
 
 
 def _can_tie(text: Any) -> bool:
-    """HF's LLaVA ties its head to `embed_tokens` of the language model by name; GPT-2 and others call it otherwise."""
+    """Return whether HF's LLaVA can tie the head: it needs embeddings named `embed_tokens`, which GPT-2 lacks."""
     from transformers import AutoModel
 
     with torch.device("meta"):
@@ -87,11 +87,11 @@ def compose(
     rows: int = 1,
     projector_seed: int = 0,
 ) -> Any:
-    """Return a LlavaForConditionalGeneration of a tower and a causal language model, with a fresh two-layer projector.
+    """Return a LlavaForConditionalGeneration of a tower and a causal language model, with a new two-layer projector.
 
-    `<image>` is added to the tokenizer (in place) and to the embeddings, whose rows become a multiple of `rows`.
-    Without a `plan`, the features of a timm tower are used whole. The given models become parts of the new one, which
-    holds nothing else: a model of 7B is composed in the memory that its parts take.
+    This adds `<image>` to the tokenizer (in place) and to the embeddings, and pads them to a multiple of `rows`.
+    Without a `plan`, all features of a timm tower are used. The result shares the weights of `tower` and `language`,
+    so composing a 7B model needs no extra memory.
     """
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -106,7 +106,7 @@ def compose(
         torch.manual_seed(projector_seed)
         projector = LlavaMultiModalProjector(config)
         for layer in (projector.linear_1, projector.linear_2):
-            torch.nn.init.normal_(layer.weight, std=0.02)  # as transformers starts a LLaVA
+            torch.nn.init.normal_(layer.weight, std=0.02)  # the initialization of LLaVA in transformers
             torch.nn.init.zeros_(layer.bias)
     model.model.multi_modal_projector = projector.to(language.dtype)
     model.model.vision_tower = tower
@@ -114,7 +114,7 @@ def compose(
     model.lm_head = language.get_output_embeddings()
     if config.tie_word_embeddings:
         model.tie_weights()
-    elif model.lm_head.weight is language.get_input_embeddings().weight:  # GPT-2's: the two go apart
+    elif model.lm_head.weight is language.get_input_embeddings().weight:  # GPT-2: untie head and embeddings
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -132,7 +132,7 @@ def processor_for(
     strategy: str = "full",
     extra_tokens: int = 0,
 ) -> Any:
-    """Return the LlavaProcessor of a composed model: square padding, our prompt, as many image tokens as features."""
+    """Return the LlavaProcessor of a composed model: square padding, our template, one image token per feature."""
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
@@ -155,10 +155,7 @@ def processor_for(
 
 
 def _add_image_row(language: Any, size: int) -> None:
-    """Grow embeddings and head to `size`; new rows of each are the mean of its old ones.
-
-    So no new token is ever the likeliest.
-    """
+    """Grow embeddings and head to `size`; new rows are the mean of the old rows, so a new token is never the argmax."""
 
     count = len(language.get_input_embeddings().weight)
     if count >= size:

@@ -1,7 +1,7 @@
-"""`import milora_vl` makes the timm tower known to transformers' Auto classes, without importing transformers.
+"""`import milora_vl` registers the timm tower with transformers' Auto classes, without importing transformers.
 
-transformers has no entry point for the models of other packages. So a finder waits until the modules with the Auto
-classes' tables are imported, and registers right after; if they are imported already, it registers at once.
+transformers has no entry point for models of other packages. So an import hook registers the tower right after the
+modules with the Auto mappings are imported, or at once if they are imported already.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _register_tower() -> None:
     register()
 
 
-# AutoTokenizer and AutoProcessor import the first alone; the second one's model classes take another second to import.
+# AutoTokenizer and AutoProcessor import only the first; the second takes another second to import.
 _REGISTER: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_tower,
@@ -42,7 +42,7 @@ _REGISTER: dict[str, Callable[[], None]] = {
 
 
 class _Finder(MetaPathFinder):
-    """Finds the two modules as Python does, and has them loaded by a loader that registers the tower."""
+    """Finds the two modules as Python does, and wraps their loader to register the tower."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -57,18 +57,18 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Python's own loader of a module, and a call when the module is complete."""
+    """Python's loader of a module; calls `register` when the module is complete."""
 
     def __init__(self, loader: Loader, register: Callable[[], None]) -> None:
         self._loader = loader
         self._register = register
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leave that to Python's loader."""
+        """Create the module with Python's loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module under Python's loader, which it then names as its own, and register."""
+        """Execute the module with Python's loader, restore that loader on the module, and register the tower."""
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

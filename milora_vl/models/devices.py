@@ -1,4 +1,4 @@
-"""What to compute on and in: the names that command lines and recipes give to devices and dtypes."""
+"""Devices and dtypes by the names that command lines and recipes use."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 def device_named(name: str | None) -> torch.device:
-    """The device of that name; without one the first GPU, or the CPU."""
+    """Return the device of that name; by default the first GPU, else the CPU."""
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def dtype_named(name: str | None, device: torch.device) -> torch.dtype | None:
-    """The dtype of that name, `fastest` being that of `fastest_dtype`; None without a name.
+    """Return the dtype of that name (`fastest`: see `fastest_dtype`); None without a name.
 
     >>> dtype_named("float32", torch.device("cpu"))
     torch.float32
@@ -25,9 +25,9 @@ def dtype_named(name: str | None, device: torch.device) -> torch.dtype | None:
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies in it, else float32: a CPU without such units emulates it, slowly.
+    """Return bfloat16 if the device supports it natively, else float32, because emulation on a CPU is slow.
 
-    Of CPUs, those with AVX512-BF16 are known to do so; ARM and Apple's GPUs are given float32.
+    CPUs with AVX512-BF16 get bfloat16; ARM CPUs and Apple GPUs get float32.
     """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -37,7 +37,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 
 def train_device(train: Mapping[str, Any]) -> torch.device:
-    """The kind of device that a run with this `train:` section computes on, known before HF's arguments are made."""
+    """Return the device type of a run with this `train:` section, before TrainingArguments exist."""
     if train.get("use_cpu"):
         return torch.device("cpu")
     return torch.device("mps") if torch.backends.mps.is_available() else device_named(None)

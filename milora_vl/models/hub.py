@@ -1,7 +1,7 @@
-"""Models in Hugging Face's layout by name: a hub id, a folder, or one that this package makes at first use.
+"""Load models in Hugging Face's layout: a hub id, a folder, or a model that this package builds at first use.
 
-The processor is completed from the model's config, since many published ones do not say how many image tokens a picture
-takes (LLaVA then fails on a count mismatch). `loading` adds folders in LLaVA's original layout.
+The processor gets missing fields from the model's config: many published processors do not define the number of image
+tokens, and then LLaVA fails with a count mismatch. `loading` adds folders in LLaVA's original layout.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def load_weights(
     quantization: Quantization | BitsAndBytesConfig | None = None,
     device: torch.device | None = None,
 ) -> nn.Module:
-    """Return a model without its processor, in the dtype it was saved in unless one is given.
+    """Return a model without its processor, in `dtype` or the dtype it was saved in.
 
-    Raises UserError for an unknown name, a model that cannot be had, and a folder that holds none.
+    Raises UserError for an unknown name, a model that is not available, and a folder without a model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -53,14 +53,19 @@ def load_weights(
     name = str(name_or_path)
     if name in MADE_IN_MEMORY:
         if quantization is not None:
-            raise UserError(f"{name} is made in memory: there is no quantised one\nsave it to a folder and name that")
+            raise UserError(
+                f"{name} exists only in memory and cannot be quantised",
+                code="quantization-in-memory",
+                hint="save it to a folder and load that folder",
+            )
         return _named(_tiny(name)[0].to(dtype or torch.float32), name)
     source = source_of(name)
     config = _read(AutoConfig.from_pretrained, source, name)
     if original.MARK in config.to_dict():
         raise UserError(
-            f"{name} is in the layout of the original LLaVA code, which is converted from a folder\n"
-            f"first:  hf download {name} --local-dir FOLDER      then --model FOLDER"
+            f"{name} is in the layout of the original LLaVA code, which only loads from a folder",
+            code="model-original-layout",
+            hint=f"first:  hf download {name} --local-dir FOLDER      then --model FOLDER",
         )
     auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
     arguments: dict[str, Any] = {"dtype": dtype or "auto"}
@@ -70,17 +75,19 @@ def load_weights(
     with quiet_bars() if name in MADE_HERE or not sys.stderr.isatty() else nullcontext():
         model = _read(auto.from_pretrained, source, name, **arguments)
     if is_deepspeed_zero3_enabled():
-        # HF then keeps renamings of old checkpoints that this one had no need of, and undoes them when it saves.
+        # HF keeps renamings of old checkpoints here even if it did not apply them, and reverts them when it saves.
         vars(model).pop("_weight_conversions", None)
     keep_weights_readable(model)
-    vars(model.config).pop("auto_map", None)  # code in the folder was not used: what is saved must not name it
+    vars(model.config).pop(
+        "auto_map", None
+    )  # the code in the folder was not used, so saved configs must not refer to it
     return _named(model, name)
 
 
 def weights_folder(name: str) -> Path | None:
-    """Return the folder with a model's files, from the hub where it is one of its; None for those made in memory.
+    """Return the folder with a model's files, downloaded if needed; None for models in memory.
 
-    Raises UserError for an unknown name and a model that cannot be had.
+    Raises UserError for an unknown name and a model that is not available.
     """
     from huggingface_hub import snapshot_download
 
@@ -93,9 +100,9 @@ def weights_folder(name: str) -> Path | None:
 
 
 def load_processor(name: str | Path) -> Any:
-    """Return the processor of a model (of a text-only one its tokenizer), without its weights.
+    """Return the processor of a model, or the tokenizer of a text-only model, without loading weights.
 
-    Raises UserError for an unknown name and a processor that cannot be had.
+    Raises UserError for an unknown name and a processor that is not available.
     """
     from transformers import AutoProcessor, AutoTokenizer
 
@@ -103,16 +110,16 @@ def load_processor(name: str | Path) -> Any:
     if name in MADE_IN_MEMORY:
         return _tiny(name)[1]
     config = config_of(name)
-    sees = "vision_config" in config.to_dict()
-    processor = _read((AutoProcessor if sees else AutoTokenizer).from_pretrained, source_of(name), name)
-    if sees:
+    has_images = "vision_config" in config.to_dict()
+    processor = _read((AutoProcessor if has_images else AutoTokenizer).from_pretrained, source_of(name), name)
+    if has_images:
         share_template(processor)
         complete_processor(processor, config)
     return processor
 
 
 def config_of(name: str) -> Any:
-    """Return the HF config of a named model, a folder or a hub id; packaged ones first, which need no network."""
+    """Return the HF config of a named model, a folder or a hub id. Packaged configs need no network."""
     from transformers import AutoConfig
 
     if name in MADE_IN_MEMORY:
@@ -129,18 +136,18 @@ def config_of(name: str) -> Any:
 
 
 def read_pretrained(load: Any, name: str, **arguments: Any) -> Any:
-    """`from_pretrained` of a class of transformers on a folder as it is, or a hub id; UserError where it fails."""
+    """Call `from_pretrained` of a transformers class on a folder or hub id. Raises UserError if it fails."""
     with quiet_bars():
         return _read(load.from_pretrained, str(name), str(name), **arguments)
 
 
 def _tiny(name: str) -> tuple[Any, Any]:
-    with whole_weights():  # under ZeRO-3 HF would draw them part by part: another model
+    with whole_weights():  # ZeRO-3 would initialize shards, which gives other random weights
         return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
 
 
 def _named(model: Any, name: str) -> nn.Module:
-    """Let adapters record the name the user gave, not a folder of the cache."""
+    """Set the name that adapters record: the name that the user typed, not a cache folder."""
     if name in MADE_HERE:
         model.name_or_path = name
         model.config._name_or_path = name
@@ -148,15 +155,23 @@ def _named(model: Any, name: str) -> nn.Module:
 
 
 def source_of(name: str) -> str:
-    """Return the folder or hub id behind a name; makes smol-llava and smollm2 at first use."""
+    """Return the folder or hub id behind a name; builds smol-llava and smollm2 at first use.
+
+    Raises UserError for a folder without a model, and UnknownModelError if the name is unknown.
+    """
     if name.startswith("smol") and name in MADE_HERE:
         return str(smol_llava.made_folder(name))
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+            names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
             newest = newest_of_unfinished(folder, "--model")
-            raise UserError(f"{name} holds no model: it has no config.json" + (newest or f"\nfound: {found}"))
+            raise UserError(
+                "no model in this folder: it has no config.json",
+                code="model-not-in-folder",
+                where=name,
+                hint=newest.lstrip() or f"found: {names}",
+            )
         return name
     if name in NAMED_MODELS or name in SAME_WEIGHTS:
         return NAMED_MODELS[SAME_WEIGHTS.get(name, name)]
@@ -164,36 +179,44 @@ def source_of(name: str) -> str:
         return name
     near = suggest(name.lower(), NAMED_MODELS)
     raise UnknownModelError(
-        f'unknown model "{name}"\n'
-        + (f"did you mean: {', '.join(near)}\n" if near else "")
-        + f"named:    {', '.join(NAMED_MODELS)}\n"
-        "or:       a folder with a model, or a hub id such as llava-hf/llava-1.5-7b-hf"
+        f'unknown model "{name}"',
+        code="model-unknown",
+        hint=(f"did you mean: {', '.join(near)}\n" if near else "") + f"known:    {', '.join(NAMED_MODELS)}\n"
+        "or:       a folder with a model, or a hub id such as llava-hf/llava-1.5-7b-hf",
     )
 
 
 def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
-    """Call a `from_pretrained`, without a question about running a model's own code; UserError where it fails."""
+    """Call a `from_pretrained` without remote code. Raises UserError if it fails."""
     from safetensors import SafetensorError
 
     local = Path(source).is_dir()
     try:
         return load(source, local_files_only=local or not hub_is_known(), trust_remote_code=False, **arguments)
-    except (SafetensorError, ValueError, ImportError, TypeError) as error:  # cut off, of no known kind, no tokenizer
-        raise UserError(f"cannot read the model in {source}\n{_first_line(error)}") from None
+    except (
+        SafetensorError,
+        ValueError,
+        ImportError,
+        TypeError,
+    ) as error:  # truncated, unknown type, no tokenizer
+        raise UserError(f"cannot read the model: {_first_line(error)}", code="model-unreadable", where=source) from None
     except OSError as error:
         if local:
-            raise UserError(f"cannot read the model in {source}\n{_first_line(error)}") from None
+            raise UserError(
+                f"cannot read the model: {_first_line(error)}", code="model-unreadable", where=source
+            ) from None
         raise UserError(
-            f"the weights of {name} are not here, and the model hub does not answer\n"
-            f"looked for:  {source}, in the local cache and on the hub\n"
-            f"said:        {_first_line(error)}\n"
-            f"try:         hf download {source}      (where there is a network), or --model FOLDER with the weights\n"
-            f"without:     python -m milora_vl.train --model {name} --dry-run      needs no weights"
+            f"the weights of {name} are not here, and the model hub does not answer",
+            code="model-not-available",
+            hint=f"searched:    {source}, in the local cache and on the hub\n"
+            f"error:       {_first_line(error)}\n"
+            f"try:         hf download {source}      (on a machine with a network), or --model FOLDER\n"
+            f"without:     python -m milora_vl.train --model {name} --dry-run      needs no weights",
         ) from None
 
 
 def hub_is_known() -> bool:
-    """Whether the hub's name resolves; without a network the client would try for half a minute, noisily."""
+    """Return whether the host of the hub resolves; without a network the client would retry for half a minute."""
     from huggingface_hub.constants import ENDPOINT
 
     if getproxies():

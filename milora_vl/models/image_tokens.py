@@ -1,4 +1,4 @@
-"""How many tokens a picture takes in a model, and which token stands for them."""
+"""The number of tokens per image in a model, and the image token."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from milora_data.anyres import Tiling
 from milora_data.errors import UserError
 
 LLAVAS = ("llava", "llava_next")
-# Of the towers that are met most; others are counted on the meta device.
+# Common towers; the tokens of others are counted on the meta device.
 EXTRA_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "milora_timm_tower": 0}
 
 
 def require_llava(config: Any) -> None:
-    """Raise UserError for a model with pictures that takes them in another way than LLaVA-1.5 and LLaVA-1.6."""
+    """Raise UserError for a vision-language model other than LLaVA-1.5 and LLaVA-1.6."""
     if config.model_type not in LLAVAS:
         raise UserError(
-            f"pictures of a {config.model_type} model are not prepared here: only those of LLaVA-1.5 and LLaVA-1.6\n"
-            "adapters go on it all the same: apply_milora, with batches and a trainer of your own\n"
-            "see: docs/integrations.md"
+            f"images of a {config.model_type} model are not prepared here: only LLaVA-1.5 and LLaVA-1.6 are supported",
+            code="model-not-llava",
+            hint="apply_milora still works, with your own batches and trainer\nsee: docs/integrations.md",
         )
 
 
 def tiling_of(config: Any) -> Tiling | None:
-    """Return how a model of LLaVA-1.6 tiles pictures; None for models that see a picture once."""
+    """Return how a LLaVA-1.6 model tiles images; None for models without tiles."""
     if config.model_type != "llava_next":
         return None
     vision = config.vision_config
@@ -34,14 +34,14 @@ def tiling_of(config: Any) -> Tiling | None:
 
 
 def image_token_id(config: Any) -> int:
-    """Return the id of the token that stands for a picture in the prompt."""
+    """Return the id of the image token in the prompt."""
     return int(config.image_token_id)
 
 
 def image_tokens(config: Any) -> int:
-    """Return how many tokens a picture takes, by the tower's own sizes; if it is tiled, one of 640 x 480 pixels.
+    """Return the number of tokens of an image, from the sizes of the tower; with tiles: of 640 x 480 pixels.
 
-    Raises UserError for a model that is no LLaVA.
+    Raises UserError if the model is not a LLaVA.
     """
     require_llava(config)
     tiling = tiling_of(config)
@@ -52,7 +52,7 @@ def image_tokens(config: Any) -> int:
 
 
 def extra_tokens(config: Any) -> int:
-    """Return how many tokens the tower of a LLaVA gives beside those of its patches: class token, registers."""
+    """Return the number of class and register tokens of the tower of a LLaVA."""
     vision = config.vision_config
     if vision.model_type in EXTRA_TOKENS or config.model_type != "llava":
         return EXTRA_TOKENS.get(vision.model_type, 0)
@@ -60,7 +60,7 @@ def extra_tokens(config: Any) -> int:
 
 
 def complete_processor(processor: Any, config: Any) -> None:
-    """Set what the processor needs to count image tokens, and square padding, as LLaVA-1.5 was trained."""
+    """Set the fields that the processor needs to count image tokens, and square padding as in LLaVA-1.5."""
     if config.model_type not in LLAVAS:
         return
     processor.patch_size = config.vision_config.patch_size
@@ -79,20 +79,28 @@ def _patches(config: Any) -> int:
 
 
 def count_tokens(config: Any, layer: int) -> int:
-    """Tokens that a layer of a tower gives for one picture, before any is dropped. UserError where it gives none."""
+    """Return the number of tokens that a layer of a tower outputs per image, before any is dropped.
+
+    Raises UserError if the layer has no such output.
+    """
     from transformers import AutoModel
     from transformers.modeling_utils import set_zero3_state
 
-    with torch.device("meta"), set_zero3_state():  # ZeRO-3 has nothing to cut up here
+    with torch.device("meta"), set_zero3_state():  # ZeRO-3 must not shard this model
         tower = AutoModel.from_config(config)
         try:
             out = tower(torch.empty(1, 3, config.image_size, config.image_size), output_hidden_states=True)
             features = out.hidden_states[layer]
         except (TypeError, AttributeError, IndexError, ValueError) as error:
             raise UserError(
-                f"{config.model_type} cannot serve as a vision tower with layer {layer}: {error}\n"
-                "expected:  an encoder that gives hidden states (batch, tokens, channels), or timm/NAME"
+                f"{config.model_type} is not usable as a vision tower with layer {layer}: {error}",
+                code="vision-tower-unusable",
+                hint="expected:  an encoder with hidden states (batch, tokens, channels), or timm/NAME",
             ) from None
     if features.dim() != 3:
-        raise UserError(f"{config.model_type} gives features of shape {tuple(features.shape)}: take it from timm")
+        raise UserError(
+            f"{config.model_type} has features of shape {tuple(features.shape)}, expected (batch, tokens, channels)",
+            code="vision-tower-unusable",
+            hint="use --vision_tower timm/NAME",
+        )
     return int(features.shape[1])

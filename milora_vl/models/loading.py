@@ -1,6 +1,6 @@
-"""Models by name, their configs and processors, whatever layout they are in.
+"""Load models, configs and processors by name, in Hugging Face's or LLaVA's original layout.
 
-Every model without a timm tower (`smol-llava` has one) loads without this package too.
+Every model without a timm tower (`smol-llava` has one) also loads without this package.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def load_weights(
     quantization: Quantization | BitsAndBytesConfig | None = None,
     device: torch.device | None = None,
 ) -> nn.Module:
-    """Return a model without its processor, in the dtype it was saved in unless one is given.
+    """Return a model without its processor, in `dtype` or the dtype it was saved in.
 
     Raises UserError for an unknown name, a model that is not available, and a folder without a model.
     """
@@ -36,7 +36,7 @@ def load_weights(
 
 
 def load_processor(name: str | Path) -> Any:
-    """Return the processor of a model (of a text-only one its tokenizer), without its weights.
+    """Return the processor of a model, or the tokenizer of a text-only model, without loading weights.
 
     Raises UserError for an unknown name and a processor that is not available.
     """
@@ -44,32 +44,32 @@ def load_processor(name: str | Path) -> Any:
 
 
 def config_of(name: str) -> Any:
-    """Return the HF config of a named model, a folder or a hub id; packaged ones first, which need no network."""
+    """Return the HF config of a named model, a folder or a hub id. Packaged configs need no network."""
     if original.is_original(Path(name)):
         return parts.planned_config(parts.parts_of_original(Path(name)))
     return hub.config_of(name)
 
 
 def meta_model(config: Any) -> nn.Module:
-    """Return the model of a config with shapes alone: no weights, no memory."""
+    """Return the model of a config on the meta device, which allocates no memory."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    sees = "vision_config" in config.to_dict()
+    has_images = "vision_config" in config.to_dict()
     with whole_weights(), torch.device("meta"):
-        return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
+        return (AutoModelForImageTextToText if has_images else AutoModelForCausalLM).from_config(config)
 
 
 def prepare(name: str) -> None:
-    """Write the folder of a model that is made at first use: smol-llava, or one in LLaVA's original layout.
+    """Write the folder of a model that is built at first use: smol-llava, or one in LLaVA's original layout.
 
-    Raises UserError for an unknown name, and where the folder cannot be made.
+    Raises UserError for an unknown name, and if the folder cannot be written.
     """
     if name not in MADE_IN_MEMORY:
         hub.source_of(in_hf_layout(name))
 
 
 def weights_folder(name: str) -> Path | None:
-    """Return the folder with a model's files, from the hub where it is one of its; None for those made in memory.
+    """Return the folder with a model's files, downloaded if needed; None for models in memory.
 
     Raises UserError for an unknown name and a model that is not available.
     """
@@ -77,13 +77,13 @@ def weights_folder(name: str) -> Path | None:
 
 
 def in_hf_layout(name: str | Path) -> str:
-    """Return the name as it is, or the converted folder of a whole model in LLaVA's original layout (cached)."""
+    """Return the name, or the converted (cached) folder of a model in LLaVA's original layout."""
     folder = Path(name)
     if not original.is_original(folder):
         return str(name)
     converted, is_new = parts.base_folder(parts.parts_of_original(folder))
     if is_new:
-        sys.stderr.write(f"{folder} is in LLaVA's original layout: written in Hugging Face's to {converted}\n")
+        sys.stderr.write(f"converted {folder} from LLaVA's original layout to Hugging Face's: {converted}\n")
     return str(converted)
 
 

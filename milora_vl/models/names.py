@@ -1,10 +1,10 @@
-"""The models that have a name here. Needs no torch."""
+"""The named models. Imports no torch."""
 
 from __future__ import annotations
 
 from milora_data.errors import UserError
 
-# Name -> id on the model hub; those of MADE_HERE need no hub.
+# Name -> id on the model hub; models of MADE_HERE need no hub.
 NAMED_MODELS: dict[str, str] = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
@@ -14,15 +14,15 @@ NAMED_MODELS: dict[str, str] = {
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
     "qwen2.5-7b": "Qwen/Qwen2.5-7B",
-    "smol-llava": "SmolLM2-135M-Instruct + EfficientNet-Lite0, made here at first use",
-    "smol-llava-unaligned": "the same before stage 1, with a fresh projector",
-    "smollm2": "SmolLM2-135M-Instruct, text only, made here at first use",
+    "smol-llava": "SmolLM2-135M-Instruct + EfficientNet-Lite0, built at first use",
+    "smol-llava-unaligned": "smol-llava before stage 1, with a new projector",
+    "smollm2": "SmolLM2-135M-Instruct, text only, built at first use",
     "tiny": "random weights, for tests",
     "tiny-text": "random weights, text only, for tests",
 }
 
 
-# Names by which LLaVA's own scripts call the same weights in another layout.
+# Names of the same weights in LLaVA's original layout.
 SAME_WEIGHTS = {
     "liuhaotian/llava-v1.5-7b": "llava-1.5-7b",
     "liuhaotian/llava-v1.5-13b": "llava-1.5-13b",
@@ -32,7 +32,7 @@ SAME_WEIGHTS = {
 }
 
 
-# Parts whose configs lie inside those of the package (LLaVA's scripts start from them): a dry run needs no hub.
+# Parts (used by LLaVA's scripts) whose configs are inside packaged configs, so that a dry run needs no hub.
 PART_OF: dict[str, tuple[str, str, dict[str, int]]] = {
     "lmsys/vicuna-7b-v1.5": ("llava-1.5-7b", "text_config", {"vocab_size": 32000}),
     "lmsys/vicuna-13b-v1.5": ("llava-1.5-13b", "text_config", {"vocab_size": 32000}),
@@ -47,4 +47,4 @@ MADE_HERE = ("smol-llava", "smol-llava-unaligned", "smollm2", "tiny", "tiny-text
 
 
 class UnknownModelError(UserError):
-    """A model that is neither named here, nor a folder, nor a hub id."""
+    """The name of a model is not a known name, a folder or a hub id."""

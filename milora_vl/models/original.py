@@ -1,7 +1,7 @@
-"""Whole models in the layout of haotian-liu/LLaVA: one config.json that describes a Llama and names its CLIP tower.
+"""Models in the layout of haotian-liu/LLaVA: one config.json that describes a Llama and names its CLIP tower.
 
-Told by `mm_vision_tower` in config.json, whatever its `model_type` says: LLaVA-1.5's own files say `llava`, which
-transformers takes for its own class and reads wrongly.
+`mm_vision_tower` in config.json identifies them. `model_type` does not: in LLaVA-1.5 it is `llava`, which transformers
+mistakes for its own class.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 MARK = "mm_vision_tower"
 PROJECTOR = re.compile(r"^model\.mm_projector\.(.+)")
 TOWER = re.compile(r"^model\.vision_tower\.vision_tower\.(.+)")
-# LLaVA's class -> transformers' of the language model below it.
+# model_type of LLaVA -> model_type of its language model in transformers.
 _LANGUAGE = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """What config.json of such a folder says."""
+    """The content of config.json of such a folder."""
 
     folder: Path
     vision_tower: str
     select_layer: int
     select_feature: str
-    text: Mapping[str, Any]  # the language model's own config
+    text: Mapping[str, Any]  # config of the language model
 
     def text_config(self) -> Any:
-        """The language model's config as transformers has it."""
+        """Return the config of the language model as a transformers config."""
         from transformers import AutoConfig
 
         return AutoConfig.for_model(**self.text)
 
     def tensors(self, names: re.Pattern[str]) -> dict[str, Tensor]:
-        """The weights whose names match, under the name that the pattern's group holds; nothing else is read."""
-        found: dict[str, Tensor] = {}
+        """Return the weights whose names match, by the group of the pattern. Reads no other weights."""
+        matching: dict[str, Tensor] = {}
         for keys, read in _weight_files(self.folder):
             for key in keys:
                 match = names.match(key)
                 if match:
-                    found[match[1]] = read(key)
-        return found
+                    matching[match[1]] = read(key)
+        return matching
 
 
 def is_original(folder: Path) -> bool:
-    """Whether `folder` holds a whole model in LLaVA's original layout."""
+    """Return whether `folder` holds a model in LLaVA's original layout."""
     return MARK in _config(folder) and not (folder / "adapter_config.json").is_file()
 
 
 def read_original(folder: Path) -> Original:
-    """Read the config of such a folder. UserError for what Hugging Face's LLaVA has no place for."""
+    """Read the config of such a folder. Raises UserError for settings that Hugging Face's LLaVA does not support."""
     config = _config(folder)
     kind = str(config.get("model_type"))
-    no_place = [
+    unsupported = [
         (kind not in _LANGUAGE, f"model_type {kind}", "Llama or Mistral"),
         (config.get("mm_projector_type", "linear") != "mlp2x_gelu", _shown(config, "mm_projector_type"), "mlp2x_gelu"),
         (bool(config.get("mm_use_im_start_end")), "mm_use_im_start_end true", "false"),
@@ -72,12 +72,13 @@ def read_original(folder: Path) -> Original:
         ),
         (config.get("image_aspect_ratio") == "anyres", "image_aspect_ratio anyres", "pad or square (LLaVA-1.5)"),
     ]
-    for is_so, got, expected in no_place:
-        if is_so:
+    for is_found, got, expected in unsupported:
+        if is_found:
             raise UserError(
-                f"{folder} is a LLaVA in its original layout that Hugging Face's LLaVA cannot hold\n"
-                f"got:       {got}\nexpected:  {expected}\n"
-                "for LLaVA-1.6, take a folder in Hugging Face's layout (llava-hf/llava-v1.6-...)"
+                f"a LLaVA in its original layout that Hugging Face's LLaVA cannot hold: {got}, expected {expected}",
+                code="model-original-unsupported",
+                where=str(folder),
+                hint="for LLaVA-1.6, use a model in Hugging Face's layout (llava-hf/llava-v1.6-...)",
             )
     dropped = ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map", "image_aspect_ratio")
     text = {k: v for k, v in config.items() if k not in dropped and not re.match(r"(use_)?mm_|tune_mm|freeze_mm", k)}
@@ -114,5 +115,5 @@ def _weight_files(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Ten
         try:
             state = read_pickled(file, mmap=True)
         except UNREAD as error:
-            raise UserError(why_unread(file, error)) from None
+            raise UserError(why_unread(file, error), code="weights-unreadable") from None
         yield list(state), lambda key, state=state: state[key].clone()  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""The parts of a LLaVA by name (language model, vision tower, projector), its config, and the folder it is written to.
+"""Compose a LLaVA from named parts (language model, vision tower, projector) and write it to a folder.
 
-The language model is any causal LM whose head is a plain matrix on its last hidden states.
+The language model is any causal LM whose logits are a matrix times its last hidden states.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from milora_vl.models.projector import load_projector, projector_file
 
 
 def load_language(name: str) -> tuple[Any, Any]:
-    """Load a causal LM in the dtype it was saved in, and its tokenizer. UserError where it cannot be a LLaVA's."""
+    """Load a causal LM in the dtype it was saved in, and its tokenizer. Raises UserError if a LLaVA cannot use it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if original.is_original(Path(name)):
@@ -33,67 +33,73 @@ def load_language(name: str) -> tuple[Any, Any]:
     else:
         language, tokenizer = hub.load_weights(name), hub.load_processor(name)
     if "vision_config" in language.config.to_dict():
-        raise UserError(f"{name} is a vision-language model already; a LLaVA is composed of a text-only one")
+        raise UserError(
+            "this is already a vision-language model; composing needs a text-only model",
+            code="compose-not-text-only",
+            where=name,
+        )
     require_plain_head(language, name)
     return language.eval(), tokenizer
 
 
 def require_plain_head(language: Any, name: str) -> None:
-    """HF's LLaVA takes head(hidden) for the logits: refuse a model that caps or scales them, or has a bias there."""
+    """Raise UserError for a model that caps, scales or shifts its logits: HF's LLaVA computes head(hidden)."""
     ids = torch.arange(1, 9)[None].to(language.device)
     with torch.no_grad():
-        own = language(input_ids=ids).logits
+        logits = language(input_ids=ids).logits
         plain = torch.nn.functional.linear(
             language.base_model(input_ids=ids)[0], language.get_output_embeddings().weight
         )
-    if not torch.allclose(own.float(), plain.float(), rtol=2e-2, atol=2e-2 * float(own.abs().max())):
+    if not torch.allclose(logits.float(), plain.float(), rtol=2e-2, atol=2e-2 * float(logits.abs().max())):
         raise UserError(
-            f"{name}: its logits are not its head times its last hidden states (a cap, a scale, a bias)\n"
-            "Hugging Face's LLaVA has no place for that, so the model would be another one"
+            "its logits are not its head times its last hidden states (a cap, a scale, a bias)",
+            code="compose-head",
+            where=name,
+            hint="Hugging Face's LLaVA does not support this; use another language model",
         )
 
 
-FORMAT = 2  # to be raised when a base folder that was made before would be wrong
-# Where config.json says which tower a base was made of: Hugging Face's LLaVA has no field for that.
+FORMAT = 2  # increase it if older base folders become wrong
+# Key of config.json with the name of the tower; Hugging Face's LLaVA has no field for it.
 TOWER_NAME = "vision_tower_name"
-# Rows of the vocabulary: a multiple of this, as Hugging Face's own conversion of LLaVA has it.
+# The vocabulary is padded to a multiple of this, as in Hugging Face's conversion of LLaVA.
 ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A language model, a vision tower and, where one is trained already, a projector; folders, ids or files."""
+    """A language model, a vision tower and optionally a trained projector: folders, ids or files."""
 
     language: str
     vision: str
     projector: str | None = None  # mm_projector.bin, mm_projector.safetensors or a folder with one
-    select_layer: int = -2  # LLaVA-1.5's: the last layer but one
+    select_layer: int = -2  # as in LLaVA-1.5: the second to last layer
     select_feature: str = "patch"
     vision_weights: str | None = None
 
     def describe(self) -> str:
-        """For people."""
+        """Return the parts as text."""
         projector = f"projector {self.projector}" if self.projector else "a new projector"
         return f"{self.language} + {self.vision} (layer {self.select_layer}, {self.select_feature}) + {projector}"
 
 
 def parts_of_original(folder: Path) -> Parts:
-    """The parts of a whole model in LLaVA's original layout: all but the tower lie in its own files."""
-    found = original.read_original(folder)
-    tower = found.vision_tower
+    """Return the parts of a model in LLaVA's original layout; only the tower may be outside its folder."""
+    config = original.read_original(folder)
+    tower = config.vision_tower
     beside = folder / tower
     tower = str(beside) if not Path(tower).is_dir() and beside.is_dir() else tower
-    return Parts(str(folder), tower, str(folder), found.select_layer, found.select_feature)
+    return Parts(str(folder), tower, str(folder), config.select_layer, config.select_feature)
 
 
 def language_config(name: str) -> Any:
-    """Config of the language model: a text-only model, or the Llama inside a folder in LLaVA's original layout."""
+    """Return the config of a text-only model, or of the Llama in a folder in LLaVA's original layout."""
     folder = Path(name)
     return original.read_original(folder).text_config() if original.is_original(folder) else hub.config_of(name)
 
 
 def planned_config(parts: Parts) -> Any:
-    """The config that the parts will have together, from their configs alone (for a dry run)."""
+    """Return the config of the composed model from the configs of its parts, for a dry run."""
     text = language_config(parts.language)
     plan = plan_tower(vision.tower_config(parts.vision), layer=parts.select_layer, feature=parts.select_feature)
     image_token = text.vocab_size
@@ -102,25 +108,25 @@ def planned_config(parts: Parts) -> Any:
 
 
 def planned_folder(parts: Parts) -> Path:
-    """The folder in the cache that a base of these parts has, or will have: its name tells its contents."""
+    """Return the cache folder of a base of these parts; a hash of the parts is in its name."""
     return cache_dir() / "models" / f"{_name(parts)}-{_digest(parts)}"
 
 
 def base_folder(parts: Parts) -> tuple[Path, bool]:
-    """The folder with these parts in Hugging Face's layout, and whether it was made now rather than found.
+    """Return the folder with these parts in Hugging Face's layout, and whether this call composed it.
 
-    It lies in the cache under a name of its contents; an adapter names it as its base, and stock PEFT loads both.
+    The folder is in the cache. An adapter refers to it as its base, and stock PEFT loads both.
     """
     folder = planned_folder(parts)
     if (folder / "config.json").is_file():
         return folder, False
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".composing-") as scratch:
-        made = Path(scratch) / "model"
+        staged = Path(scratch) / "model"
         with whole_weights():
-            write(parts, made)
+            write(parts, staged)
         try:
-            made.rename(folder)
+            staged.rename(folder)
         except OSError:  # another process was faster
             if not (folder / "config.json").is_file():
                 raise
@@ -129,10 +135,10 @@ def base_folder(parts: Parts) -> tuple[Path, bool]:
 
 @whole_weights()
 def write(parts: Parts, folder: Path) -> None:
-    """Compose the parts and write model and processor into `folder`. UserError where they do not fit together."""
+    """Compose the parts and write model and processor to `folder`. Raises UserError if they do not fit together."""
 
     if parts.vision_weights == vision.RANDOM:
-        sys.stderr.write(f"warning: {parts.vision} gets random weights: for a try-out only\n")
+        sys.stderr.write(f"warning: {parts.vision} has random weights: use it only for tests\n")
     language, tokenizer = load_language(parts.language)
     plan = plan_tower(vision.tower_config(parts.vision), layer=parts.select_layer, feature=parts.select_feature)
     tower = _tower(parts, plan, language.dtype)
@@ -160,7 +166,7 @@ def _tower(parts: Parts, plan: TowerPlan, dtype: torch.dtype) -> Any:
     folder = Path(parts.language)
     if original.is_original(folder):
         inside = original.read_original(folder).tensors(original.TOWER)
-        if inside:  # a tower that was trained too
+        if inside:  # the tower was trained too
             return vision.with_weights(plan.config, inside, dtype)
     return vision.load_tower(parts.vision, plan.config, dtype, parts.vision_weights)
 
@@ -170,9 +176,9 @@ def _name(parts: Parts) -> str:
 
 
 def _digest(parts: Parts) -> str:
-    """A name for the contents: ids as they are, files by size and time, the projector by its bytes' place in both."""
-    seen = {name: _stamp(Path(value)) for name, value in asdict(parts).items() if isinstance(value, str)}
-    content = json.dumps([FORMAT, asdict(parts), seen], sort_keys=True)
+    """Return a hash of the parts: names and ids, and for files their paths, sizes and times."""
+    stamps = {name: _stamp(Path(value)) for name, value in asdict(parts).items() if isinstance(value, str)}
+    content = json.dumps([FORMAT, asdict(parts), stamps], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -182,10 +188,10 @@ def _stamp(path: Path) -> list[tuple[str, int, int]]:
 
 
 def require_parts(parts: Parts) -> None:
-    """Check what can be checked before anything is loaded. UserError names the part that is not there."""
+    """Check the parts before anything is loaded. Raises UserError for a missing part."""
 
     if parts.projector and not original.is_original(Path(parts.projector)):
         projector_file(Path(parts.projector))
     for flag, name in (("the language model", parts.language), ("--vision_tower", parts.vision)):
         if name.startswith((".", "/")) and not Path(name).is_dir():
-            raise UserError(f"{flag} {name}: no such folder")
+            raise UserError("no such folder", code="path-missing", where=f"{flag} {name}")

@@ -1,6 +1,6 @@
-"""The projector's weights as a small file of their own: what a stage-1 run saves, and what a run may start from.
+"""Projector weights in a separate file, which a stage-1 run saves and later runs start from.
 
-Written with HF's names (`multi_modal_projector.linear_1.weight`); LLaVA's `mm_projector.bin` is read too.
+The file has HF's names (`multi_modal_projector.linear_1.weight`); LLaVA's `mm_projector.bin` is also supported.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _LLAVA = re.compile(r"(?:^|.*\.)mm_projector\.(?:(\d+)\.)?(.+)")
 
 
 def projector_of(model: nn.Module) -> nn.Module:
-    """The projector module of a model; UserError where it has none."""
+    """Return the projector module of a model. Raises UserError if it has none."""
     path = find_towers(model).projector
     if path is None:
-        raise UserError(f"{type(model).__name__} has no projector")
+        raise UserError(f"{type(model).__name__} has no projector", code="projector-missing")
     return model.get_submodule(path)
 
 
 def save_projector(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
-    """Write mm_projector.safetensors, in the dtype that was trained, and mm_projector.bin, the same by LLaVA's names.
+    """Write mm_projector.safetensors in the trained dtype, and mm_projector.bin with LLaVA's names.
 
     `state` is a gathered state dict of the model.
     """
@@ -52,23 +52,28 @@ def save_projector(model: nn.Module, folder: Path, state: Mapping[str, Tensor] |
 
 
 def load_projector(model: nn.Module, source: Path) -> None:
-    """Put the weights of a file, or of a folder that holds one, into the model's projector.
+    """Load the weights of a file or folder into the projector of the model.
 
-    UserError, with what was found, where names or shapes do not fit.
+    Raises UserError if names or shapes do not fit.
     """
-    found = read_projector(source)
+    weights = read_projector(source)
     projector = projector_of(model)
-    have = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
-    got = {name: tuple(t.shape) for name, t in found.items()}
-    if have != got:
-        raise UserError(f"{source} does not fit the projector of this model\n  has       {got}\n  expected  {have}")
-    projector.load_state_dict(found)
+    expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in weights.items()}
+    if shapes != expected:
+        raise UserError(
+            "the weights do not fit the projector of this model",
+            code="projector-wrong-shape",
+            where=str(source),
+            hint=f"  has       {shapes}\n  expected  {expected}",
+        )
+    projector.load_state_dict(weights)
 
 
 def read_projector(source: Path) -> dict[str, Tensor]:
-    """The projector's weights in a file or folder, by their names inside the module (`linear_1.weight`).
+    """Return the projector weights in a file or folder, by their names in the module (`linear_1.weight`).
 
-    Of a whole model in LLaVA's original layout, its projector alone is read.
+    `source` may also be a model in LLaVA's original layout. Raises UserError for a file without projector weights.
     """
     from safetensors.torch import load_file
 
@@ -79,34 +84,45 @@ def read_projector(source: Path) -> dict[str, Tensor]:
     try:
         state = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
     except (SafetensorError, *UNREAD) as error:
-        raise UserError(why_unread(file, error)) from None
+        raise UserError(why_unread(file, error), code="weights-unreadable") from None
     if not isinstance(state, dict):
-        raise UserError(f"{file} holds no weights by name, but a {type(state).__name__}")
+        raise UserError(
+            f"expected weights by name, found a {type(state).__name__}", code="projector-file", where=str(file)
+        )
     weights = {_inner(name): t for name, t in state.items() if _OURS.match(name) or _LLAVA.match(name)}
     if not weights:
-        raise UserError(f"{file} holds no projector weights; its names: {', '.join(list(state)[:3])}, ...")
+        raise UserError(
+            f"no projector weights in this file; found: {', '.join(list(state)[:3])}, ...",
+            code="projector-file",
+            where=str(file),
+        )
     if "weight" in weights:
         raise UserError(
-            f"{file} is a single linear layer (LLaVA's --mm_projector_type linear)\n"
-            "expected:  two layers, mlp2x_gelu, as LLaVA-1.5 and Hugging Face's LLaVA have them"
+            "the projector is a single linear layer (LLaVA's --mm_projector_type linear)",
+            code="projector-linear",
+            where=str(file),
+            hint="expected:  two layers (mlp2x_gelu), as in LLaVA-1.5 and Hugging Face's LLaVA",
         )
     return weights
 
 
 def projector_file(source: Path) -> Path:
-    """The file with a projector that `source` is or holds; UserError where there is none."""
+    """Return the projector file `source`, or the one in the folder `source`. Raises UserError if it is missing."""
     files = [source / name for name in PROJECTOR_FILES if (source / name).is_file()] if source.is_dir() else [source]
     if not files or not files[0].is_file():
         newest = newest_checkpoint(source)
         hint = newest_of_unfinished(source, "--projector_weights") if newest and holds_projector_alone(newest) else ""
         raise UserError(
-            f"no projector weights at {source}: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}{hint}"
+            f"no projector weights: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}",
+            code="projector-file",
+            where=str(source),
+            hint=hint.lstrip(),
         )
     return files[0]
 
 
 def _llava_name(name: str) -> str:
-    """LLaVA's name of a weight of ours.
+    """Return LLaVA's name of a projector weight.
 
     >>> _llava_name("multi_modal_projector.linear_2.bias")
     'model.mm_projector.2.bias'

@@ -1,7 +1,7 @@
-"""Quantised bases: bitsandbytes' settings, as LLaVA's `--bits 4|8` has them.
+"""Quantised bases: bitsandbytes settings, as in LLaVA's `--bits 4|8`.
 
-Factors are taken from the dequantised weight, and the anchored form leaves the base alone: step 0 equals the quantised
-base, whatever that has lost.
+Initial factors come from the dequantised weight, and the anchored form does not change the base. So step 0 equals the
+quantised base.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from milora_vl.weights.matrices import is_linear
 
 Quantization = Literal["4bit", "8bit"]
 QuantType = Literal["nf4", "fp4"]
-# Kept as they are, as in LLaVA: a projector that trains, the tower, and the head.
+# Not quantised, as in LLaVA: projector, vision tower and head.
 _PARTS = ("multi_modal_projector", "vision_tower")
-UNQUANTIZED = ("lm_head", *_PARTS, *(f"model.{part}" for part in _PARTS))  # transformers compares from the path's start
+UNQUANTIZED = (
+    "lm_head",
+    *_PARTS,
+    *(f"model.{part}" for part in _PARTS),
+)  # transformers matches from the start of the path
 
 
 def is_quantized(path: str, module: nn.Module) -> bool:
-    """Whether the layer at `path` of an unquantised model has few bits in a quantised one.
+    """Return whether quantisation packs the layer at `path` of a model.
 
     >>> [is_quantized(path, nn.Linear(2, 2)) for path in ("model.language_model.layers.0.mlp.up_proj", "lm_head")]
     [True, False]
@@ -30,7 +34,7 @@ def is_quantized(path: str, module: nn.Module) -> bool:
 
 
 def bytes_per_number(quantization: Quantization, *, double_quant: bool) -> float:
-    """Memory of a packed weight: its bits, and in 4 bits a constant for each 64 numbers (4 bytes, or 1 and its own).
+    """Return the bytes per packed weight; 4 bits add a constant per 64 numbers (4 bytes, or 1 byte if quantised).
 
     >>> round(bytes_per_number("4bit", double_quant=True), 3), bytes_per_number("4bit", double_quant=False)
     (0.516, 0.5625)
@@ -47,9 +51,9 @@ def quantization_config(
     double_quant: bool = True,
     compute_dtype: torch.dtype = torch.bfloat16,
 ) -> Any:
-    """Return the BitsAndBytesConfig of a quantised base; all but the first are for 4 bits (arXiv:2305.14314).
+    """Return the BitsAndBytesConfig of a quantised base. The keyword arguments apply to 4 bits (arXiv:2305.14314).
 
-    The defaults are QLoRA's own and LLaVA's: NF4, whose constants are quantised too.
+    The defaults are those in QLoRA and LLaVA: NF4 with double quantisation.
     """
     from transformers import BitsAndBytesConfig
 

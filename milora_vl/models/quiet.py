@@ -1,4 +1,4 @@
-"""Keep off the screen what other packages say there and nobody waits for."""
+"""Suppress progress bars and log output of dependencies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def quiet_bars() -> Iterator[None]:
-    """Hide the bars that transformers draws while it reads and writes weights; restores what was set before."""
+    """Hide the progress bars of transformers for weights; restores the setting afterwards."""
     from transformers.utils import logging as bars
 
     shown = bars.is_progress_bar_enabled()
@@ -25,19 +25,19 @@ def quiet_bars() -> Iterator[None]:
 
 @contextmanager
 def quiet_conversion() -> Iterator[None]:
-    """Hide the bar of transformers' GGUF reader, which listens to no setting, and DeepSpeed's word meanwhile."""
+    """Hide the progress bar of transformers' GGUF reader, which ignores settings, and the message of DeepSpeed."""
     from transformers import modeling_gguf_pytorch_utils
 
     gguf: Any = modeling_gguf_pytorch_utils
     hush_deepspeed()
-    drawn = gguf.tqdm
-    gguf.tqdm = partial(drawn, disable=True)
+    original = gguf.tqdm
+    gguf.tqdm = partial(original, disable=True)
     try:
         yield
     finally:
-        gguf.tqdm = drawn
+        gguf.tqdm = original
 
 
 def hush_deepspeed() -> None:
-    """Keep off stdout DeepSpeed's word that there is no GPU: transformers imports it to save a model."""
+    """Hide DeepSpeed's message that there is no GPU: transformers imports DeepSpeed to save a model."""
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")

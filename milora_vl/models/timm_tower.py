@@ -1,8 +1,8 @@
 """A timm encoder as the vision tower of a Hugging Face LLaVA.
 
-timm gives feature maps (NCHW, or tokens with prefix tokens in front); LLaVA wants (batch, tokens, channels). The tower
-pools the maps to a grid, brings every level to one scale and lays the levels side by side. The import is relative
-because `export --remote_code` copies this file into models.
+timm outputs feature maps (NCHW, or tokens after prefix tokens); LLaVA expects (batch, tokens, channels). The tower
+pools the maps to a grid, normalizes every level and concatenates the levels. The import is relative because
+`export --remote_code` copies this file into models.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["TimmTower", "TimmTowerConfig", "as_map", "register"]
 
 
 class TimmTower(PreTrainedModel):
-    """The encoder with pooled, scaled features: pixel_values (batch, 3, S, S) -> (batch, grid², hidden_size)."""
+    """The encoder with pooled, normalized features: pixel_values (batch, 3, S, S) -> (batch, grid², hidden_size)."""
 
     config_class = TimmTowerConfig
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
-    # timm chooses its own attention, so any choice for the language model is fine here.
+    # timm selects its attention itself, so every attention implementation of the language model is supported.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: TimmTowerConfig) -> None:
@@ -38,7 +38,7 @@ class TimmTower(PreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True) -> TimmTower:
-        """Switch to training mode only where something trains: a frozen tower must not move its batch statistics."""
+        """Switch to training mode only if a weight trains: a frozen tower must not update its batch statistics."""
         weights: Any = self.parameters()
         return super().train(mode and any(weight.requires_grad for weight in weights))
 
@@ -47,7 +47,7 @@ class TimmTower(PreTrainedModel):
         pixel_values: Tensor,
         output_hidden_states: bool | Sequence[int] | None = None,
         return_dict: bool | None = None,
-        **kwargs: object,  # LlavaModel hands its own keyword arguments down
+        **kwargs: object,  # LlavaModel passes its keyword arguments on
     ) -> BaseModelOutput:
         """Return the features as `last_hidden_state` and as the only entry of `hidden_states`."""
         levels = list(self.config.levels)
@@ -60,15 +60,15 @@ class TimmTower(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
 
     def _tokens(self, features: Tensor) -> Tensor:
-        """Bring one level to (batch, grid², channels), each token normalised so that no level drowns another."""
+        """Return one level as (batch, grid², channels); each token is normalized so that no level dominates."""
         pooled = nn.functional.adaptive_avg_pool2d(features, self.config.grid).flatten(2).transpose(1, 2)
         return nn.functional.layer_norm(pooled, pooled.shape[-1:])
 
 
 def as_map(encoder: Any, features: Tensor) -> Tensor:
-    """What a timm encoder gives, as (batch, channels, side, side). ValueError where it is no square map.
+    """Return the output of a timm encoder as (batch, channels, side, side).
 
-    It comes as such, with the channels last (Swin), or as (batch, prefix + side², channels).
+    The input may also be channels-last (Swin) or (batch, prefix + side², channels). Raises ValueError for other shapes.
     """
     channels = encoder.num_features
     if features.dim() == 3 and features.shape[-1] == channels:
@@ -84,7 +84,7 @@ def as_map(encoder: Any, features: Tensor) -> Tensor:
 
 
 def register() -> None:
-    """Make the tower and its config known to transformers' Auto classes; a second call does nothing."""
+    """Register the tower and its config with transformers' Auto classes; a second call does nothing."""
     from transformers import AutoModel  # not at the top, as in `register_config`
 
     register_config()

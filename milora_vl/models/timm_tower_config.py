@@ -1,7 +1,6 @@
-"""The config of a timm vision tower (`milora_vl.models.timm_tower`), importable without the tower's classes.
+"""The config of a timm vision tower (`milora_vl.models.timm_tower`), importable without the tower class.
 
-This file and the tower's are also copied into exported models (`--remote_code`), so they import nothing of this package
-but each other.
+`export --remote_code` copies this file and timm_tower.py into models, so they import only each other from this package.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from transformers import PretrainedConfig
 
 
 class TimmTowerConfig(PretrainedConfig):
-    """What a tower is made of.
+    """The settings of a tower.
 
-    architecture: timm's name; image_size: pixels a side; grid: tokens a side after pooling;
-    levels: indices into timm's intermediate features that are put in front of the final ones; hidden_size: channels.
+    architecture: timm's name; image_size: pixels per side; grid: tokens per side after pooling;
+    levels: indices of timm's intermediate features, placed before the final ones; hidden_size: channels.
     """
 
     model_type = "milora_timm_tower"
@@ -28,7 +27,7 @@ class TimmTowerConfig(PretrainedConfig):
         grid: int = 4,
         levels: Sequence[int] = (),
         hidden_size: int = 1280,
-        **kwargs: Any,  # transformers passes every other key of config.json through here
+        **kwargs: Any,  # transformers passes all other keys of config.json
     ) -> None:
         self.architecture = architecture
         self.image_size = image_size
@@ -39,14 +38,14 @@ class TimmTowerConfig(PretrainedConfig):
 
     @property
     def patch_size(self) -> int:
-        """Pixels a side of one token, as LLaVA's processor counts them."""
+        """Return the pixels per side of one token, for LLaVA's processor."""
         return self.image_size // self.grid
 
     @classmethod
     def of(cls, architecture: str, *, image_size: int, grid: int, levels: Sequence[int] = ()) -> TimmTowerConfig:
-        """Return the config of a timm encoder, its channels counted on the meta device.
+        """Return the config of a timm encoder; the meta device counts its channels.
 
-        Raises ValueError when the picture does not divide into the grid.
+        Raises ValueError if image_size is not a multiple of grid.
         """
         import timm
         import torch
@@ -61,7 +60,7 @@ class TimmTowerConfig(PretrainedConfig):
 
 
 def register_config() -> None:
-    """Make the config known to transformers' AutoConfig; a second call does nothing."""
+    """Register the config with transformers' AutoConfig; a second call does nothing."""
     # Not at the top: `milora_vl.models.auto_classes` imports this module when transformers' Auto classes are imported.
     from transformers import AutoConfig
 

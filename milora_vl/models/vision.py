@@ -1,4 +1,4 @@
-"""Any vision tower by name: CLIP, SigLIP and other encoders of transformers, and any network of timm."""
+"""Load a vision tower by name: CLIP, SigLIP and other encoders of transformers, and any network of timm."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 
 TIMM = "timm/"
 RANDOM = "random"
-# What CLIP normalises with, for towers that come without a preprocessor.
+# Mean and standard deviation of CLIP, for towers without a preprocessor.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def tower_config(name: str) -> Any:
-    """Return the config of a vision tower: a folder, a hub id, or `timm/NAME`. UserError where it is none."""
+    """Return the config of a vision tower: a folder, a hub id, or `timm/NAME`. Raises UserError otherwise."""
     if name.startswith(TIMM):
         size, grid = _timm_sizes(name.removeprefix(TIMM))
         return TimmTowerConfig.of(name.removeprefix(TIMM), image_size=size, grid=grid)
@@ -31,12 +31,17 @@ def tower_config(name: str) -> Any:
     if "vision_config" in config.to_dict():
         config = config.vision_config
     if "image_size" not in config.to_dict():
-        raise UserError(f"{name} is no vision tower: {config.model_type}\nexpected:  CLIP, SigLIP, a ViT, or timm/NAME")
+        raise UserError(
+            f"not a vision tower: {config.model_type}",
+            code="vision-tower-unusable",
+            where=name,
+            hint="expected:  CLIP, SigLIP, a ViT, or timm/NAME",
+        )
     return config
 
 
 def load_tower(name: str, config: Any, dtype: torch.dtype, weights: str | None = None) -> Any:
-    """Load the tower of `tower_config`; `weights` is a file for timm's networks, or `random` for a try-out."""
+    """Load the tower of `tower_config`; `weights` is a file for a timm network, or `random` for tests."""
     from transformers import AutoModel
 
     if name.startswith(TIMM):
@@ -51,21 +56,24 @@ def load_tower(name: str, config: Any, dtype: torch.dtype, weights: str | None =
 
 
 def with_weights(config: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    """Return the tower with weights from LLaVA's own files, whose names have a level more than today's CLIP."""
+    """Return the tower with weights from LLaVA's files; their names may have the extra prefix `vision_model.`."""
     from transformers import AutoModel
 
     tower = AutoModel.from_config(config)
-    own = set(tower.state_dict())
-    plain = {name if name in own else name.removeprefix("vision_model."): t for name, t in state.items()}
-    missing = own - set(plain)
+    expected = set(tower.state_dict())
+    plain = {name if name in expected else name.removeprefix("vision_model."): t for name, t in state.items()}
+    missing = expected - set(plain)
     if missing:
-        raise UserError(f"the vision tower's weights are not complete: {sorted(missing)[0]} is missing")
-    tower.load_state_dict({name: t for name, t in plain.items() if name in own})
+        raise UserError(
+            f"the weights of the vision tower are incomplete: {sorted(missing)[0]} is missing",
+            code="vision-weights-incomplete",
+        )
+    tower.load_state_dict({name: t for name, t in plain.items() if name in expected})
     return tower.to(dtype).eval()
 
 
 def picture_statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation that a tower's pictures are normalised with; CLIP's where it does not say."""
+    """Return mean and standard deviation for the images of a tower; the default is CLIP's."""
     from transformers import AutoImageProcessor
 
     if name.startswith(TIMM):
@@ -75,28 +83,32 @@ def picture_statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
         return (settings.mean, settings.std) if settings is not None else (CLIP_MEAN, CLIP_STD)
     try:
         local = Path(name).is_dir()
-        found = AutoImageProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError):
-        sys.stderr.write(f"warning: {name} does not say how its pictures are normalised: as CLIP's are\n")
+        sys.stderr.write(f"warning: {name} has no image mean and standard deviation: using the values of CLIP\n")
         return CLIP_MEAN, CLIP_STD
-    return found.image_mean, found.image_std
+    return processor.image_mean, processor.image_std
 
 
 def _meta(config: Any) -> Any:
     from transformers import AutoModel
     from transformers.modeling_utils import set_zero3_state
 
-    with torch.device("meta"), set_zero3_state():  # ZeRO-3 has nothing to cut up here
+    with torch.device("meta"), set_zero3_state():  # ZeRO-3 must not shard this model
         return AutoModel.from_config(config)
 
 
 def _timm_sizes(architecture: str) -> tuple[int, int]:
-    """Pixels a side and tokens a side, as the network was trained. UserError where it gives no square of tokens."""
+    """Return pixels and tokens per side of the trained network. Raises UserError if its output is not square."""
     import timm
 
     if not timm.is_model(architecture):
         near = timm.list_models(f"{architecture.split('_')[0]}*")[:3]
-        raise UserError(f"timm has no {architecture!r}" + (f"; it has {', '.join(near)}, ..." if near else ""))
+        raise UserError(
+            f"timm has no model {architecture!r}",
+            code="vision-tower-unknown",
+            hint=f"similar: {', '.join(near)}, ..." if near else "",
+        )
     settings = timm.get_pretrained_cfg(architecture)
     size = int(settings.input_size[-1]) if settings is not None else 224
     with torch.device("meta"):
@@ -104,7 +116,9 @@ def _timm_sizes(architecture: str) -> tuple[int, int]:
         try:
             features = as_map(encoder, encoder.forward_features(torch.empty(1, 3, size, size)))
         except (ValueError, AttributeError) as error:
-            raise UserError(f"timm's {architecture} cannot serve as a vision tower: {error}") from None
+            raise UserError(
+                f"not usable as a vision tower: {error}", code="vision-tower-unusable", where=f"timm/{architecture}"
+            ) from None
     grid = int(features.shape[-1])
     return size - size % grid, grid  # Inception's 299 pixels do not divide into 8 tokens
 
@@ -116,23 +130,26 @@ def _timm_state(architecture: str, weights: str | None) -> Any:
     if weights is not None:
         file = Path(weights)
         if not file.is_file():
-            raise UserError(f"--vision_weights {weights}: no such file")
+            raise UserError("no such file", code="path-missing", where=f"--vision_weights {weights}")
         try:
             state = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
         except (SafetensorError, *UNREAD) as error:
-            raise UserError(why_unread(file, error)) from None
-        own = timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
-        missing = [key for key in own if key not in state]
+            raise UserError(why_unread(file, error), code="weights-unreadable") from None
+        expected = timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
+        missing = [key for key in expected if key not in state]
         if missing:
             raise UserError(
-                f"{weights} does not fit timm's {architecture}: it lacks {missing[0]} and {len(missing) - 1} more"
+                f"the file does not fit timm's {architecture}: {missing[0]} and {len(missing) - 1} more are missing",
+                code="vision-weights-incomplete",
+                where=str(weights),
             )
-        return {key: state[key] for key in own}
+        return {key: state[key] for key in expected}
     try:
         return timm.create_model(architecture, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:  # timm and the hub's client raise many kinds
+    except Exception as error:  # timm and the hub client raise many classes
         raise UserError(
-            f"the weights of timm's {architecture} are not here, and the hub does not answer\n"
-            f"said: {str(error).splitlines()[0][:200]}\n"
-            "say --vision_weights FILE, or --vision_weights random for a try-out"
+            f"the weights of timm's {architecture} are not here, and the hub does not answer",
+            code="model-not-available",
+            hint=f"error: {str(error).splitlines()[0][:200]}\n"
+            "use --vision_weights FILE, or --vision_weights random for tests",
         ) from None

@@ -1,4 +1,4 @@
-"""Arithmetic of a run: records per step and number of steps, as HF's Trainer will count them."""
+"""Records per step and number of steps of a run, counted as HF's Trainer counts them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from milora_data.command.cli import amount
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
-    """What decides the number of steps. `max_steps` of -1 means: by epochs."""
+    """What decides the number of steps. With `max_steps` -1 the epochs decide."""
 
     num_records: int | None  # None: a stream
     per_device: int
@@ -22,12 +22,12 @@ class Batching:
 
     @property
     def total(self) -> int:
-        """Records per optimizer step, over all devices."""
+        """Return the records per optimizer step over all devices."""
         return self.per_device * self.accumulation * self.num_devices
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every record once; of a stream, whose end is not known, all steps of the run."""
+        """Return the optimizer steps of one epoch, or all steps of the run if the data is a stream."""
         if self.num_records is None:
             return self.max_steps
         round_ = math.floor if self.drop_last else math.ceil
@@ -36,7 +36,7 @@ class Batching:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run.
+        """Return the optimizer steps of the whole run.
 
         >>> Batching(num_records=665_298, per_device=16, num_devices=8, epochs=1).steps
         5198
@@ -44,14 +44,14 @@ class Batching:
         return self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * self.steps_per_epoch)
 
     def describe(self) -> str:
-        """As the header says it."""
+        """Return the batch as the header shows it."""
         return (
             f"{self.per_device} x {self.accumulation} accumulation x {self.num_devices} "
             f"device{'s' if self.num_devices > 1 else ''} = {self.total}"
         )
 
     def describe_steps(self) -> str:
-        """Steps, and how often each record is seen."""
+        """Return the steps with the number of epochs and records."""
         if self.num_records is None:
             return f"{self.steps:,} ({amount(self.steps * self.total, 'record')} of a stream)"
         epochs = f"{self.steps / self.steps_per_epoch:.3g}"

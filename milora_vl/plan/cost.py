@@ -1,6 +1,6 @@
-"""The part of a dry run that says what a run costs: memory per device and time, both estimates.
+"""Estimates of a dry run: memory per device and time.
 
-Whether a plan fits a device, and what to change where it does not.
+They show whether a plan fits a device, and which flags help if it does not.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from milora_vl.plan.simulate import Shape, simulate
 from milora_vl.policy import Target
 from milora_vl.towers import find_towers
 
-MIX665K = Counts(tokens=700, learnt=60, exact=False)  # per record, roughly
-FEW = (2, 3)  # layers that are simulated; each further one adds what the third did
+MIX665K = Counts(tokens=700, supervised=60, exact=False)  # approximate, per record
+FEW = (2, 3)  # numbers of simulated layers; each further layer adds what the third added
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a run costs, ready to print, and the flags that make it fit: "" as it is, None where nothing does."""
+    """Costs of a run as lines to print, and the flags that make it fit: "" if it fits, None if no flags help."""
 
     lines: list[str]
     change: str | None = ""
@@ -60,7 +60,7 @@ def costs_of(
     gpu_memory: float | None = None,
     is_here: bool = True,
 ) -> Costs:
-    """Memory by purpose and the time of the run; by this machine's processor too where the run `is_here`."""
+    """Return memory by purpose and the time of a run; `is_here` adds the time on the CPU of this machine."""
     plan = plan_of(train, config, base, targets, counts, batching, packed_bytes)
     missing = {"bf16": not plan.half, "activation_checkpointing": not plan.checkpointing}
     frugal = {name: True for name, lacks in missing.items() if lacks}
@@ -75,7 +75,7 @@ def costs_of(
     whole = f"memory about {sum(sizes.values()) / GIB:.1f} GiB per device ({stage}, {devices})"
     out = [f"{whole}: {parts}" if parts else whole]
     if host_memory(plan):
-        out.append(f"       and {host_memory(plan) / GIB:.1f} GiB of the host's for each device (offloaded)")
+        out.append(f"       and {host_memory(plan) / GIB:.1f} GiB of host memory per device (offloaded)")
     if leanest < min(0.9 * sum(sizes.values()), sum(sizes.values()) - 0.05 * GIB):
         out.append(f"       with {flags} about {leanest / GIB:.1f} GiB")
     change: str | None = ""
@@ -83,40 +83,40 @@ def costs_of(
         lines, change = verdict(plan, lean, flags, gpu_memory)
         out += lines
     here, step = measured_flops(), flops_per_step(plan)
-    rows = [("one A100 per device at 40 % of its peak", A100_FLOPS), ("this machine's CPU", here)]
+    rows = [("one A100 per device at 40 % of peak", A100_FLOPS), ("the CPU of this machine", here)]
     for name, rate in rows if is_here else rows[:1]:
-        total = f", {duration(batching.steps * step / rate)} in all" if has_steps else ""
+        total = f", {duration(batching.steps * step / rate)} in total" if has_steps else ""
         out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
     if is_here and svd_flops(targets):
-        out.append(f"factors about {duration(svd_flops(targets) / here)} once, on this machine's CPU")
+        out.append(f"factors about {duration(svd_flops(targets) / here)} once, on the CPU of this machine")
     return Costs(out, change)
 
 
 def activations(config: Any, base: nn.Module, targets: Sequence[Target], shape: Shape) -> float:
-    """Bytes that a micro-step adds at its worst moment: simulated with few layers, the rest added up."""
+    """Return the peak bytes of a micro-step: a simulation of few layers, extrapolated to all layers."""
     text = config.get_text_config()
     layers, towers = text.num_hidden_layers, find_towers(base)
-    found = []
+    peaks = []
     for few in (min(count, layers) for count in FEW):
         small = copy.deepcopy(config)
         small.get_text_config().num_hidden_layers = few
         if small.get_text_config().to_dict().get("layer_types"):
             small.get_text_config().layer_types = text.layer_types[:few]
-        own = [t for t in targets if t.tower != "language" or (towers.block_of(t.path) or 0) < few]
-        found.append(simulate(small, own, shape).activations)
-    return found[1] + (found[1] - found[0]) * (layers - FEW[1])
+        kept = [t for t in targets if t.tower != "language" or (towers.block_of(t.path) or 0) < few]
+        peaks.append(simulate(small, kept, shape).activations)
+    return peaks[1] + (peaks[1] - peaks[0]) * (layers - FEW[1])
 
 
 def shape_of(config: Any, plan: Plan, counts: Counts, *, checkpointing: bool) -> Shape:
-    """What one device computes in a micro-step of a plan."""
+    """Return the shape of one micro-step on one device."""
 
-    sees = "vision_config" in config.to_dict()
+    has_images = "vision_config" in config.to_dict()
     return Shape(
         records=plan.records,
         tokens=max(plan.tokens, 2),
-        learnt=int(counts.learnt * plan.records),
-        pictures=math.ceil(plan.records * counts.records) if sees else 0,
-        image_tokens=image_tokens(config) if sees else 0,
+        learnt=int(counts.supervised * plan.records),
+        pictures=math.ceil(plan.records * counts.records) if has_images else 0,
+        image_tokens=image_tokens(config) if has_images else 0,
         half=plan.half,
         checkpointing=checkpointing,
         base_dtype=torch.bfloat16 if plan.half else torch.float32,
@@ -124,7 +124,7 @@ def shape_of(config: Any, plan: Plan, counts: Counts, *, checkpointing: bool) ->
 
 
 def duration_of_step(seconds: float) -> str:
-    """A step's time, with decimals where it is short."""
+    """Return the time of a step as text; short times have decimals."""
     return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
 
 
@@ -137,9 +137,9 @@ def plan_of(
     batching: Batching,
     packed_bytes: float | None,
 ) -> Plan:
-    """The plan of a run: what is resident by counts, what a step adds by simulation.
+    """Return the plan of a run: resident memory is counted, the memory of a step is simulated.
 
-    `packed_bytes` is what a number of a quantised base takes; None where the base is not quantised.
+    `packed_bytes` is the bytes per parameter of a quantised base; None if the base is not quantised.
     """
     sizes = trained_sizes(targets, base)
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
@@ -178,35 +178,36 @@ def _offloads(zero: dict[str, Any], what: str) -> bool:
     return (zero.get(what) or {}).get("device", "none") != "none"
 
 
-OVERHEAD = 1.0  # GiB for CUDA itself, its libraries and what the allocator cannot use
+OVERHEAD = 1.0  # GiB for CUDA, its libraries and fragmentation
 
 
 def needed(plan: Plan) -> float:
-    """GiB on one device, CUDA's own included."""
+    """Return the GiB on one device, including CUDA."""
     return sum(memory(plan).values()) / GIB + OVERHEAD
 
 
 def verdict(plan: Plan, lean: Plan, flags: str, limit: float) -> tuple[list[str], str | None]:
-    """Lines for a device of `limit` GiB, and the flags that make it fit: "" as it is, None where no single change does.
+    """Return lines for a device of `limit` GiB, and the flags that make it fit: "" if it fits, None if none do.
 
-    `lean` is the plan with `flags`: half precision and checkpointing, as far as it lacks them.
+    `lean` is the plan with `flags`: half precision and checkpointing, if the plan lacks them.
     """
     whole = needed(plan)
-    said = f"{limit:g} GiB: {whole:.1f} GiB are needed, {OVERHEAD:g} of them for CUDA itself"
+    summary = f"{limit:g} GiB: needs {whole:.1f} GiB, {OVERHEAD:g} of them for CUDA"
     if whole <= limit:
-        return [f"fits   {said}"], ""
-    found = [(what, needed(other)) for what, other in changes(plan, lean, flags) if needed(other) <= limit]
-    if not found:
-        return [f"does not fit {said}", "no single change is enough: more devices, a smaller rank or model"], None
-    would = [f"  {what}: {size:.1f} GiB" for what, size in found[:4]]
-    return [f"does not fit {said}", "what would:", *would], found[0][0]
+        return [f"fits   {summary}"], ""
+    fitting = [(what, needed(other)) for what, other in changes(plan, lean, flags) if needed(other) <= limit]
+    if not fitting:
+        hint = "no single change is enough: use more devices, a smaller rank or a smaller model"
+        return [f"does not fit {summary}", hint], None
+    lines = [f"  {what}: {size:.1f} GiB" for what, size in fitting[:4]]
+    return [f"does not fit {summary}", "these flags make it fit:", *lines], fitting[0][0]
 
 
 def changes(plan: Plan, lean: Plan, flags: str) -> Iterator[tuple[str, Plan]]:
-    """What a user may add to the command line, mildest first, each together with `flags`, those of `lean`."""
+    """Yield flags to add to the command line with their plan, mildest first; each includes `flags`, as `lean` does."""
     if flags:
         yield flags, lean
-    # Divisors alone: the batch of a step stays what it is.
+    # Only divisors, so that the batch of a step stays the same.
     for records in (n for n in range(lean.records // 2, 0, -1) if lean.records % n == 0):
         yield f"{flags} {_batch(lean, records)}".lstrip(), _with_batch(lean, records)
     smallest = _with_batch(lean, 1)
@@ -218,8 +219,8 @@ def changes(plan: Plan, lean: Plan, flags: str) -> Iterator[tuple[str, Plan]]:
         packed = replace(smallest, packed_bytes=bytes_per_number("4bit", double_quant=True))
         yield f"--quantization 4bit {least}".rstrip(), packed
     if not plan.offload_weights and plan.packed_bytes is None:
-        away = replace(smallest, stage=3, offload_weights=True, offload_optimizer=True)
-        yield f"--deepspeed zero3_offload {least}".rstrip(), away
+        offloaded = replace(smallest, stage=3, offload_weights=True, offload_optimizer=True)
+        yield f"--deepspeed zero3_offload {least}".rstrip(), offloaded
 
 
 def _batch(plan: Plan, records: int) -> str:

@@ -1,7 +1,7 @@
-"""`--dry-run`: everything short of the first step, in seconds, with no weights and no network.
+"""`--dry-run`: check and show a run in seconds, without weights and network.
 
-The recipe is validated, the model built on the meta device from its config, the policy resolved, the first batch shown
-with its targets, and memory and time estimated. The plan goes to stdout.
+It validates the recipe, builds the model on the meta device from its config, resolves the policy, shows the first batch
+with its targets, and estimates memory and time. The plan goes to stdout.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from milora_vl.towers import TOWERS, find_towers
 
 
 def show(request: Request) -> int:
-    """Print the plan of a run. UserError for whatever would stop it; returns 0.
+    """Print the plan of a run and return 0. Raises UserError with everything that would stop the run.
 
-    With --format json the plan goes to stderr, and what a program wants of it to stdout.
+    With --format json the plan goes to stderr and a JSON summary to stdout.
     """
     screen = Screen(sys.stdout if request.format == "human" else sys.stderr)
     plan = _plan_or_all_problems(request)
@@ -60,7 +60,7 @@ def show(request: Request) -> int:
     screen.say(f"model  {parts.describe() if parts else recipe.model}, {count(base):,} parameters")
     screen.say(f"run    {path} (not created)\n")
     policy(screen, base, targets)
-    problems = _missing(recipe)  # the rest of the plan is worth seeing; they are raised at the end
+    problems = _missing(recipe)  # raised at the end, after the plan is printed
     try:
         counts, num_records = data(screen, recipe, config, base)
     except UserError as error:
@@ -70,7 +70,7 @@ def show(request: Request) -> int:
     batching = _batching(train, None if recipe.data.streaming else rows, processes)
     screen.say(f"\nbatch  {batching.describe()}")
     has_steps = recipe.data.streaming or num_records is not None
-    unknown = "not known: the data cannot be read" if recipe.data.path else "not known without data"
+    unknown = "unknown: the data cannot be read" if recipe.data.path else "unknown without data"
     screen.say(f"steps  {batching.describe_steps() if has_steps else unknown}")
     costs = costs_of(
         train, config, base, targets, counts, batching, _packed_bytes(recipe), has_steps=has_steps,
@@ -82,9 +82,10 @@ def show(request: Request) -> int:
     start = command(request) + ("" if recipe.data.path else _words_for_data(base))
     start += f" {costs.change}" if costs.change else ""
     if batching.num_devices > 1 and request.output_dir is None:
-        start += " --output_dir FOLDER"  # processes cannot agree on a name with the time in it
-    how = {"": "to start it", None: "to start it where it fits"}.get(costs.change, "to start it so that it fits")
-    screen.say(as_typed(f"\n{how}:\n  {start}"))
+        start += " --output_dir FOLDER"  # the default name holds the time, which differs between processes
+    how = {"": "to start it", None: "to start it on a device where it fits"}
+    title = how.get(costs.change, "to start it so that it fits")
+    screen.say(as_typed(f"\n{title}:\n  {start}"))
     if request.format == "json":
         content = {
             "model": recipe.model, "parameters": count(base), **_trained(base, targets), "records": num_records,
@@ -108,35 +109,35 @@ def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batc
 
 
 def _plan_or_all_problems(request: Request) -> Plan:
-    """Make the plan. Where the rules do not fit, UserError with the problems of data and evaluation as well."""
+    """Make the plan. Raises UserError if the rules do not fit the model, together with problems of data and evaluation."""
     try:
         return make_plan(request, processes=num_devices(request))
     except RecipeError as error:
         recipe = settings.resolve(request).recipe
-        found = [error, *_missing(recipe), *_faults_of_data(recipe)]
-        raise UserError(problems=[problem for e in found for problem in e.problems], source=error.source) from None
+        errors = [error, *_missing(recipe), *_data_errors(recipe)]
+        raise UserError(problems=[problem for each in errors for problem in each.problems], source=error.source) from None
 
 
 def _missing(recipe: Recipe) -> list[UserError]:
-    """What loading the model, or the evaluation after the training, would stumble over."""
-    found = []
+    """Return errors that would stop loading the model, or the evaluation after training."""
+    errors = []
     for check in (lambda: base_model.check(recipe), lambda: _template(recipe), lambda: evaluation.check(recipe.eval)):
         try:
             check()
         except UserError as error:
-            found.append(error)
-    return found
+            errors.append(error)
+    return errors
 
 
 def _template(recipe: Recipe) -> None:
-    """UserError for a chat template that a tokenizer at hand does not have."""
+    """Raise UserError if the recipe needs a chat template that a local tokenizer does not have."""
     if recipe.template == OWN and base_model.parts_of(recipe) is None:
         tokenizer = tokenizer_at_hand(recipe.model)
         if tokenizer is not None:
             require_template(recipe, tokenizer)
 
 
-def _faults_of_data(recipe: Recipe) -> list[UserError]:
+def _data_errors(recipe: Recipe) -> list[UserError]:
     if recipe.data.path is None:
         return []
     try:
@@ -164,7 +165,7 @@ def _packed_bytes(recipe: Recipe) -> float | None:
 
 
 def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
-    """The policy table, the PEFT line, and the numbers by kind."""
+    """Show the policy table, PEFT's line, and the numbers of adapter and fully trained parameters."""
     towers = find_towers(base)
     trained_towers = {target.tower for target in targets}
     present = {"language": towers.language, "projector": towers.projector, "vision": towers.vision}
@@ -179,20 +180,19 @@ def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
 
 
 def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[first_batch.Counts, int | None]:
-    """Check and show the records, and return what one of a batch takes, and how many there are.
+    """Check and show the records. Return the tokens per record, and the number of records.
 
-    The number is None where it is not known: no data is named yet, or it is a stream.
+    The number is unknown (None) for a stream, and if no data is named.
     """
     if recipe.data.path is None:
-        return _assumed(screen, recipe, "none named yet (--data_path)"), None
+        return _assumed(screen, recipe, "none yet (--data_path)"), None
     read = run_data.read(recipe.data)
-    sees = find_towers(base).vision is not None
-    num_tokens = image_tokens(config) if sees else 0
+    num_tokens = image_tokens(config) if find_towers(base).vision is not None else 0
     tokenizer, template = tokenizer_at_hand(recipe.model), recipe.template
     if template == OWN and base_model.parts_of(recipe) is not None:
-        template = "vicuna_v1"  # which composing gives it
+        template = "vicuna_v1"  # a composed base has it
     elif template == OWN and tokenizer is None:
-        screen.say("\nthe model's own template comes with its tokenizer, which is not here: counted as vicuna_v1")
+        screen.say("\nthe tokenizer with the chat template is not on this machine: counts below use vicuna_v1")
         template = "vicuna_v1"
     first = read.train[: recipe.train.get("per_device_train_batch_size", 8)]
     counts = first_batch.count(
@@ -203,7 +203,7 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
         max_length=recipe.data.max_length,
     )
     screen.say(f"\ndata   {read.describe()}")
-    screen.say(f"first batch: {amount(len(first), 'record')}, {counts.describe()}   (> is learnt, . is only read)")
+    screen.say(f"first batch: {amount(len(first), 'record')}, {counts.describe()}   (> supervised, . not supervised)")
     for line in first_batch.lines(first, template=template, image_tokens=num_tokens, tokenizer=tokenizer):
         screen.say(line)
     packed = _packed(screen, recipe, counts) if recipe.data.packing else counts
@@ -211,21 +211,21 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
 
 
 def _assumed(screen: Screen, recipe: Recipe, why: str) -> first_batch.Counts:
-    """What a record takes where none can be read: about as much as one of LLaVA's mix665k, within --max_length."""
+    """Return assumed tokens per record (as in LLaVA's mix665k, within --max_length) if no record can be read."""
     counts = MIX665K.within(recipe.data.max_length)
     screen.say(f"\ndata   {why}; counts below assume records of {counts.tokens:,} tokens (LLaVA's mix665k)")
     return _packed(screen, recipe, counts) if recipe.data.packing else counts
 
 
 def _packed(screen: Screen, recipe: Recipe, counts: first_batch.Counts) -> first_batch.Counts:
-    """Full rows in the place of records: the real ones are full to a percent or two."""
+    """Return counts of full rows instead of records; real rows are full to one or two percent."""
     rows = counts.packed(2 * recipe.data.max_length)
     screen.say(f"packed into rows of {rows.tokens:,} tokens, ~{rows.records:.3g} records each")
     return rows
 
 
 def tokenizer_at_hand(name: str) -> Any | None:
-    """The model's tokenizer if it is on this machine, else None: nothing is fetched for a dry run."""
+    """Return the tokenizer if it is on this machine, else None: a dry run downloads nothing."""
     from transformers import AutoProcessor, AutoTokenizer
 
     if name in ("tiny", "tiny-text"):
@@ -233,30 +233,30 @@ def tokenizer_at_hand(name: str) -> Any | None:
     source = name if Path(name).is_dir() else NAMED_MODELS.get(name, name)
     if name in MADE_HERE:
         source = str(folder_of(name))
-    for auto in (AutoProcessor, AutoTokenizer):  # the chat template may be the processor's; of a text model both are
+    for auto in (AutoProcessor, AutoTokenizer):  # the processor may hold the chat template
         try:
-            found = auto.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            loaded = auto.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError):
             continue
-        tokenizer, pictures = split_processor(found)
+        tokenizer, pictures = split_processor(loaded)
         if pictures is not None:
-            share_template(found)
+            share_template(loaded)
         return tokenizer
     return None
 
 
 def count(model: nn.Module) -> int:
-    """Parameters of a model, tied ones once."""
+    """Return the number of parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def num_devices(request: Request) -> int:
-    """Devices that are planned for, else those of the launch: what torchrun says, or one."""
+    """Return the planned number of devices; by default WORLD_SIZE of the launcher, or one."""
     return request.devices or int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def command(request: Request) -> str:
-    """The command line without --dry-run; with torchrun where it was planned for several devices."""
+    """Return the command line without --dry-run; with torchrun if it plans for several devices."""
     words, planned = [], ("--dry-run", "--devices", "--gpu-memory", "--format")
     for word, before in zip(request.words, ("", *request.words), strict=False):
         name, is_value = word.replace("_", "-").split("=")[0], not word.startswith("-")

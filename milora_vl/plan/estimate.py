@@ -1,7 +1,7 @@
-"""Memory and time of a run before it runs: arithmetic on counts, marked as estimates wherever shown.
+"""Estimate memory and time of a run from counts.
 
-Weights, gradients and optimizer follow ZeRO's accounting (arXiv:1910.02054), 16 bytes per trained number, shared out by
-stage; what a step adds to them is simulated (simulate.py).
+Weights, gradients and optimizer follow the accounting of ZeRO (arXiv:1910.02054): 16 bytes per trained parameter,
+sharded by stage. simulate.py finds the memory that a step adds.
 """
 
 from __future__ import annotations
@@ -16,52 +16,52 @@ import torch
 from milora_vl.policy import Target
 
 GIB = 1024**3
-A100_FLOPS = 312e12 * 0.4  # bf16 peak times the share that LLaVA's scripts reach
-LIVE = 1_000_000_000  # stage3_max_live_parameters, sub_group_size: so many numbers are gathered, or stepped, at once
+A100_FLOPS = 312e12 * 0.4  # bf16 peak times the utilization of LLaVA's scripts
+LIVE = 1_000_000_000  # stage3_max_live_parameters, sub_group_size: parameters gathered, or stepped, at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the estimates need to know. `stage` is ZeRO's, 0 without DeepSpeed."""
+    """Input of the estimates. `stage` is the ZeRO stage, 0 without DeepSpeed."""
 
     total: int  # parameters of the base model
-    adapters: int  # trained numbers in adapters
+    adapters: int  # trained parameters in adapters
     anchors: int  # frozen copies of initial factors
-    full: int  # parameters that train themselves
-    protected_bytes: float = 0.0  # of the directions that updates stay out of
-    base_bytes: float  # per frozen number, where it is not packed
-    packable: int = 0  # frozen numbers in layers that a quantised base packs
-    packed_bytes: float | None = None  # per number of those; None: not quantised
+    full: int  # parameters of modules that train in full
+    protected_bytes: float = 0.0  # of the protected directions
+    base_bytes: float  # per frozen parameter that is not packed
+    packable: int = 0  # frozen parameters that quantisation packs
+    packed_bytes: float | None = None  # per packed parameter; None: not quantised
     stage: int
     devices: int
     records: int  # per device and micro-step
-    tokens: int  # of one record, pictures included
+    tokens: int  # of one record, image tokens included
     accumulation: int
     checkpointing: bool
     half: bool  # activations in 16 bits
-    activations: float  # bytes that a micro-step adds at its worst moment
-    optimizer_bytes: float = 8.0  # per trained number: Adam's two, 2.0 with 8 bits
+    activations: float  # peak bytes that a micro-step adds
+    optimizer_bytes: float = 8.0  # per trained parameter: two moments of Adam; 2.0 with 8 bits
     offload_optimizer: bool = False
     offload_weights: bool = False
 
     @property
     def trained(self) -> int:
-        """Numbers with an optimizer state."""
+        """Return the number of parameters with an optimizer state."""
         return self.adapters + self.full
 
 
 def memory(plan: Plan) -> dict[str, float]:
-    """Bytes per device, by purpose. Under DeepSpeed in bf16, what trains has 16-bit weights and a float32 copy."""
+    """Return bytes per device, by purpose. DeepSpeed in bf16 keeps 16-bit trained weights and a float32 copy."""
     share = plan.devices if plan.stage == 3 else 1
     grads = plan.devices if plan.stage >= 2 else 1
     states = plan.devices if plan.stage >= 1 else 1
     narrow = 2 if plan.stage and plan.half else 4
     master = 4 if narrow == 2 else 0
     on_device, weights_here = not plan.offload_optimizer, not plan.offload_weights
-    # DeepSpeed's step casts a group's gradients to float32, when activations are gone; ZeRO-3 a part of them at a time.
+    # The optimizer step of DeepSpeed casts gradients to float32, after activations are freed; ZeRO-3 casts in parts.
     copies = 4 * min(plan.trained / states, LIVE if plan.stage == 3 else math.inf) * on_device if master else 0
     working = "activations" if plan.activations >= copies else "float32 gradients at the step"
-    anchor = plan.base_bytes if plan.packed_bytes is None else 4  # packed weights have no dtype to keep them in
+    anchor = plan.base_bytes if plan.packed_bytes is None else 4  # packed weights: float32 anchors
     sizes = {
         "frozen weights": frozen_weights(plan) / share * weights_here,
         "anchors (never sharded)": plan.anchors * anchor,
@@ -77,7 +77,7 @@ def memory(plan: Plan) -> dict[str, float]:
 
 
 def frozen_weights(plan: Plan) -> float:
-    """Bytes of all that stays; PEFT keeps the original beside a module that trains in full."""
+    """Return the bytes of frozen weights; PEFT keeps the original of a module that trains in full."""
     frozen = plan.total if plan.adapters else plan.total - plan.full
     if plan.packed_bytes is None:
         return frozen * plan.base_bytes
@@ -85,7 +85,7 @@ def frozen_weights(plan: Plan) -> float:
 
 
 def host_memory(plan: Plan) -> float:
-    """Bytes per process that offloading puts into the host's memory."""
+    """Return the bytes per process that offloading moves to host memory."""
     share = plan.devices if plan.stage == 3 else 1
     states = plan.devices if plan.stage >= 1 else 1
     weights = (frozen_weights(plan) + plan.trained * 2) / share * plan.offload_weights
@@ -93,10 +93,10 @@ def host_memory(plan: Plan) -> float:
 
 
 def flops_per_step(plan: Plan) -> float:
-    """Floating-point operations of one optimizer step on one device.
+    """Return the floating-point operations of one optimizer step on one device.
 
-    Forward 2 per parameter and token, backward 2 for activations and 2 for each trained weight; the anchored half of an
-    adapter runs forward and backward too; checkpointing repeats the forward.
+    Per parameter and token: 2 in forward, 2 in backward for activations, 2 more if the parameter trains. The anchor of
+    an adapter runs forward and backward too. Checkpointing repeats the forward pass.
     """
     tokens = plan.records * plan.tokens * plan.accumulation
     passes = 4 + 2 * plan.checkpointing
@@ -105,9 +105,9 @@ def flops_per_step(plan: Plan) -> float:
 
 
 def svd_flops(targets: Sequence[Target]) -> float:
-    """Operations for initial factors and protected directions, some 4 m n min(m, n) a matrix for each of them.
+    """Return operations for initial factors and protected directions, about 4 m n min(m, n) per matrix for each.
 
-    That is what the search takes for large matrices: 3.0 and 3.4 were measured at 4096 x 11008 and 4096 x 4096.
+    The factor 4 fits large matrices: 3.0 and 3.4 were measured at 4096 x 11008 and 4096 x 4096.
     """
     return float(
         sum(
@@ -119,9 +119,9 @@ def svd_flops(targets: Sequence[Target]) -> float:
 
 
 def protected_bytes(target: Target, base_bytes: float) -> float:
-    """Bytes for the directions that the update of a target stays out of, U and V in float32.
+    """Return the bytes of the protected directions of a target, U and V in float32.
 
-    A hard constraint keeps the anchor in float32 too; `base_bytes` a number are counted for it elsewhere.
+    A hard constraint also keeps the anchor in float32; `memory` already counts `base_bytes` per number for it.
     """
     if target.protect is None or target.rank is None:
         return 0.0
@@ -130,18 +130,18 @@ def protected_bytes(target: Target, base_bytes: float) -> float:
 
 
 def measured_flops(size: int = 1024) -> float:
-    """What this machine multiplies per second in float32, measured in a moment."""
+    """Return the float32 operations per second of this CPU, measured with a matrix product."""
     a = torch.ones(size, size)
     times = []
     for _ in range(5):
         start = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)  # the others waited for something
+    return 2 * size**3 / min(times)  # slower ones waited for other programs
 
 
 def duration(seconds: float) -> str:
-    """For people.
+    """Return a time as text.
 
     >>> duration(7500), duration(41)
     ('2.1 h', '41 s')

@@ -1,4 +1,4 @@
-"""The `eval:` section of a recipe: `python -m milora_eval run` in a process of its own, after training."""
+"""The `eval:` section of a recipe: `python -m milora_eval run` in a separate process, after training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from milora_vl.recipe.schema import EvalConfig
 
 
 def commands(config: EvalConfig, *, model: str, output_dir: Path) -> list[list[str]]:
-    """One command per suite, before and after training, without the interpreter: as a user would type it."""
+    """Return one command per suite, without the interpreter, as a user would type it.
+
+    It evaluates the base model and the trained model.
+    """
     is_whole_model = (output_dir / "config.json").is_file()
     what = ["--model", str(output_dir), "--base", model]
     if not is_whole_model:
@@ -28,28 +31,33 @@ def commands(config: EvalConfig, *, model: str, output_dir: Path) -> list[list[s
 
 
 def check(config: EvalConfig) -> None:
-    """UserError for what would fail only after the training: an unknown suite, files that are not there."""
+    """Raise UserError for errors that would appear only after training: an unknown suite or missing files."""
     for suite in config.suites:
         data = config.data or f"data/{suite}"
         listed = _listed(data)
         if suite not in listed["suites"]:
             near = suggest(suite, listed["suites"])
-            hint = f"\ndid you mean {near[0]} ?" if near else ""
             known = ", ".join(listed["suites"])
-            raise UserError(f"eval.suites: unknown suite {suite!r}; expected one of: {known}{hint}")
+            raise UserError(
+                f"unknown suite {suite!r}; expected one of: {known}",
+                code="eval-unknown-suite",
+                where="eval.suites",
+                hint=f"did you mean {near[0]}?" if near else "",
+            )
         files = {entry["name"]: entry for entry in listed["benchmarks"]}
         wanted = listed["suites"][suite]["benchmarks"]
         if not any(files[name]["found"] for name in wanted):
             missing = ", ".join(files[wanted[0]]["files"])
             raise UserError(
-                f"eval.data: the files of suite {suite!r} are not in {data} ({missing}, ...)\n"
-                "the evaluation would fail after the training\n"
-                f"see: python -m milora_eval ls --data {data}"
+                f"the files of suite {suite!r} are not in {data} ({missing}, ...), so the evaluation would fail",
+                code="eval-missing-files",
+                where="eval.data",
+                hint=f"see: python -m milora_eval ls --data {data}",
             )
 
 
 def run(command: list[str]) -> bool:
-    """Run one of them, its output on this terminal's stderr; whether it came to its end."""
+    """Run a command with its output on stderr. Return whether it succeeded."""
     return subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode == 0
 
 
@@ -58,6 +66,8 @@ def _listed(data: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "milora_eval", "ls", *where, "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise UserError(f"cannot ask milora_eval for its suites\n{done.stderr.strip()[:300]}")
+        raise UserError(
+            "cannot list the suites of milora_eval", code="eval-list-failed", hint=done.stderr.strip()[:300]
+        )
     listed: dict[str, Any] = json.loads(done.stdout)
     return listed

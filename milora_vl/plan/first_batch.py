@@ -1,4 +1,4 @@
-"""The first records as the model will read them, with what is learnt marked: this finds most data mistakes."""
+"""Show the first records as the model reads them, with supervised text marked: this reveals most data mistakes."""
 
 from __future__ import annotations
 
@@ -11,68 +11,74 @@ from milora_data.encode import encode
 from milora_data.records import IMAGE, Record, Turn
 from milora_data.templates import Segment, get_template, place_images, render
 
-CHARACTERS_PER_TOKEN = 4  # of English text, where no tokenizer is at hand
+CHARACTERS_PER_TOKEN = 4  # of English text; used without a tokenizer
 SHOWN, LONGEST = 2, 300
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Tokens of some records: mean length, mean number of learnt ones, and whether a tokenizer counted them.
+    """Mean tokens and mean supervised tokens per record, and whether a tokenizer counted them (`exact`).
 
-    Of packed rows the same, and how many records a row holds.
+    For packed rows the same per row, with `records` per row.
     """
 
     tokens: float
-    learnt: float
+    supervised: float
     exact: bool
     records: float = 1.0
 
     def within(self, max_length: int) -> Counts:
-        """Those of the same records, cut to a length.
+        """Return the counts of the same records, cut to a length.
 
-        >>> Counts(tokens=700, learnt=60, exact=False).within(256).tokens
+        >>> Counts(tokens=700, supervised=60, exact=False).within(256).tokens
         256
         """
-        return replace(self, tokens=min(self.tokens, max_length), learnt=min(self.learnt, max_length))
+        return replace(self, tokens=min(self.tokens, max_length), supervised=min(self.supervised, max_length))
 
     def packed(self, capacity: int) -> Counts:
-        """Those of rows of `capacity` tokens that are full of such records.
+        """Return the counts of full rows of `capacity` tokens with such records.
 
-        >>> Counts(tokens=500, learnt=50, exact=True).packed(2000)
-        Counts(tokens=2000, learnt=200.0, exact=False, records=4.0)
+        >>> Counts(tokens=500, supervised=50, exact=True).packed(2000)
+        Counts(tokens=2000, supervised=200.0, exact=False, records=4.0)
         """
         records = max(capacity / max(self.tokens, 1), 1.0)
-        return Counts(capacity, self.learnt * records, exact=False, records=records)
+        return Counts(capacity, self.supervised * records, exact=False, records=records)
 
     def describe(self) -> str:
-        """Per record; an estimate says so."""
+        """Return the counts as text; `~` marks an estimate."""
         sign = "" if self.exact else "~"
-        return f"{sign}{self.tokens:,.0f} tokens a record, {sign}{self.learnt:,.0f} of them learnt"
+        return f"{sign}{self.tokens:,.0f} tokens per record, {sign}{self.supervised:,.0f} of them supervised"
 
 
 def count(
     records: Sequence[Record], *, template: str, tokenizer: Any | None, image_tokens: int, max_length: int
 ) -> Counts:
-    """Mean counts over `records`, in the tokenizer's terms or estimated from characters."""
+    """Return mean counts over `records`, from the tokenizer or estimated from characters."""
     pairs = [_count_one(r, template, tokenizer, image_tokens, max_length) for r in records]
-    tokens, learnt = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-    return Counts(tokens, learnt, exact=tokenizer is not None)
+    tokens, supervised = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+    return Counts(tokens, supervised, exact=tokenizer is not None)
 
 
 def lines(records: Sequence[Record], *, template: str, image_tokens: int, tokenizer: Any | None) -> list[str]:
-    """The first records as text, one line per piece: `>` before what is learnt, `.` before what is only read."""
+    """Return the first records as text, one line per segment: `>` marks supervised text, `.` other text."""
     out = []
     for record in records[:SHOWN]:
-        out.append(f"{record.source or record.id}  {' '.join(record.images) or '(no picture)'}")
+        out.append(f"{record.source or record.id}  {' '.join(record.images) or '(no image)'}")
         turns = place_images(record.turns, len(record.images))
         joined: list[tuple[bool, str]] = []
         for segment in _segments(turns, template, tokenizer):
             if joined and joined[-1][0] == segment.supervised:
                 joined[-1] = (segment.supervised, joined[-1][1] + segment.text)
             else:
+<<<<<<< HEAD
                 joined.append((segment.supervised, segment.text))
         for learnt, text in joined:
             out.append(f"  {'>' if learnt else '.'} {_shown(text, image_tokens)}")
+=======
+                joined.append((segment.learnt, segment.text))
+        for supervised, text in joined:
+            out.append(f"  {'>' if supervised else '.'} {_shown(text, image_tokens)}")
+>>>>>>> w2
     return out
 
 
@@ -86,9 +92,15 @@ def _count_one(
         return len(encoded.input_ids), sum(label != -100 for label in encoded.labels)
     turns = place_images(record.turns, len(record.images))
     segments = _segments(turns, template, None)
+<<<<<<< HEAD
     learnt = sum(len(s.text) // CHARACTERS_PER_TOKEN + 1 for s in segments if s.supervised)
     read = sum(len(s.text.replace(IMAGE, "")) // CHARACTERS_PER_TOKEN + 1 for s in segments if not s.supervised)
     return min(read + learnt + image_tokens * len(record.images), max_length), learnt
+=======
+    supervised = sum(len(s.text) // CHARACTERS_PER_TOKEN + 1 for s in segments if s.learnt)
+    context = sum(len(s.text.replace(IMAGE, "")) // CHARACTERS_PER_TOKEN + 1 for s in segments if not s.learnt)
+    return min(context + supervised + image_tokens * len(record.images), max_length), supervised
+>>>>>>> w2
 
 
 def _segments(turns: Sequence[Turn], template: str, tokenizer: Any | None) -> list[Segment]:

@@ -1,4 +1,4 @@
-"""`--push_to_hub`: what would fail is found before the model loads; files go up when all of them are there."""
+"""`--push_to_hub`: check it before the model loads, and upload the files of the finished run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 TOKEN_FLAGS = ("--hub_token", "--push_to_hub_token")
 NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*")
-WITHOUT = "without:  leave --push_to_hub out; to upload the finished run later: hf upload REPOSITORY FOLDER"
+WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf upload REPOSITORY FOLDER"
 
 
 def without_token(recipe: Recipe) -> tuple[Recipe, str | None]:
-    """Return the recipe without its hub_token, and the token: a run's files are there to be shared."""
+    """Return the recipe without its hub_token, and the token: run folders are shared, so they must not hold it."""
     train = dict(recipe.train)
     token = train.pop("hub_token", None)
     return recipe.model_copy(update={"train": train}), token
 
 
 def hidden_token(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with a token replaced.
+    """Return the words of a command line with tokens replaced by TOKEN.
 
     >>> hidden_token(["--hub_token", "hf_x", "--hub-token=hf_x", "--seed", "1"])
     ['--hub_token', 'TOKEN', '--hub-token=TOKEN', '--seed', '1']
@@ -49,7 +49,7 @@ def hidden_token(words: Sequence[str]) -> list[str]:
 def check(train: Mapping[str, Any], output_dir: Path, token: str | None) -> None:
     """Raise UserError if a run with --push_to_hub could not push: no network, no token, or a read-only token.
 
-    A token of --hub_token becomes this process's own, as if HF_TOKEN held it, so that no file has to.
+    The token of --hub_token is put into HF_TOKEN of this process, so that no file contains it.
     """
     if token:
         os.environ["HF_TOKEN"] = token
@@ -61,53 +61,71 @@ def check(train: Mapping[str, Any], output_dir: Path, token: str | None) -> None
     try:
         validate_repo_id(train.get("hub_model_id") or output_dir.resolve().name)
     except HFValidationError as error:
-        raise UserError(f"--push_to_hub: {first_line(error)}\nname the repository: --hub_model_id OWNER/NAME") from None
+        raise UserError(
+            first_line(error),
+            code="hub-repository-name",
+            where="--push_to_hub",
+            hint="name the repository: --hub_model_id OWNER/NAME",
+        ) from None
     if constants.HF_HUB_OFFLINE:
-        raise UserError(f"--push_to_hub: HF_HUB_OFFLINE forbids requests to the hub\n{WITHOUT}")
+        raise UserError(
+            "HF_HUB_OFFLINE forbids requests to the hub", code="hub-offline", where="--push_to_hub", hint=WITHOUT
+        )
     if not hub_is_known():
-        raise UserError(f"--push_to_hub: {constants.ENDPOINT} is not reachable from this machine\n{WITHOUT}")
+        raise UserError(
+            f"{constants.ENDPOINT} is not reachable from this machine",
+            code="hub-unreachable",
+            where="--push_to_hub",
+            hint=WITHOUT,
+        )
     if get_token() is None:
         raise UserError(
-            "--push_to_hub needs a token that can write: found none\n"
-            f"log in:   hf auth login      (or set HF_TOKEN, or give --hub_token)\n{WITHOUT}"
+            "it needs a token that can write: found none",
+            code="hub-no-token",
+            where="--push_to_hub",
+            hint=f"log in:   hf auth login      (or set HF_TOKEN or --hub_token)\n{WITHOUT}",
         )
     with explained("--push_to_hub", WITHOUT, exit_code=2):
         access = HfApi().whoami().get("auth", {}).get("accessToken") or {}
     if access.get("role") == "read":
         raise UserError(
-            f"--push_to_hub needs a token that can write: this one ({access.get('displayName', '')}) can only read\n"
-            f"log in:   hf auth login      with another token\n{WITHOUT}"
+            f"it needs a token that can write: this one ({access.get('displayName', '')}) can only read",
+            code="hub-read-only-token",
+            where="--push_to_hub",
+            hint=f"log in with another token:   hf auth login\n{WITHOUT}",
         )
 
 
 @contextmanager
 def explained(what: str, remedy: str, *, exit_code: int = 1) -> Iterator[None]:
-    """An error of the hub's client inside becomes a UserError that starts with `what` and ends with `remedy`."""
+    """Convert an error of the hub client into a UserError: `what` failed, `remedy` is the hint."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # classes of the client and of its HTTP library, which differ by version
-        raise UserError(f"{what}: {first_line(error)}\n{remedy}", exit_code=exit_code) from None
+    except Exception as error:  # the classes of the client and its HTTP library differ by version
+        raise UserError(
+            first_line(error), code="hub-request-failed", where=what, hint=remedy, exit_code=exit_code
+        ) from None
 
 
 def open_repository(args: TrainingArguments) -> None:
-    """Make the repository, or find it, right before the Trainer does; UserError where the hub refuses that."""
+    """Create the repository if it is missing, before the Trainer does. Raises UserError if the hub refuses."""
     if not (args.push_to_hub and args.process_index == 0):
         return
     from huggingface_hub import HfApi
 
     name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
-    with explained(f"--push_to_hub: the hub does not open the repository {name}", WITHOUT, exit_code=2):
+    with explained(f"--push_to_hub: cannot open the repository {name}", WITHOUT, exit_code=2):
         HfApi().create_repo(name, private=args.hub_private_repo, exist_ok=True)
 
 
 def push(folder: Path, repository: str, revision: str | None) -> str:
-    """Upload the files of a finished run, checkpoints left out; returns their address. UserError where that fails."""
+    """Upload the files of a finished run without checkpoints and return their address. Raises UserError on failure."""
     from huggingface_hub import HfApi
 
-    again = f"the training is saved in {folder}; to push it again:\n  {push_command(folder, repository)}"
-    with explained("pushing to the hub failed", again):
+    retry = f"the training is saved in {folder}; to push it again:\n  {push_command(folder, repository)}"
+    with explained("pushing to the hub failed", retry):
         done = HfApi().upload_folder(
             repo_id=repository,
             folder_path=folder,
@@ -125,5 +143,5 @@ def push_command(folder: Path, repository: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's words, or its class."""
+    """Return the first line of an error message, or the class of the error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

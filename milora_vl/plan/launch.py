@@ -1,4 +1,4 @@
-"""What launchers leave to us: torchrun, accelerate and deepspeed start the processes, HF and DeepSpeed join them."""
+"""Set up DeepSpeed and signals for processes that torchrun, accelerate or deepspeed start."""
 
 from __future__ import annotations
 
@@ -11,51 +11,63 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import UserError
+from milora_data.errors import Problem, UserError
 
-FSDP = """FSDP is refused: saving under stock names and resuming are known to be right with DeepSpeed alone
-use --deepspeed zero3, which shards the same, and leave --fsdp out
-in accelerate's configuration: distributed_type: MULTI_GPU"""
-OTHERS_DEEPSPEED = """accelerate brings DeepSpeed settings of its own; the model would load whole in every process
-give them to this command instead: --deepspeed zero2, zero3, zero3_offload or a JSON file
-and let accelerate only start the processes: distributed_type: MULTI_GPU"""
+NO_FSDP = Problem(
+    "FSDP is not supported: saving and resuming are tested only with DeepSpeed",
+    "launch-fsdp",
+    hint="use --deepspeed zero3, which shards the same tensors, and remove --fsdp\n"
+    "in the configuration of accelerate: distributed_type: MULTI_GPU",
+)
+FOREIGN_DEEPSPEED = Problem(
+    "accelerate has DeepSpeed settings, so every process would load the whole model",
+    "launch-accelerate-deepspeed",
+    hint="pass the settings to this command: --deepspeed zero2, zero3, zero3_offload or a JSON file\n"
+    "and let accelerate only start the processes: distributed_type: MULTI_GPU",
+)
 
 
 def check(train: Mapping[str, Any]) -> None:
-    """UserError, before anything loads, for ways to start that would not do what they promise."""
+    """Raise UserError, before anything loads, for launcher settings that are not supported."""
     if train.get("fsdp") or _is_on("ACCELERATE_USE_FSDP"):
-        raise UserError(FSDP)
+        raise UserError(problems=[NO_FSDP])
     if not train.get("deepspeed") and _is_on("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(OTHERS_DEEPSPEED)
+        raise UserError(problems=[FOREIGN_DEEPSPEED])
 
 
-def deepspeed_settings(given: Mapping[str, Any] | str) -> tuple[dict[str, Any], list[str]]:
-    """DeepSpeed's configuration, of a mapping or a file, as a run needs it, and warnings about what was changed.
+def deepspeed_settings(config: Mapping[str, Any] | str) -> tuple[dict[str, Any], list[str]]:
+    """Return the DeepSpeed configuration of a run, from a mapping or a file, and warnings about changes.
 
-    Learning rates belong to rules of the policy, so optimizer and schedule are made here; DeepSpeed's own would take
-    one rate for all and say nothing. UserError for a file that holds no JSON object.
+    Rules of the policy set learning rates, so the Trainer builds optimizer and schedule; DeepSpeed's optimizer would
+    silently use one rate for all. Raises UserError for a file without a JSON object.
     """
-    content: Any = given
-    if isinstance(given, str):
+    content: Any = config
+    if isinstance(config, str):
         try:
-            content = json.loads(Path(given).read_text(encoding="utf-8"))
+            content = json.loads(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"--deepspeed {given}: not a JSON file: {error}") from None
+            raise UserError(
+                f"not a JSON file: {error}", code="deepspeed-settings", where=f"--deepspeed {config}"
+            ) from None
     if not isinstance(content, Mapping):
-        raise UserError(f"--deepspeed {given}: expected an object with zero_optimization, ...")
+        raise UserError(
+            "expected a JSON object with zero_optimization, ...",
+            code="deepspeed-settings",
+            where=f"--deepspeed {config}",
+        )
     settings, warnings = json.loads(json.dumps(content)), []
     for block, flags in {"optimizer": "--optim and the policy", "scheduler": "--lr_scheduler_type"}.items():
         if settings.pop(block, None) is not None:
-            warnings.append(f"deepspeed: its {block} has no effect, {flags} decide")
+            warnings.append(f"deepspeed: its {block} has no effect; use {flags}")
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") == 3:
-        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)  # without it nothing usable is saved
-    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # it would have to be compiled
+        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)  # without it the saved files are unusable
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # that optimizer would need a compiler
     return settings, warnings
 
 
 def before_arguments(train: Mapping[str, Any]) -> None:
-    """Tell DeepSpeed where it runs; it would look for MPI where no launcher has started this process."""
+    """Set the environment variables of DeepSpeed; without a launcher it would look for MPI."""
     if train.get("use_cpu"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if train.get("deepspeed") and "WORLD_SIZE" not in os.environ:
@@ -65,20 +77,21 @@ def before_arguments(train: Mapping[str, Any]) -> None:
 
 
 def after_arguments(train: Mapping[str, Any]) -> None:
-    """Let DeepSpeed join the processes that TrainingArguments has joined: on CPUs HF does not, and ZeRO-3 needs it."""
+    """Initialize DeepSpeed in the process group of TrainingArguments: HF skips that on CPUs, and ZeRO-3 needs it."""
     if train.get("deepspeed"):
         import deepspeed
 
         if train.get("use_cpu"):
-            # It would compile a shortcut for inference; one that is killed at that leaves a lock that all wait for.
+            # DeepSpeed would compile an inference kernel. If it is killed while compiling, it leaves a stale lock file
+            # that blocks later runs.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
 
 
 @contextmanager
-def calls_on_sigterm(heard: Callable[..., object]) -> Iterator[None]:
-    """While inside, SIGTERM calls `heard` and does not end the process."""
-    before = signal.signal(signal.SIGTERM, heard)
+def calls_on_sigterm(callback: Callable[..., object]) -> Iterator[None]:
+    """Inside this context SIGTERM calls `callback` instead of ending the process."""
+    before = signal.signal(signal.SIGTERM, callback)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Optional packages that a recipe's settings need: asked for by name before anything is read or loaded."""
+"""Check the optional packages that a recipe needs before anything is read or loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 
-# --report_to NAME -> what to import, any of them; NAME is also what pip installs where nothing else is said.
+# --report_to NAME -> packages; one of them must be importable. pip installs the first.
 TRACKERS: dict[str, tuple[str, ...]] = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),
@@ -27,29 +27,48 @@ QUANT = 'pip install "milora-vl[quant]"'
 
 
 def check(train: Mapping[str, Any], quantization: str, attn_implementation: str) -> None:
-    """UserError, with what to install or to say instead, for the first package that is not there."""
+    """Raise UserError for the first missing package, with the command to install it or an alternative."""
     named = train.get("report_to") or []
     for name in [named] if isinstance(named, str) else named:
         near = [] if name in TRACKERS else suggest(name, TRACKERS)
         if near:
-            raise UserError(f"--report_to {name}: no such tracker\ndid you mean {near[0]} ?")
-        if name in TRACKERS and not any(map(_is_here, TRACKERS[name])):
             raise UserError(
-                f"--report_to {name}: the package {TRACKERS[name][0]} is not installed\n"
-                f"pip install {TRACKERS[name][0]}, or --report_to none: report.html shows the losses"
+                "unknown tracker", code="flag-value", where=f"--report_to {name}", hint=f"did you mean {near[0]}?"
+            )
+        if name in TRACKERS and not any(map(_is_installed, TRACKERS[name])):
+            raise UserError(
+                f"the package {TRACKERS[name][0]} is not installed",
+                code="package-missing",
+                where=f"--report_to {name}",
+                hint=f"pip install {TRACKERS[name][0]}, or --report_to none: report.html shows the losses",
             )
     optim = str(train.get("optim") or "")
-    if needs_bitsandbytes(optim) and not _is_here("bitsandbytes"):
-        raise UserError(f"--optim {optim} needs bitsandbytes: {QUANT}, or --optim adamw_torch")
-    if quantization != "none" and not _is_here("bitsandbytes"):
-        raise UserError(f"a {quantization} base needs bitsandbytes: {QUANT}")
-    if attn_implementation in ATTENTION and not _is_here(ATTENTION[attn_implementation][0]):
+    if needs_bitsandbytes(optim) and not _is_installed("bitsandbytes"):
+        raise UserError(
+            "the package bitsandbytes is not installed",
+            code="package-missing",
+            where=f"--optim {optim}",
+            hint=f"{QUANT}, or --optim adamw_torch",
+        )
+    if quantization != "none" and not _is_installed("bitsandbytes"):
+        raise UserError(
+            "the package bitsandbytes is not installed",
+            code="package-missing",
+            where=f"quantization {quantization}",
+            hint=QUANT,
+        )
+    if attn_implementation in ATTENTION and not _is_installed(ATTENTION[attn_implementation][0]):
         package = ATTENTION[attn_implementation][1]
-        raise UserError(f"--attn_implementation {attn_implementation}: pip install {package}, or say sdpa")
+        raise UserError(
+            f"the package {package} is not installed",
+            code="package-missing",
+            where=f"--attn_implementation {attn_implementation}",
+            hint=f"pip install {package}, or --attn_implementation sdpa",
+        )
 
 
 def needs_bitsandbytes(optim: str) -> bool:
-    """Whether an optimizer of Hugging Face's names is one of bitsandbytes'.
+    """Return whether an optimizer name of Hugging Face needs bitsandbytes.
 
     >>> [needs_bitsandbytes(name) for name in ("paged_adamw_8bit", "adamw_bnb_8bit", "adamw_torch", "adamw_torch_8bit")]
     [True, True, False, False]
@@ -57,5 +76,5 @@ def needs_bitsandbytes(optim: str) -> bool:
     return optim.startswith("paged_") or "bnb" in optim or optim in ("lion_8bit", "ademamix_8bit", "adamw_8bit")
 
 
-def _is_here(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None

@@ -1,7 +1,7 @@
-"""Whether a run may continue from a checkpoint: its recipe, records, steps, processes and ZeRO stage.
+"""Check that a run can continue from a checkpoint: recipe, records, steps, processes and ZeRO stage.
 
-The optimizer, the schedule and the factors come from the checkpoint whatever the flags say, so a change of what decides
-the weights is refused: the files of the run would describe a training that did not happen.
+The optimizer, the schedule and the factors come from the checkpoint, not from the flags. So changes that affect the
+weights are refused: the files of the run would describe a different training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command.cli import command_line
-from milora_data.errors import UserError
+from milora_data.errors import Problem, UserError
 from milora_vl import checkpoints
 from milora_vl.checkpoints import is_sharded, num_processes, step_of, zero_stage
 from milora_vl.plan import hub, training_args
@@ -22,11 +22,11 @@ from milora_vl.recipe import base_model, policy_edits
 from milora_vl.recipe.changes import Change, Side, because_of_schedule, changes, schedule_has_end
 from milora_vl.recipe.schema import Recipe, RecipeError, load
 
-START_ANEW = "to start a new run:  another --output_dir, without --resume_from_checkpoint"
+NEW_RUN = "to start a new run:  another --output_dir, without --resume_from_checkpoint"
 
 
 class Resumed:
-    """The run that a command continues, and what may differ now. Without such a run every check passes."""
+    """The run that a command resumes, and the allowed changes. Every check passes if it resumes none."""
 
     def __init__(self, folder: RunFolder, resume: str | None) -> None:
         self.run, self.checkpoint = folder, folder.checkpoint
@@ -41,16 +41,17 @@ class Resumed:
         try:
             self.recipe, _ = hub.without_token(load(self.folder / "recipe.yaml"))
         except RecipeError as error:
-            raise UserError(f"cannot tell what {self.folder} was trained with\n{error}\n{START_ANEW}") from None
+            unreadable = Problem("its recipe is not valid", "resume-recipe", str(self.folder), NEW_RUN)
+            raise UserError(problems=[unreadable, *error.problems]) from None
 
     def compare(self, recipe: Recipe, *, implicit_policy: bool, processes: int) -> list[str]:
-        """Keep the changes that are allowed; raise UserError with a table of the others.
+        """Store the allowed changes and return warnings. Raises UserError with a table of the other changes.
 
-        implicit_policy: the rules are our default, whose projector rule goes where there is no projector.
-        Returns a warning if there is no recipe to compare with.
+        implicit_policy: the rules are our default, whose projector rule is dropped for a model without projector.
+        Warns if the run has no recipe to compare with.
         """
         if self.recipe is None:
-            unknown = f"{self.folder} has no recipe.yaml, so its rates, data and template cannot be compared with these"
+            unknown = f"{self.folder} has no recipe.yaml, so its settings cannot be compared with the current ones"
             return [unknown] if self.checkpoint is not None else []
         recipe = base_model.named_as_composed(recipe, self.recipe.model)
         rules = recipe.policy or []
@@ -58,43 +59,52 @@ class Resumed:
             recipe = recipe.model_copy(update={"policy": policy_edits.without_projector(rules)})
         now = Side(recipe, processes, _dtype(recipe))
         before = Side(self.recipe, self._processes(processes), self.environment.get("dtype") or _dtype(self.recipe))
-        found = changes(before, now, identifies_records="records" in self.environment)
-        if any(change.is_refused for change in found):
-            raise UserError(self._refusal(found, before.processes))
-        self.changes = found
+        differences = changes(before, now, identifies_records="records" in self.environment)
+        if any(change.is_refused for change in differences):
+            raise UserError(problems=[self._refusal(differences, before.processes)])
+        self.changes = differences
         return []
 
     def is_done(self) -> bool:
-        """Tell whether the run is finished and gets no more steps. UserError where it does without a checkpoint."""
+        """Return whether the run is finished and gets no more steps.
+
+        Raises UserError if it gets more steps but has no checkpoint.
+        """
         if not self.is_finished:
             return False
         if not any(change.key in ("train.max_steps", "train.num_train_epochs") for change in self.changes):
             return True
         if self.checkpoint is None:
-            raise UserError(f"{self.folder} is finished, and no checkpoint is left to train on from\n{START_ANEW}")
+            raise UserError(
+                "the run is finished, and it has no checkpoint to continue from",
+                code="resume-no-checkpoint",
+                where=str(self.folder),
+                hint=NEW_RUN,
+            )
         return False
 
     def require_same_records(self, data: RunData) -> None:
         """Raise UserError if the records, or their order, differ from the ones that the run was trained on."""
         if self.recipe is None:
             return
-        now, path = data.counts().get("train"), self.recipe.data.path
-        had = self.environment.get("data", {}).get("train", now)
-        if had == now and self.environment.get("records", data.fingerprint) == data.fingerprint:
+        count, path = data.counts().get("train"), self.recipe.data.path
+        before = self.environment.get("data", {}).get("train", count)
+        if before == count and self.environment.get("records", data.fingerprint) == data.fingerprint:
             return
         where = f" ({path})" if isinstance(path, str) else ""
-        numbers = f": there were {had:,}, now there are {now:,}" if had != now else ""
+        numbers = f": it had {before:,}, now there are {count:,}" if before != count else ""
         raise UserError(
-            f"these are not the records that {self._name()} was trained on{numbers}\n"
-            f"to resume:           put the old records back{where}\n{START_ANEW}"
+            f"these are not the records that {self._name()} was trained on{numbers}",
+            code="resume-other-records",
+            hint=f"to resume:           restore the old records{where}\n{NEW_RUN}",
         )
 
     def continued(self, environment: dict[str, Any]) -> dict[str, Any]:
-        """Return environment.json of a resumed run: when it began stays; how it was resumed is added."""
+        """Return environment.json of a resumed run: it keeps the start time and lists every resume."""
         assert self.checkpoint is not None
-        is_own = self.folder.resolve() == self.run.path.resolve()
+        is_same_run = self.folder.resolve() == self.run.path.resolve()
         entry: dict[str, Any] = {
-            "from": self.checkpoint.name if is_own else str(self.checkpoint),
+            "from": self.checkpoint.name if is_same_run else str(self.checkpoint),
             "at": environment["started"],
         }
         if self.changes:
@@ -103,67 +113,76 @@ class Resumed:
         return {**environment, "started": started, "resumed": [*self.environment.get("resumed", []), entry]}
 
     def _processes(self, now: int) -> int:
-        """Number of processes that wrote the checkpoint; `check` compares it for sharded ones."""
+        """Return the number of processes that wrote the checkpoint; `check` compares sharded checkpoints."""
         return now if self.checkpoint is None or is_sharded(self.checkpoint) else num_processes(self.checkpoint)
 
     def _name(self) -> str:
         return str(self.checkpoint or self.folder)
 
-    def _refusal(self, found: Sequence[Change], processes: int) -> str:
-        rows = [("", "trained with", "now"), *(change.row() for change in found if change.is_refused)]
+    def _refusal(self, differences: Sequence[Change], processes: int) -> Problem:
+        rows = [("", "trained with", "now"), *(change.row() for change in differences if change.is_refused)]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         table = "\n".join(f"  {key:<{widths[0]}}  {old:<{widths[1]}}  {new}" for key, old, new in rows)
         words = ("--recipe", self.folder, "--output_dir", self.folder, "--resume_from_checkpoint", "true")
-        again = command_line("milora_vl.train", *words)
+        command = command_line("milora_vl.train", *words)
         if processes > 1:
-            again = again.replace("python", f"torchrun --nproc_per_node {processes}", 1)
-        return (
-            f"{self._name()} was trained with other settings, and cannot continue with these\n{table}\n"
-            f"to resume:           repeat the old values; {self.folder / 'recipe.yaml'} holds all of them:\n"
-            f"                     {again}\n{START_ANEW}"
+            command = command.replace("python", f"torchrun --nproc_per_node {processes}", 1)
+        return Problem(
+            f"{self._name()} was trained with other settings and cannot continue with these:\n{table}",
+            "resume-other-settings",
+            hint=f"to resume:           repeat the old values; {self.folder / 'recipe.yaml'} holds all of them:\n"
+            f"                     {command}\n{NEW_RUN}",
         )
 
 
 def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:
-    """UserError for a run that ends before its checkpoint, or elsewhere with a schedule that depends on the end."""
+    """Raise UserError if the run ends before its checkpoint, or if its schedule depends on a changed last step."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     planned, now = state.get("max_steps", steps), Side(recipe, 1, "")
     if planned != steps and schedule_has_end(now):
         raise UserError(
-            f"{checkpoint} is of a run of {planned:,} steps, this one has {steps:,}\n{because_of_schedule(now)}\n"
-            f"to resume:           --max_steps {planned}\n{START_ANEW}"
+            f"the checkpoint belongs to a run of {planned:,} steps, this run has {steps:,}; {because_of_schedule(now)}",
+            code="resume-other-steps",
+            where=str(checkpoint),
+            hint=f"to resume:           --max_steps {planned}\n{NEW_RUN}",
         )
     if step_of(checkpoint) > steps:
         raise UserError(
-            f"{checkpoint} is beyond the end of this run, step {steps:,}\n"
-            "raise --max_steps or --num_train_epochs to train on from it"
+            f"the checkpoint is beyond the end of this run, step {steps:,}",
+            code="resume-beyond-end",
+            where=str(checkpoint),
+            hint="increase --max_steps or --num_train_epochs to continue from it",
         )
 
 
 def check(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
-    """Warnings about what will not be as in an uninterrupted run.
+    """Return warnings about differences from an uninterrupted run.
 
-    UserError where the optimizer cannot be put back: HF's Trainer would go on with a fresh one and say nothing, and
-    DeepSpeed needs as many processes as wrote its shards. `stage` is ZeRO's, 0 without DeepSpeed; 1 counts as 2.
+    Raises UserError if the optimizer state cannot be restored: HF's Trainer would silently use a new optimizer, and
+    DeepSpeed needs as many processes as wrote its shards. `stage` is the ZeRO stage, 0 without DeepSpeed; 1 counts as
+    2.
     """
     stage = 2 if stage == 1 else stage
     wrote, before = num_processes(checkpoint), zero_stage(checkpoint)
     if before != stage:
         raise UserError(
-            f"{checkpoint} was written {_with(before)}; this run is {_with(stage)}\n"
-            "the optimizer could not be put back\n"
-            f"to resume:  {f'--deepspeed zero{before}' if before else 'leave --deepspeed out'}"
+            f"the checkpoint was written {_with(before)}; this run is {_with(stage)} and cannot restore the optimizer",
+            code="resume-other-zero-stage",
+            where=str(checkpoint),
+            hint=f"to resume:  {f'--deepspeed zero{before}' if before else 'remove --deepspeed'}",
         )
     if wrote == processes:
         return []
     if stage:
         raise UserError(
-            f"{checkpoint} holds the optimizer in {_count(wrote)}, a part for each process; now there are {processes}\n"
-            f"to resume:  start {wrote} processes (torchrun --nproc_per_node {wrote} ...)"
+            f"the optimizer state has {_count(wrote)}, one per process; now there are {processes} processes",
+            code="resume-other-processes",
+            where=str(checkpoint),
+            hint=f"to resume:  start {wrote} processes (torchrun --nproc_per_node {wrote} ...)",
         )
     return [
         f"{checkpoint.name} was written by {_count(wrote, 'process')}, now there are {processes}: the random states "
-        "start again, so dropout differs from an uninterrupted run"
+        "are initialized again, so dropout differs from an uninterrupted run"
     ]
 
 

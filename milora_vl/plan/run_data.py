@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -16,66 +16,66 @@ from milora_data.check.pictures import find_missing, uses
 from milora_data.check.report import Report
 from milora_data.command.cli import amount, command_line
 from milora_data.compact import CompactRecords
-from milora_data.errors import DataError, UserError
+from milora_data.errors import DataError, Problem, UserError
 from milora_data.images.embedded import EmbeddedPicture
 from milora_data.records import Record
 from milora_data.sources import Source, load_records, mixed_records
 from milora_data.stream import record_stream
 from milora_vl.recipe.schema import DataConfig, SourceConfig
 
-LOOKED_AT = 100  # records of a stream, before it is trained on
+INSPECTED = 100  # records of a stream that are checked before training
 
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """What is trained and evaluated on. The counts are of records that were left out."""
+    """The training and evaluation records, and counts of skipped records."""
 
     train: Sequence[Record]
     evaluation: Sequence[Record] | None
-    skipped: int = 0  # a picture of theirs is missing, and --bad_images skip says so
-    unlearnable: int = 0  # they have no answer
-    broken: tuple[Finding, ...] = ()  # they are no records, and --bad_images is not raise
+    skipped: int = 0  # an image is missing, with --bad_images skip
+    unlearnable: int = 0  # they have no answers
+    broken: tuple[Finding, ...] = ()  # invalid records, if --bad_images is not raise
     streamed: bool = False  # `train` holds the first records of a stream
-    fingerprint: str = ""  # of the contents and the order of `train`, wherever the files lie
+    fingerprint: str = ""  # of the contents and the order of `train`, independent of paths
 
     @property
     def num_with_images(self) -> int:
-        """How many training records have a picture."""
+        """Return the number of training records with an image."""
         return sum(bool(record.images) for record in self.train)
 
     def describe(self) -> str:
-        """As the header says it."""
+        """Return the data as the header shows it."""
         if self.streamed:
-            return f"a stream, of which the first {len(self.train):,} records were looked at"
-        pictures = f"{self.num_with_images:,} with pictures" if self.num_with_images else "text only"
-        return f"{amount(len(self.train), 'record')}, {pictures}"
+            return f"a stream; the first {len(self.train):,} records were checked"
+        images = f"{self.num_with_images:,} with images" if self.num_with_images else "text only"
+        return f"{amount(len(self.train), 'record')}, {images}"
 
     def warnings(self) -> list[str]:
-        """What was left out, and why."""
-        found = []
+        """Return warnings about skipped records and the reasons."""
+        messages = []
         if self.skipped:
-            found.append(f"{self.skipped:,} records left out: pictures missing or empty (--bad_images skip)")
-        found += [f"{finding.where}: {finding.sentence}" for finding in self.broken[:5]]
+            messages.append(f"{self.skipped:,} records skipped: images missing or empty (--bad_images skip)")
+        messages += [f"{finding.where}: {finding.sentence}" for finding in self.broken[:5]]
         if self.broken:
-            found.append(f"{len(self.broken):,} broken records are left out (python -m milora_data check)")
+            messages.append(f"{len(self.broken):,} broken records skipped (python -m milora_data check)")
         if self.unlearnable:
-            found.append(f"{self.unlearnable:,} records without an answer are left out")
-        return found
+            messages.append(f"{self.unlearnable:,} records without an answer skipped")
+        return messages
 
     def counts(self) -> dict[str, int]:
-        """As environment.json holds them; of a stream, nobody knows how many there are to train on."""
+        """Return the counts for environment.json; the length of a stream is unknown."""
         known = {} if self.streamed else {"train": len(self.train)}
         return {**known, "eval": len(self.evaluation or ()), "skipped": self.skipped}
 
 
 def read(config: DataConfig) -> RunData:
-    """The records that `config` names. UserError for anything in the files that would fail later."""
+    """Return the records that `config` names. Raises UserError for everything in the files that would fail later."""
     if config.path is None:
-        raise UserError("nothing to train on: name the records with --data_path, or data.path in the recipe")
-    train = _looked_at(config) if config.streaming else _checked(config.path, config)
+        raise UserError("no training data", code="data-no-path", hint="set --data_path, or data.path in the recipe")
+    train = _inspect_stream(config) if config.streaming else _load_checked(config.path, config)
     if config.eval_path is None:
         return train
-    held_out = _checked(config.eval_path, config)
+    held_out = _load_checked(config.eval_path, config)
     return RunData(
         train.train,
         held_out.train,
@@ -88,27 +88,32 @@ def read(config: DataConfig) -> RunData:
 
 
 def describe(config: DataConfig) -> str:
-    """The data in a few words: its file, or the files of its sources with their weights."""
+    """Return the data as text: its file, or the files of its sources with their weights."""
     if not isinstance(config.path, list):
         return str(config.path)
     return ", ".join(f"{source.weight:g} x {source.path}" for source in config.path)
 
 
-def _looked_at(config: DataConfig) -> RunData:
-    """The first records of a stream: what would be wrong with all of them is found before the model loads."""
+def _inspect_stream(config: DataConfig) -> RunData:
+    """Return the first records of a stream, checked: systematic errors appear before the model loads."""
 
     if find_spec("torchdata") is None:
-        raise UserError('data.streaming needs torchdata: pip install "milora-vl[data]"')
+        raise UserError(
+            "the package torchdata is not installed",
+            code="package-missing",
+            where="data.streaming",
+            hint='pip install "milora-vl[data]"',
+        )
     assert config.path is not None
     stream = record_stream(sources_of(config.path), shuffle_buffer=0)
-    items = list(islice(stream, LOOKED_AT))
+    items = list(islice(stream, INSPECTED))
     errors = [item for item in items if isinstance(item, DataError)]
     if errors and config.bad_images == "raise":
         raise errors[0]
-    # An endless stream of a few records comes back to its first ones.
+    # A stream of few records repeats them.
     records = list({record.source: record for record in items if isinstance(record, Record)}.values())
     if not records:
-        raise errors[0] if errors else UserError(f"{describe(config)} holds no records")
+        raise errors[0] if errors else UserError("no records", code="data-no-records", where=describe(config))
     if config.bad_images != "raise":
         report = Report(describe(config), str(config.image_folder))
         records = list(_usable(records, report))
@@ -117,40 +122,42 @@ def _looked_at(config: DataConfig) -> RunData:
 
 
 def sources_of(path: str | list[SourceConfig]) -> str | list[Source]:
-    """What a recipe names, as the functions of `milora_data` take it."""
+    """Return the sources of a recipe in the form that `milora_data` takes."""
     if isinstance(path, str):
         return path
     return [Source(source.path, source.weight, source.image_folder) for source in path]
 
 
-def _checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
+def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
     report = Report(str(path), str(config.image_folder))
     read = load_records if config.bad_images == "raise" else partial(readable, report=report)
     if isinstance(path, list):
-        found_records = mixed_records([Source(s.path, s.weight, s.image_folder) for s in path], read=read)
+        stream = mixed_records([Source(s.path, s.weight, s.image_folder) for s in path], read=read)
         path = describe(config)
     else:
-        found_records = read(path)
+        stream = read(path)
     if config.bad_images != "raise":
-        found_records = _usable(found_records, report)
+        stream = _usable(stream, report)
     try:
-        records = list(islice(found_records, config.limit))
+        records = list(islice(stream, config.limit))
     except DataError as error:
-        if not Path(path).is_file() or isinstance(error, EmbeddedPicture):  # which says itself what to do
+        if not Path(path).is_file() or isinstance(error, EmbeddedPicture):  # it already has a hint
             raise
-        raise DataError(f"{error}\nsee: python -m milora_data check {path}; --fix OUT writes a file without") from None
+        raise DataError(problems=_with_hint(error, path)) from None
     if not records:
-        raise UserError(_no_records(path, report))
-    found = check_for_training(records, config.image_folder, config.bad_images)
+        raise UserError(problems=[_no_records(path, report)])
+    counts = check_for_training(records, config.image_folder, config.bad_images)
     kept = records
-    if config.bad_images == "skip" and found["missing_pictures"]:
+    if config.bad_images == "skip" and counts["missing_pictures"]:
         missing = set(find_missing(uses(records), Path(config.image_folder or "")))
         kept = [record for record in records if missing.isdisjoint(record.images)]
     skipped = len(records) - len(kept)
-    if found["unlearnable"]:
+    if counts["unlearnable"]:
         kept = [record for record in kept if all(finding.kind != "no_answer" for finding in examine(record))]
     if not kept:
-        raise UserError(f"no record of {path} is left: their pictures are missing, or they have no answers")
+        raise UserError(
+            "no record is left: their pictures are missing, or they have no answers", code="data-no-records", where=path
+        )
     return RunData(
         CompactRecords(kept),
         None,
@@ -162,31 +169,39 @@ def _checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
 
 
 def fingerprint(records: Iterable[Record]) -> str:
-    """Return a hash of the turns and the names of the pictures of all records, in their order.
+    """Return a hash of the turns and the image names of all records, in their order.
 
     >>> fingerprint([Record("a", (), (), "train.json:1")]) == fingerprint([Record("a", (), (), "moved.json:1")])
     True
     """
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for record in records:
         parts = [*record.images, ""]
         for turn in record.turns:
             parts += (turn.role, turn.text)
-        found.update("\0".join([*parts, ""]).encode("utf-8", "surrogatepass"))
-    return found.hexdigest()
+        digest.update("\0".join([*parts, ""]).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
-def _no_records(path: str, report: Report) -> str:
-    """The message for data of which nothing is left, with the first reason where there was something."""
+def _with_hint(error: DataError, path: str) -> list[Problem]:
+    """Return the problems of an error; the last one gets the command that checks the file."""
+    *others, last = error.problems
+    see = f"see: python -m milora_data check {path}; --fix OUT writes a file without such records"
+    return [*others, replace(last, hint="\n".join(filter(None, (last.hint, see))))]
+
+
+def _no_records(path: str, report: Report) -> Problem:
+    """Return the problem of data without usable records, with the first reason if there is one."""
     if not report.findings:
-        return f"{path} holds no records"
+        return Problem("no records", "data-no-records", path)
     first = report.findings[0]
-    said = f"no record of {path} can be used; the first reason:\n{first.where}: {first.sentence}"
-    return f"{said}\n{command_line('milora_data', *report.convert_words())}" if report.form else said
+    hint = command_line("milora_data", *report.convert_words()) if report.form else ""
+    message = f"no record can be used; the first reason:\n{first.where}: {first.sentence}"
+    return Problem(message, "data-no-records", path, hint)
 
 
 def _usable(records: Iterable[Record], report: Report) -> Iterator[Record]:
-    """The records that can be encoded; why another one cannot is added to the findings of `report`."""
+    """Yield the records that can be encoded; add the problem of every other record to `report`."""
     for record in records:
         errors = [finding for finding in examine(record) if finding.severity == "error"]
         if all(finding.kind == "no_answer" for finding in errors):

@@ -1,6 +1,7 @@
-"""The run folder: where a run lives, whether it may start or resume there, and the files beside HF Trainer's own.
+"""The run folder: choose it, check that a run may start or resume there, and write files into it.
 
-recipe.yaml, environment.json, policy.json, spectrum.json, the processor and README.md; see docs for their formats.
+Beside the files of HF's Trainer it holds recipe.yaml, environment.json, policy.json, spectrum.json, the processor and
+README.md; see docs for their formats.
 """
 
 from __future__ import annotations
@@ -24,34 +25,34 @@ if TYPE_CHECKING:
     from milora_vl.plan.run_data import RunData
 
 OWN_FILES = ("recipe.yaml", "README.md", "policy.json", "report.html")
-GIT_PATIENCE = 10  # seconds
+GIT_TIMEOUT = 10  # seconds
 PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A folder that may be written to, and the checkpoint that the run continues from."""
+    """A folder for a run, and the checkpoint that the run resumes from."""
 
     path: Path
     checkpoint: Path | None = None
-    incomplete: tuple[tuple[Path, str], ...] = ()  # checkpoints that were passed over, with the reason
+    incomplete: tuple[tuple[Path, str], ...] = ()  # skipped checkpoints, with the reason
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write one JSON file as a whole: a killed process leaves the old one or the new one."""
+        """Write a JSON file atomically: a killed process leaves the old file or the new one."""
         atomic_write.write_json(self.path / name, content)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write one text file as a whole."""
+        """Write a text file atomically."""
         atomic_write.write_text(self.path / name, text)
 
 
 def default_path(recipe: Recipe, now: datetime) -> Path:
-    """runs/MODEL/METHOD/TIME, as in `runs/llava-1.5-7b/milora-r128/2026-11-25_043607`.
+    """Return runs/MODEL/METHOD/TIME, such as `runs/llava-1.5-7b/milora-r128/2026-11-25_043607`.
 
-    UserError for a run of several processes: their clocks would name several folders.
+    Raises UserError for a run with several processes: each would name a folder by its clock.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("a run on several devices needs --output_dir")
+        raise UserError("a run on several devices needs --output_dir", code="flag-required", where="--output_dir")
     first = (recipe.policy or [{}])[0]
     rank = first.get("rank")
     method = str(first.get("method", "milora")) + (f"-r{rank}" if isinstance(rank, int) else "")
@@ -59,9 +60,9 @@ def default_path(recipe: Recipe, now: datetime) -> Path:
 
 
 def choose(path: Path, resume: str | None) -> RunFolder:
-    """The folder to run in, by what is there and what `--resume_from_checkpoint` says (None, true, auto, or a folder).
+    """Return the folder of the run, for `--resume_from_checkpoint` (None, true, auto, or a folder).
 
-    UserError, before anything is written, where a run would be overwritten or there is nothing to resume.
+    Raises UserError, before anything is written, if a run would be overwritten or if there is nothing to resume.
     """
     _require_writable(path)
     wanted = checkpoints.asked_for(resume)
@@ -69,16 +70,16 @@ def choose(path: Path, resume: str | None) -> RunFolder:
         _refuse_to_overwrite(path)
         return RunFolder(path)
     if not checkpoints.is_word(wanted):
-        given = _given_checkpoint(Path(wanted))
-        if given.resolve().parent != path.resolve():
+        chosen = _require_complete(Path(wanted))
+        if chosen.resolve().parent != path.resolve():
             _refuse_to_overwrite(path)
-        return RunFolder(path, given)
+        return RunFolder(path, chosen)
     checkpoint, skipped = checkpoints.latest(path)
     if checkpoint is None and wanted.lower() != "auto":
-        reasons = [f"{folder.name}: {reason}" for folder, reason in skipped] or ["it holds no checkpoint"]
+        reasons = [f"{folder.name}: {reason}" for folder, reason in skipped] or ["the folder has no checkpoint"]
         raise UserError(
-            f"nothing to resume from in {path}\n" + "\n".join(reasons)
-            + "\nleave --resume_from_checkpoint out to start, or say auto to resume where there is something"
+            "nothing to resume from\n" + "\n".join(reasons), code="resume-no-checkpoint", where=str(path),
+            hint="remove --resume_from_checkpoint to start, or use auto to resume only if there is a checkpoint",
         )  # fmt: skip
     has_weights = any((path / name).is_file() for name in checkpoints.WEIGHTS)
     if checkpoint is None and has_weights and not checkpoints.read_environment(path):
@@ -89,7 +90,7 @@ def choose(path: Path, resume: str | None) -> RunFolder:
 def describe_environment(
     recipe: Recipe, command: Sequence[str], *, base: str, device: str, data: RunData, dtype: str, processes: int
 ) -> dict[str, Any]:
-    """What environment.json says at the start of a run; `dtype` is that of the frozen weights."""
+    """Return environment.json for the start of a run; `dtype` is the dtype of the frozen weights."""
     return {
         "command": list(command),
         "versions": {"python": sys.version.split()[0], **_versions()},
@@ -109,66 +110,86 @@ def describe_environment(
 
 
 def _require_writable(path: Path) -> None:
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not there.is_dir():
-        inside = "" if there == path else f": {there}"
-        raise UserError(f"--output_dir {path} is {'inside ' if inside else ''}a file, not a folder{inside}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {path}: {there} cannot be written to\nname another folder")
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        message = "a file, not a folder" if existing == path else f"inside a file, not a folder: {existing}"
+        raise UserError(message, code="path-not-a-folder", where=f"--output_dir {path}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{existing} is not writable",
+            code="path-not-writable",
+            where=f"--output_dir {path}",
+            hint="use another folder",
+        )
 
 
 def _refuse_to_overwrite(path: Path) -> None:
-    found = [name for name in checkpoints.WEIGHTS if (path / name).is_file()]
+    weights = [name for name in checkpoints.WEIGHTS if (path / name).is_file()]
     steps = [folder.name for folder in checkpoints.checkpoints(path)]
-    if found:
-        what = f"a finished run ({found[0]})" if checkpoints.is_finished(path) else f"trained weights ({found[0]})"
+    if weights:
+        kind = "a finished run" if checkpoints.is_finished(path) else "trained weights"
         raise UserError(
-            f"{path} holds {what}; nothing is overwritten\n"
-            "give another --output_dir, or remove the folder to start afresh\n"
-            f"see it: python -m milora_vl.report {path}"
+            f"the folder holds {kind} ({weights[0]}); nothing is overwritten",
+            code="run-exists",
+            where=str(path),
+            hint=f"use another --output_dir, or remove the folder\nsee it: python -m milora_vl.report {path}",
         )
     if steps:
         raise UserError(
-            f"{path} holds {len(steps)} checkpoints ({steps[-1]}) of a run that did not finish\n"
-            "to continue it:    --resume_from_checkpoint true\n"
-            "to start afresh:   another --output_dir, or remove the folder"
+            f"the folder holds {len(steps)} checkpoints ({steps[-1]}) of an unfinished run",
+            code="run-unfinished",
+            where=str(path),
+            hint="to continue it:       --resume_from_checkpoint true\n"
+            "to start a new run:   another --output_dir, or remove the folder",
         )
     foreign = [name for name in OWN_FILES if (path / name).exists()]
     if foreign and not checkpoints.read_environment(path):
-        raise UserError(f"{path} holds {', '.join(foreign)} that no run of ours wrote; give another --output_dir")
+        raise UserError(
+            f"the folder holds {', '.join(foreign)}, but not from a milora_vl run",
+            code="run-foreign-files",
+            where=str(path),
+            hint="use another --output_dir",
+        )
 
 
-def _given_checkpoint(folder: Path) -> Path:
+def _require_complete(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(
-            f"--resume_from_checkpoint {folder}: no such folder\nexpected true, auto or a checkpoint folder"
+            "no such folder",
+            code="path-missing",
+            where=f"--resume_from_checkpoint {folder}",
+            hint="expected true, auto or a checkpoint folder",
         )
     reason = checkpoints.why_incomplete(folder)
     if reason:
-        raise UserError(f"--resume_from_checkpoint {folder}: cannot be resumed from: {reason}")
+        raise UserError(
+            f"cannot resume from it: {reason}",
+            code="checkpoint-incomplete",
+            where=f"--resume_from_checkpoint {folder}",
+        )
     return folder
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _git_state() -> dict[str, Any] | None:
-    here = Path(__file__).parent
+    source = Path(__file__).parent
     try:
-        commit = _git("-C", str(here), "rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(_git("-C", str(here), "status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, or a disk that is slow
+        commit = _git("-C", str(source), "rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git("-C", str(source), "status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, or a timeout
         return None
 
 
 def _git(*arguments: str) -> str:
     return subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, check=True, timeout=GIT_PATIENCE
+        ["git", *arguments], capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT
     ).stdout.strip()

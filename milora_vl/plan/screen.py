@@ -1,6 +1,6 @@
-"""What a person sees of a run, on stderr: one header, the policy table, what takes long, and the closing block.
+"""Terminal output of a run, on stderr: header, policy table, slow steps, and closing block.
 
-Rank 0 alone writes. Colour only on a terminal; NO_COLOR and COLUMNS are honoured (by rich).
+Only rank 0 writes. Colour appears only on a terminal; rich follows NO_COLOR and COLUMNS.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COLUMNS = ("tower", "modules", "method", "rank", "alpha", "parameters", "rate", 
 
 
 class Screen:
-    """Everything a run says, besides HF's progress bar."""
+    """All output of a run except HF's progress bar."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console
@@ -35,19 +35,19 @@ class Screen:
         quiet = os.environ.get("RANK", "0") != "0"
         self.console: Console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False)
         if not self.console.is_terminal and "COLUMNS" not in os.environ:
-            self.console.width = 110  # a log file need not wrap as a narrow terminal does
+            self.console.width = 110  # a log file needs no narrow lines
 
     def say(self, text: str) -> None:
-        """One plain line."""
+        """Print a line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """One warning."""
+        """Print a warning."""
         self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
-        """Announce something that may take long, and say how long it took."""
+        """Announce a slow step, and print its time."""
         self.console.print(f"{what} ...", markup=False, soft_wrap=True)
         start = time.perf_counter()
         yield
@@ -56,7 +56,7 @@ class Screen:
             self.console.print(f"  done in {seconds:.0f} s", markup=False)
 
     def header(self, rows: Rows) -> None:
-        """The panel that names the run."""
+        """Print the panel that describes the run."""
         from rich.panel import Panel
 
         width = max(len(name) for name, _ in rows)
@@ -64,7 +64,7 @@ class Screen:
         self.console.print(Panel(_plain(text), title="milora_vl.train", title_align="left", expand=False))
 
     def policy(self, rows: Sequence[tuple[str, ...]], frozen: Sequence[str]) -> None:
-        """The table of what trains (see `policy_rows`), and the towers that do not."""
+        """Print the table of trained modules (see `policy_rows`), and the frozen towers."""
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -77,7 +77,7 @@ class Screen:
         self.console.print(table)
 
     def closing(self, rows: Rows) -> None:
-        """The last block: where everything is and what to type next."""
+        """Print the last block: paths and the next commands."""
         width = max(len(name) for name, _ in rows)
         self.console.print()
         for name, value in rows:
@@ -87,10 +87,10 @@ class Screen:
 def policy_rows(
     targets: Sequence[Target], sizes: Mapping[str, int], report: Sequence[LayerReport] = ()
 ) -> list[tuple[str, ...]]:
-    """One row per (tower, method, rank, alpha, learning rate, protected directions), in model order of the towers.
+    """Return one row per (tower, method, rank, alpha, learning rate, protected directions), in order of the towers.
 
-    The targets have their rates in force (`rates.in_force`). `sizes` has the trained numbers of each target by its
-    path, `report` what was measured of the adapters.
+    The targets have resolved rates (`rates.in_force`). `sizes` maps the path of a target to its number of trained
+    parameters, `report` holds measurements of the adapters.
     """
     measured = {layer.path: layer for layer in report}
     ordered = sorted(targets, key=_kind)
@@ -117,9 +117,9 @@ def policy_rows(
 
 
 def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
-    """Trained numbers of each target by its path: r (in + out) of an adapter, all of a module that trains in full.
+    """Return the number of trained parameters of each target by path: r (in + out) for an adapter, else all.
 
-    A tied head counts nothing: its weight is that of the embeddings.
+    A tied head counts 0: it shares the weight of the embeddings.
     """
     from transformers.trainer_pt_utils import get_model_param_count
 
@@ -137,14 +137,14 @@ def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
 
 
 def trainable_line(model: nn.Module) -> str:
-    """PEFT's line about trained parameters, word for word (people grep it)."""
+    """Return PEFT's line about trained parameters, word for word, because users grep it."""
     from transformers.trainer_pt_utils import get_model_param_count
 
     return trainable_text(get_model_param_count(model, trainable_only=True), get_model_param_count(model))
 
 
 def trainable_text(trained: int, total: int) -> str:
-    """The same line from the counts.
+    """Return the same line from the counts.
 
     >>> trainable_text(1, 8)
     'trainable params: 1 || all params: 8 || trainable%: 12.5000'

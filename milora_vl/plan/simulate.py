@@ -1,7 +1,7 @@
-"""Memory of a training step, found by running it on tensors without data (torch's FakeTensorMode).
+"""Measure the memory of a training step by running it on tensors without data (torch's FakeTensorMode).
 
-Every storage is counted when an operation makes it and when it is let go, so that what a model keeps for its backward
-pass, with or without checkpointing, under autocast or not, is measured and not a formula.
+It counts every storage when an operation allocates it and when it is freed. So the memory kept for the backward pass,
+with or without checkpointing and autocast, is measured instead of computed by a formula.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Shape:
     """What one device computes in one micro-step. `learnt` counts supervised positions over all records."""
 
     records: int
-    tokens: int  # of one record, pictures included
+    tokens: int  # of one record, image tokens included
     learnt: int
     pictures: int
     image_tokens: int
@@ -42,17 +42,17 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """Bytes that stay from step to step, without the optimizer's, and the most that a step adds to them."""
+    """Bytes that stay between steps, without the optimizer, and the peak that a step adds."""
 
     frozen: int
     anchors: int
     trained: int
-    activations: int  # at the worst moment, gradients left out
-    with_gradients: int  # the same, with the gradients that are there at that moment, each divided by `gradient_share`
+    activations: int  # peak, without gradients
+    with_gradients: int  # peak with the gradients allocated so far, each divided by `gradient_share`
 
 
 class _Ledger(TorchDispatchMode):
-    """Counts live bytes; `peak` is the most since `start`."""
+    """Counts live bytes and their peak."""
 
     def __init__(self, gradient_share: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation and count the storages it made."""
+        """Run an operation and count the storages that it allocates."""
         out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -73,7 +73,7 @@ class _Ledger(TorchDispatchMode):
         return out
 
     def count(self, tensor: Tensor) -> None:
-        """Count a storage that is new."""
+        """Count a new storage."""
         storage = tensor.untyped_storage()
         if storage not in self.seen:
             size = storage.nbytes()
@@ -82,24 +82,24 @@ class _Ledger(TorchDispatchMode):
             weakref.finalize(storage, self.release, size)
 
     def release(self, size: int) -> None:
-        """A storage is let go."""
+        """Subtract a freed storage."""
         self.live -= size
 
     def note(self) -> None:
-        """Keep the peaks."""
+        """Update the peaks."""
         self.peak = max(self.peak, self.live - self.gradients)
         self.peak_with_gradients = max(
             self.peak_with_gradients, self.live - self.gradients + self.gradients // self.share
         )
 
     def gradient(self, parameter: Tensor) -> None:
-        """A gradient is complete: it is no activation."""
+        """Count a complete gradient, which is not an activation."""
         assert parameter.grad is not None
         self.gradients += parameter.grad.untyped_storage().nbytes()
 
 
 def simulate(config: Any, targets: Sequence[Target], shape: Shape, gradient_share: int = 1) -> Resident:
-    """One forward and backward pass of the model of `config` with the policy's targets, in shapes alone."""
+    """Run one forward and backward pass of the model of `config` with the targets, without data."""
     with torch.device("meta"):
         base = _model(config, shape.base_dtype)
         model = _adapted(base, targets)
@@ -115,7 +115,7 @@ def simulate(config: Any, targets: Sequence[Target], shape: Shape, gradient_shar
         if shape.checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for tensor in (*model.parameters(), *model.buffers()):
-            ledger.seen[tensor.untyped_storage()] = 0  # resident: not a step's
+            ledger.seen[tensor.untyped_storage()] = 0  # resident, not part of the step
         autocast = torch.autocast("cpu", torch.bfloat16) if shape.half else nullcontext()
         with _flash_attention(), ledger:
             with autocast:
@@ -133,7 +133,7 @@ def _model(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _adapted(base: nn.Module, targets: Sequence[Target]) -> nn.Module:
-    """The model as training holds it: halves where there is an anchor, all that trains in float32."""
+    """Return the model as in training: anchored adapters are installed, and trained weights are float32."""
     model: nn.Module = base
     base.requires_grad_(False)
     if any(target.rank is not None for target in targets):
@@ -154,14 +154,14 @@ def _adapted(base: nn.Module, targets: Sequence[Target]) -> nn.Module:
 
 
 def _onto_cpu(model: nn.Module) -> None:
-    """Give every weight a place on a CPU, without data; what trains is float32. Tied weights stay tied."""
-    made: dict[int, nn.Parameter] = {}
+    """Move every weight to the CPU, without data; trained weights become float32. Tied weights stay tied."""
+    moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False)):
-            if id(old) not in made:
+            if id(old) not in moved:
                 dtype = torch.float32 if old.requires_grad else old.dtype
-                made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=dtype), requires_grad=old.requires_grad)
-            module.register_parameter(name, made[id(old)])
+                moved[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=dtype), requires_grad=old.requires_grad)
+            module.register_parameter(name, moved[id(old)])
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
@@ -191,7 +191,7 @@ def _loss(base: Any, shape: Shape) -> Tensor:
 
 
 def _with_pictures(base: Any, embeds: Tensor, shape: Shape) -> Tensor:
-    """Features of the pictures, put in the place of the first embeddings (where they stand does not matter here)."""
+    """Return the embeddings plus image features; their positions do not matter for memory."""
     vision = base.config.vision_config
     pixels = torch.zeros(shape.pictures, 3, vision.image_size, vision.image_size, dtype=shape.base_dtype)
     towers = find_towers(base)
@@ -204,25 +204,25 @@ def _with_pictures(base: Any, embeds: Tensor, shape: Shape) -> Tensor:
 
 
 class _Flash(torch.autograd.Function):
-    """Attention as fused kernels keep it: queries, keys, values, result and one number for each row."""
+    """Attention that saves what fused kernels save: queries, keys, values, result and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Shapes (batch, heads, length, width)."""
+        """Return an empty result; all shapes are (batch, heads, length, width)."""
         out = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Gradients of the three."""
+        """Return empty gradients of query, key and value."""
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 @contextmanager
 def _flash_attention() -> Iterator[None]:
-    own = nn.functional.scaled_dot_product_attention
+    original = nn.functional.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         return _Flash.apply(query, key, value)
@@ -231,7 +231,7 @@ def _flash_attention() -> Iterator[None]:
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = own
+        nn.functional.scaled_dot_product_attention = original
 
 
 def _size(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""HF's TrainingArguments from a recipe: names of the installed version, packaged DeepSpeed files, what a run forces."""
+"""HF's TrainingArguments from a recipe: names of the installed version, packaged DeepSpeed files, forced values."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from milora_vl.recipe.schema import Recipe
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# The collator needs every field of a record, the loss is computed by us, and a NaN must be seen.
+# The collator needs every field of a record, our loss needs the labels, and the log must show a NaN.
 FORCED = {
     "remove_unused_columns": False,
     "label_names": ["labels"],
     "prediction_loss_only": True,
     "logging_nan_inf_filter": False,
 }
-# Optimizers that choose their parameters themselves, by names of modules.
+# Optimizers that select parameters by module names.
 OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
-# Of example scripts: the command trains, and evaluates where there are records for it.
+# Flags of example scripts without effect: the command trains, and evaluates if the recipe has held-out records.
 NO_EFFECT = ("do_eval", "do_predict", "batch_eval_metrics", "include_for_metrics")
 
 
 def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]]:
-    """The arguments and warnings about settings that have no effect. UserError with HF's own words where it refuses."""
+    """Return the arguments, and warnings about settings without effect. Raises UserError if HF rejects a value."""
     import dataclasses
 
     from transformers import TrainingArguments
@@ -46,17 +46,18 @@ def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]
     fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
     arguments, absent = hf_arguments.for_installed(train, fields)
     if absent:
-        warnings.append(f"the installed transformers has no {', '.join(absent)}: without effect")
+        warnings.append(f"the installed transformers does not support {', '.join(absent)}: no effect")
     try:
         launch.before_arguments(train)
         args = TrainingArguments(output_dir=str(output_dir), **arguments)
         launch.after_arguments(train)
     except (ValueError, ImportError, TypeError) as error:
-        raise UserError(f"train: {error}") from None
+        raise UserError(str(error), code="train-arguments", where="train") from None
     if args.n_gpu > 1:
-        # torch's DataParallel would split a batch's pictures apart from its records.
+        # torch's DataParallel would separate the images of a batch from its records.
         warnings.append(
-            f"one of {args.n_gpu} GPUs is used; for all: torchrun --nproc_per_node {args.n_gpu} -m milora_vl.train ..."
+            f"this run uses one of {args.n_gpu} GPUs; to use all: "
+            f"torchrun --nproc_per_node {args.n_gpu} -m milora_vl.train ..."
         )
         args._n_gpu = 1
     _require_optimizer(args)
@@ -64,39 +65,45 @@ def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]
 
 
 def _require_optimizer(args: TrainingArguments) -> None:
-    """UserError for an optimizer that the Trainer could not make once the model is loaded."""
+    """Raise UserError for an optimizer that the Trainer cannot create."""
     from transformers import Trainer
     from transformers.training_args import OptimizerNames
 
     name = OptimizerNames(args.optim).value
     if name.startswith(OWN_GROUPS):
-        raise UserError(f"--optim {name} makes its own groups; learning rates per rule need another")
+        raise UserError(
+            "this optimizer makes its own parameter groups, so it does not support learning rates per rule",
+            code="optimizer-unsupported",
+            where=f"--optim {name}",
+        )
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
-        raise UserError(f"--optim {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(str(error).splitlines()[0], code="optimizer-unsupported", where=f"--optim {name}") from None
 
 
 def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
-    """The `train:` section as the run uses it, in canonical names, and warnings."""
+    """Return the `train:` section with canonical names and derived values, and warnings."""
     train, warnings = dict(recipe.train), []
     for name, value in FORCED.items():
         if train.get(name, value) != value:
-            warnings.append(f"train.{name}: {train[name]} has no effect; it is {value} here")
+            warnings.append(f"train.{name}: {train[name]} has no effect; it is always {value}")
         train[name] = value
     unused = [name for name in NO_EFFECT if train.pop(name, None)]
     if train.get("train_sampling_strategy") == "group_by_length":
-        del train["train_sampling_strategy"]  # our sampler does it: HF's needs tokenised records
+        del train["train_sampling_strategy"]  # our sampler does this; HF's sampler needs tokenized records
     if unused:
-        warnings.append(f"without effect here: {', '.join(unused)}")
-    if given := train.get("deepspeed"):
-        named = isinstance(given, str)
-        train["deepspeed"], notes = launch.deepspeed_settings(deepspeed_config(given) if named else given)
+        warnings.append(f"no effect: {', '.join(unused)}")
+    if config := train.get("deepspeed"):
+        is_name = isinstance(config, str)
+        train["deepspeed"], notes = launch.deepspeed_settings(deepspeed_config(config) if is_name else config)
         warnings += notes
         if recipe.quantization != "none" and train["deepspeed"].get("zero_optimization", {}).get("stage") == 3:
             raise UserError(
-                f"quantization {recipe.quantization}: ZeRO-3 cannot share out a quantised base\n"
-                "say --deepspeed zero2, as LLaVA's finetune_qlora.sh does"
+                "ZeRO-3 cannot shard a quantised base",
+                code="quantization-zero3",
+                where=f"quantization {recipe.quantization}",
+                hint="use --deepspeed zero2, as LLaVA's finetune_qlora.sh does",
             )
     if recipe.dtype in ("bfloat16", "float16"):
         autocast = "bf16" if recipe.dtype == "bfloat16" else "fp16"
@@ -112,9 +119,9 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
                 hint=f"leave --{autocast} out, or use --dtype float32",
             )
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        train.setdefault("use_cpu", True)  # HF refuses bf16 on a CPU unless it is told so
-    # A batch without pictures holds a hidden one, so all that trains is used, but for layers of the vision tower that
-    # LLaVA does not read.
+        train.setdefault("use_cpu", True)  # HF rejects bf16 on a CPU without this
+    # A batch without images holds a placeholder image, so all trained parameters are used, except layers of the vision
+    # tower that LLaVA does not read.
     rules = [str(rule.get("modules", "")) for rule in recipe.policy or ()]
     train.setdefault("ddp_find_unused_parameters", any(_may_be_unused(rule) for rule in rules))
     if train_device(train).type != "cuda":
@@ -126,25 +133,27 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
 
 
 def deepspeed_config(name: str) -> Any:
-    """The configuration of a packaged name (zero2, zero3, zero3_offload), or a file's path unchanged."""
+    """Return the configuration of a packaged name (zero2, zero3, zero3_offload), or the path of a file unchanged."""
     if name in llava_recipes.names("deepspeed"):
         return json.loads(llava_recipes.read(name, "deepspeed"))
     if Path(name).is_file():
         return name
     near = suggest(Path(name).stem, llava_recipes.names("deepspeed"))
     raise UserError(
-        f"--deepspeed {name}: no such file, and none of {', '.join(llava_recipes.names('deepspeed'))}"
-        + (f"\nthe packaged one: --deepspeed {near[0]}" if near else "")
+        f"no such file, and not one of {', '.join(llava_recipes.names('deepspeed'))}",
+        code="deepspeed-unknown",
+        where=f"--deepspeed {name}",
+        hint=f"did you mean --deepspeed {near[0]}?" if near else "",
     )
 
 
 def zero_stage(args: TrainingArguments) -> int:
-    """The stage of ZeRO that a run trains in, 0 without DeepSpeed."""
+    """Return the ZeRO stage of a run, 0 without DeepSpeed."""
     return int(args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)) if args.deepspeed else 0
 
 
 def base_dtype(recipe: Recipe, train: dict[str, Any]) -> torch.dtype:
-    """Of the frozen weights: as --dtype says, else half precision where a GPU trains in it, float32 on a CPU."""
+    """Return the dtype of the frozen weights: --dtype, else the half precision of a run on a GPU, else float32."""
     if recipe.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
     if train_device(train).type != "cuda":
@@ -155,9 +164,9 @@ def base_dtype(recipe: Recipe, train: dict[str, Any]) -> torch.dtype:
 
 
 def trained_dtype(args: TrainingArguments) -> torch.dtype:
-    """Of the weights that train: float32, as Adam's steps are lost in half precision.
+    """Return the dtype of trained weights: float32, because half precision loses the steps of Adam.
 
-    DeepSpeed in half precision keeps such copies itself, and does not autocast: all weights are in its precision then.
+    DeepSpeed in half precision keeps float32 copies and does not autocast, so all weights use its precision.
     """
     if args.deepspeed and args.hf_deepspeed_config.is_true("bf16.enabled"):
         return torch.bfloat16
@@ -165,7 +174,7 @@ def trained_dtype(args: TrainingArguments) -> torch.dtype:
 
 
 def load_device(args: TrainingArguments) -> torch.device:
-    """Where the model is loaded and decomposed: the device it trains on, unless it is to be sharded from the CPU."""
+    """Return the device to load and decompose the model on: the training device, or the CPU if it is sharded."""
     return torch.device("cpu") if args.deepspeed or args.fsdp else args.device
 
 
@@ -177,11 +186,13 @@ def _evaluation(train: dict[str, Any], recipe: Recipe) -> None:
     if recipe.data.eval_path is None:
         if train.get("eval_strategy", "no") != "no":
             raise UserError(
-                f"train.eval_strategy: {train['eval_strategy']} needs held-out records\n"
-                "name them with data.eval_path or --eval_data_path"
+                f"{train['eval_strategy']} needs held-out records",
+                code="eval-no-records",
+                where="train.eval_strategy",
+                hint="set data.eval_path or --eval_data_path",
             )
     elif "eval_strategy" not in train:
-        # The best model is chosen among checkpoints: each of them needs its evaluation.
+        # load_best_model_at_end compares checkpoints, so each of them needs an evaluation.
         by_steps = train.get("load_best_model_at_end") and train.get("save_strategy", "steps") == "steps"
         train["eval_strategy"] = "steps" if by_steps else "epoch"
         if by_steps:

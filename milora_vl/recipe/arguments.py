@@ -1,6 +1,6 @@
 """The command line of `milora_vl.train`: our flags, Hugging Face's and LLaVA's, as overrides of a recipe.
 
-Nothing heavy is imported: `--help` answers at once.
+It imports nothing slow, so `--help` prints at once.
 """
 
 from __future__ import annotations
@@ -29,78 +29,91 @@ LLaVA's scripts run with only their program name changed; every TrainingArgument
 RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "model": ("model", "str", ("model_name_or_path",), "a named model, a folder or a hub id; see --list-models"),
     "data_path": ("data.path", "str", (), RECORDS),
-    "image_folder": ("data.image_folder", "str", (), "folder that the records' pictures are relative to"),
+    "image_folder": ("data.image_folder", "str", (), "folder that the image paths of the records are relative to"),
     "eval_data_path": ("data.eval_path", "str", (), "held-out records for the evaluation loss"),
-    "limit": ("data.limit", "int", (), "use the first N records only"),
-    "max_length": ("data.max_length", "int", ("model_max_length",), "longest sequence in tokens, pictures included"),
-    "jpeg_decoding": ("data.jpeg_decoding", "str", (), "exact, or draft: large photos decoded at a part of their size"),
+    "limit": ("data.limit", "int", (), "use only the first N records"),
+    "max_length": (
+        "data.max_length",
+        "int",
+        ("model_max_length",),
+        "longest sequence in tokens, image tokens included",
+    ),
+    "jpeg_decoding": ("data.jpeg_decoding", "str", (), "exact, or draft: decode large photos at reduced size"),
     "image_aspect_ratio": ("data.image_aspect_ratio", "str", (), "pad, plain (LLaVA: square), or anyres (LLaVA-1.6)"),
-    "packing": ("data.packing", "bool", (), "several records in one row, so that little of a step is padding"),
-    "feature_cache": ("data.feature_cache", "str", (), "folder for a frozen vision tower's features, computed once"),
-    "streaming": ("data.streaming", "bool", (), "read records as they are due; needs --max_steps"),
-    "shuffle_buffer": ("data.shuffle_buffer", "int", (), "records of a stream that are mixed at a time"),
-    "bad_images": ("data.bad_images", "str", (), "missing or broken pictures: raise, skip or replace"),
+    "packing": ("data.packing", "bool", (), "pack several records into one row to reduce padding"),
+    "feature_cache": ("data.feature_cache", "str", (), "folder that caches the features of a frozen vision tower"),
+    "streaming": ("data.streaming", "bool", (), "read records while training; needs --max_steps"),
+    "shuffle_buffer": ("data.shuffle_buffer", "int", (), "number of streamed records in the shuffle buffer"),
+    "bad_images": ("data.bad_images", "str", (), "what to do about missing or broken images: raise, skip or replace"),
     "template": (
         "template",
         "str",
         ("version",),
-        "prompt format, e.g. vicuna_v1 (LLaVA: v1), plain or chat_template (the model's own)",
+        "prompt format, e.g. vicuna_v1 (LLaVA: v1), plain or chat_template (the template of the model)",
     ),
     "form": ("form", "str", (), "anchored or residual"),
-    "factor_cache": ("factor_cache", "str", (), "folder for the initial factors, computed once for several runs"),
+    "factor_cache": ("factor_cache", "str", (), "folder that caches the initial factors for later runs"),
     "quantization": ("quantization", "str", (), "none, 4bit or 8bit"),
-    "quant_type": ("quant_type", "str", (), "of a 4-bit base: nf4 or fp4"),
-    "double_quant": ("double_quant", "bool", (), "of a 4-bit base: its constants are quantised too"),
-    "dtype": ("dtype", "str", (), "of what stays frozen: float32, bfloat16, float16, fastest (see recipes)"),
+    "quant_type": ("quant_type", "str", (), "4-bit data type of the base: nf4 or fp4"),
+    "double_quant": ("double_quant", "bool", (), "also quantise the constants of a 4-bit base"),
+    "dtype": ("dtype", "str", (), "data type of the frozen weights: auto, float32, bfloat16, float16 or fastest"),
     "attn_implementation": ("attn_implementation", "str", (), "sdpa (default), eager or flash_attention_2"),
-    "forgetting_every": ("eval.forgetting_every", "int", (), "measure forgetting every N steps and at the last one"),
+    "forgetting_every": ("eval.forgetting_every", "int", (), "measure forgetting every N steps and at the last step"),
     "projector_weights": (
         "projector_weights",
         "str",
         ("pretrain_mm_mlp_adapter",),
-        "weights the projector starts from",
+        "initial weights of the projector",
     ),
 }
 # flag -> (field of PolicyEdits, type, other spellings, help)
 POLICY_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
-    "method": ("method", "str", (), f"of the adapter rules: {', '.join(METHODS)}"),
-    "rank": ("rank", "int", ("lora_r",), "of the adapter rules"),
-    "alpha": ("alpha", "float", ("lora_alpha",), "of the adapter rules; scale is alpha/rank"),
-    "dropout": ("dropout", "float", ("lora_dropout",), "of the adapter rules"),
+    "method": ("method", "str", (), f"method of the adapter rules: {', '.join(METHODS)}"),
+    "rank": ("rank", "int", ("lora_r",), "rank of the adapter rules"),
+    "alpha": ("alpha", "float", ("lora_alpha",), "alpha of the adapter rules; the scale is alpha/rank"),
+    "dropout": ("dropout", "float", ("lora_dropout",), "dropout of the adapter rules"),
     "mm_projector_lr": ("projector_learning_rate", "float", (), "learning rate of the projector"),
 }
 RUN_FLAGS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "recipe": ("str", ("config",), "a recipe by name (see --list-recipes), a YAML file, or a run folder"),
     "policy": ("str", (), "rules as YAML text or a YAML file; replaces the recipe's"),
     "output_dir": ("str", (), "run folder; default runs/MODEL/METHOD/TIME"),
-    "resume_from_checkpoint": ("str", ("resume",), "true, a checkpoint folder, or auto (resume if there is something)"),
-    "device": ("str", (), "cpu, or cuda (the default where there is one)"),
-    "dry_run": ("bool", (), "check everything and show the plan; needs no weights and no network"),
-    "devices": ("int", (), "with --dry-run: plan for so many devices"),
-    "gpu_memory": ("float", (), "with --dry-run: say whether it fits so many GiB a device, and what would"),
+    "resume_from_checkpoint": (
+        "str",
+        ("resume",),
+        "true, a checkpoint folder, or auto (resume if possible)",
+    ),
+    "device": ("str", (), "cpu or cuda; the default is cuda if it is available"),
+    "dry_run": ("bool", (), "check the settings and print the plan; needs no weights and no network"),
+    "devices": ("int", (), "with --dry-run: number of devices to plan for"),
+    "gpu_memory": (
+        "float",
+        (),
+        "with --dry-run: GiB per device; shows whether the run fits, or the flags that help",
+    ),
     "print_recipe": ("str", (), "print a recipe with every key and its default"),
     "list_models": ("bool", (), "print the named models"),
     "list_recipes": ("bool", (), "print the recipes"),
-    "format": ("str", (), "human, or json: what goes to stdout, of a plan, a list, a finished run"),
+    "format": ("str", (), "format of plans, lists and results on stdout: human or json"),
 }
-# Hugging Face's flags that most runs set, in words of what they do here; the others follow with HF's own help.
+# Hugging Face's most used flags with help texts of ours; the other flags keep the help text of Hugging Face.
 EVERYDAY: dict[str, str] = {
-    "num_train_epochs": "how often all records are seen [3]",
-    "max_steps": "end after N steps, whatever the epochs say",
-    "per_device_train_batch_size": "records of a step on each device [8]",
-    "gradient_accumulation_steps": "batches whose gradients make one step [1]",
-    "learning_rate": "of the adapter rules, and of rules without one [the recipe's; 2e-4 of the default policy]",
+    "num_train_epochs": "number of epochs [3]",
+    "max_steps": "number of steps; overrides the number of epochs",
+    "per_device_train_batch_size": "records per device and batch [8]",
+    "gradient_accumulation_steps": "batches per optimizer step [1]",
+    "learning_rate": "learning rate of adapter rules and of rules without one [from the recipe; default policy: 2e-4]",
     "lr_scheduler_type": "linear, cosine, constant, ... [linear]",
-    "warmup_steps": "steps until the full learning rate; below 1 a share of all [0]",
-    "bf16": "multiply in bfloat16 [False]",
-    "gradient_checkpointing": "less memory, about a fifth more time [False]",
+    "warmup_steps": "number of warm-up steps; below 1: a share of all steps [0]",
+    "bf16": "compute in bfloat16 [False]",
+    "gradient_checkpointing": "save memory for about a fifth more time [False]",
     "deepspeed": "zero2, zero3, zero3_offload, or a JSON file",
-    "dataloader_num_workers": "processes that prepare batches [0]",
-    "logging_steps": "a line with the loss every N steps [10]",
-    "save_steps": "a checkpoint every N steps [500]",
+    "dataloader_num_workers": "number of processes that prepare batches [0]",
+    "logging_steps": "log the loss every N steps [10]",
+    "save_steps": "save a checkpoint every N steps [500]",
     "save_total_limit": "keep the newest N checkpoints [all]",
     "report_to": "tensorboard, wandb, trackio, ... [none]",
-    "seed": "of order, dropout and random starts [42]",
+    "seed": "random seed of data order, dropout and random initialization [42]",
 }
 FORMATS = ("human", "json")
 ALIASES = {"template": {"v1": "vicuna_v1"}, "image_aspect_ratio": {"square": "plain"}}
@@ -121,14 +134,14 @@ class Request:
     resume: str | None = None
     format: str = "human"
     action: str = "train"  # train | dry_run | print_recipe | list_models | list_recipes
-    argument: str = ""  # of the action
-    devices: int | None = None  # of a plan
-    gpu_memory: float | None = None  # GiB, of a plan
-    words: tuple[str, ...] = field(default=(), compare=False)  # as they were typed
+    argument: str = ""  # argument of the action
+    devices: int | None = None  # for a plan
+    gpu_memory: float | None = None  # GiB per device, for a plan
+    words: tuple[str, ...] = field(default=(), compare=False)  # the command line as typed
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with all flags; `_` and `-` are alike in them."""
+    """Return the parser with all flags; `_` and `-` are interchangeable in flag names."""
     parser = cli.parser(PROG, DESCRIPTION, EPILOG)
     parser.usage = "%(prog)s [flags]"
     group = parser.add_argument_group("the run")
@@ -156,29 +169,36 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> Request:
-    """The request in `argv` (default: the process's own); UserError, with near names, for what is not understood."""
-    given = vars(build_parser().parse_args(argv))
+    """Return the request in `argv` (default: the command line of the process). Raises UserError for an invalid flag."""
+    arguments = vars(build_parser().parse_args(argv))
     sections: dict[str, dict[str, Any]] = {"run": {}, "recipe": {}, "policy": {}, "llava": {}, "hf": {}}
-    for dest, value in given.items():
+    for dest, value in arguments.items():
         section, _, name = dest.partition(".")
         sections[section][name] = value
     run, train = sections["run"], _train_flags(sections["hf"], sections["run"])
     edits = PolicyEdits(learning_rate=train.get("learning_rate"), **sections["policy"])
     if edits.method not in (None, *METHODS):
         near = " or ".join(cli.suggest(str(edits.method), METHODS))
-        hint = f"; did you mean {near}?" if near else ""
-        raise UserError(f"--method {edits.method}: expected {', '.join(METHODS)}{hint}")
+        hint = f"did you mean {near}?" if near else ""
+        raise UserError(
+            f"expected {', '.join(METHODS)}", code="flag-value", where=f"--method {edits.method}", hint=hint
+        )
     overrides = _nested({name: _alias(name, value) for name, value in sections["recipe"].items()})
     if train:
         overrides["train"] = train
     planned = [name for name in ("devices", "gpu_memory") if name in run]
     if planned and not run.get("dry_run"):
-        raise UserError(f"--{' --'.join(planned)}: only with --dry-run; devices of a run are those of its launcher")
+        raise UserError(
+            "works only with --dry-run",
+            code="flag-conflict",
+            where=f"--{' --'.join(planned)}",
+            hint="the launcher sets the devices of a run",
+        )
     for name in planned:
         if run[name] <= 0:
-            raise UserError(f"--{name}: must be above 0, got {run[name]}")
+            raise UserError(f"must be above 0, got {run[name]}", code="flag-value", where=f"--{name}")
     if run.get("format", "human") not in FORMATS:
-        raise UserError(f"--format {run['format']}: expected {' or '.join(FORMATS)}")
+        raise UserError(f"expected {' or '.join(FORMATS)}", code="flag-value", where=f"--format {run['format']}")
     actions = [name for name in ACTIONS if run.get(name, False) is not False]
     return Request(
         recipe=run.get("recipe"),
@@ -211,7 +231,7 @@ def _add(group: Any, name: str, type_: str, aliases: Sequence[str], text: str, *
     elif name in ("resume_from_checkpoint", "print_recipe"):
         options |= {"nargs": "?", "const": "true" if name.startswith("resume") else ""}
     elif dest.startswith("hf."):
-        options |= {"type": str}  # converted with the YAML's values, so that both give the same message
+        options |= {"type": str}  # `_train_flags` converts it, as for YAML, so that both give the same message
     else:
         options |= {"type": _named(TYPES[type_], hf_arguments.EXPECTED[type_])}
     metavar = {"int": "N", "float": "X", "bool": "BOOL"}.get(type_, "TEXT")
@@ -228,23 +248,28 @@ def _named(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]
     return checked
 
 
-def _train_flags(given: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+def _train_flags(flags: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     train = {}
-    for name, value in given.items():
+    for name, value in flags.items():
         try:
             train[name] = hf_arguments.coerce(name, value)
         except ValueError as error:
-            raise UserError(f"--{name}: {error}") from None
+            raise UserError(str(error), code="flag-value", where=f"--{name}") from None
     if run.get("device") == "cpu":
         train["use_cpu"] = True
     elif run.get("device") not in (None, "cuda"):
-        raise UserError(f"--device {run['device']}: expected cpu or cuda")
-    elif "device" in run and not run.get("dry_run") and not _cuda_is_here():
-        raise UserError("--device cuda: PyTorch sees no CUDA device here\non the CPU:  --device cpu")
+        raise UserError("expected cpu or cuda", code="flag-value", where=f"--device {run['device']}")
+    elif "device" in run and not run.get("dry_run") and not _has_cuda():
+        raise UserError(
+            "PyTorch finds no CUDA device",
+            code="device-no-cuda",
+            where="--device cuda",
+            hint="to train on the CPU:  --device cpu",
+        )
     return train
 
 
-def _cuda_is_here() -> bool:
+def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""The base model of a run: a model as it is, or one composed of the parts that the recipe names."""
+"""The base model of a run: an existing model, or one composed of the parts that the recipe names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from milora_vl.models.parts import Parts
 from milora_vl.models.projector import projector_file
 from milora_vl.recipe.schema import PartsConfig, Recipe
 
-# LLaVA's word -> Hugging Face's.
+# Name of the feature selection in LLaVA -> in Hugging Face.
 FEATURES = {"patch": "default", "cls_patch": "full"}
 
 
 def parts_of(recipe: Recipe) -> Parts | None:
-    """The parts that the base is to be composed of; None where the model reads pictures already, or needs not to."""
+    """Return the parts of a composed base; None if the recipe names no tower or the model already reads images."""
     named = recipe.parts
-    if named.vision_tower is None or _sees(recipe.model):
+    if named.vision_tower is None or _reads_images(recipe.model):
         return None
     return Parts(
         recipe.model,
@@ -34,17 +34,19 @@ def parts_of(recipe: Recipe) -> Parts | None:
 
 
 def config_for(recipe: Recipe) -> Any:
-    """The config of the base, without its weights."""
+    """Return the config of the base; loads no weights."""
     parts = parts_of(recipe)
     return loading.config_of(recipe.model) if parts is None else composing.planned_config(parts)
 
 
 def check(recipe: Recipe) -> None:
-    """Find out before anything loads whether all parts are there, and are a LLaVA's. UserError names what is not."""
+    """Raise UserError, before any weights load, if a part is missing or the model is not a LLaVA."""
 
     if recipe.factor_cache and Path(recipe.factor_cache).exists() and not Path(recipe.factor_cache).is_dir():
-        raise UserError(f"--factor_cache {recipe.factor_cache}: expected a folder, this is a file")
-    if _sees(recipe.model):
+        raise UserError(
+            "expected a folder, this is a file", code="path-not-a-folder", where=f"--factor_cache {recipe.factor_cache}"
+        )
+    if _reads_images(recipe.model):
         require_llava(loading.config_of(recipe.model))
     parts = parts_of(recipe)
     if parts is not None:
@@ -54,9 +56,9 @@ def check(recipe: Recipe) -> None:
 
 
 def settled(recipe: Recipe) -> tuple[Recipe, str]:
-    """The recipe with the composed base as its model, written where it is not there yet, and a line about it.
+    """Return the recipe with the composed base as its model, and a log line; composes the base at first use.
 
-    A base that is made at first use is made here: of several processes one makes it, and the others find it.
+    If several processes call this, one of them composes the base.
     """
     parts = parts_of(recipe)
     if parts is None:
@@ -64,12 +66,12 @@ def settled(recipe: Recipe) -> tuple[Recipe, str]:
         return recipe, ""
     folder, is_new = composing.base_folder(parts)
     done = "composed" if is_new else "composed before"
-    line = f"base {folder}, {done} of {parts.describe()}; the adapter names it"
+    line = f"base {folder}, {done} from {parts.describe()}; the adapter refers to it"
     return _composed(recipe, folder), line
 
 
 def named_as_composed(recipe: Recipe, model: str) -> Recipe:
-    """The recipe as `settled` leaves it, where its parts are those of `model`, the composed base of an earlier run."""
+    """Return what `settled` returns if `model`, the composed base of an earlier run, has the same parts."""
     parts = parts_of(recipe)
     if parts is None or composing.planned_folder(parts).name != Path(model).name:
         return recipe
@@ -81,41 +83,41 @@ def _composed(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def warnings(recipe: Recipe) -> list[str]:
-    """What a named tower does not do: a model that reads pictures keeps its own."""
+    """Return warnings about settings without effect: a model that reads images keeps its own vision tower."""
     named = recipe.parts
     if named == PartsConfig() or not recipe.model:
         return []
     if recipe.template == OWN and parts_of(recipe):
-        return [f"--template {OWN}: a base that is composed here has that of vicuna_v1, not that of {recipe.model}"]
-    if not _sees(recipe.model):
-        return [] if named.vision_tower else ["without a --vision_tower, what is said of its layer has no effect"]
+        return [f"--template {OWN}: a composed base uses vicuna_v1, not the template of {recipe.model}"]
+    if not _reads_images(recipe.model):
+        return [] if named.vision_tower else ["the flags about the vision layer have no effect without --vision_tower"]
     config = loading.config_of(recipe.model)
-    own = config.to_dict()
+    values = config.to_dict()
     differing = []
     if named.vision_tower and not _is_tower(config, named.vision_tower):
         differing.append(named.vision_tower)
-    if own.get("vision_feature_layer", named.select_layer) != named.select_layer:
+    if values.get("vision_feature_layer", named.select_layer) != named.select_layer:
         differing.append(f"layer {named.select_layer}")
-    if own.get("vision_feature_select_strategy", "default") != FEATURES[named.select_feature]:
+    if values.get("vision_feature_select_strategy", "default") != FEATURES[named.select_feature]:
         differing.append(f"feature {named.select_feature}")
     if not differing:
         return []
-    return [f"{recipe.model} keeps the vision tower it was trained with; without effect: {', '.join(differing)}"]
+    return [f"{recipe.model} keeps the vision tower that it was trained with; no effect: {', '.join(differing)}"]
 
 
 def _is_tower(config: Any, name: str) -> bool:
-    """Whether a named tower has the shape of the model's own (its weights are those of the model)."""
+    """Return whether a named tower has the shape of the model's tower. The weights always come from the model."""
     try:
         other = loading.config_of(name)
     except UserError:
         return False
     sizes = ("model_type", "hidden_size", "image_size", "patch_size", "num_hidden_layers")
-    own, named = config.vision_config.to_dict(), other.to_dict()
-    return all(own.get(size) == named.get(size) for size in sizes)
+    tower, named = config.vision_config.to_dict(), other.to_dict()
+    return all(tower.get(size) == named.get(size) for size in sizes)
 
 
-def _sees(name: str) -> bool:
+def _reads_images(name: str) -> bool:
     try:
         return "vision_config" in loading.config_of(name).to_dict()
     except UserError:
-        return False  # loading it says why
+        return False  # loading the model reports the error

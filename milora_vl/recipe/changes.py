@@ -1,4 +1,4 @@
-"""What differs between the recipe of a run so far and the one it is resumed with, and what of that is refused."""
+"""Differences between the recipe of a run and the recipe that it is resumed with, and which of them are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from milora_vl.recipe import hf_arguments
 from milora_vl.recipe.resume_table import SCHEDULES_BY_EVALUATION, SCHEDULES_WITHOUT_END, effect_of
 from milora_vl.recipe.schema import Recipe, Strict
 
-# Keys with a file or folder: the same place may be written in two ways.
+# Keys that hold a path: two spellings may name the same file or folder.
 PLACES = (
     "projector_weights", "parts.vision_tower", "parts.vision_weights", "factor_cache", "data.path", "data.image_folder",
     "data.eval_path", "data.feature_cache", "eval.data", "sweep.data", "train.logging_dir",
@@ -23,7 +23,7 @@ PLACES = (
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What the weights of a run depend on: its recipe, its number of processes, the dtype of its frozen weights."""
+    """What the weights of a run depend on: recipe, number of processes, dtype of the frozen weights."""
 
     recipe: Recipe
     processes: int
@@ -33,8 +33,8 @@ class Side:
         """Return a training argument, or its default."""
         half = {"bfloat16": "bf16", "float16": "fp16"}.get(self.recipe.dtype)
         default = True if name == half else hf_arguments.flags()[name].default
-        given = self.recipe.train.get(name)
-        return default if given is None else given
+        value = self.recipe.train.get(name)
+        return default if value is None else value
 
     @property
     def batch(self) -> tuple[int, int, int]:
@@ -45,7 +45,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One difference. `is_refused` where a run that continues with it would hold a mixture that no recipe describes."""
+    """One difference. `is_refused`: if the run continued with it, no recipe would describe the result."""
 
     key: str
     before: Any
@@ -54,7 +54,7 @@ class Change:
     why: str = ""
 
     def __str__(self) -> str:
-        """Return it as `key old -> new`."""
+        """Return the difference as `key old -> new`."""
         return f"{self.key} {shown(self.before)} -> {shown(self.now)}"
 
     def row(self) -> tuple[str, str, str]:
@@ -65,26 +65,26 @@ class Change:
 def changes(before: Side, now: Side, *, identifies_records: bool) -> list[Change]:
     """Return every difference of two runs, in the order of a recipe.
 
-    identifies_records: the records of the earlier run can be told from others by their contents.
+    identifies_records: the earlier run stored a fingerprint of its records.
     """
     old, new = dict(_flat(before)), dict(_flat(now))
-    found = []
+    differences = []
     for key in {**old, **new}:
         if not _is_same(key, old.get(key), new.get(key)):
             refused, why = _refusal(key, before, now, identifies_records=identifies_records)
-            found.append(Change(key, old.get(key), new.get(key), refused, why))
-    return [*_policy_changes(before, now), *found, *_batch_change(before, now)]
+            differences.append(Change(key, old.get(key), new.get(key), refused, why))
+    return [*_policy_changes(before, now), *differences, *_batch_change(before, now)]
 
 
 def schedule_has_end(side: Side) -> bool:
-    """Tell whether the learning rate of a step depends on which step is the last."""
+    """Return whether the learning rate of a step depends on the total number of steps."""
     schedule, warmup = side.train("lr_scheduler_type"), side.train("warmup_steps")
     is_share = 0 < warmup < 1 and schedule in ("constant_with_warmup", "inverse_sqrt")
     return is_share or schedule not in SCHEDULES_WITHOUT_END
 
 
 def shown(value: Any) -> str:
-    """Return a value as in a recipe, on one line.
+    """Return a value as a recipe writes it, on one line.
 
     >>> shown(None), shown({"energy": 0.5}), shown(2e-05)
     ('none', '{energy: 0.5}', '2e-05')
@@ -99,7 +99,7 @@ def shown(value: Any) -> str:
 
 
 def _flat(side: Side) -> Iterator[tuple[str, Any]]:
-    """All keys of a recipe with their values, but for the policy; training arguments with their defaults."""
+    """Yield all keys of a recipe except the policy, with values; training arguments include defaults."""
     for name in type(side.recipe).model_fields:
         value = getattr(side.recipe, name)
         if isinstance(value, Strict):
@@ -120,7 +120,7 @@ def _is_same(key: str, before: Any, now: Any) -> bool:
 
 
 def _weights(name: str) -> str:
-    """The hub id or the folder behind a model's name."""
+    """Return the hub id or the folder behind a model name."""
 
     if Path(name).is_dir():
         return str(Path(name).resolve())
@@ -146,7 +146,7 @@ def _refusal(key: str, before: Side, now: Side, *, identifies_records: bool) -> 
     if effect == "records":
         return streams or not identifies_records, ""
     if effect == "length":
-        # Steps against epochs: how many steps these are is known when the records are read.
+        # Steps cannot be compared with epochs before the records are read (`require_same_steps` does it then).
         comparable = (before.train("max_steps") > 0) == (now.train("max_steps") > 0)
         refused = comparable and _decides_length(name, now) and schedule_has_end(now)
         return refused, because_of_schedule(now) if refused else ""
@@ -170,8 +170,8 @@ def _decides_length(name: str, side: Side) -> bool:
 def _batch_change(before: Side, now: Side) -> list[Change]:
     if prod(before.batch) == prod(now.batch):
         return []
-    keeps, rest = divmod(prod(before.batch), now.batch[0] * now.processes)
-    hint = f"--gradient_accumulation_steps {keeps} keeps it" if keeps and not rest else ""
+    keeps, remainder = divmod(prod(before.batch), now.batch[0] * now.processes)
+    hint = f"--gradient_accumulation_steps {keeps} keeps it" if keeps and not remainder else ""
     return [Change("batch in total", _in_words(before), _in_words(now), True, hint)]
 
 
@@ -180,7 +180,7 @@ def _in_words(side: Side) -> str:
 
 
 def _policy_changes(before: Side, now: Side) -> Iterator[Change]:
-    """Differences field by field of rules for the same modules, else rule by rule. All are refused."""
+    """Yield differences by field for rules with the same modules, else by rule. All are refused."""
     old, new = _rules(before), _rules(now)
     for number in range(max(len(old), len(new))):
         first = old[number] if number < len(old) else None
@@ -192,7 +192,7 @@ def _policy_changes(before: Side, now: Side) -> Iterator[Change]:
             continue
         for name in {**first, **second}:
             values = first.get(name), second.get(name)
-            if effect_of(f"train.{name}") == "fallback":  # a rate that a rule does not name is that of the run
+            if effect_of(f"train.{name}") == "fallback":  # a rule without a rate uses the rate of the run
                 values = first.get(name, before.train(name)), second.get(name, now.train(name))
             if values[0] != values[1]:
                 yield Change(f"{place}.{name}", *values, True)

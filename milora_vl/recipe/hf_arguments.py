@@ -1,7 +1,7 @@
-"""Hugging Face's training flags without importing transformers: their names, types, old spellings and translation.
+"""Hugging Face's training flags, without importing transformers: names, types, old spellings and conversion.
 
-The flags are the union over supported versions (`hf_flags.json`, made by tests/reference/make_hf_flags.py). A recipe
-holds the newest names; `for_installed` turns them into what the installed TrainingArguments takes.
+The flags are the union over supported versions (tests/reference/make_hf_flags.py writes `hf_flags.json`). A recipe
+holds the newest names; `for_installed` converts them for the installed TrainingArguments.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ RENAMED = {
     "torchdynamo": "torch_compile_backend",
 }
 REFUSED = {
-    "overwrite_output_dir": "nothing is ever overwritten: give another --output_dir, or --resume_from_checkpoint",
-    "local_rank": None,  # launchers of old pass it; torch reads the environment
-    "save_safetensors": None,  # always so
+    "overwrite_output_dir": "a run never overwrites files: use another --output_dir, or --resume_from_checkpoint",
+    "local_rank": None,  # old launchers pass it; torch reads the environment
+    "save_safetensors": None,  # always on
     "resume_from_checkpoint": "is a flag of the command, not of the recipe",
     "output_dir": "is a flag of the command, not of the recipe",
     "label_smoothing_factor": "is not supported: the loss is the plain cross-entropy of the supervised tokens",
 }
-# Hugging Face's own sentences about these say what does not happen here.
+# Hugging Face's help texts of these flags do not describe what this command does.
 HELP = {
     "label_smoothing_factor": "refused: the loss is the plain cross-entropy of the supervised tokens",
     "overwrite_output_dir": f"refused: {REFUSED['overwrite_output_dir']}",
-    "save_safetensors": "without effect: always so",
-    "fsdp": "refused: --deepspeed zero3 shards the same",
-    "fsdp_config": "of --fsdp, which is refused",
+    "save_safetensors": "no effect: always on",
+    "fsdp": "refused: use --deepspeed zero3, which shards the same tensors",
+    "fsdp_config": "refused, like --fsdp",
 }
-# The Trainer takes less without a word, and stumbles over it, or passes over it, when it is well under way.
+# The Trainer accepts smaller values, then fails during training or ignores them.
 AT_LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -81,7 +81,7 @@ class Flag:
 
 @cache
 def flags() -> Mapping[str, Flag]:
-    """All flags by name, of every supported transformers version."""
+    """Return all flags of every supported transformers version, by name."""
     text = resources.files("milora_vl.recipe").joinpath("hf_flags.json").read_text(encoding="utf-8")
     known = {
         name: Flag(name, f["type"], tuple(f["choices"]), f["default"], f["help"], tuple(f["versions"]))
@@ -93,23 +93,26 @@ def flags() -> Mapping[str, Flag]:
 
 
 def newest() -> str:
-    """The newest transformers version that the list knows."""
+    """Return the newest transformers version in `hf_flags.json`."""
     return max(
         (flag.versions[-1] for flag in flags().values() if flag.versions), key=lambda v: tuple(map(int, v.split(".")))
     )
 
 
 def boolean(text: str) -> bool:
-    """`True`, `yes`, `1`, ... as HF's own parser takes them; ValueError otherwise."""
+    """Return the value of `True`, `yes`, `1`, ... as HF's parser does. Raises ValueError for any other text."""
     if text.lower() in TRUE:
         return True
     if text.lower() in FALSE:
         return False
-    raise ValueError(f"{text!r} is neither true nor false")
+    raise ValueError(f"expected true or false, got {text!r}")
 
 
 def coerce(name: str, value: Any) -> Any:
-    """`value` of flag `name`, from YAML or the command line, as its own type. ValueError says what was expected."""
+    """Return the value of flag `name`, from YAML or the command line, in the type of the flag.
+
+    Raises ValueError, with what is expected, for an invalid value.
+    """
     flag = flags()[name]
     if value is None or (isinstance(value, str) and value == "None"):
         return None
@@ -121,7 +124,7 @@ def coerce(name: str, value: Any) -> Any:
         raise ValueError(f"expected {EXPECTED[flag.type]}, got {value!r}") from None
     if flag.choices and converted not in flag.choices:
         near = suggest(str(converted), flag.choices)
-        hint = f"; did you mean {near[0]} ?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"got {value!r}, expected one of {', '.join(flag.choices)}{hint}")
     if (wrong := _out_of_range(name, converted)) is not None:
         raise ValueError(f"{wrong}, got {value!r}")
@@ -129,7 +132,7 @@ def coerce(name: str, value: Any) -> Any:
 
 
 def canonical(name: str, value: Any) -> tuple[str, Any] | None:
-    """The newest name and form of a flag that older versions spell differently; None where it has no meaning any more.
+    """Return the newest name and value of a flag; None if the flag has no effect any more.
 
     >>> canonical("warmup_ratio", 0.03), canonical("group_by_length", True)
     (('warmup_steps', 0.03), ('train_sampling_strategy', 'group_by_length'))
@@ -144,19 +147,19 @@ def canonical(name: str, value: Any) -> tuple[str, Any] | None:
 
 
 def overridden(train: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `train`, in canonical names, without what `flags` say by an older name: the flags win.
+    """Return `train` without the keys that `flags` set by an older name: flags win. `train` has canonical names.
 
     >>> overridden({"warmup_steps": 0.03, "max_steps": 9}, {"warmup_ratio": 0.1})
     {'max_steps': 9}
     """
-    said = {RENAMED[name] for name in flags if name in RENAMED}
-    return {name: value for name, value in train.items() if name not in said}
+    renamed = {RENAMED[name] for name in flags if name in RENAMED}
+    return {name: value for name, value in train.items() if name not in renamed}
 
 
 def for_installed(train: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Keyword arguments for the TrainingArguments that has these `fields`, and the names that it does not have.
+    """Return keyword arguments for TrainingArguments with these `fields`, and the unsupported names.
 
-    Names at their default are left out without a word.
+    Unsupported names with their default value are dropped and not returned.
     """
     out = dict(train)
     if "activation_checkpointing" not in fields:
@@ -171,8 +174,8 @@ def for_installed(train: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[
     if "train_sampling_strategy" not in fields and "train_sampling_strategy" in out:
         out["group_by_length"] = out.pop("train_sampling_strategy") == "group_by_length"
     absent = sorted(name for name in out if name not in fields)
-    telling = [name for name in absent if out[name] != flags()[name].default]
-    return {name: value for name, value in out.items() if name in fields}, telling
+    unsupported = [name for name in absent if out[name] != flags()[name].default]
+    return {name: value for name, value in out.items() if name in fields}, unsupported
 
 
 def _out_of_range(name: str, number: Any) -> str | None:
@@ -181,11 +184,11 @@ def _out_of_range(name: str, number: Any) -> str | None:
     if name == "num_train_epochs" and number <= 0:
         return "must be above 0"
     if name == "max_steps" and number < 1 and number != -1:
-        return "must be at least 1 (-1: as many as the epochs have)"
+        return "must be at least 1, or -1 to train by epochs"
     if name in ("adam_beta1", "adam_beta2") and number >= 1:
         return "must be below 1"
     if name == "warmup_ratio" and number > 1:
-        return "must be at most 1: a share of all steps"
+        return "must be at most 1; it is a share of all steps"
     return None
 
 
@@ -230,5 +233,5 @@ EXPECTED = {
     "float": "a number",
     "str": "a word",
     "list": "a list",
-    "dict": "a mapping, a JSON text or a file",
+    "dict": "a mapping, JSON text or a file",
 }

@@ -1,4 +1,4 @@
-"""`--list-models`, `--list-recipes` and `--print-recipe`: data on stdout."""
+"""`--list-models`, `--list-recipes` and `--print-recipe`: print data to stdout."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def show(request: Request) -> int:
 
 
 def models() -> dict[str, str]:
-    """The named models, and where each comes from."""
+    """Return the named models and the source of each."""
 
     return {name: str(model) for name, model in NAMED_MODELS.items()}
 
 
 def recipes() -> dict[str, str]:
-    """The packaged recipes with the first line of their comment."""
+    """Return the packaged recipes with the first line of their comment."""
     return {name: llava_recipes.read(name).splitlines()[0].lstrip("# ") for name in llava_recipes.names()}
 
 
 def recipe_text(request: Request) -> str:
-    """A whole recipe: every key with its value, and TrainingArguments at their default as comments."""
+    """Return a recipe as YAML: every key with its value; TrainingArguments with their default as comments."""
     name, recipe = _recipe(request)
     comment = "".join(line for line in _source(name).splitlines(keepends=True) if line.startswith("#"))
     others = [
@@ -49,13 +49,18 @@ def recipe_text(request: Request) -> str:
         if flag.versions and flag.versions[-1] == hf_arguments.newest() and flag.name not in recipe.train
         and flag.name not in hf_arguments.REFUSED and flag.name not in hf_arguments.RENAMED
     ]  # fmt: skip
-    return comment + recipe.to_yaml() + "# Of train, at their defaults:\n" + "".join(others)
+    return comment + recipe.to_yaml() + "# Defaults of train:\n" + "".join(others)
 
 
 def _recipe(request: Request) -> tuple[str, Recipe]:
     name = request.argument or request.recipe
     if not name:
-        raise UserError(f"--print-recipe: which one? {', '.join(llava_recipes.names())}\nsee: {PROG} --list-recipes")
+        raise UserError(
+            f"expected the name of a recipe: {', '.join(llava_recipes.names())}",
+            code="flag-required",
+            where="--print-recipe",
+            hint=f"see: {PROG} --list-recipes",
+        )
     content, lines, source = settings.read_recipe(name)
     return name, Recipe.parse(content, source, lines)
 

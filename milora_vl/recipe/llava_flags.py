@@ -1,4 +1,4 @@
-"""The flags of LLaVA's own training scripts (haotian-liu/LLaVA, llava/train/train.py) and what they mean here.
+"""The flags of LLaVA's training scripts (haotian-liu/LLaVA, llava/train/train.py) and what they mean here.
 
 A script like scripts/v1_5/finetune_lora.sh runs with only its program name changed.
 """
@@ -12,30 +12,33 @@ from typing import Any
 from milora_data.errors import UserError
 from milora_vl.recipe.policy_edits import DEFAULT_RULES
 
-# name -> (type, help). Flags that are only other names for ours (--lora_r, --version, ...) are in arguments.py.
+# name -> (type, help). Flags that are aliases of ours (--lora_r, --version, ...) are in arguments.py.
 FLAGS: dict[str, tuple[str, str]] = {
-    "lora_enable": ("bool", "MiLoRA on the language tower (plain LoRA with --method lora), the projector in full"),
+    "lora_enable": (
+        "bool",
+        "MiLoRA on the language tower (plain LoRA with --method lora), the projector in full",
+    ),
     "lora_weight_path": ("str", "refused: merge that adapter into the base first"),
-    "lora_bias": ("str", "only none: biases stay frozen"),
+    "lora_bias": ("str", "only none is supported: biases stay frozen"),
     "tune_mm_mlp_adapter": ("bool", "train the projector alone (stage 1, pretrain.sh)"),
     "freeze_mm_mlp_adapter": ("bool", "keep the projector frozen"),
     "freeze_backbone": ("bool", "keep the language model frozen"),
-    "bits": ("int", "16, or 8 or 4 for a quantised base"),
-    "vision_tower": ("str", "the tower that a text-only model gets: a folder, a hub id or timm/NAME"),
-    "mm_projector_type": ("str", "only mlp2x_gelu, as LLaVA-1.5"),
-    "mm_vision_select_layer": ("int", "the layer of the tower whose features are taken [-2]"),
+    "bits": ("int", "16, or 8 or 4 to quantise the base"),
+    "vision_tower": ("str", "vision tower to add to a text-only model: a folder, a hub id or timm/NAME"),
+    "mm_projector_type": ("str", "only mlp2x_gelu is supported, as in LLaVA-1.5"),
+    "mm_vision_select_layer": ("int", "layer of the tower that supplies the features [-2]"),
     "mm_vision_select_feature": ("str", "patch, or cls_patch to keep the class token"),
-    "mm_patch_merge_type": ("str", "only flat, as LLaVA-1.5"),
-    "mm_use_im_start_end": ("bool", "only False, as LLaVA-1.5"),
-    "mm_use_im_patch_token": ("bool", "only False, as LLaVA-1.5"),
-    "is_multimodal": ("bool", "no effect: text and pictures may always be mixed"),
-    "lazy_preprocess": ("bool", "no effect: records are always encoded when they are needed"),
-    "group_by_modality_length": ("bool", "batches of one kind and similar length"),
+    "mm_patch_merge_type": ("str", "only flat is supported, as in LLaVA-1.5"),
+    "mm_use_im_start_end": ("bool", "only False is supported, as in LLaVA-1.5"),
+    "mm_use_im_patch_token": ("bool", "only False is supported, as in LLaVA-1.5"),
+    "is_multimodal": ("bool", "no effect: records with and without images can always be mixed"),
+    "lazy_preprocess": ("bool", "no effect: records are always encoded during training"),
+    "group_by_modality_length": ("bool", "build batches of one modality and similar length"),
     "mpt_attn_impl": ("str", "no effect: MPT models are not supported"),
-    "cache_dir": ("str", "no effect here; set HF_HOME"),
+    "cache_dir": ("str", "no effect; set HF_HOME"),
 }
-# What LLaVA-1.5's scripts always say and what is so here in any case.
-ALREADY_SO: dict[str, tuple[Any, ...]] = {
+# Values of LLaVA-1.5's scripts that are accepted.
+ACCEPTED: dict[str, tuple[Any, ...]] = {
     "lazy_preprocess": (True, False),
     "is_multimodal": (True, False),
     "mm_use_im_start_end": (False,),
@@ -52,11 +55,11 @@ ALREADY_SO: dict[str, tuple[Any, ...]] = {
 }
 REFUSED: dict[str, str] = {
     "lora_weight_path": "continuing from another adapter is not supported yet; merge it into the base first",
-    "mm_use_im_start_end": "only False is supported: LLaVA-1.5 has no start and end tokens around pictures",
+    "mm_use_im_start_end": "only False is supported: LLaVA-1.5 has no start and end tokens around images",
     "mm_use_im_patch_token": "only False is supported: LLaVA-1.5 has no patch token",
     "lora_bias": "only none is supported",
     "mm_projector_type": "only mlp2x_gelu is supported: Hugging Face's LLaVA has a projector of two layers",
-    "mm_patch_merge_type": "only flat is supported, as LLaVA-1.5; take a model of llava-hf/llava-v1.6-* for others",
+    "mm_patch_merge_type": "only flat is supported, as in LLaVA-1.5; for the others use a llava-hf/llava-v1.6-* model",
 }
 WITHOUT_EFFECT = ("cache_dir", "mpt_attn_impl")
 # LLaVA's flag -> field of the recipe's `parts`.
@@ -67,12 +70,12 @@ PARTS = {
 }
 
 
-_IN_FULL = "no --lora_enable means all of the language tower in full, embeddings and head included, {}"
+_IN_FULL = "without --lora_enable the whole language tower trains in full, embeddings and head included, {}"
 
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """A LLaVA command line in our words."""
+    """What the flags of a LLaVA command line mean for a run."""
 
     rules: list[dict[str, Any]]
     quantization: str | None = None
@@ -80,82 +83,86 @@ class Meaning:
     warnings: list[str] = field(default_factory=list)
 
 
-def meaning(given: Mapping[str, Any], *, rank: int | None, alpha: float | None, dropout: float | None) -> Meaning:
-    """Rules, quantisation and the line that explains them; no rules where the flags do not speak of what trains.
+def meaning(flags: Mapping[str, Any], *, rank: int | None, alpha: float | None, dropout: float | None) -> Meaning:
+    """Return rules, quantisation and a line that explains them; no rules if the flags do not choose what trains.
 
-    UserError names a flag that asks for what is not there.
+    Raises UserError for an unsupported flag or value.
     """
-    for name, value in given.items():
-        if name in REFUSED and value not in ALREADY_SO.get(name, ()):
-            raise UserError(f"--{name} {value}: {REFUSED[name]}")
-    bits = given.get("bits", 16)
+    for name, value in flags.items():
+        if name in REFUSED and value not in ACCEPTED.get(name, ()):
+            raise UserError(REFUSED[name], code="flag-unsupported", where=f"--{name} {value}")
+    bits = flags.get("bits", 16)
     if bits not in (4, 8, 16):
-        raise UserError(f"--bits {bits}: expected 16, 8 or 4")
+        raise UserError("expected 16, 8 or 4", code="flag-value", where=f"--bits {bits}")
     quantization = f"{bits}bit" if bits != 16 else None
-    if not decide_what_trains(given):
-        return Meaning([], quantization, warnings=_warnings(given))
-    rules, words = _rules(given, rank, alpha, dropout)
+    if not decide_what_trains(flags):
+        return Meaning([], quantization, warnings=_warnings(flags))
+    rules, explanation = _rules(flags, rank, alpha, dropout)
     if all(rule["method"] == "full" for rule in rules):
-        _refuse_adapter_flags(given, words, {"rank": rank, "alpha": alpha, "dropout": dropout})
+        _refuse_adapter_flags(flags, explanation, {"rank": rank, "alpha": alpha, "dropout": dropout})
     if quantization:
-        words += f", on a base quantised to {bits} bits"
-    return Meaning(rules, quantization, f"LLaVA flags: {words}", _warnings(given))
+        explanation += f", with the base quantised to {bits} bits"
+    return Meaning(rules, quantization, f"LLaVA flags: {explanation}", _warnings(flags))
 
 
-def decide_what_trains(given: Mapping[str, Any]) -> bool:
-    """Whether the flags say what trains: one of LLaVA's scripts, or what to freeze.
+def decide_what_trains(flags: Mapping[str, Any]) -> bool:
+    """Return whether the flags decide what trains: they belong to a LLaVA script, or freeze something.
 
-    The others are about the data or the model: beside our own flags they change nothing of the policy.
+    The other flags concern the data or the model and leave the policy unchanged.
     """
-    return is_script(given) or any(given.get(name) for name in ("freeze_backbone", "freeze_mm_mlp_adapter"))
+    return is_script(flags) or any(flags.get(name) for name in ("freeze_backbone", "freeze_mm_mlp_adapter"))
 
 
-def is_script(given: Mapping[str, Any]) -> bool:
-    """Whether a command line is one of LLaVA's scripts: then what it leaves out is as LLaVA has it."""
-    named = any(given.get(name) is not None for name in ("vision_tower", "lora_enable"))
-    return named or bool(given.get("tune_mm_mlp_adapter"))
+def is_script(flags: Mapping[str, Any]) -> bool:
+    """Return whether the flags belong to a LLaVA script; then LLaVA's defaults apply to missing flags."""
+    named = any(flags.get(name) is not None for name in ("vision_tower", "lora_enable"))
+    return named or bool(flags.get("tune_mm_mlp_adapter"))
 
 
-def parts(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The tower that a script names, as the recipe's `parts`."""
-    return {field: given[flag] for flag, field in PARTS.items() if given.get(flag) is not None}
+def parts(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tower that a script names, as the `parts` section of a recipe."""
+    return {field: flags[flag] for flag, field in PARTS.items() if flags.get(flag) is not None}
 
 
 def _rules(
-    given: Mapping[str, Any], rank: int | None, alpha: float | None, dropout: float | None
+    flags: Mapping[str, Any], rank: int | None, alpha: float | None, dropout: float | None
 ) -> tuple[list[dict[str, Any]], str]:
     projector: list[dict[str, Any]] = [{"modules": "projector", "method": "full"}]
-    alone = [name for name in ("tune_mm_mlp_adapter", "freeze_backbone") if given.get(name)]
-    if alone and given.get("freeze_mm_mlp_adapter") and not given.get("lora_enable"):
-        raise UserError(f"--{alone[0]} True --freeze_mm_mlp_adapter True: nothing is left to train")
-    if given.get("tune_mm_mlp_adapter"):
-        return projector, "--tune_mm_mlp_adapter True means the projector alone"
-    if given.get("freeze_mm_mlp_adapter"):
+    alone = [name for name in ("tune_mm_mlp_adapter", "freeze_backbone") if flags.get(name)]
+    if alone and flags.get("freeze_mm_mlp_adapter") and not flags.get("lora_enable"):
+        raise UserError(
+            "nothing would train", code="policy-nothing-trains", where=f"--{alone[0]} True --freeze_mm_mlp_adapter True"
+        )
+    if flags.get("tune_mm_mlp_adapter"):
+        return projector, "--tune_mm_mlp_adapter True trains only the projector"
+    if flags.get("freeze_mm_mlp_adapter"):
         projector = []
-    rest = "and the projector in full" if projector else "and the projector frozen"
-    if given.get("lora_enable"):
-        # LLaVA's own defaults where the script is silent.
+    of_projector = "and the projector in full" if projector else "and the projector frozen"
+    if flags.get("lora_enable"):
+        # LLaVA's defaults for flags that the script does not set.
         rank = 64 if rank is None else rank
         rule = {"rank": rank, "alpha": 16 if alpha is None else alpha, "dropout": 0.05 if dropout is None else dropout}
         language = {"modules": "language", "method": "milora", **rule}
-        return [language, *projector], f"--lora_enable True means MiLoRA of rank {rank} on the language tower {rest}"
-    if given.get("freeze_backbone"):
-        return projector, "--freeze_backbone True means the projector alone"
-    if not is_script(given):
+        return [language, *projector], (
+            f"--lora_enable True trains MiLoRA of rank {rank} on the language tower {of_projector}"
+        )
+    if flags.get("freeze_backbone"):
+        return projector, "--freeze_backbone True trains only the projector"
+    if not is_script(flags):
         without = [rule for rule in DEFAULT_RULES if rule["modules"] != "projector"]
-        return without, "--freeze_mm_mlp_adapter True means the default policy without the projector"
-    return [{"modules": "language.*", "method": "full"}, *projector], _IN_FULL.format(rest)
+        return without, "--freeze_mm_mlp_adapter True trains the default policy without the projector"
+    return [{"modules": "language.*", "method": "full"}, *projector], _IN_FULL.format(of_projector)
 
 
-def _refuse_adapter_flags(given: Mapping[str, Any], words: str, flags: Mapping[str, float | None]) -> None:
-    unused = " ".join(f"--{name}" for name, value in flags.items() if value is not None)
+def _refuse_adapter_flags(flags: Mapping[str, Any], explanation: str, adapter: Mapping[str, float | None]) -> None:
+    unused = " ".join(f"--{name}" for name, value in adapter.items() if value is not None)
     if not unused:
         return
-    alone = given.get("tune_mm_mlp_adapter") or given.get("freeze_backbone")
-    hint = f"leave {unused} out" if alone else "say --lora_enable True, or --method milora"
-    raise UserError(f"{unused}: nothing gets an adapter, since {words}\n{hint}")
+    alone = flags.get("tune_mm_mlp_adapter") or flags.get("freeze_backbone")
+    hint = f"remove {unused}" if alone else "add --lora_enable True, or --method milora"
+    raise UserError(f"no rule makes an adapter: {explanation}", code="policy-no-adapter-rule", where=unused, hint=hint)
 
 
-def _warnings(given: Mapping[str, Any]) -> list[str]:
-    unused = [f"--{name}" for name in WITHOUT_EFFECT if name in given and given[name] not in ALREADY_SO.get(name, ())]
-    return [f"without effect here: {' '.join(unused)}"] if unused else []
+def _warnings(flags: Mapping[str, Any]) -> list[str]:
+    unused = [f"--{name}" for name in WITHOUT_EFFECT if name in flags and flags[name] not in ACCEPTED.get(name, ())]
+    return [f"no effect: {' '.join(unused)}"] if unused else []

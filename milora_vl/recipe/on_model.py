@@ -1,12 +1,13 @@
-"""A recipe on its model: the rules that fit it, the modules they mean, and faults that only show there.
+"""A recipe applied to its model: the rules that fit, the modules they match, and errors that depend on the model.
 
-No weights are loaded.
+This loads no weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -28,44 +29,46 @@ from milora_vl.towers import find_towers
 
 
 def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:
-    """The recipe whose default policy fits this model: no projector rule where there is no projector."""
+    """Return the recipe; its default policy has no projector rule if the model has no projector."""
     if not implicit or find_towers(base).projector is not None:
         return recipe
     return recipe.model_copy(update={"policy": without_projector(recipe.policy or [])})
 
 
 def targets_of(recipe: Recipe, base: nn.Module) -> list[Target]:
-    """The resolved policy on a model. UserError with every fault of the rules."""
+    """Return the policy resolved on a model. Raises UserError with every problem of the rules."""
     try:
         return Policy.parse(recipe.policy or []).resolve(base, cache_dir=recipe.factor_cache)
     except PolicyError as error:
-        see = Problem(f"see: python -m milora_vl.train --model {recipe.model} --dry-run", "policy-see")
-        raise UserError(problems=[*error.problems, see]) from None
+        *others, last = error.problems
+        see = f"see: python -m milora_vl.train --model {recipe.model} --dry-run"
+        hint = "\n".join(filter(None, (last.hint, see)))
+        raise UserError(problems=[*others, replace(last, hint=hint)]) from None
 
 
 def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]:
-    """What of the recipe fits this model badly: prompts other than its own, and how it sees pictures."""
+    """Return warnings about settings that fit this model badly: another chat template, untiled or too large images."""
     tokenizer, pictures = split_processor(processor)
     if pictures is None and recipe.template == "vicuna_v1" and tokenizer.chat_template:
-        return ["prompts are vicuna_v1's; this model brings a chat template of its own: --template chat_template"]
+        return ["the template is vicuna_v1, but this model has a chat template: use --template chat_template"]
 
     tiling = tiling_of(cast("Any", base).config)
     if tiling is None:
         return []
-    said = []
+    messages = []
     if recipe.data.image_aspect_ratio == "pad":
-        said.append(f"this model sees pictures in tiles of {tiling.tile} pixels (image_aspect_ratio anyres, not pad)")
+        messages.append(f"this model splits images into tiles of {tiling.tile} pixels: use image_aspect_ratio anyres")
     if tiling.most_tokens < recipe.data.max_length:
-        return said
+        return messages
     return [
-        *said,
-        f"a picture takes up to {tiling.most_tokens:,} tokens: at max_length {recipe.data.max_length:,} large ones are "
-        "left out, with all that follows them (--max_length 4096)",
+        *messages,
+        f"an image takes up to {tiling.most_tokens:,} tokens: max_length {recipe.data.max_length:,} cuts large images "
+        "and the text after them (use --max_length 4096)",
     ]
 
 
 def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] = ()) -> None:
-    """UserError unless the model's own chat template, where the recipe asks for it, is there and takes the records."""
+    """Raise UserError if the recipe asks for the model's chat template and it is missing or rejects a record."""
     if recipe.template != OWN:
         return
     try:
@@ -73,7 +76,10 @@ def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] =
     except UserError:
         known = ", ".join(TEMPLATES)
         raise UserError(
-            f"--template {OWN}: {recipe.model} has no chat template\nname another template, one of: {known}"
+            f"{recipe.model} has no chat template",
+            code="template-missing",
+            where=f"--template {OWN}",
+            hint=f"use another template, one of: {known}",
         ) from None
     for record in records:
         with suppress(NoSupervisedTokens):
@@ -81,10 +87,10 @@ def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] =
 
 
 def problems_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bool = False) -> list[Problem]:
-    """Return what is wrong with `rules` on the model of that config, each at `policy[1].rank` or the like.
+    """Return the problems of `rules` on the model of that config, each with a place such as `policy[1].rank`.
 
-    Problems of the rules themselves are among them; none where the config makes no model.
-    `implicit`: the rules are our default, whose projector rule applies where there is a projector.
+    Returns none if no model can be built from the config.
+    `implicit`: the rules are our default, whose projector rule applies only to a model with a projector.
     """
     try:
         base = meta_model(config)
@@ -99,24 +105,25 @@ def problems_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bo
 
 
 def of_default_rank(problems: Sequence[Problem]) -> list[Problem]:
-    """Return the same problems; those of a rank that nobody gave become one, with the flag that fixes it."""
+    """Return the problems; problems of a too large default rank become one, with the flag that fixes it."""
     large = [problem for problem in problems if isinstance(problem, RankTooLarge)]
     if not large:
         return list(problems)
     most = min(problem.largest for problem in large)
-    message = f"the default rank {large[0].rank} is too large for this model, which has matrices of rank {most}"
-    fix = Problem(message, large[0].code, hint=f"say:  --rank {most}, or less")
+    message = f"the default rank {large[0].rank} is too large: the smallest matrix of this model has rank {most}"
+    fix = Problem(message, large[0].code, hint=f"use --rank {most}, or less")
     return [*(problem for problem in problems if problem not in large), fix]
 
 
 def require_float_weights(recipe: Recipe, config: Any) -> None:
-    """UserError for a rule that trains a quantised weight itself: integers have no gradient."""
+    """Raise UserError for a rule that trains a quantised weight in full: integers have no gradient."""
     base = meta_model(config)
     targets = Policy.parse_and_resolve(rules_for(recipe, base, implicit=True).policy or [], base)
     packed = [t.path for t in targets if t.rank is None and is_quantized(t.path, base.get_submodule(t.path))]
     if packed:
         raise UserError(
-            f"quantization {recipe.quantization}: {amount(len(packed), 'module')} would train in full, "
-            f"first {packed[0]}\n"
-            "a quantised weight cannot train; an adapter on it can: --lora_enable True, or --method milora"
+            f"{amount(len(packed), 'quantised module')} would train in full, first {packed[0]}",
+            code="quantization-full-training",
+            where=f"quantization {recipe.quantization}",
+            hint="train an adapter on quantised weights: --lora_enable True, or --method milora",
         )

@@ -1,4 +1,4 @@
-"""What `--method`, `--rank`, `--alpha`, `--dropout` and the learning-rate flags do to the rules of a recipe."""
+"""Apply `--method`, `--rank`, `--alpha`, `--dropout` and the learning-rate flags to the rules of a recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ METHODS = (*ADAPTERS, "full", "projector")
 ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma", "seed", "protect")
 RuleDict = dict[str, Any]
 
-# The paper's choice for LLaVA-1.5-7B (arXiv:2406.09044, Table 11); the projector as LLaVA's own LoRA script trains it.
+# The paper's choice for LLaVA-1.5-7B (arXiv:2406.09044, Table 11); the projector trains as in LLaVA's LoRA script.
 DEFAULT_RULES: tuple[RuleDict, ...] = (
     {"modules": "language", "method": "milora", "rank": 128, "alpha": 128, "dropout": 0.05, "learning_rate": 2e-4},
     {"modules": "projector", "method": "full", "learning_rate": 2e-5},
@@ -24,7 +24,7 @@ DEFAULT_RULES: tuple[RuleDict, ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyEdits:
-    """Flags that replace a field in the rules; None leaves it."""
+    """Flags that replace a field in the rules; None keeps the field."""
 
     method: str | None = None
     rank: int | None = None
@@ -35,7 +35,9 @@ class PolicyEdits:
 
 
 def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDict]:
-    """The rules after the flags; the `full` and `frozen` rules keep their fields. UserError where a flag has no use.
+    """Return the rules after the flags; `full` and `frozen` rules keep their fields.
+
+    Raises UserError for a flag without effect.
 
     >>> edited(None, PolicyEdits(method="lora", rank=8))[0]["alpha"]  # the scale alpha/rank stays 1
     8.0
@@ -47,9 +49,9 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
         _edit_adapter(rule, edits)
     if edits.method == "full":
         out = [_without_adapter(rule) if rule in adapters else rule for rule in out]
-    # A rule that only refined what the old method has says nothing any more; one that never did is the user's mistake.
-    said = DEFAULT_RULES if rules is None else rules
-    out = [rule for rule, before in zip(out, said, strict=True) if len(rule) > 1 or rule == before]
+    # Drop a rule that only refined the old method. A rule that was empty before stays: its error is reported later.
+    original = DEFAULT_RULES if rules is None else rules
+    out = [rule for rule, before in zip(out, original, strict=True) if len(rule) > 1 or rule == before]
     if edits.method == "projector":
         out = [rule for rule in out if _of_projector(rule)] or [{"modules": "projector", "method": "full"}]
         if edits.learning_rate is not None:
@@ -60,7 +62,7 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
 
 
 def without_projector(rules: Sequence[RuleDict]) -> list[RuleDict]:
-    """Return the default rules as they are for a model without a projector.
+    """Return the default rules for a model without a projector.
 
     >>> [rule["modules"] for rule in without_projector(DEFAULT_RULES)]
     ['language']
@@ -69,20 +71,25 @@ def without_projector(rules: Sequence[RuleDict]) -> list[RuleDict]:
 
 
 def is_adapter(rule: RuleDict) -> bool:
-    """Whether a rule makes an adapter, or refines one (a later rule may name a rank alone)."""
+    """Return whether a rule makes an adapter, or refines one (a later rule may set only a rank)."""
     return rule.get("method") in ADAPTERS or ("method" not in rule and any(f in rule for f in ADAPTER_FIELDS))
 
 
 def _refuse_useless(adapters: Sequence[RuleDict], edits: PolicyEdits) -> None:
-    given = [f"--{name}" for name in ("rank", "alpha", "dropout") if asdict(edits)[name] is not None]
+    flags = [f"--{name}" for name in ("rank", "alpha", "dropout") if asdict(edits)[name] is not None]
     if edits.method in ("full", "projector"):
-        if given:
-            raise UserError(f"{' '.join(given)}: no use with --method {edits.method}, which makes no adapter")
-    elif not adapters and (given or edits.method):
-        flag = f"--method {edits.method}" if edits.method else given[0]
+        if flags:
+            raise UserError(
+                f"no effect with --method {edits.method}, which makes no adapter",
+                code="flag-no-effect",
+                where=" ".join(flags),
+            )
+    elif not adapters and (flags or edits.method):
         raise UserError(
-            f"{flag}: no rule of the recipe makes an adapter\n"
-            "add one with --policy, or take a recipe that has one: python -m milora_vl.train --list-recipes"
+            "no rule of the recipe makes an adapter",
+            code="policy-no-adapter-rule",
+            where=f"--method {edits.method}" if edits.method else flags[0],
+            hint="add one with --policy, or use a recipe that has one: python -m milora_vl.train --list-recipes",
         )
 
 
@@ -91,7 +98,7 @@ def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
         if "method" in rule:
             rule["method"] = edits.method
         if edits.method not in PART_OF_METHOD:
-            rule.pop("sigma", None)  # the scale of singular factors; the others have none
+            rule.pop("sigma", None)  # sigma scales singular factors; the other methods have none
         if edits.method != "random":
             rule.pop("seed", None)
     if edits.rank is not None:
@@ -117,6 +124,6 @@ def _of_projector(rule: RuleDict) -> bool:
 def _set_projector_rate(rules: Sequence[RuleDict], rate: float) -> None:
     chosen = [rule for rule in rules if _of_projector(rule)]
     if not chosen:
-        raise UserError("--mm_projector_lr: no rule of the policy trains the projector")
+        raise UserError("no rule of the policy trains the projector", code="flag-no-effect", where="--mm_projector_lr")
     for rule in chosen:
         rule["learning_rate"] = rate

@@ -1,4 +1,4 @@
-"""Whether a run can keep the directions that its rules protect."""
+"""Check that a run can protect the directions that its rules name."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from milora_vl.recipe.schema import Recipe
 
 
 def check(recipe: Recipe) -> None:
-    """UserError for a recipe that protects directions of weights whose factors its run would share out."""
+    """Raise UserError for a recipe that protects directions although DeepSpeed or FSDP shards the factors."""
     if any(rule.get("protect") for rule in recipe.policy or ()):
         require_whole(deepspeed=bool(recipe.train.get("deepspeed")), fsdp=bool(recipe.train.get("fsdp")))
 
 
 def require_whole(*, deepspeed: bool, fsdp: bool) -> None:
-    """UserError where factors are stepped in shards, which cannot be projected."""
+    """Raise UserError if optimizer steps update shards of the factors: a shard cannot be projected."""
     if deepspeed or fsdp:
         raise UserError(
-            f"policy: protect does not work with {'DeepSpeed' if deepspeed else 'FSDP'}, which steps shards of the "
-            "factors\nleave it out (several processes by torchrun alone are fine), or leave protect out"
+            f"protect does not work with {'DeepSpeed' if deepspeed else 'FSDP'}, which updates shards of the factors",
+            code="protect-sharded",
+            where="policy",
+            hint="start several processes with torchrun alone, or remove protect",
         )

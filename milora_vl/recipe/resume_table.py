@@ -1,7 +1,7 @@
-"""What a resumed run may change: the effect of every recipe key and every training argument on the trained weights.
+"""What a resumed run may change: the effect of every recipe key and training argument on the trained weights.
 
-A key that is missing here counts as `decides`, and a test fails until it has a place. Training arguments have the names
-of the newest transformers, as in a recipe.
+A missing key counts as `decides`, and a test fails until the table lists it. Training arguments have the names of the
+newest transformers, as in a recipe.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ Effect = Literal["decides", "model", "policy", "fallback", "dtype", "records", "
                  "checkpoint", "free"]  # fmt: skip
 
 TABLE: dict[Effect, str] = {
-    # Another value trains other weights, or continues with an optimizer state that belongs to the old value.
+    # Another value trains different weights, or does not fit the saved optimizer state.
     "decides": """
         quantization quant_type double_quant projector_weights template form
         parts.vision_tower parts.vision_weights parts.select_layer parts.select_feature
@@ -29,19 +29,19 @@ TABLE: dict[Effect, str] = {
     """,
     "model": "model",  # the same weights may have several names
     "policy": "policy",  # compared rule by rule
-    "fallback": "train.learning_rate train.weight_decay",  # decide where a rule does not set its own
-    "dtype": "dtype",  # decides by what `auto` and `fastest` mean on the machine
+    "fallback": "train.learning_rate train.weight_decay",  # matter if a rule does not set them
+    "dtype": "dtype",  # `auto` and `fastest` depend on the machine
     "records": "data.path",  # another file may hold the same records
-    "batch": "train.per_device_train_batch_size train.gradient_accumulation_steps",  # decide by their product
-    "length": "train.max_steps train.num_train_epochs",  # decide where the schedule depends on the last step
-    # Decide where evaluations choose the best checkpoint or set the learning rate.
+    "batch": "train.per_device_train_batch_size train.gradient_accumulation_steps",  # only their product matters
+    "length": "train.max_steps train.num_train_epochs",  # matter if the schedule depends on the last step
+    # These matter if evaluations choose the best checkpoint or set the learning rate.
     "selection": """
         data.eval_path train.bf16_full_eval train.eval_delay train.eval_on_start train.eval_steps train.eval_strategy
         train.fp16_full_eval train.greater_is_better train.metric_for_best_model train.save_steps train.save_strategy
     """,
-    "stream": "train.dataloader_num_workers",  # decides the order of the records of a stream
-    "checkpoint": "train.deepspeed",  # the files of the checkpoint tell what fits (resuming.check)
-    # Where things lie, what is shown and saved, how fast it runs: the same weights, up to rounding.
+    "stream": "train.dataloader_num_workers",  # sets the order of the records of a stream
+    "checkpoint": "train.deepspeed",  # resuming.check reads the files of the checkpoint
+    # Paths, logging, saving and speed: the weights stay the same, up to rounding.
     "free": """
         attn_implementation factor_cache data.image_folder data.feature_cache
         eval.suites eval.data eval.limit eval.forgetting_every
@@ -68,13 +68,13 @@ TABLE: dict[Effect, str] = {
 }
 EFFECTS: dict[str, Effect] = {key: effect for effect, keys in TABLE.items() for key in keys.split()}
 
-# Schedules whose rates do not depend on the last step; with a warm-up that is a share of all steps they do.
+# Schedules whose rates do not depend on the last step, unless the warm-up is a share of all steps.
 SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 SCHEDULES_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 def effect_of(key: str) -> Effect:
-    """Return the effect of a recipe key; `decides` for a key that the table does not know.
+    """Return the effect of a recipe key; `decides` for an unknown key.
 
     >>> effect_of("train.save_steps"), effect_of("train.from_the_future")
     ('selection', 'decides')

@@ -1,4 +1,4 @@
-"""The recipe: everything that decides a run, as strict models of one YAML file. An unknown key is an error."""
+"""The recipe: all settings of a run, as strict models of one YAML file. An unknown key is an error."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
 
 
 class RecipeError(UserError):
-    """All problems of a recipe together, each with file, line and dotted path.
+    """All problems of a recipe, each with file, line and dotted path.
 
-    `problems` as given have their dotted paths alone; `source` and `lines` (by dotted path) complete them.
+    The `problems` passed in have only dotted paths; `source` and `lines` (by dotted path) complete them.
     """
 
     def __init__(self, source: str, problems: Iterable[Problem], lines: Mapping[str, int] | None = None) -> None:
@@ -40,33 +40,33 @@ class RecipeError(UserError):
 
 
 class Strict(BaseModel):
-    """A section of a YAML file: an unknown key, or a value of another type, is an error."""
+    """A section of a YAML file: an unknown key or a value of the wrong type is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class SourceConfig(Strict):
-    """One of several sources."""
+    """One of several data sources."""
 
     path: str
-    weight: NonNegativeFloat = 1.0  # how often its records come in an epoch
+    weight: NonNegativeFloat = 1.0  # how often an epoch repeats its records
     image_folder: str | None = None
 
 
 class DataConfig(Strict):
-    """What is learnt from."""
+    """The training and evaluation data."""
 
-    path: str | list[SourceConfig] | None = None  # LLaVA JSON or JSONL, parquet, shards, a mixture in YAML; or sources
+    path: str | list[SourceConfig] | None = None  # LLaVA JSON or JSONL, parquet, shards, a YAML mixture; or a list
     image_folder: str | None = None
     eval_path: str | None = None  # held-out records, for the evaluation loss
     max_length: PositiveInt = 2048
-    image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad"  # a model of LLaVA-1.6 has anyres for pad
-    jpeg_decoding: Literal["exact", "draft"] = "exact"  # draft: large photos at a part of their size, much sooner
-    feature_cache: str | None = None  # a folder for what a frozen vision tower makes of pictures
-    packing: bool = False  # several records in a row of twice max_length
+    image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad"  # LLaVA-1.6 models use anyres
+    jpeg_decoding: Literal["exact", "draft"] = "exact"  # draft: decode large photos at reduced size, much faster
+    feature_cache: str | None = None  # folder for the features of a frozen vision tower
+    packing: bool = False  # pack several records into a row of 2 * max_length
     bad_images: Literal["raise", "skip", "replace"] = "raise"
-    streaming: bool = False  # read what is due, and nothing before; weights are shares of the records that come
-    shuffle_buffer: NonNegativeInt = 1000  # of a stream: so many records are mixed at a time
+    streaming: bool = False  # read records while training; weights are shares of the records
+    shuffle_buffer: NonNegativeInt = 1000  # number of streamed records that are shuffled at a time
     limit: PositiveInt | None = None  # the first N records only
 
     @field_validator("path", mode="before")
@@ -75,7 +75,7 @@ class DataConfig(Strict):
         if value is None or isinstance(value, str):
             return value
         if not isinstance(value, list) or not value:
-            raise ValueError(f"expected a file, or a list of {{path, weight, image_folder}}, got {value!r}")
+            raise ValueError(f"expected a file or a list of {{path, weight, image_folder}}, got {value!r}")
         return [_source(entry, f"source {number}") for number, entry in enumerate(value, start=1)]
 
 
@@ -89,7 +89,7 @@ def _source(entry: Any, place: str) -> SourceConfig:
 
 
 class PartsConfig(Strict):
-    """What turns a text-only `model` into a LLaVA: its tower, in LLaVA's words; `projector_weights` go with it."""
+    """The vision tower that turns a text-only `model` into a LLaVA, with LLaVA's names; see `projector_weights`."""
 
     vision_tower: str | None = None  # a folder, a hub id or timm/NAME
     vision_weights: str | None = None  # for timm/NAME: a file, or random
@@ -98,7 +98,7 @@ class PartsConfig(Strict):
 
 
 class EvalConfig(Strict):
-    """What is evaluated: suites after training, in a process of their own; forgetting during it."""
+    """Evaluation: suites after training, in a separate process; forgetting during training."""
 
     suites: list[str] = []
     data: str | None = None
@@ -107,11 +107,11 @@ class EvalConfig(Strict):
 
 
 class SweepConfig(Strict):
-    """What `python -m milora_vl.sweep` does with this recipe beside its flags; a training reads none of it."""
+    """Settings of `python -m milora_vl.sweep` for this recipe; training ignores them."""
 
-    suite: str | None = None  # that every cell is evaluated on
-    data: str | None = None  # folder of the suite's files
-    limit: PositiveInt | None = None  # items of each benchmark
+    suite: str | None = None  # evaluated in every cell
+    data: str | None = None  # folder that contains the benchmark files
+    limit: PositiveInt | None = None  # items per benchmark
     train: dict[str, Any] = {}  # replaces keys of `train:` in every cell
     variants: dict[str, dict[str, Any]] = {}  # names for --methods: fields of a rule, and `train:`
 
@@ -125,15 +125,15 @@ class Recipe(Strict):
 
     model: str = ""
     quantization: Literal["none", "4bit", "8bit"] = "none"
-    quant_type: Literal["nf4", "fp4"] = "nf4"  # of 4 bits
-    double_quant: bool = True  # of 4 bits: their constants are quantised too
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"  # of the frozen weights
+    quant_type: Literal["nf4", "fp4"] = "nf4"  # data type with 4bit
+    double_quant: bool = True  # with 4bit: also quantise the quantisation constants
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"  # data type of the frozen weights
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     parts: PartsConfig = PartsConfig()
-    projector_weights: str | None = None  # file or folder that the projector starts from
+    projector_weights: str | None = None  # file or folder with initial weights of the projector
     template: str = "vicuna_v1"
     form: Literal["anchored", "residual"] = "anchored"
-    factor_cache: str | None = None  # a folder for the initial factors, computed once for all runs on the same weights
+    factor_cache: str | None = None  # folder that caches initial factors for all runs on the same weights
     data: DataConfig = DataConfig()
     policy: list[dict[str, Any]] | None = None
     train: dict[str, Any] = {}
@@ -149,7 +149,7 @@ class Recipe(Strict):
     def parse(
         cls, content: Mapping[str, Any], source: str = "recipe", lines: Mapping[str, int] | None = None
     ) -> Recipe:
-        """A recipe from nested mappings; RecipeError lists every mistake at once."""
+        """Return a recipe from nested mappings. Raises RecipeError with all problems."""
         train, problems = train_section(content.get("train"))
         problems += policy_problems(content.get("policy"))
         try:
@@ -164,19 +164,19 @@ class Recipe(Strict):
         return recipe.model_copy(update={"train": train})
 
     def to_yaml(self) -> str:
-        """YAML that repeats this run when given back."""
+        """Return the recipe as YAML; reading it gives the same recipe."""
         return yaml.safe_dump(
             self.model_dump(), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None
         )
 
 
 def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
-    """The `train:` mapping with the newest names and the right types, and its problems."""
+    """Return the `train:` mapping with the newest names and the right types, and its problems."""
     if section is not None and not isinstance(section, Mapping):
         return {}, [Problem(f"expected a mapping of TrainingArguments, got {section!r}", "recipe-value", "train")]
     train: dict[str, Any] = {**TRAIN_DEFAULTS}
     problems: list[Problem] = []
-    said: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     for name, value in (section or {}).items():
         path = f"train.{name}"
         if name not in hf_arguments.flags():
@@ -191,32 +191,34 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
             continue
         if pair[0] in hf_arguments.REFUSED:
             problems.append(Problem(str(hf_arguments.REFUSED[pair[0]]), "recipe-refused", path))
-        elif said.get(pair[0], pair[1]) != pair[1]:
-            contradiction = f"contradicts {pair[0]}: {said[pair[0]]!r}; they are the same setting"
+        elif seen.get(pair[0], pair[1]) != pair[1]:
+            contradiction = f"contradicts {pair[0]}: {seen[pair[0]]!r}, which is the same setting"
             problems.append(Problem(contradiction, "recipe-contradiction", path))
         else:
-            train[pair[0]] = said[pair[0]] = pair[1]
+            train[pair[0]] = seen[pair[0]] = pair[1]
     return train, problems
 
 
 def data_problems(data: DataConfig, train: Mapping[str, Any]) -> list[Problem]:
-    """Settings that do not work with streamed records."""
+    """Return problems of settings that do not work with streamed records."""
     if not data.streaming:
         return []
-    found = []
+    problems = []
     if train.get("max_steps", -1) < 1:
-        found.append(_streaming("data.streaming", "a stream has no known end", "set train.max_steps, or --max_steps N"))
+        problems.append(_streaming("data.streaming", "a stream has no known end", "set train.max_steps or --max_steps"))
     if data.packing:
-        found.append(_streaming("data.packing", "needs the lengths of all records, which data.streaming does not read"))
+        problems.append(
+            _streaming("data.packing", "needs the lengths of all records, which data.streaming does not read")
+        )
     if train.get("train_sampling_strategy") == "group_by_length":
         message = "group_by_length needs all records, which data.streaming does not read"
-        found.append(_streaming("train.train_sampling_strategy", message))
+        problems.append(_streaming("train.train_sampling_strategy", message))
     if data.feature_cache is not None:
-        message = "needs all pictures beforehand, which data.streaming does not read"
-        found.append(_streaming("data.feature_cache", message))
+        message = "needs all images before training, which data.streaming does not read"
+        problems.append(_streaming("data.feature_cache", message))
     if data.limit is not None:
-        found.append(_streaming("data.limit", "has no meaning with data.streaming; train.max_steps ends the run"))
-    return found
+        problems.append(_streaming("data.limit", "has no effect with data.streaming; train.max_steps ends the run"))
+    return problems
 
 
 def _streaming(path: str, message: str, hint: str = "") -> Problem:
@@ -224,7 +226,7 @@ def _streaming(path: str, message: str, hint: str = "") -> Problem:
 
 
 def policy_problems(rules: Any) -> list[Problem]:
-    """Problems of a recipe's rules that show without a model."""
+    """Return problems of the rules that do not depend on the model."""
     if rules is None or not isinstance(rules, list):  # the latter is reported with the other types
         return []
     try:
@@ -235,7 +237,7 @@ def policy_problems(rules: Any) -> list[Problem]:
 
 
 def load(path: Path) -> Recipe:
-    """The recipe in a YAML file."""
+    """Return the recipe in a YAML file."""
     content, lines = yaml_file.read_file(path)
     return Recipe.parse(content, str(path), lines)
 
@@ -248,7 +250,7 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 
 
 def _explain(error: Any) -> Problem:
-    """A finding of pydantic in our words."""
+    """Return the problem for an error of pydantic."""
     path = _dotted(error["loc"])
     if error["type"] == "extra_forbidden":
         model: Any = Recipe
@@ -259,8 +261,8 @@ def _explain(error: Any) -> Problem:
         words = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         near = suggest(str(error["input"]), words)
         message = f"expected one of {', '.join(words)}, got {error['input']!r}"
-        return Problem(message, "recipe-value", path, f"did you mean {near[0]} ?" if near else "")
-    if error["type"] == "value_error":  # raised by a validator of ours
+        return Problem(message, "recipe-value", path, f"did you mean {near[0]}?" if near else "")
+    if error["type"] == "value_error":  # raised by a validator in this module
         return Problem(str(error["ctx"]["error"]), "recipe-value", path)
     return Problem(f"{error['msg']}, got {error['input']!r}", "recipe-value", path)
 
@@ -277,9 +279,9 @@ def _unknown_key(path: str, word: str, known: Iterable[str]) -> Problem:
 
 
 def located(problems: Iterable[Problem], source: str, lines: Mapping[str, int]) -> list[Problem]:
-    """Return the problems with file and line in front of their dotted paths."""
-    found = []
+    """Return the problems with file and line before their dotted paths."""
+    placed = []
     for problem in problems:
         line = f":{lines[problem.where]}" if problem.where in lines else ""
-        found.append(problem.inside(f"{source}{line}: ") if problem.where else problem)
-    return found
+        placed.append(problem.inside(f"{source}{line}: ") if problem.where else problem)
+    return placed

@@ -1,4 +1,4 @@
-"""From the command line and a recipe file to the one recipe that the run follows."""
+"""Resolve the command line and a recipe file into the recipe of the run."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter",
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The resolved recipe and what the user should hear about how it came about."""
+    """The resolved recipe, with notes and warnings for the user."""
 
     recipe: Recipe
     source: str  # name or file of the recipe, or "" without one
-    implicit_policy: bool  # the rules are our default: a projector rule may go where there is no projector
+    implicit_policy: bool  # default rules: their projector rule is dropped for a model without projector
     batch_in_recipe: tuple[int, int] | None = None  # per device, accumulation
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 def resolve(request: Request) -> Settings:
-    """Merge recipe, flags and LLaVA's flags, strictly. UserError, with everything that is wrong in them."""
+    """Merge recipe, flags and LLaVA's flags. Raises UserError with all problems in them."""
     try:
         return _resolve(request)
     except RecipeError as error:
-        source, lines, found = problems_on_model(request, _config_named(request))
+        source, lines, problems = problems_on_model(request, _config_named(request))
         known = set(error.dotted)
-        new = located([p for p in found if p not in known], source, lines)
+        new = located([p for p in problems if p not in known], source, lines)
         new += located([p for p in _problems_of_flags(request) if p not in known], "the command line", {})
         raise UserError(problems=[*error.problems, *new], source=error.source) from None
 
 
 def require_fit(request: Request, recipe: Recipe) -> None:
-    """Raise RecipeError with everything that the rules say wrongly of the model, before any data or weights load.
+    """Check the rules on the model, before any data or weights load.
 
-    UnknownModelError for a model that is none.
+    Raises RecipeError with all problems of the rules, and UnknownModelError if the name is unknown.
     """
 
     try:
@@ -60,17 +60,17 @@ def require_fit(request: Request, recipe: Recipe) -> None:
     except UnknownModelError:
         raise
     except UserError:
-        return  # loading it says why
-    source, lines, found = problems_on_model(request, config)
-    if found:
-        raise RecipeError(source, found, lines)
+        return  # loading the model reports the error
+    source, lines, problems = problems_on_model(request, config)
+    if problems:
+        raise RecipeError(source, problems, lines)
     protection.check(recipe)
     if recipe.quantization != "none":
         require_float_weights(recipe, config)
 
 
 def _config_named(request: Request) -> Any:
-    """The config of the model that a request names, whatever else is wrong with it; None where it cannot be had."""
+    """Return the config of the requested model even if the recipe has problems; None if it is not available."""
     model = request.overrides.get("model") or read_recipe(request.recipe)[0].get("model")
     if not model:
         return None
@@ -80,32 +80,29 @@ def _config_named(request: Request) -> Any:
     except (UserError, ValueError):
         return None
     is_part = llava_flags.parts(request.llava) and "vision_config" not in config.to_dict()
-    return None if is_part else config  # what is composed of parts has no config of its own yet
+    return None if is_part else config  # a composed model has no config yet
 
 
 def problems_on_model(request: Request, config: Any) -> tuple[str, dict[str, int], list[Problem]]:
-    """What is wrong with the rules, as the flags leave them, on the model of that config.
-
-    Returns the source of the rules and the lines in it too.
-    """
-    given, source, lines = _rules_of(request)
-    is_list = isinstance(given, list) and all(isinstance(rule, Mapping) for rule in given)
-    if config is None or not (given is None or is_list):  # the latter is a problem of the recipe itself
+    """Return the source of the rules, their lines in it, and their problems on the model of that config."""
+    before, source, lines = _rules_of(request)
+    is_list = isinstance(before, list) and all(isinstance(rule, Mapping) for rule in before)
+    if config is None or not (before is None or is_list):  # the latter is a problem of the recipe itself
         return source, {}, []
     try:
-        rules = edited(given, request.edits)
+        rules = edited(before, request.edits)
     except UserError as error:
         return source, {}, list(error.problems)
-    if given is None or len(rules) != len(given):
+    if before is None or len(rules) != len(before):
         lines = {}
-    found = problems_on(rules, config, implicit=given is None)
-    if given is None and request.edits.rank is None:
-        found = of_default_rank(found)
-    return source, lines, found
+    problems = problems_on(rules, config, implicit=before is None)
+    if before is None and request.edits.rank is None:
+        problems = of_default_rank(problems)
+    return source, lines, problems
 
 
 def _rules_of(request: Request) -> tuple[Any, str, dict[str, int]]:
-    """The rules before the flags change them, unchecked; the name of their source, and its lines. None: the default."""
+    """Return the unchecked rules before the flags change them (None: default rules), their source and its lines."""
     if request.policy is not None:
         return *_read_policy(request.policy), {}
     content, lines, source = read_recipe(request.recipe)
@@ -116,7 +113,7 @@ def _rules_of(request: Request) -> tuple[Any, str, dict[str, int]]:
 
 
 def _problems_of_flags(request: Request) -> Sequence[Problem]:
-    """What is wrong with the flags by themselves: the recipe's own problems come first, and would hide it."""
+    """Return problems of the flags alone; problems of the recipe stop `_resolve` before it checks the flags."""
     try:
         Recipe.parse(request.overrides, "the command line")
     except RecipeError as error:
@@ -125,8 +122,8 @@ def _problems_of_flags(request: Request) -> Sequence[Problem]:
 
 
 def _resolve(request: Request) -> Settings:
-    given, lines, source = read_recipe(request.recipe)
-    base = Recipe.parse(given, source, lines)
+    from_file, lines, source = read_recipe(request.recipe)
+    base = Recipe.parse(from_file, source, lines)
     meaning = _llava(request)
     content = base.model_dump() | {"train": overridden(base.train, request.overrides.get("train", {}))}
     notes_on_data = _without_evaluation(content, request)
@@ -136,16 +133,20 @@ def _resolve(request: Request) -> Settings:
     if request.llava and request.llava.get("group_by_modality_length"):
         merged["train"].setdefault("train_sampling_strategy", "group_by_length")
     merged["parts"] = {**merged["parts"], **llava_flags.parts(request.llava)}
-    if llava_flags.is_script(request.llava) and not request.recipe and not _gives(request, "data.image_aspect_ratio"):
+    if llava_flags.is_script(request.llava) and not request.recipe and not _sets(request, "data.image_aspect_ratio"):
         merged["data"]["image_aspect_ratio"] = "plain"
-        notes_on_data += ["LLaVA flags: no --image_aspect_ratio means pictures cropped to a square"]
+        notes_on_data += ["LLaVA flags: without --image_aspect_ratio images are cropped to a square"]
     rules = _policy(request, base, meaning)
     implicit = rules is None
     merged["policy"] = edited(rules, request.edits)
     recipe = Recipe.parse(merged, "the command line" if not request.recipe else f"{source} and the command line")
     if not recipe.model:
-        raise UserError(f"no model is named: --model NAME, or a --recipe that names one\nsee: {PROG} --list-models")
-    if recipe.dtype == "fastest":  # what a run was made in belongs into its recipe, whatever the next machine is
+        raise UserError(
+            "no model: set --model NAME, or use a --recipe that names one",
+            code="recipe-no-model",
+            hint=f"see: {PROG} --list-models",
+        )
+    if recipe.dtype == "fastest":  # save the dtype itself: the fastest dtype differs by machine
         fastest = str(fastest_dtype(train_device(recipe.train))).removeprefix("torch.")
         recipe = recipe.model_copy(update={"dtype": _dtype_of_resumed(request) or fastest})
     per_device = base.train.get("per_device_train_batch_size")
@@ -156,15 +157,15 @@ def _resolve(request: Request) -> Settings:
 
 
 def _dtype_of_resumed(request: Request) -> str | None:
-    """The dtype of the run that a request goes on with, whatever is the fastest here."""
+    """Return the dtype of the run that the request resumes; None if it resumes none."""
     run = checkpoints.resumed_run(request.output_dir, request.resume)
-    if run is None or not (run / "recipe.yaml").is_file():  # nothing was saved: it begins again
+    if run is None or not (run / "recipe.yaml").is_file():  # nothing was saved: the run starts again
         return None
     return str(yaml_file.read_file(run / "recipe.yaml")[0].get("dtype", "")) or None
 
 
 def _without_evaluation(content: dict[str, Any], request: Request) -> list[str]:
-    """Drop a recipe's held-out records where --data_path replaces its data; returns what to say about it."""
+    """Drop the held-out records of a recipe if --data_path replaces its data. Return a note about it."""
     data, flags = content["data"], request.overrides.get("data", {})
     held_out = data["eval_path"]
     if held_out is None or "eval_path" in flags or flags.get("path", data["path"]) == data["path"]:
@@ -172,16 +173,16 @@ def _without_evaluation(content: dict[str, Any], request: Request) -> list[str]:
     data["eval_path"] = None
     for name in ("eval_strategy", "load_best_model_at_end"):
         content["train"].pop(name, None)
-    return [f"--data_path replaces the recipe's data: its {held_out} is left out (yours: --eval_data_path FILE)"]
+    return [f"--data_path replaces the data of the recipe, so {held_out} is not used (set --eval_data_path FILE)"]
 
 
-def _gives(request: Request, path: str) -> bool:
+def _sets(request: Request, path: str) -> bool:
     section, _, name = path.partition(".")
     return name in request.overrides.get(section, {})
 
 
 def read_recipe(name: str | None) -> tuple[dict[str, Any], dict[str, int], str]:
-    """Content, lines and label of a recipe given by name or path; empty without one."""
+    """Return content, lines and label of a recipe by name or path; empty without a name."""
     if name is None:
         return {}, {}, "the command line"
     if name in llava_recipes.names():
@@ -191,18 +192,23 @@ def read_recipe(name: str | None) -> tuple[dict[str, Any], dict[str, int], str]:
     if path.is_file():
         return (*yaml_file.read_file(path), str(path))
     near = suggest(name, llava_recipes.names())
-    hint = f"did you mean {' or '.join(near)} ?" if near else f"recipes: {', '.join(llava_recipes.names())}"
-    raise UserError(f"no recipe {name!r}: neither a name nor a file\n{hint}\nsee: {PROG} --list-recipes")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"recipes: {', '.join(llava_recipes.names())}"
+    raise UserError(
+        f"unknown recipe {name!r}: no packaged recipe and no file has this name",
+        code="recipe-unknown",
+        hint=f"{hint}\nsee: {PROG} --list-recipes",
+    )
 
 
 def _llava(request: Request) -> llava_flags.Meaning | None:
     if not request.llava:
         return None
-    given = dict(request.llava)
+    flags = dict(request.llava)
     if request.recipe or request.policy:
-        clash = [f"--{name}" for name in DECIDES_POLICY if given.get(name)]
+        clash = [f"--{name}" for name in DECIDES_POLICY if flags.get(name)]
         if clash:
             decided_by = "recipe" if request.recipe else "policy"
+<<<<<<< HEAD
             raise UserError(f"{' '.join(clash)}: the {decided_by} decides that\nuse --method")
         # --rank and the like change the rules given, not those that LLaVA's flags would mean.
         found = llava_flags.meaning(given, rank=None, alpha=None, dropout=None)
@@ -211,15 +217,30 @@ def _llava(request: Request) -> llava_flags.Meaning | None:
         given["lora_enable"] = True
     edits = request.edits
     return llava_flags.meaning(given, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
+=======
+            raise UserError(
+                f"the {decided_by} already decides what trains",
+                code="flag-conflict",
+                where=" ".join(clash),
+                hint="use --method",
+            )
+    if request.edits.method in ADAPTERS and (llava_flags.is_script(flags) or flags.get("freeze_backbone")):
+        flags["lora_enable"] = True
+    edits = request.edits
+    meaning = llava_flags.meaning(flags, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
+    if request.recipe or request.policy:
+        return llava_flags.Meaning([], meaning.quantization, "", meaning.warnings)
+    return meaning
+>>>>>>> w2
 
 
 def _policy(request: Request, base: Recipe, meaning: llava_flags.Meaning | None) -> list[dict[str, Any]] | None:
     if request.policy is not None:
-        return _given_policy(request.policy)
+        return _policy_flag(request.policy)
     return meaning.rules if meaning and meaning.rules else base.policy
 
 
-def _given_policy(text: str) -> list[dict[str, Any]]:
+def _policy_flag(text: str) -> list[dict[str, Any]]:
     rules, source = _read_policy(text)
     problems = policy_problems(rules)
     if problems:
@@ -228,22 +249,22 @@ def _given_policy(text: str) -> list[dict[str, Any]]:
 
 
 def _read_policy(text: str) -> tuple[list[dict[str, Any]], str]:
-    """The rules of --policy, unchecked, and what to call their source."""
-    is_file = os.path.isfile(text)  # noqa: PTH113 - Path's raises where the text is too long for a name
+    """Return the unchecked rules of --policy, and the label of their source."""
+    is_file = os.path.isfile(text)  # noqa: PTH113 - Path.is_file raises if the text is too long
     source = text if is_file else "--policy"
     try:
         body = Path(text).read_text(encoding="utf-8") if is_file else text
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {text}: {error}") from None
+        raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=text) from None
     if not is_file and text.endswith((".yaml", ".yml")):
-        raise UserError(f"--policy {text}: no such file")
+        raise UserError("no such file", code="path-missing", where=f"--policy {text}")
     indented = "\n".join("  " + line for line in body.splitlines())
     rules = yaml_file.read(f"policy:\n{indented}", source)[0]["policy"]
     if isinstance(rules, Mapping):
         rules = rules.get("policy", [rules])
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
         example = "[{modules: language, method: milora, rank: 64, learning_rate: 2.0e-4}]"
-        raise UserError(f"{source}: expected a list of rules, e.g. {example}")
+        raise UserError("expected a list of rules", code="policy-value", where=source, hint=f"for example {example}")
     return [dict(rule) for rule in rules], source
 
 

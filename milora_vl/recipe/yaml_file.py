@@ -1,4 +1,4 @@
-"""Read a YAML file strictly: no key twice, `2e-5` is a number, and every value knows its line."""
+"""Read a YAML file strictly: duplicate keys are errors, `2e-5` is a number, and every key has its line."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where `2e-5` is a string (a learning rate would silently be text) and a folder named
-    2026-11-25 a date.
+    """Loader that reads `2e-5` as a number and 2026-11-25 as text.
+
+    PyYAML follows YAML 1.1, where `2e-5` is a string (so a learning rate would be text) and a folder named 2026-11-25
+    is a date.
     """
 
 
@@ -30,9 +32,9 @@ for _first in "-+.0123456789":
 
 
 def read(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """The mapping in `text`, and the line of each dotted path (`policy[1].rank` -> 12).
+    """Return the mapping in `text`, and the line of each dotted path (`policy[1].rank` -> 12).
 
-    Raises UserError, with `source` and the line, for broken YAML, a key given twice, or anything but a mapping.
+    Raises UserError, with `source` and the line, for invalid YAML, a duplicate key, or anything but a mapping.
 
     >>> read("train: {learning_rate: 2e-5}", "x.yaml")
     ({'train': {'learning_rate': 2e-05}}, {'train': 1, 'train.learning_rate': 1})
@@ -44,23 +46,27 @@ def read(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
         if node is None:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{source}: a recipe is a mapping of keys (model, data, policy, train, ...)")
+            raise UserError(
+                "expected a mapping of keys (model, data, policy, train, ...)", code="yaml-not-a-mapping", where=source
+            )
         _walk(node, "", lines, source)
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:  # a character that no text has
-        raise UserError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"not valid YAML: {error.problem or error.context}", code="yaml-syntax", where=f"{source}{line}"
+        ) from None
+    except yaml.YAMLError as error:  # an invalid character
+        raise UserError(f"not valid YAML: {str(error).splitlines()[0]}", code="yaml-syntax", where=source) from None
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """`read` for a file; UserError where it cannot be read."""
+    """Read a YAML file as `read` does. Raises UserError if the file cannot be read."""
     try:
         return read(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(path)) from None
 
 
 def _walk(node: yaml.Node, path: str, lines: dict[str, int], source: str) -> None:
@@ -69,7 +75,9 @@ def _walk(node: yaml.Node, path: str, lines: dict[str, int], source: str) -> Non
             inner = f"{path}.{key.value}" if path else str(key.value)
             if inner in lines:
                 raise UserError(
-                    f"{source}:{key.start_mark.line + 1}: {inner} is given twice (first on line {lines[inner]})"
+                    f"duplicate key {inner} (first on line {lines[inner]})",
+                    code="yaml-duplicate-key",
+                    where=f"{source}:{key.start_mark.line + 1}",
                 )
             lines[inner] = key.start_mark.line + 1
             _walk(value, inner, lines, source)
@@ -80,10 +88,10 @@ def _walk(node: yaml.Node, path: str, lines: dict[str, int], source: str) -> Non
 
 
 def trained_prompts(folder: Path) -> tuple[str, AspectRatio]:
-    """Return the template, and what is done to pictures, that a run was trained with, by its recipe.yaml.
+    """Return the template and the image_aspect_ratio of a run, from its recipe.yaml.
 
-    `folder` is the run's or that of a checkpoint in it; vicuna_v1 and pad, LLaVA-1.5's, where nothing says so. Raises
-    UserError for a recipe that cannot be read.
+    `folder` is a run folder or a checkpoint in it. The defaults are vicuna_v1 and pad, as in LLaVA-1.5. Raises
+    UserError if the recipe cannot be read.
     """
     file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
     recipe = {} if file is None else read_file(file)[0]

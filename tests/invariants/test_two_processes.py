@@ -94,7 +94,7 @@ def test_a_base_is_composed_whole_by_one_process(
     extra = ["--model", str(tmp_path / "language"), "--vision_tower", str(tmp_path / "clip")]
     extra += ["--lora_enable", "True", *EXTRA]
     printed = train_in_two([words(tiny_data, tmp_path / "zero3", *extra, *TWO, *KINDS["zero3"])], tmp_path)
-    assert ", composed of " in printed
+    assert ", composed from " in printed
     assert main(words(tiny_data, tmp_path / "one", *extra)) == 0
     pairs = zip(losses(tmp_path / "zero3"), losses(tmp_path / "one"), strict=True)
     assert max(abs(first - second) for (_, first), (_, second) in pairs) <= 1e-5
