@@ -1,6 +1,14 @@
-"""Apply MiLoRA to a model (arXiv:2406.09044): PEFT makes a LoRA of rank 2r, its factors become trained half and anchor.
+"""Apply MiLoRA to a model (arXiv:2406.09044). The result is a PeftModel that any trainer accepts.
 
-In the anchored form the base model is never changed; what is returned is a PeftModel that any trainer accepts.
+The way of `apply_milora`, with the modules to read next:
+
+1. `Policy.parse_and_resolve` selects the modules, with method and rank       policy/resolve.py
+2. `initialize` decomposes each weight and returns A0 and B0                  initialize.py, svd/
+3. `make_lora` lets PEFT create a LoRA of rank 2r on these modules            lora/config.py
+4. `install` splits each factor into a trained half and the anchor            lora/install.py, lora/layers.py
+
+In the anchored form the base weights never change. Nothing of the model is changed before step 3, so an error in a rule
+or a weight leaves the model as it was loaded.
 """
 
 from __future__ import annotations
@@ -38,19 +46,22 @@ def apply_milora(
     cache_dir: str | Path | None = None,
     progress: Progress = False,
 ) -> Any:
-    """Adapt `model` as the policy says and return it as a PeftModel; its output is unchanged until it is trained.
+    """Return `model` as a PeftModel whose adapters follow the policy. Its output is unchanged until training starts.
 
-    A policy of `full` and `frozen` rules alone returns the model itself, with requires_grad set. Either way the result
-    has `milora_targets` (one Target per module that trains) and `milora_report` (one LayerReport per decomposed
-    weight). Factors and spectra are kept in `cache_dir` and taken from there. `progress` shows a bar on stderr,
-    "lines" a line per layer too. The model is changed only after every weight has been decomposed.
+    Each adapted layer computes y = W x + s (B A - B0 A0) x; A (r, in) and B (out, r) train, from A0 and B0 on.
+    If the policy has only `full` and `frozen` rules, the model itself is returned, with `requires_grad` set. The result
+    has the attributes `milora_targets` (one Target per trained module) and `milora_report` (one LayerReport per
+    decomposed weight).
 
-    Train it without weight decay (`torch.optim.AdamW` has 0.01 by default): A and B start from components of W, so
+    Factors and spectra are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines" also prints one
+    line per layer.
+
+    Train without weight decay (the default of `torch.optim.AdamW` is 0.01): A and B start from components of W, so
     decay pulls towards W - s B0 A0, not towards W. `python -m milora_vl.train` uses the learning rates of the rules;
     other trainers use their own.
 
-    Raises PolicyError for rules that do not fit the model, ValueError for weights that cannot be decomposed,
-    AdapterError for models that hold an adapter already or do not fit the form.
+    Raises PolicyError for rules that do not fit the model, WeightError for weights that cannot be decomposed, and
+    AdapterError for models that already have an adapter or do not support the form.
 
     >>> rules = [{"modules": "language", "method": "milora", "rank": 2, "dropout": 0.05}]
     >>> tuned = apply_milora(nn.Sequential(nn.Linear(4, 4)), rules)
@@ -58,10 +69,16 @@ def apply_milora(
     (2, torch.Size([4, 4]))
     """
     if form not in get_args(Form):
-        raise AdapterError(f"form must be one of {', '.join(get_args(Form))}, got {form!r}")
+        raise AdapterError(
+            f"expected one of {', '.join(get_args(Form))}, got {form!r}", code="adapter-value", where="form"
+        )
     require_module(model)
     if is_wrapped_by_peft(model):
-        raise AdapterError("this model holds a PEFT adapter already: pass the base model, or unload the adapter first")
+        raise AdapterError(
+            "this model already has a PEFT adapter",
+            code="adapter-already-present",
+            hint="pass the base model, or unload the adapter first",
+        )
     require_readable(model)
     return apply_targets(
         model,
@@ -80,9 +97,9 @@ def apply_targets(
     cache_dir: str | Path | None = None,
     progress: Progress = False,
 ) -> Any:
-    """Do what `apply_milora` does, on a fresh model that the policy has been settled on already.
+    """Return what `apply_milora` returns, for a policy that is resolved already.
 
-    Where a rank comes from a spectrum, settling decomposes every weight.
+    Resolving a policy can be slow: ranks that depend on spectra decompose every weight.
     """
     if all(target.rank is None for target in targets):
         return _train_in_full(model, targets)
@@ -96,9 +113,9 @@ def apply_targets(
     for target in targets:
         if target.rank is not None:
             set_dropout(lora_layer(tuned, target.path), "default", target.dropout)
-    for path, made in initial.items():
-        install(lora_layer(tuned, path), "default", made.A0, made.B0)
-    _start_outside(tuned, protected)
+    for path, factors in initial.items():
+        install(lora_layer(tuned, path), "default", factors.A0, factors.B0)
+    _project_plain_lora(tuned, protected)
     if form == "residual":
         drift = {path: make_residual(lora_layer(tuned, path), "default") for path in initial}
         reports = {path: replace(report, drift=drift[path]) for path, report in sidecar.reports.items()}
@@ -109,16 +126,30 @@ def apply_targets(
 
 
 def merge(model: PeftModel, path: str | Path | None = None) -> nn.Module:
-    """Return the base model with the adapter merged into its weights; with `path`, save it there too.
+    """Return the base model with W + s (B A - B0 A0) in place of each adapted W. With `path`, also save it there.
 
-    The PeftModel is used up, as by PEFT's merge_and_unload. Raises AdapterError if `model` is no PeftModel, or if it
-    is to be saved and cannot save itself.
+    The PeftModel cannot be used afterwards, as with PEFT's merge_and_unload. Raises AdapterError if `model` is no
+    PeftModel, or if `path` is given and the base model has no `save_pretrained`.
+
+    >>> rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    >>> merge(apply_milora(nn.Sequential(nn.Linear(4, 4)), rules))
+    Sequential(
+      (0): Linear(in_features=4, out_features=4, bias=True)
+    )
     """
     if not isinstance(model, PeftModel):
-        raise AdapterError(f"merge needs a PeftModel, got {type(model).__name__}")
+        raise AdapterError(
+            f"merge needs a PeftModel, got {type(model).__name__}",
+            code="adapter-not-a-peft-model",
+            hint="pass the model that apply_milora or load_adapter returned",
+        )
     if path is not None and not can_save(model.get_base_model()):
-        name = type(model.get_base_model()).__name__
-        raise AdapterError(f"{name} has no save_pretrained: call merge(model) and save its state dict yourself")
+        raise AdapterError(
+            f"{type(model.get_base_model()).__name__} has no save_pretrained",
+            code="adapter-cannot-save",
+            where="path",
+            hint="call merge(model) without a path, and save the state dict of the result",
+        )
     merged = model.merge_and_unload()
     if path is not None:
         merged.save_pretrained(path)
@@ -126,39 +157,43 @@ def merge(model: PeftModel, path: str | Path | None = None) -> nn.Module:
 
 
 def _describe(model: nn.Module, targets: Sequence[Target], initial: Mapping[str, Initial], form: str) -> Sidecar:
-    """Everything milora.json will say, while the weights are still those of the base."""
+    """Return the content of milora.json. The sketches need the base weights, so call this before PEFT changes them."""
     names = canonical_names(model)
-    sketches = {path: made.sketch for path, made in initial.items()}
+    sketches = {path: factors.sketch for path, factors in initial.items()}
     sketches |= {
         t.path: sketch(read_matrix(model.get_submodule(t.path)))
         for t in targets
         if t.rank is not None and t.path not in initial
     }
-    for path, made in sketches.items():
-        sketches[path] = replace(made, eps=max(made.eps, precision(model.get_submodule(path))))
-    reports = {path: made.report for path, made in initial.items()}
+    for path, weight_sketch in sketches.items():
+        eps = max(weight_sketch.eps, precision(model.get_submodule(path)))
+        sketches[path] = replace(weight_sketch, eps=eps)
+    reports = {path: factors.report for path, factors in initial.items()}
     return Sidecar(form, targets, {t.path: names[t.path] for t in targets}, sketches, reports)
 
 
-def _start_outside(tuned: PeftModel, protected: Mapping[str, Protected]) -> None:
-    """Take PEFT's random start out of protected directions; an anchored start is outside already."""
-    for path, found in protected.items():
+def _project_plain_lora(tuned: PeftModel, protected: Mapping[str, Protected]) -> None:
+    """Remove the protected directions from PEFT's random A. Anchored factors have none, see `kept_outside`."""
+    for path, directions in protected.items():
         layer = lora_layer(tuned, path)
-        if found.protect.is_hard and not has_halves(layer, "default"):
-            found.remove(trained_factors(layer, "default"))
+        if directions.protect.is_hard and not has_halves(layer, "default"):
+            directions.remove(trained_factors(layer, "default"))
 
 
 def _require_residual(model: nn.Module, targets: Sequence[Target]) -> None:
     require_residual(model, [t.path for t in targets if t.has_anchor])
-    free = [t.path for t in targets if t.sigma != "keep"]
-    if free:
+    rescaled = [t.path for t in targets if t.sigma != "keep"]
+    if rescaled:
         raise AdapterError(
-            f"{free[0]}: sigma other than keep needs form anchored: W_p would not be W less its minor part"
+            "sigma other than keep needs form anchored, because W - s B0 A0 would not be W without its minor part",
+            code="adapter-residual-layer",
+            where=rescaled[0],
+            hint="use form anchored, or sigma: keep",
         )
 
 
 def _train_in_full(model: nn.Module, targets: Sequence[Target]) -> nn.Module:
-    """No adapter at all: the modules themselves train, everything else is frozen."""
+    """Set `requires_grad` for the modules of the targets, freeze everything else, and return the model."""
     model.requires_grad_(False)
     for target in targets:
         model.get_submodule(target.path).requires_grad_(True)

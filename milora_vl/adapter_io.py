@@ -1,7 +1,8 @@
 """Save and load adapters: stock PEFT files with milora.json beside them, checked against the base model.
 
-A model may have other module names than the file: HF's layout and LLaVA's own are one base. PEFT finds modules by the
-paths in the file, so the paths of config and weights are replaced first, then PEFT loads.
+The module names of a model may differ from those in the file, because HF's and LLaVA's layouts name the same modules
+differently. PEFT finds modules by the paths in the file, so `load_renamed` replaces the paths of config and weights
+before PEFT loads them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from milora_vl.lora.peft_model import restore
 from milora_vl.lora.residual import make_residual
 from milora_vl.lora.sidecar import FILE_NAME, Sidecar, read_sidecar, require_weights
 from milora_vl.towers import is_wrapped_by_peft
-from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
+from milora_vl.weights.torch_files import UNREAD, read_pickled, unreadable
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -39,16 +40,31 @@ logger = logging.getLogger(__name__)
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapter of `model` to the folder `path`: PEFT's files and milora.json.
 
-    Raises AdapterError if the model has no adapter (a run that trains weights in full saves the model itself), and
-    where the path is a file.
+    Raises AdapterError if the model has no adapter (a run that trains weights in full saves the model itself), and if
+    `path` is a file.
+
+    >>> from tempfile import mkdtemp
+    >>> from milora_vl import apply_milora
+    >>> rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    >>> folder = Path(mkdtemp())
+    >>> save_adapter(apply_milora(nn.Sequential(nn.Linear(4, 4)), rules), folder)
+    >>> sorted(file.name for file in folder.iterdir())
+    ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'milora.json']
     """
     if not isinstance(model, PeftModel):
         raise AdapterError(
-            f"{type(model).__name__} has no adapter to save: use its own save_pretrained for weights trained in full"
+            f"{type(model).__name__} has no adapter to save",
+            code="adapter-not-a-peft-model",
+            hint="for weights trained in full, use the model's own save_pretrained",
         )
-    folder = Path(path)  # None is no path, and no folder of that name
+    folder = Path(path)  # raises TypeError for None; str(None) would create a folder named None
     if folder.is_file():
-        raise AdapterError(f"{folder} is a file: an adapter is a folder")
+        raise AdapterError(
+            "this is a file, but an adapter is a folder",
+            code="adapter-no-folder",
+            where=str(folder),
+            hint="choose another folder",
+        )
     model.save_pretrained(str(folder))
 
 
@@ -60,22 +76,26 @@ def load_adapter(
     allow_base_mismatch: bool = False,
     cache_dir: str | Path | None = None,
 ) -> Any:
-    """Return `base` with the adapter in the folder `path`; with `is_trainable`, training can go on where it stopped.
+    """Return `base` with the adapter in the folder `path`; with `is_trainable`, training can continue.
 
-    A folder without milora.json is loaded as the plain LoRA it is. Protected directions are found again from the base
-    weights, where `is_trainable` needs them, or taken from `cache_dir`. Raises AdapterError for a folder that holds no
-    adapter, one that does not fit, and a base model that is not the one it was made for.
+    A folder without milora.json is loaded as a plain LoRA. With `is_trainable`, protected directions are computed again
+    from the base weights, or read from `cache_dir`.
+
+    Raises AdapterError if the folder contains no adapter, if the adapter does not fit the model, and if this is not the
+    base model that it was made for.
     """
     folder = Path(path)
     require_module(base)
     require_adapter(folder)
     if is_wrapped_by_peft(base):
         raise AdapterError(
-            "this model holds an adapter already: pass the base model, or use its own load_adapter(path, name)"
+            "this model already has an adapter",
+            code="adapter-already-present",
+            hint="pass the base model, or use the model's own load_adapter(path, name)",
         )
     saved = read_sidecar(folder)
     if saved is None:
-        logger.info("%s has no %s: loaded as the plain LoRA it is", folder, FILE_NAME)
+        logger.info("%s has no %s: loaded as a plain LoRA", folder, FILE_NAME)
         return _load_stock(base, folder, is_trainable)
     require_weights(folder, saved)
     here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
@@ -84,7 +104,7 @@ def load_adapter(
         model = load_renamed(base, folder, here, paths, is_trainable=is_trainable)
     else:
         model = _load_stock(base, folder, is_trainable)
-    # For inference the anchored form is the same function, on the base as it is.
+    # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
     ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"))
     if is_trainable:
         ours.protect_again("default", cache_dir)
@@ -95,52 +115,67 @@ def load_adapter(
 
 
 def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:
-    """PEFT's own loader, with its soft warnings about missing weights as errors."""
+    """Load with PEFT, and raise AdapterError where PEFT only warns about missing weights."""
     with quiet_peft():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
-        except KeyError as error:  # how PEFT meets a module of modules_to_save that is not in the file
-            raise AdapterError(f"{folder} lacks {error}: its weights are not those of its {CONFIG_NAME}") from error
-        except (RuntimeError, ValueError, UserWarning) as error:
+        except KeyError as error:  # PEFT's reaction to a module of modules_to_save that is missing in the file
+            raise AdapterError(
+                f"the weights lack {error}, which {CONFIG_NAME} lists",
+                code="adapter-missing-weights",
+                where=str(folder),
+                hint="restore the files of one save",
+            ) from error
+        except (RuntimeError, ValueError, UserWarning) as error:  # PEFT's and torch's own text, of many lines
             first = next(line.strip() for line in str(error).splitlines() if line.strip())
-            raise AdapterError(f"the adapter in {folder} does not fit {type(base).__name__}\n{first[:300]}") from error
+            raise AdapterError(
+                f"the adapter does not fit {type(base).__name__}: {first[:300]}",
+                code="adapter-missing-modules",
+                where=str(folder),
+                hint="load the base model that the adapter was trained on",
+            ) from error
 
 
 def require_adapter(folder: Path) -> None:
-    """Raise AdapterError unless the folder holds an adapter whose config and weights can be read."""
+    """Raise AdapterError unless the folder contains an adapter with readable config and weights."""
     if not folder.is_dir():
-        raise AdapterError(f"no adapter folder at {folder}: {'it is a file' if folder.exists() else 'nothing there'}")
+        reason = "this is a file, but an adapter is a folder" if folder.exists() else "no such adapter folder"
+        raise AdapterError(reason, code="adapter-no-folder", where=str(folder))
     names = sorted(entry.name for entry in folder.iterdir())
     if CONFIG_NAME not in names or not set(WEIGHT_NAMES) & set(names):
         missing = CONFIG_NAME if CONFIG_NAME not in names else WEIGHT_NAMES[0]
         newest = newest_checkpoint(folder)
-        hint = f"\ndid you mean {newest} ? it is the newest checkpoint there" if newest else ""
         raise AdapterError(
-            f"{folder} holds no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}{hint}"
+            f"the folder contains no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}",
+            code="adapter-missing-file",
+            where=str(folder),
+            hint=f"did you mean {newest} ? It is the newest checkpoint there." if newest else "",
         )
+    config_file = folder / CONFIG_NAME
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise AdapterError(f"{folder / CONFIG_NAME} is not valid JSON: {error}") from error
+        raise AdapterError(f"not valid JSON: {error}", code="adapter-damaged-file", where=str(config_file)) from error
     if not isinstance(config, dict):
-        raise AdapterError(f"{folder / CONFIG_NAME} holds no mapping, but a {type(config).__name__}")
+        message = f"expected a mapping, got a {type(config).__name__}"
+        raise AdapterError(message, code="adapter-damaged-file", where=str(config_file))
     file = folder / next(name for name in WEIGHT_NAMES if name in names)
     try:
         if file.suffix == ".bin":
-            read_pickled(file)  # a pickle has no header that would tell
+            read_pickled(file)  # a pickle has no header to check, so read all of it
         else:
             with safe_open(file, framework="pt"):
                 pass
     except (SafetensorError, *UNREAD) as error:
-        raise AdapterError(why_unread(file, error)) from error
+        raise AdapterError(problems=[unreadable(file, error)]) from error
 
 
 _PREFIX = "base_model.model."
 
 
 def new_paths(saved: Sidecar, here: Sidecar) -> dict[str, str]:
-    """Return the path in the model of every path in the file, where any of them differs; else nothing."""
+    """Map each path in the file to the path in the model; empty if all paths are equal."""
     pairs = {old.path: new.path for old, new in zip(saved.targets, here.targets, strict=True)}
     return pairs if any(old != new for old, new in pairs.items()) else {}
 
@@ -148,9 +183,10 @@ def new_paths(saved: Sidecar, here: Sidecar) -> dict[str, str]:
 def load_renamed(
     base: nn.Module, folder: Path, here: Sidecar, paths: Mapping[str, str], *, is_trainable: bool
 ) -> PeftModel:
-    """Return `base` with the adapter in `folder`; `here` has the paths of this model, `paths` maps the file's to them.
+    """Return `base` with the adapter in `folder`, loaded under other module paths.
 
-    Raises AdapterError if the file holds other modules than milora.json says.
+    `here` is the sidecar with the paths of this model; `paths` maps the paths in the file to them.
+    Raises AdapterError if the file contains other modules than milora.json lists.
     """
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
@@ -165,7 +201,10 @@ def load_renamed(
     if expected != state.keys():
         wrong = sorted(expected ^ state.keys())
         raise AdapterError(
-            f"the weights in {folder} are not those milora.json tells of: {wrong[0]} ({len(wrong)} differ)"
+            f"the weights do not match {FILE_NAME}: {wrong[0]} ({len(wrong)} differ)",
+            code="adapter-missing-weights" if wrong[0] in expected else "adapter-unlisted-weights",
+            where=str(folder),
+            hint="restore the files of one save",
         )
     set_peft_model_state_dict(model, state)
     if not is_trainable:

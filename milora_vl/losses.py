@@ -1,13 +1,29 @@
-"""The loss of a step: cross-entropy of the supervised tokens, with logits made for a few hundred of them at a time.
+"""The loss of a step: the summed cross-entropy of the supervised tokens, computed in chunks of positions.
 
-Of a LLaVA sequence of 700 positions some 20-60 are supervised; of a text record nearly all are. Logits of 16 x 2,048
-positions over a vocabulary of 32,000 would be most of a step's memory: 2 bytes, 4 in float32 and 4 for their gradient.
+Why chunks: about 20 to 60 of the 700 positions of a LLaVA sequence are supervised, and nearly all of a text record.
+Logits for 16 x 2,048 positions and 32,000 tokens need 10 bytes each (2 in bf16, 4 in float32, 4 for the gradient). That
+is 10 GB, most of a step's memory.
 
-A model's own forward is called twice over: its inner model once, for the hidden states, and then the rest (head, and
-whatever the model does to logits: a cap, a scale) on one chunk of supervised positions after another. Each chunk's
-gradients are made right after its loss, so that nothing is computed twice and no logits are kept (they are where the
-head trains under ZeRO-3). Nothing of what the rest does is known here: the model's forward does it, given hidden states
-in place of its inner model's.
+How it works, for a model that consists of an inner model and a head:
+
+1. `first_position` runs the inner model on the whole batch and selects the hidden states of the supervised positions:
+   (batch, length, width) -> (positions, width).
+2. `loss_of` runs the model's own forward again for one chunk of these positions. The inner model is replaced by a
+   function that returns the chunk, so only the head runs, with all that the model does to logits (a cap, a scale).
+3. `GradientsAtOnce` computes the gradients of a chunk right after its loss. No logits are kept for backward, and
+   nothing is computed twice.
+
+If the head trains under ZeRO-3, step 3 is left to autograd, which keeps the logits.
+
+>>> from milora_vl.tiny import tiny_llama
+>>> model, tokenizer = tiny_llama()
+>>> ids = torch.tensor([[1, 5, 6, 7]])
+>>> batch = {"input_ids": ids, "labels": torch.tensor([[IGNORE, IGNORE, 6, 7]])}
+>>> whole, count = summed_loss(model, batch, chunked=False)
+>>> is_chunked = install(model)
+>>> chunked, _ = summed_loss(model, batch, chunked=is_chunked)
+>>> count, is_chunked, torch.allclose(whole, chunked)
+(2, True, True)
 """
 
 from __future__ import annotations
@@ -29,45 +45,51 @@ Forward = Callable[..., Any]
 
 
 def summed_loss(model: nn.Module, inputs: dict[str, Any], *, chunked: bool) -> tuple[Tensor, int]:
-    """Summed cross-entropy in float32, and how many tokens it sums over.
+    """Return the summed cross-entropy in float32 and the number of supervised tokens.
 
-    `inputs` holds labels (batch, length); they are not passed on as such, so the model makes no loss of its own.
-    `chunked` is what `install` returned for the model inside; any wrapper may be around it. A batch with no supervised
-    token gives zero, still attached to the graph.
+    `inputs` contains labels (batch, length), with -100 where a position is not supervised. The labels are not passed to
+    the model, which would compute its own mean. `chunked` is the result of `install`; the model may be wrapped since.
+    For a batch without supervised tokens the loss is zero and attached to the graph.
+
+    The sum and the count are returned separately, so that gradient accumulation and data parallelism can divide by the
+    number of tokens of the whole step.
     """
     labels = inputs["labels"]
-    rest = {name: value for name, value in inputs.items() if name != "labels"}
-    count = int((labels[:, 1:] != IGNORE).sum())
+    model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    count = int((labels[:, 1:] != IGNORE).sum())  # position i predicts token i + 1
     if chunked:
-        return model(**rest, supervised_labels=labels)["loss"], count
-    return _cross_entropy(model(**rest)["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()), count
+        return model(**model_inputs, supervised_labels=labels)["loss"], count
+    return _cross_entropy(model(**model_inputs)["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()), count
 
 
 def install(model: nn.Module) -> bool:
-    """Teach a Hugging Face model, in place, to return the summed loss when it is given `supervised_labels`.
+    """Add the argument `supervised_labels` to the forward of a Hugging Face model; with it, forward returns the loss.
 
-    False, and nothing changes, for a model that does not consist of an inner model and a head.
+    Return False and change nothing if the model does not consist of an inner model and a head.
     """
     inner = inner_model(model)
     if inner is None:
         return False
-    own = model.forward
+    stock_forward = model.forward
     size = max(CHUNK // model.config.get_text_config().vocab_size, 1)  # type: ignore[operator, union-attr]
 
-    @functools.wraps(own)
+    @functools.wraps(stock_forward)
     def forward(*args: Any, supervised_labels: Tensor | None = None, **kwargs: Any) -> Any:
         if supervised_labels is None:
-            return own(*args, **kwargs)
-        rest = [p for child in model.children() if child is not inner for p in child.parameters() if p.requires_grad]
-        run = functools.partial(own, *args, **kwargs | {"use_cache": False})  # packed batches say it themselves
-        return {"loss": _chunked_loss(run, inner, rest, supervised_labels, size)}
+            return stock_forward(*args, **kwargs)
+        head = [p for child in model.children() if child is not inner for p in child.parameters() if p.requires_grad]
+        run = functools.partial(stock_forward, *args, **kwargs | {"use_cache": False})  # packed batches pass it already
+        return {"loss": _chunked_loss(run, inner, head, supervised_labels, size)}
 
     model.forward = forward  # type: ignore[method-assign]
     return True
 
 
 def inner_model(model: nn.Module) -> nn.Module | None:
-    """The part of a model that makes the hidden states: the child with the embeddings, beside the head."""
+    """Return the child of a model that computes the hidden states: it has the embeddings and not the head.
+
+    Return None for models of another structure, for encoder-decoders and for models that are not Hugging Face's.
+    """
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         return None
     head = model.get_output_embeddings()
@@ -78,73 +100,85 @@ def inner_model(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def _chunked_loss(own: Forward, inner: nn.Module, rest: Sequence[nn.Parameter], labels: Tensor, size: int) -> Tensor:
-    """The summed loss by `own`, a model's forward with its arguments, in pieces of `size` supervised positions.
+def _chunked_loss(run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], labels: Tensor, size: int) -> Tensor:
+    """Return the summed loss, computed in chunks of `size` supervised positions.
 
-    `rest` are the weights beside the inner model that train.
+    `run` is the model's forward with its arguments bound, `head` the trained weights outside the inner model.
     """
     supervised = labels[:, 1:] != IGNORE
     if not supervised.any():
-        supervised[0, 0] = True  # its target is to be ignored: zero, but attached to the graph
+        supervised[0, 0] = True  # cross-entropy ignores its target: the loss is zero, but attached to the graph
     rows, columns = supervised.nonzero(as_tuple=True)
     sizes = _sizes(len(rows), size, labels.device)
     targets = labels[rows, columns + 1].split(sizes)
-    seen: list[tuple[Any, Tensor]] = []
+    calls: list[tuple[Any, Tensor]] = []
     forward = inner.forward
 
     def first_position(*args: Any, **kwargs: Any) -> Any:
+        # The head then runs on a single position, because the logits of this first pass are not needed.
         output = forward(*args, **kwargs)
-        seen.append((output, output[0][rows, columns]))
-        return _with_hidden(output, seen[0][1][:1].detach())
+        calls.append((output, output[0][rows, columns]))
+        return _with_hidden(output, calls[0][1][:1].detach())
 
     def loss_of(piece: Tensor, target: Tensor) -> Tensor:
-        with _instead(inner, lambda *args, **kwargs: _with_hidden(output, piece)):
-            return _cross_entropy(own()["logits"][0], target)
+        with _replaced_forward(inner, lambda *args, **kwargs: _with_hidden(output, piece)):
+            return _cross_entropy(run()["logits"][0], target)
 
-    with _instead(inner, first_position):
-        logits = own()["logits"]
-    if not seen:  # OPT's forward calls a part of its inner model: the logits are there, whole
+    with _replaced_forward(inner, first_position):
+        logits = run()["logits"]
+    if not calls:  # OPT's forward calls a child of its inner model, so these are the logits of all positions
         return _cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    (output, hidden), *more = seen
+    (output, hidden), *more = calls
     assert not more, f"{type(inner).__name__} is called more than once by its model"
-    # ZeRO-3 takes a weight's gradient where it reaches the weight itself, and nowhere before.
-    if not torch.is_grad_enabled() or (rest and is_deepspeed_zero3_enabled()):
+    # ZeRO-3 reduces a gradient when autograd accumulates it in the weight. `torch.autograd.grad` would bypass that.
+    if not torch.is_grad_enabled() or (head and is_deepspeed_zero3_enabled()):
         return torch.stack([loss_of(*pair) for pair in zip(hidden.split(sizes), targets, strict=True)]).sum()
-    summed: Tensor = GradientsAtOnce.apply(loss_of, hidden, targets, *rest)
+    summed: Tensor = GradientsAtOnce.apply(loss_of, hidden, targets, *head)
     return summed
 
 
 class GradientsAtOnce(torch.autograd.Function):
-    """The sum of the pieces' losses, and its gradients: made piece by piece in the forward pass."""
+    """The sum of the losses of all chunks. Forward also computes the gradients, chunk by chunk, and saves them.
+
+    This is possible because the sum is linear in the loss of a chunk: backward only scales the saved gradients.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, loss_of: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Sequence[Tensor], *rest: Tensor
+        ctx: Any, loss_of: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Sequence[Tensor], *head: Tensor
     ) -> Tensor:
-        """`hidden` (positions, width), `targets` in pieces of its rows; `rest` are the weights that `loss_of` uses."""
-        total, of_hidden = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
-        of_rest: list[Tensor | None] = [None] * len(rest)
+        """Return the loss, a float32 scalar.
+
+        `hidden` is (positions, width), `targets` holds the token ids (positions,) in chunks, `head` the trained weights
+        that `loss_of` uses.
+        """
+        total, grad_hidden = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        grad_head: list[Tensor | None] = [None] * len(head)
         sizes = [len(target) for target in targets]
-        for rows, target, out in zip(hidden.split(sizes), targets, of_hidden.split(sizes), strict=True):
+        for rows, target, out in zip(hidden.split(sizes), targets, grad_hidden.split(sizes), strict=True):
             with torch.enable_grad():
                 piece = rows.detach().requires_grad_()
                 loss = loss_of(piece, target)
-            first, *others = torch.autograd.grad(loss, (piece, *rest), allow_unused=True)
-            out.copy_(first)
-            of_rest = [a if b is None else b if a is None else a.add_(b) for a, b in zip(of_rest, others, strict=True)]
+            of_piece, *of_head = torch.autograd.grad(loss, (piece, *head), allow_unused=True)
+            out.copy_(of_piece)
+            pairs = zip(grad_head, of_head, strict=True)
+            grad_head = [a if b is None else b if a is None else a.add_(b) for a, b in pairs]
             total += loss.detach()
-        ctx.save_for_backward(of_hidden, *of_rest)
+        ctx.save_for_backward(grad_hidden, *grad_head)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Those gradients, by what the sum is multiplied with."""
-        of_hidden, *of_rest = ctx.saved_tensors
-        return None, of_hidden * grads[0], None, *(None if g is None else g * grads[0] for g in of_rest)
+        """Return the saved gradients times the gradient of the sum."""
+        grad_hidden, *grad_head = ctx.saved_tensors
+        return None, grad_hidden * grads[0], None, *(None if g is None else g * grads[0] for g in grad_head)
 
 
 def _sizes(count: int, size: int, device: torch.device) -> list[int]:
-    """Sizes of the pieces. Under ZeRO-3 each piece gathers the head: all processes must make the same number."""
+    """Return the sizes of the chunks, at most `size` and nearly equal.
+
+    Under ZeRO-3 each chunk gathers the head, so all processes must compute the same number of chunks.
+    """
     pieces = math.ceil(count / size)
     if is_deepspeed_zero3_enabled() and torch.distributed.is_initialized():
         most = torch.tensor(pieces, device=device)
@@ -154,22 +188,22 @@ def _sizes(count: int, size: int, device: torch.device) -> list[int]:
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    """The inner model's output with other hidden states: (1, length, width)."""
+    """Return the output of the inner model with these hidden states, (positions, width), as a batch of one."""
     return type(output)(**{**output, "last_hidden_state": hidden[None]})
 
 
 @contextmanager
-def _instead(module: nn.Module, forward: Forward) -> Iterator[None]:
-    """Let a module's forward be another one for a while; its hooks still run."""
-    own = vars(module).get("forward")
+def _replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
+    """Replace the forward of a module temporarily. Its hooks still run."""
+    previous = vars(module).get("forward")  # set on the instance, for example by accelerate
     module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        if own is None:
+        if previous is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = previous
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

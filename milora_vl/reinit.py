@@ -1,4 +1,8 @@
-"""MiLoRA for code that already called PEFT: a fresh LoRA starts anew, an adapter of ours gets its two halves back."""
+"""MiLoRA for code that already called PEFT.
+
+`reinit_peft` initializes a new LoRA from singular components. `restore_split` restores the trained half and the anchor
+of a MiLoRA adapter that stock PEFT has loaded.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +26,18 @@ from milora_vl.towers import forget_peft
 
 _METHOD_OF_PART: dict[str, RuleMethod] = {"minor": "milora", "principal": "pissa", "random": "random"}
 assert {part: method for method, part in PART_OF_METHOD.items()} == _METHOD_OF_PART
-# Starts of PEFT's own that leave the base weight as it is.
-_HARMLESS = (True, False, "gaussian", "orthogonal", "eva")
+# Initializations of PEFT that do not change the base weight.
+_BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def reinit_peft(peft_model: PeftModel, part: Part = "minor", form: Form = "anchored") -> Any:
-    """Start the LoRA of a PeftModel from singular components of its weights; use the model that is returned.
+    """Return a PeftModel whose LoRA starts from singular components of the base weights. Use only the returned model.
 
-    Modules, ranks, scales, dropout and modules_to_save stay as its LoraConfig made them. The given object is used up.
+    Modules, ranks, scales, dropout and modules_to_save are those of the given LoraConfig. The given object cannot be
+    used afterwards.
 
-    Raises AdapterError for an adapter that has been trained (that would be lost), that is no plain LoRA, or whose start
-    has changed the base; PolicyError for ranks larger than a matrix.
+    Raises AdapterError if the adapter has been trained already, is no plain LoRA, or has an initialization that changes
+    the base weights. Raises PolicyError for ranks larger than a matrix.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -41,7 +46,9 @@ def reinit_peft(peft_model: PeftModel, part: Part = "minor", form: Form = "ancho
     ('milora', 4)
     """
     if part not in _METHOD_OF_PART:
-        raise AdapterError(f"part must be one of {', '.join(_METHOD_OF_PART)}, got {part!r}")
+        raise AdapterError(
+            f"expected one of {', '.join(_METHOD_OF_PART)}, got {part!r}", code="adapter-value", where="part"
+        )
     adapter = _the_adapter(peft_model)
     layers = {p: m for p, m in peft_model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     _require_fresh(layers, adapter)
@@ -57,16 +64,22 @@ def reinit_peft(peft_model: PeftModel, part: Part = "minor", form: Form = "ancho
 
 
 def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_mismatch: bool = False) -> Any:
-    """Give an adapter of ours that stock PEFT has loaded from `folder` its trained half and its anchor back, in place.
+    """Restore the trained half and the anchor of a MiLoRA adapter that stock PEFT has loaded from `folder`, in place.
 
-    PeftModel.from_pretrained(base, folder, is_trainable=True) takes the folder for a plain LoRA of rank 2r and would
-    train the anchor as well. Call this before the first step. Raises AdapterError if that has happened already, and for
-    a folder without milora.json.
+    PeftModel.from_pretrained(base, folder, is_trainable=True) loads the folder as a plain LoRA of rank 2r and would
+    train the anchor too. Call this function before the first step.
+
+    Raises AdapterError if the anchor has been trained already, and for a folder without milora.json.
     """
     adapter = _the_adapter(peft_model)
     saved = read_sidecar(Path(folder))
     if saved is None:
-        raise AdapterError(f"{folder} has no {FILE_NAME}: it holds a plain LoRA, all of which trains")
+        raise AdapterError(
+            f"has no {FILE_NAME}: this adapter is a plain LoRA and has no anchor",
+            code="adapter-plain-lora",
+            where=str(folder),
+            hint="train it without restore_split",
+        )
     sidecar = fitted(peft_model, saved, allow_base_mismatch=allow_base_mismatch)
     stored = load_peft_weights(str(folder), device="cpu")
     for path in sidecar.ranks:
@@ -79,24 +92,49 @@ def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_misma
 def _the_adapter(model: PeftModel) -> str:
     if not isinstance(model, PeftModel):
         raise AdapterError(
-            f"expected a PeftModel, got {type(model).__name__}\n"
-            "for a model without an adapter:  apply_milora(model, policy)"
+            f"expected a PeftModel, got {type(model).__name__}",
+            code="adapter-not-a-peft-model",
+            hint="for a model without an adapter:  apply_milora(model, policy)",
         )
     if isinstance(model, MiloraMixin) and model.sidecars:
-        raise AdapterError("this model has its two halves already: it was made by apply_milora or load_adapter")
-    if len(model.peft_config) != 1:
-        raise AdapterError(f"expected one adapter, found {', '.join(model.peft_config)}: delete the others first")
-    name, config = next(iter(model.peft_config.items()))
-    if not isinstance(config, LoraConfig):
-        raise AdapterError(f"expected a plain LoRA, got {type(config).__name__}")
-    if config.use_dora or config.bias != "none" or config.lora_bias:
-        raise AdapterError(f"expected a plain LoRA, got {'DoRA' if config.use_dora else 'one that trains biases'}")
-    if config.init_lora_weights not in _HARMLESS:
         raise AdapterError(
-            f"init_lora_weights={config.init_lora_weights!r} has changed the base, or is another method\n"
-            "call get_peft_model without it, on a fresh base model"
+            "this model already has a trained half and an anchor, from apply_milora or load_adapter",
+            code="adapter-already-present",
+            hint="use the model without this call",
+        )
+    if len(model.peft_config) != 1:
+        raise AdapterError(
+            f"expected one adapter, found {', '.join(model.peft_config)}",
+            code="adapter-several",
+            hint="delete the other adapters first",
+        )
+    name, config = next(iter(model.peft_config.items()))
+    unsupported = _unsupported(config)
+    if unsupported:
+        raise AdapterError(
+            f"expected a plain LoRA, got {unsupported}",
+            code="adapter-unsupported-kind",
+            where=f"adapter {name!r}",
+            hint="call get_peft_model with a plain LoraConfig",
+        )
+    assert isinstance(config, LoraConfig)
+    if config.init_lora_weights not in _BASE_UNCHANGED:
+        raise AdapterError(
+            f"this initialization changes the base weights or is a method of its own: {config.init_lora_weights!r}",
+            code="adapter-unsupported-kind",
+            where="init_lora_weights",
+            hint="reload the base model and call get_peft_model without this argument",
         )
     return name
+
+
+def _unsupported(config: Any) -> str:
+    """Name what is not a plain LoRA in a PEFT config; "" for a plain LoRA."""
+    if not isinstance(config, LoraConfig):
+        return type(config).__name__
+    if config.use_dora:
+        return "DoRA"
+    return "a LoRA that trains biases" if config.bias != "none" or config.lora_bias else ""
 
 
 @torch.no_grad()
@@ -106,8 +144,10 @@ def _require_fresh(layers: dict[str, LoraLayer], adapter: str) -> None:
         change = 0.0 if is_zero else float(torch.linalg.vector_norm(layer.get_delta_weight(adapter)))  # type: ignore[attr-defined]
         if change > 1e-5:
             raise AdapterError(
-                f"{path}: this adapter has been trained, which a new start would lose\n"
-                "loaded from a folder of ours? then  restore_split(model, folder)  gives the two halves back"
+                "this adapter has been trained already, and a new initialization would lose that training",
+                code="adapter-already-trained",
+                where=path,
+                hint="if it is a MiLoRA adapter loaded from a folder, call  restore_split(model, folder)  instead",
             )
 
 
@@ -118,14 +158,16 @@ def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod) -> Rule
 
 
 def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, torch.Tensor]) -> None:
-    """The second halves in the model are those in the file: but for rounding to the model's dtype."""
+    """Raise AdapterError unless the second halves in the model equal the saved ones, rounded to the model's dtype."""
     assert not has_halves(layer, adapter)
     is_embedding = adapter in layer.lora_embedding_A
     names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-    for axis, (name, here) in enumerate(zip(names, factors(layer, adapter), strict=True)):
-        there = stored[f"base_model.model.{path}.{name}"].to(here.dtype).to(here.device)
-        if not torch.equal(there.chunk(2, dim=axis)[1], here.detach().chunk(2, dim=axis)[1]):
+    for axis, (name, factor) in enumerate(zip(names, factors(layer, adapter), strict=True)):
+        saved = stored[f"base_model.model.{path}.{name}"].to(factor.dtype).to(factor.device)
+        if not torch.equal(saved.chunk(2, dim=axis)[1], factor.detach().chunk(2, dim=axis)[1]):
             raise AdapterError(
-                f"{path}: the anchor has been trained already, so this is no adapter of its kind any more\n"
-                "load the folder again, and call restore_split before training; or save this one as a plain LoRA"
+                "the anchor has been trained already, so the two halves cannot be restored",
+                code="adapter-wrong-anchor",
+                where=path,
+                hint="reload the folder and call restore_split before training, or save this one as a plain LoRA",
             )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from milora_data.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,6 +22,16 @@ LLAVA_POLICY = [
     {"modules": "language.layers[0].q_proj", "method": "lora", "rank": 4, "alpha": 8},
     {"modules": "projector", "method": "full", "learning_rate": 2e-5},
 ]
+
+
+@contextmanager
+def raises_code(code: str, where: str = "", message: str = "") -> Iterator[None]:
+    """Expect a UserError with one problem of this code; `where` and `message` are parts of its place and text."""
+    with pytest.raises(UserError) as error:
+        yield
+    assert [problem.code for problem in error.value.problems] == [code], str(error.value)
+    assert where in error.value.problems[0].where
+    assert message in str(error.value)
 
 
 def one_rule(**fields: object) -> list[dict[str, object]]:

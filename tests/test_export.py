@@ -270,7 +270,7 @@ def test_damaged_files_are_refused_by_name(run, form: str) -> None:
             export(run.root / "adapter", form, run.root / "out")
     config.write_text(good, encoding="utf-8")
     weights.write_bytes(whole[:3000])
-    with pytest.raises(UserError, match=r"adapter_model.safetensors cannot be read \(cut off\?\)"):
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: cannot be read \(cut off\?\)"):
         export(run.root / "adapter", form, run.root / "out")
     weights.write_bytes(whole)
     base = run.root / "base" / "model.safetensors"

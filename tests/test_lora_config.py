@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import pytest
 import torch
-from adapter_cases import LLAVA_POLICY, one_rule, tiny_gpt2
+from adapter_cases import LLAVA_POLICY, one_rule, raises_code, tiny_gpt2
 from torch import Tensor, nn
 
 from milora_vl.adapter import apply_milora
-from milora_vl.lora.errors import AdapterError
 
 
 def test_full_paths_are_adapted_and_nothing_of_the_vision_tower(tiny_llava) -> None:
@@ -56,7 +54,7 @@ def test_a_path_that_ends_another_is_adapted_alone(tmp_path) -> None:
 
 def test_a_full_module_that_peft_would_confuse_is_refused() -> None:
     rules = [{"modules": "fc", "method": "full"}, {"modules": "inner.fc", "method": "milora", "rank": 2}]
-    with pytest.raises(AdapterError, match="would train inner.fc in full as well"):
+    with raises_code("adapter-ambiguous-names", "inner.fc"):
         apply_milora(Endings(), rules)
 
 

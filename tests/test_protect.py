@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from adapter_cases import Pictures, move, one_rule, picture_batch, tiny_gpt2, token_batch
+from adapter_cases import Pictures, move, one_rule, picture_batch, raises_code, tiny_gpt2, token_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor, nn
 
 from milora_vl import apply_milora, keep_protected, load_adapter, merge, reinit_peft, restore_split, save_adapter
-from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import anchors_of, base_layer, factors, lora_layer, trained_factors
 from milora_vl.lora.protection import Protected
 from milora_vl.policy.protect import Protect
@@ -214,21 +213,19 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(tiny_llama, form) -> 
 def test_training_that_protects_nothing_is_refused_at_its_first_gradient(tiny_llama) -> None:
     model = apply_milora(tiny_llama()[0], one_rule(protect={"top": TOP}))
     loss = model(input_ids=IDS, labels=IDS).loss
-    with pytest.raises(
-        AdapterError, match=r"protects the top 4 by projection(.|\n)*keep_protected\(model, optimizer\)"
-    ):
+    with raises_code("adapter-not-protected", "", "keep_protected(model, optimizer)"):
         loss.backward()
 
 
 def test_an_optimizer_that_steps_other_tensors_is_refused(tiny_llama) -> None:
     """As DeepSpeed's, which puts flat parts of the factors in their place."""
     model = apply_milora(tiny_llama()[0], one_rule(protect={"top": TOP}))
-    with pytest.raises(AdapterError, match="does not step its factors themselves"):
+    with raises_code("adapter-sharded-optimizer"):
         keep_protected(model, torch.optim.AdamW([nn.Parameter(torch.ones(3))]))
     optimizer = optimizer_of(model)
     keep_protected(model, optimizer)
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(3))]
-    with pytest.raises(AdapterError, match="does not step its factors themselves"):
+    with raises_code("adapter-sharded-optimizer"):
         optimizer.step()
 
 
@@ -245,7 +242,7 @@ def test_saving_tells_of_an_update_that_reaches_inside(tiny_llama, tmp_path: Pat
     model = apply_milora(tiny_llama()[0], one_rule(protect={"top": TOP}))
     save_adapter(model, tmp_path)
     move(model)
-    with pytest.warns(UserWarning, match=r"14 modules of 'default'\): was keep_protected called"):
+    with pytest.warns(UserWarning, match="reaches into protected directions .14 modules of"):
         save_adapter(model, tmp_path)
 
 

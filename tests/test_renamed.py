@@ -55,7 +55,7 @@ def test_weights_that_milora_json_does_not_tell_of_are_refused(adapted) -> None:
     weights = load_file(file)
     weights["base_model.model.else.weight"] = weights.pop(next(key for key in weights if key.endswith("linear_2.bias")))
     save_file(weights, file)
-    with pytest.raises(AdapterError, match=r"are not those milora.json tells of: .* \(2 differ\)"):
+    with pytest.raises(AdapterError, match=r"do not match milora.json: .* \(2 differ\)"):
         load_adapter(adapted.other, adapted.folder)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_cases import Pictures, move, one_rule, token_batch, train_steps
+from adapter_cases import Pictures, move, one_rule, raises_code, token_batch, train_steps
 from peft import PeftModel
 from torch import nn
 
@@ -88,7 +88,7 @@ def test_training_goes_on_in_the_residual_form(tiny_llama, tmp_path: Path) -> No
 def test_another_anchor_cannot_be_loaded_over_it(tiny_llama, tmp_path: Path) -> None:
     save_adapter(residual(tiny_llama()[0], method="random"), tmp_path)
     model = residual(tiny_llama()[0])
-    with pytest.raises(AdapterError, match="the saved anchor is not the one taken out of this base"):
+    with raises_code("adapter-wrong-anchor"):
         model.load_adapter(str(tmp_path), "default", is_trainable=True)
 
 
@@ -99,15 +99,15 @@ def test_what_would_show_the_changed_base_is_refused(tiny_llama) -> None:
         lambda: model.unload(),
         lambda: model.add_adapter("second", model.peft_config["default"]),
     ):
-        with pytest.raises(AdapterError, match=r"form residual: .*\nuse form anchored"):
+        with raises_code("adapter-residual-form", "form residual"):
             call()
 
 
 @pytest.mark.parametrize(
     ("model", "fields", "message"),
     [
-        (Pictures(), {"modules": "patch"}, "patch: form residual is for linear layers, this is a Conv2d"),
-        (Pictures(), {"modules": "words"}, "words: form residual is for linear layers, this is a Embedding"),
+        (Pictures(), {"modules": "patch"}, "patch: form residual supports linear layers only, this is a Conv2d"),
+        (Pictures(), {"modules": "words"}, "words: form residual supports linear layers only, this is a Embedding"),
         (Pictures(), {"modules": "head", "sigma": "none"}, "head: sigma .* form anchored"),
     ],
 )

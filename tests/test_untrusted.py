@@ -75,7 +75,7 @@ def test_code_in_the_place_of_weights_is_named_and_never_run(write: Callable[[Pa
 def test_code_in_the_states_of_a_checkpoint_ends_a_run_in_a_line(tmp_path: Path) -> None:
     zipped(Path("optimizer.pt"))
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(UserError, match="a file of the checkpoint " + SAID), failures.explained(arguments):
+    with pytest.raises(UserError, match="a file of the checkpoint: " + SAID), failures.explained(arguments):
         read_pickled(Path("optimizer.pt"))
 
 
@@ -83,7 +83,7 @@ def test_code_in_the_states_of_a_checkpoint_ends_a_run_in_a_line(tmp_path: Path)
 def test_a_file_that_is_cut_off_gets_no_advice_to_read_it_all_the_same(content: bytes, adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(content)
-    with pytest.raises(AdapterError, match=r"adapter_model\.bin cannot be read \(cut off\?\): .") as error:
+    with pytest.raises(AdapterError, match=r"adapter_model\.bin: cannot be read \(cut off\?\): .") as error:
         require_adapter(adapter)
     assert "weights_only" not in str(error.value)
     assert why_unread("a", EOFError()).endswith(": no file of weights")

@@ -1,1 +1,1 @@
-"""The adapter in halves on top of PEFT: layers, files, checks against the base."""
+"""The adapter on top of stock PEFT: layer classes (`layers`), PeftModel (`peft_model`), files and checks."""

@@ -1,4 +1,4 @@
-"""Write a folder's files whole: an interrupted save leaves the files of before, never half of one."""
+"""Write the files of a folder atomically: an interrupted save leaves the old files unchanged."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(folder: Path, is_writer: bool = True) -> Iterator[Path]:
-    """Give a folder to write into; its files move to `folder` when all are written, and vanish after an error.
+    """Yield a temporary folder. Its files move to `folder` at the end, and are removed after an error.
 
-    A README.md that is there is given too, as PEFT adds to it. Without `is_writer` (another rank writes) the folder
-    itself is given.
+    An existing README.md is copied into it first, because PEFT extends that file. Without `is_writer`, on a rank that
+    does not write, yield `folder` itself.
     """
-    if not is_writer or folder.is_file():  # PEFT says what is wrong with a file
+    if not is_writer or folder.is_file():  # if `folder` is a file, PEFT's own check reports it
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,15 +27,15 @@ def atomic_folder(folder: Path, is_writer: bool = True) -> Iterator[Path]:
         yield partial
         open_to_others(partial)
         for file in sorted(path for path in partial.rglob("*") if path.is_file()):
-            place = folder / file.relative_to(partial)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
+            destination = folder / file.relative_to(partial)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def open_to_others(folder: Path) -> None:
-    """Give the files of `folder` the permissions of any new file: safetensors' are for their owner alone."""
+    """Set default permissions on the weight files of `folder`; safetensors creates them for their owner alone."""
     with tempfile.TemporaryDirectory(dir=folder) as probe:
         (Path(probe) / "new").touch()
         mode = (Path(probe) / "new").stat().st_mode & 0o777

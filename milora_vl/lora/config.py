@@ -1,4 +1,4 @@
-"""PEFT's config for a list of targets, and the LoRA that PEFT makes of it, checked module by module."""
+"""Translate targets into PEFT's LoraConfig, let PEFT create the LoRA, and check the result module by module."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from milora_vl.towers import peft_task
 
 
 def make_lora(model: nn.Module, targets: Sequence[Target]) -> PeftModel:
-    """Return `model` with PEFT's LoRA on exactly the targets that have a rank; `full` ones become modules_to_save.
+    """Return `model` with PEFT's LoRA on the targets that have a rank; `full` targets become modules_to_save.
 
-    Where there is an anchor the rank is 2r and alpha is doubled too, so that the scaling alpha/r stays.
-    Raises AdapterError where PEFT's name rules would adapt other modules as well.
+    A target with an anchor gets rank 2r and alpha 2 alpha, so that the scaling alpha/r stays the same.
+    Raises AdapterError if PEFT's name matching would adapt other modules too.
     """
     adapters = [t for t in targets if t.rank is not None]
     full = [t.path for t in targets if t.method == "full"]
@@ -32,24 +32,24 @@ def make_lora(model: nn.Module, targets: Sequence[Target]) -> PeftModel:
         tuned = get_peft_model(model, config)
     _require_exactly(tuned, {t.path: _peft_rank(t) for t in adapters})
     if isinstance(config.target_modules, set):
-        # PEFT shortens long lists to endings that are unique in this model; full paths say what was adapted.
+        # PEFT shortens long lists to suffixes that are unique in this model. Full paths hold for any model.
         config.target_modules = {t.path for t in adapters}
     return tuned
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Keep back warnings of PEFT that no user can act on."""
+    """Suppress warnings of PEFT that no user can act on."""
     with warnings.catch_warnings():
-        # PEFT settles this per layer by itself; a policy may name layers of both kinds.
+        # PEFT corrects the value for each layer. A policy may select layers of both kinds.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        # PEFT asks transformers by an old name.
+        # PEFT uses a deprecated name of transformers.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         yield
 
 
 def _config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -> LoraConfig:
-    use_rslora = all(t.rslora for t in adapters)  # PEFT has one switch for all modules
+    use_rslora = all(t.rslora for t in adapters)  # PEFT has a single switch for all modules
     ranks = {t.path: _peft_rank(t) for t in adapters}
     alphas = {t.path: _peft_alpha(t, use_rslora) for t in adapters}
     method = adapters[0].method
@@ -71,7 +71,7 @@ def _config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -> Lo
 
 
 def _target_modules(model: nn.Module, paths: list[str]) -> list[str] | str:
-    """The full paths; as a regular expression where PEFT's rule for endings would match other modules too."""
+    """Return full paths, or one regular expression where PEFT's suffix matching would find other modules too."""
     wanted, endings = set(paths), tuple(f".{path}" for path in paths)
     if any(name.endswith(endings) for name, _ in model.named_modules() if name not in wanted):
         return "|".join(path.replace(".", r"\.") for path in paths)
@@ -79,23 +79,28 @@ def _target_modules(model: nn.Module, paths: list[str]) -> list[str] | str:
 
 
 def _require_distinct(model: nn.Module, full: list[str]) -> None:
-    """PEFT matches modules_to_save by the end of names, even of parts of names."""
-    taken = [name for name, _ in model.named_modules() if name.endswith(tuple(full)) and name not in full]
-    if full and taken:
+    """Raise AdapterError if PEFT would train other modules in full: it matches the ends of names, not whole parts."""
+    extra = [name for name, _ in model.named_modules() if name.endswith(tuple(full)) and name not in full]
+    if full and extra:
         raise AdapterError(
-            f"PEFT would train {taken[0]} in full as well, as its name ends like one of {', '.join(full[:3])}\n"
-            "train it by an adapter, or nothing but these in full (then PEFT is not needed)"
+            f"PEFT would train {extra[0]} in full as well, because its name ends like one of {', '.join(full[:3])}",
+            code="adapter-ambiguous-names",
+            where=extra[0],
+            hint=f"use an adapter instead of method full for {', '.join(full[:3])}, or no adapters at all",
         )
 
 
 def _require_exactly(tuned: PeftModel, ranks: Mapping[str, int]) -> None:
     modules = tuned.get_base_model().named_modules()
-    made = {name: module.r["default"] for name, module in modules if isinstance(module, LoraLayer)}
-    if made != dict(ranks):
-        differ = sorted(name for name in made.keys() | ranks.keys() if made.get(name) != ranks.get(name))
+    adapted = {name: module.r["default"] for name, module in modules if isinstance(module, LoraLayer)}
+    if adapted != dict(ranks):
+        differ = sorted(name for name in adapted.keys() | ranks.keys() if adapted.get(name) != ranks.get(name))
         raise AdapterError(
-            f"PEFT adapted other modules than asked for: {differ[0]} has rank {made.get(differ[0])}, not "
-            f"{ranks.get(differ[0])} ({len(differ):,} differ)\ndo names of modules confuse PEFT? load the model anew"
+            f"PEFT matched unexpected modules: this one has rank {adapted.get(differ[0])}, expected "
+            f"{ranks.get(differ[0])} ({len(differ):,} modules differ)",
+            code="adapter-ambiguous-names",
+            where=differ[0],
+            hint="reload the base model and try again",
         )
 
 
@@ -105,7 +110,7 @@ def _peft_rank(target: Target) -> int:
 
 
 def _peft_alpha(target: Target, use_rslora: bool) -> int | float:
-    """The alpha that gives the target's scaling at PEFT's rank: 2 alpha at 2r, alpha sqrt(2) with rsLoRA."""
+    """Return the alpha that keeps the target's scaling at PEFT's rank: 2 alpha at 2r, sqrt(2) alpha with rsLoRA."""
     rank = _peft_rank(target)
     alpha = target.scaling * (rank**0.5 if use_rslora else rank)
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha

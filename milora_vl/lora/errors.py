@@ -1,4 +1,4 @@
-"""The error of everything that has to do with adapters."""
+"""The error class for adapters."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from milora_data.errors import UserError
 
 
 class AdapterError(UserError):
-    """An adapter that cannot be made, saved or loaded as asked."""
+    """An adapter that cannot be created, saved or loaded as requested."""
 
 
 def require_module(model: object) -> None:
-    """Raise AdapterError for what is no model, such as the name of one."""
-    # Told without torch, which this file has no other need of.
+    """Raise AdapterError unless `model` is a torch module; users pass the name of a model here."""
+    # An isinstance check would import torch, which this file does not need otherwise.
     if "named_modules" not in dir(model):
         raise AdapterError(
-            f"expected a model (a torch.nn.Module), got {model!r:.80}\nload it:  model, processor = load_model(NAME)"
+            f"expected a model (a torch.nn.Module), got {model!r:.80}",
+            code="adapter-not-a-model",
+            hint="load it:  model, processor = load_model(NAME)",
         )

@@ -1,7 +1,7 @@
-"""Refuse what PEFT's hotswap_adapter and add_weighted_adapter cannot do with our adapters, and say what to do instead.
+"""Refuse PEFT's hotswap_adapter and add_weighted_adapter where they would give wrong results.
 
-Both handle only LoRA factors. On modules that were trained in full (PEFT's modules_to_save) the first fails with a
-KeyError, and the second, given a single adapter, uses the base's module instead of the trained one.
+Both handle LoRA factors only. If modules are trained in full (PEFT's modules_to_save), hotswap_adapter fails with a
+KeyError, and add_weighted_adapter with a single adapter uses the base module instead of the trained one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import nn
 from milora_vl.lora.errors import AdapterError
 
 _TO_SERVE = (
-    "to serve, with stock PEFT:  python -m milora_vl.export FOLDER --to adapter --with_base      (docs/exporting.md)"
+    "to serve with stock PEFT:  python -m milora_vl.export FOLDER --to adapter --with_base      (docs/exporting.md)"
 )
 
 
 def refuse_hotswap(model: PeftModel) -> None:
     """Make PEFT's hotswap_adapter raise AdapterError on this model.
 
-    It is a function and no method, and it reads the model's state dict before it writes anything: a hook there is the
-    one place to stop it without a change of PEFT itself.
+    hotswap_adapter is a function, so no method can override it. It reads the model's state dict before it writes, so a
+    hook on the state dict can stop it without a change to PEFT.
     """
     model.register_state_dict_pre_hook(_require_other_caller)
 
@@ -36,18 +36,22 @@ def _require_other_caller(module: nn.Module, prefix: str, keep_vars: bool) -> No
         frame = frame.f_back
     if frame.f_code.co_name == "hotswap_adapter_from_state_dict":
         raise AdapterError(
-            "hotswap_adapter would change a copy and nothing else: this model keeps its factors in halves\n"
-            f"here:  model.load_adapter(FOLDER, NAME)\n{_TO_SERVE}"
+            "hotswap_adapter would change a copy and nothing else: this model keeps its factors in halves",
+            code="adapter-hotswap",
+            hint=f"use  model.load_adapter(FOLDER, NAME)\n{_TO_SERVE}",
         )
 
 
 def require_factors_alone(model: PeftModel, adapters: Sequence[str]) -> None:
-    """Raise AdapterError where an adapter holds modules that were trained in full, which PEFT cannot add up."""
+    """Raise AdapterError if an adapter contains modules trained in full, which PEFT cannot add."""
     for name in adapters:
         config = model.peft_config.get(name)
-        whole = config.modules_to_save if isinstance(config, LoraConfig) else None
-        if whole:
+        full_modules = config.modules_to_save if isinstance(config, LoraConfig) else None
+        if full_modules:
             raise AdapterError(
-                f"add_weighted_adapter adds LoRA factors, and adapter {name!r} holds modules trained in full: "
-                f"{', '.join(sorted(whole)[:3])}\n{_TO_SERVE}"
+                f"add_weighted_adapter adds LoRA factors only, but this adapter contains modules trained in full: "
+                f"{', '.join(sorted(full_modules)[:3])}",
+                code="adapter-full-modules",
+                where=f"adapter {name!r}",
+                hint=_TO_SERVE,
             )

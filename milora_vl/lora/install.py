@@ -1,4 +1,8 @@
-"""Put the two halves into the layers that PEFT made, and find them again."""
+"""Install the trained half and the anchor in the layers that PEFT created, and read them back.
+
+`layers.py` explains the halves. PEFT stores factors in three ways (Linear and Conv2d modules, ParameterDicts of
+embeddings); the functions here hide the difference from the rest of the package.
+"""
 
 from __future__ import annotations
 
@@ -31,31 +35,31 @@ _KINDS: dict[type[nn.Module], tuple[type[Halves], type[Halves]]] = {
 
 
 def lora_layer(model: PeftModel, path: str) -> LoraLayer:
-    """Return PEFT's layer at a path of the base model."""
+    """Return PEFT's LoRA layer at a module path of the base model."""
     layer = model.get_base_model().get_submodule(path)
     assert isinstance(layer, LoraLayer), f"{path} is a {type(layer).__name__}"
     return layer
 
 
 def base_layer(model: nn.Module, path: str) -> nn.Module:
-    """Return the layer of the base model at `path`, below PEFT's where there is one."""
+    """Return the base model's own layer at `path`, without the LoRA layer around it."""
     root = model.get_base_model() if isinstance(model, PeftModel) else model
     layer = root.get_submodule(path)
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
 def set_dropout(layer: LoraLayer, adapter: str, probability: float) -> None:
-    """Set the dropout of one adapter of one layer: PEFT's config has one value for all."""
+    """Set the dropout of one adapter in one layer. PEFT's config has a single value for all layers."""
     was_training = layer.lora_dropout.training
     layer.lora_dropout[adapter] = nn.Dropout(probability) if probability > 0 else nn.Identity()
     layer.lora_dropout.train(was_training)
 
 
 def install(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> None:
-    """Start adapter `adapter` of a layer at the anchor A0 (r, in), B0 (out, r): both halves hold these values."""
+    """Initialize an adapter of a layer: trained halves and anchors are both A0 (r, in) and B0 (out, r)."""
     halves = []
     for axis, (anchor, stock) in enumerate(zip((A0, B0), factors(layer, adapter), strict=True)):
-        shape = list(stock.shape)  # of a convolution: (2r, in, kh, kw) and (out, 2r, 1, 1)
+        shape = list(stock.shape)  # (2r, in, kh, kw) and (out, 2r, 1, 1) for a convolution
         shape[axis] //= 2
         anchor = anchor.to(stock.device).reshape(shape).contiguous()
         halves.append((anchor.to(stock.dtype, copy=True), anchor))
@@ -63,32 +67,36 @@ def install(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> None:
 
 
 def install_loaded(layer: LoraLayer, adapter: str) -> None:
-    """Turn a stock factor pair just loaded, [A; A0] and [B, -B0], into halves; the anchor in the base's dtype."""
+    """Split the stock factors of a loaded adapter, [A; A0] and [B, -B0], into halves.
+
+    The anchor gets the dtype of the base weight where that changes no value.
+    """
     dtype = factor_dtype(layer.get_base_layer())
     pairs = [split(joined, axis) for axis, joined in enumerate(factors(layer, adapter))]
     _put(layer, adapter, [(trained, lossless(anchor, dtype)) for trained, anchor in pairs])
 
 
 def install_copy(layer: LoraLayer, adapter: str, source: str) -> None:
-    """Give adapter `adapter` the anchor of `source`, its trained halves starting there."""
+    """Initialize an adapter at the anchor of the adapter `source`. The anchor is a copy."""
     dtypes = [factor.dtype for factor in factors(layer, adapter)]
     anchors = [anchor.clone() for anchor in anchors_of(layer, source)]
     _put(layer, adapter, [(a.to(dtype, copy=True), a) for a, dtype in zip(anchors, dtypes, strict=True)])
 
 
 def _put(layer: LoraLayer, adapter: str, halves: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Replace the stock factors of `adapter` by (trained, anchor) for A and for B."""
+    """Replace the stock factors of `adapter`; `halves` is (trained, anchor) for A, then for B."""
     if adapter in layer.lora_embedding_A:
-        for axis, holder in enumerate((layer.lora_embedding_A, layer.lora_embedding_B)):
-            ours = holder if isinstance(holder, EmbeddingHalves) else EmbeddingHalves.take_over(holder, axis)
-            ours.set_halves(adapter, *halves[axis])
+        for axis, stock_dict in enumerate((layer.lora_embedding_A, layer.lora_embedding_B)):
+            is_split = isinstance(stock_dict, EmbeddingHalves)
+            split_dict: EmbeddingHalves = stock_dict if is_split else EmbeddingHalves.take_over(stock_dict, axis)
+            split_dict.set_halves(adapter, *halves[axis])
         return
     for axis, stock in enumerate((layer.lora_A[adapter], layer.lora_B[adapter])):
         _KINDS[type(stock)][axis].take_over(stock, *halves[axis])
 
 
 def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return the factors of an adapter as stock PEFT has them: A' (2r, in) and B' (out, 2r)."""
+    """Return the factors of an adapter as stock PEFT stores them: A' (2r, in) and B' (out, 2r)."""
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     first, second = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -98,7 +106,10 @@ def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def trained_factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return what trains of an adapter: A (r, in) and B (out, r), of a convolution (r, in, kh, kw), (out, r, 1, 1)."""
+    """Return the trained parameters of an adapter, A (r, in) and B (out, r).
+
+    For a convolution they are (r, in, kh, kw) and (out, r, 1, 1), for a plain LoRA its whole factors.
+    """
     if adapter in layer.lora_embedding_A:
         holders = (layer.lora_embedding_A, layer.lora_embedding_B)
         return holders[0].get_parameter(adapter), holders[1].get_parameter(adapter)
@@ -108,7 +119,7 @@ def trained_factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Pa
 
 
 def anchors_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return A0 and B0 of an adapter in halves."""
+    """Return the anchor of an adapter: A0 (r, in) and B0 (out, r)."""
     return _anchor(layer, adapter, 0), _anchor(layer, adapter, 1)
 
 
@@ -125,7 +136,7 @@ def _anchor(layer: LoraLayer, adapter: str, axis: int) -> Tensor:
 
 
 def has_halves(layer: LoraLayer, adapter: str) -> bool:
-    """Tell whether `adapter` of this layer has a trained half and an anchor."""
+    """Return True if `adapter` has a trained half and an anchor in this layer."""
     if adapter in layer.lora_A:
         return isinstance(layer.lora_A[adapter], Halves)
     holder = layer.lora_embedding_A
@@ -142,9 +153,9 @@ def anchor_names(model: nn.Module) -> Iterator[str]:
 
 
 def joined_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Join the raw names of halves in a gathered state dict (ZeRO-3, FSDP1) under their stock names.
+    """Return a gathered state dict (ZeRO-3, FSDP1) with the halves joined under their stock names.
 
-    `...lora_A.default.trained` and `.anchor` become `...lora_A.default.weight`; all else stays as it is.
+    `...lora_A.default.trained` and `.anchor` become `...lora_A.default.weight`. Other entries are unchanged.
 
     >>> import torch
     >>> raw = {"l.lora_A.x.trained": torch.ones(1, 2), "l.lora_A.x.anchor": torch.zeros(1, 2)}

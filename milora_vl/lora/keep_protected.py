@@ -1,4 +1,4 @@
-"""Keep adapters out of their protected directions while an optimizer trains them."""
+"""Keep the update of adapters orthogonal to their protected directions while an optimizer trains them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Factors = tuple[nn.Parameter, nn.Parameter]
 
 
 def keep_protected(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Make every step of `optimizer` leave the protected directions of the adapters in `model` as their rules say.
+    """Remove the protected directions from the adapters in `model` after every step of `optimizer`.
 
-    Call it once, before the first step; `python -m milora_vl.train` does so by itself. With a Trainer of Hugging Face's
-    or TRL's: `keep_protected(model, trainer.create_optimizer())`. A model without a rule that protects is left as it
-    is, and a second call for one optimizer changes nothing.
+    Call this once before the first step; `python -m milora_vl.train` does it automatically. With the Trainer of Hugging
+    Face or TRL:  keep_protected(model, trainer.create_optimizer()). Does nothing if no rule has `protect`, and nothing
+    more in a second call.
 
-    Raises AdapterError for an optimizer that does not step the factors themselves (another model's, or one made of
-    shards, as DeepSpeed's and FSDP's).
+    Raises AdapterError if the optimizer does not step the factors themselves: it belongs to another model, or it steps
+    shards, as in DeepSpeed and FSDP.
 
     >>> from milora_vl import apply_milora
     >>> rules = [{"modules": "language", "method": "milora", "rank": 2, "protect": {"top": 1}}]
@@ -36,30 +36,30 @@ def keep_protected(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     bare = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if not pairs:
         return
-    keeper = _ProjectionHook(pairs)
-    keeper.rates(bare)
-    if any(isinstance(hook, _ProjectionHook) for hook in bare._optimizer_step_post_hooks.values()):
+    hook = _ProjectionHook(pairs)
+    hook.rates(bare)  # raises now, not at the first step
+    if any(isinstance(other, _ProjectionHook) for other in bare._optimizer_step_post_hooks.values()):
         return
     for protected, factors in pairs:
         protected.is_kept = True
         if protected.protect.by == "basis":
             for axis, factor in enumerate(factors):
                 factor.register_hook(_GradientProjectionHook(protected, axis))
-    bare.register_step_post_hook(keeper)
+    bare.register_step_post_hook(hook)
 
 
 def _training(model: nn.Module) -> list[tuple[Protected, Factors]]:
-    """What is protected of the adapters that train, with their factors; `model` may be wrapped."""
-    found = []
+    """Return the protected directions and factors of all adapters that train; `model` may be wrapped."""
+    training: list[tuple[Protected, Factors]] = []
     for ours in (module for module in model.modules() if isinstance(module, MiloraMixin)):
         for adapter, protected in ours.protections.items():
             pairs = [(p, trained_factors(lora_layer(ours, path), adapter)) for path, p in protected.items()]
-            found += [(p, factors) for p, factors in pairs if all(factor.requires_grad for factor in factors)]
-    return found
+            training += [(p, factors) for p, factors in pairs if all(factor.requires_grad for factor in factors)]
+    return training
 
 
 class _GradientProjectionHook:
-    """A hook on the gradient of a factor that projects it."""
+    """Gradient hook that removes the protected directions from the gradient of one factor."""
 
     def __init__(self, protected: Protected, axis: int) -> None:
         self.protected, self.axis = protected, axis
@@ -69,7 +69,10 @@ class _GradientProjectionHook:
 
 
 class _ProjectionHook:
-    """A hook after each step of an optimizer. A penalty goes by the learning rate that the step was made with."""
+    """Optimizer hook that removes the protected directions after each step.
+
+    A penalty removes a share that depends on the learning rate of the step.
+    """
 
     def __init__(self, pairs: list[tuple[Protected, Factors]]) -> None:
         self.pairs = pairs
@@ -80,13 +83,15 @@ class _ProjectionHook:
             protected.remove(factors, [protected.protect.share(rates[id(factor)]) for factor in factors])
 
     def rates(self, optimizer: torch.optim.Optimizer) -> dict[int, float]:
-        """The learning rates by factor."""
+        """Return the learning rate of each factor, by id."""
         by_factor = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         for protected, factors in self.pairs:
             if any(id(factor) not in by_factor for factor in factors):
                 raise AdapterError(
-                    f"{protected.path}: the optimizer does not step its factors themselves, so the "
-                    f"{protected.protect} cannot be protected\n"
-                    "DeepSpeed and FSDP step shards of them: train without these, or without protect"
+                    "the optimizer does not step the factors themselves, so "
+                    f"the {protected.protect} cannot be protected",
+                    code="adapter-sharded-optimizer",
+                    where=protected.path,
+                    hint="DeepSpeed and FSDP step shards of the factors: train without them, or without protect",
                 )
         return by_factor

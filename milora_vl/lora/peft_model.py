@@ -1,6 +1,6 @@
-"""PEFT's own model classes with a mixin in front: adapters in halves are saved, added and loaded as such.
+"""PEFT's model classes with a mixin that saves, adds and loads adapters with a trained half and an anchor.
 
-Everything else (forward, merge, generate, set_adapter, ...) is PEFT's.
+Everything else (forward, merge, generate, set_adapter, ...) is PEFT's own code.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from milora_vl.lora.protection import Protected, find_protected
 from milora_vl.lora.sidecar import FILE_NAME, Sidecar, read_sidecar, require_weights
 from milora_vl.policy.rules import Target
 
-# From 0.19 on PEFT's add_adapter casts the factors to float32; before, only what loads an adapter does.
+# PEFT's add_adapter casts the factors to float32 since 0.19. Older versions cast only loaded adapters.
 _ADDING_CASTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 19)
 
 
 class MiloraMixin(PeftModel):
-    """What a PeftModel with adapters in halves does differently. `sidecars` holds what is known, by adapter name.
+    """The methods in which a PeftModel with trained halves and anchors differs from a stock one.
 
-    `protections` has the directions that an adapter stays out of while it trains, by adapter name and module path.
+    `sidecars` holds the metadata of each adapter, `protections` its protected directions by module path.
     """
 
     sidecars: dict[str, Sidecar]
@@ -69,14 +69,17 @@ class MiloraMixin(PeftModel):
         path_initial_model_for_weight_conversion: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save as PEFT does, and milora.json beside it. A gathered `state_dict` with raw names is joined first.
+        """Save the adapter as PEFT does, and milora.json beside it.
 
-        Raises AdapterError for `path_initial_model_for_weight_conversion`: what is saved needs no conversion.
+        In a gathered `state_dict` the raw names `trained` and `anchor` are joined first. Raises AdapterError for
+        `path_initial_model_for_weight_conversion`, because the saved adapter needs no conversion.
         """
         if path_initial_model_for_weight_conversion is not None:
             raise AdapterError(
-                "path_initial_model_for_weight_conversion is for PiSSA and its kin: this adapter is saved as a plain\n"
-                "LoRA for the untouched base model already; leave the argument out"
+                "the saved adapter is already a plain LoRA for the unchanged base model, and needs no conversion",
+                code="adapter-unsupported-argument",
+                where="path_initial_model_for_weight_conversion",
+                hint="remove the argument",
             )
         self._require_halves()
         self._warn_of_overlap()
@@ -90,54 +93,59 @@ class MiloraMixin(PeftModel):
             )
             for name in selected_adapters or self.peft_config:
                 if is_main_process and name in self.sidecars:
-                    place = folder if name == "default" else folder / name
-                    (place / FILE_NAME).write_text(self.sidecars[name].to_json(), encoding="utf-8")
+                    adapter_folder = folder if name == "default" else folder / name
+                    (adapter_folder / FILE_NAME).write_text(self.sidecars[name].to_json(), encoding="utf-8")
 
     def train(self, mode: bool = True) -> MiloraMixin:
-        """Switch to training as PyTorch does. AdapterError if something has put stock factors in the place of ours."""
+        """Set the training mode as PyTorch does. Raises AdapterError if other code has replaced the halves."""
         if mode:
             self._require_halves()
         return super().train(mode)
 
     def _require_halves(self) -> None:
-        """PEFT's prepare_model_for_compiled_hotswap, for one, pads factors by replacing them: all of it would train."""
+        """Raise AdapterError if stock factors have replaced the halves, because then the anchor would train too.
+
+        PEFT's prepare_model_for_compiled_hotswap does this to pad the factors.
+        """
         for adapter, sidecar in self.sidecars.items():
-            lost = [path for path in sidecar.ranks if not has_halves(lora_layer(self, path), adapter)]
-            if lost:
+            replaced = [path for path in sidecar.ranks if not has_halves(lora_layer(self, path), adapter)]
+            if replaced:
                 raise AdapterError(
-                    f"{lost[0]}: its two halves were replaced by stock factors ({len(lost):,} modules of {adapter!r})\n"
-                    "save before, or load the folder into the base model with stock PEFT, to serve it"
+                    f"the two halves were replaced by stock factors ({len(replaced):,} modules of adapter {adapter!r})",
+                    code="adapter-replaced-factors",
+                    where=replaced[0],
+                    hint="save the adapter before that, or serve it by loading the folder with stock PEFT",
                 )
 
     def protect(self, adapter: str, protected: Mapping[str, Protected]) -> None:
-        """Keep the directions that an adapter stays out of, for `keep_protected`; its training fails without that."""
+        """Register the protected directions of an adapter. Its backward fails until `keep_protected` is called."""
         self.protections[adapter] = dict(protected)
-        for path, found in protected.items():
+        for path, directions in protected.items():
             for factor in trained_factors(lora_layer(self, path), adapter):
                 if factor.requires_grad:
-                    factor.register_hook(found.require_kept)
+                    factor.register_hook(directions.require_kept)
 
     def protect_again(self, adapter: str, cache_dir: str | Path | None = None) -> None:
-        """Find the protected directions of an adapter that was loaded to train on, from the base weights."""
+        """Compute the protected directions of an adapter that was loaded for training, from the base weights."""
         self.protect(adapter, find_protected(self, self.sidecars[adapter].targets, cache_dir=cache_dir))
 
     def _warn_of_overlap(self) -> None:
-        """Tell of adapters that something has moved into directions they should stay out of."""
+        """Warn about updates that reach into protected directions."""
         for adapter, protected in self.protections.items():
             inside = [
                 path
-                for path, found in protected.items()
-                if found.is_violated_by(trained_factors(lora_layer(self, path), adapter))
+                for path, directions in protected.items()
+                if directions.is_violated_by(trained_factors(lora_layer(self, path), adapter))
             ]
             if inside:
                 warnings.warn(
                     f"{inside[0]}: the update reaches into protected directions ({len(inside):,} modules of "
-                    f"{adapter!r}): was keep_protected called for the optimizer that trained it?",
+                    f"adapter {adapter!r}). Was keep_protected called for the optimizer that trained it?",
                     stacklevel=3,
                 )
 
     def _with_anchors(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The state dict with the anchors it lacks: collected from named_parameters (LLaVA) it has no buffers."""
+        """Return the state dict with missing anchors added: LLaVA collects parameters only, and no buffers."""
         halves = {
             name: name.replace(f".{ANCHOR}", f".{TRAINED}").removesuffix(ANCHOR_SUFFIX) for name in anchor_names(self)
         }
@@ -145,13 +153,13 @@ class MiloraMixin(PeftModel):
         return {**state, **{name: buffer for name, buffer in self.named_buffers() if name in missing}}
 
     def _vocabulary_has_grown(self) -> bool:
-        """Whether the embeddings were resized, as far as this machine knows the base's config.
+        """Return True if the embeddings were resized, compared with a locally available config of the base model.
 
-        PEFT asks the hub at every save, which costs half a minute of retries on machines without a network.
+        PEFT would query the hub at every save, which costs half a minute of retries on a machine without network.
         """
-        known = _known_config(next(iter(self.peft_config.values())).base_model_name_or_path or "")
-        now = BaseTuner.get_model_config(self.get_base_model())
-        return "vocab_size" in known and known["vocab_size"] != now.get("vocab_size")
+        original = _local_config(next(iter(self.peft_config.values())).base_model_name_or_path or "")
+        current = BaseTuner.get_model_config(self.get_base_model())
+        return "vocab_size" in original and original["vocab_size"] != current.get("vocab_size")
 
     def add_adapter(
         self,
@@ -160,11 +168,11 @@ class MiloraMixin(PeftModel):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add an adapter as PEFT does; with the config of one of ours it gets the same halves and anchor.
+        """Add an adapter as PEFT does. With the config of a loaded MiLoRA adapter it gets the same anchor.
 
-        TRL's trainers make their reference adapter so, and copy the trained halves into it.
+        TRL's trainers create their reference adapter this way, and then copy the trained halves into it.
         """
-        self._refuse_residual("a second adapter would sit on the changed base")
+        self._refuse_residual("a second adapter would be added to the changed base weights")
         source = None if self._loading else self._adapter_with(peft_config)
         if _ADDING_CASTS:
             super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
@@ -187,70 +195,73 @@ class MiloraMixin(PeftModel):
         allow_base_mismatch: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load as PEFT does; adapters with a milora.json get their halves back, trained half and anchor as saved.
+        """Load an adapter as PEFT does, and restore the trained half and the anchor if it has a milora.json.
 
-        Into an adapter that exists only one of the same kind and ranks fits. Raises AdapterError otherwise, and when
-        this is not the base model that the adapter was made for.
+        Raises AdapterError if an adapter of that name exists and has other modules or ranks, and if this is not the
+        base model that the adapter was made for.
         """
-        sidecar, known = read_sidecar(Path(model_id)), self.sidecars.get(adapter_name)
-        if known is not None:
-            require_same_kind(Path(model_id), sidecar, known)
+        sidecar, existing = read_sidecar(Path(model_id)), self.sidecars.get(adapter_name)
+        if existing is not None:
+            require_same_kind(Path(model_id), sidecar, existing)
         if sidecar is not None:
             require_weights(Path(model_id), sidecar)
-            # In the residual form the base weights hold W_p: compare with the sketches made of W.
-            skip = allow_base_mismatch or (known is not None and known.form == "residual")
+            # In the residual form the base weights hold W_p, so they cannot match the sketches of W.
+            skip = allow_base_mismatch or (existing is not None and existing.form == "residual")
             sidecar = fitted(self, sidecar, allow_base_mismatch=skip)
         with self._loads(adapter_name):
             result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
         if sidecar is not None:
             restore(self, adapter_name, sidecar)
-            if is_trainable and known is None:
+            if is_trainable and existing is None:
                 self.protect_again(adapter_name)
         return result
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Add adapters up as PEFT does, to a plain LoRA. AdapterError where one holds modules trained in full."""
-        self._refuse_residual("a second adapter would sit on the changed base")
+        """Add adapters as PEFT does; the sum is a plain LoRA. Raises AdapterError for modules trained in full."""
+        self._refuse_residual("a second adapter would be added to the changed base weights")
         require_factors_alone(self, adapters)
         self.base_model.add_weighted_adapter(adapters, *args, **kwargs)  # type: ignore[operator]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter as PEFT does, and what is known of it."""
+        """Delete an adapter as PEFT does, with its metadata."""
         super().delete_adapter(adapter_name)
         self.sidecars.pop(adapter_name, None)
         self.protections.pop(adapter_name, None)
 
     def disable_adapter(self) -> Any:
-        """Run the base model alone, as PEFT does. AdapterError in the residual form, whose base weights are W_p."""
-        self._refuse_residual("without its adapter the changed base is not the base model")
+        """Run the base model alone, as PEFT does. Raises AdapterError in the residual form."""
+        self._refuse_residual("without its adapter the changed base is not the base model")  # it holds W_p
         return super().disable_adapter()
 
     def unload(self) -> Any:
-        """Return the base model without the adapter, as PEFT does. AdapterError in the residual form."""
-        self._refuse_residual("its base weights are changed; merge_and_unload() or load the base anew")
+        """Return the base model without the adapter, as PEFT does. Raises AdapterError in the residual form."""
+        self._refuse_residual("the base weights are changed", "call merge_and_unload(), or reload the base model")
         return self.base_model.unload()  # type: ignore[operator]
 
     def remember(self, adapter_name: str, sidecar: Sidecar) -> None:
-        """Keep what is known of an adapter; targets and report are those of the first one."""
+        """Store the metadata of an adapter. `milora_targets` and `milora_report` describe the first adapter."""
         self.sidecars[adapter_name] = sidecar
         if next(iter(self.sidecars)) == adapter_name:
             self.milora_targets = list(sidecar.targets)
             self.milora_report = list(sidecar.reports.values())
-        # Equal on all ranks and never changed; DDP would broadcast them in every forward.
+        # Anchors are equal on all ranks and never change, but DDP would broadcast them in every forward.
         self._ddp_params_and_buffers_to_ignore = list(anchor_names(self))
 
     def _adapter_with(self, config: PeftConfig) -> str | None:
         return next((name for name in self.sidecars if self.peft_config[name] == config), None)
 
-    def _refuse_residual(self, why: str) -> None:
+    def _refuse_residual(self, reason: str, hint: str = "use form anchored") -> None:
         if any(sidecar.form == "residual" for sidecar in self.sidecars.values()):
-            raise AdapterError(f"form residual: {why}\nuse form anchored")
+            raise AdapterError(reason, code="adapter-residual-form", where="form residual", hint=hint)
 
     @contextmanager
     def _loads(self, adapter: str) -> Iterator[None]:
-        """While PEFT loads: it calls our add_adapter; and the anchors of a residual form must stay as they are."""
-        known = self.sidecars.get(adapter)
-        fixed = list(known.ranks) if known is not None and known.form == "residual" else []
+        """Set `_loading` while PEFT loads, and check that the anchors of a residual adapter do not change.
+
+        PEFT's load_adapter calls `add_adapter`, which must not copy an anchor then.
+        """
+        existing = self.sidecars.get(adapter)
+        fixed = list(existing.ranks) if existing is not None and existing.form == "residual" else []
         before = {path: [a.clone() for a in anchors_of(lora_layer(self, path), adapter)] for path in fixed}
         self._loading = True
         try:
@@ -261,37 +272,39 @@ class MiloraMixin(PeftModel):
             after = anchors_of(lora_layer(self, path), adapter)
             if not all(torch.equal(a, b) for a, b in zip(anchors, after, strict=True)):
                 raise AdapterError(
-                    f"{path}: the saved anchor is not the one taken out of this base (form residual)\n"
-                    "use load_adapter(base, path, is_trainable=True) on a fresh base model"
+                    "the saved anchor differs from the one that was subtracted from this base weight (form residual)",
+                    code="adapter-wrong-anchor",
+                    where=path,
+                    hint="reload the base model, then  load_adapter(base, path, is_trainable=True)",
                 )
 
 
 class MiloraModel(MiloraMixin, peft.PeftModel):
-    """PeftModel with adapters in halves."""
+    """PeftModel with trained halves and anchors."""
 
 
 class MiloraModelForCausalLM(MiloraMixin, peft.PeftModelForCausalLM):
-    """PeftModelForCausalLM with adapters in halves."""
+    """PeftModelForCausalLM with trained halves and anchors."""
 
 
 class MiloraModelForSeq2SeqLM(MiloraMixin, peft.PeftModelForSeq2SeqLM):
-    """PeftModelForSeq2SeqLM with adapters in halves."""
+    """PeftModelForSeq2SeqLM with trained halves and anchors."""
 
 
 class MiloraModelForSequenceClassification(MiloraMixin, peft.PeftModelForSequenceClassification):
-    """PeftModelForSequenceClassification with adapters in halves."""
+    """PeftModelForSequenceClassification with trained halves and anchors."""
 
 
 class MiloraModelForTokenClassification(MiloraMixin, peft.PeftModelForTokenClassification):
-    """PeftModelForTokenClassification with adapters in halves."""
+    """PeftModelForTokenClassification with trained halves and anchors."""
 
 
 class MiloraModelForQuestionAnswering(MiloraMixin, peft.PeftModelForQuestionAnswering):
-    """PeftModelForQuestionAnswering with adapters in halves."""
+    """PeftModelForQuestionAnswering with trained halves and anchors."""
 
 
 class MiloraModelForFeatureExtraction(MiloraMixin, peft.PeftModelForFeatureExtraction):
-    """PeftModelForFeatureExtraction with adapters in halves."""
+    """PeftModelForFeatureExtraction with trained halves and anchors."""
 
 
 _OURS: dict[type[PeftModel], type[MiloraMixin]] = {
@@ -306,7 +319,7 @@ _OURS: dict[type[PeftModel], type[MiloraMixin]] = {
 
 
 def adopt(model: PeftModel) -> MiloraMixin:
-    """Give a stock PeftModel our class, in place."""
+    """Change the class of a stock PeftModel to the matching class above, in place."""
     if not isinstance(model, MiloraMixin):
         model.__class__ = _OURS[type(model)]
         assert isinstance(model, MiloraMixin)
@@ -317,7 +330,7 @@ def adopt(model: PeftModel) -> MiloraMixin:
 
 
 def restore(model: PeftModel, adapter: str, sidecar: Sidecar) -> MiloraMixin:
-    """Turn an adapter just loaded as stock LoRA into halves, with the dropout of each module."""
+    """Split an adapter that was loaded as a stock LoRA into halves, and set the dropout of each module."""
     ours = adopt(model)
     for target in sidecar.targets:
         if target.rank is None:
@@ -330,8 +343,8 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar) -> MiloraMixin:
     return ours
 
 
-def _known_config(name: str) -> dict[str, Any]:
-    """Return config.json of a base model from its folder or the hub's cache; empty where it is in neither."""
+def _local_config(name: str) -> dict[str, Any]:
+    """Return config.json of a base model from its folder or the hub's cache; empty if it is in neither."""
     file: Any = Path(name) / "config.json"
     if not file.is_file() and name.count("/") <= 1:
         file = try_to_load_from_cache(name, "config.json") if name else None
@@ -340,22 +353,23 @@ def _known_config(name: str) -> dict[str, Any]:
     return dict(json.loads(Path(file).read_text(encoding="utf-8")))
 
 
-_OF_DEEPSPEED = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+_DEEPSPEED_ATTRIBUTES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
 
 
 class WholeModule(ModulesToSaveWrapper):
-    """The wrapper with DeepSpeed's hooks of its own.
+    """A ModulesToSaveWrapper that DeepSpeed can put its own hooks on.
 
-    It answers for the module inside, and DeepSpeed before 0.19.4 asks it whether it has hooks: it then gets none, and
-    the first forward ends in `'Linear' object has no attribute 'ds_grads_remaining'`.
+    The stock wrapper forwards `hasattr` to the module inside. DeepSpeed before 0.19.4 asks it for hooks, gets the
+    answer of the inner module and installs none. The first forward then fails with `'Linear' object has no attribute
+    'ds_grads_remaining'`.
     """
 
     def _hasattr_wrapped(self, name: str, modules: dict[str, nn.Module]) -> bool:
-        return name not in _OF_DEEPSPEED and bool(super()._hasattr_wrapped(name, modules))
+        return name not in _DEEPSPEED_ATTRIBUTES and bool(super()._hasattr_wrapped(name, modules))
 
 
 def keep_hooks_apart(model: PeftModel) -> None:
-    """Give the wrappers in a model this class, where DeepSpeed will look at them."""
+    """Change the wrappers in `model` to WholeModule if DeepSpeed ZeRO-3 is in use."""
     if is_deepspeed_zero3_enabled():
         for module in model.modules():
             if type(module) is ModulesToSaveWrapper:

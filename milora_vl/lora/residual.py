@@ -1,6 +1,7 @@
-"""The residual form, as the paper writes it: the base weight becomes W_p = W - s B0 A0, A and B train at rank r.
+"""The residual form, as in the paper: y = W_p x + s B A x, where the base weight is replaced by W_p = W - s B0 A0.
 
-Saves the anchor's multiplications; in a half-precision base W_p is rounded, and the drift says by how much.
+A and B train at rank r, so a step costs no more than a plain LoRA. The price is a base weight that changes: W_p is
+rounded to its dtype, and the drift measures that error.
 """
 
 from __future__ import annotations
@@ -16,20 +17,30 @@ from milora_vl.weights.matrices import as_matrix
 
 
 def require_residual(model: nn.Module, paths: list[str]) -> None:
-    """Raise AdapterError where the residual form is no choice: quantised weights, layers that are no matrix product."""
+    """Raise AdapterError for layers that the residual form does not support: quantized ones, and all but linear."""
     for path in paths:
         module = model.get_submodule(path)
         if not isinstance(module, nn.Linear | Conv1D):
-            raise AdapterError(f"{path}: form residual is for linear layers, this is a {type(module).__name__}")
+            raise AdapterError(
+                f"form residual supports linear layers only, this is a {type(module).__name__}",
+                code="adapter-residual-layer",
+                where=path,
+                hint="use form anchored",
+            )
         if type(module.weight) is not nn.Parameter or not module.weight.dtype.is_floating_point:
-            raise AdapterError(f"{path}: form residual needs an unquantised base; use form anchored")
+            raise AdapterError(
+                "form residual needs an unquantized base weight",
+                code="adapter-residual-layer",
+                where=path,
+                hint="use form anchored",
+            )
 
 
 @torch.no_grad()
 def make_residual(layer: LoraLayer, adapter: str) -> float:
-    """Move the anchor of a layer in halves into its base weight and return the drift.
+    """Subtract the anchor of a layer from its base weight, in place, and return the drift.
 
-    The drift is ||W_p + s B0 A0 - W||_F / ||W||_F: what rounding W_p to the weight's dtype loses.
+    The drift is ||W_p + s B0 A0 - W||_F / ||W||_F, the error of rounding W_p to the weight's dtype.
     """
     first, second = layer.lora_A[adapter], layer.lora_B[adapter]
     assert isinstance(first, Halves)

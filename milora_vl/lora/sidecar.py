@@ -1,7 +1,7 @@
-"""milora.json, the file beside an adapter: what each module is, how it was made, and a sketch of its base weight.
+"""milora.json, the sidecar file of an adapter: the settings of each module and a fingerprint of its base weight.
 
-Without it the folder is still a correct LoRA of rank 2r; with it, training continues as before. `require_weights`
-compares the file with the weights beside it, by names and shapes alone.
+Without this file the folder is still a correct LoRA of rank 2r for inference. With it, the trained half and the anchor
+are known again, so training can continue.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMS = ("anchored", "residual")
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """The content of milora.json. `names` holds the layout-free name of each target, by path."""
+    """The content of milora.json. `names` maps the path of each target to a name that holds in every layout."""
 
     form: str
     targets: Sequence[Target]
@@ -37,7 +37,7 @@ class Sidecar:
     reports: Mapping[str, LayerReport]
 
     def to_json(self) -> str:
-        """Return the file's text."""
+        """Return the text of the file."""
         modules = {target.path: self._module(target) for target in self.targets}
         return json.dumps({"format_version": FORMAT_VERSION, "form": self.form, "modules": modules}, indent=1) + "\n"
 
@@ -55,14 +55,14 @@ class Sidecar:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Return the rank r of every module with a trained half and an anchor, by path."""
+        """Return the rank r of every module that has an anchor, by path."""
         return {t.path: t.rank for t in self.targets if t.has_anchor and t.rank is not None}
 
 
 def read_sidecar(folder: Path) -> Sidecar | None:
-    """Read milora.json of an adapter folder; None where there is none.
+    """Return milora.json of an adapter folder, or None if the folder has none.
 
-    Raises AdapterError if the file is damaged or of a later format.
+    Raises AdapterError if the file is damaged or its format is newer than this version.
     """
     file = folder / FILE_NAME
     if not file.is_file():
@@ -72,8 +72,10 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         version = data["format_version"]
         if version > FORMAT_VERSION:
             raise AdapterError(
-                f"{file} has format {version}, this version reads up to {FORMAT_VERSION}: update milora-vl,\n"
-                "or load the folder with stock PEFT: it is a plain LoRA"
+                f"this file has format {version}, and this version of milora-vl reads formats up to {FORMAT_VERSION}",
+                code="adapter-newer-format",
+                where=str(file),
+                hint="update milora-vl, or load the folder with stock PEFT as a plain LoRA",
             )
         if data["form"] not in FORMS:
             raise KeyError(f"form {data['form']!r}")
@@ -82,8 +84,10 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AdapterError(
-            f"{file} is damaged ({type(error).__name__}: {error})\n"
-            "restore it, or remove it: the folder is then a plain LoRA for inference"
+            f"the file is damaged ({type(error).__name__}: {error})",
+            code="adapter-damaged-file",
+            where=str(file),
+            hint="restore the file, or remove it: the folder is then a plain LoRA for inference",
         ) from error
 
 
@@ -109,7 +113,7 @@ def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sideca
 
 
 def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
-    """Return the sidecar with the module paths of a model; `model_names` gives the layout-free name of each path.
+    """Return the sidecar with the module paths of a model; `model_names` maps its paths to layout-independent names.
 
     Raises AdapterError for modules that the model does not have.
     """
@@ -119,8 +123,10 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
     missing = [name for name in sidecar.names.values() if name not in path_by_name]
     if missing:
         raise AdapterError(
-            f"the adapter trains {len(sidecar.names):,} modules, {len(missing):,} of which this model does not have:\n"
-            f"{', '.join(missing[:3])}"
+            f"the model lacks {len(missing):,} of the {len(sidecar.names):,} modules that the adapter trains: "
+            f"{', '.join(missing[:3])}",
+            code="adapter-missing-modules",
+            hint="load the base model that the adapter was trained on",
         )
     path_of = {path: path_by_name[name] for path, name in sidecar.names.items()}
     return Sidecar(
@@ -136,9 +142,9 @@ _PREFIX = "base_model.model."
 
 
 def require_weights(folder: Path, sidecar: Sidecar) -> None:
-    """Raise AdapterError for modules without weights (a projector, say), other ranks, and factors of other modules.
+    """Raise AdapterError unless adapter_model.safetensors holds the modules and ranks that milora.json lists.
 
-    Reads the header of adapter_model.safetensors; a pickled file is PEFT's to check.
+    Reads the header of the file only, names and shapes. PEFT checks pickled files.
     """
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -150,16 +156,31 @@ def require_weights(folder: Path, sidecar: Sidecar) -> None:
         missing = _missing(target, names)
         if missing is not None:
             raise AdapterError(
-                f"{file} lacks {missing}, which {FILE_NAME} tells of ({target.method}, {target.tower or 'no tower'})\n"
-                "is it a checkpoint of code that leaves it out? take the folder that was saved at the end"
+                f"lacks {missing}, which {FILE_NAME} lists ({target.method}, {target.tower or 'no tower'})",
+                code="adapter-missing-weights",
+                where=str(file),
+                hint="some training code leaves modules out of its checkpoints: use the folder saved at the end",
             )
         rank = _rank(target, shapes)
-        if rank is not None and target.rank is not None and rank != target.rank * (2 if target.has_anchor else 1):
-            raise AdapterError(f"{target.path}: {file} has rank {rank}, which is not that of {FILE_NAME}")
+        if target.rank is None or rank is None:
+            continue
+        expected = target.rank * (2 if target.has_anchor else 1)
+        if rank != expected:
+            raise AdapterError(
+                f"{target.path} has rank {rank}, but {FILE_NAME} expects {expected}",
+                code="adapter-rank-mismatch",
+                where=str(file),
+                hint="restore the two files of one save",
+            )
     known = tuple(f"{_PREFIX}{target.path}." for target in sidecar.targets)
     others = sorted(name for name in shapes if not name.startswith(known))
     if others:
-        raise AdapterError(f"{file} holds {others[0]}, of which {FILE_NAME} does not tell ({len(others):,} such)")
+        raise AdapterError(
+            f"contains {others[0]}, which {FILE_NAME} does not list ({len(others):,} such tensors)",
+            code="adapter-unlisted-weights",
+            where=str(file),
+            hint="restore the two files of one save",
+        )
 
 
 def _missing(target: Target, names: set[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Weights in PyTorch's own files (.bin, .pt): pickles, which may run any code when they are read. Tensors alone are."""
+"""Read weights from PyTorch's pickle files (.bin, .pt), tensors only: a pickle can run any code when it is read."""
 
 from __future__ import annotations
 
@@ -10,25 +10,38 @@ from zipfile import is_zipfile
 
 import torch
 
+from milora_data.errors import Problem
+
 UNREAD = (UnpicklingError, RuntimeError, EOFError)
-"""What `torch.load` raises for a file that is cut off, no file of weights, or more than tensors."""
+"""The errors of `torch.load` for a truncated file, for other files, and for pickles with more than tensors."""
 
 
 def read_pickled(file: Path, *, mmap: bool = False) -> Any:
-    """Return the content of a file of weights, on the CPU; mmap: read as it is used. Raises one of UNREAD."""
-    in_place = mmap and is_zipfile(file)  # PyTorch's first format cannot be
+    """Return the content of a weight file, on the CPU. Raises one of UNREAD.
+
+    With `mmap` the tensors are read when they are used, if the format of the file allows it.
+    """
+    in_place = mmap and is_zipfile(file)  # PyTorch's first format is no zip file and does not support mmap
     return torch.load(file, map_location="cpu", weights_only=True, mmap=in_place or None)
 
 
-def why_unread(file: Path | str, error: BaseException) -> str:
-    """Say in a line what one of UNREAD means; PyTorch's own words advise to read the file all the same.
+def unreadable(file: Path | str, error: BaseException) -> Problem:
+    """Return the problem that one of UNREAD means. PyTorch's own text advises to load the file without a check.
 
-    >>> why_unread("a.bin", UnpicklingError("Weights only load failed. ... Unsupported global: GLOBAL os.system was"))
-    'a.bin holds more than tensors (os.system): reading it could run code, so it is not read'
+    >>> error = UnpicklingError("Weights only load failed. ... Unsupported global: GLOBAL os.system was")
+    >>> print(unreadable("a.bin", error))
+    a.bin: holds more than tensors (os.system): reading it could run code, so it is not read
     """
-    text = str(error)
-    found = re.search(r"GLOBAL (\S+)", text)
-    if found is not None:
-        return f"{file} holds more than tensors ({found[1]}): reading it could run code, so it is not read"
-    said = text.splitlines()[0] if text and not text.startswith("Weights only load failed") else "no file of weights"
-    return f"{file} cannot be read (cut off?): {said}"
+    text = str(error)  # PyTorch gives no other access to the name of the refused class
+    refused = re.search(r"GLOBAL (\S+)", text)
+    if refused is not None:
+        message = f"holds more than tensors ({refused[1]}): reading it could run code, so it is not read"
+        return Problem(message, "weight-unsafe-file", str(file))
+    is_useful = bool(text) and not text.startswith("Weights only load failed")
+    reason = text.splitlines()[0] if is_useful else "no file of weights"
+    return Problem(f"cannot be read (cut off?): {reason}", "weight-damaged-file", str(file))
+
+
+def why_unread(file: Path | str, error: BaseException) -> str:
+    """Return the text of `unreadable`."""
+    return str(unreadable(file, error))
