@@ -109,13 +109,15 @@ def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batc
 
 
 def _plan_or_all_problems(request: Request) -> Plan:
-    """Make the plan. Raises UserError if the rules do not fit the model, together with problems of data and evaluation."""
+    """Make the plan. Raises UserError with all problems, those of data and evaluation too, if the rules do not fit."""
     try:
         return make_plan(request, processes=num_devices(request))
     except RecipeError as error:
         recipe = settings.resolve(request).recipe
         errors = [error, *_missing(recipe), *_data_errors(recipe)]
-        raise UserError(problems=[problem for each in errors for problem in each.problems], source=error.source) from None
+        raise UserError(
+            problems=[problem for each in errors for problem in each.problems], source=error.source
+        ) from None
 
 
 def _missing(recipe: Recipe) -> list[UserError]:

@@ -70,15 +70,9 @@ def lines(records: Sequence[Record], *, template: str, image_tokens: int, tokeni
             if joined and joined[-1][0] == segment.supervised:
                 joined[-1] = (segment.supervised, joined[-1][1] + segment.text)
             else:
-<<<<<<< HEAD
                 joined.append((segment.supervised, segment.text))
-        for learnt, text in joined:
-            out.append(f"  {'>' if learnt else '.'} {_shown(text, image_tokens)}")
-=======
-                joined.append((segment.learnt, segment.text))
         for supervised, text in joined:
             out.append(f"  {'>' if supervised else '.'} {_shown(text, image_tokens)}")
->>>>>>> w2
     return out
 
 
@@ -92,15 +86,9 @@ def _count_one(
         return len(encoded.input_ids), sum(label != -100 for label in encoded.labels)
     turns = place_images(record.turns, len(record.images))
     segments = _segments(turns, template, None)
-<<<<<<< HEAD
-    learnt = sum(len(s.text) // CHARACTERS_PER_TOKEN + 1 for s in segments if s.supervised)
-    read = sum(len(s.text.replace(IMAGE, "")) // CHARACTERS_PER_TOKEN + 1 for s in segments if not s.supervised)
-    return min(read + learnt + image_tokens * len(record.images), max_length), learnt
-=======
-    supervised = sum(len(s.text) // CHARACTERS_PER_TOKEN + 1 for s in segments if s.learnt)
-    context = sum(len(s.text.replace(IMAGE, "")) // CHARACTERS_PER_TOKEN + 1 for s in segments if not s.learnt)
+    supervised = sum(len(s.text) // CHARACTERS_PER_TOKEN + 1 for s in segments if s.supervised)
+    context = sum(len(s.text.replace(IMAGE, "")) // CHARACTERS_PER_TOKEN + 1 for s in segments if not s.supervised)
     return min(context + supervised + image_tokens * len(record.images), max_length), supervised
->>>>>>> w2
 
 
 def _segments(turns: Sequence[Turn], template: str, tokenizer: Any | None) -> list[Segment]:

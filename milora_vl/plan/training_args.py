@@ -112,8 +112,8 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         if not train[autocast] and in_full and not train.get("deepspeed"):
             # What trains is float32, and only autocast multiplies it with a half-precision base.
             raise UserError(
-                f"dtype {recipe.dtype} with {autocast} off: a module that trains in full is float32 and does not fit the "
-                "base's precision",
+                f"dtype {recipe.dtype} with {autocast} off: a module that trains in full is float32 and does not fit "
+                "the base's precision",
                 code="recipe-precision",
                 where=f"train.{autocast}",
                 hint=f"leave --{autocast} out, or use --dtype float32",

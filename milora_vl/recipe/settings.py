@@ -208,30 +208,19 @@ def _llava(request: Request) -> llava_flags.Meaning | None:
         clash = [f"--{name}" for name in DECIDES_POLICY if flags.get(name)]
         if clash:
             decided_by = "recipe" if request.recipe else "policy"
-<<<<<<< HEAD
-            raise UserError(f"{' '.join(clash)}: the {decided_by} decides that\nuse --method")
-        # --rank and the like change the rules given, not those that LLaVA's flags would mean.
-        found = llava_flags.meaning(given, rank=None, alpha=None, dropout=None)
-        return llava_flags.Meaning([], found.quantization, "", found.warnings)
-    if request.edits.method in ADAPTERS and (llava_flags.is_script(given) or given.get("freeze_backbone")):
-        given["lora_enable"] = True
-    edits = request.edits
-    return llava_flags.meaning(given, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
-=======
             raise UserError(
                 f"the {decided_by} already decides what trains",
                 code="flag-conflict",
                 where=" ".join(clash),
                 hint="use --method",
             )
+        # --rank and the like change the rules given, not those that LLaVA's flags would mean.
+        meaning = llava_flags.meaning(flags, rank=None, alpha=None, dropout=None)
+        return llava_flags.Meaning([], meaning.quantization, "", meaning.warnings)
     if request.edits.method in ADAPTERS and (llava_flags.is_script(flags) or flags.get("freeze_backbone")):
         flags["lora_enable"] = True
     edits = request.edits
-    meaning = llava_flags.meaning(flags, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
-    if request.recipe or request.policy:
-        return llava_flags.Meaning([], meaning.quantization, "", meaning.warnings)
-    return meaning
->>>>>>> w2
+    return llava_flags.meaning(flags, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
 
 
 def _policy(request: Request, base: Recipe, meaning: llava_flags.Meaning | None) -> list[dict[str, Any]] | None:
