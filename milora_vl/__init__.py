@@ -1,7 +1,7 @@
-"""MiLoRA for LLaVA-style models: fine-tune the minor singular components, keep the principal ones (arXiv:2406.09044).
+"""MiLoRA for vision-language models: train minor singular components, keep the principal ones (arXiv:2406.09044).
 
-The names below are the stable API; each is imported when it is first asked for, so that `import milora_vl` is cheap.
-The import has one effect: transformers' Auto classes load models with a timm tower (`milora_vl.models.auto_classes`).
+The names below are the stable API. Each is imported at its first use, so that `import milora_vl` is fast. Importing has
+one side effect: transformers' Auto classes can load models with a timm tower (`milora_vl.models.auto_classes`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
     "save_adapter",
 ]
 
-_HOME = {
+_MODULE_OF = {
     "Factors": "svd",
     "Policy": "policy",
     "Rule": "policy",
@@ -52,9 +52,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'milora_vl' has no attribute {name!r}")
-    return getattr(import_module(f"milora_vl.{_HOME[name]}"), name)
+    return getattr(import_module(f"milora_vl.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

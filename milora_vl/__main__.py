@@ -1,6 +1,6 @@
-"""The one console script `milora`, and `python -m milora_vl`: every program of this project under one roof.
+"""The console script `milora` and `python -m milora_vl`: all programs of this project.
 
-`milora train ...` is `python -m milora_vl.train ...`, `milora data check ...` is `python -m milora_data check ...`.
+`milora train ...` runs `python -m milora_vl.train ...`; `milora data check ...` runs `python -m milora_data check ...`.
 """
 
 from __future__ import annotations
@@ -16,25 +16,34 @@ MENU = Menu(
     {
         "train": {
             "train": ("milora_vl.train", "fine-tune a model with MiLoRA, LoRA and others, by flags or a recipe"),
-            "compose": ("milora_vl.compose", "make a LLaVA of a vision tower and a language model"),
-            "report": ("milora_vl.report", "write the report of a run folder again"),
-            "sweep": ("milora_vl.sweep.__main__", "methods, learning rates, ranks and seeds compared fairly"),
-            "studies": ("milora_vl.studies.__main__", "open questions about MiLoRA, each many small trainings"),
+            "compose": ("milora_vl.compose", "compose a LLaVA from a vision tower and a language model"),
+            "report": ("milora_vl.report", "regenerate the report of a run folder"),
+            "sweep": ("milora_vl.sweep.__main__", "compare methods over learning rates, ranks and seeds"),
+            "studies": (
+                "milora_vl.studies.__main__",
+                "run studies on open questions about MiLoRA, by many small trainings",
+            ),
         },
         "use": {
-            "chat": ("milora_vl.chat", "ask a model, about a picture or without one"),
-            "export": ("milora_vl.export", "turn an adapter into a merged model, LLaVA's layout, and back"),
+            "chat": ("milora_vl.chat", "ask a model questions, with or without a picture"),
+            "export": ("milora_vl.export", "convert an adapter to a merged model or LLaVA's layout, and back"),
         },
         "data": {"data": ("milora_data.__main__", "check, convert, show and count a data set")},
         "evaluate": {
-            "eval": ("milora_eval.__main__", "benchmarks: run, score, compare, view"),
-            "lm_eval": ("milora_eval.lm_eval", "tasks of lm-evaluation-harness on base and adapter"),
-            "forgetting": ("milora_vl.forgetting.__main__", "what a tuned model has lost, on text and pictures"),
-            "analyze": ("milora_vl.analyze", "spectra of a model, and what a training changed in its weights"),
+            "eval": ("milora_eval.__main__", "run, score, compare and view benchmarks"),
+            "lm_eval": ("milora_eval.lm_eval", "run tasks of lm-evaluation-harness on a base model and an adapter"),
+            "forgetting": (
+                "milora_vl.forgetting.__main__",
+                "measure what a tuned model has forgotten, on text and pictures",
+            ),
+            "analyze": ("milora_vl.analyze", "show spectra of a model, and what a training changed in its weights"),
         },
-        "other people's code": {
-            "llava": ("milora_vl.integrations.llava", "LLaVA's own train.py, with MiLoRA as its LoRA"),
-            "replace": ("milora_vl.integrations.replace", "any script that calls get_peft_model, with MiLoRA instead"),
+        "integrations": {
+            "llava": ("milora_vl.integrations.llava", "run LLaVA's own train.py with MiLoRA as its LoRA"),
+            "replace": (
+                "milora_vl.integrations.replace",
+                "run a script that calls get_peft_model with MiLoRA instead",
+            ),
         },
     },
     """\
@@ -49,7 +58,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one program and return its exit code; UserError for a name that is none."""
+    """Run one program and return its exit code. Raises UserError for an unknown program."""
     return MENU.main(argv)
 
 

@@ -8,7 +8,7 @@ The way of `apply_milora`, with the modules to read next:
 4. `install` splits each factor into a trained half and the anchor            lora/install.py, lora/layers.py
 
 In the anchored form the base weights never change. Nothing of the model is changed before step 3, so an error in a rule
-or a weight leaves the model as it was loaded.
+or a weight leaves the model unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Optimizer groups: each trained parameter with the learning rate and weight decay of the rule that made it train."""
+"""Optimizer parameter groups: each trained parameter gets the learning rate and weight decay of its rule."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def parameter_groups(
     weight_decay: float,
     decays: Collection[str],
 ) -> list[dict[str, Any]]:
-    """Groups for any torch optimizer, adapters before what trains in full; a rule's own rates win over the run's.
+    """Return the groups for a torch optimizer. The rates of a rule take precedence over the rates of the run.
 
-    `decays` names the parameters that weight decay is for (HF leaves out biases and norms). Decay of an adapter that
-    has an anchor removes the components it starts from (`rates.warnings`).
+    `decays` contains the names of the parameters with weight decay (HF excludes biases and norms). Weight decay on an
+    adapter with an anchor removes the components that it starts from (`recipe/rates.py` warns about it).
     """
     settings = {t.path: t for t in targets}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     towers: dict[float, list[str]] = {}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    # HF logs the rate of the first group: let it be the adapter's.
+    # HF logs the learning rate of the first group, so adapters come first.
     for name, parameter in sorted(named, key=lambda pair: ".lora_" not in pair[0]):
         target = settings.get(target_path(name, settings))
-        assert target is not None, f"{name} trains, but no rule says so"
+        assert target is not None, f"{name} trains, but no rule selects it"
         rate = learning_rate if target.learning_rate is None else target.learning_rate
         decay = weight_decay if target.weight_decay is None else target.weight_decay
         towers.setdefault(rate, []).append(str(target.tower))
@@ -45,22 +45,22 @@ def parameter_groups(
 
 
 def _names(towers: dict[float, list[str]]) -> dict[float, str]:
-    """A name for each learning rate, by the towers that have it, numbered where several rates have the same.
+    """Return a name for each learning rate, made of its towers, and numbered if several rates share a name.
 
     >>> _names({2e-4: ["language"], 1e-4: ["language"], 2e-5: ["projector", "vision"]})
     {0.0002: 'language', 0.0001: 'language-2', 2e-05: 'projector+vision'}
     """
-    plain = {rate: "+".join(dict.fromkeys(found)) for rate, found in towers.items()}
-    order = list(plain.values())
+    base_names = {rate: "+".join(dict.fromkeys(names)) for rate, names in towers.items()}
+    order = list(base_names.values())
     counts = [order[: number + 1].count(name) for number, name in enumerate(order)]
     return {
         rate: name if count == 1 else f"{name}-{count}"
-        for (rate, name), count in zip(plain.items(), counts, strict=True)
+        for (rate, name), count in zip(base_names.items(), counts, strict=True)
     }
 
 
 def target_path(name: str, paths: Collection[str]) -> str:
-    """The module path in `paths` that the parameter `name` of a PeftModel, or of a plain model, belongs to; else "".
+    """Return the module path in `paths` of the parameter `name` of a PeftModel or a plain model, or "" if none.
 
     >>> target_path("base_model.model.lm.q.lora_A.default.trained", ["lm.q", "lm"])
     'lm.q'

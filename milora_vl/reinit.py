@@ -33,7 +33,7 @@ _BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
 def reinit_peft(peft_model: PeftModel, part: Part = "minor", form: Form = "anchored") -> Any:
     """Return a PeftModel whose LoRA starts from singular components of the base weights. Use only the returned model.
 
-    Modules, ranks, scales, dropout and modules_to_save are those of the given LoraConfig. The given object cannot be
+    Modules, ranks, scales, dropout and modules_to_save come from the given LoraConfig. The given object cannot be
     used afterwards.
 
     Raises AdapterError if the adapter has been trained already, is no plain LoRA, or has an initialization that changes
@@ -120,7 +120,7 @@ def _the_adapter(model: PeftModel) -> str:
     assert isinstance(config, LoraConfig)
     if config.init_lora_weights not in _BASE_UNCHANGED:
         raise AdapterError(
-            f"this initialization changes the base weights or is a method of its own: {config.init_lora_weights!r}",
+            f"this initialization changes the base weights or is another method: {config.init_lora_weights!r}",
             code="adapter-unsupported-kind",
             where="init_lora_weights",
             hint="reload the base model and call get_peft_model without this argument",

@@ -1,6 +1,7 @@
-"""The models `tiny` and `tiny-text`: random weights in the layout of LLaVA-1.5 and Llama, for tests and first tries.
+"""The models `tiny` and `tiny-text`: random weights in the layout of LLaVA-1.5 and Llama, for tests and first steps.
 
-Same parts and names as the real ones (CLIP tower, layer -2, CLS dropped, two-layer projector, Llama), 146 k parameters.
+`tiny` has 146 k parameters and the same modules as LLaVA-1.5: a CLIP tower (features of layer -2 without CLS), a
+two-layer projector and a Llama.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer (261 tokens, any text is representable) with Llama's BOS and EOS habits."""
+    """Return a byte-level tokenizer with 261 tokens, which encodes any text, and Llama's BOS and EOS tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -43,7 +44,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Return a random LLaVA (32-pixel pictures, 16 image tokens) and its processor; the same one for the same seed."""
+    """Return a LLaVA with random weights (32 x 32 pixels, 16 image tokens) and its processor; `seed` fixes them."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
@@ -72,7 +73,7 @@ def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProce
 
 
 def tiny_llama(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Return a random text-only Llama and its tokenizer; the same one for the same seed."""
+    """Return a text-only Llama with random weights and its tokenizer. `seed` fixes the weights."""
     from transformers import LlamaForCausalLM
 
     tokenizer = tiny_tokenizer()

@@ -1,8 +1,8 @@
-"""Where the three parts of a model are: the language tower, the projector and the vision tower.
+"""Find the three towers of a model: language, projector and vision.
 
-One table of module paths (LAYOUTS), read top down; a model matches the first row whose modules it has. Module paths,
-not file keys: transformers renames the keys of checkpoints, the module tree is what PEFT sees.
-The only file of the library that asks a model what attributes it has.
+LAYOUTS is a table of module paths. A model has the layout of the first row whose modules all exist. The table lists
+module paths and not the keys of checkpoints, because transformers renames keys, and PEFT matches modules.
+Only this file of the library inspects which attributes a model has.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ TOWERS: tuple[Tower, ...] = get_args(Tower)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One row of the table: the module paths of the parts, without a leading `model.`. Each is one path or several;
+    """One row of the table: the module paths of the towers, without the prefix `model.`, separated by spaces.
 
-    `.` is the module that holds the others, less those.
+    `.` is the module that contains the other towers; the tower is that module without them.
     """
 
     families: str
@@ -32,7 +32,7 @@ class Layout:
     vision: str
 
     def paths(self, tower: Tower, prefix: str) -> tuple[str, ...]:
-        """Return the full paths of a part."""
+        """Return the full paths of a tower."""
         words: dict[Tower, str] = {"language": self.language, "projector": self.projector, "vision": self.vision}
         return tuple(prefix.rstrip(".") if path == "." else prefix + path for path in words[tower].split())
 
@@ -47,7 +47,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("mllama, llama4, step3p7", "language_model", "multi_modal_projector", "vision_model"),
     Layout("video_llava", "language_model", "multi_modal_projector", "image_tower video_tower"),
     Layout("idefics2, idefics3, smolvlm", "text_model", "connector", "vision_model"),
-    # The mergers lie inside the vision module; the longer path decides.
+    # The mergers are submodules of the vision module. The longest matching path decides.
     Layout("qwen3_vl", "language_model", "visual.merger visual.deepstack_merger_list", "visual"),
     Layout("qwen2_vl, qwen2_5_vl, qwen3_5, glm4v, exaone4_5", "language_model", "visual.merger", "visual"),
     Layout("deepseek_vl, janus", "language_model", "aligner", "vision_model"),
@@ -58,31 +58,31 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("minicpmv4_6", "language_model", "merger", "vision_tower"),
     Layout("kosmos-2", "text_model", "image_to_text_projection", "vision_model"),
     Layout("idefics", "embed_tokens layers gated_cross_attn_layers norm", "", "vision_model"),
-    # Other people's code bases.
+    # Models of other code bases.
     Layout("LLaVA-NeXT (original)", ".", "mm_projector vision_resampler", "vision_tower"),
     Layout("LLaVA (original)", ".", "mm_projector", "vision_tower"),
     Layout("LLaVA (original) under FSDP, which hides the tower in a list", ".", "mm_projector", ""),
     Layout("TinyLLaVA", "language_model", "connector", "vision_tower"),
     Layout("nanoVLM", "decoder", "MP", "vision_encoder"),
 )
-# `model.` from transformers 4.52 on; none before, and in the models without a head (LlavaModel).
+# `model.` since transformers 4.52; no prefix before, and in models without a head (LlavaModel).
 _PREFIXES = ("model.", "")
-_HEAD = "lm_head"  # stands beside the language tower and belongs to it
+_HEAD = "lm_head"  # belongs to the language tower, but is not one of its submodules
 
-# A model outside the table that has such a module is no text-only model: its parts must be named by full path.
+# A model outside the table with such a module is not a text-only model. Rules must select its modules by full path.
 _LOOKS_MULTIMODAL = re.compile(
     r"(^|\.)(vision|visual|image|video|audio|mm_projector|vqmodel|speech)(_|\.|$)", re.IGNORECASE
 )
 _ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
-# A list of blocks with a smaller share of the largest list's weights is something else (a few heads, a few adapters).
+# A list of modules with a smaller share of the weights than this is not a list of blocks (a few heads or adapters).
 _SMALLEST_STACK = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Towers:
-    """The parts of one model: the paths of each (none where the model has no such part).
+    """The towers of one model. `roots` maps each tower to its module paths; a missing tower has none.
 
-    `stacks` names, per tower, the modules that hold its repeated blocks (`model.language_model.layers`).
+    `stacks` maps a tower to the modules that contain its repeated blocks (`model.language_model.layers`).
     """
 
     layout: str
@@ -91,31 +91,31 @@ class Towers:
 
     @property
     def language(self) -> str | None:
-        """The path of the language tower; the first where it has several, None where it is not known."""
+        """Return the first path of the language tower, or None if it is unknown."""
         return self._first("language")
 
     @property
     def projector(self) -> str | None:
-        """The path of the projector, as above."""
+        """Return the first path of the projector, or None if the model has none."""
         return self._first("projector")
 
     @property
     def vision(self) -> str | None:
-        """The path of the vision tower, as above."""
+        """Return the first path of the vision tower, or None if the model has none."""
         return self._first("vision")
 
     def _first(self, tower: Tower) -> str | None:
         return next(iter(self.roots.get(tower, ())), None)
 
     def tower_of(self, path: str) -> Tower | None:
-        """Return the tower that the module at `path` belongs to; None for modules beside the three."""
-        holding = [(len(root), tower) for tower, roots in self.roots.items() for root in roots if _inside(path, root)]
-        if holding:
-            return max(holding)[1]
+        """Return the tower of the module at `path`, or None for modules outside the towers."""
+        matches = [(len(root), tower) for tower, roots in self.roots.items() for root in roots if _inside(path, root)]
+        if matches:
+            return max(matches)[1]
         return "language" if self.roots.get("language") and _inside(path, _HEAD) else None
 
     def block_of(self, path: str) -> int | None:
-        """Return the number of the block that `path` lies in, None outside the blocks.
+        """Return the number of the block that contains the module at `path`, or None outside the blocks.
 
         >>> Towers("text", {"language": ("",)}, {"language": ("model.layers",)}).block_of("model.layers.3.mlp.up_proj")
         3
@@ -125,7 +125,7 @@ class Towers:
         return int(number) if stack is not None and number.isdecimal() else None
 
     def family_of(self, path: str) -> Literal["attention", "mlp"] | None:
-        """Return the family of a layer inside a block: attention if its path there says so, else mlp."""
+        """Return the family of a layer inside a block: attention if its path contains `attn` or `attention`."""
         if self.block_of(path) is None:
             return None
         return "attention" if _ATTENTION.search(self.inside_block(path)) else "mlp"
@@ -135,7 +135,7 @@ class Towers:
         return path.removeprefix(f"{self._stack_of(path)}.").partition(".")[2]
 
     def canonical(self, path: str) -> str:
-        """Return a name that is the same in HF's and in LLaVA's own layout: `language.layers.0.mlp.up_proj`."""
+        """Return a name that is equal in HF's and in LLaVA's layout: `language.layers.0.mlp.up_proj`."""
         tower, stack = self.tower_of(path), self._stack_of(path)
         if tower is None:
             return path
@@ -147,7 +147,7 @@ class Towers:
             return f"language.{path.split('.')[-1]}"
         root = max((root for root in self.roots[tower] if _inside(path, root)), key=len)
         inside = path.removeprefix(f"{root}.")
-        if tower == "projector" and inside.isdecimal() and int(inside) % 2 == 0:  # LLaVA: 0 a layer, 1 an activation
+        if tower == "projector" and inside.isdecimal() and int(inside) % 2 == 0:  # LLaVA: 0 linear, 1 activation, 2 ...
             inside = f"linear_{int(inside) // 2 + 1}"
         return f"{tower}.{inside}"
 
@@ -158,10 +158,10 @@ class Towers:
 
 
 def find_towers(model: nn.Module) -> Towers:
-    """Find the parts of `model` by the table; a model with no vision module is `language` as a whole.
+    """Return the towers of `model`. A model without a vision module is one language tower.
 
-    Outside the table the language tower of a multimodal model is the decoder that it names itself, if that holds
-    nothing but text; where there is none the layout is `unknown`.
+    For a multimodal model outside the table, the language tower is the decoder that `get_decoder` returns, if it
+    contains no vision modules. Otherwise the layout is `unknown`.
 
     >>> find_towers(nn.Sequential(nn.Linear(2, 2))).tower_of("0")
     'language'
@@ -181,43 +181,43 @@ def find_towers(model: nn.Module) -> Towers:
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
-    """Return the layout-free name (see `Towers.canonical`) of every module, by path."""
+    """Return the name of every module that is equal in all layouts (see `Towers.canonical`), by path."""
     towers = find_towers(model)
     names = {path: towers.canonical(path) for path, _ in model.named_modules() if path}
-    times = Counter(names.values())
-    return {path: name if times[name] == 1 else path for path, name in names.items()}
+    counts = Counter(names.values())
+    return {path: name if counts[name] == 1 else path for path, name in names.items()}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the layer that maps hidden states to the vocabulary, where the model names one."""
+    """Return the layer that maps hidden states to the vocabulary, or None if the model does not declare one."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return head if isinstance(head, nn.Module) else None
 
 
 def peft_task(model: nn.Module) -> str | None:
-    """Return PEFT's task type for a model that generates text, None for any other."""
+    """Return PEFT's task type for a model that generates text, or None for other models."""
     if not callable(getattr(model, "prepare_inputs_for_generation", None)):
         return None
     return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def can_save(model: nn.Module) -> bool:
-    """Tell whether the model writes itself as an HF folder."""
+    """Return True if the model has `save_pretrained`."""
     return callable(getattr(model, "save_pretrained", None))
 
 
 def is_wrapped_by_peft(model: nn.Module) -> bool:
-    """Tell whether the model is a PeftModel or already holds adapter layers."""
+    """Return True if the model is a PeftModel or contains adapter layers."""
     return hasattr(model, "peft_config") or any("lora_A" in name.split(".") for name, _ in model.named_modules())
 
 
 def keep_weights_readable(model: nn.Module) -> list[str]:
-    """Keep bitsandbytes from repacking 4-bit weights in an eval forward on CPUs with AVX512-BF16.
+    """Prevent bitsandbytes from changing weights in a forward pass, and return the modules it has repacked already.
 
-    What dequantisation makes of repacked weights is garbage, and with it factors, fingerprints and merges. Of 8-bit
-    weights a forward moves the scales elsewhere, and reading the weight would then lose them. Returns the paths of the
-    modules that are repacked already.
+    On CPUs with AVX512-BF16 a forward in eval mode repacks 4-bit weights. Dequantizing repacked weights gives wrong
+    values, and so wrong factors, fingerprints and merges. A forward also moves the scales of 8-bit weights to another
+    object, where dequantization does not find them; they are copied back.
     """
     repacked = []
     for path, module in model.named_modules():
@@ -232,7 +232,7 @@ def keep_weights_readable(model: nn.Module) -> list[str]:
 
 
 def forget_peft(model: nn.Module) -> None:
-    """Remove what older versions of PEFT leave on a base model that they have unloaded an adapter from."""
+    """Remove the attribute `peft_config` that older versions of PEFT leave on a base model after `unload`."""
     if hasattr(model, "peft_config"):
         del model.peft_config
 
@@ -252,19 +252,19 @@ def _decoder_path(model: nn.Module, modules: Mapping[str, nn.Module]) -> str | N
 
 def _with_stacks(modules: Mapping[str, nn.Module], towers: Towers) -> Towers:
     stacks: dict[Tower, tuple[str, ...]] = {}
-    towers_with_blocks: tuple[Tower, ...] = ("language", "vision")  # a projector counts as a whole
+    towers_with_blocks: tuple[Tower, ...] = ("language", "vision")  # a projector is not divided into blocks
     for tower in towers_with_blocks:
-        held = [name for name, module in modules.items() if towers.tower_of(name) == tower and _is_stack(name, module)]
-        outermost = [name for name in held if not any(name.startswith(f"{other}.") for other in held)]
+        lists = [name for name, module in modules.items() if towers.tower_of(name) == tower and _is_stack(name, module)]
+        outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
         sizes = {name: _size(modules[name].parameters()) for name in outermost}
         if sizes:
-            least = _SMALLEST_STACK * max(sizes.values())
-            stacks[tower] = tuple(name for name, size in sizes.items() if size >= least)
+            minimum = _SMALLEST_STACK * max(sizes.values())
+            stacks[tower] = tuple(name for name, size in sizes.items() if size >= minimum)
     return Towers(towers.layout, towers.roots, stacks)
 
 
 def _is_stack(name: str, module: nn.Module) -> bool:
-    """A list of blocks: its members have parts themselves. timm names a Sequential `blocks`."""
+    """Return True for a list of modules that have children. In timm this is a Sequential named `blocks`."""
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return False
     is_list = isinstance(module, nn.ModuleList) or name.split(".")[-1] == "blocks"

@@ -106,5 +106,5 @@ def test_a_damaged_spectrum_is_made_anew_and_a_place_that_is_a_file_is_warned_of
     for _ in range(2):
         assert torch.equal(cached_singular_values(W, tmp_path), values)
     (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match="singular values are not kept in"):
+    with pytest.warns(UserWarning, match="singular values are not cached in"):
         assert torch.equal(cached_singular_values(W, tmp_path / "file"), values)

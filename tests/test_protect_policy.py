@@ -26,10 +26,10 @@ def test_a_policy_with_it_is_read_and_written() -> None:
     [
         (3, r"\.protect: expected a mapping such as \{top: 64\}"),
         ({"by": "basis"}, r"\.protect\.top: missing"),
-        ({"top": 0}, r"\.protect\.top: expected how many directions, from 1, got 0"),
+        ({"top": 0}, r"\.protect\.top: expected a positive number of directions, got 0"),
         ({"top": 3, "by": "prayer"}, r"\.protect\.by: expected one of projection, basis, penalty, got 'prayer'"),
-        ({"top": 3, "weight": 2.0}, r"\.protect\.weight: by projection cannot use it"),
-        ({"top": 3, "by": "penalty"}, r"\.protect\.weight: by penalty needs a number above 0, got None"),
+        ({"top": 3, "weight": 2.0}, r"\.protect\.weight: by: projection does not use it"),
+        ({"top": 3, "by": "penalty"}, r"\.protect\.weight: by: penalty needs a number above 0, got None"),
         ({"top": 3, "wieght": 2.0}, r"\.protect\.wieght: unknown key\ndid you mean 'weight'"),
     ],
 )

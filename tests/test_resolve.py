@@ -165,7 +165,7 @@ def test_a_weight_shared_with_another_module_is_refused(tiny_llama) -> None:
     ],
 )
 def test_convolutions_that_peft_gets_wrong_are_refused_by_name(layer: nn.Module, message: str) -> None:
-    with pytest.raises(PolicyError, match=f"{message}.*: 0$"):
+    with pytest.raises(PolicyError, match=f"{message}.*: 0\n"):
         Policy.parse([{"modules": "0", "method": "milora", "rank": 2}]).resolve(nn.Sequential(layer))
 
 

@@ -36,7 +36,7 @@ def test_a_rule_names_only_the_fields_it_was_given() -> None:
         ({"weight_decay": -1}, r"\.weight_decay: expected a number from 0, got -1"),
         ({"sigma": "drop"}, r"\.sigma: expected keep, none or \{floor"),
         ({"sigma": FloorSigma(0.0)}, r"\.sigma"),
-        ({"seed": -1}, r"\.seed: expected a whole number from 0, below 2\*\*32, got -1"),
+        ({"seed": -1}, r"\.seed: expected an integer from 0 to 2\*\*32 - 1, got -1"),
         ({"seed": 2**32}, r"\.seed"),
         ({"seed": False}, r"\.seed"),
     ],

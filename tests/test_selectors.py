@@ -68,7 +68,7 @@ def test_norms_count_only_for_rules_on_whole_modules_or_when_planned(selector: S
     norm = "model.language_model.norm"
     assert selector.match(norm, whole_modules=True) == [norm]
     assert selector.match(norm, whole_modules=False, planned=[norm]) == [norm]
-    with pytest.raises(SelectorError, match="LlamaRMSNorm: no layer an adapter can sit on"):
+    with pytest.raises(SelectorError, match="LlamaRMSNorm, which adapters do not support"):
         selector.match(norm, whole_modules=False)
 
 
@@ -106,7 +106,7 @@ def test_an_unknown_multimodal_layout_is_named_by_glob_alone() -> None:
     model = nn.Module()
     model.visual, model.text = nn.Linear(2, 2), nn.Linear(2, 2)
     selector = Selector(model, find_towers(model))
-    with pytest.raises(SelectorError, match="no known layout: name its modules by full path or glob"):
+    with pytest.raises(SelectorError, match="no known layout: select its modules by full path or glob"):
         selector.match("language", whole_modules=False)
     assert selector.match("text", whole_modules=False) == ["text"]
 
@@ -130,7 +130,7 @@ def test_experts_in_3d_weights_are_told_of_by_the_selector_that_names_them(text:
     selector = Selector(model, find_towers(model))
     with pytest.raises(SelectorError) as caught:
         selector.match(text, whole_modules=False)
-    named = "model.layers.0.mlp.experts keeps its experts in 3-D weights"
+    named = "model.layers.0.mlp.experts holds its experts in 3-D weights"
     assert (named in str(caught.value)) is is_about_experts
     assert selector.match("model.layers.0.mlp.experts", whole_modules=True) == ["model.layers.0.mlp.experts"]
 

@@ -138,7 +138,7 @@ def test_a_matrix_of_zeros_has_zero_factors_and_no_excess() -> None:
         (torch.zeros(3, 4), 4, {}, r"1\.\.3 for shape \(3, 4\), got 4"),
         (torch.zeros(3, 4), 1.0, {}, "got 1.0"),
         (torch.zeros(3, 4), True, {}, "got True"),
-        (torch.tensor([[1.0, math.nan], [math.inf, 0.0]]), 1, {}, "2 values that are NaN or infinite, of 4"),
+        (torch.tensor([[1.0, math.nan], [math.inf, 0.0]]), 1, {}, "2 NaN or infinite values, of 4"),
         (torch.zeros(3, 4), 1, {"part": "last"}, "one of minor, principal, random, got 'last'"),
         (torch.zeros(3, 4), 1, {"method": "quick"}, "one of auto, exact, fast, got 'quick'"),
         (torch.zeros(3, 4), 1, {"tol": 0.0}, "tol must be positive, got 0.0"),

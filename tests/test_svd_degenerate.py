@@ -94,7 +94,7 @@ def test_the_norm_keeps_its_digits() -> None:
 
 
 def test_what_cannot_be_decomposed_is_refused() -> None:
-    with pytest.raises(ValueError, match="leave the range of torch.float32"):
+    with pytest.raises(ValueError, match="exceed the range of torch.float32"):
         decompose(torch.full((100, 90), 3e38), 2, "principal")
     with pytest.raises(ValueError, match="NaN"):
         singular_values(torch.full((3, 3), torch.nan))

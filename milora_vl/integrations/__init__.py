@@ -1,4 +1,5 @@
-"""MiLoRA inside other people's training code, with no edit of theirs: see docs/integrations.md.
+"""MiLoRA inside the training code of other projects, without changes to that code: see docs/integrations.md.
 
-Trainers that take a PeftModel (the HF Trainer, TRL) need nothing from here: pass them what `apply_milora` returns.
+Trainers that accept a PeftModel (the HF Trainer, TRL) need nothing from this package: pass them the model that
+`apply_milora` returns.
 """

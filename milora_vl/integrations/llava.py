@@ -1,10 +1,10 @@
-"""The training code of LLaVA and LLaVA-NeXT with MiLoRA in the place of LoRA, and no edit of theirs:
+"""Run the training code of LLaVA and LLaVA-NeXT with MiLoRA instead of LoRA, without changes to that code:
 
     python -m milora_vl.integrations.llava llava/train/train_mem.py --lora_enable True --lora_r 128 ...
 
-LLaVA pins transformers 4.37.2, older than what this package runs on, so training needs an environment of its own with
-LLaVA installed without its pins. The shims below bridge what changed since; each is one function. What is saved (with
-the projector in non_lora_trainables.bin) loads in LLaVA's own environment and its own load_pretrained_model.
+LLaVA pins transformers 4.37.2, which is older than this package supports, so training needs a separate environment with
+LLaVA installed without its pins. Each shim below handles one change of transformers since then. The saved files (with
+the projector in non_lora_trainables.bin) load in LLaVA's own environment with its load_pretrained_model.
 """
 
 from __future__ import annotations
@@ -28,20 +28,24 @@ from milora_vl.integrations.replace import get_peft_model_replaced, launch, opti
 if TYPE_CHECKING:
     from milora_vl.svd import Part
 
-# Flags of LLaVA's scripts that newer versions of transformers call otherwise.
+# Flags of LLaVA's scripts that newer versions of transformers have renamed.
 RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}
 
 
 @contextmanager
 def milora_in_llava(part: Part = "minor", form: str = "anchored", modules: Sequence[str] = ()) -> Iterator[None]:
-    """While this is open, LLaVA's `train()` makes MiLoRA adapters, and runs on this version of transformers.
+    """Inside this context LLaVA's `train()` creates MiLoRA adapters and runs on the installed transformers.
 
-    modules: those that have imported `get_peft_model` before; LLaVA's own imports it when it trains.
+    `modules` are modules that have imported `get_peft_model` already. LLaVA's own code imports it when it trains.
 
-    Raises UserError where llava is not installed.
+    Raises UserError if llava is not installed.
     """
     if find_spec("llava") is None:
-        raise UserError("llava is not installed here\ntry:  pip install --no-deps llava-torch   (or -e the repository)")
+        raise UserError(
+            "llava is not installed",
+            code="package-missing",
+            hint="pip install --no-deps llava-torch   (or -e the repository)",
+        )
     import transformers.trainer
 
     with ExitStack() as shims:
@@ -52,7 +56,7 @@ def milora_in_llava(part: Part = "minor", form: str = "anchored", modules: Seque
 
 
 def renamed_flags(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with the flags that the installed TrainingArguments knows.
+    """Return the arguments with the flag names of the installed TrainingArguments.
 
     >>> renamed_flags(["--warmup_ratio", "0.03", "--bf16=True"])
     ['--warmup_steps', '0.03', '--bf16=True']
@@ -70,9 +74,9 @@ def renamed_flags(arguments: Sequence[str]) -> list[str]:
 
 @contextmanager
 def configs_trimmed(folders: Sequence[Path]) -> Iterator[None]:
-    """Leave in what a run writes as adapter_config.json only what the PEFT of LLaVA's own environment knows.
+    """At the end of this context, remove keys from adapter_config.json that the PEFT version of LLaVA does not know.
 
-    A file that was there before and stays as it is belongs to another run.
+    Files that existed before and did not change belong to another run and are not changed.
     """
     from milora_vl.adapters.llava import KNOWN_KEYS
 
@@ -89,7 +93,7 @@ def configs_trimmed(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def _layernorm_layers(shims: ExitStack, transformers: Any) -> None:
-    """`ALL_LAYERNORM_LAYERS` left transformers.trainer; LLaVA's trainer imports it."""
+    """Restore `ALL_LAYERNORM_LAYERS` in transformers.trainer, which LLaVA's trainer imports."""
     import torch
 
     if "ALL_LAYERNORM_LAYERS" not in transformers.trainer.__dict__:
@@ -99,7 +103,7 @@ def _layernorm_layers(shims: ExitStack, transformers: Any) -> None:
 
 
 def _tokenizer_argument(shims: ExitStack, transformers: Any) -> None:
-    """`Trainer(tokenizer=...)` is now `processing_class`."""
+    """Accept `Trainer(tokenizer=...)`, which is called `processing_class` now."""
     stock = transformers.Trainer.__init__
     if "tokenizer" in signature(stock).parameters:
         return
@@ -114,7 +118,7 @@ def _tokenizer_argument(shims: ExitStack, transformers: Any) -> None:
 
 
 def _sampler_and_optimizer(shims: ExitStack, transformers: Any) -> None:
-    """Trainer passes the data set to `_get_train_sampler` and the model to `create_optimizer`; LLaVA's take neither."""
+    """Call LLaVA's `_get_train_sampler` and `create_optimizer` without the arguments that Trainer now passes."""
     trainer = import_module("llava.train.llava_trainer").LLaVATrainer
     for name in ("_get_train_sampler", "create_optimizer"):
         if len(signature(trainer.__dict__[name]).parameters) == 1:
@@ -139,14 +143,14 @@ def _on_train_dataset(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_deepspeed(shims: ExitStack, transformers: Any) -> None:
-    """LLaVA's `maybe_zero_3` imports deepspeed even where nothing is partitioned."""
+    """Replace LLaVA's `maybe_zero_3`, which imports deepspeed even if no parameter is partitioned."""
     if find_spec("deepspeed") is None:
         train = import_module("llava.train.train")
         shims.enter_context(patch.object(train, "maybe_zero_3", lambda param, *_, **__: param.detach().cpu().clone()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run LLaVA's script. Returns the exit code."""
+    """Run LLaVA's script and return the exit code."""
     about, example = (
         "Run LLaVA's train.py with MiLoRA as its LoRA.",
         "llava/train/train_mem.py --lora_enable True --lora_r 128",
@@ -154,19 +158,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = options("python -m milora_vl.integrations.llava", about, example, argv)
     arguments = renamed_flags(chosen.arguments)
     if "--lora_enable" not in [argument.partition("=")[0] for argument in arguments]:
-        sys.stderr.write("milora: --lora_enable is not given, so this run trains without an adapter\n")
+        sys.stderr.write("milora: warning: --lora_enable is missing, so this run trains without an adapter\n")
     with configs_trimmed(_output_dirs(arguments)), milora_in_llava(chosen.part, chosen.form, chosen.modules):
         launch(chosen.script, arguments)
     return 0
 
 
 def _output_dirs(arguments: Sequence[str]) -> list[Path]:
-    """The folder that --output_dir names, in both spellings; none, where it is not given."""
+    """Return the values of `--output_dir DIR` and `--output_dir=DIR`."""
     values = []
-    for word, after in pairwise([*arguments, ""]):
-        flag, equals, value = word.partition("=")
+    for argument, following in pairwise([*arguments, ""]):
+        flag, equals, value = argument.partition("=")
         if flag == "--output_dir":
-            values.append(value if equals else after)
+            values.append(value if equals else following)
     return [Path(value) for value in values if value]
 
 

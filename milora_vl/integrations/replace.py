@@ -1,4 +1,4 @@
-"""Any script that calls `peft.get_peft_model`, run with MiLoRA in its place:
+"""Run a script that calls `peft.get_peft_model` with MiLoRA instead of LoRA:
 
 python -m milora_vl.integrations.replace [--part minor] [--form anchored] [--in MODULE] script.py ARGUMENTS...
 """
@@ -27,11 +27,11 @@ PARTS, FORMS = ("minor", "principal", "random"), ("anchored", "residual")
 
 @contextmanager
 def get_peft_model_replaced(*modules: str, part: Part = "minor", form: str = "anchored") -> Iterator[None]:
-    """While this is open, `get_peft_model` makes the same LoRA with MiLoRA's start and anchor.
+    """Inside this context `get_peft_model` creates the same LoRA with MiLoRA's initialization and anchor.
 
-    It is replaced in `peft`, which reaches every later `from peft import get_peft_model`, and in the named modules,
-    which have imported it already. Modules, rank, alpha and dropout stay those of the code's own LoraConfig.
-    An adapter of ours that `PeftModel.from_pretrained(..., is_trainable=True)` loads to go on gets its halves back.
+    The function is replaced in `peft`, for every later `from peft import get_peft_model`, and in `modules`, which have
+    imported it already. Modules, rank, alpha and dropout come from the LoraConfig of the calling code.
+    `PeftModel.from_pretrained(..., is_trainable=True)` restores the trained half and the anchor of a MiLoRA adapter.
 
     >>> import peft, torch
     >>> with get_peft_model_replaced():
@@ -43,35 +43,39 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", form: str = "an
     """
     import peft
 
-    from milora_vl.reinit import reinit_peft  # before: our own code takes the stock function from peft
+    from milora_vl.reinit import reinit_peft  # import it first: this package needs the stock get_peft_model
 
     stock = peft.get_peft_model
-    places = [peft, *(import_module(name) for name in modules)]
-    before = [place.__dict__["get_peft_model"] for place in places]
-    for place in places:
-        place.__dict__["get_peft_model"] = _maker(stock, lambda model: reinit_peft(model, part, form))  # type: ignore[arg-type]
+    namespaces = [peft, *(import_module(name) for name in modules)]
+    originals = [namespace.__dict__["get_peft_model"] for namespace in namespaces]
+    for namespace in namespaces:
+        namespace.__dict__["get_peft_model"] = _replacement(stock, lambda model: reinit_peft(model, part, form))  # type: ignore[arg-type]
     try:
-        with patch.object(peft.PeftModel, "from_pretrained", staticmethod(_loader(peft.PeftModel.from_pretrained))):
+        with patch.object(
+            peft.PeftModel, "from_pretrained", staticmethod(_restoring_loader(peft.PeftModel.from_pretrained))
+        ):
             yield
     finally:
-        for place, original in zip(places, before, strict=True):
-            place.__dict__["get_peft_model"] = original
+        for namespace, original in zip(namespaces, originals, strict=True):
+            namespace.__dict__["get_peft_model"] = original
 
 
-def _maker(stock: Callable[..., Any], start: Callable[[Any], Any]) -> Callable[..., Any]:
+def _replacement(stock: Callable[..., Any], reinit: Callable[[Any], Any]) -> Callable[..., Any]:
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's function, then MiLoRA's start. Another adapter than a LoRA is made as it is, with a line on stderr."""
+        """Call PEFT's function, then initialize the LoRA with MiLoRA. Other adapters than a LoRA are not changed."""
         from peft import LoraConfig
 
-        made = stock(model, peft_config, *args, **kwargs)
+        adapted = stock(model, peft_config, *args, **kwargs)
         if not isinstance(peft_config, LoraConfig):
-            sys.stderr.write(f"milora: left as it is, {type(peft_config).__name__} is no LoRA\n")
-            return made
-        _keep_language_alone(made)
+            sys.stderr.write(f"milora: {type(peft_config).__name__} is not a LoRA and is left unchanged\n")
+            return adapted
+        _remove_vision_adapters(adapted)
         try:
-            tuned = start(made)
+            tuned = reinit(adapted)
+        except UserError:
+            raise
         except ValueError as error:
-            raise UserError(f"MiLoRA cannot start this LoRA\n{error}") from error
+            raise UserError(str(error), code="adapter-unsupported-kind", where="get_peft_model") from error
         method = tuned.milora_targets[0].method
         sys.stderr.write(f"milora: method {method} on {amount(len(tuned.milora_report), 'module')}\n")
         return tuned
@@ -79,46 +83,49 @@ def _maker(stock: Callable[..., Any], start: Callable[[Any], Any]) -> Callable[.
     return get_peft_model
 
 
-def _loader(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _restoring_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(
         model: Any, model_id: Any, adapter_name: str = "default", is_trainable: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """PEFT's method, after which a folder of ours that is to be trained has its trained half and its anchor."""
+        """Call PEFT's method, and restore the trained half and the anchor of a MiLoRA adapter that is trainable."""
         from milora_vl.lora.sidecar import FILE_NAME
         from milora_vl.reinit import restore_split
 
-        made = stock(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+        loaded = stock(model, model_id, adapter_name, is_trainable, *args, **kwargs)
         if is_trainable and (Path(model_id) / FILE_NAME).is_file():
-            made = restore_split(made, model_id)
-            sys.stderr.write(f"milora: {model_id} goes on training as the adapter of ours that it is\n")
-        return made
+            loaded = restore_split(loaded, model_id)
+            sys.stderr.write(f"milora: {model_id} continues training as a MiLoRA adapter\n")
+        return loaded
 
     return from_pretrained
 
 
-def _keep_language_alone(model: Any) -> None:
-    """Take back what suffix targets such as q_proj have hit in a CLIP tower (LLaVA issue 1380), and say so."""
+def _remove_vision_adapters(model: Any) -> None:
+    """Remove the LoRA from vision modules that suffix targets such as q_proj match by accident (LLaVA issue 1380).
+
+    If PEFT has adapted vision modules alone, that was intended, and they stay.
+    """
     from peft.tuners.lora import LoraLayer
 
     from milora_vl.towers import find_towers
 
     base = model.get_base_model()
     towers = find_towers(base)
-    hit = [p for p, m in base.named_modules() if isinstance(m, LoraLayer)]
-    elsewhere = [path for path in hit if towers.tower_of(path) == "vision"]
-    if not elsewhere or len(elsewhere) == len(hit):
+    adapted = [p for p, m in base.named_modules() if isinstance(m, LoraLayer)]
+    vision = [path for path in adapted if towers.tower_of(path) == "vision"]
+    if not vision or len(vision) == len(adapted):
         return
-    for path in elsewhere:
+    for path in vision:
         parent, _, name = path.rpartition(".")
         layer = base.get_submodule(path)
         setattr(base.get_submodule(parent), name, layer.get_base_layer())
-    sys.stderr.write(f"milora: {len(elsewhere):,} modules of the vision tower, hit by their names alone, stay frozen\n")
+    sys.stderr.write(f"milora: {len(vision):,} modules of the vision tower, matched by name only, stay frozen\n")
 
 
 def launch(script: Path, arguments: Sequence[str]) -> None:
-    """Run a script as `python script arguments` would, in this process. UserError where there is none."""
+    """Run a script in this process as `python script arguments` does. Raises UserError if the script is missing."""
     if not script.is_file():
-        raise UserError(f"no script at {script}")
+        raise UserError("no such script", code="script-missing", where=str(script))
     _warn_of_decay(arguments)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
@@ -126,45 +133,45 @@ def launch(script: Path, arguments: Sequence[str]) -> None:
 
 
 def _warn_of_decay(arguments: Sequence[str]) -> None:
-    """Say on stderr what Hugging Face's flag for weight decay does to factors that start from a weight's components."""
-    words = [part for argument in arguments for part in argument.split("=", 1)]
-    value = dict(pairwise(words)).get("--weight_decay", "0")
+    """Warn on stderr if Hugging Face's flag --weight_decay is above 0."""
+    tokens = [part for argument in arguments for part in argument.split("=", 1)]
+    value = dict(pairwise(tokens)).get("--weight_decay", "0")
     try:
         is_set = float(value) > 0
     except ValueError:
-        return  # the script's own parser says so
+        return  # the script's own parser reports it
     if is_set:
         sys.stderr.write(
-            f"milora: warning: --weight_decay {value} removes the components that the adapter starts from: it pulls "
-            "towards W - s B0 A0, not towards W\n        set --weight_decay 0\n"
+            f"milora: warning: --weight_decay {value} removes the components that the adapter starts from. It pulls "
+            "towards W - s B0 A0, not towards W.\n        Set --weight_decay 0\n"
         )
 
 
 def options(prog: str, description: str, example: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the launcher's own flags, the script, and what is the script's."""
+    """Parse the flags of this launcher, the script, and the arguments of the script."""
     parse = parser(prog, description, f"examples:\n  {prog} {example}\n")
     settings = parse.add_argument_group("settings")
     settings.add_argument(
         "--part", choices=PARTS, default="minor", help="which components train (default: %(default)s)"
     )
     settings.add_argument(
-        "--form", choices=FORMS, default="anchored", help="residual: W - s B0 A0 takes the base's place"
+        "--form", choices=FORMS, default="anchored", help="residual: W - s B0 A0 replaces the base weight"
     )
     settings.add_argument(
         "--in", dest="modules", action="append", default=[], metavar="MODULE",
-        help="a module that has imported get_peft_model before; may be repeated",
+        help="module that has imported get_peft_model already; may be repeated",
     )  # fmt: skip
-    read = parse.add_argument_group("input")
-    read.add_argument("script", type=Path, metavar="script.py", help="what follows it are its own arguments")
-    given = list(sys.argv[1:] if argv is None else argv)
-    split = next((i for i, word in enumerate(given) if word.endswith(".py")), len(given))
-    parsed: argparse.Namespace = parse.parse_args(given[: split + 1])
-    parsed.arguments = given[split + 1 :]
+    inputs = parse.add_argument_group("input")
+    inputs.add_argument("script", type=Path, metavar="script.py", help="the script; its own arguments follow it")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    split = next((i for i, argument in enumerate(arguments) if argument.endswith(".py")), len(arguments))
+    parsed: argparse.Namespace = parse.parse_args(arguments[: split + 1])
+    parsed.arguments = arguments[split + 1 :]
     return parsed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script. Returns the exit code."""
+    """Run the script and return the exit code."""
     about, example = "Run a script with MiLoRA as its LoRA.", "train.py --learning_rate 2e-4"
     chosen = options("python -m milora_vl.integrations.replace", about, example, argv)
     with get_peft_model_replaced(*chosen.modules, part=chosen.part, form=chosen.form):

@@ -111,7 +111,7 @@ class MiloraMixin(PeftModel):
             replaced = [path for path in sidecar.ranks if not has_halves(lora_layer(self, path), adapter)]
             if replaced:
                 raise AdapterError(
-                    f"the two halves were replaced by stock factors ({len(replaced):,} modules of adapter {adapter!r})",
+                    f"its two halves were replaced by stock factors ({len(replaced):,} modules of adapter {adapter!r})",
                     code="adapter-replaced-factors",
                     where=replaced[0],
                     hint="save the adapter before that, or serve it by loading the folder with stock PEFT",

@@ -72,7 +72,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         version = data["format_version"]
         if version > FORMAT_VERSION:
             raise AdapterError(
-                f"this file has format {version}, and this version of milora-vl reads formats up to {FORMAT_VERSION}",
+                f"this file has format {version}, and this version reads up to {FORMAT_VERSION}",
                 code="adapter-newer-format",
                 where=str(file),
                 hint="update milora-vl, or load the folder with stock PEFT as a plain LoRA",

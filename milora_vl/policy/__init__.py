@@ -1,4 +1,4 @@
-"""Which modules train, and how: rules, selectors, ranks from spectra, and their resolution on a model."""
+"""Policies: rules that select the modules to train, with method and rank, and their resolution on a model."""
 
 from milora_vl.policy.policy import Policy
 from milora_vl.policy.protect import Protect

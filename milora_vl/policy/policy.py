@@ -1,4 +1,11 @@
-"""A policy: rules in order, a later one overrides the fields it names. All faults are reported together."""
+"""A policy: an ordered list of rules. A later rule overrides the fields that it sets.
+
+    - {modules: language, method: milora, rank: 64}
+    - {modules: "language.layers[0-3].mlp", rank: 128}      # the first four MLPs: milora, rank 128
+    - {modules: projector, method: full, learning_rate: 2.0e-5}
+
+`Policy.parse` reads the rules, `Policy.resolve` applies them to a model. Both collect all problems before they raise.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +28,15 @@ if TYPE_CHECKING:  # torch takes a second, and reading rules needs none of it
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Rules in order. What no rule matches is frozen."""
+    """An ordered list of rules. Modules that no rule matches are frozen."""
 
     rules: tuple[Rule, ...]
 
     @staticmethod
     def parse(source: str | Sequence[Mapping[str, Any] | Rule] | Policy) -> Policy:
-        """Read rules from YAML text or from a list of mappings.
+        """Return the policy in a YAML text or in a list of mappings.
 
-        Raises PolicyError with all faults together: unknown keys (with the nearest known one), wrong types, values
-        out of range.
+        Raises PolicyError with all problems: unknown keys, wrong types, values out of range.
 
         >>> Policy.parse("- {modules: language, method: milora, rank: 8}").rules[0].rank
         8
@@ -49,7 +55,7 @@ class Policy:
         *,
         cache_dir: str | Path | None = None,
     ) -> list[Target]:
-        """Parse and resolve in one go, so that the faults of both come in one PolicyError."""
+        """Return the targets of a policy. Problems of parsing and of resolving come in one PolicyError."""
         from milora_vl.policy.resolve import resolve
 
         if isinstance(source, Policy):
@@ -64,33 +70,44 @@ class Policy:
         return targets
 
     def resolve(self, model: nn.Module, *, cache_dir: str | Path | None = None) -> list[Target]:
-        """Settle the rules on `model`: one Target per module that trains, in model order.
+        """Return one Target per module that trains, in model order.
 
-        Singular values, which ranks like `{energy: 0.01}` need, are kept in `cache_dir` and taken from there.
+        Ranks such as `{energy: 0.01}` need singular values, which are cached in `cache_dir`.
 
-        Raises PolicyError with all faults together: rules that match nothing, fields their method cannot use, ranks
+        Raises PolicyError with all problems: rules that match nothing, fields that the method does not use, ranks
         larger than a matrix.
+
+        >>> from torch import nn
+        >>> policy = Policy.parse("- {modules: language, method: milora, rank: 2}")
+        >>> [(t.path, t.shape, t.rank, t.alpha) for t in policy.resolve(nn.Sequential(nn.Linear(4, 6)))]
+        [('0', (6, 4), 2, 2.0)]
         """
-        from milora_vl.policy.resolve import resolve  # brings PEFT along; parsing a recipe does without
+        from milora_vl.policy.resolve import resolve  # imports PEFT, which parsing a recipe does not need
 
         return resolve(self.rules, model, cache_dir=cache_dir)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Return the rules as plain data, as in YAML."""
+        """Return the rules as mappings, as in YAML."""
         return [{"modules": r.modules, **{k: _plain(v) for k, v in r.named_fields().items()}} for r in self.rules]
 
 
 def _read(source: str | Sequence[Mapping[str, Any] | Rule]) -> tuple[list[Rule | None], list[Problem]]:
-    """The rules, and all faults. Of a faulty rule what is right of it; None where not even `modules` is."""
+    """Return the rules and all problems.
+
+    A rule with problems keeps its valid fields, so that resolving can find more. Without `modules` it is None.
+    """
     items = _load_yaml(source) if isinstance(source, str) else source
     if isinstance(items, Mapping) or not isinstance(items, Sequence) or isinstance(items, str):
         raise PolicyError(f"expected a list of rules, got {type(items).__name__}", code="policy-value", where="policy")
     rules: list[Rule | None] = []
-    problems = [] if items else [Problem("no rules, so nothing would train", "policy-empty", "policy")]
+    problems = []
+    if not items:
+        hint = "for example  - {modules: language, method: milora, rank: 64}"
+        problems = [Problem("no rules, so nothing would train", "policy-empty", "policy", hint)]
     for number, item in enumerate(items):
-        rule, found = (item, []) if isinstance(item, Rule) else _parse_rule(item)
+        rule, rule_problems = (item, []) if isinstance(item, Rule) else _parse_rule(item)
         rules.append(rule)
-        problems += [problem.inside(f"policy[{number}]") for problem in found]
+        problems += [problem.inside(f"policy[{number}]") for problem in rule_problems]
     return rules, problems
 
 
@@ -117,7 +134,8 @@ def _parse_rule(item: object) -> tuple[Rule | None, list[Problem]]:
     known = [f.name for f in dataclasses.fields(Rule)]
     problems = [_unknown(f".{key}", str(key), known) for key in item if key not in known]
     if "modules" not in item:
-        problems.append(Problem("missing", "policy-value", ".modules"))
+        hint = "for example  modules: language"
+        problems.append(Problem("missing", "policy-value", ".modules", hint))
     fields = {key: value for key, value in item.items() if key in known}
     for name, reader in (("rank", _parse_rank), ("sigma", _parse_sigma), ("protect", _parse_protect)):
         try:
@@ -135,10 +153,10 @@ def _parse_rule(item: object) -> tuple[Rule | None, list[Problem]]:
     return (rule if rule.modules != "?" else None), problems
 
 
-def _unknown(place: str, key: str, known: Sequence[str]) -> Problem:
+def _unknown(where: str, key: str, known: Sequence[str]) -> Problem:
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-    return Problem("unknown key", "policy-unknown-key", place, hint)
+    return Problem("unknown key", "policy-unknown-key", where, hint)
 
 
 def _parse_rank(value: Any) -> Any:
@@ -154,14 +172,14 @@ def _parse_protect(value: Any) -> Any:
     _require_known("protect", value, Protect)
     if "top" not in value:
         raise PolicyError(
-            "missing: how many of the first singular directions", code="policy-protect", where=".protect.top"
+            "missing: the number of singular directions to protect", code="policy-protect", where=".protect.top"
         )
     return Protect(**value)
 
 
-def _require_known(place: str, value: Mapping[str, Any], kind: type[SpectralRank] | type[Protect]) -> None:
+def _require_known(field: str, value: Mapping[str, Any], kind: type[SpectralRank] | type[Protect]) -> None:
     known = [f.name for f in dataclasses.fields(kind)]
-    problems = [_unknown(f".{place}.{key}", str(key), known) for key in value if key not in known]
+    problems = [_unknown(f".{field}.{key}", str(key), known) for key in value if key not in known]
     if problems:
         raise PolicyError(problems=problems)
 

@@ -1,4 +1,4 @@
-"""The field `protect` of a rule: which singular directions of a weight its update stays out of, and how."""
+"""The field `protect` of a rule: the singular directions of a weight that its update must not change, and how."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ from typing import Any, Literal, get_args
 from milora_data.errors import Problem
 
 ProtectedBy = Literal["projection", "basis", "penalty"]
-# Those whose update can stay outside. PiSSA trains the first directions themselves, a random part may hold some, and
-# DoRA, OLoRA and MiCA change or start from them.
+# Methods whose update can be orthogonal to the first directions. PiSSA trains these directions, a random part may
+# contain some of them, and DoRA, OLoRA and MiCA change them or start from them.
 PROTECTING_METHODS = ("milora", "lora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protect:
-    """Keep the update out of the `top` first singular directions of its weight, on both sides, while it trains.
+    """Keep the update orthogonal to the first `top` singular directions of its weight, on both sides.
 
-    With V (in, k) and U (out, k) the first k right and left singular vectors of the base weight:
+    V (in, k) and U (out, k) are the first k right and left singular vectors of the base weight. `by` is one of:
 
-    `projection`: every step of the optimizer is followed by A <- A - (A V) V' and B <- B - U (U'B); `basis`: gradients
-    are projected so too, before the optimizer sees them, which makes the training that of factors written as
-    A (I - V V') and (I - U U') B, OPLoRA's (arXiv:2510.13003), while A and B stay plain. With SGD both are the same;
-    Adam's moments hold what points into the directions under `projection`, nothing of it under `basis`.
-
-    `penalty`: weight/2 (||A V||^2 + ||U'B||^2), decoupled as AdamW's weight decay is, so that Adam's second moment does
-    not weaken it just where gradients are large, and losses stay comparable: after a step at learning rate lr, the
-    share lr weight / (1 + lr weight) of what `projection` would remove (the penalty's proximal step, stable at any
-    weight). At weight 1/lr that is half of it every step, and `projection` is the limit.
+    - `projection`: after every optimizer step, A <- A - (A V) V' and B <- B - U (U'B).
+    - `basis`: the gradients are projected too, before the optimizer reads them. This trains the factors A (I - V V')
+      and (I - U U') B of OPLoRA (arXiv:2510.13003), while A and B are stored as plain factors. With SGD both ways are
+      equal. Adam's moments contain the protected components under `projection`, and none under `basis`.
+    - `penalty`: add weight/2 (||A V||^2 + ||U'B||^2) to the loss, decoupled from the gradient like AdamW's weight
+      decay. Adam's second moment then does not weaken it, and losses stay comparable. It is computed as a proximal
+      step, which is stable for any weight: a step at learning rate lr removes the share lr weight / (1 + lr weight) of
+      the protected components. A weight of 1/lr removes half of them per step; `projection` is the limit.
     """
 
     top: int
@@ -36,11 +35,11 @@ class Protect:
 
     @property
     def is_hard(self) -> bool:
-        """Tell whether nothing of the update is left in the directions after a step."""
+        """Return True if a step leaves no component in the protected directions."""
         return self.by != "penalty"
 
     def share(self, learning_rate: float) -> float:
-        """Return which share of what lies in the directions is removed after a step.
+        """Return the share of the protected components that is removed after a step.
 
         >>> Protect(top=8).share(2e-4), Protect(top=8, by="penalty", weight=5000.0).share(2e-4)
         (1.0, 0.5)
@@ -50,12 +49,12 @@ class Protect:
         return learning_rate * self.weight / (1 + learning_rate * self.weight)
 
     def __str__(self) -> str:
-        """For tables."""
+        """Return the text for tables, for example `top 64 by projection`."""
         return f"top {self.top} by {self.by}" + ("" if self.weight is None else f" {self.weight:g}")
 
 
 def protect_problems(value: Any) -> list[Problem]:
-    """What is wrong with a rule's `protect`, each with its place."""
+    """Return the problems of a rule's `protect`, each with its place."""
 
     def wrong(field: str, message: str, hint: str = "") -> Problem:
         return Problem(message, "policy-protect", f".protect{field}", hint)
@@ -64,22 +63,22 @@ def protect_problems(value: Any) -> list[Problem]:
         return []
     if not isinstance(value, Protect):
         return [wrong("", f"expected a mapping such as {{top: 64}} or {{top: 64, by: basis}}, got {value!r}")]
-    found = []
+    problems = []
     if isinstance(value.top, bool) or not isinstance(value.top, int) or value.top < 1:
-        found.append(wrong(".top", f"expected how many directions, from 1, got {value.top!r}"))
+        problems.append(wrong(".top", f"expected a positive number of directions, got {value.top!r}"))
     if value.by not in get_args(ProtectedBy):
-        found.append(wrong(".by", f"expected one of {', '.join(get_args(ProtectedBy))}, got {value.by!r}"))
+        problems.append(wrong(".by", f"expected one of {', '.join(get_args(ProtectedBy))}, got {value.by!r}"))
     elif value.by != "penalty" and value.weight is not None:
-        found.append(wrong(".weight", f"by {value.by} cannot use it, it is for by: penalty"))
+        problems.append(wrong(".weight", f"by: {value.by} does not use it, only by: penalty does", "remove it"))
     elif value.by == "penalty" and not _is_positive(value.weight):
-        found.append(
+        problems.append(
             wrong(
                 ".weight",
-                f"by penalty needs a number above 0, got {value.weight!r}",
-                "1/learning rate halves what is inside at every step",
+                f"by: penalty needs a number above 0, got {value.weight!r}",
+                "1 / learning rate removes half of the protected components per step",
             )
         )
-    return found
+    return problems
 
 
 def _is_positive(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Ranks found from singular values: a share of the energy, a threshold, or a budget of parameters shared out."""
+"""Ranks that depend on singular values: a share of the energy, a threshold, or a shared budget of parameters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from milora_vl.weights.matrices import matrix_shape, read_matrix
 
 
 def find_rank(rank: int | SpectralRank, module: nn.Module, cache: Path | None = None) -> int:
-    """Return the rank itself, or the one the weight's spectrum gives; its upper bound on the meta device.
+    """Return a fixed rank unchanged, and compute a spectral rank from the singular values of the weight.
 
-    For a budget see `share_budget`. `cache` is a folder that keeps singular values.
+    On the meta device, where weights have no values, this is the upper bound. `share_budget` computes budgets. `cache`
+    is a folder for singular values.
     """
     if isinstance(rank, int):
         return rank
@@ -27,11 +28,11 @@ def find_rank(rank: int | SpectralRank, module: nn.Module, cache: Path | None = 
 
 
 def share_budget(rank: SpectralRank, modules: Mapping[str, nn.Module], cache: Path | None = None) -> dict[str, int]:
-    """Share `rank.budget` trainable parameters out among the modules; the ranks by path.
+    """Distribute `rank.budget` trainable parameters over the modules, and return the ranks by path.
 
-    A rank of one costs out + in. Components are taken in the order of sigma/sigma_max, the smallest first, so that all
-    modules end at about the same threshold; `min` and `max` hold for each. Without weights all ranks are equal.
-    Raises PolicyError for a budget that `min` alone exceeds.
+    Each unit of rank costs out + in parameters. Components are added in ascending order of sigma/sigma_max, so all
+    modules end at about the same threshold. Every rank stays within `min` and `max`. On the meta device all ranks are
+    equal. Raises PolicyError if the budget is smaller than `min` requires.
     """
     assert rank.budget is not None
     cost = {path: sum(matrix_shape(module)) for path, module in modules.items()}
@@ -40,9 +41,10 @@ def share_budget(rank: SpectralRank, modules: Mapping[str, nn.Module], cache: Pa
     left = rank.budget - sum(ranks[path] * cost[path] for path in modules)
     if left < 0:
         raise PolicyError(
-            f"{rank.budget:,} parameters are too few, rank {rank.min} in every module takes {rank.budget - left:,}",
+            f"{rank.budget:,} parameters are too few: rank {rank.min} in every module needs {rank.budget - left:,}",
             code="policy-rank",
             where=".rank.budget",
+            hint="raise the budget, or select fewer modules",
         )
     if any(_is_meta(module) for module in modules.values()):
         equal = rank.budget // sum(cost.values())
@@ -53,7 +55,7 @@ def share_budget(rank: SpectralRank, modules: Mapping[str, nn.Module], cache: Pa
     while queue:
         _, path = heapq.heappop(queue)
         if cost[path] > left:
-            continue  # its later components cost as much
+            continue  # all further components of this module cost the same
         left -= cost[path]
         ranks[path] += 1
         if ranks[path] < largest[path]:
@@ -74,7 +76,7 @@ def _ascending(module: nn.Module, cache: Path | None) -> Tensor:
 
 
 def _shares(module: nn.Module, cache: Path | None) -> list[float]:
-    """sigma/sigma_max, ascending; rounded, so that equal shares are equal on every machine and go by path."""
+    """Return sigma/sigma_max, ascending, rounded to 5 digits: ties are then equal on every machine, and go by path."""
     sigma = _ascending(module, cache)
     return [float(f"{float(share):.5g}") for share in sigma / sigma[-1].clamp(min=1e-30)]
 

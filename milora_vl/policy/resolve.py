@@ -1,4 +1,11 @@
-"""Settle the rules of a policy on a model: full paths, every field decided, all faults reported together."""
+"""Resolve the rules of a policy on a model: full module paths, and a value for every field.
+
+1. `_collect` applies the rules in order; the `_Plan` of a module holds the fields that its rules have set so far.
+2. `_share_budgets` replaces parameter budgets by ranks, because a budget concerns several modules.
+3. `_resolve_targets` computes rank and alpha of each module and returns a Target.
+
+All problems are collected and raised together.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +22,15 @@ from torch import nn
 
 from milora_data.errors import Problem
 from milora_vl.policy.ranks import find_rank, share_budget
-from milora_vl.policy.rules import FIELDS_OF_METHOD, WHOLE_RUN_METHODS, PolicyError, Rule, SpectralRank, Target
+from milora_vl.policy.rules import (
+    FIELDS_OF_METHOD,
+    METHODS,
+    WHOLE_RUN_METHODS,
+    PolicyError,
+    Rule,
+    SpectralRank,
+    Target,
+)
 from milora_vl.policy.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
 from milora_vl.weights.matrices import is_adaptable, matrix_shape, why_refused
@@ -23,7 +38,7 @@ from milora_vl.weights.matrices import is_adaptable, matrix_shape, why_refused
 
 @dataclass(frozen=True, slots=True)
 class RankTooLarge(Problem):
-    """A rank above the size of a matrix, with both numbers."""
+    """A rank larger than a matrix. `rank` and `largest` give other code both numbers."""
 
     rank: int = 0
     largest: int = 0
@@ -37,9 +52,10 @@ class RankTooLarge(Problem):
 
 @dataclass(slots=True)
 class _Plan:
-    """What the rules so far say about one module.
+    """The fields that the rules have set for one module so far.
 
-    `alpha_at` is the rank in force when alpha was set, `rank_from` the number of the rule that set the rank.
+    `alpha_at` is the rank that was valid when alpha was set, `rank_from` the number of the rule that set the rank.
+    `rules` holds the numbers of all rules that selected the module.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
@@ -48,7 +64,7 @@ class _Plan:
     rules: list[int] = field(default_factory=list)
 
     def apply(self, number: int, named: dict[str, Any]) -> None:
-        """Take over the fields of rule `number`; a new method drops what it cannot use of earlier rules."""
+        """Apply the fields of rule `number`. A new method drops earlier fields that it does not use."""
         usable = FIELDS_OF_METHOD.get(named.get("method", self.fields.get("method", "")), None)
         if usable is not None:
             self.fields = {k: v for k, v in self.fields.items() if k == "method" or k in usable}
@@ -63,10 +79,10 @@ class _Plan:
 def resolve(
     rules: Sequence[Rule | None], model: nn.Module, *, is_complete: bool = True, cache_dir: str | Path | None = None
 ) -> list[Target]:
-    """Return one Target per module that trains, in model order. Raises PolicyError with all faults together.
+    """Return one Target per module that trains, in model order. Raises PolicyError with all problems.
 
-    With `is_complete` False some rules lack what was wrong with them (None: all): what is missing then is no fault.
-    `cache_dir` keeps singular values.
+    `is_complete` is False if parsing has removed invalid fields, or whole rules (None); missing fields are then not
+    reported. `cache_dir` is a folder for singular values.
     """
     cache = None if cache_dir is None else Path(cache_dir)
     selector = Selector(model, find_towers(model))
@@ -79,13 +95,13 @@ def resolve(
         if path in plans and plans[path].fields.get("method") not in ("frozen", None):
             targets.append((plans[path].rules[-1], path))
     _share_budgets([path for _, path in targets], plans, selector, problems, cache)
-    settled = _settle(targets, plans, selector, problems, is_complete, cache)
-    problems += _mixed_baselines(settled)
-    problems += _shared_weights(model, settled)
+    resolved = _resolve_targets(targets, plans, selector, problems, is_complete, cache)
+    problems += _mixed_baselines(resolved)
+    problems += _shared_weights(model, resolved)
     if problems:
         raise PolicyError(problems=list(dict.fromkeys(problems)))
-    _warn_of_experts(selector, settled)
-    return _without_nested(settled)
+    _warn_of_experts(selector, resolved)
+    return _without_nested(resolved)
 
 
 def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[Problem]) -> dict[str, _Plan]:
@@ -94,8 +110,8 @@ def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[Pr
         if rule is None:
             continue
         try:
-            whole = rule.method in ("full", "frozen")
-            paths = selector.match(rule.modules, whole_modules=whole, planned=plans.keys())
+            whole_modules = rule.method in ("full", "frozen")
+            paths = selector.match(rule.modules, whole_modules=whole_modules, planned=plans.keys())
         except SelectorError as error:
             problems += [problem.inside(f"policy[{number}].modules") for problem in error.problems]
             continue
@@ -105,17 +121,22 @@ def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[Pr
         methods = {plans[path].fields["method"] for path in paths if "method" in plans[path].fields}
         for method, name in product(sorted(methods), named):
             if name != "method" and name not in FIELDS_OF_METHOD[method]:
-                place = f"policy[{number}].{name}"
-                problems.append(Problem(f"method {method} cannot use it", "policy-unused-field", place))
+                where = f"policy[{number}].{name}"
+                problems.append(Problem(f"method {method} cannot use it", "policy-unused-field", where))
     return plans
 
 
 def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule | None]) -> list[Problem]:
-    """Rules of which no module has a method in the end: their fields would be ignored."""
+    """Return a problem for each rule whose modules all end without a method: its fields would be ignored."""
     useful = {number for plan in plans.values() if "method" in plan.fields for number in plan.rules}
     matched = {number for plan in plans.values() for number in plan.rules}
     return [
-        Problem(f'no rule gives a method to "{rule.modules}"', "policy-no-method", f"policy[{number}]")
+        Problem(
+            f'no rule gives a method to "{rule.modules}"',
+            "policy-no-method",
+            f"policy[{number}]",
+            f"add a method, one of {', '.join(METHODS)}",
+        )
         for number, rule in enumerate(rules)
         if rule is not None and number in matched - useful
     ]
@@ -124,7 +145,7 @@ def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule | None]) -> li
 def _share_budgets(
     paths: list[str], plans: dict[str, _Plan], selector: Selector, problems: list[Problem], cache: Path | None
 ) -> None:
-    """Replace every budget by the ranks it comes to; all modules whose rank one rule decides share that rule's."""
+    """Replace every budget by ranks. All modules whose rank comes from one rule share the budget of that rule."""
     sharing: dict[int, list[str]] = defaultdict(list)
     for path in paths:
         rank = plans[path].fields.get("rank")
@@ -133,18 +154,18 @@ def _share_budgets(
     for number, members in sharing.items():
         budget = plans[members[0]].fields["rank"]
         try:
-            found = share_budget(budget, {path: selector.modules[path] for path in members}, cache)
+            ranks = share_budget(budget, {path: selector.modules[path] for path in members}, cache)
         except PolicyError as error:
             problems += [problem.inside(f"policy[{number}]") for problem in error.problems]
-            found = dict.fromkeys(members, budget.min)
-        for path, rank in found.items():
+            ranks = dict.fromkeys(members, budget.min)
+        for path, rank in ranks.items():
             plan = plans[path]
             if plan.alpha_at is budget:
                 plan.alpha_at = rank
             plan.fields = {**plan.fields, "rank": rank}
 
 
-def _settle(
+def _resolve_targets(
     targets: list[tuple[int, str]],
     plans: dict[str, _Plan],
     selector: Selector,
@@ -152,21 +173,21 @@ def _settle(
     is_complete: bool,
     cache: Path | None,
 ) -> list[Target]:
-    """Decide rank and alpha of every target; faults are grouped per rule, as one rule may mean hundreds of modules."""
-    faults: dict[Problem, list[str]] = defaultdict(list)
-    settled = []
+    """Return a Target for each path. Equal problems of one rule are merged: a rule can select hundreds of modules."""
+    paths_of_problem: dict[Problem, list[str]] = defaultdict(list)
+    resolved = []
     for number, path in targets:
         if not is_complete and plans[path].fields["method"] != "full" and "rank" not in plans[path].fields:
             continue
         try:
-            settled.append(_target(path, plans[path], selector, cache))
+            resolved.append(_target(path, plans[path], selector, cache))
         except PolicyError as error:
             for problem in error.problems:
-                faults[problem.inside(f"policy[{number}]")].append(path)
-    for problem, paths in faults.items():
+                paths_of_problem[problem.inside(f"policy[{number}]")].append(path)
+    for problem, paths in paths_of_problem.items():
         more = f" and {len(paths) - 2:,} more" if len(paths) > 2 else ""
         problems.append(replace(problem, message=f"{problem.message}: {', '.join(paths[:2])}{more}"))
-    return settled
+    return resolved
 
 
 def _target(path: str, plan: _Plan, selector: Selector, cache: Path | None) -> Target:
@@ -176,38 +197,42 @@ def _target(path: str, plan: _Plan, selector: Selector, cache: Path | None) -> T
         return Target(path=path, shape=shape, tower=tower, **fields)
     refused = why_refused(module, fields["method"])
     if refused is not None:
-        raise PolicyError(f"no adapter on {refused}", code="policy-no-adapter", where=".modules")
+        hint = "use method: full, or do not select the module"
+        raise PolicyError(f"no adapter on {refused}", code="policy-no-adapter", where=".modules", hint=hint)
     shape = matrix_shape(module)
     if "rank" not in fields:
-        raise PolicyError(f"method {fields['method']} needs a rank", code="policy-no-rank", where=".rank")
+        hint = "for example  rank: 64"
+        raise PolicyError(f"method {fields['method']} needs a rank", code="policy-no-rank", where=".rank", hint=hint)
     rank = find_rank(fields["rank"], module, cache)
     if rank > min(shape) and fields["method"] not in ("lora", "dora"):
         raise PolicyError(problems=[RankTooLarge.of(rank, shape)])
     if "protect" in fields:
-        rank = _outside(rank, fields, module)
+        rank = _rank_beside_protected(rank, fields, module)
     alpha = _alpha(fields, plan, rank, module, cache)
     return Target(path=path, shape=shape, tower=tower, **{**fields, "rank": rank, "alpha": alpha})
 
 
-def _outside(rank: int, fields: dict[str, Any], module: nn.Module) -> int:
-    """The rank, if the matrix has so many directions besides the protected ones."""
+def _rank_beside_protected(rank: int, fields: dict[str, Any], module: nn.Module) -> int:
+    """Return the rank. Raises PolicyError if the matrix has too few directions beside the protected ones."""
     top, shape = fields["protect"].top, matrix_shape(module)
-    room = min(shape) - top
-    if isinstance(fields["rank"], SpectralRank) and next(module.parameters()).is_meta and room >= 1:
-        return min(rank, room)  # without weights the rank is an upper bound
-    if rank > room:
+    largest = min(shape) - top
+    if isinstance(fields["rank"], SpectralRank) and next(module.parameters()).is_meta and largest >= 1:
+        return min(rank, largest)  # without weights the rank is an upper bound
+    if rank > largest:
         raise PolicyError(
             f"top {top} and rank {rank} are more directions than the {min(shape)} of shape {shape}",
             code="policy-protect",
             where=".protect",
+            hint=f"with rank {rank}, top can be at most {min(shape) - rank}" if rank < min(shape) else "",
         )
     return rank
 
 
 def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module, cache: Path | None) -> float:
-    """The rank unless set; alpha set together with another rank than the final one keeps its scale.
+    """Return alpha; the default is the rank, which gives a scaling of 1.
 
-    The scale is alpha/rank, or alpha/sqrt(rank) with rsLoRA.
+    If a later rule changes the rank, alpha changes too, so that the scaling stays: alpha/rank, or alpha/sqrt(rank) with
+    rsLoRA.
     """
     if "alpha" not in fields:
         return float(rank)
@@ -218,7 +243,7 @@ def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module, ca
 
 
 def _mixed_baselines(targets: Sequence[Target]) -> list[Problem]:
-    """DoRA, OLoRA and MiCA are PEFT's for all modules of an adapter."""
+    """Return a problem if a baseline is mixed with other methods: PEFT has one DoRA, OLoRA or MiCA per adapter."""
     methods = sorted({t.method for t in targets if t.rank is not None})
     baselines = [method for method in methods if method in WHOLE_RUN_METHODS]
     if baselines and len(methods) > 1:
@@ -228,19 +253,19 @@ def _mixed_baselines(targets: Sequence[Target]) -> list[Problem]:
                 f"{baselines[0]} is a baseline for a whole run, it does not mix with {others}",
                 "policy-mixed-baseline",
                 "policy",
+                f"use {baselines[0]} in all rules that have an adapter",
             )
         ]
     if baselines == ["mica"] and tuple(map(int, version("peft").split(".")[:2])) < (0, 20):
-        return [
-            Problem(f"method mica needs peft 0.20 or newer, this is {version('peft')}", "package-version", "policy")
-        ]
+        message = f"method mica needs peft 0.20 or newer, found {version('peft')}"
+        return [Problem(message, "package-version", "policy", "pip install -U peft")]
     return []
 
 
 def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[Problem]:
-    """Targets whose weight another module shares: stock PEFT would merge and save them wrongly.
+    """Return a problem for each target whose weight another module shares: stock PEFT merges and saves it wrongly.
 
-    Without PEFT, where nothing but whole modules trains, the rules must only name all that have the weight.
+    If only whole modules train, PEFT is not used, and the rules must select all modules that share the weight.
     """
     paths = [target.path for target in targets]
     is_whole = all(target.rank is None for target in targets)
@@ -254,7 +279,7 @@ def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[Problem
             f"shares its weight with {next(o for o in shared[path] if o != path)}",
             "policy-tied-weight",
             path,
-            "untie them before, or let no rule name it",
+            "untie the weights first, or select neither module",
         )
         for path in paths
         if path in shared
@@ -262,7 +287,7 @@ def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[Problem
 
 
 def _warn_of_experts(selector: Selector, targets: Sequence[Target]) -> None:
-    """Mixtures of experts keep these as one 3-D parameter, which is no layer that an adapter could sit on."""
+    """Warn about mixtures of experts whose weights are one 3-D parameter, which adapters do not support."""
     blocks = {(t.tower, selector.towers.block_of(t.path)) for t in targets if t.method != "frozen"}
     experts = [
         path
@@ -271,13 +296,13 @@ def _warn_of_experts(selector: Selector, targets: Sequence[Target]) -> None:
     ]
     if experts:
         warnings.warn(
-            f"{len(experts):,} modules hold experts as 3-D weights (first: {experts[0]}): "
-            "no adapter can sit on them, they stay as they are",
+            f"{len(experts):,} modules hold experts as 3-D weights (first: {experts[0]}). "
+            "Adapters do not support them, so they are not trained.",
             stacklevel=4,
         )
 
 
 def _without_nested(targets: list[Target]) -> list[Target]:
-    """Drop targets inside a module that trains as a whole: its copy holds them already."""
-    whole = [t.path for t in targets if t.method == "full"]
-    return [t for t in targets if not any(t.path.startswith(f"{path}.") for path in whole)]
+    """Drop targets inside a module that trains in full: PEFT's copy of that module contains them."""
+    full = [t.path for t in targets if t.method == "full"]
+    return [t for t in targets if not any(t.path.startswith(f"{path}.") for path in full)]

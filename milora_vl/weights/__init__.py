@@ -1,1 +1,1 @@
-"""One weight of a model: read as a matrix, fingerprinted, its factors cached, work shared across processes."""
+"""One weight of a model: read it as a matrix, fingerprint it, cache its factors, share the work across processes."""

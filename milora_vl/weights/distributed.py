@@ -1,4 +1,4 @@
-"""Work dealt out to the processes of a distributed run, one piece to each at a time, and its results shared."""
+"""Distribute work over the processes of a distributed run, one piece per process at a time, and share the results."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ Piece = TypeVar("Piece")
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return the rank of this process and their number; (0, 1) where nothing is distributed."""
+    """Return the rank of this process and the number of processes: (0, 1) without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def assign_work(pieces: Sequence[tuple[float, Piece]]) -> list[list[Piece]]:
-    """Return (cost, piece) in hands of at most one piece per process, pieces of like cost together.
+    """Group (cost, piece) pairs into batches of at most one piece per process, and return the pieces.
 
-    The largest come first, and a hand takes as long as its largest piece. One process keeps the order as it is.
+    With several processes the pieces are sorted by descending cost: a batch takes as long as its most expensive piece,
+    so pieces of similar cost belong together.
+
+    >>> assign_work([(1.0, "a"), (9.0, "b")])  # a single process keeps the order
+    [['a'], ['b']]
     """
     _, processes = rank_and_world_size()
     if processes > 1:
@@ -31,7 +35,7 @@ def assign_work(pieces: Sequence[tuple[float, Piece]]) -> list[list[Piece]]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return what every process gives, by rank: small picklable things."""
+    """Return the values of all processes, by rank. They must be small and picklable."""
     _, processes = rank_and_world_size()
     if processes == 1:
         return [value]
@@ -43,22 +47,23 @@ def gather(value: Any) -> list[Any]:
 def broadcast(
     tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: int
 ) -> Tensor:
-    """Return the owner's tensor in every process, bit for bit; the others pass None."""
+    """Return the tensor of process `owner` in every process, with identical bits. Other processes pass None."""
     rank, processes = rank_and_world_size()
     if processes == 1:
         assert tensor is not None
         return tensor
-    travels = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    is_nccl = dist.get_backend() == "nccl"
+    transfer_device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
     if rank == owner:
         assert tensor is not None
-        buffer = tensor.to(travels).contiguous()
+        buffer = tensor.to(transfer_device).contiguous()
     else:
-        buffer = torch.empty(shape, dtype=dtype, device=travels)
+        buffer = torch.empty(shape, dtype=dtype, device=transfer_device)
     dist.broadcast(buffer, src=owner)
     return buffer.to(device)
 
 
 def from_first_rank(tensor: Tensor) -> Tensor:
-    """Return the tensor as rank 0 has it: signs and nearly equal components may differ between machines."""
+    """Return the tensor of rank 0 in every process: signs and nearly equal components can differ between machines."""
     rank, _ = rank_and_world_size()
     return broadcast(tensor if rank == 0 else None, tuple(tensor.shape), tensor.dtype, tensor.device, owner=0)

@@ -1,7 +1,7 @@
-"""Factors and spectra on disk, so that a second run with the same weights does not decompose them again.
+"""Cache factors and spectra on disk, so that a second run with the same weights does not decompose them again.
 
-The key is a hash of the weight's bytes, the rank, the part and the version of the algorithm. An entry carries a hash of
-its own bytes: a damaged one is made anew.
+The key is a hash of the weight's bytes, the rank, the part and the version of the algorithm. An entry also contains a
+hash of its content; a damaged entry is computed again.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from torch import Tensor
 
 from milora_vl.svd import Factors, singular_values
 
-# Raise it when the same weight, rank and part may give other factors.
+# Increase this number if the same weight, rank and part can give other factors.
 ALGORITHM = 2
 _TENSORS = ("U", "S", "Vh", "index")
 
 
 def cache_key(W: Tensor, rank: int, part: str, salt: int) -> str:
-    """Return the name of the entry for a weight (out, in); `salt` tells random parts of equal weights apart."""
+    """Return the name of the entry for a weight (out, in). `salt` is the seed of a random part."""
     digest = hashlib.sha256(f"{ALGORITHM} {tuple(W.shape)} {W.dtype} {rank} {part} {salt}".encode())
-    # A transposed view is hashed as it lies in memory: nothing is copied.
-    lies = W.detach().cpu()
-    lies, order = (lies, b"rows") if lies.is_contiguous() else (lies.T.contiguous(), b"columns")
-    digest.update(order + _digest(lies))
+    # A transposed view is hashed in memory order, without a copy.
+    values = W.detach().cpu()
+    values, order = (values, b"rows") if values.is_contiguous() else (values.T.contiguous(), b"columns")
+    digest.update(order + _digest(values))
     return digest.hexdigest()
 
 
 def read_factors(folder: Path, key: str) -> Factors | None:
-    """Return a stored entry, None where there is none, it is damaged, or it is another's under this name."""
-    found = _read(folder, key, _TENSORS)
-    if found is None:
+    """Return a stored entry, or None if it is missing, damaged or stored under another key."""
+    entry = _read(folder, key, _TENSORS)
+    if entry is None:
         return None
-    tensors, metadata = found
+    tensors, metadata = entry
     try:
         norm, sigma_max, excess = (float(metadata[name]) for name in ("norm", "sigma_max", "excess"))
         return Factors(**tensors, norm=norm, sigma_max=sigma_max, excess=excess, method=metadata["method"])
@@ -49,7 +49,7 @@ def read_factors(folder: Path, key: str) -> Factors | None:
 
 
 def write_factors(folder: Path, key: str, factors: Factors) -> None:
-    """Store an entry; another process sees it whole or not at all. Raises OSError where it cannot be written."""
+    """Store an entry atomically. Raises OSError if it cannot be written."""
     tensors = {
         "U": factors.U.cpu().contiguous(),
         "S": factors.S.cpu().contiguous(),
@@ -66,21 +66,21 @@ def write_factors(folder: Path, key: str, factors: Factors) -> None:
 
 
 def cached_singular_values(W: Tensor, folder: Path | None) -> Tensor:
-    """Return all singular values of W (out, in), descending, on the CPU; from the cache where it has them.
+    """Return all singular values of W (out, in), descending, on the CPU, from the cache if it has them.
 
-    Raises ValueError for NaN and infinity; warns where the cache cannot be written.
+    Raises ValueError for NaN and infinite values. Warns if the cache cannot be written.
     """
     if folder is None:
         return singular_values(W).cpu()
     key = cache_key(W, min(W.shape), "values", 0)
-    found = _read(folder, key, ("S",))
-    if found is not None:
-        return found[0]["S"]
+    entry = _read(folder, key, ("S",))
+    if entry is not None:
+        return entry[0]["S"]
     values = singular_values(W).cpu()
     try:
         _write(folder, key, {"S": values}, {})
     except OSError as error:
-        warnings.warn(f"singular values are not kept in {folder}: {error}", stacklevel=2)
+        warnings.warn(f"singular values are not cached in {folder}: {error}", stacklevel=2)
     return values
 
 
@@ -102,7 +102,7 @@ def _write(folder: Path, key: str, tensors: Mapping[str, Tensor], metadata: Mapp
     metadata = {**metadata, "hash": _hash(key, tensors, metadata)}
     part = folder / f".{key}.{uuid4().hex}"
     try:
-        # Not safetensors' save_file: its files can be read by their owner alone, and a cache may be shared.
+        # safetensors' save_file makes files that only the owner can read, but a cache may be shared.
         part.write_bytes(save(dict(tensors), metadata=metadata))
         part.replace(folder / f"{key}.safetensors")
     finally:
@@ -119,5 +119,5 @@ def _hash(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
 
 
 def _digest(tensor: Tensor) -> bytes:
-    """A hash of a contiguous tensor's bytes at the speed of memory; it guards against accidents, not attacks."""
+    """Return a fast hash of a contiguous tensor's bytes. It protects against accidents, not against attacks."""
     return xxhash.xxh3_128_digest(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,7 +1,7 @@
-"""A sketch of a weight, to tell whether an adapter meets the base model it was made for.
+"""Fingerprints of weights, which detect that an adapter is loaded on another base model than it was made for.
 
-A few fixed random projections u^T W v (entries of u and v are +-1) and the norm of W. Two roundings of one weight agree
-within the coarser dtype; two different weights do not.
+A fingerprint (`Sketch`) holds a few fixed random projections u' W v, where the entries of u and v are +1 or -1, and the
+norm of W. Two roundings of one weight agree within the precision of the coarser dtype; two different weights do not.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from milora_vl.svd import frobenius
 
 PROJECTIONS = 8
-# Rounding to b bits moves a projection by about 0.3 eps ||W||_F; the largest of many thousands stays below 2 eps.
+# Rounding changes a projection by about 0.3 eps ||W||_F; the largest change of many thousands stays below 2 eps.
 ALLOWED_EPS = 2.0
-# Sums of many products in float32 differ between machines.
+# Long float32 sums differ between machines.
 FLOAT32_NOISE = 2e-5
-# What dequantised weights are worth: NF4 is off by some 9 % of ||W||_F, 8 bits by less than 1 %. The norms of two
-# different models differ by more than the first allows.
+# The relative precision of dequantized weights: the error of NF4 is about 9 % of ||W||_F, of 8 bits below 1 %. The
+# norms of two different models differ by more than the first value allows.
 QUANTIZED_EPS = {torch.uint8: 0.25, torch.int8: 0.02}
 
 
@@ -37,13 +37,13 @@ class Sketch:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sketch:
-        """Read a sketch back from JSON."""
+        """Return the sketch that was stored as JSON."""
         rows, columns = data["shape"]
         return cls(tuple(data["values"]), float(data["norm"]), (int(rows), int(columns)), float(data["eps"]))
 
 
 def sketch(W: Tensor, shape: tuple[int, int] | None = None) -> Sketch:
-    """Return the sketch of W (out, in); of its first rows and columns with `shape` (padded vocabularies)."""
+    """Return the sketch of W (out, in), or of its first rows and columns given by `shape` (padded vocabularies)."""
     eps = _precision(W)
     rows, columns = shape or (W.shape[0], W.shape[1])
     W = W[:rows, :columns].detach().float()
@@ -54,9 +54,14 @@ def sketch(W: Tensor, shape: tuple[int, int] | None = None) -> Sketch:
 
 
 def distance(saved: Sketch, W: Tensor, eps: float = 0.0) -> float:
-    """Return how far W is from the sketched weight, in units of what rounding explains; above 1 it is another.
+    """Return the distance of W (out, in) from the sketched weight, as a multiple of the rounding error.
 
-    `eps` is the relative precision of a W that was dequantised, which its own dtype does not show.
+    A distance above 1 means another weight. `eps` is the relative precision of a dequantized W, which its dtype does
+    not show.
+
+    >>> W = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    >>> distance(sketch(W), W.bfloat16()) < 1 < distance(sketch(W), 1.1 * W)
+    True
     """
     if W.shape[0] < saved.shape[0] or W.shape[1] < saved.shape[1]:
         return float("inf")
@@ -65,13 +70,13 @@ def distance(saved: Sketch, W: Tensor, eps: float = 0.0) -> float:
     allowed = FLOAT32_NOISE + ALLOWED_EPS * max(
         saved.eps if saved.eps > 1e-6 else 0.0, here.eps if here.eps > 1e-6 else 0.0
     )
-    apart = max(abs(a - b) for a, b in zip(saved.values, here.values, strict=True))
-    norms = abs(saved.norm - here.norm) / max(saved.norm, here.norm, 1e-30)
-    return max(apart, norms) / allowed
+    difference = max(abs(a - b) for a, b in zip(saved.values, here.values, strict=True))
+    norm_difference = abs(saved.norm - here.norm) / max(saved.norm, here.norm, 1e-30)
+    return max(difference, norm_difference) / allowed
 
 
 def _precision(W: Tensor) -> float:
-    """The rounding unit of the values: a half-precision checkpoint that was loaded wider is still rounded."""
+    """Return the rounding unit of the values. A half-precision checkpoint loaded in float32 is still coarse."""
     start = W[:64].detach()
     coarse = [t for t in (torch.bfloat16, torch.float16) if torch.equal(start.to(t).to(start.dtype), start)]
     return max(torch.finfo(dtype).eps for dtype in [W.dtype, *coarse])
@@ -79,7 +84,10 @@ def _precision(W: Tensor) -> float:
 
 @lru_cache(maxsize=64)
 def _signs(length: int, side: int) -> Tensor:
-    """Signs (length, PROJECTIONS) that depend on nothing but length and side; numpy's or a device's rng would."""
+    """Return signs (length, PROJECTIONS) that depend only on `length` and `side`.
+
+    A generator of numpy or torch could give other numbers in another version or on another device.
+    """
     index = torch.arange(length * PROJECTIONS, dtype=torch.int64) + (side + 1) * 0x9E3779B97F4A7C15 % 2**62
     mixed = (index ^ (index >> 30)) * 0x3F58476D1CE4E5B9
     mixed = (mixed ^ (mixed >> 27)) * 0x14D049BB133111EB

@@ -1,6 +1,6 @@
-"""Layer kinds an adapter can sit on, and their weight as one matrix (out, in) in PEFT's orientation.
+"""The layer types that adapters support, and their weight as one matrix (out, in) in PEFT's orientation.
 
-`read_matrix` reads it whatever holds it: a plain weight, a quantised one, or one that ZeRO-3 has partitioned.
+`read_matrix` returns the matrix of a plain weight, of a quantized one, and of a weight partitioned by ZeRO-3.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from transformers.pytorch_utils import Conv1D
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Tell whether an adapter can sit on this kind of layer (Linear, GPT-2's Conv1D, Conv2d, Embedding)."""
+    """Return True if adapters support this type of layer: Linear, GPT-2's Conv1D, Conv2d or Embedding."""
     return isinstance(module, nn.Linear | Conv1D | nn.Conv2d | nn.Embedding)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether the layer is a matrix product: Linear or GPT-2's Conv1D."""
+    """Return True if the layer is a matrix product: Linear or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """Return (out, in) of the layer's matrix, without its tensors: those are packed where it is quantised, and empty
-    where ZeRO-3 has cut it up.
+    """Return (out, in) of the layer's matrix.
+
+    The attributes of the module are used and not the shape of the weight, because quantized weights are packed and
+    weights under ZeRO-3 are empty. A Conv2d has in = in_channels / groups * kh * kw, an Embedding (dim, tokens).
     """
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
@@ -39,35 +41,35 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return `weight` of the layer as its matrix (out, in): a view, nothing is copied."""
+    """Return the layer's `weight` as a matrix (out, in). The result is a view."""
     if isinstance(module, Conv1D | nn.Embedding):
         return weight.T
     return weight.flatten(1)
 
 
 def why_refused(module: nn.Module, method: str = "lora") -> str | None:
-    """Return why an adapter of a method on this layer would be wrong in stock PEFT, None if it is right."""
+    """Return the kind of layer for which stock PEFT would compute this method wrongly, or None if it is correct."""
     if method in ("olora", "mica") and not is_linear(module):
-        return f"a layer of kind {type(module).__name__} with method {method}, which is for linear layers"
+        return f"a layer of type {type(module).__name__} with method {method}, which supports linear layers only"
     if method == "mica" and not next(module.parameters()).is_floating_point():
-        return "a quantised layer with method mica (PEFT reads float weights for it)"
+        return "a quantized layer with method mica (PEFT needs float weights for it)"
     if not isinstance(module, nn.Conv2d):
         return None
     if module.groups > 1:
         return f"a convolution in {module.groups} groups (PEFT cannot merge it)"
     if module.dilation != (1, 1) or module.padding_mode != "zeros":
-        return f"a convolution with dilation {module.dilation}, padding {module.padding_mode} (PEFT drops both)"
+        return f"a convolution with dilation {module.dilation}, padding {module.padding_mode} (PEFT ignores both)"
     return None
 
 
 def read_matrix(module: nn.Module) -> Tensor:
-    """Return the layer's weight (out, in), detached: a view where it is plain, a copy where it had to be gathered."""
+    """Return the layer's weight (out, in), detached. It is a view of a plain weight, and a copy under ZeRO-3."""
     with torch.no_grad(), gather_params_ctx(list(module.parameters(recurse=False)), modifier_rank=None):
         weight = as_matrix(module, dequantize_module_weight(module).detach())
         return weight.clone() if is_deepspeed_zero3_enabled() else weight
 
 
 def factor_dtype(module: nn.Module) -> torch.dtype:
-    """Return the dtype anchors are kept in: the weight's own, float32 where that is no dtype to train in."""
+    """Return the dtype of the anchor: the weight's own, or float32 for quantized weights."""
     dtype = module.get_parameter("weight").dtype
     return dtype if dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) else torch.float32

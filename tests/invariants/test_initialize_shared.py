@@ -75,4 +75,4 @@ def test_each_layer_is_decomposed_once_and_all_processes_hold_the_same_bits(tmp_
 def test_a_broken_weight_is_an_error_in_every_process(tmp_path: Path, weights: str) -> None:
     first, second = results_of_two(WORKER, tmp_path, weights, "broken")
     assert first == second
-    assert first["error"].startswith("2: the weight holds 1 values that are NaN or infinite")
+    assert first["error"].startswith("2: the weight contains 1 NaN or infinite values")
