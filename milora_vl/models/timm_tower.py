@@ -50,6 +50,7 @@ class TimmTower(PreTrainedModel):
         **kwargs: object,  # LlavaModel passes its keyword arguments on
     ) -> BaseModelOutput:
         """Return the features as `last_hidden_state` and as the only entry of `hidden_states`."""
+        pixel_values = pixel_values.to(next(self.parameters()).dtype)  # as transformers' own towers do
         levels = list(self.config.levels)
         if levels:
             final, maps = self.encoder.forward_intermediates(pixel_values, indices=levels)

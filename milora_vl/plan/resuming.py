@@ -51,8 +51,14 @@ class Resumed:
         Warns if the run has no recipe to compare with.
         """
         if self.recipe is None:
-            unknown = f"{self.folder} has no recipe.yaml, so its settings cannot be compared with the current ones"
-            return [unknown] if self.checkpoint is not None else []
+            if self.checkpoint is None:
+                return []
+            raise UserError(
+                "it has no recipe.yaml beside it, so nothing says which rates, data and template it was trained with",
+                code="resume-no-recipe",
+                where=str(self.checkpoint),
+                hint=f"copy the run's recipe.yaml into {self.folder}",
+            )
         recipe = base_model.named_as_composed(recipe, self.recipe.model)
         rules = recipe.policy or []
         if implicit_policy and len(rules) > len(self.recipe.policy or []):
@@ -137,7 +143,15 @@ class Resumed:
 
 def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:
     """Raise UserError if the run ends before its checkpoint, or if its schedule depends on a changed last step."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            "the checkpoint disappeared while it was read",
+            code="resume-other-writer",
+            where=str(checkpoint),
+            hint="another process may still train in this folder: stop it, then resume",
+        ) from None
     planned, now = state.get("max_steps", steps), Side(recipe, 1, "")
     if planned != steps and schedule_has_end(now):
         raise UserError(

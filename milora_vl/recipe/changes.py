@@ -116,7 +116,7 @@ def _is_same(key: str, before: Any, now: Any) -> bool:
         return True
     if key == "model":
         return _weights(before) == _weights(now)
-    return key in PLACES and _place(before) == _place(now)
+    return key in PLACES and resolved_paths(before) == resolved_paths(now)
 
 
 def _weights(name: str) -> str:
@@ -128,9 +128,10 @@ def _weights(name: str) -> str:
     return NAMED_MODELS.get(name, name)
 
 
-def _place(value: Any) -> Any:
+def resolved_paths(value: Any) -> Any:
+    """Return a data path, or the paths of several sources, in absolute form; hub names stay."""
     if isinstance(value, list):
-        return [{**source, "path": _place(source["path"])} for source in value]
+        return [{**source, "path": resolved_paths(source["path"])} for source in value]
     is_path = isinstance(value, str) and not value.startswith("hub:")
     return str(Path(value).resolve()) if is_path else value
 

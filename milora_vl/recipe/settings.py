@@ -17,6 +17,7 @@ from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.models.names import UnknownModelError
 from milora_vl.recipe import base_model, llava_flags, protection, yaml_file
 from milora_vl.recipe.arguments import PROG, Request
+from milora_vl.recipe.changes import resolved_paths
 from milora_vl.recipe.hf_arguments import overridden
 from milora_vl.recipe.on_model import of_default_rank, problems_on, require_float_weights
 from milora_vl.recipe.policy_edits import ADAPTERS, edited
@@ -168,7 +169,11 @@ def _without_evaluation(content: dict[str, Any], request: Request) -> list[str]:
     """Drop the held-out records of a recipe if --data_path replaces its data. Return a note about it."""
     data, flags = content["data"], request.overrides.get("data", {})
     held_out = data["eval_path"]
-    if held_out is None or "eval_path" in flags or flags.get("path", data["path"]) == data["path"]:
+    if (
+        held_out is None
+        or "eval_path" in flags
+        or (resolved_paths(flags.get("path", data["path"])) == resolved_paths(data["path"]))
+    ):
         return []
     data["eval_path"] = None
     for name in ("eval_strategy", "load_best_model_at_end"):

@@ -60,6 +60,17 @@ class LogBeforeSave(TrainerCallback):
             control.should_log = True
 
 
+class IntervalsOfThisRun(TrainerCallback):
+    """Log, evaluate and save as often as this command says.
+
+    HF's Trainer takes these intervals from the checkpoint when it resumes, whatever the flags are.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer's hook after the state of a checkpoint is loaded."""
+        state.compute_steps(args, state.max_steps)
+
+
 class TowerNorms(TrainerCallback):
     """Keep the gradient norm of each tower and the learning rate of each group for the next log line."""
 
@@ -135,7 +146,7 @@ class MiloraTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[stop := StopOnSignal(), LogBeforeSave()],
+            callbacks=[stop := StopOnSignal(), LogBeforeSave(), IntervalsOfThisRun()],
         )
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)

@@ -190,7 +190,11 @@ def _messages(sources: Sequence[Path], options: Options) -> Records:
             try:
                 converted = from_messages(value, number=number)
             except DataError as error:
-                raise with_context(error, f"{source}:{place}") from None
+                located = with_context(error, f"{source}:{place}")
+                if error.problems[0].code != "image-web-address":
+                    raise located from None
+                options.left_out.append(str(located))  # as a picture whose base64 is broken
+                continue
             yield from stored_pictures(converted, f"{source}:{place}", options.left_out)
 
 
