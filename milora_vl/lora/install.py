@@ -87,9 +87,11 @@ def _put(layer: LoraLayer, adapter: str, halves: Sequence[tuple[Tensor, Tensor]]
     """Replace the stock factors of `adapter`; `halves` is (trained, anchor) for A, then for B."""
     if adapter in layer.lora_embedding_A:
         for axis, stock_dict in enumerate((layer.lora_embedding_A, layer.lora_embedding_B)):
-            # It has this class already if another adapter was installed before.
-            is_ours = isinstance(stock_dict, EmbeddingHalves)
-            embedding = stock_dict if is_ours else EmbeddingHalves.take_over(stock_dict, axis)
+            embedding: EmbeddingHalves
+            if isinstance(stock_dict, EmbeddingHalves):  # another adapter was installed before
+                embedding = stock_dict
+            else:
+                embedding = EmbeddingHalves.take_over(stock_dict, axis)
             embedding.set_halves(adapter, *halves[axis])
         return
     for axis, stock in enumerate((layer.lora_A[adapter], layer.lora_B[adapter])):
