@@ -1,11 +1,19 @@
-"""The initial factors of a whole model: one streaming pass over its targets, one weight in memory at a time.
+"""Compute the initial factors A0 and B0 of all targets of a model (arXiv:2406.09044, section 3).
 
-Nothing of the model is changed here. Factors come rounded to the dtype of the base weight: the trained halves start at
-exactly these values, so that step 0 stays exact (arXiv:2406.09044, section 3; scaling as in the official script).
-Several processes share the work; all of them end with the same bits.
+For W = U S V' and the r chosen triplets U_r (out, r), S_r (r,), V_r (in, r), with s = alpha / r:
 
-`start_olora` is the start of OLoRA (arXiv:2406.01775), a baseline: the first r columns of Q and rows of R of W = Q R.
-It is PEFT's `olora_init` in the anchored form: the base weight stays as it is.
+    B0 = U_r sqrt(S_r / s)      (out, r)
+    A0 = sqrt(S_r / s) V_r'     (r, in)          so that s B0 A0 = U_r S_r V_r'
+
+The square root balances both factors, as in the paper's official script. Division by s makes the product independent of
+alpha, so W - s B0 A0 is W without its r components.
+
+One weight is in memory at a time, and the model is not changed. Factors are rounded to the dtype of the weight; the
+trained halves start at exactly these values, so step 0 is exact. With several processes each one decomposes a share of
+the weights, and all of them get identical bits.
+
+`start_olora` is the initialization of the baseline OLoRA (arXiv:2406.01775): the first r columns of Q and rows of R for
+W = Q R. It equals PEFT's `olora_init` in the anchored form, where the base weight is unchanged.
 """
 
 from __future__ import annotations
@@ -37,12 +45,15 @@ Progress = bool | Literal["lines"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
-    """What the initialisation did to one module. All sigma are those of the weight, before any floor.
+    """The result of initializing one module. All sigma belong to the weight W, before any floor.
 
-    `sigma_top` is the largest of all, an estimate from below where `svd` is gram or gram64. `energy` is the share of
-    ||W||_F^2 in the trained components, `excess` the certified bound of the error of their norm, `drift` how far the
-    step-0 weight is from W, relative to ||W||_F: 0 by construction in the anchored form. `protected` is how many of the
-    first singular directions the update stays out of.
+    - `sigma_min`, `sigma_max`: the smallest and largest singular value of the trained components.
+    - `sigma_top`: the largest singular value of W; a lower estimate if `svd` is gram or gram64.
+    - `energy`: the share of ||W||_F^2 in the trained components.
+    - `excess`: a certified bound on the error of their norm, see `Factors`.
+    - `drift`: ||W_0 - W||_F / ||W||_F for the weight W_0 at step 0; 0 in the anchored form.
+    - `protected`: the number of first singular directions that the update is orthogonal to.
+    - `seconds`: the time of the decomposition.
     """
 
     path: str
@@ -61,7 +72,7 @@ class LayerReport:
     protected: int = 0
 
     def __str__(self) -> str:
-        """One line for the screen."""
+        """Return one line for the terminal."""
         return (
             f"{self.path}  {self.shape[0]}x{self.shape[1]}  {self.method} rank {self.rank}  "
             f"sigma {self.sigma_max:.3g}..{self.sigma_min:.3g} of {self.sigma_top:.3g}  energy {self.energy:.2%}  "
@@ -72,7 +83,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Initial:
-    """The anchor of one target, A0 (r, in) and B0 (out, r), with the sketch of its base weight and the report."""
+    """The anchor of one target, A0 (r, in) and B0 (out, r), with the fingerprint of its base weight and its report."""
 
     A0: Tensor
     B0: Tensor
@@ -81,36 +92,48 @@ class Initial:
 
 
 class WeightError(UserError):
-    """A weight that cannot be decomposed; `where` is the path of its module."""
+    """A weight that cannot be decomposed. `where` is the path of its module."""
 
 
 def initialize(
     model: nn.Module, targets: Sequence[Target], *, cache_dir: str | Path | None = None, progress: Progress = False
 ) -> dict[str, Initial]:
-    """Decompose the weights of `targets` that train a part of them; the result is by module path.
+    """Return the initial factors of all targets that train a part of their weight, by module path.
 
-    Factors found in `cache_dir` are taken from there, others put there. `progress` shows a bar on stderr, "lines" a
-    line per layer too. In a distributed run every process takes its share of the layers, under ZeRO-3 with one gathered
-    at a time. Raises WeightError, in every process and with the module, for NaN and infinite values, empty and absent
-    weights and ranks too large. Warns once, with the count, of singular values at zero: they start at a dead saddle.
+    Factors are read from `cache_dir` and written to it. `progress` shows a progress bar on stderr; "lines" also prints
+    one line per layer. In a distributed run each process decomposes a share of the layers; ZeRO-3 gathers one layer at
+    a time.
+
+    Raises WeightError, in every process and with the module, for NaN and infinite values, for empty and missing weights
+    and for ranks that are too large. Warns about singular values at zero, where A and B have no gradient.
+
+    >>> from milora_vl.policy import Policy
+    >>> model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])))
+    >>> targets = Policy.parse("[{modules: language, method: milora, rank: 2}]").resolve(model)
+    >>> initial = initialize(model, targets)["0"]
+    >>> initial.A0.shape, initial.B0.shape
+    (torch.Size([2, 4]), torch.Size([4, 2]))
+    >>> torch.allclose(initial.B0 @ initial.A0, torch.diag(torch.tensor([0.0, 0.0, 2.0, 1.0])), atol=1e-6)
+    True
     """
     wanted = [t for t in targets if t.part is not None]
     cache = None if cache_dir is None else Path(cache_dir)
     rank, _ = rank_and_world_size()
-    made: dict[str, Initial] = {}
+    by_path: dict[str, Initial] = {}
     with matrix_bar("decomposing", len(wanted), is_shown=bool(progress) and rank == 0) as bar:
-        for hand in assign_work([(_cost(target), target) for target in wanted]):
-            for initial in _decompose_batch(model, hand, cache):
-                made[initial.report.path] = initial
+        for batch in assign_work([(_cost(target), target) for target in wanted]):
+            for initial in _decompose_batch(model, batch, cache):
+                by_path[initial.report.path] = initial
                 if progress == "lines" and rank == 0:
                     bar.write(str(initial.report), file=sys.stderr)
-            bar.update(len(hand))
-    _warn_of_zeros(made, wanted)
-    return {target.path: made[target.path] for target in wanted}
+            bar.update(len(batch))
+    _warn_of_zeros(by_path, wanted)
+    return {target.path: by_path[target.path] for target in wanted}
 
 
 def matrix_bar(what: str, total: int, *, is_shown: bool) -> tqdm:
-    """Return a bar on stderr that counts matrices; silent where there are none."""
+    """Return a progress bar on stderr that counts matrices. It is hidden if `total` is 0."""
     return tqdm(
         total=total,
         desc=what,
@@ -123,52 +146,59 @@ def matrix_bar(what: str, total: int, *, is_shown: bool) -> tqdm:
 
 
 def _cost(target: Target) -> float:
+    """Return the cost of a whole decomposition, up to a factor: out * in * min(out, in)."""
     return float(target.shape[0] * target.shape[1] * min(target.shape))
 
 
-def _decompose_batch(model: nn.Module, hand: Sequence[Target], cache: Path | None) -> list[Initial]:
-    """Each process makes the factors of one target of the hand; all get those of all."""
+def _decompose_batch(model: nn.Module, batch: Sequence[Target], cache: Path | None) -> list[Initial]:
+    """Return the initial factors of a batch of targets, at most one per process.
+
+    Each process decomposes one weight; the results are then broadcast.
+    """
     rank, _ = rank_and_world_size()
-    own: Initial | None = None
-    found: Sequence[Problem] = ()
+    initial: Initial | None = None
+    problems: Sequence[Problem] = ()
     W = None
-    for owner, target in enumerate(hand):
-        # Under ZeRO-3 reading is gathering, which all do together.
+    for owner, target in enumerate(batch):
+        # Under ZeRO-3 reading a weight gathers it, a collective operation that every process must take part in.
         if owner == rank or is_deepspeed_zero3_enabled():
             gathered = read_matrix(model.get_submodule(target.path))
             W = gathered if owner == rank else W
     if W is not None:
-        target = hand[rank]
+        target = batch[rank]
         try:
-            own = _initial(W, factor_dtype(model.get_submodule(target.path)), target, cache)
+            initial = _initial(W, factor_dtype(model.get_submodule(target.path)), target, cache)
         except WeightError as error:
-            found = error.problems
-        except Exception as error:  # whatever it is: the other processes wait for this one
+            problems = error.problems
+        except Exception as error:  # any error: the other processes wait for this one in `gather`
             if rank_and_world_size()[1] == 1:
                 raise
-            found = [Problem(f"{type(error).__name__}: {error}", "weight-decomposition", target.path)]
-    told = gather((found, own and (own.sketch, own.report, own.A0.dtype, own.A0.shape, own.B0.shape)))
-    for problems, _ in told:
-        if problems:
-            raise WeightError(problems=problems)
+            problems = [Problem(f"{type(error).__name__}: {error}", "weight-decomposition", target.path)]
+    metadata = initial and (initial.sketch, initial.report, initial.A0.dtype, initial.A0.shape, initial.B0.shape)
+    results = gather((problems, metadata))
+    for rank_problems, _ in results:
+        if rank_problems:
+            raise WeightError(problems=rank_problems)
     return [
-        _broadcast_initial(own if owner == rank else None, told[owner][1], model, owner) for owner in range(len(hand))
+        _broadcast_initial(initial if owner == rank else None, results[owner][1], model, owner)
+        for owner in range(len(batch))
     ]
 
 
-def _broadcast_initial(own: Initial | None, told: tuple, model: nn.Module, owner: int) -> Initial:
-    seen, report, dtype, *shapes = told
+def _broadcast_initial(initial: Initial | None, metadata: tuple, model: nn.Module, owner: int) -> Initial:
+    """Send the factors of process `owner` to all; the other processes pass None."""
+    weight_sketch, report, dtype, *shapes = metadata
     device = next(model.get_submodule(report.path).parameters()).device
-    halves = (None, None) if own is None else (own.A0, own.B0)
-    A0, B0 = (broadcast(half, shape, dtype, device, owner) for half, shape in zip(halves, shapes, strict=True))
-    return Initial(A0, B0, seen, report)
+    factors = (None, None) if initial is None else (initial.A0, initial.B0)
+    A0, B0 = (broadcast(factor, shape, dtype, device, owner) for factor, shape in zip(factors, shapes, strict=True))
+    return Initial(A0, B0, weight_sketch, report)
 
 
 def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) -> Initial:
     start = time.perf_counter()
     assert target.rank is not None
     assert target.part is not None
-    # A seed of its own for each module: equal shapes shall not draw equal components.
+    # The seed depends on the path, because modules of equal shape must not draw the same positions.
     seed = zlib.crc32(target.path.encode(), target.seed) if target.part == "random" else 0
     factors = cached_factors(W, target.rank, target.part, path=target.path, cache=cache, seed=seed)
     A0, B0 = _scaled(factors, W, target.sigma, target.scaling, cache)
@@ -177,13 +207,13 @@ def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) 
 
 
 def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path | None, seed: int = 0) -> Factors:
-    """Return `rank` triplets of the weight W (out, in) of the module at `path`, from the cache where it has them.
+    """Return `rank` triplets of the weight W (out, in) of the module at `path`, from the cache if it has them.
 
-    Raises WeightError, with the path, for a weight that cannot be decomposed; warns where the cache cannot be written.
+    Raises WeightError with the path for a weight that cannot be decomposed. Warns if the cache cannot be written.
     """
     if W.is_meta:
         raise WeightError(
-            "the weight is on the meta device, it has no values",
+            "the weight is on the meta device and has no values",
             code="weight-on-meta",
             where=path,
             hint="load the model first",
@@ -200,12 +230,12 @@ def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path |
         try:
             write_factors(cache, key, factors)
         except OSError as error:
-            warnings.warn(f"factors are not kept in {cache}: {error}", stacklevel=2)
+            warnings.warn(f"factors are not cached in {cache}: {error}", stacklevel=2)
     return factors
 
 
 def _scaled(factors: Factors, W: Tensor, sigma: Sigma, scaling: float, cache: Path | None) -> tuple[Tensor, Tensor]:
-    """A0 and B0; in the anchored form their scale is free, since B0 A0 is subtracted again."""
+    """Return A0 and B0. In the anchored form any scale is allowed, because B0 A0 is subtracted."""
     if sigma == "none":
         return factors.Vh, factors.U
     if isinstance(sigma, FloorSigma):
@@ -234,31 +264,34 @@ def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
     )
 
 
-def _warn_of_zeros(made: Mapping[str, Initial], targets: Sequence[Target]) -> None:
-    """Tell of singular values that are zero within float32, after any floor: below the rounding of the largest."""
-    dead = [
-        target.path
-        for target in targets
-        if target.sigma != "none" and _weakest(made[target.path], target) <= 1e-7 * made[target.path].report.sigma_top
-    ]
+def _warn_of_zeros(initial: Mapping[str, Initial], targets: Sequence[Target]) -> None:
+    """Warn about singular values that are zero within float32, after any floor.
+
+    A row of A0 and a column of B0 are then zero, and each has a gradient proportional to the other: a saddle point.
+    """
+    dead = []
+    for target in targets:
+        factors = initial[target.path]
+        if target.sigma != "none" and _smallest_sigma(factors, target) <= 1e-7 * factors.report.sigma_top:
+            dead.append(target.path)
     if dead:
         warnings.warn(
             f"{len(dead):,} of {len(targets):,} adapters hold singular values at zero (first: {dead[0]}): A and B "
-            "start at 0 there and learn slowly or not at all; set  sigma: {floor: 0.1}  in their rule (none, where "
-            "even the median is zero), or a lower rank",
+            "start at 0 there and learn slowly or not at all. Set  sigma: {floor: 0.1}  in their rule (sigma: none if "
+            "the median is zero too), or a lower rank.",
             stacklevel=3,
         )
 
 
-def _weakest(initial: Initial, target: Target) -> float:
-    """The smallest singular value the adapter starts with: rows of A0 are as long as the root of S over the scaling."""
-    lengths = torch.linalg.vector_norm(initial.A0, dim=1, dtype=torch.float64)
-    return float(lengths.min()) ** 2 * target.scaling
+def _smallest_sigma(initial: Initial, target: Target) -> float:
+    """Return the smallest singular value that the adapter starts with: row i of A0 has the norm sqrt(S_i / s)."""
+    norms = torch.linalg.vector_norm(initial.A0, dim=1, dtype=torch.float64)
+    return float(norms.min()) ** 2 * target.scaling
 
 
 @torch.no_grad()
 def start_olora(model: nn.Module, targets: Sequence[Target]) -> dict[str, Initial]:
-    """Return A0 = R[:r] and B0 = Q[:, :r] of the targets whose method is olora, rounded to the base's dtype."""
+    """Return A0 = R[:r] (r, in) and B0 = Q[:, :r] (out, r) of all targets with method olora, in the base's dtype."""
     return {t.path: _olora_initial(model.get_submodule(t.path), t) for t in targets if t.method == "olora"}
 
 

@@ -1,6 +1,7 @@
-"""The singular triplets of one weight: minor, principal or random components (arXiv:2406.09044, section 3).
+"""Singular triplets of one weight: minor, principal or random components (arXiv:2406.09044, section 3).
 
-Needs torch alone. `decompose` chooses the way; `extremal` finds a few components without decomposing the whole matrix.
+This package needs torch alone. `decompose` chooses the algorithm: `decomposition.py` decomposes a whole matrix, and
+`extremal.py` computes a few components at one end of the spectrum, much faster and with an error bound.
 """
 
 from milora_vl.svd.decomposition import Method, Part, decompose, frobenius

@@ -1,4 +1,4 @@
-"""Gram matrices and their Cholesky factors from matrix products alone: several times the speed of LAPACK's.
+"""Gram matrices and their Cholesky factors, computed with matrix products: several times faster than LAPACK's.
 
 Only the blocks on and below the diagonal are computed and read.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 256  # small, since its diagonal blocks run at LAPACK's speed
+BLOCK = 256  # small, because the diagonal blocks are factored at LAPACK's speed
 
 
 def _blocks(n: int, size: int) -> Iterator[tuple[int, int]]:
@@ -20,7 +20,7 @@ def _blocks(n: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def lower_gram(rows: Iterable[Tensor], n: int) -> Tensor:
-    """Return the sum of C'C (n, n) over the row chunks C (k, n); what lies above its diagonal blocks is not set."""
+    """Return the sum of C'C (n, n) over the row chunks C (k, n). Entries above the diagonal blocks are undefined."""
     G = None
     for chunk in rows:
         if G is None:
@@ -33,7 +33,10 @@ def lower_gram(rows: Iterable[Tensor], n: int) -> Tensor:
 
 
 def mean_eigenvalue(G: Tensor) -> float:
-    """Return the mean of the eigenvalues of G (n, n), weighted by themselves: ||G||_F^2 / trace G."""
+    """Return the mean of the eigenvalues of G (n, n), weighted by themselves: ||G||_F^2 / trace G.
+
+    It is a lower estimate of the largest eigenvalue.
+    """
     total = 0.0
     for a, b in _blocks(len(G), BLOCK):
         corner, left = (float(torch.linalg.vector_norm(part)) for part in (G[a:b, a:b], G[a:b, :a]))
@@ -42,7 +45,7 @@ def mean_eigenvalue(G: Tensor) -> float:
 
 
 def _add(C: Tensor, G: Tensor, a: int, b: int, beta: int) -> None:
-    """Halve the triangle a..b: most of it is then one large square product."""
+    """Add C'C to the triangle a..b of G. Halving the triangle makes most of the work one large square product."""
     if b - a <= BLOCK:
         G[a:b, a:b].addmm_(C[:, a:b].T, C[:, a:b], beta=beta)
         return
@@ -53,22 +56,25 @@ def _add(C: Tensor, G: Tensor, a: int, b: int, beta: int) -> None:
 
 
 class Cholesky:
-    """L L' = G + lift V V' - shift I, with explicit inverses of L's diagonal blocks: solving is multiplying, too."""
+    """The factor L of L L' = G + lift V V' - shift I, with explicit inverses of its diagonal blocks.
+
+    With the inverses, solving needs only matrix products.
+    """
 
     def __init__(self, L: Tensor, inverses: list[Tensor]) -> None:
         self._L, self._inverses = L, inverses
 
     @classmethod
     def of(cls, G: Tensor, out: Tensor, shift: float, V: Tensor | None = None, lift: float = 0.0) -> Cholesky | None:
-        """Factor G + lift V V' - shift I into `out` (n, n); None where that is not positive definite.
+        """Factor G + lift V V' - shift I into `out` (n, n), or return None if it is not positive definite.
 
-        G (n, n) is as `lower_gram` makes it, and kept; V is (n, k) or None.
+        G (n, n) has the form that `lower_gram` returns, and is not changed; V is (n, k) or None.
         """
         n, inverses = len(G), []
         raised = None if V is None else V * lift**0.5
-        room = G.new_empty(n, BLOCK)
+        buffer = G.new_empty(n, BLOCK)
         for a, b in _blocks(n, BLOCK):
-            column = room[: n - a, : b - a]
+            column = buffer[: n - a, : b - a]
             if raised is None:
                 column.copy_(G[a:, a:b])
             else:
@@ -89,7 +95,7 @@ class Cholesky:
         return cls(out, inverses)
 
     def solve(self, X: Tensor) -> Tensor:
-        """Return the inverse times X (n, k)."""
+        """Return (L L')^-1 X for X (n, k)."""
         n, Y = len(X), X.clone()
         bounds = list(zip(_blocks(n, BLOCK), self._inverses, strict=True))
         for (a, b), inverse in bounds:

@@ -1,7 +1,13 @@
-"""Singular triplets of a weight, by the cheapest way that certifies them.
+"""Singular triplets of a weight, by the fastest method that certifies them.
 
-Few components of a large matrix come from `extremal`, through a Gram matrix in float32, then in float64; what these do
-not certify, and what is small, is decomposed whole.
+| method   | used for                                      | how                                                  |
+| -------- | --------------------------------------------- | ---------------------------------------------------- |
+| gram     | few components of a large matrix              | search (`extremal.py`), Gram matrix in float32       |
+| gram64   | where gram is not certified                   | search, Gram matrix in float64                       |
+| eigh     | small matrices, many or random components     | all eigenvectors of the float64 Gram matrix          |
+| exact    | `method="exact"`, float64, where eigh fails   | torch.linalg.svd                                     |
+
+A tall W (m, n) with m >= n is assumed inside; a wide weight is transposed, and U and V are swapped at the end.
 """
 
 from __future__ import annotations
@@ -22,8 +28,8 @@ from milora_vl.svd.triplets import Inverse, refine_left_vectors, triplets
 Part = Literal["minor", "principal", "random"]
 Method = Literal["auto", "exact", "fast"]
 
-DENSE = 640  # up to this many rows or columns a whole decomposition takes no longer
-DENSE_SHARE = 6  # and so it is where more than one component in six is wanted
+DENSE = 640  # for up to this many rows or columns a whole decomposition is as fast as a search
+DENSE_SHARE = 6  # the same holds if more than one component in six is wanted
 
 
 def decompose(
@@ -35,16 +41,21 @@ def decompose(
     tol: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> Factors:
-    """Return `rank` singular triplets of `weight` (out, in): the last, the first, or a random choice.
+    """Return `rank` singular triplets of `weight` (out, in): the last (minor), the first (principal) or random ones.
 
-    Works in float32 (float64 for a float64 weight) on the weight's device and leaves the weight as it is. Signs are
-    fixed: the entry of largest magnitude in each row of Vh is positive.
+    The result is float32 (float64 for a float64 weight), on the device of the weight. The weight is not changed. Signs
+    are fixed: in each row of Vh the entry of largest magnitude is positive.
 
-    `method`: `auto` decomposes small matrices whole and searches large ones for the wanted components; `fast` searches
-    small ones too; `exact` is torch.linalg.svd. A search proves a bound of its error; where that exceeds `tol` (the
-    relative excess of ||S||) the next more careful way is taken, a whole decomposition at last: `Factors.method` and
-    `Factors.excess` tell. Random parts need a whole decomposition. `generator` draws the random part and the start of
-    the search (seed 0 without one).
+    `method` is one of:
+
+    - `auto`: decompose small matrices as a whole, and search large ones for the wanted components.
+    - `fast`: also search small matrices.
+    - `exact`: torch.linalg.svd.
+
+    A search proves a bound on the relative error of ||S||. If the bound exceeds `tol`, the next more accurate method is
+    used, at last a whole decomposition. `Factors.method` and `Factors.excess` report the method and the bound. A random
+    part needs a whole decomposition. `generator` draws the random part and the start of the search; the default has
+    seed 0.
 
     Raises ValueError for a weight that is not a finite floating-point matrix and for a rank outside 1..min(out, in).
 
@@ -58,42 +69,46 @@ def decompose(
     with full_precision(weight.device):
         W = weight.detach().to(dtype)
         W, norm, scale = _within_range(W if W.shape[0] >= W.shape[1] else W.T)
-        is_mirrored = W.shape != weight.shape
-        found = None
+        is_transposed = W.shape != weight.shape
+        factors = None
         if method == "fast" or (method == "auto" and W.shape[1] > max(DENSE, DENSE_SHARE * (rank + EXTRA))):
-            found = _search(W, norm, rank, part, tol, generator, is_mirrored)
-        if found is None and method != "exact" and dtype == torch.float32:
-            found = _by_gram_matrix(W, norm, rank, part, generator)
-        found = found or _by_svd(W, norm, rank, part, generator)
-        U, Vh = (found.Vh.T, found.U.T) if is_mirrored else (found.U, found.Vh)
+            factors = _search(W, norm, rank, part, tol, generator, is_transposed)
+        if factors is None and method != "exact" and dtype == torch.float32:
+            factors = _by_gram_matrix(W, norm, rank, part, generator)
+        factors = factors or _by_svd(W, norm, rank, part, generator)
+        U, Vh = (factors.Vh.T, factors.U.T) if is_transposed else (factors.U, factors.Vh)
         sign = torch.where(Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0).to(dtype)
-        S = (found.S * scale).contiguous()
+        S = (factors.S * scale).contiguous()
         if not torch.isfinite(S).all():
-            raise ValueError(f"the weight is too large: its singular values leave the range of {dtype}")
+            raise ValueError(f"the weight is too large: its singular values exceed the range of {dtype}")
         return replace(
-            found,
+            factors,
             U=(U * sign.T).contiguous(),
             S=S,
             Vh=(Vh * sign).contiguous(),
-            norm=found.norm * scale,
-            sigma_max=found.sigma_max * scale,
+            norm=factors.norm * scale,
+            sigma_max=factors.sigma_max * scale,
         )
 
 
 def frobenius(W: Tensor) -> float:
-    """Return ||W||_F, summed row by row as it lies in memory: one long float32 sum would lose digits."""
+    """Return ||W||_F, summed row by row in memory order. One long float32 sum would lose digits."""
     rows = W if W.stride(-1) == 1 else W.T
     return float(torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1), dtype=torch.float64))
 
 
 def _within_range(W: Tensor) -> tuple[Tensor, float, float]:
-    """W divided by a power of two where its squares would leave the dtype's range; its norm, and that power."""
+    """Return W divided by a power of two, its norm, and that power.
+
+    The power is 1 unless the squares of W would exceed the range of the dtype. Raises ValueError for NaN and infinite
+    values.
+    """
     norm = frobenius(W)
     if 1e-12 < norm < 1e12:
         return W, norm, 1.0
     if not torch.isfinite(W).all():
         bad = int((~torch.isfinite(W)).sum())
-        raise ValueError(f"the weight holds {bad:,} values that are NaN or infinite, of {W.numel():,}")
+        raise ValueError(f"the weight contains {bad:,} NaN or infinite values, of {W.numel():,}")
     largest_entry = float(W.abs().max())
     if largest_entry == 0:
         return W, 0.0, 1.0
@@ -103,27 +118,30 @@ def _within_range(W: Tensor) -> tuple[Tensor, float, float]:
 
 
 def _search(
-    W: Tensor, norm: float, rank: int, part: Part, tol: float, generator: torch.Generator, is_mirrored: bool
+    W: Tensor, norm: float, rank: int, part: Part, tol: float, generator: torch.Generator, is_transposed: bool
 ) -> Factors | None:
-    """Find the wanted triplets of W (m, n), m >= n, alone; None where that is not possible or not certain."""
+    """Return only the wanted triplets of W (m, n), m >= n, or None if that is impossible or not certified."""
     if part == "random" or rank + EXTRA >= W.shape[1] or norm == 0:
         return None
     for dtype in dict.fromkeys((W.dtype, torch.float64)):
-        search = Search(W, norm, rank, 1 if part == "minor" else -1, dtype, generator, is_mirrored)
+        search = Search(W, norm, rank, 1 if part == "minor" else -1, dtype, generator, is_transposed)
         try:
-            found = search.run(tol)
-        except torch.linalg.LinAlgError:  # numbers that make no sense any more: the next way is more careful
-            found = None
-        if found is not None:
-            sigma_max = search.sigma_max if part == "minor" else float(found.S[0])
+            result = search.run(tol)
+        except torch.linalg.LinAlgError:  # rounding errors have taken over: the next method is more accurate
+            result = None
+        if result is not None:
+            sigma_max = search.sigma_max if part == "minor" else float(result.S[0])
             index = _positions(W.shape[1], rank, part, generator)
             name = "gram" if dtype == torch.float32 else "gram64"
-            return Factors(found.U, found.S, found.V.T, index, norm, sigma_max, found.excess, name)
+            return Factors(result.U, result.S, result.V.T, index, norm, sigma_max, result.excess, name)
     return None
 
 
 def _by_gram_matrix(W: Tensor, norm: float, rank: int, part: Part, generator: torch.Generator) -> Factors | None:
-    """Decompose W (m, n), m >= n, whole: float64 eigenvectors of W'W see more than a float32 decomposition of W."""
+    """Decompose W (m, n), m >= n, as a whole, by the eigenvectors of W'W in float64.
+
+    This is more accurate than a float32 decomposition of W. Return None if it fails.
+    """
     wide = W.double()
     try:
         squares, vectors = torch.linalg.eigh(wide.T @ wide)
@@ -148,15 +166,15 @@ def _by_gram_matrix(W: Tensor, norm: float, rank: int, part: Part, generator: to
 def _by_svd(W: Tensor, norm: float, rank: int, part: Part, generator: torch.Generator) -> Factors:
     try:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    except torch.linalg.LinAlgError:  # in float32 LAPACK gives up on some matrices with clustered values, on some CPUs
-        U, S, Vh = (found.to(W.dtype) for found in torch.linalg.svd(W.double(), full_matrices=False))
+    except torch.linalg.LinAlgError:  # on some CPUs LAPACK fails in float32 for clustered singular values
+        U, S, Vh = (factor.to(W.dtype) for factor in torch.linalg.svd(W.double(), full_matrices=False))
     index = _positions(W.shape[1], rank, part, generator)
     chosen = index.to(S.device)
     return Factors(U[:, chosen], S[chosen], Vh[chosen], index, norm, float(S[0]), 0.0, "exact")
 
 
 def _positions(count: int, rank: int, part: Part, generator: torch.Generator) -> Tensor:
-    """Positions of the wanted triplets among `count`, ascending (so that S stays descending)."""
+    """Return the positions of the wanted triplets among `count`, ascending, so that S stays descending."""
     if part == "principal":
         return torch.arange(rank, device="cpu")
     if part == "minor":
@@ -173,11 +191,11 @@ def _check(weight: Tensor, rank: int, part: str, method: str, tol: float) -> Non
     if weight.ndim != 2:
         raise ValueError(f"the weight must have 2 dimensions (out, in), got shape {tuple(weight.shape)}")
     if not weight.dtype.is_floating_point:
-        raise ValueError(f"the weight must be floating point, got {weight.dtype}: dequantise it first")
+        raise ValueError(f"the weight must be floating point, got {weight.dtype}: dequantize it first")
     if weight.numel() == 0:
         raise ValueError(f"the weight is empty, shape {tuple(weight.shape)}")
     if weight.is_meta:
-        raise ValueError("the weight is on the meta device: it has no values; load the model first")
+        raise ValueError("the weight is on the meta device and has no values: load the model first")
     if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= min(weight.shape):
         largest_rank = min(weight.shape)
         raise ValueError(f"rank must be an integer in 1..{largest_rank} for shape {tuple(weight.shape)}, got {rank!r}")

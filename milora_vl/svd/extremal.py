@@ -1,17 +1,19 @@
-"""A few singular triplets at one end of a spectrum, with a proof, many times faster than a whole decomposition.
+"""Compute a few singular triplets at one end of the spectrum, with a proven error bound.
 
-Everything is done for H = W'W (minor components) or H = -W'W (principal ones), whose lowest eigenvectors V are wanted.
+This is many times faster than a whole decomposition. Let H = W'W for minor components and H = -W'W for principal ones.
+The wanted right singular vectors V (n, k) are then the eigenvectors of the lowest eigenvalues of H.
 
-1. Block Lanczos, on the inverse of H or on -H, finds a first V of a few more columns than asked for.
-2. H + c V V' - t I is factored (Cholesky), t just above the wanted eigenvalues. That this matrix is positive definite
-   proves that no eigenvalue below t is missing from V (Weyl).
-3. Its inverse times the residual, Z = (H + c V V' - t I)^-1 R with R = H V - V Theta, corrects V to second order and
-   bounds what V may still lose: on V the eigenvalues of H lie above those of Theta - R'Z (a Schur complement),
-   elsewhere above t.
-4. Theta and R come from W itself, never from the Gram matrix: rounding in that slows the correction, no more.
+1. Block Lanczos on the inverse of H (or on -H) gives a first V, with a few columns more than the rank.
+2. H + c V V' - t I is factored (Cholesky), with t just above the wanted eigenvalues. If this matrix is positive
+   definite, V misses no eigenvalue below t: adding c V V' changes at most k eigenvalues (Weyl).
+3. With the residual R = H V - V Theta, Z = (H + c V V' - t I)^-1 R corrects V to second order. Z also bounds the
+   remaining error: on V, the eigenvalues of H are at least the eigenvalues of Theta - R'Z (a Schur complement);
+   elsewhere they are at least t.
+4. Theta and R are computed from W and not from the Gram matrix. Rounding in the Gram matrix then only makes the
+   correction slower, and not the result less accurate.
 
-Where the matrix of step 2 is not positive definite, V misses directions. Then a lower t is taken, and block Lanczos on
-the inverse of what can be factored finds them.
+If the matrix of step 2 is not positive definite, V misses directions. The search then uses a lower t, and finds the
+missing directions with block Lanczos on the inverse of the matrix that can be factored.
 """
 
 from __future__ import annotations
@@ -27,19 +29,19 @@ from milora_vl.svd.flatten import flatten
 from milora_vl.svd.lanczos import Lanczos
 from milora_vl.svd.triplets import Inverse, refine_left_vectors, transpose, triplets
 
-EXTRA = 16  # columns of V beyond the rank: they keep t clear of the wanted eigenvalues
-ROUNDS = 5
-SETTLED = 0.12  # relative change of the wanted energy by one Lanczos block: the correction does the rest
-CROWDED = 0.1  # ratio of the first to the last wanted eigenvalue above which they need more than that
-BASIS = 5  # times the columns of V: the largest first basis
-MISSING_BLOCKS = 4
-SAFE = 1e-4  # of the largest singular value: where left vectors are corrected with care
-NOISE_LIMIT = 0.05  # of t: above it the Gram matrix is too coarse in its dtype
+EXTRA = 16  # columns of V beyond the rank: they separate t from the wanted eigenvalues
+ROUNDS = 5  # the largest number of corrections
+CONVERGED = 0.12  # stop Lanczos when a block changes the wanted energy by less; the correction does the rest
+CLUSTERED = 0.1  # sharpen V if the first wanted eigenvalue is more than this share of the last
+BASIS = 5  # the largest Lanczos basis, as a multiple of the columns of V
+MISSING_BLOCKS = 4  # Lanczos blocks in the search for missing directions
+SAFE = 1e-4  # share of the largest singular value below which left vectors need a safe inverse
+NOISE_LIMIT = 0.05  # largest rounding error of the Gram matrix, as a share of t
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """Singular triplets U (m, r), S (r,) descending, V (n, r), and the bound of their excess."""
+class Result:
+    """Singular triplets U (m, r), S (r,) descending, V (n, r), and the bound on their excess."""
 
     U: Tensor
     S: Tensor
@@ -57,7 +59,7 @@ class Space:
 
 
 class Search:
-    """The lowest eigenvectors of H = sign * W'W for a tall W (m, n), through a Gram matrix in `dtype`."""
+    """A search for the lowest eigenvectors of H = sign * W'W of a tall W (m, n), with a Gram matrix in `dtype`."""
 
     def __init__(
         self,
@@ -67,22 +69,25 @@ class Search:
         sign: int,
         dtype: torch.dtype,
         generator: torch.Generator,
-        is_mirrored: bool,
+        is_transposed: bool,
     ) -> None:
-        """`norm` is ||W||_F; rank + EXTRA must be less than n. Of a mirrored W, W'U = V S shall hold, not W V = U S."""
-        self.is_mirrored = is_mirrored
+        """`norm` is ||W||_F; rank + EXTRA must be less than n.
+
+        If W is the transpose of the user's weight, the triplets must satisfy W'U = V S rather than W V = U S.
+        """
+        self.is_transposed = is_transposed
         self.W, self.rank, self.sign, self.dtype, self.generator = W, rank, sign, dtype, generator
         self.keep = rank + EXTRA
         self.block = max(16, 3 * rank // 4)
-        # Differences below it are rounding, not an error of the subspace.
+        # Smaller differences are rounding and not an error of the subspace.
         self.norm, self.floor = norm, 4 * torch.finfo(W.dtype).eps * norm
-        # In a higher precision than W's own, clipping in W's would only add rounding.
+        # Clipping is done in the precision of W, so with a more precise Gram matrix it would only add rounding.
         self.flat = flatten(W, sign > 0 and dtype == W.dtype, generator)
 
-    def run(self, tol: float) -> Found | None:
-        """Return triplets with an excess of at most `tol`; None where this Gram matrix does not lead there."""
+    def run(self, tol: float) -> Result | None:
+        """Return triplets with an excess of at most `tol`, or None if this Gram matrix is not accurate enough."""
         self.G = lower_gram(self.flat.rows(self.dtype), self.W.shape[1])
-        # Rounding in G is a share of its largest eigenvalue, for which there are two estimates.
+        # The rounding error of G is a share of its largest eigenvalue, for which there are two estimates.
         mean = mean_eigenvalue(self.G) ** 0.5
         self.noise = 2 * torch.finfo(self.dtype).eps * max(self.flat.flat_max, mean) ** 2
         self.sigma_max = max(mean, self.flat.sigma_max) if len(self.flat.damping) else mean
@@ -90,7 +95,7 @@ class Search:
             self.G.neg_()
         self.out = torch.empty_like(self.G)
         self.newest: tuple[Cholesky, float] | None = None
-        self.plain: tuple[Cholesky, float] | None = None  # the first one, next to H itself
+        self.plain: tuple[Cholesky, float] | None = None  # the first factor, of H plus a small multiple of I
         V = self._guess()
         if V is None:
             return None
@@ -98,7 +103,7 @@ class Search:
         for _ in range(ROUNDS):
             energy = float(space.theta[: self.rank].sum())
             if self.sign > 0 and energy <= self.floor**2:
-                return self._found(space, 0.0)
+                return self._result(space, 0.0)
             if self.noise > NOISE_LIMIT * abs(float(space.theta[-1])):
                 return None
             edge = _edge(space.theta[: self.rank], tol * abs(energy))
@@ -112,30 +117,31 @@ class Search:
                 space = self._ritz(torch.cat([space.V, Z, self._missing(factor)], dim=1))
                 continue
             low = self._lower_bound(space.theta, R, Z, shift)
-            # The step is too long where V is far off and towards the weak end of -W'W: there the best of V and Z is.
+            # V - Z is too long a step if V is inaccurate, and for principal components. The Ritz vectors in the span of
+            # V and Z are then the best choice.
             both = torch.cat([space.V, Z], dim=1)
             corrected = self._rotated(space.V - Z) if self.sign > 0 else self._ritz(both)
             excess = self._excess(corrected.theta, low)
             if excess <= tol:
-                return self._found(corrected, excess)
+                return self._result(corrected, excess)
             space = self._ritz(both)
         return None
 
-    def _found(self, space: Space, excess: float) -> Found | None:
-        """Triplets of the space; None where they do not come out as certified."""
+    def _result(self, space: Space, excess: float) -> Result | None:
+        """Return the triplets of the space, or None if refining the left vectors changes their certified norm."""
         U, S, V = triplets(space.Y[:, : self.rank], space.V[:, : self.rank])
-        made: tuple[Tensor, Tensor, Tensor] | None = U, S, V
+        refined: tuple[Tensor, Tensor, Tensor] | None = U, S, V
         if self.sign > 0:
-            made = self._with_left_vectors(U, S, V)
-        elif self.is_mirrored:
-            made = transpose(self.W, U, V, None, self.floor)
-        if made is None:
+            refined = self._with_left_vectors(U, S, V)
+        elif self.is_transposed:
+            refined = transpose(self.W, U, V, None, self.floor)
+        if refined is None:
             return None
-        before, after = (float(torch.linalg.vector_norm(s, dtype=torch.float64)) for s in (S, made[1]))
-        return Found(*made, excess) if abs(after - before) <= self.floor + 1e-6 * before else None
+        before, after = (float(torch.linalg.vector_norm(s, dtype=torch.float64)) for s in (S, refined[1]))
+        return Result(*refined, excess) if abs(after - before) <= self.floor + 1e-6 * before else None
 
     def _with_left_vectors(self, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Take out of U what rounding put in, with the factor at hand, or a safe one where S is next to nothing."""
+        """Remove rounding errors from U, with the newest factor, or with a safe one if S is almost zero."""
         inverse, near = self._inverse(self.newest, is_safe=False), self._inverse(self.plain, is_safe=True)
         clean = None
         safe = max(self.noise, (SAFE * self.sigma_max) ** 2)
@@ -149,56 +155,59 @@ class Search:
             assert clean is not None
             if float(torch.linalg.vector_norm(self.W.T @ clean - V * S)) > 0.01 * self.norm:
                 return None
-        if self.is_mirrored:
+        if self.is_transposed:
             return transpose(self.W, clean, V, near, self.floor) if near is not None else None
         return clean, S, V
 
-    def _inverse(self, made: tuple[Cholesky, float] | None, *, is_safe: bool) -> Inverse | None:
-        return None if made is None else Inverse(lambda P: self._solve(made[0], P), is_safe)
+    def _inverse(self, factored: tuple[Cholesky, float] | None, *, is_safe: bool) -> Inverse | None:
+        return None if factored is None else Inverse(lambda P: self._solve(factored[0], P), is_safe)
 
     def _guess(self) -> Tensor | None:
-        """A first V (n, keep)."""
+        """Return a first V (n, keep), or None if H cannot be factored."""
         if self.sign < 0:
             return self._first(Lanczos(lambda X: self.W.T @ (self.W @ X), self._random()), lambda mu: -mu)
-        made = self._factor([-self.noise * 8**k for k in range(5)])
-        if made is None:
+        factored = self._factor([-self.noise * 8**k for k in range(5)])
+        if factored is None:
             return None
-        factor, shift = made
-        if self.is_mirrored:
-            self.plain, self.out = made, torch.empty_like(self.G)
+        factor, shift = factored
+        if self.is_transposed:
+            self.plain, self.out = factored, torch.empty_like(self.G)
         return self._first(Lanczos(lambda X: self._solve(factor, X), self._random()), lambda mu: 1 / mu + shift)
 
     def _first(self, lanczos: Lanczos, eigenvalues: Callable[[Tensor], Tensor]) -> Tensor:
-        """Add blocks until the energy of the wanted eigenvectors has nearly settled."""
-        energy, crowded = 0.0, False
+        """Add Lanczos blocks until the energy of the wanted eigenvectors has nearly converged."""
+        energy, is_clustered = 0.0, False
         while lanczos.size + self.block <= min(len(lanczos.Q), BASIS * self.keep):
             lanczos.step()
             if lanczos.size < self.keep:
                 continue
             theta = eigenvalues(lanczos.values(self.rank)).abs()
-            if self.noise > NOISE_LIMIT * float(theta.max()):  # these are upper bounds: it will not get better
+            if self.noise > NOISE_LIMIT * float(theta.max()):  # Ritz values are upper bounds, so this cannot improve
                 return lanczos.ritz(self.keep)[1]
-            crowded = float(theta.min()) > CROWDED * float(theta.max())
+            is_clustered = float(theta.min()) > CLUSTERED * float(theta.max())
             last, energy = energy, float(theta.sum())
-            if abs(energy - last) < SETTLED * energy:
+            if abs(energy - last) < CONVERGED * energy:
                 break
         mu, V = lanczos.ritz(self.keep)
-        return self._sharpen(V, eigenvalues(mu)) if crowded else V
+        return self._sharpen(V, eigenvalues(mu)) if is_clustered else V
 
     def _sharpen(self, V: Tensor, theta: Tensor) -> Tensor:
-        """Three steps with the inverse of H - s I, s just below its first: there crowded ones stand apart."""
+        """Return V after three Lanczos steps on the inverse of H - s I, with s just below the first eigenvalue.
+
+        This shift separates clustered eigenvalues.
+        """
         first, width = float(theta[0]), float(theta[self.rank - 1] - theta[0])
-        made = self._factor([first - width / 8, first - width / 2, first - 2 * width])
-        if made is None:
+        factored = self._factor([first - width / 8, first - width / 2, first - 2 * width])
+        if factored is None:
             return V
         V, _ = torch.linalg.qr(V)
-        lanczos = Lanczos(lambda X: self._solve(made[0], X), V)
+        lanczos = Lanczos(lambda X: self._solve(factored[0], X), V)
         for _ in range(min(3, len(V) // self.keep)):
             lanczos.step()
         return lanczos.ritz(self.keep)[1]
 
     def _factor_lifted(self, space: Space, edge: float) -> tuple[Cholesky, float] | None:
-        """Factor H + c V V' - t I at the largest t that works; from `edge` on it proves that V is complete."""
+        """Factor H + c V V' - t I at the largest t possible. A t of at least `edge` proves that V is complete."""
         first, last = float(space.theta[0]), float(space.theta[-1])
         width = edge - first
         shifts = [(edge + last) / 2, edge, first + width / 2, first + width / 8, first - width / 8, first - width]
@@ -207,7 +216,7 @@ class Search:
     def _factor(
         self, shifts: Sequence[float], V: Tensor | None = None, lift: float = 0.0
     ) -> tuple[Cholesky, float] | None:
-        """The factor at the first shift that works, and that shift; it is made where the one before it was."""
+        """Return the factor at the first shift that is possible, and that shift. It overwrites the previous factor."""
         lifted = None if V is None else self.flat.scale(V).to(self.dtype)
         for shift in shifts:
             factor = Cholesky.of(self.G, self.out, shift, lifted, lift)
@@ -217,18 +226,18 @@ class Search:
         return None
 
     def _solve(self, factor: Cholesky, X: Tensor) -> Tensor:
-        """The inverse of H + c V V' - t M^-2 times X (n, b).
+        """Return (H + c V V' - t M^-2)^-1 X for X (n, b), with the M of `flatten`.
 
-        M <= I, see `flatten`: it is at least the inverse with t I, so the bound of step 3 holds with it, too.
+        Since M <= I, this inverse is at least the one with t I, so the bound of step 3 holds for it too.
         """
         return self.flat.scale(factor.solve(self.flat.scale(X).to(self.dtype)).to(self.W.dtype))
 
     def _ritz(self, basis: Tensor) -> Space:
-        """The lowest Ritz pairs of H in the span of `basis` (n, at least keep)."""
+        """Return the lowest Ritz pairs of H in the span of `basis` (n, at least keep)."""
         return self._rotated(torch.linalg.qr(basis).Q)
 
     def _rotated(self, basis: Tensor) -> Space:
-        """The lowest Ritz pairs of H in the span of a well-conditioned basis (n, k), orthonormal to rounding."""
+        """Return the lowest Ritz pairs of H in the span of a well-conditioned basis (n, k), orthonormal to rounding."""
         Y = self.W @ basis
         lengths, products = basis.double(), Y.double()
         # With L L' = B'B the columns of B L^-T are orthonormal.
@@ -239,28 +248,28 @@ class Search:
         return Space(basis @ rotation, Y @ rotation, theta[: self.keep])
 
     def _residual(self, space: Space) -> Tensor:
-        """H V - V Theta (n, k); what of it lies in the span of V is rounding."""
+        """Return R = H V - V Theta (n, k). Its component in the span of V is rounding, and is removed."""
         R = self.sign * (self.W.T @ space.Y)
         R -= space.V @ (space.V.T @ R)
         return R
 
     def _lower_bound(self, theta: Tensor, R: Tensor, Z: Tensor, shift: float) -> float:
-        """What the sum of the `rank` lowest eigenvalues of H is at least."""
+        """Return a lower bound of the sum of the `rank` lowest eigenvalues of H (step 3)."""
         correction = R.double().T @ Z.double()
         values = torch.linalg.eigvalsh(torch.diag(theta) - (correction + correction.T) / 2)
         return float(values[: self.rank].clamp(max=shift - self.noise).sum())
 
     def _excess(self, theta: Tensor, low: float) -> float:
-        """How far the norm of the found singular values can be from that of the true ones, relative."""
-        found = float(theta[: self.rank].sum())
-        larger, smaller = (found, low) if self.sign > 0 else (-low, -found)
+        """Return a bound on the relative error of the norm of the singular values."""
+        upper = float(theta[: self.rank].sum())  # Ritz values are upper bounds of the eigenvalues
+        larger, smaller = (upper, low) if self.sign > 0 else (-low, -upper)
         larger, smaller = max(larger, 0.0) ** 0.5, max(smaller, 0.0) ** 0.5
         if larger - smaller <= self.floor:
             return 0.0
         return larger / smaller - 1 if smaller > 0 else float("inf")
 
     def _missing(self, factor: Cholesky) -> Tensor:
-        """The lowest eigenvectors that V does not hold, from a random start."""
+        """Return the lowest eigenvectors that V does not contain, from a random start."""
         lanczos = Lanczos(lambda X: self._solve(factor, X), self._random())
         for _ in range(min(MISSING_BLOCKS, len(lanczos.Q) // self.block)):
             lanczos.step()
@@ -273,7 +282,10 @@ class Search:
 
 
 def _edge(theta: Tensor, allowance: float) -> float:
-    """The t with sum(max(theta - t, 0)) = allowance: what is lost if all eigenvalues above t counted as t."""
+    """Return the t with sum(max(theta - t, 0)) = allowance, for theta (k,) ascending.
+
+    The bound of step 3 counts every eigenvalue above t as t; this t makes that loss equal to the allowance.
+    """
     descending = theta.flip(0)
     counts = torch.arange(1, len(theta) + 1, dtype=theta.dtype, device=theta.device)
     candidates = (descending.cumsum(0) - allowance) / counts

@@ -1,4 +1,4 @@
-"""The chosen singular triplets of a weight, and the LoRA matrices they make."""
+"""The selected singular triplets of a weight, and the LoRA factors that they give."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """Singular triplets of W (out, in): U (out, r), S (r,) descending, Vh (r, in); s below is the LoRA scaling alpha/r.
+    """Singular triplets of W (out, in): U (out, r), S (r,) descending, Vh (r, in), with W Vh' = U S.
 
-    index: positions of S among all singular values in descending order.
-    norm: ||W||_F. sigma_max: the largest singular value of W, an estimate from below where `method` is gram or gram64.
-    excess: the certificate, a bound of | ||S|| / ||S_true|| - 1 |; 0 is exact to the rounding of the dtype.
-    method: `exact` (LAPACK or cuSOLVER), `eigh` (all eigenvectors of a float64 Gram matrix), `gram` or `gram64` (a few
-    eigenvectors through a Gram matrix in float32 or float64).
+    - `index`: the positions of S among all singular values in descending order.
+    - `norm`: ||W||_F.
+    - `sigma_max`: the largest singular value of W; a lower estimate if `method` is gram or gram64.
+    - `excess`: a bound on | ||S|| / ||S_true|| - 1 |, proved by the search; 0 is exact up to rounding of the dtype.
+    - `method`: `exact` (LAPACK or cuSOLVER), `eigh` (all eigenvectors of a float64 Gram matrix), `gram` or `gram64` (a
+      few eigenvectors of a Gram matrix in float32 or float64).
     """
 
     U: Tensor
@@ -30,7 +31,7 @@ class Factors:
     def lora(self, scaling: float) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r) with `scaling * B @ A` equal to U S Vh (arXiv:2406.09044, eq. 4 and 5).
 
-        The official script divides S by the scaling before it takes the root; so do we.
+        A = sqrt(S / scaling) Vh and B = U sqrt(S / scaling), as in the official script. `scaling` is alpha / r.
         Raises ValueError if `scaling` is not a positive number.
 
         >>> import torch

@@ -1,4 +1,12 @@
-"""Block Lanczos with full reorthogonalisation: the eigenvectors at the upper end of a symmetric operator."""
+"""Block Lanczos with full reorthogonalization: the eigenvectors of the largest eigenvalues of a symmetric operator.
+
+>>> H = torch.diag(torch.arange(1.0, 41.0))
+>>> lanczos = Lanczos(lambda X: H @ X, torch.randn(40, 4, generator=torch.Generator().manual_seed(0)))
+>>> for _ in range(8):
+...     lanczos.step()
+>>> [round(value, 1) for value in lanczos.values(2).tolist()]
+[40.0, 39.0]
+"""
 
 from __future__ import annotations
 
@@ -20,12 +28,12 @@ class Lanczos:
 
     @property
     def size(self) -> int:
-        """Columns of the basis."""
+        """Return the number of columns of the basis."""
         return self.Q.shape[1]
 
     def step(self) -> None:
         """Add a block to the basis."""
-        # The block was projected once when its products entered T; twice is enough (Parlett: The Symmetric Eigenvalue
+        # The block was projected once when its product entered T. Twice is enough (Parlett: The Symmetric Eigenvalue
         # Problem, section 6.9).
         new, _ = torch.linalg.qr(self._next - self.Q @ (self.Q.T @ self._next))
         self.Q = torch.cat([self.Q, new], dim=1)
@@ -46,9 +54,10 @@ class Lanczos:
         return torch.linalg.eigvalsh(self.T).flip(0)[:count]
 
     def ritz(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the largest Ritz values, descending, and H times their vectors (n, count), scaled to length 1.
+        """Return the largest Ritz values, descending, and H times their Ritz vectors (n, count), normalized.
 
-        The product is one step ahead of the Ritz vectors, and free of the rounding that late blocks bring into them.
+        Multiplying by H is one more step of subspace iteration, and it removes rounding errors of the last blocks. The
+        products are available anyway.
         """
         values, rotation = torch.linalg.eigh(self.T)
         vectors = self._products @ rotation.flip(1)[:, :count].to(self.Q.dtype)

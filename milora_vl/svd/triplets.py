@@ -1,4 +1,4 @@
-"""From a space of right singular vectors to singular triplets."""
+"""Compute singular triplets from a space of right singular vectors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Times eps and the largest singular value: what few digits of a left vector are left below (3e-5 in float32), and none.
+# Limits for a singular value, as multiples of eps and of the largest one. Below the first (3e-5 in float32), its left
+# vector has few correct digits; below the second, none.
 WEAK_EPS, VOID_EPS = 256, 2
-LOST = 0.5  # of a left vector without its strong components, below which nothing of its own was in it
+LOST = 0.5  # a left vector whose norm falls below this when strong components are removed was only rounding
 
 
 def triplets(Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (m, k), S (k,) descending and V (n, k) of W on the span of an orthonormal V (n, k); Y = W V (m, k)."""
+    """Return U (m, k), S (k,) descending and V (n, k) of W on the span of V (n, k), given Y = W V (m, k).
+
+    The columns of V are orthonormal.
+
+    >>> W = torch.diag(torch.tensor([3.0, 1.0]))
+    >>> triplets(W, torch.eye(2))[1]
+    tensor([3., 1.])
+    """
     Q, R = torch.linalg.qr(Y)
     U, S, Vh = torch.linalg.svd(R)
     return Q @ U, S, V @ Vh.T
@@ -24,7 +32,8 @@ def triplets(Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Inverse:
     """`solve` multiplies (n, k) by an approximate inverse of W'W outside the span of V.
 
-    `is_safe` tells that it is that of W'W plus a little: nothing is corrected too far, and more than one pass helps.
+    `is_safe` is True for an inverse of W'W plus a small multiple of I: it never corrects too far, and several passes
+    help.
     """
 
     solve: Callable[[Tensor], Tensor]
@@ -34,10 +43,11 @@ class Inverse:
 def refine_left_vectors(
     W: Tensor, U: Tensor, S: Tensor, V: Tensor, sigma_max: float, inverse: Inverse, generator: torch.Generator
 ) -> Tensor | None:
-    """Return U (m, r) without what rounding in W V has put into it; None where that takes a safe inverse.
+    """Return U (m, r) without the rounding errors of W V, or None if that needs a safe inverse.
 
-    Rounding is a share of the largest singular value: next to a far smaller one it points anywhere, also along the
-    strongest left vectors. Where nothing of its own is in a vector, a random one takes its place.
+    The rounding error of W V is a share of the largest singular value. For much smaller singular values it dominates
+    the product and can point along the strongest left vectors. A vector that consists of rounding alone is replaced by
+    a random one.
     """
     eps = torch.finfo(S.dtype).eps
     sound = int(S.gt(WEAK_EPS * eps * sigma_max).sum())  # S descends
@@ -51,28 +61,29 @@ def refine_left_vectors(
             return None
         drawn = torch.randn(pure.shape, generator=generator, device=generator.device, dtype=torch.float32).to(pure)
         pure = torch.where(lost, drawn / len(pure) ** 0.5, pure)
-    # Vectors that were drawn come last: a QR decomposition leaves the first ones as they are.
+    # Random vectors come last, because a QR decomposition changes the first vectors least.
     order = lost.to(torch.int8).argsort(stable=True)
     pure = pure[:, order]
     for _ in range(3 if inverse.is_safe else 1):
         pure = _without_strong(W, V, pure, inverse) if inverse.is_safe else pure
         pure, _ = torch.linalg.qr(pure - strong @ (strong.T @ pure))
     pure = pure[:, order.argsort()]
-    # W V = U S must go on, not W V = -U S.
-    against = (pure * weak).sum(dim=0) < 0
-    return torch.cat([strong, torch.where(against, -pure, pure)], dim=1)
+    # Keep the signs, so that W V = U S still holds and not W V = -U S.
+    is_flipped = (pure * weak).sum(dim=0) < 0
+    return torch.cat([strong, torch.where(is_flipped, -pure, pure)], dim=1)
 
 
 def _without_strong(W: Tensor, V: Tensor, U: Tensor, inverse: Inverse) -> Tensor:
+    """Return U (m, k) minus its projection on W V_perp, where V_perp is the complement of V."""
     P = W.T @ U
     P -= V @ (V.T @ P)
     return U - W @ inverse.solve(P)
 
 
 def transpose(W: Tensor, U: Tensor, V: Tensor, inverse: Inverse | None, floor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return triplets of which W'U = V S holds to rounding (`floor`), as W V = U S does for U and V as given.
+    """Return triplets with W'U = V S up to rounding (`floor`). The given U and V satisfy W V = U S instead.
 
-    With the inverse, for minor components, U takes in what is missing, without it V does, for principal ones.
+    With `inverse` (minor components) U is corrected, without it (principal components) V is.
     """
     P = W.T @ U
     if inverse is None:
@@ -80,9 +91,9 @@ def transpose(W: Tensor, U: Tensor, V: Tensor, inverse: Inverse | None, floor: f
         left, S, right = torch.linalg.svd(core)
         return U @ right.T, S, V @ left
     for _ in range(3):
-        held = V.T @ P
-        U, R = torch.linalg.qr(U - W @ inverse.solve(P - V @ held))
-        core = torch.linalg.solve_triangular(R, held, upper=True, left=False)
+        inside = V.T @ P
+        U, R = torch.linalg.qr(U - W @ inverse.solve(P - V @ inside))
+        core = torch.linalg.solve_triangular(R, inside, upper=True, left=False)
         P = W.T @ U
         if float(torch.linalg.vector_norm(P - V @ core)) <= floor:
             break
