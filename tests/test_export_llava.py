@@ -159,7 +159,7 @@ def test_what_llavas_loader_could_not_read_is_refused(both) -> None:
         export(both.root / "adapter", "llava", both.root / "out")
     model = apply_milora(load_model(both.root / "hf")[0], [{"modules": "vision", "method": "milora", "rank": 2}])
     save_adapter(model, both.root / "seeing")
-    with pytest.raises(UserError, match=r"no place for vision.layers.0"):
+    with pytest.raises(UserError, match=r"vision.layers.0.*does not support this module"):
         export(both.root / "seeing", "llava", both.root / "out", vision_tower=both.clip)
     model = apply_milora(load_model("tiny-text")[0], [{"modules": "language", "method": "milora", "rank": 2}])
     save_adapter(model, both.root / "text")

@@ -117,7 +117,7 @@ def test_both_stages_from_vicuna_and_clip_and_stock_peft_loads_what_comes_out(
 ) -> None:
     captions(place)
     first = tiny_run("scripts/v1_5/pretrain.sh", place, **parts)
-    assert "the projector alone" in capfd.readouterr().err
+    assert "trains only the projector" in capfd.readouterr().err
     stage1 = load_file(first / "mm_projector.safetensors")
     for_llava = torch.load(first / "mm_projector.bin", weights_only=True)
     assert torch.equal(for_llava["model.mm_projector.2.bias"], stage1["multi_modal_projector.linear_2.bias"])
