@@ -20,7 +20,7 @@ COUNTS = {"tokens": "tokens", "learnt": "supervised", "of_pictures": "of picture
 
 
 class Piece(NamedTuple):
-    """A piece of text: supervised (`learnt`), not supervised (`given`), or the tokens of a `picture`."""
+    """A piece of text. The kinds are keys of the JSON output: supervised text, other text, and picture tokens."""
 
     kind: Literal["learnt", "given", "picture"]
     text: str
