@@ -51,8 +51,9 @@ def test_only_common_items_are_compared(data: Path) -> None:
 
 def test_nothing_in_common_is_an_error(data: Path) -> None:
     lines = answered(data, set())
-    with pytest.raises(UserError, match="no item in common"):
+    with pytest.raises(UserError, match="no item in common") as raised:
         compare(lines[:3], lines[5:])
+    assert raised.value.problems[0].code == "eval-nothing-in-common"
 
 
 def test_names_with_brackets_and_colons_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

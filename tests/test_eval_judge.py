@@ -143,8 +143,10 @@ def test_a_judgement_belongs_to_the_answer_it_was_made_for(tmp_path: Path) -> No
 def test_a_partial_or_strange_file_is_said(tmp_path: Path) -> None:
     folder = stored("mm-vet", tmp_path)
     (tmp_path / "grades.json").write_text(json.dumps({"v1_0": "1.0"}))
-    with pytest.raises(UserError, match="2 answers have no judgement yet"):
+    with pytest.raises(UserError, match="2 answers have no judgement yet") as raised:
         main(["judge", str(folder), "--file", str(tmp_path / "grades.json")])
+    assert raised.value.problems[0].code == "judge-incomplete"
     (tmp_path / "grades.json").write_text(json.dumps({"v1_7": "1.0"}))
-    with pytest.raises(UserError, match='the id "v1_7"'):
+    with pytest.raises(UserError, match='the id "v1_7"') as raised:
         main(["judge", str(folder), "--file", str(tmp_path / "grades.json")])
+    assert raised.value.problems[0].code == "judge-unknown-id"

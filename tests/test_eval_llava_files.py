@@ -76,21 +76,25 @@ def test_a_missing_and_a_doubled_id_are_named(name: str, data: Path, tmp_path: P
     items = benchmark.load(folder_of(benchmark, data))
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     gone = next(item for item in items if benchmark.llava_key(rows[0]) in benchmark.llava_keys(item))
-    with pytest.raises(UserError, match=re.escape(f'missing ids: "{gone.id}"')):
+    with pytest.raises(UserError, match=re.escape(f'missing ids: "{gone.id}"')) as raised:
         join(benchmark, items, rows[1:], path)
-    with pytest.raises(UserError, match=re.escape(f'two answers for the id "{gone.id}"')):
+    assert raised.value.problems[0].code == "predictions-missing-ids"
+    with pytest.raises(UserError, match=re.escape(f'two answers for the id "{gone.id}"')) as raised:
         join(benchmark, items, [*rows, rows[0]], path)
+    assert raised.value.problems[0].code == "predictions-duplicate-id"
     stranger = rows[0] | {"question_id": "987654321", "prompt": f"Who?{SHORT}"}
-    with pytest.raises(UserError, match="987654321"):
+    with pytest.raises(UserError, match="987654321") as raised:
         join(benchmark, items, [*rows, stranger], path)
+    assert raised.value.problems[0].code == "predictions-unknown-id"
 
 
 def test_pope_ids_mean_nothing_without_llavas_question_file(tmp_path: Path) -> None:
     official_data.pope(tmp_path)
     path = tmp_path / "answers.jsonl"
     official_data.dump_lines(path, [{"question_id": 0, "prompt": "", "text": "Yes"}])
-    with pytest.raises(UserError, match=r"llava_pope_test\.jsonl"):
+    with pytest.raises(UserError, match=r"llava_pope_test\.jsonl") as raised:
         main(["score", str(path), "--benchmark", "pope", "--data", str(tmp_path)])
+    assert raised.value.problems[0].code == "predictions-unknown-id"
 
 
 def test_questions_that_llavas_pope_file_lacks_get_ids_of_their_own(tmp_path: Path) -> None:
@@ -137,8 +141,9 @@ def test_a_file_that_is_no_answers_file_is_refused(data: Path, tmp_path: Path) -
     (tmp_path / "wrong.jsonl").write_text('{"id": 3}\n')
     with pytest.raises(UserError, match=r"wrong\.jsonl:1: expected .*question_id"):
         main(["score", str(tmp_path / "wrong.jsonl"), "--benchmark", "gqa", "--data", str(data)])
-    with pytest.raises(UserError, match="--benchmark NAME and --data DIR"):
+    with pytest.raises(UserError, match="--benchmark NAME and --data DIR") as raised:
         main(["score", str(tmp_path / "wrong.jsonl")])
+    assert raised.value.problems[0].code == "flag-required"
 
 
 def test_scored_files_are_kept_where_asked(data: Path, tmp_path: Path) -> None:
@@ -148,8 +153,9 @@ def test_scored_files_are_kept_where_asked(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out" / "eval" / "gqa" / "answers"
     assert (folder / "submission" / "gqa" / "testdev_balanced_predictions.json").is_file()
     assert main(["score", str(folder)]) == 0
-    with pytest.raises(UserError, match="holds results already"):
+    with pytest.raises(UserError, match="holds results already") as raised:
         main(command)
+    assert raised.value.problems[0].code == "output-exists"
 
 
 @pytest.mark.parametrize("protocol", ["llava", "official"])

@@ -96,6 +96,7 @@ def test_a_mistake_in_the_file_is_named(content: Any, words: list[str], tmp_path
     with pytest.raises(UserError) as caught:
         evaluate(str(tmp_path / "mine.json"), tmp_path / "out")
     assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert all(problem.code for problem in caught.value.problems)
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:

@@ -160,15 +160,17 @@ def test_shuffled_predictions_score_the_same(data: Path, tmp_path: Path) -> None
 def test_a_doubled_id_is_named(data: Path, tmp_path: Path) -> None:
     lines = stored(data, tmp_path)
     write(tmp_path, [*lines, lines[2]])
-    with pytest.raises(UserError, match=f'two answers for the id "{lines[2]["id"]}"'):
+    with pytest.raises(UserError, match=f'two answers for the id "{lines[2]["id"]}"') as raised:
         score(tmp_path)
+    assert raised.value.problems[0].code == "predictions-duplicate-id"
 
 
 def test_a_missing_id_is_named(data: Path, tmp_path: Path) -> None:
     lines = stored(data, tmp_path)
     write(tmp_path, lines[:2] + lines[3:])
-    with pytest.raises(UserError, match=f'missing: gqa "{lines[2]["id"]}"'):
+    with pytest.raises(UserError, match=f'missing: gqa "{lines[2]["id"]}"') as raised:
         score(tmp_path)
+    assert raised.value.problems[0].code == "predictions-missing-ids"
 
 
 def test_predictions_alone_are_enough(data: Path, tmp_path: Path) -> None:

@@ -209,6 +209,7 @@ def test_missing_pictures_are_counted_before_anything_is_asked(model: Made, tmp_
     data = write_questions(tmp_path / "emoji")
     (data / "images" / "red.png").unlink()
     (data / "images" / "blue.png").unlink()
-    with pytest.raises(UserError, match="2 pictures of benchmark emoji are missing"):
+    with pytest.raises(UserError, match="2 pictures of benchmark emoji are missing") as raised:
         evaluate(model, data, tmp_path / "out")
+    assert raised.value.problems[0].code == "benchmark-missing-pictures"
     assert not (tmp_path / "out").exists()

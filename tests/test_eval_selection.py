@@ -39,5 +39,6 @@ def test_every_item_is_in_one_shard(count: int) -> None:
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/3", ""])
 def test_a_shard_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="i/n"):
+    with pytest.raises(UserError, match="i/n") as raised:
         parse_shard(text)
+    assert raised.value.problems[0].code == "flag-value"

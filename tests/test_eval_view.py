@@ -66,7 +66,8 @@ def test_a_limit_and_a_lost_picture(tmp_path: Path) -> None:
     assert main(["view", str(base), "--output", str(page), "--limit", "2"]) == 0
     assert len(content(page)["rows"]) == 2
     assert "2 of 6 questions" in page.read_text()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="exists already") as raised:
         main(["view", str(base), "--output", str(page)])
+    assert raised.value.problems[0].code == "output-exists"
     assert main(["view", str(base), "--output", str(tmp_path / "all.html")]) == 0
     assert content(tmp_path / "all.html")["pictures"].count("") == 1

@@ -134,8 +134,9 @@ def test_a_killed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(runner, "as_completed", killed)
     folder = Folder(tmp_path, read_study("elsewhere.digits-rnn"))
-    with pytest.raises(UserError, match=r"memory ran out(.|\n)*--jobs 1"):
+    with pytest.raises(UserError, match=r"memory ran out(.|\n)*--jobs 1") as raised:
         run_study(folder, 2, retry=False, on_done=lambda *_: None)
+    assert raised.value.problems[0].code == "study-worker-killed"
 
 
 def test_an_arm_that_has_changed_is_trained_anew(studies: Path) -> None:
@@ -171,8 +172,9 @@ def test_a_wrong_study_is_refused(changes: dict[str, Any], said: str) -> None:
 
 def test_a_question_means_all_its_tasks() -> None:
     assert chosen("components") == [n for n in llava_recipes.names("study") if n.startswith("components.")]
-    with pytest.raises(UserError, match=r"did you mean components"):
+    with pytest.raises(UserError, match=r"did you mean components") as raised:
         chosen("componets")
+    assert raised.value.problems[0].code == "study-unknown"
 
 
 def test_the_list_of_studies(capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,8 +233,9 @@ def test_a_study_of_layers_whose_cells_failed_is_shown_without_them(tmp_path: Pa
     written, _ = page.write(folder, "python -m milora_vl.studies decay")
     assert "out of memory" in written.read_text(encoding="utf-8")
     (tmp_path / "decay.md").write_text("<!-- results: decay.digits-cnn -->\n<!-- end -->\n", encoding="utf-8")
-    with pytest.raises(UserError, match="has no layers.csv: cells have failed"):
+    with pytest.raises(UserError, match="has no layers.csv: cells have failed") as raised:
         page.document("decay.digits-cnn", folder, tmp_path)
+    assert raised.value.problems[0].code == "study-incomplete"
 
 
 def test_ranks_with_ties() -> None:

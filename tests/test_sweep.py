@@ -177,8 +177,9 @@ def test_a_training_without_numbers_leaves_json_that_others_can_read(sweep: Swee
 
 
 def test_rates_that_would_share_a_cell_are_refused() -> None:
-    with pytest.raises(UserError, match="six digits"):
+    with pytest.raises(UserError, match="six digits") as raised:
         make_cells(Recipe.parse(RECIPE), ["milora"], [1e-4, 1.00000001e-4], None, 1)
+    assert raised.value.problems[0].code == "flag-value"
 
 
 @pytest.mark.parametrize(("keeps_best", "loss"), [(True, 0.3), (False, 0.9)])
@@ -342,5 +343,6 @@ def test_a_folder_keeps_to_what_a_variant_meant(tmp_path: Path) -> None:
     same_sweep(joined)
     remember(joined)
     same_sweep(sweep_with(16))
-    with pytest.raises(UserError, match="in which strong was"):
+    with pytest.raises(UserError, match="in which strong was") as raised:
         same_sweep(sweep_with(64))
+    assert raised.value.problems[0].code == "sweep-variant-changed"

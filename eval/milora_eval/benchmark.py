@@ -67,7 +67,7 @@ class Answer:
 
     @property
     def worth(self) -> float:
-        """The value, 0.0 if it is None."""
+        """The value, 0.0 instead of None."""
         return self.value or 0.0
 
 
@@ -148,7 +148,7 @@ class Benchmark:
         return means(answers, self.metric)
 
     def units(self, answers: Sequence[Answer]) -> Sequence[Answer]:
-        """Return the answers that the headline averages, in the order of the items; one may stand for several items."""
+        """Return the answers that the headline averages, in the order of the items; several items can share one."""
         return answers
 
     def llava_question(self, item: Item) -> dict[str, Any]:

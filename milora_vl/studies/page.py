@@ -1,4 +1,4 @@
-"""Write the files of a study: an HTML page like that of a sweep, and its section of a page in docs/studies."""
+"""Write the files of a study: an HTML page as for a sweep, and its section of a page in docs/studies."""
 
 from __future__ import annotations
 

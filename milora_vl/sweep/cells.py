@@ -114,7 +114,7 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
 def arm_rules(
     policy: Sequence[dict[str, Any]] | None, fields: Mapping[str, Any], *, learning_rate: float, seed: int
 ) -> list[dict[str, Any]]:
-    """Return the rules of one arm. Its `policy` replaces all rules, then its `fields` replace those of adapter rules.
+    """Return the rules of one arm. Its `policy` replaces all rules, then `fields` replace fields of the adapter rules.
 
     Each seed draws different random components, so that the interval over seeds includes the effect of the draw.
     Raises UserError for fields that apply to no rule.

@@ -39,7 +39,7 @@ def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Pat
 
 
 def to_answer(benchmark: Benchmark, line: Mapping[str, Any], judgement: str | None = None) -> Answer:
-    """Return the answer of a line with a fresh score; with a judgement, the judgement decides the score."""
+    """Return the answer of a line and score it again, from its judgement if there is one."""
     item, text = to_item(line), line["prediction"]
     value = benchmark.score(item, text) if judgement is None else benchmark.grade(item, judgement)
     return Answer(item, text, value, judgement)

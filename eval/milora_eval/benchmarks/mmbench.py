@@ -2,7 +2,7 @@
 
 Prompts follow llava/eval/model_vqa_mmbench.py. The chosen option is parsed with VLMEvalKit's exact matching (no judge).
 The submission follows scripts/convert_mmbench_for_submission.py. The legacy dev file has one row per rotation (index +
-1,000,000 each), which LLaVA asks once each. For a file without rotations they are generated, as with --all-rounds.
+1,000,000 each), which LLaVA asks once each. Without them the rotations are generated, as with --all-rounds.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ LABELS = {
 
 
 def commonsense_label(text: str, dataset: str) -> str:
-    """Return the first label in an answer, also inside other words; "" if there is none.
+    """Return the first label in an answer, also inside other words; "" without a match.
 
     Raises KeyError for an unknown data set.
 
@@ -34,12 +34,12 @@ def commonsense_label(text: str, dataset: str) -> str:
 
 
 def last_number(text: str) -> float:
-    """Return the last number of an answer, without commas; infinity if there is none (GSM8K and similar sets)."""
+    """Return the last number of an answer, without commas; infinity without a number (GSM8K and similar sets)."""
     numbers = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
     return float(numbers[-1]) if numbers else math.inf
 
 
 def first_letter(text: str) -> str:
-    """Return the first capital A to E in any word of an answer; "" if there is none (AQuA)."""
+    """Return the first capital A to E in any word of an answer; "" without one (AQuA)."""
     match = re.search("[A-E]", text)
     return match.group() if match else ""

@@ -90,7 +90,7 @@ def _equal_parts(answer: str, reference: str) -> bool:
 
 def _equal_formulas(answer: str, reference: str) -> bool:
     """Return whether two formulas are equal after simplification, or as numbers up to 1e-3."""
-    import sympy.parsing.sympy_parser  # noqa: F401 - the import takes half of the time limit, so it is outside
+    import sympy.parsing.sympy_parser  # noqa: F401 - the import takes half of the time limit, so the limit excludes it
 
     try:
         with _at_most(_SECONDS):
@@ -165,7 +165,7 @@ _SILENT = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
 
 
 def last_boxed(solution: str) -> str | None:
-    """Return the content of the last \\boxed{...} (with balanced braces), None if there is none.
+    """Return the content of the last \\boxed{...} (with balanced braces), or None.
 
     >>> last_boxed("so \\\\boxed{\\\\frac{1}{2}}")
     '\\\\frac{1}{2}'

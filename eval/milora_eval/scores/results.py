@@ -90,7 +90,7 @@ def judgements(folder: Path) -> dict[tuple[str, str, str], str]:
 
 
 def review_of(line: Line, reviews: Mapping[tuple[str, str, str], str]) -> str | None:
-    """Return the judgement of a line's answer, None if there is none."""
+    """Return the judgement of a line's answer, or None."""
     return reviews.get((line["benchmark"], line["id"], line["prediction"])) if reviews else None
 
 
@@ -108,7 +108,7 @@ def require_answers(folder: Path) -> None:
 
 
 def require_lines(folder: Path) -> list[Line]:
-    """Return the answers in `folder` with their judgements. Raises UserError if there are none."""
+    """Return the answers in `folder` with their judgements. Raises UserError without answers."""
     require_answers(folder)
     reviews = judgements(folder)
     lines = read_lines(folder / PREDICTIONS)
@@ -167,7 +167,7 @@ def lines_digest(lines: Iterable[Line]) -> str:
 
 
 def read_results(folder: Path) -> Results:
-    """Return the results.json of a folder, an empty dict if there is none."""
+    """Return the results.json of a folder, or an empty dict."""
     return read_json(folder / RESULTS) or {}
 
 
