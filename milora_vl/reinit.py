@@ -94,7 +94,7 @@ def _the_adapter(model: PeftModel) -> str:
         raise AdapterError(
             f"expected a PeftModel, got {type(model).__name__}",
             code="adapter-not-a-peft-model",
-            hint="for a model without an adapter:  apply_milora(model, policy)",
+            hint="to add an adapter:  apply_milora(model, policy)",
         )
     if isinstance(model, MiloraMixin) and model.sidecars:
         raise AdapterError(

@@ -26,7 +26,7 @@ from milora_vl.models.projector import read_projector
 from milora_vl.train import failures
 from milora_vl.weights.torch_files import read_pickled, why_unread
 
-SAID = r"holds more than tensors \((posix|nt)\.system\): reading it could run code, so it is not read"
+SAID = r"holds more than tensors \((posix|nt)\.system\), so reading it could run code: it was not read"
 
 
 class Hostile:

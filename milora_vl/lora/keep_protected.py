@@ -19,8 +19,8 @@ Factors = tuple[nn.Parameter, nn.Parameter]
 def keep_protected(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Remove the protected directions from the adapters in `model` after every step of `optimizer`.
 
-    Call this once before the first step; `python -m milora_vl.train` does it automatically. For the Trainer of Hugging
-    Face or TRL, call `keep_protected(model, trainer.create_optimizer())`. The function does nothing if no rule has
+    Call this once before the first step; `python -m milora_vl.train` does it automatically. A Trainer of Hugging Face
+    or TRL needs the call `keep_protected(model, trainer.create_optimizer())`. The function does nothing if no rule has
     `protect`, and a second call for one optimizer changes nothing.
 
     Raises AdapterError if the optimizer does not step the factors themselves: it belongs to another model, or it steps

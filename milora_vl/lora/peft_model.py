@@ -272,7 +272,7 @@ class MiloraMixin(PeftModel):
             after = anchors_of(lora_layer(self, path), adapter)
             if not all(torch.equal(a, b) for a, b in zip(anchors, after, strict=True)):
                 raise AdapterError(
-                    "the saved anchor differs from the one that was subtracted from this base weight (form residual)",
+                    "the saved anchor differs from the anchor in this base weight (form residual)",
                     code="adapter-wrong-anchor",
                     where=path,
                     hint="reload the base model, then  load_adapter(base, path, is_trainable=True)",

@@ -94,7 +94,7 @@ class Policy:
 def _read(source: str | Sequence[Mapping[str, Any] | Rule]) -> tuple[list[Rule | None], list[Problem]]:
     """Return the rules and all problems.
 
-    A rule with problems keeps its valid fields, so that resolving can find more. Without `modules` it is None.
+    A rule with problems keeps its valid fields, so that resolving can find more. A rule without `modules` becomes None.
     """
     items = _load_yaml(source) if isinstance(source, str) else source
     if isinstance(items, Mapping) or not isinstance(items, Sequence) or isinstance(items, str):

@@ -6,7 +6,7 @@ The wanted right singular vectors V (n, k) are then the eigenvectors of the lowe
 1. Block Lanczos on the inverse of H (or on -H) gives a first V, with a few columns more than the rank.
 2. H + c V V' - t I is factored (Cholesky), with t just above the wanted eigenvalues. If this matrix is positive
    definite, V misses no eigenvalue below t: adding c V V' changes at most k eigenvalues (Weyl).
-3. With the residual R = H V - V Theta, Z = (H + c V V' - t I)^-1 R corrects V to second order. Z also bounds the
+3. R = H V - V Theta is the residual. Z = (H + c V V' - t I)^-1 R corrects V to second order. Z also bounds the
    remaining error: on V, the eigenvalues of H are at least the eigenvalues of Theta - R'Z (a Schur complement);
    elsewhere they are at least t.
 4. Theta and R are computed from W and not from the Gram matrix. Rounding in the Gram matrix then only makes the

@@ -30,12 +30,12 @@ def unreadable(file: Path | str, error: BaseException) -> Problem:
 
     >>> error = UnpicklingError("Weights only load failed. ... Unsupported global: GLOBAL os.system was")
     >>> print(unreadable("a.bin", error))
-    a.bin: holds more than tensors (os.system): reading it could run code, so it is not read
+    a.bin: holds more than tensors (os.system), so reading it could run code: it was not read
     """
     text = str(error)  # PyTorch gives no other access to the name of the refused class
     refused = re.search(r"GLOBAL (\S+)", text)
     if refused is not None:
-        message = f"holds more than tensors ({refused[1]}): reading it could run code, so it is not read"
+        message = f"holds more than tensors ({refused[1]}), so reading it could run code: it was not read"
         return Problem(message, "weight-unsafe-file", str(file))
     is_useful = bool(text) and not text.startswith("Weights only load failed")
     reason = text.splitlines()[0] if is_useful else "no file of weights"
