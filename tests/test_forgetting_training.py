@@ -38,4 +38,4 @@ def test_forgetting_grows_in_the_log(method: list[str], tiny_data: Path, tmp_pat
     assert losses[0] == losses[1]
     assert "forgetting_every: 2" in (tmp_path / "with" / "recipe.yaml").read_text()
     assert "forgetting" in (tmp_path / "with" / "plots" / "forgetting.csv").read_text()
-    assert "while it trained" in (tmp_path / "with" / "report.html").read_text()
+    assert "during training" in (tmp_path / "with" / "report.html").read_text()
