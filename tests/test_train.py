@@ -243,7 +243,7 @@ def test_a_broken_picture_ends_the_run_with_its_name(workers: str, tiny_data: Pa
         assert run.exists() == is_left
         if is_left:
             assert 0 < len(losses(run)) < 12
-            assert "ended before its end" in (run / "README.md").read_text()
+            assert "did not finish" in (run / "README.md").read_text()
             assert (run / "report.html").is_file()
             shutil.rmtree(run)
 
