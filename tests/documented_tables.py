@@ -25,7 +25,6 @@ LEFT_OPEN: tuple[tuple[str, str], ...] = (
     (r"milora_vl\.train --method$", "milora_vl.train --model tiny --rank 4 --method lora --dry-run"),
     (r"milora train --dry-run", "milora train --model tiny --rank 4 --dry-run"),
     (r"O/recipes/CELL\.yaml", "tiny-test --data_path train.json --image_folder images"),
-    (r"check --fix OUT", "check train.json --image_folder images --fix OUT"),
     (r"ls --data DIR", "ls --data data"),
     (r"report RUN", "report runs/a"),
 )

@@ -235,7 +235,7 @@ def test_a_normal_session_says_what_is_next_and_nothing_of_our_dependencies(tiny
 @pytest.mark.parametrize(("options", "shown"), [([], "ours"), (["-W", "default"], "ours theirs")])
 def test_warnings_of_others_are_shown_on_request_alone(options: list[str], shown: str) -> None:
     script = (
-        "import logging, warnings\nfrom milora_data.command import run\n"
+        "import logging, warnings\nfrom milora_data.command.cli import run\n"
         "def main(argv):\n"
         "    logging.getLogger('bitsandbytes.backends.cpu.ops').warning('theirs')\n"
         "    for word, module in (('ours', 'milora_vl.chat'), ('theirs', 'torch.nn')):\n"

@@ -274,7 +274,6 @@ def test_messages_become_records(tmp_path: Path, value: dict[str, Any], image: A
         ({"text": "x"}, "messages-missing"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "record-unknown-role"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages-unsupported-part"),
-        ({"messages": said("a", "b"), "images": ["https://example.org/a.jpg"]}, "image-web-address"),
         ({"messages": [{"role": "user", "content": None}]}, "messages-content"),
     ],
 )

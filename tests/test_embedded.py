@@ -180,7 +180,7 @@ def test_questions_of_a_benchmark_get_the_command_too(kind: str, tmp_path: Path)
 def test_pictures_of_the_web_are_said_not_to_be_fetched(tmp_path: Path, capsys: Any) -> None:
     address = "https://example.org/pictures/cat.png?token=" + 200 * "x"
     dump_lines(tmp_path / "m.jsonl", [asked(address)])
-    with pytest.raises(DataError, match=r"m.jsonl:1: .*https://example.org/pictures/cat.png(.|\n)*download") as caught:
+    with pytest.raises(UserError, match=r"m.jsonl:1: .*https://example.org/pictures/cat.png(.|\n)*download") as caught:
         convert(tmp_path / "m.jsonl", tmp_path / "out")
     assert "xxx" not in str(caught.value)
     dump_lines(tmp_path / "l.jsonl", [in_llavas(address)])

@@ -26,7 +26,7 @@ LATE = {
 }
 EARLY = {
     "an optimizer whose package is missing": (["--optim", "grokadamw"], "--optim grokadamw: "),
-    "an optimizer with groups of its own": (["--optim", "galore_adamw"], "makes its own groups"),
+    "an optimizer with groups of its own": (["--optim", "galore_adamw"], "makes its own parameter groups"),
 }  # fmt: skip
 
 

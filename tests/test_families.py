@@ -168,5 +168,5 @@ def test_a_model_whose_pictures_are_not_prepared_here_is_refused_before_it_loads
     words = ["--model", str(tmp_path / "base"), "--data_path", str(tmp_path / "train.json"), "--rank", "2"]
     words += ["--image_folder", str(tmp_path), "--output_dir", str(tmp_path / "run")]
     for more in ([], ["--dry-run"]):
-        with pytest.raises(UserError, match="pictures of a paligemma model are not prepared here"):
+        with pytest.raises(UserError, match="images of a paligemma model are not prepared here"):
             train([*words, *more])

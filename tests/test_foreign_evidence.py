@@ -77,7 +77,7 @@ def test_a_head_that_is_tied_has_a_weight(config: dict[str, Any], tmp_path: Path
 def test_trained_rows_of_the_embeddings_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained("tiny-text", tmp_path, target_modules=["q_proj"], trainable_token_indices=[1, 2])
     assert set(analysed(tmp_path)) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
-    assert "not analysed, because they are not matrices: rows of the embeddings" in capsys.readouterr().err
+    assert "not analysed, because they are not matrices: trained rows of the embeddings" in capsys.readouterr().err
 
 
 def edited(folder: Path, **fields: Any) -> None:

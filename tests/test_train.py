@@ -99,15 +99,14 @@ def test_a_recipe_given_back_repeats_the_run(plain_run: Path, tmp_path: Path) ->
     assert (plain_run / "recipe.yaml").read_text() == (again / "recipe.yaml").read_text()
 
 
-def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(
-    plain_run: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(plain_run: Path, tmp_path: Path) -> None:
     """All of it would train, the anchor too."""
     checkpoint = shutil.copytree(plain_run / "checkpoint-4", tmp_path / "checkpoint-4")
     (checkpoint / "milora.json").unlink()
+    shutil.copy(plain_run / "recipe.yaml", tmp_path)
     more = ["--rank", "4", "--resume_from_checkpoint", str(checkpoint)]
     with pytest.raises(UserError, match=r"milora.json is missing") as error:
-        main(words(tiny_data, tmp_path / "again", *more))
+        main(words(plain_run.parent / "data", tmp_path / "again", *more))
     problem = error.value.problems[0]
     assert (problem.code, problem.where) == ("checkpoint-incomplete", str(checkpoint))
 

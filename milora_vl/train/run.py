@@ -316,7 +316,7 @@ def make_steps(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening)
     if trainer.stop_on_signal.stopped and trainer.state.global_step < rows.batching.steps:
         raise UserError(
             f"stopped by SIGTERM at step {trainer.state.global_step}, which is saved",
-            code="train-stopped",
+            code="run-stopped-by-signal",
             hint="to resume, repeat the command with  --resume_from_checkpoint auto",
             exit_code=128 + signal.SIGTERM,
         )
