@@ -262,9 +262,7 @@ def test_damaged_files_are_refused_by_name(run, form: str) -> None:
     whole, good = weights.read_bytes(), config.read_text(encoding="utf-8")
     for content in ("{", "[]"):
         config.write_text(content, encoding="utf-8")
-        with pytest.raises(
-            UserError, match=r"adapter_config.json:? (is )?(not valid JSON|holds no mapping|expected a mapping)"
-        ):
+        with pytest.raises(UserError, match=r"adapter_config.json: (not valid JSON|expected a mapping)"):
             export(run.root / "adapter", form, run.root / "out")
     config.write_text(good, encoding="utf-8")
     weights.write_bytes(whole[:3000])
