@@ -46,6 +46,10 @@ def apply_milora(
     weight). Factors and spectra are kept in `cache_dir` and taken from there. `progress` shows a bar on stderr,
     "lines" a line per layer too. The model is changed only after every weight has been decomposed.
 
+    Train it without weight decay (`torch.optim.AdamW` has 0.01 by default): A and B start from components of W, so
+    decay pulls towards W - s B0 A0, not towards W. `python -m milora_vl.train` uses the learning rates of the rules;
+    other trainers use their own.
+
     Raises PolicyError for rules that do not fit the model, ValueError for weights that cannot be decomposed,
     AdapterError for models that hold an adapter already or do not fit the form.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from milora_vl.adapter import apply_milora
 from milora_vl.policy import Policy
+from milora_vl.training import rates
 from milora_vl.training.screen import Screen, policy_rows, trainable_line, trained_sizes
 
 RULES = [
@@ -22,13 +23,14 @@ def test_one_row_for_what_is_alike(tiny_llava: Callable[..., Any]) -> None:
     targets = Policy.parse(RULES).resolve(base)
     sizes = trained_sizes(targets, base)
     model = apply_milora(base, Policy.parse(RULES))
-    rows = policy_rows(targets, sizes, model.milora_report)
+    rows = policy_rows(rates.in_force(targets, {"learning_rate": 3e-4}), sizes, model.milora_report)
     assert [row[:5] for row in rows] == [
         ("language", "10", "milora", "4", "4"),
         ("language", "4", "milora", "8", "8"),
         ("projector", "2", "full", "-", "-"),
     ]
-    assert rows[2][5:] == ("6,272", "the run's", "-", "-")
+    assert [row[6] for row in rows] == ["0.0002", "0.0002", "0.0003"]
+    assert rows[2][5:] == ("6,272", "0.0003", "-", "-")
     assert " - " in rows[0][7]
     assert rows[0][8].endswith(" %")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -118,9 +119,25 @@ def launch(script: Path, arguments: Sequence[str]) -> None:
     """Run a script as `python script arguments` would, in this process. UserError where there is none."""
     if not script.is_file():
         raise UserError(f"no script at {script}")
+    _warn_of_decay(arguments)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
+
+
+def _warn_of_decay(arguments: Sequence[str]) -> None:
+    """Say on stderr what Hugging Face's flag for weight decay does to factors that start from a weight's components."""
+    words = [part for argument in arguments for part in argument.split("=", 1)]
+    value = dict(pairwise(words)).get("--weight_decay", "0")
+    try:
+        is_set = float(value) > 0
+    except ValueError:
+        return  # the script's own parser says so
+    if is_set:
+        sys.stderr.write(
+            f"milora: warning: --weight_decay {value} removes the components that the adapter starts from: it pulls "
+            "towards W - s B0 A0, not towards W\n        set --weight_decay 0\n"
+        )
 
 
 def options(prog: str, description: str, example: str, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -29,7 +29,7 @@ def keep_protected(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     >>> from milora_vl import apply_milora
     >>> rules = [{"modules": "language", "method": "milora", "rank": 2, "protect": {"top": 1}}]
     >>> model = apply_milora(nn.Sequential(nn.Linear(4, 4)), rules)
-    >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0)
     >>> keep_protected(model, optimizer)
     """
     pairs = _training(model)

@@ -84,7 +84,7 @@ EVERYDAY: dict[str, str] = {
     "max_steps": "end after N steps, whatever the epochs say",
     "per_device_train_batch_size": "records of a step on each device [8]",
     "gradient_accumulation_steps": "batches whose gradients make one step [1]",
-    "learning_rate": "of the adapter rules, or of what trains in full [the recipe's; 2e-4 without one]",
+    "learning_rate": "of the adapter rules, and of rules without one [the recipe's; 2e-4 of the default policy]",
     "lr_scheduler_type": "linear, cosine, constant, ... [linear]",
     "warmup_steps": "steps until the full learning rate; below 1 a share of all [0]",
     "bf16": "multiply in bfloat16 [False]",

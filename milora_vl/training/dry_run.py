@@ -32,6 +32,7 @@ from milora_vl.training import (
     evaluation,
     first_batch,
     packages,
+    rates,
     run_data,
     run_folder,
     settings,
@@ -50,11 +51,7 @@ def show(request: Request) -> int:
     """
     screen = Screen(sys.stdout if request.format == "human" else sys.stderr)
     chosen = settings.resolve(request)
-    try:
-        settings.require_fit(request, chosen.recipe)
-    except RecipeError as error:  # without a policy there is no plan, but data and evaluation have faults of their own
-        found = [error, *_missing(chosen.recipe), *_faults_of_data(chosen.recipe)]
-        raise UserError("\n".join(map(str, found))) from None
+    _require_fit(request, chosen.recipe)
     packages.check(chosen.recipe.train, chosen.recipe.quantization, chosen.recipe.attn_implementation)
     config = bases.config_for(chosen.recipe)
     base = meta_model(config)
@@ -63,6 +60,8 @@ def show(request: Request) -> int:
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
     run_folder.choose(path, request.resume)
     train, warnings = training_args.prepared(recipe)
+    warnings += rates.warnings(targets, train, method=request.edits.method)
+    targets = rates.in_force(targets, train)
     for line in [*chosen.notes, *(f"warning: {warning}" for warning in [*chosen.warnings, *warnings])]:
         screen.say(line)
     parts = bases.parts_of(recipe)
@@ -114,6 +113,15 @@ def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batc
         max_steps=train.get("max_steps", -1),
         drop_last=train.get("dataloader_drop_last", False),
     )
+
+
+def _require_fit(request: Request, recipe: Recipe) -> None:
+    """Without a policy there is no plan, but data and evaluation have faults of their own: UserError with all."""
+    try:
+        settings.require_fit(request, recipe)
+    except RecipeError as error:
+        found = [error, *_missing(recipe), *_faults_of_data(recipe)]
+        raise UserError("\n".join(map(str, found))) from None
 
 
 def _missing(recipe: Recipe) -> list[UserError]:

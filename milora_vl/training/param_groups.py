@@ -23,7 +23,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for any torch optimizer, adapters before what trains in full; a rule's own rates win over the run's.
 
-    `decays` names the parameters that weight decay is for (HF leaves out biases and norms).
+    `decays` names the parameters that weight decay is for (HF leaves out biases and norms). Decay of an adapter that
+    has an anchor removes the components it starts from (`rates.warnings`).
     """
     settings = {t.path: t for t in targets}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -145,10 +145,13 @@ class Run:
         from transformers import set_seed
 
         from milora_vl.spectrum import layer_spectra
-        from milora_vl.training import build
+        from milora_vl.training import build, rates
         from milora_vl.training.training_args import trained_dtype
 
         targets = build.targets_of(self.recipe, self.base)
+        for warning in rates.warnings(targets, self.recipe.train, method=self.request.edits.method):
+            self.screen.warn(warning)
+        targets = rates.in_force(targets, self.recipe.train)
         if self.describes_start():
             with self.screen.step("measuring the spectrum of one layer per tower"):
                 self.spectra = layer_spectra(self.base, targets)
@@ -341,10 +344,5 @@ class Run:
         if args.save_strategy == "steps" and args.save_steps > steps:
             found.append(
                 f"save_steps {args.save_steps:g} is beyond the last step ({steps:,}): no checkpoint before the end"
-            )
-        rates = {rule.get("learning_rate") for rule in self.recipe.policy or () if rule.get("method") == "full"}
-        if self.request.edits.method == "full" and any(rate and rate > 5e-5 for rate in rates):
-            found.append(
-                f"full training at a learning rate of {max(filter(None, rates)):g}; LLaVA uses 2e-5 (--learning_rate)"
             )
         return found

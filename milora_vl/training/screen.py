@@ -89,7 +89,8 @@ def policy_rows(
 ) -> list[tuple[str, ...]]:
     """One row per (tower, method, rank, alpha, learning rate, protected directions), in model order of the towers.
 
-    `sizes` has the trained numbers of each target by its path, `report` what was measured of the adapters.
+    The targets have their rates in force (`rates.in_force`). `sizes` has the trained numbers of each target by its
+    path, `report` what was measured of the adapters.
     """
     measured = {layer.path: layer for layer in report}
     ordered = sorted(targets, key=_kind)
@@ -107,7 +108,7 @@ def policy_rows(
                 f"{rank}" if rank else "-",
                 f"{alpha:g}" if alpha else "-",
                 f"{sum(sizes[t.path] for t in group):,}",
-                f"{rate:g}" if rate else "the run's",
+                f"{rate:g}",
                 _span(shares, "{:.2g}"),
                 _span([100 * layer.energy for layer in layers], "{:.2g}", " %"),
             )

@@ -236,7 +236,8 @@ def _read_policy(text: str) -> tuple[list[dict[str, Any]], str]:
     if isinstance(rules, Mapping):
         rules = rules.get("policy", [rules])
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
-        raise UserError(f"{source}: expected a list of rules, e.g. [{{modules: language, method: milora, rank: 64}}]")
+        example = "[{modules: language, method: milora, rank: 64, learning_rate: 2.0e-4}]"
+        raise UserError(f"{source}: expected a list of rules, e.g. {example}")
     return [dict(rule) for rule in rules], source
 
 
