@@ -92,8 +92,50 @@ def test_flags_of_llava_about_data_alone_leave_the_policy_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
+    "flag",
+    [
+        "--bits 16", "--lora_bias none", "--mm_vision_select_layer -2", "--mm_vision_select_feature patch",
+        "--mm_projector_type mlp2x_gelu", "--mm_patch_merge_type flat", "--mm_use_im_start_end False",
+        "--mm_use_im_patch_token False", "--mpt_attn_impl triton", "--cache_dir x", "--freeze_backbone False",
+        "--freeze_mm_mlp_adapter False", "--tune_mm_mlp_adapter False",
+    ],
+)  # fmt: skip
+def test_a_flag_that_is_not_about_what_trains_leaves_the_policy_and_the_pictures_as_they_are(flag: str) -> None:
+    plain = settings("--model tiny --rank 8")
+    beside = settings(f"--model tiny --rank 8 {flag}")
+    assert beside.recipe == plain.recipe
+    assert beside.notes == []
+
+
+def test_bits_alone_mean_a_quantised_base() -> None:
+    plain = settings("--model tiny --rank 8").recipe
+    for bits in ("4", "8"):
+        assert settings(f"--model tiny --rank 8 --bits {bits}").recipe == plain.model_copy(
+            update={"quantization": f"{bits}bit"}
+        )
+        quantised = settings(f"--recipe tiny-test --bits {bits}").recipe
+        assert quantised == settings("--recipe tiny-test").recipe.model_copy(update={"quantization": f"{bits}bit"})
+    with pytest.raises(UserError, match="--bits 5: expected 16, 8 or 4"):
+        settings("--model tiny --bits 5")
+
+
+def test_a_frozen_projector_alone_leaves_the_default_adapters() -> None:
+    plain = settings("--model tiny --rank 8").recipe.policy
+    frozen = settings("--model tiny --rank 8 --freeze_mm_mlp_adapter True")
+    assert plain is not None
+    assert frozen.recipe.policy == plain[:1]
+    assert frozen.recipe.data.image_aspect_ratio == "pad"
+    lora = settings("--model tiny --method lora --rank 8 --freeze_mm_mlp_adapter True").recipe.policy
+    assert lora == [plain[0] | {"method": "lora"}]
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--vision_tower x --rank 8", r"--rank(.|\n)*in full(.|\n)*--lora_enable True"),
+        ("--lora_enable False --lora_alpha 8", r"--alpha(.|\n)*in full(.|\n)*--lora_enable True"),
+        ("--tune_mm_mlp_adapter True --lora_dropout 0.1", r"--dropout(.|\n)*the projector alone(.|\n)*leave"),
+        ("--freeze_backbone True --lora_r 8", r"--rank(.|\n)*the projector alone(.|\n)*leave"),
         ("--freeze_backbone True --freeze_mm_mlp_adapter True", "nothing is left to train"),
         ("--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True", "nothing is left to train"),
         ("--recipe tiny-test --lora_enable True", "the recipe decides that"),

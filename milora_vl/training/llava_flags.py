@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from milora_data.errors import UserError
+from milora_vl.training.policy_edits import DEFAULT_RULES
 
 # name -> (type, help). Flags that are only other names for ours (--lora_r, --version, ...) are in arguments.py.
 FLAGS: dict[str, tuple[str, str]] = {
@@ -58,8 +59,6 @@ REFUSED: dict[str, str] = {
     "mm_patch_merge_type": "only flat is supported, as LLaVA-1.5; take a model of llava-hf/llava-v1.6-* for others",
 }
 WITHOUT_EFFECT = ("cache_dir", "mpt_attn_impl")
-# Not of what trains: beside our own flags they change nothing of the policy.
-OF_DATA = ("is_multimodal", "lazy_preprocess", "group_by_modality_length", *WITHOUT_EFFECT)
 # LLaVA's flag -> field of the recipe's `parts`.
 PARTS = {
     "vision_tower": "vision_tower",
@@ -89,25 +88,32 @@ def meaning(given: Mapping[str, Any], *, rank: int | None, alpha: float | None, 
     for name, value in given.items():
         if name in REFUSED and value not in ALREADY_SO.get(name, ()):
             raise UserError(f"--{name} {value}: {REFUSED[name]}")
-    if not decide_what_trains(given):
-        return Meaning([], warnings=_warnings(given))
-    rules, words = _rules(given, rank, alpha, dropout)
     bits = given.get("bits", 16)
     if bits not in (4, 8, 16):
         raise UserError(f"--bits {bits}: expected 16, 8 or 4")
-    if bits != 16:
+    quantization = f"{bits}bit" if bits != 16 else None
+    if not decide_what_trains(given):
+        return Meaning([], quantization, warnings=_warnings(given))
+    rules, words = _rules(given, rank, alpha, dropout)
+    if all(rule["method"] == "full" for rule in rules):
+        _refuse_adapter_flags(given, words, {"rank": rank, "alpha": alpha, "dropout": dropout})
+    if quantization:
         words += f", on a base quantised to {bits} bits"
-    return Meaning(rules, f"{bits}bit" if bits != 16 else None, f"LLaVA flags: {words}", _warnings(given))
+    return Meaning(rules, quantization, f"LLaVA flags: {words}", _warnings(given))
 
 
 def decide_what_trains(given: Mapping[str, Any]) -> bool:
-    """Whether any of the flags is more than one about data that stands beside our own."""
-    return bool(given.keys() - set(OF_DATA))
+    """Whether the flags say what trains: one of LLaVA's scripts, or what to freeze.
+
+    The others are about the data or the model: beside our own flags they change nothing of the policy.
+    """
+    return is_script(given) or any(given.get(name) for name in ("freeze_backbone", "freeze_mm_mlp_adapter"))
 
 
 def is_script(given: Mapping[str, Any]) -> bool:
     """Whether a command line is one of LLaVA's scripts: then what it leaves out is as LLaVA has it."""
-    return any(given.get(name) is not None for name in ("vision_tower", "lora_enable", "tune_mm_mlp_adapter"))
+    named = any(given.get(name) is not None for name in ("vision_tower", "lora_enable"))
+    return named or bool(given.get("tune_mm_mlp_adapter"))
 
 
 def parts(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +141,19 @@ def _rules(
         return [language, *projector], f"--lora_enable True means MiLoRA of rank {rank} on the language tower {rest}"
     if given.get("freeze_backbone"):
         return projector, "--freeze_backbone True means the projector alone"
+    if not is_script(given):
+        without = [rule for rule in DEFAULT_RULES if rule["modules"] != "projector"]
+        return without, "--freeze_mm_mlp_adapter True means the default policy without the projector"
     return [{"modules": "language.*", "method": "full"}, *projector], _IN_FULL.format(rest)
+
+
+def _refuse_adapter_flags(given: Mapping[str, Any], words: str, flags: Mapping[str, float | None]) -> None:
+    unused = " ".join(f"--{name}" for name, value in flags.items() if value is not None)
+    if not unused:
+        return
+    alone = given.get("tune_mm_mlp_adapter") or given.get("freeze_backbone")
+    hint = f"leave {unused} out" if alone else "say --lora_enable True, or --method milora"
+    raise UserError(f"{unused}: nothing gets an adapter, since {words}\n{hint}")
 
 
 def _warnings(given: Mapping[str, Any]) -> list[str]:

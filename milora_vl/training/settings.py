@@ -198,7 +198,7 @@ def _llava(request: Request) -> llava_flags.Meaning | None:
         if clash:
             decided_by = "recipe" if request.recipe else "policy"
             raise UserError(f"{' '.join(clash)}: the {decided_by} decides that\nuse --method")
-    if request.edits.method in ADAPTERS and llava_flags.decide_what_trains(given):
+    if request.edits.method in ADAPTERS and (llava_flags.is_script(given) or given.get("freeze_backbone")):
         given["lora_enable"] = True
     edits = request.edits
     found = llava_flags.meaning(given, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
