@@ -94,11 +94,7 @@ def initialize(
     cache = None if cache_dir is None else Path(cache_dir)
     rank, _ = place()
     made: dict[str, Initial] = {}
-    shown = bool(progress) and rank == 0
-    interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(
-        total=len(wanted), desc="decomposing", unit="matrix", file=sys.stderr, disable=not shown, mininterval=interval
-    ) as bar:
+    with matrix_bar("decomposing", len(wanted), is_shown=bool(progress) and rank == 0) as bar:
         for hand in hands([(_cost(target), target) for target in wanted]):
             for initial in _play(model, hand, cache):
                 made[initial.report.path] = initial
@@ -107,6 +103,19 @@ def initialize(
             bar.update(len(hand))
     _warn_of_zeros(made, wanted)
     return {target.path: made[target.path] for target in wanted}
+
+
+def matrix_bar(what: str, total: int, *, is_shown: bool) -> tqdm:
+    """Return a bar on stderr that counts matrices; silent where there are none."""
+    return tqdm(
+        total=total,
+        desc=what,
+        unit="matrix" if total == 1 else "matrices",
+        file=sys.stderr,
+        disable=not (is_shown and total),
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]",
+    )
 
 
 def _cost(target: Target) -> float:

@@ -156,6 +156,15 @@ def test_progress_goes_to_stderr_and_only_on_request(capfd) -> None:
     out, err = capfd.readouterr()
     assert out == ""
     assert "decomposing" in err
+    assert "1/1 matrix [" in err
+    two = nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4))
+    initial(two, one_rule(), progress=True)
+    assert "2/2 matrices [" in capfd.readouterr().err
+
+
+def test_no_progress_is_shown_where_nothing_is_decomposed(capfd) -> None:
+    initial(linear(W), one_rule(method="lora"), progress=True)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_model_is_not_changed() -> None:

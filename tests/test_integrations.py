@@ -41,7 +41,7 @@ def test_a_script_runs_with_milora_as_its_lora(tmp_path: Path, capsys) -> None:
     assert main(["--part", "principal", str(script), "4", str(tmp_path / "out")]) == 0
     assert peft.get_peft_model is stock
     assert (tmp_path / "out" / "milora.json").is_file()
-    assert "2 modules start with method pissa" in capsys.readouterr().err
+    assert "method pissa on 2 modules" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"MiLoRA cannot start this LoRA\npolicy.*rank: 65"):
         main([str(script), "65", str(tmp_path / "out")])
     for run in (main, llava_main):
@@ -198,7 +198,7 @@ def test_llavas_own_training_runs_and_its_own_classes_load_what_it_saved(tmp_pat
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert "milora: 14 modules start with method milora" in done.stderr
+    assert "milora: method milora on 14 modules" in done.stderr
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     assert config.keys() <= KNOWN_KEYS
     assert config["r"] == 8

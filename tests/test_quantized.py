@@ -86,7 +86,7 @@ def test_a_recipe_says_how_a_base_is_quantised(folder: Path) -> None:
     ("flags", "message"),
     [
         (["--deepspeed", "zero3"], "ZeRO-3 cannot share out a quantised base"),
-        (["--policy", "[{modules: language, method: full}]"], "14 modules are to train in full, first model.language"),
+        (["--policy", "[{modules: language, method: full}]"], "14 modules would train in full, first model.language"),
     ],
 )
 def test_what_a_quantised_base_cannot_do_is_told_before_it_loads(flags: list[str], message: str, folder: Path) -> None:

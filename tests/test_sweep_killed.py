@@ -44,7 +44,15 @@ def test_what_a_first_cell_has_left_is_no_hindrance(tmp_path: Path, capsys: pyte
     (run / "checkpoint-3" / "trainer_state.json").write_text("{}")
     given = ["--recipe", str(write_recipe(tmp_path)), "--methods", "milora", "--lrs", "1e-3", "--seeds", "1"]
     assert sweep.main([*given, "--output_dir", str(tmp_path / "out"), "--plan"]) == 0
-    assert "1 cells, 0 done, 0 failed, 1 to run" in capsys.readouterr().err
+    assert "1 cell, 0 done, 0 failed, 1 to run" in capsys.readouterr().err
+
+
+def test_the_plan_shows_what_a_training_would_warn_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path)
+    recipe.write_text(recipe.read_text().replace("{max_steps: 6", "{weight_decay: 0.1, max_steps: 6"))
+    given = ["--recipe", str(recipe), "--methods", "milora", "--lrs", "1e-3", "--seeds", "1", "--plan"]
+    assert sweep.main([*given, "--output_dir", str(tmp_path / "out")]) == 0
+    assert "warning: weight decay on language (milora) 0.1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What happens to a sweep from outside: a folder is removed, a command is killed."""
+"""What happens to a sweep from outside: a folder is removed, a command is killed, a recipe is not made for it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from test_sweep import RECIPE, finish
 
+from milora_data.errors import UserError
 from milora_vl.config import Recipe
 from milora_vl.sweep import page
+from milora_vl.sweep.__main__ import main
 from milora_vl.sweep.cells import make_cells
 from milora_vl.sweep.runner import Evaluation, Sweep, run_cells
 
@@ -38,3 +40,17 @@ def test_a_killed_training_says_so(sweep: Sweep, monkeypatch: pytest.MonkeyPatch
     failure = sweep.failure(cell)
     assert failure is not None
     assert "memory ran out" in failure["said"]
+
+
+def test_all_that_a_recipe_lacks_for_a_sweep_is_named_together(tmp_path: Path) -> None:
+    given = ["--recipe", "tiny-test", "--methods", "mlora", "--lrs", "1e-3", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError) as caught:
+        main(given)
+    for words in ("data.path", "data.eval_path", "sweep.suite", "did you mean milora", "--print-recipe tiny-test"):
+        assert words in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        main([*given, "--suite", "emojis"])
+    assert "data.path" in str(caught.value)
+    assert "sweep.suite" not in str(caught.value)
+    assert "emojis" in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from milora_data.command import parser, run
+from milora_data.command import amount, parser, run
 from milora_data.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _maker(stock: Callable[..., Any], start: Callable[[Any], Any]) -> Callable[.
         except ValueError as error:
             raise UserError(f"MiLoRA cannot start this LoRA\n{error}") from error
         method = tuned.milora_targets[0].method
-        sys.stderr.write(f"milora: {len(tuned.milora_report):,} modules start with method {method}\n")
+        sys.stderr.write(f"milora: method {method} on {amount(len(tuned.milora_report), 'module')}\n")
         return tuned
 
     return get_peft_model

@@ -6,17 +6,15 @@ in that of U (out, k). `keep.py` sees to A and B; minor anchors are outside but 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from milora_vl.initialize import Initial, Progress, cached_factors
+from milora_vl.initialize import Initial, Progress, cached_factors, matrix_bar
 from milora_vl.lora.dealing import from_first_rank, place
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import base_layer
@@ -107,14 +105,15 @@ def find_protected(
             "protect: ZeRO-3 shares out the factors, which cannot be kept outside then: train without it"
         )
     found = {}
-    hidden = not wanted or not progress or place()[0] > 0
-    for target, protect in tqdm(wanted, desc="protecting", unit="matrix", file=sys.stderr, disable=hidden):
-        W = read_matrix(base_layer(model, target.path))
-        cache = None if cache_dir is None else Path(cache_dir)
-        factors = cached_factors(W, protect.top, "principal", path=target.path, cache=cache)
-        energy = float(factors.S.double().square().sum()) / factors.norm**2 if factors.norm > 0 else 0.0
-        U, V = (from_first_rank(half.contiguous()) for half in (factors.U, factors.Vh.T))
-        found[target.path] = Protected(target.path, protect, U, V, energy)
+    with matrix_bar("protecting", len(wanted), is_shown=bool(progress) and place()[0] == 0) as bar:
+        for target, protect in wanted:
+            W = read_matrix(base_layer(model, target.path))
+            cache = None if cache_dir is None else Path(cache_dir)
+            factors = cached_factors(W, protect.top, "principal", path=target.path, cache=cache)
+            energy = float(factors.S.double().square().sum()) / factors.norm**2 if factors.norm > 0 else 0.0
+            U, V = (from_first_rank(half.contiguous()) for half in (factors.U, factors.Vh.T))
+            found[target.path] = Protected(target.path, protect, U, V, energy)
+            bar.update()
     return found
 
 

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import next_step, parser, positive, run
+from milora_data.command import amount, next_step, parser, positive, run
 from milora_data.flags import shared
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     cells = all_cells(folder)
     left = [cell for cell in cells if folder.result(cell) is None]
     soon = _time_left(folder, cells, len(left), jobs)  # known as soon as one has run
-    sys.stderr.write(f"{name}: {len(cells):,} cells, {len(left):,} to run, {jobs} at a time{soon}\n{folder.path}\n")
+    sys.stderr.write(
+        f"{name}: {amount(len(cells), 'cell')}, {len(left):,} to run, {jobs} at a time{soon}\n{folder.path}\n"
+    )
     if options.plan:
         next_step("milora_vl.studies", name)
         return 0

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command import next_step, parser, positive, run
+from milora_data.command import amount, next_step, parser, positive, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_data.whole import read_json, write_json
 
 if TYPE_CHECKING:
+    from milora_vl.config import Recipe
     from milora_vl.sweep.cells import Cell
     from milora_vl.sweep.runner import Evaluation, Sweep
 
@@ -41,24 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; UserError for what cannot be swept. Returns the exit code."""
     options = _options(argv)
     from milora_vl.sweep import page
-    from milora_vl.sweep.cells import make_cells, recipe_of
     from milora_vl.sweep.runner import Evaluation, Sweep, alone, run_cells
 
     recipe = _recipe(options.recipe)
-    suite = options.suite or recipe.sweep.suite or next(iter(recipe.eval.suites), None)
-    if suite is None:
-        raise UserError("what shall the cells be scored on?\nsay:  --suite S, or sweep.suite in the recipe")
-    if recipe.data.eval_path is None:
-        raise UserError("the learning rate is chosen on held-out records\nsay:  data.eval_path in the recipe")
     evaluation = Evaluation(
-        suite, options.data or recipe.sweep.data or recipe.eval.data, options.limit or recipe.sweep.limit
+        options.suite or recipe.sweep.suite or next(iter(recipe.eval.suites), ""),
+        options.data or recipe.sweep.data or recipe.eval.data,
+        options.limit or recipe.sweep.limit,
     )
-    _check_suite(evaluation)
+    cells = _checked_cells(options, recipe, evaluation)
     folder = options.output_dir or Path("runs") / f"sweep-{Path(options.recipe).stem}"
     sweep = Sweep(folder, recipe, evaluation)
-    cells = make_cells(recipe, options.methods, options.lrs, options.ranks, options.seeds)
-    for cell in cells:
-        recipe_of(recipe, cell)  # every mistake before the first step
     jobs = options.jobs or _jobs(len(cells))
     _same_sweep(sweep)
     _show_plan(sweep, cells, jobs, retry=options.retry)
@@ -137,12 +131,49 @@ def _numbers(kind: type[float] | type[int]) -> type:
     return parse  # type: ignore[return-value]
 
 
-def _recipe(name: str):  # type: ignore[no-untyped-def]
+def _recipe(name: str) -> Recipe:
     from milora_vl.config import Recipe
     from milora_vl.training.settings import read_recipe
 
     content, lines, source = read_recipe(name)
     return Recipe.parse(content, source, lines)
+
+
+def _checked_cells(options: argparse.Namespace, recipe: Recipe, evaluation: Evaluation) -> list[Cell]:
+    """Return the cells. UserError with all that is missing or wrong, before the first step."""
+    from milora_vl.sweep.cells import make_cells, recipe_of
+
+    problems, cells = _missing(options.recipe, recipe, evaluation), []
+    try:
+        if evaluation.suite:
+            _check_suite(evaluation)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        cells = make_cells(recipe, options.methods, options.lrs, options.ranks, options.seeds)
+        for cell in cells:
+            recipe_of(recipe, cell)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return cells
+
+
+def _missing(name: str, recipe: Recipe, evaluation: Evaluation) -> list[str]:
+    """What every sweep needs and this recipe does not have, with the way to add it."""
+    needed = {
+        "model: the base model": recipe.model,
+        "data.path: the records to train on": recipe.data.path,
+        "data.eval_path: held-out records, on which the learning rate is chosen": recipe.data.eval_path,
+        "sweep.suite, or --suite: what the cells are scored on (python -m milora_eval ls)": evaluation.suite,
+    }
+    lacking = [what for what, value in needed.items() if not value]
+    if not lacking:
+        return []
+    copy = f"python -m milora_vl.train --print-recipe {shlex.quote(name)} > mine.yaml"
+    hint = "" if Path(name).exists() else f"\nset this in a copy of the recipe:  {copy}"
+    return ["\n  ".join([f"recipe {name} lacks what a sweep needs:", *lacking]) + hint]
 
 
 def _check_suite(evaluation: Evaluation) -> None:
@@ -199,7 +230,9 @@ def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -
     done = [cell for cell in cells if sweep.result(cell)]
     failed = [cell for cell in cells if sweep.failure(cell)]
     left = len(cells) - len(done) - (0 if retry else len(failed))
-    counts = f"{len(cells):,} cells, {len(done):,} done, {len(failed):,} failed, {left:,} to run, {jobs} at a time"
+    counts = (
+        f"{amount(len(cells), 'cell')}, {len(done):,} done, {len(failed):,} failed, {left:,} to run, {jobs} at a time"
+    )
     sys.stderr.write(f"{counts}\n{sweep.folder}\n")
     if not left:
         sys.stderr.write("nothing is left to run\n")
@@ -228,8 +261,8 @@ def _estimate(sweep: Sweep, cell: Cell, left: int, jobs: int) -> str:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"a cell cannot run:\n{done.stderr.removeprefix('error: ').replace(f'{folder}/', '').strip()}")
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("memory", "time", "factors"))]
-    words = f" of training one of {left:,} cells, {jobs} at a time (measured once the first is done):\n  "
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("warning", "memory", "time", "factors"))]
+    words = f" of training one of {amount(left, 'cell')}, {jobs} at a time (measured once the first is done):\n  "
     return words + "\n  ".join(lines)
 
 

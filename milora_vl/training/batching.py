@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from milora_data.command import amount
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
@@ -51,5 +53,6 @@ class Batching:
     def describe_steps(self) -> str:
         """Steps, and how often each record is seen."""
         if self.num_records is None:
-            return f"{self.steps:,} ({self.steps * self.total:,} records of a stream)"
-        return f"{self.steps:,} ({self.steps / self.steps_per_epoch:.3g} epochs of {self.num_records:,} records)"
+            return f"{self.steps:,} ({amount(self.steps * self.total, 'record')} of a stream)"
+        epochs = f"{self.steps / self.steps_per_epoch:.3g}"
+        return f"{self.steps:,} ({epochs} epoch{'' if epochs == '1' else 's'} of {amount(self.num_records, 'record')})"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_data.command import as_typed
+from milora_data.command import amount, as_typed
 from milora_data.errors import UserError
 from milora_data.templates import OWN
 from milora_vl import models
@@ -211,7 +211,7 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
         max_length=recipe.data.max_length,
     )
     screen.say(f"\ndata   {read.describe()}")
-    screen.say(f"first batch: {len(first)} records, {counts.describe()}   (> is learnt, . is only read)")
+    screen.say(f"first batch: {amount(len(first), 'record')}, {counts.describe()}   (> is learnt, . is only read)")
     for line in first_batch.lines(first, template=template, image_tokens=num_tokens, tokenizer=tokenizer):
         screen.say(line)
     packed = _packed(screen, recipe, counts) if recipe.data.packing else counts

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from milora_data.command import amount
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
 
@@ -59,6 +60,7 @@ def require_float_weights(recipe: Recipe, config: Any) -> None:
     packed = [t.path for t in targets if t.rank is None and is_quantized(t.path, base.get_submodule(t.path))]
     if packed:
         raise UserError(
-            f"quantization {recipe.quantization}: {len(packed):,} modules are to train in full, first {packed[0]}\n"
+            f"quantization {recipe.quantization}: {amount(len(packed), 'module')} would train in full, "
+            f"first {packed[0]}\n"
             "a quantised weight cannot train; an adapter on it can: --lora_enable True, or --method milora"
         )

@@ -48,9 +48,9 @@ def _default_rate(targets: Sequence[Target], train: Mapping[str, Any]) -> list[s
         return []
     default = hf_arguments.flags()["learning_rate"].default
     return [
-        f"{_names(targets)} train at {default:g}, Hugging Face's default learning rate: no rule and no flag sets one\n"
-        "set learning_rate in the rule, or --learning_rate (the default policy has 2e-4 for adapters, 2e-5 for the "
-        "projector)"
+        f"{_names(targets)} train at {default:g}, Hugging Face's default learning rate: no rule and no flag sets "
+        "one. Set learning_rate in the rule, or --learning_rate (the default policy has 2e-4 for adapters, 2e-5 for "
+        "the projector)"
     ]
 
 
@@ -63,8 +63,7 @@ def _anchored_decay(targets: Sequence[Target]) -> list[str]:
     names = ", ".join(f"{_names(t for t in decayed if t.weight_decay == value)} {value:g}" for value in values)
     return [
         f"weight decay on {names}: A and B start from components of the weight, so decay removes these from the model "
-        "(it pulls towards W - s B0 A0, not towards W)\n"
-        "set weight_decay: 0 in the rule, or --weight_decay 0; with --method lora decay pulls towards W"
+        "(it pulls towards W - s B0 A0, not towards W). Set weight_decay: 0 in the rule, or --weight_decay 0; with --method lora decay pulls towards W"
     ]
 
 

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from milora_data.check import check_for_training, readable
+from milora_data.command import amount
 from milora_data.compact import CompactRecords
 from milora_data.errors import DataError, UserError
 from milora_data.findings import Finding, examine
@@ -43,7 +44,7 @@ class RunData:
         if self.streamed:
             return f"a stream, of which the first {len(self.train):,} records were looked at"
         pictures = f"{self.num_with_images:,} with pictures" if self.num_with_images else "text only"
-        return f"{len(self.train):,} records, {pictures}"
+        return f"{amount(len(self.train), 'record')}, {pictures}"
 
     def counts(self) -> dict[str, int]:
         """As environment.json holds them; of a stream, nobody knows how many there are to train on."""
