@@ -62,8 +62,9 @@ def _anchored_decay(targets: Sequence[Target]) -> list[str]:
     values = sorted({t.weight_decay or 0.0 for t in decayed})
     names = ", ".join(f"{_names(t for t in decayed if t.weight_decay == value)} {value:g}" for value in values)
     return [
-        f"weight decay on {names}: A and B start from components of the weight, so decay removes these from the model "
-        "(it pulls towards W - s B0 A0, not towards W). Set weight_decay: 0 in the rule, or --weight_decay 0; with --method lora decay pulls towards W"
+        f"weight decay on {names}: A and B start from components of the weight, so decay removes these from the model: "
+        "it pulls towards W - s B0 A0, not towards W. Set weight_decay: 0 in the rule, or --weight_decay 0 (with "
+        "--method lora, decay pulls towards W)"
     ]
 
 
