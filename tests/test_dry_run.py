@@ -133,7 +133,15 @@ def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
         main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
     shown = capsys.readouterr().out
     assert "319,815,680" in shown
+    assert "assume records of 700 tokens" in shown
     assert "to start it" not in shown
+
+
+def test_records_that_are_not_here_are_no_longer_than_the_recipe_allows(capsys: Any) -> None:
+    words = ["--model", "tiny", "--rank", "4", "--dry-run"]
+    for length, assumed in (("2048", 700), ("256", 256)):
+        assert main([*words, "--max_length", length]) == 0
+        assert f"assume records of {assumed} tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,14 @@ def test_recipe_is_valid(block: Block) -> None:
         assert len(Policy.parse(recipe.policy).rules) == len(recipe.policy)
 
 
+@pytest.mark.parametrize("block", [block for block in blocks("yaml") if "model:" in block.text], ids=str)
+def test_a_whole_recipe_fits_a_device_of_24_gib(block: Block, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(block.text, encoding="utf-8")
+    command = [sys.executable, "-m", "milora_vl.train", "--recipe", "recipe.yaml", "--dry-run", "--gpu-memory", "24"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout  # its data is not here
+    assert "fits   24 GiB" in shown
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     call = re.compile(r"(?:^|`)make (?:[A-Z]+=\S+ )?([a-z-]+)", re.MULTILINE)

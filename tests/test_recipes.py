@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import llava_recipes
+from milora_data.errors import UserError
 from milora_vl import models
 from milora_vl.config import Recipe
+from milora_vl.train import main as train
 from milora_vl.training import arguments, bases, build, dry_run, settings
 
 NAMES = llava_recipes.names()
@@ -49,6 +54,17 @@ def test_its_policy_fits_its_model(name: str) -> None:
     chosen = recipe(name)
     base = dry_run.meta_model(bases.config_for(chosen))
     assert {target.tower for target in build.targets_of(chosen, base)} <= {"language", "projector"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_fits_devices_of_40_gib(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """On as many as its comment says, by the plan."""
+    monkeypatch.chdir(tmp_path)
+    devices = re.search(r"--nproc_per_node (\d+)", llava_recipes.read(name))
+    words = ["--recipe", name, "--dry-run", "--gpu-memory", "40", "--devices", devices[1] if devices else "1"]
+    with suppress(UserError):  # its data is not here
+        train(words)
+    assert "fits   40 GiB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

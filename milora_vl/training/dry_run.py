@@ -68,13 +68,13 @@ def show(request: Request) -> int:
     screen.say(f"model  {parts.describe() if parts else recipe.model}, {count(base):,} parameters")
     screen.say(f"run    {path} (not created)\n")
     policy(screen, base, targets)
-    counts, num_records = None, None
     problems = _missing(recipe)  # the rest of the plan is worth seeing; they are raised at the end
     try:
         counts, num_records = data(screen, recipe, config, base)
     except UserError as error:
         problems.append(error)
-    rows = math.ceil((num_records or 1) / (counts.records if counts else 1))
+        counts, num_records = _assumed(screen, recipe, "cannot be read"), None
+    rows = math.ceil((num_records or 1) / counts.records)
     batching = _batching(train, None if recipe.data.streaming else rows, request.devices or num_devices())
     screen.say(f"\nbatch  {batching.describe()}")
     has_steps = recipe.data.streaming or num_records is not None
@@ -187,14 +187,13 @@ def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
     screen.say(f"adapters {adapters:,}, in full {full:,}")
 
 
-def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[first_batch.Counts | None, int | None]:
+def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[first_batch.Counts, int | None]:
     """Check and show the records, and return what one of a batch takes, and how many there are.
 
-    None for what is not known: where no data is named yet, and how many a stream has.
+    The number is None where it is not known: no data is named yet, or it is a stream.
     """
     if recipe.data.path is None:
-        screen.say("\ndata   none named yet (--data_path); counts below assume records as in LLaVA's mix665k")
-        return (_packed(screen, recipe, MIX665K) if recipe.data.packing else None), None
+        return _assumed(screen, recipe, "none named yet (--data_path)"), None
     read = run_data.read(recipe.data)
     sees = find_towers(base).vision is not None
     num_tokens = image_tokens(config) if sees else 0
@@ -216,6 +215,13 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
         screen.say(line)
     packed = _packed(screen, recipe, counts) if recipe.data.packing else counts
     return packed, None if read.streamed else len(read.train)
+
+
+def _assumed(screen: Screen, recipe: Recipe, why: str) -> first_batch.Counts:
+    """What a record takes where none can be read: about as much as one of LLaVA's mix665k, within --max_length."""
+    counts = MIX665K.within(recipe.data.max_length)
+    screen.say(f"\ndata   {why}; counts below assume records of {counts.tokens:,} tokens (LLaVA's mix665k)")
+    return _packed(screen, recipe, counts) if recipe.data.packing else counts
 
 
 def _packed(screen: Screen, recipe: Recipe, counts: first_batch.Counts) -> first_batch.Counts:

@@ -50,7 +50,7 @@ def costs_of(
     config: Any,
     base: nn.Module,
     targets: Sequence[Target],
-    counts: Counts | None,
+    counts: Counts,
     batching: Batching,
     packed_bytes: float | None,
     *,
@@ -59,13 +59,13 @@ def costs_of(
     is_here: bool = True,
 ) -> Costs:
     """Memory by purpose and the time of the run; by this machine's processor too where the run `is_here`."""
-    plan = plan_of(train, config, base, targets, counts or MIX665K, batching, packed_bytes)
+    plan = plan_of(train, config, base, targets, counts, batching, packed_bytes)
     missing = {"bf16": not plan.half, "activation_checkpointing": not plan.checkpointing}
     frugal = {name: True for name, lacks in missing.items() if lacks}
     flags = " ".join(f"--{name.replace('activation', 'gradient')} True" for name in frugal)
     lean = plan
     if frugal:
-        lean = plan_of(train | frugal, config, base, targets, counts or MIX665K, batching, packed_bytes)
+        lean = plan_of(train | frugal, config, base, targets, counts, batching, packed_bytes)
     sizes, leanest = memory(plan), sum(memory(lean).values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
     stage = f"ZeRO-{plan.stage}" if plan.stage else "no ZeRO"

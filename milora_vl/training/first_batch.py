@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from milora_data.conversation import segments_of
@@ -26,6 +26,14 @@ class Counts:
     learnt: float
     exact: bool
     records: float = 1.0
+
+    def within(self, max_length: int) -> Counts:
+        """Those of the same records, cut to a length.
+
+        >>> Counts(tokens=700, learnt=60, exact=False).within(256).tokens
+        256
+        """
+        return replace(self, tokens=min(self.tokens, max_length), learnt=min(self.learnt, max_length))
 
     def packed(self, capacity: int) -> Counts:
         """Those of rows of `capacity` tokens that are full of such records.
