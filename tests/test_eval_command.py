@@ -107,7 +107,7 @@ def test_two_evaluations_are_compared(both: tuple[Path, str, str], capsys: pytes
     assert main(["compare", str(folder / "base"), str(folder / "final"), "--format", "json"]) == 0
     pairs = json.loads(capsys.readouterr().out)
     assert pairs[0]["a"]["name"] == "mean over types"
-    assert {"value", "stderr", "low", "high", "only_a", "only_b", "p_value", "n", "p_bootstrap"} == set(
+    assert {"value", "stderr", "low", "high", "only_a", "only_b", "p_value", "n", "p_bootstrap", "note"} == set(
         pairs[0]["difference"]
     )
 

@@ -11,6 +11,7 @@ import pytest
 from milora_eval.benchmark import Answer, Item
 from milora_eval.benchmarks.pope import POPE
 from milora_eval.stats import (
+    MIN_GROUPS,
     clustered_stderr,
     mcnemar,
     mean_stderr,
@@ -75,14 +76,53 @@ def test_a_paired_difference_is_sharper_than_two_errors_apart() -> None:
     assert found.value == pytest.approx(statistics.mean(b) - statistics.mean(a))
     assert found.stderr is not None
     assert found.stderr < apart / 2
+    assert found.low is not None
+    assert found.high is not None
     assert found.low < found.value < found.high
     assert found.high - found.low == pytest.approx(2 * 1.96 * found.stderr, rel=0.15)
     assert (found.only_a, found.only_b) == (0, sum(b) - sum(a))
 
 
-def test_two_equal_runs_do_not_differ() -> None:
-    found = paired_difference([1, 0, 1], [1, 0, 1])
-    assert (found.value, found.stderr, found.low, found.high, found.p_value) == (0, 0, 0, 0, 1)
+def test_two_equal_runs_do_not_differ_and_resampling_them_says_nothing() -> None:
+    found = paired_difference([1, 0] * 20, [1, 0] * 20)
+    assert (found.value, found.stderr, found.p_value) == (0, 0, 1)
+    assert (found.low, found.high, found.p_bootstrap) == (None, None, None)
+    assert "0 items" in found.note
+
+
+def test_one_question_has_neither_interval_nor_p_value() -> None:
+    found = paired_difference([0.0], [1.0])
+    assert (found.value, found.stderr) == (1.0, None)
+    assert (found.low, found.high, found.p_value, found.p_bootstrap) == (None,) * 4
+    assert "from 1 item," in found.note
+
+
+def test_questions_about_one_picture_count_once() -> None:
+    rng = random.Random(0)
+    a, b = ([float(rng.random() < 0.5) for _ in range(58)] for _ in range(2))
+    assert paired_difference(a, b).p_bootstrap is not None
+    found = paired_difference(a, b, clusters=[place // 2 for place in range(58)])
+    assert (found.low, found.p_value, found.p_bootstrap) == (None,) * 3
+    assert "from 29 items" in found.note
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0.25, 0.25), (0.15, 0.05), (0.05, 0.0), (0.0, 0.9), (0.02, 0.0)])
+def test_few_intervals_that_are_shown_miss_the_truth(only_a: float, only_b: float) -> None:
+    """From the smallest number of questions that has one, whatever the shares of questions that one side gets right."""
+    rng, missed, times = random.Random(0), 0, 200
+    for _ in range(times):
+        drawn = [rng.random() for _ in range(MIN_GROUPS)]
+        a = [float(x < only_a) for x in drawn]
+        b = [float(x > 1 - only_b) for x in drawn]
+        found = paired_difference(a, b, resamples=300)
+        if found.low is not None and found.high is not None:
+            missed += not found.low - 1e-9 <= only_b - only_a <= found.high + 1e-9
+    assert missed / times <= 0.09  # 0.05, and what 200 draws may add
+
+
+def test_an_item_without_a_group_stands_alone() -> None:
+    answers = [Answer(Item(f"q{place}", ()), "x", float(place % 3 == 0)) for place in range(40)]
+    assert len({answer.item.group for answer in answers}) == 40
 
 
 def test_a_comparison_of_different_items_is_refused() -> None:

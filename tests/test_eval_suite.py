@@ -12,6 +12,7 @@ import official_data
 import pytest
 
 from milora_data.errors import UserError
+from milora_eval import stats
 from milora_eval.__main__ import main
 from milora_eval.compare import compare
 from milora_eval.lines import to_line
@@ -90,6 +91,30 @@ def test_tables_come_in_four_forms(form: str, half: Path, capsys: pytest.Capture
         assert r"$\pm$" in shown
 
 
+@pytest.fixture
+def few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals from the few questions of the tests."""
+    monkeypatch.setattr(stats, "MIN_GROUPS", 2)
+    monkeypatch.setattr(stats, "MIN_UNLIKE", 1)
+
+
+def test_few_questions_have_neither_interval_nor_p_value(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = stored("llava-paper", data, tmp_path / "a", 3), stored("llava-paper", data, tmp_path / "b", 1)
+    assert main(["compare", str(a), str(b)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"gqa accuracy: B - A = \+\d[\d.]*; .*no interval and no p-value from \d+ items", shown)
+    assert not re.search(r"95 %|p = ", shown)
+    assert main(["compare", str(a), str(b), "--format", "json"]) == 0
+    differences = [pair["difference"] for pair in json.loads(capsys.readouterr().out) if pair["difference"]]
+    assert any(found["stderr"] for found in differences)
+    for found in differences:
+        assert [found[name] for name in ("low", "high", "p_value", "p_bootstrap")] == [None] * 4
+        assert found["note"]
+
+
+@pytest.mark.usefixtures("few_are_enough")
 def test_two_evaluations_are_compared_with_intervals_and_tests(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +128,8 @@ def test_two_evaluations_are_compared_with_intervals_and_tests(
     assert f1 is not None
     assert (f1.p_value, f1.n) == (None, 18)
     assert f1.value == pytest.approx(pairs["pope", "mean F1"].b.value - pairs["pope", "mean F1"].a.value)
+    assert f1.low is not None
+    assert f1.high is not None
     assert f1.low <= f1.value <= f1.high
     assert pairs["pope", "random accuracy"].difference is None
     circular = pairs["mmbench", "circular accuracy"].difference  # over questions, not over their rotations
@@ -110,6 +137,7 @@ def test_two_evaluations_are_compared_with_intervals_and_tests(
     assert circular.n == 3
 
 
+@pytest.mark.usefixtures("few_are_enough")
 def test_points_are_compared_by_drawing_pictures(data: Path, tmp_path: Path) -> None:
     a, b = stored("llava-1.5", data, tmp_path / "a", 3), stored("llava-1.5", data, tmp_path / "b", 1)
     pairs = {(pair.benchmark, pair.b.name): pair for pair in compare(lines_of(a), lines_of(b))}
@@ -117,6 +145,8 @@ def test_points_are_compared_by_drawing_pictures(data: Path, tmp_path: Path) -> 
     assert points is not None
     assert points.value == pairs["mme", "perception"].b.value - pairs["mme", "perception"].a.value > 0
     assert points.stderr is not None
+    assert points.low is not None
+    assert points.high is not None
     assert points.low < points.high
 
 
@@ -130,7 +160,7 @@ def test_the_same_answers_differ_by_nothing(half: Path) -> None:
     lines = lines_of(half)
     differences = [pair.difference for pair in compare(lines, lines) if pair.difference is not None]
     assert len(differences) > len(SUITES["llava-paper"].benchmarks)
-    assert {(found.value, found.p_bootstrap) for found in differences} == {(0.0, 1.0)}
+    assert {(found.value, found.low, found.p_bootstrap) for found in differences} == {(0.0, None, None)}
 
 
 def test_a_protocol_is_chosen_for_all_that_have_it(data: Path, tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ def test_points_are_no_percent_and_several_suites_stand_side_by_side(run: Path) 
     assert "1,480.2 %" not in text
     assert "has not been evaluated yet" in text
     assert number(Metric("perception", 1480.25, 12.0, unit="points")) == "1,480.2 (±12.0)"
+    assert number(Metric("accuracy", 1.0, 0.0)) == "100.0 %"  # two of two right: no spread to see
 
 
 def test_forgetting_is_said_with_its_floor(finished: Path) -> None:

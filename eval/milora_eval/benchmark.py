@@ -30,8 +30,8 @@ Form = Literal["exact", "training", "raw"]
 class Item:
     """One question: the conversation up to it, its pictures (absolute paths) and what counts as right.
 
-    `kind` is the question type, `group` what the error bars are clustered by (the picture, as a rule), `baseline` the
-    value that a model which never looks would get on this item.
+    `kind` is the question type, `group` what the error bars are clustered by (the picture, as a rule; without one the
+    item stands alone), `baseline` the value that a model which never looks would get on this item.
     """
 
     id: str
@@ -42,6 +42,10 @@ class Item:
     group: str = ""
     baseline: float | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.group:
+            object.__setattr__(self, "group", self.id)
 
     @property
     def question(self) -> str:

@@ -49,9 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _sentence(pair: Pair) -> str:
     found, scale = pair.difference, 100.0 if pair.b.unit == "fraction" else 1.0
     assert found is not None
-    tests = [] if found.p_value is None else [f"McNemar p = {found.p_value:.2g}"]
-    tests += [] if found.p_bootstrap is None else [f"bootstrap p = {found.p_bootstrap:.2g}"]
+    between = ""
+    if found.low is not None and found.high is not None:
+        between = f", 95 % interval {scale * found.low:+.1f} to {scale * found.high:+.1f}"
+    more = [] if found.p_value is None else [f"McNemar p = {found.p_value:.2g}"]
+    more += [] if found.p_bootstrap is None else [f"bootstrap p = {found.p_bootstrap:.2g}"]
+    more += [found.note] if found.note else []
     return (
-        f"{pair.benchmark} {pair.b.name}: B - A = {scale * found.value:+.1f}, 95 % interval {scale * found.low:+.1f} "
-        f"to {scale * found.high:+.1f}; only A right {found.only_a}, only B {found.only_b}, {', '.join(tests)}\n"
+        f"{pair.benchmark} {pair.b.name}: B - A = {scale * found.value:+.1f}{between}; "
+        f"only A right {found.only_a}, only B {found.only_b}, {', '.join(more)}\n"
     )

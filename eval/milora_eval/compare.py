@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from milora_data.errors import UserError
 from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.lines import to_answer
-from milora_eval.stats import Difference, paired_difference, resampled_difference
+from milora_eval.stats import Difference, paired_difference, resampled_difference, too_few
 from milora_eval.store import Line
 from milora_eval.suites import find_benchmark
 
@@ -107,16 +107,18 @@ def _resampled(
     name = pairs[0][0].name
     stderr, low, high, p_value = resampled_difference(compute, groups, resamples)
     (left, right), only = pairs[0], [x.worth - y.worth for x, y in zip(a, b, strict=True)]
+    note = too_few(only, groups)
     return {
         left.name: Difference(
             value=right.value - left.value,
             stderr=stderr,
-            low=low,
-            high=high,
+            low=None if note else low,
+            high=None if note else high,
             only_a=sum(gap > 0 for gap in only),
             only_b=sum(gap < 0 for gap in only),
             p_value=None,
             n=len(a),
-            p_bootstrap=p_value,
+            p_bootstrap=None if note else p_value,
+            note=note,
         )
     }

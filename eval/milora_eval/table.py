@@ -162,14 +162,14 @@ def mean_label(entry: Mapping[str, Any]) -> str:
 
 
 def value(metric: Metric) -> str:
-    """Return a value with its standard error.
+    """Return a value with its standard error; without one where all answers score alike, which tells no spread.
 
-    >>> value(Metric("accuracy", 0.5, 0.012, 100))
-    '50.0 ± 1.2'
+    >>> value(Metric("accuracy", 0.5, 0.012, 100)), value(Metric("accuracy", 1.0, 0.0, 2))
+    ('50.0 ± 1.2', '100.0')
     """
     scale = _scale(metric)
     text = f"{scale * metric.value:.1f}"
-    return text if metric.stderr is None else f"{text} ± {scale * metric.stderr:.1f}"
+    return f"{text} ± {scale * metric.stderr:.1f}" if metric.stderr else text
 
 
 def baseline(metric: Metric) -> str:
@@ -183,7 +183,7 @@ def difference(pair: Pair) -> str:
     if found is None:
         return f"{scale * (pair.b.value - pair.a.value):+.1f}"
     text = f"{scale * found.value:+.1f}"
-    return text if found.stderr is None else f"{text} ± {scale * found.stderr:.1f}"
+    return f"{text} ± {scale * found.stderr:.1f}" if found.stderr else text
 
 
 def _nats(value: float, stderr: float | None) -> str:

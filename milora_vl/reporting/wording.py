@@ -31,7 +31,8 @@ def number(metric: Metric | None) -> str:
     """
     if metric is None:
         return "–"
-    spread = "" if metric.stderr is None else f" (±{amount(metric.stderr, metric.unit).removesuffix(' %')})"
+    # Equal scores tell no spread.
+    spread = "" if not metric.stderr else f" (±{amount(metric.stderr, metric.unit).removesuffix(' %')})"
     return amount(metric.value, metric.unit) + spread
 
 

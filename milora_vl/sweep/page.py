@@ -11,6 +11,7 @@ from typing import Any
 
 from milora_data.page import render as pages
 from milora_data.whole import write_json
+from milora_eval.stats import Difference
 from milora_vl.reporting.drawing import draw
 from milora_vl.reporting.plots import write_csv
 from milora_vl.reporting.tables import Table
@@ -121,18 +122,25 @@ def pairs_table(compared: Sequence[Pair]) -> Table:
     """One row a pair: the difference of the test answers, item by item."""
     rows = [
         (
-            f"{pair.b} − {pair.a}", f"{pair.difference.value:+.3f}",
-            f"{pair.difference.low:+.3f} to {pair.difference.high:+.3f}",
+            f"{pair.b} − {pair.a}", f"{pair.difference.value:+.3f}", _interval(pair.difference),
             "–" if pair.difference.p_bootstrap is None else f"{pair.difference.p_bootstrap:.2g}",
             f"{pair.difference.n:,}", f"{pair.seeds}",
         )
         for pair in compared
     ]  # fmt: skip
+    notes = dict.fromkeys(pair.difference.note for pair in compared if pair.difference.note)
     words = (
         "Paired over test items: each item’s mean over the seeds of both sides; interval and p by a bootstrap of whole "
         "pictures. It says what other items would bring, not other seeds; the intervals above say that."
+        + "".join(f" Here {note}." for note in notes)
     )
     return Table(("difference", "mean over items", "95 % interval", "p", "items", "seeds"), tuple(rows), words)
+
+
+def _interval(difference: Difference) -> str:
+    if difference.low is None or difference.high is None:
+        return "–"
+    return f"{difference.low:+.3f} to {difference.high:+.3f}"
 
 
 def _files(compared: Compared, found: Sequence[Arm], tests: Sequence[Pair], table: Table) -> None:
