@@ -90,11 +90,14 @@ def test_mistakes_are_said(adapter: Path, flags: list[str], words: str) -> None:
 
 
 def test_a_drop_counts_where_the_base_was_good() -> None:
-    def side(value: float, baseline: float) -> dict[str, object]:
-        metric = {"name": "accuracy", "value": value, "stderr": 0.02, "baseline": baseline}
+    def side(value: float, baseline: float, n: int = 400, stderr: float | None = 0.02) -> dict[str, object]:
+        metric = {"name": "accuracy", "value": value, "stderr": stderr, "baseline": baseline, "n": n}
         return {"benchmarks": [{"name": "pope", "metrics": [metric]}]}
 
     (good,) = score_changes(side(0.8, 0.5), side(0.7, 0.5))
     (poor,) = score_changes(side(0.51, 0.5), side(0.4, 0.5))
     assert (good["change"], good["was_good"]) == (pytest.approx(-0.1), True)
     assert poor["was_good"] is False
+    for n, stderr, is_good in ((1, None, False), (2, 0.0, False), (60, 0.0, True)):  # all right
+        (found,) = score_changes(side(1.0, 0.5, n, stderr), side(0.0, 0.5, n, stderr))
+        assert found["was_good"] is is_good

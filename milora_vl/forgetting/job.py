@@ -207,7 +207,8 @@ class Job:
 def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Results]:
     """Return the change of each benchmark's first score; `was_good` tells whether the base beat the answer by rote.
 
-    A drop says that something was forgotten only where the base was good before.
+    A drop says that something was forgotten only where the base was good before: by two standard errors, or by the 3/n
+    that n equal answers leave open (the rule of three), whichever is more.
     """
     new = {benchmark["name"]: benchmark["metrics"][0] for benchmark in after["benchmarks"] if benchmark["metrics"]}
     changes = []
@@ -215,7 +216,8 @@ def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[R
         if not benchmark["metrics"] or benchmark["name"] not in new:
             continue
         old, now = benchmark["metrics"][0], new[benchmark["name"]]
-        error, floor = old.get("stderr") or 0.0, old.get("baseline") or 0.0
+        floor = old.get("baseline") or 0.0
+        margin = max(2 * (old.get("stderr") or 0.0), 3 / max(old["n"], 1))
         changes.append(
             {
                 "benchmark": benchmark["name"],
@@ -224,7 +226,7 @@ def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[R
                 "after": now["value"],
                 "change": now["value"] - old["value"],
                 "baseline": floor,
-                "was_good": bool(old["value"] > floor + 2 * error),
+                "was_good": bool(old["value"] > floor + margin),
             }
         )
     return changes
