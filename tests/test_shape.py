@@ -23,6 +23,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/integrations/llava.py:_tokenizer_argument.<locals>.initialise": "Trainer's constructor",
     "milora_vl/integrations/replace.py:_loader.<locals>.from_pretrained": "PeftModel's method",
     "milora_vl/integrations/replace.py:_maker.<locals>.get_peft_model": "PEFT's function",
+    "milora_vl/lora/peft_model.py:MiloraMixin.add_weighted_adapter": "LoraModel's method",
     "milora_vl/lora/peft_model.py:MiloraMixin.load_adapter": "PeftModel's method",
     "milora_vl/lora/peft_model.py:MiloraMixin.save_pretrained": "PeftModel's method",
     "milora_vl/timm_tower.py:TimmTower.forward": "LLaVA passes every vision tower the same keywords",
