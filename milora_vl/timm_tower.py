@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from .timm_tower_config import TimmTowerConfig, register_config
@@ -85,5 +85,7 @@ def as_map(encoder: Any, features: Tensor) -> Tensor:
 
 def register() -> None:
     """Make the tower and its config known to transformers' Auto classes; a second call does nothing."""
+    from transformers import AutoModel  # not at the top, as in `register_config`
+
     register_config()
     AutoModel.register(TimmTowerConfig, TimmTower, exist_ok=True)

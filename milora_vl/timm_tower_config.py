@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 
 class TimmTowerConfig(PretrainedConfig):
@@ -62,4 +62,7 @@ class TimmTowerConfig(PretrainedConfig):
 
 def register_config() -> None:
     """Make the config known to transformers' AutoConfig; a second call does nothing."""
+    # Not at the top: `milora_vl.auto_classes` imports this module when transformers' Auto classes are imported.
+    from transformers import AutoConfig
+
     AutoConfig.register(TimmTowerConfig.model_type, TimmTowerConfig, exist_ok=True)

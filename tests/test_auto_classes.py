@@ -92,6 +92,13 @@ def test_importing_the_package_makes_a_merged_model_loadable(made: SimpleNamespa
     torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("module", ["timm_tower_config", "timm_tower", "timm_llava", "exporting.base"])
+def test_each_module_can_be_the_first_to_import_transformers(module: str) -> None:
+    code = f"import milora_vl.{module}; from transformers import AutoConfig; AutoConfig.for_model('milora_timm_tower')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_merged_model_with_its_code_loads_without_the_package(made: SimpleNamespace, tmp_path: Path) -> None:
     done = export(made.root / "adapter", "merged", tmp_path / "merged", remote_code=True)
     assert done.loads_with == "trust_remote_code"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -165,6 +166,11 @@ class Job:
 
     def _into_base(self, adapter: PlainAdapter, base: Base) -> PlainAdapter:
         """Write the base with the modules trained in full in it; return the adapter without them, on that base."""
+        if adapter.whole:
+            sys.stderr.write(
+                f"note: {self.target / 'base'} holds what this run trained in full ({len(adapter.whole):,} tensors): "
+                "adapters of other runs do not belong on it\n"
+            )
         _, unknown = base.model.load_state_dict(dict(adapter.whole), strict=False)
         if unknown:
             raise UserError(f"the base model has no {unknown[0]}\nis it the right one?  --base NAME-OR-FOLDER")
