@@ -21,6 +21,7 @@ from milora_data.command import next_step, parser, run, suggest
 from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_vl.adapter_folders import base_of, holds_text_model
+from milora_vl.lora.checkpoint_folders import step_of
 
 if TYPE_CHECKING:
     import torch
@@ -169,15 +170,21 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     shared(
         out, "dtype", about="of all that is written (default: as stored)", choices=("float32", "bfloat16", "float16")
     )
-    shared(out, "output_dir", about="to write (default: FOLDER-FORM, beside it)")
+    shared(out, "output_dir", about="to write (default: FOLDER-FORM, beside it; of a checkpoint beside its run)")
     shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 
 
 def _beside(folder: Path, to: str) -> Path:
-    """FOLDER-FORM; of `.` and `..`, which have no name, beside the folder that they mean."""
+    """FOLDER-FORM; of `.` and `..`, which have no name, beside the folder that they mean.
+
+    Of a checkpoint RUN-checkpoint-N-FORM, beside the run: in it, the Trainer would delete the result as a checkpoint.
+    """
     named = folder.resolve() if folder.name in ("", "..") else folder
+    if step_of(folder.resolve()) >= 0:
+        run = named.parent if named.parent.name not in ("", "..") else named.resolve().parent
+        return run.with_name(f"{run.name}-{folder.resolve().name}-{to}")
     return named.with_name(f"{folder.resolve().name}-{to}")
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from milora_data.command import suggest
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import base_of, holds_adapter
+from milora_vl.adapter_folders import base_of, holds_adapter, newest_of_unfinished
 from milora_vl.composing import original
 from milora_vl.composing.whole import whole_weights
 from milora_vl.image_tokens import extra_tokens
@@ -262,7 +262,8 @@ def _source(name: str) -> str:
             return str(converted(folder))
         if not (folder / "config.json").is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-            raise UserError(f"{name} holds no model: it has no config.json\nfound: {found}")
+            newest = newest_of_unfinished(folder, "--model")
+            raise UserError(f"{name} holds no model: it has no config.json" + (newest or f"\nfound: {found}"))
         return name
     if name in NAMED_MODELS or name in SAME_WEIGHTS:
         return NAMED_MODELS[SAME_WEIGHTS.get(name, name)]
