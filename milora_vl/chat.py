@@ -18,6 +18,7 @@ from milora_data.command import count, next_step, parser, positive, report, run,
 from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_data.records import Turn
+from milora_data.web import web_address
 from milora_vl.adapter_folders import (
     holds_adapter,
     holds_projector_alone,
@@ -285,7 +286,7 @@ def _check(options: argparse.Namespace) -> None:
 def _open(path: Path) -> Image.Image:
     from milora_data.images import load_image
 
-    if path.is_file():
+    if path.is_file() or web_address(path):
         return load_image(path)
     if path.is_dir():
         raise UserError(f"{path}: this is a folder; expected a picture")
