@@ -1,12 +1,15 @@
 """MiLoRA for LLaVA-style models: fine-tune the minor singular components, keep the principal ones (arXiv:2406.09044).
 
 The names below are the stable API; each is imported when it is first asked for, so that `import milora_vl` is cheap.
+The import has one effect: transformers' Auto classes load models with a timm tower (`milora_vl.auto_classes`).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from milora_vl import auto_classes
 
 if TYPE_CHECKING:
     from milora_vl.adapter import apply_milora, merge
@@ -56,3 +59,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+auto_classes.install()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from milora_data.command import command_line
 from milora_data.errors import UserError
+from milora_vl.lora.checkpoint_folders import holds_weights, newest_checkpoint, step_of
 
 if TYPE_CHECKING:
     from milora_data.pixels import AspectRatio
@@ -29,6 +32,23 @@ def holds_projector_alone(folder: Path) -> bool:
     """Whether `folder` holds a projector and no adapter."""
     adapter = (folder / "adapter_config.json").is_file()
     return not adapter and any((folder / name).is_file() for name in PROJECTOR_FILES)
+
+
+def newest_of_unfinished(folder: Path, *call: object) -> str:
+    """Return what to do with a run that holds checkpoints and no result, as lines to append to an error; else "".
+
+    `call` is what to type before the newest checkpoint: a module and arguments, or arguments alone.
+    """
+    newest = newest_checkpoint(folder)
+    if newest is None or holds_adapter(folder) or holds_weights(folder):
+        return ""
+    module, *words = *map(str, call), str(newest)
+    typed = shlex.join([module, *words]) if module.startswith("--") else command_line(module, *words)
+    return (
+        f"\nthe run in it has not finished; its newest checkpoint is of step {step_of(newest):,}\n"
+        f"use it:    {typed}\n"
+        "or go on:  the training's command with  --resume_from_checkpoint auto"
+    )
 
 
 def base_of(folder: Path) -> str:

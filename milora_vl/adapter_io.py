@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from milora_vl.lora.base_check import fitted
+from milora_vl.lora.checkpoint_folders import newest_checkpoint
 from milora_vl.lora.config import quiet_peft
 from milora_vl.lora.errors import require_module
 from milora_vl.lora.install import lora_layer
@@ -109,8 +110,8 @@ def require_adapter(folder: Path) -> None:
     names = sorted(entry.name for entry in folder.iterdir())
     if CONFIG_NAME not in names or not set(WEIGHT_NAMES) & set(names):
         missing = CONFIG_NAME if CONFIG_NAME not in names else WEIGHT_NAMES[0]
-        checkpoints = [name for name in names if name.startswith("checkpoint-")]
-        hint = f"\ndid you mean {folder / checkpoints[-1]} ?" if checkpoints else ""
+        newest = newest_checkpoint(folder)
+        hint = f"\ndid you mean {newest} ? it is the newest checkpoint there" if newest else ""
         raise AdapterError(
             f"{folder} holds no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}{hint}"
         )

@@ -34,7 +34,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; UserError for what cannot be analysed. Returns the exit code."""
     options = _options(argv)
-    from milora_vl.adapter_folders import holds_adapter, holds_residual
+    from milora_vl.adapter_folders import holds_adapter, holds_residual, newest_of_unfinished
     from milora_vl.analysis import job, page
     from milora_vl.devices import device_named
 
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
     if folder is None:
         taken = "is no training" if subject.is_dir() else "is no folder here, so it is taken for a model"
+        newest = newest_of_unfinished(subject, "milora_vl.analyze")
+        if newest:
+            raise UserError(f"{subject} holds no adapter{newest}")
         raise UserError(f"{options.subject} {taken}: where shall the files go?\nsay:  --output_dir O")
     device = device_named(options.device)
     todo = job.plan(

@@ -18,7 +18,13 @@ from milora_data.command import count, next_step, parser, positive, report, run,
 from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_data.records import Turn
-from milora_vl.adapter_folders import holds_adapter, holds_projector_alone, trained_prompts
+from milora_data.web import web_address
+from milora_vl.adapter_folders import (
+    holds_adapter,
+    holds_projector_alone,
+    newest_of_unfinished,
+    trained_prompts,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -261,21 +267,26 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--format json is for the answer to a question\nadd the question, or leave the flag out")
     adapter = options.adapter
     if adapter and not (holds_adapter(adapter) or holds_projector_alone(adapter)):
+        newest = newest_of_unfinished(adapter, "milora_vl.chat", "--model", options.model, "--adapter")
         raise UserError(
-            f"--adapter {adapter}: {'no such folder' if not adapter.is_dir() else 'holds no adapter'}\n"
-            "expected: a folder with adapter_config.json, such as the output_dir of a training\n"
-            "make one: python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo"
+            f"--adapter {adapter}: {'no such folder' if not adapter.is_dir() else 'holds no adapter'}"
+            + (
+                newest
+                or "\nexpected: a folder with adapter_config.json, such as the output_dir of a training\n"
+                "make one: python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo"
+            )
         )
     if options.compare and not holds_adapter(adapter or Path(options.model)):
         raise UserError(
-            "--compare needs an adapter: it shows the same model with and without one\nadd:  --adapter FOLDER"
+            "--compare needs an adapter: it shows the same model with and without one"
+            + (newest_of_unfinished(Path(options.model), "--model") or "\nadd:  --adapter FOLDER")
         )
 
 
 def _open(path: Path) -> Image.Image:
     from milora_data.images import load_image
 
-    if path.is_file():
+    if path.is_file() or web_address(path):
         return load_image(path)
     if path.is_dir():
         raise UserError(f"{path}: this is a folder; expected a picture")

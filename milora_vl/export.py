@@ -21,14 +21,17 @@ from milora_data.command import next_step, parser, run, suggest
 from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_vl.adapter_folders import base_of, holds_text_model
+from milora_vl.lora.checkpoint_folders import step_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from milora_vl.exporting.job import LoadsWith
+
 FORMS = {
     "adapter": "stock PEFT LoRA on the untouched base, with milora.json",
-    "merged": "a whole model: float32 arithmetic, the base's dtype, loads in plain transformers",
+    "merged": "a whole model: float32 arithmetic, the base's dtype, for transformers and servers",
     "residual": "the papers' form: a base without the initial components, and (A, B) of rank r",
     "llava": "LoRA folder of haotian-liu/LLaVA, for its own load_pretrained_model",
     "rank-N": "plain LoRA of rank N nearest to the adapter, with its error (rank-r: each module's r)",
@@ -45,7 +48,8 @@ examples:
 class Exported:
     """What was written. `layers`: per module the error of re-compression or the drift of a residual, and its rank.
 
-    `total`: relative error of the whole change, of re-compression or of rounding to another dtype.
+    `total`: relative error of the whole change, of re-compression or of rounding to another dtype. `loads_with`: what
+    the whole model in the folder (merged, residual, base/) needs to load; None where there is none.
     """
 
     folder: Path
@@ -53,6 +57,7 @@ class Exported:
     origin: str
     layers: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     total: float | None = None
+    loads_with: LoadsWith | None = None
 
 
 def export(
@@ -67,6 +72,7 @@ def export(
     initial: str | Path | None = None,
     vision_tower: str | None = None,
     allow_base_mismatch: bool = False,
+    remote_code: bool = False,
 ) -> Exported:
     """Write the adapter in `folder` to `output_dir` in the form `to`: adapter, merged, residual, llava or rank-N.
 
@@ -74,7 +80,8 @@ def export(
     names. dtype: of all that is written; by default as stored. with_base: write the modules trained in full into a copy
     of the base (base/), so that the adapter holds LoRA factors alone. residual, initial: the residual base and the
     initial factors of a PiSSA/MiLoRA checkpoint, where the folder does not tell. vision_tower: the CLIP model that
-    LLaVA's config.json shall name.
+    LLaVA's config.json shall name. remote_code: write the code of a timm vision tower beside the whole model, so
+    that it loads with trust_remote_code=True where this package is not installed.
 
     Raises UserError for folders and forms that do not fit, and for an output folder that holds something.
     """
@@ -87,6 +94,8 @@ def export(
     form, rank = _form(to)
     if with_base and form not in ("adapter", "rank"):
         raise UserError(f"with_base is for --to adapter and rank-N: {to} needs no base of its own")
+    if remote_code and not (with_base or form in ("merged", "residual")):
+        raise UserError(f"--remote_code is for a whole model, which --to {to} does not write\nadd:  --with_base")
     target = Path(output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: nothing is overwritten\nsay:  --output_dir ANOTHER")
@@ -97,10 +106,10 @@ def export(
         raise UserError(str(error)) from None
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    job = Job(source, base, dtype, partial, target, vision_tower, allow_base_mismatch)
+    job = Job(source, base, dtype, partial, target, vision_tower, allow_base_mismatch, remote_code)
     try:
         with nullcontext() if sys.stderr.isatty() else quiet_bars():
-            layers, total = job.write(form, rank, with_base)
+            layers, total, loads_with = job.write(form, rank, with_base)
         if target.exists():
             target.rmdir()
         partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
@@ -110,7 +119,7 @@ def export(
         raise UserError(str(error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(target, to, source.kind, layers, total)
+    return Exported(target, to, source.kind, layers, total, loads_with)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         initial=options.initial,
         vision_tower=options.vision_tower,
         allow_base_mismatch=options.allow_base_mismatch,
+        remote_code=options.remote_code,
     )
     _show(done, options.format)
     _tell_next(done)
@@ -150,6 +160,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     given.add_argument("--initial", type=Path, help="its initial factors (pissa_init)")
     settings = options.add_argument_group("settings")
     settings.add_argument("--with_base", action="store_true", help="modules trained in full go into a copy of the base")
+    settings.add_argument(
+        "--remote_code", action="store_true", help="add the code of a timm tower, for trust_remote_code=True"
+    )
     settings.add_argument("--vision_tower", metavar="NAME", help="the CLIP model that LLaVA's config.json shall name")
     settings.add_argument("--allow_base_mismatch", action="store_true", help="go on with another base model")
     out = options.add_argument_group("output")
@@ -157,15 +170,21 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     shared(
         out, "dtype", about="of all that is written (default: as stored)", choices=("float32", "bfloat16", "float16")
     )
-    shared(out, "output_dir", about="to write (default: FOLDER-FORM, beside it)")
+    shared(out, "output_dir", about="to write (default: FOLDER-FORM, beside it; of a checkpoint beside its run)")
     shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
 
 
 def _beside(folder: Path, to: str) -> Path:
-    """FOLDER-FORM; of `.` and `..`, which have no name, beside the folder that they mean."""
+    """FOLDER-FORM; of `.` and `..`, which have no name, beside the folder that they mean.
+
+    Of a checkpoint RUN-checkpoint-N-FORM, beside the run: in it, the Trainer would delete the result as a checkpoint.
+    """
     named = folder.resolve() if folder.name in ("", "..") else folder
+    if step_of(folder.resolve()) >= 0:
+        run = named.parent if named.parent.name not in ("", "..") else named.resolve().parent
+        return run.with_name(f"{run.name}-{folder.resolve().name}-{to}")
     return named.with_name(f"{folder.resolve().name}-{to}")
 
 
@@ -188,7 +207,7 @@ def _show(done: Exported, style: str) -> None:
     if style == "json":
         layers = [{"module": path, "rank": rank, "error": error} for path, (rank, error) in done.layers.items()]
         content = {"folder": str(done.folder), "form": done.form, "origin": done.origin, "layers": layers}
-        sys.stdout.write(json.dumps({**content, "total": done.total}) + "\n")
+        sys.stdout.write(json.dumps({**content, "total": done.total, "loads_with": done.loads_with}) + "\n")
         return
     what = "drift" if done.form == "residual" or not done.form.startswith("rank") else "error"
     for path, (rank, error) in done.layers.items():
@@ -200,6 +219,8 @@ def _show(done: Exported, style: str) -> None:
     asked, most = _form(done.form)[1], max((rank for rank, _ in done.layers.values()), default=0)
     if asked is not None and most < asked:
         sys.stderr.write(f"no change has a rank above {most}: {done.form} is the whole of it\n")
+    if done.loads_with in _TO_LOAD:
+        sys.stderr.write(_TO_LOAD[done.loads_with])
 
 
 def _tell_next(done: Exported) -> None:
@@ -232,6 +253,15 @@ def _base_name(folder: Path) -> str:
         return "MODEL"
 
 
+_TO_LOAD = {
+    "milora_vl": (
+        "note: transformers does not know the vision tower, a timm network: `import milora_vl` before from_pretrained\n"
+        "      for machines without this package, export with --remote_code\n"
+    ),
+    "trust_remote_code": (
+        "note: load it with trust_remote_code=True, or after `import milora_vl`; both need the package timm\n"
+    ),
+}
 _ORIGINS = {
     "ours": "was: an adapter of ours",
     "plain": "was: a plain PEFT adapter",

@@ -21,7 +21,7 @@ from torch import nn
 
 from milora_data.command import suggest
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import base_of, holds_adapter
+from milora_vl.adapter_folders import base_of, holds_adapter, newest_of_unfinished
 from milora_vl.composing import original
 from milora_vl.composing.whole import whole_weights
 from milora_vl.image_tokens import extra_tokens
@@ -143,6 +143,7 @@ def load_weights(
         # HF then keeps renamings of old checkpoints that this one had no need of, and undoes them when it saves.
         vars(model).pop("_weight_conversions", None)
     keep_weights_readable(model)
+    vars(model.config).pop("auto_map", None)  # code in the folder was not used: what is saved must not name it
     return _named(model, name)
 
 
@@ -204,7 +205,6 @@ def config_of(name: str) -> Any:
         return AutoConfig.for_model(inner.pop("model_type"), **inner)
     packaged = files("milora_vl") / "configs" / f"{SAME_WEIGHTS.get(name, name)}.json"
     if packaged.is_file():
-        _register_own()
         content = json.loads(packaged.read_text(encoding="utf-8"))
         return AutoConfig.for_model(content.pop("model_type"), **content)
     return _read(AutoConfig.from_pretrained, _source(name), name)
@@ -258,12 +258,12 @@ def _source(name: str) -> str:
         return str(made_folder(name))
     folder = Path(name)
     if folder.is_dir():
-        _register_own()
         if original.is_original(folder):
             return str(converted(folder))
         if not (folder / "config.json").is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-            raise UserError(f"{name} holds no model: it has no config.json\nfound: {found}")
+            newest = newest_of_unfinished(folder, "--model")
+            raise UserError(f"{name} holds no model: it has no config.json" + (newest or f"\nfound: {found}"))
         return name
     if name in NAMED_MODELS or name in SAME_WEIGHTS:
         return NAMED_MODELS[SAME_WEIGHTS.get(name, name)]
@@ -314,12 +314,6 @@ def _hub_is_known() -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _register_own() -> None:
-    from milora_vl.timm_tower import register
-
-    register()
 
 
 def _complete(processor: Any, config: Any) -> None:

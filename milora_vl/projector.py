@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import PROJECTOR_FILES
+from milora_vl.adapter_folders import PROJECTOR_FILES, holds_projector_alone, newest_of_unfinished
+from milora_vl.lora.checkpoint_folders import newest_checkpoint
 from milora_vl.lora.pickled import UNREAD, read_pickled, why_unread
 from milora_vl.towers import find_towers
 
@@ -97,8 +98,10 @@ def projector_file(source: Path) -> Path:
     """The file with a projector that `source` is or holds; UserError where there is none."""
     files = [source / name for name in PROJECTOR_FILES if (source / name).is_file()] if source.is_dir() else [source]
     if not files or not files[0].is_file():
+        newest = newest_checkpoint(source)
+        hint = newest_of_unfinished(source, "--projector_weights") if newest and holds_projector_alone(newest) else ""
         raise UserError(
-            f"no projector weights at {source}: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}"
+            f"no projector weights at {source}: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}{hint}"
         )
     return files[0]
 

@@ -20,7 +20,7 @@ from milora_data.errors import UserError
 from milora_vl.compose import compose, processor_for
 from milora_vl.composing.whole import whole_weights
 from milora_vl.screen_noise import quiet_bars, quiet_conversion
-from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
+from milora_vl.timm_tower import TimmTower, TimmTowerConfig
 
 FOLDER_VERSION = 3  # to be raised with every change of what the folder holds
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,7 +47,6 @@ def made_folder(name: str) -> Path:
     `smol-llava-unaligned` is smol-llava before stage 1, with a fresh projector; `smollm2` its language model alone.
     Raises UserError when the parts cannot be fetched or the `demo` extra is not installed.
     """
-    register()
     folder = folder_of(name)
     if (folder / "config.json").is_file():
         return folder

@@ -1,7 +1,8 @@
 """A timm encoder as the vision tower of a Hugging Face LLaVA.
 
 timm gives feature maps (NCHW, or tokens with prefix tokens in front); LLaVA wants (batch, tokens, channels). The tower
-pools the maps to a grid, brings every level to one scale and lays the levels side by side.
+pools the maps to a grid, brings every level to one scale and lays the levels side by side. The import is relative
+because `export --remote_code` copies this file into models.
 """
 
 from __future__ import annotations
@@ -12,55 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from .timm_tower_config import TimmTowerConfig, register_config
 
-class TimmTowerConfig(PretrainedConfig):
-    """What a tower is made of.
-
-    architecture: timm's name; image_size: pixels a side; grid: tokens a side after pooling;
-    levels: indices into timm's intermediate features that are put in front of the final ones; hidden_size: channels.
-    """
-
-    model_type = "milora_timm_tower"
-
-    def __init__(
-        self,
-        architecture: str = "tf_efficientnet_lite0",
-        image_size: int = 224,
-        grid: int = 4,
-        levels: Sequence[int] = (),
-        hidden_size: int = 1280,
-        **kwargs: Any,  # transformers passes every other key of config.json through here
-    ) -> None:
-        self.architecture = architecture
-        self.image_size = image_size
-        self.grid = grid
-        self.levels = list(levels)
-        self.hidden_size = hidden_size
-        super().__init__(**kwargs)
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels a side of one token, as LLaVA's processor counts them."""
-        return self.image_size // self.grid
-
-    @classmethod
-    def of(cls, architecture: str, *, image_size: int, grid: int, levels: Sequence[int] = ()) -> TimmTowerConfig:
-        """Return the config of a timm encoder, its channels counted on the meta device.
-
-        Raises ValueError when the picture does not divide into the grid.
-        """
-        import timm
-
-        if image_size % grid:
-            raise ValueError(f"image_size {image_size} is not a multiple of grid {grid}")
-        with torch.device("meta"):
-            encoder: Any = timm.create_model(architecture, pretrained=False, num_classes=0)
-        channels = [level["num_chs"] for level in encoder.feature_info]
-        hidden_size = sum(channels[level] for level in levels) + encoder.num_features
-        return cls(architecture, image_size, grid, levels, hidden_size)
+__all__ = ["TimmTower", "TimmTowerConfig", "as_map", "register"]
 
 
 class TimmTower(PreTrainedModel):
@@ -126,6 +84,8 @@ def as_map(encoder: Any, features: Tensor) -> Tensor:
 
 
 def register() -> None:
-    """Make the tower known to transformers' Auto classes; calling it again does nothing."""
-    AutoConfig.register(TimmTowerConfig.model_type, TimmTowerConfig, exist_ok=True)
+    """Make the tower and its config known to transformers' Auto classes; a second call does nothing."""
+    from transformers import AutoModel  # not at the top, as in `register_config`
+
+    register_config()
     AutoModel.register(TimmTowerConfig, TimmTower, exist_ok=True)

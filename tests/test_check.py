@@ -140,7 +140,7 @@ def test_bad_usage_is_told_from_bad_data(tiny_data: Path) -> None:
     for arguments, message in [
         (["check", "none.json"], "none.json: no such file"),
         (["check", str(tiny_data)], "this is a folder"),
-        (["check", str(tiny_data / "train.json"), "--image_folder", "none"], "no such folder: none"),
+        (["check", str(tiny_data / "train.json"), "--image_folder", "none"], "no such image folder: none"),
         (["check", str(tiny_data / "train.json"), "--imagefolder", "x"], "did you mean --image_folder"),
         (["chekc", "x"], "did you mean check"),
         ([], "no command given"),

@@ -10,13 +10,12 @@ from milora_data.errors import UserError
 from milora_vl.compose import compose, processor_for
 from milora_vl.image_tokens import image_token_id, image_tokens
 from milora_vl.models import config_of, load_model
-from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
+from milora_vl.timm_tower import TimmTower, TimmTowerConfig
 
 
 @pytest.fixture(scope="module")
 def composed(tiny_llama):
     """A small LLaVA of a timm network with random weights and the tiny Llama."""
-    register()
     config = TimmTowerConfig.of("tf_efficientnet_lite0", image_size=64, grid=2, levels=(2, 3))
     language, tokenizer = tiny_llama()
     model = compose(TimmTower(config).eval(), language, tokenizer)

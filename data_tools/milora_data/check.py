@@ -23,6 +23,7 @@ from .pictures import MissingImages, elsewhere, find_faults, find_missing, uses
 from .records import Record, is_json, load_records, parse_record
 from .report import Report, as_json, as_text
 from .stored import stored_items
+from .web import not_fetched, web_address
 
 EPILOG = """\
 exit code: 0 no errors (warnings may be meant), 1 errors found, 2 the data cannot be read at all
@@ -104,7 +105,7 @@ def image_folder(data: Path, given: Path | None) -> Path:
     """
     if given is not None:
         if not given.is_dir():
-            raise UserError(f"no such folder: {given}\nname the folder of the pictures with --image_folder")
+            raise UserError(no_folder(given))
         return given
     try:
         first = next((record.images[0] for record in load_records(data) if record.images), "")
@@ -112,6 +113,14 @@ def image_folder(data: Path, given: Path | None) -> Path:
         return data.parent  # the command itself says what is broken
     places = (data.parent, data.parent / "images")
     return next((place for place in places if first and (place / first).is_file()), data.parent)
+
+
+def no_folder(folder: Path) -> str:
+    """Return the message for a folder of pictures that is not there."""
+    address = web_address(folder)
+    if address is not None:
+        return not_fetched(address)
+    return f"no such image folder: {folder}\nname the folder of the pictures with --image_folder"
 
 
 def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "decode") -> Report:
@@ -207,7 +216,7 @@ def check_for_training(
     path = Path(data) if isinstance(data, str | Path) else None
     folder = Path(image_folder or "")
     if not folder.is_dir():
-        raise DataError(f"no such image folder: {folder}\nname it with --image_folder")
+        raise DataError(no_folder(folder))
     records = list(load_records(data) if isinstance(data, str | Path) else data)
     if not records:
         raise DataError(f"{path or 'the data'}: no records")

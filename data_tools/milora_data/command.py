@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UserError
+from .web import not_fetched, web_address
 
 
 def suggest(word: str, candidates: Iterable[str]) -> list[str]:
@@ -92,6 +93,13 @@ class CommandParser(argparse.ArgumentParser):
             near = suggest(str(value), map(str, action.choices or ()))
             error.message += f"\ndid you mean {near[0]} ?" if near else ""
             raise
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """The value of an argument. Where a path is expected, a web address is refused."""
+        address = web_address(arg_string) if action.type is Path else None
+        if address is not None:
+            raise argparse.ArgumentError(action, not_fetched(address))
+        return super()._get_value(action, arg_string)
 
     def flags(self) -> list[str]:
         """Return the long flags that this parser declares."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import DataError
+from .web import not_fetched, web_address
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -99,6 +100,9 @@ def load_image(path: str | Path, *, longest: int | None = None, shortest: int | 
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
+        address = web_address(path)
+        if address is not None:
+            raise ImageError(not_fetched(address)) from None
         reason = "no such file"
     except UnidentifiedImageError:
         size = len(path.content) if isinstance(path, StoredPicture) else Path(path).stat().st_size

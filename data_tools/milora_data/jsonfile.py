@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from .errors import DataError
+from .web import not_fetched, web_address
 
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -109,6 +110,9 @@ def write_objects(path: Path, objects: Iterable[object]) -> int:
 
 def missing_file(path: Path) -> str:
     """Return the message for a data file that is not there, with the JSON files that are."""
+    address = web_address(path)
+    if address is not None:
+        return not_fetched(address)
     if path.is_dir():
         from .captions import SUFFIXES
         from .command import command_line

@@ -11,6 +11,7 @@ from typing import Any
 from .errors import DataError, UserError
 from .images import PlacedPicture, StoredPicture, leads_outside
 from .records import Record, load_records
+from .web import not_fetched, web_address
 
 _KEYS = ("path", "weight", "image_folder")
 
@@ -32,7 +33,8 @@ def read_sources(path: Path) -> tuple[list[Source], int]:
     import yaml
 
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        address = web_address(path)
+        raise DataError(f"{path}: no such file" if address is None else not_fetched(address))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

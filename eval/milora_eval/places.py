@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,14 @@ import yaml
 
 from milora_data.command import suggest
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone, holds_residual
+from milora_vl.adapter_folders import (
+    base_of,
+    holds_adapter,
+    holds_projector_alone,
+    holds_residual,
+    newest_of_unfinished,
+)
+from milora_vl.lora.checkpoint_folders import step_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +78,17 @@ def _check_adapter(folder: Path, model: str) -> None:
             + (f"there are: {', '.join(str(folder.parent / name) for name in others)}\n" if others else "")
             + f"train one: python -m milora_vl.train --model {model} --data_path ... --output_dir {folder}"
         )
-    inside = [path for path in sorted(folder.glob("checkpoint-*")) if holds_adapter(path)]
-    near = f"adapters inside: {', '.join(map(str, inside[-3:]))}" if inside else "it may be an unfinished run"
+    newest = newest_of_unfinished(folder, "milora_eval", "run", "--model", model, "--adapter")
     full = f"\na fully trained model is evaluated with --model {folder} --base {model}"
     raise UserError(
-        f"no adapter in {folder}: it has no adapter_config.json\n{near}"
+        f"no adapter in {folder}: it has no adapter_config.json"
+        + (newest or "\nit may be an unfinished run, without a checkpoint")
         + (full if (folder / "config.json").is_file() else "")
     )
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+    return step_of(folder) >= 0
 
 
 def _which(folder: Path) -> str:

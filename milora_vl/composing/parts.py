@@ -17,7 +17,9 @@ from milora_data.errors import UserError
 from milora_vl.composing import original, vision
 from milora_vl.composing.whole import whole_weights
 
-FORMAT = 2  # to be raised with every change of what a base folder holds
+FORMAT = 2  # to be raised when a base folder that was made before would be wrong
+# Where config.json says which tower a base was made of: Hugging Face's LLaVA has no field for that.
+TOWER_NAME = "vision_tower_name"
 # Rows of the vocabulary: a multiple of this, as Hugging Face's own conversion of LLaVA has it.
 ROWS = 64
 
@@ -136,6 +138,9 @@ def write(parts: Parts, folder: Path) -> None:
         strategy=plan.strategy,
         extra_tokens=plan.extra_tokens,
     )
+    tower_folder = Path(parts.vision)
+    name = str(tower_folder.resolve()) if tower_folder.is_dir() else parts.vision
+    model.config.update({TOWER_NAME: name})
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

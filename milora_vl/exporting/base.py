@@ -1,8 +1,10 @@
-"""The base model of an export: its config, its weights and its processor, each had only when it is asked for."""
+"""The base model of an export: its config, its weights and its processor, each loaded only when it is asked for."""
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ from torch import nn
 
 from milora_data.errors import UserError
 from milora_vl import models
+from milora_vl.timm_tower_config import TimmTowerConfig
+
+# The code of a model with a timm tower, and the class that transformers finds in it with trust_remote_code=True.
+CODE_FILES = ("timm_llava.py", "timm_tower.py", "timm_tower_config.py")
+AUTO_MAP = {"AutoConfig": "timm_llava.TimmLlavaConfig"}
 
 
 class Base:
@@ -50,6 +57,21 @@ class Base:
     def processor(self) -> Any:
         """Return the processor (of a text-only model the tokenizer); None for a model at hand. Needs no weights."""
         return None if isinstance(self._source, nn.Module) else models.load_processor(self.name)
+
+
+def has_timm_tower(config: Any) -> bool:
+    """Whether a model of this HF config needs this package (or its code beside it) to load in transformers."""
+    vision = config.to_dict().get("vision_config") or {}
+    return bool(vision.get("model_type") == TimmTowerConfig.model_type)
+
+
+def write_code(folder: Path) -> None:
+    """Put the code of a timm tower into the folder of a model, so that it loads without this package."""
+    for name in CODE_FILES:
+        (folder / name).write_text((files("milora_vl") / name).read_text(encoding="utf-8"), encoding="utf-8")
+    config = folder / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:

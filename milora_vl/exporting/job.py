@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from milora_data.errors import UserError
-from milora_vl.exporting.base import Base, save_model
+from milora_vl.exporting.base import Base, has_timm_tower, save_model, write_code
 from milora_vl.exporting.imported import import_adapter, refuse_mutating, require_copies
 from milora_vl.exporting.llava import config_for_llava, read_llava, write_llava
 from milora_vl.exporting.plain import PlainAdapter, read_config, read_plain, write_plain
@@ -25,6 +27,8 @@ from milora_vl.lora.sidecar import FILE_NAME, Sidecar
 from milora_vl.models import SAME_WEIGHTS
 
 Layers = Mapping[str, tuple[int, float]]
+# What a whole model needs to load: transformers alone, this package, or its own code and trust_remote_code=True.
+LoadsWith = Literal["transformers", "milora_vl", "trust_remote_code"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +42,18 @@ class Job:
     target: Path
     vision_tower: str | None
     allow_base_mismatch: bool
+    remote_code: bool = False
 
-    def write(self, form: str, rank: int | None, with_base: bool) -> tuple[Layers, float | None]:
-        """Write one form; return what it cost per layer (rank and error), and in total."""
+    def write(self, form: str, rank: int | None, with_base: bool) -> tuple[Layers, float | None, LoadsWith | None]:
+        """Write one form.
+
+        Returns what it cost per layer (rank and error) and in total, and what the whole model in it, if any, needs to
+        load.
+        """
         # A merge or a residual in fewer bits is rounded once, at its end.
         base = Base(self._base_for(form), self.dtype, is_rounded_later=form in ("merged", "residual"))
+        whole = self.out / "base" if with_base else self.out if form in ("merged", "residual") else None
+        loads_with = None if whole is None else self._loads_with(base)
         layers: Layers = {}
         total = None
         if form == "merged":
@@ -56,7 +67,20 @@ class Job:
         else:
             layers, total = self._write_adapter(base, form, rank, with_base)
         copy_processor(self.source.folder, self.out, base)
-        return layers, total
+        if whole is not None and loads_with == "trust_remote_code":
+            write_code(whole)
+        return layers, total, loads_with
+
+    def _loads_with(self, base: Base) -> LoadsWith:
+        """What the whole model that is written needs to load. UserError for code that it does not need."""
+        if has_timm_tower(base.config):
+            return "trust_remote_code" if self.remote_code else "milora_vl"
+        if self.remote_code:
+            raise UserError(
+                f"--remote_code: {base.name} has no vision tower from timm, so it loads in plain transformers\n"
+                "leave the flag out"
+            )
+        return "transformers"
 
     def _write_llava(self, base: Base) -> None:
         if self.source.kind == "llava":
@@ -142,6 +166,11 @@ class Job:
 
     def _into_base(self, adapter: PlainAdapter, base: Base) -> PlainAdapter:
         """Write the base with the modules trained in full in it; return the adapter without them, on that base."""
+        if adapter.whole:
+            sys.stderr.write(
+                f"note: {self.target / 'base'} holds what this run trained in full ({len(adapter.whole):,} tensors): "
+                "adapters of other runs do not belong on it\n"
+            )
         _, unknown = base.model.load_state_dict(dict(adapter.whole), strict=False)
         if unknown:
             raise UserError(f"the base model has no {unknown[0]}\nis it the right one?  --base NAME-OR-FOLDER")

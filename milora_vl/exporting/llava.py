@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from milora_data.errors import UserError
+from milora_vl.composing.parts import TOWER_NAME
 from milora_vl.exporting.plain import PREFIX, LowRank, PlainAdapter, read_plain, write_plain
 from milora_vl.lora.pickled import UNREAD, read_pickled, why_unread
 from milora_vl.lora.sidecar import locate
+from milora_vl.timm_tower_config import TimmTowerConfig
 from milora_vl.towers import Towers
 
 NON_LORA = "non_lora_trainables.bin"
@@ -158,13 +160,7 @@ def config_for_llava(base: Any, vision_tower: str | None) -> dict[str, Any]:
             "possible:  --to adapter, merged, rank-r"
         )
     text, vision = base.text_config.to_dict(), base.vision_config.to_dict()
-    if vision_tower is None and all(vision.get(key) == value for key, value in _CLIP_L_336.items()):
-        vision_tower = "openai/clip-vit-large-patch14-336"
-    if vision_tower is None:
-        raise UserError(
-            "which CLIP model is the vision tower? LLaVA's config.json names it, Hugging Face's does not\n"
-            "say:  --vision_tower FOLDER-OR-ID"
-        )
+    vision_tower = _vision_tower(base, vision, vision_tower)
     fields = {key: text[key] for key in _LLAMA_FIELDS if text.get(key) is not None}
     rope = text.get("rope_parameters") or {}
     return {
@@ -188,6 +184,27 @@ def config_for_llava(base: Any, vision_tower: str | None) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "use_cache": True,
     }
+
+
+def _vision_tower(base: Any, vision: Mapping[str, Any], given: str | None) -> str:
+    """The name of the vision tower for LLaVA: as given, as `compose` noted it, or that of LLaVA-1.5 by its sizes."""
+    kind, noted = vision["model_type"], base.to_dict().get(TOWER_NAME)
+    if kind == TimmTowerConfig.model_type or (kind != "clip_vision_model" and given is None):
+        raise UserError(
+            f"LLaVA's own code loads CLIP models as vision towers, and this base has another: {noted or kind}\n"
+            "possible:  --to adapter, merged, rank-r"
+        )
+    if given is not None:
+        return given
+    if noted is not None and (not Path(noted).is_absolute() or Path(noted).is_dir()):
+        return str(noted)
+    if noted is None and all(vision.get(key) == value for key, value in _CLIP_L_336.items()):
+        return "openai/clip-vit-large-patch14-336"
+    why = f"the base was composed of {noted}, which is not there" if noted else "the base does not say"
+    raise UserError(
+        f"which CLIP model is the vision tower? LLaVA's config.json names it, and {why}\n"
+        "say:  --vision_tower FOLDER-OR-ID"
+    )
 
 
 def in_hf_layout(adapter: PlainAdapter, names: Mapping[str, str]) -> PlainAdapter:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import holds_projector_alone
+from milora_vl.adapter_folders import holds_projector_alone, newest_of_unfinished
 from milora_vl.adapter_io import require_adapter
 from milora_vl.exporting.llava import is_llava_folder
 from milora_vl.lora.sidecar import FILE_NAME
@@ -111,6 +111,9 @@ def _initial_of(folders: list[Path], trained: Path | None) -> Path | None:
 
 
 def _explain(folder: Path) -> str:
+    newest = newest_of_unfinished(folder, "milora_vl.export", "--to", "FORM")
+    if newest:
+        return f"{folder} holds no adapter{newest}"
     inside = sorted(str(path.parent) for path in folder.glob("*/adapter_config.json"))
     if inside:
         return f"{folder} holds several things, no adapter itself\nname one:  {', '.join(inside[:6])}"

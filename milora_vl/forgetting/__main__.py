@@ -11,6 +11,7 @@ from pathlib import Path
 from milora_data.command import next_step, parser, positive, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
+from milora_vl.adapter_folders import newest_of_unfinished
 from milora_vl.reporting.anew import rewrite_report
 
 PROBES = ("text", "samples", "pictures")
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; UserError for what cannot be measured. Returns the exit code."""
     options = _options(argv)
     _refuse_unused(options)
+    _refuse_unfinished(options)
     folder = options.output_dir or _own_folder(options)
     from milora_vl.forgetting.job import Job
 
@@ -110,6 +112,15 @@ def _refuse_unused(options: argparse.Namespace) -> None:
     for flag, (is_used, use) in uses.items():
         if getattr(options, flag) is not None and not is_used:
             raise UserError(f"--{flag} has no use here: it goes with {use}")
+
+
+def _refuse_unfinished(options: argparse.Namespace) -> None:
+    """UserError for a run that holds checkpoints alone, before anything is loaded."""
+    folder = options.adapter or Path(options.model)
+    words = ("--model", options.model, "--adapter") if options.adapter else ("--model",)
+    newest = newest_of_unfinished(folder, "milora_vl.forgetting", *words)
+    if newest:
+        raise UserError(f"{folder} holds no adapter{newest}")
 
 
 def _probes(text: str) -> tuple[str, ...]:

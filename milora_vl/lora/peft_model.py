@@ -24,6 +24,7 @@ from milora_vl.lora.atomic import written_whole
 from milora_vl.lora.base_check import fitted, require_same_kind
 from milora_vl.lora.halves import ANCHOR, TRAINED
 from milora_vl.lora.halves_embedding import ANCHOR_SUFFIX
+from milora_vl.lora.hotswap import refuse_hotswap, require_factors_alone
 from milora_vl.lora.install import (
     anchor_names,
     anchors_of,
@@ -206,6 +207,12 @@ class MiloraMixin(PeftModel):
                 self.protect_again(adapter_name)
         return result
 
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Add adapters up as PEFT does, to a plain LoRA. AdapterError where one holds modules trained in full."""
+        self._refuse_residual("a second adapter would sit on the changed base")
+        require_factors_alone(self, adapters)
+        self.base_model.add_weighted_adapter(adapters, *args, **kwargs)  # type: ignore[operator]
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter as PEFT does, and what is known of it."""
         super().delete_adapter(adapter_name)
@@ -304,6 +311,7 @@ def adopt(model: PeftModel) -> MiloraMixin:
         assert isinstance(model, MiloraMixin)
         model.sidecars, model.protections = {}, {}
         keep_hooks_apart(model)
+        refuse_hotswap(model)
     return model
 
 

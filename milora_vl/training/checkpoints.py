@@ -7,12 +7,14 @@ trainer_state.json. DeepSpeed keeps the optimizer in a folder global_stepN, with
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import zipfile
 from pathlib import Path
 
-WEIGHTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
+from milora_vl.lora.checkpoint_folders import WEIGHTS, checkpoints, holds_weights, step_of
+
+__all__ = ["WEIGHTS", "checkpoints", "step_of"]
+
 SET_ASIDE = "incomplete-"
 # What only a resumed run needs.
 NO_RESULT = (
@@ -28,22 +30,6 @@ SHARDS = "global_step*/*_optim_states.pt"
 SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # of ZeRO-3 alone
 
 
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name, -1 for any other folder.
-
-    >>> step_of(Path("runs/a/checkpoint-20"))
-    20
-    """
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(match[1]) if match else -1
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, complete or not, in order of their steps."""
-    found = [folder for folder in run.glob("checkpoint-*") if folder.is_dir() and step_of(folder) >= 0]
-    return sorted(found, key=step_of)
-
-
 def why_incomplete(folder: Path) -> str | None:
     """What is missing or cut off in a checkpoint; None where it can be resumed from."""
     try:
@@ -54,7 +40,7 @@ def why_incomplete(folder: Path) -> str | None:
         return "trainer_state.json is cut off"
     if step_of(folder) >= 0 and state.get("global_step") != step_of(folder):
         return f"trainer_state.json is of step {state.get('global_step')}"
-    if not any((folder / name).is_file() for name in WEIGHTS) and not list(folder.glob("global_step*")):
+    if not holds_weights(folder) and not list(folder.glob("global_step*")):
         return "has no weights"
     if not list(folder.glob("rng_state*.pth")):
         return "has no optimizer or random state (--save_only_model); it can be evaluated, not resumed"

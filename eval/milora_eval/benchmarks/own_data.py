@@ -17,6 +17,7 @@ from milora_data.command import suggest
 from milora_data.errors import DataError, UserError
 from milora_data.images import place_of
 from milora_data.records import Turn, parse_record
+from milora_data.web import not_fetched, web_address
 from milora_eval.benchmark import Benchmark, Form, Item, MissingData
 from milora_eval.data_files import read_json, read_jsonl
 from milora_eval.rules.anls import anls
@@ -57,6 +58,9 @@ class OwnData(Benchmark):
             raise UserError(f"the questions of {self.origin} are needed: name their file, as in --benchmarks FILE.json")
         path = self.path if self.path.is_file() else data_dir / self.path
         if not path.is_file():
+            address = web_address(self.path)
+            if address is not None:
+                raise UserError(not_fetched(address))
             raise MissingData(f"there is no file {self.path}, neither here nor in {data_dir}")
         rows, metric = _rows(path)
         items = [_item(row, number, path, metric, data_dir) for number, row in enumerate(rows, start=1)]

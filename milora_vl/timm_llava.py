@@ -1,0 +1,34 @@
+"""A LLaVA with a timm tower, as code that travels in the folder of its model (`export --remote_code`).
+
+`AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)` loads it where this package is not
+installed. Only the config is a class of its own: a model class of its own would lose the renaming of weights that
+transformers does for LLaVA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
+
+# Both files by name: transformers 4 copies what this file imports, and not what that imports in turn.
+from .timm_tower import register
+from .timm_tower_config import TimmTowerConfig
+
+_MODELS: list[tuple[Any, Any]] = [
+    (MODEL_MAPPING, LlavaModel),
+    (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, LlavaForConditionalGeneration),
+]
+
+
+class TimmLlavaConfig(LlavaConfig):
+    """LLaVA's config, which makes the tower known to transformers before it reads the vision config."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if TimmTowerConfig.model_type not in CONFIG_MAPPING:  # else milora_vl is imported, and its own tower is used
+            register()
+        for mapping, model in _MODELS:
+            mapping.register(TimmLlavaConfig, model, exist_ok=True)
+        super().__init__(*args, **kwargs)
