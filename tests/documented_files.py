@@ -1,4 +1,4 @@
-"""The files that the pages presume: data, pictures, benchmarks, small models, and runs that somebody has trained."""
+"""Write the files that the pages presume: data, pictures, benchmarks, small models, and trained runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ get_peft_model(tiny_llama()[0], config).save_pretrained(sys.argv[2])
 
 
 def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Write what costs nothing: records, pictures, benchmark files, scripts, parts of models."""
+    """Write records, pictures, benchmark files, scripts and parts of models."""
     write_tiny_data(folder, records)
     captions = [{**record, "conversations": record["conversations"][:2]} for record in records if "image" in record]
     dump(folder / "captions.json", captions)
@@ -58,7 +58,7 @@ def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
 
 
 def write_preferences(path: Path) -> None:
-    """Rows like UltraFeedback's."""
+    """Write rows like UltraFeedback's."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -67,7 +67,7 @@ def write_preferences(path: Path) -> None:
 
 
 def write_benchmarks(folder: Path) -> None:
-    """Write the official files in miniature, the demo's questions, and answers of other programs."""
+    """Write small official benchmark files, questions like the demo's, and answers of other programs."""
     from milora_eval.benchmarks.xlsx import write_xlsx
     from milora_eval.suites import find_benchmark, folder_of
 
@@ -88,7 +88,7 @@ def write_benchmarks(folder: Path) -> None:
 
 
 def write_parts(folder: Path) -> None:
-    """Write a small tower, language model, instruct model and stage-1 projector, where the docs have large ones."""
+    """Write a small tower, language model, instruct model and stage-1 projector."""
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     from milora_vl.projector import save_projector
@@ -111,7 +111,7 @@ def write_parts(folder: Path) -> None:
 
 
 def call(*words: str) -> None:
-    """Run a program of ours that must succeed."""
+    """Run one of our programs, which must succeed."""
     assert main(words) == 0
 
 
@@ -120,14 +120,14 @@ def composed() -> None:
 
 
 def llava_lora() -> None:
-    """A LoRA as LLaVA's own code writes it, on the composed base."""
+    """Train a LoRA on the composed base and write it as LLaVA's own code does."""
     call(*TRAIN, "--image_folder", "images", "--model", "vicuna-clip", "--rank", "4", "--output_dir", "lora")
     call("export", "lora", "--to", "llava", "--output_dir", "llava-v1.5-7b-lora", "--vision_tower", "tower")
     shutil.rmtree("lora")
 
 
 def released_lora() -> None:
-    """The same where the docs download one; its base is composed by the page."""
+    """Make the same for a page that downloads it and composes its base."""
     composed()
     llava_lora()
     shutil.move("llava-v1.5-7b-lora", "checkpoints")
@@ -135,7 +135,7 @@ def released_lora() -> None:
 
 
 def residual() -> None:
-    """An adapter in the papers' form: its residual base, and the initial factors beside it."""
+    """Train an adapter and write it in the papers' form: residual base, adapter and initial factors."""
     call(*TINY, "--policy", "[{modules: language, method: milora, rank: 4}]", "--output_dir", "anchored")
     call("export", "anchored", "--to", "residual", "--output_dir", "RESIDUAL")
     shutil.copytree("RESIDUAL/lora", "trained")
@@ -148,7 +148,7 @@ def demo() -> None:
          "--output_dir", "runs/demo")  # fmt: skip
 
 
-# What a page may presume -> how it comes to be, in a folder with the files above.
+# What a page may presume -> the function that makes it, in a folder with the files above.
 PRESUMED: dict[str, Callable[[], None]] = {
     "runs/a": lambda: call(*TINY, "--output_dir", "runs/a"),
     "runs/demo": demo,
@@ -161,6 +161,6 @@ PRESUMED: dict[str, Callable[[], None]] = {
 
 
 def prepare(names: Sequence[str]) -> None:
-    """Make what is presumed, in order, in the folder at hand, which holds the files."""
+    """Make what a page presumes in the current folder, which holds the files above."""
     for name in names:
         PRESUMED[name]()

@@ -1,4 +1,4 @@
-"""Run a documented command: in this process, as its launcher starts it, or as a plan where it is make."""
+"""Run a documented command: in this process, in a process of its own, or by its launcher."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -27,13 +27,13 @@ BIN = Path(sys.executable).parent
 
 
 def launch_of(text: str) -> str | None:
-    """How a launcher starts the command in several processes, and by which recipe; None without a launcher."""
+    """Return the launcher with its flags, and the recipe; None for a command without a launcher."""
     launcher, recipe = LAUNCHER.match(text), re.search(r"--recipe \S+", text)
     return launcher and launcher[0] + (recipe[0] if recipe else "")
 
 
 def substituted(text: str) -> str:
-    """The command with small things in the places of large ones."""
+    """Return the command as a test runs it, with small models and few steps."""
     for pattern, filled in LEFT_OPEN:
         text = re.sub(pattern, filled, text)
     for pattern, small in () if any(flag in text for flag in PLANS) else SUBSTITUTIONS:
@@ -42,19 +42,19 @@ def substituted(text: str) -> str:
 
 
 def in_one(text: str) -> str:
-    """A launched command as one of one process, without DeepSpeed."""
+    """Return a launched command without its launcher and without DeepSpeed."""
     text = LAUNCHER.sub("python -m ", text)
     return re.sub(r" --deepspeed \S+", "", text) + " --deepspeed="
 
 
 def in_two(text: str) -> str:
-    """A launched command with two processes on this machine's CPU."""
+    """Return a launched command with two processes on the CPU."""
     text = re.sub(r"(?<=--nproc_per_node )8|(?<=--num_gpus )8", "2", text)
     return text if "--use_cpu" in text else f"{text} --use_cpu True"
 
 
 def module_and_arguments(text: str) -> tuple[str, list[str]]:
-    """The module of ours that a command runs, and what it gets. A program that is only named is asked for its help."""
+    """Return the module that a command runs, and its arguments: `--help` where the docs only name the program."""
     first, *rest = words(text)
     if first.startswith("python") and rest[0] == "-m":
         first, rest = rest[1], rest[2:]
@@ -72,7 +72,10 @@ PROGRAMS = set(MENU.modules) | {
 
 
 def run_here(text: str, typed: str = "") -> None:
-    """Run a program of ours in this process; AssertionError, with what it printed, where it does not end well."""
+    """Run one of our programs in this process, with `typed` as its input.
+
+    Raises AssertionError, with the output, if its exit code is not 0.
+    """
     module, arguments = module_and_arguments(text)
     target = None
     if ">" in arguments:
@@ -81,15 +84,15 @@ def run_here(text: str, typed: str = "") -> None:
     found = import_module(module)
     main = found.main if hasattr(found, "main") else import_module(f"{module}.__main__").main
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), typing(typed):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), user_types(typed):
         code = exit_code(main, arguments)
     assert code == 0, f"exit code {code}\n{out.getvalue()[-2000:]}{err.getvalue()[-4000:]}"
     if target:
         Path(target).write_text(out.getvalue())
 
 
-def exit_code(main, arguments: list[str]) -> int:
-    """The code that a program ends with."""
+def exit_code(main: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Call a program and return its exit code; messages and tracebacks go to stderr."""
     try:
         return main(arguments)
     except SystemExit as end:
@@ -103,27 +106,28 @@ def exit_code(main, arguments: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def typing(text: str) -> Iterator[None]:
-    """Lines that a user types."""
+def user_types(text: str) -> Iterator[None]:
+    """Give programs `text` on stdin; restores argv, which the launchers for scripts replace."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", sys.argv)
         patch.setattr(sys, "stdin", io.StringIO(text))
         yield
 
 
 def run_outside(text: str, folder: Path) -> None:
-    """Run any command in a process of its own."""
+    """Run any command in a process of its own; AssertionError, with the output, if its exit code is not 0."""
     finish(start(text, folder))
 
 
 def run_together(text: str, folder: Path) -> None:
-    """Run a launcher; where its processes are on several machines, once for each, all here."""
+    """Run a launcher, once for each machine that it names, all of them on this one."""
     nodes = re.search(r"--nnodes (\d+)", text)
     for process in [start(text, folder) for _ in range(int(nodes[1]) if nodes else 1)]:
         finish(process)
 
 
 def start(text: str, folder: Path) -> subprocess.Popen[str]:
-    """A process that has started, with this environment's programs first."""
+    """Start a command with the programs of this environment first on the path."""
     env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         words(text), cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -131,13 +135,13 @@ def start(text: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    """AssertionError, with what was printed, where it does not end well."""
+    """Wait for a process; AssertionError, with the output, if its exit code is not 0."""
     printed, _ = process.communicate(timeout=900)
     assert process.returncode == 0, f"exit code {process.returncode}\n{printed[-6000:]}"
 
 
 def flags_of(text: str) -> set[str]:
-    """The flags that a program of ours declares."""
+    """Return the flags that the program of a command declares."""
     module, arguments = module_and_arguments(text)
     name = next(name for name, its in MENU.modules.items() if its.removesuffix(".__main__") == module)
     return set(parser_of((name, arguments[0]) if name in MENU.menus else (name,)).flags())

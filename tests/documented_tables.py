@@ -5,7 +5,7 @@ A row that matches no command is a failure: tests/test_documented.py.
 
 from __future__ import annotations
 
-# Regular expression -> what takes the place of what it matches, from top to bottom. First what the docs leave open:
+# Regular expression -> what replaces the text that it matches, from top to bottom. First what the docs leave open.
 LEFT_OPEN: tuple[tuple[str, str], ...] = (
     (r"FOLDER --to FORM .*", "runs/a --to adapter --output_dir O --base tiny --dtype bfloat16 --with_base"),
     (r"(train) \.\.\. (--forgetting_every) 50", r"\1 --model tiny --data_path train.json --image_folder images \2 1"),
@@ -29,7 +29,7 @@ LEFT_OPEN: tuple[tuple[str, str], ...] = (
     (r"ls --data DIR", "ls --data data"),
     (r"report RUN", "report runs/a"),
 )
-# Then what is large. Commands that only plan or list (PLANS) stay as they are.
+# Then what is too large for a test. Commands that only plan or list (PLANS) run unchanged.
 PLANS = ("--dry-run", "--list-", "--print-recipe")
 SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     # Models, the parts that they are made of, and a data set of the hub.
@@ -43,16 +43,16 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"--base BASE --initial pissa_init", "--base tiny --initial pissa_init --output_dir of-initial"),
     (r"hub:HuggingFaceH4/ultrafeedback_binarized:train_sft", "ultrafeedback.parquet"),
     # Recipes: their models.
-    (r"(train --recipe paper-visual .*)", r"\1 --model language --vision_tower tower"),
-    (r"(train --recipe paper-(?!visual)(?!.*--model).*)", r"\1 --model tiny-text"),
-    (r"(train --recipe (?:smol-llava-demo|mine\.yaml) .*)", r"\1 --model tiny"),
+    (r"(\btrain --recipe paper-visual .*)", r"\1 --model language --vision_tower tower"),
+    (r"(\btrain --recipe paper-(?!visual)(?!.*--model).*)", r"\1 --model tiny-text"),
+    (r"(\btrain --recipe (?:smol-llava-demo|mine\.yaml) .*)", r"\1 --model tiny"),
     (r"(sweep --recipe) smol-llava-demo", r"\1 tiny-demo.yaml"),
     # Sizes.
-    (r"(train .*)(--rank|--lora_r) (?:32|128)", r"\1\2 4"),
-    (r"(train (?!.*(?:--rank |--lora_r |--tune_)).* .*)", r"\1 --rank 4"),
-    (r"(train (?!.*--max_steps ).* .*)", r"\1 --max_steps 2"),
-    (r"(train --recipe paper-visual .*)", r"\1 --dataloader_num_workers 0"),
-    (r"(train --recipe paper-commonsense .*)", r"\1 --fp16 False"),
+    (r"(\btrain .*)(--rank|--lora_r) (?:32|128)", r"\1\2 4"),
+    (r"(\btrain (?!.*(?:--rank |--lora_r |--tune_)).* .*)", r"\1 --rank 4"),
+    (r"(\btrain (?!.*--max_steps ).* .*)", r"\1 --max_steps 2"),
+    (r"(\btrain --recipe paper-visual .*)", r"\1 --dataloader_num_workers 0"),
+    (r"(\btrain --recipe paper-commonsense .*)", r"\1 --fp16 False"),
     (r"emoji --output_dir data/emoji", "emoji --output_dir data/emoji-made --per_type 2"),
     (r"(chat .*)", r"\1 --max_new_tokens 4"),
     (r"(forgetting --.*?)(?: --num_tokens 300000)?$", r"\1 --num_tokens 64"),
@@ -60,13 +60,13 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"(milora_eval run .*)", r"\1 --forgetting_tokens 64"),
     (r"(--methods milora,lora --lrs) 1e-4,3e-4,1e-3 --seeds 3", r"\1 1e-3 --seeds 1"),
     (r"(studies \w+) --docs", r"\1 --plan --docs"),
-    # Places that an earlier command of the page has filled; the docs mean one or the other.
+    # An output folder that the page's other way to the same result has filled.
     (r"--output_dir vicuna-clip", "--output_dir composed"),
     (r"^make ", "make -n "),
 )
 
-# Regular expression -> why no test runs what matches. What can be checked of it is: the flags of our own programs, the
-# extras of pip, the files of pytest.
+# Regular expression -> why no test runs the commands that match. Flags of our own programs, extras named to pip and
+# files are checked all the same.
 EXCEPTIONS: dict[str, str] = {
     r"(python3? -m )?pip (install|uninstall|download)|python3 -m venv": "changes an environment",
     r"source ": "means the reader's own shell",
@@ -80,8 +80,8 @@ EXCEPTIONS: dict[str, str] = {
     r"(\S+/python -m )?pytest ": "would run tests inside a test",
     r"pre-commit ": "installs a hook into the reader's checkout",
 }
-# Regular expression -> why only `-m slow` runs it. What a launcher starts runs there as it is launched, with two
-# processes, and everywhere else in one.
+# Regular expression -> why only `-m slow` runs the commands that match. That run also starts launched commands by their
+# own launcher, with two processes; the fast one runs them in one process.
 SLOW: dict[str, str] = {
     r"python benchmarks/rounding\.py": "a minute, on smol-llava",
     r"python -m milora_vl\.sweep (?!.*--plan)": "each cell is two programs",
@@ -89,13 +89,13 @@ SLOW: dict[str, str] = {
     r"python -m milora_vl\.studies decay ": "its plan reads every matrix of three models",
     r"python -m milora_data emoji ": "draws the whole set, as tests/test_emoji.py does",
 }
-# Commands that are known to fail, with what has to be fixed; one that works is no failure.
+# Regular expression -> what has to be fixed before the commands that match can work. One that works is no failure.
 BROKEN: dict[str, str] = {
     r"python -m milora_vl\.train --model smollm2 .* --template chat_template": "no collator takes this template",
     r"python -m milora_vl\.(chat|forgetting|export) .*runs/text": "what that training has not made",
 }
 
-# Page -> what the reader has by then, of PRESUMED in tests/documented_files.py.
+# Page -> what its reader already has: names in PRESUMED of tests/documented_files.py.
 PAGES_PRESUME: dict[str, tuple[str, ...]] = {
     "docs/evaluation.md": ("runs/a", "runs/demo"),
     "docs/exporting.md": ("runs/a", "vicuna-clip", "llava-v1.5-7b-lora", "RESIDUAL"),
@@ -103,12 +103,12 @@ PAGES_PRESUME: dict[str, tuple[str, ...]] = {
     "docs/reproduce.md": ("checkpoints/llava-v1.5-7b-lora",),
     "docs/run-folder.md": ("runs/a",),
 }
-# Pages whose trainings are alternatives: each begins without the folder that the one before has filled.
+# Pages whose trainings are alternatives with one output folder: it is removed before each of them.
 ALTERNATIVES = ("docs/scaling.md",)
 
 DEMO = "model: smol-llava\ndata: {path: train.json, image_folder: images, eval_path: val.json}\n"
 RULES = "policy: [{modules: language, method: milora, rank: 32, learning_rate: 1.0e-3}]\ntrain: {max_steps: 100}\n"
-# Page and first line of a block -> the file that it is, what stands there before it, and a command that reads it.
+# Page and first line of a block -> name of the file it shows, text to put before it, and a command that reads the file.
 FILES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("docs/data-format.md", "["): ("cats.json", "", "python -m milora_data check cats.json --image_folder ."),
     ("docs/data-format.md", "seed: 0"): ("mixture.yaml", "", "python -m milora_data stats mixture.yaml"),
@@ -138,7 +138,7 @@ FILES: dict[tuple[str, str], tuple[str, str, str]] = {
         "python -m milora_vl.sweep --recipe sweep.yaml --methods milora,lora-strong,milora-hard --lrs 1e-3 --plan",
     ),
 }
-# Page and first line of a change in Python -> what stands before it in a script, and what takes the place of what.
+# Page and first line of a change in Python -> the script before it, and replacements in it.
 CHANGES: dict[tuple[str, str], tuple[str, tuple[tuple[str, str], ...]]] = {
     ("README.md", "- model = get_peft_model(model, LoraConfig("): (
         "from milora_vl import apply_milora, load_model\nmodel, _ = load_model('tiny')\n",
@@ -157,7 +157,7 @@ CHANGES: dict[tuple[str, str], tuple[str, tuple[tuple[str, str], ...]]] = {
         ),
     ),
 }
-# Page and language of blocks that are no code to run, and why.
+# Page and language of blocks that no test runs -> why.
 NO_CODE: dict[tuple[str, str], str] = {
     ("README.md", ""): "what the demo prints; tests/test_readme.py compares it with what was measured",
     ("docs/install.md", "bibtex"): "a citation",

@@ -34,7 +34,7 @@ TYPED = "What is this?\n/quit\n"
 
 
 def row_of(table: dict[str, str], text: str) -> str | None:
-    """The reason that a table has for a command."""
+    """Return the reason in the first row of a table that matches a command."""
     return next((reason for pattern, reason in table.items() if re.match(pattern, text)), None)
 
 
@@ -51,7 +51,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_records: list[dict[str,
 
 @pytest.fixture
 def place(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which a reader types."""
+    """A working folder with the files that the pages presume, and a cache of its own."""
     from milora_data.assets import cache_dir
 
     folder, cache, assets = tmp_path / "reader", tmp_path / "cache", cache_dir() / "assets"
@@ -67,7 +67,7 @@ def place(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def written(block: Block) -> Command | None:
-    """The command that reads a block as the file that it is, which is written; None for a block that is no file."""
+    """Write a block that is a file, and return the command that reads it; None for other blocks."""
     first = block.text.splitlines()[0]
     if (block.page, first) not in FILES:
         return None
@@ -77,7 +77,7 @@ def written(block: Block) -> Command | None:
 
 
 def run_page(page: str, run: Callable[[Command], None]) -> None:
-    """Run all of a page in its order, and only then fail; what is broken and known to be is no failure."""
+    """Run all commands of a page in order, then report every failure that BROKEN does not list."""
     documented_files.prepare(PAGES_PRESUME.get(page, ()))
     ours = [command for command in commands(page) if row_of(EXCEPTIONS, command.text) is None]
     ours += [found for block in blocks() if block.page == page and (found := written(block))]
@@ -102,14 +102,14 @@ def here(command: Command) -> None:
 
 
 @pytest.mark.parametrize("page", [name for name in NAMES if commands(name)])
-def test_the_commands_of_a_page_run_in_its_order(page: str, place: Path) -> None:
+def test_the_commands_of_a_page_run(page: str, place: Path) -> None:
     run_page(page, lambda command: None if row_of(SLOW, command.text) else here(command))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name in NAMES if any(map(is_slow, commands(name)))])
-def test_what_takes_long_or_several_processes_runs_as_it_is_typed(page: str, place: Path) -> None:
-    """Of the rows of a table, which differ in their methods, the first is launched, and the others run in one process."""
+def test_slow_and_launched_commands_of_a_page_run_as_typed(page: str, place: Path) -> None:
+    """The first command of each launcher and recipe starts two processes; the others run in one."""
     launched = set()
 
     def run(command: Command) -> None:
@@ -141,9 +141,7 @@ def change_of(block: Block) -> tuple[str, tuple[tuple[str, str], ...]] | None:
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("diff") if change_of(block)], ids=str)
-def test_a_script_runs_after_the_change_that_is_shown(
-    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_script_with_the_shown_change_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before, replaced = change_of(block) or ("", ())
     text = new_side(block.text)
@@ -154,7 +152,7 @@ def test_a_script_runs_after_the_change_that_is_shown(
 
 
 @pytest.mark.parametrize("block", blocks("py"), ids=str)
-def test_a_script_for_other_programs_compiles_and_finds_what_it_imports_of_ours(block: Block) -> None:
+def test_a_script_for_other_programs_compiles_and_its_imports_of_ours_exist(block: Block) -> None:
     imports = [node for node in ast.walk(ast.parse(block.text)) if isinstance(node, ast.ImportFrom)]
     ours = [node for node in imports if node.module and node.module.startswith("milora_")]
     assert ours
@@ -176,7 +174,7 @@ def first_words(block: Block) -> list[str]:
 
 
 @pytest.mark.parametrize("table", [EXCEPTIONS, SLOW, BROKEN], ids=["exceptions", "slow", "broken"])
-def test_every_reason_is_that_of_a_command(table: dict[str, str]) -> None:
+def test_every_row_matches_a_command(table: dict[str, str]) -> None:
     assert [row for row in table if not any(re.match(row, command.text) for command in ALL)] == []
 
 
@@ -189,7 +187,7 @@ def test_every_substitution_is_needed() -> None:
     assert unused == []
 
 
-def test_every_file_and_change_is_that_of_a_block() -> None:
+def test_every_file_and_change_matches_a_block() -> None:
     firsts = {(block.page, block.text.splitlines()[0]) for block in blocks()}
     assert set(FILES) <= firsts
     assert len(CHANGES) == sum(change_of(block) is not None for block in blocks("diff"))
@@ -197,8 +195,8 @@ def test_every_file_and_change_is_that_of_a_block() -> None:
     assert set(PAGES_PRESUME) | set(ALTERNATIVES) <= set(NAMES)
 
 
-def test_no_command_that_runs_names_a_model_of_the_hub() -> None:
-    """What a row has missed would fetch gigabytes where there is a network."""
+def test_no_command_that_runs_loads_a_model_of_the_hub() -> None:
+    """A missing substitution would download gigabytes where there is a network."""
     from milora_vl.models import MADE_HERE, NAMED_MODELS, PART_OF, SAME_WEIGHTS
 
     hub = {*NAMED_MODELS, *NAMED_MODELS.values(), *PART_OF, *SAME_WEIGHTS} - {*MADE_HERE}
@@ -207,8 +205,8 @@ def test_no_command_that_runs_names_a_model_of_the_hub() -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in ALL if row_of(EXCEPTIONS, c.text)], ids=str)
-def test_what_does_not_run_is_checked_as_far_as_it_goes(command: Command) -> None:
-    """Flags of our programs, extras that pip is asked for, files."""
+def test_exceptions_are_checked_as_far_as_possible(command: Command) -> None:
+    """Flags of our own programs, extras named to pip, and files exist."""
     extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
     for names in re.findall(r"pip install .*(?:\.|milora-vl)\[([\w,]+)\]", command.text):
         assert [name for name in names.split(",") if not re.search(rf"^{name} = ", extras, re.MULTILINE)] == []
