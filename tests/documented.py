@@ -16,6 +16,7 @@ _INLINE = re.compile(r"`([^`\n]+)`")
 # Code in a sentence or a diff is a command when it starts with one of these programs.
 _PROGRAM = re.compile(
     r"(?:milora|make|pip|pre-commit|pytest) \S|(?:hf|vllm|swift|torchrun|accelerate|deepspeed) \S+ \S+ "
+    r"|(?:source|docker|git|curl|tensorboard|srun|sbatch|uv|conda) \S"
     r"|(?:\S*/)?python3? \S|milora_(?:vl|data|eval)(?:\.\w+)* \S"
 )
 

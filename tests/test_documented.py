@@ -162,6 +162,8 @@ def test_a_script_for_other_programs_compiles_and_its_imports_of_ours_exist(bloc
 
 
 def test_every_block_is_run_or_has_a_reason() -> None:
+    fences = sum(page.read_text(encoding="utf-8").count("```") for page in PAGES)
+    assert fences == 2 * len(blocks()), "a fence that does not start its line"
     for block in blocks():
         first = block.text.splitlines()[0]
         run = block.language in (*SHELLS, "python") or (block.page, first) in FILES
