@@ -175,7 +175,7 @@ def test_llavas_own_training_runs_and_its_own_classes_load_what_it_saved(tmp_pat
     pytest.importorskip("llava")
     from PIL import Image
 
-    _small_vicuna_and_clip(tmp_path)
+    small_vicuna_and_clip(tmp_path)
     (tmp_path / "images").mkdir()
     for i in range(8):
         Image.new("RGB", (40, 30), (30 * i, 10, 200)).save(tmp_path / "images" / f"{i}.png")
@@ -205,7 +205,7 @@ def test_llavas_own_training_runs_and_its_own_classes_load_what_it_saved(tmp_pat
     assert torch.allclose(_as_llava_loads(tmp_path, out), torch.load(tmp_path / "train.py.logits"), atol=1e-4)
 
 
-def _small_vicuna_and_clip(root: Path) -> None:
+def small_vicuna_and_clip(root: Path) -> None:
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
