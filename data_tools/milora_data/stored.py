@@ -84,8 +84,9 @@ def row_to_record(row: Mapping[str, Any], place: str, number: str, options: Opti
     """Return the record of one row; `number` is its id unless it has one. Raises `DataError`."""
     plain = {key: value for key, value in _plain(row, number).items() if value is not None}
     if "conversations" in plain or "messages" in plain:
-        return parse_record(plain, source=place)
-    return parse_record(row_record(plain, options or Options(), place=place, identifier=number), source=place)
+        return parse_record(plain, source=place, embedded="read")
+    made = row_record(plain, options or Options(), place=place, identifier=number)
+    return parse_record(made, source=place, embedded="read")
 
 
 def files_of(source: str) -> list[str]:

@@ -61,7 +61,7 @@ class Run:
         with self.screen.step(f"reading {run_data.describe(self.recipe.data)}"):
             self.data = run_data.read(self.recipe.data)
         if self.data.skipped:
-            self.screen.warn(f"{self.data.skipped:,} records with missing pictures are left out (--bad_images skip)")
+            self.screen.warn(f"{self.data.skipped:,} records left out: pictures missing or empty (--bad_images skip)")
         for finding in self.data.broken[:5]:
             self.screen.warn(f"{finding.where}: {finding.sentence}")
         if self.data.broken:
