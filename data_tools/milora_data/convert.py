@@ -91,8 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         images.remove()
         raise
     _say_left_out(given.left_out)
-    more = {"held_out": str(chosen.output_dir / "eval.json")} if chosen.hold_out else {}
-    as_json = json.dumps({"file": str(out), "records": count, **more, "left_out": len(given.left_out)})
+    more: dict[str, Any] = {"held_out": str(chosen.output_dir / "eval.json")} if chosen.hold_out else {}
+    more |= {"left_out": len(given.left_out)} if given.left_out else {}
+    as_json = json.dumps({"file": str(out), "records": count, **more})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
     if images.is_mine and images.num_elsewhere:
         number = amount(images.num_elsewhere, "record")
