@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from .captions import SUFFIXES
-from .command import count, next_step, parser
+from .command import command_line, count, next_step, parser
 from .embedded import EmbeddedPicture, described, is_web_address
 from .errors import DataError, UserError
 from .findings import Finding, examine
@@ -60,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.fix is not None and chosen.fix.exists():
         raise UserError(f"{chosen.fix} exists already\nnothing was written; name a new file with --fix")
     if chosen.fix is not None and not is_json(chosen.data):
-        raise UserError(f"--fix repairs JSON and JSON lines, not {chosen.data}\nconvert it first: milora_data convert")
+        call = command_line("milora_data", "convert", "--from", "hub", chosen.data, "--output_dir", "OUT")
+        is_mixture = chosen.data.suffix in (".yaml", ".yml")
+        todo = "repair its sources one by one" if is_mixture else f"convert it first: {call}"
+        raise UserError(f"--fix repairs JSON and JSON lines, not {chosen.data}\n{todo}")
     report = scan(chosen.data, folder, pictures=chosen.pictures)
     if not report.records and not report.findings:
         raise UserError(f"{chosen.data}: no records")

@@ -29,12 +29,14 @@ from .written import PictureFolder, already_there
 EPILOG = """\
 formats (--from):
   llava, jsonl   records of LLaVA's format, as a list or one a line; several files become one
-  messages       {"messages": [{"role", "content"}], "images": [...]}, as TRL and others use; a list or one a line
+  messages       {"messages": [{"role", "content"}], "images": [...]}, as OpenAI, TRL and others use; a list or one a
+                 line; pictures in base64, here and in the other formats, are written to images/
   folder         pictures with a text file each (a.jpg, a.txt), or with one table: captions.json, .jsonl or .csv,
                  metadata.csv or .jsonl
   table, csv     rows (.csv, .tsv, .json, .jsonl) with columns for picture, question and answer, or picture and caption
   alpaca         instruction, input and output, or query and response, as LLM-Adapters and MetaMathQA have them
-  hub            FILE.parquet, FILE.tar (webdataset), hub:OWNER/NAME[:SPLIT]; pictures are written to images/
+  hub            FILE.parquet, FILE.tar (webdataset), a folder of save_to_disk, hub:OWNER/NAME[:SPLIT]; pictures are
+                 written to images/
   vqav2, okvqa   the questions file and the annotations file
   gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file of questions and answers
   scienceqa      problems.json            refcoco   refs(...).p and instances.json

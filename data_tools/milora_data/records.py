@@ -13,6 +13,7 @@ from typing import Any, Literal
 from .embedded import EmbeddedPicture, decoded, is_embedded, refusal
 from .errors import DataError
 from .jsonfile import read_objects
+from .saved import is_saved
 
 Role = Literal["user", "assistant", "system"]
 
@@ -49,8 +50,8 @@ class Record:
 def load_records(path: str | Path) -> Iterator[Record]:
     """Yield the records of a data set, in order and one by one: nothing is held in memory.
 
-    A JSON file (a list) or JSON lines of LLaVA's records or of `messages`; .parquet, .tar (webdataset) and
-    hub:OWNER/NAME[:SPLIT] through `datasets`; .yaml, a mixture of such sources (mix.py).
+    A JSON file (a list) or JSON lines of LLaVA's records or of `messages`; .parquet, .arrow, .tar (webdataset), a
+    folder of `save_to_disk` and hub:OWNER/NAME[:SPLIT] through `datasets`; .yaml, a mixture of such sources (mix.py).
     Raises `DataError` with file and line: no such file, broken JSON, a record that is not one.
     """
     if is_json(path):
@@ -68,7 +69,9 @@ def load_records(path: str | Path) -> Iterator[Record]:
 
 def is_json(path: str | Path) -> bool:
     """Return whether `path` is read as JSON: what is neither a mixture nor stored in a format of `datasets`."""
-    return not str(path).startswith("hub:") and Path(path).suffix not in (".yaml", ".yml", ".parquet", ".tar", ".arrow")
+    if str(path).startswith("hub:") or Path(path).suffix in (".yaml", ".yml", ".parquet", ".tar", ".arrow"):
+        return False
+    return not is_saved(path)
 
 
 def parse_record(value: object, *, source: str = "", embedded: Literal["refuse", "read", "keep"] = "refuse") -> Record:
