@@ -24,6 +24,8 @@ from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.generate import Prompt, generate, prompt_ids
 from milora_vl.image_tokens import image_token_id, image_tokens
 from milora_vl.train import main
+from milora_vl.training.arguments import parse
+from milora_vl.training.settings import resolve
 
 
 def test_show_takes_it_with_a_tokenizer(text_model: Path, text_data: Path, capsys: Any) -> None:
@@ -156,3 +158,11 @@ def test_smol_llava_sees_pictures_in_its_own_template(tiny_data: Path, tmp_path:
     assert ids[0] == ids[1]
     with torch.inference_mode():
         assert generate(model, processor, [prompt], template="chat_template", max_new_tokens=4)
+
+
+def test_a_base_that_is_composed_is_said_to_have_vicunas_template() -> None:
+    flags = ["--model", "smollm2", "--vision_tower", "openai/clip-vit-large-patch14-336"]
+    flags += ["--policy", "[{modules: language, method: milora, rank: 4}]"]
+    (warning,) = resolve(parse([*flags, "--template", "chat_template"])).warnings
+    assert "vicuna_v1" in warning
+    assert resolve(parse(flags)).warnings == []

@@ -28,7 +28,7 @@ class MissingImages(DataError):
         self, missing: Sequence[str], used: Mapping[str, Sequence[str]], folder: Path, elsewhere: Path | None
     ) -> None:
         shown = [described(name) if is_web_address(name) else name for name in missing[:5]]
-        where = f"in {folder}" if str(folder) != "." else "here (no --image_folder is given)"
+        where = f"in {folder}" if str(folder) != "." else "in the current folder (--image_folder names another)"
         empty = sum(is_empty(place_of(folder, name)) for name in missing)
         what = "missing or empty" if empty else "missing"
         files = dict.fromkeys(source.rpartition(":")[0] for name in missing for source in used[name])
