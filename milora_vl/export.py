@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from milora_data.command import next_step, parser, run, suggest
 from milora_data.errors import UserError
 from milora_data.flags import shared
-from milora_vl.adapter_folders import base_of, holds_text_model
+from milora_vl.adapter_folders import base_of, holds_text_model, trained_prompts
 from milora_vl.lora.checkpoint_folders import step_of
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         remote_code=options.remote_code,
     )
     _show(done, options.format)
-    _tell_next(done)
+    _tell_next(done, trained_prompts(options.folder)[0])
     return 0
 
 
@@ -223,8 +223,8 @@ def _show(done: Exported, style: str) -> None:
         sys.stderr.write(_TO_LOAD[done.loads_with])
 
 
-def _tell_next(done: Exported) -> None:
-    """What to type (or, of the papers' form, to write) to use the folder."""
+def _tell_next(done: Exported, template: str) -> None:
+    """What to type (or, of the papers' form, to write) to use the folder, which does not name its `template`."""
     folder, name = done.folder, done.folder.resolve().name.lower()
     if done.form == "llava":
         if "llava" not in name or "lora" not in name:
@@ -243,7 +243,8 @@ def _tell_next(done: Exported) -> None:
         base = folder / "base" if (folder / "base").is_dir() else None
         model = (folder,) if done.form == "merged" else (base or _base_name(folder), "--adapter", folder)
         question = ("QUESTION",) if holds_text_model(folder) else ("--image", "PICTURE", "What is this?")
-        next_step("milora_vl.chat", "--model", *model, *question)
+        prompts = () if template == "vicuna_v1" else ("--template", template)
+        next_step("milora_vl.chat", "--model", *model, *prompts, *question)
 
 
 def _base_name(folder: Path) -> str:

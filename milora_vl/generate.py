@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from milora_data.conversation import segments_of
 from milora_data.encode import encode_prompt
 from milora_data.errors import UserError
 from milora_data.images import expand_to_square, load_image, picture_size, to_rgb, unmistakable
 from milora_data.records import Record, Turn
-from milora_data.templates import IMAGE, get_template, render
-from milora_data.tokens import bos_ids, eos_text, fast_backend
+from milora_data.templates import IMAGE
+from milora_data.tokens import bos_ids, fast_backend
 from milora_vl.image_tokens import image_token_id, image_tokens, tiling_of
 from milora_vl.models import split_processor
 
@@ -116,16 +117,16 @@ def prompt_ids(
             image_token_id=image_token_id,
             image_tokens=image_tokens,
         )
-    text = prompt.turns[-1].text
+    text, ids = prompt.turns[-1].text, bos_ids(tokenizer)
     if prompt.form == "exact":
-        segments = render(prompt.turns, get_template(template), eos_text(tokenizer), prompt=True)
+        ids, segments = segments_of(prompt.turns, template, tokenizer, prompt=True)
         text = "".join(segment.text for segment in segments)
     # Text between pictures is tokenized stretch by stretch.
     first, *rest = text.split(IMAGE) if prompt.images else [text]
     if len(rest) != len(prompt.images):
         raise UserError(f"{len(rest)} {IMAGE} in the prompt, but {len(prompt.images)} pictures")
     backend = fast_backend(tokenizer)
-    ids = [*bos_ids(tokenizer), *backend.encode(first, add_special_tokens=False).ids]
+    ids = [*ids, *backend.encode(first, add_special_tokens=False).ids]
     counts = [image_tokens] * len(rest) if isinstance(image_tokens, int) else image_tokens
     for count, stretch in zip(counts, rest, strict=True):
         ids += [image_token_id] * count + backend.encode(stretch, add_special_tokens=False).ids

@@ -59,6 +59,19 @@ def extra_tokens(config: Any) -> int:
     return count_tokens(vision, config.vision_feature_layer) - _patches(config)
 
 
+def complete_processor(processor: Any, config: Any) -> None:
+    """Set what the processor needs to count image tokens, and square padding, as LLaVA-1.5 was trained."""
+    if config.model_type not in LLAVAS:
+        return
+    processor.patch_size = config.vision_config.patch_size
+    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = extra_tokens(config)
+    if config.model_type == "llava_next":
+        processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
+    elif type(processor.image_processor).__name__.startswith("LlavaImageProcessor"):  # ...Fast, ...Pil
+        processor.image_processor.do_pad = True
+
+
 def _patches(config: Any) -> int:
     vision = config.vision_config
     side = vision.image_size // vision.patch_size if "patch_size" in dir(vision) else vision.grid

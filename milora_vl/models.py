@@ -21,10 +21,11 @@ from torch import nn
 
 from milora_data.command import suggest
 from milora_data.errors import UserError
+from milora_data.tokens import share_template
 from milora_vl.adapter_folders import base_of, holds_adapter, newest_of_unfinished
 from milora_vl.composing import original
 from milora_vl.composing.whole import whole_weights
-from milora_vl.image_tokens import extra_tokens
+from milora_vl.image_tokens import complete_processor
 from milora_vl.quantized import Quantization, quantization_config
 from milora_vl.screen_noise import quiet_bars
 from milora_vl.towers import keep_weights_readable
@@ -185,7 +186,8 @@ def load_processor(name: str | Path) -> Any:
     sees = "vision_config" in config.to_dict()
     processor = _read((AutoProcessor if sees else AutoTokenizer).from_pretrained, _source(name), name)
     if sees:
-        _complete(processor, config)
+        share_template(processor)
+        complete_processor(processor, config)
     return processor
 
 
@@ -316,17 +318,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _complete(processor: Any, config: Any) -> None:
-    """Set what the processor needs to count image tokens, and square padding, as LLaVA-1.5 was trained."""
-    if config.model_type not in ("llava", "llava_next"):
-        return
-    processor.patch_size = config.vision_config.patch_size
-    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    processor.num_additional_image_tokens = extra_tokens(config)
-    if config.model_type == "llava_next":
-        processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
-    elif type(processor.image_processor).__name__.startswith("LlavaImageProcessor"):  # ...Fast, ...Pil
-        processor.image_processor.do_pad = True
 
 
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:

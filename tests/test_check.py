@@ -161,6 +161,7 @@ def test_fix_writes_the_usable_records_repaired(
     said = capsys.readouterr().err
     assert "1 left out: missing picture" in said
     assert "1 forgotten <image> put in front" in said
+    assert "1 left out: every answer is empty" in said
 
     report = scan(out, tiny_data / "images")
     assert report.count("error") == 0
@@ -168,10 +169,22 @@ def test_fix_writes_the_usable_records_repaired(
     assert kept[-1] == GOOD | {"more": 1}
     by_answers = {record["conversations"][-1]["value"]: record["conversations"] for record in kept}
     assert [turn["value"] for turn in kept[0]["conversations"]] == ["<image>\na", "b"]
-    assert len(kept) == 9
+    assert len(kept) == 8
     assert all(len(conversation) == 2 for conversation in by_answers.values())
     with pytest.raises(UserError, match="exists already"):
         main([*arguments, "--fix", str(out)])
+
+
+@pytest.mark.parametrize("blank", ["", " \n\t"])
+def test_fix_drops_records_whose_answers_are_all_blank(
+    blank: str, write: Callable[..., Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = turns((H, "a"), (G, blank), (H, "b"), (G, "c"))
+    path = write(GOOD, turns((H, "a"), (G, blank)), half, turns((H, "a"), (G, blank), (H, "b"), (G, "")))
+    out = tiny_data / "clean.json"
+    main(["check", str(path), "--fix", str(out)])
+    assert "2 left out: every answer is empty" in capsys.readouterr().err
+    assert json.loads(out.read_text()) == [GOOD, half]
 
 
 def test_fix_writes_jsonl_by_its_suffix(write: Callable[..., Path], tiny_data: Path) -> None:

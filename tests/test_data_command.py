@@ -272,7 +272,7 @@ def test_messages_become_records(tmp_path: Path, value: dict[str, Any], image: A
         ({"text": "x"}, r"m\.jsonl:2: expected an object with \"messages\""),
         ({"messages": [{"role": "bot", "content": "x"}]}, "message 1: unknown role 'bot'"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "cannot use this part"),
-        ({"messages": said("a", "b"), "images": ["https://example.org/a.jpg"]}, "save it to a file first"),
+        ({"messages": said("a", "b"), "images": ["https://example.org/a.jpg"]}, "download them and name the files"),
         ({"messages": [{"role": "user", "content": None}]}, "must be a text or a list"),
     ],
 )

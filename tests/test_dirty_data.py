@@ -63,8 +63,8 @@ def test_training_survives_it_and_says_what_it_cost(
     state = json.loads((run / "trainer_state.json").read_text())
     assert state["global_step"] == 30
     if policy == "skip":
-        assert "5 records with missing pictures are left out" in said
-        assert json.loads((run / "environment.json").read_text())["data"]["skipped"] == 5
+        assert "6 records left out: pictures missing or empty" in said
+        assert json.loads((run / "environment.json").read_text())["data"]["skipped"] == 6
     assert "times while training: " in said
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from llava_oracle import byte_bpe, llama_tokenizer, llava_ids
+from llava_oracle import byte_bpe, llama_tokenizer, llava_ids, llava_train
 from test_encode import KINDS, as_llava, conversations, learnt_text, record
 from transformers import AddedToken
 from versions import RIGHT_ASSISTANT_MASKS
@@ -16,7 +16,9 @@ from versions import RIGHT_ASSISTANT_MASKS
 from milora_data.conversation import segments_of
 from milora_data.encode import IGNORE, encode, encode_prompt
 from milora_data.errors import DataError, UserError
+from milora_data.records import Turn
 from milora_data.templates import TEMPLATES, get_template, render_chat_template, template_name
+from milora_vl.generate import Prompt, prompt_ids
 
 IMG = 32000
 ENDS = {
@@ -82,6 +84,18 @@ def test_any_well_formed_conversation_equals_llavas_llama_2(kind: str, template:
         assert set(labels) != {IGNORE}
     else:
         assert labels == their_labels
+
+
+@pytest.mark.parametrize("version", ["v1", "llava_llama_2", "mistral_instruct"])
+def test_exact_prompts_of_several_turns_are_llavas(version: str) -> None:
+    tokenizer = llama_tokenizer("legacy")
+    theirs = llava_train().conversation_lib.conv_templates[version].copy()
+    texts = ["Hi", "Ho", "And?"]
+    for number, text in enumerate([*texts, None]):
+        theirs.append_message(theirs.roles[number % 2], text)
+    turns = tuple(Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
+    made = prompt_ids(Prompt(turns, form="exact"), tokenizer, version, image_token_id=-200)
+    assert made == tokenizer(theirs.get_prompt())["input_ids"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,7 +201,7 @@ def test_any_chat_template_of_a_tokenizer(kind: str, turns: list[tuple[str, str]
         for number, turn in enumerate(value["conversations"])
     ]
     if kind.startswith("without"):
-        expected = "".join(answer + " " for _, answer in turns) + "</s>"  # nothing else would tell it to stop
+        expected = "".join(f" {answer} " for _, answer in turns) + "</s>"  # nothing else would tell it to stop
     else:
         theirs = tokenizer.apply_chat_template(messages, tokenize=False)
         assert tokenizer.decode(made.input_ids) == theirs
@@ -195,8 +209,7 @@ def test_any_chat_template_of_a_tokenizer(kind: str, turns: list[tuple[str, str]
         expected = "".join(cut(answer) + end for _, answer in turns)
     assert learnt_text(made, tokenizer) == expected
     prompt = encode_prompt(value, tokenizer, template="chat_template", image_token_id=IMG)
-    if not kind.startswith("without"):
-        assert made.input_ids[: len(prompt)] == prompt
+    assert made.input_ids[: len(prompt)] == prompt
 
 
 def own(kind: str) -> Any:

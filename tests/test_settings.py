@@ -258,3 +258,54 @@ def test_ddp_looks_for_unused_weights_where_the_last_layers_of_the_tower_may_tra
     """LLaVA reads the last layer but one, so those behind it get no gradient, by whatever name a rule has for them."""
     request = parse(["--model", "tiny", "--policy", f"[{{modules: {modules}, method: full}}]"])
     assert prepared(resolve(request).recipe)[0]["ddp_find_unused_parameters"] is may_be
+
+
+RECIPE_WITH_EVALUATION = """\
+model: tiny
+data: {path: theirs.json, image_folder: images, eval_path: held-out.json}
+train: {max_steps: 2, eval_strategy: steps, eval_steps: 1, load_best_model_at_end: true}
+"""
+
+
+def test_data_of_ones_own_comes_without_the_recipes_evaluation(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE_WITH_EVALUATION)
+    made = settings(f"--recipe {recipe} --data_path mine.json")
+    assert (made.recipe.data.path, made.recipe.data.eval_path) == ("mine.json", None)
+    assert not {"eval_strategy", "load_best_model_at_end"} & made.recipe.train.keys()
+    (note,) = made.notes
+    assert "held-out.json" in note
+    assert "--eval_data_path" in note
+    prepared(made.recipe)
+    demo = settings("--recipe smol-llava-demo --data_path mine.json --image_folder mine")
+    assert demo.recipe.data.eval_path is None
+    assert len(demo.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "evaluated"),
+    [
+        ("", "held-out.json"),
+        ("--image_folder mine", "held-out.json"),
+        ("--data_path theirs.json", "held-out.json"),
+        ("--data_path mine.json --eval_data_path my-own.json", "my-own.json"),
+    ],
+)
+def test_the_evaluation_stays_where_its_data_does_or_another_is_named(
+    words: str, evaluated: str, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE_WITH_EVALUATION)
+    made = settings(f"--recipe {recipe} {words}")
+    assert made.recipe.data.eval_path == evaluated
+    assert made.recipe.train["eval_strategy"] == "steps"
+    assert made.notes == []
+
+
+@pytest.mark.parametrize("flag", ["--eval_strategy epoch", "--evaluation_strategy epoch"])
+def test_an_evaluation_that_is_asked_for_is_not_left_out(flag: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE_WITH_EVALUATION)
+    made = settings(f"--recipe {recipe} --data_path mine.json {flag}")
+    with pytest.raises(UserError, match="--eval_data_path"):
+        prepared(made.recipe)

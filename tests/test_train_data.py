@@ -111,3 +111,12 @@ def test_records_that_are_none_cost_themselves_alone_in_a_mixture_too(
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["data"]["train"] == 12
     with pytest.raises(UserError, match=r"dirty.jsonl:1: "):
         main(words(tiny_data, tmp_path / "raise", *extra))
+
+
+def test_the_demos_recipe_trains_on_data_of_ones_own(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    flags = words(tiny_data, tmp_path / "run", "--recipe", "smol-llava-demo", "--rank", "4", "--max_steps", "1")
+    assert main([*flags, "--data_path", str(tiny_data / "train.json")]) == 0
+    assert "data/emoji/val.json" in capfd.readouterr().err
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["data"] == {"train": 12, "eval": 0, "skipped": 0}
+    assert "eval_path: null" in (tmp_path / "run" / "recipe.yaml").read_text()

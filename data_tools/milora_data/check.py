@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Literal
 
 from .captions import SUFFIXES
-from .command import count, next_step, parser
+from .command import command_line, count, next_step, parser
+from .embedded import EmbeddedPicture, described, is_web_address
 from .errors import DataError, UserError
 from .findings import Finding, examine
 from .flags import RECORDS, shared
 from .images import ImagePolicy, OutsidePicture, place_of
 from .jsonfile import read_objects
 from .mix import mixed_records, read_sources
-from .pictures import MissingImages, elsewhere, find_faults, find_missing, uses
+from .pictures import MissingImages, elsewhere, find_faults, find_missing, is_empty, uses
 from .records import Record, is_json, load_records, parse_record
 from .report import Report, as_json, as_text
 from .stored import stored_items
@@ -33,6 +34,7 @@ examples:
   python -m milora_data check train.json --image_folder images --fix clean.json
 """
 OUTSIDE = " (outside the image folder)"
+WEB = " (a web address: pictures are not fetched)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.fix is not None and chosen.fix.exists():
         raise UserError(f"{chosen.fix} exists already\nnothing was written; name a new file with --fix")
     if chosen.fix is not None and not is_json(chosen.data):
-        raise UserError(f"--fix repairs JSON and JSON lines, not {chosen.data}\nconvert it first: milora_data convert")
+        call = command_line("milora_data", "convert", "--from", "hub", chosen.data, "--output_dir", "OUT")
+        is_mixture = chosen.data.suffix in (".yaml", ".yml")
+        todo = "repair its sources one by one" if is_mixture else f"convert it first: {call}"
+        raise UserError(f"--fix repairs JSON and JSON lines, not {chosen.data}\n{todo}")
     report = scan(chosen.data, folder, pictures=chosen.pictures)
     if not report.records and not report.findings:
         raise UserError(f"{chosen.data}: no records")
@@ -74,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tell_next(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
     found = report.by_kind()
-    if found.keys() == {"not_a_record"} and len(report.findings) == report.records:
+    if report.form:
+        next_step("milora_data", *report.convert_words())
+    elif found.keys() == {"not_a_record"} and len(report.findings) == report.records:
         next_step("milora_data", "convert", "--help")
     elif fixed is None and _is_wrong_folder(report):
         next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")
@@ -89,8 +96,8 @@ def _tell_next(report: Report, fixed: Path | None, pictures: Sequence[str | Path
 def _is_wrong_folder(report: Report) -> bool:
     """Whether no picture at all was found, of those that are not named in a way that no folder mends."""
     missing = {finding.message for finding in report.by_kind().get("missing_picture", ())}
-    outside = sum(name.endswith(OUTSIDE) for name in missing)
-    return outside < len(missing) == report.picture_files
+    lost = sum(name.endswith((OUTSIDE, WEB)) for name in missing)
+    return lost < len(missing) == report.picture_files
 
 
 def _num_usable(report: Report) -> int:
@@ -188,16 +195,24 @@ def _readable_json(path: Path, report: Report) -> Iterator[Record]:
             yield parse_record(value, source=f"{path}:{place}")
         except DataError as error:
             report.records += 1
-            where = f"{path}:{place}"
-            report.findings.append(Finding("not_a_record", where, str(error).removeprefix(f"{where}: ")))
+            where, kind = f"{path}:{place}", "not_a_record"
+            message = str(error).removeprefix(f"{where}: ")
+            if isinstance(error, EmbeddedPicture):  # what to do about them is said once
+                kind, message, report.form = "embedded_picture", message.splitlines()[0], report.form or error.form
+            report.findings.append(Finding(kind, where, message))
 
 
 def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report: Report) -> None:
     report.picture_files = len(used)
     missing = find_missing(used, folder)
     for name in missing:
-        outside = OUTSIDE if isinstance(place_of(folder, name), OutsidePicture) else ""
-        report.findings += [Finding("missing_picture", where, f"{name}{outside}") for where in used[name]]
+        if is_empty(place_of(folder, name)):
+            report.findings += [Finding("corrupt_picture", where, f"{name}: the file is empty") for where in used[name]]
+            continue
+        shown, why = name, OUTSIDE if isinstance(place_of(folder, name), OutsidePicture) else ""
+        if is_web_address(name):
+            shown, why = described(name), WEB
+        report.findings += [Finding("missing_picture", where, shown + why) for where in used[name]]
     if how == "decode":
         gone = set(missing)
         for name, kind, message in find_faults([name for name in used if name not in gone], folder):
@@ -211,7 +226,8 @@ def check_for_training(
 
     Returns counts: records, with_pictures, missing_pictures, unlearnable (left out by the collator).
     Raises `DataError` with count, first cases and what to do: a file that is no data set, turns out of order, `<image>`
-    and pictures that do not match, and, unless `bad_images` says otherwise, missing pictures (`MissingImages`).
+    and pictures that do not match, and, unless `bad_images` says otherwise, pictures that are missing or empty
+    (`MissingImages`).
     """
     path = Path(data) if isinstance(data, str | Path) else None
     folder = Path(image_folder or "")
@@ -227,7 +243,7 @@ def check_for_training(
     used = uses(records)
     missing = find_missing(used, folder)
     if missing and bad_images == "raise":
-        raise MissingImages(missing, len(used), folder, elsewhere(missing, folder, path.parent if path else None))
+        raise MissingImages(missing, used, folder, elsewhere(missing, folder, path.parent if path else None))
     return {
         "records": len(records),
         "with_pictures": sum(bool(record.images) for record in records),

@@ -16,13 +16,14 @@ from torch.utils.data import get_worker_info
 
 from .anyres import Tiling
 from .batches import Row, joined, packed, padded, with_single_image_tokens
+from .conversation import require_template
 from .encode import IGNORE, Encoded, NothingToLearn, encode
 from .errors import DataError, UserError
 from .features import FeatureReader
 from .images import ImageError, ImagePolicy, place_of
 from .pixels import AspectRatio, JpegDecoding, PixelMaker
 from .records import Record, parse_record
-from .templates import IMAGE, get_template
+from .templates import IMAGE
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class ImageTextCollator:
         self.image_aspect_ratio: AspectRatio = "anyres" if tiling else image_aspect_ratio
         self.jpeg_decoding: JpegDecoding = jpeg_decoding
         self._maker: PixelMaker | None = None
-        get_template(template)
+        require_template(template, tokenizer)
         if max_length is not None and max_length < 1:
             raise UserError(f"max_length must be at least 1, got {max_length}")
         self.template = template

@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import DataError
 from .records import Turn
-from .templates import OWN, TEMPLATES, Segment, render, split_turns, template_name
+from .templates import IMAGE, OWN, TEMPLATES, Segment, render, split_turns, template_name
 from .tokens import Habits, eos_text, habits, own_template
 
 _HOLE = "\ue000{}\ue001"  # private use: no template knows them
@@ -27,18 +27,35 @@ def segments_of(
     With `prompt`, they end where the next answer begins. Raises `DataError` for turns that the template does not take.
     """
     name = template_name(template)
-    if name == OWN:
-        return [], own_segments(turns, tokenizer, prompt=prompt)
     bos = habits(tokenizer).bos if knows is None else knows.bos
     text = str(tokenizer.bos_token) if bos else ""
+    if name == OWN:
+        own = own_segments(turns, tokenizer, prompt=prompt)
+        return (bos if own and bos and _processor_adds(text, own[0].text, tokenizer) else []), own
     return bos, render(turns, TEMPLATES[name], eos_text(tokenizer), bos=text, prompt=prompt)
+
+
+def require_template(template: str, tokenizer: Any) -> None:
+    """Raise `UserError` for an unknown template, and for the tokenizer's own where it has none."""
+    if template_name(template) == OWN:
+        own_template(tokenizer)
+
+
+def _processor_adds(bos: str, text: str, tokenizer: Any) -> bool:
+    """Whether transformers puts the BOS in front of what a chat template makes: a processor does, a tokenizer does not.
+
+    A tokenizer that knows the token of a picture is that of a processor.
+    """
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    return not text.startswith(bos) and image is not None and image != tokenizer.unk_token_id
 
 
 def own_segments(turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False) -> list[Segment]:
     """Return the segments of a conversation in the tokenizer's own chat template.
 
-    Learnt are the answers and what ends them: the special token that the template puts behind them. Where it puts none,
-    nobody could tell when to stop: there, what it does put is learnt, and an EOS at the end of the conversation.
+    Learnt is what the model has to write: everything behind the text that asks it for an answer, and what ends the
+    answer, the special token that the template puts behind it. Where it puts none, nobody could tell when to stop:
+    there, what it does put is learnt, and an EOS at the end of the conversation.
     Raises `UserError` without a chat template, `DataError` where it refuses the turns or rewrites their texts.
     """
     own_template(tokenizer)
@@ -46,12 +63,18 @@ def own_segments(turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False)
     used = ([] if system is None else [Turn("system", system)]) + list(exchange)
     template = _ChatTemplate(tokenizer, used)
     end, has_token = template.end_of_answer()
+    asked = template.question_to_answer()
     segments: list[Segment] = []
     for turn, (before, content, after) in zip(used, template.parts(prompt), strict=True):
         learnt = turn.role == "assistant"
         tail = re.match(end, after)
         cut = tail.end() if learnt and tail else 0
-        segments += [Segment(before, learnt=False), Segment(content + after[:cut], learnt), Segment(after[cut:], False)]
+        start = len(asked) if learnt and before.startswith(asked) else len(before)
+        segments += [
+            Segment(before[:start], learnt=False),
+            Segment(before[start:] + content + after[:cut], learnt),
+            Segment(after[cut:], learnt=False),
+        ]
     if "".join(segment.text for segment in segments) != template.run([turn.text for turn in used], prompt):
         raise DataError("the tokenizer's chat template rewrites a text of this record; what is learnt cannot be told")
     if not has_token and not prompt and used and used[-1].role == "assistant":
@@ -111,6 +134,11 @@ class _ChatTemplate:
             )
             for number in range(len(holes))
         ]
+
+    def question_to_answer(self) -> str:
+        """Return what stands between a question and the answer that the model is asked for."""
+        first = next((number for number, turn in enumerate(self.turns) if turn.role == "assistant"), 0)
+        return _HOLES.split(self.run(self.holes[:first], prompt=True))[-1] if first else ""
 
     def end_of_answer(self) -> tuple[str, bool]:
         """Return a pattern for what ends an answer in this template, and whether there is a special token in it."""

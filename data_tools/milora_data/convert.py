@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -15,26 +13,30 @@ from typing import Any
 
 from .captions import caption_records
 from .command import amount, next_step, parser, positive
+from .embedded import stored_pictures
 from .errors import DataError, UserError
 from .flags import shared
-from .images import StoredPicture
+from .images import ImageError
 from .instructions import held_out, instructions
 from .jsonfile import read_objects, write_objects
 from .messages import from_messages
 from .other_files import DEFAULT_PROMPT, coco_captions, refcoco, sharegpt, table
 from .records import Record, load_records, parse_record
-from .stored import stored_records
+from .stored import stored_items
 from .vqa_files import Converter, Options, Records, aokvqa, gqa, ocrvqa, scienceqa, textvqa, vizwiz, vqa
+from .written import PictureFolder, already_there
 
 EPILOG = """\
 formats (--from):
   llava, jsonl   records of LLaVA's format, as a list or one a line; several files become one
-  messages       {"messages": [{"role", "content"}], "images": [...]}, as TRL and others use; a list or one a line
+  messages       {"messages": [{"role", "content"}], "images": [...]}, as OpenAI, TRL and others use; a list or one a
+                 line; pictures in base64, here and in the other formats, are written to images/
   folder         pictures with a text file each (a.jpg, a.txt), or with one table: captions.json, .jsonl or .csv,
                  metadata.csv or .jsonl
   table, csv     rows (.csv, .tsv, .json, .jsonl) with columns for picture, question and answer, or picture and caption
   alpaca         instruction, input and output, or query and response, as LLM-Adapters and MetaMathQA have them
-  hub            FILE.parquet, FILE.tar (webdataset), hub:OWNER/NAME[:SPLIT]; pictures are written to images/
+  hub            FILE.parquet, FILE.tar (webdataset), a folder of save_to_disk, hub:OWNER/NAME[:SPLIT]; pictures are
+                 written to images/
   vqav2, okvqa   the questions file and the annotations file
   gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file of questions and answers
   scienceqa      problems.json            refcoco   refs(...).p and instances.json
@@ -74,36 +76,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     shared(written, "format")
     chosen = options.parse_args(argv)
     _check_flags(chosen)
-    images, out = chosen.output_dir / "images", chosen.output_dir / "data.json"
-    new = [out, *([chosen.output_dir / "eval.json"] if chosen.hold_out else []), *([images] * (chosen.kind == "hub"))]
-    if there := [path for path in new if path.exists()]:
-        raise UserError(f"{there[0]} exists already\nnothing was written; name a new --output_dir")
+    images, out = PictureFolder(chosen.output_dir / "images"), chosen.output_dir / "data.json"
+    new = [out, *([chosen.output_dir / "eval.json"] if chosen.hold_out else [])]
+    if there := [path for path in [*new, *([images.path] * (chosen.kind == "hub"))] if path.exists()]:
+        raise UserError(already_there(there[0]))
     given = Options(chosen.prompt, chosen.split or "train", chosen.image_pattern)
     sources = chosen.sources if chosen.kind == "hub" else [Path(source) for source in chosen.sources]
     try:
-        records = _some(_with_written_pictures(_read(chosen.kind, sources, given), images), chosen)
+        records = _some(images.filled(_read(chosen.kind, sources, given)), chosen, given.left_out)
         if chosen.hold_out:
             records = _without_held_out(list(records), chosen.hold_out, chosen.output_dir / "eval.json")
         count = write_objects(out, records)
     except BaseException:  # Ctrl-C too: what is left would be in the way of the next try
         for path in new:
-            shutil.rmtree(path, ignore_errors=True) if path == images else path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        images.remove()
         raise
-    held_out_file = {"held_out": str(chosen.output_dir / "eval.json")} if chosen.hold_out else {}
-    as_json = json.dumps({"file": str(out), "records": count, **held_out_file})
+    _say_left_out(given.left_out)
+    more: dict[str, Any] = {"held_out": str(chosen.output_dir / "eval.json")} if chosen.hold_out else {}
+    more |= {"left_out": len(given.left_out)} if given.left_out else {}
+    as_json = json.dumps({"file": str(out), "records": count, **more})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
-    folder = {"folder": sources[0], "hub": images}.get(chosen.kind, "FOLDER")
+    if images.is_mine and images.num_elsewhere:
+        number = amount(images.num_elsewhere, "record")
+        sys.stderr.write(f"{number} with picture files, not embedded pictures: put the files into {images.path} too\n")
+    folder = sources[0] if chosen.kind == "folder" else images.path if images.is_mine else "FOLDER"
     has_pictures = any(record.images for record in load_records(out))
     next_step("milora_data", "check", out, *(["--image_folder", folder] if has_pictures else []))
     return 0
 
 
-def _some(records: Records, chosen: argparse.Namespace) -> Records:
+def _say_left_out(lines: Sequence[str]) -> None:
+    """Name the first records without which the file was written."""
+    for line in lines[:5]:
+        sys.stderr.write(f"left out: {line}\n")
+    if len(lines) > 5:
+        sys.stderr.write(f"left out: {len(lines) - 5:,} more records with such pictures\n")
+
+
+def _some(records: Records, chosen: argparse.Namespace, left_out: Sequence[str]) -> Records:
     """Return the records; UserError where there is none."""
     first = next(records, None)
     if first is None:
         split = f" of split {chosen.split or 'train'} (--split)" if "split" in KINDS[chosen.kind].flags else ""
-        raise UserError(f"{', '.join(chosen.sources)}: no record{split}\nnothing was written")
+        broken = "".join(f"{line}\n" for line in left_out[:5])
+        raise UserError(f"{broken}{', '.join(chosen.sources)}: no record{split}\nnothing was written")
     return chain([first], records)
 
 
@@ -134,51 +151,22 @@ def _read(kind: str, sources: Sequence[Any], options: Options) -> Records:
         raise DataError(f"{names}: not what --from {kind} expects: {what}") from None
 
 
-def _with_written_pictures(records: Records, folder: Path) -> Records:
-    """Yield the records after their stored pictures have been written to `folder`, which names them."""
-    used: Counter[str] = Counter()
-    for value in records:
-        images = value.get("image")
-        if isinstance(images, StoredPicture):
-            value["image"] = _write_picture(images, folder, used)
-        elif isinstance(images, list):
-            value["image"] = [_write_picture(i, folder, used) if isinstance(i, StoredPicture) else i for i in images]
-        yield value
-
-
-def _write_picture(picture: StoredPicture, folder: Path, used: Counter[str]) -> str:
-    named = Path(picture.replace("\0", ""))  # a name may be anything: no file system takes NUL, or 256 bytes
-    stem, suffix = named.stem[:60] or "picture", named.suffix[:12] or _suffix(picture.content)
-    name = wanted = f"{stem}{suffix}"
-    while name in used:
-        used[wanted] += 1
-        name = f"{stem}-{used[wanted]}{suffix}"
-    used[name] = 1
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(picture.content)
-    return name
-
-
-def _suffix(content: bytes) -> str:
-    signs = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"GI": ".gif", b"RI": ".webp", b"BM": ".bmp"}
-    return signs.get(content[:2], ".img")
-
-
 def _llava(sources: Sequence[Path], options: Options) -> Records:
     for source in sources:
         for place, value in read_objects(source):
-            parse_record(value, source=f"{source}:{place}")
+            parse_record(value, source=f"{source}:{place}", embedded="keep")
             assert isinstance(value, dict)
-            yield value
+            yield from stored_pictures(value, f"{source}:{place}", options.left_out)
 
 
 def _messages(sources: Sequence[Path], options: Options) -> Records:
     for source in sources:
         for number, (place, value) in enumerate(read_objects(source), start=1):
             try:
-                yield from_messages(value, number=number)
+                made = from_messages(value, number=number)
             except DataError as error:
                 raise DataError(f"{source}:{place}: {error}") from None
+            yield from stored_pictures(made, f"{source}:{place}", options.left_out)
 
 
 def _folder(sources: Sequence[Path], options: Options) -> Records:
@@ -187,8 +175,13 @@ def _folder(sources: Sequence[Path], options: Options) -> Records:
 
 def _stored(sources: Sequence[Any], options: Options) -> Records:
     for source in sources:
-        for number, record in enumerate(stored_records(str(source), options)):
-            yield _as_llava(record, str(number))
+        for number, item in enumerate(stored_items(str(source), options)):
+            if isinstance(item, ImageError):
+                options.left_out.append(str(item))
+            elif isinstance(item, DataError):
+                raise item
+            else:
+                yield _as_llava(item, str(number))
 
 
 def _as_llava(record: Record, identifier: str) -> dict[str, Any]:

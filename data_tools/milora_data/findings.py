@@ -24,6 +24,7 @@ class Kind(NamedTuple):
 KINDS: Mapping[str, Kind] = {
     "broken_json": Kind("error", "broken JSON"),
     "not_a_record": Kind("error", "not a record of LLaVA's format"),
+    "embedded_picture": Kind("error", "picture embedded as base64: records name picture files"),
     "turn_order": Kind("error", "questions and answers do not alternate"),
     "no_answer": Kind("error", "nothing to learn: no answer to a question"),
     "placeholders": Kind("error", f"not as many {IMAGE} as pictures"),
@@ -58,7 +59,8 @@ KINDS: Mapping[str, Kind] = {
 SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")
 
 _LONGEST = 300
-_SENTENCES = ("broken_json", "not_a_record", "turn_order", "placeholders")  # kinds whose messages say it themselves
+# Kinds whose messages say it themselves.
+_SENTENCES = ("broken_json", "not_a_record", "embedded_picture", "turn_order", "placeholders")
 _ESTIMATED_TOKENS = 2048
 _ROLE = re.compile(r"(?:^|\n| )(?:ASSISTANT|USER|### ?(?:Human|Assistant)): ")
 _LOST = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00e2\u20ac")  # the signs of UTF-8 read as Latin-1

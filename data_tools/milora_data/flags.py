@@ -32,7 +32,7 @@ def device(text: str) -> str:
     return text
 
 
-RECORDS = "JSON, JSONL, .parquet, .tar, hub:OWNER/NAME, or a mixture (.yaml)"
+RECORDS = "JSON, JSONL, .parquet, .tar, a folder of save_to_disk, hub:OWNER/NAME, or a mixture (.yaml)"
 SHARED: dict[str, dict[str, Any]] = {
     "model": {"metavar": "MODEL", "help": "a named model, a hub id or a folder"},
     "adapter": {"type": Path, "metavar": "FOLDER", "help": "of a fine-tuning, such as a run's output_dir"},

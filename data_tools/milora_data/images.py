@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +16,16 @@ from .web import not_fetched, web_address
 if TYPE_CHECKING:
     from PIL import Image
 
+SUFFIXES = {
+    ".jpg": ("JPEG", "MPO"),
+    ".jpeg": ("JPEG", "MPO"),
+    ".png": ("PNG",),
+    ".gif": ("GIF",),
+    ".webp": ("WEBP",),
+    ".bmp": ("BMP", "DIB"),
+    ".tif": ("TIFF",),
+    ".tiff": ("TIFF",),
+}
 ORIENTATION = 0x0112  # EXIF's tag: values above 4 are pictures stored on their side
 ImagePolicy = Literal["raise", "skip", "replace"]
 """What to do with a picture that cannot be read: stop, leave its record out, or show a plain picture in its place."""
@@ -79,7 +90,11 @@ def place_of(folder: Path, name: str) -> str | Path:
 
 
 class ImageError(DataError):
-    """A picture file that is missing or cannot be decoded."""
+    """A picture that is missing or cannot be decoded. `reason` is the message without the name of the picture."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 def load_image(path: str | Path, *, longest: int | None = None, shortest: int | None = None) -> Image.Image:
@@ -107,9 +122,23 @@ def load_image(path: str | Path, *, longest: int | None = None, shortest: int | 
     except UnidentifiedImageError:
         size = len(path.content) if isinstance(path, StoredPicture) else Path(path).stat().st_size
         reason = "not a picture" if size else "the file is empty"
-    except Exception as error:  # PIL's plugins raise whatever they trip over: OSError, SyntaxError, struct.error, ...
-        reason = str(error) or type(error).__name__
-    raise ImageError(f"{path}: cannot read this picture: {reason}")
+    except Exception as error:
+        reason = _reason(error)
+    raise ImageError(f"{path}: cannot read this picture: {reason}", reason)
+
+
+def _reason(error: Exception) -> str:
+    """Return why PIL does not read a picture: its plugins raise whatever they trip over, OSError, struct.error, ..."""
+    from PIL import Image
+
+    if isinstance(error, Image.DecompressionBombError):
+        pixels = re.search(r"[0-9]+", str(error))
+        size = f"{int(pixels[0]) // 1_000_000:,} megapixels" if pixels else "too many pixels"
+        return (
+            f"it has {size}, and at most {2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000:,} are read\n"
+            "save it smaller: a model sees some hundred pixels a side"
+        )
+    return str(error) or type(error).__name__
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
@@ -120,8 +149,20 @@ def picture_size(path: str | Path) -> tuple[int, int]:
         with Image.open(opened(path)) as image:
             width, height = image.size
             return (width, height) if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8) else (height, width)
-    except Exception as error:  # PIL's plugins raise whatever they trip over
-        raise ImageError(f"{path}: cannot read this picture: {error or type(error).__name__}") from None
+    except Exception as error:
+        reason = _reason(error)
+        raise ImageError(f"{path}: cannot read this picture: {reason}", reason) from None
+
+
+def picture_suffix(content: bytes) -> str:
+    """Return the suffix of a picture file by what is inside: ".png"; ".img" where that is no picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(content)) as image:
+            return next((suffix for suffix, formats in SUFFIXES.items() if image.format in formats), ".img")
+    except Exception:  # see _reason
+        return ".img"
 
 
 def opened(path: str | Path) -> str | Path | BytesIO:

@@ -116,8 +116,14 @@ def missing_file(path: Path) -> str:
     if path.is_dir():
         from .captions import SUFFIXES
         from .command import command_line
+        from .saved import is_saved
 
         found, text = path, f"{path}: this is a folder; expected a JSON or JSONL file"
+        if is_saved(path):
+            call = command_line("milora_data", "convert", "--from", "hub", path, "--output_dir", "OUT")
+            text += f"\nit was written by save_to_disk of datasets: {call}"
+        for kind in (".parquet", ".tar"):
+            text += f"\nname its files: '{path}/*{kind}'" if any(path.glob(f"*{kind}")) else ""
         if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
             call = command_line("milora_data", "convert", "--from", "folder", path, "--output_dir", "OUT")
             text += f"\nof pictures and captions records are made by: {call}"

@@ -15,7 +15,8 @@ from .anyres import Tiling
 from .encode import NothingToLearn, encode
 from .images import ImageError, picture_size, place_of
 from .records import Record
-from .tokens import fast_backend
+from .templates import OWN, template_name
+from .tokens import fast_backend, own_template
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ def _num_tokens(picture: str | Path, tiling: Tiling | None) -> int:
 def _key(records: Sequence[Record], tokenizer: Any, template: str, tiling: Tiling | None, folder: Path) -> str:
     """What lengths depend on, as a hash: where pictures are tiled, also on which files they are, by size and time."""
     found = hashlib.blake2b(f"{tiling}\0".encode() if tiling else b"", digest_size=6)
+    if template_name(template) == OWN:
+        found.update(own_template(tokenizer).encode())
     found.update(f"{template}\0{fast_backend(tokenizer).to_str()}\0{tokenizer.eos_token}\0".encode())
     for record in records:
         text = "\0".join([str(len(record.images)), *(f"{turn.role}\1{turn.text}" for turn in record.turns)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .embedded import NOT_FETCHED, described, is_web_address
 from .errors import DataError
 from .images import StoredPicture
 from .records import ROLES
@@ -17,7 +18,8 @@ def from_messages(value: object, *, number: int) -> dict[str, Any]:
 
     `number` is the id of a record that has none.
     Pictures are named by the parts of a message ({"type": "image", "image": path}) or, in order, by "images".
-    Raises `DataError`: no messages, an unknown role or part, a picture that is not a file name.
+    A picture in base64 stays one (embedded.py). Raises `DataError`: no messages, an unknown role or part, a picture at
+    a web address.
     """
     if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
         raise DataError('expected an object with "messages", a list')
@@ -50,20 +52,24 @@ def _turn(message: object, place: int, named: list[str]) -> dict[str, str]:
 
 
 def _part(part: object, place: int, named: list[str]) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
-        given = part.get("image", part.get("image_url", part.get("path", part.get("url"))))
-        if given is not None:
-            named.append(_file(given))
+    if not isinstance(part, dict):
+        raise DataError(f"message {place}: a part must be an object, got {type(part).__name__}")
+    kind, text = part.get("type"), part.get("text")
+    if kind in ("text", "input_text", "output_text") and isinstance(text, str):
+        return text
+    if kind in ("image", "image_url", "input_image"):
+        given = [part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None]
+        named += [_file(picture) for picture in given[:1]]
         return f"{IMAGE}\n"
-    raise DataError(f"message {place}: cannot use this part: {str(part)[:80]}")
+    raise DataError(f"message {place}: cannot use this part, of type {kind!r}; expected text or an image")
 
 
 def _file(image: object) -> str:
     if isinstance(image, StoredPicture):
         return image
     name = (image.get("path") or image.get("url")) if isinstance(image, dict) else image
-    if not isinstance(name, str) or name.startswith(("http://", "https://", "data:")):
-        raise DataError(f"a picture must be a file name, got {str(image)[:60]}; save it to a file first")
+    if is_web_address(name):
+        raise DataError(f"a picture at a web address: {described(str(name))}\n{NOT_FETCHED}")
+    if not isinstance(name, str):
+        raise DataError(f"a picture must be a file name, got {type(image).__name__}")
     return name

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .embedded import stored_pictures
 from .errors import DataError
 from .images import on_padded_square
 from .instructions import earlier, with_input, with_system
@@ -87,7 +88,8 @@ def table(sources: Sequence[Path], options: Options) -> Records:
         for number, (place, row) in enumerate(read_rows(path)):
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{place}: expected a row (an object), got {type(row).__name__}")
-            yield row_record(row, options, place=f"{path}:{place}", identifier=str(number))
+            made = row_record(row, options, place=f"{path}:{place}", identifier=str(number))
+            yield from stored_pictures(made, f"{path}:{place}", options.left_out)
 
 
 def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifier: str) -> dict[str, Any]:

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .embedded import NOT_FETCHED, described, is_web_address
 from .errors import DataError
-from .images import ORIENTATION, ImageError, OutsidePicture, StoredPicture, load_image, opened, place_of
+from .images import ORIENTATION, SUFFIXES, ImageError, OutsidePicture, StoredPicture, load_image, opened, place_of
 from .records import Record
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = {
-    ".jpg": ("JPEG", "MPO"),
-    ".jpeg": ("JPEG", "MPO"),
-    ".png": ("PNG",),
-    ".gif": ("GIF",),
-    ".webp": ("WEBP",),
-    ".bmp": ("BMP", "DIB"),
-    ".tif": ("TIFF",),
-    ".tiff": ("TIFF",),
-}
-
 
 class MissingImages(DataError):
-    """Pictures that records name and that are not there; says how many, the first few, and what to do."""
+    """Pictures that records name and that are not there, or empty: how many, the first few, and what to do.
 
-    def __init__(self, missing: Sequence[str], total: int, folder: Path, elsewhere: Path | None) -> None:
-        first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        where = f"in {folder}" if str(folder) != "." else "here (no --image_folder is given)"
-        lines = [f"{len(missing):,} of {total:,} pictures are missing {where}", f"first: {first}"]
+    `used` is what `uses` returns, of the missing pictures and of all others.
+    """
+
+    def __init__(
+        self, missing: Sequence[str], used: Mapping[str, Sequence[str]], folder: Path, elsewhere: Path | None
+    ) -> None:
+        shown = [described(name) if is_web_address(name) else name for name in missing[:5]]
+        where = f"in {folder}" if str(folder) != "." else "in the current folder (--image_folder names another)"
+        empty = sum(is_empty(place_of(folder, name)) for name in missing)
+        what = "missing or empty" if empty else "missing"
+        files = dict.fromkeys(source.rpartition(":")[0] for name in missing for source in used[name])
+        named = ", ".join([file for file in files if file][:3]) + (", ..." if len(files) > 3 else "")
+        lines = [f"{len(missing):,} of {len(used):,} pictures are {what} {where}"]
+        lines += [f"named in {named}"] if named else []
+        lines.append(f"first: {', '.join(shown)}" + (", ..." if len(missing) > 5 else ""))
+        if empty:
+            lines.append(f"{empty:,} are empty files (0 bytes): copy or download them again")
         if elsewhere is not None:
             lines.append(f"there are such files below: --image_folder {elsewhere}")
+        addresses = sum(map(is_web_address, missing))
+        if addresses:
+            lines.append(f"{addresses:,} at a web address: {NOT_FETCHED}")
         outside = sum(isinstance(place_of(folder, name), OutsidePicture) for name in missing)
         if outside:
             lines.append(f"{outside:,} lead out of that folder and are never read; absolute paths: --image_folder /")
@@ -53,15 +60,24 @@ def uses(records: Iterable[Record]) -> dict[str, list[str]]:
 
 
 def find_missing(names: Iterable[str], folder: Path) -> list[str]:
-    """Return the names for which there is no file below `folder`."""
-    return [name for name in names if not (isinstance(name, StoredPicture) or _is_file(place_of(folder, name)))]
+    """Return the names for which there is no file below `folder`, or an empty one."""
+    return [name for name in names if not _num_bytes(place_of(folder, name))]
 
 
-def _is_file(path: str | Path) -> bool:
+def is_empty(path: str | Path) -> bool:
+    """Return whether a picture is there, and has no content."""
+    return _num_bytes(path) == 0
+
+
+def _num_bytes(path: str | Path) -> int | None:
+    """Return the size of a picture file, or of a stored picture; None where there is no file."""
+    if isinstance(path, StoredPicture):
+        return len(path.content)
     try:
-        return isinstance(path, Path) and path.is_file()
+        found = path.stat() if isinstance(path, Path) else None
     except (OSError, ValueError):  # a name that is too long for a file system, say
-        return False
+        return None
+    return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
 
 def find_faults(names: Sequence[str], folder: Path, *, threads: int = 8) -> Iterator[tuple[str, str, str]]:
@@ -84,13 +100,13 @@ def faults(path: str | Path) -> Iterator[tuple[str, str]]:
             notes = list(_peculiarities(image, Path(path).suffix.lower()))
         load_image(path)
     except ImageError as error:
-        yield "corrupt_picture", str(error).split("cannot read this picture: ", 1)[-1]
+        yield "corrupt_picture", error.reason
         return
     except Exception:  # PIL's plugins raise whatever they trip over; load_image says it in words
         try:
             load_image(path)
         except ImageError as error:
-            yield "corrupt_picture", str(error).split("cannot read this picture: ", 1)[-1]
+            yield "corrupt_picture", error.reason
         return
     yield from notes
 
@@ -124,4 +140,4 @@ def elsewhere(missing: Sequence[str], folder: Path, beside: Path | None) -> Path
     """Return the folder below which the first missing pictures do lie: a neighbour of `folder`, or the data's own."""
     candidates = [folder.parent, *([beside, beside / "images"] if beside else []), folder / "images"]
     near = (place for place in candidates if place != folder)
-    return next((place for place in near if any(_is_file(place_of(place, name)) for name in missing[:5])), None)
+    return next((place for place in near if any(_num_bytes(place_of(place, name)) for name in missing[:5])), None)

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .embedded import EmbeddedPicture, decoded, is_embedded, refusal
 from .errors import DataError
 from .jsonfile import read_objects
+from .saved import is_saved
 
 Role = Literal["user", "assistant", "system"]
 
@@ -48,8 +50,8 @@ class Record:
 def load_records(path: str | Path) -> Iterator[Record]:
     """Yield the records of a data set, in order and one by one: nothing is held in memory.
 
-    A JSON file (a list) or JSON lines of LLaVA's records or of `messages`; .parquet, .tar (webdataset) and
-    hub:OWNER/NAME[:SPLIT] through `datasets`; .yaml, a mixture of such sources (mix.py).
+    A JSON file (a list) or JSON lines of LLaVA's records or of `messages`; .parquet, .arrow, .tar (webdataset), a
+    folder of `save_to_disk` and hub:OWNER/NAME[:SPLIT] through `datasets`; .yaml, a mixture of such sources (mix.py).
     Raises `DataError` with file and line: no such file, broken JSON, a record that is not one.
     """
     if is_json(path):
@@ -67,11 +69,15 @@ def load_records(path: str | Path) -> Iterator[Record]:
 
 def is_json(path: str | Path) -> bool:
     """Return whether `path` is read as JSON: what is neither a mixture nor stored in a format of `datasets`."""
-    return not str(path).startswith("hub:") and Path(path).suffix not in (".yaml", ".yml", ".parquet", ".tar", ".arrow")
+    if str(path).startswith("hub:") or Path(path).suffix in (".yaml", ".yml", ".parquet", ".tar", ".arrow"):
+        return False
+    return not is_saved(path)
 
 
-def parse_record(value: object, *, source: str = "") -> Record:
+def parse_record(value: object, *, source: str = "", embedded: Literal["refuse", "read", "keep"] = "refuse") -> Record:
     """Return the `Record` of one decoded LLaVA dict; raises `DataError` that starts with `source`.
+
+    embedded: whether pictures in base64 are refused (`EmbeddedPicture`), read as stored ones, or kept as they are.
 
     >>> parse_record({"id": 7, "conversations": [{"from": "human", "value": "Hi"}]}).turns
     (Turn(role='user', text='Hi'),)
@@ -79,20 +85,30 @@ def parse_record(value: object, *, source: str = "") -> Record:
     try:
         if not isinstance(value, dict):
             raise DataError(f"expected a record (an object), got {type(value).__name__}")
+        form = "llava"
         if "messages" in value and "conversations" not in value:
             from .messages import from_messages
 
+            form = "messages"
             value = from_messages(value, number=0) | ({} if "id" in value else {"id": ""})
+        images = _images(value)
+        if found := next(filter(is_embedded, images), ""):
+            if embedded == "refuse":
+                raise refusal(found, source, form)
+            if embedded == "read":
+                images = tuple(decoded(name) if is_embedded(name) else name for name in images)
         return Record(
             id=str(value.get("id", "")),
-            images=_images(value),
+            images=images,
             turns=_turns(value),
             source=source,
             extra={key: item for key, item in value.items() if key not in KNOWN_KEYS},
         )
     except DataError as error:
         place = source or "record"
-        raise DataError(f"{place}: {error}") from None
+        if isinstance(error, EmbeddedPicture):
+            raise EmbeddedPicture(f"{place}: {error}", error.form) from None
+        raise type(error)(f"{place}: {error}") from None
 
 
 def estimated_length(record: Record, image_tokens: int) -> int:
@@ -110,8 +126,14 @@ def _images(value: dict[str, Any]) -> tuple[str, ...]:
         return ()
     names = found if isinstance(found, list) else [found]
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f'"image" must be a file name or a list of file names, got {found!r}')
+        raise DataError(f'"image" must be a file name or a list of file names, got {_short(found)}')
     return tuple(names)
+
+
+def _short(value: object) -> str:
+    """Return a value as it is written if that is short, else its type: nobody reads half of a value."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{type(value).__name__} of {len(text):,} characters"
 
 
 def _turns(value: dict[str, Any]) -> tuple[Turn, ...]:
@@ -127,7 +149,7 @@ def _turns(value: dict[str, Any]) -> tuple[Turn, ...]:
 
 def _turn(turn: object, number: int) -> Turn:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise DataError(f'turn {number} must be {{"from": ..., "value": text}}, got {str(turn)[:80]}')
+        raise DataError(f'turn {number} must be {{"from": ..., "value": text}}, got {_short(turn)}')
     role = ROLES.get(str(turn.get("from")))
     if role is None:
         raise DataError(f'turn {number}: unknown "from": {turn.get("from")!r}; expected {", ".join(ROLES)}')

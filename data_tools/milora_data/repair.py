@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command import amount
+from .embedded import EmbeddedPicture
 from .errors import DataError, UserError
 from .findings import CONTROL, KINDS, examine
 from .jsonfile import read_objects, write_objects
@@ -73,11 +74,14 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
                 if "conversations" not in value:
                     value = from_messages(value, number=number)
                 repaired = repair(value, done)
-                kind = next((f.kind for f in examine(parse_record(repaired)) if f.severity == "error"), None)
-            if kind is None:
-                yield repaired
-            else:
+                record = parse_record(repaired)
+                kind = next((f.kind for f in examine(record) if f.severity == "error"), None)
+            if kind is not None:
                 done[f"left out: {KINDS[kind].title}"] += 1
+            elif not any(turn.text.replace(IMAGE, "").strip() for turn in record.turns if turn.role == "assistant"):
+                done["left out: every answer is empty"] += 1
+            else:
+                yield repaired
     except DataError:
         done["broken JSON list: nothing after the break could be read"] += 1
 
@@ -85,6 +89,8 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
 def _hopeless(value: object) -> str | None:
     try:
         record = parse_record(value)
+    except EmbeddedPicture:
+        return "embedded_picture"
     except DataError:
         return "not_a_record"
     return next((f.kind for f in examine(record) if f.kind == "turn_order"), None)

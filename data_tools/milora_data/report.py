@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .command import amount
+from .embedded import convert_words
 from .findings import KINDS, Finding
 
 
@@ -21,6 +22,7 @@ class Report:
     with_pictures: int = 0
     picture_files: int = 0
     findings: list[Finding] = field(default_factory=list)
+    form: str = ""  # what `convert --from` calls records with embedded pictures, where there are some
 
     def count(self, severity: str) -> int:
         """Return the number of errors or of warnings."""
@@ -31,6 +33,11 @@ class Report:
         return {
             kind: found for kind in KINDS if (found := [finding for finding in self.findings if finding.kind == kind])
         }
+
+    def convert_words(self) -> tuple[str, ...]:
+        """Return the command of milora_data that writes the embedded pictures that were found to files."""
+        first = next(finding for finding in self.findings if finding.kind == "embedded_picture")
+        return convert_words(first.where.rpartition(":")[0], self.form)
 
 
 def as_json(report: Report) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from .check import image_folder
 from .command import count, next_step, parser
 from .duplicates import duplicate_statistics, leakage
+from .embedded import EmbeddedPicture
 from .encode import encode
 from .errors import DataError, UserError
 from .flags import RECORDS, shared
@@ -82,7 +83,7 @@ def _read(path: Path) -> list[Record]:
     try:
         return list(load_records(path))
     except DataError as error:
-        if not path.is_file():
+        if not path.is_file() or isinstance(error, EmbeddedPicture):  # which says itself what to do
             raise
         hint = f"see: python -m milora_data check {path}; --fix OUT writes what is usable, which can be counted"
         raise DataError(f"{error}\n{hint}") from None

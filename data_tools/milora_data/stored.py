@@ -1,4 +1,4 @@
-"""Records from parquet files, webdataset shards and sets of the hub, read row by row with `datasets`.
+"""Records from parquet and arrow files, webdataset shards and sets of the hub, read row by row with `datasets`.
 
 Pictures are not decoded here: they come as `StoredPicture`, a name with the bytes of the file.
 """
@@ -14,6 +14,7 @@ from .images import StoredPicture
 from .jsonfile import missing_file
 from .other_files import COLUMNS, row_record
 from .records import Record, parse_record
+from .saved import files_of_saved, is_saved
 from .vqa_files import Options
 
 HUB = "hub:"
@@ -22,7 +23,7 @@ _TEXT_KEYS = ("txt", "caption", "cls")  # what webdataset shards call the text b
 
 
 def stored_records(source: str, options: Options | None = None) -> Iterator[Record]:
-    """Yield the records of FILE.parquet, FILE.tar (or a pattern with *), or hub:OWNER/NAME[:SPLIT].
+    """Yield the records of FILE.parquet, FILE.tar (or a pattern with *), a folder of `save_to_disk`, or of the hub.
 
     Rows are LLaVA records, `messages`, or have columns for picture, question and answer, or picture and caption.
     Raises `DataError` with the number of the row.
@@ -84,12 +85,15 @@ def row_to_record(row: Mapping[str, Any], place: str, number: str, options: Opti
     """Return the record of one row; `number` is its id unless it has one. Raises `DataError`."""
     plain = {key: value for key, value in _plain(row, number).items() if value is not None}
     if "conversations" in plain or "messages" in plain:
-        return parse_record(plain, source=place)
-    return parse_record(row_record(plain, options or Options(), place=place, identifier=number), source=place)
+        return parse_record(plain, source=place, embedded="read")
+    made = row_record(plain, options or Options(), place=place, identifier=number)
+    return parse_record(made, source=place, embedded="read")
 
 
 def files_of(source: str) -> list[str]:
-    """Return the files that a name, or a pattern with *, stands for. Raises `DataError` if there is none."""
+    """Return the files of a name, a pattern with *, or a folder of `save_to_disk`. Raises `DataError` without any."""
+    if is_saved(source):
+        return files_of_saved(Path(source))
     files = sorted(map(str, Path(source).parent.glob(Path(source).name)))
     if not files:
         raise DataError(missing_file(Path(source)))

@@ -172,7 +172,9 @@ def get_template(name: str) -> Template:
     """Return the template called `name`; raises `UserError` for an unknown one and for the tokenizer's own."""
     name = template_name(name)
     if name == OWN:
-        raise UserError(f'the template "{OWN}" is the tokenizer\'s own, and there is none here\nname a tokenizer')
+        raise UserError(
+            f'the template "{OWN}" is the tokenizer\'s own, and there is none here\nname it: --tokenizer FOLDER'
+        )
     return TEMPLATES[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,10 +58,22 @@ def bos_text(tokenizer: Any) -> str:
 
 
 def own_template(tokenizer: Any) -> str:
-    """Return the tokenizer's own chat template; raises `UserError` if it has none."""
-    if not tokenizer.chat_template:
-        raise UserError("this tokenizer has no chat template of its own\nname one of ours with --template")
-    return str(tokenizer.chat_template)
+    """Return the tokenizer's own chat template (of several the default one); raises `UserError` if it has none."""
+    found = tokenizer.chat_template
+    if isinstance(found, Mapping):
+        found = found.get("default")
+    if not found:
+        raise UserError(
+            "the template chat_template is the tokenizer's own, and this tokenizer has no chat template of its own\n"
+            "name another template, for example --template vicuna_v1"
+        )
+    return str(found)
+
+
+def share_template(processor: Any) -> None:
+    """Give the tokenizer of a processor the chat template of the processor, where that has one: it is the model's."""
+    if processor.chat_template:
+        processor.tokenizer.chat_template = processor.chat_template
 
 
 def eos_text(tokenizer: Any) -> str:

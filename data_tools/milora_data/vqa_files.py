@@ -11,7 +11,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Options:
     prompt: str | None = None  # what is asked about a picture that has a caption alone
     split: str = "train"  # of sets whose file holds all splits
     image_pattern: str | None = None  # file name of a picture from its id, such as coco/train2017/{:012d}.jpg
+    left_out: list[str] = field(default_factory=list)  # gets a line for each record with a broken embedded picture
 
     def image(self, identifier: Any, default: str) -> str:
         """Return the file name of a picture; raises `DataError` if the pattern does not fit its id."""

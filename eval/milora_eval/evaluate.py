@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from milora_data.templates import OWN, template_name
+from milora_data.tokens import own_template
 from milora_data.whole import write_text
 from milora_eval.benchmark import Benchmark
 from milora_eval.compare import compare
@@ -96,12 +98,14 @@ def settings(
     from milora_vl.models import split_processor
 
     tokenizer, image_processor = split_processor(processor)
+    own = {"chat_template": digest(own_template(tokenizer))} if template_name(template) == OWN else {}
     return {
         "base": weights_digest(model),
         "adapter": None if adapter is None else adapter_digest(Path(adapter)),
         "tokenizer": tokenizer_digest(tokenizer),
         "pictures": None if image_processor is None else digest([image_processor.to_dict(), image_aspect_ratio]),
         "template": template,
+        **own,
         "dtype": str(model.dtype).removeprefix("torch."),
         "decoding": "greedy",
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
+from milora_data.saved import is_saved
 from milora_data.whole import read_json, write_json
 from milora_vl.adapter_folders import base_of, holds_adapter, trained_prompts
 
@@ -53,7 +54,7 @@ class Job:
             raise UserError("forgetting is measured against a base\nsay:  --adapter A, or --base B for a full --model")
         if self.adapter is not None and self.base is not None:
             raise UserError("--base is for a fully trained --model; the base of an adapter is its --model")
-        missing = [path for path in (*(self.texts or ()), self.data_path) if path is not None and not path.is_file()]
+        missing = [path for path in (*(self.texts or ()), self.data_path) if path is not None and not _is_there(path)]
         if missing:
             raise UserError(f"no file {missing[0]}")
         measures: dict[str, Callable[[], Any]] = {
@@ -202,6 +203,10 @@ class Job:
 
         device = device_named(self.device)
         return load_model(name, adapter=adapter, dtype=dtype_named(self.dtype, device), device=device)[0]
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_file() or is_saved(path)
 
 
 def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Results]:

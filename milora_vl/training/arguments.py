@@ -40,7 +40,12 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "streaming": ("data.streaming", "bool", (), "read records as they are due; needs --max_steps"),
     "shuffle_buffer": ("data.shuffle_buffer", "int", (), "records of a stream that are mixed at a time"),
     "bad_images": ("data.bad_images", "str", (), "missing or broken pictures: raise, skip or replace"),
-    "template": ("template", "str", ("version",), "prompt format, e.g. vicuna_v1 (LLaVA: v1) or plain"),
+    "template": (
+        "template",
+        "str",
+        ("version",),
+        "prompt format, e.g. vicuna_v1 (LLaVA: v1), plain or chat_template (the model's own)",
+    ),
     "form": ("form", "str", (), "anchored or residual"),
     "factor_cache": ("factor_cache", "str", (), "folder for the initial factors, computed once for several runs"),
     "quantization": ("quantization", "str", (), "none, 4bit or 8bit"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
+from milora_data.templates import OWN
 from milora_vl import models
 from milora_vl.composing import parts as composing
 from milora_vl.composing.parts import Parts
@@ -72,6 +73,8 @@ def warnings(recipe: Recipe) -> list[str]:
     named = recipe.parts
     if named == PartsConfig() or not recipe.model:
         return []
+    if recipe.template == OWN and parts_of(recipe):
+        return [f"--template {OWN}: a base that is composed here has that of vicuna_v1, not that of {recipe.model}"]
     if not _sees(recipe.model):
         return [] if named.vision_tower else ["without a --vision_tower, what is said of its layer has no effect"]
     config = models.config_of(recipe.model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +11,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from milora_data.encode import NothingToLearn, encode
 from milora_data.errors import UserError
+from milora_data.records import Record
+from milora_data.templates import OWN, TEMPLATES
+from milora_data.tokens import own_template
 from milora_vl.config import Recipe
 from milora_vl.initialize import LayerReport, WeightError
 from milora_vl.lora.errors import AdapterError
@@ -35,16 +40,40 @@ class Built:
     frozen: list[str]  # towers of which nothing trains
 
 
-def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
-    """The base model and its processor; the projector from `projector_weights` where the recipe says so."""
-    from milora_vl.models import load_model
+def load_base(
+    recipe: Recipe, dtype: torch.dtype, device: torch.device, first: Sequence[Record] = ()
+) -> tuple[nn.Module, Any]:
+    """The base model and its processor; the projector from `projector_weights` where the recipe says so.
+
+    UserError, before weights load, for a template that is not there, or that does not take the first records.
+    """
+    from milora_vl.models import load_model, load_processor, split_processor
     from milora_vl.projector import load_projector
 
+    if recipe.template == OWN:
+        checked = first if recipe.data.bad_images == "raise" else ()
+        require_template(recipe, split_processor(load_processor(recipe.model))[0], checked)
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
     _set_attention(model, recipe.attn_implementation)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))
     return model, processor
+
+
+def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] = ()) -> None:
+    """UserError unless the model's own chat template, where the recipe asks for it, is there and takes the records."""
+    if recipe.template != OWN:
+        return
+    try:
+        own_template(tokenizer)
+    except UserError:
+        known = ", ".join(TEMPLATES)
+        raise UserError(
+            f"--template {OWN}: {recipe.model} has no chat template of its own\nname another template, one of: {known}"
+        ) from None
+    for record in records:
+        with suppress(NothingToLearn):
+            encode(record, tokenizer, template=OWN, image_token_id=-1, image_tokens=0)
 
 
 def _quantization(recipe: Recipe) -> Any:

@@ -20,6 +20,7 @@ from torch import nn
 from milora_data.command import amount, as_typed
 from milora_data.errors import UserError
 from milora_data.templates import OWN
+from milora_data.tokens import share_template
 from milora_vl import models
 from milora_vl.composing.whole import whole_weights
 from milora_vl.config import Recipe, RecipeError
@@ -127,12 +128,20 @@ def _require_fit(request: Request, recipe: Recipe) -> None:
 def _missing(recipe: Recipe) -> list[UserError]:
     """What loading the model, or the evaluation after the training, would stumble over."""
     found = []
-    for check in (lambda: bases.check(recipe), lambda: evaluation.check(recipe.eval)):
+    for check in (lambda: bases.check(recipe), lambda: _template(recipe), lambda: evaluation.check(recipe.eval)):
         try:
             check()
         except UserError as error:
             found.append(error)
     return found
+
+
+def _template(recipe: Recipe) -> None:
+    """UserError for a chat template that a tokenizer at hand does not have."""
+    if recipe.template == OWN and bases.parts_of(recipe) is None:
+        tokenizer = tokenizer_at_hand(recipe.model)
+        if tokenizer is not None:
+            build.require_template(recipe, tokenizer)
 
 
 def _faults_of_data(recipe: Recipe) -> list[UserError]:
@@ -198,7 +207,9 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
     sees = find_towers(base).vision is not None
     num_tokens = image_tokens(config) if sees else 0
     tokenizer, template = tokenizer_at_hand(recipe.model), recipe.template
-    if tokenizer is None and template == OWN:
+    if template == OWN and bases.parts_of(recipe) is not None:
+        template = "vicuna_v1"  # which composing gives it
+    elif template == OWN and tokenizer is None:
         screen.say("\nthe model's own template comes with its tokenizer, which is not here: counted as vicuna_v1")
         template = "vicuna_v1"
     first = read.train[: recipe.train.get("per_device_train_batch_size", 8)]
@@ -233,7 +244,7 @@ def _packed(screen: Screen, recipe: Recipe, counts: first_batch.Counts) -> first
 
 def tokenizer_at_hand(name: str) -> Any | None:
     """The model's tokenizer if it is on this machine, else None: nothing is fetched for a dry run."""
-    from transformers import AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer
 
     if name in ("tiny", "tiny-text"):
         from milora_vl.tiny import tiny_tokenizer
@@ -244,10 +255,16 @@ def tokenizer_at_hand(name: str) -> Any | None:
         from milora_vl.smol_llava import folder_of
 
         source = str(folder_of(name))
-    try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
+    for auto in (AutoProcessor, AutoTokenizer):  # the chat template may be the processor's; of a text model both are
+        try:
+            found = auto.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError):
+            continue
+        tokenizer, pictures = models.split_processor(found)
+        if pictures is not None:
+            share_template(found)
+        return tokenizer
+    return None
 
 
 def count(model: nn.Module) -> int:

@@ -61,7 +61,7 @@ class Run:
         with self.screen.step(f"reading {run_data.describe(self.recipe.data)}"):
             self.data = run_data.read(self.recipe.data)
         if self.data.skipped:
-            self.screen.warn(f"{self.data.skipped:,} records with missing pictures are left out (--bad_images skip)")
+            self.screen.warn(f"{self.data.skipped:,} records left out: pictures missing or empty (--bad_images skip)")
         for finding in self.data.broken[:5]:
             self.screen.warn(f"{finding.where}: {finding.sentence}")
         if self.data.broken:
@@ -110,8 +110,9 @@ class Run:
         self.dtype = training_args.base_dtype(self.recipe, self.recipe.train)
         if line:
             self.screen.say(line)
+        device, first = training_args.load_device(self.args), self.data.train[:100]
         with self.screen.step(f"loading {self.recipe.model}"):
-            self.base, self.processor = build.load_base(self.recipe, self.dtype, training_args.load_device(self.args))
+            self.base, self.processor = build.load_base(self.recipe, self.dtype, device, first)
         self.recipe = build.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
         for warning in build.model_warnings(self.recipe, self.base, self.processor):
             self.screen.warn(warning)
@@ -339,8 +340,7 @@ class Run:
         return rows
 
     def _warnings(self) -> list[str]:
-        found = []
-        args, steps = self.args, self.batching.steps
+        found, args, steps = list[str](), self.args, self.batching.steps
         if args.save_strategy == "steps" and args.save_steps > steps:
             found.append(
                 f"save_steps {args.save_steps:g} is beyond the last step ({steps:,}): no checkpoint before the end"

@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 
 from milora_data.check import check_for_training, readable
-from milora_data.command import amount
+from milora_data.command import amount, command_line
 from milora_data.compact import CompactRecords
+from milora_data.embedded import EmbeddedPicture
 from milora_data.errors import DataError, UserError
 from milora_data.findings import Finding, examine
 from milora_data.mix import Source, mixed_records
@@ -120,11 +121,11 @@ def _checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
     try:
         records = list(islice(found_records, config.limit))
     except DataError as error:
-        if not Path(path).is_file():
+        if not Path(path).is_file() or isinstance(error, EmbeddedPicture):  # which says itself what to do
             raise
         raise DataError(f"{error}\nsee: python -m milora_data check {path}; --fix OUT writes a file without") from None
     if not records:
-        raise UserError(f"{path} holds no records")
+        raise UserError(_no_records(path, report))
     found = check_for_training(records, config.image_folder, config.bad_images)
     kept = records
     if config.bad_images == "skip" and found["missing_pictures"]:
@@ -136,6 +137,15 @@ def _checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
     if not kept:
         raise UserError(f"no record of {path} is left: their pictures are missing, or they have no answers")
     return RunData(CompactRecords(kept), None, skipped, len(records) - skipped - len(kept), tuple(report.findings))
+
+
+def _no_records(path: str, report: Report) -> str:
+    """The message for data of which nothing is left, with the first reason where there was something."""
+    if not report.findings:
+        return f"{path} holds no records"
+    first = report.findings[0]
+    said = f"no record of {path} can be used; the first reason:\n{first.where}: {first.sentence}"
+    return f"{said}\n{command_line('milora_data', *report.convert_words())}" if report.form else said
 
 
 def _usable(records: Iterable[Record], report: Report) -> Iterator[Record]:

@@ -18,7 +18,7 @@ from milora_data.errors import UserError
 from milora_data.lengths import encoded_lengths
 from milora_data.pack import PackedRecords, fill, pack
 from milora_data.records import Record
-from milora_data.templates import render_chat_template
+from milora_data.templates import OWN, render_chat_template
 from milora_data.tokens import remember_legacy
 from milora_vl import models
 from milora_vl.config import Recipe, load
@@ -90,7 +90,8 @@ def set_chat_template(processor: Any, template: str) -> None:
     """Give the processor, and its tokenizer, a chat template that renders exactly the prompt of training."""
     tokenizer, image_processor = models.split_processor(processor)
     remember_legacy(tokenizer)
-    tokenizer.chat_template = render_chat_template(template, tokenizer, bos=image_processor is None)
+    if template != OWN:
+        tokenizer.chat_template = render_chat_template(template, tokenizer, bos=image_processor is None)
     if image_processor is not None:
         processor.chat_template = tokenizer.chat_template
 

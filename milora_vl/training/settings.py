@@ -130,8 +130,8 @@ def _resolve(request: Request) -> Settings:
     base = Recipe.parse(given, source, lines)
     meaning = _llava(request)
     content = base.model_dump() | {"train": overridden(base.train, request.overrides.get("train", {}))}
+    notes_on_data = _without_evaluation(content, request)
     merged = _merge(content, request.overrides)
-    notes_on_pictures: list[str] = []
     if meaning and meaning.quantization:
         merged["quantization"] = meaning.quantization
     if request.llava and request.llava.get("group_by_modality_length"):
@@ -139,7 +139,7 @@ def _resolve(request: Request) -> Settings:
     merged["parts"] = {**merged["parts"], **llava_flags.parts(request.llava)}
     if llava_flags.is_script(request.llava) and not request.recipe and not _gives(request, "data.image_aspect_ratio"):
         merged["data"]["image_aspect_ratio"] = "plain"
-        notes_on_pictures = ["LLaVA flags: no --image_aspect_ratio means pictures cropped to a square"]
+        notes_on_data += ["LLaVA flags: no --image_aspect_ratio means pictures cropped to a square"]
     rules = _policy(request, base, meaning)
     implicit = rules is None
     merged["policy"] = edited(rules, request.edits)
@@ -156,7 +156,7 @@ def _resolve(request: Request) -> Settings:
     batch = (int(per_device), int(base.train.get("gradient_accumulation_steps", 1))) if per_device else None
     notes = [meaning.line] if meaning and meaning.line else []
     warnings = [*(meaning.warnings if meaning else []), *bases.warnings(recipe)]
-    return Settings(recipe, request.recipe or "", implicit, batch, [*notes, *notes_on_pictures], warnings)
+    return Settings(recipe, request.recipe or "", implicit, batch, [*notes, *notes_on_data], warnings)
 
 
 def _dtype_of_resumed(request: Request) -> str | None:
@@ -167,6 +167,18 @@ def _dtype_of_resumed(request: Request) -> str | None:
     if not kept.is_file() or not checkpoints.checkpoints(kept.parent):  # nothing was saved: it begins again
         return None
     return str(yaml_file.read_file(kept)[0].get("dtype", "")) or None
+
+
+def _without_evaluation(content: dict[str, Any], request: Request) -> list[str]:
+    """Drop a recipe's held-out records where --data_path replaces its data; returns what to say about it."""
+    data, flags = content["data"], request.overrides.get("data", {})
+    held_out = data["eval_path"]
+    if held_out is None or "eval_path" in flags or flags.get("path", data["path"]) == data["path"]:
+        return []
+    data["eval_path"] = None
+    for name in ("eval_strategy", "load_best_model_at_end"):
+        content["train"].pop(name, None)
+    return [f"--data_path replaces the recipe's data: its {held_out} is left out (yours: --eval_data_path FILE)"]
 
 
 def _gives(request: Request, path: str) -> bool:
