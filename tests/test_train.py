@@ -99,13 +99,6 @@ def test_a_recipe_given_back_repeats_the_run(plain_run: Path, tmp_path: Path) ->
     assert (plain_run / "recipe.yaml").read_text() == (again / "recipe.yaml").read_text()
 
 
-def test_a_checkpoint_beyond_the_end_is_refused(plain_run: Path, tiny_data: Path, tmp_path: Path) -> None:
-    more = ["--rank", "4", "--max_steps", "2", "--resume_from_checkpoint", str(plain_run / "checkpoint-6")]
-    with pytest.raises(UserError, match=r"checkpoint-6 is beyond the end of this run, step 2\n.*--max_steps"):
-        main(words(tiny_data, tmp_path / "b", *more))
-    assert not (tmp_path / "b").exists()
-
-
 def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(
     plain_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
