@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from milora_vl.config import Recipe, Strict
+import llava_recipes
+from milora_vl.config import Recipe, Strict, load
 from milora_vl.training import hf_arguments
+from milora_vl.training.arguments import parse
 from milora_vl.training.changes import Change, Side, changes, schedule_has_end, shown
 from milora_vl.training.resume_table import EFFECTS, TABLE, effect_of
+from milora_vl.training.settings import resolve
 
 POLICY = [
     {"modules": "language", "method": "milora", "rank": 8, "alpha": 8, "learning_rate": 1e-3},
@@ -196,6 +199,13 @@ def test_other_files_may_hold_the_same_records() -> None:
     streams = {"streaming": True}  # a look at its beginning cannot tell streams apart
     before, now = (side(data={"path": path, **streams}, train={"max_steps": 5}) for path in ("a.json", "b.json"))
     assert refused(before, now, identifies_records=True) == ["data.path"]
+
+
+@pytest.mark.parametrize("name", llava_recipes.names())
+def test_a_packaged_recipe_comes_back_from_its_file_without_a_change(name: str, tmp_path: Path) -> None:
+    resolved = resolve(parse(["--recipe", name, "--model", "tiny", "--device", "cpu"])).recipe
+    (tmp_path / "recipe.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
+    assert found(Side(load(tmp_path / "recipe.yaml"), 1, "float32"), Side(resolved, 1, "float32")) == []
 
 
 def test_values_are_shown_as_a_recipe_has_them() -> None:

@@ -60,7 +60,7 @@ class Resumed:
         before = Side(self.recipe, self._processes(processes), self.environment.get("dtype") or _dtype(self.recipe))
         found = changes(before, now, identifies_records="records" in self.environment)
         if any(change.is_refused for change in found):
-            raise UserError(self._refusal([change for change in found if change.is_refused]))
+            raise UserError(self._refusal(found, before.processes))
         self.changes = found
         return []
 
@@ -109,15 +109,18 @@ class Resumed:
     def _name(self) -> str:
         return str(self.checkpoint or self.folder)
 
-    def _refusal(self, refused: Sequence[Change]) -> str:
-        rows = [("", "trained with", "now"), *(change.row() for change in refused)]
+    def _refusal(self, found: Sequence[Change], processes: int) -> str:
+        rows = [("", "trained with", "now"), *(change.row() for change in found if change.is_refused)]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         table = "\n".join(f"  {key:<{widths[0]}}  {old:<{widths[1]}}  {new}" for key, old, new in rows)
         words = ("--recipe", self.folder, "--output_dir", self.folder, "--resume_from_checkpoint", "true")
+        again = command_line("milora_vl.train", *words)
+        if processes > 1:
+            again = again.replace("python", f"torchrun --nproc_per_node {processes}", 1)
         return (
             f"{self._name()} was trained with other settings, and cannot continue with these\n{table}\n"
             f"to resume:           repeat the old values; {self.folder / 'recipe.yaml'} holds all of them:\n"
-            f"                     {command_line('milora_vl.train', *words)}\n{START_ANEW}"
+            f"                     {again}\n{START_ANEW}"
         )
 
 
