@@ -167,8 +167,10 @@ def fingerprint(records: Iterable[Record]) -> str:
     """
     found = hashlib.blake2b(digest_size=16)
     for record in records:
-        turns = (f"{turn.role}\1{turn.text}" for turn in record.turns)
-        found.update("\0".join([*record.images, "", *turns, ""]).encode("utf-8", "surrogatepass"))
+        parts = [*record.images, ""]
+        for turn in record.turns:
+            parts += (turn.role, turn.text)
+        found.update("\0".join([*parts, ""]).encode("utf-8", "surrogatepass"))
     return found.hexdigest()
 
 
