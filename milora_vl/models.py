@@ -286,7 +286,7 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
 
     local = Path(source).is_dir()
     try:
-        return load(source, local_files_only=local or not _hub_is_known(), trust_remote_code=False, **arguments)
+        return load(source, local_files_only=local or not hub_is_known(), trust_remote_code=False, **arguments)
     except (SafetensorError, ValueError, ImportError, TypeError) as error:  # cut off, of no known kind, no tokenizer
         raise UserError(f"cannot read the model in {source}\n{_first_line(error)}") from None
     except OSError as error:
@@ -301,7 +301,7 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
         ) from None
 
 
-def _hub_is_known() -> bool:
+def hub_is_known() -> bool:
     """Whether the hub's name resolves; without a network the client would try for half a minute, noisily."""
     from huggingface_hub.constants import ENDPOINT
 

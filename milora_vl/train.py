@@ -30,9 +30,11 @@ def train(request: arguments.Request) -> int:
     from milora_vl.training.run import Run
 
     job = Run(request)
+    job.check_resumed()
     if job.is_done():
         return 0
     job.check_policy()
+    job.check_hub()
     job.read_data()
     job.check_evaluation()
     job.load_model()

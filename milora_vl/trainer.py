@@ -31,6 +31,8 @@ from milora_vl.lora.keep import keep_protected
 from milora_vl.policy import Target
 from milora_vl.projector import load_projector, save_projector
 from milora_vl.training import protection, streaming
+from milora_vl.training.checkpoints import copy_results
+from milora_vl.training.hub import first_line
 from milora_vl.training.losses import install, summed_loss
 from milora_vl.training.meter import Meter, group_rates, tower_norms
 from milora_vl.training.param_groups import parameter_groups, target_path
@@ -147,6 +149,7 @@ class MiloraTrainer(Trainer):
         named = {name: target_path(name, paths) for name, p in model.named_parameters() if p.requires_grad}
         self.norms = TowerNorms({name: paths[path] for name, path in named.items() if path})
         self.add_callback(self.norms)
+        self._failed_pushes: list[str] = []
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
 
     def trained(self) -> nn.Module:
@@ -285,6 +288,23 @@ class MiloraTrainer(Trainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / "training_args.bin")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """HF's, which knows only files of its own: milora.json and the projector go up with them."""
+        self._failed_pushes += self._failures_now()
+        if self.args.should_save:
+            copy_results(Path(checkpoint_folder), Path(str(self.args.output_dir)))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def failed_pushes(self) -> list[str]:
+        """Return why uploads of checkpoints failed: HF's Trainer waits for them and does not look."""
+        return list(dict.fromkeys([*self._failed_pushes, *self._failures_now()]))
+
+    def _failures_now(self) -> list[str]:
+        if not (self.args.push_to_hub and self.is_world_process_zero()) or self.push_in_progress is None:
+            return []
+        errors = [job.exception() for job in self.push_in_progress.jobs if job.done()]
+        return [first_line(error) for error in errors if error is not None]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.saves == "adapter":

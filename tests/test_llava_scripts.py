@@ -144,6 +144,25 @@ def test_both_stages_from_vicuna_and_clip_and_stock_peft_loads_what_comes_out(
     assert "composed before of" in capfd.readouterr().err
 
 
+def test_a_script_that_starts_from_parts_resumes_with_the_same_words(parts: dict[str, str], place: Path) -> None:
+    """Its recipe.yaml names the composed base, its command line the parts."""
+    script, chosen = (
+        "scripts/v1_5/finetune_lora.sh",
+        {**parts, "pretrain_mm_mlp_adapter": "", "save_steps": "1", "save_total_limit": ""},
+    )
+    run = tiny_run(script, place, **chosen)
+    shutil.rmtree(run / "checkpoint-2")
+    (run / "adapter_model.safetensors").unlink()
+    chosen["resume_from_checkpoint"] = "true"
+    with pytest.raises(UserError, match=r"policy\[0\].rank +4 +2\n"):
+        tiny_run(script, place, **chosen, lora_r="2")
+    tower = shutil.copytree(parts["vision_tower"], place / "other-clip")
+    with pytest.raises(UserError, match=r"(?s)model .*parts.vision_tower +none"):
+        tiny_run(script, place, **{**chosen, "vision_tower": str(tower)})
+    tiny_run(script, place, **chosen)
+    assert (run / "adapter_model.safetensors").is_file()
+
+
 def test_a_whole_model_in_llavas_layout_is_a_base(tiny_llava: Callable[..., Any], place: Path, capfd: Any) -> None:
     from llava_oracle import original_llava
 

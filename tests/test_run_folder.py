@@ -12,6 +12,7 @@ from test_checkpoints import make
 
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
+from milora_vl.training.run_data import RunData
 from milora_vl.training.run_folder import RunFolder, choose, default_path, describe_environment, is_finished
 
 
@@ -92,7 +93,9 @@ def test_a_git_that_does_not_answer_does_not_end_the_run(tmp_path: Path, monkeyp
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr("milora_vl.training.run_folder.GIT_PATIENCE", 0.2)
-    described = describe_environment(Recipe.parse({"model": "tiny"}), [], base="tiny", device="cpu", data={})
+    described = describe_environment(
+        Recipe.parse({"model": "tiny"}), [], base="tiny", device="cpu", data=RunData([], None), dtype="", processes=1
+    )
     assert described["git"] is None
 
 

@@ -31,6 +31,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/timm_tower_config.py:TimmTowerConfig.__init__": "PretrainedConfig's constructor",
     "milora_vl/training/forgetting.py:ForgettingCallback.on_step_end": "TrainerCallback's hook",
     "milora_vl/models.py:read_pretrained": "from_pretrained's keywords, passed on to it",
+    "milora_vl/training/opening.py:AtFirstStep.on_step_begin": "TrainerCallback's hook",
     "milora_vl/training/progress.py:Bars.on_log": "TrainerCallback's hook",
     "milora_vl/training/progress.py:Bars.on_train_begin": "TrainerCallback's hook",
     "milora_vl/training/progress.py:Lines.on_log": "TrainerCallback's hook",

@@ -92,12 +92,17 @@ def planned_config(parts: Parts) -> Any:
     return llava_config(plan, text, image_token=image_token)
 
 
+def planned_folder(parts: Parts) -> Path:
+    """The folder in the cache that a base of these parts has, or will have: its name tells its contents."""
+    return cache_dir() / "models" / f"{_name(parts)}-{_digest(parts)}"
+
+
 def base_folder(parts: Parts) -> tuple[Path, bool]:
     """The folder with these parts in Hugging Face's layout, and whether it was made now rather than found.
 
     It lies in the cache under a name of its contents; an adapter names it as its base, and stock PEFT loads both.
     """
-    folder = cache_dir() / "models" / f"{_name(parts)}-{_digest(parts)}"
+    folder = planned_folder(parts)
     if (folder / "config.json").is_file():
         return folder, False
     folder.parent.mkdir(parents=True, exist_ok=True)

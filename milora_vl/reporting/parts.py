@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from milora_data.page.credits import credit_lines
 from milora_data.page.pictures import fitting, thumbnail
@@ -138,8 +139,22 @@ def versions(run: Run) -> list[tuple[str, str]]:
     if isinstance(git, Mapping):
         git = f"{str(git.get('commit'))[:12]}{', with local changes' if git.get('changed') else ''}"
     rows = [(name, known.get(name)) for name in ("device", "started", "finished", "seed", "base")]
+    rows += [("resumed", _resumed(entry)) for entry in known.get("resumed", ())]
     rows += [("milora-vl commit", git), *known.get("versions", {}).items()]
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
+
+
+def _resumed(entry: Mapping[str, Any]) -> str:
+    """One resumption in words, with what it changed.
+
+    >>> _resumed({"from": "checkpoint-4", "at": "10:00", "changed": {"train.save_steps": [2.0, 1.0]}})
+    '10:00 from checkpoint-4, with train.save_steps 2 -> 1'
+    """
+    values = {
+        key: [f"{v:g}" if isinstance(v, float) else v for v in pair] for key, pair in entry.get("changed", {}).items()
+    }
+    changes = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in values.items())
+    return f"{entry['at']} from {entry['from']}" + (f", with {changes}" if changes else "")
 
 
 def credits_of(run: Run) -> list[str]:

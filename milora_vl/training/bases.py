@@ -65,7 +65,19 @@ def settled(recipe: Recipe) -> tuple[Recipe, str]:
     folder, is_new = composing.base_folder(parts)
     done = "composed" if is_new else "composed before"
     line = f"base {folder}, {done} of {parts.describe()}; the adapter names it"
-    return recipe.model_copy(update={"model": str(folder), "parts": PartsConfig(), "projector_weights": None}), line
+    return _composed(recipe, folder), line
+
+
+def named_as_composed(recipe: Recipe, model: str) -> Recipe:
+    """The recipe as `settled` leaves it, where its parts are those of `model`, the composed base of an earlier run."""
+    parts = parts_of(recipe)
+    if parts is None or composing.planned_folder(parts).name != Path(model).name:
+        return recipe
+    return _composed(recipe, Path(model))
+
+
+def _composed(recipe: Recipe, folder: Path) -> Recipe:
+    return recipe.model_copy(update={"model": str(folder), "parts": PartsConfig(), "projector_weights": None})
 
 
 def warnings(recipe: Recipe) -> list[str]:

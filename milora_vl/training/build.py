@@ -23,6 +23,7 @@ from milora_vl.lora.sidecar import FILE_NAME
 from milora_vl.policy import Policy, PolicyError, Target
 from milora_vl.towers import TOWERS, find_towers
 from milora_vl.trainer import Saves
+from milora_vl.training.policy_edits import without_projector
 from milora_vl.training.screen import trained_sizes
 
 WEIGHTS_FILE: dict[Saves, str] = {"adapter": "adapter_model.safetensors", "projector": "mm_projector.safetensors"}
@@ -102,8 +103,7 @@ def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:
     """The recipe whose default policy fits this model: no projector rule where there is no projector."""
     if not implicit or find_towers(base).projector is not None:
         return recipe
-    rules = [rule for rule in recipe.policy or () if rule["modules"] != "projector"]
-    return recipe.model_copy(update={"policy": rules})
+    return recipe.model_copy(update={"policy": without_projector(recipe.policy or [])})
 
 
 def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]:
@@ -163,6 +163,7 @@ def build(
     try:
         if saves == "adapter" and checkpoint is not None:
             model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
+            _require_same_adapter(checkpoint, model, targets, recipe.form)
         else:
             model = apply_targets(base, targets, form=recipe.form, cache_dir=recipe.factor_cache, progress=True)
     except (AdapterError, WeightError) as error:
@@ -184,6 +185,27 @@ def _require_same_kind(checkpoint: Path, saves: Saves) -> None:
         raise UserError(
             f"{checkpoint} has no {FILE_NAME}, which tells what of the adapter trains and what is its anchor\n"
             "put the file back, or resume from another checkpoint"
+        )
+
+
+def _require_same_adapter(checkpoint: Path, model: Any, targets: Sequence[Target], form: str) -> None:
+    """UserError where the rules describe another adapter than the files: tables and pages would show that one."""
+    stored, wanted = (
+        {t.path: f"{t.method} of rank {t.rank}, scale {t.scaling:g}" if t.rank else t.method for t in found}
+        for found in (model.milora_targets, targets)
+    )
+    differing = [
+        f"{path}: {stored.get(path, 'frozen')} -> {wanted.get(path, 'frozen')}"
+        for path in {**stored, **wanted}
+        if stored.get(path) != wanted.get(path)
+    ]
+    if model.sidecars["default"].form != form:
+        differing.insert(0, f"form: {model.sidecars['default'].form} -> {form}")
+    if differing:
+        more = f"\n... and {len(differing) - 1:,} more" if len(differing) > 1 else ""
+        raise UserError(
+            f"{checkpoint} was trained by other rules, and cannot continue with these\n{differing[0]}{more}\n"
+            "to resume:  repeat the --method, --rank, --alpha, --form or --policy of the run that wrote it"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 from datetime import datetime
@@ -34,6 +35,7 @@ from milora_vl.training import (
     first_batch,
     packages,
     rates,
+    resuming,
     run_data,
     run_folder,
     settings,
@@ -59,9 +61,10 @@ def show(request: Request) -> int:
     recipe = build.rules_for(chosen.recipe, base, implicit=chosen.implicit_policy)
     targets = build.targets_of(recipe, base)
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
-    run_folder.choose(path, request.resume)
-    train, warnings = training_args.prepared(recipe)
-    warnings += rates.warnings(targets, train, method=request.edits.method)
+    resumed, processes = resuming.Resumed(run_folder.choose(path, request.resume), request.resume), num_devices(request)
+    warnings = resumed.compare(chosen.recipe, implicit_policy=chosen.implicit_policy, processes=processes)
+    train, more_warnings = training_args.prepared(recipe)
+    warnings += more_warnings + rates.warnings(targets, train, method=request.edits.method)
     targets = rates.in_force(targets, train)
     for line in [*chosen.notes, *(f"warning: {warning}" for warning in [*chosen.warnings, *warnings])]:
         screen.say(line)
@@ -76,7 +79,7 @@ def show(request: Request) -> int:
         problems.append(error)
         counts, num_records = _assumed(screen, recipe, "cannot be read"), None
     rows = math.ceil((num_records or 1) / counts.records)
-    batching = _batching(train, None if recipe.data.streaming else rows, request.devices or num_devices())
+    batching = _batching(train, None if recipe.data.streaming else rows, processes)
     screen.say(f"\nbatch  {batching.describe()}")
     has_steps = recipe.data.streaming or num_records is not None
     unknown = "not known: the data cannot be read" if recipe.data.path else "not known without data"
@@ -272,11 +275,9 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def num_devices() -> int:
-    """Devices of the launch: what torchrun says, else one."""
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def num_devices(request: Request) -> int:
+    """Devices that are planned for, else those of the launch: what torchrun says, or one."""
+    return request.devices or int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def command(request: Request) -> str:

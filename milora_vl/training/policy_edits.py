@@ -59,6 +59,15 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
     return out
 
 
+def without_projector(rules: Sequence[RuleDict]) -> list[RuleDict]:
+    """Return the default rules as they are for a model without a projector.
+
+    >>> [rule["modules"] for rule in without_projector(DEFAULT_RULES)]
+    ['language']
+    """
+    return [rule for rule in rules if rule["modules"] != "projector"]
+
+
 def is_adapter(rule: RuleDict) -> bool:
     """Whether a rule makes an adapter, or refines one (a later rule may name a rank alone)."""
     return rule.get("method") in ADAPTERS or ("method" not in rule and any(f in rule for f in ADAPTER_FIELDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import time
 from datetime import datetime
@@ -10,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import UserError
-from milora_vl.training import checkpoints, evaluation, packages, run_data, run_folder, settings
+from milora_vl.training import (
+    checkpoints,
+    evaluation,
+    header,
+    hub,
+    packages,
+    resuming,
+    run_data,
+    run_folder,
+    settings,
+    training_args,
+)
 from milora_vl.training.arguments import Request
 from milora_vl.training.batching import Batching
 from milora_vl.training.checkpoints import step_of
 from milora_vl.training.screen import Screen, policy_rows, trainable_line
-
-# What the collator counts, in words.
-WHAT_HAPPENED = {
-    "skipped": "a record was left out because a picture of it is missing or broken",
-    "replaced": "a missing or broken picture was replaced by a plain one",
-    "unlearnable": "a record was left out because nothing of its answers is left within --max_length",
-    "cut": "a record was cut to --max_length",
-    "broken": "a broken record was left out (python -m milora_data check)",
-}
 
 
 class Run:
@@ -34,9 +37,12 @@ class Run:
         self.screen = Screen()
         self.request = request
         self.trainer: Any = None
+        self.probe: Any = None
+        self.spectra: Any = None  # measured at the start of a run alone
+        self.push_failed = False
         self.failed: list[str] = []  # evaluations that did not come to their end
         self.settings = settings.resolve(request)
-        self.recipe = self.settings.recipe
+        self.recipe, self.hub_token = hub.without_token(self.settings.recipe)
         path = Path(request.output_dir) if request.output_dir else run_folder.default_path(self.recipe, datetime.now())
         self.folder = run_folder.choose(path, request.resume)
         packages.check(self.recipe.train, self.recipe.quantization, self.recipe.attn_implementation)
@@ -45,9 +51,16 @@ class Run:
         for warning in self.settings.warnings:
             self.screen.warn(warning)
 
+    def check_resumed(self) -> None:
+        """Refuse to continue a run with settings that it was not trained with; find the changes that it may have."""
+        self.resumed = resuming.Resumed(self.folder, self.request.resume)
+        processes, implicit = int(os.environ.get("WORLD_SIZE", "1")), self.settings.implicit_policy
+        for warning in self.resumed.compare(self.recipe, implicit_policy=implicit, processes=processes):
+            self.screen.warn(warning)
+
     def is_done(self) -> bool:
         """Whether `--resume_from_checkpoint auto` finds a finished run: a requeued job has nothing left to do."""
-        if (self.request.resume or "").lower() != "auto" or not run_folder.is_finished(self.folder.path):
+        if not self.resumed.is_done():
             return False
         self.screen.say(f"{self.folder.path} is finished; nothing to resume")
         return True
@@ -56,26 +69,22 @@ class Run:
         """Find out by the model's config, before anything is read, what the rules say wrongly of it."""
         settings.require_fit(self.request, self.recipe)
 
+    def check_hub(self) -> None:
+        """Find out whether the run could push its files, where it is to."""
+        hub.check(self.recipe.train, self.folder.path, self.hub_token)
+
     def read_data(self) -> None:
         """Read and check the records, and settle HF's arguments and the number of steps."""
         with self.screen.step(f"reading {run_data.describe(self.recipe.data)}"):
             self.data = run_data.read(self.recipe.data)
-        if self.data.skipped:
-            self.screen.warn(f"{self.data.skipped:,} records left out: pictures missing or empty (--bad_images skip)")
-        for finding in self.data.broken[:5]:
-            self.screen.warn(f"{finding.where}: {finding.sentence}")
-        if self.data.broken:
-            self.screen.warn(f"{len(self.data.broken):,} broken records are left out (python -m milora_data check)")
-        if self.data.unlearnable:
-            self.screen.warn(f"{self.data.unlearnable:,} records without an answer are left out")
-        from milora_vl.training import resuming, training_args
-
+        self.resumed.require_same_records(self.data)
         self.args, warnings = training_args.make(self.recipe, self.folder.path)
         self._count_steps(None if self.recipe.data.streaming else len(self.data.train))
         if self.folder.checkpoint is not None:
             stage = training_args.zero_stage(self.args)
             warnings += resuming.check(self.folder.checkpoint, processes=self.args.world_size, stage=stage)
-        for warning in [*warnings, *self._warnings()]:
+        warnings += header.warnings(self.args, self.batching)
+        for warning in [*self.data.warnings(), *warnings]:
             self.screen.warn(warning)
 
     def _count_steps(self, num_items: int | None) -> None:
@@ -88,11 +97,8 @@ class Run:
             max_steps=self.args.max_steps,
             drop_last=self.args.dataloader_drop_last,
         )
-        if self.folder.checkpoint is not None and step_of(self.folder.checkpoint) > self.batching.steps:
-            raise UserError(
-                f"{self.folder.checkpoint} is beyond the end of this run, step {self.batching.steps:,}\n"
-                "raise --max_steps or --num_train_epochs to train on from it"
-            )
+        if self.folder.checkpoint is not None:
+            resuming.require_same_steps(self.folder.checkpoint, self.recipe, self.batching.steps)
 
     def check_evaluation(self) -> None:
         """Find out now what loading the model, or the evaluation after the training, would stumble over."""
@@ -103,7 +109,7 @@ class Run:
 
     def load_model(self) -> None:
         """Load the base model and its processor."""
-        from milora_vl.training import bases, build, training_args
+        from milora_vl.training import bases, build
 
         with self.args.main_process_first(desc="composing the base"):
             self.recipe, line = bases.settled(self.recipe)
@@ -116,7 +122,6 @@ class Run:
         self.recipe = build.rules_for(self.recipe, self.base, implicit=self.settings.implicit_policy)
         for warning in build.model_warnings(self.recipe, self.base, self.processor):
             self.screen.warn(warning)
-        self.probe = None
         if self.recipe.eval.forgetting_every:
             from milora_vl.training.forgetting import Probe
 
@@ -147,7 +152,6 @@ class Run:
 
         from milora_vl.spectrum import layer_spectra
         from milora_vl.training import build, rates
-        from milora_vl.training.training_args import trained_dtype
 
         targets = build.targets_of(self.recipe, self.base)
         for warning in rates.warnings(targets, self.recipe.train, method=self.request.edits.method):
@@ -157,55 +161,61 @@ class Run:
             with self.screen.step("measuring the spectrum of one layer per tower"):
                 self.spectra = layer_spectra(self.base, targets)
         set_seed(self.args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
-        checkpoint = self.folder.checkpoint
+        checkpoint, dtype = self.folder.checkpoint, training_args.trained_dtype(self.args)
         with self.screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
-            self.built = build.build(self.recipe, self.base, targets, checkpoint, trained_dtype(self.args))
+            self.built = build.build(self.recipe, self.base, targets, checkpoint, dtype)
         if self.args.gradient_checkpointing:
             self.built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
 
     def open_folder(self) -> None:
-        """Show the header and the policy, and write what is known before the first step."""
+        """Show the header and the policy, and gather what is written when the first step begins."""
         from milora_vl.training import run_files
+        from milora_vl.training.opening import Opening
 
-        self.screen.header(self.header())
+        known = (self.settings, self.recipe.model, self.data, self.batching, self.args, self.dtype, self.folder)
+        self.screen.header(header.rows(*known))
         self.screen.policy(policy_rows(self.built.targets, self.built.sizes, self.built.report), self.built.frozen)
         self.screen.say(trainable_line(self.built.model))
         run_files.set_chat_template(self.processor, self.recipe.template)
-        if not self.args.should_save:
-            return
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        for folder, reason in self.folder.incomplete:
-            self.screen.warn(f"{folder.name} {reason}; it is kept as {checkpoints.set_aside(folder).name}")
-        if self.folder.checkpoint is not None:
-            for change in run_files.changes(self.folder.path, self.recipe):
-                self.screen.warn(f"the recipe differs from the run's so far: {change}")
+        if self.resumed.changes:
+            self.screen.say(f"changed since {self.folder.checkpoint}: {'; '.join(map(str, self.resumed.changes))}")
         self.environment = run_folder.describe_environment(
             self.recipe,
-            ["python", "-m", "milora_vl.train", *self.request.words],
+            ["python", "-m", "milora_vl.train", *hub.hidden_token(self.request.words)],
             base=run_files.base_name(self.base) or self.recipe.model,
             device=run_files.device_name(self.args.device),
-            data=self.data.counts(),
+            data=self.data,
+            dtype=str(self.dtype).removeprefix("torch."),
+            processes=self.args.world_size,
         )
         if self.folder.checkpoint is not None:
-            before = run_folder.read_environment(self.folder.path)
-            self.environment = run_folder.continued(before, self.environment, self.folder.checkpoint)
-        self.folder.write_text("recipe.yaml", self.recipe.to_yaml())
-        self.folder.write_json("environment.json", self.environment)
-        if self.describes_start():
-            self.folder.write_json("policy.json", run_files.policy_json(self.built))
-            self.folder.write_json("spectrum.json", self.spectra)
+            self.environment = self.resumed.continued(self.environment)
+        start = {"policy.json": run_files.policy_json(self.built), "spectrum.json": self.spectra}
+        self.opening = Opening(
+            folder=self.folder,
+            recipe=self.recipe,
+            environment=self.environment,
+            content=start if self.describes_start() else {},
+            screen=self.screen,
+            is_writer=self.args.should_save,
+        )
 
     def train(self) -> None:
-        """Train with HF's Trainer; a keyboard interrupt says how to go on."""
-        from peft.helpers import disable_input_dtype_casting
-        from transformers import TrainerState
+        """Train with HF's Trainer; where no step begins, nothing is left in the run folder."""
+        try:
+            self._make_trainer()
+            self._train()
+        finally:
+            self.opening.remove_empty_folders()
 
+    def _make_trainer(self) -> None:
         from milora_vl.trainer import MiloraTrainer
-        from milora_vl.training import failures, run_files
-        from milora_vl.training.launch import calls_on_sigterm
+        from milora_vl.training import run_files
+        from milora_vl.training.opening import AtFirstStep
 
         self.collator = run_files.collator(self.recipe, self.base, self.processor, self.data.train[:100])
         self._use_feature_cache()
+        hub.open_repository(self.args)
         self.trainer = MiloraTrainer(
             self.built.model,
             self.args,
@@ -219,12 +229,23 @@ class Run:
             kinds=None if self.lengths is None else [bool(record.images) for record in self.data.train],
             stream_from=self.folder.checkpoint,
         )
+        self.trainer.add_callback(AtFirstStep(self.opening.begin))
         if self.probe is not None and self.recipe.eval.forgetting_every:
             from milora_vl.training.forgetting import ForgettingCallback
 
             self.trainer.add_callback(ForgettingCallback(self.probe, self.recipe.eval.forgetting_every, self.trainer))
+
+    def _train(self) -> None:
+        """Make the steps; a keyboard interrupt says how to go on."""
+        from peft.helpers import disable_input_dtype_casting
+        from transformers import TrainerState
+
+        from milora_vl.training import failures, run_files
+        from milora_vl.training.launch import calls_on_sigterm
+
         checkpoint = self.folder.checkpoint
         if checkpoint is not None and self.has_all_steps():
+            self.opening.begin()
             self.trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             return
         try:
@@ -245,9 +266,8 @@ class Run:
                 "to go on, repeat the command with  --resume_from_checkpoint auto",
                 exit_code=128 + signal.SIGTERM,
             )
-        for what, count in self.collator.counts().items():
-            if count:
-                self.screen.warn(f"{count:,} times while training: {WHAT_HAPPENED[what]}")
+        for warning in run_files.warnings_of(self.collator):
+            self.screen.warn(warning)
 
     def _use_feature_cache(self) -> None:
         """Let batches hold what the frozen tower makes of the pictures, where the recipe names a folder for it."""
@@ -270,7 +290,7 @@ class Run:
 
         with failures.explained(self.args):
             if not self.has_all_steps():
-                self.trainer.save_model()
+                self.trainer.save_model(_internal_call=True)  # pushed when the pages are there too
             elif self.args.should_save:
                 best = self.trainer.state.best_model_checkpoint if self.args.load_best_model_at_end else None
                 checkpoints.copy_results(Path(best or str(self.folder.checkpoint)), self.folder.path)
@@ -279,6 +299,9 @@ class Run:
             self.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
             self.environment["seconds"] = round(time.monotonic() - self.start, 1)
             self.folder.write_json("environment.json", self.environment)
+            self.repository = self.trainer.hub_model_id
+            for reason in self.trainer.failed_pushes():
+                self.screen.warn(f"a push during the training failed: {reason}")
 
     def evaluate(self) -> None:
         """Start the evaluation that the recipe asks for, once this process has given its memory back."""
@@ -301,13 +324,23 @@ class Run:
             from milora_vl.training.closing import close
 
             close(self.folder, self.recipe, self.screen, self.request.format)
+            if self.args.push_to_hub:
+                self._push()
         for command in self.failed:
             self.screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")
-        return 1 if self.failed else 0
+        return 1 if self.failed or self.push_failed else 0
+
+    def _push(self) -> None:
+        try:
+            with self.screen.step(f"pushing to {self.repository}"):
+                self.screen.say(f"pushed   {hub.push(self.folder.path, self.repository, self.args.hub_revision)}")
+        except UserError as error:
+            self.push_failed = True
+            self.screen.warn(str(error))
 
     def describe_unfinished(self) -> None:
         """Write the losses so far, the model card and the report of a run that ended before its end."""
-        if self.args.should_save and self.trainer is not None:
+        if self.args.should_save and self.opening.has_begun:
             from milora_vl.training.closing import write_pages
 
             try:
@@ -319,30 +352,3 @@ class Run:
     def describes_start(self) -> bool:
         """Whether policy and spectra are to be written: not where a resumed run finds those of its start."""
         return self.folder.checkpoint is None or not (self.folder.path / "policy.json").is_file()
-
-    def header(self) -> list[tuple[str, str]]:
-        """Rows of the header panel."""
-        recipe, counted = self.recipe, self.batching
-        said, now = self.settings.batch_in_recipe, (counted.per_device, counted.accumulation)
-        beside = f"   (recipe: {said[0]} x {said[1]})" if said and said != now else ""
-        source = f"   recipe {self.settings.source}" if self.settings.source else ""
-        precision = "bf16 autocast" if self.args.bf16 else "fp16 autocast" if self.args.fp16 else "no autocast"
-        rows = [
-            ("model", f"{recipe.model}{source}"),
-            ("data", self.data.describe()),
-            ("batch", counted.describe() + beside),
-            ("steps", counted.describe_steps()),
-            ("dtype", f"{str(self.dtype).removeprefix('torch.')} base, {precision}, on {self.args.device}"),
-            ("run", str(self.folder.path)),
-        ]
-        if self.folder.checkpoint is not None:
-            rows.append(("resumed", self.folder.checkpoint.name))
-        return rows
-
-    def _warnings(self) -> list[str]:
-        found, args, steps = list[str](), self.args, self.batching.steps
-        if args.save_strategy == "steps" and args.save_steps > steps:
-            found.append(
-                f"save_steps {args.save_steps:g} is beyond the last step ({steps:,}): no checkpoint before the end"
-            )
-        return found

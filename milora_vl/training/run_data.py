@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ class RunData:
     unlearnable: int = 0  # they have no answer
     broken: tuple[Finding, ...] = ()  # they are no records, and --bad_images is not raise
     streamed: bool = False  # `train` holds the first records of a stream
+    fingerprint: str = ""  # of the contents and the order of `train`, wherever the files lie
 
     @property
     def num_with_images(self) -> int:
@@ -46,6 +48,18 @@ class RunData:
             return f"a stream, of which the first {len(self.train):,} records were looked at"
         pictures = f"{self.num_with_images:,} with pictures" if self.num_with_images else "text only"
         return f"{amount(len(self.train), 'record')}, {pictures}"
+
+    def warnings(self) -> list[str]:
+        """What was left out, and why."""
+        found = []
+        if self.skipped:
+            found.append(f"{self.skipped:,} records left out: pictures missing or empty (--bad_images skip)")
+        found += [f"{finding.where}: {finding.sentence}" for finding in self.broken[:5]]
+        if self.broken:
+            found.append(f"{len(self.broken):,} broken records are left out (python -m milora_data check)")
+        if self.unlearnable:
+            found.append(f"{self.unlearnable:,} records without an answer are left out")
+        return found
 
     def counts(self) -> dict[str, int]:
         """As environment.json holds them; of a stream, nobody knows how many there are to train on."""
@@ -68,6 +82,7 @@ def read(config: DataConfig) -> RunData:
         train.unlearnable + held_out.unlearnable,
         train.broken + held_out.broken,
         train.streamed,
+        train.fingerprint,
     )
 
 
@@ -98,7 +113,7 @@ def _looked_at(config: DataConfig) -> RunData:
         report = Report(describe(config), str(config.image_folder))
         records = list(_usable(records, report))
     check_for_training(records, config.image_folder, config.bad_images)
-    return RunData(CompactRecords(records), None, streamed=True)
+    return RunData(CompactRecords(records), None, streamed=True, fingerprint=fingerprint(records))
 
 
 def sources_of(path: str | list[SourceConfig]) -> str | list[Source]:
@@ -136,7 +151,29 @@ def _checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
         kept = [record for record in kept if all(finding.kind != "no_answer" for finding in examine(record))]
     if not kept:
         raise UserError(f"no record of {path} is left: their pictures are missing, or they have no answers")
-    return RunData(CompactRecords(kept), None, skipped, len(records) - skipped - len(kept), tuple(report.findings))
+    return RunData(
+        CompactRecords(kept),
+        None,
+        skipped,
+        len(records) - skipped - len(kept),
+        tuple(report.findings),
+        fingerprint=fingerprint(kept),
+    )
+
+
+def fingerprint(records: Iterable[Record]) -> str:
+    """Return a hash of the turns and the names of the pictures of all records, in their order.
+
+    >>> fingerprint([Record("a", (), (), "train.json:1")]) == fingerprint([Record("a", (), (), "moved.json:1")])
+    True
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for record in records:
+        parts = [*record.images, ""]
+        for turn in record.turns:
+            parts += (turn.role, turn.text)
+        found.update("\0".join([*parts, ""]).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
 
 
 def _no_records(path: str, report: Report) -> str:

@@ -1,8 +1,8 @@
-"""What a run makes besides weights: collator, chat template, policy.json, spectra, differences on resume."""
+"""What a run makes besides weights: collator, chat template, policy.json, spectra."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,19 @@ from milora_data.records import Record
 from milora_data.templates import OWN, render_chat_template
 from milora_data.tokens import remember_legacy
 from milora_vl import models
-from milora_vl.config import Recipe, load
+from milora_vl.config import Recipe
 from milora_vl.image_tokens import image_token_id, image_tokens, tiling_of
 from milora_vl.towers import find_towers
 from milora_vl.training.build import Built
+
+# What the collator counts, in words.
+WHAT_HAPPENED = {
+    "skipped": "a record was left out because a picture of it is missing or broken",
+    "replaced": "a missing or broken picture was replaced by a plain one",
+    "unlearnable": "a record was left out because nothing of its answers is left within --max_length",
+    "cut": "a record was cut to --max_length",
+    "broken": "a broken record was left out (python -m milora_data check)",
+}
 
 
 def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Sequence[Record] = ()) -> ImageTextCollator:
@@ -46,6 +55,13 @@ def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Seque
         substitutes=substitutes,
         tiling=_tiling(recipe, base),
     )
+
+
+def warnings_of(collator: ImageTextCollator) -> list[str]:
+    """What the collator of a run met while training, with how often."""
+    return [
+        f"{count:,} times while training: {WHAT_HAPPENED[what]}" for what, count in collator.counts().items() if count
+    ]
 
 
 def _tiling(recipe: Recipe, base: nn.Module) -> Tiling | None:
@@ -108,15 +124,6 @@ def policy_json(built: Built) -> dict[str, Any]:
     }
 
 
-def changes(folder: Path, recipe: Recipe) -> list[str]:
-    """What differs between the recipe of a run so far and the one it is resumed with."""
-    if not (folder / "recipe.yaml").is_file():
-        return []
-    before, now = dict(_flat(load(folder / "recipe.yaml").model_dump())), dict(_flat(recipe.model_dump()))
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys]
-
-
 def base_name(base: nn.Module) -> str:
     """The name or folder the base was loaded by, as adapters record it."""
     assert isinstance(base, PreTrainedModel)
@@ -126,14 +133,3 @@ def base_name(base: nn.Module) -> str:
 def device_name(device: torch.device) -> str:
     """`cpu`, or a GPU by its name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _flat(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _flat(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(content, list):
-        for number, value in enumerate(content):
-            yield from _flat(value, f"{path}[{number}]")
-    else:
-        yield path, content

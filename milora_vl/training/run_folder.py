@@ -9,17 +9,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from milora_data import whole
 from milora_data.errors import UserError
 from milora_vl.config import Recipe
 from milora_vl.training import checkpoints
+
+if TYPE_CHECKING:
+    from milora_vl.training.run_data import RunData
 
 OWN_FILES = ("recipe.yaml", "README.md", "policy.json", "report.html")
 GIT_PATIENCE = 10  # seconds
@@ -66,13 +69,12 @@ def choose(path: Path, resume: str | None) -> RunFolder:
 
     UserError, before anything is written, where a run would be overwritten or there is nothing to resume.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output_dir {path} is a file, not a folder")
-    wanted = None if resume is None or resume.lower() in ("false", "no", "none") else resume
+    _require_writable(path)
+    wanted = _wanted(resume)
     if wanted is None:
         _refuse_to_overwrite(path)
         return RunFolder(path)
-    if wanted.lower() not in ("true", "yes", "1", "auto"):
+    if not _is_word(wanted):
         given = _given_checkpoint(Path(wanted))
         if given.resolve().parent != path.resolve():
             _refuse_to_overwrite(path)
@@ -90,6 +92,17 @@ def choose(path: Path, resume: str | None) -> RunFolder:
     return RunFolder(path, checkpoint, tuple(skipped))
 
 
+def resumed_run(output_dir: str | None, resume: str | None) -> Path | None:
+    """The folder of the run that a command continues, finished or not; None where it starts one."""
+    wanted = _wanted(resume)
+    if wanted is None:
+        return None
+    if not _is_word(wanted):
+        return Path(wanted).parent
+    run = None if output_dir is None else Path(output_dir)
+    return run if run is not None and (checkpoints.checkpoints(run) or is_finished(run)) else None
+
+
 def read_environment(path: Path) -> dict[str, Any]:
     """Content of a run's environment.json, empty where there is none or it is cut off."""
     try:
@@ -99,29 +112,43 @@ def read_environment(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def continued(before: Mapping[str, Any], now: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """environment.json of a resumed run: when it began stays, when it was resumed is added."""
-    resumed = [*before.get("resumed", []), {"from": checkpoint.name, "at": now["started"]}]
-    return {**now, "started": before.get("started", now["started"]), "resumed": resumed}
-
-
 def describe_environment(
-    recipe: Recipe, command: Sequence[str], *, base: str, device: str, data: Mapping[str, int]
+    recipe: Recipe, command: Sequence[str], *, base: str, device: str, data: RunData, dtype: str, processes: int
 ) -> dict[str, Any]:
-    """What environment.json says at the start of a run."""
+    """What environment.json says at the start of a run; `dtype` is that of the frozen weights."""
     return {
         "command": list(command),
         "versions": {"python": sys.version.split()[0], **_versions()},
         "git": _git_state(),
         "device": device,
+        "processes": processes,
+        "dtype": dtype,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "finished": None,
         "seconds": 0.0,
         "seed": recipe.train.get("seed", 42),
         "model": recipe.model,
         "base": base,
-        "data": dict(data),
+        "data": data.counts(),
+        "records": data.fingerprint,
     }
+
+
+def _wanted(resume: str | None) -> str | None:
+    return None if resume is None or resume.lower() in ("false", "no", "none") else resume
+
+
+def _is_word(wanted: str) -> bool:
+    return wanted.lower() in ("true", "yes", "1", "auto")
+
+
+def _require_writable(path: Path) -> None:
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        inside = "" if there == path else f": {there}"
+        raise UserError(f"--output_dir {path} is {'inside ' if inside else ''}a file, not a folder{inside}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {path}: {there} cannot be written to\nname another folder")
 
 
 def _refuse_to_overwrite(path: Path) -> None:

@@ -12,7 +12,7 @@ import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
 from milora_vl.config import Recipe, RecipeError, located, policy_problems
-from milora_vl.training import bases, checkpoints, llava_flags, protection, yaml_file
+from milora_vl.training import bases, llava_flags, protection, run_folder, yaml_file
 from milora_vl.training.arguments import PROG, Request
 from milora_vl.training.hf_arguments import overridden
 from milora_vl.training.policy_edits import ADAPTERS, edited
@@ -161,12 +161,10 @@ def _resolve(request: Request) -> Settings:
 
 def _dtype_of_resumed(request: Request) -> str | None:
     """The dtype of the run that a request goes on with, whatever is the fastest here."""
-    if request.resume is None or request.output_dir is None:
+    run = run_folder.resumed_run(request.output_dir, request.resume)
+    if run is None or not (run / "recipe.yaml").is_file():  # nothing was saved: it begins again
         return None
-    kept = Path(request.output_dir) / "recipe.yaml"
-    if not kept.is_file() or not checkpoints.checkpoints(kept.parent):  # nothing was saved: it begins again
-        return None
-    return str(yaml_file.read_file(kept)[0].get("dtype", "")) or None
+    return str(yaml_file.read_file(run / "recipe.yaml")[0].get("dtype", "")) or None
 
 
 def _without_evaluation(content: dict[str, Any], request: Request) -> list[str]:

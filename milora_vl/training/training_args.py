@@ -25,6 +25,8 @@ FORCED = {
     "prediction_loss_only": True,
     "logging_nan_inf_filter": False,
 }
+# Optimizers that choose their parameters themselves, by names of modules.
+OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
 # Of example scripts: the command trains, and evaluates where there are records for it.
 NO_EFFECT = ("do_eval", "do_predict", "batch_eval_metrics", "include_for_metrics")
 
@@ -56,7 +58,22 @@ def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]
             f"one of {args.n_gpu} GPUs is used; for all: torchrun --nproc_per_node {args.n_gpu} -m milora_vl.train ..."
         )
         args._n_gpu = 1
+    _require_optimizer(args)
     return args, [*warnings, *crowded.warnings(args.device.type, args.world_size)]
+
+
+def _require_optimizer(args: TrainingArguments) -> None:
+    """UserError for an optimizer that the Trainer could not make once the model is loaded."""
+    from transformers import Trainer
+    from transformers.training_args import OptimizerNames
+
+    name = OptimizerNames(args.optim).value
+    if name.startswith(OWN_GROUPS):
+        raise UserError(f"--optim {name} makes its own groups; learning rates per rule need another")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--optim {name}: {str(error).splitlines()[0]}") from None
 
 
 def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
