@@ -6,6 +6,7 @@ Distributed training, precision and logging are all HF's; whatever wraps the mod
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +29,10 @@ from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
 from milora_data.stream import RecordStream
 from milora_vl.lora.keep import keep_protected
+from milora_vl.lora.sidecar import FILE_NAME
 from milora_vl.policy import Target
 from milora_vl.projector import load_projector, save_projector
 from milora_vl.training import protection, streaming
-from milora_vl.training.checkpoints import copy_results
 from milora_vl.training.hub import first_line
 from milora_vl.training.losses import install, summed_loss
 from milora_vl.training.meter import Meter, group_rates, tower_norms
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
+OWN_FILES = (FILE_NAME, "mm_projector.safetensors", "mm_projector.bin")
 Saves = Literal["adapter", "projector", "full"]
 
 
@@ -292,8 +294,9 @@ class MiloraTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """HF's, which knows only files of its own: milora.json and the projector go up with them."""
         self._failed_pushes += self._failures_now()
-        if self.args.should_save:
-            copy_results(Path(checkpoint_folder), Path(str(self.args.output_dir)))
+        for name in OWN_FILES if self.args.should_save else ():
+            if (Path(checkpoint_folder) / name).is_file():
+                shutil.copy2(Path(checkpoint_folder) / name, str(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
 
     def failed_pushes(self) -> list[str]:

@@ -36,7 +36,8 @@ class Side:
         """Return a training argument, or its default."""
         half = {"bfloat16": "bf16", "float16": "fp16"}.get(self.recipe.dtype)
         default = True if name == half else hf_arguments.flags()[name].default
-        return self.recipe.train.get(name, default)
+        given = self.recipe.train.get(name)
+        return default if given is None else given
 
     @property
     def batch(self) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ def rows(
     dtype: torch.dtype,
     folder: RunFolder,
 ) -> list[tuple[str, str]]:
-    """Rows of the header panel; `dtype` is that of the frozen weights of `model`."""
+    """Rows of the header panel; `dtype` is the dtype of the frozen weights."""
     said, now = settings.batch_in_recipe, (batching.per_device, batching.accumulation)
     beside = f"   (recipe: {said[0]} x {said[1]})" if said and said != now else ""
     source = f"   recipe {settings.source}" if settings.source else ""

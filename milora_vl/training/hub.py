@@ -47,7 +47,7 @@ def hidden_token(words: Sequence[str]) -> list[str]:
 
 
 def check(train: Mapping[str, Any], output_dir: Path, token: str | None) -> None:
-    """UserError where a run with --push_to_hub could not push: no network, no token, or one that cannot write.
+    """Raise UserError if a run with --push_to_hub could not push: no network, no token, or a read-only token.
 
     A token of --hub_token becomes this process's own, as if HF_TOKEN held it, so that no file has to.
     """
@@ -87,7 +87,7 @@ def explained(what: str, remedy: str, *, exit_code: int = 1) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # the client's own classes, and those of an HTTP library that changes by version
+    except Exception as error:  # classes of the client and of its HTTP library, which differ by version
         raise UserError(f"{what}: {first_line(error)}\n{remedy}", exit_code=exit_code) from None
 
 
@@ -119,7 +119,7 @@ def push(folder: Path, repository: str, revision: str | None) -> str:
 
 
 def push_command(folder: Path, repository: str) -> str:
-    """Return what to type to upload a run by hand."""
+    """Return the command that uploads a run."""
     left_out = [word for pattern in NOT_UPLOADED for word in ("--exclude", pattern)]
     return shlex.join(["hf", "upload", repository, str(folder), ".", *left_out])
 

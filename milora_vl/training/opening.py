@@ -54,7 +54,7 @@ class Opening:
         for folder in self.absent:
             try:
                 folder.rmdir()
-            except OSError:  # there is something in it, or nobody has made it
+            except OSError:  # not empty, or never created
                 return
 
 

@@ -24,7 +24,7 @@ START_ANEW = "to start a new run:  another --output_dir, without --resume_from_c
 
 
 class Resumed:
-    """The run that a command continues: what is known of it, and what may differ now. Nothing where it starts one."""
+    """The run that a command continues, and what may differ now. Without such a run every check passes."""
 
     def __init__(self, folder: RunFolder, resume: str | None) -> None:
         self.run, self.checkpoint = folder, folder.checkpoint
@@ -42,15 +42,13 @@ class Resumed:
             raise UserError(f"cannot tell what {self.folder} was trained with\n{error}\n{START_ANEW}") from None
 
     def compare(self, recipe: Recipe, *, implicit_policy: bool, processes: int) -> list[str]:
-        """Keep the changes that a run may continue with; UserError with a table of those that it may not.
+        """Keep the changes that are allowed; raise UserError with a table of the others.
 
         implicit_policy: the rules are our default, whose projector rule goes where there is no projector.
-        Returns warnings: there is one where nothing tells what the checkpoint was trained with.
+        Returns a warning if there is no recipe to compare with.
         """
         if self.recipe is None:
-            unknown = (
-                f"{self.folder} has no recipe.yaml: nothing tells which rates, data and template it was trained with"
-            )
+            unknown = f"{self.folder} has no recipe.yaml, so its rates, data and template cannot be compared with these"
             return [unknown] if self.checkpoint is not None else []
         recipe = bases.named_as_composed(recipe, self.recipe.model)
         rules = recipe.policy or []
@@ -75,7 +73,7 @@ class Resumed:
         return False
 
     def require_same_records(self, data: RunData) -> None:
-        """UserError for records that are not those of the run so far: their order is part of what is resumed."""
+        """Raise UserError if the records, or their order, differ from the ones that the run was trained on."""
         if self.recipe is None:
             return
         now, path = data.counts().get("train"), self.recipe.data.path
@@ -103,7 +101,7 @@ class Resumed:
         return {**environment, "started": started, "resumed": [*self.environment.get("resumed", []), entry]}
 
     def _processes(self, now: int) -> int:
-        """How many wrote the checkpoint; those of a sharded one are counted by `check`."""
+        """Number of processes that wrote the checkpoint; `check` compares it for sharded ones."""
         return now if self.checkpoint is None or is_sharded(self.checkpoint) else num_processes(self.checkpoint)
 
     def _name(self) -> str:
