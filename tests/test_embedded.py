@@ -41,12 +41,12 @@ def convert(data: Path, out: Path, kind: str = "messages") -> int:
 
 def test_they_are_written_once_each_with_the_suffix_of_their_format(tmp_path: Path, capsys: Any) -> None:
     data, out = tmp_path / "chat.jsonl", tmp_path / "out"
-    pictures = [url("red"), url("blue", "JPEG"), url("red"), url("green", "WEBP", named="jpeg")]
+    pictures = [url("red"), url("blue", "JPEG"), url("red"), url("green", "WEBP", named="jpeg"), url("red", "PPM")]
     dump_lines(data, [asked(picture) for picture in pictures])
     assert convert(data, out) == 0
     records = list(load_records(out / "data.json"))
     names = [record.images[0] for record in records]
-    assert [Path(name).suffix for name in names] == [".png", ".jpg", ".png", ".webp"]
+    assert [Path(name).suffix for name in names] == [".png", ".jpg", ".png", ".webp", ".ppm"]
     assert names[0] == names[2]
     assert sorted(path.name for path in (out / "images").iterdir()) == sorted(set(names))
     assert (out / "images" / names[1]).read_bytes() == encoded("blue", "JPEG")
