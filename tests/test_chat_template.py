@@ -1,4 +1,4 @@
-"""The masks of `--template chat_template`: ids are those of transformers, and learnt is what the model has to write."""
+"""`--template chat_template`: ids and masks equal what transformers makes of the same messages."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_of_several_templates_the_default_one_is_taken() -> None:
         encode(record(CONVERSATIONS[0]), each, template="chat_template", image_token_id=-1) for each in (several, one)
     ]
     assert made[0] == made[1]
-    with pytest.raises(UserError, match="no chat template of its own"):
+    with pytest.raises(UserError, match="no chat template"):
         ImageTextCollator(with_template(BYTE_BPE, {"tools": SMOLLM2}), template="chat_template")
 
 
@@ -99,7 +99,7 @@ def test_the_collator_takes_it_and_refuses_a_tokenizer_without_one() -> None:
     learnt = [tokenizer.decode(row[row != IGNORE]) for row in batch["labels"]]
     ends = ["".join(text + "<|im_end|>" for role, text in turns if role == "assistant") for turns in CONVERSATIONS]
     assert learnt == ends
-    with pytest.raises(UserError, match="no chat template of its own"):
+    with pytest.raises(UserError, match="no chat template"):
         ImageTextCollator(BYTE_BPE, template="chat_template")
 
 
@@ -149,7 +149,7 @@ def test_ids_with_pictures_are_those_of_the_processor(tmp_path: Path) -> None:
 
 
 def test_the_default_model_sees_pictures_in_its_own_template(tiny_data: Path) -> None:
-    """Its chat template is that of vicuna_v1, which composing gave it: the ids must be the same."""
+    """Composing gave it the chat template of vicuna_v1, so both templates must give the same ids."""
     from milora_data.templates import render_chat_template
 
     processor = load_processor("tiny")

@@ -1,4 +1,4 @@
-"""Pictures that stand in the records as base64, as OpenAI's messages have them: `convert` writes them to files."""
+"""Pictures inside the records as base64, as in OpenAI's messages: `convert` writes them to files."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from milora_data.__main__ import main
 from milora_data.errors import DataError, UserError
 from milora_data.images import load_image
 from milora_data.records import load_records
+from milora_eval.benchmarks.own_data import OwnData
 from milora_vl.train import main as train
 
 
@@ -40,12 +41,12 @@ def convert(data: Path, out: Path, kind: str = "messages") -> int:
 
 def test_they_are_written_once_each_with_the_suffix_of_their_format(tmp_path: Path, capsys: Any) -> None:
     data, out = tmp_path / "chat.jsonl", tmp_path / "out"
-    pictures = [url("red"), url("blue", "JPEG"), url("red"), url("green", "WEBP", named="jpeg")]
+    pictures = [url("red"), url("blue", "JPEG"), url("red"), url("green", "WEBP", named="jpeg"), url("red", "PPM")]
     dump_lines(data, [asked(picture) for picture in pictures])
     assert convert(data, out) == 0
     records = list(load_records(out / "data.json"))
     names = [record.images[0] for record in records]
-    assert [Path(name).suffix for name in names] == [".png", ".jpg", ".png", ".webp"]
+    assert [Path(name).suffix for name in names] == [".png", ".jpg", ".png", ".webp", ".ppm"]
     assert names[0] == names[2]
     assert sorted(path.name for path in (out / "images").iterdir()) == sorted(set(names))
     assert (out / "images" / names[1]).read_bytes() == encoded("blue", "JPEG")
@@ -166,6 +167,14 @@ def test_check_says_it_once_and_offers_the_command(tmp_path: Path, capsys: Any) 
     for command in ("stats", "show"):
         with pytest.raises(DataError, match="milora_data convert --from messages"):
             main([command, str(data)])
+
+
+@pytest.mark.parametrize("kind", ["llava", "table"])
+def test_questions_of_a_benchmark_get_the_command_too(kind: str, tmp_path: Path) -> None:
+    row = {"image": url("red") * 9, "question": "What colour?", "answer": "Red."}
+    dump(tmp_path / "mine.json", [in_llavas(url("red") * 9) if kind == "llava" else row])
+    with pytest.raises(DataError, match=f"question 1: .*base64(.|\n)*convert --from {kind} .*mine.json"):
+        OwnData(str(tmp_path / "mine.json")).load(tmp_path)
 
 
 def test_pictures_of_the_web_are_said_not_to_be_fetched(tmp_path: Path, capsys: Any) -> None:

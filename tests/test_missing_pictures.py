@@ -22,7 +22,7 @@ from milora_vl.train import main
 
 @pytest.fixture
 def with_empty(tiny_data: Path) -> Path:
-    """Data of which the pictures 0 and 5 are files of 0 bytes, and 3 is missing."""
+    """Data whose pictures 0 and 5 have 0 bytes, and whose picture 3 is missing."""
     for name in ("0.png", "5.png"):
         (tiny_data / "images" / name).write_bytes(b"")
     (tiny_data / "images" / "3.png").unlink()

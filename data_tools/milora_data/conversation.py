@@ -53,9 +53,9 @@ def _processor_adds(bos: str, text: str, tokenizer: Any) -> bool:
 def own_segments(turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False) -> list[Segment]:
     """Return the segments of a conversation in the tokenizer's own chat template.
 
-    Learnt is what the model has to write: everything behind the text that asks it for an answer, and what ends the
-    answer, the special token that the template puts behind it. Where it puts none, nobody could tell when to stop:
-    there, what it does put is learnt, and an EOS at the end of the conversation.
+    The supervised part is what the model has to write: everything after the text that asks for an answer, up to and
+    including the special token that ends the answer. If the template has no such token, the text that it puts after an
+    answer is supervised instead, and an EOS at the end of the conversation.
     Raises `UserError` without a chat template, `DataError` where it refuses the turns or rewrites their texts.
     """
     own_template(tokenizer)

@@ -1,4 +1,4 @@
-"""Pictures that stand in the records themselves, as base64 in a `data:` URL: OpenAI's messages have them."""
+"""Pictures inside the records, as base64 in a `data:` URL. OpenAI's messages have them."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def decoded(name: str) -> StoredPicture:
 
 
 def stored_pictures(value: Mapping[str, Any], place: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield a LLaVA dict with stored pictures for its embedded ones, each of which has been decoded.
+    """Yield a LLaVA dict after decoding its embedded pictures and replacing them by stored ones.
 
-    With a broken one there is no record: `left_out` gets a line that begins with `place`.
+    If a picture is broken, yield nothing and add a line that begins with `place` to `left_out`.
     """
     made = dict(value)
     try:

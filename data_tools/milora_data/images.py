@@ -160,7 +160,10 @@ def picture_suffix(content: bytes) -> str:
 
     try:
         with Image.open(BytesIO(content)) as image:
-            return next((suffix for suffix, formats in SUFFIXES.items() if image.format in formats), ".img")
+            known = [suffix for suffix, formats in SUFFIXES.items() if image.format in formats]
+            others = [suffix for suffix, kind in Image.registered_extensions().items() if kind == image.format]
+            plain = [suffix for suffix in others if suffix == f".{image.format}".lower()]
+            return [*known, *plain, *others, ".img"][0]
     except Exception:  # see _reason
         return ".img"
 

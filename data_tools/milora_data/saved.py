@@ -1,4 +1,4 @@
-"""Folders that `save_to_disk` of `datasets` writes: one split, or several in folders of their own."""
+"""Folders that `save_to_disk` of `datasets` writes: one split, or several splits with a folder each."""
 
 from __future__ import annotations
 

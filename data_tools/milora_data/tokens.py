@@ -64,7 +64,7 @@ def own_template(tokenizer: Any) -> str:
         found = found.get("default")
     if not found:
         raise UserError(
-            "the template chat_template is the tokenizer's own, and this tokenizer has no chat template of its own\n"
+            "the template chat_template is the tokenizer's own, and this tokenizer has no chat template\n"
             "name another template, for example --template vicuna_v1"
         )
     return str(found)

@@ -1,4 +1,4 @@
-"""The folder that a conversion writes pictures to, which stood in the data before."""
+"""The folder that a conversion writes the pictures of a data set to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def already_there(path: Path) -> str:
 
 
 class PictureFolder:
-    """A folder that is made with the first picture. `num_elsewhere` counts the records that name files of their own."""
+    """A folder that is made with the first picture. `num_elsewhere` counts the records that name files elsewhere."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -70,7 +70,7 @@ def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] =
     except UserError:
         known = ", ".join(TEMPLATES)
         raise UserError(
-            f"--template {OWN}: {recipe.model} has no chat template of its own\nname another template, one of: {known}"
+            f"--template {OWN}: {recipe.model} has no chat template\nname another template, one of: {known}"
         ) from None
     for record in records:
         with suppress(NothingToLearn):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command import suggest
+from milora_data.embedded import is_embedded, refusal
 from milora_data.errors import DataError, UserError
 from milora_data.images import place_of
 from milora_data.records import Turn, parse_record
@@ -102,6 +103,9 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
     turns, images, answers = _conversation(row, place) if "conversations" in row else _question(row, place)
     if not answers:
         raise DataError(f"{place}: no answer to compare with")
+    if embedded := next(filter(is_embedded, images), ""):
+        form = "llava" if "conversations" in row else "table"
+        raise DataError(f"{place}: {refusal(embedded, f'{path}:{number}', form)}")
     return Item(
         id=str(row.get("id") or row.get("question_id") or number),
         turns=turns,
@@ -115,7 +119,7 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
 
 def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
     """Return the turns up to the last answer, the pictures, and that answer (or the row's `answers`)."""
-    record = parse_record(row, source=place)
+    record = parse_record(row, source=place, embedded="keep")
     turns = record.turns
     answers = row.get("answers")
     if turns and turns[-1].role == "assistant":
