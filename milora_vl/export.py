@@ -49,7 +49,7 @@ class Exported:
     """What was written. `layers`: per module the error of re-compression or the drift of a residual, and its rank.
 
     `total`: relative error of the whole change, of re-compression or of rounding to another dtype. `loads_with`: what
-    the whole model in the folder (merged, residual, base/) needs to load; None where there is none.
+    the whole model in the folder (merged, residual, base/) needs to load; None without one.
     """
 
     folder: Path

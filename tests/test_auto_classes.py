@@ -42,7 +42,7 @@ def logits(model: torch.nn.Module, root: Path) -> torch.Tensor:
     ).logits
 
 
-# Saves the logits of a merged model, in an interpreter of its own: another process has other things registered.
+# Saves the logits of a merged model. A new interpreter runs it, in which nothing is registered yet.
 LOAD = """
 import sys
 {first}

@@ -25,7 +25,7 @@ Command = Callable[[list[str]], int]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of which checkpoint-11 was being written when it was killed."""
+    """A run that was killed while it wrote checkpoint-11."""
     monkeypatch.chdir(tmp_path)
     folder = Path("run")
     model = apply_milora(load_model("tiny")[0], "[{modules: language, method: milora, rank: 2}]")
