@@ -42,6 +42,8 @@ def newest_of_unfinished(folder: Path, *call: object) -> str:
     newest = newest_checkpoint(folder)
     if newest is None or holds_adapter(folder) or holds_weights(folder):
         return ""
+    if call[-1] == "--adapter" and not (holds_adapter(newest) or holds_projector_alone(newest)):
+        call = ("--model",)  # everything was trained: a checkpoint is a whole model
     module, *words = *map(str, call), str(newest)
     typed = shlex.join([module, *words]) if module.startswith("--") else command_line(module, *words)
     return (

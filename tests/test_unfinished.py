@@ -62,6 +62,12 @@ def test_commands_name_the_newest_checkpoint(run: Path, command: Command, words:
     assert {path.name for path in run.parent.iterdir()} == {"run"}
 
 
+def test_a_checkpoint_of_a_full_training_is_no_adapter(run: Path) -> None:
+    load_model("tiny")[0].save_pretrained(run / "checkpoint-12")
+    with pytest.raises(UserError, match="use it:    --model run/checkpoint-12\n"):
+        chat.main(["--model", "tiny", "--adapter", str(run), "hi"])
+
+
 def test_the_checkpoint_works_in_its_place(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = str(run / "checkpoint-10")
     assert chat.main(["--model", "tiny", "--adapter", checkpoint, "--max_new_tokens", "2", "hi"]) == 0
