@@ -319,8 +319,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-
-
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     from milora_vl.adapter_folders import holds_projector_alone
     from milora_vl.exporting.foreign import load_any
