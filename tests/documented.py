@@ -23,7 +23,7 @@ _PROGRAM = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block of a page; `line` is that of its first line of text."""
+    """A fenced block of a page; `line` is the number of its first line of text."""
 
     page: str
     line: int
@@ -60,7 +60,7 @@ def blocks(*languages: str) -> list[Block]:
 
 @cache
 def commands(page: str) -> list[Command]:
-    """Every command of a page, in the order of the page: those of blocks, of the new side of diffs, and in prose."""
+    """Every command of a page in order: in shell blocks, on the new side of diffs, and in prose."""
     found = []
     for block in blocks(*SHELLS, "diff"):
         if block.page == page:
@@ -90,7 +90,7 @@ def name_of(page: Path) -> str:
 
 
 def words(text: str) -> list[str]:
-    """The words of a shell line; redirections and `&&` are words of their own."""
+    """The words of a shell line; redirections and `&&` are separate words."""
     lexer = shlex.shlex(text, posix=True, punctuation_chars="&>|;")
     lexer.whitespace_split = True
     return list(lexer)

@@ -1,4 +1,4 @@
-"""Run a documented command: in this process, in a process of its own, or by its launcher."""
+"""Run a documented command: in this process, in another one, or by its launcher."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def user_types(text: str) -> Iterator[None]:
 
 
 def run_outside(text: str, folder: Path) -> None:
-    """Run any command in a process of its own; AssertionError, with the output, if its exit code is not 0."""
+    """Run any command in another process; AssertionError, with the output, if its exit code is not 0."""
     finish(start(text, folder))
 
 

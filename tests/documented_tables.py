@@ -1,4 +1,4 @@
-"""How the commands of README and docs run in a test: what stands for large models and long trainings, what cannot run.
+"""How the commands of README and docs run in a test: replacements for large models and long trainings, and exceptions.
 
 A row that matches no command is a failure: tests/test_documented.py.
 """
@@ -71,9 +71,9 @@ EXCEPTIONS: dict[str, str] = {
     r"(python3? -m )?pip (install|uninstall|download)|python3 -m venv": "changes an environment",
     r"source ": "means the reader's own shell",
     r"hf download ": "needs the model hub; its files are made by tests/documented_files.py",
-    r"vllm serve ": "vLLM needs a GPU and an environment of its own",
-    r"swift sft ": "ms-swift needs an environment of its own",
-    r"python -m lmms_eval ": "lmms-eval needs an environment of its own",
+    r"vllm serve ": "vLLM needs a GPU and a separate environment",
+    r"swift sft ": "ms-swift needs a separate environment",
+    r"python -m lmms_eval ": "lmms-eval needs a separate environment",
     r"python -m milora_eval\.lm_eval ": "lm-evaluation-harness is not installed, and reads its tasks from the hub",
     r"python -m milora_eval judge ": "needs a server; tests/test_eval_judge.py is one",
     r"python benchmarks/(?!rounding)": "minutes to an hour each; tests/test_performance.py reads their results",
@@ -89,7 +89,7 @@ SLOW: dict[str, str] = {
     r"python -m milora_vl\.studies decay ": "its plan reads every matrix of three models",
     r"python -m milora_data emoji ": "draws the whole set, as tests/test_emoji.py does",
 }
-# Regular expression -> what has to be fixed before the commands that match can work. One that works is no failure.
+# Regular expression -> what must be fixed before the commands that match can work. A row that works is no failure.
 BROKEN: dict[str, str] = {
     r"python -m milora_vl\.train --model smollm2 .* --template chat_template": "no collator takes this template",
     r"python -m milora_vl\.(chat|forgetting|export) .*runs/text": "what that training has not made",
@@ -161,5 +161,5 @@ CHANGES: dict[tuple[str, str], tuple[str, tuple[tuple[str, str], ...]]] = {
 NO_CODE: dict[tuple[str, str], str] = {
     ("README.md", ""): "what the demo prints; tests/test_readme.py compares it with what was measured",
     ("docs/install.md", "bibtex"): "a citation",
-    ("docs/integrations.md", "py"): "LLaMA-Factory and ms-swift need environments of their own",
+    ("docs/integrations.md", "py"): "LLaMA-Factory and ms-swift need separate environments",
 }
