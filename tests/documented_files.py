@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import official_data
-from drawn import dump, dump_lines, made, picture, write_tiny_data
+from drawn import dump, dump_lines, encoded, made, picture, write_tiny_data
 from eval_questions import write_questions
 
 import llava_recipes
@@ -45,6 +46,7 @@ def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
     for rows in ASKED:
         dump(folder / rows, [QUESTION | {"query": f"{n}?", "instruction": f"{n}?"} for n in range(130)])
     write_preferences(folder / "ultrafeedback.parquet")
+    write_messages(folder / "chat.jsonl")
     write_benchmarks(folder)
     write_parts(folder)
     (folder / "wikitext-103-test.txt").write_text("It was the best of times. " * 40)
@@ -64,6 +66,14 @@ def write_preferences(path: Path) -> None:
 
     said = [{"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": "Yes."}]
     parquet.write_table(arrow.Table.from_pylist([{"prompt": "Is it red?", "messages": said}] * 4), path)
+
+
+def write_messages(path: Path) -> None:
+    """Write a record of OpenAI's messages that holds its picture."""
+    url = f"data:image/png;base64,{base64.b64encode(encoded('red')).decode()}"
+    asked = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "A disc."}]
+    dump_lines(path, [{"messages": turns}])
 
 
 def write_benchmarks(folder: Path) -> None:

@@ -54,7 +54,7 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"(\btrain --recipe paper-visual .*)", r"\1 --dataloader_num_workers 0"),
     (r"(\btrain --recipe paper-commonsense .*)", r"\1 --fp16 False"),
     (r"emoji --output_dir data/emoji", "emoji --output_dir data/emoji-made --per_type 2"),
-    (r"(chat .*)", r"\1 --max_new_tokens 4"),
+    (r"(milora_vl\.chat .*)", r"\1 --max_new_tokens 4"),
     (r"(forgetting --.*?)(?: --num_tokens 300000)?$", r"\1 --num_tokens 64"),
     (r"(forgetting --(?!.*--on).*)", r"\1 --limit 2"),
     (r"(milora_eval run .*)", r"\1 --forgetting_tokens 64"),
