@@ -35,19 +35,21 @@ def holds_projector_alone(folder: Path) -> bool:
 
 
 def newest_of_unfinished(folder: Path, *call: object) -> str:
-    """Return what to do with a run that holds checkpoints and no result, as lines to append to an error; else "".
+    """Return lines to append to an error about a run that holds checkpoints and no result: what to do. Else "".
 
-    `call` is what to type before the newest checkpoint: a module and arguments, or arguments alone.
+    `call` is what to type before the newest checkpoint: a module and arguments, or only arguments.
     """
     newest = newest_checkpoint(folder)
     if newest is None or holds_adapter(folder) or holds_weights(folder):
         return ""
+    if call[-1] == "--adapter" and not (holds_adapter(newest) or holds_projector_alone(newest)):
+        call = ("--model",)  # everything was trained: a checkpoint is a whole model
     module, *words = *map(str, call), str(newest)
     typed = shlex.join([module, *words]) if module.startswith("--") else command_line(module, *words)
     return (
         f"\nthe run in it has not finished; its newest checkpoint is of step {step_of(newest):,}\n"
         f"use it:    {typed}\n"
-        "or go on:  the training's command with  --resume_from_checkpoint auto"
+        "or resume: the training's command with  --resume_from_checkpoint auto"
     )
 
 

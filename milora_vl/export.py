@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMS = {
     "adapter": "stock PEFT LoRA on the untouched base, with milora.json",
-    "merged": "a whole model: float32 arithmetic, the base's dtype, for transformers and servers",
+    "merged": "a whole model: float32 arithmetic, the base's dtype",
     "residual": "the papers' form: a base without the initial components, and (A, B) of rank r",
     "llava": "LoRA folder of haotian-liu/LLaVA, for its own load_pretrained_model",
     "rank-N": "plain LoRA of rank N nearest to the adapter, with its error (rank-r: each module's r)",
@@ -49,7 +49,7 @@ class Exported:
     """What was written. `layers`: per module the error of re-compression or the drift of a residual, and its rank.
 
     `total`: relative error of the whole change, of re-compression or of rounding to another dtype. `loads_with`: what
-    the whole model in the folder (merged, residual, base/) needs to load; None where there is none.
+    the whole model in the folder (merged, residual, base/) needs to load; None without one.
     """
 
     folder: Path
@@ -255,12 +255,15 @@ def _base_name(folder: Path) -> str:
 
 
 _TO_LOAD = {
+    "transformers": "the model loads in plain transformers\n",
     "milora_vl": (
-        "note: transformers does not know the vision tower, a timm network: `import milora_vl` before from_pretrained\n"
-        "      for machines without this package, export with --remote_code\n"
+        "note: transformers and servers do not know its vision tower, which is a network from timm\n"
+        "      in transformers:       import milora_vl     before from_pretrained\n"
+        "      without this package:  export with --remote_code, load with trust_remote_code=True\n"
     ),
     "trust_remote_code": (
-        "note: load it with trust_remote_code=True, or after `import milora_vl`; both need the package timm\n"
+        "note: servers do not know its vision tower, which is a network from timm\n"
+        "      in transformers:  trust_remote_code=True, with timm installed; or import milora_vl\n"
     ),
 }
 _ORIGINS = {

@@ -1,7 +1,8 @@
 """Models by name: where they come from, how they and their processors are loaded, what their pictures cost in tokens.
 
-Every model but `smol-llava` loads without this package too; the processor is completed here from the model's config,
-since many published ones do not say how many image tokens a picture takes (LLaVA then fails on a count mismatch).
+Every model without a timm tower (`smol-llava` has one) loads without this package too. The processor is completed here
+from the model's config, since many published ones do not say how many image tokens a picture takes (LLaVA then fails on
+a count mismatch).
 """
 
 from __future__ import annotations
@@ -316,8 +317,6 @@ def hub_is_known() -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 
 
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:

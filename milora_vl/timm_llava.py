@@ -1,8 +1,8 @@
 """A LLaVA with a timm tower, as code that travels in the folder of its model (`export --remote_code`).
 
 `AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)` loads it where this package is not
-installed. Only the config is a class of its own: a model class of its own would lose the renaming of weights that
-transformers does for LLaVA.
+installed. Only the config class is new: transformers renames LLaVA's weights when it loads them, but not for a new
+model class.
 """
 
 from __future__ import annotations

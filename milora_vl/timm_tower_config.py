@@ -1,4 +1,4 @@
-"""The config of a timm vision tower (`milora_vl.timm_tower`); it needs no torch of its own.
+"""The config of a timm vision tower (`milora_vl.timm_tower`), importable without the tower's classes.
 
 This file and the tower's are also copied into exported models (`--remote_code`), so they import nothing of this package
 but each other.

@@ -42,7 +42,7 @@ def logits(model: torch.nn.Module, root: Path) -> torch.Tensor:
     ).logits
 
 
-# Saves the logits of a merged model, in an interpreter of its own: another process has other things registered.
+# Saves the logits of a merged model. A new interpreter runs it, in which nothing is registered yet.
 LOAD = """
 import sys
 {first}
@@ -145,7 +145,7 @@ def test_the_command_says_how_a_model_loads(
     made: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(made.root / "adapter"), "--to", "merged"]
-    for flags, note in (([], "`import milora_vl` before"), (["--remote_code"], "trust_remote_code=True, or after")):
+    for flags, note in (([], "import milora_vl     before"), (["--remote_code"], "trust_remote_code=True, with timm")):
         out = tmp_path / f"merged{len(flags)}"
         assert main([*words, *flags, "--output_dir", str(out)]) == 0
         assert note in capsys.readouterr().err

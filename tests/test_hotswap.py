@@ -43,28 +43,35 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
         assert trained
         expected[name] = logits(model)
         save_adapter(model, root / name)
-        export(root / name, "rank-4", root / "served" / name, with_base=True)
+        for form in ("adapter", "rank-4"):
+            export(root / name, form, root / form / name, with_base=True)
     assert not torch.allclose(expected["a"], expected["b"], atol=1e-2)
     return SimpleNamespace(root=root, base=tiny_folder, logits=expected)
 
 
+@pytest.fixture(params=["adapter", "rank-4"])
+def folder(made: SimpleNamespace, request: pytest.FixtureRequest) -> Path:
+    """The two adapters in one of the forms, each with its base."""
+    return made.root / request.param
+
+
 @pytest.fixture
-def served(made: SimpleNamespace) -> PeftModel:
+def served(folder: Path) -> PeftModel:
     """As docs/exporting.md has it: stock PEFT, on the base that holds the projector."""
-    base = AutoModelForImageTextToText.from_pretrained(made.root / "served" / "a" / "base")
-    return PeftModel.from_pretrained(base, made.root / "served" / "a")
+    base = AutoModelForImageTextToText.from_pretrained(folder / "a" / "base")
+    return PeftModel.from_pretrained(base, folder / "a")
 
 
 def test_adapters_exported_with_their_base_are_hot_swapped_by_stock_peft(
-    made: SimpleNamespace, served: PeftModel
+    made: SimpleNamespace, folder: Path, served: PeftModel
 ) -> None:
     torch.testing.assert_close(logits(served), made.logits["a"], atol=1e-5, rtol=0)
-    hotswap_adapter(served, str(made.root / "served" / "b"), adapter_name="default", torch_device="cpu")
+    hotswap_adapter(served, str(folder / "b"), adapter_name="default", torch_device="cpu")
     torch.testing.assert_close(logits(served), made.logits["b"], atol=1e-5, rtol=0)
 
 
-def test_adapters_exported_with_their_base_are_added_up_by_stock_peft(made: SimpleNamespace, served: PeftModel) -> None:
-    served.load_adapter(str(made.root / "served" / "b"), "b")
+def test_adapters_exported_with_their_base_are_added_up_by_stock_peft(folder: Path, served: PeftModel) -> None:
+    served.load_adapter(str(folder / "b"), "b")
     path = "model.language_model.layers.0.mlp.up_proj"
     layer = served.get_base_model().get_submodule(path)
     expected = 0.3 * layer.get_delta_weight("default") + 0.7 * layer.get_delta_weight("b")
@@ -98,7 +105,7 @@ def test_a_compiled_model_of_ours_refuses_too(made: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("adapters", [["default"], ["default", "b"]])
 def test_on_a_model_of_ours_full_modules_are_not_added_up(made: SimpleNamespace, adapters: list[str]) -> None:
-    """PEFT itself refuses two such adapters, and takes the base's projector for that of one."""
+    """PEFT itself refuses two such adapters; with one it uses the base's projector."""
     model = load_adapter(load_model(made.base)[0], made.root / "a")
     model.load_adapter(str(made.root / "b"), "b")
     with pytest.raises(AdapterError, match=r"holds modules trained in full: .*linear_1.*\n.*--with_base"):

@@ -124,7 +124,7 @@ def test_drafts_are_near_and_only_of_large_jpegs(tmp_path: Path) -> None:
 def test_a_bomb_is_refused(tmp_path: Path) -> None:
     Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 50_000
-    with pytest.raises(ImageError, match="bomb.png: cannot read this picture: .*decompression bomb"):
+    with pytest.raises(ImageError, match="bomb.png: cannot read this picture: it has 200 megapixels"):
         load_image(tmp_path / "bomb.png")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from documented import PAGES, ROOT
+from documented import PAGES, ROOT, Block, blocks
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("yaml") if "model:" in block.text], ids=str)

@@ -143,6 +143,16 @@ def test_the_runs_rate_decides_where_a_rule_has_none() -> None:
     assert refused(side(**before), side(**now)) == ["train.learning_rate"]
 
 
+def test_a_rule_may_name_the_rate_that_it_had_from_the_run() -> None:
+    rules = [{"modules": "language", "method": "milora", "rank": 8}]
+    before = side(policy=rules, train={"learning_rate": 1e-3})
+    same, other = (
+        side(policy=[rules[0] | {"learning_rate": rate}], train={"learning_rate": 1e-3}) for rate in (1e-3, 1e-4)
+    )
+    assert found(before, same) == found(same, before) == []
+    assert refused(before, other) == ["policy[0].learning_rate"]
+
+
 def test_more_steps_go_with_a_schedule_that_has_no_end() -> None:
     def steps(count: int, schedule: str, **more: Any) -> Side:
         return side(train={"max_steps": count, "lr_scheduler_type": schedule, **more})

@@ -25,7 +25,7 @@ Command = Callable[[list[str]], int]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of which checkpoint-11 was being written when it was killed."""
+    """A run that was killed while it wrote checkpoint-11."""
     monkeypatch.chdir(tmp_path)
     folder = Path("run")
     model = apply_milora(load_model("tiny")[0], "[{modules: language, method: milora, rank: 2}]")
@@ -60,6 +60,12 @@ def test_commands_name_the_newest_checkpoint(run: Path, command: Command, words:
     assert f"use it:    {offered}\n" in str(error.value)
     assert len(str(error.value).splitlines()) == 4
     assert {path.name for path in run.parent.iterdir()} == {"run"}
+
+
+def test_a_checkpoint_of_a_full_training_is_no_adapter(run: Path) -> None:
+    load_model("tiny")[0].save_pretrained(run / "checkpoint-12")
+    with pytest.raises(UserError, match="use it:    --model run/checkpoint-12\n"):
+        chat.main(["--model", "tiny", "--adapter", str(run), "hi"])
 
 
 def test_the_checkpoint_works_in_its_place(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A web address in the place of a file or folder is shown as it was typed, with what to do; nothing is fetched."""
+"""A web address in the place of a file or folder is refused, unchanged and with what to do; nothing is fetched."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def config_for_llava(base: Any, vision_tower: str | None) -> dict[str, Any]:
 
 
 def _vision_tower(base: Any, vision: Mapping[str, Any], given: str | None) -> str:
-    """The name of the vision tower for LLaVA: as given, as `compose` noted it, or that of LLaVA-1.5 by its sizes."""
+    """Return the tower's name for LLaVA: as given, as `compose` recorded it, or LLaVA-1.5's if the sizes fit."""
     kind, noted = vision["model_type"], base.to_dict().get(TOWER_NAME)
     if kind == TimmTowerConfig.model_type or (kind != "clip_vision_model" and given is None):
         raise UserError(

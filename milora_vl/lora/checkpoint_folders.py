@@ -1,4 +1,4 @@
-"""The checkpoint-N folders of a run, by name and by what lies in them. Needs no torch."""
+"""Find the checkpoint-N folders of a run and their weights. Needs no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that has weights; None where there is none."""
+    """Return the newest checkpoint with weights, or None."""
     return next((folder for folder in reversed(checkpoints(run)) if holds_weights(folder)), None)
 
 

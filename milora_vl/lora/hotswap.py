@@ -1,7 +1,7 @@
-"""What PEFT's hotswap_adapter and add_weighted_adapter cannot do with our adapters is refused, with what to do instead.
+"""Refuse what PEFT's hotswap_adapter and add_weighted_adapter cannot do with our adapters, and say what to do instead.
 
-Both handle LoRA factors alone. On modules that were trained in full (PEFT's modules_to_save) the first ends in a
-KeyError, and the second takes the base's module for that of a single adapter.
+Both handle only LoRA factors. On modules that were trained in full (PEFT's modules_to_save) the first fails with a
+KeyError, and the second, given a single adapter, uses the base's module instead of the trained one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from milora_vl.lora.errors import AdapterError
 
 _TO_SERVE = (
-    "to serve, with stock PEFT:  python -m milora_vl.export FOLDER --to rank-r --with_base      (docs/exporting.md)"
+    "to serve, with stock PEFT:  python -m milora_vl.export FOLDER --to adapter --with_base      (docs/exporting.md)"
 )
 
 

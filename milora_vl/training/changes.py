@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -76,7 +76,7 @@ def changes(before: Side, now: Side, *, identifies_records: bool) -> list[Change
         if not _is_same(key, old.get(key), new.get(key)):
             refused, why = _refusal(key, before, now, identifies_records=identifies_records)
             found.append(Change(key, old.get(key), new.get(key), refused, why))
-    return [*_policy_changes(before.recipe.policy or [], now.recipe.policy or []), *found, *_batch_change(before, now)]
+    return [*_policy_changes(before, now), *found, *_batch_change(before, now)]
 
 
 def schedule_has_end(side: Side) -> bool:
@@ -183,9 +183,9 @@ def _in_words(side: Side) -> str:
     return f"{prod(side.batch)} ({' x '.join(map(str, side.batch))})"
 
 
-def _policy_changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> Iterator[Change]:
+def _policy_changes(before: Side, now: Side) -> Iterator[Change]:
     """Differences field by field of rules for the same modules, else rule by rule. All are refused."""
-    old, new = (Policy.parse(list(rules)).to_list() if rules else [] for rules in (before, now))
+    old, new = _rules(before), _rules(now)
     for number in range(max(len(old), len(new))):
         first = old[number] if number < len(old) else None
         second = new[number] if number < len(new) else None
@@ -195,5 +195,13 @@ def _policy_changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[s
                 yield Change(place, first, second, True)
             continue
         for name in {**first, **second}:
-            if first.get(name) != second.get(name):
-                yield Change(f"{place}.{name}", first.get(name), second.get(name), True)
+            values = first.get(name), second.get(name)
+            if effect_of(f"train.{name}") == "fallback":  # a rate that a rule does not name is that of the run
+                values = first.get(name, before.train(name)), second.get(name, now.train(name))
+            if values[0] != values[1]:
+                yield Change(f"{place}.{name}", *values, True)
+
+
+def _rules(side: Side) -> list[dict[str, Any]]:
+    rules = side.recipe.policy
+    return Policy.parse(list(rules)).to_list() if rules else []

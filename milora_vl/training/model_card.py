@@ -80,7 +80,8 @@ def _usage(path: Path, recipe: Recipe, base: str) -> str:
         )
         return (
             f"```python\n{code}\n```\n\n"
-            f"It is a stock PEFT LoRA for `{base}`: without `milora_vl`, `PeftModel.from_pretrained(model, PATH)`."
+            f"It is a stock PEFT LoRA for `{base}`: on the loaded base, `PeftModel.from_pretrained(base, PATH)` "
+            "needs no `milora_vl`."
         )
     if (path / "mm_projector.safetensors").is_file():
         return f"```\npython -m milora_vl.train --model {recipe.model} --projector_weights PATH_OF_THIS_FOLDER ...\n```"
