@@ -86,6 +86,7 @@ def write_benchmarks(folder: Path) -> None:
     official_data.mathematics(folder / "MetaMath" / "data" / "test")
     official_data.commonsense(folder / "LLM-Adapters" / "dataset")
     questions = write_questions(folder / "data" / "emoji")
+    picture("red").save(questions / "images" / "1F694.png")
     for name in ("train.json", "val.json"):
         shutil.copy(questions / "test.json", questions / name)
     asked = json.loads((evaluated / "gqa" / "testdev_balanced_questions.json").read_text())

@@ -206,6 +206,15 @@ def test_no_command_that_runs_loads_a_model_of_the_hub() -> None:
     assert [text for text in run if "--dry-run" not in text and hub & set(text.split())] == []
 
 
+def test_pictures_of_the_demo_that_are_named_are_in_its_data_set() -> None:
+    """In the other tests small questions replace the set."""
+    from milora_data.emoji_catalogue import catalogue
+
+    named = {code for command in ALL for code in re.findall(r"data/emoji/images/(\w+)\.png", command.text)}
+    assert named
+    assert named <= {emoji.code for emoji in catalogue()}
+
+
 @pytest.mark.parametrize("command", [c for c in ALL if row_of(EXCEPTIONS, c.text)], ids=str)
 def test_exceptions_are_checked_as_far_as_possible(command: Command) -> None:
     """Flags of our own programs, extras named to pip, and files exist."""

@@ -107,6 +107,16 @@ def test_a_flag_that_is_not_about_what_trains_leaves_the_policy_and_the_pictures
     assert beside.notes == []
 
 
+@pytest.mark.parametrize(
+    "source", [("--recipe", "tiny-test"), ("--policy", "[{modules: language, method: milora, rank: 8}]")]
+)
+def test_a_vision_tower_leaves_the_rules_of_a_recipe_and_their_flags_alone(source: tuple[str, str]) -> None:
+    tower = "--model tiny --vision_tower openai/clip-vit-large-patch14-336 --rank 2 --alpha 4 --dropout 0.1"
+    rules = resolve(parse([*source, *tower.split()])).recipe.policy
+    assert rules is not None
+    assert (rules[0]["method"], rules[0]["rank"], rules[0]["alpha"], rules[0]["dropout"]) == ("milora", 2, 4, 0.1)
+
+
 def test_bits_alone_mean_a_quantised_base() -> None:
     plain = settings("--model tiny --rank 8").recipe
     for bits in ("4", "8"):

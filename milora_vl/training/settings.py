@@ -208,13 +208,13 @@ def _llava(request: Request) -> llava_flags.Meaning | None:
         if clash:
             decided_by = "recipe" if request.recipe else "policy"
             raise UserError(f"{' '.join(clash)}: the {decided_by} decides that\nuse --method")
+        # --rank and the like change the rules given, not those that LLaVA's flags would mean.
+        found = llava_flags.meaning(given, rank=None, alpha=None, dropout=None)
+        return llava_flags.Meaning([], found.quantization, "", found.warnings)
     if request.edits.method in ADAPTERS and (llava_flags.is_script(given) or given.get("freeze_backbone")):
         given["lora_enable"] = True
     edits = request.edits
-    found = llava_flags.meaning(given, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
-    if request.recipe or request.policy:
-        return llava_flags.Meaning([], found.quantization, "", found.warnings)
-    return found
+    return llava_flags.meaning(given, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
 
 
 def _policy(request: Request, base: Recipe, meaning: llava_flags.Meaning | None) -> list[dict[str, Any]] | None:
