@@ -25,9 +25,9 @@ from rich.table import Table
 from torch import nn
 
 from milora_vl.initialize import initialize
-from milora_vl.lora.weights import read_matrix
 from milora_vl.models import load_model
 from milora_vl.policy import Policy, Target
+from milora_vl.weights.matrices import read_matrix
 
 
 def main() -> None:

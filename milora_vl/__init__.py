@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from milora_vl.adapter import apply_milora, merge
     from milora_vl.adapter_io import load_adapter, save_adapter
-    from milora_vl.lora.keep import keep_protected
+    from milora_vl.lora.keep_protected import keep_protected
     from milora_vl.models import load_model
     from milora_vl.policy import Policy, Rule
     from milora_vl.reinit import reinit_peft, restore_split
@@ -38,7 +38,7 @@ _HOME = {
     "Rule": "policy",
     "apply_milora": "adapter",
     "decompose": "svd",
-    "keep_protected": "lora.keep",
+    "keep_protected": "lora.keep_protected",
     "load_adapter": "adapter_io",
     "load_model": "models",
     "merge": "adapter",

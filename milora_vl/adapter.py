@@ -13,20 +13,19 @@ from typing import Any, Literal, get_args
 from peft import PeftModel
 from torch import nn
 
-from milora_vl.initialize import Initial, Progress, initialize
+from milora_vl.initialize import Initial, Progress, initialize, start_olora
 from milora_vl.lora.base_check import precision, require_readable
 from milora_vl.lora.config import make_lora
-from milora_vl.lora.errors import require_module
-from milora_vl.lora.fingerprint import sketch
+from milora_vl.lora.errors import AdapterError, require_module
 from milora_vl.lora.install import has_halves, install, lora_layer, set_dropout, trained_factors
-from milora_vl.lora.olora import start_olora
 from milora_vl.lora.peft_model import adopt
-from milora_vl.lora.protected import Protected, find_protected, kept_outside
+from milora_vl.lora.protection import Protected, find_protected, kept_outside
 from milora_vl.lora.residual import make_residual, require_residual
-from milora_vl.lora.sidecar import AdapterError, Sidecar
-from milora_vl.lora.weights import read_matrix
+from milora_vl.lora.sidecar import Sidecar
 from milora_vl.policy import Policy, Rule, Target
 from milora_vl.towers import can_save, canonical_names, is_wrapped_by_peft
+from milora_vl.weights.fingerprint import sketch
+from milora_vl.weights.matrices import read_matrix
 
 Form = Literal["anchored", "residual"]
 

@@ -80,7 +80,7 @@ def export(
     """
     from milora_vl.exporting.job import Job
     from milora_vl.exporting.source import find_source
-    from milora_vl.lora.atomic import open_to_others
+    from milora_vl.lora.atomic_write import open_to_others
     from milora_vl.lora.errors import AdapterError
     from milora_vl.screen_noise import quiet_bars
 

@@ -3,6 +3,9 @@
 Nothing of the model is changed here. Factors come rounded to the dtype of the base weight: the trained halves start at
 exactly these values, so that step 0 stays exact (arXiv:2406.09044, section 3; scaling as in the official script).
 Several processes share the work; all of them end with the same bits.
+
+`start_olora` is the start of OLoRA (arXiv:2406.01775), a baseline: the first r columns of Q and rows of R of W = Q R.
+It is PEFT's `olora_init` in the anchored form: the base weight stays as it is.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from milora_vl.lora.dealing import gather, hands, place, share
-from milora_vl.lora.factor_cache import cache_key, cached_singular_values, read_factors, write_factors
-from milora_vl.lora.fingerprint import Sketch, sketch
-from milora_vl.lora.weights import factor_dtype, read_matrix
-from milora_vl.policies.rules import FloorSigma, Sigma, Target
+from milora_vl.policy.rules import FloorSigma, Sigma, Target
 from milora_vl.svd import Factors, Part, decompose
+from milora_vl.weights.distributed import assign_work, broadcast, from_first_rank, gather, rank_and_world_size
+from milora_vl.weights.factor_cache import cache_key, cached_singular_values, read_factors, write_factors
+from milora_vl.weights.fingerprint import Sketch, sketch
+from milora_vl.weights.matrices import factor_dtype, read_matrix
 
 Progress = bool | Literal["lines"]
 
@@ -92,15 +95,15 @@ def initialize(
     """
     wanted = [t for t in targets if t.part is not None]
     cache = None if cache_dir is None else Path(cache_dir)
-    rank, _ = place()
+    rank, _ = rank_and_world_size()
     made: dict[str, Initial] = {}
     shown = bool(progress) and rank == 0
     interval = 0.1 if sys.stderr.isatty() else 10.0
     with tqdm(
         total=len(wanted), desc="decomposing", unit="matrix", file=sys.stderr, disable=not shown, mininterval=interval
     ) as bar:
-        for hand in hands([(_cost(target), target) for target in wanted]):
-            for initial in _play(model, hand, cache):
+        for hand in assign_work([(_cost(target), target) for target in wanted]):
+            for initial in _decompose_batch(model, hand, cache):
                 made[initial.report.path] = initial
                 if progress == "lines" and rank == 0:
                     bar.write(str(initial.report), file=sys.stderr)
@@ -113,9 +116,9 @@ def _cost(target: Target) -> float:
     return float(target.shape[0] * target.shape[1] * min(target.shape))
 
 
-def _play(model: nn.Module, hand: Sequence[Target], cache: Path | None) -> list[Initial]:
+def _decompose_batch(model: nn.Module, hand: Sequence[Target], cache: Path | None) -> list[Initial]:
     """Each process makes the factors of one target of the hand; all get those of all."""
-    rank, _ = place()
+    rank, _ = rank_and_world_size()
     own: Initial | None = None
     error: str | None = None
     W = None
@@ -131,21 +134,23 @@ def _play(model: nn.Module, hand: Sequence[Target], cache: Path | None) -> list[
         except WeightError as problem:
             error = str(problem)
         except Exception as problem:  # whatever it is: the other processes wait for this one
-            if place()[1] == 1:
+            if rank_and_world_size()[1] == 1:
                 raise
             error = f"{target.path}: {type(problem).__name__}: {problem}"
     told = gather((error, own and (own.sketch, own.report, own.A0.dtype, own.A0.shape, own.B0.shape)))
     for failure, _ in told:
         if failure is not None:
             raise WeightError(failure)
-    return [_shared(own if owner == rank else None, told[owner][1], model, owner) for owner in range(len(hand))]
+    return [
+        _broadcast_initial(own if owner == rank else None, told[owner][1], model, owner) for owner in range(len(hand))
+    ]
 
 
-def _shared(own: Initial | None, told: tuple, model: nn.Module, owner: int) -> Initial:
+def _broadcast_initial(own: Initial | None, told: tuple, model: nn.Module, owner: int) -> Initial:
     seen, report, dtype, *shapes = told
     device = next(model.get_submodule(report.path).parameters()).device
     halves = (None, None) if own is None else (own.A0, own.B0)
-    A0, B0 = (share(half, shape, dtype, device, owner) for half, shape in zip(halves, shapes, strict=True))
+    A0, B0 = (broadcast(half, shape, dtype, device, owner) for half, shape in zip(halves, shapes, strict=True))
     return Initial(A0, B0, seen, report)
 
 
@@ -234,3 +239,36 @@ def _weakest(initial: Initial, target: Target) -> float:
     """The smallest singular value the adapter starts with: rows of A0 are as long as the root of S over the scaling."""
     lengths = torch.linalg.vector_norm(initial.A0, dim=1, dtype=torch.float64)
     return float(lengths.min()) ** 2 * target.scaling
+
+
+@torch.no_grad()
+def start_olora(model: nn.Module, targets: Sequence[Target]) -> dict[str, Initial]:
+    """Return A0 = R[:r] and B0 = Q[:, :r] of the targets whose method is olora, rounded to the base's dtype."""
+    return {t.path: _olora_initial(model.get_submodule(t.path), t) for t in targets if t.method == "olora"}
+
+
+def _olora_initial(module: nn.Module, target: Target) -> Initial:
+    assert target.rank is not None
+    start = time.perf_counter()
+    W = read_matrix(module)
+    Q, R = torch.linalg.qr(W.float())
+    A0, B0 = R[: target.rank].contiguous(), Q[:, : target.rank].contiguous()
+    sigma = target.scaling * torch.linalg.svdvals(A0)  # B0 has orthonormal columns
+    norm = float(torch.linalg.vector_norm(W.float()))
+    report = LayerReport(
+        path=target.path,
+        shape=(W.shape[0], W.shape[1]),
+        tower=target.tower,
+        method=target.method,
+        rank=target.rank,
+        sigma_min=float(sigma[-1]),
+        sigma_max=float(sigma[0]),
+        sigma_top=float(torch.linalg.matrix_norm(W.float(), ord=2)),
+        energy=float(sigma.square().sum()) / norm**2 if norm > 0 else 0.0,
+        excess=0.0,
+        svd="qr",
+        drift=0.0,
+        seconds=time.perf_counter() - start,
+    )
+    dtype = factor_dtype(module)
+    return Initial(from_first_rank(A0.to(dtype)), from_first_rank(B0.to(dtype)), sketch(W), report)

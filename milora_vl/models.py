@@ -338,7 +338,7 @@ def _complete(processor: Any, config: Any) -> None:
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     from milora_vl.adapter_folders import holds_projector_alone
     from milora_vl.exporting.foreign import load_any
-    from milora_vl.lora.sidecar import AdapterError
+    from milora_vl.lora.errors import AdapterError
     from milora_vl.projector import load_projector
 
     if holds_projector_alone(folder):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import PROJECTOR_FILES
-from milora_vl.lora.pickled import UNREAD, read_pickled, why_unread
 from milora_vl.towers import find_towers
+from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 
 PREFIX = "multi_modal_projector."
 _OURS = re.compile(r"(?:^|.*\.)multi_modal_projector\.(.+)")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from milora_vl.lora.layers import is_linear
+from milora_vl.weights.matrices import is_linear
 
 Quantization = Literal["4bit", "8bit"]
 QuantType = Literal["nf4", "fp4"]

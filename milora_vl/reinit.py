@@ -16,7 +16,7 @@ from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import factors, has_halves, lora_layer
 from milora_vl.lora.peft_model import MiloraMixin, restore
 from milora_vl.lora.sidecar import FILE_NAME, read_sidecar
-from milora_vl.policies.rules import PART_OF_METHOD, Rule, RuleMethod
+from milora_vl.policy.rules import PART_OF_METHOD, Rule, RuleMethod
 from milora_vl.svd import Part
 from milora_vl.towers import forget_peft
 

@@ -11,11 +11,10 @@ from typing import TypedDict
 
 from torch import nn
 
-from milora_vl.lora.layers import is_linear, matrix_shape
-from milora_vl.lora.weights import read_matrix
 from milora_vl.policy import Target
 from milora_vl.svd import singular_values
 from milora_vl.towers import TOWERS, find_towers
+from milora_vl.weights.matrices import is_linear, matrix_shape, read_matrix
 
 # The matrix that leads out of a block's MLP, in the names of Llama, GPT-2, CLIP and their kin.
 _MLP_OUT = re.compile(r"(mlp|feed_forward|ffn|output)\.(down_proj|c_proj|fc2|w2|dense|dense_4h_to_h)$")

@@ -27,7 +27,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
 from milora_data.stream import RecordStream
-from milora_vl.lora.keep import keep_protected
+from milora_vl.lora.keep_protected import keep_protected
 from milora_vl.policy import Target
 from milora_vl.projector import load_projector, save_projector
 from milora_vl.training import protection, streaming

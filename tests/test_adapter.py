@@ -6,7 +6,7 @@ from adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule, token_batch
 from torch import nn
 
 from milora_vl import apply_milora, merge
-from milora_vl.lora.sidecar import AdapterError
+from milora_vl.lora.errors import AdapterError
 from milora_vl.policy import Policy, PolicyError
 
 

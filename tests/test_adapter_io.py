@@ -20,7 +20,7 @@ from adapter_cases import (
 from torch import nn
 
 from milora_vl import apply_milora, load_adapter, save_adapter
-from milora_vl.lora.sidecar import AdapterError
+from milora_vl.lora.errors import AdapterError
 
 
 @pytest.fixture

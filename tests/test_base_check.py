@@ -9,7 +9,8 @@ from torch import nn
 
 from milora_vl.adapter import apply_milora
 from milora_vl.lora.base_check import fitted, require_same_kind
-from milora_vl.lora.sidecar import AdapterError, Sidecar
+from milora_vl.lora.errors import AdapterError
+from milora_vl.lora.sidecar import Sidecar
 
 
 def sidecar_of(model: nn.Module, rules) -> Sidecar:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from milora_vl import apply_milora
-from milora_vl.lora import factor_cache
-from milora_vl.lora.factor_cache import cache_key, cached_singular_values, read_factors, write_factors
 from milora_vl.policy import Policy
 from milora_vl.svd import decompose
+from milora_vl.weights import factor_cache
+from milora_vl.weights.factor_cache import cache_key, cached_singular_values, read_factors, write_factors
 
 W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from milora_vl.lora.fingerprint import Sketch, distance, sketch
+from milora_vl.weights.fingerprint import Sketch, distance, sketch
 
 
 def weight(seed: int = 0, rows: int = 48, columns: int = 40) -> torch.Tensor:

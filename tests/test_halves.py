@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from milora_vl.lora.halves import Conv2dA, Conv2dB, LinearA, LinearB, ResidualA, ResidualB, join, lossless, split
+from milora_vl.lora.layers import Conv2dA, Conv2dB, LinearA, LinearB, ResidualA, ResidualB, join, lossless, split
 
 
 def pair(rank: int = 3, dtype: torch.dtype = torch.float32) -> tuple[LinearA, LinearB]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from milora_vl.lora.halves_embedding import EmbeddingHalves
+from milora_vl.lora.layers import EmbeddingHalves
 
 
 def holder() -> EmbeddingHalves:

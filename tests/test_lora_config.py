@@ -6,7 +6,7 @@ from adapter_cases import LLAVA_POLICY, one_rule, tiny_gpt2
 from torch import Tensor, nn
 
 from milora_vl.adapter import apply_milora
-from milora_vl.lora.sidecar import AdapterError
+from milora_vl.lora.errors import AdapterError
 
 
 def test_full_paths_are_adapted_and_nothing_of_the_vision_tower(tiny_llava) -> None:

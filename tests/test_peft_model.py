@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file
 
 from milora_vl import apply_milora, save_adapter
+from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import has_halves, lora_layer
-from milora_vl.lora.sidecar import AdapterError
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from milora_vl.lora.products import multiply_down, multiply_up
+from milora_vl.lora.layers import multiply_down, multiply_up
 
 
 def case(dtype: torch.dtype) -> tuple[Tensor, ...]:

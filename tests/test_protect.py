@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from milora_vl import apply_milora, keep_protected, load_adapter, merge, reinit_peft, restore_split, save_adapter
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import anchors_of, base_layer, factors, lora_layer, trained_factors
-from milora_vl.lora.layers import as_matrix
-from milora_vl.lora.protected import Protected
-from milora_vl.policies.protect import Protect
+from milora_vl.lora.protection import Protected
+from milora_vl.policy.protect import Protect
+from milora_vl.weights.matrices import as_matrix
 
 TOP = 4
 HARD = [{"top": TOP}, {"top": TOP, "by": "basis"}]

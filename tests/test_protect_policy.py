@@ -10,8 +10,8 @@ from adapter_cases import one_rule
 from torch import nn
 
 from milora_vl import apply_milora
-from milora_vl.policies.protect import Protect
 from milora_vl.policy import Policy, PolicyError
+from milora_vl.policy.protect import Protect
 
 
 def test_a_policy_with_it_is_read_and_written() -> None:

@@ -12,8 +12,8 @@ from llava_oracle import original_llava
 from safetensors.torch import load_file, save_file
 
 from milora_vl import apply_milora, load_adapter, save_adapter
-from milora_vl.lora.renamed import renamed_key
-from milora_vl.lora.sidecar import AdapterError
+from milora_vl.adapter_io import renamed_key
+from milora_vl.lora.errors import AdapterError
 
 
 @pytest.fixture

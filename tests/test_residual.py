@@ -11,9 +11,9 @@ from peft import PeftModel
 from torch import nn
 
 from milora_vl import apply_milora, load_adapter, save_adapter
-from milora_vl.lora.halves import ResidualA
+from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import lora_layer
-from milora_vl.lora.sidecar import AdapterError
+from milora_vl.lora.layers import ResidualA
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from milora_vl.policies.rules import FloorSigma, PolicyError, Rule, SpectralRank, Target
+from milora_vl.policy.rules import FloorSigma, PolicyError, Rule, SpectralRank, Target
 
 
 def test_a_rule_names_only_the_fields_it_was_given() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from versions import TORCH
 
 from milora_vl import apply_milora, load_adapter, save_adapter
-from milora_vl.lora import atomic
+from milora_vl.lora import atomic_write
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import joined_state, lora_layer
 
@@ -160,7 +160,7 @@ def test_an_interrupted_save_leaves_the_files_of_before(model, tmp_path: Path, m
 
 
 def test_files_in_subfolders_move_too(tmp_path: Path) -> None:
-    with atomic.written_whole(tmp_path) as folder:
+    with atomic_write.atomic_folder(tmp_path) as folder:
         (folder / "a").mkdir()
         (folder / "a" / "b").write_text("c", encoding="utf-8")
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/b"]

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from versions import TRANSFORMERS_5
 
-from milora_vl.policies.selectors import Selector, SelectorError
+from milora_vl.policy.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
 
 LM = "model.language_model.layers"

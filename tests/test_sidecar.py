@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from milora_vl.initialize import LayerReport
-from milora_vl.lora.fingerprint import sketch
-from milora_vl.lora.sidecar import FILE_NAME, AdapterError, Sidecar, locate, read_sidecar
-from milora_vl.policies.rules import FloorSigma, Target
+from milora_vl.lora.errors import AdapterError
+from milora_vl.lora.sidecar import FILE_NAME, Sidecar, locate, read_sidecar
+from milora_vl.policy.rules import FloorSigma, Target
+from milora_vl.weights.fingerprint import sketch
 
 PATH = "model.language_model.layers.0.mlp.up_proj"
 TARGETS = [

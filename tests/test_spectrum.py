@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from milora_vl.lora.layers import as_matrix, matrix_shape
 from milora_vl.policy import Policy
 from milora_vl.spectrum import layer_spectra
+from milora_vl.weights.matrices import as_matrix, matrix_shape
 
 POLICY = """
 - {modules: language, method: milora, rank: 4}

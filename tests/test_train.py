@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from versions import TRANSFORMERS_5
 
 from milora_data.errors import UserError
-from milora_vl.policies import ranks
+from milora_vl.policy import ranks
 from milora_vl.train import main
 
 METHODS = {"milora": ["--rank", "4"], "lora": ["--rank", "4"], "full": [], "projector": []}

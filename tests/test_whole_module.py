@@ -5,13 +5,13 @@ from adapter_cases import LLAVA_POLICY
 from peft.utils.other import ModulesToSaveWrapper
 
 from milora_vl import apply_milora
-from milora_vl.lora import whole_module
-from milora_vl.lora.whole_module import WholeModule
+from milora_vl.lora import peft_model
+from milora_vl.lora.peft_model import WholeModule
 
 
 def test_hooks_of_a_module_inside_are_not_those_of_its_wrapper(tiny_llava, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed registers from the inside out, and asks each module whether it has been there."""
-    monkeypatch.setattr(whole_module, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(peft_model, "is_deepspeed_zero3_enabled", lambda: True)
     model = apply_milora(tiny_llava()[0], LLAVA_POLICY)
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     assert wrappers

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 # `encode` is also the name of a module: imported here, the function wins, whatever is imported later.
-from .encode import Encoded, encode, encode_prompt
-from .errors import DataError, UserError
-from .images import expand_to_square, load_image
-from .records import Record, Turn, load_records, parse_record
-from .templates import TEMPLATES, Template
+from milora_data.encode import Encoded, encode, encode_prompt
+from milora_data.errors import DataError, UserError
+from milora_data.images import expand_to_square, load_image
+from milora_data.records import Record, Turn, load_records, parse_record
+from milora_data.templates import TEMPLATES, Template
 
 if TYPE_CHECKING:
-    from .collate import ImageTextCollator
+    from milora_data.collate import ImageTextCollator
 
 __all__ = [
     "TEMPLATES",
@@ -39,6 +39,6 @@ def __getattr__(name: str) -> Any:
     if name != "ImageTextCollator":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # It needs torch, which commands must not import before they have read their arguments.
-    from .collate import ImageTextCollator
+    from milora_data.collate import ImageTextCollator
 
     return ImageTextCollator

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .encode import IGNORE
+from milora_data.encode import IGNORE
 
 
 class Row(NamedTuple):

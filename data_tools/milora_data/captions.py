@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .command import amount
-from .errors import DataError
-from .tables import not_utf8, read_rows
-from .templates import IMAGE
+from milora_data.command import amount
+from milora_data.errors import DataError
+from milora_data.tables import not_utf8, read_rows
+from milora_data.templates import IMAGE
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")

@@ -11,18 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from .captions import SUFFIXES
-from .command import count, next_step, parser
-from .errors import DataError, UserError
-from .findings import Finding, examine
-from .flags import RECORDS, shared
-from .images import ImagePolicy, OutsidePicture, place_of
-from .jsonfile import read_objects
-from .mix import mixed_records, read_sources
-from .pictures import MissingImages, elsewhere, find_faults, find_missing, uses
-from .records import Record, is_json, load_records, parse_record
-from .report import Report, as_json, as_text
-from .stored import stored_items
+from milora_data.captions import SUFFIXES
+from milora_data.command import count, next_step, parser
+from milora_data.errors import DataError, UserError
+from milora_data.findings import Finding, examine
+from milora_data.flags import RECORDS, shared
+from milora_data.images import ImagePolicy, OutsidePicture, place_of
+from milora_data.jsonfile import read_objects
+from milora_data.mix import mixed_records, read_sources
+from milora_data.pictures import MissingImages, elsewhere, find_faults, find_missing, uses
+from milora_data.records import Record, is_json, load_records, parse_record
+from milora_data.report import Report, as_json, as_text
+from milora_data.stored import stored_items
 
 EPILOG = """\
 exit code: 0 no errors (warnings may be meant), 1 errors found, 2 the data cannot be read at all
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{chosen.data}: no records")
     sys.stdout.write(as_json(report) if chosen.format == "json" else as_text(report, chosen.limit))
     if chosen.fix is not None:
-        from .repair import write_repaired
+        from milora_data.repair import write_repaired
 
         sys.stderr.write(write_repaired(report, chosen.data, chosen.fix))
     _tell_next(report, chosen.fix, ["--image_folder", folder] if report.with_pictures else [])

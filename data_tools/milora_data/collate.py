@@ -14,15 +14,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import get_worker_info
 
-from .anyres import Tiling
-from .batches import Row, joined, packed, padded, with_single_image_tokens
-from .encode import IGNORE, Encoded, NothingToLearn, encode
-from .errors import DataError, UserError
-from .features import FeatureReader
-from .images import ImageError, ImagePolicy, place_of
-from .pixels import AspectRatio, JpegDecoding, PixelMaker
-from .records import Record, parse_record
-from .templates import IMAGE, get_template
+from milora_data.anyres import Tiling
+from milora_data.batches import Row, joined, packed, padded, with_single_image_tokens
+from milora_data.encode import IGNORE, Encoded, NothingToLearn, encode
+from milora_data.errors import DataError, UserError
+from milora_data.features import FeatureReader
+from milora_data.images import ImageError, ImagePolicy, place_of
+from milora_data.pixels import AspectRatio, JpegDecoding, PixelMaker
+from milora_data.records import Record, parse_record
+from milora_data.templates import IMAGE, get_template
 
 log = logging.getLogger(__name__)
 

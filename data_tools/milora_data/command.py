@@ -20,7 +20,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import UserError
+from milora_data.errors import UserError
 
 
 def suggest(word: str, candidates: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import overload
 
-from .records import Record
+from milora_data.records import Record
 
 
 class CompactRecords(Sequence[Record]):

@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import DataError
-from .records import Turn
-from .templates import OWN, TEMPLATES, Segment, render, split_turns, template_name
-from .tokens import Habits, eos_text, habits, own_template
+from milora_data.errors import DataError
+from milora_data.records import Turn
+from milora_data.templates import OWN, TEMPLATES, Segment, render, split_turns, template_name
+from milora_data.tokens import Habits, eos_text, habits, own_template
 
 _HOLE = "\ue000{}\ue001"  # private use: no template knows them
 _HOLES = re.compile("\ue000([0-9]+)\ue001")

@@ -13,18 +13,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .captions import caption_records
-from .command import amount, next_step, parser, positive
-from .errors import DataError, UserError
-from .flags import shared
-from .images import StoredPicture
-from .instructions import held_out, instructions
-from .jsonfile import read_objects, write_objects
-from .messages import from_messages
-from .other_files import DEFAULT_PROMPT, coco_captions, refcoco, sharegpt, table
-from .records import Record, load_records, parse_record
-from .stored import stored_records
-from .vqa_files import Converter, Options, Records, aokvqa, gqa, ocrvqa, scienceqa, textvqa, vizwiz, vqa
+from milora_data.captions import caption_records
+from milora_data.command import amount, next_step, parser, positive
+from milora_data.errors import DataError, UserError
+from milora_data.flags import shared
+from milora_data.images import StoredPicture
+from milora_data.instructions import held_out, instructions
+from milora_data.jsonfile import read_objects, write_objects
+from milora_data.messages import from_messages
+from milora_data.other_files import DEFAULT_PROMPT, coco_captions, refcoco, sharegpt, table
+from milora_data.records import Record, load_records, parse_record
+from milora_data.stored import stored_records
+from milora_data.vqa_files import Converter, Options, Records, aokvqa, gqa, ocrvqa, scienceqa, textvqa, vizwiz, vqa
 
 EPILOG = """\
 formats (--from):

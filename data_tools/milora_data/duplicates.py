@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import UserError
-from .images import ImageError, content_of, load_image, place_of
-from .records import Record
+from milora_data.errors import UserError
+from milora_data.images import ImageError, content_of, load_image, place_of
+from milora_data.records import Record
 
 Hashing = Literal["exact", "near"]
 NEAR_BITS = 4

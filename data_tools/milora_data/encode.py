@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .conversation import segments_of
-from .errors import DataError
-from .records import Record, Turn, parse_record
-from .templates import IMAGE, Segment, place_images
-from .tokens import IGNORE, Habits, habits
-from .words import words_of
+from milora_data.conversation import segments_of
+from milora_data.errors import DataError
+from milora_data.records import Record, Turn, parse_record
+from milora_data.templates import IMAGE, Segment, place_images
+from milora_data.tokens import IGNORE, Habits, habits
+from milora_data.words import words_of
 
 
 class NothingToLearn(DataError):

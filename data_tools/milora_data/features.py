@@ -15,10 +15,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .anyres import Tiling
-from .errors import DataError
-from .images import content_of
-from .pixels import PixelMaker
+from milora_data.anyres import Tiling
+from milora_data.errors import DataError
+from milora_data.images import content_of
+from milora_data.pixels import PixelMaker
 
 PLAIN = "plain"  # the picture that stands for none
 

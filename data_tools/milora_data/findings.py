@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from .errors import DataError
-from .records import Record, estimated_length
-from .templates import IMAGE, place_images, split_turns
+from milora_data.errors import DataError
+from milora_data.records import Record, estimated_length
+from milora_data.templates import IMAGE, place_images, split_turns
 
 Severity = Literal["error", "warning"]
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .command import positive, suggest
+from milora_data.command import positive, suggest
 
 
 def device(text: str) -> str:

@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import DataError
+from milora_data.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
-from .tables import read_rows
-from .vqa_files import Options, Records, record
+from milora_data.errors import DataError
+from milora_data.tables import read_rows
+from milora_data.vqa_files import Options, Records, record
 
 FIELDS = (("instruction", "output"), ("query", "response"))
 SEED = 42

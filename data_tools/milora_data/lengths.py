@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .anyres import Tiling
-from .encode import NothingToLearn, encode
-from .images import ImageError, picture_size, place_of
-from .records import Record
-from .tokens import fast_backend
+from milora_data.anyres import Tiling
+from milora_data.encode import NothingToLearn, encode
+from milora_data.images import ImageError, picture_size, place_of
+from milora_data.records import Record
+from milora_data.tokens import fast_backend
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from .command import as_typed, suggest
-from .errors import UserError
+from milora_data.command import as_typed, suggest
+from milora_data.errors import UserError
 
 CODES = "exit codes: 0 done, 1 the run failed or errors were found, 2 bad usage, 130 interrupted\n"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import DataError
-from .images import StoredPicture
-from .records import ROLES
-from .templates import IMAGE
+from milora_data.errors import DataError
+from milora_data.images import StoredPicture
+from milora_data.records import ROLES
+from milora_data.templates import IMAGE
 
 _SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 

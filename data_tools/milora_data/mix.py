@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, UserError
-from .images import PlacedPicture, StoredPicture, leads_outside
-from .records import Record, load_records
+from milora_data.errors import DataError, UserError
+from milora_data.images import PlacedPicture, StoredPicture, leads_outside
+from milora_data.records import Record, load_records
 
 _KEYS = ("path", "weight", "image_folder")
 

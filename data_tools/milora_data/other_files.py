@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
-from .images import on_padded_square
-from .instructions import earlier, with_input, with_system
-from .jsonfile import read_objects
-from .plain_pickle import read_plain_pickle
-from .tables import read_rows
-from .templates import IMAGE
-from .vqa_files import Options, Records, read_json, record
+from milora_data.errors import DataError
+from milora_data.images import on_padded_square
+from milora_data.instructions import earlier, with_input, with_system
+from milora_data.jsonfile import read_objects
+from milora_data.plain_pickle import read_plain_pickle
+from milora_data.tables import read_rows
+from milora_data.templates import IMAGE
+from milora_data.vqa_files import Options, Records, read_json, record
 
 DEFAULT_PROMPT = "Describe this picture."
 WHERE_IS = "Please provide the bounding box coordinate of the region this sentence describes: {}"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-from .records import Record
+from milora_data.records import Record
 
 POOL = 8192  # records that are packed together
 

@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import DataError
-from .images import ORIENTATION, ImageError, OutsidePicture, StoredPicture, load_image, opened, place_of
-from .records import Record
+from milora_data.errors import DataError
+from milora_data.images import ORIENTATION, ImageError, OutsidePicture, StoredPicture, load_image, opened, place_of
+from milora_data.records import Record
 
 if TYPE_CHECKING:
     from PIL import Image

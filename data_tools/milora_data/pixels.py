@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .images import expand_to_square, load_image, unmistakable
+from milora_data.images import expand_to_square, load_image, unmistakable
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -6,8 +6,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
-from .jsonfile import missing_file
+from milora_data.errors import DataError
+from milora_data.jsonfile import missing_file
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .encode import IGNORE, Encoded
-from .errors import DataError
-from .records import Record
-from .templates import IMAGE, get_template, place_images, render
+from milora_data.encode import IGNORE, Encoded
+from milora_data.errors import DataError
+from milora_data.records import Record
+from milora_data.templates import IMAGE, get_template, place_images, render
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import DataError
-from .jsonfile import read_objects
+from milora_data.errors import DataError
+from milora_data.jsonfile import read_objects
 
 Role = Literal["user", "assistant", "system"]
 
@@ -56,11 +56,11 @@ def load_records(path: str | Path) -> Iterator[Record]:
         for place, value in read_objects(Path(path)):
             yield parse_record(value, source=f"{path}:{place}")
     elif str(path).endswith((".yaml", ".yml")):
-        from .mix import mixed_records, read_sources
+        from milora_data.mix import mixed_records, read_sources
 
         yield from mixed_records(*read_sources(Path(path)))
     else:
-        from .stored import stored_records
+        from milora_data.stored import stored_records
 
         yield from stored_records(str(path))
 
@@ -80,7 +80,7 @@ def parse_record(value: object, *, source: str = "") -> Record:
         if not isinstance(value, dict):
             raise DataError(f"expected a record (an object), got {type(value).__name__}")
         if "messages" in value and "conversations" not in value:
-            from .messages import from_messages
+            from milora_data.messages import from_messages
 
             value = from_messages(value, number=0) | ({} if "id" in value else {"id": ""})
         return Record(

@@ -8,16 +8,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import amount
-from .errors import DataError, UserError
-from .findings import CONTROL, KINDS, examine
-from .jsonfile import read_objects, write_objects
-from .messages import from_messages
-from .records import ROLES, parse_record
-from .templates import IMAGE
+from milora_data.command import amount
+from milora_data.errors import DataError, UserError
+from milora_data.findings import CONTROL, KINDS, examine
+from milora_data.jsonfile import read_objects, write_objects
+from milora_data.messages import from_messages
+from milora_data.records import ROLES, parse_record
+from milora_data.templates import IMAGE
 
 if TYPE_CHECKING:
-    from .report import Report
+    from milora_data.report import Report
 
 
 def write_repaired(report: Report, data: Path, out: Path) -> str:

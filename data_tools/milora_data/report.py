@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .command import amount
-from .findings import KINDS, Finding
+from milora_data.command import amount
+from milora_data.findings import KINDS, Finding
 
 
 @dataclass(slots=True)

@@ -10,16 +10,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .check import image_folder
-from .command import amount, count, next_step, parser, positive
-from .encode import encode
-from .errors import UserError
-from .flags import RECORDS, shared
-from .images import ImageError, load_image, place_of
-from .preview import Piece, as_rich, text_pieces, token_pieces
-from .records import Record, load_records
-from .show_page import Shown, shown, write_page
-from .tokens import load_tokenizer
+from milora_data.check import image_folder
+from milora_data.command import amount, count, next_step, parser, positive
+from milora_data.encode import encode
+from milora_data.errors import UserError
+from milora_data.flags import RECORDS, shared
+from milora_data.images import ImageError, load_image, place_of
+from milora_data.preview import Piece, as_rich, text_pieces, token_pieces
+from milora_data.records import Record, load_records
+from milora_data.show_page import Shown, shown, write_page
+from milora_data.tokens import load_tokenizer
 
 EPILOG = """\
 what is learnt stands in [[ ]]; with --tokenizer the text is decoded from the very ids

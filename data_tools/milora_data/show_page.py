@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .command import amount
-from .errors import UserError
-from .images import ImageError, load_image, place_of
-from .page.credits import credit_lines
-from .page.pictures import fitting, small
-from .page.render import MAX_BYTES, render, write
-from .preview import Piece
-from .records import Record
+from milora_data.command import amount
+from milora_data.errors import UserError
+from milora_data.images import ImageError, load_image, place_of
+from milora_data.page.credits import credit_lines
+from milora_data.page.pictures import fitting, small
+from milora_data.page.render import MAX_BYTES, render, write
+from milora_data.preview import Piece
+from milora_data.records import Record
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .check import image_folder
-from .command import count, next_step, parser
-from .duplicates import duplicate_statistics, leakage
-from .encode import encode
-from .errors import DataError, UserError
-from .flags import RECORDS, shared
-from .records import Record, load_records
-from .templates import IMAGE
-from .tokens import load_tokenizer
+from milora_data.check import image_folder
+from milora_data.command import count, next_step, parser
+from milora_data.duplicates import duplicate_statistics, leakage
+from milora_data.encode import encode
+from milora_data.errors import DataError, UserError
+from milora_data.flags import RECORDS, shared
+from milora_data.records import Record, load_records
+from milora_data.templates import IMAGE
+from milora_data.tokens import load_tokenizer
 
 EPILOG = """\
 examples:

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, UserError
-from .images import StoredPicture
-from .jsonfile import missing_file
-from .other_files import COLUMNS, row_record
-from .records import Record, parse_record
-from .vqa_files import Options
+from milora_data.errors import DataError, UserError
+from milora_data.images import StoredPicture
+from milora_data.jsonfile import missing_file
+from milora_data.other_files import COLUMNS, row_record
+from milora_data.records import Record, parse_record
+from milora_data.vqa_files import Options
 
 HUB = "hub:"
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}

@@ -17,11 +17,11 @@ import datasets
 import torch
 from datasets.distributed import split_dataset_by_node
 
-from .errors import DataError, UserError
-from .jsonfile import Part, parts_of, read_part
-from .mix import Source, read_sources, within
-from .records import Record, is_json, parse_record
-from .stored import HUB, broken_off, files_of, items_of_file, open_hub, row_to_record
+from milora_data.errors import DataError, UserError
+from milora_data.jsonfile import Part, parts_of, read_part
+from milora_data.mix import Source, read_sources, within
+from milora_data.records import Record, is_json, parse_record
+from milora_data.stored import HUB, broken_off, files_of, items_of_file, open_hub, row_to_record
 
 StreamItem: TypeAlias = Record | DataError
 FEATURES = datasets.Features({"record": datasets.Value("large_binary")})

@@ -6,8 +6,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import DataError
-from .jsonfile import missing_file, read_objects
+from milora_data.errors import DataError
+from milora_data.jsonfile import missing_file, read_objects
 
 DELIMITERS = ",;\t"
 

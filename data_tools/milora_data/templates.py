@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .command import suggest
-from .errors import DataError, UserError
-from .records import Turn
-from .tokens import bos_ids, bos_text, eos_text, glue_after, own_template
+from milora_data.command import suggest
+from milora_data.errors import DataError, UserError
+from milora_data.records import Turn
+from milora_data.tokens import bos_ids, bos_text, eos_text, glue_after, own_template
 
 IMAGE = "<image>"
 EOS, BOS = "{eos}", "{bos}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import UserError
+from milora_data.errors import UserError
 
 
 def fast_backend(tokenizer: Any) -> Any:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .command import amount
-from .errors import DataError
-from .jsonfile import missing_file
-from .templates import IMAGE
+from milora_data.command import amount
+from milora_data.errors import DataError
+from milora_data.jsonfile import missing_file
+from milora_data.templates import IMAGE
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

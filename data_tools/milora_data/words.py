@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from .tokens import IGNORE
+from milora_data.tokens import IGNORE
 
 _WORD = re.compile(r" *[^ ]+| +")
 _BLANK = "\u2581"

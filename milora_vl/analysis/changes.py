@@ -20,9 +20,9 @@ from milora_vl.exporting.llava import in_hf_layout, read_llava
 from milora_vl.exporting.plain import PREFIX, LowRank, PlainAdapter, from_state, more_than_factors, read_config
 from milora_vl.exporting.source import INITIAL_NAMES, find_source
 from milora_vl.lora.errors import AdapterError
-from milora_vl.lora.fingerprint import distance
 from milora_vl.lora.sidecar import Sidecar, locate, read_sidecar
 from milora_vl.towers import canonical_names
+from milora_vl.weights.fingerprint import distance
 
 _MAGNITUDE = ".lora_magnitude_vector"
 _TOKENS = "trainable_token_indices"

@@ -18,9 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from milora_vl import models
-from milora_vl.lora.layers import as_matrix, is_adaptable, is_linear, matrix_shape
-from milora_vl.lora.weights import read_matrix
 from milora_vl.towers import Towers, canonical_names, find_towers
+from milora_vl.weights.matrices import as_matrix, is_adaptable, is_linear, matrix_shape, read_matrix
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from milora_data.errors import UserError
-from milora_vl.lora.pickled import UNREAD, read_pickled, why_unread
+from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 
 MARK = "mm_vision_tower"
 PROJECTOR = re.compile(r"^model\.mm_projector\.(.+)")

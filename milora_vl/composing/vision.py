@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from milora_data.errors import UserError
-from milora_vl.lora.pickled import UNREAD, read_pickled, why_unread
+from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 
 TIMM = "timm/"
 RANDOM = "random"

@@ -14,14 +14,13 @@ from milora_data.errors import UserError
 from milora_vl.exporting.llava import in_hf_layout, read_llava
 from milora_vl.exporting.plain import LowRank, PlainAdapter, read_config, read_plain, whole_modules
 from milora_vl.exporting.source import Source
-from milora_vl.lora.fingerprint import distance, sketch
-from milora_vl.lora.layers import as_matrix, is_adaptable, matrix_shape
 from milora_vl.lora.sidecar import Sidecar
-from milora_vl.lora.weights import read_matrix
 from milora_vl.models import load_weights
-from milora_vl.policies.rules import RuleMethod, Target
+from milora_vl.policy.rules import RuleMethod, Target
 from milora_vl.svd import decompose
 from milora_vl.towers import canonical_names, find_towers
+from milora_vl.weights.fingerprint import distance, sketch
+from milora_vl.weights.matrices import as_matrix, is_adaptable, matrix_shape, read_matrix
 
 # A base further than this from residual + initial factors, relative to its norm, is another model.
 _LARGEST_DRIFT = 0.05

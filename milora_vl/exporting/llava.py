@@ -18,9 +18,9 @@ from torch import Tensor
 
 from milora_data.errors import UserError
 from milora_vl.exporting.plain import PREFIX, LowRank, PlainAdapter, read_plain, write_plain
-from milora_vl.lora.pickled import UNREAD, read_pickled, why_unread
 from milora_vl.lora.sidecar import locate
 from milora_vl.towers import Towers
+from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 
 NON_LORA = "non_lora_trainables.bin"
 # What LoraConfig knew at the time of LLaVA's pins (transformers 4.37.2, accelerate 0.21); PEFT refused any other key.

@@ -18,7 +18,7 @@ from milora_data.errors import UserError
 from milora_vl.exporting.base import save_model
 from milora_vl.exporting.plain import LowRank, PlainAdapter, write_plain
 from milora_vl.exporting.source import OFFICIAL_NAME
-from milora_vl.lora.layers import as_matrix
+from milora_vl.weights.matrices import as_matrix
 
 INITIAL = "lora_init"
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from peft import PeftModel
 from torch import nn
 
-from milora_vl.lora.fingerprint import QUANTIZED_EPS, distance
+from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import base_layer
-from milora_vl.lora.sidecar import FILE_NAME, AdapterError, Sidecar, locate
-from milora_vl.lora.weights import read_matrix
+from milora_vl.lora.sidecar import FILE_NAME, Sidecar, locate
 from milora_vl.towers import canonical_names, keep_weights_readable
+from milora_vl.weights.fingerprint import QUANTIZED_EPS, distance
+from milora_vl.weights.matrices import read_matrix
 
 logger = logging.getLogger(__name__)
 

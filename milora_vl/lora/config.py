@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from milora_vl.lora.sidecar import AdapterError
-from milora_vl.policies.rules import Target
+from milora_vl.lora.errors import AdapterError
+from milora_vl.policy.rules import Target
 from milora_vl.towers import peft_task
 
 

@@ -8,9 +8,21 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from milora_vl.lora.halves import ANCHOR, TRAINED, Conv2dA, Conv2dB, Halves, LinearA, LinearB, join, lossless, split
-from milora_vl.lora.halves_embedding import ANCHOR_SUFFIX, EmbeddingHalves
-from milora_vl.lora.weights import factor_dtype
+from milora_vl.lora.layers import (
+    ANCHOR,
+    ANCHOR_SUFFIX,
+    TRAINED,
+    Conv2dA,
+    Conv2dB,
+    EmbeddingHalves,
+    Halves,
+    LinearA,
+    LinearB,
+    join,
+    lossless,
+    split,
+)
+from milora_vl.weights.matrices import factor_dtype
 
 _KINDS: dict[type[nn.Module], tuple[type[Halves], type[Halves]]] = {
     nn.Linear: (LinearA, LinearB),

@@ -18,12 +18,14 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.initialize import LayerReport
-from milora_vl.lora.atomic import written_whole
+from milora_vl.lora.atomic_write import atomic_folder
 from milora_vl.lora.base_check import fitted, require_same_kind
-from milora_vl.lora.halves import ANCHOR, TRAINED
-from milora_vl.lora.halves_embedding import ANCHOR_SUFFIX
+from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import (
     anchor_names,
     anchors_of,
@@ -35,11 +37,10 @@ from milora_vl.lora.install import (
     set_dropout,
     trained_factors,
 )
-from milora_vl.lora.protected import Protected, find_protected
-from milora_vl.lora.sidecar import FILE_NAME, AdapterError, Sidecar, read_sidecar
-from milora_vl.lora.weight_files import require_weights
-from milora_vl.lora.whole_module import keep_hooks_apart
-from milora_vl.policies.rules import Target
+from milora_vl.lora.layers import ANCHOR, ANCHOR_SUFFIX, TRAINED
+from milora_vl.lora.protection import Protected, find_protected
+from milora_vl.lora.sidecar import FILE_NAME, Sidecar, read_sidecar, require_weights
+from milora_vl.policy.rules import Target
 
 # From 0.19 on PEFT's add_adapter casts the factors to float32; before, only what loads an adapter does.
 _ADDING_CASTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 19)
@@ -82,7 +83,7 @@ class MiloraMixin(PeftModel):
             kwargs["state_dict"] = joined_state(self._with_anchors(kwargs["state_dict"]))
         if save_embedding_layers == "auto":
             save_embedding_layers = self._vocabulary_has_grown()
-        with written_whole(Path(save_directory), is_main_process) as folder:
+        with atomic_folder(Path(save_directory), is_main_process) as folder:
             super().save_pretrained(
                 str(folder), safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
             )
@@ -329,3 +330,25 @@ def _known_config(name: str) -> dict[str, Any]:
     if not isinstance(file, str) and not (isinstance(file, Path) and file.is_file()):
         return {}
     return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+
+
+_OF_DEEPSPEED = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+
+
+class WholeModule(ModulesToSaveWrapper):
+    """The wrapper with DeepSpeed's hooks of its own.
+
+    It answers for the module inside, and DeepSpeed before 0.19.4 asks it whether it has hooks: it then gets none, and
+    the first forward ends in `'Linear' object has no attribute 'ds_grads_remaining'`.
+    """
+
+    def _hasattr_wrapped(self, name: str, modules: dict[str, nn.Module]) -> bool:
+        return name not in _OF_DEEPSPEED and bool(super()._hasattr_wrapped(name, modules))
+
+
+def keep_hooks_apart(model: PeftModel) -> None:
+    """Give the wrappers in a model this class, where DeepSpeed will look at them."""
+    if is_deepspeed_zero3_enabled():
+        for module in model.modules():
+            if type(module) is ModulesToSaveWrapper:
+                module.__class__ = WholeModule

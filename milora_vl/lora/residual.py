@@ -10,9 +10,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from milora_vl.lora.halves import Halves, ResidualA, ResidualB
-from milora_vl.lora.layers import as_matrix
-from milora_vl.lora.sidecar import AdapterError
+from milora_vl.lora.errors import AdapterError
+from milora_vl.lora.layers import Halves, ResidualA, ResidualB
+from milora_vl.weights.matrices import as_matrix
 
 
 def require_residual(model: nn.Module, paths: list[str]) -> None:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl.analysis.spectra import decay_exponent, effective_rank, minor_energy
-from milora_vl.lora.weights import read_matrix
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import Result, arms
+from milora_vl.weights.matrices import read_matrix
 
 NONE = "none"
 MEASURES = ("decay", "effective_rank", "minor_energy")

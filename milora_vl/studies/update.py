@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from milora_vl.initialize import cached_factors
 from milora_vl.lora.install import base_layer, lora_layer
-from milora_vl.lora.layers import as_matrix, is_adaptable
+from milora_vl.weights.matrices import as_matrix, is_adaptable
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from milora_vl.svd.extremal import EXTRA, Search
 from milora_vl.svd.factors import Factors
 from milora_vl.svd.precision import full_precision
-from milora_vl.svd.triplets import Inverse, polished, triplets
+from milora_vl.svd.triplets import Inverse, refine_left_vectors, triplets
 
 Part = Literal["minor", "principal", "random"]
 Method = Literal["auto", "exact", "fast"]
@@ -139,7 +139,7 @@ def _by_gram_matrix(W: Tensor, norm: float, rank: int, part: Part, generator: to
     V = vectors[:, wanted]
     U, S, V = triplets(wide @ V, V)
     sigma_max = float(squares[0].sqrt())
-    clean = polished(wide, U, S, V, sigma_max, inverse, generator)
+    clean = refine_left_vectors(wide, U, S, V, sigma_max, inverse, generator)
     if clean is None or float(torch.linalg.vector_norm(wide.T @ clean - V * S)) > 1e-6 * norm:
         return None
     return Factors(clean.to(W.dtype), S.to(W.dtype), V.T.to(W.dtype), index, norm, sigma_max, 0.0, "eigh")

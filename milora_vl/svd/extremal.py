@@ -25,7 +25,7 @@ from torch import Tensor
 from milora_vl.svd.cholesky import Cholesky, lower_gram, mean_eigenvalue
 from milora_vl.svd.flatten import flatten
 from milora_vl.svd.lanczos import Lanczos
-from milora_vl.svd.triplets import Inverse, mirrored, polished, triplets
+from milora_vl.svd.triplets import Inverse, refine_left_vectors, transpose, triplets
 
 EXTRA = 16  # columns of V beyond the rank: they keep t clear of the wanted eigenvalues
 ROUNDS = 5
@@ -128,7 +128,7 @@ class Search:
         if self.sign > 0:
             made = self._with_left_vectors(U, S, V)
         elif self.is_mirrored:
-            made = mirrored(self.W, U, V, None, self.floor)
+            made = transpose(self.W, U, V, None, self.floor)
         if made is None:
             return None
         before, after = (float(torch.linalg.vector_norm(s, dtype=torch.float64)) for s in (S, made[1]))
@@ -140,17 +140,17 @@ class Search:
         clean = None
         safe = max(self.noise, (SAFE * self.sigma_max) ** 2)
         if inverse is not None and self.newest is not None and self.newest[1] >= safe:
-            clean = polished(self.W, U, S, V, self.sigma_max, inverse, self.generator)
+            clean = refine_left_vectors(self.W, U, S, V, self.sigma_max, inverse, self.generator)
         if clean is None:
             near = self._inverse(self._factor([-safe * 8**k for k in range(5)]), is_safe=True)
             if near is None:
                 return None
-            clean = polished(self.W, U, S, V, self.sigma_max, near, self.generator)
+            clean = refine_left_vectors(self.W, U, S, V, self.sigma_max, near, self.generator)
             assert clean is not None
             if float(torch.linalg.vector_norm(self.W.T @ clean - V * S)) > 0.01 * self.norm:
                 return None
         if self.is_mirrored:
-            return mirrored(self.W, clean, V, near, self.floor) if near is not None else None
+            return transpose(self.W, clean, V, near, self.floor) if near is not None else None
         return clean, S, V
 
     def _inverse(self, made: tuple[Cholesky, float] | None, *, is_safe: bool) -> Inverse | None:

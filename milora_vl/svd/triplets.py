@@ -31,7 +31,7 @@ class Inverse:
     is_safe: bool
 
 
-def polished(
+def refine_left_vectors(
     W: Tensor, U: Tensor, S: Tensor, V: Tensor, sigma_max: float, inverse: Inverse, generator: torch.Generator
 ) -> Tensor | None:
     """Return U (m, r) without what rounding in W V has put into it; None where that takes a safe inverse.
@@ -69,7 +69,7 @@ def _without_strong(W: Tensor, V: Tensor, U: Tensor, inverse: Inverse) -> Tensor
     return U - W @ inverse.solve(P)
 
 
-def mirrored(W: Tensor, U: Tensor, V: Tensor, inverse: Inverse | None, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+def transpose(W: Tensor, U: Tensor, V: Tensor, inverse: Inverse | None, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return triplets of which W'U = V S holds to rounding (`floor`), as W V = U S does for U and V as given.
 
     With the inverse, for minor components, U takes in what is missing, without it V does, for principal ones.

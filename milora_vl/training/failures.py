@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from milora_data.errors import UserError
-from milora_vl.lora.pickled import why_unread
+from milora_vl.weights.torch_files import why_unread
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from milora_data.errors import UserError
-from milora_vl.policies.rules import PART_OF_METHOD
+from milora_vl.policy.rules import PART_OF_METHOD
 
 ADAPTERS = ("milora", "lora", "pissa", "random", "dora", "olora", "mica")
 METHODS = (*ADAPTERS, "full", "projector")

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from milora_vl.lora.config import make_lora
 from milora_vl.lora.install import install, lora_layer, set_dropout
-from milora_vl.lora.weights import factor_dtype
 from milora_vl.policy import Target
 from milora_vl.towers import find_towers
 from milora_vl.training.losses import CHUNK, GradientsAtOnce, inner_model
+from milora_vl.weights.matrices import factor_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

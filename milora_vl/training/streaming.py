@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from milora_data.errors import UserError
 from milora_data.stream import RecordStream, record_stream
 from milora_vl.config import Recipe
-from milora_vl.lora.pickled import read_pickled
 from milora_vl.training.run_data import sources_of
+from milora_vl.weights.torch_files import read_pickled
 
 
 def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:

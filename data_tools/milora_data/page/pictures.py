@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..images import ImageError, load_image
+from milora_data.images import ImageError, load_image
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..whole import write_text
+from milora_data.whole import write_text
 
 MAX_BYTES = 5_000_000
 """No page is larger: it must open at once on a phone, and go through a mail."""

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from milora_vl.policies.protect import PROTECTING_METHODS, Protect, protect_problems
+from milora_vl.policy.protect import PROTECTING_METHODS, Protect, protect_problems
 
 if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
     from milora_vl.svd import Part

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(folder: Path, is_writer: bool = True) -> Iterator[Path]:
+def atomic_folder(folder: Path, is_writer: bool = True) -> Iterator[Path]:
     """Give a folder to write into; its files move to `folder` when all are written, and vanish after an error.
 
     A README.md that is there is given too, as PEFT adds to it. Without `is_writer` (another rank writes) the folder

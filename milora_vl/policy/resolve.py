@@ -13,18 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from milora_vl.lora.layers import is_adaptable, matrix_shape, why_refused
-from milora_vl.policies.ranks import find_rank, share_budget
-from milora_vl.policies.rules import (
-    FIELDS_OF_METHOD,
-    WHOLE_RUN_METHODS,
-    PolicyError,
-    Rule,
-    SpectralRank,
-    Target,
-)
-from milora_vl.policies.selectors import Selector, SelectorError
+from milora_vl.policy.ranks import find_rank, share_budget
+from milora_vl.policy.rules import FIELDS_OF_METHOD, WHOLE_RUN_METHODS, PolicyError, Rule, SpectralRank, Target
+from milora_vl.policy.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
+from milora_vl.weights.matrices import is_adaptable, matrix_shape, why_refused
 
 
 @dataclass(slots=True)

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.initialize import Initial, Progress, cached_factors
-from milora_vl.lora.dealing import from_first_rank, place
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import base_layer
-from milora_vl.lora.weights import read_matrix
-from milora_vl.policies.protect import Protect
-from milora_vl.policies.rules import Target
+from milora_vl.policy.protect import Protect
+from milora_vl.policy.rules import Target
 from milora_vl.svd.precision import full_precision
+from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
+from milora_vl.weights.matrices import read_matrix
 
 ROUNDING = 1e-4  # overlap that float32 training leaves at most; in half precision it is that of the dtype
 
@@ -107,7 +107,7 @@ def find_protected(
             "protect: ZeRO-3 shares out the factors, which cannot be kept outside then: train without it"
         )
     found = {}
-    hidden = not wanted or not progress or place()[0] > 0
+    hidden = not wanted or not progress or rank_and_world_size()[0] > 0
     for target, protect in tqdm(wanted, desc="protecting", unit="matrix", file=sys.stderr, disable=hidden):
         W = read_matrix(base_layer(model, target.path))
         cache = None if cache_dir is None else Path(cache_dir)

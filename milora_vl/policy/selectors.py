@@ -16,8 +16,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from milora_vl.lora.layers import is_adaptable, is_linear
 from milora_vl.towers import TOWERS, Towers, output_head
+from milora_vl.weights.matrices import is_adaptable, is_linear
 
 _TOWER_SELECTOR = re.compile(
     rf"(?P<tower>{'|'.join(TOWERS)})(?:\.layers\[(?P<first>\d+)(?:-(?P<last>\d+))?\])?(?:\.(?P<tail>[\w.]+|\*))?"

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from milora_vl.lora.factor_cache import cached_singular_values
-from milora_vl.lora.layers import matrix_shape
-from milora_vl.lora.weights import read_matrix
-from milora_vl.policies.rules import PolicyError, SpectralRank
+from milora_vl.policy.rules import PolicyError, SpectralRank
+from milora_vl.weights.factor_cache import cached_singular_values
+from milora_vl.weights.matrices import matrix_shape, read_matrix
 
 
 def find_rank(rank: int | SpectralRank, module: nn.Module, cache: Path | None = None) -> int:

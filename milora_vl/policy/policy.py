@@ -12,10 +12,8 @@ from typing import Any
 import yaml
 from torch import nn
 
-from milora_vl.policies.protect import Protect
-from milora_vl.policies.rules import FloorSigma, PolicyError, Rule, RuleMethod, SpectralRank, Target
-
-__all__ = ["FloorSigma", "Policy", "PolicyError", "Protect", "Rule", "RuleMethod", "SpectralRank", "Target"]
+from milora_vl.policy.protect import Protect
+from milora_vl.policy.rules import FloorSigma, PolicyError, Rule, SpectralRank, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ class Policy:
         cache_dir: str | Path | None = None,
     ) -> list[Target]:
         """Parse and resolve in one go, so that the faults of both come in one PolicyError."""
-        from milora_vl.policies.resolve import resolve
+        from milora_vl.policy.resolve import resolve
 
         if isinstance(source, Policy):
             return source.resolve(model, cache_dir=cache_dir)
@@ -70,7 +68,7 @@ class Policy:
         Raises PolicyError with all faults together: rules that match nothing, fields their method cannot use, ranks
         larger than a matrix.
         """
-        from milora_vl.policies.resolve import resolve  # brings PEFT along; parsing a recipe does without
+        from milora_vl.policy.resolve import resolve  # brings PEFT along; parsing a recipe does without
 
         return resolve(self.rules, model, cache_dir=cache_dir)
 

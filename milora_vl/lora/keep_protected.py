@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import lora_layer, trained_factors
 from milora_vl.lora.peft_model import MiloraMixin
-from milora_vl.lora.protected import Protected
+from milora_vl.lora.protection import Protected
 
 Factors = tuple[nn.Parameter, nn.Parameter]
 
@@ -36,15 +36,15 @@ def keep_protected(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     bare = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if not pairs:
         return
-    keeper = _Keeper(pairs)
+    keeper = _ProjectionHook(pairs)
     keeper.rates(bare)
-    if any(isinstance(hook, _Keeper) for hook in bare._optimizer_step_post_hooks.values()):
+    if any(isinstance(hook, _ProjectionHook) for hook in bare._optimizer_step_post_hooks.values()):
         return
     for protected, factors in pairs:
         protected.is_kept = True
         if protected.protect.by == "basis":
             for axis, factor in enumerate(factors):
-                factor.register_hook(_Outside(protected, axis))
+                factor.register_hook(_GradientProjectionHook(protected, axis))
     bare.register_step_post_hook(keeper)
 
 
@@ -58,7 +58,7 @@ def _training(model: nn.Module) -> list[tuple[Protected, Factors]]:
     return found
 
 
-class _Outside:
+class _GradientProjectionHook:
     """A hook on the gradient of a factor that projects it."""
 
     def __init__(self, protected: Protected, axis: int) -> None:
@@ -68,7 +68,7 @@ class _Outside:
         return self.protected.outside(grad, self.axis).to(grad.dtype)
 
 
-class _Keeper:
+class _ProjectionHook:
     """A hook after each step of an optimizer. A penalty goes by the learning rate that the step was made with."""
 
     def __init__(self, pairs: list[tuple[Protected, Factors]]) -> None:

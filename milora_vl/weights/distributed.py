@@ -12,19 +12,19 @@ from torch import Tensor
 Piece = TypeVar("Piece")
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Return the rank of this process and their number; (0, 1) where nothing is distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def hands(pieces: Sequence[tuple[float, Piece]]) -> list[list[Piece]]:
+def assign_work(pieces: Sequence[tuple[float, Piece]]) -> list[list[Piece]]:
     """Return (cost, piece) in hands of at most one piece per process, pieces of like cost together.
 
     The largest come first, and a hand takes as long as its largest piece. One process keeps the order as it is.
     """
-    _, processes = place()
+    _, processes = rank_and_world_size()
     if processes > 1:
         pieces = sorted(pieces, key=lambda piece: -piece[0])
     return [[piece for _, piece in pieces[i : i + processes]] for i in range(0, len(pieces), processes)]
@@ -32,7 +32,7 @@ def hands(pieces: Sequence[tuple[float, Piece]]) -> list[list[Piece]]:
 
 def gather(value: Any) -> list[Any]:
     """Return what every process gives, by rank: small picklable things."""
-    _, processes = place()
+    _, processes = rank_and_world_size()
     if processes == 1:
         return [value]
     values: list[Any] = [None] * processes
@@ -40,11 +40,11 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def share(
+def broadcast(
     tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: int
 ) -> Tensor:
     """Return the owner's tensor in every process, bit for bit; the others pass None."""
-    rank, processes = place()
+    rank, processes = rank_and_world_size()
     if processes == 1:
         assert tensor is not None
         return tensor
@@ -60,5 +60,5 @@ def share(
 
 def from_first_rank(tensor: Tensor) -> Tensor:
     """Return the tensor as rank 0 has it: signs and nearly equal components may differ between machines."""
-    rank, _ = place()
-    return share(tensor if rank == 0 else None, tuple(tensor.shape), tensor.dtype, tensor.device, owner=0)
+    rank, _ = rank_and_world_size()
+    return broadcast(tensor if rank == 0 else None, tuple(tensor.shape), tensor.dtype, tensor.device, owner=0)

@@ -1,1 +1,0 @@
-"""The rule language of policies: selectors, ranks, resolution to modules."""

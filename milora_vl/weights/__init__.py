@@ -1,0 +1,1 @@
+"""One weight of a model: read as a matrix, fingerprinted, its factors cached, work shared across processes."""
