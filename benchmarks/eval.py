@@ -28,7 +28,7 @@ from milora_eval.lines import to_line
 from milora_eval.rules import vqa
 from milora_eval.store import PREDICTIONS
 from milora_vl.generate import Prompt, generate
-from milora_vl.models import load_model
+from milora_vl.load import load_model
 
 # The high-water mark of a process starts anew at exec; that of getrusage would be this one's.
 SCORE_ALONE = """

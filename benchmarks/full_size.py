@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from milora_vl import models
 from milora_vl.adapter import apply_milora
+from milora_vl.losses import install, summed_loss
+from milora_vl.models import loading
+from milora_vl.models.loading import meta_model
+from milora_vl.plan.simulate import Shape, simulate
 from milora_vl.policy import Policy
-from milora_vl.training.dry_run import meta_model
-from milora_vl.training.losses import install, summed_loss
-from milora_vl.training.simulate import Shape, simulate
 
 RULES = [{"modules": "language", "method": "milora", "rank": 16}]
 PICTURE, ANSWER = 576, 60
@@ -122,7 +122,7 @@ def main() -> None:
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # so that what is freed goes back, and peaks are what is in use
         os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    config = models.config_of("llava-1.5-7b")
+    config = loading.config_of("llava-1.5-7b")
     config.text_config.num_hidden_layers = args.layers
     RESULTS.update(benchmark="full_size", layers=args.layers, threads=torch.get_num_threads())
     folder = Path(args.folder or tempfile.mkdtemp(prefix="full-size-"))
@@ -132,7 +132,7 @@ def main() -> None:
             write(config, folder)
         start = status("VmRSS")
         with stage("load"):
-            base: Any = models.load_weights(folder)
+            base: Any = loading.load_weights(folder)
         with stage("factors"):
             model = apply_milora(base, RULES, progress=True).train()
             RESULTS["matrices"] = len(model.milora_report)

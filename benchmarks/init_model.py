@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import nn
 
 from milora_vl.initialize import initialize
-from milora_vl.models import load_model
+from milora_vl.load import load_model
 from milora_vl.policy import Policy, Target
 from milora_vl.weights.matrices import read_matrix
 

@@ -32,7 +32,7 @@ def main() -> int:
     options.add_argument("words", nargs="+")
     chosen = options.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    CONTEXT.set_forkserver_preload(["milora_vl.training.run", "milora_vl.trainer", "peft", "deepspeed"])
+    CONTEXT.set_forkserver_preload(["milora_vl.train.run", "milora_vl.train.trainer", "peft", "deepspeed"])
     with tempfile.TemporaryDirectory(prefix="kills-") as temporary:
         return compare(chosen, chosen.output_dir or Path(temporary))
 
@@ -102,7 +102,7 @@ def train(words: Sequence[str], environment: Mapping[str, str], log: str) -> Non
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    from milora_vl.train import main as milora_train
+    from milora_vl.train.command import main as milora_train
 
     code = milora_train(words)
     sys.stdout.flush()

@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader
 from data import photo, records
 from milora_data.collate import ImageTextCollator
 from milora_data.records import parse_record
-from milora_vl import Policy, apply_milora, models
-from milora_vl.image_tokens import image_token_id, image_tokens
-from milora_vl.training.features import replay
-from milora_vl.training.losses import install, summed_loss
+from milora_vl import Policy, apply_milora, load_model
+from milora_vl.losses import install, summed_loss
+from milora_vl.models import loading
+from milora_vl.models.image_tokens import image_token_id, image_tokens
+from milora_vl.train.features import replay
 
 PICTURES = 64
 POLICY = [
@@ -52,8 +53,8 @@ def measured(folder: Path, steps: int, batches: int, batch_size: int) -> dict[st
     made = [value for kind in ("VQA", "captions", "conversations") for value in records(kind, 64)]
     items = [parse_record({**value, "image": f"{number % PICTURES}.jpg"}) for number, value in enumerate(made)]
     base: Any
-    base, processor = models.load_model("smol-llava", dtype=torch.bfloat16)
-    tokenizer, image_processor = models.split_processor(processor)
+    base, processor = load_model("smol-llava", dtype=torch.bfloat16)
+    tokenizer, image_processor = loading.split_processor(processor)
     tokens = image_tokens(base.config)
     collator = ImageTextCollator(
         tokenizer,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from milora_vl.training.losses import install, summed_loss
+from milora_vl.losses import install, summed_loss
 from plan import status
 
 WORDS, LENGTH, WIDTH = 32000, 2048, 256

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_vl import models
+from milora_vl.losses import install, summed_loss
+from milora_vl.models import loading
+from milora_vl.models.loading import meta_model
+from milora_vl.plan import cost
+from milora_vl.plan.batching import Batching
+from milora_vl.plan.cost import MIX665K, activations, plan_of, shape_of
+from milora_vl.plan.estimate import GIB, memory
+from milora_vl.plan.simulate import Shape, simulate
 from milora_vl.policy import Policy
-from milora_vl.training import fit
-from milora_vl.training.batching import Batching
-from milora_vl.training.dry_run import meta_model
-from milora_vl.training.dry_run_cost import MIX665K, activations, plan_of, shape_of
-from milora_vl.training.estimate import GIB, memory
-from milora_vl.training.losses import install, summed_loss
-from milora_vl.training.simulate import Shape, simulate
 
 RULES = [
     {"modules": "language", "method": "milora", "rank": 16, "dropout": 0.05},
@@ -129,7 +129,7 @@ def deepspeed_ratios() -> list[dict[str, Any]]:
 
     out = []
     for name in ("llava-1.5-7b", "llava-1.5-13b"):
-        made = models.config_of(name)
+        made = loading.config_of(name)
         total = sum(p.numel() for p in meta_model(made).parameters())
         largest = made.text_config.hidden_size * made.text_config.vocab_size
         for devices in (1, 2, 4, 8):
@@ -149,7 +149,7 @@ def deepspeed_ratios() -> list[dict[str, Any]]:
 
 def full_plan(total: int, devices: int) -> Any:
     """Everything trains, in bf16."""
-    from milora_vl.training.estimate import Plan
+    from milora_vl.plan.estimate import Plan
 
     return Plan(
         total=total, adapters=0, anchors=0, full=total, base_bytes=2.0, stage=2, devices=devices, records=1, tokens=1,
@@ -161,7 +161,7 @@ def needs() -> list[dict[str, Any]]:
     """GiB a device with rank 128, batch 1 and 16, checkpointing; whether cards of 24, 40 and 80 GB hold it."""
     rows = []
     for name in ("llava-1.5-7b", "llava-1.5-13b"):
-        made = models.config_of(name)
+        made = loading.config_of(name)
         base = meta_model(made)
         rules = [RULES[0] | {"rank": 128}, RULES[1]]
         targets = Policy.settle(rules, base)
@@ -174,7 +174,7 @@ def needs() -> list[dict[str, Any]]:
         for devices in (1, 2, 4, 8):
             for stage in (0,) if devices == 1 else (2, 3):
                 for chosen in (small, plan):
-                    size = fit.needed(replace(chosen, devices=devices, stage=stage))
+                    size = cost.needed(replace(chosen, devices=devices, stage=stage))
                     fits = [size <= card * 1e9 / GIB for card in (24, 40, 80)]
                     rows.append({"model": name, "devices": devices, "stage": stage, "batch": chosen.records,
                                  "gib": round(size, 1), "fits": fits})  # fmt: skip

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from milora_vl import train
-from milora_vl.training import arguments, settings
+from milora_vl.recipe import arguments, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs" / "reproduce.md", Path(__file__).with_name("reproduce.json")

@@ -28,7 +28,7 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from torch import Tensor
 
 from milora_data.assets import fetch
-from milora_vl.reporting.tables import Table
+from milora_vl.report.tables import Table
 from milora_vl.smol_llava import GGUF
 from milora_vl.studies.page import markdown, with_block
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from milora_vl.adapter import apply_milora, merge
     from milora_vl.adapter_io import load_adapter, save_adapter
+    from milora_vl.load import load_model
     from milora_vl.lora.keep_protected import keep_protected
-    from milora_vl.models import load_model
     from milora_vl.policy import Policy, Rule
     from milora_vl.reinit import reinit_peft, restore_split
     from milora_vl.svd import Factors, decompose
@@ -40,7 +40,7 @@ _HOME = {
     "decompose": "svd",
     "keep_protected": "lora.keep_protected",
     "load_adapter": "adapter_io",
-    "load_model": "models",
+    "load_model": "load",
     "merge": "adapter",
     "reinit_peft": "reinit",
     "restore_split": "reinit",

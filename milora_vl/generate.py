@@ -24,8 +24,8 @@ from milora_data.images import expand_to_square, load_image, picture_size, to_rg
 from milora_data.records import Record, Turn
 from milora_data.templates import IMAGE, get_template, render
 from milora_data.tokens import bos_ids, eos_text, fast_backend
-from milora_vl.image_tokens import image_token_id, image_tokens, tiling_of
-from milora_vl.models import split_processor
+from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of
+from milora_vl.models.loading import split_processor
 
 if TYPE_CHECKING:
     from PIL import Image

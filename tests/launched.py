@@ -22,7 +22,7 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from milora_vl.train import main
-from milora_vl.training import build, losses
+from milora_vl.train import build, losses
 
 load_base = build.load_base
 def load(*arguments):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from milora_vl.analysis import spectra, updates
-from milora_vl.analysis.updates import Update
+from milora_vl.analyze import measures
+from milora_vl.analyze.measures import Update
 from milora_vl.svd import decompose
 
 SHAPES = st.tuples(st.integers(3, 12), st.integers(3, 12))
@@ -29,11 +29,11 @@ def test_amplification_of_a_scaled_part_is_its_scale(shape: tuple[int, int], see
     W = randn(*shape, seed=seed)
     f = decompose(W, 2, part)
     update = Update.from_factors(c * f.U * f.S, f.Vh)
-    of_update, of_base = updates.amplification(W, update, 2)
+    of_update, of_base = measures.amplification(W, update, 2)
     held = float(f.S.square().sum().sqrt())
     assert (of_update, of_base) == (pytest.approx(c * held, rel=1e-6), pytest.approx(held, rel=1e-6))
     whole = decompose(W, min(shape), "principal")
-    top, bottom, rest = updates.similarities(whole, update, 2)
+    top, bottom, rest = measures.similarities(whole, update, 2)
     assert (bottom if part == "minor" else top) == pytest.approx(1, abs=1e-6)
     assert rest == pytest.approx(2 / min(shape), rel=1e-6)  # the subspace lies within W's columns
 
@@ -43,17 +43,17 @@ def test_the_formula_of_the_definition() -> None:
     W, change = randn(9, 6), randn(9, 6, seed=3)
     U, _, Vh = torch.linalg.svd(change, full_matrices=False)
     expected = [float(torch.linalg.norm(U[:, :3].T @ M @ Vh[:3].T)) for M in (change, W)]
-    assert updates.amplification(W, Update.from_matrix(change, 3), 3) == pytest.approx(tuple(expected))
+    assert measures.amplification(W, Update.from_matrix(change, 3), 3) == pytest.approx(tuple(expected))
 
 
 def test_the_papers_random_column_is_the_expectation() -> None:
     """Table of method: q_proj 1.50, down_proj 1.17 of LLaMA2-7B at r = 64; a draw here agrees within its noise."""
-    assert updates.expected_inside(97.36, (4096, 4096), 64) == pytest.approx(1.50, rel=0.03)
-    assert updates.expected_inside(123.0, (4096, 11008), 64) == pytest.approx(1.17, rel=0.03)
+    assert measures.expected_inside(97.36, (4096, 4096), 64) == pytest.approx(1.50, rel=0.03)
+    assert measures.expected_inside(123.0, (4096, 11008), 64) == pytest.approx(1.17, rel=0.03)
     W = randn(200, 150)
     U, V = (torch.linalg.qr(randn(n, 40, seed=n)).Q for n in (200, 150))
     drawn = float(torch.linalg.norm(U.T @ W @ V))
-    assert drawn == pytest.approx(updates.expected_inside(float(torch.linalg.norm(W)), (200, 150), 40), rel=0.1)
+    assert drawn == pytest.approx(measures.expected_inside(float(torch.linalg.norm(W)), (200, 150), 40), rel=0.1)
 
 
 @settings(max_examples=25, deadline=None)
@@ -61,9 +61,9 @@ def test_the_papers_random_column_is_the_expectation() -> None:
 def test_similarity_lies_between_nothing_and_the_same(seed: int, r: int) -> None:
     A, B = (torch.linalg.qr(randn(9, r, seed=seed + i)).Q for i in (0, 1))
     turned = A @ torch.linalg.qr(randn(r, r, seed=seed)).Q
-    assert 0 <= updates.subspace_similarity(A, B) <= 1 + 1e-9
-    assert updates.subspace_similarity(A, turned) == pytest.approx(1)
-    assert updates.subspace_similarity(A, B) == pytest.approx(updates.subspace_similarity(B, A))
+    assert 0 <= measures.subspace_similarity(A, B) <= 1 + 1e-9
+    assert measures.subspace_similarity(A, turned) == pytest.approx(1)
+    assert measures.subspace_similarity(A, B) == pytest.approx(measures.subspace_similarity(B, A))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)])
@@ -71,14 +71,14 @@ def test_similarities_are_those_of_the_definition(shape: tuple[int, int]) -> Non
     W, r = randn(*shape), 2
     whole = decompose(W, min(shape), "principal")
     update = Update.from_factors(randn(shape[0], 3, seed=1), randn(3, shape[1], seed=2))
-    top, bottom, rest = updates.similarities(whole, update, r)
+    top, bottom, rest = measures.similarities(whole, update, r)
     U = torch.linalg.svd(W, full_matrices=False).U
     own = update.U[:, :r]
-    assert top == pytest.approx(updates.subspace_similarity(own, U[:, :r]), rel=1e-6)
-    assert bottom == pytest.approx(updates.subspace_similarity(own, U[:, -r:]), rel=1e-6)
+    assert top == pytest.approx(measures.subspace_similarity(own, U[:, :r]), rel=1e-6)
+    assert bottom == pytest.approx(measures.subspace_similarity(own, U[:, -r:]), rel=1e-6)
     draws = torch.Generator().manual_seed(0)
     picked = [U[:, torch.randperm(U.shape[1], generator=draws)[:r]] for _ in range(3000)]
-    assert rest == pytest.approx(sum(updates.subspace_similarity(own, P) for P in picked) / 3000, rel=0.05)
+    assert rest == pytest.approx(sum(measures.subspace_similarity(own, P) for P in picked) / 3000, rel=0.05)
 
 
 def test_an_intruder_is_a_direction_that_was_not_there() -> None:
@@ -87,9 +87,9 @@ def test_an_intruder_is_a_direction_that_was_not_there() -> None:
     whole = decompose(W, 8, "principal")
     new = torch.full((8, 1), 1 / math.sqrt(8), dtype=torch.float64)
     tuned = decompose(W + 100 * new @ new.T, 3, "principal")
-    assert updates.intruders(whole, tuned.U[:, :1]) == 1
-    assert updates.intruders(whole, tuned.U[:, :1], epsilon=0.3) == 0
-    assert updates.intruders(whole, decompose(3 * W, 8, "principal").U) == 0
+    assert measures.intruders(whole, tuned.U[:, :1]) == 1
+    assert measures.intruders(whole, tuned.U[:, :1], epsilon=0.3) == 0
+    assert measures.intruders(whole, decompose(3 * W, 8, "principal").U) == 0
 
 
 def test_factors_and_matrix_give_the_same_update() -> None:
@@ -99,34 +99,34 @@ def test_factors_and_matrix_give_the_same_update() -> None:
     torch.testing.assert_close(low.S, whole.S)
     torch.testing.assert_close(low.U * low.S @ low.Vh, B @ A)
     assert Update.from_factors(torch.zeros(4, 2), randn(2, 4)).rank == 0
-    assert updates.moved(2 * A, A) == pytest.approx(1)
-    assert updates.moved(A, torch.zeros(3)) is None
+    assert measures.moved(2 * A, A) == pytest.approx(1)
+    assert measures.moved(A, torch.zeros(3)) is None
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.1, 3), st.integers(8, 200), st.floats(0.01, 100))
 def test_a_power_law_has_its_exponent(a: float, count: int, scale: float) -> None:
     sigma = scale * torch.arange(1, count + 1).double() ** -a
-    found = spectra.decay_exponent(sigma)
+    found = measures.decay_exponent(sigma)
     assert found == pytest.approx(a, rel=1e-6)
-    assert spectra.condition_number(sigma) == pytest.approx(count**a, rel=1e-6) or count**a > 1e7
+    assert measures.condition_number(sigma) == pytest.approx(count**a, rel=1e-6) or count**a > 1e7
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=20), st.floats(0.01, 100))
 def test_ranks_count_directions(values: list[float], scale: float) -> None:
     sigma = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
-    assert 1 - 1e-9 <= spectra.stable_rank(sigma) <= len(values) + 1e-9
-    assert 1 - 1e-9 <= spectra.effective_rank(sigma) <= len(values) + 1e-9
-    assert spectra.effective_rank(scale * sigma) == pytest.approx(spectra.effective_rank(sigma))
-    shares = [spectra.minor_energy(sigma, r) for r in range(len(values) + 1)]
+    assert 1 - 1e-9 <= measures.stable_rank(sigma) <= len(values) + 1e-9
+    assert 1 - 1e-9 <= measures.effective_rank(sigma) <= len(values) + 1e-9
+    assert measures.effective_rank(scale * sigma) == pytest.approx(measures.effective_rank(sigma))
+    shares = [measures.minor_energy(sigma, r) for r in range(len(values) + 1)]
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0, pytest.approx(1))
 
 
 def test_spectra_by_hand() -> None:
     flat, falling = torch.ones(5), torch.tensor([3.0, 0.0])
-    assert (spectra.effective_rank(flat), spectra.stable_rank(flat)) == (pytest.approx(5), 5)
-    assert (spectra.effective_rank(falling), spectra.condition_number(falling)) == (1, None)
-    assert spectra.effective_rank(torch.zeros(3)) == spectra.stable_rank(torch.zeros(3)) == 0
-    assert spectra.decay_exponent(falling) is None
+    assert (measures.effective_rank(flat), measures.stable_rank(flat)) == (pytest.approx(5), 5)
+    assert (measures.effective_rank(falling), measures.condition_number(falling)) == (1, None)
+    assert measures.effective_rank(torch.zeros(3)) == measures.stable_rank(torch.zeros(3)) == 0
+    assert measures.decay_exponent(falling) is None

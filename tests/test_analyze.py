@@ -16,10 +16,10 @@ from versions import needs_mica
 
 from milora_data.errors import UserError
 from milora_vl import Policy, apply_milora, load_model, merge
-from milora_vl.analysis.job import plan, rows_of
-from milora_vl.analysis.page import lede
-from milora_vl.analysis.weights import Weights, open_weights
-from milora_vl.analyze import main
+from milora_vl.analyze.command import main
+from milora_vl.analyze.job import plan, rows_of
+from milora_vl.analyze.page import lede
+from milora_vl.analyze.weights import Weights, open_weights
 
 Made = tuple[Any, Any]
 

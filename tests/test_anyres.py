@@ -23,10 +23,11 @@ from milora_data.lengths import encoded_lengths
 from milora_data.pixels import PixelMaker
 from milora_data.records import Turn, parse_record
 from milora_eval.likelihood import loglikelihoods
-from milora_vl import models
+from milora_vl import load_model
 from milora_vl.generate import Prompt, generate
-from milora_vl.image_tokens import image_tokens, tiling_of
-from milora_vl.train import main
+from milora_vl.models.image_tokens import image_tokens, tiling_of
+from milora_vl.models.loading import config_of
+from milora_vl.train.command import main
 
 REAL = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 SIZES = [(20, 33), (64, 64), (5, 300), (300, 5), (47, 46), (90, 31)]
@@ -193,7 +194,7 @@ def test_it_trains_and_answers(tiny_data: Path, tmp_path: Path, capfd: Any) -> N
     assert "a picture takes up to 88 tokens" not in said
     history = losses(tmp_path / "run")
     assert history[-1][1] < history[0][1]
-    model, processor = models.load_model(tmp_path / "run")
+    model, processor = load_model(tmp_path / "run")
     assert tiling_of(model.config) == tiling()
     prompt = Prompt((Turn("user", "<image>\nWhat?"),), (tiny_data / "images" / "0.png",))
     assert len(generate(model, processor, [prompt], max_new_tokens=3)) == 1
@@ -212,7 +213,7 @@ def test_the_treatment_of_pictures_must_fit_the_model(tiny_data: Path, tmp_path:
 
 @pytest.mark.parametrize("name", ["llava-v1.6-vicuna-7b", "llava-v1.6-mistral-7b", "liuhaotian/llava-v1.6-vicuna-13b"])
 def test_the_named_models_are_known_without_a_network(name: str) -> None:
-    config = models.config_of(name)
+    config = config_of(name)
     assert config.model_type == "llava_next"
     assert image_tokens(config) == 2340
     assert json.loads(json.dumps(config.image_grid_pinpoints)) == REAL

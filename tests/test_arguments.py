@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from milora_data.errors import UserError
-from milora_vl.training import arguments
-from milora_vl.training.arguments import parse
+from milora_vl.recipe import arguments
+from milora_vl.recipe.arguments import parse
 
 
 def test_dashes_and_underscores_are_alike() -> None:

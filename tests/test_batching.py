@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from versions import TRANSFORMERS_5
 
-from milora_vl.training.batching import Batching
+from milora_vl.plan.batching import Batching
 
 
 @pytest.mark.parametrize("records", [1, 7, 12])

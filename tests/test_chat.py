@@ -13,7 +13,7 @@ from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_vl import chat
 from milora_vl.generate import Prompt, generate
-from milora_vl.models import load_model
+from milora_vl.load import load_model
 
 Captured = pytest.CaptureFixture[str]
 

@@ -13,10 +13,10 @@ from adapter_cases import move
 from milora_data.errors import UserError
 from milora_data.images import load_image
 from milora_data.records import Turn
-from milora_vl.chat import Chat, main
-from milora_vl.chat_web import answers, free_port, page
+from milora_vl.chat.command import Chat, main
+from milora_vl.chat.web import answers, free_port, page
 from milora_vl.generate import Prompt, generate
-from milora_vl.models import load_model
+from milora_vl.load import load_model
 
 Options = argparse.Namespace
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from milora_vl.training.checkpoints import checkpoints, latest, set_aside, where_to_go_on, why_incomplete
+from milora_vl.checkpoints import checkpoints, latest, set_aside, where_to_go_on, why_incomplete
 
 
 def make(run: Path, step: int) -> Path:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from milora_data.errors import UserError
 from milora_vl import chat, compose, train
-from milora_vl.composing.vision import tower_config
+from milora_vl.models.vision import tower_config
 from milora_vl.tiny import tiny_tokenizer
 
 WIDTHS: dict[str, int] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -112,7 +112,7 @@ def test_timms_features_become_tokens_in_their_places(name: str) -> None:
     """Whatever timm lays them out as: a change in one corner of the picture is not a change of channels everywhere."""
     import timm
 
-    from milora_vl.timm_tower import as_map
+    from milora_vl.models.timm_tower import as_map
 
     encoder: Any = timm.create_model(name, pretrained=False, num_classes=0).eval()
     size = timm.get_pretrained_cfg(name).input_size[-1]

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from milora_data.errors import UserError
-from milora_vl import config
-from milora_vl.config import Recipe, RecipeError
-from milora_vl.training import yaml_file
+from milora_vl.recipe import schema, yaml_file
+from milora_vl.recipe.schema import Recipe, RecipeError
 
 
 def problems(content: dict) -> str:
@@ -28,7 +27,7 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) 
         "train: {lerning_rate: 1, bf16: maybe}\n"
     )
     with pytest.raises(RecipeError) as error:
-        config.load(path)
+        schema.load(path)
     text = str(error.value)
     assert text.startswith("5 mistakes")
     assert f"{path}:1: modle: unknown key; did you mean model?" in text
@@ -67,7 +66,7 @@ def test_a_value_that_does_not_fit_is_refused(section: dict, word: str) -> None:
 )
 def test_old_names_become_the_new_ones(old: dict, new: dict) -> None:
     train = Recipe.parse({"train": old}).train
-    assert train == config.TRAIN_DEFAULTS | new
+    assert train == schema.TRAIN_DEFAULTS | new
 
 
 def test_overwriting_is_refused_and_contradictions_are_named() -> None:

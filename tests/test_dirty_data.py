@@ -14,7 +14,7 @@ from milora_data.__main__ import main as data_main
 from milora_data.check import check_for_training, scan
 from milora_data.errors import UserError
 from milora_data.records import load_records
-from milora_vl.train import main
+from milora_vl.train.command import main
 
 
 @pytest.fixture

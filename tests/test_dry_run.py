@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from milora_data.errors import UserError
-from milora_vl.train import main
+from milora_vl.train.command import main
 
 
 def test_llava_7b_has_the_known_counts(capsys: Any) -> None:

@@ -30,7 +30,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stock LoRA on `tiny` that answers otherwise than its base."""
     from peft import LoraConfig, get_peft_model
 
-    from milora_vl.models import load_model
+    from milora_vl.load import load_model
 
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_the_template_is_the_one_of_the_training(adapter: Path, data: Path, tmp_
 
 
 def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_path: Path) -> None:
-    from milora_vl.models import load_model
+    from milora_vl.load import load_model
 
     model, processor = load_model("tiny")
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_a_benchmark_of_ones_own_is_named_by_module_and_class(
 
 
 def test_weights_that_are_not_here_are_a_mistake_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    from milora_vl.models import load_model
+    from milora_vl.load import load_model
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="the weights of someone/nothing are not here") as error:

@@ -65,7 +65,7 @@ VISUAL = "from PIL import Image\n\n\ndef visual(doc):\n    return [Image.new('RG
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from peft import LoraConfig, get_peft_model
 
-    from milora_vl.models import load_model
+    from milora_vl.load import load_model
 
     folder = tmp_path_factory.mktemp("adapter")
     config = LoraConfig(r=4, target_modules=r".*language_model.*proj", init_lora_weights=False)

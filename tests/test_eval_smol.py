@@ -14,7 +14,8 @@ from milora_eval.benchmark import Item
 from milora_eval.store import read_lines
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
 from milora_vl.generate import Prompt, prompt_ids
-from milora_vl.models import load_model, split_processor
+from milora_vl.load import load_model
+from milora_vl.models.loading import split_processor
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("picture_cache")]
 OFFICIAL = [name for name in BENCHMARKS if name != "emoji"]

@@ -9,9 +9,9 @@ import pytest
 from test_train import words
 
 from milora_data.errors import UserError
-from milora_vl.config import EvalConfig
-from milora_vl.train import main
-from milora_vl.training.evaluation import check, commands
+from milora_vl.plan.evaluation import check, commands
+from milora_vl.recipe.schema import EvalConfig
+from milora_vl.train.command import main
 
 
 def test_nothing_asked_nothing_checked() -> None:

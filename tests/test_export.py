@@ -19,8 +19,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from milora_data.errors import UserError
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
-from milora_vl.export import export, main
-from milora_vl.models import load_processor
+from milora_vl.export.command import export, main
+from milora_vl.models.loading import load_processor
 
 Factory = Callable[..., tuple[Any, Any]]
 Q = "model.language_model.layers.0.self_attn.q_proj"

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from milora_data.errors import UserError
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
-from milora_vl.export import export
-from milora_vl.exporting.llava import KNOWN_KEYS
+from milora_vl.adapters.llava import KNOWN_KEYS
+from milora_vl.export.command import export
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 Factory = Callable[..., tuple[Any, Any]]

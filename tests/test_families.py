@@ -20,9 +20,9 @@ from versions import CALLS_BY_KEYWORD, READS_LFM2_VL
 
 from milora_data.errors import UserError
 from milora_vl import Policy, apply_milora, load_adapter, merge, save_adapter
-from milora_vl.export import export
+from milora_vl.export.command import export
 from milora_vl.towers import find_towers
-from milora_vl.train import main as train
+from milora_vl.train.command import main as train
 from milora_vl.weights.matrices import is_linear
 
 LACKS = {"idefics2": not CALLS_BY_KEYWORD, "lfm2_vl": not READS_LFM2_VL}

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from milora_data.errors import UserError
-from milora_vl.train import main
-from milora_vl.training import failures, launch, resuming
-from milora_vl.training.checkpoints import num_processes, why_incomplete, zero_stage
+from milora_vl.checkpoints import num_processes, why_incomplete, zero_stage
+from milora_vl.plan import launch
+from milora_vl.train import failures, resuming
+from milora_vl.train.command import main
 
 
 def test_sigterm_saves_and_the_resumed_run_goes_on_from_there(tiny_data: Path, tmp_path: Path) -> None:

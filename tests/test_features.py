@@ -16,9 +16,9 @@ from tiny_next import saved
 
 from milora_data.errors import UserError
 from milora_data.features import FeatureReader
-from milora_vl.config import RecipeError
-from milora_vl.train import main
-from milora_vl.training.features import check
+from milora_vl.recipe.schema import RecipeError
+from milora_vl.train.command import main
+from milora_vl.train.features import check
 
 CACHED = ["--rank", "4", "--dropout", "0"]
 

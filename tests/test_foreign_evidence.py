@@ -13,7 +13,7 @@ from versions import SAVES_BIASES
 
 from milora_data.errors import UserError
 from milora_vl import load_model
-from milora_vl.analysis.job import plan, rows_of
+from milora_vl.analyze.job import plan, rows_of
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.forgetting.measure import measure_forgetting
 from milora_vl.tiny import tiny_llama

@@ -15,7 +15,7 @@ from milora_data.encode import encode_prompt
 from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_vl.generate import Prompt, generate
-from milora_vl.image_tokens import image_token_id, image_tokens
+from milora_vl.models.image_tokens import image_token_id, image_tokens
 
 Made = tuple[Any, Any]
 

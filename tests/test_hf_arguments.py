@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from milora_vl.config import Recipe
-from milora_vl.training import hf_arguments
+from milora_vl.recipe import hf_arguments
+from milora_vl.recipe.schema import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
 import make_hf_flags

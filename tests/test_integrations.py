@@ -18,7 +18,7 @@ from versions import TRANSFORMERS_5
 
 from milora_data.errors import UserError
 from milora_vl import apply_milora, load_adapter, save_adapter
-from milora_vl.exporting.llava import KNOWN_KEYS
+from milora_vl.adapters.llava import KNOWN_KEYS
 from milora_vl.integrations.llava import main as llava_main
 from milora_vl.integrations.llava import renamed_flags
 from milora_vl.integrations.replace import get_peft_model_replaced, main

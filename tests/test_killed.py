@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_train import losses, words
 from test_train_data import many
 
-from milora_vl.train import main
+from milora_vl.train.command import main
 
 ARRANGED = [
     pytest.param(["--train_sampling_strategy", "group_by_length"], id="grouped"),

@@ -8,9 +8,9 @@ import pytest
 
 import llava_recipes
 from milora_data.errors import UserError
-from milora_vl.config import Recipe
-from milora_vl.train import main
-from milora_vl.training import yaml_file
+from milora_vl.recipe import yaml_file
+from milora_vl.recipe.schema import Recipe
+from milora_vl.train.command import main
 
 
 def printed(capsys: Any, *words: str) -> str:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import llava_recipes
 from milora_data.errors import UserError
-from milora_vl.models import config_of
-from milora_vl.train import main
+from milora_vl.models.loading import config_of
+from milora_vl.train.command import main
 
 SCRIPTS: dict[str, dict[str, str]] = json.loads(
     (Path(__file__).parent / "reference" / "llava_scripts.json").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from milora_eval.__main__ import main
 from milora_eval.identity import adapter_digest
 from milora_eval.store import read_lines
 from milora_vl import apply_milora, load_model, save_adapter
-from milora_vl.export import export
+from milora_vl.export.command import export
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
 Factory = Callable[..., tuple[Any, Any]]

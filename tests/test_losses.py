@@ -12,9 +12,9 @@ from family_cases import build
 from family_configs import FAMILIES, TEXT_ONLY
 from torch import nn
 
+from milora_vl import losses
 from milora_vl.adapter import apply_milora
-from milora_vl.training import losses
-from milora_vl.training.losses import inner_model, install, summed_loss
+from milora_vl.losses import inner_model, install, summed_loss
 
 
 def batch() -> dict[str, torch.Tensor]:

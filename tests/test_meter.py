@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from milora_data.collate import ImageTextCollator
-from milora_vl.models import load_model, split_processor
-from milora_vl.training.meter import FIELDS, Meter
+from milora_vl.load import load_model
+from milora_vl.models.loading import split_processor
+from milora_vl.train.meter import FIELDS, Meter
 
 TURNS = [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "Yes."}]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from milora_vl.config import Recipe
-from milora_vl.training import model_card
+from milora_vl.recipe.schema import Recipe
+from milora_vl.report import model_card
 
 RECIPE = Recipe.parse({"model": "tiny", "policy": [{"modules": "language", "method": "milora", "rank": 4}]})
 

@@ -19,8 +19,8 @@ from milora_data.errors import UserError
 from milora_data.lengths import encoded_lengths
 from milora_data.pack import PackedRecords, fill, pack
 from milora_data.records import load_records
-from milora_vl.config import Recipe
-from milora_vl.training import run_files
+from milora_vl.recipe.schema import Recipe
+from milora_vl.train import run_files
 
 
 @given(st.lists(st.integers(0, 150), max_size=200), st.integers(0, 3))

@@ -20,8 +20,8 @@ from milora_data.page import render
 from milora_data.page.pictures import fitting, small
 from milora_eval.__main__ import main as evaluation
 from milora_vl import analyze
-from milora_vl.config import Recipe
-from milora_vl.reporting.report import write_report
+from milora_vl.recipe.schema import Recipe
+from milora_vl.report.page import write_report
 from milora_vl.sweep import page as sweep_page
 from milora_vl.sweep.cells import make_cells
 from milora_vl.sweep.runner import Evaluation, Sweep

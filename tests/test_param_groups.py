@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from milora_vl.adapter import apply_milora
+from milora_vl.param_groups import parameter_groups
 from milora_vl.policy import Policy
-from milora_vl.training.param_groups import parameter_groups
 
 RULES = [
     {"modules": "language", "method": "milora", "rank": 4, "learning_rate": 2e-4, "weight_decay": 0.1},

@@ -11,9 +11,9 @@ import pytest
 from fake_run import log_history, make_run
 from PIL import Image
 
-from milora_vl.reporting import figures, plots
-from milora_vl.reporting.plots import LOOKS, Look
-from milora_vl.reporting.run_page import Layer, Metric, Run, Score, read_run
+from milora_vl.report import figures, plots
+from milora_vl.report.plots import LOOKS, Look
+from milora_vl.report.run_page import Layer, Metric, Run, Score, read_run
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from milora_data.errors import UserError
-from milora_vl.training.policy_edits import DEFAULT_RULES, PolicyEdits, edited
+from milora_vl.recipe.policy_edits import DEFAULT_RULES, PolicyEdits, edited
 
 PROJECTOR = {"modules": "projector", "method": "full", "learning_rate": 2e-5}
 RULES = [

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from milora_vl.training.progress import log_line
+from milora_vl.train.progress import log_line
 
 
 def test_a_log_entry_is_one_short_line() -> None:

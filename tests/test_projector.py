@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from milora_data.errors import UserError
-from milora_vl.models import load_model
-from milora_vl.projector import load_projector, projector_of, read_projector, save_projector
+from milora_vl.load import load_model
+from milora_vl.models.projector import load_projector, projector_of, read_projector, save_projector
 
 Factory = Callable[..., tuple[Any, Any]]
 

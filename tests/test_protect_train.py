@@ -14,17 +14,17 @@ from test_train import content, losses, words
 
 from milora_data.errors import UserError
 from milora_vl import load_adapter
+from milora_vl.plan.batching import Batching
+from milora_vl.plan.cost import plan_of
+from milora_vl.plan.estimate import memory, protected_bytes
+from milora_vl.plan.first_batch import Counts
+from milora_vl.plan.screen import policy_rows
 from milora_vl.policy import Policy, PolicyError
-from milora_vl.reporting.run_page import read_run
-from milora_vl.reporting.tables import policy_table
+from milora_vl.recipe.policy_edits import PolicyEdits, edited
+from milora_vl.report.run_page import read_run
+from milora_vl.report.tables import policy_table
 from milora_vl.tiny import tiny_llava
-from milora_vl.train import main
-from milora_vl.training.batching import Batching
-from milora_vl.training.dry_run_cost import plan_of
-from milora_vl.training.estimate import memory, protected_bytes
-from milora_vl.training.first_batch import Counts
-from milora_vl.training.policy_edits import PolicyEdits, edited
-from milora_vl.training.screen import policy_rows
+from milora_vl.train.command import main
 
 
 def rules(form: Any, method: str = "milora") -> str:

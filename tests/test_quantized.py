@@ -12,10 +12,10 @@ from torch import nn
 
 from milora_data.errors import UserError
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
-from milora_vl.config import Recipe
 from milora_vl.lora.errors import AdapterError
-from milora_vl.train import main
-from milora_vl.training.build import load_base
+from milora_vl.recipe.schema import Recipe
+from milora_vl.train.command import main
+from milora_vl.train.model import load_base
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

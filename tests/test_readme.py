@@ -92,8 +92,8 @@ def test_flags_exist(place: str, line: str) -> None:
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
 def test_recipe_is_valid(block: Block) -> None:
-    from milora_vl.config import Recipe
     from milora_vl.policy import Policy
+    from milora_vl.recipe.schema import Recipe
 
     recipe = Recipe.parse(yaml.safe_load(block.text), str(block))
     if recipe.policy is not None:

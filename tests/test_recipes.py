@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 import llava_recipes
-from milora_vl import models
-from milora_vl.config import Recipe
-from milora_vl.training import arguments, bases, build, dry_run, settings
+from milora_vl.models import loading, names
+from milora_vl.plan import dry_run
+from milora_vl.recipe import arguments, base_model, on_model, settings
+from milora_vl.recipe.schema import Recipe
 
 NAMES = llava_recipes.names()
 
@@ -40,15 +41,15 @@ def test_its_comment_is_a_command_that_parses(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_valid_and_known_by_name(name: str) -> None:
-    assert recipe(name).model in {*models.NAMED_MODELS, *models.PART_OF}
+    assert recipe(name).model in {*names.NAMED_MODELS, *names.PART_OF}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "smol" not in name])
 def test_its_policy_fits_its_model(name: str) -> None:
     """On the meta device: no weights."""
     chosen = recipe(name)
-    base = dry_run.meta_model(bases.config_for(chosen))
-    assert {target.tower for target in build.targets_of(chosen, base)} <= {"language", "projector"}
+    base = loading.meta_model(base_model.config_for(chosen))
+    assert {target.tower for target in on_model.targets_of(chosen, base)} <= {"language", "projector"}
 
 
 @pytest.mark.parametrize(
@@ -57,8 +58,8 @@ def test_its_policy_fits_its_model(name: str) -> None:
 )
 def test_the_papers_text_models_have_their_sizes_without_a_network(name: str, parameters: int) -> None:
     """As their cards on the hub count them."""
-    config = models.config_of(name)
-    assert dry_run.count(dry_run.meta_model(config)) == parameters
+    config = loading.config_of(name)
+    assert dry_run.count(loading.meta_model(config)) == parameters
     assert "vision_config" not in config.to_dict()
 
 

@@ -12,13 +12,13 @@ from fake_run import dump, make_run
 from PIL import Image
 
 from milora_data.errors import UserError
-from milora_vl.report import main as report_main
-from milora_vl.reporting.anew import rewrite_report
-from milora_vl.reporting.parts import credits_of
-from milora_vl.reporting.repeat import commands
-from milora_vl.reporting.report import write_report
-from milora_vl.reporting.run_page import Metric, read_run
-from milora_vl.reporting.wording import forgetting, number, summary
+from milora_vl.report.command import main as report_main
+from milora_vl.report.page import write_report
+from milora_vl.report.parts import credits_of
+from milora_vl.report.regenerate import rewrite_report
+from milora_vl.report.repeat import commands
+from milora_vl.report.run_page import Metric, read_run
+from milora_vl.report.wording import forgetting, number, summary
 
 OPTIONAL = ("recipe.yaml", "environment.json", "policy.json", "spectrum.json", "trainer_state.json", "eval")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from fake_run import make_run
 
-from milora_vl.reporting.gallery import Question, Said, outcomes, questions, sample
-from milora_vl.reporting.run_page import read_run
+from milora_vl.report.parts import Question, Said, outcomes, questions, sample
+from milora_vl.report.run_page import read_run
 
 
 def made(

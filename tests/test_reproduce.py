@@ -14,9 +14,10 @@ import pytest
 from milora_data.__main__ import main as data_main
 from milora_data.records import load_records
 from milora_eval.suites import find_benchmark, find_suite
-from milora_vl.config import Recipe
-from milora_vl.training import arguments, bases, build, dry_run, settings
-from milora_vl.training.screen import trained_sizes
+from milora_vl.models import loading
+from milora_vl.plan.screen import trained_sizes
+from milora_vl.recipe import arguments, base_model, on_model, settings
+from milora_vl.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -43,13 +44,13 @@ def recipe(flags: list[str]) -> Recipe:
 @cache
 def base(model: str, of: str) -> Any:
     """The meta model of a name, composed as a recipe says."""
-    return dry_run.meta_model(bases.config_for(recipe(["--recipe", of, "--model", model])))
+    return loading.meta_model(base_model.config_for(recipe(["--recipe", of, "--model", model])))
 
 
 def targets(flags: list[str]) -> tuple[list[Any], Any]:
     chosen = recipe(flags)
     whole = base(chosen.model, flags[flags.index("--recipe") + 1])
-    return build.targets_of(chosen, whole), whole
+    return on_model.targets_of(chosen, whole), whole
 
 
 def test_every_recipe_of_the_paper_has_its_rows() -> None:
@@ -104,7 +105,7 @@ def test_every_training_of_the_page_dry_runs(run: str, tmp_path: Path) -> None:
 def test_one_training_of_the_page_dry_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from milora_vl.train import main
+    from milora_vl.train.command import main
 
     reproduce.write_data(tmp_path)
     monkeypatch.chdir(tmp_path)

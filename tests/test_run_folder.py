@@ -11,8 +11,8 @@ import pytest
 from test_checkpoints import make
 
 from milora_data.errors import UserError
-from milora_vl.config import Recipe
-from milora_vl.training.run_folder import RunFolder, choose, default_path, describe_environment, is_finished
+from milora_vl.plan.run_folder import RunFolder, choose, default_path, describe_environment, is_finished
+from milora_vl.recipe.schema import Recipe
 
 
 def refused(path: Path, resume: str | None = None) -> str:
@@ -91,7 +91,7 @@ def test_a_git_that_does_not_answer_does_not_end_the_run(tmp_path: Path, monkeyp
     (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 9\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("milora_vl.training.run_folder.GIT_PATIENCE", 0.2)
+    monkeypatch.setattr("milora_vl.plan.run_folder.GIT_PATIENCE", 0.2)
     described = describe_environment(Recipe.parse({"model": "tiny"}), [], base="tiny", device="cpu", data={})
     assert described["git"] is None
 

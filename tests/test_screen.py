@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from milora_vl.adapter import apply_milora
+from milora_vl.plan.screen import Screen, policy_rows, trainable_line, trained_sizes
 from milora_vl.policy import Policy
-from milora_vl.training.screen import Screen, policy_rows, trainable_line, trained_sizes
 
 RULES = [
     {"modules": "language", "method": "milora", "rank": 4, "learning_rate": 2e-4},

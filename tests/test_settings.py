@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from milora_data.errors import UserError
-from milora_vl.train import main as train
-from milora_vl.training.arguments import parse
-from milora_vl.training.settings import Settings, require_fit, resolve
-from milora_vl.training.training_args import prepared
+from milora_vl.plan.training_args import prepared
+from milora_vl.recipe.arguments import parse
+from milora_vl.recipe.settings import Settings, require_fit, resolve
+from milora_vl.train.command import main as train
 
 # scripts/v1_5/finetune_lora.sh of haotian-liu/LLaVA, without its launcher.
 FINETUNE_LORA = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed zero3

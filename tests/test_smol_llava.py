@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 from milora_data.errors import UserError
-from milora_vl.compose import compose, processor_for
-from milora_vl.image_tokens import image_token_id, image_tokens
-from milora_vl.models import config_of, load_model
-from milora_vl.timm_tower import TimmTower, TimmTowerConfig, register
+from milora_vl.load import load_model
+from milora_vl.models.assemble import compose, processor_for
+from milora_vl.models.image_tokens import image_token_id, image_tokens
+from milora_vl.models.loading import config_of
+from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, register
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from milora_vl.policy import Policy
-from milora_vl.spectrum import layer_spectra
+from milora_vl.train.spectrum import layer_spectra
 from milora_vl.weights.matrices import as_matrix, matrix_shape
 
 POLICY = """

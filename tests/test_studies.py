@@ -15,7 +15,7 @@ from torch import nn
 import llava_recipes
 from milora_data.errors import UserError
 from milora_vl import apply_milora
-from milora_vl.analysis.spectra import decay_exponent
+from milora_vl.analyze.measures import decay_exponent
 from milora_vl.studies import __main__ as command
 from milora_vl.studies import decay, page, runner
 from milora_vl.studies.runner import Folder, all_cells, finished, run_study

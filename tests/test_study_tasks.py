@@ -12,7 +12,9 @@ from torch import nn
 from versions import PEFT
 
 import llava_recipes
-from milora_vl import Policy, apply_milora, models
+from milora_vl import Policy, apply_milora
+from milora_vl.models import loading
+from milora_vl.models.loading import meta_model
 from milora_vl.studies.linear_gru import LinearGru
 from milora_vl.studies.study import Study, read_study
 from milora_vl.studies.task import Task
@@ -21,7 +23,6 @@ from milora_vl.studies.tasks.digits import DigitsCnn, DigitsRnn, DigitsVit
 from milora_vl.studies.tasks.smollm2 import NamedTopics
 from milora_vl.studies.train import run_cell
 from milora_vl.sweep.cells import Cell
-from milora_vl.training.dry_run import meta_model
 
 STUDIES = {
     "smollm2": "components.smollm2",
@@ -124,7 +125,7 @@ def test_every_arm_of_a_study_fits_the_network(study):
 
 @pytest.mark.parametrize("study", [n for n in llava_recipes.names("study") if n.endswith(".smollm2")])
 def test_the_rules_of_every_arm_name_layers_of_the_language_model(study):
-    read, base = read_study(study), meta_model(models.config_of("smollm2"))
+    read, base = read_study(study), meta_model(loading.config_of("smollm2"))
     if read.each is not None:
         assert len(Policy.settle([read.each], base)) == 24  # four matrices in each of six blocks
         return

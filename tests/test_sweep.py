@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from milora_data.errors import UserError
-from milora_vl.config import Recipe
+from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep import page
 from milora_vl.sweep.__main__ import _remember as remember
 from milora_vl.sweep.__main__ import _same_sweep as same_sweep

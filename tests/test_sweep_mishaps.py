@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_sweep import RECIPE, finish
 
-from milora_vl.config import Recipe
+from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import make_cells
 from milora_vl.sweep.runner import Evaluation, Sweep, run_cells

@@ -18,7 +18,7 @@ from versions import TRANSFORMERS_5
 
 from milora_data.errors import UserError
 from milora_vl.policy import ranks
-from milora_vl.train import main
+from milora_vl.train.command import main
 
 METHODS = {"milora": ["--rank", "4"], "lora": ["--rank", "4"], "full": [], "projector": []}
 WEIGHTS = {"full": "model.safetensors", "projector": "mm_projector.safetensors"}
@@ -281,8 +281,8 @@ def test_a_misspelt_model_is_told_before_the_data_is_read(tiny_data: Path, tmp_p
 
 
 def test_a_text_model_is_asked_without_a_picture(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
-    from milora_vl.reporting.repeat import commands
-    from milora_vl.reporting.run_page import read_run
+    from milora_vl.report.repeat import commands
+    from milora_vl.report.run_page import read_run
 
     data, run = tiny_data / "text only.json", tmp_path / "my run"
     records = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}] * 4

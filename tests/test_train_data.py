@@ -15,7 +15,7 @@ from test_train import losses, words
 from milora_data.collate import ImageTextCollator
 from milora_data.errors import UserError
 from milora_data.records import Record
-from milora_vl.train import main
+from milora_vl.train.command import main
 
 
 def many(data: Path, count: int) -> None:

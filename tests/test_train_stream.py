@@ -14,8 +14,8 @@ from test_train import losses, words
 from test_train_data import many
 
 from milora_data.errors import UserError
-from milora_vl.config import RecipeError
-from milora_vl.train import main
+from milora_vl.recipe.schema import RecipeError
+from milora_vl.train.command import main
 
 pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)
 

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from milora_data.errors import UserError
 from milora_vl.adapter import apply_milora
 from milora_vl.policy import Policy
-from milora_vl.trainer import MiloraTrainer
+from milora_vl.train.trainer import MiloraTrainer
 
 
 def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

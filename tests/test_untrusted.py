@@ -19,11 +19,11 @@ from transformers import TrainingArguments
 from milora_data.errors import UserError
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.adapter_io import AdapterError, require_adapter
-from milora_vl.composing import original
-from milora_vl.exporting.llava import NON_LORA, read_llava
-from milora_vl.models import config_of
-from milora_vl.projector import read_projector
-from milora_vl.training import failures
+from milora_vl.adapters.llava import NON_LORA, read_llava
+from milora_vl.models import original
+from milora_vl.models.loading import config_of
+from milora_vl.models.projector import read_projector
+from milora_vl.train import failures
 from milora_vl.weights.torch_files import read_pickled, why_unread
 
 SAID = r"holds more than tensors \((posix|nt)\.system\): reading it could run code, so it is not read"

@@ -21,6 +21,7 @@ from milora_data.jsonfile import read_objects
 from milora_data.mix import mixed_records, read_sources
 from milora_data.pictures import MissingImages, elsewhere, find_faults, find_missing, uses
 from milora_data.records import Record, is_json, load_records, parse_record
+from milora_data.repair import write_repaired
 from milora_data.report import Report, as_json, as_text
 from milora_data.stored import stored_items
 
@@ -64,8 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{chosen.data}: no records")
     sys.stdout.write(as_json(report) if chosen.format == "json" else as_text(report, chosen.limit))
     if chosen.fix is not None:
-        from milora_data.repair import write_repaired
-
         sys.stderr.write(write_repaired(report, chosen.data, chosen.fix))
     _tell_next(report, chosen.fix, ["--image_folder", folder] if report.with_pictures else [])
     return 1 if report.count("error") else 0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from milora_data.command import command_line
 from milora_data.errors import DataError
 
 _CHUNK = 1 << 20
@@ -111,7 +112,6 @@ def missing_file(path: Path) -> str:
     """Return the message for a data file that is not there, with the JSON files that are."""
     if path.is_dir():
         from milora_data.captions import SUFFIXES
-        from milora_data.command import command_line
 
         found, text = path, f"{path}: this is a folder; expected a JSON or JSONL file"
         if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):

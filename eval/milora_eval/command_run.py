@@ -14,11 +14,16 @@ from milora_data.command import count, next_step, parser
 from milora_data.errors import DataError, UserError
 from milora_data.flags import shared
 from milora_eval.benchmark import Benchmark
+from milora_eval.evaluate import add_forgetting, results_folder, run, write_table
+from milora_eval.exports import SUBMISSION
 from milora_eval.places import Subject, recipe_of, subject
+from milora_eval.results import read_results
+from milora_eval.runner import Plan, questions
 from milora_eval.selection import parse_shard
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
 from milora_eval.table import FORMATS, show
-from milora_vl.adapter_folders import holds_adapter
+from milora_vl.adapters.folders import holds_adapter
+from milora_vl.report.regenerate import rewrite_report
 
 EXAMPLES = """\
 examples:
@@ -86,7 +91,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _arguments(options: argparse.Namespace, who: Subject) -> dict[str, Any]:
     """Return what `evaluate.run` takes, checked; reads the questions once to find missing data early."""
-    from milora_eval.runner import Plan, questions
 
     if options.suite is not None:
         suite = find_suite(options.suite)
@@ -123,7 +127,6 @@ def _arguments(options: argparse.Namespace, who: Subject) -> dict[str, Any]:
 
 def _is_there(benchmark: Benchmark, data: Path, limit: int | None) -> bool:
     """Tell whether a benchmark's files are in a folder: its own, not others' of the same name, such as test.json."""
-    from milora_eval.runner import Plan, questions
 
     if not has_files(benchmark, data):
         return False
@@ -148,7 +151,6 @@ def _evaluate(options: argparse.Namespace, who: Subject, arguments: dict[str, An
     """Evaluate base and tuned model as asked; returns their results folders, None while shards are missing."""
     from peft import PeftModel
 
-    from milora_eval.evaluate import add_forgetting, results_folder, run
     from milora_vl.forgetting.measure import hides_its_base
 
     model, processor = _load(options, who.model, who.adapter)
@@ -171,17 +173,14 @@ def _evaluate(options: argparse.Namespace, who: Subject, arguments: dict[str, An
 
 
 def _load(options: argparse.Namespace, name: str, adapter: Path | None) -> tuple[Any, Any]:
-    from milora_vl.devices import device_named, dtype_named
-    from milora_vl.models import load_model
+    from milora_vl.load import load_model
+    from milora_vl.models.devices import device_named, dtype_named
 
     device = device_named(options.device)
     return load_model(name, adapter=adapter, dtype=dtype_named(options.dtype, device), device=device)
 
 
 def _print(options: argparse.Namespace, folders: list[Path]) -> None:
-    from milora_eval.evaluate import write_table
-    from milora_eval.exports import SUBMISSION
-    from milora_eval.results import read_results
 
     results = [read_results(folder) for folder in folders]
     if options.format == "json":
@@ -204,8 +203,7 @@ def _report(output_dir: Path) -> None:
     """Write the run's report anew and put the scores into its card; it cannot fail the evaluation."""
     if not (output_dir / "recipe.yaml").is_file():
         return
-    from milora_vl.reporting.anew import rewrite_report
-    from milora_vl.training.model_card import update_scores
+    from milora_vl.report.model_card import update_scores
 
     update_scores(output_dir)
     rewrite_report(output_dir)

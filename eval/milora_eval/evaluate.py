@@ -18,6 +18,7 @@ from milora_eval.runner import Outcome, Plan, ask, audit, finish, questions
 from milora_eval.store import PREDICTIONS, alone
 from milora_eval.suites import find_benchmark
 from milora_eval.table import Table, pairs_table, results_table, with_forgetting
+from milora_vl.forgetting import general_text, measure_forgetting
 
 
 def run(
@@ -93,7 +94,7 @@ def settings(
     model: Any, processor: Any, adapter: str | Path | None, template: str, image_aspect_ratio: str
 ) -> dict[str, Any]:
     """Return everything beside the question that an answer depends on; weights and rules as digests."""
-    from milora_vl.models import split_processor
+    from milora_vl.models.loading import split_processor
 
     tokenizer, image_processor = split_processor(processor)
     return {
@@ -111,8 +112,7 @@ def add_forgetting(
     folder: Path, model: Any, processor: Any, base: Any | None, key: str, num_tokens: int
 ) -> dict[str, Any]:
     """Measure the text forgetting and write it into results.json, unless it is there for the same key already."""
-    from milora_vl.forgetting import general_text, measure_forgetting
-    from milora_vl.models import split_processor
+    from milora_vl.models.loading import split_processor
 
     results = read_results(folder)
     key = digest([key, num_tokens, general_text(), "errors by document"])

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from milora_data.tokens import fast_backend
 from milora_eval.benchmark import Benchmark, Item
-from milora_vl.adapter_folders import holds_adapter, holds_residual
+from milora_vl.adapters.folders import holds_adapter, holds_residual
 
 ADAPTER_FILES = (
     "adapter_model.safetensors",
@@ -67,7 +68,6 @@ def weights_digest(model: Any) -> str:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """Return a hash of a tokenizer's vocabulary and rules."""
-    from milora_data.tokens import fast_backend
 
     return hashlib.sha256(fast_backend(tokenizer).to_str().encode()).hexdigest()[:16]
 

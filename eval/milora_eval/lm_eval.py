@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def model(wrapper: Any, name: str, adapter: Path | None, dtype: str | None, device: str | None, batch_size: int) -> Any:
     """Return the harness' own wrapper (HFLM) around base + adapter as `load_model` makes them."""
-    from milora_vl.devices import device_named, dtype_named
-    from milora_vl.models import load_model, split_processor
+    from milora_vl.load import load_model
+    from milora_vl.models.devices import device_named, dtype_named
+    from milora_vl.models.loading import split_processor
 
     place = device_named(device)
     loaded, processor = load_model(name, adapter=adapter, dtype=dtype_named(dtype, place), device=place)

@@ -10,7 +10,7 @@ import yaml
 
 from milora_data.command import suggest
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone, holds_residual
+from milora_vl.adapters.folders import base_of, holds_adapter, holds_projector_alone, holds_residual
 
 
 @dataclass(frozen=True, slots=True)

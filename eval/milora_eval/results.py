@@ -19,6 +19,7 @@ from milora_data.errors import UserError
 from milora_data.whole import read_json, write_json
 from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.lines import to_answer
+from milora_eval.selection import select
 from milora_eval.stats import mean
 from milora_eval.store import JUDGEMENTS, PREDICTIONS, Line, each_line, read_lines, write_lines
 from milora_eval.suites import SUITES, find_benchmark, folder_of
@@ -127,7 +128,6 @@ def check_ids(folder: Path, results: Mapping[str, Any]) -> None:
 
 def _gone(path: Path, results: Mapping[str, Any]) -> str:
     """Return which ids are missing, where the questions can still be read."""
-    from milora_eval.selection import select
 
     have, again = {_name(line) for line in each_line(path)}, "\nask them again: the same python -m milora_eval run"
     missing: list[str] = []

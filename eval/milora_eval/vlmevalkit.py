@@ -69,7 +69,7 @@ def register(name: str, model: str, adapter: str | None = None, *, template: str
 def milora_vlm(base: type, model: str, adapter: str | None, template: str) -> Any:
     """Return an instance of a subclass of VLMEvalKit's BaseModel that answers with base + adapter, greedily."""
     from milora_vl.generate import Prompt, generate
-    from milora_vl.models import load_model
+    from milora_vl.load import load_model
 
     loaded, processor = load_model(model, adapter=adapter)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from milora_data.command import next_step, parser, positive, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
-from milora_vl.reporting.anew import rewrite_report
+from milora_vl.report.regenerate import rewrite_report
 
 PROBES = ("text", "samples", "pictures")
 _EXAMPLES = """\

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
+from milora_data.collate import ImageTextCollator
+from milora_data.images import place_of
 from milora_data.pixels import AspectRatio
 from milora_data.records import Record, Turn
 from milora_data.templates import IMAGE
 from milora_vl.forgetting.measure import Batch
-from milora_vl.image_tokens import image_token_id, image_tokens
-from milora_vl.models import split_processor
+from milora_vl.generate import Prompt, generate
+from milora_vl.models.image_tokens import image_token_id, image_tokens
+from milora_vl.models.loading import split_processor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,9 +65,6 @@ def answer_batches(
     A picture is a document: questions about the same one are not independent. A record without a picture is one by
     itself. `without_adapter` asks the base of a PeftModel. What the records answer themselves is not read.
     """
-    from milora_data.collate import ImageTextCollator
-    from milora_data.images import place_of
-    from milora_vl.generate import Prompt, generate
 
     asked = [replace(record, turns=(*_until_question(record),)) for record in records]
     paths = [tuple(place_of(image_folder, name) for name in record.images) for record in asked]

@@ -12,9 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from milora_data import load_records
 from milora_data.errors import UserError
 from milora_data.whole import read_json, write_json
-from milora_vl.adapter_folders import base_of, holds_adapter, trained_prompts
+from milora_vl.adapters.folders import base_of, holds_adapter
+from milora_vl.forgetting.answers import answer_batches, drawn_questions
+from milora_vl.forgetting.measure import compare_on, hides_its_base, measure_forgetting
+from milora_vl.forgetting.text import sampled_batches
+from milora_vl.load import load_model
+from milora_vl.models.devices import device_named, dtype_named
+from milora_vl.models.loading import load_processor, split_processor
+from milora_vl.recipe.schema import trained_prompts
 
 Results = dict[str, Any]
 FILE = "forgetting.json"
@@ -112,7 +120,6 @@ class Job:
         return found
 
     def _text(self) -> Any:
-        from milora_vl.forgetting.measure import measure_forgetting
 
         texts = None
         if self.texts:
@@ -123,9 +130,6 @@ class Job:
         )  # fmt: skip
 
     def _samples(self) -> Any:
-        from milora_vl.forgetting.measure import compare_on
-        from milora_vl.forgetting.text import sampled_batches
-
         batches = sampled_batches(
             self._reference or self._tuned, self._tokenizer, without_adapter=self._reference is None,
             num_tokens=self.num_tokens, batch_size=self.batch_size, seed=self.seed,
@@ -133,8 +137,6 @@ class Job:
         return compare_on(list(batches), self._tuned, base=self._reference, what="the base model's own text")
 
     def _pictures(self) -> Any:
-        from milora_vl.forgetting.answers import answer_batches, drawn_questions
-        from milora_vl.forgetting.measure import compare_on
 
         template, image_aspect_ratio = trained_prompts(self.adapter or Path(self.model))
         with tempfile.TemporaryDirectory() as drawn:
@@ -158,7 +160,6 @@ class Job:
         return compare_on(batches, self._tuned, base=self._reference, what=what)
 
     def _records(self) -> list[Any]:
-        from milora_data import load_records
 
         records = [r for r in load_records(str(self.data_path)) if any(turn.role == "user" for turn in r.turns)]
         if not records:
@@ -167,13 +168,11 @@ class Job:
 
     @property
     def _sees(self) -> bool:
-        from milora_vl.models import split_processor
 
         return split_processor(self._processor)[1] is not None
 
     @property
     def _tokenizer(self) -> Any:
-        from milora_vl.models import split_processor
 
         return split_processor(self._processor)[0]
 
@@ -183,22 +182,18 @@ class Job:
 
     @cached_property
     def _processor(self) -> Any:
-        from milora_vl.models import load_processor
 
         return load_processor(self.model)
 
     @cached_property
     def _reference(self) -> Any | None:
         """The base as a model of its own, where switching off an adapter does not give it."""
-        from milora_vl.forgetting.measure import hides_its_base
 
         if hides_its_base(self._tuned):
             return None
         return self._load(self.base or self.model, None)  # a projector alone, the whole model or biases were trained
 
     def _load(self, name: str, adapter: Path | None) -> Any:
-        from milora_vl.devices import device_named, dtype_named
-        from milora_vl.models import load_model
 
         device = device_named(self.device)
         return load_model(name, adapter=adapter, dtype=dtype_named(self.dtype, device), device=device)[0]

@@ -11,23 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_vl.forgetting.text import general_text, text_batches
+from milora_vl.forgetting.text import Batch, general_text, text_batches
 
 # Positions whose distributions over the vocabulary are held in float32 at a time.
 _POSITIONS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What both models read: forward arguments with `input_ids` (rows, length).
-
-    `counted` (rows, length - 1) says which predictions count: position t is the prediction of id t + 1. `documents`
-    names, row by row, where the text is from: predictions from one document are not independent of each other.
-    """
-
-    inputs: Mapping[str, Tensor]
-    counted: Tensor
-    documents: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from milora_data.tokens import bos_ids
 
-if TYPE_CHECKING:
-    from milora_vl.forgetting.measure import Batch
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What both models read: forward arguments with `input_ids` (rows, length).
+
+    `counted` (rows, length - 1) says which predictions count: position t is the prediction of id t + 1. `documents`
+    names, row by row, where the text is from: predictions from one document are not independent of each other.
+    """
+
+    inputs: Mapping[str, Tensor]
+    counted: Tensor
+    documents: Sequence[str]
 
 
 def general_text() -> dict[str, str]:
@@ -115,8 +127,6 @@ def _ended(ids: Sequence[int], end: int) -> list[int]:
 
 
 def _batches(rows: Sequence[tuple[str, list[int]]], batch_size: int, tokenizer: Any) -> Iterator[Batch]:
-    from milora_vl.forgetting.measure import Batch
-
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         width = max(len(ids) for _, ids in part)

@@ -74,7 +74,7 @@ def configs_trimmed(folders: Sequence[Path]) -> Iterator[None]:
 
     A file that was there before and stays as it is belongs to another run.
     """
-    from milora_vl.exporting.llava import KNOWN_KEYS
+    from milora_vl.adapters.llava import KNOWN_KEYS
 
     files = [folder / "adapter_config.json" for folder in folders]
     before = {file: file.read_bytes() for file in files if file.is_file()}

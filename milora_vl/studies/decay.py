@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from milora_vl.analysis.spectra import decay_exponent, effective_rank, minor_energy
+from milora_vl.analyze.measures import decay_exponent, effective_rank, minor_energy
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import Result, arms
 from milora_vl.weights.matrices import read_matrix

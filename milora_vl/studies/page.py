@@ -12,9 +12,8 @@ from typing import Any
 
 from milora_data.errors import UserError
 from milora_data.whole import write_text
-from milora_vl.reporting.drawing import draw
-from milora_vl.reporting.plots import write_csv
-from milora_vl.reporting.tables import Table
+from milora_vl.report.plots import draw, write_csv
+from milora_vl.report.tables import Table
 from milora_vl.studies import decay, plots
 from milora_vl.studies.runner import Folder, all_cells, finished
 from milora_vl.studies.study import Study

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from milora_vl.reporting.plots import Look, styled
+from milora_vl.report.plots import Look, styled
 from milora_vl.studies.decay import Layer
 from milora_vl.sweep.plots import MARKS, colour_of
 

@@ -13,10 +13,10 @@ from torch import nn
 import llava_recipes
 from milora_data.command import suggest
 from milora_data.errors import UserError
-from milora_vl.config import Strict
 from milora_vl.policy import Policy, PolicyError
+from milora_vl.recipe import yaml_file
+from milora_vl.recipe.schema import Strict
 from milora_vl.sweep.cells import Cell, arm_rules
-from milora_vl.training import yaml_file
 
 VERSION = 1  # raise it when the same cell may come out otherwise
 # What an arm says beside fields of its adapter rules.

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from milora_vl import apply_milora, keep_protected
+from milora_vl.param_groups import parameter_groups
 from milora_vl.studies.study import Study, Training
 from milora_vl.studies.task import Task
 from milora_vl.studies.update import Updates
 from milora_vl.sweep.cells import Cell
-from milora_vl.training.param_groups import parameter_groups
 
 Result = dict[str, Any]
 _CLIP = 1.0  # HF's max_grad_norm

@@ -19,6 +19,8 @@ from milora_data.command import next_step, parser, positive, run
 from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_data.whole import read_json, write_json
+from milora_eval.suites import find_benchmark, find_suite, has_files
+from milora_vl.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from milora_vl.sweep.cells import Cell
@@ -138,8 +140,7 @@ def _numbers(kind: type[float] | type[int]) -> type:
 
 
 def _recipe(name: str):  # type: ignore[no-untyped-def]
-    from milora_vl.config import Recipe
-    from milora_vl.training.settings import read_recipe
+    from milora_vl.recipe.settings import read_recipe
 
     content, lines, source = read_recipe(name)
     return Recipe.parse(content, source, lines)
@@ -147,7 +148,6 @@ def _recipe(name: str):  # type: ignore[no-untyped-def]
 
 def _check_suite(evaluation: Evaluation) -> None:
     """UserError for a suite that is not known, or whose files are not there: the cells would fail after training."""
-    from milora_eval.suites import find_benchmark, find_suite, has_files
 
     data = Path(evaluation.data or f"data/{evaluation.suite}")
     names = find_suite(evaluation.suite).benchmarks

@@ -9,9 +9,9 @@ from typing import Any
 
 from milora_data.command import suggest
 from milora_data.errors import UserError
-from milora_vl.config import EvalConfig, Recipe, SweepConfig
-from milora_vl.training.hf_arguments import overridden
-from milora_vl.training.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
+from milora_vl.recipe.hf_arguments import overridden
+from milora_vl.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
+from milora_vl.recipe.schema import EvalConfig, Recipe, SweepConfig
 
 # Names for --methods beside those of milora_vl.train: fields of the adapter rules, and of `train:`.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -11,9 +11,8 @@ from typing import Any
 
 from milora_data.page import render as pages
 from milora_data.whole import write_json
-from milora_vl.reporting.drawing import draw
-from milora_vl.reporting.plots import write_csv
-from milora_vl.reporting.tables import Table
+from milora_vl.report.plots import draw, write_csv
+from milora_vl.report.tables import Table
 from milora_vl.sweep import plots
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import Answers, Arm, Pair, Result, arms, pairs

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from milora_vl.reporting.plots import GREY, Look, styled
+from milora_vl.report.plots import GREY, Look, styled
 from milora_vl.sweep.results import Arm, Mean, front
 
 if TYPE_CHECKING:

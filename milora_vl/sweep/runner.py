@@ -23,7 +23,8 @@ from typing import Any
 
 from milora_data.errors import UserError
 from milora_data.whole import read_json, write_json, write_text
-from milora_vl.config import Recipe
+from milora_eval.results import require_lines
+from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep.cells import Cell, recipe_of
 
 Result = dict[str, Any]
@@ -72,7 +73,6 @@ class Sweep:
 
     def answers(self, cell: Cell) -> dict[str, tuple[float, Any]]:
         """The answers of a finished cell to the first benchmark of the suite: id -> score, picture."""
-        from milora_eval.results import require_lines
 
         lines = require_lines(self.results_folder(cell))
         of_first = (line for line in lines if line["benchmark"] == lines[0]["benchmark"])

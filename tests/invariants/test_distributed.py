@@ -18,7 +18,7 @@ from test_train import METHODS, WEIGHTS, losses, words
 from test_train_data import many
 
 from milora_vl.tiny import tiny_llava
-from milora_vl.train import main
+from milora_vl.train.command import main
 
 
 def same(first: Path, second: Path, weights: str = "adapter_model.safetensors") -> None:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from test_train import METHODS, WEIGHTS, losses, words
 
-from milora_vl.train import main
+from milora_vl.train.command import main
 
 
 def kill_when(command: list[str], folder: Path, log: Path) -> None:

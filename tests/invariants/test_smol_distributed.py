@@ -11,7 +11,7 @@ from test_train import losses
 
 from milora_eval.__main__ import main as evaluate
 from milora_eval.store import read_lines
-from milora_vl.train import main
+from milora_vl.train.command import main
 
 DATA = Path(__file__).parents[2] / "data" / "emoji"
 COMMAND = (

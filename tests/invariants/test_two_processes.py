@@ -13,7 +13,7 @@ from launched import KINDS, launched, needs_deepspeed, train_in_two
 from safetensors.torch import load_file
 from test_train import losses, words
 
-from milora_vl.train import main
+from milora_vl.train.command import main
 
 pytestmark = [pytest.mark.slow, needs_deepspeed]
 EXTRA = ["--rank", "4", "--dropout", "0", "--max_steps", "4"]

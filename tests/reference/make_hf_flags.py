@@ -1,4 +1,4 @@
-"""Rewrite milora_vl/training/hf_flags.json: Hugging Face's training flags, the union over the versions it was run with.
+"""Rewrite milora_vl/recipe/hf_flags.json: Hugging Face's training flags, the union over the versions it was run with.
 
 Run it in an environment with the transformers version to add:  python tests/reference/make_hf_flags.py
 """
@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from transformers import TrainingArguments
 
-TARGET = Path(__file__).parents[2] / "milora_vl" / "training" / "hf_flags.json"
+TARGET = Path(__file__).parents[2] / "milora_vl" / "recipe" / "hf_flags.json"
 SCALARS = {bool: "bool", int: "int", float: "float", str: "str"}
 NOT_FLAGS = {"_n_gpu", "parallelism_config"}  # an internal counter; a Python object
 

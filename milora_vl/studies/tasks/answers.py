@@ -22,8 +22,8 @@ from milora_data.sampler import LengthGroupedSampler
 from milora_vl.forgetting import general_text
 from milora_vl.forgetting.measure import Batch, Forgetting, logits_of, summary, token_sums
 from milora_vl.forgetting.text import text_batches
+from milora_vl.losses import install, summed_loss
 from milora_vl.studies.task import Measured
-from milora_vl.training.losses import install, summed_loss
 
 BATCH, TOKENS = 16, 1536
 

@@ -11,8 +11,9 @@ import torch
 from milora_data.collate import ImageTextCollator
 from milora_data.records import load_records
 from milora_vl.forgetting import answer_batches, drawn_questions
-from milora_vl.image_tokens import image_tokens
-from milora_vl.models import load_model, split_processor
+from milora_vl.load import load_model
+from milora_vl.models.image_tokens import image_tokens
+from milora_vl.models.loading import split_processor
 from milora_vl.studies.tasks import EMOJI
 from milora_vl.studies.tasks.answers import AnswerTask
 

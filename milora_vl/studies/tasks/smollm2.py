@@ -8,7 +8,7 @@ import torch
 
 from milora_data.collate import ImageTextCollator
 from milora_data.records import Record, Turn
-from milora_vl.models import load_model
+from milora_vl.load import load_model
 from milora_vl.studies.tasks.answers import AnswerTask
 from milora_vl.studies.tasks.topics import named_topics
 

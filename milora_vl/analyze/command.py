@@ -1,0 +1,97 @@
+"""`python -m milora_vl.analyze MODEL_OR_ADAPTER`: the spectra of a model, or what a training did to its weights.
+
+One layer at a time is in memory; what is interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from milora_data.command import next_step, parser, positive
+from milora_data.errors import UserError
+from milora_data.flags import shared
+from milora_vl.adapters.folders import holds_adapter, holds_residual
+from milora_vl.report.regenerate import rewrite_report
+
+_EXAMPLES = """\
+of a model:    the spectrum of each layer, the share of its energy in the minor part, effective rank (exp of the
+               entropy of sigma / sum sigma), stable rank, decay exponent, condition number
+of a training: ||dW||, amplification factor, subspace similarity with W's top, bottom and random vectors
+               (arXiv:2406.09044), intruder dimensions (arXiv:2410.21228), how far A and B left their start.
+               A lower amplification factor does not by itself mean that more was preserved.
+
+examples:
+  python -m milora_vl.analyze llava-1.5-7b --output_dir spectra --device cuda
+  python -m milora_vl.analyze runs/demo                                  # an adapter; files go to runs/demo/analysis
+  python -m milora_vl.analyze runs/full --base smol-llava --modules '*layers.1*'
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; UserError for what cannot be analysed. Returns the exit code."""
+    options = _options(argv)
+    from milora_vl.analyze import job, page
+    from milora_vl.models.devices import device_named
+
+    subject = Path(options.subject)
+    is_trained = holds_adapter(subject) or holds_residual(subject) or options.base is not None
+    folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
+    if folder is None:
+        taken = "is no training" if subject.is_dir() else "is no folder here, so it is taken for a model"
+        raise UserError(f"{options.subject} {taken}: where shall the files go?\nsay:  --output_dir O")
+    device = device_named(options.device)
+    todo = job.plan(
+        options.subject, options.base, rank=options.rank, device=device, modules=options.modules,
+        allow_base_mismatch=options.allow_base_mismatch,
+    )  # fmt: skip
+    rows = job.rows_of(todo, folder)
+    summary = page.write(folder, todo.kind, todo.name, todo.base, rows)
+    if options.format == "json":
+        layers = [{key: value for key, value in row.items() if key != "sigma"} for row in rows]
+        sys.stdout.write(json.dumps(summary | {"rows": layers}, ensure_ascii=False) + "\n")
+    else:
+        sys.stdout.write(_as_text(summary["table"]))
+    sys.stderr.write(f"page:    {folder / 'analysis.html'}\nlayers:  {folder / 'layers.csv'}\n")
+    rewrite_report(folder.parent)
+    if is_trained:
+        adapter = ("--model", todo.base, "--adapter", subject)
+        next_step(
+            "milora_vl.forgetting", *(adapter if holds_adapter(subject) else ("--model", subject, "--base", todo.base))
+        )
+    else:
+        next_step("milora_vl.train", "--model", options.subject, "--dry-run")
+    return 0
+
+
+def _as_text(table: Mapping[str, Any]) -> str:
+    """The table of the page with its columns as lines: there are few parts of a model, and many measures."""
+    lines = list(zip(table["header"], *table["rows"], strict=True))
+    first, *others = (max(len(cell) for cell in column) for column in zip(*lines, strict=True))
+    shown = ("  ".join([f"{name:<{first}}", *map(str.rjust, cells, others)]) for name, *cells in lines)
+    return f"{table['caption']}\n" + "\n".join(line.rstrip() for line in shown) + "\n"
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    options = parser(
+        "python -m milora_vl.analyze", "Analyse a model's weights, or what was changed in them.", _EXAMPLES
+    )
+    given = options.add_argument_group("input")
+    given.add_argument("subject", metavar="MODEL_OR_ADAPTER", help="name, hub id or folder")
+    shared(given, "base", about="what was tuned: needed for a whole model, else the adapter's own")
+    given.add_argument("--modules", metavar="GLOB", help="only layers whose path matches")
+    settings = options.add_argument_group("settings")
+    settings.add_argument(
+        "--rank", type=positive, default=128, help="of the minor part, where no adapter has one (128)"
+    )
+    shared(settings, "device")
+    settings.add_argument("--allow_base_mismatch", action="store_true", help="go on with another base model")
+    out = options.add_argument_group("output")
+    shared(out, "output_dir", about="to write (default for what was trained: its folder's analysis)")
+    shared(out, "format")
+    parsed: argparse.Namespace = options.parse_args(argv)
+    return parsed

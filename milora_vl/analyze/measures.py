@@ -1,0 +1,170 @@
+"""The spectrum of a base weight in numbers: how much its minor part holds, how it decays, how many directions count.
+
+What an update does to a weight, as the paper measures it (arXiv:2406.09044, section 5 and appendix).
+
+Throughout, W is the pretrained weight (out, in) and the update is fine-tuned minus pretrained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from milora_vl.svd import Factors, decompose
+
+
+def minor_energy(sigma: Tensor, rank: int) -> float:
+    """Return the share of ||W||_F^2 that the last `rank` singular values hold; `sigma` is descending.
+
+    >>> minor_energy(torch.tensor([3.0, 1.0]), 1)
+    0.1
+    """
+    squares = sigma.double().square()
+    total = float(squares.sum())
+    return float(squares[max(0, len(squares) - rank) :].sum()) / total if total else 0.0
+
+
+def effective_rank(sigma: Tensor) -> float:
+    """Return exp(H(p)), H the entropy of p = sigma / sum(sigma) (Roy and Vetterli 2007); 0 for a zero matrix.
+
+    >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
+    3.0
+    """
+    values = sigma.double()
+    total = values.sum()
+    if total == 0:
+        return 0.0
+    p = values[values > 0] / total
+    return float((-(p * p.log()).sum()).exp())
+
+
+def stable_rank(sigma: Tensor) -> float:
+    """Return ||W||_F^2 / sigma_1^2; 0 for a zero matrix."""
+    values = sigma.double()
+    return float(values.square().sum() / values[0].square()) if values[0] > 0 else 0.0
+
+
+def condition_number(sigma: Tensor) -> float | None:
+    """Return sigma_1 / sigma_k; None where the last is zero to the rounding of float32 (1e-7 sigma_1)."""
+    first, last = float(sigma[0]), float(sigma[-1])
+    return first / last if last > 1e-7 * first else None
+
+
+def decay_exponent(sigma: Tensor) -> float | None:
+    """Return a of sigma_i ~ i^-a, by least squares of log sigma on log i over the first half of the components.
+
+    The second half is left out: there every finite matrix falls off, whatever its power law. None for fewer than four
+    components, or zeros among them.
+
+    >>> round(decay_exponent(torch.arange(1, 101).double() ** -0.7), 6)
+    0.7
+    """
+    values = sigma.double()[: -(-len(sigma) // 2)]
+    if len(values) < 4 or float(values[-1]) <= 1e-7 * float(values[0]):
+        return None
+    x, y = torch.arange(1, len(values) + 1).double().log(), values.cpu().log()
+    x = x - x.mean()
+    return float(-(x * y).sum() / x.square().sum())
+
+
+# Of the intruder dimensions (arXiv:2410.21228, algorithm 1): how many directions are looked at, and what counts as new.
+INTRUDER_K, INTRUDER_EPSILON = 10, 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A change of one weight as singular triplets: U (out, k), S (k,) descending, Vh (k, in)."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    @classmethod
+    def from_factors(cls, B: Tensor, A: Tensor) -> Update:
+        """The change B A of B (out, k), A (k, in): by two thin QR decompositions, the matrix is never formed.
+
+        Components below the rounding of the largest are none: a LoRA that trains little has fewer than its rank.
+        """
+        Q_B, R_B = torch.linalg.qr(B.double())
+        Q_A, R_A = torch.linalg.qr(A.double().T)
+        U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+        return cls(Q_B @ U, S, Vh @ Q_A.T)._without_zeros()
+
+    @classmethod
+    def from_matrix(cls, change: Tensor, rank: int) -> Update:
+        """The first `rank` triplets of a change that is a whole matrix."""
+        found = decompose(change, min(rank, *change.shape), "principal")
+        return cls(found.U.double(), found.S.double(), found.Vh.double())._without_zeros()
+
+    def first(self, rank: int) -> Update:
+        """The first `rank` triplets, or as many as there are."""
+        return Update(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
+
+    def _without_zeros(self) -> Update:
+        kept = int(torch.count_nonzero(self.S / self.S[0] > 1e-7)) if float(self.S[0]) > 0 else 0
+        return self.first(kept)
+
+    @property
+    def rank(self) -> int:
+        """How many triplets there are."""
+        return len(self.S)
+
+
+def amplification(W: Tensor, update: Update, rank: int) -> tuple[float, float]:
+    """Return (||U' dW V||_F, ||U' W V||_F) with U, V the top-`rank` singular vectors of the update; their ratio is
+
+    the amplification factor (LoRA paper, section 7.3). It is large where the update is large or where W has little in
+    its directions, so a lower factor does not by itself mean that more was preserved: read both numbers.
+    """
+    top = update.first(rank)
+    inside = top.U.T @ (W.double() @ top.Vh.T)
+    return float(torch.linalg.vector_norm(top.S)), float(torch.linalg.matrix_norm(inside))
+
+
+def expected_inside(W_norm: float, shape: tuple[int, int], rank: int) -> float:
+    """Return the root mean square of ||U'WV||_F over random orthonormal U (out, rank), V (in, rank).
+
+    >>> round(expected_inside(97.36, (4096, 4096), 64), 2)  # the paper's q_proj: 1.50 for one draw
+    1.52
+    """
+    return rank * W_norm / (shape[0] * shape[1]) ** 0.5
+
+
+def subspace_similarity(A: Tensor, B: Tensor) -> float:
+    """Return ||A'B||_F^2 / r for column-orthonormal A, B (d, r), in [0, 1]; r is the larger width where they differ.
+
+    >>> subspace_similarity(torch.eye(4)[:, :2], torch.eye(4)[:, 1:3])
+    0.5
+    """
+    return float((A.double().T @ B.double()).square().sum()) / max(A.shape[1], B.shape[1], 1)
+
+
+def similarities(base: Factors, update: Update, rank: int) -> tuple[float, float, float]:
+    """Return the similarity of the update's left vectors with the top, the bottom and random left vectors of W.
+
+    `base` is the whole decomposition of W; the third is the mean over all draws of `rank` of its vectors.
+    """
+    own = update.first(rank).U
+    r = own.shape[1]
+    if r == 0:
+        return 0.0, 0.0, 0.0
+    shares = (base.U.double().T @ own).square().sum(1)  # of each left vector of W
+    return float(shares[:r].sum()) / r, float(shares[-r:].sum()) / r, float(shares.mean())
+
+
+def intruders(base: Factors, tuned_U: Tensor, epsilon: float = INTRUDER_EPSILON) -> int:
+    """Return how many columns of `tuned_U` (out, k), the top left vectors of the tuned weight, are new.
+
+    New means: its cosine with every left singular vector of the pretrained weight is below `epsilon`
+    (arXiv:2410.21228, algorithm 1, with k = 10 and epsilon = 0.5 there). `base` is the whole decomposition of W.
+    """
+    cosines = (base.U.double().T @ tuned_U.double()).abs().max(dim=0).values
+    return int((cosines < epsilon).sum())
+
+
+def moved(now: Tensor, start: Tensor) -> float | None:
+    """Return ||now - start||_F / ||start||_F; None for a start at zero."""
+    length = float(torch.linalg.vector_norm(start.double()))
+    return float(torch.linalg.vector_norm(now.double() - start.double())) / length if length else None

@@ -1,0 +1,148 @@
+"""The files of an analysis: layers.csv, summary.json, figures with the CSV behind them, and one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from milora_data.page import render as pages
+from milora_data.whole import write_json
+from milora_vl.analyze import plots
+from milora_vl.analyze.rows import Row
+from milora_vl.report.plots import Look, Plot, draw, write_csv
+from milora_vl.report.tables import Table
+
+# What a heat map is drawn of: field, name of its colour bar, and the caption.
+BASE_MAPS = {
+    "effective_rank": ("effective rank", "exp of the entropy of σ / Σσ (Roy and Vetterli 2007)."),
+    "minor_energy": ("share of ‖W‖²", "The share of ‖W‖² in the last r components."),
+}
+UPDATE_MAPS = {
+    "relative_update": ("‖ΔW‖ / ‖W‖", "Size of the update, in Frobenius norms."),
+    "amplification": (
+        "amplification factor",
+        "‖UᵀΔWV‖ / ‖UᵀWV‖ with U, V the top-r singular vectors of ΔW. A lower factor does not by itself mean that more "
+        "was preserved: PiSSA has the lowest of all. Read it together with ‖UᵀWV‖, in the table above.",
+    ),
+    "similarity_bottom": ("similarity", "Subspace similarity of ΔW’s left vectors with the bottom r of W’s."),
+    "similarity_top": ("similarity", "Subspace similarity of ΔW’s left vectors with the top r of W’s."),
+    "intruders": ("of the first 10", "Intruder dimensions: top left vectors of the tuned weight that have a cosine of "
+                  "0.5 with none of W’s (arXiv:2410.21228, k = 10)."),
+}  # fmt: skip
+_BASE_FIELDS = {
+    "effective rank": "effective_rank", "stable rank": "stable_rank", "decay exponent": "decay_exponent",
+    "condition number": "condition_number", "minor share of ‖W‖²": "minor_energy",
+}  # fmt: skip
+_UPDATE_FIELDS = {
+    "‖ΔW‖": "update_norm", "‖ΔW‖/‖W‖": "relative_update", "factor": "amplification", "‖UᵀΔWV‖": "update_inside",
+    "‖UᵀWV‖": "base_inside", "W’s own top": "base_inside_top", "random": "base_inside_random",
+    "like top": "similarity_top", "like bottom": "similarity_bottom", "like random": "similarity_random",
+    "intruders": "intruders", "A moved": "moved_A", "B moved": "moved_B",
+}  # fmt: skip
+
+
+def write(folder: Path, kind: str, name: str, base: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Write all files of an analysis into `folder`; returns the content of summary.json."""
+    fields = _BASE_FIELDS if kind == "base" else _UPDATE_FIELDS
+    means = {group: _means(found, fields) for group, found in plots.groups(rows).items()}
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "sigma"]
+    write_csv(folder / "layers.csv", columns, [[row.get(key, "") for key in columns] for row in rows])
+    figures = _figures(folder, kind, rows)
+    table = _table(means, fields)
+    summary: dict[str, Any] = {"kind": kind, "of": name, "base": base, "layers": len(rows), "means": means}
+    summary["figures"] = [{"name": figure["name"], "caption": figure["caption"]} for figure in figures]
+    summary["table"] = asdict(table)
+    write_json(folder / "summary.json", summary)
+    # As the page holds them, in all looks: the report of a run shows them too.
+    drawn = [{"plot": asdict(figure["plot"]), "caption": figure["caption"]} for figure in figures]
+    write_json(folder / "figures.json", drawn)
+    title = f"{name}" if kind == "base" else f"{name} on {base}"
+    content = {"title": title, "lede": lede(kind, rows), "figures": figures, "table": table}
+    pages.write(folder / "analysis.html", pages.render(Path(__file__).with_name("analysis.html.j2"), content))
+    return summary
+
+
+def lede(kind: str, rows: Sequence[Row]) -> str:
+    """The result in a line: how large the update is, and in which directions of W it lies, tower by tower.
+
+    A projector that trains in full moves far more than an adapter does: one mean over both would speak of neither.
+    """
+    if kind == "base":
+        return f"The spectra of {len(rows):,} layers"
+    towers = sorted(dict.fromkeys(row["tower"] for row in rows))  # language before projector and vision
+    moved = [_moved(tower, [row for row in rows if row["tower"] == tower]) for tower in towers]
+    return f"The training changed {', '.join(moved)}"
+
+
+def _moved(tower: str, rows: Sequence[Row]) -> str:
+    found = _means(rows, _UPDATE_FIELDS)
+    words = f"{tower} ({len(rows):,} {'layer' if len(rows) == 1 else 'layers'})"
+    if "relative_update" in found:
+        words += f" by {100 * found['relative_update']:.2g} % of its norm"
+    if "similarity_top" in found:
+        words += f" (similar to last directions {found['similarity_bottom']:.2f}, first {found['similarity_top']:.2f})"
+    return words
+
+
+def _means(rows: Sequence[Row], fields: dict[str, str]) -> dict[str, float]:
+    found = {}
+    for field in fields.values():
+        values = [row[field] for row in rows if row.get(field) is not None]
+        if values:
+            found[field] = sum(values) / len(values)
+    return {"layers": len(rows), **found}
+
+
+def _table(means: dict[str, dict[str, float]], fields: dict[str, str]) -> Table:
+    shown = {head: field for head, field in fields.items() if any(field in row for row in means.values())}
+    rows = [
+        (name, f"{row['layers']:,}", *(f"{row[field]:.3g}" if field in row else "–" for field in shown.values()))
+        for name, row in means.items()
+    ]
+    return Table(("part", "layers", *shown), tuple(rows), "Means over the layers of each part.")
+
+
+def _figures(folder: Path, kind: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Draw what the rows allow: (plot, caption) in the order of the page."""
+    made = []
+    curves: dict[str, tuple[Callable[[Sequence[Row], Look], Any], str]] = {
+        "spectra": (plots.spectra_figure, "Singular values of every layer; the darker, the nearer to the input."),
+        "minor-energy": (
+            plots.minor_energy_figure,
+            "How much of ‖W‖² the last components hold; dotted: a flat spectrum.",
+        ),
+    }
+    if kind == "update":
+        words = "Similarity of the update’s left singular vectors with those of W, mean over the modules of a layer."
+        curves = {"similarity": (plots.similarity_figure, words)}
+    for name, (figure, caption) in curves.items():
+        _curve_csv(folder, name, rows)
+        made.append({"name": name, "plot": _draw(folder, name, partial(figure, rows), caption), "caption": caption})
+    maps = BASE_MAPS if kind == "base" else UPDATE_MAPS
+    for field, (label, caption) in maps.items() if plots.has_map(rows) else ():
+        if len({row[field] for row in rows if row.get(field) is not None}) > 1:  # one colour shows nothing
+            name = f"heat-{field}"
+            keys = ("tower", "block", "module", field)
+            write_csv(folder / f"{name}.csv", keys, [[row.get(key) for key in keys] for row in rows])
+            plot = _draw(folder, name, partial(plots.heat_map, rows, field, label), caption)
+            made.append({"name": name, "plot": plot, "caption": caption})
+    return made
+
+
+def _draw(folder: Path, name: str, figure: Callable[[Look], Any], alt: str) -> Plot:
+    return draw(folder, name, figure, alt, with_pdf=True)
+
+
+def _curve_csv(folder: Path, name: str, rows: Sequence[Row]) -> None:
+    if name == "similarity":
+        keys = ("path", "tower", "family", "block", "similarity_top", "similarity_bottom", "similarity_random")
+        write_csv(folder / "similarity.csv", keys, [[row[key] for key in keys] for row in rows])
+    elif name == "spectra":
+        lines = [(row["path"], i, sigma) for row in rows for i, sigma in enumerate(row["sigma"], start=1)]
+        write_csv(folder / "spectra.csv", ("path", "component", "sigma"), lines)
+    else:
+        shares = [(row["path"], x, y) for row in rows for x, y in zip(*plots.minor_curve(row["sigma"]), strict=True)]
+        write_csv(folder / "minor-energy.csv", ("path", "last components, %", "share of energy, %"), shares)

@@ -1,0 +1,138 @@
+"""Any vision tower by name: CLIP, SigLIP and other encoders of transformers, and any network of timm."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from milora_data.errors import UserError
+from milora_vl.models import hub
+from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, as_map
+from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
+
+TIMM = "timm/"
+RANDOM = "random"
+# What CLIP normalises with, for towers that come without a preprocessor.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def tower_config(name: str) -> Any:
+    """Return the config of a vision tower: a folder, a hub id, or `timm/NAME`. UserError where it is none."""
+    if name.startswith(TIMM):
+        size, grid = _timm_sizes(name.removeprefix(TIMM))
+        return TimmTowerConfig.of(name.removeprefix(TIMM), image_size=size, grid=grid)
+    config = hub.config_of(name)
+    if "vision_config" in config.to_dict():
+        config = config.vision_config
+    if "image_size" not in config.to_dict():
+        raise UserError(f"{name} is no vision tower: {config.model_type}\nexpected:  CLIP, SigLIP, a ViT, or timm/NAME")
+    return config
+
+
+def load_tower(name: str, config: Any, dtype: torch.dtype, weights: str | None = None) -> Any:
+    """Load the tower of `tower_config`; `weights` is a file for timm's networks, or `random` for a try-out."""
+    from transformers import AutoModel
+
+    if name.startswith(TIMM):
+        tower: Any = TimmTower(config)
+        if weights != RANDOM:
+            tower.encoder.load_state_dict(_timm_state(config.architecture, weights))
+        return tower.to(dtype).eval()
+    if weights == RANDOM:
+        return AutoModel.from_config(config).to(dtype).eval()
+    cls = type(_meta(config))
+    return hub.read_pretrained(cls, name, config=config, dtype=dtype).eval()
+
+
+def with_weights(config: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    """Return the tower with weights from LLaVA's own files, whose names have a level more than today's CLIP."""
+    from transformers import AutoModel
+
+    tower = AutoModel.from_config(config)
+    own = set(tower.state_dict())
+    plain = {name if name in own else name.removeprefix("vision_model."): t for name, t in state.items()}
+    missing = own - set(plain)
+    if missing:
+        raise UserError(f"the vision tower's weights are not complete: {sorted(missing)[0]} is missing")
+    tower.load_state_dict({name: t for name, t in plain.items() if name in own})
+    return tower.to(dtype).eval()
+
+
+def picture_statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation that a tower's pictures are normalised with; CLIP's where it does not say."""
+    from transformers import AutoImageProcessor
+
+    if name.startswith(TIMM):
+        import timm
+
+        settings = timm.get_pretrained_cfg(name.removeprefix(TIMM))
+        return (settings.mean, settings.std) if settings is not None else (CLIP_MEAN, CLIP_STD)
+    try:
+        local = Path(name).is_dir()
+        found = AutoImageProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except (OSError, ValueError):
+        sys.stderr.write(f"warning: {name} does not say how its pictures are normalised: as CLIP's are\n")
+        return CLIP_MEAN, CLIP_STD
+    return found.image_mean, found.image_std
+
+
+def _meta(config: Any) -> Any:
+    from transformers import AutoModel
+    from transformers.modeling_utils import set_zero3_state
+
+    with torch.device("meta"), set_zero3_state():  # ZeRO-3 has nothing to cut up here
+        return AutoModel.from_config(config)
+
+
+def _timm_sizes(architecture: str) -> tuple[int, int]:
+    """Pixels a side and tokens a side, as the network was trained. UserError where it gives no square of tokens."""
+    import timm
+
+    if not timm.is_model(architecture):
+        near = timm.list_models(f"{architecture.split('_')[0]}*")[:3]
+        raise UserError(f"timm has no {architecture!r}" + (f"; it has {', '.join(near)}, ..." if near else ""))
+    settings = timm.get_pretrained_cfg(architecture)
+    size = int(settings.input_size[-1]) if settings is not None else 224
+    with torch.device("meta"):
+        encoder: Any = timm.create_model(architecture, pretrained=False, num_classes=0).eval()
+        try:
+            features = as_map(encoder, encoder.forward_features(torch.empty(1, 3, size, size)))
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"timm's {architecture} cannot serve as a vision tower: {error}") from None
+    grid = int(features.shape[-1])
+    return size - size % grid, grid  # Inception's 299 pixels do not divide into 8 tokens
+
+
+def _timm_state(architecture: str, weights: str | None) -> Any:
+    import timm
+    from safetensors.torch import load_file
+
+    if weights is not None:
+        file = Path(weights)
+        if not file.is_file():
+            raise UserError(f"--vision_weights {weights}: no such file")
+        try:
+            state = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
+        except (SafetensorError, *UNREAD) as error:
+            raise UserError(why_unread(file, error)) from None
+        own = timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
+        missing = [key for key in own if key not in state]
+        if missing:
+            raise UserError(
+                f"{weights} does not fit timm's {architecture}: it lacks {missing[0]} and {len(missing) - 1} more"
+            )
+        return {key: state[key] for key in own}
+    try:
+        return timm.create_model(architecture, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # timm and the hub's client raise many kinds
+        raise UserError(
+            f"the weights of timm's {architecture} are not here, and the hub does not answer\n"
+            f"said: {str(error).splitlines()[0][:200]}\n"
+            "say --vision_weights FILE, or --vision_weights random for a try-out"
+        ) from None

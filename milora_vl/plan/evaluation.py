@@ -1,0 +1,63 @@
+"""The `eval:` section of a recipe: `python -m milora_eval run` in a process of its own, after training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from milora_data.command import suggest
+from milora_data.errors import UserError
+from milora_vl.recipe.schema import EvalConfig
+
+
+def commands(config: EvalConfig, *, model: str, output_dir: Path) -> list[list[str]]:
+    """One command per suite, before and after training, without the interpreter: as a user would type it."""
+    is_whole_model = (output_dir / "config.json").is_file()
+    what = ["--model", str(output_dir), "--base", model]
+    if not is_whole_model:
+        what = ["--model", model, "--adapter", str(output_dir)]
+    options = [] if config.data is None else ["--data", config.data]
+    options += [] if config.limit is None else ["--limit", str(config.limit)]
+    return [
+        ["-m", "milora_eval", "run", *what, "--suite", suite, *options, "--with_base", "--output_dir", str(output_dir)]
+        for suite in config.suites
+    ]
+
+
+def check(config: EvalConfig) -> None:
+    """UserError for what would fail only after the training: an unknown suite, files that are not there."""
+    for suite in config.suites:
+        data = config.data or f"data/{suite}"
+        listed = _listed(data)
+        if suite not in listed["suites"]:
+            near = suggest(suite, listed["suites"])
+            hint = f"\ndid you mean {near[0]} ?" if near else ""
+            known = ", ".join(listed["suites"])
+            raise UserError(f"eval.suites: unknown suite {suite!r}; expected one of: {known}{hint}")
+        files = {entry["name"]: entry for entry in listed["benchmarks"]}
+        wanted = listed["suites"][suite]["benchmarks"]
+        if not any(files[name]["found"] for name in wanted):
+            missing = ", ".join(files[wanted[0]]["files"])
+            raise UserError(
+                f"eval.data: the files of suite {suite!r} are not in {data} ({missing}, ...)\n"
+                "the evaluation would fail after the training\n"
+                f"see: python -m milora_eval ls --data {data}"
+            )
+
+
+def run(command: list[str]) -> bool:
+    """Run one of them, its output on this terminal's stderr; whether it came to its end."""
+    return subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode == 0
+
+
+def _listed(data: str) -> dict[str, Any]:
+    where = ["--data", data] if Path(data).is_dir() else []
+    command = [sys.executable, "-m", "milora_eval", "ls", *where, "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"cannot ask milora_eval for its suites\n{done.stderr.strip()[:300]}")
+    listed: dict[str, Any] = json.loads(done.stdout)
+    return listed

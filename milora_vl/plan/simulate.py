@@ -1,0 +1,238 @@
+"""Memory of a training step, found by running it on tensors without data (torch's FakeTensorMode).
+
+Every storage is counted when an operation makes it and when it is let go, so that what a model keeps for its backward
+pass, with or without checkpointing, under autocast or not, is measured and not a formula.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from milora_vl.lora.config import make_lora
+from milora_vl.lora.install import install, lora_layer, set_dropout
+from milora_vl.losses import CHUNK, GradientsAtOnce, inner_model
+from milora_vl.policy import Target
+from milora_vl.towers import find_towers
+from milora_vl.weights.matrices import factor_dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What one device computes in one micro-step. `learnt` counts supervised positions over all records."""
+
+    records: int
+    tokens: int  # of one record, pictures included
+    learnt: int
+    pictures: int
+    image_tokens: int
+    half: bool  # bf16 autocast
+    checkpointing: bool
+    base_dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Bytes that stay from step to step, without the optimizer's, and the most that a step adds to them."""
+
+    frozen: int
+    anchors: int
+    trained: int
+    activations: int  # at the worst moment, gradients left out
+    with_gradients: int  # the same, with the gradients that are there at that moment, each divided by `gradient_share`
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts live bytes; `peak` is the most since `start`."""
+
+    def __init__(self, gradient_share: int) -> None:
+        super().__init__()
+        self.live = self.gradients = 0
+        self.peak = self.peak_with_gradients = 0
+        self.share = gradient_share
+        self.seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count the storages it made."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.count(tensor)
+        self.note()
+        return out
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a storage that is new."""
+        storage = tensor.untyped_storage()
+        if storage not in self.seen:
+            size = storage.nbytes()
+            self.seen[storage] = size
+            self.live += size
+            weakref.finalize(storage, self.release, size)
+
+    def release(self, size: int) -> None:
+        """A storage is let go."""
+        self.live -= size
+
+    def note(self) -> None:
+        """Keep the peaks."""
+        self.peak = max(self.peak, self.live - self.gradients)
+        self.peak_with_gradients = max(
+            self.peak_with_gradients, self.live - self.gradients + self.gradients // self.share
+        )
+
+    def gradient(self, parameter: Tensor) -> None:
+        """A gradient is complete: it is no activation."""
+        assert parameter.grad is not None
+        self.gradients += parameter.grad.untyped_storage().nbytes()
+
+
+def simulate(config: Any, targets: Sequence[Target], shape: Shape, gradient_share: int = 1) -> Resident:
+    """One forward and backward pass of the model of `config` with the policy's targets, in shapes alone."""
+    with torch.device("meta"):
+        base = _model(config, shape.base_dtype)
+        model = _adapted(base, targets)
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _onto_cpu(model)
+        anchors = sum(_size(buffer) for name, buffer in model.named_buffers() if name.endswith(".anchor"))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        frozen = sum(_size(p) for p in model.parameters() if not p.requires_grad)
+        ledger = _Ledger(gradient_share)
+        hooks = [p.register_post_accumulate_grad_hook(ledger.gradient) for p in trained]
+        model.train()
+        if shape.checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for tensor in (*model.parameters(), *model.buffers()):
+            ledger.seen[tensor.untyped_storage()] = 0  # resident: not a step's
+        autocast = torch.autocast("cpu", torch.bfloat16) if shape.half else nullcontext()
+        with _flash_attention(), ledger:
+            with autocast:
+                loss = _loss(base, shape)
+            loss.backward()
+        del hooks
+    return Resident(frozen, anchors, sum(map(_size, trained)), ledger.peak, ledger.peak_with_gradients)
+
+
+def _model(config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
+    return auto.from_config(config, attn_implementation="sdpa", dtype=dtype)
+
+
+def _adapted(base: nn.Module, targets: Sequence[Target]) -> nn.Module:
+    """The model as training holds it: halves where there is an anchor, all that trains in float32."""
+    model: nn.Module = base
+    base.requires_grad_(False)
+    if any(target.rank is not None for target in targets):
+        tuned = make_lora(base, targets)
+        for target in (t for t in targets if t.rank is not None):
+            layer = lora_layer(tuned, target.path)
+            set_dropout(layer, "default", target.dropout)
+            if target.has_anchor:
+                dtype, rank = factor_dtype(layer.get_base_layer()), target.rank or 0
+                A0 = torch.empty(rank, target.shape[1], dtype=dtype)
+                B0 = torch.empty(target.shape[0], rank, dtype=dtype)
+                install(layer, "default", A0, B0)
+        model = tuned
+    else:
+        for target in targets:
+            base.get_submodule(target.path).requires_grad_(True)
+    return model
+
+
+def _onto_cpu(model: nn.Module) -> None:
+    """Give every weight a place on a CPU, without data; what trains is float32. Tied weights stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            if id(old) not in made:
+                dtype = torch.float32 if old.requires_grad else old.dtype
+                made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=dtype), requires_grad=old.requires_grad)
+            module.register_parameter(name, made[id(old)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _loss(base: Any, shape: Shape) -> Tensor:
+    inner = inner_model(base)
+    language = base.get_submodule(find_towers(base).language) if shape.pictures else inner
+    assert language is not None
+    ids = torch.zeros(shape.records, shape.tokens, dtype=torch.long)
+    embeds = base.get_input_embeddings()(ids)
+    if shape.checkpointing:
+        embeds.requires_grad_(True)
+    if shape.pictures:
+        embeds = _with_pictures(base, embeds, shape)
+    hidden = language(inputs_embeds=embeds, use_cache=False)[0].flatten(0, 1)
+    head = base.get_output_embeddings()
+    piece = max(CHUNK // base.config.get_text_config().vocab_size, 1)
+    count = max(min(shape.learnt, shape.records * shape.tokens), 1)
+
+    def of_piece(chosen: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(head(chosen).float(), targets, reduction="sum")
+
+    targets = torch.zeros(count, dtype=torch.long).split(piece)
+    rest = [p for p in head.parameters() if p.requires_grad]
+    total: Tensor = GradientsAtOnce.apply(of_piece, hidden[:count], targets, *rest)
+    return total
+
+
+def _with_pictures(base: Any, embeds: Tensor, shape: Shape) -> Tensor:
+    """Features of the pictures, put in the place of the first embeddings (where they stand does not matter here)."""
+    vision = base.config.vision_config
+    pixels = torch.zeros(shape.pictures, 3, vision.image_size, vision.image_size, dtype=shape.base_dtype)
+    towers = find_towers(base)
+    tower, projector = (base.get_submodule(path) for path in (towers.vision, towers.projector))
+    features = tower(pixels, output_hidden_states=True).hidden_states[-1][:, : shape.image_tokens]
+    features = projector(features).flatten(0, 1).to(embeds.dtype)
+    flat = embeds.flatten(0, 1)
+    rows = torch.zeros(min(len(features), len(flat)), dtype=torch.long)
+    return flat.index_add(0, rows, features[: len(rows)]).view_as(embeds)
+
+
+class _Flash(torch.autograd.Function):
+    """Attention as fused kernels keep it: queries, keys, values, result and one number for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Shapes (batch, heads, length, width)."""
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Gradients of the three."""
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@contextmanager
+def _flash_attention() -> Iterator[None]:
+    own = nn.functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        return _Flash.apply(query, key, value)
+
+    nn.functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = own
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,1 @@
+"""What decides a run: the recipe's schema, YAML with line numbers, and flags that override it."""

@@ -1,0 +1,260 @@
+"""The command line of `milora_vl.train`: our flags, Hugging Face's and LLaVA's, as overrides of a recipe.
+
+Nothing heavy is imported: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from milora_data import command
+from milora_data.errors import UserError
+from milora_data.flags import RECORDS
+from milora_vl.recipe import hf_arguments, llava_flags
+from milora_vl.recipe.policy_edits import METHODS, PolicyEdits
+
+PROG = "python -m milora_vl.train"
+DESCRIPTION = "Fine-tune a LLaVA-style or text-only model with MiLoRA. Flags win over the recipe."
+EPILOG = f"""examples:
+  {PROG} --recipe smol-llava-demo --output_dir runs/demo
+  {PROG} --model llava-1.5-7b --data_path train.json --image_folder images --output_dir runs/a
+  {PROG} --model llava-1.5-7b --dry-run
+LLaVA's scripts run with only their program name changed; every TrainingArguments flag of transformers is known."""
+
+# flag -> (dotted path in the recipe, type, other spellings, help)
+RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
+    "model": ("model", "str", ("model_name_or_path",), "a named model, a folder or a hub id; see --list-models"),
+    "data_path": ("data.path", "str", (), RECORDS),
+    "image_folder": ("data.image_folder", "str", (), "folder that the records' pictures are relative to"),
+    "eval_data_path": ("data.eval_path", "str", (), "held-out records for the evaluation loss"),
+    "limit": ("data.limit", "int", (), "use the first N records only"),
+    "max_length": ("data.max_length", "int", ("model_max_length",), "longest sequence in tokens, pictures included"),
+    "jpeg_decoding": ("data.jpeg_decoding", "str", (), "exact, or draft: large photos decoded at a part of their size"),
+    "image_aspect_ratio": ("data.image_aspect_ratio", "str", (), "pad, plain (LLaVA: square), or anyres (LLaVA-1.6)"),
+    "packing": ("data.packing", "bool", (), "several records in one row, so that little of a step is padding"),
+    "feature_cache": ("data.feature_cache", "str", (), "folder for a frozen vision tower's features, computed once"),
+    "streaming": ("data.streaming", "bool", (), "read records as they are due; needs --max_steps"),
+    "shuffle_buffer": ("data.shuffle_buffer", "int", (), "records of a stream that are mixed at a time"),
+    "bad_images": ("data.bad_images", "str", (), "missing or broken pictures: raise, skip or replace"),
+    "template": ("template", "str", ("version",), "prompt format, e.g. vicuna_v1 (LLaVA: v1) or plain"),
+    "form": ("form", "str", (), "anchored or residual"),
+    "factor_cache": ("factor_cache", "str", (), "folder for the initial factors, computed once for several runs"),
+    "quantization": ("quantization", "str", (), "none, 4bit or 8bit"),
+    "quant_type": ("quant_type", "str", (), "of a 4-bit base: nf4 or fp4"),
+    "double_quant": ("double_quant", "bool", (), "of a 4-bit base: its constants are quantised too"),
+    "dtype": ("dtype", "str", (), "of what stays frozen: float32, bfloat16, float16, fastest (see recipes)"),
+    "attn_implementation": ("attn_implementation", "str", (), "sdpa (default), eager or flash_attention_2"),
+    "forgetting_every": ("eval.forgetting_every", "int", (), "measure forgetting every N steps and at the last one"),
+    "projector_weights": (
+        "projector_weights",
+        "str",
+        ("pretrain_mm_mlp_adapter",),
+        "weights the projector starts from",
+    ),
+}
+# flag -> (field of PolicyEdits, type, other spellings, help)
+POLICY_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
+    "method": ("method", "str", (), f"of the adapter rules: {', '.join(METHODS)}"),
+    "rank": ("rank", "int", ("lora_r",), "of the adapter rules"),
+    "alpha": ("alpha", "float", ("lora_alpha",), "of the adapter rules; scale is alpha/rank"),
+    "dropout": ("dropout", "float", ("lora_dropout",), "of the adapter rules"),
+    "mm_projector_lr": ("projector_learning_rate", "float", (), "learning rate of the projector"),
+}
+RUN_FLAGS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "recipe": ("str", ("config",), "a recipe by name (see --list-recipes), a YAML file, or a run folder"),
+    "policy": ("str", (), "rules as YAML text or a YAML file; replaces the recipe's"),
+    "output_dir": ("str", (), "run folder; default runs/MODEL/METHOD/TIME"),
+    "resume_from_checkpoint": ("str", ("resume",), "true, a checkpoint folder, or auto (resume if there is something)"),
+    "device": ("str", (), "cpu, or cuda (the default where there is one)"),
+    "dry_run": ("bool", (), "check everything and show the plan; needs no weights and no network"),
+    "devices": ("int", (), "with --dry-run: plan for so many devices"),
+    "gpu_memory": ("float", (), "with --dry-run: say whether it fits so many GiB a device, and what would"),
+    "print_recipe": ("str", (), "print a recipe with every key and its default"),
+    "list_models": ("bool", (), "print the named models"),
+    "list_recipes": ("bool", (), "print the recipes"),
+    "format": ("str", (), "human, or json: what goes to stdout, of a plan, a list, a finished run"),
+}
+# Hugging Face's flags that most runs set, in words of what they do here; the others follow with HF's own help.
+EVERYDAY: dict[str, str] = {
+    "num_train_epochs": "how often all records are seen [3]",
+    "max_steps": "end after N steps, whatever the epochs say",
+    "per_device_train_batch_size": "records of a step on each device [8]",
+    "gradient_accumulation_steps": "batches whose gradients make one step [1]",
+    "learning_rate": "of the adapter rules, or of what trains in full [the recipe's; 2e-4 without one]",
+    "lr_scheduler_type": "linear, cosine, constant, ... [linear]",
+    "warmup_steps": "steps until the full learning rate; below 1 a share of all [0]",
+    "bf16": "multiply in bfloat16 [False]",
+    "gradient_checkpointing": "less memory, about a fifth more time [False]",
+    "deepspeed": "zero2, zero3, zero3_offload, or a JSON file",
+    "dataloader_num_workers": "processes that prepare batches [0]",
+    "logging_steps": "a line with the loss every N steps [10]",
+    "save_steps": "a checkpoint every N steps [500]",
+    "save_total_limit": "keep the newest N checkpoints [all]",
+    "report_to": "tensorboard, wandb, trackio, ... [none]",
+    "seed": "of order, dropout and random starts [42]",
+}
+FORMATS = ("human", "json")
+ALIASES = {"template": {"v1": "vicuna_v1"}, "image_aspect_ratio": {"square": "plain"}}
+ACTIONS = ("print_recipe", "list_models", "list_recipes", "dry_run")
+TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": hf_arguments.boolean}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line asks for."""
+
+    recipe: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)  # nested as the recipe is
+    edits: PolicyEdits = field(default_factory=PolicyEdits)
+    policy: str | None = None
+    llava: dict[str, Any] = field(default_factory=dict)
+    output_dir: str | None = None
+    resume: str | None = None
+    format: str = "human"
+    action: str = "train"  # train | dry_run | print_recipe | list_models | list_recipes
+    argument: str = ""  # of the action
+    devices: int | None = None  # of a plan
+    gpu_memory: float | None = None  # GiB, of a plan
+    words: tuple[str, ...] = field(default=(), compare=False)  # as they were typed
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all flags; `_` and `-` are alike in them."""
+    parser = command.parser(PROG, DESCRIPTION, EPILOG)
+    parser.usage = "%(prog)s [flags]"
+    group = parser.add_argument_group("the run")
+    for name, (type_, aliases, text) in RUN_FLAGS.items():
+        _add(group, name, type_, aliases, text, dest=f"run.{name}")
+    group = parser.add_argument_group("fields of the recipe")
+    for name, (path, type_, aliases, text) in RECIPE_FLAGS.items():
+        _add(group, name, type_, aliases, text, dest=f"recipe.{path}")
+    group = parser.add_argument_group("the policy")
+    for name, (path, type_, aliases, text) in POLICY_FLAGS.items():
+        _add(group, name, type_, aliases, text, dest=f"policy.{path}")
+    group = parser.add_argument_group("the training (Hugging Face's most used)")
+    for name, text in EVERYDAY.items():
+        _add(group, name, hf_arguments.flags()[name].type, (), text, dest=f"hf.{name}")
+    group = parser.add_argument_group("LLaVA's other flags")
+    for name, (type_, text) in llava_flags.FLAGS.items():
+        _add(group, name, type_, (), text, dest=f"llava.{name}")
+    group = parser.add_argument_group("all other TrainingArguments of Hugging Face")
+    for name, flag in hf_arguments.flags().items():
+        if name not in RUN_FLAGS and name not in EVERYDAY:
+            text = argparse.SUPPRESS if "deprecated" in flag.help.lower() else f"{flag.help} [{flag.default}]"
+            text = hf_arguments.HELP.get(name, text)
+            _add(group, name, flag.type, (), text, dest=f"hf.{name}")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> Request:
+    """The request in `argv` (default: the process's own); UserError, with near names, for what is not understood."""
+    given = vars(build_parser().parse_args(argv))
+    sections: dict[str, dict[str, Any]] = {"run": {}, "recipe": {}, "policy": {}, "llava": {}, "hf": {}}
+    for dest, value in given.items():
+        section, _, name = dest.partition(".")
+        sections[section][name] = value
+    run, train = sections["run"], _train_flags(sections["hf"], sections["run"])
+    edits = PolicyEdits(learning_rate=train.get("learning_rate"), **sections["policy"])
+    if edits.method not in (None, *METHODS):
+        near = " or ".join(command.suggest(str(edits.method), METHODS))
+        hint = f"; did you mean {near}?" if near else ""
+        raise UserError(f"--method {edits.method}: expected {', '.join(METHODS)}{hint}")
+    overrides = _nested({name: _alias(name, value) for name, value in sections["recipe"].items()})
+    if train:
+        overrides["train"] = train
+    planned = [name for name in ("devices", "gpu_memory") if name in run]
+    if planned and not run.get("dry_run"):
+        raise UserError(f"--{' --'.join(planned)}: only with --dry-run; devices of a run are those of its launcher")
+    for name in planned:
+        if run[name] <= 0:
+            raise UserError(f"--{name}: must be above 0, got {run[name]}")
+    if run.get("format", "human") not in FORMATS:
+        raise UserError(f"--format {run['format']}: expected {' or '.join(FORMATS)}")
+    actions = [name for name in ACTIONS if run.get(name, False) is not False]
+    return Request(
+        recipe=run.get("recipe"),
+        overrides=overrides,
+        edits=edits,
+        policy=run.get("policy"),
+        llava=sections["llava"],
+        output_dir=run.get("output_dir"),
+        resume=run.get("resume_from_checkpoint"),
+        format=run.get("format", "human"),
+        action=actions[0] if actions else "train",
+        devices=run.get("devices"),
+        gpu_memory=run.get("gpu_memory"),
+        argument=str(run.get("print_recipe", "")),
+        words=tuple(sys.argv[1:] if argv is None else argv),
+    )
+
+
+def _add(group: Any, name: str, type_: str, aliases: Sequence[str], text: str, *, dest: str) -> None:
+    flags = [f"--{name}", *(f"--{alias}" for alias in aliases)]
+    options: dict[str, Any] = {
+        "dest": dest,
+        "default": argparse.SUPPRESS,
+        "help": text.replace("%", "%%"),
+    }
+    if type_ == "bool":
+        options |= {"nargs": "?", "const": True, "type": _named(hf_arguments.boolean, "true or false")}
+    elif type_ == "list":
+        options |= {"nargs": "*"}
+    elif name in ("resume_from_checkpoint", "print_recipe"):
+        options |= {"nargs": "?", "const": "true" if name.startswith("resume") else ""}
+    elif dest.startswith("hf."):
+        options |= {"type": str}  # converted with the YAML's values, so that both give the same message
+    else:
+        options |= {"type": _named(TYPES[type_], hf_arguments.EXPECTED[type_])}
+    metavar = {"int": "N", "float": "X", "bool": "BOOL"}.get(type_, "TEXT")
+    group.add_argument(*flags, metavar=metavar, **options)
+
+
+def _named(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
+    def checked(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+    return checked
+
+
+def _train_flags(given: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    train = {}
+    for name, value in given.items():
+        try:
+            train[name] = hf_arguments.coerce(name, value)
+        except ValueError as error:
+            raise UserError(f"--{name}: {error}") from None
+    if run.get("device") == "cpu":
+        train["use_cpu"] = True
+    elif run.get("device") not in (None, "cuda"):
+        raise UserError(f"--device {run['device']}: expected cpu or cuda")
+    elif "device" in run and not run.get("dry_run") and not _cuda_is_here():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here\non the CPU:  --device cpu")
+    return train
+
+
+def _cuda_is_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _alias(path: str, value: Any) -> Any:
+    return ALIASES.get(path.rpartition(".")[2], {}).get(value, value)
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        inner = out
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[leaf] = value
+    return out

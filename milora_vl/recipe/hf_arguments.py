@@ -1,0 +1,234 @@
+"""Hugging Face's training flags without importing transformers: their names, types, old spellings and translation.
+
+The flags are the union over supported versions (`hf_flags.json`, made by tests/reference/make_hf_flags.py). A recipe
+holds the newest names; `for_installed` turns them into what the installed TrainingArguments takes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from milora_data.command import suggest
+
+TRUE, FALSE = ("true", "t", "yes", "y", "1", "on"), ("false", "f", "no", "n", "0", "off")
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "warmup_ratio": "warmup_steps",
+    "group_by_length": "train_sampling_strategy",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "torchdynamo": "torch_compile_backend",
+}
+REFUSED = {
+    "overwrite_output_dir": "nothing is ever overwritten: give another --output_dir, or --resume_from_checkpoint",
+    "local_rank": None,  # launchers of old pass it; torch reads the environment
+    "save_safetensors": None,  # always so
+    "resume_from_checkpoint": "is a flag of the command, not of the recipe",
+    "output_dir": "is a flag of the command, not of the recipe",
+    "label_smoothing_factor": "is not supported: the loss is the plain cross-entropy of the supervised tokens",
+}
+# Hugging Face's own sentences about these say what does not happen here.
+HELP = {
+    "label_smoothing_factor": "refused: the loss is the plain cross-entropy of the supervised tokens",
+    "overwrite_output_dir": f"refused: {REFUSED['overwrite_output_dir']}",
+    "save_safetensors": "without effect: always so",
+    "fsdp": "refused: --deepspeed zero3 shards the same",
+    "fsdp_config": "of --fsdp, which is refused",
+}
+# The Trainer takes less without a word, and stumbles over it, or passes over it, when it is well under way.
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "warmup_steps": 0,
+    "warmup_ratio": 0,
+    "logging_steps": 0,
+    "save_steps": 0,
+    "eval_steps": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "seed": 0,
+    "data_seed": 0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One field of TrainingArguments."""
+
+    name: str
+    type: str
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+    versions: tuple[str, ...]
+
+
+@cache
+def flags() -> Mapping[str, Flag]:
+    """All flags by name, of every supported transformers version."""
+    text = resources.files("milora_vl.recipe").joinpath("hf_flags.json").read_text(encoding="utf-8")
+    known = {
+        name: Flag(name, f["type"], tuple(f["choices"]), f["default"], f["help"], tuple(f["versions"]))
+        for name, f in json.loads(text).items()
+    }
+    strategy = known["eval_strategy"]
+    known["evaluation_strategy"] = Flag("evaluation_strategy", "str", strategy.choices, "no", strategy.help, ())
+    return known
+
+
+def newest() -> str:
+    """The newest transformers version that the list knows."""
+    return max(
+        (flag.versions[-1] for flag in flags().values() if flag.versions), key=lambda v: tuple(map(int, v.split(".")))
+    )
+
+
+def boolean(text: str) -> bool:
+    """`True`, `yes`, `1`, ... as HF's own parser takes them; ValueError otherwise."""
+    if text.lower() in TRUE:
+        return True
+    if text.lower() in FALSE:
+        return False
+    raise ValueError(f"{text!r} is neither true nor false")
+
+
+def coerce(name: str, value: Any) -> Any:
+    """`value` of flag `name`, from YAML or the command line, as its own type. ValueError says what was expected."""
+    flag = flags()[name]
+    if value is None or (isinstance(value, str) and value == "None"):
+        return None
+    if isinstance(value, bool) and flag.type == "str":  # YAML 1.1 reads a bare `no` as false
+        value = "yes" if value else "no"
+    try:
+        converted = CONVERT[flag.type](value)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"expected {EXPECTED[flag.type]}, got {value!r}") from None
+    if flag.choices and converted not in flag.choices:
+        near = suggest(str(converted), flag.choices)
+        hint = f"; did you mean {near[0]} ?" if near else ""
+        raise ValueError(f"got {value!r}, expected one of {', '.join(flag.choices)}{hint}")
+    if (wrong := _out_of_range(name, converted)) is not None:
+        raise ValueError(f"{wrong}, got {value!r}")
+    return converted
+
+
+def canonical(name: str, value: Any) -> tuple[str, Any] | None:
+    """The newest name and form of a flag that older versions spell differently; None where it has no meaning any more.
+
+    >>> canonical("warmup_ratio", 0.03), canonical("group_by_length", True)
+    (('warmup_steps', 0.03), ('train_sampling_strategy', 'group_by_length'))
+    """
+    if name == "group_by_length":
+        return "train_sampling_strategy", "group_by_length" if value else "random"
+    if name == "warmup_ratio" and not value:
+        return None
+    if name in REFUSED and (REFUSED[name] is None or not value):
+        return None
+    return RENAMED.get(name, name), value
+
+
+def overridden(train: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `train`, in canonical names, without what `flags` say by an older name: the flags win.
+
+    >>> overridden({"warmup_steps": 0.03, "max_steps": 9}, {"warmup_ratio": 0.1})
+    {'max_steps': 9}
+    """
+    said = {RENAMED[name] for name in flags if name in RENAMED}
+    return {name: value for name, value in train.items() if name not in said}
+
+
+def for_installed(train: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Keyword arguments for the TrainingArguments that has these `fields`, and the names that it does not have.
+
+    Names at their default are left out without a word.
+    """
+    out = dict(train)
+    if "activation_checkpointing" not in fields:
+        for new, old in (
+            ("activation_checkpointing", "gradient_checkpointing"),
+            ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        ):
+            if new in out:
+                out[old] = out.pop(new)
+    if "warmup_ratio" in fields and 0 < out.get("warmup_steps", 0) < 1:
+        out["warmup_ratio"] = out.pop("warmup_steps")
+    if "train_sampling_strategy" not in fields and "train_sampling_strategy" in out:
+        out["group_by_length"] = out.pop("train_sampling_strategy") == "group_by_length"
+    absent = sorted(name for name in out if name not in fields)
+    telling = [name for name in absent if out[name] != flags()[name].default]
+    return {name: value for name, value in out.items() if name in fields}, telling
+
+
+def _out_of_range(name: str, number: Any) -> str | None:
+    if name in AT_LEAST and number < AT_LEAST[name]:
+        return f"must be at least {AT_LEAST[name]}"
+    if name == "num_train_epochs" and number <= 0:
+        return "must be above 0"
+    if name == "max_steps" and number < 1 and number != -1:
+        return "must be at least 1 (-1: as many as the epochs have)"
+    if name in ("adam_beta1", "adam_beta2") and number >= 1:
+        return "must be below 1"
+    if name == "warmup_ratio" and number > 1:
+        return "must be at most 1: a share of all steps"
+    return None
+
+
+def _dict(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        return json.loads(value)
+    if isinstance(value, (str, dict)):
+        return value
+    raise TypeError
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or math.isnan(float(value)):
+        raise TypeError
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    number = _number(value)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        raise TypeError
+    return str(value)
+
+
+CONVERT: dict[str, Callable[[Any], Any]] = {
+    "bool": lambda v: v if isinstance(v, bool) else boolean(str(v)),
+    "int": _whole,
+    "float": lambda v: v if isinstance(v, int) and not isinstance(v, bool) else _number(v),
+    "str": _text,
+    "list": lambda v: list(v) if isinstance(v, (list, tuple)) else [str(v)],
+    "dict": _dict,
+}
+EXPECTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a word",
+    "list": "a list",
+    "dict": "a mapping, a JSON text or a file",
+}

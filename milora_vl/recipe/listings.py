@@ -1,0 +1,69 @@
+"""`--list-models`, `--list-recipes` and `--print-recipe`: data on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+
+import yaml
+
+import llava_recipes
+from milora_data.errors import UserError
+from milora_vl.models.names import NAMED_MODELS
+from milora_vl.recipe import hf_arguments, settings
+from milora_vl.recipe.arguments import PROG, Request
+from milora_vl.recipe.schema import Recipe
+
+
+def show(request: Request) -> int:
+    """Print what the request asks for."""
+    as_json = request.format == "json"
+    if request.action == "print_recipe":
+        text = json.dumps(_recipe(request)[1].model_dump(mode="json")) + "\n" if as_json else recipe_text(request)
+    else:
+        rows = models() if request.action == "list_models" else recipes()
+        text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n" if as_json else _table(rows)
+    sys.stdout.write(text)
+    return 0
+
+
+def models() -> dict[str, str]:
+    """The named models, and where each comes from."""
+
+    return {name: str(model) for name, model in NAMED_MODELS.items()}
+
+
+def recipes() -> dict[str, str]:
+    """The packaged recipes with the first line of their comment."""
+    return {name: llava_recipes.read(name).splitlines()[0].lstrip("# ") for name in llava_recipes.names()}
+
+
+def recipe_text(request: Request) -> str:
+    """A whole recipe: every key with its value, and TrainingArguments at their default as comments."""
+    name, recipe = _recipe(request)
+    comment = "".join(line for line in _source(name).splitlines(keepends=True) if line.startswith("#"))
+    others = [
+        f"#  {flag.name}: {yaml.safe_dump(flag.default, default_flow_style=True).splitlines()[0]}\n"
+        for flag in hf_arguments.flags().values()
+        if flag.versions and flag.versions[-1] == hf_arguments.newest() and flag.name not in recipe.train
+        and flag.name not in hf_arguments.REFUSED and flag.name not in hf_arguments.RENAMED
+    ]  # fmt: skip
+    return comment + recipe.to_yaml() + "# Of train, at their defaults:\n" + "".join(others)
+
+
+def _recipe(request: Request) -> tuple[str, Recipe]:
+    name = request.argument or request.recipe
+    if not name:
+        raise UserError(f"--print-recipe: which one? {', '.join(llava_recipes.names())}\nsee: {PROG} --list-recipes")
+    content, lines, source = settings.read_recipe(name)
+    return name, Recipe.parse(content, source, lines)
+
+
+def _source(name: str) -> str:
+    return llava_recipes.read(name) if name in llava_recipes.names() else ""
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    width = max(map(len, rows))
+    return "".join(f"{name:<{width}}  {text}\n" for name, text in rows.items())

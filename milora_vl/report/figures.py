@@ -1,0 +1,87 @@
+"""The plots of one run: a PNG and a CSV each in plots/, and data URIs for the page, light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from milora_vl.report import plots, wording
+from milora_vl.report.plots import Plot, draw
+from milora_vl.report.run_page import Comparison, Layer, Run
+
+
+def make(run: Run) -> dict[str, Plot]:
+    """Draw what the run's files allow: `loss`, `spectrum`, and `scores-SUITE` for every suite."""
+    made = {}
+    if any("loss" in entry for entry in run.history):
+        _loss_csv(run)
+        made["loss"] = draw(
+            _folder(run), "loss", lambda look: plots.loss_figure(run.history, look), wording.loss_words(run)
+        )
+    if any("forgetting" in entry for entry in run.history):
+        keys = ("step", "forgetting", "forgetting_stderr", "forgetting_loss_change")
+        rows = [[entry.get(key, "") for key in keys] for entry in run.history if "forgetting" in entry]
+        plots.write_csv(_file(run, "forgetting.csv"), keys, rows)
+        words = wording.forgetting_words(run)
+        made["forgetting"] = draw(
+            _folder(run), "forgetting", lambda look: plots.forgetting_figure(run.history, look), words
+        )
+    layers = [layer for layer in run.layers if layer.sigma]
+    if layers:
+        _spectrum_csv(run, layers)
+        words = "Singular values, largest first. " + " ".join(map(wording.layer_words, layers))
+        made["spectrum"] = draw(_folder(run), "spectrum", lambda look: plots.spectrum_figure(layers, look), words)
+    for comparison in run.comparisons:
+        if any(score.any.unit == "fraction" for score in comparison.scores):
+            made[f"scores-{comparison.suite}"] = _scores(run, comparison)
+    return made
+
+
+def _scores(run: Run, comparison: Comparison) -> Plot:
+    name = f"scores-{comparison.suite}"
+    shown = [score for score in comparison.scores if score.any.unit == "fraction"]
+    _scores_csv(run, name, comparison)
+    words = "Correct answers before and after. " + " ".join(
+        f"{score.label}: {wording.number(score.before)}, then {wording.number(score.after)}." for score in shown
+    )
+    names = (
+        "base",
+        "tuned" if comparison.after is None or comparison.after.which == "final" else comparison.after.which,
+    )
+    return draw(_folder(run), name, lambda look: plots.scores_figure(shown, look, names), words)
+
+
+def _loss_csv(run: Run) -> None:
+    keys = ("step", "epoch", "loss", "eval_loss", "learning_rate")
+    rows = [[entry.get(key, "") for key in keys] for entry in run.history if "loss" in entry or "eval_loss" in entry]
+    plots.write_csv(_file(run, "loss.csv"), keys, rows)
+
+
+def _spectrum_csv(run: Run, layers: Sequence[Layer]) -> None:
+    rows = [
+        (layer.tower, layer.path, index + 1, sigma, bool(layer.trained and index in range(*layer.trained)))
+        for layer in layers
+        for index, sigma in enumerate(layer.sigma)
+    ]
+    plots.write_csv(_file(run, "spectrum.csv"), ("tower", "path", "component", "sigma", "trained"), rows)
+
+
+def _scores_csv(run: Run, name: str, comparison: Comparison) -> None:
+    rows = [
+        (score.benchmark, score.name, which, metric.value, metric.stderr, metric.n, metric.baseline)
+        for score in comparison.scores
+        for which, metric in (("before", score.before), ("after", score.after))
+        if metric
+    ]
+    header = ("benchmark", "metric", "which", "value", "stderr", "n", "majority_baseline")
+    plots.write_csv(_file(run, f"{name}.csv"), header, rows)
+
+
+def _file(run: Run, name: str) -> Path:
+    return _folder(run) / name
+
+
+def _folder(run: Run) -> Path:
+    folder = run.folder / "plots"
+    folder.mkdir(exist_ok=True)
+    return folder

@@ -1,0 +1,119 @@
+"""README.md of a run folder: a model card with the front matter that model hubs read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from milora_vl.adapters.folders import holds_text_model
+from milora_vl.plan.run_folder import read_environment
+from milora_vl.recipe.schema import Recipe
+
+UNFINISHED = (
+    "This training ended before its end: there are checkpoints at most. To go on, repeat the command of\n"
+    "`environment.json` with `--resume_from_checkpoint auto`."
+)
+SCORES_BEGIN, SCORES_END = "<!-- scores -->", "<!-- end of scores -->"
+
+
+def render(path: Path, recipe: Recipe) -> str:
+    """The card of the run in `path`: what it is, how to load it, what it scored, how to repeat it."""
+    environment = read_environment(path)
+    base = str(environment.get("base", recipe.model))
+    front = {
+        "base_model": base,
+        "library_name": "peft" if (path / "adapter_config.json").is_file() else "transformers",
+        "pipeline_tag": "text-generation" if holds_text_model(path) else "image-text-to-text",
+        "tags": sorted({"milora"} | {str(rule["method"]) for rule in recipe.policy or () if "method" in rule}),
+        "datasets": [Path(path).name for path in _data_files(recipe)],
+    }
+    parts = [
+        "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
+        f"# {path.resolve().name}",
+        _summary(path, recipe, environment),
+        "## Use\n\n" + (_usage(path, recipe, base) if environment.get("finished") else UNFINISHED),
+        _scores(path),
+        "## Repeat\n\n```\npython -m milora_vl.train --recipe recipe.yaml --output_dir NEW_FOLDER\n```\n\n"
+        "`recipe.yaml` holds every setting, `environment.json` the versions, `policy.json` what trained and what was\n"
+        "measured per layer. Method: MiLoRA, arXiv:2406.09044.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def update_scores(path: Path) -> None:
+    """Put the scores of the run in `path` into its card; the rest, which may have been edited, stays as it is."""
+    card = path / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    before, begin, rest = text.partition(SCORES_BEGIN)
+    _, end, after = rest.partition(SCORES_END)
+    if begin and end:
+        card.write_text(before + _scores(path) + after, encoding="utf-8")
+
+
+def _summary(path: Path, recipe: Recipe, environment: dict[str, Any]) -> str:
+    policy = _json(path / "policy.json")
+    trained = f", {policy['trainable']:,} of {policy['total']:,} parameters trained" if "trainable" in policy else ""
+    records = environment.get("data", {}).get("train")
+    data = "" if records is None else f" on {records:,} records"  # how many a stream has, nobody knows
+    loss = _last_loss(path)
+    rules = "\n".join(f"- {_in_words(rule)}" for rule in recipe.policy or ())
+    return (
+        f"`{recipe.model}` fine-tuned{data}{trained}."
+        + (f" Training loss at the end: {loss:.4f}." if loss is not None else "")
+        + f"\n\n{rules}"
+    )
+
+
+def _in_words(rule: dict[str, Any]) -> str:
+    return f"`{rule.get('modules')}`: " + ", ".join(f"{k} {v}" for k, v in rule.items() if k != "modules")
+
+
+def _usage(path: Path, recipe: Recipe, base: str) -> str:
+    if (path / "adapter_config.json").is_file():
+        code = (
+            "from milora_vl import load_model\n\n"
+            f'model, processor = load_model("{recipe.model}", adapter="PATH_OF_THIS_FOLDER")'
+        )
+        return (
+            f"```python\n{code}\n```\n\n"
+            f"It is a stock PEFT LoRA for `{base}`: without `milora_vl`, `PeftModel.from_pretrained(model, PATH)`."
+        )
+    if (path / "mm_projector.safetensors").is_file():
+        return f"```\npython -m milora_vl.train --model {recipe.model} --projector_weights PATH_OF_THIS_FOLDER ...\n```"
+    return '```python\nfrom milora_vl import load_model\n\nmodel, processor = load_model("PATH_OF_THIS_FOLDER")\n```'
+
+
+def _scores(path: Path) -> str:
+    tables: list[str] = []
+    for suite in sorted(path.glob("eval/*")):
+        found = {
+            table.parent.name: table.read_text(encoding="utf-8").strip() for table in sorted(suite.glob("*/table.md"))
+        }
+        if len(found) > 1:
+            found.pop("base", None)  # the tuned model's table tells the base's numbers too
+        tables += found.values()
+    text = "## Scores\n\n" + "\n\n".join(dict.fromkeys(tables)) + "\n\n" if tables else ""
+    return f"{SCORES_BEGIN}\n\n{text}{SCORES_END}"
+
+
+def _last_loss(path: Path) -> float | None:
+    losses: Iterable[float] = [
+        e["loss"] for e in _json(path / "trainer_state.json").get("log_history", []) if "loss" in e
+    ]
+    return next(reversed(list(losses)), None)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _data_files(recipe: Recipe) -> list[str]:
+    path = recipe.data.path
+    return [source.path for source in path] if isinstance(path, list) else [path] if path else []

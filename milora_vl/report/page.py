@@ -1,0 +1,71 @@
+"""The page of a run: what its files say, in one report.html with the pictures and plots inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from milora_data.page import render as pages
+from milora_vl.report import figures, parts, run_page, tables, wording
+from milora_vl.report.analysis_files import read_analysis
+from milora_vl.report.repeat import commands, steps
+from milora_vl.report.run_page import Run
+
+# How the four outcomes of a question are coloured (classes of base.css).
+_OUTCOME_CLASS = {
+    "right before and after": "kept",
+    "newly right": "gained",
+    "no longer right": "lost",
+    "wrong before and after": "never",
+}
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html and plots/ into a run folder and return the page's path; an older report is replaced.
+
+    Raises UserError for a folder that holds none of a run's files, or a file that cannot be parsed.
+    """
+    return write_page(run_page.read_run(folder))
+
+
+def write_page(content: Run) -> Path:
+    """Write the page and the plots of a run that has been read."""
+    page = content.folder / "report.html"
+    pages.write(page, render(content))
+    return page
+
+
+def render(content: Run) -> str:
+    """The page as HTML, the plots written on the way. All that comes from the run's files is escaped."""
+    return pages.render(Path(__file__).with_name("report.html.j2"), _content(content))
+
+
+def _content(content: Run) -> dict[str, Any]:
+    """What the template's names mean."""
+    plots = figures.make(content)
+    found = [lost for comparison in content.comparisons if (lost := wording.forgetting(comparison))]
+    recipe = content.folder / "recipe.yaml"
+    return {
+        "title": wording.title(content),
+        "lede": wording.summary(content),
+        "facts": parts.facts(content),
+        "suites": parts.suites(content, list(plots)),
+        "outcome_class": _OUTCOME_CLASS,
+        "gallery": parts.gallery(content),
+        "forgetting": found[0] if found else None,
+        "forgetting_words": wording.forgetting_words(content),
+        "forgetting_table": tables.forgetting_table(content),
+        "score_changes": wording.score_changes(content),
+        "analysis": read_analysis(content.folder),
+        "plots": plots,
+        "loss_words": wording.loss_words(content),
+        "policy": tables.policy_table(content),
+        "spectrum_words": wording.spectrum_words(content),
+        "layers": [wording.layer_words(layer) for layer in content.layers],
+        "layer_table": tables.layer_table(content),
+        "commands": commands(content),
+        "versions": parts.versions(content),
+        "steps": steps(content),
+        "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        "credits": parts.credits_of(content),
+    }

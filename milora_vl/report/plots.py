@@ -1,0 +1,269 @@
+"""A figure drawn for every kind of page, and as files: PNG always, PDF where it may go into a paper.
+
+The three plots of a run: loss, spectrum with the trained band, scores before and after. Matplotlib's Agg alone.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; shapes and labels say the same again. A figure
+is drawn for a light or a dark page, wide or narrow, so that its text is always as large as the text around it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from milora_data.page.pictures import data_uri
+from milora_data.whole import write_text
+from milora_vl.report.run_page import Layer, Score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_NARROW, _DARK = "(max-width: 600px)", "(prefers-color-scheme: dark)"
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A plot inside the page: its light, wide form, (media query, form) of the others, and what it says in words."""
+
+    uri: str
+    sources: tuple[tuple[str, str], ...]
+    alt: str
+
+
+def draw(folder: Path, name: str, figure: Callable[[Look], Figure], alt: str, *, with_pdf: bool = False) -> Plot:
+    """Draw a figure in all looks; write `name`.png (and .pdf) into `folder` as it is on a light, wide page."""
+    images = {look: png(figure(look)) for look in LOOKS}
+    (folder / f"{name}.png").write_bytes(images[Look()])
+    if with_pdf:
+        figure(Look()).savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    uris = {look: data_uri(image, "image/png") for look, image in images.items()}
+    sources = (
+        (f"{_NARROW} and {_DARK}", uris[Look(dark=True, narrow=True)]),
+        (_NARROW, uris[Look(narrow=True)]),
+        (_DARK, uris[Look(dark=True)]),
+    )
+    return Plot(uris[Look()], sources, alt)
+
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#8a8a8a"
+_SKY = "#56B4E9"  # the blue that is legible on a dark page
+_DPI = 200  # twice the 100 CSS pixels an inch is shown at, for sharp text on any screen
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a figure is drawn: for a dark page or a light one, for a phone or a desk."""
+
+    dark: bool = False
+    narrow: bool = False
+
+    @property
+    def width(self) -> float:
+        """Inches across; an inch is shown as 100 CSS pixels."""
+        return 3.5 if self.narrow else 8.6
+
+    @property
+    def ink(self) -> str:
+        """The colour of text and axes."""
+        return "#d6d9de" if self.dark else "#24292f"
+
+    @property
+    def paper(self) -> str:
+        """The colour behind the plot, that of the page's cards."""
+        return "#171b21" if self.dark else "#ffffff"
+
+    @property
+    def blue(self) -> str:
+        """The colour of the tuned model's data."""
+        return _SKY if self.dark else BLUE
+
+
+LOOKS = (Look(), Look(dark=True), Look(narrow=True), Look(dark=True, narrow=True))
+History = Sequence[Mapping[str, Any]]
+
+
+def loss_figure(history: History, look: Look = LOOKS[0]) -> Figure:
+    """Draw training and evaluation loss over steps, the learning rate as a strip below; `history` is log_history."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    train, evaluated, rate = (_series(history, key) for key in ("loss", "eval_loss", "learning_rate"))
+    with styled(look):
+        figure = Figure(figsize=(look.width, 3.6), layout="constrained")
+        top, strip = figure.subplots(2, sharex=True, height_ratios=(6, 1))
+        many = len(train[0]) > 30
+        top.plot(
+            *train, color=look.blue, lw=1 if many else 1.8, alpha=0.4 if many else 1, label=None if many else "train"
+        )
+        if many:
+            top.plot(train[0], _smooth(train[1]), color=look.blue, lw=2, label="train, smoothed")
+        if evaluated[0]:
+            top.plot(*evaluated, color=ORANGE, lw=1.4, marker="o", ms=5, label="evaluation")
+        top.set_ylabel("loss")
+        losses = train[1] + evaluated[1]
+        if min(losses) < max(losses) / 2:  # else the curve would be a line at the top
+            top.set_ylim(bottom=0)
+        top.legend(loc="upper right")
+        peak = max(rate[1], default=0.0) or 1.0
+        strip.fill_between(*rate, color=GREY, alpha=0.35, lw=0)
+        strip.set(xlabel="step", xlim=(0, None), ylim=(0, peak))
+        strip.xaxis.set_major_locator(MaxNLocator(4 if look.narrow else 8, integer=True))
+        strip.set_yticks([0, peak], ["0", f"{peak:.0e}".replace("e-0", "e-")])
+        strip.set_ylabel("learning\nrate", rotation=0, ha="right", va="center")
+    return figure
+
+
+def spectrum_figure(layers: Sequence[Layer], look: Look = LOOKS[0]) -> Figure:
+    """Draw the singular values of each layer on a log scale, the band that trains shaded."""
+    from matplotlib.figure import Figure
+
+    layers = [layer for layer in layers if layer.sigma]
+    rows, columns = (len(layers), 1) if look.narrow else (1, len(layers))
+    with styled(look):
+        figure = Figure(figsize=(look.width, 2.5 * rows + 0.1 if look.narrow else 3.1), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for axis, layer in zip(axes.flat, layers, strict=True):
+            _spectrum_panel(axis, layer, look)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("singular value")
+        for axis in axes[-1]:
+            axis.set_xlabel("component, largest first")
+    return figure
+
+
+def forgetting_figure(history: History, look: Look = LOOKS[0]) -> Figure:
+    """Draw forgetting over steps with one standard error on either side; it starts from nothing."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    (steps, values), (_, errors) = _series(history, "forgetting"), _series(history, "forgetting_stderr")
+    steps, values, errors = [0, *steps], [0.0, *values], [0.0, *errors]
+    with styled(look):
+        figure = Figure(figsize=(look.width, 2.6), layout="constrained")
+        axis = figure.subplots()
+        low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
+        axis.fill_between(steps, low, high, color=ORANGE, alpha=0.25, lw=0)
+        axis.plot(steps, values, color=ORANGE, lw=2, marker="o" if len(steps) < 30 else None, ms=5)
+        axis.set(xlabel="step", ylabel="forgotten, nats a token", xlim=(0, None), ylim=(0, None))
+        axis.xaxis.set_major_locator(MaxNLocator(4 if look.narrow else 8, integer=True))
+    return figure
+
+
+def _spectrum_panel(axis: Axes, layer: Layer, look: Look) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    count = len(layer.sigma)
+    floor = (layer.sigma[0] or 1.0) * 1e-7  # float32 resolves nothing below, and a zero would stretch the axis for ever
+    index, sigma = range(1, count + 1), [max(s, floor) for s in layer.sigma]
+    axis.plot(index, sigma, color=look.blue if layer.trained else GREY, lw=2)
+    axis.set(yscale="log", xlim=(1, max(count, 2)), ylim=(sigma[-1] / 1.6, sigma[0] * 1.6))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if sigma[0] < 30 * sigma[-1] else (1,)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_xticks([1, count // 2, count] if count > 3 else range(1, count + 1))
+    axis.set_title(f"{layer.tower}: {layer.leaf}", loc="left", fontsize=10, fontweight="bold")
+    x, align = 0.5, "center"
+    if layer.trained:
+        low, high = layer.trained
+        axis.axvspan(low + 0.5, high + 0.5, color=ORANGE, alpha=0.3 if high - low < count else 0.15, lw=0)
+        axis.plot(index[low:high], sigma[low:high], color=ORANGE, lw=3.5, solid_capstyle="butt")
+        if high - low < count:
+            x, align = (low / count - 0.02, "right") if high == count else (high / count + 0.02, "left")
+    axis.text(x, 0.97, layer.status, transform=axis.transAxes, ha=align, va="top")
+
+
+def scores_figure(scores: Sequence[Score], look: Look = LOOKS[0], names: tuple[str, str] = ("base", "tuned")) -> Figure:
+    """Draw one row a score: before as a ring, after as a disc, both with error bars, the majority answer as a tick."""
+    from matplotlib.figure import Figure
+
+    with styled(look):
+        figure = Figure(figsize=(look.width, 0.95 + 0.36 * len(scores)), layout="constrained")
+        axis = figure.subplots()
+        for row, score in enumerate(scores):
+            _score_row(axis, row, score, look)
+        axis.set_yticks(range(len(scores)), [score.label for score in scores])
+        axis.get_yticklabels()[0].set_fontweight("bold")
+        axis.set(ylim=(len(scores) - 0.4, -0.6), xlim=(-2, 102), xlabel="correct answers, %")
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x", alpha=0.25, lw=0.8)
+        axis.spines["left"].set_visible(False)
+        marks: Any = {"ls": "", "ms": 8}
+        handles = [
+            axis.plot([], [], marker="o", mfc=look.paper, mec=GREY, mew=1.8, label=names[0], **marks)[0],
+            axis.plot([], [], marker="o", color=look.blue, label=names[1], **marks)[0],
+            axis.plot([], [], marker="|", color=look.ink, mew=1.8, ls="", ms=11, label="majority answer")[0],
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.3)
+    return figure
+
+
+def _score_row(axis: Axes, row: int, score: Score, look: Look) -> None:
+    before, after = score.before, score.after
+    if before and after:
+        axis.plot([100 * before.value, 100 * after.value], [row, row], color=GREY, alpha=0.45, lw=4, zorder=1)
+    for metric, face, edge in ((before, look.paper, GREY), (after, look.blue, look.blue)):
+        if metric:
+            axis.errorbar(
+                100 * metric.value, row, xerr=100 * (metric.stderr or 0), fmt="o", ms=8, mfc=face, mec=edge, mew=1.8,
+                ecolor=edge, elinewidth=1.6, capsize=3, zorder=3,
+            )  # fmt: skip
+    if (baseline := score.any.baseline) is not None:
+        axis.plot(100 * baseline, row, marker="|", ms=15, mew=1.8, color=look.ink, zorder=2)
+
+
+def png(figure: Figure) -> bytes:
+    """Encode a figure as a PNG of few colours (a third of the size) and forget it."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    small = io.BytesIO()
+    image.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(small, "PNG")
+    return small.getvalue()
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write the numbers behind a plot."""
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    write_text(path, text.getvalue())
+
+
+@contextmanager
+def styled(look: Look) -> Iterator[None]:
+    """Our sizes and colours as matplotlib's defaults, for as long as a figure is being drawn."""
+    import matplotlib as mpl
+
+    settings: dict[Any, Any] = {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), look.ink),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), look.paper),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+        "figure.dpi": _DPI,
+        "font.size": 9.5,
+        "axes.linewidth": 0.8,
+        "axes.titlepad": 8.0,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def _series(history: History, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the log entries that hold `key`."""
+    entries = [(int(entry["step"]), float(entry[key])) for entry in history if key in entry]
+    return [step for step, _ in entries], [value for _, value in entries]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a centred window of a tenth of the run, narrower at the ends: no lag as in a running average."""
+    half = max(1, len(values) // 20)
+    windows = ((i, min(i, len(values) - 1 - i, half)) for i in range(len(values)))
+    return [sum(values[i - reach : i + reach + 1]) / (2 * reach + 1) for i, reach in windows]

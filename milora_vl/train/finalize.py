@@ -1,0 +1,58 @@
+"""The end of a run: model card, report, and the block that says where everything is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from milora_data.command import command_line
+from milora_vl.adapters.folders import holds_text_model
+from milora_vl.checkpoints import WEIGHTS
+from milora_vl.plan.run_folder import RunFolder
+from milora_vl.plan.screen import Screen
+from milora_vl.recipe.schema import Recipe
+from milora_vl.report import model_card
+from milora_vl.report.regenerate import write_anew
+
+
+def close(folder: RunFolder, recipe: Recipe, screen: Screen, style: str = "human") -> None:
+    """Write README.md and report.html and print the closing block; the report cannot fail the run.
+
+    With the style `json` the block, and what training measured, are the last line of stdout.
+    """
+    page = write_pages(folder, recipe, screen)
+    weights = next((name for name in WEIGHTS if (folder.path / name).is_file()), "")
+    rows = [("weights", str(folder.path / weights))]
+    if page is not None:
+        rows.append(("report", str(page)))
+    rows.append(("recipe", str(folder.path / "recipe.yaml")))
+    rows.append(("next", next_command(folder.path, recipe)))
+    screen.closing(rows)
+    if style == "json":
+        content = {"output_dir": str(folder.path), **dict(rows), "results": measured(folder.path)}
+        sys.stdout.write(json.dumps(content) + "\n")
+
+
+def measured(path: Path) -> dict[str, float]:
+    """What a run logged last of each thing: losses, speed, time; empty where it has logged nothing."""
+    file = path / "trainer_state.json"
+    entries = json.loads(file.read_text(encoding="utf-8"))["log_history"] if file.is_file() else []
+    return {name: value for entry in entries for name, value in entry.items()}
+
+
+def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> Path | None:
+    """Write README.md and report.html; the path of the latter, None where that could not be."""
+    folder.write_text("README.md", model_card.render(folder.path, recipe))
+    return write_anew(folder.path, screen.warn)
+
+
+def next_command(path: Path, recipe: Recipe) -> str:
+    """What a user most likely wants to type now."""
+    question = ["QUESTION"] if holds_text_model(path) else ["--image", "PICTURE", "What is this?"]
+    if (path / "adapter_model.safetensors").is_file():
+        return command_line("milora_vl.chat", "--model", recipe.model, "--adapter", path, *question)
+    if (path / "mm_projector.safetensors").is_file():
+        words = ("--model", recipe.model, "--projector_weights", path, "--data_path", "DATA.json")
+        return command_line("milora_vl.train", *words)
+    return command_line("milora_vl.chat", "--model", path, *question)

@@ -1,0 +1,87 @@
+"""The training loop on stderr: Hugging Face's bar on a terminal, and one short line for each entry of the log.
+
+All that is logged stands in trainer_state.json and goes to --report_to; a line holds what a person watches.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from milora_data.command import amount
+from milora_vl.plan.estimate import duration
+
+# Key of the log -> how it is shown, in this order.
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "loss on held-out records {:.4f}",
+    "forgetting": "forgetting {:.4f}",
+    "learning_rate": "rate {:.3g}",
+    "grad_norm": "gradient {:.3g}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "skipped_records": "{:,.0f} records skipped",
+    "epoch": "epoch {:.3g}",
+}
+ALWAYS = ("loss", "eval_loss", "forgetting", "learning_rate")  # the others where they are not 0
+
+
+def log_line(logs: Mapping[str, Any], step: int, steps: int, *, done: int | None = None, seconds: float = 0) -> str:
+    """Return one entry of the log as a line; empty where it holds nothing that is shown.
+
+    `done` steps (default: all) were made by this process, in `seconds`: of a resumed run fewer than `step`.
+
+    >>> log_line({"loss": 1.25, "learning_rate": 2e-4, "grad_norm/language": 0.5, "epoch": 0.1}, 5, 20, seconds=10)
+    'step 5/20  loss 1.2500  rate 0.0002  epoch 0.1  30 s left'
+    """
+    done = step if done is None else done
+    if "train_runtime" in logs:
+        return f"{amount(done, 'step')} in {logs['train_runtime']:,.0f} s, loss {logs['train_loss']:.4f} on average"
+    found = [form.format(logs[key]) for key, form in SHOWN.items() if key in logs and (logs[key] or key in ALWAYS)]
+    if "loss" in logs and seconds and done and step < steps:
+        found.append(f"{duration(seconds / done * (steps - step))} left")
+    return "  ".join([f"step {step:,}/{steps:,}", *found]) if found else ""
+
+
+class Lines(TrainerCallback):
+    """`log_line` for each entry, and no bar: for log files and `--disable_tqdm`."""
+
+    def __init__(self) -> None:
+        self.first, self.start = 0, time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Count from here."""
+        self.first, self.start = state.global_step, time.monotonic()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
+        """Write the line."""
+        done, seconds = state.global_step - self.first, time.monotonic() - self.start
+        line = log_line(objects["logs"], state.global_step, state.max_steps, done=done, seconds=seconds)
+        if line and state.is_world_process_zero:
+            sys.stderr.write(line + "\n")
+
+
+class Bars(ProgressCallback):
+    """HF's bars, which tell the time left, with `log_line` above them in the place of its dictionaries."""
+
+    first = 0  # step that this process began at
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Count from here."""
+        super().on_train_begin(args, state, control, **objects)
+        self.first = state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **objects: Any
+    ) -> None:
+        """Write the line above the bar."""
+        line = log_line(logs, state.global_step, state.max_steps, done=state.global_step - self.first)
+        if line and self.training_bar is not None:
+            self.training_bar.write(line, file=sys.stderr)

@@ -1,0 +1,320 @@
+"""Hugging Face's Trainer with our loss, our parameter groups, and checkpoints that are complete and small.
+
+Distributed training, precision and logging are all HF's; whatever wraps the model, its own forward is called.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+
+from milora_data.errors import UserError
+from milora_data.sampler import LengthGroupedSampler
+from milora_data.stream import RecordStream
+from milora_vl.lora.keep_protected import keep_protected
+from milora_vl.losses import install, summed_loss
+from milora_vl.models.projector import load_projector, save_projector
+from milora_vl.param_groups import parameter_groups, target_path
+from milora_vl.policy import Target
+from milora_vl.recipe import protection
+from milora_vl.train import streaming
+from milora_vl.train.meter import Meter, group_rates, tower_norms
+from milora_vl.train.progress import Bars, Lines
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+Saves = Literal["adapter", "projector", "full"]
+
+
+class LogBeforeSave(TrainerCallback):
+    """Log at every checkpoint and at the end.
+
+    A run that was resumed then averages its losses over the same steps as an uninterrupted one.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a log line where a checkpoint will be written, and at the last step."""
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class TowerNorms(TrainerCallback):
+    """Keep gradient norm of each tower and learning rate of each group, so that the next log line can tell them."""
+
+    def __init__(self, tower_of: dict[str, str]) -> None:
+        self.tower_of = tower_of
+        self.squares: dict[str, Tensor] = {}
+        self.rates: dict[str, float] = {}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Gradients are complete, and clipped all alike; the rates are those of the step to come."""
+        self.squares = tower_norms(objects["model"].named_parameters(), self.tower_of)
+        self.rates = group_rates(objects["optimizer"].param_groups)
+
+    def entries(self, whole: float) -> dict[str, float]:
+        """Each tower's part of the norm before clipping (none under ZeRO: no process has a gradient), and the rates."""
+        total = sum(float(square) for square in self.squares.values())
+        norms = {tower: whole * math.sqrt(float(s) / total) for tower, s in self.squares.items() if total > 0}
+        return {f"grad_norm/{tower}": norm for tower, norm in norms.items()} | self.rates
+
+
+class StopOnSignal(TrainerCallback):
+    """Schedulers send SIGTERM before they take the machine away: save after the step at hand, then stop.
+
+    Processes may hear of it at different steps; all of them stop at the same one.
+    """
+
+    def __init__(self) -> None:
+        self.accelerator: Accelerator | None = None
+        self.heard = self.stopped = False
+
+    def hear(self, *_: object) -> None:
+        """The signal's handler."""
+        self.heard = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a checkpoint and the end where any process has heard the signal."""
+        assert self.accelerator is not None
+        if self.heard:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger() if args.world_size > 1 else self.heard:
+            self.stopped = control.should_save = control.should_log = control.should_training_stop = True
+
+
+class MiloraTrainer(Trainer):
+    """Train what `targets` says; `saves` is what a checkpoint holds: adapter, projector alone, or the whole model.
+
+    With `lengths`, one for each training record, batches are made of records of similar length and of one of `kinds`.
+    A `RecordStream` as data set goes on where it was at the checkpoint `stream_from`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        targets: Sequence[Target],
+        saves: Saves,
+        data_collator: Any,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        lengths: Sequence[int] | None = None,
+        kinds: Sequence[object] | None = None,
+        stream_from: Path | None = None,
+    ) -> None:
+        self.chunked = install(_base(model))  # before anything wraps its forward
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[stop := StopOnSignal(), LogBeforeSave()],
+        )
+        self.stop_on_signal, stop.accelerator = stop, self.accelerator
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+        self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
+        if any(target.protect for target in targets):
+            protection.require_whole(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+        self.targets = targets
+        self.saves = saves
+        self.lengths, self.kinds = lengths, kinds
+        self.stream_from = stream_from
+        self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch whatever the model
+        self.meter = Meter(data_collator)
+        paths = {target.path: str(target.tower) for target in targets}
+        named = {name: target_path(name, paths) for name, p in model.named_parameters() if p.requires_grad}
+        self.norms = TowerNorms({name: paths[path] for name, path in named.items() if path})
+        self.add_callback(self.norms)
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+
+    def trained(self) -> nn.Module:
+        """The model without wrappers."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer of `--optim` on one group per learning rate and weight decay."""
+        if self.optimizer is None:
+            opt_model = self.trained() if model is None else model
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, cast("PreTrainedModel", opt_model))
+            if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(options):
+                raise UserError(f"--optim {self.args.optim} makes its own groups; learning rates per rule need another")
+            groups = parameter_groups(
+                opt_model,
+                self.targets,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                decays=set(self.get_decay_parameter_names(opt_model)),
+            )
+            self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
+        # transformers 4 calls this without a model and takes none.
+        made = super().create_optimizer() if model is None else super().create_optimizer(model)
+        keep_protected(self.trained(), made)
+        return made
+
+    def get_train_dataloader(self) -> Any:
+        """HF's loader; that of a stream is its own, as each process reads its own share."""
+        if not isinstance(self.train_dataset, RecordStream):
+            return super().get_train_dataloader()
+        self._stream = streaming.loader(self.train_dataset, self.data_collator, self.args, self.stream_from)
+        return self._stream
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(self.lengths, per_step, seed, kinds=self.kinds)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean cross-entropy over the supervised tokens of the whole accumulated batch, on all devices.
+
+        Batch 1 x accumulation 8 therefore equals 8 x 1. UserError for a training batch in which nothing is supervised.
+        """
+        if not model.training:
+            inputs = {**inputs, "labels": self._counted_once(inputs["labels"])}
+        summed, num_tokens = summed_loss(model, inputs, chunked=self.chunked)
+        if not model.training:
+            self._eval_sums += torch.tensor([float(summed.detach()), num_tokens], dtype=torch.float64)
+        else:
+            self.meter.add(inputs)
+        if model.training and num_tokens == 0:
+            raise UserError(
+                f"step {self.state.global_step + 1}: nothing in the batch is supervised\n"
+                "the answers are empty or cut off; see --max_length and python -m milora_data check",
+                exit_code=1,
+            )
+        loss = summed / (max(num_tokens, 1) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
+        return (loss, {}) if return_outputs else loss
+
+    def _counted_once(self, labels: Tensor) -> Tensor:
+        """Labels (batch, length) of an evaluation, without the records that have been in it before.
+
+        accelerate fills the last batches of several processes up from the start of the records: all have one then.
+        """
+        state, args = self.accelerator.gradient_state, self.args
+        if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        own = max(state.remainder - args.process_index * args.eval_batch_size, 0)
+        return torch.cat([labels[:own], torch.full_like(labels[own:], -100)])
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """HF's loop; the loss it reports is the mean over tokens, not over batches.
+
+        It leaves the random state alone: dropout after it is the same whether or not a resumed run evaluates again.
+        """
+        self._eval_sums.zero_()
+        with torch.random.fork_rng():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        total, count = self.accelerator.reduce(self._eval_sums.to(self.args.device, torch.float32)).tolist()
+        assert output.metrics is not None
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """HF's log; a loss that is no number ends the run, as nothing after it means anything."""
+        if "loss" in logs:
+            totals = self.accelerator.reduce(self.meter.counts.to(self.args.device, torch.float32))
+            logs |= self.meter.take(totals.tolist()) | self.norms.entries(logs.get("grad_norm", 0.0))
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"step {self.state.global_step}: the loss is {logs['loss']}\n"
+                "lower --learning_rate, or train in bf16 instead of fp16; then resume from the last checkpoint",
+                exit_code=1,
+            )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """HF's, and wait: trainer_state.json is written after it and says that every process has written its part."""
+        super()._save_rng_state(output_dir)
+        if isinstance(self.train_dataset, RecordStream):
+            streaming.keep(self._stream, Path(output_dir), self.args)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.saves == "full":
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.saves == "projector":
+                save_projector(self.trained(), folder, state_dict)
+            else:
+                # The vocabulary never grows here; "auto" would ask the hub about it at every checkpoint.
+                adapter = cast("PeftModel", self.trained())
+                adapter.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.saves == "adapter":
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.saves == "projector":
+            load_projector(self.trained(), Path(resume_from_checkpoint))
+        else:
+            load_full(self.trained(), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.saves == "adapter" or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            assert self.state.best_model_checkpoint is not None
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def load_full(model: nn.Module, folder: Path) -> None:
+    """Put the weights of an HF folder into `model`, through its own loader.
+
+    The names on disk are not those in memory (transformers renames both ways); HF's Trainer reads the file and keeps
+    going when nothing matches.
+    """
+    assert isinstance(model, PreTrainedModel)
+    restored = type(model).from_pretrained(folder, dtype=torch.float32)
+    model.load_state_dict(restored.state_dict())
+
+
+def _base(model: nn.Module) -> nn.Module:
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,1 +1,0 @@
-"""What `python -m milora_vl.train` is made of."""
