@@ -22,18 +22,18 @@ import torch
 from PIL import Image, ImageDraw
 
 from milora_data.records import Turn
+from milora_eval.answers.lines import to_line
+from milora_eval.answers.store import PREDICTIONS
 from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_eval.benchmarks.vqav2 import VQAv2
-from milora_eval.lines import to_line
 from milora_eval.rules import vqa
-from milora_eval.store import PREDICTIONS
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
 
 # The high-water mark of a process starts anew at exec; that of getrusage would be this one's.
 SCORE_ALONE = """
 from pathlib import Path
-from milora_eval.results import numbers
+from milora_eval.scores.results import numbers
 numbers(Path({folder!r}), "")
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

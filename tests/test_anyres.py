@@ -22,7 +22,7 @@ from milora_data.images import picture_size
 from milora_data.lengths import encoded_lengths
 from milora_data.pixels import PixelMaker
 from milora_data.records import Turn, parse_record
-from milora_eval.likelihood import loglikelihoods
+from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl import load_model
 from milora_vl.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_tokens, tiling_of

@@ -13,10 +13,10 @@ import pytest
 from llava_oracle import llama_tokenizer, llava_train
 
 from milora_eval import run
+from milora_eval.answers.store import read_lines
 from milora_eval.benchmark import Answer, MissingData
 from milora_eval.benchmarks.xlsx import read_xlsx
 from milora_eval.rules.math_answers import is_equivalent
-from milora_eval.store import read_lines
 from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, folder_of, has_files
 from milora_vl.generate import Prompt, prompt_ids
 

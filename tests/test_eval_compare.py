@@ -9,10 +9,10 @@ import pytest
 from eval_questions import write_questions
 
 from milora_data.errors import UserError
+from milora_eval.answers.lines import to_line
 from milora_eval.benchmarks.emoji import Emoji
-from milora_eval.compare import compare, num_common
-from milora_eval.lines import to_line
-from milora_eval.table import Table, show
+from milora_eval.scores.compare import compare, num_common
+from milora_eval.scores.table import Table, show
 
 
 @pytest.fixture

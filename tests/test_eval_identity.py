@@ -12,9 +12,9 @@ import torch
 from eval_questions import write_questions
 
 from milora_data.records import Turn
+from milora_eval.answers.identity import adapter_digest, answer_key, weights_digest
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.evaluate import settings
-from milora_eval.identity import adapter_digest, answer_key, weights_digest
 
 Made = tuple[Any, Any]
 

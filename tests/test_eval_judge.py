@@ -14,10 +14,10 @@ import pytest
 
 from milora_data.errors import UserError
 from milora_eval.__main__ import main
+from milora_eval.answers.lines import to_line
+from milora_eval.answers.store import Store
 from milora_eval.benchmark import Item
-from milora_eval.lines import to_line
-from milora_eval.results import numbers, read_results, write_results
-from milora_eval.store import Store
+from milora_eval.scores.results import numbers, read_results, write_results
 from milora_eval.suites import find_benchmark, folder_of
 
 

@@ -16,7 +16,7 @@ from milora_data.errors import UserError
 from milora_eval.__main__ import main
 from milora_eval.benchmark import Answer, Item
 from milora_eval.benchmarks.llava_prompts import SHORT
-from milora_eval.llava_files import join, write_llava_files
+from milora_eval.scores.llava_files import join, write_llava_files
 from milora_eval.suites import find_benchmark, folder_of
 
 pytestmark = pytest.mark.usefixtures("picture_cache")

@@ -21,10 +21,10 @@ from drawn import dump_lines, encoded
 from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_eval.__main__ import main
+from milora_eval.answers.likelihood import loglikelihoods
 from milora_eval.benchmark import Answer
 from milora_eval.benchmarks.xlsx import write_xlsx
 from milora_eval.data_files import read_table
-from milora_eval.likelihood import loglikelihoods
 from milora_eval.lm_eval import main as lm_eval_main
 from milora_eval.suites import find_benchmark, folder_of
 from milora_eval.vlmevalkit import milora_vlm, read_predictions, register, write_predictions, write_questions

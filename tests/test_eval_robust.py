@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from milora_data.errors import UserError
 from milora_eval.__main__ import main
+from milora_eval.answers.lines import to_answer, to_line
+from milora_eval.answers.store import Store, read_lines
 from milora_eval.benchmark import Answer, Item
 from milora_eval.benchmarks.own_data import METRICS
 from milora_eval.data_files import load_items
-from milora_eval.exports import export
-from milora_eval.lines import to_answer, to_line
-from milora_eval.results import numbers, read_results, score, write_results
 from milora_eval.rules import math_answers, mmmu
-from milora_eval.store import Store, read_lines
+from milora_eval.scores.exports import export
+from milora_eval.scores.results import numbers, read_results, score, write_results
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
 
 pytestmark = pytest.mark.usefixtures("picture_cache")

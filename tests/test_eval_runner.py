@@ -19,9 +19,10 @@ from eval_questions import write_questions
 
 from milora_data.errors import UserError
 from milora_eval import evaluate as evaluation
-from milora_eval import run, runner
-from milora_eval.results import read_results, write_results
-from milora_eval.store import read_lines
+from milora_eval import run
+from milora_eval.answers import runner
+from milora_eval.answers.store import read_lines
+from milora_eval.scores.results import read_results, write_results
 
 Made = tuple[Any, Any]
 

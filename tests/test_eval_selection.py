@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 
 from milora_data.errors import UserError
+from milora_eval.answers.selection import parse_shard, select, take_shard
 from milora_eval.benchmark import Item
-from milora_eval.selection import parse_shard, select, take_shard
 
 ITEMS = [Item(f"{kind}-{picture}", (), group=f"{picture}.png") for kind in "abc" for picture in range(20)]
 

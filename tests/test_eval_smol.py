@@ -10,8 +10,8 @@ import pytest
 from llava_oracle import llava_train
 
 from milora_eval import run, score
+from milora_eval.answers.store import read_lines
 from milora_eval.benchmark import Item
-from milora_eval.store import read_lines
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
 from milora_vl.generate import Prompt, prompt_ids
 from milora_vl.load import load_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from milora_eval.store import Store, read_lines
+from milora_eval.answers.store import Store, read_lines
 
 
 def lines(*keys: str) -> list[dict[str, str]]:

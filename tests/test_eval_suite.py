@@ -13,10 +13,10 @@ import pytest
 
 from milora_data.errors import UserError
 from milora_eval.__main__ import main
-from milora_eval.compare import compare
-from milora_eval.lines import to_line
-from milora_eval.results import numbers, read_results, write_results
-from milora_eval.store import Store
+from milora_eval.answers.lines import to_line
+from milora_eval.answers.store import Store
+from milora_eval.scores.compare import compare
+from milora_eval.scores.results import numbers, read_results, write_results
 from milora_eval.suites import SUITES, find_benchmark, folder_of
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
@@ -121,7 +121,7 @@ def test_points_are_compared_by_drawing_pictures(data: Path, tmp_path: Path) -> 
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    from milora_eval.results import require_lines
+    from milora_eval.scores.results import require_lines
 
     return require_lines(folder)
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from milora_data.errors import UserError
 from milora_eval.__main__ import main
-from milora_eval.identity import adapter_digest
-from milora_eval.store import read_lines
+from milora_eval.answers.identity import adapter_digest
+from milora_eval.answers.store import read_lines
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.export.command import export
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from milora_eval.benchmark import Answer, Benchmark, Item, Metric
     from milora_eval.evaluate import run
-    from milora_eval.results import score
+    from milora_eval.scores.results import score
 
 # Loaded on first use: `run` needs torch, which the command must not import before it has read its arguments.
 _HOMES = {
@@ -19,7 +19,7 @@ _HOMES = {
     "Item": "benchmark",
     "Metric": "benchmark",
     "run": "evaluate",
-    "score": "results",
+    "score": "scores.results",
 }
 
 __all__ = ["Answer", "Benchmark", "Item", "Metric", "run", "score"]

@@ -15,14 +15,14 @@ MENU = Menu(
     "Evaluate vision-language models.",
     {
         "measure": {
-            "run": ("milora_eval.command_run", "ask a model, score its answers, compare with its base"),
-            "ls": ("milora_eval.command_ls", "list suites and benchmarks"),
-            "score": ("milora_eval.command_score", "score stored answers, or another program's, without a model"),
-            "judge": ("milora_eval.command_judge", "have free answers graded by a model (MM-Vet, LLaVA-Bench)"),
+            "run": ("milora_eval.commands.run", "ask a model, score its answers, compare with its base"),
+            "ls": ("milora_eval.commands.ls", "list suites and benchmarks"),
+            "score": ("milora_eval.commands.score", "score stored answers, or another program's, without a model"),
+            "judge": ("milora_eval.commands.judge", "have free answers graded by a model (MM-Vet, LLaVA-Bench)"),
         },
         "look": {
-            "compare": ("milora_eval.command_compare", "paired differences of two evaluations"),
-            "view": ("milora_eval.command_view", "one HTML page to browse the answers of one run, or of two"),
+            "compare": ("milora_eval.commands.compare", "paired differences of two evaluations"),
+            "view": ("milora_eval.commands.view", "one HTML page to browse the answers of one run, or of two"),
         },
     },
     """\

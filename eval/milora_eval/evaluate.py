@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from milora_data.whole import write_text
+from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
+from milora_eval.answers.runner import Outcome, Plan, ask, audit, finish, questions
+from milora_eval.answers.store import PREDICTIONS, alone
 from milora_eval.benchmark import Benchmark
-from milora_eval.compare import compare
-from milora_eval.exports import export
-from milora_eval.identity import adapter_digest, digest, tokenizer_digest, weights_digest
-from milora_eval.results import TABLE, Results, numbers, read_results, require_lines, write_results
-from milora_eval.runner import Outcome, Plan, ask, audit, finish, questions
-from milora_eval.store import PREDICTIONS, alone
+from milora_eval.scores.compare import compare
+from milora_eval.scores.exports import export
+from milora_eval.scores.results import TABLE, Results, numbers, read_results, require_lines, write_results
+from milora_eval.scores.table import Table, pairs_table, results_table, with_forgetting
 from milora_eval.suites import find_benchmark
-from milora_eval.table import Table, pairs_table, results_table, with_forgetting
 from milora_vl.forgetting import general_text, measure_forgetting
 
 

@@ -14,7 +14,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from milora_data.errors import UserError
 from milora_data.records import Turn
-from milora_eval.likelihood import loglikelihoods
+from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
 from milora_vl.models.devices import device_named, dtype_named

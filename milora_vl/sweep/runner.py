@@ -23,7 +23,7 @@ from typing import Any
 
 from milora_data.errors import UserError
 from milora_data.whole import read_json, write_json, write_text
-from milora_eval.results import require_lines
+from milora_eval.scores.results import require_lines
 from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep.cells import Cell, recipe_of
 

@@ -10,7 +10,7 @@ from launched import launched, needs_deepspeed
 from test_train import losses
 
 from milora_eval.__main__ import main as evaluate
-from milora_eval.store import read_lines
+from milora_eval.answers.store import read_lines
 from milora_vl.train.command import main
 
 DATA = Path(__file__).parents[2] / "data" / "emoji"

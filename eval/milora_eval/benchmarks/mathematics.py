@@ -15,8 +15,7 @@ from milora_data.records import Turn
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.data_files import find, read_jsonl
 from milora_eval.rules.gsm8k import gsm8k_correct
-from milora_eval.rules.math_answers import math_correct
-from milora_eval.rules.math_text import last_boxed
+from milora_eval.rules.math_answers import last_boxed, math_correct
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

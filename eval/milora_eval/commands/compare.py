@@ -10,9 +10,9 @@ from pathlib import Path
 
 from milora_data.command import next_step, parser
 from milora_data.flags import shared
-from milora_eval.compare import Pair, compare, num_common
-from milora_eval.results import require_lines
-from milora_eval.table import FORMATS, pairs_table, show
+from milora_eval.scores.compare import Pair, compare, num_common
+from milora_eval.scores.results import require_lines
+from milora_eval.scores.table import FORMATS, pairs_table, show
 
 EXAMPLES = """\
 examples:

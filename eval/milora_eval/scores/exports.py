@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from milora_data.errors import UserError
+from milora_eval.answers.lines import to_answer
+from milora_eval.answers.store import PREDICTIONS, each_line
 from milora_eval.benchmark import Answer, Benchmark
-from milora_eval.lines import to_answer
-from milora_eval.llava_files import write_llava_files
-from milora_eval.results import judgements, read_results, review_of
-from milora_eval.store import PREDICTIONS, each_line
+from milora_eval.scores.llava_files import write_llava_files
+from milora_eval.scores.results import judgements, read_results, review_of
 from milora_eval.suites import find_benchmark, folder_of
 
 SUBMISSION = "submission"

@@ -13,15 +13,15 @@ from typing import Any
 from milora_data.command import count, next_step, parser
 from milora_data.errors import DataError, UserError
 from milora_data.flags import shared
+from milora_eval.answers.runner import Plan, questions
+from milora_eval.answers.selection import parse_shard
+from milora_eval.answers.target import EvalTarget, eval_target, recipe_of
 from milora_eval.benchmark import Benchmark
 from milora_eval.evaluate import add_forgetting, results_folder, run, write_table
-from milora_eval.exports import SUBMISSION
-from milora_eval.places import Subject, recipe_of, subject
-from milora_eval.results import read_results
-from milora_eval.runner import Plan, questions
-from milora_eval.selection import parse_shard
+from milora_eval.scores.exports import SUBMISSION
+from milora_eval.scores.results import read_results
+from milora_eval.scores.table import FORMATS, show
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
-from milora_eval.table import FORMATS, show
 from milora_vl.adapters.folders import holds_adapter
 from milora_vl.report.regenerate import rewrite_report
 
@@ -38,7 +38,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Everything that can be wrong without a model is checked before one is loaded."""
     options = _options(argv)
-    who = subject(options.model, options.adapter, options.base)
+    who = eval_target(options.model, options.adapter, options.base)
     if options.with_base and not who.has_base:
         raise UserError("--with_base needs something that was trained: --adapter A, or --model RUN with --base B")
     arguments = _arguments(options, who)
@@ -89,7 +89,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def _arguments(options: argparse.Namespace, who: Subject) -> dict[str, Any]:
+def _arguments(options: argparse.Namespace, who: EvalTarget) -> dict[str, Any]:
     """Return what `evaluate.run` takes, checked; reads the questions once to find missing data early."""
 
     if options.suite is not None:
@@ -147,7 +147,7 @@ def _with_protocol(names: Sequence[str], protocol: str) -> list[str]:
     return chosen
 
 
-def _evaluate(options: argparse.Namespace, who: Subject, arguments: dict[str, Any]) -> list[Path] | None:
+def _evaluate(options: argparse.Namespace, who: EvalTarget, arguments: dict[str, Any]) -> list[Path] | None:
     """Evaluate base and tuned model as asked; returns their results folders, None while shards are missing."""
     from peft import PeftModel
 

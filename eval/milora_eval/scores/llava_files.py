@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import DataError, UserError
+from milora_eval.answers.identity import digest
+from milora_eval.answers.store import write_lines
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.data_files import read_jsonl
-from milora_eval.identity import digest
-from milora_eval.store import write_lines
 
 
 def write_llava_files(benchmark: Benchmark, answers: Iterable[Answer], folder: Path, model: str) -> list[Path]:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from milora_data.errors import UserError
+from milora_eval.answers.identity import answer_key
+from milora_eval.answers.lines import to_line
+from milora_eval.answers.selection import select, take_shard
+from milora_eval.answers.store import Line, Store
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_eval.data_files import load_items
-from milora_eval.identity import answer_key
-from milora_eval.lines import to_line
-from milora_eval.selection import select, take_shard
-from milora_eval.store import Line, Store
 from milora_eval.suites import folder_of
 
 

@@ -13,8 +13,8 @@ from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_eval.evaluate import write_table
 from milora_eval.judge import Endpoint, judge_by, judge_from_file, unjudged
-from milora_eval.results import require_answers, score
-from milora_eval.table import FORMATS, show
+from milora_eval.scores.results import require_answers, score
+from milora_eval.scores.table import FORMATS, show
 
 EXAMPLES = """\
 examples:

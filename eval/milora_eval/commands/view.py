@@ -11,8 +11,8 @@ from milora_data.command import next_step, parser
 from milora_data.errors import UserError
 from milora_data.flags import shared
 from milora_data.whole import write_text
-from milora_eval.results import require_lines
-from milora_eval.view import page
+from milora_eval.scores.results import require_lines
+from milora_eval.scores.view import page
 
 EXAMPLES = """\
 examples:

@@ -14,7 +14,7 @@ from milora_vl.adapters.folders import base_of, holds_adapter, holds_projector_a
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class EvalTarget:
     """What to load: a model, the adapter on it (or None), the base to compare with (or None: the model itself).
 
     `which` is base, final or checkpoint-N.
@@ -36,7 +36,7 @@ class Subject:
         return self.adapter or Path(self.model)
 
 
-def subject(model: str, adapter: Path | None, base: str | None) -> Subject:
+def eval_target(model: str, adapter: Path | None, base: str | None) -> EvalTarget:
     """Resolve the flags --model, --adapter and --base; UserError where they do not fit together."""
     folder = Path(model)
     if adapter is None and holds_adapter(folder):
@@ -45,9 +45,9 @@ def subject(model: str, adapter: Path | None, base: str | None) -> Subject:
         if base is not None:
             raise UserError("--base is for a fully trained --model; the base of an adapter is its --model")
         _check_adapter(adapter, model)
-        return Subject(model, adapter, None, _which(adapter))
+        return EvalTarget(model, adapter, None, _which(adapter))
     is_trained = base is not None or (folder / "recipe.yaml").is_file() or _is_checkpoint(folder)
-    return Subject(model, None, base, _which(folder) if is_trained else "base")
+    return EvalTarget(model, None, base, _which(folder) if is_trained else "base")
 
 
 def recipe_of(folder: Path) -> dict[str, object]:

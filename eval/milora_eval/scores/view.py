@@ -14,9 +14,9 @@ from typing import Any
 from milora_data.page.credits import credit_lines
 from milora_data.page.pictures import fitting, thumbnail
 from milora_data.page.render import MAX_BYTES, render
-from milora_eval.lines import to_answer, to_item
-from milora_eval.selection import select
-from milora_eval.store import Line
+from milora_eval.answers.lines import to_answer, to_item
+from milora_eval.answers.selection import select
+from milora_eval.answers.store import Line
 from milora_eval.suites import find_benchmark
 
 Runs = Sequence[tuple[str, Sequence[Line]]]

@@ -17,11 +17,11 @@ import numpy as np
 
 from milora_data.errors import UserError
 from milora_data.whole import read_json, write_json
+from milora_eval.answers.lines import to_answer
+from milora_eval.answers.selection import select
+from milora_eval.answers.store import JUDGEMENTS, PREDICTIONS, Line, each_line, read_lines, write_lines
 from milora_eval.benchmark import Answer, Benchmark, Metric
-from milora_eval.lines import to_answer
-from milora_eval.selection import select
 from milora_eval.stats import mean
-from milora_eval.store import JUDGEMENTS, PREDICTIONS, Line, each_line, read_lines, write_lines
 from milora_eval.suites import SUITES, find_benchmark, folder_of
 
 RESULTS, TABLE = "results.json", "table.md"

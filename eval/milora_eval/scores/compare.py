@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from milora_data.errors import UserError
+from milora_eval.answers.lines import to_answer
+from milora_eval.answers.store import Line
 from milora_eval.benchmark import Answer, Benchmark, Metric
-from milora_eval.lines import to_answer
 from milora_eval.stats import Difference, paired_difference, resampled_difference
-from milora_eval.store import Line
 from milora_eval.suites import find_benchmark
 
 WORK = 1_000_000  # answers that a bootstrap may score

@@ -13,18 +13,18 @@ from typing import Any
 from milora_data.command import next_step, parser
 from milora_data.errors import UserError
 from milora_data.flags import shared
+from milora_eval.answers.identity import digest
+from milora_eval.answers.lines import to_line
+from milora_eval.answers.selection import select
+from milora_eval.answers.store import PREDICTIONS, write_lines
 from milora_eval.benchmark import Benchmark
 from milora_eval.data_files import load_items
 from milora_eval.evaluate import write_table
-from milora_eval.exports import export
-from milora_eval.identity import digest
-from milora_eval.lines import to_line
-from milora_eval.llava_files import join, read_llava_answers
-from milora_eval.results import Results, numbers, score, write_results
-from milora_eval.selection import select
-from milora_eval.store import PREDICTIONS, write_lines
+from milora_eval.scores.exports import export
+from milora_eval.scores.llava_files import join, read_llava_answers
+from milora_eval.scores.results import Results, numbers, score, write_results
+from milora_eval.scores.table import FORMATS, show
 from milora_eval.suites import find_benchmark, folder_of, with_protocol
-from milora_eval.table import FORMATS, show
 from milora_eval.vlmevalkit import read_predictions
 
 EXAMPLES = """\

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from milora_eval.benchmark import Metric
-from milora_eval.compare import Pair
-from milora_eval.results import Results, metrics_of
+from milora_eval.scores.compare import Pair
+from milora_eval.scores.results import Results, metrics_of
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

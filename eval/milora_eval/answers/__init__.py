@@ -1,0 +1,1 @@
+"""Ask a model: which items, in which order, stored where, resumed how."""

@@ -1,0 +1,1 @@
+"""Numbers from stored answers: scores, errors, comparisons, tables, files for other programs."""
