@@ -103,7 +103,7 @@ def one_step(base: Any, model: Any, config: Any) -> None:
 
 def planned(config: Any) -> int:
     """Bytes of the step by the plan: what is resident, and what the step adds (Adam's states come after the peak)."""
-    targets = Policy.settle(RULES, meta_model(config))
+    targets = Policy.parse_and_resolve(RULES, meta_model(config))
     shape = Shape(
         records=1, tokens=PICTURE + ANSWER + 64, learnt=ANSWER, pictures=1, image_tokens=PICTURE, half=True,
         checkpointing=True, base_dtype=torch.bfloat16,

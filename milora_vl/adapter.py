@@ -60,7 +60,11 @@ def apply_milora(
         raise AdapterError("this model holds a PEFT adapter already: pass the base model, or unload the adapter first")
     require_readable(model)
     return apply_targets(
-        model, Policy.settle(policy, model, cache_dir=cache_dir), form=form, cache_dir=cache_dir, progress=progress
+        model,
+        Policy.parse_and_resolve(policy, model, cache_dir=cache_dir),
+        form=form,
+        cache_dir=cache_dir,
+        progress=progress,
     )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from milora_data.errors import Problem, UserError
 from milora_vl.policy.rules import FloorSigma, Sigma, Target
 from milora_vl.svd import Factors, Part, decompose
 from milora_vl.weights.distributed import assign_work, broadcast, from_first_rank, gather, rank_and_world_size
@@ -79,8 +80,8 @@ class Initial:
     report: LayerReport
 
 
-class WeightError(ValueError):
-    """A weight that cannot be decomposed: the message names the module and the numbers."""
+class WeightError(UserError):
+    """A weight that cannot be decomposed; `where` is the path of its module."""
 
 
 def initialize(
@@ -120,7 +121,7 @@ def _decompose_batch(model: nn.Module, hand: Sequence[Target], cache: Path | Non
     """Each process makes the factors of one target of the hand; all get those of all."""
     rank, _ = rank_and_world_size()
     own: Initial | None = None
-    error: str | None = None
+    found: Sequence[Problem] = ()
     W = None
     for owner, target in enumerate(hand):
         # Under ZeRO-3 reading is gathering, which all do together.
@@ -131,16 +132,16 @@ def _decompose_batch(model: nn.Module, hand: Sequence[Target], cache: Path | Non
         target = hand[rank]
         try:
             own = _initial(W, factor_dtype(model.get_submodule(target.path)), target, cache)
-        except WeightError as problem:
-            error = str(problem)
-        except Exception as problem:  # whatever it is: the other processes wait for this one
+        except WeightError as error:
+            found = error.problems
+        except Exception as error:  # whatever it is: the other processes wait for this one
             if rank_and_world_size()[1] == 1:
                 raise
-            error = f"{target.path}: {type(problem).__name__}: {problem}"
-    told = gather((error, own and (own.sketch, own.report, own.A0.dtype, own.A0.shape, own.B0.shape)))
-    for failure, _ in told:
-        if failure is not None:
-            raise WeightError(failure)
+            found = [Problem(f"{type(error).__name__}: {error}", "weight-decomposition", target.path)]
+    told = gather((found, own and (own.sketch, own.report, own.A0.dtype, own.A0.shape, own.B0.shape)))
+    for problems, _ in told:
+        if problems:
+            raise WeightError(problems=problems)
     return [
         _broadcast_initial(own if owner == rank else None, told[owner][1], model, owner) for owner in range(len(hand))
     ]
@@ -172,7 +173,12 @@ def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path |
     Raises WeightError, with the path, for a weight that cannot be decomposed; warns where the cache cannot be written.
     """
     if W.is_meta:
-        raise WeightError(f"{path}: the weight is on the meta device, it has no values: load the model first")
+        raise WeightError(
+            "the weight is on the meta device, it has no values",
+            code="weight-on-meta",
+            where=path,
+            hint="load the model first",
+        )
     key = cache_key(W, rank, part, seed) if cache is not None else ""
     stored = read_factors(cache, key) if cache is not None else None
     if stored is not None:
@@ -180,7 +186,7 @@ def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path |
     try:
         factors = decompose(W, rank, part, generator=torch.Generator().manual_seed(seed))
     except (ValueError, torch.linalg.LinAlgError) as error:
-        raise WeightError(f"{path}: {error}") from error
+        raise WeightError(str(error), code="weight-decomposition", where=path) from error
     if cache is not None:
         try:
             write_factors(cache, key, factors)

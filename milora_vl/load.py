@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from milora_data.errors import UserError
 from milora_vl.adapters.folders import base_of, holds_adapter, holds_projector_alone
 from milora_vl.adapters.load_any import load_any
-from milora_vl.lora.errors import AdapterError
 from milora_vl.models.loading import load_processor, load_weights
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import Quantization
@@ -59,7 +57,4 @@ def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     if holds_projector_alone(folder):
         load_projector(model, folder)
         return model
-    try:
-        return load_any(model, folder)
-    except AdapterError as error:
-        raise UserError(str(error)) from None
+    return load_any(model, folder)

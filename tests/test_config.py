@@ -28,13 +28,16 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) 
     )
     with pytest.raises(RecipeError) as error:
         schema.load(path)
-    text = str(error.value)
-    assert text.startswith("5 mistakes")
-    assert f"{path}:1: modle: unknown key; did you mean model?" in text
-    assert f"{path}:2: data.paht: unknown key; did you mean path?" in text
-    assert f"{path}:4: policy[0].rnak: unknown key" in text
-    assert f"{path}:5: train.lerning_rate: unknown key; did you mean learning_rate" in text
-    assert f"{path}:5: train.bf16: expected true or false, got 'maybe'" in text
+    found = {problem.where: problem for problem in error.value.problems}
+    assert {where: problem.code for where, problem in found.items()} == {
+        f"{path}:1: modle": "recipe-unknown-key",
+        f"{path}:2: data.paht": "recipe-unknown-key",
+        f"{path}:4: policy[0].rnak": "policy-unknown-key",
+        f"{path}:5: train.lerning_rate": "recipe-unknown-key",
+        f"{path}:5: train.bf16": "recipe-value",
+    }
+    assert found[f"{path}:1: modle"].hint == "did you mean model?"
+    assert str(error.value).startswith(f"5 problems in {path}:\n")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,7 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) 
         ({"path": [{"path": "a.json", "wieght": 1}]}, "source 1: wieght: Extra inputs are not permitted; known: path"),
         ({"path": 3}, "expected a file, or a list of {path, weight, image_folder}, got 3"),
         ({"max_length": 0}, "greater than 0"),
-        ({"bad_images": "skp"}, "expected one of raise, skip, replace, got 'skp'; did you mean skip ?"),
+        ({"bad_images": "skp"}, "expected one of raise, skip, replace, got 'skp'\ndid you mean skip ?"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(section: dict, word: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from milora_data.errors import Problem
 from milora_vl.policy import FloorSigma, Policy, PolicyError, Rule, SpectralRank
 
 YAML = """
@@ -21,18 +22,21 @@ def test_yaml_and_plain_data_give_the_same_policy() -> None:
     assert Policy.parse(list(policy.rules)) == policy
 
 
-def faults(source) -> list[str]:
+def problems(source) -> list[Problem]:
     with pytest.raises(PolicyError) as caught:
         Policy.parse(source)
-    return str(caught.value).splitlines()
+    return list(caught.value.problems)
 
 
-def test_all_faults_come_together_with_their_dotted_place() -> None:
-    found = faults([{"modules": "language", "methods": "milora"}, {"method": "lora", "rank": -1}, "language"])
-    assert found[0] == "policy[0].methods: unknown key, did you mean 'method'?"
-    assert found[1] == "policy[1].modules: missing"
-    assert found[2].startswith("policy[1].rank: expected a positive integer")
-    assert found[3].startswith("policy[2]: a rule is a mapping")
+def test_all_problems_come_together_with_their_dotted_place() -> None:
+    found = problems([{"modules": "language", "methods": "milora"}, {"method": "lora", "rank": -1}, "language"])
+    assert [(problem.where, problem.code) for problem in found] == [
+        ("policy[0].methods", "policy-unknown-key"),
+        ("policy[1].modules", "policy-value"),
+        ("policy[1].rank", "policy-rank"),
+        ("policy[2]", "policy-value"),
+    ]
+    assert found[0].hint == "did you mean 'method'?"
 
 
 @pytest.mark.parametrize(
@@ -48,9 +52,9 @@ def test_all_faults_come_together_with_their_dotted_place() -> None:
         ),
         (
             [{"modules": "language", "rank": {"energie": 0.1}}],
-            r"policy\[0\].rank.energie: unknown key, did you",
+            r"policy\[0\].rank.energie: unknown key\ndid you mean",
         ),
-        ([{"modules": "language", "lr": 1}], "unknown key, known are modules, method"),
+        ([{"modules": "language", "lr": 1}], "unknown key\nknown keys: modules, method"),
     ],
 )
 def test_what_is_no_policy_is_refused(source, message: str) -> None:

@@ -30,7 +30,7 @@ def test_a_policy_with_it_is_read_and_written() -> None:
         ({"top": 3, "by": "prayer"}, r"\.protect\.by: expected one of projection, basis, penalty, got 'prayer'"),
         ({"top": 3, "weight": 2.0}, r"\.protect\.weight: by projection cannot use it"),
         ({"top": 3, "by": "penalty"}, r"\.protect\.weight: by penalty needs a number above 0, got None"),
-        ({"top": 3, "wieght": 2.0}, r"\.protect\.wieght: unknown key, did you mean 'weight'"),
+        ({"top": 3, "wieght": 2.0}, r"\.protect\.wieght: unknown key\ndid you mean 'weight'"),
     ],
 )
 def test_what_is_no_protection_is_refused(protect: Any, message: str) -> None:

@@ -108,4 +108,4 @@ def test_flags_keep_it_where_the_method_can_use_it(tiny_llava) -> None:
     assert changed["lora"][0]["protect"] == FORMS[0]
     assert "protect" not in changed["full"][0]
     with pytest.raises(PolicyError, match=r"policy\[0\]\.protect: method dora cannot use it"):
-        Policy.settle(changed["dora"], tiny_llava()[0])
+        Policy.parse_and_resolve(changed["dora"], tiny_llava()[0])

@@ -143,7 +143,7 @@ def test_faults_of_the_recipe_and_those_that_need_the_model_come_in_one_message(
     with pytest.raises(UserError) as caught:
         settings(f"--recipe {file}")
     text = str(caught.value)
-    assert text.startswith(f"6 mistakes in {file}:\n")
+    assert text.startswith(f"6 problems in {file}:\n")
     for fault in (
         ":8: train.max_stepps: unknown key",
         ":4: policy[0].alfa: unknown key",
@@ -158,7 +158,7 @@ def test_faults_of_the_recipe_and_those_that_need_the_model_come_in_one_message(
 def test_a_model_that_is_not_here_hides_no_fault_of_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(FAULTY.replace("tiny", str(tmp_path)), encoding="utf-8")
-    with pytest.raises(UserError, match="^3 mistakes in"):
+    with pytest.raises(UserError, match="^3 problems in"):
         settings(f"--recipe {file}")
     with pytest.raises(UserError, match=r"(?s)in --policy:\npolicy\[0\].rank: .*\npolicy\[1\].modules: no module"):
         resolve(parse(["--model", "tiny", "--policy", "[{modules: language, rank: 0}, {modules: x, method: full}]"]))
@@ -189,7 +189,7 @@ def test_rules_that_do_not_fit_the_model_are_told_with_their_line_before_anythin
     file = tmp_path / "recipe.yaml"
     rules = "\n".join(FAULTY.splitlines()[:3] + FAULTY.splitlines()[4:-1])
     file.write_text(f"{rules}\ndata: {{path: nowhere.json}}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"^3 mistakes in .*\n.*recipe.yaml:4: policy\[0\].modules: no module matches"):
+    with pytest.raises(UserError, match=r"^3 problems in .*\n.*recipe.yaml:4: policy\[0\].modules: no module matches"):
         train(["--recipe", str(file), "--output_dir", str(tmp_path / "run")])
     fits, too_large = (parse(["--model", "tiny", "--rank", rank]) for rank in ("2", "4000"))
     require_fit(fits, resolve(fits).recipe)

@@ -127,7 +127,7 @@ def test_every_arm_of_a_study_fits_the_network(study):
 def test_the_rules_of_every_arm_name_layers_of_the_language_model(study):
     read, base = read_study(study), meta_model(loading.config_of("smollm2"))
     if read.each is not None:
-        assert len(Policy.settle([read.each], base)) == 24  # four matrices in each of six blocks
+        assert len(Policy.parse_and_resolve([read.each], base)) == 24  # four matrices in each of six blocks
         return
     for arm in read.arms:
         assert len(Policy.parse(read.rules(arm, 1e-3)).resolve(base)) >= 90  # three matrices in each of 30 blocks

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import json
 import logging
 import os
 import re
@@ -16,7 +17,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from itertools import takewhile
+from dataclasses import asdict
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -168,12 +170,23 @@ def next_step(module: str, *words: object) -> None:
 
 
 def report(error: UserError) -> None:
-    """Write `error` to stderr: its first line after `error: `, the others aligned below."""
+    """Write `error` to stderr: its first line after `error: `, the others aligned below.
+
+    With `--format json` on the command line its problems go to stdout too, as data.
+    """
+    if _asked_for_json():
+        problems = [asdict(problem) for problem in error.problems]
+        sys.stdout.write(json.dumps({"problems": problems, "exit_code": error.exit_code}, ensure_ascii=False) + "\n")
     text = str(error)
     if text.startswith("Caught ") and "DataLoader worker" in text:
         # What a loader process raises arrives with its traceback put in front of the message.
         text = re.split(r"^[\w.]+Error: ", text, flags=re.MULTILINE)[-1].rstrip()
     sys.stderr.write(as_typed("error: " + text.replace("\n", "\n       ") + "\n"))
+
+
+def _asked_for_json() -> bool:
+    words = sys.argv[1:]
+    return "--format=json" in words or ("--format", "json") in pairwise(words)
 
 
 def _let_first_rank_speak() -> None:

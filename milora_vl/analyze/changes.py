@@ -19,7 +19,6 @@ from milora_vl.adapters.plain import PREFIX, LowRank, PlainAdapter, from_state, 
 from milora_vl.adapters.source import INITIAL_NAMES, find_source
 from milora_vl.analyze.measures import Update, moved
 from milora_vl.analyze.weights import Weights
-from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.sidecar import Sidecar, locate, read_sidecar
 from milora_vl.models.loading import load_weights
 from milora_vl.towers import canonical_names
@@ -79,25 +78,22 @@ def read_changes(folder: Path, base: Weights, *, allow_base_mismatch: bool = Fal
 
     Raises UserError where it does not fit the base, or is of a kind that no matrix is known for.
     """
-    try:
-        source = find_source(folder)
-        magnitudes: Mapping[str, Tensor] = {}
-        names = canonical_names(base.model)
-        if source.kind == "residual":
-            base = base if base.stored is None else Weights.of(_loaded(base.name), base.name)
-            adapter = import_adapter(source, base.model, base.name).adapter
-        elif source.kind == "llava":
-            adapter = in_hf_layout(read_llava(source.folder), names)
-        else:
-            if source.kind == "plain":
-                _refuse_mutating(source.folder)
-            adapter, magnitudes = _read(source.folder)
-        if adapter.sidecar is not None and source.kind != "llava":
-            adapter = _at_home(adapter, names)
-            if not allow_base_mismatch and adapter.sidecar is not None:
-                _require_base(adapter.sidecar, base)
-    except AdapterError as error:
-        raise UserError(str(error)) from None
+    source = find_source(folder)
+    magnitudes: Mapping[str, Tensor] = {}
+    names = canonical_names(base.model)
+    if source.kind == "residual":
+        base = base if base.stored is None else Weights.of(_loaded(base.name), base.name)
+        adapter = import_adapter(source, base.model, base.name).adapter
+    elif source.kind == "llava":
+        adapter = in_hf_layout(read_llava(source.folder), names)
+    else:
+        if source.kind == "plain":
+            _refuse_mutating(source.folder)
+        adapter, magnitudes = _read(source.folder)
+    if adapter.sidecar is not None and source.kind != "llava":
+        adapter = _at_home(adapter, names)
+        if not allow_base_mismatch and adapter.sidecar is not None:
+            _require_base(adapter.sidecar, base)
     changes = dict(_factors(adapter, magnitudes))
     for key, tensor in adapter.whole.items():
         path, _, leaf = key.rpartition(".")

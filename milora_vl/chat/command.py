@@ -21,7 +21,7 @@ from milora_data.images import load_image
 from milora_data.records import Turn
 from milora_data.templates import template_name
 from milora_vl.adapters.folders import holds_adapter, holds_projector_alone
-from milora_vl.recipe.schema import trained_prompts
+from milora_vl.recipe.yaml_file import trained_prompts
 
 if TYPE_CHECKING:
     from PIL import Image

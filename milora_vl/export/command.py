@@ -81,7 +81,6 @@ def export(
     from milora_vl.adapters.source import find_source
     from milora_vl.export.job import Job
     from milora_vl.lora.atomic_write import open_to_others
-    from milora_vl.lora.errors import AdapterError
     from milora_vl.models.quiet import quiet_bars
 
     form, rank = _form(to)
@@ -91,10 +90,7 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: nothing is overwritten\nsay:  --output_dir ANOTHER")
     given = [None if path is None else Path(path) for path in (residual, initial)]
-    try:
-        source = find_source(Path(folder), *given)
-    except AdapterError as error:
-        raise UserError(str(error)) from None
+    source = find_source(Path(folder), *given)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     job = Job(source, base, dtype, partial, target, vision_tower, allow_base_mismatch)
@@ -106,8 +102,6 @@ def export(
         partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
         open_to_others(partial)
         partial.rename(target)
-    except AdapterError as error:
-        raise UserError(str(error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exported(target, to, source.kind, layers, total)

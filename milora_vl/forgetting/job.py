@@ -22,7 +22,7 @@ from milora_vl.forgetting.text import sampled_batches
 from milora_vl.load import load_model
 from milora_vl.models.devices import device_named, dtype_named
 from milora_vl.models.loading import load_processor, split_processor
-from milora_vl.recipe.schema import trained_prompts
+from milora_vl.recipe.yaml_file import trained_prompts
 
 Results = dict[str, Any]
 FILE = "forgetting.json"

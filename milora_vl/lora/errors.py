@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from milora_data.errors import UserError
 
-class AdapterError(ValueError):
-    """An adapter that cannot be made, saved or loaded as asked; the message says what was found and what to do."""
+
+class AdapterError(UserError):
+    """An adapter that cannot be made, saved or loaded as asked."""
 
 
 def require_module(model: object) -> None:

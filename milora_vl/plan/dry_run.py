@@ -48,7 +48,7 @@ def show(request: Request) -> int:
         settings.require_fit(request, chosen.recipe)
     except RecipeError as error:  # without a policy there is no plan, but data and evaluation have faults of their own
         found = [error, *_missing(chosen.recipe), *_faults_of_data(chosen.recipe)]
-        raise UserError("\n".join(map(str, found))) from None
+        raise UserError(problems=[problem for e in found for problem in e.problems], source=error.source) from None
     requirements.check(chosen.recipe.train, chosen.recipe.quantization, chosen.recipe.attn_implementation)
     config = base_model.config_for(chosen.recipe)
     base = meta_model(config)
@@ -81,7 +81,7 @@ def show(request: Request) -> int:
     )  # fmt: skip
     screen.say("\n".join(costs.lines))
     if problems:
-        raise UserError("\n".join(map(str, problems)))
+        raise UserError(problems=[problem for error in problems for problem in error.problems])
     start = command(request) + ("" if recipe.data.path else _words_for_data(base))
     start += f" {costs.change}" if costs.change else ""
     if batching.num_devices > 1 and request.output_dir is None:

@@ -7,13 +7,16 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from torch import nn
 
+from milora_data.errors import Problem
 from milora_vl.policy.protect import Protect
 from milora_vl.policy.rules import FloorSigma, PolicyError, Rule, SpectralRank, Target
+
+if TYPE_CHECKING:  # torch takes a second, and reading rules needs none of it
+    from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +39,11 @@ class Policy:
             return source
         rules, problems = _read(source)
         if problems:
-            raise PolicyError("\n".join(problems))
+            raise PolicyError(problems=problems)
         return Policy(tuple(rule for rule in rules if rule is not None))
 
     @staticmethod
-    def settle(
+    def parse_and_resolve(
         source: str | Sequence[Mapping[str, Any] | Rule] | Policy,
         model: nn.Module,
         *,
@@ -55,9 +58,9 @@ class Policy:
         try:
             targets = resolve(rules, model, is_complete=not problems, cache_dir=cache_dir)
         except PolicyError as error:
-            problems.append(str(error))
+            problems += error.problems
         if problems:
-            raise PolicyError("\n".join(problems))
+            raise PolicyError(problems=problems)
         return targets
 
     def resolve(self, model: nn.Module, *, cache_dir: str | Path | None = None) -> list[Target]:
@@ -77,17 +80,17 @@ class Policy:
         return [{"modules": r.modules, **{k: _plain(v) for k, v in r.named_fields().items()}} for r in self.rules]
 
 
-def _read(source: str | Sequence[Mapping[str, Any] | Rule]) -> tuple[list[Rule | None], list[str]]:
+def _read(source: str | Sequence[Mapping[str, Any] | Rule]) -> tuple[list[Rule | None], list[Problem]]:
     """The rules, and all faults. Of a faulty rule what is right of it; None where not even `modules` is."""
     items = _load_yaml(source) if isinstance(source, str) else source
     if isinstance(items, Mapping) or not isinstance(items, Sequence) or isinstance(items, str):
-        raise PolicyError(f"policy: expected a list of rules, got {type(items).__name__}")
+        raise PolicyError(f"expected a list of rules, got {type(items).__name__}", code="policy-value", where="policy")
     rules: list[Rule | None] = []
-    problems = [] if items else ["policy: no rules, so nothing would train"]
+    problems = [] if items else [Problem("no rules, so nothing would train", "policy-empty", "policy")]
     for number, item in enumerate(items):
         rule, found = (item, []) if isinstance(item, Rule) else _parse_rule(item)
         rules.append(rule)
-        problems += [f"policy[{number}]{line}" for line in found]
+        problems += [problem.inside(f"policy[{number}]") for problem in found]
     return rules, problems
 
 
@@ -104,37 +107,38 @@ def _load_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise PolicyError(f"policy: not valid YAML: {error}") from error
+        raise PolicyError(f"not valid YAML: {error}", code="yaml-syntax", where="policy") from error
 
 
-def _parse_rule(item: object) -> tuple[Rule | None, list[str]]:
+def _parse_rule(item: object) -> tuple[Rule | None, list[Problem]]:
     if not isinstance(item, Mapping):
-        return None, [f": a rule is a mapping such as {{modules: language, method: milora}}, got {item!r}"]
+        message = f"a rule is a mapping such as {{modules: language, method: milora}}, got {item!r}"
+        return None, [Problem(message, "policy-value")]
     known = [f.name for f in dataclasses.fields(Rule)]
-    problems = [f".{key}: {_unknown(str(key), known)}" for key in item if key not in known]
+    problems = [_unknown(f".{key}", str(key), known) for key in item if key not in known]
     if "modules" not in item:
-        problems.append(".modules: missing")
+        problems.append(Problem("missing", "policy-value", ".modules"))
     fields = {key: value for key, value in item.items() if key in known}
     for name, reader in (("rank", _parse_rank), ("sigma", _parse_sigma), ("protect", _parse_protect)):
         try:
             if name in fields:
                 fields[name] = reader(fields[name])
         except PolicyError as error:
-            problems += str(error).splitlines()
+            problems += error.problems
             del fields[name]
     try:
         rule = Rule(**{"modules": "?", **fields})
     except PolicyError as error:
-        lines = str(error).splitlines()
-        problems += lines
-        wrong = {line[1:].split(":")[0].split(".")[0] for line in lines}
+        problems += error.problems
+        wrong = {problem.where.split(".")[1] for problem in error.problems}
         rule = Rule(**{"modules": "?", **{name: value for name, value in fields.items() if name not in wrong}})
     return (rule if rule.modules != "?" else None), problems
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
+def _unknown(place: str, key: str, known: Sequence[str]) -> Problem:
     near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key, did you mean {near[0]!r}?" if near else f"unknown key, known are {', '.join(known)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return Problem("unknown key", "policy-unknown-key", place, hint)
 
 
 def _parse_rank(value: Any) -> Any:
@@ -149,15 +153,17 @@ def _parse_protect(value: Any) -> Any:
         return value
     _require_known("protect", value, Protect)
     if "top" not in value:
-        raise PolicyError(".protect.top: missing: how many of the first singular directions")
+        raise PolicyError(
+            "missing: how many of the first singular directions", code="policy-protect", where=".protect.top"
+        )
     return Protect(**value)
 
 
 def _require_known(place: str, value: Mapping[str, Any], kind: type[SpectralRank] | type[Protect]) -> None:
     known = [f.name for f in dataclasses.fields(kind)]
-    problems = [f".{place}.{key}: {_unknown(str(key), known)}" for key in value if key not in known]
+    problems = [_unknown(f".{place}.{key}", str(key), known) for key in value if key not in known]
     if problems:
-        raise PolicyError("\n".join(problems))
+        raise PolicyError(problems=problems)
 
 
 def _parse_sigma(value: Any) -> Any:

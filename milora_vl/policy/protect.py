@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from milora_data.errors import Problem
+
 ProtectedBy = Literal["projection", "basis", "penalty"]
 # Those whose update can stay outside. PiSSA trains the first directions themselves, a random part may hold some, and
 # DoRA, OLoRA and MiCA change or start from them.
@@ -52,23 +54,30 @@ class Protect:
         return f"top {self.top} by {self.by}" + ("" if self.weight is None else f" {self.weight:g}")
 
 
-def protect_problems(value: Any) -> list[str]:
+def protect_problems(value: Any) -> list[Problem]:
     """What is wrong with a rule's `protect`, each with its place."""
+
+    def wrong(field: str, message: str, hint: str = "") -> Problem:
+        return Problem(message, "policy-protect", f".protect{field}", hint)
+
     if value is None:
         return []
     if not isinstance(value, Protect):
-        return [f".protect: expected a mapping such as {{top: 64}} or {{top: 64, by: basis}}, got {value!r}"]
+        return [wrong("", f"expected a mapping such as {{top: 64}} or {{top: 64, by: basis}}, got {value!r}")]
     found = []
     if isinstance(value.top, bool) or not isinstance(value.top, int) or value.top < 1:
-        found.append(f".protect.top: expected how many directions, from 1, got {value.top!r}")
+        found.append(wrong(".top", f"expected how many directions, from 1, got {value.top!r}"))
     if value.by not in get_args(ProtectedBy):
-        found.append(f".protect.by: expected one of {', '.join(get_args(ProtectedBy))}, got {value.by!r}")
+        found.append(wrong(".by", f"expected one of {', '.join(get_args(ProtectedBy))}, got {value.by!r}"))
     elif value.by != "penalty" and value.weight is not None:
-        found.append(f".protect.weight: by {value.by} cannot use it, it is for by: penalty")
+        found.append(wrong(".weight", f"by {value.by} cannot use it, it is for by: penalty"))
     elif value.by == "penalty" and not _is_positive(value.weight):
         found.append(
-            f".protect.weight: by penalty needs a number above 0, got {value.weight!r} "
-            "(1/learning rate halves what is inside at every step)"
+            wrong(
+                ".weight",
+                f"by penalty needs a number above 0, got {value.weight!r}",
+                "1/learning rate halves what is inside at every step",
+            )
         )
     return found
 

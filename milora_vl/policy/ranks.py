@@ -40,8 +40,9 @@ def share_budget(rank: SpectralRank, modules: Mapping[str, nn.Module], cache: Pa
     left = rank.budget - sum(ranks[path] * cost[path] for path in modules)
     if left < 0:
         raise PolicyError(
-            f".rank.budget: {rank.budget:,} parameters are too few, rank {rank.min} in every module takes "
-            f"{rank.budget - left:,}"
+            f"{rank.budget:,} parameters are too few, rank {rank.min} in every module takes {rank.budget - left:,}",
+            code="policy-rank",
+            where=".rank.budget",
         )
     if any(_is_meta(module) for module in modules.values()):
         equal = rank.budget // sum(cost.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -13,11 +13,26 @@ from typing import Any
 
 from torch import nn
 
+from milora_data.errors import Problem
 from milora_vl.policy.ranks import find_rank, share_budget
 from milora_vl.policy.rules import FIELDS_OF_METHOD, WHOLE_RUN_METHODS, PolicyError, Rule, SpectralRank, Target
 from milora_vl.policy.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
 from milora_vl.weights.matrices import is_adaptable, matrix_shape, why_refused
+
+
+@dataclass(frozen=True, slots=True)
+class RankTooLarge(Problem):
+    """A rank above the size of a matrix, with both numbers."""
+
+    rank: int = 0
+    largest: int = 0
+
+    @classmethod
+    def of(cls, rank: int, shape: tuple[int, int]) -> RankTooLarge:
+        """Return the problem of a rank on a matrix of this shape (out, in)."""
+        message = f"{rank} is larger than min(out, in) = {min(shape)} of shape {shape}"
+        return cls(message, "policy-rank-too-large", ".rank", rank=rank, largest=min(shape))
 
 
 @dataclass(slots=True)
@@ -55,7 +70,7 @@ def resolve(
     """
     cache = None if cache_dir is None else Path(cache_dir)
     selector = Selector(model, find_towers(model))
-    problems: list[str] = []
+    problems: list[Problem] = []
     plans = _collect(rules, selector, problems)
     if is_complete:
         problems += _without_method(plans, rules)
@@ -68,12 +83,12 @@ def resolve(
     problems += _mixed_baselines(settled)
     problems += _shared_weights(model, settled)
     if problems:
-        raise PolicyError("\n".join(dict.fromkeys(problems)))
+        raise PolicyError(problems=list(dict.fromkeys(problems)))
     _warn_of_experts(selector, settled)
     return _without_nested(settled)
 
 
-def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[str]) -> dict[str, _Plan]:
+def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[Problem]) -> dict[str, _Plan]:
     plans: dict[str, _Plan] = defaultdict(_Plan)
     for number, rule in enumerate(rules):
         if rule is None:
@@ -82,8 +97,7 @@ def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[st
             whole = rule.method in ("full", "frozen")
             paths = selector.match(rule.modules, whole_modules=whole, planned=plans.keys())
         except SelectorError as error:
-            first, *rest = str(error).splitlines()
-            problems.append("\n       ".join([f"policy[{number}].modules: {first}", *rest]))
+            problems += [problem.inside(f"policy[{number}].modules") for problem in error.problems]
             continue
         named = rule.named_fields()
         for path in paths:
@@ -91,23 +105,24 @@ def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[st
         methods = {plans[path].fields["method"] for path in paths if "method" in plans[path].fields}
         for method, name in product(sorted(methods), named):
             if name != "method" and name not in FIELDS_OF_METHOD[method]:
-                problems.append(f"policy[{number}].{name}: method {method} cannot use it")
+                place = f"policy[{number}].{name}"
+                problems.append(Problem(f"method {method} cannot use it", "policy-unused-field", place))
     return plans
 
 
-def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule | None]) -> list[str]:
+def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule | None]) -> list[Problem]:
     """Rules of which no module has a method in the end: their fields would be ignored."""
     useful = {number for plan in plans.values() if "method" in plan.fields for number in plan.rules}
     matched = {number for plan in plans.values() for number in plan.rules}
     return [
-        f'policy[{number}]: no rule gives a method to "{rule.modules}"'
+        Problem(f'no rule gives a method to "{rule.modules}"', "policy-no-method", f"policy[{number}]")
         for number, rule in enumerate(rules)
         if rule is not None and number in matched - useful
     ]
 
 
 def _share_budgets(
-    paths: list[str], plans: dict[str, _Plan], selector: Selector, problems: list[str], cache: Path | None
+    paths: list[str], plans: dict[str, _Plan], selector: Selector, problems: list[Problem], cache: Path | None
 ) -> None:
     """Replace every budget by the ranks it comes to; all modules whose rank one rule decides share that rule's."""
     sharing: dict[int, list[str]] = defaultdict(list)
@@ -120,7 +135,7 @@ def _share_budgets(
         try:
             found = share_budget(budget, {path: selector.modules[path] for path in members}, cache)
         except PolicyError as error:
-            problems.append(f"policy[{number}]{error}")
+            problems += [problem.inside(f"policy[{number}]") for problem in error.problems]
             found = dict.fromkeys(members, budget.min)
         for path, rank in found.items():
             plan = plans[path]
@@ -133,12 +148,12 @@ def _settle(
     targets: list[tuple[int, str]],
     plans: dict[str, _Plan],
     selector: Selector,
-    problems: list[str],
+    problems: list[Problem],
     is_complete: bool,
     cache: Path | None,
 ) -> list[Target]:
     """Decide rank and alpha of every target; faults are grouped per rule, as one rule may mean hundreds of modules."""
-    faults: dict[str, list[str]] = defaultdict(list)
+    faults: dict[Problem, list[str]] = defaultdict(list)
     settled = []
     for number, path in targets:
         if not is_complete and plans[path].fields["method"] != "full" and "rank" not in plans[path].fields:
@@ -146,10 +161,11 @@ def _settle(
         try:
             settled.append(_target(path, plans[path], selector, cache))
         except PolicyError as error:
-            faults[f"policy[{number}]{error}"].append(path)
-    for text, paths in faults.items():
+            for problem in error.problems:
+                faults[problem.inside(f"policy[{number}]")].append(path)
+    for problem, paths in faults.items():
         more = f" and {len(paths) - 2:,} more" if len(paths) > 2 else ""
-        problems.append(f"{text}: {', '.join(paths[:2])}{more}")
+        problems.append(replace(problem, message=f"{problem.message}: {', '.join(paths[:2])}{more}"))
     return settled
 
 
@@ -160,13 +176,13 @@ def _target(path: str, plan: _Plan, selector: Selector, cache: Path | None) -> T
         return Target(path=path, shape=shape, tower=tower, **fields)
     refused = why_refused(module, fields["method"])
     if refused is not None:
-        raise PolicyError(f".modules: no adapter on {refused}")
+        raise PolicyError(f"no adapter on {refused}", code="policy-no-adapter", where=".modules")
     shape = matrix_shape(module)
     if "rank" not in fields:
-        raise PolicyError(f".rank: method {fields['method']} needs a rank")
+        raise PolicyError(f"method {fields['method']} needs a rank", code="policy-no-rank", where=".rank")
     rank = find_rank(fields["rank"], module, cache)
     if rank > min(shape) and fields["method"] not in ("lora", "dora"):
-        raise PolicyError(f".rank: {rank} is larger than min(out, in) = {min(shape)} of shape {shape}")
+        raise PolicyError(problems=[RankTooLarge.of(rank, shape)])
     if "protect" in fields:
         rank = _outside(rank, fields, module)
     alpha = _alpha(fields, plan, rank, module, cache)
@@ -181,7 +197,9 @@ def _outside(rank: int, fields: dict[str, Any], module: nn.Module) -> int:
         return min(rank, room)  # without weights the rank is an upper bound
     if rank > room:
         raise PolicyError(
-            f".protect: top {top} and rank {rank} are more directions than the {min(shape)} of shape {shape}"
+            f"top {top} and rank {rank} are more directions than the {min(shape)} of shape {shape}",
+            code="policy-protect",
+            where=".protect",
         )
     return rank
 
@@ -199,19 +217,27 @@ def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module, ca
     return float(fields["alpha"]) * (growth**0.5 if fields.get("rslora") else growth)
 
 
-def _mixed_baselines(targets: Sequence[Target]) -> list[str]:
+def _mixed_baselines(targets: Sequence[Target]) -> list[Problem]:
     """DoRA, OLoRA and MiCA are PEFT's for all modules of an adapter."""
     methods = sorted({t.method for t in targets if t.rank is not None})
     baselines = [method for method in methods if method in WHOLE_RUN_METHODS]
     if baselines and len(methods) > 1:
         others = ", ".join(method for method in methods if method != baselines[0])
-        return [f"policy: {baselines[0]} is a baseline for a whole run, it does not mix with {others}"]
+        return [
+            Problem(
+                f"{baselines[0]} is a baseline for a whole run, it does not mix with {others}",
+                "policy-mixed-baseline",
+                "policy",
+            )
+        ]
     if baselines == ["mica"] and tuple(map(int, version("peft").split(".")[:2])) < (0, 20):
-        return [f"policy: method mica needs peft 0.20 or newer, this is {version('peft')}"]
+        return [
+            Problem(f"method mica needs peft 0.20 or newer, this is {version('peft')}", "package-version", "policy")
+        ]
     return []
 
 
-def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[str]:
+def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[Problem]:
     """Targets whose weight another module shares: stock PEFT would merge and save them wrongly.
 
     Without PEFT, where nothing but whole modules trains, the rules must only name all that have the weight.
@@ -224,8 +250,12 @@ def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[str]:
     harmful = [o for o in owners.values() if len(set(o)) > 1 and not (is_whole and set(o) <= set(paths))]
     shared = {path: others for others in harmful for path in others}
     return [
-        f"{path} shares its weight with {next(o for o in shared[path] if o != path)}: untie them before, "
-        "or leave it to no rule"
+        Problem(
+            f"shares its weight with {next(o for o in shared[path] if o != path)}",
+            "policy-tied-weight",
+            path,
+            "untie them before, or let no rule name it",
+        )
         for path in paths
         if path in shared
     ]

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from milora_data.errors import Problem, UserError
 from milora_vl.policy.protect import PROTECTING_METHODS, Protect, protect_problems
 
 if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
@@ -32,8 +33,8 @@ FIELDS_OF_METHOD |= {method: FIELDS_OF_METHOD[method] | {"protect"} for method i
 FIELDS_OF_METHOD["random"] |= {"seed"}
 
 
-class PolicyError(ValueError):
-    """One or more faults of a policy, each with its dotted place: `policy[2].rank: ...`."""
+class PolicyError(UserError):
+    """Problems of a policy, each with its dotted place: `policy[2].rank`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,7 @@ class Rule:
     def __post_init__(self) -> None:
         problems = list(_rule_problems(self))
         if problems:
-            raise PolicyError("\n".join(problems))
+            raise PolicyError(problems=problems)
 
     def named_fields(self) -> dict[str, Any]:
         """Return the fields this rule sets, without `modules`."""
@@ -133,47 +134,55 @@ def _is_count(value: object, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _rule_problems(rule: Rule) -> list[str]:
+def _rule_problems(rule: Rule) -> list[Problem]:
+    """What is wrong with the values of a rule; `where` is the field, `.rank` and the like."""
+
+    def wrong(field: str, expected: str, got: object, hint: str = "") -> Problem:
+        return Problem(f"expected {expected}, got {got!r}", "policy-value", f".{field}", hint)
+
     found = []
     if not isinstance(rule.modules, str) or not rule.modules:
-        found.append(f".modules: expected a tower, a selector or a glob, got {rule.modules!r}")
+        found.append(wrong("modules", "a tower, a selector or a glob", rule.modules))
     if rule.method is not None and rule.method not in METHODS:
-        found.append(f".method: expected one of {', '.join(METHODS)}, got {rule.method!r}")
+        found.append(wrong("method", f"one of {', '.join(METHODS)}", rule.method))
     found += _rank_problems(rule.rank)
     if rule.sigma not in (None, "keep", "none") and not (
         isinstance(rule.sigma, FloorSigma) and _is_number(rule.sigma.floor) and 0 < rule.sigma.floor <= 1
     ):
-        found.append(f".sigma: expected keep, none or {{floor: share of the median, up to 1}}, got {rule.sigma!r}")
+        found.append(wrong("sigma", "keep, none or {floor: share of the median, up to 1}", rule.sigma))
     if rule.seed is not None and not (_is_count(rule.seed, least=0) and rule.seed < 2**32):
-        found.append(f".seed: expected a whole number from 0, below 2**32, got {rule.seed!r}")
+        found.append(wrong("seed", "a whole number from 0, below 2**32", rule.seed))
     found += protect_problems(rule.protect)
     if rule.rslora not in (None, True, False):
-        found.append(f".rslora: expected true or false, got {rule.rslora!r}")
+        found.append(wrong("rslora", "true or false", rule.rslora))
     limits = {"alpha": (0, None), "dropout": (None, 1), "learning_rate": (0, None), "weight_decay": (None, None)}
     for name, (above, below) in limits.items():
         value = getattr(rule, name)
         if value is None:
             continue
-        text = f"a number {'above 0' if above == 0 else 'from 0'}" + (f", below {below}" if below else "")
         if not _is_number(value) or value < 0 or (above == 0 and value == 0) or (below is not None and value >= below):
-            hint = " (YAML reads 2e-4 as text: write 2.0e-4)" if isinstance(value, str) else ""
-            found.append(f".{name}: expected {text}, got {value!r}{hint}")
+            text = f"a number {'above 0' if above == 0 else 'from 0'}" + (f", below {below}" if below else "")
+            hint = "YAML reads 2e-4 as text: write 2.0e-4" if isinstance(value, str) else ""
+            found.append(wrong(name, text, value, hint))
     return found
 
 
-def _rank_problems(rank: Any) -> list[str]:
+def _rank_problems(rank: Any) -> list[Problem]:
+    def wrong(message: str, field: str = ".rank") -> Problem:
+        return Problem(message, "policy-rank", field)
+
     if rank is None or _is_count(rank):
         return []
     if not isinstance(rank, SpectralRank):
-        return [f".rank: expected a positive integer, {{energy: x}}, {{threshold: x}} or {{budget: N}}, got {rank!r}"]
+        return [wrong(f"expected a positive integer, {{energy: x}}, {{threshold: x}} or {{budget: N}}, got {rank!r}")]
     found = []
     shares = [value for value in (rank.energy, rank.threshold) if value is not None]
     if len(shares) + (rank.budget is not None) != 1:
-        found.append(".rank: give exactly one of energy, threshold and budget")
+        found.append(wrong("give exactly one of energy, threshold and budget"))
     if rank.budget is not None and not _is_count(rank.budget):
-        found.append(f".rank.budget: expected a number of parameters, got {rank.budget!r}")
+        found.append(wrong(f"expected a number of parameters, got {rank.budget!r}", ".rank.budget"))
     if any(not _is_number(value) or not 0 < value <= 1 for value in shares):
-        found.append(f".rank: energy and threshold are shares above 0, at most 1, got {shares}")
+        found.append(wrong(f"energy and threshold are shares above 0, at most 1, got {shares}"))
     if not _is_count(rank.min) or not (rank.max is None or (_is_count(rank.max) and rank.max >= rank.min)):
-        found.append(f".rank: min and max are integers from 1 with min <= max, got min {rank.min}, max {rank.max}")
+        found.append(wrong(f"min and max are integers from 1 with min <= max, got min {rank.min}, max {rank.max}"))
     return found

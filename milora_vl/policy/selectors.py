@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from milora_vl.policy.rules import PolicyError
 from milora_vl.towers import TOWERS, Towers, output_head
 from milora_vl.weights.matrices import is_adaptable, is_linear
 
@@ -24,8 +25,8 @@ _TOWER_SELECTOR = re.compile(
 )
 
 
-class SelectorError(ValueError):
-    """A `modules` text that means nothing in this model; the message says what would."""
+class SelectorError(PolicyError):
+    """A `modules` text that matches nothing in this model; the hint says what would."""
 
 
 class Selector:
@@ -52,7 +53,9 @@ class Selector:
             named = [path for path in self.modules if fnmatchcase(path, text)]
             found = [path for path in named if path in planned or self._counts(path, whole_modules)]
         if not found:
-            raise SelectorError(self._explain(text, whole_modules))
+            raise SelectorError(
+                f'no module matches "{text}"', code="policy-no-match", hint=self._hint(text, whole_modules)
+            )
         return found
 
     def experts(self) -> list[str]:
@@ -71,7 +74,11 @@ class Selector:
         first, last = int(selector["first"]), int(selector["last"] or selector["first"])
         blocks = self._blocks(str(selector["tower"]))
         if not first <= last < max(blocks.values(), default=0):
-            raise SelectorError(f"no layers [{first}-{last}] in {selector['tower']}\nits blocks are {_listed(blocks)}")
+            raise SelectorError(
+                f"no layers [{first}-{last}] in {selector['tower']}",
+                code="policy-no-match",
+                hint=f"its blocks are {_listed(blocks)}",
+            )
 
     def _blocks(self, tower: str) -> dict[str, int]:
         """The lists of blocks of a tower, with their lengths; an encoder and a decoder are two."""
@@ -106,8 +113,9 @@ class Selector:
             return False
         return tower not in self.towers.stacks or self.towers.block_of(path) is not None
 
-    def _explain(self, text: str, whole_modules: bool) -> str:
-        lines = [f'no module matches "{text}"']
+    def _hint(self, text: str, whole_modules: bool) -> str:
+        """Say why nothing matches, and what would."""
+        lines = []
         if not whole_modules and any(fnmatchcase(p, text) for p in self.modules):
             kinds = sorted({type(m).__name__ for p, m in self.modules.items() if fnmatchcase(p, text)})
             lines.append(f"it names modules of kind {', '.join(kinds[:4])}: no layer an adapter can sit on")

@@ -5,17 +5,17 @@ No weights are loaded.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
 
-from milora_data.errors import UserError
+from milora_data.errors import Problem, UserError
 from milora_vl.models.image_tokens import tiling_of
 from milora_vl.models.loading import meta_model, split_processor
 from milora_vl.models.quantized import is_quantized
 from milora_vl.policy import Policy, PolicyError, Target
+from milora_vl.policy.resolve import RankTooLarge
 from milora_vl.recipe.schema import Recipe
 from milora_vl.towers import find_towers
 
@@ -33,7 +33,8 @@ def targets_of(recipe: Recipe, base: nn.Module) -> list[Target]:
     try:
         return Policy.parse(recipe.policy or []).resolve(base, cache_dir=recipe.factor_cache)
     except PolicyError as error:
-        raise UserError(f"{error}\nsee: python -m milora_vl.train --model {recipe.model} --dry-run") from None
+        see = Problem(f"see: python -m milora_vl.train --model {recipe.model} --dry-run", "policy-see")
+        raise UserError(problems=[*error.problems, see]) from None
 
 
 def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]:
@@ -57,43 +58,39 @@ def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]
     ]
 
 
-def faults_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bool = False) -> list[str]:
-    """Return what `rules` say wrongly of the model of that config, each `policy[1].rank: ...`.
+def problems_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bool = False) -> list[Problem]:
+    """Return what is wrong with `rules` on the model of that config, each at `policy[1].rank` or the like.
 
-    Faults of the rules themselves are among them. None where the config makes no model.
-    `implicit`: the rules are our default, whose projector rule goes where there is a projector.
+    Problems of the rules themselves are among them; none where the config makes no model.
+    `implicit`: the rules are our default, whose projector rule applies where there is a projector.
     """
     try:
         base = meta_model(config)
         if implicit and find_towers(base).projector is None:
             rules = [rule for rule in rules if rule["modules"] != "projector"]
-        Policy.settle(rules, base)
+        Policy.parse_and_resolve(rules, base)
     except PolicyError as error:
-        return re.split(r"\n(?! )", str(error))
+        return list(error.problems)
     except (UserError, ValueError):
         return []
     return []
 
 
-def of_default_rank(faults: Sequence[str]) -> list[str]:
-    """Return the same faults, those of a rank that nobody gave as one with the flag that mends it.
-
-    >>> of_default_rank(["policy[0].rank: 128 is larger than min(out, in) = 64 of shape (64, 64): a, b"])
-    ['the default rank 128 is too large for this model, which has matrices of rank 64\\nsay:  --rank 64, or less']
-    """
-    pattern = re.compile(r"policy\[\d+\]\.rank: (\d+) is larger than min\(out, in\) = (\d+) ")
-    large = {fault: match for fault in faults if (match := pattern.match(fault))}
+def of_default_rank(problems: Sequence[Problem]) -> list[Problem]:
+    """Return the same problems; those of a rank that nobody gave become one, with the flag that fixes it."""
+    large = [problem for problem in problems if isinstance(problem, RankTooLarge)]
     if not large:
-        return list(faults)
-    default, most = next(iter(large.values()))[1], min(int(match[2]) for match in large.values())
-    told = f"the default rank {default} is too large for this model, which has matrices of rank {most}"
-    return [*(fault for fault in faults if fault not in large), f"{told}\nsay:  --rank {most}, or less"]
+        return list(problems)
+    most = min(problem.largest for problem in large)
+    message = f"the default rank {large[0].rank} is too large for this model, which has matrices of rank {most}"
+    fix = Problem(message, large[0].code, hint=f"say:  --rank {most}, or less")
+    return [*(problem for problem in problems if problem not in large), fix]
 
 
 def require_float_weights(recipe: Recipe, config: Any) -> None:
     """UserError for a rule that trains a quantised weight itself: integers have no gradient."""
     base = meta_model(config)
-    targets = Policy.settle(rules_for(recipe, base, implicit=True).policy or [], base)
+    targets = Policy.parse_and_resolve(rules_for(recipe, base, implicit=True).policy or [], base)
     packed = [t.path for t in targets if t.rank is None and is_quantized(t.path, base.get_submodule(t.path))]
     if packed:
         raise UserError(

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -20,25 +20,23 @@ from pydantic import (
 )
 
 from milora_data.command import suggest
-from milora_data.errors import UserError
+from milora_data.errors import Problem, UserError
 from milora_data.templates import template_name
 from milora_vl.policy import Policy, PolicyError
 from milora_vl.recipe import hf_arguments, yaml_file
-
-if TYPE_CHECKING:
-    from milora_data.pixels import AspectRatio
 
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
 
 
 class RecipeError(UserError):
-    """All mistakes of a recipe together, each with file, line and dotted path."""
+    """All problems of a recipe together, each with file, line and dotted path.
 
-    def __init__(self, source: str, problems: Iterable[str]) -> None:
-        self.source, self.problems = source, list(problems)
-        more = f"{len(self.problems)} mistakes in {source}:\n" if len(self.problems) > 1 else ""
-        shown = [problem.removeprefix(f"{source}: ") for problem in self.problems] if more else self.problems
-        super().__init__(more + "\n".join(shown))
+    `problems` as given have their dotted paths alone; `source` and `lines` (by dotted path) complete them.
+    """
+
+    def __init__(self, source: str, problems: Iterable[Problem], lines: Mapping[str, int] | None = None) -> None:
+        self.source, self.dotted = source, tuple(problems)
+        super().__init__(problems=located(self.dotted, source, lines or {}), source=source)
 
 
 class Strict(BaseModel):
@@ -157,12 +155,12 @@ class Recipe(Strict):
         try:
             recipe = cls.model_validate({**content, "train": {}})
         except ValidationError as error:
-            problems += [(_dotted(e["loc"]), _explain(e)) for e in error.errors()]
+            problems += [_explain(e) for e in error.errors()]
             recipe = None
         if recipe is not None:
             problems += data_problems(recipe.data, train)
         if recipe is None or problems:
-            raise RecipeError(source, [located(source, lines or {}, path, text) for path, text in problems])
+            raise RecipeError(source, problems, lines)
         return recipe.model_copy(update={"train": train})
 
     def to_yaml(self) -> str:
@@ -172,64 +170,67 @@ class Recipe(Strict):
         )
 
 
-def train_section(section: Any) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The `train:` mapping with newest names and right types, and its mistakes as (dotted path, text)."""
+def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
+    """The `train:` mapping with the newest names and the right types, and its problems."""
     if section is not None and not isinstance(section, Mapping):
-        return {}, [("train", f"expected a mapping of TrainingArguments, got {section!r}")]
+        return {}, [Problem(f"expected a mapping of TrainingArguments, got {section!r}", "recipe-value", "train")]
     train: dict[str, Any] = {**TRAIN_DEFAULTS}
-    problems: list[tuple[str, str]] = []
+    problems: list[Problem] = []
     said: dict[str, Any] = {}
     for name, value in (section or {}).items():
         path = f"train.{name}"
         if name not in hf_arguments.flags():
-            problems.append((path, "unknown key" + _did_you_mean(str(name), hf_arguments.flags())))
+            problems.append(_unknown_key(path, str(name), hf_arguments.flags()))
             continue
         try:
             pair = hf_arguments.canonical(name, hf_arguments.coerce(name, value))
         except ValueError as error:
-            problems.append((path, str(error)))
+            problems.append(Problem(str(error), "recipe-value", path))
             continue
         if pair is None:
             continue
         if pair[0] in hf_arguments.REFUSED:
-            problems.append((path, str(hf_arguments.REFUSED[pair[0]])))
+            problems.append(Problem(str(hf_arguments.REFUSED[pair[0]]), "recipe-refused", path))
         elif said.get(pair[0], pair[1]) != pair[1]:
-            problems.append((path, f"contradicts {pair[0]}: {said[pair[0]]!r}; they are the same setting"))
+            contradiction = f"contradicts {pair[0]}: {said[pair[0]]!r}; they are the same setting"
+            problems.append(Problem(contradiction, "recipe-contradiction", path))
         else:
             train[pair[0]] = said[pair[0]] = pair[1]
     return train, problems
 
 
-def data_problems(data: DataConfig, train: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What does not go together with the way the records are read, as (dotted path, text)."""
+def data_problems(data: DataConfig, train: Mapping[str, Any]) -> list[Problem]:
+    """Settings that do not work with streamed records."""
     if not data.streaming:
         return []
     found = []
     if train.get("max_steps", -1) < 1:
-        found.append(("data.streaming", "a stream has no end that is known: say train.max_steps (--max_steps N)"))
+        found.append(_streaming("data.streaming", "a stream has no known end", "set train.max_steps, or --max_steps N"))
     if data.packing:
-        found.append(("data.packing", "needs the lengths of all records, which data.streaming does not read"))
+        found.append(_streaming("data.packing", "needs the lengths of all records, which data.streaming does not read"))
     if train.get("train_sampling_strategy") == "group_by_length":
-        found.append(
-            ("train.train_sampling_strategy", "group_by_length needs all records, which data.streaming does not read")
-        )
+        message = "group_by_length needs all records, which data.streaming does not read"
+        found.append(_streaming("train.train_sampling_strategy", message))
     if data.feature_cache is not None:
-        found.append(("data.feature_cache", "needs all pictures beforehand, which data.streaming does not read"))
+        message = "needs all pictures beforehand, which data.streaming does not read"
+        found.append(_streaming("data.feature_cache", message))
     if data.limit is not None:
-        found.append(("data.limit", "has no meaning with data.streaming; train.max_steps ends the run"))
+        found.append(_streaming("data.limit", "has no meaning with data.streaming; train.max_steps ends the run"))
     return found
 
 
-def policy_problems(rules: Any) -> list[tuple[str, str]]:
-    """The mistakes of a recipe's rules that show without a model, as (dotted path, text)."""
+def _streaming(path: str, message: str, hint: str = "") -> Problem:
+    return Problem(message, "recipe-streaming", path, hint)
+
+
+def policy_problems(rules: Any) -> list[Problem]:
+    """Problems of a recipe's rules that show without a model."""
     if rules is None or not isinstance(rules, list):  # the latter is reported with the other types
         return []
-
     try:
         Policy.parse(rules)
     except PolicyError as error:
-        pairs = [line.partition(": ") for line in str(error).splitlines()]
-        return [(path, text) for path, _, text in pairs]
+        return list(error.problems)
     return []
 
 
@@ -246,41 +247,39 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
     return path
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any) -> Problem:
+    """A finding of pydantic in our words."""
+    path = _dotted(error["loc"])
     if error["type"] == "extra_forbidden":
         model: Any = Recipe
         for part in error["loc"][:-1]:
             model = model.model_fields[part].annotation
-        return "unknown key" + _did_you_mean(str(error["loc"][-1]), model.model_fields)
+        return _unknown_key(path, str(error["loc"][-1]), model.model_fields)
     if error["type"] == "literal_error":
         words = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         near = suggest(str(error["input"]), words)
-        hint = f"; did you mean {near[0]} ?" if near else ""
-        return f"expected one of {', '.join(words)}, got {error['input']!r}{hint}"
-    text = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
-    return text if error["type"] == "value_error" else f"{text}, got {error['input']!r}"
+        message = f"expected one of {', '.join(words)}, got {error['input']!r}"
+        return Problem(message, "recipe-value", path, f"did you mean {near[0]} ?" if near else "")
+    if error["type"] == "value_error":  # raised by a validator of ours
+        return Problem(str(error["ctx"]["error"]), "recipe-value", path)
+    return Problem(f"{error['msg']}, got {error['input']!r}", "recipe-value", path)
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
+def _unknown_key(path: str, word: str, known: Iterable[str]) -> Problem:
     known = list(known)
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return f"; known: {', '.join(known)}" if len(known) < 15 else "; any TrainingArguments of transformers is known"
+        hint = f"did you mean {' or '.join(near)}?"
+    else:
+        few = len(known) < 15
+        hint = f"known keys: {', '.join(known)}" if few else "known keys: the TrainingArguments of transformers"
+    return Problem("unknown key", "recipe-unknown-key", path, hint)
 
 
-def located(source: str, lines: Mapping[str, int], path: str, text: str) -> str:
-    """Return one mistake with its file, line and dotted path."""
-    line = f":{lines[path]}" if path in lines else ""
-    return f"{source}{line}: {path}: {text}"
-
-
-def trained_prompts(folder: Path) -> tuple[str, AspectRatio]:
-    """Return the template, and what is done to pictures, that a run was trained with, by its recipe.yaml.
-
-    `folder` is the run's or that of a checkpoint in it; vicuna_v1 and pad, LLaVA-1.5's, where nothing says so. Raises
-    UserError for a recipe that cannot be read.
-    """
-    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
-    recipe = {} if file is None else yaml_file.read_file(file)[0]
-    return recipe.get("template") or "vicuna_v1", (recipe.get("data") or {}).get("image_aspect_ratio") or "pad"
+def located(problems: Iterable[Problem], source: str, lines: Mapping[str, int]) -> list[Problem]:
+    """Return the problems with file and line in front of their dotted paths."""
+    found = []
+    for problem in problems:
+        line = f":{lines[problem.where]}" if problem.where in lines else ""
+        found.append(problem.inside(f"{source}{line}: ") if problem.where else problem)
+    return found

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import llava_recipes
 from milora_data.command import suggest
-from milora_data.errors import UserError
+from milora_data.errors import Problem, UserError
 from milora_vl import checkpoints
 from milora_vl.models import loading
 from milora_vl.models.devices import fastest_dtype, train_device
@@ -18,7 +18,7 @@ from milora_vl.models.names import UnknownModelError
 from milora_vl.recipe import base_model, llava_flags, protection, yaml_file
 from milora_vl.recipe.arguments import PROG, Request
 from milora_vl.recipe.hf_arguments import overridden
-from milora_vl.recipe.on_model import faults_on, of_default_rank, require_float_weights
+from milora_vl.recipe.on_model import of_default_rank, problems_on, require_float_weights
 from milora_vl.recipe.policy_edits import ADAPTERS, edited
 from milora_vl.recipe.schema import Recipe, RecipeError, located, policy_problems
 
@@ -42,9 +42,11 @@ def resolve(request: Request) -> Settings:
     try:
         return _resolve(request)
     except RecipeError as error:
-        more = _faults_of_flags(request) | faults_on_model(request, _config_named(request))
-        new = [text for fault, text in more.items() if not any(fault in problem for problem in error.problems)]
-        raise RecipeError(error.source, [*error.problems, *new]) from None
+        source, lines, found = problems_on_model(request, _config_named(request))
+        known = set(error.dotted)
+        new = located([p for p in found if p not in known], source, lines)
+        new += located([p for p in _problems_of_flags(request) if p not in known], "the command line", {})
+        raise UserError(problems=[*error.problems, *new], source=error.source) from None
 
 
 def require_fit(request: Request, recipe: Recipe) -> None:
@@ -59,9 +61,9 @@ def require_fit(request: Request, recipe: Recipe) -> None:
         raise
     except UserError:
         return  # loading it says why
-    found = faults_on_model(request, config)
+    source, lines, found = problems_on_model(request, config)
     if found:
-        raise RecipeError(_rules_of(request)[1], found.values())
+        raise RecipeError(source, found, lines)
     protection.check(recipe)
     if recipe.quantization != "none":
         require_float_weights(recipe, config)
@@ -81,28 +83,25 @@ def _config_named(request: Request) -> Any:
     return None if is_part else config  # what is composed of parts has no config of its own yet
 
 
-def faults_on_model(request: Request, config: Any) -> dict[str, str]:
-    """What the rules, as the flags leave them, say wrongly of the model of that config; and that with its file."""
+def problems_on_model(request: Request, config: Any) -> tuple[str, dict[str, int], list[Problem]]:
+    """What is wrong with the rules, as the flags leave them, on the model of that config.
 
-    if config is None:
-        return {}
+    Returns the source of the rules and the lines in it too.
+    """
     given, source, lines = _rules_of(request)
-    if not (given is None or (isinstance(given, list) and all(isinstance(rule, Mapping) for rule in given))):
-        return {}  # a fault of the recipe, told already
+    is_list = isinstance(given, list) and all(isinstance(rule, Mapping) for rule in given)
+    if config is None or not (given is None or is_list):  # the latter is a problem of the recipe itself
+        return source, {}, []
     try:
         rules = edited(given, request.edits)
     except UserError as error:
-        return {str(error): str(error)}
+        return source, {}, list(error.problems)
     if given is None or len(rules) != len(given):
         lines = {}
-    found = faults_on(rules, config, implicit=given is None)
+    found = problems_on(rules, config, implicit=given is None)
     if given is None and request.edits.rank is None:
         found = of_default_rank(found)
-    prefix = "" if given is None else f"{source}: "  # nobody typed our default
-    return {
-        fault: located(source, lines, *fault.split(": ", 1)) if fault.startswith("policy[") else prefix + fault
-        for fault in found
-    }
+    return source, lines, found
 
 
 def _rules_of(request: Request) -> tuple[Any, str, dict[str, int]]:
@@ -116,13 +115,13 @@ def _rules_of(request: Request) -> tuple[Any, str, dict[str, int]]:
     return content.get("policy"), source, lines
 
 
-def _faults_of_flags(request: Request) -> dict[str, str]:
-    """What the flags say wrongly by themselves: the recipe's own faults come first, and would hide it."""
+def _problems_of_flags(request: Request) -> Sequence[Problem]:
+    """What is wrong with the flags by themselves: the recipe's own problems come first, and would hide it."""
     try:
         Recipe.parse(request.overrides, "the command line")
     except RecipeError as error:
-        return {problem.removeprefix("the command line: "): problem for problem in error.problems}
-    return {}
+        return error.dotted
+    return []
 
 
 def _resolve(request: Request) -> Settings:
@@ -214,7 +213,7 @@ def _given_policy(text: str) -> list[dict[str, Any]]:
     rules, source = _read_policy(text)
     problems = policy_problems(rules)
     if problems:
-        raise RecipeError(source, [f"{source}: {path}: {text}" for path, text in problems])
+        raise RecipeError(source, problems)
     return rules
 
 

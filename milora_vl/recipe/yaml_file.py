@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from milora_data.errors import UserError
+
+if TYPE_CHECKING:
+    from milora_data.pixels import AspectRatio
 
 FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 
@@ -74,3 +77,14 @@ def _walk(node: yaml.Node, path: str, lines: dict[str, int], source: str) -> Non
         for i, value in enumerate(node.value):
             lines[f"{path}[{i}]"] = value.start_mark.line + 1
             _walk(value, f"{path}[{i}]", lines, source)
+
+
+def trained_prompts(folder: Path) -> tuple[str, AspectRatio]:
+    """Return the template, and what is done to pictures, that a run was trained with, by its recipe.yaml.
+
+    `folder` is the run's or that of a checkpoint in it; vicuna_v1 and pad, LLaVA-1.5's, where nothing says so. Raises
+    UserError for a recipe that cannot be read.
+    """
+    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
+    recipe = {} if file is None else read_file(file)[0]
+    return recipe.get("template") or "vicuna_v1", (recipe.get("data") or {}).get("image_aspect_ratio") or "pad"

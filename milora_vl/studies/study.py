@@ -75,7 +75,7 @@ class Study(Strict):
         """Return the study with an arm for every module that `each` names; PolicyError where it names none."""
         if self.each is None:
             return self
-        targets = Policy.settle([self.each], model)
+        targets = Policy.parse_and_resolve([self.each], model)
         arms = {target.path: {"policy": [*self.policy, self.each | {"modules": target.path}]} for target in targets}
         return self.model_copy(update={"arms": self.arms | arms, "each": None})
 

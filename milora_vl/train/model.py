@@ -13,9 +13,8 @@ from torch import nn
 from milora_data.errors import UserError
 from milora_vl.adapter import apply_targets
 from milora_vl.adapter_io import load_adapter
-from milora_vl.initialize import LayerReport, WeightError
+from milora_vl.initialize import LayerReport
 from milora_vl.load import load_model
-from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.sidecar import FILE_NAME
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import quantization_config
@@ -91,13 +90,10 @@ def build(
     if checkpoint is not None:
         _require_same_kind(checkpoint, saves)
     frozen: list[str] = [tower for tower in TOWERS if _has(base, tower) and tower not in {t.tower for t in targets}]
-    try:
-        if saves == "adapter" and checkpoint is not None:
-            model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
-        else:
-            model = apply_targets(base, targets, form=recipe.form, cache_dir=recipe.factor_cache, progress=True)
-    except (AdapterError, WeightError) as error:
-        raise UserError(str(error)) from None
+    if saves == "adapter" and checkpoint is not None:
+        model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
+    else:
+        model = apply_targets(base, targets, form=recipe.form, cache_dir=recipe.factor_cache, progress=True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

@@ -6,8 +6,8 @@ Formulas are read by sympy's parse_expr, as in the paper's environment (no LaTeX
 It would execute a model's output: only a small alphabet reaches it, names mean symbols or a few functions, and after
 ten seconds two formulas are not equal.
 
-Answers as text are rewritten as in MetaMath's util.py, by which two spellings of LaTeX become one. A text that it cannot
-rewrite raises ValueError there and here; the scorer has its own rule for that.
+Answers as text are rewritten as in MetaMath's util.py, by which two spellings of LaTeX become one. A text that it
+cannot rewrite raises ValueError there and here; the scorer has its own rule for that.
 """
 
 from __future__ import annotations
