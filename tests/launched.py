@@ -22,15 +22,16 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from milora_vl.train import main
-from milora_vl.train import build, losses
+from milora_vl import losses
+from milora_vl.train import model
 
-load_base = build.load_base
+load_base = model.load_base
 def load(*arguments):
     base, processor = load_base(*arguments)
     whole = sum(p.numel() for p in base.parameters())
     print(f"WHOLE {os.environ['RANK']} {whole}", flush=True)
     return base, processor
-build.load_base = load
+model.load_base = load
 losses.CHUNK = int(sys.argv[2])
 
 for line in json.loads(Path(sys.argv[1]).read_text()):

@@ -28,8 +28,9 @@ def test_every_module_with_a_command_is_listed() -> None:
     files = [*folder.glob("[a-z]*.py"), *folder.glob("*/[_a-z]*.py")]
     names = {path: ".".join(path.relative_to(folder.parent).with_suffix("").parts) for path in files}
     commands = {name for path, name in names.items() if "run(main)" in path.read_text("utf-8")}
-    assert "milora_vl.train" in commands
-    assert commands <= set(MENU.modules.values())
+    assert "milora_vl.train.__main__" in commands
+    listed = {name.removesuffix(".__main__") for name in MENU.modules.values()}
+    assert {name.removesuffix(".__main__") for name in commands} <= listed
 
 
 def test_the_console_script_is_installed() -> None:

@@ -16,7 +16,7 @@ PACKAGES = ("milora_vl", "llava_recipes", "data_tools/milora_data", "eval/milora
 
 # `path:function` -> why its **kwargs is no sink: the signature is someone else's, and everything is passed on.
 FOREIGN_SIGNATURES: dict[str, str] = {
-    "milora_vl/models.py:_read": "from_pretrained's keywords, passed on to it",
+    "milora_vl/models/hub.py:_read": "from_pretrained's keywords, passed on to it",
     "milora_vl/integrations/llava.py:_ignoring_arguments.<locals>.call": "Trainer passes what LLaVA's does not take",
     "milora_vl/integrations/llava.py:_tokenizer_argument.<locals>.initialise": "Trainer's constructor",
     "milora_vl/integrations/replace.py:_loader.<locals>.from_pretrained": "PeftModel's method",
@@ -26,7 +26,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/models/timm_tower.py:TimmTower.forward": "LLaVA passes every vision tower the same keywords",
     "milora_vl/models/timm_tower.py:TimmTowerConfig.__init__": "PretrainedConfig's constructor",
     "milora_vl/train/forgetting.py:ForgettingCallback.on_step_end": "TrainerCallback's hook",
-    "milora_vl/models.py:read_pretrained": "from_pretrained's keywords, passed on to it",
+    "milora_vl/models/hub.py:read_pretrained": "from_pretrained's keywords, passed on to it",
     "milora_vl/train/progress.py:Bars.on_log": "TrainerCallback's hook",
     "milora_vl/train/progress.py:Bars.on_train_begin": "TrainerCallback's hook",
     "milora_vl/train/progress.py:Lines.on_log": "TrainerCallback's hook",
