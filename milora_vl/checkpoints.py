@@ -16,6 +16,19 @@ from typing import Any
 
 # Weight files of a checkpoint; the adapter comes first.
 WEIGHTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
+SET_ASIDE = "incomplete-"
+# Files that only a resumed run needs.
+NO_RESULT = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "latest",
+    "zero_to_*.py",
+    "trainer_state.json",
+)
+SHARDS = "global_step*/*_optim_states.pt"
+SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # only with ZeRO-3
 
 
 def step_of(folder: Path) -> int:
@@ -42,23 +55,6 @@ def newest_checkpoint(run: Path) -> Path | None:
 def holds_weights(folder: Path) -> bool:
     """Return whether a folder holds an adapter, a projector or a model."""
     return any((folder / name).is_file() for name in WEIGHTS)
-
-
-__all__ = ["WEIGHTS", "checkpoints", "step_of"]
-
-SET_ASIDE = "incomplete-"
-# Files that only a resumed run needs.
-NO_RESULT = (
-    "optimizer.pt",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*.pth",
-    "latest",
-    "zero_to_*.py",
-    "trainer_state.json",
-)
-SHARDS = "global_step*/*_optim_states.pt"
-SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # only with ZeRO-3
 
 
 def why_incomplete(folder: Path) -> str | None:

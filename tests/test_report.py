@@ -229,6 +229,23 @@ def test_an_evaluation_on_data_of_ones_own_is_repeated_by_its_file(run: Path) ->
     assert "--suite" not in commands(read_run(run)).evaluate
 
 
+def test_commands_of_an_unfinished_run_use_its_newest_checkpoint(run: Path) -> None:
+    newest = run / "checkpoint-10"
+    for folder in (run / "checkpoint-9", newest):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").touch()
+    (run / "checkpoint-11").mkdir()  # killed while it was written
+    (run / "adapter_model.safetensors").unlink(missing_ok=True)
+    typed = commands(read_run(run))
+    for command in (typed.chat, typed.evaluate, typed.forgetting):
+        assert f"--model smol-llava --adapter {newest}" in command
+    assert typed.analyze.endswith(str(newest))
+    assert f"--output_dir {run}" in typed.evaluate.replace(str(newest), "")
+    (run / "adapter_model.safetensors").touch()
+    assert f"--adapter {run} " in commands(read_run(run)).chat
+
+
 def test_commands_fit_what_the_run_saved(run: Path) -> None:
     assert f"--model smol-llava --adapter {run}" in commands(read_run(run)).chat
     (run / "config.json").write_text("{}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from milora_data.command.cli import command_line
 from milora_vl.adapter_folders import holds_text_model
+from milora_vl.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.report.run_page import Run
 
 
@@ -36,7 +37,7 @@ def commands(run: Run) -> Commands:
         repeat=command_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),
         evaluate=command_line("milora_eval", "run", *model, *base, *_suite(run), *where),
         forgetting=command_line("milora_vl.forgetting", *model, *base),
-        analyze=command_line("milora_vl.analyze", run.folder, *base),
+        analyze=command_line("milora_vl.analyze", _weights(run), *base),
         chat=command_line("milora_vl.chat", *model, *_question(run)),
         report=command_line("milora_vl.report", run.folder),
     )
@@ -64,15 +65,21 @@ def _as_typed(argv: Sequence[str]) -> str:
     return shlex.join(argv)
 
 
+def _weights(run: Run) -> Path:
+    """Return the folder of the weights: the run's own, or its newest checkpoint while the run is unfinished."""
+    return run.folder if holds_weights(run.folder) else newest_checkpoint(run.folder) or run.folder
+
+
 def _model(run: Run) -> tuple[list[str | Path], list[str | Path]]:
     """Return the flags that load the model of this run, and the flags for its base model if that is a separate model.
 
     A full fine-tuning is a complete model; an adapter or projector also needs its base model.
     """
     base = str(run.environment.get("model") or run.recipe.get("model") or "MODEL")
-    if (run.folder / "config.json").is_file() and not (run.folder / "adapter_config.json").is_file():
-        return ["--model", run.folder], ["--base", base]
-    return ["--model", base, "--adapter", run.folder], []
+    weights = _weights(run)
+    if (weights / "config.json").is_file() and not (weights / "adapter_config.json").is_file():
+        return ["--model", weights], ["--base", base]
+    return ["--model", base, "--adapter", weights], []
 
 
 def _suite(run: Run) -> list[str | Path]:
@@ -113,7 +120,7 @@ def _settings(run: Run) -> list[str | Path]:
 
 
 def _question(run: Run) -> list[str | Path]:
-    return ["QUESTION"] if holds_text_model(run.folder) else ["--image", _picture(run), "What is this?"]
+    return ["QUESTION"] if holds_text_model(_weights(run)) else ["--image", _picture(run), "What is this?"]
 
 
 def _picture(run: Run) -> str | Path:
