@@ -176,7 +176,7 @@ def test_fix_writes_the_usable_records_repaired(
         main([*arguments, "--fix", str(out)])
 
 
-@pytest.mark.parametrize("blank", ["", " \n\t"])
+@pytest.mark.parametrize("blank", ["", " \n\t", "\u00a0\u200b"])
 def test_fix_drops_records_whose_answers_are_all_blank(
     blank: str, write: Callable[..., Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,8 @@ ROLES: dict[str, Role] = {
 CHARACTERS_PER_TOKEN = 4
 IMAGE = "<image>"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+# Characters without a width that are no white space to Python: zero-width space and joiners, word joiner, BOM.
+_ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 KNOWN_KEYS = ("id", "image", "images", "conversations")
 
 
@@ -41,6 +43,15 @@ class Turn:
 
     role: Role
     text: str
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether the text shows nothing: only `<image>`, white space and zero-width characters.
+
+        >>> Turn("assistant", " \u00a0\u200b").is_blank
+        True
+        """
+        return not self.text.replace(IMAGE, "").translate(_ZERO_WIDTH).strip()
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ def examine(record: Record) -> Iterator[Finding]:
 def _texts(record: Record) -> Iterator[Finding]:
     for number, turn in enumerate(record.turns, start=1):
         where = f"turn {number}"
-        if not turn.text.replace(IMAGE, "").strip():
+        if turn.is_blank:
             if turn.role == "assistant":
                 yield Finding("empty_answer", record.source, where)
             elif turn.role == "user" and IMAGE not in turn.text:

@@ -77,7 +77,7 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
                 kind = next((f.kind for f in examine(record) if f.severity == "error"), None)
             if kind is not None:
                 done[f"left out: {KINDS[kind].title}"] += 1
-            elif not any(turn.text.replace(IMAGE, "").strip() for turn in record.turns if turn.role == "assistant"):
+            elif all(turn.is_blank for turn in record.turns if turn.role == "assistant"):
                 done["left out: every answer is empty"] += 1
             else:
                 yield repaired
