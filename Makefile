@@ -57,7 +57,7 @@ format: $(INSTALLED)  ## Fix lint and format in place
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) $(DATA)/test.json  ## Run all benchmarks (an hour), write benchmarks/results.json and docs/performance.md
+bench: $(INSTALLED) $(DATA)/test.json  ## Run all benchmarks (an hour and a half), write benchmarks/results.json and docs/performance.md
 	$(BIN)/python benchmarks/all.py
 
 docs: $(INSTALLED)  ## Build the documentation site in site/

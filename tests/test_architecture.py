@@ -1,4 +1,4 @@
-"""docs/architecture.md names files that exist, and every room of milora_vl."""
+"""docs/architecture.md names files that exist, and every package and module of milora_vl."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ def test_named_files_and_folders_exist() -> None:
     assert not [path for path in PATHS if not (ROOT / path).exists()]
 
 
-def test_every_room_is_named() -> None:
-    rooms = {path.parent.name for path in (ROOT / "milora_vl").glob("*/__init__.py")}
-    words = set(re.findall(r"[a-z_]+", PAGE))
-    assert not rooms - words
+def test_every_package_and_module_is_named() -> None:
+    folder = ROOT / "milora_vl"
+    packages = {path.parent.name for path in folder.glob("*/__init__.py")}
+    modules = {path.name for path in folder.glob("[!_]*.py")}
+    assert len(packages) > 10
+    assert len(modules) > 5
+    words = set(re.findall(r"[a-z_]+(?:\.py)?", PAGE))
+    assert not (packages | modules) - words

@@ -240,7 +240,8 @@ def test_commands_of_an_unfinished_run_use_its_newest_checkpoint(run: Path) -> N
     typed = commands(read_run(run))
     for command in (typed.chat, typed.evaluate, typed.forgetting):
         assert f"--model smol-llava --adapter {newest}" in command
-    assert typed.analyze.endswith(str(newest))
+    assert typed.analyze.endswith(f"{newest} --output_dir {run / 'analysis'}")
+    assert typed.forgetting.endswith(f"--output_dir {run}")
     assert f"--output_dir {run}" in typed.evaluate.replace(str(newest), "")
     (run / "adapter_model.safetensors").touch()
     assert f"--adapter {run} " in commands(read_run(run)).chat

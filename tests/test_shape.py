@@ -195,7 +195,7 @@ def test_only_a_few_files_probe_for_names() -> None:
     assert not {file: line for file, line in probes.items() if file not in PROBES}
 
 
-# Where a function imports a module of ours, and why. The numbers may only shrink; 40 in all is the goal.
+# Where a function imports a module of ours, and why. The numbers may only shrink.
 QUICK_HELP = "--help answers before torch is imported"
 INNER_IMPORTS: dict[str, tuple[int, str]] = {
     "data_tools/milora_data/__init__.py": (1, "the collator needs torch"),

@@ -31,7 +31,6 @@ ROLES: dict[str, Role] = {
 }
 CHARACTERS_PER_TOKEN = 4
 IMAGE = "<image>"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # Characters without a width that are no white space to Python: zero-width space and joiners, word joiner, BOM.
 _ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 KNOWN_KEYS = ("id", "image", "images", "conversations")
@@ -150,7 +149,7 @@ def _turn(turn: object, number: int) -> Turn:
     return Turn(role, turn["value"])
 
 
-_SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
+SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
 def from_messages(value: object, *, number: int) -> dict[str, Any]:
@@ -185,14 +184,14 @@ def _message_turn(message: object, place: int, named: list[str]) -> dict[str, st
     role = message.get("role") if isinstance(message, dict) else message
     if not isinstance(message, dict) or not isinstance(role, str) or role not in ROLES:
         raise DataError(
-            f"message {place}: unknown role {role!r}; expected {', '.join(_SPEAKERS)}", code="record-unknown-role"
+            f"message {place}: unknown role {role!r}; expected {', '.join(SPEAKERS)}", code="record-unknown-role"
         )
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise DataError(f'message {place}: "content" must be a text or a list of parts', code="messages-content")
     texts = [_part(part, place, named) for part in parts]
-    return {"from": _SPEAKERS[ROLES[role]], "value": "".join(texts)}
+    return {"from": SPEAKERS[ROLES[role]], "value": "".join(texts)}
 
 
 def _part(part: object, place: int, named: list[str]) -> str:

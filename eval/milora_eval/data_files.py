@@ -63,14 +63,6 @@ def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
         ) from None
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises DataError if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise DataError(f"not a JSON file: {error}", code="json-syntax", where=str(path)) from None
-
-
 def read_jsonl(path: Path) -> Iterator[Any]:
     """Yield the values of a JSONL file. Raises DataError with the line if one is not JSON."""
     with path.open(encoding="utf-8") as file:

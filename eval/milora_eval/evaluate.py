@@ -124,7 +124,6 @@ def add_forgetting(
         measured = measure_forgetting(model, split_processor(processor)[0], base=base, num_tokens=num_tokens)
         results["forgetting"] = asdict(measured) | {"key": key}
         write_results(folder, results)
-        write_table(folder)
     return dict(results["forgetting"])
 
 

@@ -39,12 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from milora_vl.models.devices import device_named
 
     subject = Path(options.subject)
+    base = ("--base", options.base) if options.base else ()
+    newest = newest_of_unfinished(subject, "milora_vl.analyze", *base)
+    if newest:
+        raise UserError(
+            "contains no finished training", code="adapter-missing", where=str(subject), hint=newest.removeprefix("\n")
+        )
     is_trained = holds_adapter(subject) or holds_residual(subject) or options.base is not None
     folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
     if folder is None:
-        newest = newest_of_unfinished(subject, "milora_vl.analyze").removeprefix("\n")
-        if newest:
-            raise UserError("contains no adapter", code="adapter-missing", where=str(subject), hint=newest)
         raise UserError(
             f"is required, because {options.subject} is not a training of this machine",
             code="flag-required",

@@ -299,7 +299,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.compare and not holds_adapter(adapter or Path(options.model)):
         raise UserError(
             "needs an adapter: it shows the answers with and without it",
-            code="adapter-missing",
+            code="flag-needs-another",
             where="--compare",
             hint=newest_of_unfinished(Path(options.model), "--model").removeprefix("\n") or "add:  --adapter FOLDER",
         )

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _options(argv)
     from milora_vl.models import parts
 
-    folder = Path(args.output_dir)
+    folder: Path = args.output_dir
     if folder.exists():
         raise UserError(
             f"{folder} exists; it is not overwritten",

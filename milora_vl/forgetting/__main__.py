@@ -123,11 +123,12 @@ def _refuse_unused(options: argparse.Namespace) -> None:
 def _refuse_unfinished(options: argparse.Namespace) -> None:
     """Raise UserError for a run that has only checkpoints, before anything loads."""
     folder = options.adapter or Path(options.model)
-    words = ("--model", options.model, "--adapter") if options.adapter else ("--model",)
+    base = ("--base", options.base) if options.base else ()
+    words = ("--model", options.model, "--adapter") if options.adapter else (*base, "--model")
     newest = newest_of_unfinished(folder, "milora_vl.forgetting", *words)
     if newest:
         hint = newest.removeprefix("\n")
-        raise UserError("contains no adapter", code="adapter-missing", where=str(folder), hint=hint)
+        raise UserError("contains no finished training", code="adapter-missing", where=str(folder), hint=hint)
 
 
 def _probes(text: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from milora_data.collate import ImageTextCollator
 from milora_data.images.files import place_of
 from milora_data.images.pixels import AspectRatio
 from milora_data.records import IMAGE, Record, Turn
+from milora_data.tokens import IGNORE
 from milora_vl.forgetting.measure import Batch
 from milora_vl.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_token_id, image_tokens
@@ -95,7 +96,7 @@ def _batch(collate: Any, records: Sequence[Record]) -> Batch:
     inputs: dict[str, Tensor] = collate(records)
     labels = inputs.pop("labels")
     documents = [" ".join(record.images) or f"{record.source} {record.id}" for record in records]
-    return Batch(inputs, labels[:, 1:] != -100, documents)
+    return Batch(inputs, labels[:, 1:] != IGNORE, documents)
 
 
 def _until_question(record: Record) -> Iterator[Turn]:

@@ -10,6 +10,7 @@ from milora_data.conversation import segments_of
 from milora_data.encode import encode
 from milora_data.records import IMAGE, Record, Turn
 from milora_data.templates import Segment, get_template, place_images, render
+from milora_data.tokens import IGNORE
 
 CHARACTERS_PER_TOKEN = 4  # of English text; used without a tokenizer
 SHOWN, LONGEST = 2, 300
@@ -83,7 +84,7 @@ def _count_one(
         encoded = encode(
             record, tokenizer, template=template, image_token_id=-1, image_tokens=image_tokens, max_length=max_length
         )
-        return len(encoded.input_ids), sum(label != -100 for label in encoded.labels)
+        return len(encoded.input_ids), sum(label != IGNORE for label in encoded.labels)
     turns = place_images(record.turns, len(record.images))
     segments = _segments(turns, template, None)
     supervised = sum(len(s.text) // CHARACTERS_PER_TOKEN + 1 for s in segments if s.supervised)

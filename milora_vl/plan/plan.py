@@ -41,6 +41,6 @@ def make_plan(request: Request, *, processes: int) -> Plan:
     folder = run_folder.choose(path, request.resume)
     requirements.check(recipe.train, recipe.quantization, recipe.attn_implementation)
     resumed = Resumed(folder, request.resume)
-    warnings = resumed.compare(recipe, implicit_policy=chosen.implicit_policy, processes=processes)
+    resumed.compare(recipe, implicit_policy=chosen.implicit_policy, processes=processes)
     settings.require_fit(request, recipe)
-    return Plan(request, chosen, recipe, token, folder, resumed, tuple(chosen.notes), (*chosen.warnings, *warnings))
+    return Plan(request, chosen, recipe, token, folder, resumed, tuple(chosen.notes), tuple(chosen.warnings))

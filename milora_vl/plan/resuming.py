@@ -44,15 +44,15 @@ class Resumed:
             unreadable = Problem("its recipe is not valid", "resume-recipe", str(self.folder), NEW_RUN)
             raise UserError(problems=[unreadable, *error.problems]) from None
 
-    def compare(self, recipe: Recipe, *, implicit_policy: bool, processes: int) -> list[str]:
-        """Store the allowed changes and return warnings. Raises UserError with a table of the other changes.
+    def compare(self, recipe: Recipe, *, implicit_policy: bool, processes: int) -> None:
+        """Store the allowed changes. Raises UserError with a table of the other changes.
 
         implicit_policy: the rules are our default, whose projector rule is dropped for a model without projector.
-        Warns if the run has no recipe to compare with.
+        Also raises UserError for a checkpoint whose run has no recipe to compare with.
         """
         if self.recipe is None:
             if self.checkpoint is None:
-                return []
+                return
             raise UserError(
                 "it has no recipe.yaml beside it, so nothing says which rates, data and template it was trained with",
                 code="resume-no-recipe",
@@ -69,7 +69,6 @@ class Resumed:
         if any(change.is_refused for change in differences):
             raise UserError(problems=[self._refusal(differences, before.processes)])
         self.changes = differences
-        return []
 
     def is_done(self) -> bool:
         """Return whether the run is finished and gets no more steps.

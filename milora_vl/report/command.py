@@ -33,6 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr.write(summary + "\n")
     as_json = json.dumps({"page": str(page), "summary": summary}, ensure_ascii=False)
     sys.stdout.write((as_json if chosen.format == "json" else str(page)) + "\n")
-    is_evaluated = any(comparison.after for comparison in content.comparisons)
-    sys.stderr.write(as_typed(f"next: {commands(content).chat if is_evaluated else commands(content).evaluate}\n"))
+    is_evaluated, typed = any(comparison.after for comparison in content.comparisons), commands(content)
+    sys.stderr.write(as_typed(f"next: {typed.chat if is_evaluated else typed.evaluate}\n"))
     return 0

@@ -44,7 +44,7 @@ def _content(content: Run) -> dict[str, Any]:
     """Return the variables of the template."""
     plots = figures.make(content)
     measured = [lost for comparison in content.comparisons if (lost := wording.forgetting(comparison))]
-    recipe = content.folder / "recipe.yaml"
+    recipe, typed = content.folder / "recipe.yaml", commands(content)
     return {
         "title": wording.title(content),
         "lede": wording.summary(content),
@@ -63,9 +63,9 @@ def _content(content: Run) -> dict[str, Any]:
         "spectrum_words": wording.spectrum_words(content),
         "layers": [wording.layer_words(layer) for layer in content.layers],
         "layer_table": tables.layer_table(content),
-        "commands": commands(content),
+        "commands": typed,
         "versions": parts.versions(content),
-        "steps": steps(content),
+        "steps": steps(typed),
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         "credits": parts.credits_of(content),
     }

@@ -31,21 +31,26 @@ def commands(run: Run) -> Commands:
     """Return the command of this run and the commands that use it."""
     recipe = run.folder / "recipe.yaml"
     model, base = _model(run)
-    where: list[str | Path] = ["--with_base", "--output_dir", run.folder]
+    weights = _weights(run)
+    # Beside a checkpoint, neither would this page find the files, nor would they survive its rotation.
+    apart = weights != run.folder
+    into_run: list[str | Path] = ["--output_dir", run.folder] if apart else []
+    into_analysis: list[str | Path] = ["--output_dir", run.folder / "analysis"] if apart else []
     return Commands(
         as_typed=_as_typed(run.environment.get("command") or ()),
         repeat=command_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),
-        evaluate=command_line("milora_eval", "run", *model, *base, *_suite(run), *where),
-        forgetting=command_line("milora_vl.forgetting", *model, *base),
-        analyze=command_line("milora_vl.analyze", _weights(run), *base),
+        evaluate=command_line(
+            "milora_eval", "run", *model, *base, *_suite(run), "--with_base", "--output_dir", run.folder
+        ),
+        forgetting=command_line("milora_vl.forgetting", *model, *base, *into_run),
+        analyze=command_line("milora_vl.analyze", weights, *base, *into_analysis),
         chat=command_line("milora_vl.chat", *model, *_question(run)),
         report=command_line("milora_vl.report", run.folder),
     )
 
 
-def steps(run: Run) -> list[tuple[str, str]]:
+def steps(typed: Commands) -> list[tuple[str, str]]:
     """Return (purpose, command) pairs in the order of work."""
-    typed = commands(run)
     original = [("original command", typed.as_typed)] if typed.as_typed else []
     return [
         *original,

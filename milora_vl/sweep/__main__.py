@@ -23,7 +23,6 @@ from milora_eval.suites import find_benchmark, find_suite, has_files
 from milora_vl.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from milora_vl.recipe.schema import Recipe
     from milora_vl.sweep.cells import Cell
     from milora_vl.sweep.runner import Evaluation, Sweep
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from milora_data.collate import ImageTextCollator
+from milora_data.tokens import IGNORE
 
-IGNORE = -100
 FIELDS = ("tokens", "positions", "supervised", "images")
 
 

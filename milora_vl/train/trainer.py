@@ -28,6 +28,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from milora_data.errors import UserError
 from milora_data.sampler import LengthGroupedSampler
 from milora_data.stream import RecordStream
+from milora_data.tokens import IGNORE
 from milora_vl.lora.keep_protected import keep_protected
 from milora_vl.lora.sidecar import FILE_NAME
 from milora_vl.losses import install, summed_loss
@@ -250,7 +251,7 @@ class MiloraTrainer(Trainer):
         if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return labels
         num_new = max(state.remainder - args.process_index * args.eval_batch_size, 0)
-        return torch.cat([labels[:num_new], torch.full_like(labels[num_new:], -100)])
+        return torch.cat([labels[:num_new], torch.full_like(labels[num_new:], IGNORE)])
 
     def evaluation_loop(
         self,

@@ -22,8 +22,8 @@ from milora_data.errors import DataError, Problem, UserError
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.stored import stored_items
 from milora_data.images.embedded import EmbeddedPicture, described
-from milora_data.images.files import ImagePolicy, OutsidePicture, place_of
-from milora_data.records import SUFFIXES, Record, parse_record
+from milora_data.images.files import SUFFIXES, ImagePolicy, OutsidePicture, place_of
+from milora_data.records import Record, parse_record
 from milora_data.sources import is_json, load_records, mixed_records, read_sources
 
 EPILOG = """\

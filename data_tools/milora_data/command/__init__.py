@@ -1,1 +1,1 @@
-"""Shared by all commands: parsers, flags, menus, atomic file writes, HTML pages."""
+"""Shared by all commands: parsers, flags, menus, atomic file writes, web addresses."""

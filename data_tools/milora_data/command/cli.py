@@ -17,12 +17,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from milora_data.command.web import not_fetched, web_address
+from milora_data.command.web import web_address, web_address_problem
 from milora_data.errors import UserError
 
 
@@ -100,7 +100,8 @@ class CommandParser(argparse.ArgumentParser):
         """Convert the value of an argument; refuse a web address if a path is expected."""
         address = web_address(arg_string) if action.type is Path else None
         if address is not None:
-            raise argparse.ArgumentError(action, not_fetched(address))
+            flag = "/".join(action.option_strings) or str(action.metavar or action.dest)
+            raise UserError(problems=[replace(web_address_problem(address), where=flag)])
         return super()._get_value(action, arg_string)
 
     def flags(self) -> list[str]:

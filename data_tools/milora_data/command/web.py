@@ -31,8 +31,3 @@ def web_address_problem(address: str) -> Problem:
         code="path-web-address",
         hint=hint if "." in name else "download it, and name the file or folder",
     )
-
-
-def not_fetched(address: str) -> str:
-    """Return the text of `web_address_problem`."""
-    return str(web_address_problem(address))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -34,7 +34,7 @@ from milora_data.formats.vqa_files import (
 )
 from milora_data.images.embedded import stored_pictures
 from milora_data.images.files import ImageError
-from milora_data.records import Record, from_messages, parse_record
+from milora_data.records import SPEAKERS, Record, from_messages, parse_record
 from milora_data.sources import load_records
 
 EPILOG = """\
@@ -177,25 +177,40 @@ def _read(kind: str, sources: Sequence[Any], options: Options) -> Records:
 
 
 def _llava(sources: Sequence[Path], options: Options) -> Records:
-    for source in sources:
-        for place, value in read_objects(source):
-            parse_record(value, source=f"{source}:{place}", embedded="keep")
-            assert isinstance(value, dict)
-            yield from stored_pictures(value, f"{source}:{place}", options.left_out)
+    """Records in LLaVA's form or in that of `messages`, as every reader of records takes them."""
+    return _with_stored_pictures(sources, options, _checked)
 
 
 def _messages(sources: Sequence[Path], options: Options) -> Records:
+    return _with_stored_pictures(sources, options, lambda value, number: from_messages(value, number=number))
+
+
+def _checked(value: Any, number: int) -> dict[str, Any]:
+    parse_record(value, embedded="keep")
+    converted: dict[str, Any] = value if "conversations" in value else from_messages(value, number=number)
+    return converted
+
+
+def _with_stored_pictures(
+    sources: Sequence[Path], options: Options, convert: Callable[[Any, int], dict[str, Any]]
+) -> Records:
     for source in sources:
         for number, (place, value) in enumerate(read_objects(source), start=1):
+            where = f"{source}:{place}"
             try:
-                converted = from_messages(value, number=number)
+                converted = convert(value, number)
             except DataError as error:
-                located = with_context(error, f"{source}:{place}")
-                if error.problems[0].code != "image-web-address":
+                located = with_context(error, where)
+                if not _is_about_a_picture(located):
                     raise located from None
-                options.left_out.append(str(located))  # as a picture whose base64 is broken
+                options.left_out.append(str(located))
                 continue
-            yield from stored_pictures(converted, f"{source}:{place}", options.left_out)
+            yield from stored_pictures(converted, where, options.left_out)
+
+
+def _is_about_a_picture(error: DataError) -> bool:
+    """Whether a picture is broken or at a web address: its record is left out, and the conversion continues."""
+    return isinstance(error, ImageError) or error.problems[0].code == "image-web-address"
 
 
 def _folder(sources: Sequence[Path], options: Options) -> Records:
@@ -205,18 +220,17 @@ def _folder(sources: Sequence[Path], options: Options) -> Records:
 def _stored(sources: Sequence[Any], options: Options) -> Records:
     for source in sources:
         for number, item in enumerate(stored_items(str(source), options)):
-            if isinstance(item, ImageError):
+            if isinstance(item, DataError):
+                if not _is_about_a_picture(item):
+                    raise item
                 options.left_out.append(str(item))
-            elif isinstance(item, DataError):
-                raise item
             else:
                 yield _as_llava(item, str(number))
 
 
 def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
-    names = {"user": "human", "assistant": "gpt", "system": "system"}
     images = {"image": record.images[0] if len(record.images) == 1 else list(record.images)} if record.images else {}
-    turns = [{"from": names[turn.role], "value": turn.text} for turn in record.turns]
+    turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in record.turns]
     return {"id": record.id or identifier, **images, "conversations": turns}
 
 

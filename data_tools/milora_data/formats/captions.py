@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 from milora_data.command.cli import amount
 from milora_data.errors import DataError
-from milora_data.formats.tables import not_utf8, read_rows
-from milora_data.records import IMAGE, SUFFIXES
+from milora_data.formats.jsonfile import not_utf8, read_json
+from milora_data.formats.tables import read_rows
+from milora_data.images.files import SUFFIXES
+from milora_data.records import IMAGE
 
 UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
 TABLES = ("captions.json", "captions.jsonl", "captions.csv", "metadata.csv", "metadata.jsonl")
@@ -83,19 +84,20 @@ def _text(path: Path) -> str:
 
 
 def _rows(table: Path) -> Iterator[tuple[str, str]]:
-    if table.suffix == ".json" and table.read_text(encoding="utf-8-sig").lstrip().startswith("{"):
+    if _is_mapping(table):
         yield from _mapping(table)
     else:
         yield from (_row(value, table) for _, value in read_rows(table))
 
 
 def _mapping(table: Path) -> Iterator[tuple[str, str]]:
-    try:
-        content = json.loads(table.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"broken JSON: {error.msg}", code="json-syntax", where=f"{table}:{error.lineno}") from None
-    for name, text in content.items():
+    for name, text in read_json(table).items():
         yield _row({"file": name, "text": text}, table)
+
+
+def _is_mapping(table: Path) -> bool:
+    with table.open("rb") as file:
+        return table.suffix == ".json" and file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
 
 
 def _row(row: object, table: Path) -> tuple[str, str]:

@@ -7,13 +7,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from milora_data.command.cli import command_line
 from milora_data.command.web import web_address, web_address_problem
 from milora_data.errors import DataError
 from milora_data.formats.saved import is_saved
-from milora_data.records import SUFFIXES
+from milora_data.images.files import SUFFIXES
 
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -105,10 +105,34 @@ def write_objects(path: Path, objects: Iterable[object]) -> int:
                 file.write(json.dumps(value, ensure_ascii=False) + ("\n" if lines else ""))
             file.write("" if lines else "\n]\n" if count else "[]\n")
     except BaseException:
-        part.unlink()
+        part.unlink(missing_ok=True)  # its folder may be one that cannot be written to
         raise
     part.rename(path)
     return count
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; raises `DataError` with file and line."""
+    if not path.is_file():
+        raise missing_file(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"broken JSON: {error.msg}", code="json-syntax", where=f"{path}:{error.lineno}") from None
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
+    """Return the error for a text in another encoding; its hint is a command that converts the file."""
+    byte = error.object[error.start]
+    return DataError(
+        f"not UTF-8 (byte 0x{byte:02x})",
+        code="data-not-utf8",
+        where=str(path),
+        hint="save it as UTF-8 (in a spreadsheet: CSV UTF-8); convert a file from Windows with:\n"
+        "  iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+    )
 
 
 def missing_file(path: Path) -> DataError:

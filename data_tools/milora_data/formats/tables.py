@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from milora_data.errors import DataError
-from milora_data.formats.jsonfile import missing_file, read_objects
+from milora_data.formats.jsonfile import missing_file, not_utf8, read_objects
 
 DELIMITERS = ",;\t"
 
@@ -35,15 +35,3 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
             raise not_utf8(path, error) from None
         except csv.Error as error:
             raise DataError(f"broken table: {error}", code="table-syntax", where=str(path)) from None
-
-
-def not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
-    """Return the error for a text in another encoding; its hint is a command that converts the file."""
-    byte = error.object[error.start]
-    return DataError(
-        f"not UTF-8 (byte 0x{byte:02x})",
-        code="data-not-utf8",
-        where=str(path),
-        hint="save it as UTF-8 (in a spreadsheet: CSV UTF-8); convert a file from Windows with:\n"
-        "  iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
-    )

@@ -7,7 +7,6 @@ names are the names of the original downloads, or follow `image_pattern`.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from milora_data.command.cli import amount
 from milora_data.errors import DataError
-from milora_data.formats.jsonfile import missing_file
+from milora_data.formats.jsonfile import read_json
 from milora_data.records import IMAGE
 
 SHORT = "Answer the question using a single word or phrase."
@@ -49,18 +48,6 @@ class Options:
 
 Records = Iterator[dict[str, Any]]
 Converter = Callable[[Sequence[Path], Options], Records]
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; raises `DataError` with file and line."""
-    if not path.is_file():
-        raise missing_file(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"broken JSON: {error.msg}", code="json-syntax", where=f"{path}:{error.lineno}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error.reason}", code="data-not-utf8", where=str(path)) from None
 
 
 def record(identifier: Any, image: str | None, exchanges: Iterable[tuple[str, str]]) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import (
@@ -58,17 +56,6 @@ def eval_target(model: str, adapter: Path | None, base: str | None) -> EvalTarge
         return EvalTarget(model, adapter, None, _which(adapter))
     is_trained = base is not None or (folder / "recipe.yaml").is_file() or _is_checkpoint(folder)
     return EvalTarget(model, None, base, _which(folder) if is_trained else "base")
-
-
-def recipe_of(folder: Path) -> dict[str, object]:
-    """Return the template and image_aspect_ratio of a training run; empty if the folder has no recipe."""
-    for place in (folder, folder.parent):
-        path = place / "recipe.yaml"
-        if path.is_file():
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            data = recipe.get("data") or {}
-            return {"template": recipe.get("template"), "image_aspect_ratio": data.get("image_aspect_ratio")}
-    return {}
 
 
 def _check_adapter(folder: Path, model: str) -> None:

@@ -11,10 +11,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric
 from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_eval.benchmarks.submissions import write_rows
-from milora_eval.data_files import find, read_json
+from milora_eval.data_files import find
 from milora_eval.rules.cider import cider_d
 from milora_eval.stats import mean, mean_stderr
 

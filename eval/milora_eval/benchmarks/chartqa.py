@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
-from milora_eval.data_files import find, read_json
+from milora_eval.data_files import find
 from milora_eval.rules.chartqa import chartqa_correct
 from milora_eval.stats import stratified_mean, stratified_stderr
 

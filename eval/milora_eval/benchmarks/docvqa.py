@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.benchmarks.submissions import write_rows
-from milora_eval.data_files import find, read_json
+from milora_eval.data_files import find
 from milora_eval.rules.anls import anls
 
 

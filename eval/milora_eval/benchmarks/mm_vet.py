@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, Tally, means, plain_text
 from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_eval.benchmarks.submissions import write_object
-from milora_eval.data_files import find, read_json
+from milora_eval.data_files import find
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 

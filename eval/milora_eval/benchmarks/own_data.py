@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command.cli import suggest
-from milora_data.command.web import not_fetched, web_address
+from milora_data.command.web import web_address, web_address_problem
 from milora_data.errors import DataError, UserError
+from milora_data.formats.jsonfile import read_json
 from milora_data.images.embedded import is_embedded, refusal
 from milora_data.images.files import place_of
 from milora_data.records import Turn, parse_record
 from milora_eval.benchmark import Benchmark, Form, Item, MissingData
-from milora_eval.data_files import read_json, read_jsonl
+from milora_eval.data_files import read_jsonl
 from milora_eval.rules.anls import anls
 from milora_eval.rules.answers import exact_match
 from milora_eval.rules.chartqa import chartqa_correct
@@ -66,7 +67,7 @@ class OwnData(Benchmark):
         if not path.is_file():
             address = web_address(self.path)
             if address is not None:
-                raise UserError(not_fetched(address), code="path-web-address")
+                raise UserError(problems=[web_address_problem(address)])
             raise MissingData(f"no file {self.path}, and no file of that name in {data_dir}", code="data-missing-file")
         rows, metric = _rows(path)
         items = [_item(row, number, path, metric, data_dir) for number, row in enumerate(rows, start=1)]

@@ -8,11 +8,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from milora_data.formats.jsonfile import read_json
 from milora_data.records import Turn
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.benchmarks.llava_prompts import LETTER, picture_item
 from milora_eval.benchmarks.submissions import write_object
-from milora_eval.data_files import find, read_json
+from milora_eval.data_files import find
 from milora_eval.rules.scienceqa import LETTERS, scienceqa_index
 
 

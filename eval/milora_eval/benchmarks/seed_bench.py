@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, Tally, means
 from milora_eval.benchmarks.llava_prompts import LETTER, lettered, picture_item
 from milora_eval.benchmarks.submissions import write_rows
-from milora_eval.data_files import find, read_json
+from milora_eval.data_files import find
 from milora_eval.rules.short_rules import seed_correct
 
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")

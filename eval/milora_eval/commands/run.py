@@ -15,7 +15,7 @@ from milora_data.command.flags import shared
 from milora_data.errors import DataError, UserError
 from milora_eval.answers.runner import Plan, questions
 from milora_eval.answers.selection import parse_shard
-from milora_eval.answers.target import EvalTarget, eval_target, recipe_of
+from milora_eval.answers.target import EvalTarget, eval_target
 from milora_eval.benchmark import Benchmark
 from milora_eval.evaluate import add_forgetting, results_folder, run, write_table
 from milora_eval.scores.exports import SUBMISSION
@@ -23,6 +23,7 @@ from milora_eval.scores.results import read_results
 from milora_eval.scores.table import FORMATS, show
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
 from milora_vl.adapter_folders import holds_adapter
+from milora_vl.recipe.yaml_file import trained_prompts
 from milora_vl.report.regenerate import rewrite_report
 
 EXAMPLES = """\
@@ -128,7 +129,7 @@ def _arguments(options: argparse.Namespace, target: EvalTarget) -> dict[str, Any
             )
     else:
         questions(Plan(benchmarks=tuple(benchmarks), data_dir=data, limit=limit))
-    recipe = recipe_of(target.folder)
+    template, image_aspect_ratio = trained_prompts(target.folder)
     return {
         "benchmarks": benchmarks,
         "data_dir": data,
@@ -138,8 +139,8 @@ def _arguments(options: argparse.Namespace, target: EvalTarget) -> dict[str, Any
         "shard": parse_shard(options.shard),
         "batch_size": options.batch_size,
         "audit_items": options.audit,
-        "template": options.template or recipe.get("template") or "vicuna_v1",
-        "image_aspect_ratio": recipe.get("image_aspect_ratio") or "pad",
+        "template": options.template or template,
+        "image_aspect_ratio": image_aspect_ratio,
     }
 
 
@@ -205,12 +206,13 @@ def _load(options: argparse.Namespace, name: str, adapter: Path | None) -> tuple
 
 def _print(options: argparse.Namespace, folders: list[Path]) -> None:
     results = [read_results(folder) for folder in folders]
+    table = write_table(folders[-1])  # with the forgetting, which is measured after the answers
     if options.format == "json":
         sys.stdout.write(
             json.dumps({result["which"]: result for result in results}, ensure_ascii=False, indent=1) + "\n"
         )
     else:
-        show(write_table(folders[-1]), options.format)
+        show(table, options.format)
     for result in results:
         if result.get("audit"):
             sys.stderr.write(f"audit of {result['which']}: {result['audit']['changed']} of {result['audit']['n']} ")

@@ -7,7 +7,7 @@ lmms_eval/tasks/mmbench/mmbench_evals.py. Their switch VERBOSE, which changes re
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 Option = str | Literal[False]
@@ -64,12 +64,6 @@ def mmbench_option_lmms_eval(text: str, choices: Mapping[str, str]) -> Option:
             if len(named) == 1:
                 return named[0]
     return _option_by_text(text, choices, longest=None)
-
-
-def circular_hit(texts: Sequence[str], answers: Sequence[str], choices: Sequence[Mapping[str, str]]) -> bool:
-    """Return whether the answers to all rotations of a question are right; an unclear answer is wrong."""
-    rotations = zip(texts, answers, choices, strict=True)
-    return all(mmbench_option(text, options) == answer for text, answer, options in rotations)
 
 
 def _option_by_text(text: str, choices: Mapping[str, str], longest: int | None) -> Option:
