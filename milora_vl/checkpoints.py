@@ -156,7 +156,7 @@ def _is_truncated_safetensors(file: Path) -> bool:
 
 def is_finished(path: Path) -> bool:
     """Return whether the training in this folder has finished."""
-    return bool(read_environment(path).get("finished")) and any((path / name).is_file() for name in WEIGHTS)
+    return bool(read_environment(path).get("finished")) and holds_weights(path)
 
 
 def resumed_run(output_dir: str | None, resume: str | None) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,20 @@ def test_a_half_precision_base_without_autocast_is_refused_where_a_module_trains
     assert [problem.code for problem in caught.value.problems] == ["recipe-precision"]
     lora = "[{modules: language, method: lora, rank: 2, learning_rate: 1.0e-4}]"
     assert main([*words[:2], "--policy", lora, *words[4:]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("--rank 8 --image_aspect_ratio anyres", "image-aspect-ratio"),
+        ("--rank 8 --fsdp full_shard", "launch-fsdp"),
+        ("--rank 8 --optim galore_adamw", "optimizer-unsupported"),
+        ("--feature_cache cache --policy '[{modules: vision, method: full}]'", "feature-cache-trained-tower"),
+        ("--rank 8 --feature_cache cache --model tiny-text", "feature-cache-unsupported-model"),
+        ("--rank 8 --feature_cache cache --deepspeed zero3", "feature-cache-zero3"),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would_refuse(words: str, code: str) -> None:
+    with pytest.raises(UserError) as error:
+        main(["--model", "tiny", *shlex.split(words), "--dry-run"])
+    assert [problem.code for problem in error.value.problems] == [code]

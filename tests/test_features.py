@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from test_train import losses, words
 from tiny_next import saved
@@ -17,7 +15,6 @@ from tiny_next import saved
 from milora_data.errors import UserError
 from milora_data.images.features import FeatureReader
 from milora_vl.train.command import main
-from milora_vl.train.features import check
 
 CACHED = ["--rank", "4", "--dropout", "0"]
 
@@ -50,11 +47,10 @@ def test_the_losses_are_those_without_it(model: str, tiny_data: Path, tmp_path: 
         assert found == pytest.approx(expected, rel=1e-5, abs=3e-4)
 
 
-def test_a_tower_that_zero3_has_cut_up_is_refused(tiny_llava: Callable[..., Any]) -> None:
-    model, _ = tiny_llava()
-    next(model.parameters()).data = torch.empty(0)
+def test_zero3_is_refused_because_it_cuts_up_the_tower(tiny_data: Path, tmp_path: Path) -> None:
+    extra = ["--rank", "4", "--feature_cache", str(tmp_path / "cache"), "--deepspeed", "zero3", "--dry-run"]
     with pytest.raises(UserError, match="--deepspeed zero2") as error:
-        check(model, [])
+        main(words(tiny_data, tmp_path / "run", *extra))
     assert error.value.problems[0].code == "feature-cache-zero3"
 
 

@@ -167,6 +167,21 @@ def test_what_cannot_be_is_an_error(words: str, code: str, where: str, text: str
     assert text in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "code"),
+    [
+        ("- modules: language\n  method: milora\n  rank: [8\n", 3, "yaml-syntax"),
+        ("- modules: language\n  modules: vision\n", 2, "yaml-duplicate-key"),
+    ],
+)
+def test_a_broken_policy_file_is_told_with_its_line(text: str, line: int, code: str, tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        settings(f"--model tiny --policy {tmp_path / 'rules.yaml'}")
+    (problem,) = error.value.problems
+    assert (problem.code, problem.where) == (code, f"{tmp_path / 'rules.yaml'}:{line}")
+
+
 def test_a_policy_that_is_no_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError) as error:

@@ -15,6 +15,8 @@ from test_train import losses, words
 from milora_data.collate import ImageTextCollator
 from milora_data.errors import UserError
 from milora_data.records import Record
+from milora_vl.plan import run_data
+from milora_vl.recipe.schema import DataConfig
 from milora_vl.train.command import main
 
 
@@ -120,3 +122,25 @@ def test_the_demos_recipe_trains_on_data_of_ones_own(tiny_data: Path, tmp_path: 
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["data"] == {"train": 12, "eval": 0, "skipped": 0}
     assert "eval_path: null" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+def test_a_stream_without_a_usable_record_says_why(tiny_data: Path, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\n<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    records = [{"id": str(n), "image": ["0.png", "1.png", "2.png"], "conversations": turns} for n in range(5)]
+    (tiny_data / "train.json").write_text(json.dumps(records))
+    with pytest.raises(UserError, match="number of <image> differs|2 <image>") as error:
+        main(words(tiny_data, tmp_path / "run", "--rank", "4", "--streaming", "--bad_images", "skip"))
+    assert error.value.problems[0].code == "data-no-records"
+
+
+def test_a_stream_warns_of_broken_records_at_its_start(tiny_data: Path) -> None:
+    records = json.loads((tiny_data / "train.json").read_text())
+    turns = [{"from": "human", "value": "<image>\n<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    records.insert(1, {"id": "bad", "image": ["0.png", "1.png", "2.png"], "conversations": turns})
+    (tiny_data / "train.json").write_text(json.dumps(records))
+    config = DataConfig(
+        path=str(tiny_data / "train.json"), image_folder=str(tiny_data / "images"), streaming=True, bad_images="skip"
+    )
+    data = run_data.read(config)
+    assert [finding.kind for finding in data.broken] == ["placeholders"]
+    assert any("1 broken record" in warning for warning in data.warnings())

@@ -104,3 +104,8 @@ def with_context(error: ErrorT, where: str = "", hint: str = "") -> ErrorT:
 
 class DataError(UserError):
     """A mistake in a data set; `where` is the file and, if known, the line."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error message, or the class of the error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -52,7 +52,7 @@ class Base:
             )
         return str(self._source)
 
-    @property
+    @cached_property
     def config(self) -> Any:
         """Return the HF config without loading weights."""
         return self._source.config if isinstance(self._source, nn.Module) else loading.config_of(self.name)

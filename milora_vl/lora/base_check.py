@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from peft import PeftModel
 from torch import nn
 
 from milora_vl.lora.errors import AdapterError
-from milora_vl.lora.install import base_layer
+from milora_vl.lora.install import base_layer, base_model_of
 from milora_vl.lora.sidecar import FILE_NAME, Sidecar, locate
 from milora_vl.towers import canonical_names, keep_weights_readable
 from milora_vl.weights.fingerprint import QUANTIZED_EPS, distance
@@ -23,7 +22,7 @@ def fitted(model: nn.Module, sidecar: Sidecar, *, allow_base_mismatch: bool) -> 
 
     Raises AdapterError for missing modules and, without `allow_base_mismatch`, for weights that differ.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model_of(model)
     require_readable(base)
     located = locate(sidecar, canonical_names(base))
     if not allow_base_mismatch:

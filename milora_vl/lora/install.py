@@ -41,10 +41,15 @@ def lora_layer(model: PeftModel, path: str) -> LoraLayer:
     return layer
 
 
+def base_model_of(model: nn.Module) -> nn.Module:
+    """Return the model under a PEFT wrapper, or the model itself."""
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
 def base_layer(model: nn.Module, path: str) -> nn.Module:
     """Return the base model's own layer at `path`, without the LoRA layer around it."""
-    root = model.get_base_model() if isinstance(model, PeftModel) else model
-    layer = root.get_submodule(path)
+    layer = base_model_of(model).get_submodule(path)
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 

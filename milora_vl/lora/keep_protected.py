@@ -92,6 +92,7 @@ class _ProjectionHook:
                     f"the {protected.protect} cannot be protected",
                     code="adapter-sharded-optimizer",
                     where=protected.path,
-                    hint="DeepSpeed and FSDP step shards of the factors: train without them, or without protect",
+                    hint="pass an optimizer of this model's own factors; DeepSpeed and FSDP step shards of them: "
+                    "train without both, or without protect",
                 )
         return by_factor

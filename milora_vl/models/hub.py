@@ -20,14 +20,22 @@ import torch
 from torch import nn
 
 from milora_data.command.cli import suggest
-from milora_data.errors import UserError
+from milora_data.errors import UserError, first_line
 from milora_data.tokens import share_template
 from milora_vl import tiny
 from milora_vl.adapter_folders import newest_of_unfinished
 from milora_vl.models import original, smol_llava
 from milora_vl.models.assemble import whole_weights
 from milora_vl.models.image_tokens import complete_processor
-from milora_vl.models.names import MADE_HERE, MADE_IN_MEMORY, NAMED_MODELS, PART_OF, SAME_WEIGHTS, UnknownModelError
+from milora_vl.models.names import (
+    MADE_HERE,
+    MADE_IN_MEMORY,
+    NAMED_MODELS,
+    PART_OF,
+    SAME_WEIGHTS,
+    UnknownModelError,
+    hub_id,
+)
 from milora_vl.models.quantized import Quantization, quantization_config
 from milora_vl.models.quiet import quiet_bars
 from milora_vl.towers import keep_weights_readable
@@ -174,7 +182,7 @@ def source_of(name: str) -> str:
             )
         return name
     if name in NAMED_MODELS or name in SAME_WEIGHTS:
-        return NAMED_MODELS[SAME_WEIGHTS.get(name, name)]
+        return hub_id(name)
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return name
     near = suggest(name.lower(), NAMED_MODELS)
@@ -199,17 +207,17 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
         ImportError,
         TypeError,
     ) as error:  # truncated, unknown type, no tokenizer
-        raise UserError(f"cannot read the model: {_first_line(error)}", code="model-unreadable", where=source) from None
+        raise UserError(f"cannot read the model: {first_line(error)}", code="model-unreadable", where=source) from None
     except OSError as error:
         if local:
             raise UserError(
-                f"cannot read the model: {_first_line(error)}", code="model-unreadable", where=source
+                f"cannot read the model: {first_line(error)}", code="model-unreadable", where=source
             ) from None
         raise UserError(
             f"the weights of {name} are not here, and the model hub does not answer",
             code="model-not-available",
             hint=f"searched:    {source}, in the local cache and on the hub\n"
-            f"error:       {_first_line(error)}\n"
+            f"error:       {first_line(error)}\n"
             f"try:         hf download {source}      (on a machine with a network), or --model FOLDER\n"
             f"without:     python -m milora_vl.train --model {name} --dry-run      needs no weights",
         ) from None
@@ -226,7 +234,3 @@ def hub_is_known() -> bool:
     except OSError:
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -123,8 +123,7 @@ def base_folder(parts: Parts) -> tuple[Path, bool]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".composing-") as scratch:
         staged = Path(scratch) / "model"
-        with whole_weights():
-            write(parts, staged)
+        write(parts, staged)
         try:
             staged.rename(folder)
         except OSError:  # another process was faster

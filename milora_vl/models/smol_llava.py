@@ -74,7 +74,6 @@ def _write_language(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@whole_weights()
 def _write(folder: Path, *, aligned: bool) -> None:
     from safetensors.torch import load
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from milora_data.errors import UserError
+from milora_data.errors import UserError, first_line
 from milora_vl.models import hub
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, as_map
 from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
@@ -150,6 +150,5 @@ def _timm_state(architecture: str, weights: str | None) -> Any:
         raise UserError(
             f"the weights of timm's {architecture} are not here, and the hub does not answer",
             code="model-not-available",
-            hint=f"error: {str(error).splitlines()[0][:200]}\n"
-            "use --vision_weights FILE, or --vision_weights random for tests",
+            hint=f"error: {first_line(error)}\nuse --vision_weights FILE, or --vision_weights random for tests",
         ) from None

@@ -22,21 +22,21 @@ from milora_data.templates import OWN
 from milora_data.tokens import share_template
 from milora_vl.models.image_tokens import image_tokens
 from milora_vl.models.loading import meta_model, split_processor
-from milora_vl.models.names import MADE_HERE, NAMED_MODELS
+from milora_vl.models.names import MADE_HERE, MADE_IN_MEMORY, hub_id
 from milora_vl.models.quantized import bytes_per_number
 from milora_vl.models.smol_llava import folder_of
 from milora_vl.plan import evaluation, first_batch, run_data, training_args
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.cost import MIX665K, costs_of
 from milora_vl.plan.plan import Plan, make_plan
-from milora_vl.plan.screen import COLUMNS, Screen, policy_rows, trainable_text, trained_sizes
+from milora_vl.plan.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_text, trained_sizes
 from milora_vl.policy import Target
 from milora_vl.recipe import base_model, rates, settings
 from milora_vl.recipe.arguments import PROG, Request
 from milora_vl.recipe.on_model import require_template, rules_for, targets_of
 from milora_vl.recipe.schema import Recipe, RecipeError
 from milora_vl.tiny import tiny_tokenizer
-from milora_vl.towers import TOWERS, find_towers
+from milora_vl.towers import find_towers
 
 
 def show(request: Request) -> int:
@@ -168,12 +168,8 @@ def _packed_bytes(recipe: Recipe) -> float | None:
 
 def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
     """Show the policy table, PEFT's line, and the numbers of adapter and fully trained parameters."""
-    towers = find_towers(base)
-    trained_towers = {target.tower for target in targets}
-    present = {"language": towers.language, "projector": towers.projector, "vision": towers.vision}
     sizes = trained_sizes(targets, base)
-    frozen = [t for t in TOWERS if present[t] is not None and t not in trained_towers]
-    screen.policy(policy_rows(targets, sizes), frozen)
+    screen.policy(policy_rows(targets, sizes), frozen_towers(base, targets))
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     full = sum(sizes.values()) - adapters
     copies = full if adapters else 0  # PEFT keeps the original beside a module that trains in full
@@ -230,9 +226,9 @@ def tokenizer_at_hand(name: str) -> Any | None:
     """Return the tokenizer if it is on this machine, else None: a dry run downloads nothing."""
     from transformers import AutoProcessor, AutoTokenizer
 
-    if name in ("tiny", "tiny-text"):
+    if name in MADE_IN_MEMORY:
         return tiny_tokenizer()
-    source = name if Path(name).is_dir() else NAMED_MODELS.get(name, name)
+    source = name if Path(name).is_dir() else hub_id(name)
     if name in MADE_HERE:
         source = str(folder_of(name))
     for auto in (AutoProcessor, AutoTokenizer):  # the processor may hold the chat template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def run(command: list[str]) -> bool:
     return subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode == 0
 
 
+@functools.cache  # one process per folder; the callers only read the result
 def _listed(data: str) -> dict[str, Any]:
     where = ["--data", data] if Path(data).is_dir() else []
     command = [sys.executable, "-m", "milora_eval", "ls", *where, "--format", "json"]

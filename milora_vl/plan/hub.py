@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.errors import UserError
+from milora_data.errors import UserError, first_line
 from milora_vl.models.hub import hub_is_known
 from milora_vl.recipe.schema import Recipe
 
@@ -140,8 +140,3 @@ def push_command(folder: Path, repository: str) -> str:
     """Return the command that uploads a run."""
     left_out = [word for pattern in NOT_UPLOADED for word in ("--exclude", pattern)]
     return shlex.join(["hf", "upload", repository, str(folder), ".", *left_out])
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error message, or the class of the error."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -76,14 +76,12 @@ def read(config: DataConfig) -> RunData:
     if config.eval_path is None:
         return train
     held_out = _load_checked(config.eval_path, config)
-    return RunData(
-        train.train,
-        held_out.train,
-        train.skipped + held_out.skipped,
-        train.unlearnable + held_out.unlearnable,
-        train.broken + held_out.broken,
-        train.streamed,
-        train.fingerprint,
+    return replace(
+        train,
+        evaluation=held_out.train,
+        skipped=train.skipped + held_out.skipped,
+        unlearnable=train.unlearnable + held_out.unlearnable,
+        broken=train.broken + held_out.broken,
     )
 
 
@@ -112,19 +110,29 @@ def _inspect_stream(config: DataConfig) -> RunData:
         raise errors[0]
     # A stream of few records repeats them.
     records = list({record.source: record for record in items if isinstance(record, Record)}.values())
-    if not records:
-        raise errors[0] if errors else UserError("no records", code="data-no-records", where=describe(config))
+    report = Report(describe(config), str(config.image_folder))
     if config.bad_images != "raise":
-        report = Report(describe(config), str(config.image_folder))
         records = list(_usable(records, report))
+    if not records:
+        raise errors[0] if errors else UserError(problems=[_no_records(describe(config), report)])
     check_for_training(records, config.image_folder, config.bad_images)
-    return RunData(CompactRecords(records), None, streamed=True, fingerprint=fingerprint(records))
+    return RunData(
+        CompactRecords(records),
+        None,
+        broken=tuple(report.findings),
+        streamed=True,
+        fingerprint=fingerprint(records),
+    )
 
 
 def sources_of(path: str | list[SourceConfig]) -> str | list[Source]:
     """Return the sources of a recipe in the form that `milora_data` takes."""
     if isinstance(path, str):
         return path
+    return _sources(path)
+
+
+def _sources(path: list[SourceConfig]) -> list[Source]:
     return [Source(source.path, source.weight, source.image_folder) for source in path]
 
 
@@ -132,7 +140,7 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
     report = Report(str(path), str(config.image_folder))
     read = load_records if config.bad_images == "raise" else partial(readable, report=report)
     if isinstance(path, list):
-        stream = mixed_records([Source(s.path, s.weight, s.image_folder) for s in path], read=read)
+        stream = mixed_records(_sources(path), read=read)
         path = describe(config)
     else:
         stream = read(path)

@@ -81,8 +81,7 @@ def choose(path: Path, resume: str | None) -> RunFolder:
             "nothing to resume from\n" + "\n".join(reasons), code="resume-no-checkpoint", where=str(path),
             hint="remove --resume_from_checkpoint to start, or use auto to resume only if there is a checkpoint",
         )  # fmt: skip
-    has_weights = any((path / name).is_file() for name in checkpoints.WEIGHTS)
-    if checkpoint is None and has_weights and not checkpoints.read_environment(path):
+    if checkpoint is None and checkpoints.holds_weights(path) and not checkpoints.read_environment(path):
         _refuse_to_overwrite(path)
     return RunFolder(path, checkpoint, tuple(skipped))
 

@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, TextIO
 
 from milora_data.command.cli import as_typed
+from milora_vl.towers import TOWERS, find_towers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,6 +115,13 @@ def policy_rows(
             )
         )
     return rows
+
+
+def frozen_towers(base: nn.Module, targets: Sequence[Target]) -> list[str]:
+    """Return the towers of the model in which no target trains."""
+    towers, trained = find_towers(base), {target.tower for target in targets}
+    present = {"language": towers.language, "projector": towers.projector, "vision": towers.vision}
+    return [tower for tower in TOWERS if present[tower] is not None and tower not in trained]
 
 
 def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 
 import llava_recipes
 from milora_data.command.cli import suggest
-from milora_data.errors import UserError
+from milora_data.errors import UserError, first_line
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.plan import cpu_load, launch
 from milora_vl.recipe import hf_arguments
@@ -42,7 +42,6 @@ def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]
     device = train_device(train)
     if train.get("bf16") and device.type == "cpu" and fastest_dtype(device) != torch.bfloat16:
         warnings.append("bf16 is emulated by this CPU, which is slow (faster: --dtype float32 --bf16 False)")
-    launch.check(train)
     fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
     arguments, absent = hf_arguments.for_installed(train, fields)
     if absent:
@@ -64,27 +63,33 @@ def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]
     return args, [*warnings, *cpu_load.warnings(args.device.type, args.world_size)]
 
 
+def _require_rates_per_rule(optimizer: str) -> None:
+    """Raise UserError for an optimizer that cannot have a learning rate per rule."""
+    if optimizer.startswith(OWN_GROUPS):
+        raise UserError(
+            "this optimizer makes its own parameter groups, so it does not support learning rates per rule",
+            code="optimizer-unsupported",
+            where=f"--optim {optimizer}",
+        )
+
+
 def _require_optimizer(args: TrainingArguments) -> None:
     """Raise UserError for an optimizer that the Trainer cannot create."""
     from transformers import Trainer
     from transformers.training_args import OptimizerNames
 
     name = OptimizerNames(args.optim).value
-    if name.startswith(OWN_GROUPS):
-        raise UserError(
-            "this optimizer makes its own parameter groups, so it does not support learning rates per rule",
-            code="optimizer-unsupported",
-            where=f"--optim {name}",
-        )
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
-        raise UserError(str(error).splitlines()[0], code="optimizer-unsupported", where=f"--optim {name}") from None
+        raise UserError(first_line(error), code="optimizer-unsupported", where=f"--optim {name}") from None
 
 
 def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     """Return the `train:` section with canonical names and derived values, and warnings."""
     train, warnings = dict(recipe.train), []
+    launch.check(train)
+    _require_rates_per_rule(str(train.get("optim") or ""))
     for name, value in FORCED.items():
         if train.get(name, value) != value:
             warnings.append(f"train.{name}: {train[name]} has no effect; it is always {value}")
@@ -98,7 +103,15 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         is_name = isinstance(config, str)
         train["deepspeed"], notes = launch.deepspeed_settings(deepspeed_config(config) if is_name else config)
         warnings += notes
-        if recipe.quantization != "none" and train["deepspeed"].get("zero_optimization", {}).get("stage") == 3:
+        shards = train["deepspeed"].get("zero_optimization", {}).get("stage") == 3
+        if recipe.data.feature_cache and shards:
+            raise UserError(
+                "ZeRO-3 shards the vision tower, and the cache needs its complete weights",
+                code="feature-cache-zero3",
+                where="data.feature_cache",
+                hint="use --deepspeed zero2, or remove the cache",
+            )
+        if recipe.quantization != "none" and shards:
             raise UserError(
                 "ZeRO-3 cannot shard a quantised base",
                 code="quantization-zero3",

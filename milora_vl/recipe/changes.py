@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from milora_vl.models.names import NAMED_MODELS, SAME_WEIGHTS
+from milora_vl.models.names import hub_id
 from milora_vl.policy import Policy
 from milora_vl.recipe import hf_arguments
 from milora_vl.recipe.resume_table import SCHEDULES_BY_EVALUATION, SCHEDULES_WITHOUT_END, effect_of
@@ -124,8 +124,7 @@ def _weights(name: str) -> str:
 
     if Path(name).is_dir():
         return str(Path(name).resolve())
-    name = SAME_WEIGHTS.get(name, name)
-    return NAMED_MODELS.get(name, name)
+    return hub_id(name)
 
 
 def resolved_paths(value: Any) -> Any:

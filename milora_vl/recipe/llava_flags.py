@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from milora_data.errors import UserError
-from milora_vl.recipe.policy_edits import DEFAULT_RULES
+from milora_vl.recipe.policy_edits import DEFAULT_RULES, without_projector
 
 # name -> (type, help). Flags that are aliases of ours (--lora_r, --version, ...) are in arguments.py.
 FLAGS: dict[str, tuple[str, str]] = {
@@ -149,7 +149,7 @@ def _rules(
     if flags.get("freeze_backbone"):
         return projector, "--freeze_backbone True trains only the projector"
     if not is_script(flags):
-        without = [rule for rule in DEFAULT_RULES if rule["modules"] != "projector"]
+        without = without_projector(DEFAULT_RULES)
         return without, "--freeze_mm_mlp_adapter True trains the default policy without the projector"
     return [{"modules": "language.*", "method": "full"}, *projector], _IN_FULL.format(of_projector)
 

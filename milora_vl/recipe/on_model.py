@@ -36,14 +36,52 @@ def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:
 
 
 def targets_of(recipe: Recipe, base: nn.Module) -> list[Target]:
-    """Return the policy resolved on a model. Raises UserError with every problem of the rules."""
+    """Return the policy resolved on a model.
+
+    Raises UserError with every problem of the rules, and for rules that train a tower whose features are cached.
+    """
     try:
-        return Policy.parse(recipe.policy or []).resolve(base, cache_dir=recipe.factor_cache)
+        targets = Policy.parse(recipe.policy or []).resolve(base, cache_dir=recipe.factor_cache)
     except PolicyError as error:
         *others, last = error.problems
         see = f"see: python -m milora_vl.train --model {recipe.model} --dry-run"
         hint = "\n".join(filter(None, (last.hint, see)))
         raise UserError(problems=[*others, replace(last, hint=hint)]) from None
+    trained = next((target for target in targets if target.tower == "vision"), None)
+    if recipe.data.feature_cache and trained is not None:
+        raise UserError(
+            f"the vision tower trains ({trained.path}), so its features change with each step",
+            code="feature-cache-trained-tower",
+            where="data.feature_cache",
+            hint="remove the rule for vision, or the cache",
+        )
+    return targets
+
+
+def require_pictures(recipe: Recipe, config: Any) -> None:
+    """Raise UserError if the model of this config does not take pictures as the recipe prepares them."""
+    tiling, ratio = tiling_of(config), recipe.data.image_aspect_ratio
+    if (ratio == "anyres" and tiling is None) or (ratio == "plain" and tiling is not None):
+        raise UserError(
+            f"{ratio}, but {recipe.model} {'sees a picture once' if tiling is None else 'tiles its pictures'}",
+            code="image-aspect-ratio",
+            where="data.image_aspect_ratio",
+            hint="use pad or plain" if tiling is None else "use anyres",
+        )
+    if tiling is not None and recipe.data.jpeg_decoding == "draft":
+        raise UserError(
+            "draft decoding shrinks pictures, but tiles need them in full size",
+            code="image-draft-tiles",
+            where="data.jpeg_decoding",
+            hint="use exact",
+        )
+    if recipe.data.feature_cache and config.model_type not in ("llava", "llava_next"):
+        raise UserError(
+            f"supports LLaVA 1.5 and 1.6 only, not {config.model_type}: they use the tower's tokens unchanged",
+            code="feature-cache-unsupported-model",
+            where="data.feature_cache",
+            hint="remove data.feature_cache",
+        )
 
 
 def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]:
@@ -95,7 +133,7 @@ def problems_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bo
     try:
         base = meta_model(config)
         if implicit and find_towers(base).projector is None:
-            rules = [rule for rule in rules if rule["modules"] != "projector"]
+            rules = without_projector(rules)
         Policy.parse_and_resolve(rules, base)
     except PolicyError as error:
         return list(error.problems)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,13 +61,13 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
     return out
 
 
-def without_projector(rules: Sequence[RuleDict]) -> list[RuleDict]:
+def without_projector(rules: Sequence[Mapping[str, Any]]) -> list[RuleDict]:
     """Return the default rules for a model without a projector.
 
     >>> [rule["modules"] for rule in without_projector(DEFAULT_RULES)]
     ['language']
     """
-    return [rule for rule in rules if rule["modules"] != "projector"]
+    return [dict(rule) for rule in rules if rule["modules"] != "projector"]
 
 
 def is_adapter(rule: RuleDict) -> bool:

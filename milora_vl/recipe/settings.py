@@ -19,7 +19,7 @@ from milora_vl.recipe import base_model, llava_flags, protection, yaml_file
 from milora_vl.recipe.arguments import PROG, Request
 from milora_vl.recipe.changes import resolved_paths
 from milora_vl.recipe.hf_arguments import overridden
-from milora_vl.recipe.on_model import of_default_rank, problems_on, require_float_weights
+from milora_vl.recipe.on_model import of_default_rank, problems_on, require_float_weights, require_pictures
 from milora_vl.recipe.policy_edits import ADAPTERS, edited
 from milora_vl.recipe.schema import Recipe, RecipeError, located, policy_problems
 
@@ -66,6 +66,7 @@ def require_fit(request: Request, recipe: Recipe) -> None:
     if problems:
         raise RecipeError(source, problems, lines)
     protection.check(recipe)
+    require_pictures(recipe, config)
     if recipe.quantization != "none":
         require_float_weights(recipe, config)
 
@@ -253,7 +254,7 @@ def _read_policy(text: str) -> tuple[list[dict[str, Any]], str]:
     if not is_file and text.endswith((".yaml", ".yml")):
         raise UserError("no such file", code="path-missing", where=f"--policy {text}")
     indented = "\n".join("  " + line for line in body.splitlines())
-    rules = yaml_file.read(f"policy:\n{indented}", source)[0]["policy"]
+    rules = yaml_file.read(f"policy:\n{indented}", source, above=1)[0]["policy"]
     if isinstance(rules, Mapping):
         rules = rules.get("policy", [rules])
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):

@@ -31,9 +31,10 @@ for _first in "-+.0123456789":
     resolvers.append(("tag:yaml.org,2002:float", FLOAT))
 
 
-def read(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
+def read(text: str, source: str, *, above: int = 0) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the mapping in `text`, and the line of each dotted path (`policy[1].rank` -> 12).
 
+    `above`: the number of lines at the start of `text` that are not in `source`.
     Raises UserError, with `source` and the line, for invalid YAML, a duplicate key, or anything but a mapping.
 
     >>> read("train: {learning_rate: 2e-5}", "x.yaml")
@@ -42,6 +43,7 @@ def read(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
     lines: dict[str, int] = {}
     try:
         loader = _Loader(text)
+        loader.line = -above  # the line numbers of all marks follow it
         node = loader.get_single_node()
         if node is None:
             return {}, {}

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import xxhash
@@ -23,45 +23,11 @@ from milora_data.images.features import PLAIN, FeatureReader, Features
 from milora_data.images.files import ImageError, place_of
 from milora_data.images.pixels import PixelMaker
 from milora_data.records import Record
-from milora_vl.policy import Target
+from milora_vl.plan.screen import Screen
 from milora_vl.towers import find_towers
 
 VERSION = 1  # increase it when the same tower and picture may give other features
 BATCH = 16  # pictures
-
-
-class _Screen(Protocol):
-    """An object that prints lines for the user, such as `plan.screen.Screen`."""
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-
-
-def check(base: nn.Module, targets: Sequence[Target]) -> None:
-    """Raise UserError unless the whole tower is frozen and the model uses its features as LLaVA 1.5 and 1.6 do."""
-    trained = next((target for target in targets if target.tower == "vision"), None)
-    if trained is not None:
-        raise UserError(
-            f"the vision tower trains ({trained.path}), so its features change with each step",
-            code="feature-cache-trained-tower",
-            where="data.feature_cache",
-            hint="remove the rule for vision, or the cache",
-        )
-    assert isinstance(base, PreTrainedModel)
-    if find_towers(base).vision is None or base.config.model_type not in ("llava", "llava_next"):
-        raise UserError(
-            f"supports LLaVA 1.5 and 1.6 only, not {base.config.model_type}: they use the tower's tokens unchanged",
-            code="feature-cache-unsupported-model",
-            where="data.feature_cache",
-            hint="remove data.feature_cache",
-        )
-    if any(parameter.numel() == 0 for parameter in base.parameters()):
-        raise UserError(
-            "ZeRO-3 has sharded the vision tower, and the cache needs its complete weights",
-            code="feature-cache-zero3",
-            where="data.feature_cache",
-            hint="use --deepspeed zero2, or remove the cache",
-        )
 
 
 def prepare(
@@ -70,7 +36,7 @@ def prepare(
     collator: ImageTextCollator,
     records: Iterable[Record],
     args: TrainingArguments,
-    screen: _Screen,
+    screen: Screen,
 ) -> FeatureReader:
     """Compute the missing features of the records' pictures, a share per process, and return their reader.
 
@@ -135,7 +101,7 @@ class _Tower:
 
 
 def _fill(
-    reader: FeatureReader, compute: _Tower, pictures: Sequence[str | Path], args: TrainingArguments, screen: _Screen
+    reader: FeatureReader, compute: _Tower, pictures: Sequence[str | Path], args: TrainingArguments, screen: Screen
 ) -> None:
     from accelerate import PartialState
     from tqdm import tqdm
@@ -193,7 +159,7 @@ def _write(reader: FeatureReader, compute: _Tower, pairs: Sequence[tuple[Path, A
         reader.write(entry, Features(compute(tiles[: reader.tiling.num_tiles(*size)]), *size))
 
 
-def _announce(reader: FeatureReader, missing: int, total: int, screen: _Screen) -> None:
+def _announce(reader: FeatureReader, missing: int, total: int, screen: Screen) -> None:
     size = reader.file(PLAIN).stat().st_size * missing
     free = shutil.disk_usage(reader.folder).free
     stored = f"features of {total - missing:,} of {total:,} pictures are in {reader.folder}"

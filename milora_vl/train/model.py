@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_data.errors import UserError
+from milora_data.errors import UserError, first_line
 from milora_data.records import Record
 from milora_data.templates import OWN
 from milora_vl.adapter import apply_targets
@@ -21,11 +21,10 @@ from milora_vl.lora.sidecar import FILE_NAME
 from milora_vl.models.loading import load_processor, split_processor
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import quantization_config
-from milora_vl.plan.screen import trained_sizes
+from milora_vl.plan.screen import frozen_towers, trained_sizes
 from milora_vl.policy import Target
 from milora_vl.recipe.on_model import require_template
 from milora_vl.recipe.schema import Recipe
-from milora_vl.towers import TOWERS, find_towers
 from milora_vl.train.trainer import Saves
 
 WEIGHTS_FILE: dict[Saves, str] = {"adapter": "adapter_model.safetensors", "projector": "mm_projector.safetensors"}
@@ -78,7 +77,7 @@ def _set_attention(model: Any, name: str) -> None:
     try:
         model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{name} is not available here: {reason}",
             code="attention-unavailable",
@@ -106,7 +105,7 @@ def build(
     sizes = trained_sizes(targets, base)
     if checkpoint is not None:
         _require_same_kind(checkpoint, saves)
-    frozen: list[str] = [tower for tower in TOWERS if _has(base, tower) and tower not in {t.tower for t in targets}]
+    frozen = frozen_towers(base, targets)
     if saves == "adapter" and checkpoint is not None:
         model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
         _require_same_adapter(checkpoint, model, targets, recipe.form)
@@ -158,8 +157,3 @@ def _require_same_adapter(checkpoint: Path, model: Any, targets: Sequence[Target
             where=str(checkpoint),
             hint="to resume, repeat the --method, --rank, --alpha, --form or --policy of the run that wrote it",
         )
-
-
-def _has(base: nn.Module, tower: str) -> bool:
-    towers = find_towers(base)
-    return {"language": towers.language, "projector": towers.projector, "vision": towers.vision}[tower] is not None

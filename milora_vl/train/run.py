@@ -267,7 +267,6 @@ def make_trainer(
     recipe, data = loaded.recipe, inputs.data
     collator = run_files.collator(recipe, loaded.base, loaded.processor, data.train[:100])
     if recipe.data.feature_cache:
-        features.check(loaded.base, adapted.built.targets)
         records = [*data.train, *(data.evaluation or ())]
         cache = Path(recipe.data.feature_cache)
         collator.features = features.prepare(cache, loaded.base, collator, records, inputs.args, opening.screen)

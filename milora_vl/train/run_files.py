@@ -12,9 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_model_param_count
 
-from milora_data.anyres import Tiling
 from milora_data.collate import ImageTextCollator
-from milora_data.errors import UserError
 from milora_data.lengths import encoded_lengths
 from milora_data.pack import PackedRecords, fill, pack
 from milora_data.records import Record
@@ -53,7 +51,7 @@ def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Seque
         jpeg_decoding=recipe.data.jpeg_decoding,
         packing="flat" if recipe.attn_implementation == "flash_attention_2" else "rows",
         substitutes=substitutes,
-        tiling=_tiling(recipe, base),
+        tiling=tiling_of(base.config),
     )
 
 
@@ -62,28 +60,6 @@ def warnings_of(collator: ImageTextCollator) -> list[str]:
     return [
         f"{count:,} times while training: {WHAT_HAPPENED[event]}" for event, count in collator.counts().items() if count
     ]
-
-
-def _tiling(recipe: Recipe, base: nn.Module) -> Tiling | None:
-    """Return how the model tiles pictures, or None. Raises UserError if the recipe contradicts the model."""
-    assert isinstance(base, PreTrainedModel)
-    tiling = tiling_of(base.config)
-    ratio = recipe.data.image_aspect_ratio
-    if (ratio == "anyres" and tiling is None) or (ratio == "plain" and tiling is not None):
-        raise UserError(
-            f"{ratio}, but {recipe.model} {'sees a picture once' if tiling is None else 'tiles its pictures'}",
-            code="image-aspect-ratio",
-            where="data.image_aspect_ratio",
-            hint="use pad or plain" if tiling is None else "use anyres",
-        )
-    if tiling is not None and recipe.data.jpeg_decoding == "draft":
-        raise UserError(
-            "draft decoding shrinks pictures, but tiles need them in full size",
-            code="image-draft-tiles",
-            where="data.jpeg_decoding",
-            hint="use exact",
-        )
-    return tiling
 
 
 def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[Record]) -> list[int] | None:
@@ -96,7 +72,7 @@ def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[R
         template=recipe.template,
         image_tokens=image_tokens(base.config) if find_towers(base).vision is not None else 0,
         max_length=recipe.data.max_length,
-        tiling=_tiling(recipe, base),
+        tiling=tiling_of(base.config),
         image_folder=recipe.data.image_folder,
         beside=Path(recipe.data.path) if isinstance(recipe.data.path, str) else None,
     )

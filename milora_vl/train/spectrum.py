@@ -12,6 +12,7 @@ from typing import TypedDict
 
 from torch import nn
 
+from milora_vl.lora.install import base_model_of
 from milora_vl.policy import Target
 from milora_vl.svd import singular_values
 from milora_vl.towers import TOWERS, find_towers
@@ -47,7 +48,7 @@ def layer_spectra(model: nn.Module, targets: Sequence[Target]) -> list[LayerSpec
     """
     by_path = {target.path: target for target in targets}
     modules = dict(_matrices(model))
-    tower_of = find_towers(_base(model)).tower_of
+    tower_of = find_towers(base_model_of(model)).tower_of
     spectra = []
     for tower in TOWERS:
         paths = [path for path in modules if tower_of(path) == tower]
@@ -57,16 +58,9 @@ def layer_spectra(model: nn.Module, targets: Sequence[Target]) -> list[LayerSpec
     return spectra
 
 
-def _base(model: nn.Module) -> nn.Module:
-    """Return the model under a PEFT wrapper, or the model itself."""
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path in the base model, layer) of every linear layer and ungrouped convolution."""
-    for name, module in _base(model).named_modules():
+    for name, module in base_model_of(model).named_modules():
         if is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1):
             yield _WRAPPER.sub("", name), module
 

@@ -25,16 +25,17 @@ from transformers import (
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from milora_data.errors import UserError
+from milora_data.errors import UserError, first_line
 from milora_data.sampler import LengthGroupedSampler
 from milora_data.stream import RecordStream
 from milora_data.tokens import IGNORE
+from milora_vl.adapter_folders import PROJECTOR_FILES
+from milora_vl.lora.install import base_model_of
 from milora_vl.lora.keep_protected import keep_protected
 from milora_vl.lora.sidecar import FILE_NAME
 from milora_vl.losses import install, summed_loss
 from milora_vl.models.projector import load_projector, save_projector
 from milora_vl.param_groups import parameter_groups, target_path
-from milora_vl.plan.hub import first_line
 from milora_vl.policy import Target
 from milora_vl.recipe import protection
 from milora_vl.train import streaming
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
-OWN_FILES = (FILE_NAME, "mm_projector.safetensors", "mm_projector.bin")
+OUR_FILES = (FILE_NAME, *PROJECTOR_FILES)
 Saves = Literal["adapter", "projector", "full"]
 
 
@@ -139,7 +140,7 @@ class MiloraTrainer(Trainer):
         kinds: Sequence[object] | None = None,
         stream_from: Path | None = None,
     ) -> None:
-        self.chunked = install(_base(model))  # before anything wraps its forward
+        self.chunked = install(base_model_of(model))  # before anything wraps its forward
         super().__init__(
             model,
             args,
@@ -316,7 +317,7 @@ class MiloraTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push as HF does, but with milora.json and the projector, which HF does not know."""
         self._failed_pushes += self._failures_now()
-        for name in OWN_FILES if self.args.should_save else ():
+        for name in OUR_FILES if self.args.should_save else ():
             if (Path(checkpoint_folder) / name).is_file():
                 shutil.copy2(Path(checkpoint_folder) / name, str(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
@@ -356,9 +357,3 @@ def load_full(model: nn.Module, folder: Path) -> None:
     assert isinstance(model, PreTrainedModel)
     restored = type(model).from_pretrained(folder, dtype=torch.float32)
     model.load_state_dict(restored.state_dict())
-
-
-def _base(model: nn.Module) -> nn.Module:
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
