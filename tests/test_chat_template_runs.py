@@ -15,17 +15,21 @@ from test_train import losses, words
 from transformers import AutoProcessor, AutoTokenizer
 
 from milora_data.__main__ import main as data_main
+from milora_data.encode import encode
 from milora_data.errors import DataError, UserError
 from milora_data.records import Turn
+from milora_data.sources import load_records
 from milora_vl import load_model
 from milora_vl.chat.command import main as chat
 from milora_vl.export.command import main as export
+from milora_vl.forgetting import job
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.generate import Prompt, generate, prompt_ids
 from milora_vl.models import loading
 from milora_vl.models.image_tokens import image_token_id, image_tokens
 from milora_vl.recipe.arguments import parse
 from milora_vl.recipe.settings import resolve
+from milora_vl.train import run_files
 from milora_vl.train.command import main
 
 
@@ -76,6 +80,20 @@ def test_a_text_model_trains_and_resumes(text_run: Path, text_model: Path, text_
     assert losses(half) == losses(text_run)
 
 
+@pytest.mark.parametrize("flags", [[], ["--packing"]])
+def test_a_run_learns_and_counts_in_the_template_of_its_recipe(
+    flags: list[str], text_model: Path, text_data: Path
+) -> None:
+    recipe = resolve(parse(text_words(text_model, text_data, Path("run"), *flags))).recipe
+    model, tokenizer = load_model(text_model)
+    record = next(iter(load_records(text_data)))
+    expected = encode(record, tokenizer, template="chat_template", image_token_id=-1)
+    batch = run_files.collator(recipe, model, tokenizer)([record])
+    assert batch["input_ids"][0].tolist() == expected.input_ids
+    assert batch["labels"][0].tolist() == expected.labels
+    assert run_files.lengths(recipe, model, tokenizer, [record]) == ([len(expected.input_ids)] if flags else None)
+
+
 @pytest.mark.parametrize(
     "how", [["--packing"], ["--train_sampling_strategy", "group_by_length"], ["--streaming"]], ids=lambda how: how[0]
 )
@@ -99,13 +117,23 @@ def test_the_trained_model_is_asked_with_the_same_prompts(
     assert tokenizer.decode(ids) == "<s>[user] Hi</s>[assistant] "
 
 
-def test_a_model_with_pictures_trains_and_is_asked(picture_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_model_with_pictures_trains_and_is_asked(
+    picture_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     more = ["--model", str(picture_model), "--template", "chat_template", "--rank", "4"]
     assert main(words(tiny_data, run, *more)) == 0
     assert AutoProcessor.from_pretrained(run).chat_template == LLAVA_HF
     adapter = ["--model", str(picture_model), "--adapter", str(run)]
+    templates, answer_batches = [], job.answer_batches
+
+    def recorded(*arguments: Any, **settings: Any) -> Any:
+        templates.append(settings["template"])
+        return answer_batches(*arguments, **settings)
+
+    monkeypatch.setattr(job, "answer_batches", recorded)
     assert forgetting([*adapter, "--on", "pictures", "--limit", "4"]) == 0
+    assert templates == ["chat_template"]
     picture = str(tiny_data / "images" / "0.png")
     assert chat([*adapter, "--image", picture, "--max_new_tokens", "4", "What is it?"]) == 0
 

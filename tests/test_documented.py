@@ -106,6 +106,14 @@ def test_the_commands_of_a_page_run(page: str, place: Path) -> None:
     run_page(page, lambda command: None if row_of(SLOW, command.text) else here(command))
 
 
+@pytest.mark.parametrize(
+    "command", [c for c in ALL if row_of(SLOW, c.text) and c.text.startswith("python -m milora_")], ids=str
+)
+def test_flags_of_a_slow_command_exist(command: Command) -> None:
+    text = re.split(r" \S+\.(?:py|sh)\b", command.text)[0]  # what follows is for the script
+    assert {word.partition("=")[0] for word in text.split() if word.startswith("--")} <= set(flags_of(text))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name in NAMES if any(map(is_slow, commands(name)))])
 def test_slow_and_launched_commands_of_a_page_run_as_typed(page: str, place: Path) -> None:

@@ -55,11 +55,12 @@ def test_they_are_written_once_each_with_the_suffix_of_their_format(tmp_path: Pa
     assert main(["check", str(out / "data.json"), "--image_folder", str(out / "images")]) == 0
 
 
-@pytest.mark.parametrize("kind", ["llava", "messages", "table", "hub"])
+@pytest.mark.parametrize("kind", ["llava", "jsonl", "messages", "table", "hub"])
 def test_every_form_that_names_pictures_may_hold_them(kind: str, tmp_path: Path) -> None:
     data, out = tmp_path / "data.json", tmp_path / "out"
     row = {"image": url("red"), "question": "What colour?", "answer": "Red."}
-    dump(data, [{"llava": in_llavas(url("red")), "messages": asked(url("red")), "table": row}.get(kind, row)])
+    forms = {"llava": in_llavas(url("red")), "jsonl": asked(url("red")), "messages": asked(url("red"))}
+    dump(data, [forms.get(kind, row)])
     if kind == "hub":
         import datasets
 
@@ -70,7 +71,7 @@ def test_every_form_that_names_pictures_may_hold_them(kind: str, tmp_path: Path)
     assert convert(data, out, kind) == 0
     (record,) = load_records(out / "data.json")
     assert load_image(out / "images" / record.images[0]).size == (48, 32)
-    assert record.turns[0].text.startswith("<image>\n") or kind == "messages"
+    assert record.turns[0].text.startswith("<image>\n") or kind in ("jsonl", "messages")
 
 
 def test_lists_of_pictures_and_the_newer_names_of_parts_are_read_too(tmp_path: Path) -> None:
@@ -190,6 +191,20 @@ def test_pictures_of_the_web_are_said_not_to_be_fetched(tmp_path: Path, capsys: 
     assert "xxx" not in str(caught.value)
     assert main(["check", str(tmp_path / "l.jsonl")]) == 1
     assert "web address" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["llava", "messages"])
+@pytest.mark.parametrize("place", ["part", "images"])
+def test_a_conversion_leaves_out_pictures_of_the_web(kind: str, place: str, tmp_path: Path, capsys: Any) -> None:
+    address = "https://example.org/cat.png"
+    bad = asked(address)
+    if place == "images":
+        bad = {"messages": [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "Red."}]}
+        bad["images"] = [address]
+    dump_lines(tmp_path / "m.jsonl", [bad, asked(url("red"))])
+    assert convert(tmp_path / "m.jsonl", tmp_path / "out", kind) == 0
+    assert len(list(load_records(tmp_path / "out" / "data.json"))) == 1
+    assert f"left out: {tmp_path / 'm.jsonl'}:1: " in capsys.readouterr().err
 
 
 def test_a_part_of_another_kind_is_named_and_not_quoted(tmp_path: Path) -> None:

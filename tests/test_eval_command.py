@@ -126,6 +126,10 @@ def test_the_template_is_the_one_of_the_training(adapter: Path, data: Path, tmp_
         with pytest.raises(UserError, match="nonesuch"):
             main(arguments(adapter, data, tmp_path))
         assert main(arguments(adapter, data, tmp_path, "--template", "vicuna_v1")) == 0
+        (adapter / "recipe.yaml").write_text("template: [vicuna\n")
+        with pytest.raises(UserError) as error:
+            main(arguments(adapter, data, tmp_path))
+        assert error.value.problems[0].code == "yaml-syntax"
     finally:
         (adapter / "recipe.yaml").unlink()
 

@@ -208,6 +208,6 @@ def _unknown(what: Literal["suite", "benchmark"], name: str, known: Mapping[str,
     guess = f"did you mean {near[0]} ?\n" if near else ""
     return UserError(
         f'unknown {what} "{name}"; expected one of: {", ".join(known)}',
-        code=f"eval-unknown-{what}",
+        code="eval-unknown-suite" if what == "suite" else "eval-unknown-benchmark",
         hint=f"{guess}see: python -m milora_eval ls",
     )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from drawn import write_tiny_data
+from peft import PeftModel
 
 from milora_vl import load_model
 from milora_vl.train import main as train
@@ -105,7 +106,7 @@ def test_an_old_run_resumes_with_the_losses_it_had(name: str, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("name", ["llava", "text"])
-def test_the_adapter_of_an_old_run_loads_and_differs_from_its_base(
+def test_the_adapter_of_an_old_run_gives_the_outputs_of_stock_peft(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = _place(name, tmp_path, monkeypatch)
@@ -116,4 +117,7 @@ def test_the_adapter_of_an_old_run_loads_and_differs_from_its_base(
         tuned = model(input_ids=ids).logits
         with model.disable_adapter():
             base = model(input_ids=ids).logits
+        stock = PeftModel.from_pretrained(load_model("tiny" if name == "llava" else "tiny-text")[0], str(run))
+        expected = stock(input_ids=ids).logits
     assert not torch.equal(tuned, base)
+    torch.testing.assert_close(tuned, expected, atol=1e-6, rtol=0)
