@@ -94,7 +94,7 @@ def an_analysis(folder: Path) -> Path:
 
 PAGES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "report": (a_report, ("Before and after", "What it forgot", "Do it again", "64 test questions")),
-    "view": (a_view, ("final is right on 3 questions", "</script><script>alert(1)</script>", "6 shown")),
+    "view": (a_view, ("final corrects 3 wrong answers of base", "</script><script>alert(1)</script>", "6 shown")),
     "show": (a_show, ("3 records as training sees them", "gone.png (no such file)", "<b>Yes</b></s>")),
     "sweep": (a_sweep, ("11 of 12 cells are done, 1 failed", "minor-flat − milora", "Do it again")),
     "analysis": (an_analysis, ("The spectra of", "effective rank", "layers.csv")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+import time
 from collections.abc import Sequence
 
 from milora_vl.recipe import arguments
@@ -27,10 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @atexit.register
 def _destroy_process_group() -> None:
-    """Close the process group before exit: gloo's threads sometimes abort an interpreter that ends while they run."""
+    """Close the process group before exit.
+
+    A thread of gloo that still releases the tensors of the last collective when the interpreter ends aborts the
+    process, after everything is written: in about one of five short runs of two processes. The pause lets it finish.
+    """
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
+        time.sleep(0.5)
         dist.destroy_process_group()
