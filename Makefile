@@ -28,7 +28,7 @@ demo: $(RUN)/.demo-finished  ## Fine-tune a small LLaVA with MiLoRA, evaluate it
 	@echo "again:  make demo RUN=runs/another     (or remove $(RUN) first)"
 
 test: $(INSTALLED)  ## Run the tests (minutes on a CPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --ignore tests/project $(PYTEST_ARGS)
 
 test-all: $(INSTALLED)  ## Run the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" $(PYTEST_ARGS)
@@ -40,7 +40,7 @@ test-lowest: $(INSTALLED)  ## Run the tests with the oldest versions that pyproj
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llava-torch
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-EXTRAS_TESTS := tests/test_quantized.py tests/test_chat_web.py tests/test_trl.py tests/test_trl_collator.py tests/test_llava_scripts.py
+EXTRAS_TESTS := tests/lora/test_quantized.py tests/chat/test_chat_web.py tests/integrations/test_trl.py tests/integrations/test_trl_collator.py tests/recipe/test_llava_scripts.py
 
 test-extras: $(INSTALLED)  ## Run the tests of bitsandbytes, gradio and TRL, which `test` skips, in a separate environment
 	$(BIN)/python -m pip install --quiet uv
@@ -49,9 +49,10 @@ test-extras: $(INSTALLED)  ## Run the tests of bitsandbytes, gradio and TRL, whi
 	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python --no-deps llava-torch
 	.venv-extras/bin/python -m pytest -n $(JOBS) -m "not gpu" $(EXTRAS_TESTS) $(PYTEST_ARGS)
 
-check: $(INSTALLED)  ## Check lint, format, types, import direction and spelling; fail after all have run
+check: $(INSTALLED)  ## Check lint, format, types, imports, spelling, style, pages and site; fail after all have run
 	@status=0; for tool in "ruff check ." "ruff format --check ." mypy lint-imports codespell; do \
-	    echo "$$tool"; $(BIN)/$$tool || status=1; done; exit $$status
+	    echo "$$tool"; $(BIN)/$$tool || status=1; done; \
+	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/project || status=1; exit $$status
 
 format: $(INSTALLED)  ## Fix lint and format in place
 	$(BIN)/ruff check --fix-only .

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn import write_tiny_data
+
+from support.drawn import write_tiny_data
 
 Made = tuple[Any, Any]
 

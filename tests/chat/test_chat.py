@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from milora_data.errors import UserError
+from milora_data.records import Turn
+from milora_vl import chat
+from milora_vl.chat import command
+from milora_vl.generate import Prompt, generate
+from milora_vl.load import load_model
+from support.adapter_cases import move
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def picture(tiny_data: Path) -> Path:
+    return tiny_data / "images" / "0.png"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A trained-looking adapter for the tiny model: its answers differ from the base's."""
+    from milora_vl import Policy, apply_milora, save_adapter
+
+    model = apply_milora(load_model("tiny")[0], Policy.parse("[{modules: language, method: milora, rank: 8}]"))
+    move(model, 1.0)
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def ask(*words: str | Path) -> int:
+    return chat.main(["--model", "tiny", "--max_new_tokens", "8", *map(str, words)])
+
+
+def answer(question: str, *images: Path, folder: Path | None = None) -> str:
+    model, processor = load_model("tiny", adapter=folder)
+    turns = (Turn("user", "<image>\n" * len(images) + question),)
+    return generate(model, processor, [Prompt(turns, images)], max_new_tokens=8)[0]
+
+
+def test_the_answer_alone_is_on_stdout_and_is_what_an_evaluation_gets(picture: Path, capsys: Captured) -> None:
+    assert ask("--image", picture, "What colour is it?") == 0
+    assert capsys.readouterr().out == answer("What colour is it?", picture) + "\n"
+
+
+def test_a_question_needs_no_picture(capsys: Captured) -> None:
+    ask("What is 1 + 1?")
+    assert capsys.readouterr().out == answer("What is 1 + 1?") + "\n"
+
+
+def test_compare_shows_both_answers(adapter: Path, picture: Path, capsys: Captured) -> None:
+    ask("--adapter", adapter, "--image", picture, "--compare", "What is it?")
+    base, tuned = answer("What is it?", picture), answer("What is it?", picture, folder=adapter)
+    assert base != tuned
+    assert capsys.readouterr().out == f"base   {base}\ntuned  {tuned}\n"
+
+
+def test_a_conversation_remembers_until_it_is_reset(
+    picture: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [f"/image {picture.parent}/9.png", f"/image {picture.parent}", f"/image {picture}"]
+    typed = ["What?", "Why?", "/reset", "What?", "/imag", *images, "What?", "/quit", "never asked"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
+    assert ask() == 0
+    out, err = capsys.readouterr()
+    first, second, again, seen = out.splitlines()
+    assert first == again == answer("What?")
+    assert seen == answer("What?", picture)
+    model, processor = load_model("tiny")
+    turns = (Turn("user", "What?"), Turn("assistant", first), Turn("user", "Why?"))
+    assert second == generate(model, processor, [Prompt(turns)], max_new_tokens=8)[0]
+    assert "did you mean /image ?" in err
+    assert "9.png: no such picture" in err
+    assert f"{picture.parent}: this is a folder; expected a picture" in err
+
+
+def test_words_are_streamed_as_they_come_without_the_first_space(
+    tiny_llama: Callable[..., Any], capsys: Captured
+) -> None:
+    import torch
+
+    tokenizer = tiny_llama()[1]
+    words, seen = command._word_streamer(tokenizer), []
+    words.put(torch.tensor([[1, 2]]))  # the prompt, which is not shown
+    for word in (" red", " apple "):
+        for number in tokenizer(word, add_special_tokens=False).input_ids:
+            words.put(torch.tensor([number]))
+        seen.append(capsys.readouterr().out)
+    words.end()
+    assert "".join([*seen, capsys.readouterr().out]) == "red apple\n"
+    assert seen[1] != ""
+
+
+def test_prompt_and_pictures_are_those_of_the_training_also_with_a_checkpoint_of_it(
+    adapter: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    wide = tmp_path / "wide.png"
+    Image.linear_gradient("L").rotate(90).resize((96, 32)).convert("RGB").save(wide)
+    checkpoint = (tmp_path / "run" / "checkpoint-5").absolute()
+    checkpoint.parent.mkdir()
+    adapter.rename(checkpoint)
+    said = {}
+    for recipe in ("", "template: plain\n", "data: {image_aspect_ratio: plain}\n"):
+        (checkpoint.parent / "recipe.yaml").write_text(recipe)
+        ask("--adapter", checkpoint, "--image", wide, "What is it?")
+        said[recipe] = capsys.readouterr().out
+    model, processor = load_model("tiny", adapter=checkpoint)
+    prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (wide,))
+    for recipe, options in zip(said, ({}, {"template": "plain"}, {"image_aspect_ratio": "plain"}), strict=True):
+        assert said[recipe].strip() == generate(model, processor, [prompt], max_new_tokens=8, **options)[0]
+    assert len(set(said.values())) == 3
+
+
+def test_an_adapter_that_cannot_be_switched_off_is_not_compared(tmp_path: Path) -> None:
+    """PEFT trains the biases of the base itself: they stay."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], bias="lora_only")
+    get_peft_model(load_model("tiny")[0], config).save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match="cannot be switched off"):
+        ask("--adapter", tmp_path, "--compare", "What?")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--image", "{images}/00.png", "What?"], "0.png"),
+        (["--adapter", "{images}", "What?"], "contains no adapter"),
+        (["--adapter", "nowhere", "What?"], "no such folder"),
+        (["--compare", "What?"], "needs an adapter"),
+        (["--template", "vicuna", "What?"], "vicuna_v1"),
+        (["--imgae", "x.png", "What?"], "--image"),
+        (["--model", "tinny", "What?"], "did you mean: tiny"),
+    ],
+)
+def test_mistakes_are_a_few_clear_lines(words: list[str], said: str, picture: Path, capsys: Captured) -> None:
+    with pytest.raises(UserError) as caught:
+        ask(*(word.format(images=picture.parent) for word in words))
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 5
+    assert capsys.readouterr().out == ""
+
+
+def test_a_text_only_model_says_that_it_cannot_see(picture: Path) -> None:
+    with pytest.raises(UserError, match="reads only text"):
+        chat.main(["--model", "tiny-text", "--image", str(picture), "What?"])

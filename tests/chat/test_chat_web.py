@@ -1,0 +1,102 @@
+"""What the page of `chat --web` shows, with real answers of a tiny model; the page itself where gradio is installed."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from html import escape
+from pathlib import Path
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_data.images.files import load_image
+from milora_data.records import Turn
+from milora_vl.chat.command import Chat, main
+from milora_vl.chat.web import answers, free_port, page
+from milora_vl.generate import Prompt, generate
+from milora_vl.load import load_model
+from support.adapter_cases import move
+
+Options = argparse.Namespace
+
+
+@pytest.fixture
+def options() -> Options:
+    return Options(
+        model="tiny", adapter=None, template=None, device="cpu", dtype="float32", max_new_tokens=6, compare=False
+    )
+
+
+def test_an_answer_grows_and_ends_as_an_evaluation_gets_it(options: Options, tiny_data: Path) -> None:
+    picture = load_image(tiny_data / "images" / "0.png")
+    states = list(answers(Chat.load(options), "What is it?", picture, [], [[]]))
+    model, processor = load_model("tiny")
+    (expected,) = generate(
+        model, processor, [Prompt((Turn("user", "<image>\nWhat is it?"),), (picture,))], max_new_tokens=6
+    )
+    turns, (log,) = states[-1]
+    assert [turn.text for turn in turns] == ["<image>\nWhat is it?", expected]
+    assert log == [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": escape(expected)}]
+    assert len(states) > 2
+
+
+def test_a_second_question_goes_on_from_the_first(options: Options) -> None:
+    chat = Chat.load(options)
+    turns, logs = list(answers(chat, "What?", None, [], [[]]))[-1]
+    turns, logs = list(answers(chat, "Why?", None, turns, logs))[-1]
+    assert [turn.role for turn in turns] == ["user", "assistant"] * 2
+    assert [message["content"] for message in logs[0]] == [escape(turn.text) for turn in turns]
+
+
+def test_base_and_tuned_answer_the_same_conversation(options: Options) -> None:
+    from milora_vl import apply_milora
+
+    chat = Chat.load(options)
+    chat.compare = True
+    chat.model = apply_milora(chat.model, "[{modules: language, method: milora, rank: 8}]")
+    move(chat.model, 1.0)
+    turns, (base, tuned) = list(answers(chat, "What?", None, [], [[], []]))[-1]
+    assert base[0] == tuned[0]
+    assert base[1] != tuned[1]
+    assert escape(turns[-1].text) == tuned[1]["content"]
+
+
+def test_what_is_typed_is_no_html_on_the_page(options: Options) -> None:
+    question = "1 < 2 <img src=http://example.com/track.png>"
+    turns, (log,) = list(answers(Chat.load(options), question, None, [], [[]]))[-1]
+    assert log[0]["content"] == escape(question)
+    assert turns[0].text == question
+
+
+def test_a_port_is_found_or_refused() -> None:
+    assert free_port(0) > 0
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="Address already in use") as error:
+            free_port(taken.getsockname()[1])
+    assert (error.value.problems[0].code, error.value.problems[0].where) == ("port-taken", "--port")
+    with pytest.raises(UserError, match="from 0") as error:
+        free_port(99999)
+    assert error.value.problems[0].code == "port-invalid"
+
+
+def test_an_error_of_the_model_reaches_the_page(options: Options) -> None:
+    chat = Chat.load(options)
+    chat.template = "nonsense"
+    with pytest.raises(UserError, match="template"):
+        list(answers(chat, "What?", None, [], [[]]))
+
+
+def test_the_page_is_built(options: Options) -> None:
+    pytest.importorskip("gradio")
+    shown = str(page(Chat.load(options), None, "<b>tiny").get_config_file())
+    assert "&lt;b&gt;tiny" in shown
+    assert "answers" in shown
+    assert "picture" in shown
+
+
+def test_mistakes_are_found_before_the_model_loads() -> None:
+    with pytest.raises(UserError, match="takes no question"):
+        main(["--model", "tiny", "--web", "What?"])

@@ -1,0 +1,173 @@
+"""`--template chat_template`: ids and masks equal what transformers makes of the same messages."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from milora_data.collate import ImageTextCollator
+from milora_data.encode import IGNORE, encode, encode_prompt
+from milora_data.errors import UserError
+from milora_data.lengths import encoded_lengths
+from milora_data.records import Turn, parse_record
+from milora_vl import load_model
+from milora_vl.generate import Prompt, generate, prompt_ids
+from milora_vl.models.loading import load_processor
+from support.chat_models import MARKED, SMOLLM2, TINY, record, write_picture_model, write_text_model
+from support.conversations import BYTE_BPE
+from support.versions import RIGHT_ASSISTANT_MASKS
+
+CONVERSATIONS: list[list[tuple[str, str]]] = [
+    [("user", "Hi"), ("assistant", "Ho")],
+    [("system", "Be brief."), ("user", "Name two."), ("assistant", " One, two. "), ("user", "3?"), ("assistant", "3")],
+    [("user", "a\nb"), ("assistant", "def f():\n    return 1\n"), ("user", "Sure?"), ("assistant", "Yes é🐱")],
+]
+
+
+def in_chat(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def with_template(tokenizer: Any, template: Any) -> Any:
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = template
+    return made
+
+
+def mask(labels: list[int]) -> list[int]:
+    return [int(label != IGNORE) for label in labels]
+
+
+def check_against_transformers(tokenizer: Any, marked: str) -> None:
+    for turns in CONVERSATIONS:
+        theirs = tokenizer.apply_chat_template(
+            in_chat(turns), chat_template=marked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        made = encode(record(turns), tokenizer, template="chat_template", image_token_id=-1)
+        assert made.input_ids == list(theirs["input_ids"])
+        assert not RIGHT_ASSISTANT_MASKS or mask(made.labels) == list(theirs["assistant_masks"])
+        asked = tokenizer.apply_chat_template(
+            in_chat(turns[:-1]), tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+        assert encode_prompt(record(turns), tokenizer, template="chat_template", image_token_id=-1) == list(
+            asked["input_ids"]
+        )
+
+
+def test_ids_and_mask_are_those_of_transformers() -> None:
+    check_against_transformers(with_template(BYTE_BPE, SMOLLM2), MARKED)
+
+
+@pytest.mark.slow
+def test_ids_and_mask_of_smollm2_are_those_of_transformers() -> None:
+    tokenizer = load_processor("smollm2")
+    own = tokenizer.chat_template
+    start, end = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}", "{% endif %}"
+    assert start in own
+    marked = own.replace(start, MARKED[MARKED.index("{% if message['role'] == 'assistant' %}") :].split("{% endfor")[0])
+    assert end in marked
+    check_against_transformers(tokenizer, marked)
+
+
+def test_what_a_template_puts_between_the_prompt_and_the_answer_is_learnt() -> None:
+    """The model has to write it: it comes behind what the model is asked with."""
+    thinking = MARKED.replace("{{ message['content'] +", "{{ '<think>\n\n</think>\n\n' + message['content'] +")
+    check_against_transformers(
+        with_template(BYTE_BPE, thinking.replace("{% generation %}", "").replace("{% endgeneration %}", "")), thinking
+    )
+
+
+def test_of_several_templates_the_default_one_is_taken() -> None:
+    several = with_template(BYTE_BPE, {"default": SMOLLM2, "tools": "{{ raise_exception('no') }}"})
+    one = with_template(BYTE_BPE, SMOLLM2)
+    made = [
+        encode(record(CONVERSATIONS[0]), each, template="chat_template", image_token_id=-1) for each in (several, one)
+    ]
+    assert made[0] == made[1]
+    with pytest.raises(UserError, match="no chat template"):
+        ImageTextCollator(with_template(BYTE_BPE, {"tools": SMOLLM2}), template="chat_template")
+
+
+def test_the_collator_takes_it_and_refuses_a_tokenizer_without_one() -> None:
+    tokenizer = with_template(BYTE_BPE, SMOLLM2)
+    batch = ImageTextCollator(tokenizer, template="chat_template")([record(turns) for turns in CONVERSATIONS])
+    learnt = [tokenizer.decode(row[row != IGNORE]) for row in batch["labels"]]
+    ends = ["".join(text + "<|im_end|>" for role, text in turns if role == "assistant") for turns in CONVERSATIONS]
+    assert learnt == ends
+    with pytest.raises(UserError, match="no chat template"):
+        ImageTextCollator(BYTE_BPE, template="chat_template")
+
+
+def test_lengths_are_counted_again_for_another_chat_template(tmp_path: Path) -> None:
+    records = [parse_record(record(turns)) for turns in CONVERSATIONS]
+    for template in (SMOLLM2, SMOLLM2.replace("You are", "You really are")):
+        tokenizer = with_template(BYTE_BPE, template)
+        settings: dict[str, Any] = {"template": "chat_template", "image_tokens": 0}
+        kept = encoded_lengths(records, tokenizer, beside=tmp_path / "data.json", **settings)
+        assert kept == encoded_lengths(records, tokenizer, **settings)
+
+
+def test_exact_prompts_keep_the_text_as_it_stands(tmp_path: Path) -> None:
+    model, tokenizer = load_model(write_text_model(tmp_path))
+    turns = (Turn("user", " Hi\n"), Turn("assistant", "Ho"), Turn("user", "And?"))
+    theirs = tokenizer.apply_chat_template(
+        [{"role": turn.role, "content": turn.text} for turn in turns],
+        tokenize=True, return_dict=True, add_generation_prompt=True,
+    )  # fmt: skip
+    made = prompt_ids(Prompt(turns, form="exact"), tokenizer, "chat_template", image_token_id=-1)
+    assert made == list(theirs["input_ids"])
+    assert len(generate(model, tokenizer, [Prompt(turns, form="exact")], template="chat_template")) == 1
+
+
+def test_ids_with_pictures_are_those_of_the_processor(tmp_path: Path) -> None:
+    processor = load_processor(write_picture_model(tmp_path))
+    tokenizer = processor.tokenizer
+    value = record([("user", "<image>\nWhat?"), ("assistant", "That."), ("user", "Sure?"), ("assistant", "Yes.")], 1)
+    picture: dict[str, Any] = {"type": "image", "image": Image.new("RGB", (32, 32))}
+    parts = [
+        {"role": turn["from"], "content": [{"type": "text", "text": turn["value"].removeprefix("<image>\n")}]}
+        for turn in value["conversations"]
+    ]
+    parts[0]["content"].insert(0, picture)
+    settings: dict[str, Any] = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "image_tokens": 16}
+    theirs = processor.apply_chat_template(parts, tokenize=True, return_dict=True)["input_ids"][0]
+    made = encode(value, tokenizer, template="chat_template", **settings)
+    assert made.input_ids == [*theirs, tokenizer.eos_token_id]  # nothing else would tell it to stop
+    learnt = [label for label in made.labels if label != IGNORE]
+    assert tokenizer.decode(learnt) == " That.  Yes. </s>"
+    asked = processor.apply_chat_template(parts[:1], tokenize=True, return_dict=True, add_generation_prompt=True)
+    prompt = encode_prompt(parse_record(value | {"conversations": value["conversations"][:1]}), tokenizer,
+                           template="chat_template", **settings)  # fmt: skip
+    assert prompt == list(asked["input_ids"][0])
+    exact = Prompt((Turn("user", "<image>\nWhat?"),), ("0.png",), form="exact")
+    assert prompt_ids(exact, tokenizer, "chat_template", **settings) == prompt
+
+
+def test_the_default_model_sees_pictures_in_its_own_template(tiny_data: Path) -> None:
+    """Composing gave it the chat template of vicuna_v1, so both templates must give the same ids."""
+    from milora_data.templates import render_chat_template
+
+    processor = load_processor("tiny")
+    tokenizer = with_template(processor.tokenizer, render_chat_template("vicuna_v1", processor.tokenizer))
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    for value in json.loads((tiny_data / "train.json").read_text()):
+        made = [
+            encode(value, tokenizer, template=name, image_token_id=image, image_tokens=16)
+            for name in ("vicuna_v1", "chat_template")
+        ]
+        assert made[0] == made[1]
+
+
+def test_answers_of_another_chat_template_are_not_taken_for_the_same(tmp_path: Path) -> None:
+    from milora_eval.evaluate import settings
+
+    model, tokenizer = load_model(write_text_model(tmp_path))
+    other = with_template(tokenizer, TINY.replace("[assistant]", "[you]"))
+    found = [settings(model, each, None, "chat_template", "pad") for each in (tokenizer, other)]
+    assert found[0] != found[1]
+    assert settings(model, tokenizer, None, "vicuna_v1", "pad") == settings(model, other, None, "vicuna_v1", "pad")

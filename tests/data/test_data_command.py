@@ -1,0 +1,339 @@
+"""The commands of milora_data: show, stats, convert, their help and their mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from milora_data.__main__ import main
+from milora_data.command import cli
+from milora_data.command.cli import as_typed, parser, suggest
+from milora_data.errors import DataError, UserError
+from milora_data.images.files import ImageError
+from milora_data.records import parse_record
+from milora_data.show.preview import text_pieces, token_pieces
+from milora_data.sources import load_records
+
+Out = pytest.CaptureFixture[str]
+
+
+def test_commands_need_neither_torch_nor_transformers(tiny_data: Path) -> None:
+    program = (
+        "import sys; from milora_data.__main__ import main\n"
+        f"main(['check', {str(tiny_data / 'train.json')!r}, '--image_folder', {str(tiny_data / 'images')!r}])\n"
+        f"main(['show', {str(tiny_data / 'train.json')!r}]); main(['stats', {str(tiny_data / 'train.json')!r}])\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+def test_a_mistake_is_a_few_lines_on_stderr_and_exit_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "milora_data", "check", "none.json"], capture_output=True, text=True, env={"PATH": ""}
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: none.json: no such file")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    record = {"conversations": [{"from": "human", "value": "word " * 2000}, {"from": "gpt", "value": "b"}]}
+    (tmp_path / "a.json").write_text(json.dumps([record] * 200))
+    cli = f"{sys.executable} -m milora_data show {tmp_path}/a.json --limit 200 --format json | head -c 100"
+    done = subprocess.run(cli, shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_flags_take_dashes_and_underscores_and_no_guesses() -> None:
+    options = parser("prog", "what it does", "example: x")
+    options.add_argument("--output_dir")
+    options.add_argument("--dry-run", action="store_true")
+    chosen = options.parse_args(["--output-dir=a_b-c", "--dry_run"])
+    assert (chosen.output_dir, chosen.dry_run) == ("a_b-c", True)
+    with pytest.raises(UserError, match=r"unknown argument: --output(.|\n)*did you mean --output_dir"):
+        options.parse_args(["--output", "x"])
+    with pytest.raises(UserError, match="expected one argument"):
+        options.parse_args(["--output_dir"])
+
+
+class _Broken:
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        if index == 1:
+            raise ImageError("a.png: cannot read this picture: empty\nneeded by train.json:3")
+        return index
+
+
+def test_what_a_loader_process_raises_is_shown_without_its_traceback(capsys: Out) -> None:
+    from torch.utils.data import DataLoader
+
+    def main(argv: Sequence[str] | None) -> int:
+        return len(list(DataLoader(_Broken(), num_workers=1)))  # type: ignore[arg-type]
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["error: a.png: cannot read this picture: empty", "       needed by train.json:3"]
+
+
+def test_near_names_come_nearest_first() -> None:
+    assert suggest("vicuna_v2", ["plain", "vicuna", "vicuna_v1"]) == ["vicuna_v1", "vicuna"]
+    assert suggest("zzz", ["plain"]) == []
+
+
+def test_show_marks_what_is_learnt(tiny_data: Path, capsys: Out) -> None:
+    assert main(["show", str(tiny_data / "train.json"), "--image_folder", str(tiny_data / "images")]) == 0
+    out = capsys.readouterr().out
+    width, height = Image.open(tiny_data / "images" / "0.png").size
+    assert f"picture: 0.png ({width} x {height})" in out
+    assert (
+        "USER: <image>\nWhat colour is it? ASSISTANT:[[ red</s>]]USER: Are you sure? ASSISTANT:[[ Yes, it is.</s>]]"
+        in out
+    )
+
+
+def test_show_finds_records_and_says_when_there_is_none(tiny_data: Path, capsys: Out) -> None:
+    data = str(tiny_data / "train.json")
+    assert main(["show", data, "--id", "t2"]) == 0
+    assert "What is 2 + 1?" in capsys.readouterr().out
+    assert main(["show", data, "--index", "10", "--limit", "5"]) == 0
+    assert capsys.readouterr().out.count("ASSISTANT:[[") == 2
+    with pytest.raises(UserError, match="no record with id"):
+        main(["show", data, "--id", "none"])
+
+
+def test_show_and_stats_count_tokens(tiny_data: Path, tmp_path: Path, capsys: Out, tiny_llava: Any) -> None:
+    _, processor = tiny_llava()
+    processor.save_pretrained(tmp_path / "p")
+    options = [str(tiny_data / "train.json"), "--tokenizer", str(tmp_path / "p"), "--image_tokens", "16"]
+    assert main(["show", *options, "--format", "json", "--max_length", "220"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["tokens"]["of_pictures"] == 16
+    assert {"kind": "picture", "text": "<image x 16>"} in shown["pieces"]
+    assert sum(piece["kind"] == "learnt" for piece in shown["pieces"]) == 1
+    assert main(["stats", *options, "--format", "json", "--max_length", "250"]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert tokens["per_record"]["max"] > 250
+    assert 0 < tokens["longer_than_max_length"] < 12
+    with pytest.raises(UserError, match="no such folder"):
+        main(["show", str(tiny_data / "train.json"), "--tokenizer", str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match="no tokenizer at"):
+        main(["show", str(tiny_data / "train.json"), "--tokenizer", str(tiny_data)])
+
+
+def test_pieces_from_ids_equal_pieces_from_text(tiny_llava: Any) -> None:
+    from milora_data.encode import encode
+    from support.llava_oracle import byte_bpe, llama_tokenizer
+
+    turns = [{"from": "human", "value": "<image>\nWhat é?"}, {"from": "gpt", "value": "That 😀."}] * 2
+    record = parse_record({"image": ["a", "b"], "conversations": turns})
+    for tokenizer in (byte_bpe(), tiny_llava()[1].tokenizer, llama_tokenizer("new")):
+        made = encode(record, tokenizer, image_token_id=-200, image_tokens=3)
+        from_ids = [(kind, text.replace(" x 3", "")) for kind, text in token_pieces(made, tokenizer, -200)]
+        from_text = text_pieces(record, eos=tokenizer.eos_token)
+        assert [(kind, text.lstrip("<s>").strip(" ")) for kind, text in from_ids] == [
+            (kind, text.lstrip("<s>").strip(" ")) for kind, text in from_text
+        ]
+
+
+def test_stats_counts(tiny_data: Path, capsys: Out) -> None:
+    assert main(["stats", str(tiny_data / "train.json"), "--format", "json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["records"], content["with_pictures"], content["text_only"], content["picture_files"]) == (
+        12,
+        8,
+        4,
+        8,
+    )
+    assert content["questions_per_record"] == {"min": 1, "median": 1, "p95": 2, "max": 2, "sum": 15}
+    assert content["most_frequent_answers"][0] == ["Yes, it is.", 3]
+    assert main(["stats", str(tiny_data / "train.json")]) == 0
+    assert "Yes, it is." in capsys.readouterr().out
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.jpg", "deep/b.PNG", "c.webp"):
+        Image.new("RGB", (8, 8)).save(folder / name)
+    return folder
+
+
+TABLES: dict[str, str] = {
+    "captions.json": '{"a.jpg": "A cat.", "deep/b.PNG": "A dog, wet."}',
+    "captions.jsonl": '{"image": "a.jpg", "caption": "A cat."}\n{"image": "deep/b.PNG", "caption": "A dog, wet."}\n',
+    "captions.csv": 'file,caption\na.jpg,A cat.\ndeep/b.PNG,"A dog, wet."\n',
+    "metadata.csv": 'file_name,text\na.jpg,A cat.\ndeep/b.PNG,"A dog, wet."\n',
+}
+
+
+@pytest.mark.parametrize("table", [*TABLES, "texts"])
+def test_a_folder_of_pictures_becomes_records(pictures: Path, tmp_path: Path, table: str, capsys: Out) -> None:
+    if table == "texts":
+        (pictures / "a.txt").write_text("A cat.\n")
+        (pictures / "deep" / "b.txt").write_text("A dog, wet.")
+    else:
+        (pictures / table).write_text(TABLES[table])
+    arguments = [
+        "convert",
+        "--from",
+        "folder",
+        str(pictures),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--prompt",
+        "What?",
+    ]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "1 picture without a caption: c.webp" in captured.err
+    assert "data.json: 2 records" in captured.out
+    records = list(load_records(tmp_path / "out" / "data.json"))
+    assert [(record.images, record.turns[0].text, record.turns[1].text) for record in records] == [
+        (("a.jpg",), "<image>\nWhat?", "A cat."),
+        (("deep/b.PNG",), "<image>\nWhat?", "A dog, wet."),
+    ]
+    assert main(["check", str(tmp_path / "out" / "data.json"), "--image_folder", str(pictures)]) == 0
+    with pytest.raises(UserError, match="exists already"):
+        main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("nothing", "", "captions-missing"),
+        ("captions.csv", "a,b\n1,2\n", "table-missing-columns"),
+        ("captions.json", '{"a.jpg": "A.", "no.jpg": "B."}', "captions-without-picture"),
+        ("captions.json", '{"a.jpg": ', "json-syntax"),
+    ],
+)
+def test_captions_that_do_not_fit_are_refused(
+    pictures: Path, tmp_path: Path, name: str, content: str, code: str
+) -> None:
+    (pictures / name).write_text(content)
+    with pytest.raises(DataError) as error:
+        main(["convert", "--from", "folder", str(pictures), "--output_dir", str(tmp_path / "out")])
+    assert error.value.first.code == code
+    assert not (tmp_path / "out" / "data.json").exists()
+
+
+def said(*texts: str) -> list[dict[str, Any]]:
+    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+
+
+MESSAGES: list[tuple[dict[str, Any], Any, list[str]]] = [
+    ({"messages": said("Hi", "Hello")}, None, ["Hi", "Hello"]),
+    ({"messages": said("<image>\nWhat?", "It."), "images": ["a.jpg"]}, "a.jpg", ["<image>\nWhat?", "It."]),
+    ({"messages": said("What?", "It."), "images": [{"path": "a.jpg"}]}, "a.jpg", ["<image>\nWhat?", "It."]),
+    (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": "a.jpg"},
+                        {"type": "image", "image": "b.jpg"},
+                        {"type": "text", "text": "Same?"},
+                    ],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
+            ]
+        },
+        ["a.jpg", "b.jpg"],
+        ["<image>\n<image>\nSame?", "No."],
+    ),
+]
+
+
+@pytest.mark.parametrize(("value", "image", "texts"), MESSAGES)
+def test_messages_become_records(tmp_path: Path, value: dict[str, Any], image: Any, texts: list[str]) -> None:
+    (tmp_path / "m.jsonl").write_text(json.dumps(value | {"more": 1}) + "\n")
+    out = tmp_path / "out"
+    assert main(["convert", "--from", "messages", str(tmp_path / "m.jsonl"), "--output_dir", str(out)]) == 0
+    (record,) = json.loads((out / "data.json").read_text())
+    assert (record.get("image"), record["more"], record["id"]) == (image, 1, "1")
+    assert [turn["value"] for turn in record["conversations"]] == texts
+    assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"]
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        ({"text": "x"}, "messages-missing"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "record-unknown-role"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages-unsupported-part"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages-content"),
+    ],
+)
+def test_messages_that_cannot_be_used_are_named(tmp_path: Path, value: dict[str, Any], code: str) -> None:
+    (tmp_path / "m.jsonl").write_text(json.dumps({"messages": said("a", "b")}) + "\n" + json.dumps(value))
+    with pytest.raises(DataError) as error:
+        main(["convert", "--from", "messages", str(tmp_path / "m.jsonl"), "--output_dir", str(tmp_path / "out")])
+    assert (error.value.first.code, error.value.first.where) == (code, f"{tmp_path / 'm.jsonl'}:2")
+    assert not (tmp_path / "out" / "data.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["llava", "jsonl"])
+def test_several_files_become_one(tiny_data: Path, tmp_path: Path, kind: str, make_lines: Callable[..., Path]) -> None:
+    source = tiny_data / "train.json" if kind == "llava" else make_lines(tiny_data / "train.json")
+    arguments = ["convert", "--from", kind, str(source), str(source), "--output_dir", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert (
+        json.loads((tmp_path / "out" / "data.json").read_text())
+        == json.loads((tiny_data / "train.json").read_text()) * 2
+    )
+
+
+@pytest.fixture
+def make_lines(tmp_path: Path) -> Callable[..., Path]:
+    def make(path: Path) -> Path:
+        lines = tmp_path / "lines.jsonl"
+        lines.write_text("".join(json.dumps(record) + "\n" for record in json.loads(path.read_text())))
+        return lines
+
+    return make
+
+
+def test_a_prompt_without_folder_has_no_effect_and_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--prompt: only applies to --from folder"):
+        main(
+            [
+                "convert",
+                "--from",
+                "llava",
+                str(tiny_data / "train.json"),
+                "--output_dir",
+                str(tmp_path),
+                "--prompt",
+                "x",
+            ]
+        )
+
+
+def test_a_command_typed_as_milora_is_answered_with_milora(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "see: python -m milora_vl.train --help, python -m milora_vl.integrations.llava,\n"
+        "python -m milora_eval.lm_eval, python -m milora_data check, python -m milora_eval run, python -m milora_vl"
+    )
+    monkeypatch.setattr("sys.argv", ["/somewhere/pytest"])
+    assert as_typed(text) == text
+    monkeypatch.setattr("sys.argv", ["/usr/bin/milora", "train"])
+    assert as_typed(text) == (
+        "see: milora train --help, milora llava,\nmilora lm_eval, milora data check, milora eval run, milora"
+    )
+
+
+def test_a_folder_of_pictures_is_told_how_it_becomes_records(tiny_data: Path) -> None:
+    with pytest.raises(UserError, match=r"a folder(.|\n)*milora_data convert --from folder .*images --output_dir OUT"):
+        main(["check", str(tiny_data / "images")])

@@ -1,0 +1,235 @@
+"""Encoding: equal to LLaVA's own preprocessing on well-formed records, and right where LLaVA masks everything."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from milora_data.encode import IGNORE, NoSupervisedTokens, encode, encode_prompt
+from milora_data.errors import DataError, UserError
+from milora_data.records import IMAGE, Turn, parse_record
+from milora_data.templates import TEMPLATES
+from milora_data.words import words_of
+from support.conversations import KINDS, answers, as_llava, conversations, learnt_text, record, texts
+from support.llava_oracle import byte_bpe, llama_tokenizer, llava_ids
+
+CONVERSATIONS = json.loads((Path(__file__).parents[1] / "reference" / "conversations.json").read_text(encoding="utf-8"))
+IMG = 32000
+SYSTEM = TEMPLATES["vicuna_v1"].system + " "
+
+
+@pytest.mark.parametrize("value", CONVERSATIONS, ids=lambda value: str(value["id"]))
+def test_reference_conversation_equals_llava(value: dict[str, Any]) -> None:
+    for kind in KINDS:
+        tokenizer = llama_tokenizer(kind)
+        their_ids, their_labels = llava_ids(value, tokenizer)
+        ids, labels = as_llava(value, tokenizer)
+        if any(not turn["value"] for turn in value["conversations"]):
+            assert any(label != IGNORE for label in labels), kind  # LLaVA drops the separators of an empty turn
+            continue
+        assert ids == their_ids, kind
+        if all(label == IGNORE for label in their_labels):
+            assert any(label != IGNORE for label in labels), kind  # they lost count and gave the record up
+        else:
+            assert labels == their_labels, kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(value=conversations())
+def test_any_well_formed_conversation_equals_llava(kind: str, value: dict[str, Any]) -> None:
+    tokenizer = llama_tokenizer(kind)
+    assert as_llava(value, tokenizer) == llava_ids(value, tokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(caption=answers, question=texts)
+def test_any_caption_equals_llavas_plain(kind: str, caption: str, question: str) -> None:
+    assume((caption + question).encode("utf-8", "replace").decode() == caption + question)
+    value = record(question.replace(IMAGE, "") + IMAGE, caption, images=1)
+    tokenizer = llama_tokenizer(kind)
+    assert as_llava(value, tokenizer, "plain") == llava_ids(value, tokenizer, "plain")
+
+
+UNWELL = {
+    "answer with the role in it": ("Who speaks?", "He said: ASSISTANT: yes. USER: no."),
+    "end of sequence in an answer": ("How does it end?", "With </s> it ends."),
+    "unknown token in a question": ("What is <unk>?", "A token."),
+    "unknown token in an answer": ("What is it?", "It is <unk>."),
+}
+
+
+@pytest.mark.parametrize("name", UNWELL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_right_where_llava_masks_the_whole_conversation(kind: str, name: str) -> None:
+    tokenizer = llama_tokenizer(kind)
+    value = record("Hello", "Hi.", *UNWELL[name])
+    their_ids, their_labels = llava_ids(value, tokenizer)
+    made = encode(value, tokenizer, image_token_id=IMG)
+    assert made.input_ids == their_ids
+    assert all(label == IGNORE for label in their_labels)
+    assert learnt_text(made, tokenizer).replace(" ", "") == f"Hi.</s>{UNWELL[name][1]}</s>".replace(" ", "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_answer_teaches_its_end_and_spoils_nothing(kind: str) -> None:
+    tokenizer = llama_tokenizer(kind)
+    alone = record("Say nothing.", "")
+    assert all(label == IGNORE for label in llava_ids(alone, tokenizer)[1])
+    assert encode(alone, tokenizer, image_token_id=IMG).labels[-1] == tokenizer.eos_token_id
+    made = encode(record("Say nothing.", "", "And now?", "Now I speak."), tokenizer, image_token_id=IMG)
+    assert learnt_text(made, tokenizer) == "</s> Now I speak.</s>"
+
+
+anything = st.text(max_size=40).filter(
+    lambda text: text.encode("utf-8", "replace").decode() == text and IMAGE not in text
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(turns=st.lists(st.tuples(anything, anything), min_size=1, max_size=3))
+def test_what_is_learnt_is_the_answers_and_nothing_else(tiny_llama: Any, turns: list[tuple[str, str]]) -> None:
+    _, tiny = tiny_llama()
+    for tokenizer, eos in ((tiny, "</s>"), (byte_bpe(), "<|im_end|>")):
+        made = encode(record(*[text for turn in turns for text in turn]), tokenizer, image_token_id=IMG)
+        assert learnt_text(made, tokenizer) == "".join(f" {answer}{eos}" for _, answer in turns)
+        text = SYSTEM + "".join(f"USER: {question} ASSISTANT: {answer}{eos}" for question, answer in turns)
+        assert tokenizer.decode(made.input_ids) == ("<s>" if tokenizer is tiny else "") + text
+
+
+def test_bos_stands_only_where_the_tokenizer_adds_one() -> None:
+    assert encode(record("a", "b"), llama_tokenizer("new"), image_token_id=IMG).input_ids[0] == 1
+    tokenizer = byte_bpe()
+    assert tokenizer.bos_token_id is not None
+    made = encode(record("a", "b"), tokenizer, image_token_id=IMG)
+    assert tokenizer.bos_token_id not in made.input_ids
+    assert made.labels[-1] == made.input_ids[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
+
+
+def test_each_picture_gets_its_own_number_of_tokens() -> None:
+    tokenizer = llama_tokenizer("new")
+    value = record("First <image> and second <image>?", "Both.", images=2)
+    made = encode(value, tokenizer, image_token_id=IMG, image_tokens=[2, 3])
+    assert [made.input_ids.count(IMG), made.num_images] == [5, 2]
+    first = made.input_ids.index(IMG)
+    assert made.input_ids[first : first + 3] == [IMG, IMG, made.input_ids[first + 2]] != [IMG] * 3
+    assert tokenizer.decode(made.input_ids[:first]).endswith("USER: First ")
+    with pytest.raises(DataError, match="3 counts for 2 pictures"):
+        encode(value, tokenizer, image_token_id=IMG, image_tokens=[1, 1, 1])
+
+
+def test_pictures_that_llava_would_make_one_are_one_where_the_record_has_one() -> None:
+    made = encode(record("<image>\n<image>\nWhat?", "It.", images=1), llama_tokenizer("new"), image_token_id=IMG)
+    assert made.num_images == 1
+
+
+@pytest.mark.parametrize(("text", "images"), [("no placeholder", 1), ("<image> here", 0), ("<image><image>", 3)])
+def test_a_picture_too_many_or_too_few_is_named_with_file_and_line(text: str, images: int) -> None:
+    value = parse_record(record(text, "Yes.", images=images), source="train.json:17")
+    with pytest.raises(
+        DataError, match=rf"^train\.json:17: \d <image> in the conversation, but {images} picture"
+    ) as error:
+        encode(value, llama_tokenizer("new"), image_token_id=IMG)
+    assert (error.value.first.code, error.value.first.where) == ("record-image-count", "train.json:17")
+
+
+def test_turns_out_of_order_are_named_with_file_and_line() -> None:
+    value = {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}
+    with pytest.raises(DataError, match=r"^x\.json:3: turn 2 is from user, expected assistant") as error:
+        encode(parse_record(value, source="x.json:3"), llama_tokenizer("new"), image_token_id=IMG)
+    assert (error.value.first.code, error.value.first.where) == ("record-turn-order", "x.json:3")
+
+
+def test_cutting_keeps_a_prefix_and_never_a_part_of_a_picture() -> None:
+    tokenizer = llama_tokenizer("new")
+    value = record("<image>\nWhat is it?", "A cat.", "<image>\nAnd this?", "A dog.", images=2)
+    whole = encode(value, tokenizer, image_token_id=IMG, image_tokens=10)
+    first_answer = next(i for i, label in enumerate(whole.labels) if label != IGNORE)
+    for length in range(first_answer + 1, len(whole.input_ids) + 2):
+        made = encode(value, tokenizer, image_token_id=IMG, image_tokens=10, max_length=length)
+        kept = len(made.input_ids)
+        assert kept <= length
+        assert (made.input_ids, made.labels) == (whole.input_ids[:kept], whole.labels[:kept])
+        assert made.input_ids.count(IMG) == 10 * made.num_images
+        assert made.num_cut == len(whole.input_ids) - kept
+        assert kept == min(length, len(whole.input_ids)) or whole.input_ids[kept] == IMG
+
+
+def test_a_record_with_nothing_left_to_learn_is_an_error() -> None:
+    tokenizer = llama_tokenizer("new")
+    value = parse_record(record("<image>\nWhat is it?", "A cat.", images=1), source="a.jsonl:4")
+    with pytest.raises(NoSupervisedTokens, match="max_length 20 cuts off") as error:
+        encode(value, tokenizer, image_token_id=IMG, image_tokens=10, max_length=20)
+    assert (error.value.first.code, error.value.first.where) == ("record-no-answer", "a.jsonl:4")
+    with pytest.raises(NoSupervisedTokens):
+        encode(record("A question alone?"), tokenizer, image_token_id=IMG)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", CONVERSATIONS[:14], ids=lambda value: str(value["id"]))
+def test_the_prompt_is_the_conversation_up_to_its_last_answer(kind: str, value: dict[str, Any]) -> None:
+    tokenizer = llama_tokenizer(kind)
+    made = encode(value, tokenizer, image_token_id=IMG, image_tokens=4)
+    prompt = encode_prompt(value, tokenizer, image_token_id=IMG, image_tokens=4)
+    assert made.input_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(prompt).endswith(" ASSISTANT:")
+    assert made.labels[len(prompt) - 1] == IGNORE
+    assert IGNORE not in made.labels[len(prompt) :]
+    if value["id"] != "picture-twice-in-one-turn":  # turns alone do not tell that it is one picture
+        turns = parse_record(value).turns[:-1]
+        assert encode_prompt(turns, tokenizer, image_token_id=IMG, image_tokens=4) == prompt
+
+
+def test_a_system_turn_replaces_the_templates_own() -> None:
+    tokenizer = llama_tokenizer("new")
+    turns = [Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", "Hello"), Turn("user", "Bye")]
+    text = tokenizer.decode(encode_prompt(turns, tokenizer, image_token_id=IMG))
+    assert text == "<s> Be brief. USER: Hi ASSISTANT: Hello</s>USER: Bye ASSISTANT:"
+
+
+def test_a_prompt_must_end_with_a_question() -> None:
+    with pytest.raises(DataError, match="last turn must be a question"):
+        encode_prompt([], llama_tokenizer("new"), image_token_id=IMG)
+
+
+def test_what_earlier_calls_left_in_the_tokenizer_does_not_matter() -> None:
+    tokenizer = llama_tokenizer("new")
+    value = record("What?", "</s> That.")
+    before = encode(value, tokenizer, image_token_id=IMG)
+    for options in (
+        {"padding": "max_length", "max_length": 400},
+        {"truncation": True, "max_length": 12},
+        {"split_special_tokens": True},
+    ):
+        tokenizer("a b c d", **options)
+        assert encode(value, tokenizer, image_token_id=IMG) == before
+
+
+def test_mistakes_with_tokenizer_and_template_are_explained() -> None:
+    tokenizer = copy.deepcopy(byte_bpe())
+    with pytest.raises(UserError, match=r'unknown template "vicuna"(.|\n)*did you mean vicuna_v1'):
+        encode(record("a", "b"), tokenizer, template="vicuna", image_token_id=IMG)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        encode(record("a", "b"), tokenizer, image_token_id=IMG)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=texts | st.text(alphabet=" ab\u2581\n</s>", max_size=25))
+def test_remembered_words_have_the_tokenizers_own_pieces(kind: str, text: str) -> None:
+    assume(text.encode("utf-8", "replace").decode() == text)
+    tokenizer = llama_tokenizer(kind)
+    backend = tokenizer.backend_tokenizer
+    words = words_of(tokenizer, backend)
+    assert words.usable
+    made = words.encode(text, [])
+    assert (made is None) == ("\u2581" in text)
+    assert made is None or made[0] == backend.encode(text, add_special_tokens=False).ids

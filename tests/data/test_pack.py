@@ -1,0 +1,134 @@
+"""Packing: full rows, no record twice or lost, and a loss that is the same as without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from milora_data.collate import ImageTextCollator
+from milora_data.encode import IGNORE
+from milora_data.errors import UserError
+from milora_data.lengths import encoded_lengths
+from milora_data.pack import PackedRecords, fill, pack
+from milora_data.sources import load_records
+from milora_vl.recipe.schema import Recipe
+from milora_vl.train import run_files
+from support.questions import TOKENS, image_id, question
+
+
+@given(st.lists(st.integers(0, 150), max_size=200), st.integers(0, 3))
+def test_every_record_stands_in_one_row_that_holds_it(lengths: list[int], seed: int) -> None:
+    rows = pack(lengths, 100, seed)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(row and sum(min(lengths[index], 100) for index in row) <= 100 for row in rows)
+    assert rows == pack(lengths, 100, seed)
+
+
+def llava_like(count: int) -> list[int]:
+    """Lengths as in mix665k: most records a picture and one to five short exchanges, a few long texts without one."""
+    rng = np.random.default_rng(0)
+    pictures = 576 + 45 + rng.gamma(1.5, 80, count)
+    texts = 45 + rng.lognormal(6, 0.9, count)
+    return [int(n) for n in np.where(rng.random(count) < 0.94, pictures, texts).clip(60, 2048)]
+
+
+@pytest.mark.parametrize("capacity", [4096, 8192])
+def test_rows_are_at_least_95_percent_full(capacity: int) -> None:
+    lengths = llava_like(20_000)
+    rows = pack(lengths, capacity)
+    assert fill(rows, lengths, capacity) >= 0.95
+    # Drawn at random, not sorted by length: early rows hold records of the whole set.
+    assert np.mean([index for row in rows[:500] for index in row]) == pytest.approx(10_000, rel=0.1)
+
+
+@pytest.fixture
+def parts(tiny_llava: Callable[..., Any], tiny_data: Path) -> tuple[Any, Any, dict[str, Any]]:
+    model, processor = tiny_llava()
+    options = {"image_folder": tiny_data / "images", "image_tokens": TOKENS, "image_token_id": image_id(processor)}
+    return model, processor, options
+
+
+def summed_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Summed loss over all supervised tokens, and the gradient of the projector."""
+    labels = batch.pop("labels")
+    logits = model(**batch).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    model.zero_grad()
+    loss.backward()
+    weight = dict(model.named_parameters())["model.multi_modal_projector.linear_1.weight"]
+    assert weight.grad is not None
+    return torch.cat([loss.detach()[None], weight.grad.flatten()])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("packing", ["rows", "flat"])
+def test_packed_equals_unpacked(
+    parts: tuple[Any, Any, dict[str, Any]], tiny_data: Path, attention: str, packing: Any
+) -> None:
+    model, processor, options = parts
+    model.set_attn_implementation(attention)
+    records = list(load_records(tiny_data / "train.json"))
+    lengths = encoded_lengths(records, processor.tokenizer, template="vicuna_v1", image_tokens=TOKENS)
+    rows = pack(lengths, 800)
+    assert max(map(len, rows)) > 1
+    collator = ImageTextCollator(processor.tokenizer, processor.image_processor, packing=packing, **options)
+    items = PackedRecords(records, rows)
+    batch = collator([items[number] for number in range(len(items))])
+    assert set(batch) == {"input_ids", "position_ids", "labels", "use_cache", "pixel_values"}
+    assert batch["input_ids"].shape[0] == (1 if packing == "flat" else len(rows))
+    together = summed_losses(model, batch)
+    alone = sum(summed_losses(model, collator([record])) for record in records)
+    assert torch.allclose(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_of_texts_gets_a_hidden_picture_and_nothing_is_predicted_across_records(parts: Any) -> None:
+    model, processor, options = parts
+    collator = ImageTextCollator(processor.tokenizer, processor.image_processor, pad_to_multiple_of=64, **options)
+    records = [question("a", "b"), question("What?", "That."), question("And?", "So.")]
+    batch = collator([records[:2], records[2:]])
+    assert batch["pixel_values"].shape[0] == 1
+    first = batch["position_ids"] == 0
+    assert (batch["labels"][first] == IGNORE).all()
+    together = summed_losses(model, batch)
+    alone = sum(summed_losses(model, collator([record])) for record in records)
+    assert torch.allclose(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_lengths_are_those_of_batches_and_are_kept(
+    parts: Any, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, processor, options = parts
+    data = tiny_data / "train.json"
+    records = list(load_records(data))
+    collator = ImageTextCollator(processor.tokenizer, processor.image_processor, **options)
+    given: dict[str, Any] = {"template": "vicuna_v1", "image_tokens": TOKENS, "beside": data}
+    lengths = encoded_lengths(records, processor.tokenizer, **given)
+    assert lengths == [int(collator([record])["attention_mask"].sum()) for record in records]
+    kept = list(tiny_data.glob("train.json.lengths-*.npy"))
+    assert len(kept) == 1
+    monkeypatch.setattr("milora_data.lengths.encode", None)  # nothing is counted again
+    assert encoded_lengths(records, processor.tokenizer, **given) == lengths
+    assert max(encoded_lengths(records, processor.tokenizer, max_length=100, **given)) == 100
+    with pytest.raises(TypeError):
+        encoded_lengths(records[1:], processor.tokenizer, **given)  # other records, other lengths
+
+
+def test_llavas_own_classes_cannot_take_packs(parts: Any) -> None:
+    _, processor, options = parts
+    collator = ImageTextCollator(processor.tokenizer, processor.image_processor, layout="llava", **options)
+    with pytest.raises(UserError, match="cannot take packed records"):
+        collator([[question("a"), question("b")]])
+
+
+def test_rows_are_drawn_with_the_seed_of_the_data_also_if_it_is_0() -> None:
+    lengths = [100] * 60
+    for train, seed in (({"data_seed": 0}, 0), ({"data_seed": 3, "seed": 5}, 3), ({"seed": 5}, 5), ({}, 42)):
+        recipe = Recipe.parse({"model": "tiny", "data": {"packing": True, "max_length": 200}, "train": train})
+        assert run_files.packed(recipe, [], lengths)[0].rows == pack(lengths, 400, seed)

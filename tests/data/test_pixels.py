@@ -1,0 +1,138 @@
+"""Pixel values: those of the model's image processor bit for bit, LLaVA's within 1/255, for pictures of any shape."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from milora_data.images.files import ImageError, expand_to_square, load_image
+from milora_data.images.pixels import PixelMaker
+from support.versions import TRANSFORMERS_5
+
+if TRANSFORMERS_5:
+    from transformers import CLIPImageProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+else:  # the names that these had before
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+    from transformers import CLIPImageProcessorFast as CLIPImageProcessor
+    from transformers import LlavaImageProcessorFast as LlavaImageProcessor
+
+SIZE: dict[str, Any] = {"size": {"shortest_edge": 84}, "crop_size": {"height": 84, "width": 84}}
+SHAPES = [(160, 120), (120, 160), (84, 84), (90, 31), (31, 90), (40, 20), (20, 40), (500, 3), (3, 500), (1, 5), (5, 1)]
+
+
+def noise(size: tuple[int, int]) -> Image.Image:
+    return Image.merge("RGB", [Image.effect_noise(size, 80) for _ in range(3)])
+
+
+@pytest.mark.parametrize("size", SHAPES)
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, LlavaImageProcessor])
+def test_padded_pictures_are_the_processors_own_bit_for_bit(size: tuple[int, int], kind: Any) -> None:
+    processor = kind(**SIZE)
+    make, image = PixelMaker(processor), noise(size)
+    assert make.prepare(image).shape == (3, 84, 84)  # the short way was taken
+    whole = processor(images=[expand_to_square(image, make.color)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(make([make.prepare(image)]), whole)
+    if kind is LlavaImageProcessor:
+        assert torch.equal(whole, processor(images=[image], do_pad=True, return_tensors="pt")["pixel_values"])
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (500, 333), (400, 400)])
+def test_pixels_are_llavas_within_one_level(size: tuple[int, int], tmp_path: Path) -> None:
+    pytest.importorskip("llava")
+    from llava.mm_utils import expand2square
+
+    noise(size).save(tmp_path / "a.jpg")
+    slow = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    picture = Image.open(tmp_path / "a.jpg").convert("RGB")
+    square = expand2square(picture, tuple(int(x * 255) for x in slow.image_mean))
+    theirs = slow.preprocess(square, return_tensors="pt")["pixel_values"]
+    make = PixelMaker(LlavaImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}))
+    ours = make([make.read(tmp_path / "a.jpg")])
+    std = torch.tensor(make.image_processor.image_std)[:, None, None]
+    levels = ((ours - theirs).abs() * std * 255).round()
+    # Each library rounds both passes of a resize for itself: in pure noise a few pixels of a million differ by two.
+    assert levels.max() <= 2
+    assert (levels > 1).float().mean() < 1e-5
+
+
+def test_a_processor_that_resizes_in_its_own_way_is_followed() -> None:
+    processor = CLIPImageProcessor(**SIZE, resample=Image.Resampling.NEAREST)
+    make, image = PixelMaker(processor), noise((50, 90))
+    whole = processor(images=[expand_to_square(image, make.color)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(make([make.prepare(image)]), whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="Linux alone resets the peak")
+def test_a_very_tall_picture_takes_little_memory() -> None:
+    make = PixelMaker(CLIPImageProcessor(**SIZE))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak, too high after other tests, becomes what is in use now
+    before = peak()
+    pixels = make([make.prepare(Image.new("RGB", (1, 20_000), (255, 0, 0)))])
+    assert pixels.shape == (1, 3, 84, 84)
+    assert peak() - before < 400_000  # kB; the square alone is 1.2 GB
+
+
+def peak() -> int:
+    """kB of memory that this process has held at most."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1])
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, CLIPImageProcessorPil])
+def test_an_unpadded_long_picture_is_seen_in_its_middle(kind: Any) -> None:
+    make = PixelMaker(kind(**SIZE), "plain")
+    image = Image.new("RGB", (5000, 1), (255, 0, 0))
+    image.paste((0, 255, 0), (2490, 0, 2510, 1))
+    pixels = make([make.prepare(image)])
+    assert pixels.shape == (1, 3, 84, 84)
+    assert pixels[0, 1, 40, 42] > 1
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, CLIPImageProcessorPil])
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (7, 3), (9, 1), (3, 8)])
+def test_rows_and_channels_are_told_apart(kind: Any, size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (250, 120, 10))
+    for aspect_ratio in ("pad", "plain"):
+        make = PixelMaker(kind(**SIZE), aspect_ratio)
+        middle = make([make.prepare(image)])[0, :, 42, 42]
+        levels = middle * torch.tensor(make.image_processor.image_std) + torch.tensor(make.image_processor.image_mean)
+        assert (levels * 255 - torch.tensor([250, 120, 10])).abs().max() < 10  # bicubic overshoots
+
+
+def test_drafts_are_near_and_only_of_large_jpegs(tmp_path: Path) -> None:
+    processor = CLIPImageProcessor(**SIZE)
+    exact, draft = PixelMaker(processor), PixelMaker(processor, jpeg_decoding="draft")
+    large, small = noise((60, 40)).resize((1200, 800), Image.Resampling.BICUBIC), noise((160, 120))
+    for name, image in (("large.jpg", large), ("small.jpg", small), ("large.png", large)):
+        image.save(tmp_path / name)
+    for name in ("small.jpg", "large.png"):
+        assert torch.equal(draft([draft.read(tmp_path / name)]), exact([exact.read(tmp_path / name)]))
+    assert load_image(tmp_path / "large.jpg", longest=168).size == (300, 200)
+    assert load_image(tmp_path / "large.jpg", shortest=168).size == (300, 200)
+    difference = draft([draft.read(tmp_path / "large.jpg")]) - exact([exact.read(tmp_path / "large.jpg")])
+    assert 0 < difference.abs().mean() * 0.27 < 1 / 255
+
+
+def test_a_bomb_is_refused(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 50_000
+    with pytest.raises(ImageError, match="bomb.png: cannot read this picture: it has 200 megapixels"):
+        load_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("processor", [CLIPImageProcessor, CLIPImageProcessorPil])
+def test_a_narrow_picture_among_others_changes_none_of_them(processor: Any) -> None:
+    """Transformers 4 takes the form of the first picture for that of all."""
+    make = PixelMaker(processor(**SIZE), aspect_ratio="plain")
+    pictures = [make.prepare(noise(size)) for size in ((40, 30), (2, 1), (3, 3), (50, 60))]
+    alone = torch.cat([make([picture]) for picture in pictures])
+    assert torch.equal(make(pictures), alone)
+    assert torch.equal(make(pictures[::-1]), alone.flip(0))

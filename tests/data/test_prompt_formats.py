@@ -1,0 +1,242 @@
+"""Every template: what is learnt is the answers and their ends, LLaVA's own ids where it has the format too."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from transformers import AddedToken
+
+from milora_data.conversation import segments_of
+from milora_data.encode import IGNORE, encode, encode_prompt
+from milora_data.errors import DataError, UserError
+from milora_data.records import Turn
+from milora_data.templates import TEMPLATES, get_template, render_chat_template, template_name
+from milora_vl.generate import Prompt, prompt_ids
+from support.conversations import BYTE_BPE, KINDS, MARKS, as_llava, conversations, learnt_text, record
+from support.llava_oracle import llama_tokenizer, llava_ids, llava_train
+from support.versions import RIGHT_ASSISTANT_MASKS
+
+IMG = 32000
+ENDS = {
+    "vicuna_v1": (" ", "</s>"),
+    "llava_llama_2": (" ", " </s>"),
+    "mistral": (" ", " </s>"),
+    "mpt": ("", "<|im_end|>"),
+    "chatml": ("", "<|im_end|>"),
+    "qwen": ("", "<|im_end|>"),
+    "llama_3": ("", "<|eot_id|>"),
+    "alpaca": ("", "</s>"),
+    "tulu": ("", "</s>"),
+}
+anything = st.text(max_size=40) | st.text(alphabet="a \n\t.é中🐱", max_size=12)
+valid = anything.filter(
+    lambda text: text.encode("utf-8", "replace").decode() == text and not any(mark in text for mark in MARKS)
+)
+
+
+@pytest.mark.parametrize("template", ENDS)
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(turns=st.lists(st.tuples(valid, valid), min_size=1, max_size=3), system=st.none() | valid)
+def test_learnt_are_the_answers_and_their_ends(template: str, turns: list[tuple[str, str]], system: str | None) -> None:
+    value = record(*[text for turn in turns for text in turn])
+    if system is not None:
+        value["conversations"].insert(0, {"from": "system", "value": system})
+    lead, end = ENDS[template]
+    made = encode(value, BYTE_BPE, template=template, image_token_id=IMG)
+    assert learnt_text(made, BYTE_BPE) == "".join(lead + answer + end for _, answer in turns)
+    for question, _ in turns:
+        assert question in BYTE_BPE.decode(made.input_ids)
+    prompt = encode_prompt(value, BYTE_BPE, template=template, image_token_id=IMG)
+    assert made.input_ids[: len(prompt)] == prompt
+    assert IGNORE not in made.labels[len(prompt) : len(prompt) + 1]
+
+
+@pytest.mark.parametrize("template", ["llava_llama_2", "mistral"])
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(value=conversations())
+def test_any_well_formed_conversation_equals_llavas_llama_2(kind: str, template: str, value: dict[str, Any]) -> None:
+    assume(not any("[/INST]" in turn["value"] for turn in value["conversations"]))
+    tokenizer = llama_tokenizer(kind)
+    version = {"llava_llama_2": "llava_llama_2", "mistral": "mistral_instruct"}[template]
+    their_ids, their_labels = llava_ids(value, tokenizer, version)
+    ids, labels = as_llava(value, tokenizer, template)
+    assert ids == their_ids
+    if set(their_labels) == {IGNORE}:  # they count a piece less behind </s>, and give the conversation up
+        assert (kind, template) == ("new", "mistral")
+        assert len(value["conversations"]) > 2
+        assert set(labels) != {IGNORE}
+    else:
+        assert labels == their_labels
+
+
+@pytest.mark.parametrize("version", ["v1", "llava_llama_2", "mistral_instruct"])
+def test_exact_prompts_of_several_turns_are_llavas(version: str) -> None:
+    tokenizer = llama_tokenizer("legacy")
+    theirs = llava_train().conversation_lib.conv_templates[version].copy()
+    texts = ["Hi", "Ho", "And?"]
+    for number, text in enumerate([*texts, None]):
+        theirs.append_message(theirs.roles[number % 2], text)
+    turns = tuple(Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
+    made = prompt_ids(Prompt(turns, form="exact"), tokenizer, version, image_token_id=-200)
+    assert made == tokenizer(theirs.get_prompt())["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(value=conversations())
+def test_mpt_has_llavas_ids_and_a_mask_that_llava_loses(kind: str, value: dict[str, Any]) -> None:
+    tokenizer = mpt_tokenizer(kind)
+    assume(not any(mark in turn["value"] for turn in value["conversations"] for mark in MARKS))
+    their_ids, _ = llava_ids(value, tokenizer, "mpt")
+    ids, labels = as_llava(value, tokenizer, "mpt")
+    assert ids == their_ids
+    assert labels.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == len(value["conversations"]) // 2
+
+
+def mpt_tokenizer(kind: str) -> Any:
+    if kind not in _mpt:
+        tokenizer = copy.deepcopy(llama_tokenizer(kind))
+        marks = [AddedToken(mark, special=True, normalized=False) for mark in MARKS[1:-1]]
+        tokenizer.add_tokens(marks, special_tokens=True)
+        _mpt[kind] = tokenizer
+    return _mpt[kind]
+
+
+_mpt: dict[str, Any] = {}
+
+
+def test_rendered_texts_of_the_formats() -> None:
+    def text(template: str, *turns: str, system: str | None = None) -> str:
+        value = record(*turns)["conversations"]
+        value = ([{"from": "system", "value": system}] if system is not None else []) + value
+        made = encode({"conversations": value}, BYTE_BPE, template=template, image_token_id=IMG)
+        return str(BYTE_BPE.decode(made.input_ids))
+
+    assert text("llama_3", "Hi", "Ho", system="S") == (
+        "<|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHo<|eot_id|>"
+    )
+    assert text("qwen", "Hi", "Ho") == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
+    )
+    assert text("chatml", "Hi", "Ho") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
+    assert text("mistral", "Hi", "Ho", "And?", "So.") == "[INST] Hi [/INST] Ho </s>[INST] And? [/INST] So. </s>"
+    assert text("llava_llama_2", "Hi", "Ho", system="S") == "[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST] Ho </s>"
+
+
+# BPE of GPT-2's kind joins the two newlines of Llama 3 at the end of a prompt only; Llama 3's own always does.
+SAVED = [(name, kind) for name in ENDS for kind in ("byte BPE", "new", "legacy")]
+SAVED.remove(("llama_3", "byte BPE"))
+
+
+@pytest.mark.parametrize(("template", "kind"), SAVED)
+def test_the_saved_chat_template_makes_the_same_ids(template: str, kind: str) -> None:
+    tokenizer = copy.deepcopy(BYTE_BPE if kind == "byte BPE" else mpt_tokenizer(kind))
+    if kind != "byte BPE":
+        tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    jinja = render_chat_template(template, tokenizer, bos=True)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    for system in (None, "Be brief."):
+        value = record("<image>\nWhat?", "That.", "Sure?", " Yes. ", images=1)
+        if system:
+            value["conversations"].insert(0, {"from": "system", "value": system})
+        messages = [
+            {"role": {"human": "user", "gpt": "assistant"}.get(turn["from"], "system"), "content": turn["value"]}
+            for turn in value["conversations"]
+        ]
+        options: dict[str, Any] = {"chat_template": jinja, "tokenize": True, "return_dict": True}
+        theirs = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, **options)
+        made = encode(value, tokenizer, template=template, image_token_id=image, image_tokens=1)
+        assert list(theirs["input_ids"]) == made.input_ids
+        if RIGHT_ASSISTANT_MASKS:
+            assert list(theirs["assistant_masks"]) == [int(label != IGNORE) for label in made.labels]
+
+
+OWN = {
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "trimming, as Llama 3": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+        "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "without an end, as llava-hf": (
+        "{% for m in messages %}{{ m.role | upper }}: "
+        "{% for c in m.content %}{{ c.text + ' ' }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(turns=st.lists(st.tuples(valid, valid), min_size=1, max_size=3))
+def test_any_chat_template_of_a_tokenizer(kind: str, turns: list[tuple[str, str]]) -> None:
+    tokenizer = own(kind)
+    value = record(*[text for turn in turns for text in turn])
+    made = encode(value, tokenizer, template="chat_template", image_token_id=IMG)
+    messages = [
+        {"role": "assistant" if number % 2 else "user", "content": turn["value"]}
+        for number, turn in enumerate(value["conversations"])
+    ]
+    if kind.startswith("without"):
+        expected = "".join(f" {answer} " for _, answer in turns) + "</s>"  # nothing else would tell it to stop
+    else:
+        theirs = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.decode(made.input_ids) == theirs
+        cut, end = (str.strip, "<|eot_id|>") if kind.startswith("trim") else (str, "<|im_end|>")
+        expected = "".join(cut(answer) + end for _, answer in turns)
+    assert learnt_text(made, tokenizer) == expected
+    prompt = encode_prompt(value, tokenizer, template="chat_template", image_token_id=IMG)
+    assert made.input_ids[: len(prompt)] == prompt
+
+
+def own(kind: str) -> Any:
+    if kind not in _own:
+        _own[kind] = copy.deepcopy(BYTE_BPE)
+        _own[kind].chat_template = OWN[kind]
+    return _own[kind]
+
+
+_own: dict[str, Any] = {}
+
+
+def test_mistakes_with_a_tokenizers_own_template() -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        encode(record("a", "b"), BYTE_BPE, template="chat_template", image_token_id=IMG)
+    tokenizer = copy.deepcopy(BYTE_BPE)
+    tokenizer.chat_template = "{{ raise_exception('only cats may speak') }}"
+    with pytest.raises(DataError, match="only cats") as error:
+        encode(record("a", "b"), tokenizer, template="chat_template", image_token_id=IMG)
+    assert (error.value.first.code, error.value.first.where) == ("chat-template-refuses", "record 'r'")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | replace('b', 'c') }}{% endfor %}"
+    with pytest.raises(DataError) as error:
+        encode(record("a", "b"), tokenizer, template="chat_template", image_token_id=IMG)
+    assert error.value.first.code == "chat-template-rewrites-text"
+
+
+@pytest.mark.parametrize(
+    ("given_name", "name"),
+    [("v1", "vicuna_v1"), ("llama-3", "llama_3"), ("mistral_instruct", "mistral"), ("qwen_2", "qwen")],
+)
+def test_templates_have_llavas_names_too(given_name: str, name: str) -> None:
+    assert template_name(given_name) == name
+    assert get_template(given_name) is TEMPLATES[name]
+
+
+def test_a_conversation_that_ends_in_a_question_teaches_the_answers_before() -> None:
+    tokenizer = own("chatml")
+    made = encode(record("a", "b", "c"), tokenizer, template="chat_template", image_token_id=IMG)
+    assert learnt_text(made, tokenizer) == "b<|im_end|>"
+    ids, segments = segments_of([], "vicuna_v1", tokenizer)
+    assert not ids
+    assert [segment.supervised for segment in segments] == [False]

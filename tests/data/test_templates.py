@@ -1,0 +1,192 @@
+"""Templates: rendering by segments, where pictures go, and the chat template that says the same in Jinja."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from transformers import AddedToken, AutoProcessor, AutoTokenizer, LlavaProcessor
+
+from milora_data.encode import IGNORE, encode, encode_prompt
+from milora_data.errors import DataError, UserError
+from milora_data.records import ROLES, Turn
+from milora_data.templates import TEMPLATES, place_images, render, render_chat_template
+from milora_data.tokens import remember_legacy
+from support.llava_oracle import byte_bpe, llama_tokenizer
+from support.versions import RIGHT_ASSISTANT_MASKS, TRANSFORMERS_5
+
+CONVERSATIONS = json.loads((Path(__file__).parents[1] / "reference" / "conversations.json").read_text(encoding="utf-8"))
+SEVERAL = {
+    "id": "several",
+    "image": ["a", "b", "c"],
+    "conversations": [
+        {"from": "human", "value": "<image>\n<image>\nWhich is larger?"},
+        {"from": "gpt", "value": "The first."},
+        {"from": "human", "value": "<image>\nAnd now?"},
+        {"from": "gpt", "value": "This one."},
+    ],
+}
+
+
+def with_image_token(tokenizer: Any) -> Any:
+    tokenizer = copy.deepcopy(tokenizer)
+    if "<image>" not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
+@pytest.fixture(params=["legacy", "new", "prepend", "byte BPE", "tiny"])
+def processor(request: pytest.FixtureRequest, tiny_llava: Any, tmp_path: Path) -> Any:
+    """A LLaVA processor with our chat template, as it comes back from a saved folder."""
+    _, tiny = tiny_llava()
+    known = {"byte BPE": byte_bpe, "tiny": lambda: tiny.tokenizer}
+    tokenizer = with_image_token(known.get(request.param, lambda: llama_tokenizer(request.param))())
+    made = LlavaProcessor(
+        image_processor=tiny.image_processor,
+        tokenizer=tokenizer,
+        patch_size=tiny.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    made.chat_template = render_chat_template("vicuna_v1", tokenizer)
+    remember_legacy(tokenizer)
+    made.save_pretrained(tmp_path)
+    return AutoProcessor.from_pretrained(tmp_path)
+
+
+def messages(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record as the messages of a processor: pictures and texts as parts."""
+    made = []
+    for turn in record["conversations"]:
+        parts: list[dict[str, Any]] = []
+        for number, text in enumerate(turn["value"].replace("<image>\n", "<image>").split("<image>")):
+            parts += [{"type": "image", "image": Image.new("RGB", (32, 32))}] * bool(number)
+            parts += [{"type": "text", "text": text}] * bool(text)
+        made.append({"role": ROLES[turn["from"]], "content": parts})
+    return made
+
+
+def test_apply_chat_template_makes_our_ids_and_mask(processor: Any) -> None:
+    tokenizer = processor.tokenizer
+    options = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "image_tokens": 16}
+    checked = 0
+    for record in [SEVERAL, *CONVERSATIONS]:
+        if record["id"] == "picture-twice-in-one-turn":
+            continue  # two placeholders for one picture, which messages cannot say
+        made = encode(record, tokenizer, **options)
+        theirs = processor.apply_chat_template(
+            messages(record), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert list(theirs["input_ids"][0]) == made.input_ids, record["id"]
+        if RIGHT_ASSISTANT_MASKS:
+            mask = [int(label != IGNORE) for label in made.labels]
+            assert list(theirs["assistant_masks"][0]) == mask, record["id"]
+        prompt = processor.apply_chat_template(
+            messages(record)[:-1], tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+        assert list(prompt["input_ids"][0]) == encode_prompt(record, tokenizer, **options), record["id"]
+        checked += 1
+    assert checked >= 2
+
+
+def test_rendered_text_given_to_the_processor_makes_our_ids_too(processor: Any) -> None:
+    record = SEVERAL
+    text = processor.apply_chat_template(messages(record))
+    theirs = processor(text=text, images=[Image.new("RGB", (32, 32))] * 3)
+    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    made = encode(record, processor.tokenizer, image_token_id=image_id, image_tokens=16)
+    assert list(theirs["input_ids"][0]) == made.input_ids
+
+
+@pytest.mark.parametrize("kind", ["legacy", "new", "prepend", "byte BPE", "tiny"])
+def test_a_tokenizer_without_processor_gets_its_bos_from_the_template(
+    kind: str, tiny_llama: Any, tmp_path: Path
+) -> None:
+    known = {"byte BPE": byte_bpe, "tiny": lambda: tiny_llama()[1]}
+    tokenizer = copy.deepcopy(known.get(kind, lambda: llama_tokenizer(kind))())
+    tokenizer.chat_template = render_chat_template("vicuna_v1", tokenizer, bos=True)
+    remember_legacy(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for record in CONVERSATIONS:
+        if any("<image>" in turn["value"] for turn in record["conversations"]):
+            continue
+        plain = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
+        ids = loaded.apply_chat_template(plain, tokenize=True, return_dict=True)["input_ids"]
+        assert list(ids) == encode(record, tokenizer, image_token_id=-1).input_ids, record["id"]
+
+
+@pytest.mark.parametrize("kind", ["legacy", "new", "prepend", "byte BPE"])
+@pytest.mark.parametrize("caption", ["A cat.", " A cat.", "图"])
+def test_the_plain_chat_template_is_picture_and_caption(kind: str, caption: str) -> None:
+    tokenizer = with_image_token(byte_bpe() if kind == "byte BPE" else llama_tokenizer(kind))
+    template = render_chat_template("plain", tokenizer, bos=True)
+    turns = [{"role": "user", "content": "<image>\nDescribe."}, {"role": "assistant", "content": caption}]
+    ids = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=True, return_dict=True)["input_ids"]
+    record = {"image": "a", "conversations": [{"from": t["role"], "value": t["content"]} for t in turns]}
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    assert list(ids) == encode(record, tokenizer, template="plain", image_token_id=image_id, image_tokens=1).input_ids
+
+
+def test_system_turn_and_first_answer_are_treated_alike(processor: Any) -> None:
+    turns = [("system", "Be brief."), ("assistant", "Hello!"), ("user", "Who?"), ("assistant", "Me.")]
+    record = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    # A processor of transformers 4 takes parts alone.
+    contents = [text if TRANSFORMERS_5 else [{"type": "text", "text": text}] for _, text in turns]
+    plain = [{"role": role, "content": content} for (role, _), content in zip(turns, contents, strict=True)]
+    ids = processor.apply_chat_template(plain, tokenize=True, return_dict=True)["input_ids"][0]
+    assert list(ids) == encode(record, processor.tokenizer, image_token_id=-1).input_ids
+
+
+def test_the_chat_template_refuses_turns_out_of_order(processor: Any) -> None:
+    with pytest.raises(Exception, match="must alternate"):
+        processor.apply_chat_template([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+
+
+def test_a_picture_token_that_eats_blanks_is_refused() -> None:
+    tokenizer = copy.deepcopy(llama_tokenizer("new"))
+    tokenizer.add_tokens([AddedToken("<image>", special=True, lstrip=True, rstrip=True)], special_tokens=True)
+    with pytest.raises(UserError, match=r"changes the text around it(.|\n)*AddedToken"):
+        render_chat_template("vicuna_v1", tokenizer)
+
+
+def test_segments_are_the_text_and_say_what_is_learnt() -> None:
+    turns = [Turn("user", "What?"), Turn("assistant", "That."), Turn("user", "Why?"), Turn("assistant", "So.")]
+    segments = render(turns, TEMPLATES["vicuna_v1"], "</s>")
+    system = TEMPLATES["vicuna_v1"].system + " "
+    assert "".join(text for text, _ in segments) == (
+        f"{system}USER: What? ASSISTANT: That.</s>USER: Why? ASSISTANT: So.</s>"
+    )
+    assert [text for text, learnt in segments if learnt] == [" That.</s>", " So.</s>"]
+
+
+@pytest.mark.parametrize(
+    ("text", "placed"),
+    [
+        ("What is it?\n<image>", "<image>\nWhat is it?"),
+        ("<image>What is it?", "<image>\nWhat is it?"),
+        (" see <image> here ", "<image>\nsee  here"),
+        ("<image>\n", "<image>"),
+        (" no picture ", " no picture "),
+    ],
+)
+def test_one_picture_goes_in_front_of_its_turn(text: str, placed: str) -> None:
+    assert place_images([Turn("user", text)], text.count("<image>")) == [Turn("user", placed)]
+
+
+def test_several_pictures_stay_where_they_are_if_each_has_a_file() -> None:
+    turn = Turn("user", "Left: <image>\nRight: <image>\nSame?")
+    assert place_images([turn], 2) == [turn]
+    assert place_images([turn], 1) == [Turn("user", "<image>\nLeft: \nRight: \nSame?")]
+    with pytest.raises(DataError, match="2 <image> in the conversation, but 3 pictures"):
+        place_images([turn], 3)
+
+
+@pytest.mark.parametrize("turns", [[("user", "Text only.")], [("user", "<image>"), ("assistant", "a"), ("user", "b")]])
+def test_plain_takes_a_picture_and_a_caption_only(turns: list[tuple[Any, str]]) -> None:
+    with pytest.raises(DataError, match="the caption"):
+        render([Turn(role, text) for role, text in turns], TEMPLATES["plain"], "</s>")

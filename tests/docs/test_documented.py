@@ -1,0 +1,238 @@
+"""Every command and snippet of README.md, CONTRIBUTING.md and docs/ runs, with small models in place of large ones."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import documented_files
+from support.documented import PAGES, ROOT, SHELLS, Block, Command, blocks, commands, is_command, name_of, new_side
+from support.documented_run import flags_of, in_one, in_two, launch_of, run_here, run_outside, run_together, substituted
+from support.documented_tables import (
+    ALTERNATIVES,
+    BROKEN,
+    CHANGES,
+    EXCEPTIONS,
+    FILES,
+    LEFT_OPEN,
+    NO_CODE,
+    PAGES_PRESUME,
+    SLOW,
+    SUBSTITUTIONS,
+)
+from support.llava_parts import small_vicuna_and_clip
+
+NAMES = [name_of(page) for page in PAGES]
+ALL = [command for page in NAMES for command in commands(page)]
+TYPED = "What is this?\n/quit\n"
+
+
+def row_of(table: dict[str, str], text: str) -> str | None:
+    """Return the reason in the first row of a table that matches a command."""
+    return next((reason for pattern, reason in table.items() if re.match(pattern, text)), None)
+
+
+def is_slow(command: Command) -> bool:
+    return launch_of(command.text) is not None or row_of(SLOW, command.text) is not None
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory, tiny_records: list[dict[str, Any]]) -> Path:
+    folder = tmp_path_factory.mktemp("documented")
+    documented_files.write_files(folder, tiny_records)
+    return folder
+
+
+@pytest.fixture
+def place(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the files that the pages presume, and a separate cache."""
+    from milora_data.assets import cache_dir
+
+    folder, cache, assets = tmp_path / "reader", tmp_path / "cache", cache_dir() / "assets"
+    shutil.copytree(files, folder)
+    cache.mkdir()
+    assets.mkdir(parents=True, exist_ok=True)
+    (cache / "assets").symlink_to(assets)
+    monkeypatch.setenv("MILORA_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+def written(block: Block) -> Command | None:
+    """Write a block that is a file, and return the command that reads it; None for other blocks."""
+    first = block.text.splitlines()[0]
+    if (block.page, first) not in FILES:
+        return None
+    name, before, command = FILES[block.page, first]
+    Path(name).write_text(before + block.text, encoding="utf-8")
+    return Command(block.page, block.line, command)
+
+
+def run_page(page: str, run: Callable[[Command], None]) -> None:
+    """Run all commands of a page in order, then report every failure that BROKEN does not list."""
+    documented_files.prepare(PAGES_PRESUME.get(page, ()))
+    ours = [command for command in commands(page) if row_of(EXCEPTIONS, command.text) is None]
+    ours += [found for block in blocks() if block.page == page and (found := written(block))]
+    failed = []
+    for command in sorted(ours, key=lambda command: command.line):
+        if page in ALTERNATIVES:
+            shutil.rmtree("runs", ignore_errors=True)
+        try:
+            run(command)
+        except AssertionError as error:
+            if row_of(BROKEN, command.text) is None:
+                failed.append(f"{command}\nran as: {substituted(command.text)}\n{error}")
+    assert not failed, "\n\n".join(failed)
+
+
+def here(command: Command) -> None:
+    text = substituted(command.text)
+    if text.startswith("make "):
+        run_outside(text, ROOT)
+    else:
+        run_here(in_one(text) if launch_of(text) else text, TYPED)
+
+
+@pytest.mark.parametrize("page", [name for name in NAMES if commands(name)])
+def test_the_commands_of_a_page_run(page: str, place: Path) -> None:
+    run_page(page, lambda command: None if row_of(SLOW, command.text) else here(command))
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in ALL if row_of(SLOW, c.text) and c.text.startswith("python -m milora_")], ids=str
+)
+def test_flags_of_a_slow_command_exist(command: Command) -> None:
+    text = re.split(r" \S+\.(?:py|sh)\b", command.text)[0]  # what follows is for the script
+    assert {word.partition("=")[0] for word in text.split() if word.startswith("--")} <= set(flags_of(text))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [name for name in NAMES if any(map(is_slow, commands(name)))])
+def test_slow_and_launched_commands_of_a_page_run_as_typed(page: str, place: Path) -> None:
+    """The first command of each launcher and recipe starts two processes; the others run in one."""
+    launched = set()
+
+    def run(command: Command) -> None:
+        text = substituted(command.text)
+        how = launch_of(text)
+        if not is_slow(command) or how in launched:
+            here(command)
+        elif how:
+            launched.add(how)
+            run_together(in_two(text), place)
+        else:
+            run_outside(text, place)
+
+    small_vicuna_and_clip(place)
+    (place / "benchmarks").symlink_to(ROOT / "benchmarks")
+    shutil.copytree(ROOT / "docs" / "studies", place / "docs" / "studies")
+    run_page(page, run)
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_a_snippet_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
+
+
+def change_of(block: Block) -> tuple[str, tuple[tuple[str, str], ...]] | None:
+    found = [value for (page, first), value in CHANGES.items() if page == block.page and block.text.startswith(first)]
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("diff") if change_of(block)], ids=str)
+def test_a_script_with_the_shown_change_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before, replaced = change_of(block) or ("", ())
+    text = new_side(block.text)
+    for large, small in replaced:
+        assert large in text
+        text = text.replace(large, small)
+    exec(compile(before + re.sub("^  ", "", text), str(block), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("block", blocks("py"), ids=str)
+def test_a_script_for_other_programs_compiles_and_its_imports_of_ours_exist(block: Block) -> None:
+    imports = [node for node in ast.walk(ast.parse(block.text)) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imports if node.module and node.module.startswith("milora_")]
+    assert ours
+    for node in ours:
+        module = importlib.import_module(node.module or "")
+        assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+
+
+def test_every_block_is_run_or_has_a_reason() -> None:
+    fences = sum(page.read_text(encoding="utf-8").count("```") for page in PAGES)
+    assert fences == 2 * len(blocks()), "a fence that does not start its line"
+    for block in blocks():
+        first = block.text.splitlines()[0]
+        run = block.language in (*SHELLS, "python") or (block.page, first) in FILES
+        run |= block.language == "diff" and (change_of(block) is not None or any(map(is_command, first_words(block))))
+        assert run or (block.page, block.language) in NO_CODE, f"{block} does not run and has no reason in NO_CODE"
+
+
+def first_words(block: Block) -> list[str]:
+    return new_side(block.text).splitlines()
+
+
+@pytest.mark.parametrize("table", [EXCEPTIONS, SLOW, BROKEN], ids=["exceptions", "slow", "broken"])
+def test_every_row_matches_a_command(table: dict[str, str]) -> None:
+    assert [row for row in table if not any(re.match(row, command.text) for command in ALL)] == []
+
+
+def test_every_substitution_is_needed() -> None:
+    left = [command.text for command in ALL if row_of(EXCEPTIONS, command.text) is None]
+    unused = []
+    for pattern, small in (*LEFT_OPEN, *SUBSTITUTIONS):
+        unused += [pattern] if not any(re.search(pattern, text) for text in left) else []
+        left = [re.sub(pattern, small, text) for text in left]
+    assert unused == []
+
+
+def test_every_file_and_change_matches_a_block() -> None:
+    firsts = {(block.page, block.text.splitlines()[0]) for block in blocks()}
+    assert set(FILES) <= firsts
+    assert len(CHANGES) == sum(change_of(block) is not None for block in blocks("diff"))
+    assert set(NO_CODE) <= {(block.page, block.language) for block in blocks()}
+    assert set(PAGES_PRESUME) | set(ALTERNATIVES) <= set(NAMES)
+
+
+def test_no_command_that_runs_loads_a_model_of_the_hub() -> None:
+    """A missing substitution would download gigabytes where there is a network."""
+    from milora_vl.models.names import MADE_HERE, NAMED_MODELS, PART_OF, SAME_WEIGHTS
+
+    hub = {*NAMED_MODELS, *NAMED_MODELS.values(), *PART_OF, *SAME_WEIGHTS} - {*MADE_HERE}
+    run = [substituted(command.text) for command in ALL if row_of(EXCEPTIONS, command.text) is None]
+    assert [text for text in run if "--dry-run" not in text and hub & set(text.split())] == []
+
+
+def test_pictures_of_the_demo_that_are_named_are_in_its_data_set() -> None:
+    """In the other tests small questions replace the set."""
+    from milora_data.emoji.catalogue import catalogue
+
+    named = {code for command in ALL for code in re.findall(r"data/emoji/images/(\w+)\.png", command.text)}
+    assert named
+    assert named <= {emoji.code for emoji in catalogue()}
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if row_of(EXCEPTIONS, c.text)], ids=str)
+def test_exceptions_are_checked_as_far_as_possible(command: Command) -> None:
+    """Flags of our own programs, extras named to pip, and files exist."""
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
+    for names in re.findall(r"pip install .*(?:\.|milora-vl)\[([\w,]+)\]", command.text):
+        assert [name for name in names.split(",") if not re.search(rf"^{name} = ", extras, re.MULTILINE)] == []
+    for path in re.findall(r"(?:benchmarks|tests)/\S+\.py", command.text):
+        text = (ROOT / path).read_text(encoding="utf-8")
+        flags = re.findall(r"--\w+", command.text.partition(" -- ")[0]) if path.startswith("benchmarks") else ()
+        assert [flag for flag in flags if f'"{flag}"' not in text] == []
+    if command.text.startswith("python -m milora_"):
+        assert {word for word in command.text.split() if word.startswith("--")} <= flags_of(command.text)

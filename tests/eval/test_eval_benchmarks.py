@@ -1,0 +1,246 @@
+"""Every benchmark from its official files to its submission: LLaVA's prompts, answers by `tiny`, scores, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milora_eval import run
+from milora_eval.answers.store import read_lines
+from milora_eval.benchmark import Answer, MissingData
+from milora_eval.benchmarks.xlsx import read_xlsx
+from milora_eval.rules.math_answers import is_equivalent
+from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, folder_of, has_files
+from milora_vl.generate import Prompt, prompt_ids
+from support import official_data
+from support.llava_oracle import llama_tokenizer, llava_train
+
+pytestmark = pytest.mark.usefixtures("picture_cache")
+Made = tuple[Any, Any]
+Evaluated = Callable[[str], tuple[dict[str, Any], Path]]
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+REGION = "Please provide the bounding box coordinate of the region this sentence describes: red disc"
+
+# The text that LLaVA's scripts append to "<image>\n", for the last item unless another one is named.
+PROMPTS: dict[str, tuple[int, str]] = {
+    "vqav2": (1, " Is it  red? " + SHORT),
+    "vqav2-testdev": (0, "What is it?" + SHORT),
+    "gqa": (0, "What color is it?" + SHORT),
+    "vizwiz": (0, "What is this? can i eat it? " + UNANSWERABLE + SHORT),
+    "vizwiz-test": (0, "Which one?" + UNANSWERABLE + SHORT),
+    "scienceqa": (1, "Context: Look at it.\nQuestion: Which color?\nOptions: (A) red (B) green (C) blue" + LETTER),
+    "scienceqa-all": (0, "Context: N/A\nQuestion: Which color?\nOptions: (A) red (B) green (C) blue" + LETTER),
+    "textvqa": (2, "what is written?\nReference OCR token: STOP, GREEN" + SHORT),
+    "textvqa-no-ocr": (2, "what is written?" + SHORT),
+    "pope": (0, "Is there a disc in the image?" + SHORT),
+    "mmbench": (0, "Look.\nWhich\tcolor?\nA. red\nB. green\nC. blue\nD. yellow, or = none" + LETTER),
+    "mmbench-cn": (1, "Look.\n哪种颜色?\nA. green\nB. blue\nC. yellow, or = none\nD. red\n请直接回答选项字母。"),
+    "mmbench-test": (-1, "Which\tcolor?\nA. blue\nB. red\nC. green" + LETTER),  # an option "None" counts as missing
+    "mme": (1, "Is it a dog?" + SHORT),
+    "seed-bench": (2, "Which color?\nA. red\nB. green\nC. blue\nD. none" + LETTER),
+    "mm-vet": (0, "What is it? "),
+    "llava-bench": (0, "Describe it."),
+    "mmmu": (0, "Which color is <image 1>?\n(A) red\n(B) green\n(C) blue\n" + LETTER),
+    "chartqa": (0, "How many?" + SHORT),
+    "docvqa": (0, "What title?" + SHORT),
+    "infovqa": (0, "What title?" + SHORT),
+    "okvqa": (0, "What color is the disc?" + SHORT),
+    "refcoco": (0, REGION),
+    "refcoco+": (0, REGION),
+    "refcocog": (0, REGION),
+    "coco-captions": (0, "Provide a one-sentence caption for the provided image."),
+    "nocaps": (0, "Provide a one-sentence caption for the provided image."),
+}
+SUBMISSIONS = {
+    "vqav2-testdev": ("vqav2_test-dev2015_results.json", [{"question_id": 5000}, {"question_id": 6000, "answer": ""}]),
+    "vizwiz-test": ("vizwiz_test.json", [{"image": "VizWiz_test_00000000.jpg"}]),
+    "gqa": ("testdev_balanced_predictions.json", [{"questionId": f"0{i}{j}"} for i in range(3) for j in range(2)]),
+    "docvqa": ("docvqa_val.json", [{"questionId": i} for i in range(3)]),
+    "coco-captions": ("coco-captions_results.json", [{"image_id": i} for i in range(3)]),
+}
+OFFICIAL = [name for name in BENCHMARKS if name != "emoji"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return official_data.write_all(tmp_path_factory.mktemp("official"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_llava: Callable[..., Made], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    """Return results and their folder per benchmark; each benchmark runs once for all tests."""
+    model = tiny_llava()
+
+    @cache
+    def evaluate(name: str) -> tuple[dict[str, Any], Path]:
+        benchmark, output = find_benchmark(name), tmp_path_factory.mktemp("run")
+        benchmark.max_new_tokens = 3
+        results = run(*model, [benchmark], data_dir=data, output_dir=output)
+        assert results is not None
+        return results, output / "eval" / name / "final"
+
+    return evaluate
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_from_official_files_to_numbers(name: str, evaluated: Evaluated, data: Path) -> None:
+    benchmark = find_benchmark(name)
+    assert has_files(benchmark, data)
+    results, folder = evaluated(name)
+    entry = results["benchmarks"][0]
+    lines = read_lines(folder / "predictions.jsonl")
+    assert entry["n"] == len(lines) > 0
+    assert entry["protocol"] == benchmark.protocol
+    assert bool(entry["metrics"]) == (benchmark.judge == "" and not name.endswith(("-test", "-testdev")))
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_are_llavas_byte_for_byte(name: str, data: Path) -> None:
+    benchmark = find_benchmark(name)
+    number, expected = PROMPTS[name]
+    turns = benchmark.prompt(benchmark.load(folder_of(benchmark, data))[number])
+    assert [turn.text for turn in turns] == ["<image>\n" + expected]
+    assert benchmark.form == "exact"
+
+
+@pytest.mark.parametrize("name", ["boolq", "obqa"])
+def test_text_prompts_have_the_indentation_of_the_script(name: str, data: Path) -> None:
+    benchmark = find_benchmark(name)
+    (turn,) = benchmark.prompt(benchmark.load(data)[0])
+    indent = "\n" + 16 * " "
+    question = f"{indent}### Instruction:{indent}Which?\n\nAnswer format: x\n{indent}### Response:{indent}"
+    assert turn.text == f"{ALPACA} \n{question}"
+    assert (benchmark.num_beams, benchmark.max_new_tokens, benchmark.form) == (4, 32, "raw")
+
+
+def test_mathematics_is_asked_step_by_step(data: Path) -> None:
+    (item,) = find_benchmark("gsm8k").load(folder_of(find_benchmark("gsm8k"), data))
+    assert item.question == f"{ALPACA}\n\n### Instruction:\n1 + 1?\n\n### Response: Let's think step by step."
+    assert find_benchmark("gsm8k").score(item, "The answer is: 1,002. Instruction: The answer is: 3") == 1.0
+    assert find_benchmark("gsm8k").score(item, "The answer is: 1,002. Question: The answer is: 3") == 0.0
+    assert find_benchmark("gsm8k").score(item, "The answer is: 100,200") == 1.0  # the grader accepts a factor of 100
+    (item,) = find_benchmark("math").load(folder_of(find_benchmark("math"), data))
+    assert find_benchmark("math").score(item, "so. The answer is: 0.5") == 1.0
+    assert find_benchmark("math").score(item, "Question of halves. The answer is: 0.5") == 1.0
+    assert not is_equivalent("nan", "x/2")
+    assert is_equivalent("7", "x/2")
+    assert is_equivalent("2*y", "y*2")
+    assert not is_equivalent("2*beta", "beta*2")  # sympy's function
+
+
+@pytest.mark.parametrize("kind", ["legacy", "prepend"])
+def test_the_ids_are_those_of_llavas_evaluation(kind: str, data: Path) -> None:
+    llava_train()
+    from llava.constants import IMAGE_TOKEN_INDEX
+    from llava.conversation import conv_templates
+    from llava.mm_utils import tokenizer_image_token
+
+    tokenizer = llama_tokenizer(kind)
+    for name in ("vqav2", "mmbench-cn", "mm-vet", "mmmu", "textvqa"):
+        benchmark = find_benchmark(name)
+        for item in benchmark.load(folder_of(benchmark, data)):
+            conversation = conv_templates["vicuna_v1"].copy()
+            conversation.append_message(conversation.roles[0], item.question)
+            conversation.append_message(conversation.roles[1], None)
+            theirs = tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX)
+            prompt = Prompt(benchmark.prompt(item), item.images, benchmark.form)
+            assert prompt_ids(prompt, tokenizer, "vicuna_v1", image_token_id=-200, image_tokens=1) == theirs
+
+
+def test_a_question_that_several_sets_ask_is_asked_once(evaluated: Evaluated) -> None:
+    results, folder = evaluated("pope")
+    lines = read_lines(folder / "predictions.jsonl")
+    assert (results["asked"], len(lines)) == (12, 18)  # random and adversarial are alike here
+    texts = {(line["image"], line["question"]): line["prediction"] for line in lines}
+    assert all(line["prediction"] == texts[line["image"], line["question"]] for line in lines)
+
+
+@pytest.mark.parametrize("name", SUBMISSIONS)
+def test_submissions_have_the_exact_form(name: str, evaluated: Evaluated) -> None:
+    _, folder = evaluated(name)
+    file, expected = SUBMISSIONS[name]
+    rows = json.loads((folder / "submission" / name / file).read_text(encoding="utf-8"))
+    keys = {key for row in rows for key in row}
+    assert len(keys) == 2
+    assert [{key: row[key] for key in own} for row, own in zip(rows, expected, strict=True)] == expected
+
+
+def test_the_upload_of_mmbench_has_llavas_columns(evaluated: Evaluated) -> None:
+    _, folder = evaluated("mmbench")
+    rows = read_xlsx(folder / "submission" / "mmbench" / "mmbench_dev.xlsx")
+    assert list(rows[0]) == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    answers = {line["meta"]["index"]: line["prediction"] for line in read_lines(folder / "predictions.jsonl")}
+    assert [row["prediction"] for row in rows] == [answers[index] for index in range(3)]
+    assert [row["D"] for row in rows] == ["yellow, or = none", None, None]
+
+
+def test_mme_pairs_stand_together_for_its_script(evaluated: Evaluated) -> None:
+    _, folder = evaluated("mme")
+    rows = [line.split("\t") for line in (folder / "submission" / "mme" / "artwork.txt").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["0000.png", "0000.png", "0001.png", "0001.png"]
+    assert [row[2] for row in rows] == ["Yes", "No", "Yes", "No"]
+    assert rows[1][1] == "Is it a dog?  Please answer yes or no."
+    assert all(len(row) == 4 for row in rows)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_missing_files_are_said_with_what_goes_where(name: str, tmp_path: Path) -> None:
+    with pytest.raises(MissingData) as caught:
+        find_benchmark(name).load(tmp_path)
+    lines = str(caught.value).splitlines()
+    assert name in lines[0]
+    assert str(tmp_path) in lines[0]
+    assert "put there:" in lines
+    assert "they come from: " in lines[-1]
+    assert len(lines) <= 6
+
+
+def test_every_suite_names_benchmarks_that_exist() -> None:
+    assert {name for suite in SUITES.values() for name in suite.benchmarks} <= set(BENCHMARKS)
+    assert SUITES["llava-paper"].mean == ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench")
+    assert list(SUITES) == ["llava-paper", "llava-1.5", "text", "commonsense", "mathematics", "quick", "emoji"]
+
+
+def test_mme_ids_are_the_places_of_the_pictures_as_in_llavas_questions(data: Path) -> None:
+    benchmark = find_benchmark("mme")
+    asked = [benchmark.llava_question(item) for item in benchmark.load(folder_of(benchmark, data))]
+    places = {"existence/0000.png", "artwork/images/0001.png", "code_reasoning/0000.png"}
+    assert places <= {line["question_id"] for line in asked}
+    assert all(line["question_id"] == line["image"] for line in asked)
+
+
+def test_vqa_is_scored_by_type_of_question_too(data: Path) -> None:
+    benchmark = find_benchmark("vqav2@official")
+    items = benchmark.load(folder_of(benchmark, data))
+    answers = [Answer(item, "red", benchmark.score(item, "red")) for item in items]
+    found = {metric.name: metric for metric in benchmark.summarise(answers)}
+    values = [answer.worth for answer in answers if answer.item.meta["question_type"] == "what"]
+    assert found["question type: what"].value == pytest.approx(sum(values) / len(values))
+    assert found["question type: what"].detail
+    assert not found["other"].detail
+
+
+def test_seed_bench_is_scored_by_type_too(data: Path) -> None:
+    benchmark = find_benchmark("seed-bench")
+    items = benchmark.load(folder_of(benchmark, data))
+    found = {m.name: m for m in benchmark.summarise(Answer(item, "A", benchmark.score(item, "A")) for item in items)}
+    assert (found["type: Scene"].value, found["type: Scene"].n, found["type: Action"].value) == (0.5, 2, 0.0)
+    assert found["type: Scene"].detail
+    assert not found["image"].detail
+
+
+def test_a_question_of_mmbench_that_the_limit_cut_is_left_out(data: Path) -> None:
+    benchmark = find_benchmark("mmbench")
+    items = benchmark.load(folder_of(benchmark, data))
+    right = [Answer(item, item.answers[0], 1.0) for item in items[:5]]  # four rotations of one, one of another
+    circular = benchmark.summarise(right)[0]
+    assert (circular.name, circular.value, circular.n) == ("circular accuracy", 1.0, 1)
+    assert benchmark.summarise(right[:3])[0].note == "no question has all of its rotations: --limit is too small"

@@ -1,0 +1,263 @@
+"""The command `python -m milora_eval`: the demo's steps on tiny models, and short error messages."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from milora_data.errors import UserError
+from milora_eval.__main__ import main
+from support import official_data
+from support.eval_questions import write_questions
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("emoji"))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a stock LoRA on `tiny` whose answers differ from its base."""
+    from peft import LoraConfig, get_peft_model
+
+    from milora_vl.load import load_model
+
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=r".*language_model.*proj", init_lora_weights=False)
+    get_peft_model(load_model("tiny")[0], config).save_pretrained(folder)
+    return folder
+
+
+def arguments(adapter: Path, data: Path, output: Path, *more: str) -> list[str]:
+    flags = ["--model", "tiny", "--adapter", str(adapter), "--suite", "emoji", "--data", str(data)]
+    return ["run", *flags, "--output_dir", str(output), "--forgetting_tokens", "500", *more]
+
+
+def results(output: Path, which: str) -> dict[str, Any]:
+    return dict(json.loads((output / "eval" / "emoji" / which / "results.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def both(adapter: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """Return the folder of an evaluation of base and tuned model (read it or copy it), and its output."""
+    folder, out, err = tmp_path_factory.mktemp("both"), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main(arguments(adapter, data, folder, "--with_base")) == 0
+    return folder, out.getvalue(), err.getvalue()
+
+
+def test_base_and_tuned_model_stand_in_one_table(both: tuple[Path, str, str], adapter: Path) -> None:
+    folder, shown, said = both
+    for word in ("baseline", "base", "tuned", "difference", "yes_no", "mean over types", "text forgetting"):
+        assert word in shown
+    final, base = results(folder, "final"), results(folder, "base")
+    assert (base["adapter"], final["adapter"]) == (None, str(adapter))
+    assert base["predictions"] != final["predictions"]
+    assert final["forgetting"]["kl"] > 0
+    assert final["forgetting"]["cross_entropy"] > final["forgetting"]["base_entropy"]
+    assert f"next: python -m milora_eval view {folder / 'eval' / 'emoji' / 'base'}" in said
+    assert "| text forgetting |" in (folder / "eval" / "emoji" / "final" / "table.md").read_text()
+
+
+def test_scores_that_replace_another_adapters_are_warned_of(
+    adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    assert main(arguments(adapter, data, other, "--limit", "2")) == 0
+    assert "holds another adapter" in capsys.readouterr().err
+    assert main(arguments(other, data, other, "--limit", "2")) == 0
+    assert "holds another adapter" not in capsys.readouterr().err
+
+
+def test_the_base_is_not_asked_again_for_another_adapter(
+    adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["run", "--model", "tiny", "--suite", "emoji", "--data", str(data), "--output_dir", str(tmp_path)])
+    capsys.readouterr()
+    main(arguments(adapter, data, tmp_path, "--with_base", "--format", "json"))
+    assert list(json.loads(capsys.readouterr().out)) == ["base", "final"]
+    assert (results(tmp_path, "base")["asked"], results(tmp_path, "final")["asked"]) == (0, 22)
+
+
+def test_scoring_again_needs_no_model_and_repairs_the_numbers(both: tuple[Path, str, str], tmp_path: Path) -> None:
+    shutil.copytree(both[0], tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "eval" / "emoji" / "final"
+    before = results(tmp_path, "final")
+    content = json.loads((folder / "results.json").read_text())
+    content["benchmarks"] = []
+    (folder / "results.json").write_text(json.dumps(content))
+    assert main(["score", str(folder)]) == 0
+    assert results(tmp_path, "final") == before
+
+
+def test_two_evaluations_are_compared(both: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = both[0] / "eval" / "emoji"
+    assert main(["compare", str(folder / "base"), str(folder / "final"), "--format", "json"]) == 0
+    pairs = json.loads(capsys.readouterr().out)
+    assert pairs[0]["a"]["name"] == "mean over types"
+    assert {"value", "stderr", "low", "high", "only_a", "only_b", "p_value", "n", "p_bootstrap", "note"} == set(
+        pairs[0]["difference"]
+    )
+
+
+def test_a_checkpoint_is_named_after_its_step(adapter: Path, data: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoint-7"
+    checkpoint.parent.mkdir()
+    checkpoint.symlink_to(adapter)
+    main(arguments(checkpoint, data, tmp_path))
+    assert results(tmp_path, "checkpoint-7")["which"] == "checkpoint-7"
+
+
+def test_the_template_is_the_one_of_the_training(adapter: Path, data: Path, tmp_path: Path) -> None:
+    (adapter / "recipe.yaml").write_text("template: nonesuch\n")
+    try:
+        with pytest.raises(UserError, match="nonesuch"):
+            main(arguments(adapter, data, tmp_path))
+        assert main(arguments(adapter, data, tmp_path, "--template", "vicuna_v1")) == 0
+        (adapter / "recipe.yaml").write_text("template: [vicuna\n")
+        with pytest.raises(UserError) as error:
+            main(arguments(adapter, data, tmp_path))
+        assert error.value.problems[0].code == "yaml-syntax"
+    finally:
+        (adapter / "recipe.yaml").unlink()
+
+
+def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_path: Path) -> None:
+    from milora_vl.load import load_model
+
+    model, processor = load_model("tiny")
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.up_proj.weight.add_(0.1)
+    model.save_pretrained(tmp_path / "run")
+    processor.save_pretrained(tmp_path / "run")
+    flags = ["--model", str(tmp_path / "run"), "--base", "tiny", "--with_base", "--forgetting_tokens", "500"]
+    assert main(["run", *flags, "--suite", "emoji", "--data", str(data), "--output_dir", str(tmp_path)]) == 0
+    assert results(tmp_path, "final")["forgetting"]["kl"] > 0
+    assert results(tmp_path, "base")["model"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--suite", "emoij"], ['unknown suite "emoij"', "emoji", "milora_eval ls"]),
+        (["--benchmarks", "emoji,emojy"], ['unknown benchmark "emojy"', "did you mean emoji"]),
+        (["--benchmarks", ","], ["--benchmarks: no benchmark name", "milora_eval ls"]),
+        (["--benchmarks", "emoji,emoji"], ["emoji is listed twice", "--output_dir"]),
+        (["--benchmarks", "gqa,gqa@official"], ["gqa is listed twice", "--output_dir"]),
+        (["--benchmarks", "no_module:Thing"], ["cannot import", "module:Class"]),
+        (["--suite", "emoji", "--data", "nowhere"], ["nowhere", "python -m milora_data emoji --output_dir nowhere"]),
+        (["--suite", "quick", "--data", "nowhere"], ["no benchmark's files", "milora_eval ls"]),
+        (["--suite", "emoji", "--adapter", "nowhere"], ["no adapter", "nowhere", "milora_vl.train"]),
+        (["--suite", "emoji", "--with_base"], ["--with_base", "--adapter"]),
+        (["--suite", "emoji", "--shard", "3/2"], ["--shard 3/2", "1/4"]),
+        (["--suite", "emoji", "--limit", "-2"], ["--limit", "negative"]),
+        (["--suite", "emoji", "--batch_size", "0"], ["--batch_size", "at least 1"]),
+        (["--suite", "emoji", "--limt", "3"], ["--limt", "--limit", "milora_eval run --help"]),
+        (
+            ["--benchmarks", "gqa", "--data", "nowhere"],
+            ["no folder nowhere (--data)", "testdev_balanced_questions.json"],
+        ),
+        (["--benchmarks", "emoji,gqa"], ["benchmark gqa: no testdev_balanced", "without them: --benchmarks emoji"]),
+        ([], ["--suite", "--benchmarks"]),
+    ],
+)
+def test_a_mistake_is_a_few_lines_with_the_way_out(
+    flags: list[str], words: list[str], data: Path, tmp_path: Path
+) -> None:
+    command = ["run", "--model", "tiny", "--output_dir", str(tmp_path / "out"), "--data", str(data), *flags]
+    with pytest.raises(UserError) as caught:
+        main(command)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert len(message.splitlines()) <= 7
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_adapter_names_its_neighbours(adapter: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "llava-lora-a").symlink_to(adapter)
+    with pytest.raises(UserError, match=r"no folder .*llava-lora-b\nthere are: .*llava-lora-a"):
+        main(arguments(tmp_path / "llava-lora-b", data, tmp_path))
+
+
+def test_pictures_that_are_not_there_are_told_with_their_place(data: Path, tmp_path: Path) -> None:
+    official_data.pope(tmp_path / "pope")
+    shutil.rmtree(tmp_path / "pope" / "val2014")
+    with pytest.raises(UserError, match=r"3 pictures of benchmark pope are missing(.|\n)*: val2014 or images$"):
+        main(["run", "--model", "tiny", "--benchmarks", "pope", "--data", str(tmp_path), "--output_dir", str(tmp_path)])
+
+
+def test_a_folder_without_adapter_names_the_checkpoints_inside(adapter: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-5").symlink_to(adapter)
+    with pytest.raises(UserError, match="checkpoint-5"):
+        main(arguments(tmp_path / "run", data, tmp_path))
+
+
+def test_a_folder_without_answers_names_those_that_have_some(both: tuple[Path, str, str]) -> None:
+    with pytest.raises(UserError, match="final"):
+        main(["score", str(both[0])])
+
+
+def test_files_of_a_common_name_are_not_taken_for_a_benchmarks(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    shutil.copy(copy / "test.json", copy / "val.json")
+    flags = ["--suite", "quick", "--data", str(copy), "--limit", "2", "--output_dir", str(tmp_path)]
+    assert main(["run", "--model", "tiny", *flags]) == 0
+    assert "skipped: benchmark vizwiz" in capsys.readouterr().err
+    found = json.loads((tmp_path / "eval" / "quick" / "base" / "results.json").read_text())
+    assert [entry["name"] for entry in found["benchmarks"]] == ["emoji"]
+
+
+def test_suites_are_listed_by_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "--data", str(data)]) == 0
+    shown = capsys.readouterr().out.split()
+    assert "emoji" in shown
+    assert "quick" in shown
+    assert "found" in shown
+    with pytest.raises(UserError, match="no folder nowhere") as caught:
+        main(["ls", "--data", "nowhere"])
+    assert caught.value.problems[0].code == "path-not-a-folder"
+
+
+def test_help_and_ls_do_not_import_torch() -> None:
+    code = "import sys; from milora_eval.__main__ import main; main(['ls']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_benchmark_of_ones_own_is_named_by_module_and_class(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_bench.py").write_text(
+        "from milora_eval.benchmarks.emoji import Emoji\n\n"
+        "class Mine(Emoji):\n    name = 'mine'\n    max_new_tokens = 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--model", "tiny", "--benchmarks", "my_bench:Mine", "--data", str(data), "--output_dir", str(tmp_path)]
+    assert main(["run", *flags]) == 0
+    folder = tmp_path / "eval" / "mine" / "base"
+    assert json.loads((folder / "results.json").read_text())["benchmarks"][0]["name"] == "mine"
+
+
+def test_weights_that_are_not_here_are_a_mistake_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    from milora_vl.load import load_model
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="the weights of someone/nothing are not here") as error:
+        load_model("someone/nothing")
+    assert error.value.exit_code == 2

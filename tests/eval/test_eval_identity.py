@@ -1,0 +1,78 @@
+"""An answer is reused only if everything that determines it is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from milora_data.records import Turn
+from milora_eval.answers.identity import adapter_digest, answer_key, weights_digest
+from milora_eval.benchmarks.emoji import Emoji
+from milora_eval.evaluate import settings
+from support.eval_questions import write_questions
+
+Made = tuple[Any, Any]
+
+
+def test_the_same_weights_have_one_digest_with_and_without_an_adapter(tiny_llava: Callable[..., Made]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain = weights_digest(tiny_llava()[0])
+    assert weights_digest(tiny_llava()[0]) == plain
+    config = LoraConfig(r=4, target_modules=r".*language_model.*q_proj", modules_to_save=["multi_modal_projector"])
+    assert weights_digest(get_peft_model(tiny_llava()[0], config)) == plain
+    assert weights_digest(tiny_llava(seed=1)[0]) != plain
+    assert weights_digest(tiny_llava()[0].bfloat16()) != plain
+
+
+def test_a_trained_layer_changes_the_digest(tiny_llava: Callable[..., Made]) -> None:
+    model = tiny_llava()[0]
+    before = weights_digest(model)
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    assert weights_digest(model) != before
+
+
+def test_an_adapter_is_known_by_its_bytes(tmp_path: Path) -> None:
+    for name, content in (("one", b"abc"), ("two", b"abc"), ("three", b"abd")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(content)
+    one, two, three = (adapter_digest(tmp_path / name) for name in ("one", "two", "three"))
+    assert one == two != three
+    (tmp_path / "one" / "README.md").write_text("other words")
+    assert adapter_digest(tmp_path / "one") == one
+    (tmp_path / "one" / "adapter_config.json").write_text('{"lora_alpha": 64}')
+    assert adapter_digest(tmp_path / "one") != one
+
+
+def test_the_key_covers_prompt_picture_and_every_setting(tiny_llava: Callable[..., Made], tmp_path: Path) -> None:
+    benchmark = Emoji()
+    item = benchmark.load(write_questions(tmp_path))[0]
+    made = settings(*tiny_llava(), None, "vicuna_v1", "pad")
+    key = answer_key(made, benchmark, item)
+    assert answer_key(dict(made), Emoji(), item) == key
+    others = [answer_key(made | {name: "other"}, benchmark, item) for name in made]
+    others.append(answer_key(made, benchmark, replace(item, turns=(Turn("user", "<image>\nOther?"),))))
+    Path(item.images[0]).write_bytes(b"another picture")
+    others.append(answer_key(made, benchmark, item))
+    assert len({key, *others}) == len(made) + 3
+
+
+@pytest.mark.parametrize("change", ["template", "dtype", "aspect", "mean"])
+def test_settings_tell_apart_what_changes_answers(tiny_llava: Callable[..., Made], change: str) -> None:
+    def made(change: str) -> dict[str, Any]:
+        model, processor = tiny_llava()
+        if change == "dtype":
+            model.bfloat16()
+        if change == "mean":
+            processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+        template = "plain" if change == "template" else "vicuna_v1"
+        return settings(model, processor, None, template, "plain" if change == "aspect" else "pad")
+
+    assert made("") == made("")
+    assert made(change) != made("")

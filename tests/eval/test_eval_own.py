@@ -1,0 +1,115 @@
+"""A user's own benchmark: the LLaVA JSON of a training, rows with question and answer, or one short file of code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_eval.__main__ import main
+from support.drawn import draw
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
+
+
+def code_of_the_docs() -> str:
+    """Return the file that the documentation shows."""
+    found = re.search(r"```python\n(from pathlib.*?class Shades.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return found.group(1)
+
+
+def llava_json(folder: Path, *, repeated: bool = False) -> Path:
+    draw(folder / "images" / "a.png", "red")
+    turns = [("human", "What is it?\n<image>"), ("gpt", "A disc."), ("human", "Its color?"), ("gpt", "Red.")]
+    record = {"id": "x", "image": "a.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    text_only = {"id": "x" if repeated else "y", "conversations": record["conversations"][2:]}
+    (folder / "val.json").write_text(json.dumps([record, text_only]))
+    return folder / "val.json"
+
+
+def evaluate(name: str, output: Path, *more: str) -> dict[str, Any]:
+    assert main(["run", "--model", "tiny", "--benchmarks", name, "--output_dir", str(output), *more]) == 0
+    (folder,) = (output / "eval").iterdir()
+    assert main(["score", str(folder / "base")]) == 0
+    return dict(json.loads((folder / "base" / "results.json").read_text()))
+
+
+def test_the_json_of_a_training_is_accepted_as_it_is(tmp_path: Path) -> None:
+    path = llava_json(tmp_path)
+    results = evaluate(str(path), tmp_path / "out")
+    assert (results["suite"], results["benchmarks"][0]["n"]) == ("val", 2)
+    lines = (tmp_path / "out" / "eval" / "val" / "base" / "predictions.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    assert (first["question"], first["answers"]) == ("Its color?", ["Red."])
+    assert first["context"] == [["user", "What is it?\n<image>"], ["assistant", "A disc."]]
+    path.unlink()  # stored answers are scored without the file
+    assert main(["score", str(tmp_path / "out" / "eval" / "val" / "base")]) == 0
+
+
+def test_ids_that_come_twice_in_a_training_file_are_told_apart(tmp_path: Path) -> None:
+    assert evaluate(str(llava_json(tmp_path, repeated=True)), tmp_path / "out")["benchmarks"][0]["n"] == 2
+
+
+def test_rows_with_a_metrics_name_need_no_code(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", "blue")
+    rows = [
+        {"image": "a.png", "question": "Color?", "answer": "blue", "metric": "contains"},
+        {"image": "a.png", "question": "How many?", "answers": ["1", "one"]},
+    ]
+    (tmp_path / "mine.json").write_text(json.dumps({"metric": "relaxed", "questions": rows}))
+    results = evaluate(str(tmp_path / "mine.json"), tmp_path / "out", "--audit", "1")
+    assert results["benchmarks"][0]["protocol"] == "own data"
+    lines = (tmp_path / "out" / "eval" / "mine" / "base" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["meta"]["metric"] for line in lines] == ["contains", "relaxed"]
+
+
+@pytest.mark.parametrize("name", ["shades.py", "shades.py:Shades"])
+def test_a_file_of_code_is_a_benchmark(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shades.py").write_text(code_of_the_docs())
+    Path("shades.txt").write_text("Grey or black?\nWhite or black?\n")
+    results = evaluate(name, tmp_path / "out", "--data", ".")
+    assert [metric["name"] for metric in results["benchmarks"][0]["metrics"]] == ["accuracy"]
+    assert len(code_of_the_docs().splitlines()) <= 50
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([{"question": "?", "answer": "a", "metric": "exactt"}], ["question 1", 'unknown metric "exactt"', "exact"]),
+        ([{"question": "?"}], ["question 1", "no answer"]),
+        ([{"answer": "a"}], ["question 1", '"question"']),
+        (["x"], ["question 1", "expected an object"]),
+        ([{"question": "?", "answer": "a", "image": 5}], ["question 1", '"image" must be a file name', "got 5"]),
+        ({"items": []}, ["expected a list of questions", '"metric"']),
+        ([{"question": "?", "answer": "a", "image": "nowhere.png"}], ["1 pictures", "nowhere.png"]),
+        ([{"question": "?", "answer": "a", "image": "../../a.png"}], ["question 1", "../../a.png is outside"]),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(content: Any, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        evaluate(str(tmp_path / "mine.json"), tmp_path / "out")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert all(problem.code for problem in caught.value.problems)
+
+
+def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no file .*nothing\.json"):
+        evaluate("nothing.json", tmp_path)
+    with pytest.raises(UserError, match=r"no file .*nothing\.py"):
+        evaluate("nothing.py", tmp_path)
+
+
+def test_pictures_may_lie_in_the_data_folder(tmp_path: Path) -> None:
+    path = llava_json(tmp_path)
+    elsewhere = tmp_path / "my questions"
+    elsewhere.mkdir()
+    path.rename(elsewhere / "val.json")
+    found = evaluate(str(elsewhere / "val.json"), tmp_path / "out", "--data", str(tmp_path / "images"))
+    assert found["benchmarks"][0]["n"] == 2

@@ -1,0 +1,170 @@
+"""The real lmms-eval and lm_eval, each in a separate environment, run a local task through our plug-ins (slow).
+
+VLMEvalKit's tables are written and read without VLMEvalKit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_data.records import Turn
+from milora_eval.__main__ import main
+from milora_eval.answers.likelihood import loglikelihoods
+from milora_eval.benchmark import Answer
+from milora_eval.benchmarks.xlsx import write_xlsx
+from milora_eval.data_files import read_table
+from milora_eval.lm_eval import main as lm_eval_main
+from milora_eval.suites import find_benchmark, folder_of
+from milora_eval.vlmevalkit import milora_vlm, read_predictions, register, write_predictions, write_questions
+from milora_vl.generate import Prompt, generate
+from support import official_data
+from support.drawn import dump_lines, encoded
+
+pytestmark = pytest.mark.usefixtures("picture_cache")
+Made = tuple[Any, Any]
+
+TEXT_TASK = """
+task: milora_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1}}
+"""
+PICTURE_TASK = """
+task: milora_colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function pictures.visual
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 4, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1}}
+"""
+VISUAL = "from PIL import Image\n\n\ndef visual(doc):\n    return [Image.new('RGB', (40, 30), doc['color'])]\n"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    from milora_vl.load import load_model
+
+    folder = tmp_path_factory.mktemp("adapter")
+    config = LoraConfig(r=4, target_modules=r".*language_model.*proj", init_lora_weights=False)
+    get_peft_model(load_model("tiny")[0], config).save_pretrained(folder)
+    return folder
+
+
+def environment(folder: Path, *packages: str) -> Path:
+    """Create an environment with the packages in addition to this environment's; return its Python."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    (own,) = folder.glob("lib/python*/site-packages")
+    root = Path(__file__).resolve().parents[2]
+    paths = [sysconfig.get_paths()["purelib"], root, root / "data_tools", root / "eval"]
+    (own / "zz_this_one.pth").write_text("".join(f"{path}\n" for path in paths))
+    subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "-q", *packages], check=True)
+    return folder / "bin" / "python"
+
+
+def run_offline(command: list[Any]) -> str:
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_lm_eval_runs_a_local_task_on_base_and_adapter(adapter: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "env", "lm_eval>=0.4.13")
+    docs = [{"question": "The sky is", "choices": ["blue", "cheese"], "answer": 0} for _ in range(3)]
+    dump_lines(tmp_path / "tasks" / "docs.jsonl", docs)
+    (tmp_path / "tasks" / "choice.yaml").write_text(TEXT_TASK.format(folder=tmp_path / "tasks"))
+    flags = ["--tasks", "milora_choice", "--include_path", tmp_path / "tasks", "--output_dir", tmp_path / "out"]
+    command = [python, "-m", "milora_eval.lm_eval", "--model", "tiny", "--adapter", adapter]
+    assert "milora_choice" in run_offline([*command, *flags])
+    results = json.loads((tmp_path / "out" / "lm_eval.json").read_text())
+    assert results["n-samples"]["milora_choice"]["effective"] == 3
+    assert results["adapter"] == str(adapter)
+
+
+@pytest.mark.slow
+def test_lmms_eval_finds_the_model_by_its_entry_point(adapter: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "env", "lmms-eval>=0.7.3", "filelock<4")  # 0.7.3 uses internals of filelock 3
+    docs = [{"color": color, "question": "Is it red?", "answer": "yes"} for color in ("red", "blue", "blue")]
+    dump_lines(tmp_path / "tasks" / "docs.jsonl", docs)
+    (tmp_path / "tasks" / "pictures.py").write_text(VISUAL)
+    (tmp_path / "tasks" / "colours.yaml").write_text(PICTURE_TASK.format(folder=tmp_path / "tasks"))
+    flags = ["--tasks", "milora_colours", "--include_path", tmp_path / "tasks", "--batch_size", "2"]
+    chosen = ["--model", "milora", "--model_args", f"pretrained=tiny,adapter={adapter}"]
+    assert "milora_colours" in run_offline([python, "-m", "lmms_eval", *chosen, *flags])
+
+
+def test_a_harness_that_is_not_installed_is_said() -> None:
+    with pytest.raises(UserError, match=r"not installed.*\n.*pip install"):
+        lm_eval_main(["--model", "tiny", "--tasks", "x"])
+    with pytest.raises(UserError, match="VLMEvalKit is not installed"):
+        register("mine", "tiny")
+
+
+def test_the_likeliest_answer_is_the_greedy_one(tiny_llava: Callable[..., Made]) -> None:
+    prompt = Prompt((Turn("user", "<image>\nWhat?"),), (official_data.picture("red"),), "exact")
+    for model, processor in map(tiny_llava, range(20)):
+        said = generate(model, processor, [prompt], max_new_tokens=1)[0]
+        if said not in ("", "Q") and said.isascii():  # not a part of a letter
+            break
+    (value, is_greedy), (other, is_other) = loglikelihoods(model, processor, [(prompt, said), (prompt, "Q")])
+    assert (is_greedy, is_other) == (True, False)
+    assert other < value < 0
+
+
+def test_vlmevalkits_predictions_are_written_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = official_data.write(tmp_path / "data", "mmbench")
+    benchmark = find_benchmark("mmbench")
+    items = benchmark.load(folder_of(benchmark, data))
+    answers = [Answer(item, item.answers[0], 1.0) for item in items]
+    path = write_predictions(tmp_path / "Mine_MMBench_DEV_EN.xlsx", answers)
+    assert main(["score", str(path), "--benchmark", "mmbench", "--data", str(data), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["benchmarks"][0]["metrics"][0]["value"] == 1.0
+    rows = read_table(write_questions(tmp_path / "mine.tsv", items))
+    assert [row["index"] for row in rows] == [str(item.meta["index"]) for item in items]
+    assert {row["A"] for row in rows} == {item.meta["options"]["A"] for item in items}
+
+
+def test_a_table_without_openpyxl_is_told_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "theirs.xlsx").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"milora-vl\[eval\]"):
+        read_predictions(tmp_path / "theirs.xlsx")
+
+
+def test_a_prediction_of_zero_is_an_answer(tmp_path: Path) -> None:
+    path = write_xlsx(tmp_path / "a.xlsx", ("index", "prediction"), [[1, 0], [2, None], [3, "A"]])
+    assert [row["text"] for row in read_predictions(path)] == ["0", "", "A"]
+
+
+def test_vlmevalkits_model_answers_a_message(tmp_path: Path) -> None:
+    class BaseModel:
+        """A substitute for VLMEvalKit's class; our model adds its one method."""
+
+    (tmp_path / "a.png").write_bytes(encoded("red"))
+    model = milora_vlm(BaseModel, "tiny", None, "vicuna_v1")
+    message = [{"type": "image", "value": str(tmp_path / "a.png")}, {"type": "text", "value": "What?"}]
+    assert isinstance(model.generate_inner(message), str)

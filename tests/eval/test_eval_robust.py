@@ -1,0 +1,207 @@
+"""Every possible answer is scored by the rule, stored and read back; no answer stops an evaluation."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from milora_data.errors import UserError
+from milora_eval.__main__ import main
+from milora_eval.answers.lines import to_answer, to_line
+from milora_eval.answers.store import Store, read_lines
+from milora_eval.benchmark import Answer, Item
+from milora_eval.benchmarks.own_data import METRICS
+from milora_eval.data_files import load_items
+from milora_eval.rules import math_answers, mmmu
+from milora_eval.scores.exports import export
+from milora_eval.scores.results import numbers, read_results, score, write_results
+from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
+from support import official_data
+
+pytestmark = pytest.mark.usefixtures("picture_cache")
+OFFICIAL = [name for name in BENCHMARKS if name != "emoji"]
+STRANGE = [
+    "",
+    " \n\t",
+    "no " * 5000,
+    "9" * 10_000,
+    "1/" + "9" * 9_998,
+    "The answer is: " + "7" * 10_000,
+    "The answer is: 1/" + "0" * 10_000,
+    "The answer is: " + "(" * 5_000,
+    "[" * 10_000,
+    "[0.1, " * 2_000,
+    "." * 10_000,
+    "\\frac" * 2_000,
+    "-1e999999",
+    "٣٤٫٥%",
+    "🦊" * 5_000,
+    "👩‍👩‍👧‍👦 yes",
+    "نعم، هذا صحيح",
+    "\u202eכן\u202c",
+    "a\u2028b\u0085c\x0bd\re\x00f",
+    "\ud83d half a pair",
+    "A" * 10_000,
+    "A. " * 3_000,
+    "<script>alert(1)</script>",
+    "=1+1",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return official_data.write_all(tmp_path_factory.mktemp("official"))
+
+
+def items_of(name: str, data: Path) -> list[Item]:
+    return find_benchmark(name).load(folder_of(find_benchmark(name), data))
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_strange_answers_are_scored_stored_and_read_back(name: str, data: Path, tmp_path: Path) -> None:
+    benchmark, items = find_benchmark(name), items_of(name, data)
+    start = time.process_time()
+    for number, text in enumerate(STRANGE):
+        lines = [to_line(benchmark, item, text, f"{number}", data) for item in items]
+        assert all(line["correct"] is None or 0.0 <= line["correct"] <= 1.0 for line in lines)
+        store = Store(tmp_path / str(number))
+        store.append(lines)
+        assert [line["prediction"] for line in read_lines(store.path)] == [text] * len(items)
+        for metric in benchmark.summarise(to_answer(benchmark, line) for line in lines):
+            assert metric.value == metric.value  # NaN is not equal to itself
+        answers = [to_answer(benchmark, line) for line in lines]
+        if "\ud83d" not in text:  # a server's file is UTF-8
+            benchmark.submission(answers, tmp_path / str(number), folder_of(benchmark, data))
+    assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_order_of_the_answers_does_not_matter(name: str, data: Path) -> None:
+    benchmark, items = find_benchmark(name), items_of(name, data)
+    rng = random.Random(0)
+    texts = ["yes", "no", "red", "A", "B", "[0.2, 0.2, 0.6, 0.7]", "a red disc", "true", "stop"]
+    answers = [Answer(item, text, benchmark.score(item, text)) for item in items for text in [rng.choice(texts)]]
+    shuffled = random.Random(1).sample(answers, len(answers))
+    expected = {m.name: (pytest.approx(m.value), m.n) for m in benchmark.summarise(answers)}
+    assert {m.name: (m.value, m.n) for m in benchmark.summarise(shuffled)} == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(max_size=60), st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=10))
+def test_the_metrics_of_own_data_give_a_value_for_any_text(text: str, answers: list[str]) -> None:
+    for metric in METRICS.values():
+        assert 0.0 <= metric(text, answers) <= 1.0
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="0123456789.,eE+- a", max_size=40))
+def test_numbers_are_found_as_by_the_plain_patterns_of_the_script(text: str) -> None:
+    plain = [pattern.replace(r"(?<!\d)", "") for pattern in mmmu.NUMBERS]
+    assert plain != list(mmmu.NUMBERS)
+    assert [re.findall(pattern, text) for pattern in mmmu.NUMBERS] == [re.findall(pattern, text) for pattern in plain]
+
+
+@pytest.mark.parametrize("text", ["(x+y+z)**99", "9**(99*99*99*99*99)", "(99!)!"])
+def test_a_formula_that_would_take_forever_is_not_waited_for(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math_answers, "_SECONDS", 0.2)
+    start = time.perf_counter()
+    assert not math_answers.math_correct(f"The answer is: {text}", "7")
+    assert time.perf_counter() - start < 30
+    assert math_answers.math_correct("The answer is: 5!", "120")
+
+
+def test_what_a_script_stumbles_over_is_what_comes_first() -> None:
+    # util.py returns at a fraction with one sign, before it reaches the empty fraction after it.
+    assert not math_answers.is_equivalent("2", "\\frac.\\frac")
+    assert math_answers.is_equivalent("2", "\\frac")
+
+
+def test_commonsense_answers_end_where_the_next_response_begins(data: Path) -> None:
+    benchmark = find_benchmark("boolq")
+    item = load_items(benchmark, folder_of(benchmark, data))[0]
+    assert benchmark.score(item, "the correct answer is true\n### Response: false") == 1.0
+    assert benchmark.score(item, "hm ### Response: the correct answer is true") == 0.0
+
+
+def test_pope_without_a_yes_is_zero(data: Path) -> None:
+    benchmark, items = find_benchmark("pope"), items_of("pope", data)
+    metrics = {m.name: m.value for m in benchmark.summarise(Answer(item, "no", 0.0) for item in items)}
+    assert metrics["mean F1"] == metrics["random precision"] == metrics["random share of yes"] == 0.0
+
+
+def stored(data: Path, folder: Path) -> list[dict[str, Any]]:
+    """Return a results folder as written by `run`."""
+    benchmark = find_benchmark("gqa")
+    items = items_of("gqa", data)
+    lines = [to_line(benchmark, item, item.answers[0], item.id, data / "gqa") for item in items]
+    Store(folder).finish(lines)
+    about = {"suite": "gqa", "which": "final", "data": str(data), "limit": None}
+    write_results(folder, about | numbers(folder, "gqa"))
+    return lines
+
+
+def test_shuffled_predictions_score_the_same(data: Path, tmp_path: Path) -> None:
+    lines = stored(data, tmp_path)
+    before = read_results(tmp_path)["benchmarks"]
+    random.Random(5).shuffle(lines)
+    write(tmp_path, lines)
+    assert score(tmp_path)["benchmarks"] == before
+
+
+def test_a_doubled_id_is_named(data: Path, tmp_path: Path) -> None:
+    lines = stored(data, tmp_path)
+    write(tmp_path, [*lines, lines[2]])
+    with pytest.raises(UserError, match=f'two answers for the id "{lines[2]["id"]}"') as raised:
+        score(tmp_path)
+    assert raised.value.problems[0].code == "predictions-duplicate-id"
+
+
+def test_a_missing_id_is_named(data: Path, tmp_path: Path) -> None:
+    lines = stored(data, tmp_path)
+    write(tmp_path, lines[:2] + lines[3:])
+    with pytest.raises(UserError, match=f'missing: gqa "{lines[2]["id"]}"') as raised:
+        score(tmp_path)
+    assert raised.value.problems[0].code == "predictions-missing-ids"
+
+
+def test_predictions_alone_are_enough(data: Path, tmp_path: Path) -> None:
+    stored(data, tmp_path / "gqa" / "final")
+    before = read_results(tmp_path / "gqa" / "final")["benchmarks"]
+    (tmp_path / "gqa" / "final" / "results.json").unlink()
+    assert main(["score", str(tmp_path / "gqa" / "final")]) == 0
+    assert read_results(tmp_path / "gqa" / "final")["benchmarks"] == before
+
+
+def test_files_for_others_are_written_without_holding_the_answers(data: Path, tmp_path: Path) -> None:
+    (line, *_), folder = stored(data, tmp_path), tmp_path
+    Store(folder).finish(line | {"id": f"{i}", "meta": {"question_id": f"{i}"}, "key": f"{i}"} for i in range(2000))
+    export(folder)
+    tracemalloc.start()
+    assert len(export(folder)) == 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len((folder / "submission" / "gqa" / "answers.jsonl").read_text().splitlines()) == 2000
+    assert peak < 2000 * 1000
+
+
+def test_files_of_another_form_are_a_message(data: Path, tmp_path: Path) -> None:
+    official_data.gqa(tmp_path)
+    (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"text": "Why?"}}')
+    with pytest.raises(UserError, match=r"benchmark gqa: .* published format: no 'question'"):
+        load_items(find_benchmark("gqa"), tmp_path)
+    (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "two"}\n')
+    with pytest.raises(UserError, match=r"benchmark gsm8k: .* published format: could not convert"):
+        load_items(find_benchmark("gsm8k"), tmp_path)
+
+
+def write(folder: Path, lines: list[dict[str, Any]]) -> None:
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,215 @@
+"""Generating answers: resumable at any point, split over shards, with the same bytes in the end."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_eval import evaluate as evaluation
+from milora_eval import run
+from milora_eval.answers import runner
+from milora_eval.answers.store import read_lines
+from milora_eval.scores.results import read_results, write_results
+from support.eval_questions import write_questions
+
+Made = tuple[Any, Any]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llava: Callable[..., Made]) -> Made:
+    return tiny_llava()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("emoji"))
+
+
+def evaluate(model: Made, data: Path, output: Path, **changed: Any) -> dict[str, Any] | None:
+    options: dict[str, Any] = {"batch_size": 4, **changed}
+    return run(*model, ["emoji"], data_dir=data, output_dir=output, **options)
+
+
+def answers(output: Path) -> bytes:
+    return (output / "eval" / "emoji" / "final" / "predictions.jsonl").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(model: Made, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an uninterrupted evaluation; read it or copy it."""
+    folder = tmp_path_factory.mktemp("whole")
+    evaluate(model, data, folder, model_name="tiny")
+    return folder
+
+
+@pytest.fixture
+def done(whole: Path, tmp_path: Path) -> Path:
+    """Return a copy of it to change."""
+    return shutil.copytree(whole, tmp_path / "done")
+
+
+def test_the_files_hold_every_answer_and_number(whole: Path, data: Path) -> None:
+    folder = whole / "eval" / "emoji" / "final"
+    lines, results = read_lines(folder / "predictions.jsonl"), read_results(folder)
+    assert results["asked"] == len(lines) == 22
+    assert sorted(path.name for path in folder.iterdir()) == ["predictions.jsonl", "results.json", "table.md"]
+    first = lines[0]
+    assert (first["id"], first["benchmark"], first["type"]) == ("colour-red", "emoji", "colour")
+    assert (first["image"], first["image_file"]) == ("images/red.png", str(data / "images" / "red.png"))
+    assert first["answers"] == ["red"]
+    entry = results["benchmarks"][0]
+    assert (entry["name"], entry["n"], entry["metrics"][0]["name"]) == ("emoji", 22, "mean over types")
+    assert (results["suite"], results["which"], results["model"]) == ("emoji", "final", "tiny")
+
+
+def test_a_second_run_asks_nothing(model: Made, data: Path, done: Path, whole: Path) -> None:
+    results = evaluate(model, data, done, batch_size=7)
+    assert results is not None
+    assert results["asked"] == 0
+    assert answers(done) == answers(whole)
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    model: Made, data: Path, done: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = done / "eval" / "emoji" / "final" / "predictions.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[5:14]) + b'{"id": "half a li')
+    results = evaluate(model, data, done)
+    assert results is not None
+    assert results["asked"] == 22 - 9
+    assert "9 of 22 answers are stored already" in capsys.readouterr().err
+    assert answers(done) == answers(whole)
+
+
+def test_a_killed_process_loses_at_most_a_batch(model: Made, data: Path, whole: Path, tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys, time
+        from milora_eval import run
+        from milora_eval.benchmarks.emoji import Emoji
+        from milora_vl.tiny import tiny_llava
+
+        class Slow(Emoji):
+            asked = 0
+            def score(self, item, text):
+                self.asked += 1
+                if self.asked > 12:
+                    print("asked", flush=True)
+                    time.sleep(600)
+                return super().score(item, text)
+
+        run(*tiny_llava(), [Slow()], data_dir=sys.argv[1], output_dir=sys.argv[2], batch_size=4)
+        """)
+    )
+    process = subprocess.Popen([sys.executable, str(script), str(data), str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()  # three batches are written, the fourth is being scored
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    assert len(read_lines(tmp_path / "eval" / "emoji" / "final" / "predictions.jsonl")) == 12
+    results = evaluate(model, data, tmp_path)
+    assert results is not None
+    assert results["asked"] == 10
+    assert answers(tmp_path) == answers(whole)
+
+
+def test_shards_end_with_the_bytes_of_one_run(model: Made, data: Path, whole: Path, tmp_path: Path) -> None:
+    done = [evaluate(model, data, tmp_path, shard=(number, 9)) for number in (3, 1, 2, 9, 8, 7, 6, 5, 4)]
+    assert [result is not None for result in done] == [False] * 8 + [True]
+    assert answers(tmp_path) == answers(whole)
+
+
+def test_two_shards_that_end_at_one_moment_do_not_get_into_each_others_way(
+    model: Made, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_have_asked = Barrier(2, timeout=60)
+    ask, to_line = evaluation.ask, runner.to_line
+
+    def asked(*arguments: Any) -> Any:
+        outcome = ask(*arguments)
+        both_have_asked.wait()
+        return outcome
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.01)
+        return to_line(*arguments)
+
+    monkeypatch.setattr(evaluation, "ask", asked)
+    monkeypatch.setattr(runner, "to_line", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        shards = [pool.submit(evaluate, model, data, tmp_path, shard=(number, 2)) for number in (1, 2)]
+    assert all(shard.result() is not None for shard in shards)
+    assert answers(tmp_path) == answers(whole)
+
+
+def test_other_settings_make_new_answers_and_keep_the_old(model: Made, data: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"first")
+    evaluate(model, data, tmp_path, adapter=adapter)
+    before = answers(tmp_path)
+    (adapter / "adapter_model.safetensors").write_bytes(b"other")
+    changed = evaluate(model, data, tmp_path, adapter=adapter)
+    assert changed is not None
+    assert changed["asked"] == 22
+    (adapter / "adapter_model.safetensors").write_bytes(b"first")
+    back = evaluate(model, data, tmp_path, adapter=adapter)
+    assert back is not None
+    assert back["asked"] == 0
+    assert answers(tmp_path) == before
+
+
+def test_a_larger_limit_asks_only_what_is_new(model: Made, data: Path, tmp_path: Path) -> None:
+    asked = []
+    for limit in (5, 12, 8, None):
+        results = evaluate(model, data, tmp_path, limit=limit)
+        assert results is not None
+        asked.append((results["asked"], results["benchmarks"][0]["n"]))
+    assert asked == [(5, 5), (7, 12), (0, 8), (10, 22)]
+
+
+def test_what_was_measured_of_other_weights_does_not_stay_in_the_results(model: Made, data: Path, done: Path) -> None:
+    evaluate(model, data, done, audit_items=2)
+    folder = done / "eval" / "emoji" / "final"
+    measured = read_results(folder) | {"forgetting": {"kl": 0.5}}
+    write_results(folder, measured)
+    again = evaluate(model, data, done)
+    assert again is not None
+    assert (again["audit"], again["forgetting"]) == (measured["audit"], {"kl": 0.5})
+    other = evaluate(model, data, done, template="alpaca")
+    assert other is not None
+    assert (other["audit"], other["forgetting"]) == (None, None)
+
+
+def test_an_audit_finds_answers_that_depend_on_the_batch(model: Made, data: Path, done: Path) -> None:
+    results = evaluate(model, data, done, audit_items=6)
+    assert results is not None
+    assert results["audit"] == {"n": 6, "changed": 0, "ids": []}
+    path = done / "eval" / "emoji" / "final" / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"prediction": "', '"prediction": "other '))
+    again = evaluate(model, data, done, audit_items=6)
+    assert again is not None
+    assert again["audit"]["changed"] == 6
+
+
+def test_missing_pictures_are_counted_before_anything_is_asked(model: Made, tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "emoji")
+    (data / "images" / "red.png").unlink()
+    (data / "images" / "blue.png").unlink()
+    with pytest.raises(UserError, match="2 pictures of benchmark emoji are missing") as raised:
+        evaluate(model, data, tmp_path / "out")
+    assert raised.value.problems[0].code == "benchmark-missing-pictures"
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,176 @@
+"""Suites: the paper's seven columns and their mean, tables in every format, comparison of two evaluations."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_eval import stats
+from milora_eval.__main__ import main
+from milora_eval.answers.lines import to_line
+from milora_eval.answers.store import Store
+from milora_eval.scores.compare import compare
+from milora_eval.scores.results import numbers, read_results, write_results
+from milora_eval.suites import SUITES, find_benchmark, folder_of
+from support import official_data
+
+pytestmark = pytest.mark.usefixtures("picture_cache")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return official_data.write_all(tmp_path_factory.mktemp("official"))
+
+
+def stored(suite: str, data: Path, folder: Path, right_every: int) -> Path:
+    """Return a results folder in which every n-th answer is right."""
+    lines = []
+    for name in SUITES[suite].benchmarks:
+        benchmark = find_benchmark(name)
+        items = benchmark.load(folder_of(benchmark, data))
+        for number, item in enumerate(items):
+            text = item.answers[0] if number % right_every == 0 else "Not this one"
+            lines.append(to_line(benchmark, item, text, f"{name}/{item.id}", data))
+    Store(folder).finish(lines)
+    about = {"suite": suite, "which": folder.name, "data": str(data), "limit": None, "model": "m"}
+    write_results(folder, about | numbers(folder, suite))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the paper's suite, with every second answer right."""
+    return stored("llava-paper", data, tmp_path_factory.mktemp("half"), 2)
+
+
+def test_the_papers_suite_runs_whole_and_prints_its_mean_unrounded(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in SUITES["llava-paper"].benchmarks:
+        monkeypatch.setattr(type(find_benchmark(name)), "max_new_tokens", 4)
+    flags = ["--suite", "llava-paper", "--data", str(data), "--limit", "2", "--output_dir", str(tmp_path)]
+    assert main(["run", "--model", "tiny", *flags]) == 0
+    shown = capsys.readouterr().out
+    results = read_results(tmp_path / "eval" / "llava-paper" / "base")
+    headlines = [entry["metrics"][0]["value"] for entry in results["benchmarks"]]
+    assert results["mean"]["of"] == ["vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench"]
+    assert results["mean"]["value"] == pytest.approx(100 * sum(headlines) / 7)
+    assert re.search(rf"mean of 7 +{re.escape(repr(results['mean']['value']))}", shown)
+    for word in ("pope: mean F1", "protocol", "version", "llava", "20230712"):
+        assert word in shown
+
+
+def test_a_suite_says_of_all_benchmarks_whose_files_are_missing(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "gqa" / "testdev_balanced_questions.json").unlink()
+    (tmp_path / "data" / "vizwiz" / "val.json").unlink()
+    flags = ["--suite", "llava-paper", "--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"(?s)benchmark gqa: no testdev.*the files of vizwiz are missing too"):
+        main(["run", "--model", "tiny", *flags])
+
+
+@pytest.mark.parametrize("form", ["human", "markdown", "latex", "json"])
+def test_tables_come_in_four_forms(form: str, half: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", str(half), "--format", form]) == 0
+    shown = capsys.readouterr().out
+    mean = read_results(half)["mean"]["value"]
+    if form == "json":
+        assert json.loads(shown)["mean"]["value"] == mean
+        return
+    assert repr(mean) in shown
+    assert {"human": "─", "markdown": "|---|---:|", "latex": r"\begin{tabular}{lrrrrr}"}[form] in shown
+    if form == "latex":
+        rows = [line for line in shown.splitlines() if line.endswith(r"\\")]
+        assert all(line.count("&") - line.count(r"\&") == 5 for line in rows)
+        assert r"$\pm$" in shown
+
+
+@pytest.fixture
+def few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow intervals from the few questions of the tests."""
+    monkeypatch.setattr(stats, "MIN_GROUPS", 2)
+    monkeypatch.setattr(stats, "MIN_UNLIKE", 1)
+
+
+def test_few_questions_have_neither_interval_nor_p_value(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = stored("llava-paper", data, tmp_path / "a", 3), stored("llava-paper", data, tmp_path / "b", 1)
+    assert main(["compare", str(a), str(b)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"gqa accuracy: B - A = \+\d[\d.]*; .*no interval and no p-value from \d+ items", shown)
+    assert not re.search(r"95 %|p = ", shown)
+    assert main(["compare", str(a), str(b), "--format", "json"]) == 0
+    differences = [pair["difference"] for pair in json.loads(capsys.readouterr().out) if pair["difference"]]
+    assert any(found["stderr"] for found in differences)
+    for found in differences:
+        assert [found[name] for name in ("low", "high", "p_value", "p_bootstrap")] == [None] * 4
+        assert found["note"]
+
+
+@pytest.mark.usefixtures("few_are_enough")
+def test_two_evaluations_are_compared_with_intervals_and_tests(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = stored("llava-paper", data, tmp_path / "a", 3), stored("llava-paper", data, tmp_path / "b", 1)
+    assert main(["compare", str(a), str(b)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"gqa accuracy: B - A = \+\d.*95 % interval .*McNemar p = .*bootstrap p = ", shown)
+    assert re.search(r"pope mean F1: B - A = \+\d.*95 % interval .*bootstrap p = ", shown)
+    pairs = {(pair.benchmark, pair.b.name): pair for pair in compare(*map(lines_of, (a, b)))}
+    f1 = pairs["pope", "mean F1"].difference
+    assert f1 is not None
+    assert (f1.p_value, f1.n) == (None, 18)
+    assert f1.value == pytest.approx(pairs["pope", "mean F1"].b.value - pairs["pope", "mean F1"].a.value)
+    assert f1.low is not None
+    assert f1.high is not None
+    assert f1.low <= f1.value <= f1.high
+    assert pairs["pope", "random accuracy"].difference is None
+    circular = pairs["mmbench", "circular accuracy"].difference  # over questions, not over rotations
+    assert circular is not None
+    assert circular.n == 3
+
+
+@pytest.mark.usefixtures("few_are_enough")
+def test_points_are_compared_by_drawing_pictures(data: Path, tmp_path: Path) -> None:
+    a, b = stored("llava-1.5", data, tmp_path / "a", 3), stored("llava-1.5", data, tmp_path / "b", 1)
+    pairs = {(pair.benchmark, pair.b.name): pair for pair in compare(lines_of(a), lines_of(b))}
+    points = pairs["mme", "perception"].difference
+    assert points is not None
+    assert points.value == pairs["mme", "perception"].b.value - pairs["mme", "perception"].a.value > 0
+    assert points.stderr is not None
+    assert points.low is not None
+    assert points.high is not None
+    assert points.low < points.high
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    from milora_eval.scores.results import require_lines
+
+    return require_lines(folder)
+
+
+def test_the_same_answers_differ_by_nothing(half: Path) -> None:
+    lines = lines_of(half)
+    differences = [pair.difference for pair in compare(lines, lines) if pair.difference is not None]
+    assert len(differences) > len(SUITES["llava-paper"].benchmarks)
+    assert {(found.value, found.low, found.p_bootstrap) for found in differences} == {(0.0, None, None)}
+
+
+def test_a_protocol_is_chosen_for_all_that_have_it(data: Path, tmp_path: Path) -> None:
+    flags = ["--data", str(data), "--output_dir", str(tmp_path), "--limit", "1", "--protocol", "official"]
+    assert main(["run", "--model", "tiny", "--benchmarks", "gqa,pope", *flags]) == 0
+    entries = read_results(tmp_path / "eval" / "gqa+pope" / "base")["benchmarks"]
+    assert [(entry["name"], entry["protocol"]) for entry in entries] == [("gqa", "official"), ("pope", "official")]
+    assert entries[0]["reference"] == "gqa@official"
+    with pytest.raises(UserError, match="none of these benchmarks has it") as raised:
+        main(["run", "--model", "tiny", "--benchmarks", "scienceqa", *flags])
+    assert raised.value.problems[0].code == "eval-unknown-protocol"
+    with pytest.raises(UserError, match='gqa has no protocol "officia".*\n.*did you mean official'):
+        main(["run", "--model", "tiny", "--benchmarks", "gqa@officia", *flags[:-2]])

@@ -1,0 +1,58 @@
+"""The page of answers: everything is in one file, and no answer can break it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_eval.__main__ import main
+from support.stored_answers import stored
+
+
+def content(page: Path) -> dict[str, Any]:
+    found = re.search(r'<script id="content" type="application/json">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found is not None
+    return dict(json.loads(found.group(1)))
+
+
+def test_one_page_holds_questions_answers_truths_and_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = stored(tmp_path, "base", ["red", "no", "x", "</script><script>alert(1)</script>", "مرحبا", ""])
+    final = stored(tmp_path, "final", ["red", "yes", "green", "no", "blue", "no"])
+    (tmp_path / "gqa" / "README.md").write_text("Pictures by us, licence CC BY 4.0.")
+    assert main(["view", str(base), str(final)]) == 0
+    page = Path(capsys.readouterr().out.strip())
+    assert page == final / "view.html"
+    found = content(page)
+    assert found["runs"] == ["base", "final"]
+    assert "6 questions" in page.read_text()
+    assert "final corrects 4 wrong answers of base, and gets 1 of its right ones wrong" in page.read_text()
+    assert [row["answers"][0]["value"] for row in found["rows"]] == [1, 1, 0, 0, 0, 0]
+    assert found["rows"][3]["answers"][0]["text"] == "</script><script>alert(1)</script>"
+    assert found["rows"][0]["question"].startswith("What color is it?")
+    assert len(found["pictures"]) == 3  # each picture once, for any number of questions
+    assert all(source.startswith("data:image/jpeg;base64,") for source in found["pictures"])
+    text = page.read_text()
+    assert "Pictures by us, licence CC BY 4.0." in text
+    assert "src=" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_a_limit_and_a_lost_picture(tmp_path: Path) -> None:
+    base = stored(tmp_path, "base", ["red"] * 6)
+    (tmp_path / "gqa" / "images" / "n0.jpg").unlink()
+    page = tmp_path / "page.html"
+    assert main(["view", str(base), "--output", str(page), "--limit", "2"]) == 0
+    assert len(content(page)["rows"]) == 2
+    assert "2 of 6 questions" in page.read_text()
+    with pytest.raises(UserError, match="exists already") as raised:
+        main(["view", str(base), "--output", str(page)])
+    assert raised.value.problems[0].code == "output-exists"
+    assert main(["view", str(base), "--output", str(tmp_path / "all.html")]) == 0
+    assert content(tmp_path / "all.html")["pictures"].count("") == 1

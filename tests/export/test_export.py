@@ -1,0 +1,353 @@
+"""Every form of an adapter, and back: the same logits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from milora_data.errors import UserError
+from milora_vl import apply_milora, load_adapter, load_model, save_adapter
+from milora_vl.export.command import export, main
+from milora_vl.models.loading import load_processor
+from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
+
+Factory = Callable[..., tuple[Any, Any]]
+Q = "model.language_model.layers.0.self_attn.q_proj"
+
+
+@torch.no_grad()
+def logits(model: nn.Module, base: nn.Module) -> torch.Tensor:
+    return model.eval()(**llava_batch(base)).logits
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llava: Factory, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A base on disk, an adapter of every method on it, and the logits of both."""
+    root = tmp_path_factory.mktemp("made")
+    for part in tiny_llava():
+        part.save_pretrained(root / "base")
+    base = fresh(root)
+    before = logits(base, base)
+    model = apply_milora(base, [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "rank": 3}])
+    move(model)
+    save_adapter(model, root / "adapter")
+    return SimpleNamespace(root=root, model=model, before=before, after=logits(model, base))
+
+
+@pytest.fixture
+def run(made: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
+    """A copy of it to change."""
+    shutil.copytree(made.root, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace(str(made.root), str(tmp_path)), encoding="utf-8")
+    return SimpleNamespace(root=tmp_path, model=made.model, before=made.before, after=made.after)
+
+
+def fresh(root: Path) -> nn.Module:
+    return load_model(root / "base")[0]
+
+
+def same(run: SimpleNamespace, model: nn.Module, atol: float = 1e-5) -> bool:
+    got = logits(model, fresh(run.root))
+    assert not torch.allclose(got, run.before, atol=1e-3)
+    return torch.allclose(got, run.after, atol=atol)
+
+
+def test_adapter_of_another_dtype_is_half_as_large_and_still_ours(run) -> None:
+    done = export(run.root / "adapter", "adapter", run.root / "out", dtype=torch.bfloat16)
+    assert done.origin == "ours"
+    assert done.total == pytest.approx(lost(run, "adapter", "out")[0], rel=1e-3)
+    assert done.total > 1e-4
+    stored = load_file(run.root / "out" / "adapter_model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    model = load_adapter(fresh(run.root), run.root / "out", is_trainable=True)
+    assert same(run, model, atol=0.05)
+    assert {t.method for t in model.milora_targets} == {"milora", "lora", "full"}
+    assert AutoProcessor.from_pretrained(run.root / "out").tokenizer
+
+
+def test_merged_loads_in_plain_transformers_with_its_processor(run) -> None:
+    export(run.root / "adapter", "merged", run.root / "merged")
+    assert same(run, AutoModelForImageTextToText.from_pretrained(run.root / "merged"))
+    assert AutoProcessor.from_pretrained(run.root / "merged").tokenizer
+    assert not (run.root / "merged" / "adapter_config.json").exists()
+
+
+def test_merged_keeps_the_dtype_of_the_base(run, tiny_llava: Factory) -> None:
+    tiny_llava()[0].to(torch.bfloat16).save_pretrained(run.root / "base")
+    export(run.root / "adapter", "merged", run.root / "merged")
+    kept = load_file(run.root / "merged" / "model.safetensors")
+    assert {t.dtype for t in kept.values()} == {torch.bfloat16}
+    export(run.root / "adapter", "merged", run.root / "wide", dtype=torch.float32)
+    assert {t.dtype for t in load_file(run.root / "wide" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_residual_and_back(run) -> None:
+    done = export(run.root / "adapter", "residual", run.root / "residual")
+    assert len(done.layers) == 14
+    assert 0 < max(drift for _, drift in done.layers.values()) < 1e-6
+    residual = AutoModelForImageTextToText.from_pretrained(run.root / "residual")
+    assert not torch.equal(
+        residual.get_submodule(Q.replace("0", "1", 1)).weight, fresh(run.root).get_submodule(Q).weight
+    )
+    stock = PeftModel.from_pretrained(residual, run.root / "residual", subfolder="lora")
+    assert same(run, stock)
+    back = export(run.root / "residual", "adapter", run.root / "back", base=run.root / "base")
+    assert back.origin == "residual"
+    model = load_adapter(fresh(run.root), run.root / "back", is_trainable=True)
+    assert same(run, model)
+    assert {t.method for t in model.milora_targets} == {"milora", "lora", "full"}
+    export(run.root / "residual", "merged", run.root / "merged")
+    assert same(run, AutoModelForImageTextToText.from_pretrained(run.root / "merged"))
+
+
+def lost(run, whole: str, small: str) -> tuple[float, dict[str, float]]:
+    """How far the changes of one saved adapter are from those of another, relatively: in total and by module."""
+    full, other = (PeftModel.from_pretrained(fresh(run.root), run.root / name) for name in (whole, small))
+    squares = {}
+    for path in (t.path for t in run.model.milora_targets if t.rank is not None):
+        first, second = (
+            model.get_base_model().get_submodule(path).get_delta_weight("default").double() for model in (full, other)
+        )
+        squares[path] = float((first - second).square().sum()), float(first.square().sum())
+    total = (sum(a for a, _ in squares.values()) / sum(b for _, b in squares.values())) ** 0.5
+    return total, {path: (a / b) ** 0.5 for path, (a, b) in squares.items()}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("form", ["rank-12", "rank-r", "rank-1"])
+def test_recompression_loses_what_it_says(run, form: str, dtype: torch.dtype | None) -> None:
+    done = export(run.root / "adapter", form, run.root / "small", dtype=dtype)
+    assert done.total is not None
+    total, by_module = lost(run, "adapter", "small")
+    assert done.total == pytest.approx(total, abs=2e-6)
+    assert {path: error for path, (_, error) in done.layers.items()} == pytest.approx(by_module, abs=2e-6)
+    small = PeftModel.from_pretrained(fresh(run.root), run.root / "small")
+    for path, (rank, _) in done.layers.items():
+        assert torch.linalg.matrix_rank(small.get_base_model().get_submodule(path).get_delta_weight("default")) <= rank
+    if dtype is not None:
+        assert done.total > 1e-3
+    elif form == "rank-12":
+        assert done.total < 1e-6
+        assert same(run, small)
+    else:
+        assert done.total > 0.01
+
+
+def test_with_base_the_adapter_is_lora_alone(run) -> None:
+    export(run.root / "adapter", "rank-12", run.root / "served", with_base=True, dtype=torch.float32)
+    config = json.loads((run.root / "served" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["modules_to_save"] is None
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["base_model_name_or_path"] == str(run.root / "served" / "base")
+    base = AutoModelForImageTextToText.from_pretrained(run.root / "served" / "base")
+    assert same(run, PeftModel.from_pretrained(base, run.root / "served"))
+
+
+def test_a_plain_peft_folder_becomes_ours(run) -> None:
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=[Q], use_rslora=True, task_type="CAUSAL_LM")
+    model = get_peft_model(fresh(run.root), config)
+    move(model, 0.2)
+    model.save_pretrained(run.root / "plain")
+    expected = logits(model, fresh(run.root))
+    done = export(run.root / "plain", "adapter", run.root / "ours")
+    assert done.origin == "plain"
+    ours = load_adapter(fresh(run.root), run.root / "ours")
+    assert torch.allclose(logits(ours, fresh(run.root)), expected, atol=1e-5)
+    assert [(t.path, t.method, t.rank) for t in ours.milora_targets] == [(Q, "lora", 3)]
+    with pytest.raises(UserError, match="no initial factors"):
+        export(run.root / "plain", "residual", run.root / "residual")
+
+
+def pissa(root: Path) -> PeftModel:
+    tuned = pissa_trained(fresh(root), root)
+    tuned.save_pretrained(root / "trained")
+    return tuned
+
+
+@pytest.mark.parametrize("how", ["one folder", "official names", "residual named", "initial alone", "both bases"])
+def test_a_pissa_checkpoint_becomes_an_adapter_of_the_untouched_base(run, how: str) -> None:
+    tuned = pissa(run.root)
+    expected = logits(tuned, fresh(run.root))
+    start, folder = run.root / "residual" / "pissa_init", run.root / "trained"
+    given: dict[str, Any] = {"residual": run.root / "residual"}
+    if how == "one folder":
+        folder = folder.rename(run.root / "residual" / "ft").parent
+        given = {}
+    elif how == "official names":
+        start.rename(run.root / "residual" / "lora")
+    elif how == "initial alone":
+        given = {"initial": start.rename(run.root / "start")}
+    elif how == "both bases":
+        start.rename(run.root / "start")
+    done = export(folder, "adapter", run.root / "ours", base=run.root / "base", **given)
+    assert done.origin == "residual"
+    ours = load_adapter(fresh(run.root), run.root / "ours", is_trainable=True)
+    assert torch.allclose(logits(ours, fresh(run.root)), expected, atol=1e-5)
+    assert {t.method for t in ours.milora_targets} == {"pissa"}
+    stock = PeftModel.from_pretrained(fresh(run.root), run.root / "ours")
+    assert torch.allclose(logits(stock, fresh(run.root)), expected, atol=1e-5)
+
+
+def test_a_residual_of_another_base_is_refused(run, tiny_llava: Factory) -> None:
+    pissa(run.root)
+    residual = run.root / "residual"
+    with pytest.raises(UserError) as error:
+        export(run.root / "trained", "adapter", run.root / "ours", residual=residual, base=tiny_llava(seed=1)[0])
+    assert error.value.problems[0].code == "adapter-wrong-base"
+    with pytest.raises(UserError, match="base model of the residual is unknown"):
+        export(run.root / "trained", "adapter", run.root / "ours", residual=residual)
+
+
+def test_unconverted_starts_of_peft_are_refused_where_they_would_be_wrong(run) -> None:
+    config = LoraConfig(r=4, target_modules=[Q], init_lora_weights="pissa")
+    model = get_peft_model(fresh(run.root), config)
+    model.save_pretrained(run.root / "plain")
+    with pytest.raises(UserError, match=r"--initial FOLDER"):
+        export(run.root / "plain", "rank-2", run.root / "out")
+    assert not (run.root / "out").exists()
+
+
+def test_another_base_is_refused(run, tiny_llava: Factory) -> None:
+    for form in ("merged", "residual"):
+        with pytest.raises(UserError, match="not the base model that the adapter was made for"):
+            export(run.root / "adapter", form, run.root / "out", base=tiny_llava(seed=1)[0])
+    with pytest.raises(UserError, match="not the base model that the adapter was made for"):
+        export(run.root / "adapter", "rank-2", run.root / "out", base=tiny_llava(seed=1)[0], with_base=True)
+    assert {path.name for path in run.root.iterdir()} == {"base", "adapter"}
+
+
+def test_the_command(run, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(run.root / "adapter")
+    assert main([".", "--to", "rank-2"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == str((run.root / "adapter-rank-2").resolve())
+    assert out[-2].startswith("total  error ")
+    assert len(out) == 17
+    assert (run.root / "adapter-rank-2" / "adapter_model.safetensors").stat().st_mode & 0o777 == (
+        run.root / "adapter-rank-2" / "adapter_config.json"
+    ).stat().st_mode & 0o777
+    assert main([str(run.root / "adapter"), "--to", "rank-r", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"][0]["rank"] > 0
+    with pytest.raises(
+        UserError, match=r"no adapter in this folder, only in subfolders\nuse one:  .*/adapter, .*/adapter-rank"
+    ):
+        main([str(run.root), "--to", "merged", "--output_dir", str(run.root / "x")])
+    for arguments, message in {
+        ("--to", "rank-2"): "exists and is not empty",
+        ("--to", "mergd"): r"unknown form(.|\n)*did you mean merged \?",
+        ("--to", "merged", "--with_base"): "only applies to --to adapter and rank-N",
+        ("--to", "merged", "--base", str(run.root / "nowhere" / "x")): "unknown model",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            main([str(run.root / "adapter"), *arguments])
+    with pytest.raises(UserError, match="no adapter in this folder\nfound:"):
+        main([str(run.root / "base"), "--to", "merged", "--output_dir", str(run.root / "x")])
+
+
+@pytest.mark.parametrize("form", ["rank-2", "merged"])
+def test_damaged_files_are_refused_by_name(run, form: str) -> None:
+    weights, config = run.root / "adapter" / "adapter_model.safetensors", run.root / "adapter" / "adapter_config.json"
+    whole, good = weights.read_bytes(), config.read_text(encoding="utf-8")
+    for content in ("{", "[]"):
+        config.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=r"adapter_config.json: (not valid JSON|expected a mapping)"):
+            export(run.root / "adapter", form, run.root / "out")
+    config.write_text(good, encoding="utf-8")
+    weights.write_bytes(whole[:3000])
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: cannot be read \(cut off\?\)"):
+        export(run.root / "adapter", form, run.root / "out")
+    weights.write_bytes(whole)
+    base = run.root / "base" / "model.safetensors"
+    base.write_bytes(base.read_bytes()[:3000])
+    with pytest.raises(UserError, match="cannot read the model"):
+        export(run.root / "adapter", "merged", run.root / "out")
+
+
+def test_a_base_without_its_tokenizer_costs_no_export(run, tiny_llama: Factory, capsys) -> None:
+    (run.root / "base" / "tokenizer.json").unlink()
+    export(run.root / "adapter", "merged", run.root / "merged")
+    assert (run.root / "merged" / "model.safetensors").is_file()
+    assert "cannot read the model" in capsys.readouterr().err
+    tiny_llama()[0].save_pretrained(run.root / "text")
+    with pytest.raises(UserError, match="cannot read the model"):
+        load_processor(run.root / "text")
+
+
+def test_the_drift_of_a_residual_is_that_of_what_is_written(run) -> None:
+    done = export(run.root / "adapter", "residual", run.root / "out", dtype=torch.bfloat16)
+    base, residual = fresh(run.root), AutoModelForImageTextToText.from_pretrained(run.root / "out", dtype="auto")
+    start = load_file(run.root / "out" / "lora_init" / "adapter_model.safetensors")
+    scaling = {target.path: target.scaling for target in run.model.milora_targets if target.rank is not None}
+    for path, (_, drift) in done.layers.items():
+        if path.endswith("embed_tokens"):
+            continue
+        A0, B0 = (start[f"base_model.model.{path}.lora_{half}.weight"].float() for half in "AB")
+        W, written = base.get_submodule(path).weight, residual.get_submodule(path).weight
+        assert written.dtype == torch.bfloat16
+        off = written.float() + scaling[path] * B0 @ A0 - W
+        assert drift == pytest.approx(float(off.norm() / W.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"alora_invocation_tokens": [7, 8]}, r"an activated LoRA \(aLoRA\)"),
+        ({"trainable_token_indices": [5, 6]}, "trained rows of the embeddings"),
+        ({"lora_bias": True}, "a LoRA with trained biases"),
+        ({"use_dora": True}, "DoRA weights"),
+    ],
+)
+def test_what_is_more_than_pairs_of_factors_is_refused_by_name(run, more: dict[str, Any], message: str) -> None:
+    config = LoraConfig(r=3, target_modules=[Q], task_type="CAUSAL_LM", **more)
+    get_peft_model(fresh(run.root), config).save_pretrained(run.root / "plain")
+    for form in ("adapter", "rank-2", "llava"):
+        with pytest.raises(UserError, match=message):
+            export(run.root / "plain", form, run.root / "out", base=run.root / "base")
+    if {"alora_invocation_tokens", "lora_bias"} & more.keys():
+        with pytest.raises(UserError, match="PEFT cannot merge") as error:
+            export(run.root / "plain", "merged", run.root / "out")
+        assert error.value.problems[0].code == "adapter-not-mergeable"
+    assert not (run.root / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_embeddings_with_an_adapter_whose_weight_peft_saved_along(run) -> None:
+    names = ["embed_tokens", "lm_head", Q]
+    config = LoraConfig(r=3, target_modules=names, task_type="CAUSAL_LM")
+    model = get_peft_model(fresh(run.root), config)
+    move(model, 0.1)
+    model.save_pretrained(run.root / "plain")
+    assert any("base_layer" in name for name in load_file(run.root / "plain" / "adapter_model.safetensors"))
+    run.after = logits(model, fresh(run.root))
+    for form in ("adapter", "rank-3"):
+        out = export(run.root / "plain", form, run.root / "out" / form).folder
+        assert not any("base_layer" in name for name in load_file(out / "adapter_model.safetensors"))
+        assert same(run, PeftModel.from_pretrained(fresh(run.root), out))
+    grown = fresh(run.root)
+    grown.resize_token_embeddings(grown.get_input_embeddings().num_embeddings + 64)
+    get_peft_model(grown, config).save_pretrained(run.root / "grown")
+    for form in ("adapter", "rank-3"):
+        with pytest.raises(UserError) as error:
+            export(run.root / "grown", form, run.root / f"grown-{form}", base=run.root / "base")
+        assert error.value.problems[0].code == "adapter-other-embeddings"
+
+
+def test_each_form_says_how_to_use_it(run, capsys) -> None:
+    for form, words in {
+        "adapter": f"milora_vl.chat --model {run.root / 'base'} --adapter {run.root / 'adapter-adapter'}",
+        "merged": f"milora_vl.chat --model {run.root / 'adapter-merged'} --image",
+    }.items():
+        assert main([str(run.root / "adapter"), "--to", form, "--format", "human"]) == 0
+        assert words in capsys.readouterr().err

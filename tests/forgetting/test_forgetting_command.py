@@ -1,0 +1,103 @@
+"""`python -m milora_vl.forgetting` as a user types it: on an adapter, on a whole model, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_vl import Policy, apply_milora, load_model
+from milora_vl.forgetting.__main__ import main
+from milora_vl.forgetting.job import score_changes
+from support.adapter_cases import move
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base, _ = load_model("tiny")
+    model = apply_milora(base, Policy.parse("[{modules: language, method: milora, rank: 4}]"))
+    move(model, 0.3)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def test_an_adapter_is_measured_on_all_three(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "tiny", "--adapter", str(adapter), "--num_tokens", "600", "--limit", "8"]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((adapter / "forgetting.json").read_text())
+    for name in ("text", "samples", "pictures"):
+        assert found[name]["kl"] > 0
+        assert f"{found[name]['kl']:.4f}" in printed
+    # The adapter's folder alone says which base it is for.
+    out = adapter / "again"
+    assert main(["--model", str(adapter), "--num_tokens", "600", "--on", "text", "--output_dir", str(out)]) == 0
+    assert json.loads((out / "forgetting.json").read_text())["text"] == found["text"]
+
+
+def test_a_whole_model_is_compared_with_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, processor = load_model("tiny-text")
+    model.save_pretrained(str(tmp_path / "full"))
+    processor.save_pretrained(str(tmp_path / "full"))
+    text = tmp_path / "mine.txt"
+    text.write_text("All of it is kept. " * 100)
+    flags = ["--model", str(tmp_path / "full"), "--base", "tiny-text", "--text", str(text), "--format", "json"]
+    capsys.readouterr()
+    assert main([*flags, "--num_tokens", "500"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"]["kl"] == pytest.approx(0, abs=1e-9)
+    assert (found["text"]["text"], found["text"]["stderr"]) == (str(text), None)
+    assert "pictures" not in found
+
+
+def test_another_probe_joins_and_another_seed_begins_anew(adapter: Path, tmp_path: Path) -> None:
+    flags = ["--model", "tiny", "--adapter", str(adapter), "--num_tokens", "300", "--output_dir", str(tmp_path)]
+
+    def probes(*more: str) -> set[str]:
+        assert main([*flags, *more]) == 0
+        return set(json.loads((tmp_path / "forgetting.json").read_text())) & {"text", "samples", "pictures"}
+
+    assert probes("--on", "text") == {"text"}
+    assert probes("--on", "samples") == {"text", "samples"}
+    assert probes("--on", "samples", "--seed", "3") == {"samples"}
+    weights = adapter / "adapter_model.safetensors"
+    os.utime(weights, (weights.stat().st_atime, time.time() + 9))  # trained again since
+    assert probes("--on", "text", "--seed", "3") == {"text"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "tiny"], "nothing to compare"),
+        (["--model", "tiny", "--adapter", "A", "--base", "tiny"], "--base: only applies to"),
+        (["--model", "tiny", "--adapter", "A", "--on", "texts"], "expected some of"),
+        (["--model", "tiny", "--adapter", "A", "--text", "no.txt"], "no.txt: no such file"),
+        (["--model", "tiny", "--adapter", "A", "--text", "A/adapter_model.safetensors"], "codec"),
+        (["--model", "tiny-text", "--adapter", "A", "--on", "pictures"], "reads only text"),
+        (["--model", "tiny", "--adapter", "A", "--on", "samples", "--text", "a.txt"], "--text: only applies with"),
+        (["--model", "tiny", "--adapter", "A", "--data", "."], "--data: only applies with --suite"),
+        (["--model", "tiny", "--adapter", "A", "--image_folder", "."], "only applies with --data_path"),
+        (["--model", "tiny", "--adapter", "A", "--on", "text", "--limit", "3"], "--limit: only applies with"),
+    ],
+)
+def test_mistakes_are_said(adapter: Path, flags: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        main([str(adapter) + flag[1:] if flag.startswith("A") else flag for flag in flags])
+
+
+def test_a_drop_counts_where_the_base_was_good() -> None:
+    def side(value: float, baseline: float, n: int = 400, stderr: float | None = 0.02) -> dict[str, object]:
+        metric = {"name": "accuracy", "value": value, "stderr": stderr, "baseline": baseline, "n": n}
+        return {"benchmarks": [{"name": "pope", "metrics": [metric]}]}
+
+    (good,) = score_changes(side(0.8, 0.5), side(0.7, 0.5))
+    (poor,) = score_changes(side(0.51, 0.5), side(0.4, 0.5))
+    assert (good["change"], good["was_good"]) == (pytest.approx(-0.1), True)
+    assert poor["was_good"] is False
+    for n, stderr, is_good in ((1, None, False), (2, 0.0, False), (60, 0.0, True)):  # all right
+        (found,) = score_changes(side(1.0, 0.5, n, stderr), side(0.0, 0.5, n, stderr))
+        assert found["was_good"] is is_good

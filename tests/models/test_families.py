@@ -1,0 +1,172 @@
+"""Every model family: the towers are found, and an adapter goes from start to merge, and into stock PEFT alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from milora_data.errors import UserError
+from milora_vl import Policy, apply_milora, load_adapter, merge, save_adapter
+from milora_vl.export.command import export
+from milora_vl.towers import find_towers
+from milora_vl.train.command import main as train
+from milora_vl.weights.matrices import is_linear
+from support.adapter_cases import anchors, move
+from support.family_cases import batch, build
+from support.family_configs import FAMILIES, TEXT_ONLY
+from support.versions import CALLS_BY_KEYWORD, READS_LFM2_VL
+
+LACKS = {"idefics2": not CALLS_BY_KEYWORD, "lfm2_vl": not READS_LFM2_VL}
+ALL = [name for name in (*FAMILIES, *TEXT_ONLY) if not LACKS.get(name)]
+pytestmark = pytest.mark.filterwarnings("ignore:.*experts as 3-D")
+STOCK = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "milora_vl":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocker())
+import json, pathlib, torch, transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+for folder in map(pathlib.Path, sys.argv[1:]):
+    config = transformers.AutoConfig.from_pretrained(folder / "base")
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, folder / "adapter").eval()
+    inputs = load_file(folder / "inputs.safetensors")
+    out = {"adapted": model(**inputs).logits, "merged": model.merge_and_unload()(**inputs).logits}
+    save_file({name: t.detach().contiguous() for name, t in out.items()}, folder / "stock.safetensors")
+"""
+
+
+def rules(name: str) -> list[dict[str, object]]:
+    made: list[dict[str, object]] = [{"modules": "language", "method": "milora", "rank": 2, "alpha": 4}]
+    return made + ([{"modules": "projector", "method": "full"}] if name in FAMILIES else [])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_language_rule_hits_exactly_the_language_layers(name: str) -> None:
+    model = build(name)
+    linear = {path for path, module in model.named_modules() if is_linear(module)}
+    hit = {target.path for target in Policy.parse(rules(name)[:1]).resolve(model)}
+    if name in TEXT_ONLY:
+        head = {path for path, module in model.named_modules() if module is model.get_output_embeddings()}
+        assert hit == linear - head
+        return
+    family = FAMILIES[name]
+    assert hit == {path for path in linear if path.startswith(family.language)}
+    assert not [path for path in hit if any(word in path for word in ("vision", "visual", "image_tower"))]
+
+
+def test_experts_that_no_adapter_can_sit_on_are_told_of() -> None:
+    with pytest.warns(
+        UserWarning, match=r"2 modules hold experts as 3-D weights \(first: model.layers.0.mlp.experts\)"
+    ):
+        Policy.parse(rules("gpt_oss")).resolve(build("gpt_oss"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_projector_and_vision_are_found_and_apart(name: str) -> None:
+    model, family = build(name), FAMILIES[name]
+    projector = Policy.parse([{"modules": "projector", "method": "full"}]).resolve(model)
+    assert projector
+    assert all(family.projector in target.path and target.tower == "projector" for target in projector)
+    vision = Policy.parse([{"modules": "vision", "method": "lora", "rank": 2}]).resolve(model)
+    assert vision
+    assert not {t.path for t in vision} & {t.path for t in projector}
+    assert all(family.projector not in target.path for target in vision)
+    assert find_towers(model).layout.split()[0]  # a row of the table
+
+
+@pytest.mark.parametrize("name", [name for name in ("gemma3", "idefics2") if name in ALL])
+def test_exports_of_projectors_with_modules_inside_one_that_trains(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "base")
+    model = apply_milora(build(name), rules(name))
+    move(model)
+    save_adapter(model, tmp_path / "ours")
+    expected = logits(model, name)
+    for form in ("adapter", "rank-4", "residual"):
+        export(tmp_path / "ours", form, tmp_path / form, base=tmp_path / "base")
+    export(tmp_path / "residual", "adapter", tmp_path / "back", base=tmp_path / "base")
+    for folder in ("adapter", "rank-4", "back"):
+        stock = PeftModel.from_pretrained(build(name), tmp_path / folder)
+        assert torch.allclose(logits(stock, name), expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For every family asked for (`-k NAME`): base, adapter after a step, batch, logits; then stock PEFT on all."""
+    root = tmp_path_factory.mktemp("families")
+    wanted = [item for item in request.session.items if item.path == request.path and "trained" in item.fixturenames]
+    names = [item.callspec.params["name"] for item in wanted]
+    for name in names:
+        _train(name, root / name)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STOCK, *(str(root / name) for name in names)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def _train(name: str, folder: Path) -> None:
+    base, inputs = build(name), batch(name)
+    base.save_pretrained(folder / "base")
+    untouched = logits(base, name)
+    model = apply_milora(base, rules(name))
+    start, fixed = logits(model, name), anchors(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    optimizer.step()
+    save_adapter(model, folder / "adapter")
+    save_file(inputs, folder / "inputs.safetensors")
+    made = {"base": untouched, "start": start, "trained": logits(model, name)}
+    made["reloaded"] = logits(load_adapter(build(name), folder / "adapter"), name)
+    after = anchors(model)
+    assert after
+    moved = [key for key, anchor in after.items() if not torch.equal(anchor, fixed[key])]
+    (folder / "moved.json").write_text(json.dumps(moved), encoding="utf-8")
+    made["merged"] = logits(merge(model, folder / "merged"), name)
+    save_file({key: t.contiguous() for key, t in made.items()}, folder / "ours.safetensors")
+
+
+@torch.no_grad()
+def logits(model: nn.Module, name: str) -> torch.Tensor:
+    return model.eval()(**batch(name)).logits
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_from_start_to_merge_and_in_stock_peft(name: str, trained: Path) -> None:
+    ours = load_file(trained / name / "ours.safetensors")
+    assert torch.allclose(ours["start"], ours["base"], atol=1e-6)
+    assert (ours["trained"] - ours["base"]).abs().max() > 1e-4, "nothing was learned"
+    assert json.loads((trained / name / "moved.json").read_text(encoding="utf-8")) == []
+    stock = load_file(trained / name / "stock.safetensors")
+    for how, tensor in {"reloaded": ours["reloaded"], "merged": ours["merged"], **stock}.items():
+        assert torch.allclose(tensor, ours["trained"], atol=1e-5), how
+
+
+def test_a_model_whose_pictures_are_not_prepared_here_is_refused_before_it_loads(tmp_path: Path) -> None:
+    build("paligemma").config.save_pretrained(tmp_path / "base")
+    (tmp_path / "train.json").write_text(
+        '[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]'
+    )
+    words = ["--model", str(tmp_path / "base"), "--data_path", str(tmp_path / "train.json"), "--rank", "2"]
+    words += ["--image_folder", str(tmp_path), "--output_dir", str(tmp_path / "run")]
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match="images of a paligemma model are not prepared here"):
+            train([*words, *more])

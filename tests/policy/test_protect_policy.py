@@ -1,0 +1,55 @@
+"""The field `protect` of a rule: read, written, and refused where it makes no sense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from milora_vl import apply_milora
+from milora_vl.policy import Policy, PolicyError
+from milora_vl.policy.protect import Protect
+from support.adapter_cases import one_rule
+
+
+def test_a_policy_with_it_is_read_and_written() -> None:
+    policy = Policy.parse("[{modules: language, method: lora, rank: 2, protect: {top: 3, by: penalty, weight: 50}}]")
+    assert policy.rules[0].protect == Protect(top=3, by="penalty", weight=50)
+    assert Policy.parse(policy.to_list()) == policy
+    assert Policy.parse(one_rule(protect={"top": 3})).to_list()[0]["protect"] == {"top": 3, "by": "projection"}
+
+
+@pytest.mark.parametrize(
+    ("protect", "message"),
+    [
+        (3, r"\.protect: expected a mapping such as \{top: 64\}"),
+        ({"by": "basis"}, r"\.protect\.top: missing"),
+        ({"top": 0}, r"\.protect\.top: expected a positive number of directions, got 0"),
+        ({"top": 3, "by": "prayer"}, r"\.protect\.by: expected one of projection, basis, penalty, got 'prayer'"),
+        ({"top": 3, "weight": 2.0}, r"\.protect\.weight: by: projection does not use it"),
+        ({"top": 3, "by": "penalty"}, r"\.protect\.weight: by: penalty needs a number above 0, got None"),
+        ({"top": 3, "wieght": 2.0}, r"\.protect\.wieght: unknown key\ndid you mean 'weight'"),
+    ],
+)
+def test_what_is_no_protection_is_refused(protect: Any, message: str) -> None:
+    with pytest.raises(PolicyError, match=rf"policy\[0\]{message}"):
+        Policy.parse(one_rule(protect=protect))
+
+
+@pytest.mark.parametrize("method", ["pissa", "random", "dora", "olora", "mica", "full", "frozen"])
+def test_methods_that_cannot_stay_outside_are_refused(tiny_llama, method: str) -> None:
+    rule = {"modules": "language", "method": method, "protect": {"top": 3}}
+    rule |= {} if method in ("full", "frozen") else {"rank": 2}
+    with pytest.raises(PolicyError, match=rf"policy\[0\]\.protect: method {method} cannot use it"):
+        apply_milora(tiny_llama()[0], [rule])
+
+
+def test_more_directions_than_a_matrix_has_are_refused(tiny_llama) -> None:
+    with pytest.raises(PolicyError, match=r"protect: top 20 and rank 13 are more directions than the 32 of shape"):
+        apply_milora(tiny_llama()[0], one_rule(rank=13, protect={"top": 20}))
+    with torch.device("meta"):
+        bare = nn.Sequential(nn.Linear(10, 12))
+    rules = one_rule(rank={"energy": 0.01}, protect={"top": 4})
+    assert Policy.parse(rules).resolve(bare)[0].rank == 6  # an upper bound, without weights

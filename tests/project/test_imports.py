@@ -1,0 +1,185 @@
+"""What an import costs, needs and does: a fast front door, a core that needs torch alone, no effects."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [
+    ROOT / "milora_vl",
+    ROOT / "llava_recipes",
+    ROOT / "data_tools" / "milora_data",
+    ROOT / "eval" / "milora_eval",
+]
+OURS = {source.name for source in SOURCES}
+# Plug-ins that their host imports; tests/eval/test_eval_plugins.py runs them in one.
+NEED_THEIR_HOST = {"milora_eval/lmms.py"}
+FILES = sorted(
+    path
+    for source in SOURCES
+    for path in source.rglob("*.py")
+    if path.relative_to(source.parent).as_posix() not in NEED_THEIR_HOST
+)
+
+
+def module_name(path: Path) -> str:
+    (source,) = [source for source in SOURCES if path.is_relative_to(source)]
+    return ".".join(path.relative_to(source.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def commands() -> list[str]:
+    """What a user may type after `python -m`: every module with a main guard."""
+    guarded = [path for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
+    return [module_name(path).removesuffix(".__main__") for path in guarded]
+
+
+def python(code: str) -> str:
+    """Standard output of a fresh interpreter that ran `code`."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def cpu_seconds(*command: str) -> tuple[float, subprocess.CompletedProcess[str]]:
+    """CPU time, which a loaded machine stretches far less than the clock, and the finished process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done
+
+
+def test_import_milora_vl_adds_little_to_import_torch() -> None:
+    code = "import time, torch; t = time.process_time(); import milora_vl; print(time.process_time() - t)"
+    assert any(float(python(code)) <= 0.2 for _ in range(3)), "three times"
+
+
+def test_import_milora_vl_leaves_transformers_alone() -> None:
+    loaded = python("import milora_vl, sys; print(*sys.modules)").split()
+    assert not {"transformers", "peft", "timm", "datasets", "matplotlib"} & set(loaded)
+
+
+@pytest.mark.parametrize("order", ["sorted", "reversed"])
+def test_public_names_are_no_submodules(order: str) -> None:
+    """A function that shares its name with its file is hidden by it, once that file is imported, unless it is bound."""
+    code = f"""
+import importlib, types
+packages = [importlib.import_module(name) for name in {sorted(OURS)}]
+for _ in range(2):
+    values = [(name, getattr(package, name)) for package in packages for name in {order}(package.__all__)]
+print(*[name for name, value in values if isinstance(value, types.ModuleType)])
+"""
+    assert python(code).split() == []
+
+
+WITH_TORCH_ALONE = """
+import importlib.metadata, re, sys
+
+def needed(name, found):
+    for line in importlib.metadata.requires(name) or []:
+        requirement = re.split(r"[^\\w.-]", line)[0].lower().replace("_", "-")
+        if "extra ==" not in line and requirement not in found:
+            found.add(requirement)
+            try:
+                needed(requirement, found)
+            except importlib.metadata.PackageNotFoundError:
+                pass
+    return found
+
+allowed = needed("torch", {"torch"})
+owners = importlib.metadata.packages_distributions()
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        names = {owner.lower().replace("_", "-") for owner in owners.get(name.partition(".")[0], [])}
+        if names and not names & allowed and name.partition(".")[0] != "milora_vl":
+            raise ModuleNotFoundError(f"{name} is not installed (blocked)", name=name)
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from milora_vl.svd import decompose
+weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+factors = decompose(weight, 4)
+error = (factors.U * factors.S @ factors.Vh - weight).abs().max()
+assert error < 1e-5, error
+print(*sys.modules)
+"""
+
+
+def test_the_svd_works_with_torch_alone() -> None:
+    """Every other installed package is hidden, numpy too."""
+    loaded = set(python(f"import warnings; warnings.simplefilter('ignore')\n{WITH_TORCH_ALONE}").split())
+    assert "milora_vl.svd" in loaded
+    assert not {"numpy", "peft", "transformers", "pydantic", "yaml"} & loaded
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_is_quick(command: str) -> None:
+    seconds, done = cpu_seconds(sys.executable, "-m", command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
+    assert done.stderr == ""
+    # The first run after an installation compiles.
+    assert seconds < 1.5 or cpu_seconds(sys.executable, "-m", command, "--help")[0] < 1.5
+
+
+EFFECTS = """
+import importlib, json, logging, os, random, signal, sys, warnings
+from pathlib import Path
+
+def state():
+    import torch
+    return {
+        "environment": dict(os.environ),
+        "files": sorted(str(path) for path in Path.cwd().rglob("*")),
+        "path": list(sys.path),
+        "logging": [len(logging.root.handlers), logging.root.level],
+        "warning filters": [repr(item) for item in warnings.filters],
+        "signals": repr(signal.getsignal(signal.SIGINT)),
+        "random": hash((random.getstate(), torch.random.get_rng_state().numpy().tobytes())),
+        "threads": torch.get_num_threads(),
+        "dtype": str(torch.get_default_dtype()),
+    }
+
+foreign, modules = json.loads(sys.argv[1])
+for statement in foreign:
+    exec(statement, {})
+before = state()
+for module in modules:
+    importlib.import_module(module)
+after = state()
+changed = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
+print(json.dumps(changed, indent=1, default=str))
+"""
+
+
+def foreign_imports() -> list[str]:
+    """The module-level imports of other people's packages, as statements: their effects are theirs."""
+    statements = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module != "__future__":
+                names = [node.module or ""]
+            if names and not any(name.partition(".")[0] in OURS for name in names):
+                statements[ast.unparse(node)] = None
+    return list(statements)
+
+
+def test_importing_any_module_changes_and_prints_nothing(tmp_path: Path) -> None:
+    """No environment variable, file, log handler, warning filter, seed or signal handler is touched."""
+    modules = [module_name(path) for path in FILES]
+    assert len(modules) > 100
+    done = subprocess.run(
+        [sys.executable, "-c", EFFECTS, json.dumps([foreign_imports(), modules])],
+        capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("{}\n", "")

@@ -1,0 +1,210 @@
+"""Every HTML page of the project in a real browser, on a desk and on a phone, light and dark: whole, legible, alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from milora_data.__main__ import main as data
+from milora_data.page import render
+from milora_data.page.pictures import fitting, small
+from milora_eval.__main__ import main as evaluation
+from milora_vl import analyze
+from milora_vl.recipe.schema import Recipe
+from milora_vl.report.page import write_report
+from milora_vl.sweep import page as sweep_page
+from milora_vl.sweep.cells import make_cells
+from milora_vl.sweep.runner import Evaluation, Sweep
+from support import browser, fake_run
+from support.stored_answers import stored
+from support.sweep_cells import RECIPE, finish
+
+# Text that is hard to read on what is behind it: WCAG's contrast below 4.5; what is switched off does not count.
+FAINT = """
+(() => {
+  const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const linear = (v) => v <= 0.03928 * 255 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const behind = (node) => {
+    const colour = numbers(getComputedStyle(node).backgroundColor);
+    return colour.length < 4 || colour[3] > 0.9 || !node.parentElement ? colour : behind(node.parentElement);
+  };
+  const found = new Set(), walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest("script, [disabled]")) continue;
+    const [a, b] = [light(numbers(getComputedStyle(node).color)), light(behind(node))].sort((x, y) => y - x);
+    const contrast = (a + 0.05) / (b + 0.05);
+    if (contrast < 4.5) found.add(`${node.tagName}.${node.className} ${contrast.toFixed(1)}`);
+  }
+  return [...found];
+})()
+"""
+BROKEN = "[...document.images].filter((image) => !image.complete || !image.naturalWidth).length"
+TEXT = "document.body.innerText.replace(/\\s+/g, ' ')"
+
+
+def a_report(folder: Path) -> Path:
+    return write_report(fake_run.make_run(folder / "run", num_questions=64))
+
+
+def a_view(folder: Path) -> Path:
+    base = stored(folder, "base", ["red", "no", "x", "</script><script>alert(1)</script>", "مرحبا", ""])
+    final = stored(folder, "final", ["red", "yes", "green", "no", "W" * 300, "no"])
+    assert evaluation(["view", str(base), str(final)]) == 0
+    return final / "view.html"
+
+
+def a_show(folder: Path) -> Path:
+    Image.new("RGB", (60, 40), "red").save(folder / "red.png")
+    turns = [{"from": "human", "value": "<image>\nIs 1 < 2?"}, {"from": "gpt", "value": "<b>Yes</b>"}]
+    plain = [{"from": "human", "value": "Which is bigger?"}, {"from": "gpt", "value": "W" * 300}]
+    pictures = {"a": "red.png", "b": "gone.png"}
+    records = [{"id": name, "image": image, "conversations": turns} for name, image in pictures.items()]
+    (folder / "three.json").write_text(json.dumps([*records, {"id": "c", "conversations": plain}]))
+    out = folder / "show.html"
+    words = [str(folder / "three.json"), "--image_folder", str(folder), "--limit", "9", "--html", str(out)]
+    assert data(["show", *words]) == 0
+    return out
+
+
+def a_sweep(folder: Path) -> Path:
+    sweep = Sweep(folder, Recipe.parse(RECIPE), Evaluation("emoji", None, None))
+    cells = make_cells(sweep.recipe, ["milora", "lora", "minor-flat"], [1e-4, 1e-3], None, 2)
+    for place, cell in enumerate(cells[:-1]):
+        finish(sweep, cell, loss=1 - cell.learning_rate, right=[True, place % 2 == 0], forgetting=0.1 + place / 50)
+    failure = folder / "failed" / f"{cells[-1].name}.json"
+    failure.parent.mkdir()
+    failure.write_text(json.dumps({"said": "error: the data is gone"}))
+    command = "python -m milora_vl.sweep " + "--methods milora,lora " * 9
+    return sweep_page.write(sweep_page.of_sweep(sweep, cells, 2, command))[0]
+
+
+def an_analysis(folder: Path) -> Path:
+    assert analyze.main(["tiny-text", "--rank", "8", "--output_dir", str(folder)]) == 0
+    return folder / "analysis.html"
+
+
+PAGES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
+    "report": (a_report, ("Before and after", "What it forgot", "Do it again", "64 test questions")),
+    "view": (a_view, ("final corrects 3 wrong answers of base", "</script><script>alert(1)</script>", "6 shown")),
+    "show": (a_show, ("3 records as training sees them", "gone.png (no such file)", "<b>Yes</b></s>")),
+    "sweep": (a_sweep, ("11 of 12 cells are done, 1 failed", "minor-flat − milora", "Do it again")),
+    "analysis": (an_analysis, ("The spectra of", "effective rank", "layers.csv")),
+}
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator[browser.Browser]:
+    program = browser.find()
+    if program is None:
+        pytest.skip(f"none of {', '.join(browser.NAMES)} is installed")
+    with contextlib.closing(browser.Browser(program)) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_is_whole_legible_and_alone_on_every_screen(name: str, tab: browser.Browser, tmp_path: Path) -> None:
+    make, words = PAGES[name]
+    page = make(tmp_path)
+    assert page.stat().st_size < render.MAX_BYTES
+    backgrounds = set()
+    for width in browser.WIDTHS:
+        for dark in (False, True):
+            tab.open(page, width=width, dark=dark)
+            assert (tab.said, tab.elsewhere()) == ([], [])
+            assert tab.run(browser.TOO_WIDE) == []
+            assert tab.run(FAINT) == []
+            assert tab.run(BROKEN) == 0
+            backgrounds.add(tab.run("getComputedStyle(document.body).backgroundColor"))
+    text = tab.run(TEXT)
+    assert [word for word in words if word not in text] == []
+    assert len(backgrounds) == 2
+
+
+def shown(tab: browser.Browser, cards: str) -> Any:
+    return tab.run(f"[...document.querySelectorAll({cards!r})].filter((card) => card.checkVisibility()).length")
+
+
+def choose(tab: browser.Browser, kind: str) -> None:
+    tab.run(f"[...document.querySelectorAll('button')].find((b) => b.textContent.startsWith({kind!r})).click()")
+
+
+def search(tab: browser.Browser, words: str) -> None:
+    field = "document.getElementById('search')"
+    tab.run(f"{field}.value = {words!r}; {field}.dispatchEvent(new Event('input'))")
+
+
+def test_answers_are_filtered_by_what_changed_and_by_words(tab: browser.Browser, tmp_path: Path) -> None:
+    tab.open(a_view(tmp_path))
+    assert shown(tab, "#cards li") == 6
+    found = {}
+    for kind in ("right", "wrong", "changed", "now right", "now wrong"):
+        choose(tab, kind)
+        found[kind] = shown(tab, "#cards li")
+    assert found["right"] + found["wrong"] == 6
+    assert (found["changed"], found["now right"]) == (5, 3)
+    choose(tab, "all")
+    search(tab, "ALERT(1)")
+    assert shown(tab, "#cards li") == 1
+    assert "1 shown" in tab.run(TEXT)
+    search(tab, "nowhere at all")
+    assert "none" in tab.run("document.getElementById('place').textContent")
+    assert tab.said == []
+
+
+def test_records_are_filtered_by_kind_and_by_words(tab: browser.Browser, tmp_path: Path) -> None:
+    tab.open(a_show(tmp_path))
+    assert shown(tab, ".record") == 3
+    for kind in ("with pictures", "with unreadable", "text only"):
+        choose(tab, kind)
+        assert shown(tab, ".record") == 1
+    choose(tab, "all")
+    search(tab, "is 1 < 2")
+    assert shown(tab, ".record") == 2
+    assert tab.said == []
+
+
+def test_the_browser_sees_what_is_wrong(tab: browser.Browser, tmp_path: Path) -> None:
+    """Each thing that the tests above look for, in a page that has it."""
+    page = tmp_path / "bad.html"
+    image = "<img src='http://127.0.0.1:9/a.png'>"
+    text = "<p style='width: 2000px; color: #888'>wide and faint</p>"
+    page.write_text(f"<body style='background: #999'>{text}{image}<script>nothing.here()</script>")
+    tab.open(page, width="phone")
+    assert any("nothing is not defined" in line for line in tab.said)
+    assert tab.elsewhere() == ["http://127.0.0.1:9/a.png"]
+    assert tab.run(BROKEN) == 1
+    assert tab.run(browser.TOO_WIDE) != []
+    assert tab.run(FAINT) != []
+
+
+def test_many_pictures_are_made_smaller_until_they_fit() -> None:
+    noise = [small(Image.effect_noise((400, 400), 90).convert("RGB")) for _ in range(4)]
+    whole = sum(len(uri) for uri in fitting(noise, 10_000_000))
+    made = fitting([*noise, None], whole // 3)
+    assert whole // 20 < sum(map(len, made)) <= whole // 3
+    assert made[4] == ""
+    assert len({uri[:40] for uri in made[:4]}) == 1
+
+
+def test_a_page_holds_what_5_mb_do_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [{"from": "human", "value": "Go on."}, {"from": "gpt", "value": "word " * 200_000}]
+    records = [{"id": str(number), "conversations": turns} for number in range(9)]
+    (tmp_path / "long.json").write_text(json.dumps(records))
+    out = tmp_path / "long.html"
+    assert data(["show", str(tmp_path / "long.json"), "--limit", "9", "--html", str(out)]) == 0
+    assert out.stat().st_size <= render.MAX_BYTES
+    assert "the page contains the first 4 of 9" in capsys.readouterr().err
+    assert "The first 4 of 9 records" in out.read_text()
+    said = ["long " * 300_000] * 6
+    base = stored(tmp_path, "base", said)
+    assert evaluation(["view", str(base)]) == 0
+    assert (base / "view.html").stat().st_size <= render.MAX_BYTES
+    assert "of 6 questions: a page has at most 5 MB" in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""The packaged list of HF's flags agrees with the installed transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+from milora_vl.recipe import hf_arguments
+from milora_vl.recipe.schema import Recipe
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
+import make_hf_flags
+
+
+def test_the_list_is_that_of_the_installed_transformers() -> None:
+    """If this fails: python tests/reference/make_hf_flags.py."""
+    import transformers
+
+    version = ".".join(transformers.__version__.split(".")[:2])
+    installed = make_hf_flags.flags()
+    known = hf_arguments.flags()
+    assert installed.keys() <= known.keys()
+    for name, flag in installed.items():
+        if known[name].versions[-1] == version:
+            assert (flag["type"], flag["choices"], flag["default"]) == (
+                known[name].type,
+                list(known[name].choices),
+                known[name].default,
+            ), name
+
+
+def test_what_a_recipe_holds_is_what_training_arguments_take(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    given = {"warmup_ratio": 0.1, "evaluation_strategy": "no", "gradient_checkpointing": True, "group_by_length": True}
+    train = Recipe.parse({"train": given}).train
+    fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
+    arguments, absent = hf_arguments.for_installed(train, fields)
+    assert absent == []
+    args = TrainingArguments(output_dir=str(tmp_path), **arguments)
+    assert args.get_warmup_steps(50) == 5
+    assert args.gradient_checkpointing
+
+
+def test_an_older_transformers_gets_its_own_names() -> None:
+    train = {"warmup_steps": 0.1, "activation_checkpointing": True, "train_sampling_strategy": "group_by_length"}
+    fields = dict.fromkeys(["warmup_steps", "warmup_ratio", "gradient_checkpointing", "group_by_length"])
+    expected = {"warmup_ratio": 0.1, "gradient_checkpointing": True, "group_by_length": True}
+    assert hf_arguments.for_installed(train, fields) == (expected, [])
+    assert hf_arguments.for_installed({"use_cache": True, "ray_scope": "last"}, fields) == ({}, ["use_cache"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("num_train_epochs", "2", 2.0),
+        ("max_steps", 3.0, 3),
+        ("report_to", "wandb", ["wandb"]),
+        ("lr_scheduler_kwargs", '{"min_lr": 1}', {"min_lr": 1}),
+        ("eval_steps", "None", None),
+        ("tf32", "False", False),
+    ],
+)
+def test_values_are_read_as_their_types(name: str, value: object, expected: object) -> None:
+    assert hf_arguments.coerce(name, value) == expected

@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from milora_data.errors import UserError
+from milora_vl.report.command import main as report_main
+from milora_vl.report.page import write_report
+from milora_vl.report.parts import credits_of
+from milora_vl.report.regenerate import rewrite_report
+from milora_vl.report.repeat import commands
+from milora_vl.report.run_page import Metric, read_run
+from milora_vl.report.wording import forgetting, number, summary
+from support.fake_run import dump, make_run
+
+OPTIONAL = ("recipe.yaml", "environment.json", "policy.json", "spectrum.json", "trainer_state.json", "eval")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its report."""
+    run = make_run(tmp_path_factory.mktemp("report") / "run")
+    write_report(run)
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy to change, without the two files whose plots take seconds to draw."""
+    skip = shutil.ignore_patterns("trainer_state.json", "spectrum.json", "plots")
+    return Path(shutil.copytree(finished, tmp_path / "run", ignore=skip))
+
+
+class Page(HTMLParser):
+    """The parts of a page that a test asks about."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "source", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+
+def page_of(run: Path) -> Page:
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert page.open == []
+    page.text = re.sub(r"\s+", " ", page.text)
+    return page
+
+
+def test_the_page_tells_the_result_in_words(finished: Path) -> None:
+    page = Page((finished / "report.html").read_text(encoding="utf-8"))
+    text = re.sub(r"\s+", " ", page.text)
+    results = json.loads((finished / "eval/emoji/final/results.json").read_text())
+    mean = results["benchmarks"][0]["metrics"][0]
+    assert f"correctly answers {100 * mean['value']:.1f} % (±{100 * mean['stderr']:.1f}) of the questions" in text
+    assert "0.220 (±0.010) nats per token" in text
+    assert "answers by letter alone stay near chance" in text
+    assert "last 32 of 576 train" in text
+
+
+def test_the_page_needs_nothing_outside_and_no_script(finished: Path) -> None:
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    tags = Page(html).tags
+    fetched = [v for tag, at in tags for k, v in at.items() if k in ("src", "srcset", "data", "poster") and v]
+    fetched += [str(at["href"]) for tag, at in tags if tag == "link"]
+    assert len(fetched) > 24
+    assert all(value.startswith("data:") for value in fetched)
+    assert not [tag for tag, at in tags if tag == "script" or any(name.startswith("on") for name in at)]
+    assert "url(" not in html
+    assert "@import" not in html
+    assert len(html) < 2_000_000
+    assert all(at.get("alt") for tag, at in tags if tag == "img")
+
+
+def test_what_the_files_say_is_escaped(run: Path) -> None:
+    evil = "<script>alert(1)</script>&\"'"
+    edit(run / "environment.json", lambda content: content.update(model=evil, device=evil))
+    dump(
+        run / "spectrum.json",
+        [{"path": evil, "tower": evil, "shape": [9, 9], "sigma": [], "method": evil, "note": evil}],
+    )
+    for which in ("base", "final"):
+        file = run / "eval" / "emoji" / which / "predictions.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        changed = [line | {"question": evil, "prediction": evil, "answers": [evil], "type": evil} for line in lines]
+        file.write_text("".join(json.dumps(line) + "\n" for line in changed))
+    page = page_of(run)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.text.count("<script>alert(1)</script>") > 24
+
+
+@pytest.mark.parametrize("name", OPTIONAL[:3])
+def test_a_missing_file_leaves_a_whole_page(run: Path, name: str) -> None:
+    (run / name).unlink()
+    assert "Do it again" in page_of(run).text
+
+
+def test_without_an_evaluation_the_page_says_how_to_make_one(run: Path) -> None:
+    shutil.rmtree(run / "eval")
+    page = page_of(run)
+    assert "Trained on 1,600 records; not evaluated yet." in page.text
+    assert "python -m milora_eval run --model smol-llava" in page.text
+
+
+def test_a_run_that_was_stopped_says_so(run: Path) -> None:
+    shutil.rmtree(run / "eval")
+    environment = json.loads((run / "environment.json").read_text()) | {"finished": None}
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 10, "loss": 2.0}]}))
+    assert "Not finished: 10 steps so far; not evaluated yet." in page_of(run).text
+
+
+@pytest.mark.parametrize("only", OPTIONAL)
+def test_one_file_alone_makes_a_page(finished: Path, tmp_path: Path, only: str) -> None:
+    run, source = tmp_path / "young", finished / only
+    run.mkdir()
+    shutil.copytree(source, run / only) if source.is_dir() else shutil.copy(source, run)
+    assert "Before and after" in page_of(run).text
+
+
+@pytest.mark.parametrize("which", ["base", "final"])
+def test_one_evaluation_alone_says_how_to_make_the_other(run: Path, which: str) -> None:
+    shutil.rmtree(run / "eval" / "emoji" / which)
+    page = page_of(run)
+    assert "has not been evaluated" in page.text
+    assert "--with_base" in page.text
+
+
+def test_a_run_without_final_shows_its_latest_checkpoint(run: Path) -> None:
+    for number_of_step in (20, 100):
+        shutil.copytree(run / "eval/emoji/final", run / f"eval/emoji/checkpoint-{number_of_step}")
+    shutil.rmtree(run / "eval/emoji/final")
+    text = page_of(run).text
+    assert "checkpoint-100" in text
+    assert "checkpoint-20" not in text
+
+
+def test_pictures_that_moved_and_a_cut_off_answer_do_not_matter(run: Path) -> None:
+    file = run / "eval/emoji/final/predictions.jsonl"
+    file.write_text(re.sub(r'"image_file": "[^"]*"', '"image_file": "/nowhere/a.png"', file.read_text())[:-40])
+    assert "picture not found" in page_of(run).text
+
+
+def test_large_pictures_are_made_small(run: Path, tmp_path: Path) -> None:
+    big = tmp_path / "big.png"
+    Image.effect_noise((1500, 1500), 90).save(big)
+    file = run / "eval/emoji/final/predictions.jsonl"
+    file.write_text(re.sub(r'"image_file": "[^"]*"', f'"image_file": "{big}"', file.read_text()))
+    assert write_report(run).stat().st_size < 3_000_000
+
+
+def test_points_are_no_percent_and_several_suites_stand_side_by_side(run: Path) -> None:
+    entry = {"name": "perception", "value": 1480.25, "stderr": None, "n": 2114, "unit": "points"}
+    benchmark = {"name": "mme", "version": "1", "metrics": [entry]}
+    dump(run / "eval/mme/final/results.json", {"suite": "mme", "benchmarks": [benchmark]})
+    text = page_of(run).text
+    assert "1,480.2" in text
+    assert "1,480.2 %" not in text
+    assert "has not been evaluated yet" in text
+    assert number(Metric("perception", 1480.25, 12.0, unit="points")) == "1,480.2 (±12.0)"
+    assert number(Metric("accuracy", 1.0, 0.0)) == "100.0 %"  # two of two right: no spread to see
+
+
+def test_forgetting_is_said_with_its_floor(finished: Path) -> None:
+    found = forgetting(read_run(finished).comparisons[0])
+    assert found is not None
+    assert (found["kl"], found["base_entropy"], found["share"]) == (0.22, 2.71, "7.5 %")
+
+
+def test_credits_come_from_the_data(run: Path) -> None:
+    data = run.parent / "data"
+    data.mkdir()
+    (data / "README.md").write_text(
+        "# Emoji\n\nPictures: OpenMoji (openmoji.org), licence CC BY-SA 4.0.\nOther words.\n"
+    )
+    (run / "recipe.yaml").write_text(f"model: smol-llava\ndata: {{path: {data}/train.json}}\n")
+    assert credits_of(read_run(run)) == ["Pictures: OpenMoji (openmoji.org), licence CC BY-SA 4.0."]
+    page = page_of(run)
+    assert "licence CC BY-SA 4.0" in page.text
+    mixture = f"model: smol-llava\ndata: {{path: [{{path: other.json}}, {{path: {data}/train.json, weight: 2.0}}]}}\n"
+    (run / "recipe.yaml").write_text(mixture)
+    assert credits_of(read_run(run)) == ["Pictures: OpenMoji (openmoji.org), licence CC BY-SA 4.0."]
+    assert any(tag == "a" and "openmoji.org" in str(at["href"]) for tag, at in page.tags)
+
+
+def test_a_report_that_cannot_be_drawn_ends_no_measurement(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite_report(run)
+    assert capsys.readouterr().err == f"report:  {run / 'report.html'}\n"
+    (run / "policy.json").write_text('{"targets": [{}]}')
+    rewrite_report(run)
+    assert f"no report; run python -m milora_vl.report {run} to see why" in capsys.readouterr().err
+    rewrite_report(run.parent)  # no run's folder
+    assert capsys.readouterr().err == ""
+
+
+def test_the_evaluation_is_repeated_as_it_was(run: Path) -> None:
+    assert "--dtype" not in commands(read_run(run)).evaluate
+    for results in run.glob("eval/*/*/results.json"):
+        edit(results, lambda content: content.update(limit=40, generation={"dtype": "bfloat16"}))
+    assert "--dtype bfloat16 --limit 40" in commands(read_run(run)).evaluate
+
+
+def test_an_evaluation_on_data_of_ones_own_is_repeated_by_its_file(run: Path) -> None:
+    own = [{"name": "my val", "reference": "data:my val", "metrics": []}]
+    for results in run.glob("eval/*/*/results.json"):
+        edit(results, lambda content: content.update(benchmarks=own))
+    assert "--benchmarks 'my val.json'" in commands(read_run(run)).evaluate
+    assert "--suite" not in commands(read_run(run)).evaluate
+
+
+def test_commands_of_an_unfinished_run_use_its_newest_checkpoint(run: Path) -> None:
+    newest = run / "checkpoint-10"
+    for folder in (run / "checkpoint-9", newest):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").touch()
+    (run / "checkpoint-11").mkdir()  # killed while it was written
+    (run / "adapter_model.safetensors").unlink(missing_ok=True)
+    typed = commands(read_run(run))
+    for command in (typed.chat, typed.evaluate, typed.forgetting):
+        assert f"--model smol-llava --adapter {newest}" in command
+    assert typed.analyze.endswith(f"{newest} --output_dir {run / 'analysis'}")
+    assert typed.forgetting.endswith(f"--output_dir {run}")
+    assert f"--output_dir {run}" in typed.evaluate.replace(str(newest), "")
+    (run / "adapter_model.safetensors").touch()
+    assert f"--adapter {run} " in commands(read_run(run)).chat
+
+
+def test_commands_fit_what_the_run_saved(run: Path) -> None:
+    assert f"--model smol-llava --adapter {run}" in commands(read_run(run)).chat
+    (run / "config.json").write_text("{}")
+    assert f"--model {run} --image" in commands(read_run(run)).chat
+    assert f"--model {run} --base smol-llava" in commands(read_run(run)).evaluate
+    edit(run / "environment.json", lambda content: content.update(command=["train.py", "--model", "a b"]))
+    assert commands(read_run(run)).as_typed == "python -m milora_vl.train --model 'a b'"
+
+
+def test_the_command_prints_the_page_and_what_comes_next(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "report.html").write_text("old")
+    assert report_main([str(run)]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{run}/report.html\n"
+    assert summary(read_run(run)) in err
+    assert "next: python -m milora_vl.chat" in err
+    assert (run / "report.html").read_text() != "old"
+    assert not list(run.glob(".*partial"))
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "broken"])
+def test_what_is_no_run_is_said_in_a_few_lines(run: Path, tmp_path: Path, kind: str) -> None:
+    folder = {"missing": tmp_path / "none", "empty": tmp_path / "empty", "broken": run}[kind]
+    (tmp_path / "empty").mkdir()
+    (run / "policy.json").write_text('{"targets": [')
+    with pytest.raises(UserError) as caught:
+        report_main([str(folder)])
+    assert str(run / "policy.json" if kind == "broken" else folder) in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert len(str(caught.value).splitlines()) <= 5
+
+
+def edit(path: Path, change: Any) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    dump(path, content)

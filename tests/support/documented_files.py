@@ -1,0 +1,176 @@
+"""Write the files that the pages presume: data, pictures, benchmarks, small models, and trained runs."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import llava_recipes
+from milora_vl.__main__ import main
+from support import official_data
+from support.drawn import dump, dump_lines, encoded, made, picture, write_tiny_data
+from support.eval_questions import write_questions
+
+TRAIN = ["train", "--data_path", "train.json", "--max_steps", "2", "--learning_rate", "0.01"]
+TINY = [*TRAIN, "--image_folder", "images", "--model", "tiny", "--rank", "4"]
+QUESTION = {"query": "1 + 1?", "response": "It is 2.", "input": "", "output": "2", "answer": "2"}
+ASKED = ("instructions.json", "LLM-Adapters/ft-training_set/commonsense_170k.json", "data/MetaMathQA-395K.json")
+STOOD_IN = "from llava.train.train import train\n\nif __name__ == '__main__':\n    train()\n"
+REPLACED = """
+import sys
+import some.module
+from peft import LoraConfig, get_peft_model
+from milora_vl.tiny import tiny_llama
+
+config = LoraConfig(r=int(sys.argv[1]), target_modules=["q_proj"], task_type="CAUSAL_LM")
+get_peft_model(tiny_llama()[0], config).save_pretrained(sys.argv[2])
+"""
+
+
+def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Write records, pictures, benchmark files, scripts and parts of models."""
+    write_tiny_data(folder, records)
+    captions = [{**record, "conversations": record["conversations"][:2]} for record in records if "image" in record]
+    dump(folder / "captions.json", captions)
+    for place in ("cat.png", "cats/0.jpg", "my pictures/cat.jpg", "photos/0.png", "playground/data/0.png", "a.png"):
+        picture("red").save(made((folder / place).parent) / Path(place).name)
+    (folder / "my pictures" / "cat.txt").write_text("A cat.")
+    dump(folder / "llava.json", records)
+    dump_lines(folder / "mine.jsonl", [record for record in records if "image" not in record or record["id"] == "p0"])
+    dump(folder / "llava_v1_5_mix665k.json", [record for record in records if record["id"] in ("p0", "t0", "t1")])
+    for rows in ASKED:
+        dump(folder / rows, [QUESTION | {"query": f"{n}?", "instruction": f"{n}?"} for n in range(130)])
+    write_preferences(folder / "ultrafeedback.parquet")
+    write_messages(folder / "chat.jsonl")
+    write_benchmarks(folder)
+    write_parts(folder)
+    (folder / "wikitext-103-test.txt").write_text("It was the best of times. " * 40)
+    (folder / "train.py").write_text(REPLACED)
+    (made(folder / "some") / "module.py").write_text("from peft import get_peft_model\n")
+    (made(folder / "llava" / "train") / "train_mem.py").write_text(STOOD_IN)
+    recipe = llava_recipes.read("smol-llava-demo").replace("model: smol-llava", "model: tiny")
+    (folder / "tiny-demo.yaml").write_text(recipe.replace("rank: 32, alpha: 32", "rank: 4, alpha: 4"))
+    launcher = llava_recipes.read("zero3", "accelerate")
+    (folder / "zero3.yaml").write_text(launcher.replace("num_processes: 8", "num_processes: 2"))
+
+
+def write_preferences(path: Path) -> None:
+    """Write rows like UltraFeedback's."""
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    said = [{"role": "user", "content": "Is it red?"}, {"role": "assistant", "content": "Yes."}]
+    parquet.write_table(arrow.Table.from_pylist([{"prompt": "Is it red?", "messages": said}] * 4), path)
+
+
+def write_messages(path: Path) -> None:
+    """Write a record of OpenAI's messages that holds its picture."""
+    url = f"data:image/png;base64,{base64.b64encode(encoded('red')).decode()}"
+    asked = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "A disc."}]
+    dump_lines(path, [{"messages": turns}])
+
+
+def write_benchmarks(folder: Path) -> None:
+    """Write small official benchmark files, questions like the demo's, and answers of other programs."""
+    from milora_eval.benchmarks.xlsx import write_xlsx
+    from milora_eval.suites import find_benchmark, folder_of
+
+    evaluated = official_data.write_all(folder / "playground" / "data" / "eval")
+    official_data.write(made(folder / "data"), "mmbench")
+    official_data.mathematics(folder / "MetaMath" / "data" / "test")
+    official_data.commonsense(folder / "LLM-Adapters" / "dataset")
+    questions = write_questions(folder / "data" / "emoji")
+    picture("red").save(questions / "images" / "1F694.png")
+    for name in ("train.json", "val.json"):
+        shutil.copy(questions / "test.json", questions / name)
+    asked = json.loads((evaluated / "gqa" / "testdev_balanced_questions.json").read_text())
+    answers = [{"question_id": key, "text": "red"} for key, row in asked.items() if row["isBalanced"]]
+    dump_lines(folder / "merge.jsonl", answers)
+    mmbench = find_benchmark("mmbench")
+    items = mmbench.load(folder_of(mmbench, folder / "data"))
+    write_xlsx(folder / "M_MMBench_DEV_EN.xlsx", ("index", "prediction"), [[int(item.id), "A"] for item in items])
+    (folder / "shades.txt").write_text("Black or white?\n")
+
+
+def write_parts(folder: Path) -> None:
+    """Write a small tower, language model, instruct model and stage-1 projector."""
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    from milora_vl.models.projector import save_projector
+    from milora_vl.tiny import tiny_llama, tiny_llava
+
+    whole, _ = tiny_llava()
+    CLIPVisionModel(whole.config.vision_config).save_pretrained(folder / "tower")
+    small = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    small.save_pretrained(folder / "tower")
+    stage1 = "checkpoints/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5"
+    save_projector(whole, made(folder / stage1))
+    for name in ("language", "instruct"):
+        model, tokenizer = tiny_llama()
+        if name == "language":
+            model.resize_token_embeddings(260)  # as Vicuna, which has no <image>
+        else:
+            tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def call(*words: str) -> None:
+    """Run one of our programs, which must succeed."""
+    assert main(words) == 0
+
+
+def composed() -> None:
+    call("compose", "--vision", "tower", "--language", "language", "--output_dir", "vicuna-clip")
+
+
+def llava_lora() -> None:
+    """Train a LoRA on the composed base and write it as LLaVA's own code does."""
+    call(*TRAIN, "--image_folder", "images", "--model", "vicuna-clip", "--rank", "4", "--output_dir", "lora")
+    call("export", "lora", "--to", "llava", "--output_dir", "llava-v1.5-7b-lora", "--vision_tower", "tower")
+    shutil.rmtree("lora")
+
+
+def released_lora() -> None:
+    """Make the same for a page that downloads it and composes its base."""
+    composed()
+    llava_lora()
+    shutil.move("llava-v1.5-7b-lora", "checkpoints")
+    shutil.rmtree("vicuna-clip")
+
+
+def residual() -> None:
+    """Train an adapter and write it in the papers' form: residual base, adapter and initial factors."""
+    call(*TINY, "--policy", "[{modules: language, method: milora, rank: 4}]", "--output_dir", "anchored")
+    call("export", "anchored", "--to", "residual", "--output_dir", "RESIDUAL")
+    shutil.copytree("RESIDUAL/lora", "trained")
+    shutil.copytree("RESIDUAL/lora_init", "pissa_init")
+    shutil.rmtree("anchored")
+
+
+def demo() -> None:
+    call("train", "--recipe", "smol-llava-demo", "--model", "tiny", "--rank", "4", "--max_steps", "2",
+         "--output_dir", "runs/demo")  # fmt: skip
+
+
+# What a page may presume -> the function that makes it, in a folder with the files above.
+PRESUMED: dict[str, Callable[[], None]] = {
+    "runs/a": lambda: call(*TINY, "--output_dir", "runs/a"),
+    "runs/demo": demo,
+    "runs/full": lambda: call(*TINY[:-2], "--method", "full", "--output_dir", "runs/full"),
+    "vicuna-clip": composed,
+    "llava-v1.5-7b-lora": llava_lora,
+    "RESIDUAL": residual,
+    "checkpoints/llava-v1.5-7b-lora": released_lora,
+}
+
+
+def prepare(names: Sequence[str]) -> None:
+    """Make what a page presumes in the current folder, which holds the files above."""
+    for name in names:
+        PRESUMED[name]()

@@ -1,0 +1,161 @@
+"""How the commands of README and docs run in a test: replacements for large models and long trainings, and exceptions.
+
+A row that matches no command is a failure: tests/docs/test_documented.py.
+"""
+
+from __future__ import annotations
+
+# Regular expression -> what replaces the text that it matches, from top to bottom. First what the docs leave open.
+LEFT_OPEN: tuple[tuple[str, str], ...] = (
+    (r"FOLDER --to FORM .*", "runs/a --to adapter --output_dir O --base tiny --dtype bfloat16 --with_base"),
+    (r"(train) \.\.\. (--forgetting_every) 50", r"\1 --model tiny --data_path train.json --image_folder images \2 1"),
+    (r"(export) \.\.\. (--to merged)", r"\1 runs/paper/math-milora \2"),
+    (r"(--adapter served) \.\.\.", r"\1 --suite emoji --output_dir out"),
+    (r"(--data_path captions\.json) \.\.\.", r"\1 --image_folder images --output_dir runs/stage1"),
+    (r"(runs/stage1 --data_path train\.json) \.\.\.", r"\1 --image_folder images --output_dir runs/stage2"),
+    (r"(--version v1 --data_path train\.json --image_folder images) \.\.\.", r"\1 --output_dir runs/llava"),
+    (r"(replace .*train\.py) \.\.\.", r"\1 4 replaced"),
+    (
+        r"(llava/train/train_mem\.py .*)\.\.\.",
+        r"\1--model_name_or_path vicuna --version v1 --data_path train.json --image_folder images --vision_tower clip "
+        "--mm_projector_type mlp2x_gelu --image_aspect_ratio pad --bf16 False --max_steps 1 --report_to none "
+        "--use_cpu True --save_strategy no --lora_r 4 --output_dir runs/llava-lora",
+    ),
+    (r"run --suite emoji --limit", "run --model tiny --suite emoji --output_dir out --limit"),
+    (r"milora_vl\.train --method$", "milora_vl.train --model tiny --rank 4 --method lora --dry-run"),
+    (r"milora train --dry-run", "milora train --model tiny --rank 4 --dry-run"),
+    (r"O/recipes/CELL\.yaml", "tiny-test --data_path train.json --image_folder images"),
+    (r"ls --data DIR", "ls --data data"),
+    (r"report RUN", "report runs/a"),
+)
+# Then what is too large for a test. Commands that only plan or list (PLANS) run unchanged.
+PLANS = ("--dry-run", "--list-", "--print-recipe")
+SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
+    # Models, the parts that they are made of, and a data set of the hub.
+    (r"llava-1\.5-(7|13)b|liuhaotian/llava-v1\.5-7b(?= )|smol-llava(?=[ ,]|$)", "tiny"),
+    (r"llama-2-7b|llama-3-8b|qwen2\.5-7b", "tiny-text"),
+    (r"--model smollm2", "--model instruct"),
+    (r"lmsys/vicuna-7b-v1\.5", "language"),
+    (r"openai/clip-vit-large-patch14-336", "tower"),
+    (r"timm/vit_small_patch16_224 --language FOLDER", "timm/test_vit --vision_weights random --language language"),
+    (r"--base BASE --residual RESIDUAL", "--base tiny --residual RESIDUAL --output_dir of-residual"),
+    (r"--base BASE --initial pissa_init", "--base tiny --initial pissa_init --output_dir of-initial"),
+    (r"hub:HuggingFaceH4/ultrafeedback_binarized:train_sft", "ultrafeedback.parquet"),
+    # Recipes: their models.
+    (r"(\btrain --recipe paper-visual .*)", r"\1 --model language --vision_tower tower"),
+    (r"(\btrain --recipe paper-(?!visual)(?!.*--model).*)", r"\1 --model tiny-text"),
+    (r"(\btrain --recipe (?:smol-llava-demo|mine\.yaml) .*)", r"\1 --model tiny"),
+    (r"(sweep --recipe) smol-llava-demo", r"\1 tiny-demo.yaml"),
+    # Sizes.
+    (r"(\btrain .*)(--rank|--lora_r) (?:32|128)", r"\1\2 4"),
+    (r"(\btrain (?!.*(?:--rank |--lora_r |--tune_)).* .*)", r"\1 --rank 4"),
+    (r"(\btrain (?!.*--max_steps ).* .*)", r"\1 --max_steps 2"),
+    (r"(\btrain --recipe paper-visual .*)", r"\1 --dataloader_num_workers 0"),
+    (r"(\btrain --recipe paper-commonsense .*)", r"\1 --fp16 False"),
+    (r"emoji --output_dir data/emoji", "emoji --output_dir data/emoji-made --per_type 2"),
+    (r"(milora_vl\.chat .*)", r"\1 --max_new_tokens 4"),
+    (r"(forgetting --.*?)(?: --num_tokens 300000)?$", r"\1 --num_tokens 64"),
+    (r"(forgetting --(?!.*--on).*)", r"\1 --limit 2"),
+    (r"(milora_eval run .*)", r"\1 --forgetting_tokens 64"),
+    (r"(--methods milora,lora --lrs) 1e-4,3e-4,1e-3 --seeds 3", r"\1 1e-3 --seeds 1"),
+    (r"(studies \w+) --docs", r"\1 --plan --docs"),
+    # An output folder that the page's other way to the same result has filled.
+    (r"--output_dir vicuna-clip", "--output_dir composed"),
+    (r"^make ", "make -n "),
+)
+
+# Regular expression -> why no test runs the commands that match. Flags of our own programs, extras named to pip and
+# files are checked all the same.
+EXCEPTIONS: dict[str, str] = {
+    r"(python3? -m )?pip (install|uninstall|download)|python3 -m venv": "changes an environment",
+    r"source ": "means the reader's own shell",
+    r"hf download ": "needs the model hub; its files are made by tests/support/documented_files.py",
+    r"vllm serve ": "vLLM needs a GPU and a separate environment",
+    r"swift sft ": "ms-swift needs a separate environment",
+    r"python -m lmms_eval ": "lmms-eval needs a separate environment",
+    r"python -m milora_eval\.lm_eval ": "lm-evaluation-harness is not installed, and reads its tasks from the hub",
+    r"python -m milora_eval judge ": "needs a server; tests/eval/test_eval_judge.py is one",
+    r"python benchmarks/(?!rounding)": "minutes to an hour each; tests/project/test_performance.py reads their results",
+    r"(\S+/python -m )?pytest ": "would run tests inside a test",
+    r"pre-commit ": "installs a hook into the reader's checkout",
+}
+# Regular expression -> why only `-m slow` runs the commands that match. That run also starts launched commands by their
+# own launcher, with two processes; the fast one runs them in one process.
+SLOW: dict[str, str] = {
+    r"python benchmarks/rounding\.py": "a minute, on smol-llava",
+    r"python -m milora_vl\.sweep (?!.*--plan)": "each cell is two programs",
+    r"python -m milora_vl\.integrations\.llava ": "LLaVA's own training",
+    r"python -m milora_vl\.studies decay ": "its plan reads every matrix of three models",
+    r"python -m milora_data emoji ": "draws the whole set, as tests/data/test_emoji.py does",
+}
+# Regular expression -> what must be fixed before the commands that match can work. A row that works is no failure.
+BROKEN: dict[str, str] = {}
+
+# Page -> what its reader already has: names in PRESUMED of tests/support/documented_files.py.
+PAGES_PRESUME: dict[str, tuple[str, ...]] = {
+    "docs/evaluation.md": ("runs/a", "runs/demo"),
+    "docs/exporting.md": ("runs/a", "vicuna-clip", "llava-v1.5-7b-lora", "RESIDUAL"),
+    "docs/forgetting.md": ("runs/demo", "runs/full"),
+    "docs/reproduce.md": ("checkpoints/llava-v1.5-7b-lora",),
+    "docs/run-folder.md": ("runs/a",),
+}
+# Pages whose trainings are alternatives with one output folder: it is removed before each of them.
+ALTERNATIVES = ("docs/scaling.md",)
+
+DEMO = "model: smol-llava\ndata: {path: train.json, image_folder: images, eval_path: val.json}\n"
+RULES = "policy: [{modules: language, method: milora, rank: 32, learning_rate: 1.0e-3}]\ntrain: {max_steps: 100}\n"
+# Page and first line of a block -> name of the file it shows, text to put before it, and a command that reads the file.
+FILES: dict[tuple[str, str], tuple[str, str, str]] = {
+    ("docs/data-format.md", "["): ("cats.json", "", "python -m milora_data check cats.json --image_folder ."),
+    ("docs/data-format.md", "seed: 0"): ("mixture.yaml", "", "python -m milora_data stats mixture.yaml"),
+    ("docs/evaluation.md", '[{"image": "a.png", "question": "How many?", "answer": "3", "metric": "relaxed"}]'): (
+        "rows.json",
+        "",
+        "python -m milora_eval run --model tiny --benchmarks rows.json --output_dir of-rows",
+    ),
+    ("docs/evaluation.md", "from pathlib import Path"): (
+        "shades.py",
+        "",
+        "python -m milora_eval run --model tiny --benchmarks shades.py --data . --output_dir of-shades",
+    ),
+    ("docs/recipes.md", "model: llava-1.5-7b"): (
+        "recipe.yaml",
+        "",
+        "python -m milora_vl.train --recipe recipe.yaml --dry-run",
+    ),
+    ("docs/recipes.md", "policy:"): (
+        "protect.yaml",
+        DEMO,
+        "python -m milora_vl.train --recipe protect.yaml --dry-run",
+    ),
+    ("docs/sweeps.md", "sweep:"): (
+        "sweep.yaml",
+        DEMO + RULES,
+        "python -m milora_vl.sweep --recipe sweep.yaml --methods milora,lora-strong,milora-hard --lrs 1e-3 --plan",
+    ),
+}
+# Page and first line of a change in Python -> the script before it, and replacements in it.
+CHANGES: dict[tuple[str, str], tuple[str, tuple[tuple[str, str], ...]]] = {
+    ("README.md", "- model = get_peft_model(model, LoraConfig("): (
+        "from milora_vl import apply_milora, load_model\nmodel, _ = load_model('tiny')\n",
+        (("rank: 128", "rank: 4"),),
+    ),
+    ("docs/integrations.md", '+ model = apply_milora(model, "[{modules: language'): (
+        "from milora_vl import apply_milora, load_model\n"
+        "from transformers import Trainer, TrainingArguments\n"
+        "model, _ = load_model('tiny-text')\n"
+        "arguments = TrainingArguments('trained', max_steps=1, report_to='none')\n"
+        "rows = [{'input_ids': [1, 2, 3], 'labels': [1, 2, 3]}] * 8\n",
+        (
+            ("rank: 64", "rank: 4"),
+            ("model=model, ...)", "model=model, args=arguments, train_dataset=rows)"),
+            ("resume_from_checkpoint=...", "resume_from_checkpoint=None"),
+        ),
+    ),
+}
+# Page and language of blocks that no test runs -> why.
+NO_CODE: dict[tuple[str, str], str] = {
+    ("README.md", ""): "what the demo prints; tests/project/test_readme.py compares it with what was measured",
+    ("docs/install.md", "bibtex"): "a citation",
+    ("docs/integrations.md", "py"): "LLaMA-Factory and ms-swift need separate environments",
+}

@@ -1,0 +1,296 @@
+"""The smallest config of every model family that transformers can build, and what its forward takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from support.family_shapes import CLIP, IMAGE, QWEN_VISION, SIGLIP, Family, grid
+
+LLAVA = {"image_token_index": IMAGE}
+QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": IMAGE + 1, "vision_start_token_id": IMAGE + 2}
+QFORMER = {
+    "hidden_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "encoder_hidden_size": 12,
+    "vocab_size": 30,
+}
+FAMILIES: dict[str, Family] = {
+    "llava": Family("llava", 4, {"model_type": "llama"}, CLIP, LLAVA),
+    "bakllava": Family("llava", 4, {"model_type": "mistral"}, CLIP, LLAVA),
+    "llava_next": Family(
+        "llava_next",
+        10,
+        {"model_type": "llama"},
+        CLIP,
+        LLAVA | {"image_grid_pinpoints": [[16, 16]]},
+        (1, 2, 3, 16, 16),
+        {"image_sizes": [[16, 16]]},
+    ),
+    "llava_next_video": Family(
+        "llava_next_video",
+        10,
+        {"model_type": "llama"},
+        CLIP,
+        LLAVA | {"image_grid_pinpoints": [[16, 16]], "image_token_id": IMAGE, "video_token_id": IMAGE + 1},
+        (1, 2, 3, 16, 16),
+        {"image_sizes": [[16, 16]]},
+    ),
+    "llava_onevision": Family(
+        "llava_onevision",
+        10,
+        {"model_type": "qwen2"},
+        SIGLIP,
+        {
+            "image_token_id": IMAGE,
+            "image_token_index": IMAGE,
+            "video_token_id": IMAGE + 1,
+            "image_grid_pinpoints": [[16, 16]],
+        },
+        (1, 2, 3, 16, 16),
+        {"image_sizes": [[16, 16]]},
+    ),
+    "vipllava": Family("vipllava", 4, {"model_type": "llama"}, CLIP, LLAVA | {"vision_feature_layers": [-2, -1]}),
+    "video_llava": Family(
+        "video_llava", 5, {"model_type": "llama"}, CLIP, LLAVA | {"video_token_index": IMAGE + 1}, None
+    ),
+    "paligemma": Family(
+        "paligemma",
+        4,
+        {"model_type": "gemma"},
+        SIGLIP,
+        {"image_token_index": IMAGE, "projection_dim": 16, "hidden_size": 16},
+    ),
+    "gemma3": Family(
+        "gemma3",
+        4,
+        {"model_type": "gemma3_text", "sliding_window": 16},
+        SIGLIP,
+        {
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE,
+            "boi_token_index": IMAGE + 1,
+            "eoi_token_index": IMAGE + 2,
+        },
+    ),
+    "internvl": Family(
+        "internvl",
+        1,
+        {"model_type": "qwen2"},
+        {"model_type": "internvl_vision", "image_size": [16, 16], "patch_size": [8, 8]},
+        {"image_token_id": IMAGE, "downsample_ratio": 0.5},
+    ),
+    "mistral3": Family(
+        "mistral3",
+        4,
+        {"model_type": "mistral"},
+        {"model_type": "pixtral", "head_dim": 6, "image_size": 32},
+        {"image_token_index": IMAGE, "spatial_merge_size": 2},
+        (1, 3, 32, 32),
+        {"image_sizes": [[32, 32]]},
+    ),
+    "aya_vision": Family(
+        "aya_vision", 1, {"model_type": "cohere2"}, SIGLIP, {"image_token_index": IMAGE, "downsample_factor": 2}
+    ),
+    "cohere2_vision": Family(
+        "cohere2_vision", 1, {"model_type": "cohere2"}, SIGLIP, {"image_token_id": IMAGE, "downsample_factor": 2}
+    ),
+    "mllama": Family(
+        "mllama",
+        0,
+        {"model_type": "mllama_text_model", "cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}},
+        {
+            "model_type": "mllama_vision_model",
+            "attention_heads": 2,
+            "num_global_layers": 1,
+            "max_num_tiles": 1,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 24,
+            "supported_aspect_ratios": [[1, 1]],
+        },
+        {"image_token_index": IMAGE},
+        None,
+    ),
+    "idefics2": Family(
+        "idefics2",
+        2,
+        {"model_type": "mistral"},
+        {"model_type": "idefics2"},
+        {
+            "image_token_id": IMAGE,
+            "perceiver_config": {
+                "resampler_n_latents": 2,
+                "resampler_depth": 1,
+                "resampler_n_heads": 2,
+                "resampler_head_dim": 8,
+                "num_key_value_heads": 1,
+            },
+        },
+        (1, 1, 3, 16, 16),
+        {},
+        "model.text_model.layers.",
+        "connector",
+    ),
+    "idefics3": Family(
+        "idefics3",
+        1,
+        {"model_type": "llama"},
+        {"model_type": "idefics3_vision"},
+        {"image_token_id": IMAGE, "scale_factor": 2},
+        (1, 1, 3, 16, 16),
+        {},
+        "model.text_model.layers.",
+        "connector",
+    ),
+    "smolvlm": Family(
+        "smolvlm",
+        1,
+        {"model_type": "llama"},
+        {"model_type": "smolvlm_vision"},
+        {"image_token_id": IMAGE, "scale_factor": 2},
+        (1, 1, 3, 16, 16),
+        {},
+        "model.text_model.layers.",
+        "connector",
+    ),
+    "qwen2_vl": Family(
+        "qwen2_vl",
+        1,
+        {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}},
+        {**QWEN_VISION, "embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2},
+        QWEN_IDS,
+        **grid(384),
+        projector="merger",
+    ),
+    "qwen2_5_vl": Family(
+        "qwen2_5_vl",
+        1,
+        {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}},
+        {
+            **QWEN_VISION,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": 16,
+            "fullatt_block_indexes": [1],
+            "window_size": 32,
+        },
+        QWEN_IDS,
+        **grid(384),
+        projector="merger",
+    ),
+    "qwen3_vl": Family(
+        "qwen3_vl",
+        1,
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+        {
+            **QWEN_VISION,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": 16,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
+        QWEN_IDS,
+        **grid(384),
+        projector="merger",
+    ),
+    "blip-2": Family(
+        "blip-2",
+        3,
+        {"model_type": "opt", "ffn_dim": 24, "word_embed_proj_dim": 16},
+        {},
+        {
+            "qformer_config": QFORMER,
+            "num_query_tokens": 3,
+            "image_token_index": IMAGE,
+            "image_text_hidden_size": 8,
+        },
+        language="language_model.model.decoder.layers.",
+        projector="language_projection",
+    ),
+    "instructblip": Family(
+        "instructblip",
+        3,
+        {"model_type": "opt", "ffn_dim": 24, "word_embed_proj_dim": 16},
+        {},
+        {
+            "qformer_config": QFORMER,
+            "num_query_tokens": 3,
+            "image_token_index": IMAGE,
+        },
+        inputs={"qformer_input_ids": [[1, 2, 3]]},
+        language="language_model.model.decoder.layers.",
+        projector="language_projection",
+    ),
+    "got_ocr2": Family(
+        "got_ocr2",
+        0,
+        {"model_type": "qwen2"},
+        {"output_channels": 8, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 20},
+        {"image_token_index": IMAGE},
+        None,
+    ),
+    "deepseek_vl": Family(
+        "deepseek_vl", 4, {"model_type": "llama"}, SIGLIP, {"image_token_id": IMAGE}, projector="aligner"
+    ),
+    "janus": Family(
+        "janus",
+        4,
+        {"model_type": "llama"},
+        {"model_type": "janus_vision_model", "projection_dim": 16, "mlp_ratio": 2.0, "depth": 2},
+        {
+            "image_token_id": IMAGE,
+            "vq_config": {
+                "base_channels": 32,
+                "num_embeddings": 8,
+                "embed_dim": 4,
+                "projection_dim": 4,
+                "num_patches": 2,
+                "channel_multiplier": [1, 1],
+                "image_token_embed_dim": 16,
+            },
+        },
+        projector="aligner",
+    ),
+    "lfm2_vl": Family(
+        "lfm2_vl",
+        0,
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+        {"model_type": "siglip2_vision_model", "num_patches": 4},
+        {"image_token_id": IMAGE, "projector_hidden_size": 16},
+        None,
+    ),
+    "glm4v": Family(
+        "glm4v",
+        1,
+        {
+            "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 0]},
+            "partial_rotary_factor": 0.5,
+        },
+        {
+            "depth": 2,
+            "num_heads": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "out_hidden_size": 16,
+            "patch_size": 8,
+            "image_size": 16,
+        },
+        {
+            "image_token_id": IMAGE,
+            "video_token_id": IMAGE + 1,
+            "image_start_token_id": IMAGE + 2,
+            "image_end_token_id": IMAGE + 3,
+        },
+        **grid(384),
+        projector="merger",
+    ),
+}
+TEXT_ONLY: dict[str, dict[str, Any]] = {
+    **{name: {} for name in "llama mistral qwen2 qwen3 gemma gemma2 phi3 gpt_neox olmo2 smollm3".split()},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "mixtral": {"num_local_experts": 2},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},
+}

@@ -1,0 +1,309 @@
+"""The sweep without its trainings: cells and their recipes, selection by validation loss, the page, and user errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from milora_data.errors import UserError
+from milora_vl.recipe.schema import Recipe
+from milora_vl.sweep import page
+from milora_vl.sweep.__main__ import _remember as remember
+from milora_vl.sweep.__main__ import _same_sweep as same_sweep
+from milora_vl.sweep.__main__ import main
+from milora_vl.sweep.cells import Cell, make_cells, recipe_of
+from milora_vl.sweep.results import Point, arms, front, mean_of, pairs
+from milora_vl.sweep.runner import Evaluation, Sweep, run_cells
+from support.sweep_cells import RECIPE, finish
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    return Sweep(tmp_path, Recipe.parse(RECIPE), Evaluation("emoji", None, None))
+
+
+def test_cells_are_every_combination_and_full_has_no_rank() -> None:
+    cells = make_cells(Recipe.parse(RECIPE), ["milora", "full"], [1e-4, 1e-3], [2, 8], 2)
+    assert len(cells) == len({cell.name for cell in cells}) == 2 * 2 * 2 + 2 * 2
+    assert {cell.seed for cell in cells} == {7, 8}
+    assert {cell.rank for cell in cells if cell.method == "full"} == {None}
+    assert cells[0].name == "milora-r2-lr0.0001-seed7"
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "train"),
+    [
+        ("lora", {"method": "lora", "rank": 8, "alpha": 16.0}, {}),
+        ("minor-flat", {"method": "milora", "sigma": "none"}, {}),
+        ("lora-decay", {"method": "lora"}, {"weight_decay": 0.1}),
+        ("strong", {"method": "lora", "alpha": 16}, {"weight_decay": 0.2}),
+        ("full", {"method": "full"}, {}),
+        ("random", {"method": "random", "seed": 9}, {}),  # each seed draws different components
+    ],
+)
+def test_the_recipe_of_a_cell(method: str, rule: dict[str, Any], train: dict[str, Any]) -> None:
+    rank = None if method in ("full", "strong") else 8
+    made = recipe_of(Recipe.parse(RECIPE), Cell(method, 3e-4, rank, 9))
+    first, projector = made.policy or ()
+    assert {key: first[key] for key in rule} == rule
+    assert first["learning_rate"] == 3e-4
+    assert projector == RECIPE["policy"][1]
+    assert {key: made.train[key] for key in train} == train
+    assert (made.train["seed"], made.train["max_steps"], made.train["warmup_steps"]) == (9, 3, 0.1)
+    assert Recipe.parse(yaml.safe_load(made.to_yaml())) == made
+
+
+def test_a_variant_that_trains_in_full_is_evaluated_as_the_model_that_it_is(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kind of a trained cell is known only after its training, so the evaluation command is built after it."""
+    stand_in = sweep.folder / "python"
+    cell = Cell("lora", 1e-3, None, 7)
+    run = sweep.run_folder(cell)
+    stand_in.write_text(f'#!/bin/sh\necho "$@"\nmkdir -p {run} && echo "{{}}" > {run}/config.json\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    run_cells(sweep, [cell], 1, retry=False, on_done=lambda *_: None)
+    log = (sweep.folder / "logs" / f"{cell.name}.log").read_text().splitlines()
+    assert f"-m milora_eval run --model {run} --base tiny --suite emoji --output_dir {run}" in log
+
+
+def test_means_have_students_intervals() -> None:
+    assert mean_of([1.0, 2.0, 3.0]).half == pytest.approx(4.303 / 3**0.5, rel=1e-4)
+    assert (mean_of([2.0]).half, mean_of([2.0]).value) == (None, 2.0)
+    assert mean_of([1.1e-6, 1.2e-6, 1.3e-6]).text == "1.2e-06 ± 2.5e-07"  # and not 0.000
+    assert mean_of([-1e-9, 2e-9]).text == "0.000 ± 0.000"  # rounding
+    assert mean_of([0.0, 0.0]).text == "0.000 ± 0.000"
+    assert mean_of([1e-4, 0.1]).text == "0.050 ± 0.635"
+
+
+def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
+    """The rate with the best test score has a worse validation loss, so it is not reported."""
+    cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-4, 1e-3, 1e-2], None, 2)
+    losses = {1e-4: 0.9, 1e-3: 0.5, 1e-2: 0.7}
+    for cell in cells:
+        good = cell.learning_rate == 1e-2 or cell.method == "lora"
+        right = [True] * (8 if good else 4) + [False] * (0 if good else 4)
+        finish(sweep, cell, loss=losses[cell.learning_rate], right=right, forgetting=cell.learning_rate)
+    found = arms({cell: sweep.result(cell) or {} for cell in cells}, 2)
+    assert [(arm.label, arm.best and arm.best.learning_rate, arm.at_edge) for arm in found] == [
+        ("milora", 1e-3, False),
+        ("lora", 1e-3, False),
+    ]
+    (pair,) = pairs(found, sweep.answers)
+    assert (pair.a, pair.b, pair.seeds) == ("milora", "lora", 2)
+    assert (pair.difference.value, pair.difference.n) == (0.5, 8)
+    written, table = page.write(page.of_sweep(sweep, cells, 2, "python -m milora_vl.sweep ..."))
+    assert table.rows[0][:3] == ("milora", "0.001", "0.500 ± 0.000")
+    text = written.read_text()
+    assert "12 of 12 cells are done" in text
+    assert "lora − milora" in text
+    assert (pair.difference.low, pair.difference.p_bootstrap) == (None, None)
+    assert "no interval and no p-value from 4 items" in text
+    for name in ("pareto.png", "pareto.pdf", "pareto.csv", "rates.png", "cells.csv", "results.json"):
+        assert (sweep.folder / name).stat().st_size > 50
+    with (sweep.folder / "cells.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 12
+
+
+def test_the_page_keeps_what_earlier_commands_asked_for(sweep: Sweep) -> None:
+    first, later = (make_cells(sweep.recipe, [method], [1e-3], None, 2) for method in ("milora", "lora"))
+    for cell in (*first, *later):
+        finish(sweep, cell, loss=0.5, right=[True, False], forgetting=0.1)
+    finish(
+        sweep, Cell("dora", 1e-3, None, 99), loss=0.5, right=[True], forgetting=0.1
+    )  # with a seed that was not requested
+    _, table = page.write(page.of_sweep(sweep, later, 2, "..."))
+    assert [row[0] for row in table.rows] == ["lora", "milora"]
+
+
+def test_a_training_without_numbers_leaves_json_that_others_can_read(sweep: Sweep) -> None:
+    (cell,) = make_cells(sweep.recipe, ["milora"], [1e-3], None, 1)
+    finish(sweep, cell, loss=float("nan"), right=[True], forgetting=0.1)
+    page.write(page.of_sweep(sweep, [cell], 1, "..."))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = json.loads((sweep.folder / "results.json").read_text(), parse_constant=refuse)
+    assert found["arms"][0]["points"][0]["validation"]["value"] is None
+    assert found["arms"][0]["best"] is None
+
+
+def test_rates_that_would_share_a_cell_are_refused() -> None:
+    with pytest.raises(UserError, match="six digits") as raised:
+        make_cells(Recipe.parse(RECIPE), ["milora"], [1e-4, 1.00000001e-4], None, 1)
+    assert raised.value.problems[0].code == "flag-value"
+
+
+@pytest.mark.parametrize(("keeps_best", "loss"), [(True, 0.3), (False, 0.9)])
+def test_the_validation_loss_is_that_of_the_weights_that_are_evaluated(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, keeps_best: bool, loss: float
+) -> None:
+    train = sweep.recipe.train | {"load_best_model_at_end": keeps_best, "save_steps": 1, "eval_steps": 1}
+    swept = Sweep(sweep.folder, sweep.recipe.model_copy(update={"train": train}), sweep.evaluation)
+    cell = Cell("milora", 1e-3, None, 7)
+    finish(swept, cell, loss=0.0, right=[True], forgetting=0.1)
+    (swept.folder / "cells" / f"{cell.name}.json").unlink()
+    run = swept.run_folder(cell)
+    log = [{"step": 1, "eval_loss": 0.3}, {"step": 2, "loss": 0.1}, {"step": 2, "eval_loss": 0.9}]
+    state = {"log_history": log, "best_model_checkpoint": str(run / "checkpoint-1")}
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    (run / "policy.json").write_text("{}")
+    scored = {"name": "emoji", "metrics": [{"name": "accuracy", "value": 1.0}]}
+    forgotten = {"kl": 0.1, "kl_stderr": None}
+    (swept.results_folder(cell) / "results.json").write_text(
+        json.dumps({"benchmarks": [scored], "forgetting": forgotten})
+    )
+    monkeypatch.setattr(sys, "executable", "true")
+    run_cells(swept, [cell], 1, retry=False, on_done=lambda *_: None)
+    assert (swept.result(cell) or swept.failure(cell) or {}).get("validation_loss") == loss
+
+
+def test_a_rate_that_lacks_a_seed_is_not_chosen(sweep: Sweep) -> None:
+    cells = make_cells(sweep.recipe, ["milora"], [1e-4, 1e-3], None, 2)
+    for cell in cells[:-1]:
+        loss = 0.9 if cell.learning_rate == 1e-4 else 0.1
+        finish(sweep, cell, loss=loss, right=[True, False], forgetting=0.1)
+    (arm,) = arms({cell: result for cell in cells if (result := sweep.result(cell))}, 2)
+    assert arm.best is not None
+    assert (arm.best.learning_rate, arm.at_edge) == (1e-4, True)
+
+
+def test_the_front_keeps_what_none_beats_in_both() -> None:
+    def point(score: float, forgetting: float) -> Point:
+        return Point("m", None, 1.0, mean_of([0.0]), mean_of([score]), mean_of([forgetting]), (0,))
+
+    best = [point(0.3, 0.1), point(0.5, 0.2), point(0.9, 0.8)]
+    assert front([point(0.4, 0.5), *best, point(0.3, 0.15)]) == best
+
+
+def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
+    """Its data is missing: the training ends with exit code 2, and the cell runs again only with --retry."""
+    (cell,) = make_cells(sweep.recipe, ["milora"], [1e-3], None, 1)
+    seen: list[tuple[str, bool, int]] = []
+
+    def run(retry: bool) -> None:
+        run_cells(sweep, [cell], 1, retry=retry, on_done=lambda c, ok, left: seen.append((c.name, ok, left)))
+
+    (sweep.folder / "failed").mkdir()
+    (sweep.folder / "failed" / f"{cell.name}.json").write_text('{"said": "out of memory"}')
+    run(retry=False)
+    assert seen == []
+    run(retry=True)
+    assert seen == [(cell.name, False, 0)]
+    failure = sweep.failure(cell)
+    assert failure is not None
+    assert (failure["code"], "train.json" in failure["said"]) == (2, True)
+    ran = yaml.safe_load((sweep.folder / "recipes" / f"{cell.name}.yaml").read_text())
+    assert ran["factor_cache"] == str(sweep.folder / "factors")  # shared by all cells
+    assert "train.json" in page.write(page.of_sweep(sweep, [cell], 1, "again"))[0].read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "words"),
+    [
+        ({}, ["--methods", "mlora"], "did you mean milora"),
+        ({}, ["--lrs", "0"], "must be positive"),
+        ({}, ["--lrs", "fast"], "expected numbers"),
+        ({"data": {"path": "train.json"}}, [], "held-out records"),
+        ({"data": {"eval_path": "val.json"}}, [], "data.path"),
+        ({"sweep": {}}, [], "sweep.suite"),
+        ({"sweep": {"suite": "emoji", "train": {"max_step": 3}}}, [], "max_step"),
+        ({}, ["--plan"], "train.json"),
+        ({}, ["--suite", "emojis"], "emoji"),
+        ({}, ["--data", "nowhere"], "not in nowhere"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    change: dict[str, Any], flags: list[str], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**RECIPE, **change}))
+    (tmp_path / "test.json").write_text("[]")
+    (tmp_path / "images").mkdir()
+    given = ["--recipe", str(tmp_path / "r.yaml"), "--methods", "milora", "--lrs", "1e-3", "--data", str(tmp_path)]
+    given += flags
+    with pytest.raises(UserError, match=words):
+        main([*given, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_docs_show_what_the_sweep_wrote() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    with (docs / "sweep.csv").open(encoding="utf-8", newline="") as file:
+        points = list(csv.DictReader(file))
+    text = (docs / "sweeps.md").read_text(encoding="utf-8")
+    readme = (docs.parent / "README.md").read_text(encoding="utf-8")
+    assert points
+    for point in points:
+        loss, score, half, lost, lost_half = (
+            f"{float(point[key]):.3f}" for key in ("validation", "score", "score_half", "forgetting", "forgetting_half")
+        )
+        rate = f"{float(point['learning_rate']):g}"
+        assert f"| {point['method']} | {rate} | {loss} | {score} ± {half} | {lost} ± {lost_half} |" in text
+        assert f"{score} ± {half}" in readme
+        assert f"{lost} ± {lost_half}" in readme
+
+
+def test_the_front_leaves_out_trainings_that_ended_in_no_numbers() -> None:
+    def point(score: float, forgetting: float) -> Point:
+        return Point("m", None, 1.0, mean_of([0.0]), mean_of([score]), mean_of([forgetting]), (0,))
+
+    good = point(0.5, 0.2)
+    assert front([point(0.9, float("nan")), point(0.1, 0.3), good, point(float("nan"), 0.1)]) == [good]
+
+
+@pytest.mark.parametrize(("n", "t"), [(12, 2.20099), (21, 2.08596), (101, 1.98397)])
+def test_students_t_beyond_its_table(n: int, t: float) -> None:
+    values = [float(place % 2) for place in range(n)]
+    spread = (sum((value - sum(values) / n) ** 2 for value in values) / (n - 1) / n) ** 0.5
+    assert mean_of(values).half == pytest.approx(t * spread, rel=1e-3)
+
+
+def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) -> None:
+    """The first cell of the first method has failed, so another method has a result earlier."""
+    cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-4, 1e-3], None, 1)
+    for cell in cells[1:]:
+        finish(sweep, cell, loss=0.5, right=[True, cell.method == "lora"], forgetting=0.1)
+    written, table = page.write(page.of_sweep(sweep, cells, 1, "again"))
+    assert [row[0] for row in table.rows] == ["milora", "lora"]
+    assert "lora − milora" in written.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("whole", {"method": "full", "protect": {"top": 4}}, "protect: no effect"),
+        ("whole", {"method": "full", "weight_deca": 0.1}, "weight_deca: no effect"),
+        ("a/b", {"method": "lora"}, "cannot hold a /"),
+    ],
+)
+def test_variants_that_would_be_ignored_or_cannot_be_kept(name: str, fields: dict[str, Any], words: str) -> None:
+    recipe = Recipe.parse({**RECIPE, "sweep": {"suite": "emoji", "variants": {name: fields}}})
+    with pytest.raises(UserError, match=words):
+        recipe_of(recipe, Cell(name, 1e-3, None, 7))
+
+
+def test_a_folder_keeps_to_what_a_variant_meant(tmp_path: Path) -> None:
+    """The name of its variant identifies a cell, so a changed variant must not reuse the old results."""
+
+    def sweep_with(alpha: int, **more: dict[str, Any]) -> Sweep:
+        variants = {"strong": {"method": "lora", "alpha": alpha}, **more}
+        recipe = Recipe.parse({**RECIPE, "sweep": {"suite": "emoji", "variants": variants}})
+        return Sweep(tmp_path, recipe, Evaluation("emoji", None, None))
+
+    remember(sweep_with(16))
+    joined = sweep_with(16, another={"method": "dora"})
+    same_sweep(joined)
+    remember(joined)
+    same_sweep(sweep_with(16))
+    with pytest.raises(UserError, match="in which strong was") as raised:
+        same_sweep(sweep_with(64))
+    assert raised.value.problems[0].code == "sweep-variant-changed"

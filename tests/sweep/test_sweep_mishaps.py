@@ -1,0 +1,56 @@
+"""Faults from outside a sweep: a deleted folder, a killed command, an unsuitable recipe."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_vl.recipe.schema import Recipe
+from milora_vl.sweep import page
+from milora_vl.sweep.__main__ import main
+from milora_vl.sweep.cells import make_cells
+from milora_vl.sweep.runner import Evaluation, Sweep, run_cells
+from support.sweep_cells import RECIPE, finish
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    return Sweep(tmp_path, Recipe.parse(RECIPE), Evaluation("emoji", None, None))
+
+
+def test_a_cell_whose_folder_was_removed_is_to_be_run_again(sweep: Sweep) -> None:
+    """The page of the other cells is still written."""
+    cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-3], None, 1)
+    (sweep.folder / "cells").mkdir()
+    for cell in cells:
+        finish(sweep, cell, loss=1.0, right=[True, False], forgetting=0.1)
+    shutil.rmtree(sweep.run_folder(cells[0]))
+    assert [sweep.result(cell) is not None for cell in cells] == [False, True]
+    _, table = page.write(page.of_sweep(sweep, cells, 1, "again"))
+    assert [row[0] for row in table.rows] == ["lora"]
+
+
+def test_a_killed_training_says_so(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell,) = make_cells(sweep.recipe, ["milora"], [1e-3], None, 1)
+    monkeypatch.setattr(Sweep, "training", lambda *_: ["-c", "import os; os.kill(os.getpid(), 9)"])
+    run_cells(sweep, [cell], 1, retry=False, on_done=lambda *_: None)
+    failure = sweep.failure(cell)
+    assert failure is not None
+    assert "memory ran out" in failure["said"]
+
+
+def test_all_that_a_recipe_lacks_for_a_sweep_is_named_together(tmp_path: Path) -> None:
+    given = ["--recipe", "tiny-test", "--methods", "mlora", "--lrs", "1e-3", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError) as caught:
+        main(given)
+    for words in ("data.path", "data.eval_path", "sweep.suite", "did you mean milora", "--print-recipe tiny-test"):
+        assert words in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        main([*given, "--suite", "emojis"])
+    assert "data.path" in str(caught.value)
+    assert "sweep.suite" not in str(caught.value)
+    assert "emojis" in str(caught.value)
+    assert not (tmp_path / "out").exists()

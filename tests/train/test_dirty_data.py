@@ -1,0 +1,91 @@
+"""A folder with everything wrong in it: check finds and counts it, --fix drops it, training survives it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milora_data.__main__ import main as data_main
+from milora_data.check.command import check_for_training, scan
+from milora_data.errors import UserError
+from milora_data.sources import load_records
+from milora_vl.train.command import main
+from support import dirty_data
+from support.train_runs import words
+
+
+@pytest.fixture
+def dirty(tmp_path: Path) -> Path:
+    return dirty_data.make(tmp_path / "dirty")
+
+
+def test_every_kind_is_found(dirty: Path) -> None:
+    report = scan(dirty, dirty.parent / "images")
+    found = [(finding.kind, finding.message) for finding in report.findings]
+    kinds = {kind for kind, _ in found}
+    expected = {kind for kind, _ in [*dirty_data.BROKEN, *dirty_data.ODD] if kind != "forgotten"}
+    expected |= {kind for kind, _ in dirty_data.PECULIAR.values()} | {"corrupt_picture", "broken_json"}
+    assert expected <= kinds
+    for name in dirty_data.UNREADABLE:
+        kind = "missing_picture" if name in ("folder.png", "pipe.png") else "corrupt_picture"
+        assert any(found_kind == kind and name in message for found_kind, message in found), name
+    for name, (kind, _) in dirty_data.PECULIAR.items():
+        assert any(found_kind == kind and name in message for found_kind, message in found), name
+    assert report.records == len(dirty.read_bytes().splitlines()) - len(dirty_data.LINES) - 1  # an empty one
+
+
+def test_the_fixed_copy_is_clean_and_every_loss_is_counted(dirty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, images = dirty.parent / "clean.jsonl", dirty.parent / "images"
+    assert data_main(["check", str(dirty), "--image_folder", str(images), "--fix", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert scan(out, images).count("error") == 0
+    left_out = sum(int(line.split()[0]) for line in said.splitlines() if "left out" in line)
+    assert len(list(load_records(out))) + left_out == len(dirty.read_bytes().splitlines()) - 1
+    assert "missing <image> inserted at the start" in said
+
+
+@pytest.mark.parametrize(("policy", "workers"), [("skip", "2"), ("replace", "0")])
+def test_training_survives_it_and_says_what_it_cost(
+    policy: str, workers: str, dirty: Path, tmp_path: Path, capfd: Any
+) -> None:
+    run = tmp_path / "run"
+    folder = dirty.parent
+    (folder / "train.json").write_text("")  # `words` names it; the flag below wins
+    extra = ["--data_path", str(dirty), "--bad_images", policy, "--rank", "4", "--max_steps", "30"]
+    extra += ["--per_device_train_batch_size", "1", "--save_steps", "30", "--dataloader_num_workers", workers]
+    assert main(words(folder, run, *extra)) == 0
+    said = capfd.readouterr().err
+    assert "16 broken records skipped" in said
+    assert "2 records without an answer skipped" in said
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert state["global_step"] == 30
+    if policy == "skip":
+        assert "6 records skipped: images missing or empty" in said
+        assert json.loads((run / "environment.json").read_text())["data"]["skipped"] == 6
+    assert "times while training: " in said
+
+
+def test_by_default_training_says_what_is_wrong_before_it_starts(dirty: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train.jsonl"):
+        main(words(dirty.parent, tmp_path / "run", "--data_path", str(dirty), "--rank", "4"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bytes_that_are_not_utf8_cost_their_record_of_a_list(tmp_path: Path) -> None:
+    path, out = tmp_path / "train.json", tmp_path / "clean.json"
+    good = json.dumps(dirty_data.ask("Once?", "Yes.")).encode()
+    path.write_bytes(b"[" + b",\n".join([good, good.replace(b"Yes", b"Ou\xef"), good.replace(b"Yes", b"No")]) + b"]")
+    assert data_main(["check", str(path), "--fix", str(out)]) == 1
+    assert [record.turns[1].text for record in load_records(out)] == ["Yes.", "No."]
+    with pytest.raises(UserError, match=r"train.json:2: not UTF-8 \(byte 0xef"):
+        list(load_records(path))
+
+
+def test_a_finding_is_understood_alone(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(dirty_data.ask("Half \ud83d?", "Yes.")) + "\n")
+    with pytest.raises(UserError, match=r"train.jsonl:1: text that is not valid Unicode .*: turn 1"):
+        check_for_training(path)

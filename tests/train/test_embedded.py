@@ -1,0 +1,215 @@
+"""Pictures inside the records as base64, as in OpenAI's messages: `convert` writes them to files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milora_data.__main__ import main
+from milora_data.errors import DataError, UserError
+from milora_data.images.files import load_image
+from milora_data.sources import load_records
+from milora_eval.benchmarks.own_data import OwnData
+from milora_vl.train.command import main as train
+from support.drawn import dump, dump_lines, encoded
+from support.train_runs import words
+
+
+def url(colour: str, kind: str = "PNG", named: str = "png") -> str:
+    return f"data:image/{named};base64,{base64.b64encode(encoded(colour, kind)).decode()}"
+
+
+def asked(picture: str, answer: str = "Red.") -> dict[str, Any]:
+    """A record as OpenAI's fine-tuning takes it."""
+    parts = [{"type": "text", "text": "What colour?"}, {"type": "image_url", "image_url": {"url": picture}}]
+    return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]}
+
+
+def in_llavas(picture: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Red."}]
+    return {"id": "a", "image": picture, "conversations": turns}
+
+
+def convert(data: Path, out: Path, kind: str = "messages") -> int:
+    return main(["convert", "--from", kind, str(data), "--output_dir", str(out)])
+
+
+def test_they_are_written_once_each_with_the_suffix_of_their_format(tmp_path: Path, capsys: Any) -> None:
+    data, out = tmp_path / "chat.jsonl", tmp_path / "out"
+    pictures = [url("red"), url("blue", "JPEG"), url("red"), url("green", "WEBP", named="jpeg"), url("red", "PPM")]
+    dump_lines(data, [asked(picture) for picture in pictures])
+    assert convert(data, out) == 0
+    records = list(load_records(out / "data.json"))
+    names = [record.images[0] for record in records]
+    assert [Path(name).suffix for name in names] == [".png", ".jpg", ".png", ".webp", ".ppm"]
+    assert names[0] == names[2]
+    assert sorted(path.name for path in (out / "images").iterdir()) == sorted(set(names))
+    assert (out / "images" / names[1]).read_bytes() == encoded("blue", "JPEG")
+    said = capsys.readouterr().err
+    assert f"next: python -m milora_data check {out / 'data.json'} --image_folder {out / 'images'}" in said
+    assert main(["check", str(out / "data.json"), "--image_folder", str(out / "images")]) == 0
+
+
+@pytest.mark.parametrize("kind", ["llava", "jsonl", "messages", "table", "hub"])
+def test_every_form_that_names_pictures_may_hold_them(kind: str, tmp_path: Path) -> None:
+    data, out = tmp_path / "data.json", tmp_path / "out"
+    row = {"image": url("red"), "question": "What colour?", "answer": "Red."}
+    forms = {"llava": in_llavas(url("red")), "jsonl": asked(url("red")), "messages": asked(url("red"))}
+    dump(data, [forms.get(kind, row)])
+    if kind == "hub":
+        import datasets
+
+        data = tmp_path / "rows.parquet"
+        datasets.Dataset.from_list([row]).to_parquet(data)
+        (stored,) = load_records(data)  # like the bytes of other parquet files
+        assert load_image(stored.images[0]).size == (48, 32)
+    assert convert(data, out, kind) == 0
+    (record,) = load_records(out / "data.json")
+    assert load_image(out / "images" / record.images[0]).size == (48, 32)
+    assert record.turns[0].text.startswith("<image>\n") or kind in ("jsonl", "messages")
+
+
+def test_lists_of_pictures_and_the_newer_names_of_parts_are_read_too(tmp_path: Path) -> None:
+    content = [
+        {"type": "input_text", "text": "Same?"},
+        *({"type": "input_image", "image_url": url(c)} for c in ("red", "blue")),
+    ]
+    answer = {"role": "assistant", "content": [{"type": "output_text", "text": "No."}]}
+    dump(tmp_path / "m.json", [{"messages": [{"role": "user", "content": content}, answer]}])
+    assert convert(tmp_path / "m.json", tmp_path / "out") == 0
+    (record,) = load_records(tmp_path / "out" / "data.json")
+    assert len(set(record.images)) == 2
+    dump(tmp_path / "l.json", [in_llavas([url("red")])])
+    assert convert(tmp_path / "l.json", tmp_path / "out2", "llava") == 0
+
+
+BROKEN = {
+    "no base64": "data:image/png;base64,%%%not base64%%%",
+    "no picture": f"data:image/png;base64,{base64.b64encode(b'no picture').decode()}",
+    "cut off": url("red")[:120],
+    "not encoded": "data:image/svg+xml,<svg/>",
+    "empty": "data:image/png;base64,",
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_record_with_a_broken_one_is_left_out_by_file_and_line(fault: str, tmp_path: Path, capsys: Any) -> None:
+    data, out = tmp_path / "chat.jsonl", tmp_path / "out"
+    dump_lines(data, [asked(url("red")), asked(BROKEN[fault]), asked(url("blue"))])
+    assert main(["convert", "--from", "messages", str(data), "--output_dir", str(out), "--format", "json"]) == 0
+    captured = capsys.readouterr()
+    assert f"left out: {data}:2: " in captured.err
+    assert BROKEN[fault] not in captured.err or fault == "empty"
+    content = json.loads(captured.out)
+    assert (content["records"], content["left_out"]) == (2, 1)
+    dump_lines(data, [asked(BROKEN[fault])])
+    with pytest.raises(UserError, match=f"{data}:1: (.|\n)*no record"):
+        convert(data, tmp_path / "none")
+    assert not (tmp_path / "none" / "images").exists()
+
+
+def test_a_folder_of_pictures_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    data, out = tmp_path / "chat.jsonl", tmp_path / "out"
+    dump_lines(data, [asked(url("red"))])
+    (out / "images").mkdir(parents=True)
+    (out / "images" / "mine.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match="images exists already"):
+        convert(data, out)
+    assert [path.name for path in out.iterdir()] == ["images"]
+    assert [path.name for path in (out / "images").iterdir()] == ["mine.png"]
+    dump_lines(data, [asked("mine.png")])  # nothing is written there
+    assert convert(data, out) == 0
+
+
+def test_a_mixture_of_files_and_embedded_pictures_is_told_of(tmp_path: Path, capsys: Any) -> None:
+    data = tmp_path / "chat.jsonl"
+    dump_lines(data, [asked(url("red")), asked("a.png")])
+    assert convert(data, tmp_path / "out") == 0
+    assert "1 record with picture files" in capsys.readouterr().err
+
+
+def offered(text: str) -> list[str]:
+    """The command that a message offers, without the interpreter and `-m milora_data`."""
+    line = next(line for line in text.splitlines() if "milora_data convert" in line)
+    return shlex.split(line[line.index("python -m milora_data convert") :])[3:]
+
+
+@pytest.mark.parametrize("record", [asked(url("red")), in_llavas(url("red"))], ids=["messages", "llava"])
+def test_training_offers_the_command_that_makes_it_work(record: dict[str, Any], tmp_path: Path) -> None:
+    data, out, run = tmp_path / "my chat.jsonl", tmp_path / "out", tmp_path / "run"
+    dump_lines(data, [record] * 4)
+    flags = ["--rank", "4", "--max_steps", "1", "--data_path"]
+    for how in ([], ["--bad_images", "skip"], ["--streaming"]):
+        with pytest.raises(UserError, match="my chat.jsonl:1: .*base64") as caught:
+            train(words(tmp_path, run, *flags, str(data), "--image_folder", str(tmp_path), *how))
+        assert url("red") not in str(caught.value)
+        assert "--fix" not in str(caught.value)
+    assert main([str(out) if word == "OUT" else word for word in offered(str(caught.value))]) == 0
+    images = ["--image_folder", str(out / "images")]
+    assert train(words(tmp_path, run, *flags, str(out / "data.json"), *images)) == 0
+
+
+def test_check_says_it_once_and_offers_the_command(tmp_path: Path, capsys: Any) -> None:
+    data, out = tmp_path / "chat.jsonl", tmp_path / "out"
+    dump_lines(data, [asked(url("red"))] * 3)
+    assert main(["check", str(data)]) == 1
+    captured = capsys.readouterr()
+    assert "error          3  " in captured.out
+    assert "data:image/png;base64" in captured.out
+    assert url("red") not in captured.out
+    assert main([str(out) if word == "OUT" else word for word in offered(captured.err)]) == 0
+    with pytest.raises(UserError, match="3 left out: .*base64"):
+        main(["check", str(data), "--fix", str(tmp_path / "clean.json")])
+    for command in ("stats", "show"):
+        with pytest.raises(DataError, match="milora_data convert --from messages"):
+            main([command, str(data)])
+
+
+@pytest.mark.parametrize("kind", ["llava", "table"])
+def test_questions_of_a_benchmark_get_the_command_too(kind: str, tmp_path: Path) -> None:
+    row = {"image": url("red") * 9, "question": "What colour?", "answer": "Red."}
+    dump(tmp_path / "mine.json", [in_llavas(url("red") * 9) if kind == "llava" else row])
+    with pytest.raises(DataError, match=f"question 1: .*base64(.|\n)*convert --from {kind} .*mine.json"):
+        OwnData(str(tmp_path / "mine.json")).load(tmp_path)
+
+
+def test_pictures_of_the_web_are_said_not_to_be_fetched(tmp_path: Path, capsys: Any) -> None:
+    address = "https://example.org/pictures/cat.png?token=" + 200 * "x"
+    dump_lines(tmp_path / "m.jsonl", [asked(address)])
+    with pytest.raises(UserError, match=r"m.jsonl:1: .*https://example.org/pictures/cat.png(.|\n)*download") as caught:
+        convert(tmp_path / "m.jsonl", tmp_path / "out")
+    assert "xxx" not in str(caught.value)
+    dump_lines(tmp_path / "l.jsonl", [in_llavas(address)])
+    flags = ["--rank", "4", "--data_path", str(tmp_path / "l.jsonl"), "--image_folder", str(tmp_path)]
+    with pytest.raises(DataError, match="web address(.|\n)*download") as caught:
+        train(words(tmp_path, tmp_path / "run", *flags))
+    assert "xxx" not in str(caught.value)
+    assert main(["check", str(tmp_path / "l.jsonl")]) == 1
+    assert "web address" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["llava", "messages"])
+@pytest.mark.parametrize("place", ["part", "images"])
+def test_a_conversion_leaves_out_pictures_of_the_web(kind: str, place: str, tmp_path: Path, capsys: Any) -> None:
+    address = "https://example.org/cat.png"
+    bad = asked(address)
+    if place == "images":
+        bad = {"messages": [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "Red."}]}
+        bad["images"] = [address]
+    dump_lines(tmp_path / "m.jsonl", [bad, asked(url("red"))])
+    assert convert(tmp_path / "m.jsonl", tmp_path / "out", kind) == 0
+    assert len(list(load_records(tmp_path / "out" / "data.json"))) == 1
+    assert f"left out: {tmp_path / 'm.jsonl'}:1: " in capsys.readouterr().err
+
+
+def test_a_part_of_another_kind_is_named_and_not_quoted(tmp_path: Path) -> None:
+    part = {"type": "input_audio", "input_audio": {"data": 1000 * "A"}}
+    dump_lines(tmp_path / "m.jsonl", [{"messages": [{"role": "user", "content": [part]}]}])
+    with pytest.raises(DataError, match="input_audio") as caught:
+        convert(tmp_path / "m.jsonl", tmp_path / "out")
+    assert "AAA" not in str(caught.value)

@@ -1,0 +1,55 @@
+"""The eval section: checked before the training, run after it in a separate process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_vl.plan.evaluation import check, commands
+from milora_vl.recipe.schema import EvalConfig
+from milora_vl.train.command import main
+from support.train_runs import words
+
+
+def test_nothing_asked_nothing_checked() -> None:
+    check(EvalConfig())
+    assert commands(EvalConfig(), model="tiny", output_dir=Path("r")) == []
+
+
+def test_unknown_suites_and_missing_files_are_found_early(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean emoji"):
+        check(EvalConfig(suites=["emojis"]))
+    with pytest.raises(UserError, match=r"are not in .* \(test.json"):
+        check(EvalConfig(suites=["emoji"], data=str(tmp_path)))
+
+
+def test_the_commands_name_what_was_trained(tmp_path: Path) -> None:
+    config = EvalConfig(suites=["emoji"], data="d", limit=5)
+    run = str(tmp_path)
+    tail = ["--suite", "emoji", "--data", "d", "--limit", "5", "--with_base", "--output_dir", run]
+    (adapter,) = commands(config, model="tiny", output_dir=tmp_path)
+    assert adapter == ["-m", "milora_eval", "run", "--model", "tiny", "--adapter", run, *tail]
+    (tmp_path / "config.json").touch()
+    (full,) = commands(config, model="tiny", output_dir=tmp_path)
+    assert full == ["-m", "milora_eval", "run", "--model", run, "--base", "tiny", *tail]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [["--rank", "4"], ["--method", "projector"], ["--method", "full"]])
+def test_a_recipe_with_an_evaluation_leaves_scores(method: list[str], tiny_data: Path, tmp_path: Path) -> None:
+    question = {"from": "human", "value": "<image>\nWhat colour is it?"}
+    records = [
+        {"id": f"{i}", "image": f"{i}.png", "conversations": [question], "type": "colour", "answers": ["red"]}
+        for i in range(2)
+    ]
+    (tiny_data / "test.json").write_text(json.dumps(records))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"eval: {{suites: [emoji], data: {tiny_data}, limit: 2}}\n")
+    run = tmp_path / "run"
+    assert main(words(tiny_data, run, "--recipe", str(recipe), *method, "--max_steps", "1")) == 0
+    assert (run / "eval" / "emoji" / "final" / "results.json").is_file()
+    assert (run / "eval" / "emoji" / "base" / "results.json").is_file()
+    assert "## Scores" in (run / "README.md").read_text()

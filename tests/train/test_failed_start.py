@@ -1,0 +1,87 @@
+"""A run that fails before its first step leaves nothing behind, and nothing of an earlier run is changed by it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from milora_data.errors import UserError
+from milora_vl.train.command import main
+from support.train_runs import files, words
+
+EARLY = {
+    "pictures in tiles for a model without": (["--image_aspect_ratio", "anyres"], "sees a picture once"),
+    "an optimizer whose package is missing": (["--optim", "grokadamw"], "--optim grokadamw: "),
+    "an optimizer with groups of its own": (["--optim", "galore_adamw"], "makes its own parameter groups"),
+}  # fmt: skip
+
+
+def break_pictures(data: Path) -> None:
+    for picture in (data / "images").iterdir():
+        picture.write_bytes(b"no picture")
+
+
+def fails(data: Path, run: Path, *flags: str) -> str:
+    rank = [] if "--policy" in flags else ["--rank", "4"]
+    with pytest.raises(UserError) as error:
+        main(words(data, run, *rank, *flags))
+    return str(error.value)
+
+
+LATE = {
+    "a first batch without a picture that can be read": ([], "cannot read this picture"),
+    "a cache of features of a tower that trains": (
+        ["--feature_cache", "cache", "--policy", "[{modules: vision, method: full}]"],
+        "the vision tower trains",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", LATE)
+def test_nothing_is_left_of_a_run_that_made_no_step(
+    reason: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags, said = LATE[reason]
+    if not flags:
+        break_pictures(tiny_data)
+    assert said in fails(tiny_data, Path("runs/method/time"), *flags)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("reason", EARLY)
+def test_it_is_found_before_the_model_loads(
+    reason: str, tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags, said = EARLY[reason]
+    assert said in fails(tiny_data, tmp_path / "run", *flags)
+    assert "loading" not in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_of_an_earlier_run_are_not_overwritten(tiny_data: Path, tmp_path: Path) -> None:
+    """Neither of one that is resumed, nor of one that was killed before its first checkpoint and begins again."""
+    run = tmp_path / "run"
+    assert main(words(tiny_data, run, "--rank", "4")) == 0
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(environment | {"finished": None}))
+    (run / "checkpoint-6" / "trainer_state.json").unlink()  # killed while it was written
+    break_pictures(tiny_data)
+    for resume in ("true", "auto"):
+        before = files(run)
+        assert "cannot read" in fails(tiny_data, run, "--resume_from_checkpoint", resume, "--save_steps", "1")
+        assert files(run) == before
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = files(run)
+    assert "cannot read" in fails(tiny_data, run, "--resume_from_checkpoint", "auto", "--seed", "3")
+    assert files(run) == before
+
+
+def test_a_place_that_is_no_folder_is_told_before_anything_is_read(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in ("file", "file/run", "file/runs/a"):
+        assert "a file, not a folder" in fails(tiny_data, tmp_path / place, "--data_path", "none.json")

@@ -1,0 +1,135 @@
+"""`--push_to_hub`: what cannot work is told before the model loads, and a push that fails costs no training."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from milora_data.errors import UserError
+from milora_vl.train.command import main
+from support.fake_hub import FakeHub, running
+from support.train_runs import content, words
+
+TOKEN = "hf_not_a_real_one"
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """Nobody is logged in but by HF_TOKEN, which is as it was after the test."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no-tokens"))
+    return monkeypatch
+
+
+def command(data: Path, run: Path, *flags: str) -> list[str]:
+    return words(data, run, "--rank", "4", "--push_to_hub", *flags)
+
+
+def refused(data: Path, run: Path, *flags: str) -> str:
+    """The error of a run that is refused, in a few lines, without a folder."""
+    with pytest.raises(UserError) as error:
+        main(command(data, run, *flags))
+    assert error.value.exit_code == 2
+    assert len(str(error.value).splitlines()) <= 3
+    assert not run.exists()
+    return str(error.value)
+
+
+REFUSED: dict[str, tuple[FakeHub, list[str], str]] = {
+    "a token that cannot write": (FakeHub(role="read"), [], "this one (laptop) can only read"),
+    "a token that the hub does not know": (FakeHub(refuses={"whoami": 401}), [], "Invalid user token"),
+    "a hub that is out of order": (FakeHub(refuses={"whoami": 500}), [], "500"),
+    "an impossible name": (FakeHub(), ["--hub_model_id", "me/a//b"], "--hub_model_id OWNER/NAME"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_the_hub_will_not_take_is_told_before_the_model_loads(
+    reason: str, tiny_data: Path, tmp_path: Path, known: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    hub, flags, said = REFUSED[reason]
+    with running(hub):
+        known.setattr(constants, "ENDPOINT", hub.url)
+        assert said in refused(tiny_data, tmp_path / "run", *flags)
+    assert "loading" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [("http://hub.invalid", "hub.invalid is not reachable"), ("http://127.0.0.1:9", "onnect")]
+)
+def test_without_a_network_it_is_told_before_the_model_loads(
+    place: str, said: str, tiny_data: Path, tmp_path: Path, known: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        known.delenv(name, raising=False)
+        known.delenv(name.upper(), raising=False)
+    known.setattr(constants, "ENDPOINT", place)
+    assert said in refused(tiny_data, tmp_path / "run")
+    known.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refused(tiny_data, tmp_path / "run")
+    assert "loading" not in capfd.readouterr().err
+
+
+def test_without_a_token_it_is_told_before_the_model_loads(
+    tiny_data: Path, tmp_path: Path, known: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    known.delenv("HF_TOKEN")
+    with running(FakeHub()) as hub:
+        known.setattr(constants, "ENDPOINT", hub.url)
+        assert "found none" in refused(tiny_data, tmp_path / "run")
+    assert "loading" not in capfd.readouterr().err
+
+
+def test_a_repository_that_the_hub_does_not_open_leaves_no_folder(
+    tiny_data: Path, tmp_path: Path, known: pytest.MonkeyPatch
+) -> None:
+    with running(FakeHub(refuses={"repos/create": 403})) as hub:
+        known.setattr(constants, "ENDPOINT", hub.url)
+        assert "cannot open the repository run" in refused(tiny_data, tmp_path / "run")
+
+
+def trained(data: Path, run: Path, hub: FakeHub, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A whole run in a process of its own: the Trainer's client keeps the first address it was given."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(data.parent / "hf"), **environment}
+    line = [sys.executable, "-m", "milora_vl.train", *command(data, run, *flags)]
+    return subprocess.run(line, capture_output=True, text=True, env=inherited | own)
+
+
+def test_the_files_go_up_when_all_of_them_are_there_and_the_token_stays_here(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with running(FakeHub()) as hub:
+        done = trained(tiny_data, run, hub, "--hub_token", TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert f"pushed   {hub.url}/me/run" in done.stderr
+    assert TOKEN in hub.tokens
+    assert hub.commits[-1] == "Model save"
+    assert any("in progress" in summary for summary in hub.commits)
+    assert hub.files.keys() >= {"README.md", "report.html", "recipe.yaml", "milora.json", "adapter_model.safetensors"}
+    assert not [name for name in hub.files if name.startswith("checkpoint-")]
+    assert hub.files["README.md"] == (run / "README.md").read_bytes()
+    assert b"MiLoRA" in hub.files["README.md"]
+    everything = [*hub.files.values(), *(file.read_bytes() for file in run.rglob("*") if file.is_file())]
+    assert not any(TOKEN.encode() in text for text in everything)
+    assert content(run, "environment.json")["command"][-2:] == ["--hub_token", "TOKEN"]
+
+
+def test_a_push_that_fails_costs_no_training(tiny_data: Path, tmp_path: Path) -> None:
+    """Neither while it trains nor at the end; the way to push by hand is told."""
+    run = tmp_path / "run"
+    with running(FakeHub(refuses={"/commit/": 403})) as hub:
+        done = trained(tiny_data, run, hub, HF_TOKEN=TOKEN)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "a push during the training failed" in done.stderr
+    assert f"the training is saved in {run}" in done.stderr
+    assert f"hf upload me/run {run}" in done.stderr
+    assert content(run, "environment.json")["finished"]
+    assert {path.name for path in run.iterdir()} >= {"adapter_model.safetensors", "README.md", "report.html"}

@@ -1,0 +1,158 @@
+"""The loss in chunks equals the model's own, with its gradients, whatever the model does to its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from milora_vl import losses
+from milora_vl.adapter import apply_milora
+from milora_vl.losses import inner_model, install, summed_loss
+from support.family_cases import batch as family_batch
+from support.family_cases import build
+from support.family_configs import FAMILIES, TEXT_ONLY
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 200, (3, 12), generator=generator)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[1, :9] = -100
+    labels[:, 6] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    model.zero_grad()
+    return found
+
+
+def assert_equal_to_own(model: nn.Module, base: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    own = model(**inputs).loss
+    own.backward()
+    expected = gradients(model)
+    assert install(base)
+    summed, count = summed_loss(model, inputs, chunked=True)
+    (summed / count).backward()
+    torch.testing.assert_close(summed / count, own, rtol=1e-5, atol=1e-6)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", [1, 4, 1000])
+def test_equal_to_the_models_own_loss_and_gradients(
+    positions: int, tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()[0].train()
+    monkeypatch.setattr(losses, "CHUNK", positions * model.config.vocab_size)
+    assert_equal_to_own(model, model, batch())
+
+
+def test_a_head_that_is_the_embedding_gets_the_gradients_of_both(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()[0].train()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    monkeypatch.setattr(losses, "CHUNK", 4 * model.config.vocab_size)
+    assert_equal_to_own(model, model, batch())
+
+
+def families() -> list[Any]:
+    """The peculiar ones, and the others as slow tests."""
+    peculiar = {"llava", "gemma2", "aya_vision", "gpt2", "opt", "paligemma", "blip-2"}
+    return [
+        name if name in peculiar else pytest.param(name, marks=pytest.mark.slow) for name in [*FAMILIES, *TEXT_ONLY]
+    ]
+
+
+@pytest.mark.parametrize("name", families())
+def test_every_family_with_an_inner_model_and_a_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma caps its logits, Cohere, of which Aya is made, scales them."""
+    model = build(name)  # in eval mode: some drop out in training
+    if inner_model(model) is None:
+        assert not install(model)
+        return
+    monkeypatch.setattr(losses, "CHUNK", 5 * 64)
+    inputs = family_batch(name)
+    labels = inputs["input_ids"].clone()
+    labels[:, :8] = -100
+    assert_equal_to_own(model, model, {**inputs, "labels": labels})
+
+
+def test_under_peft_checkpointing_and_an_adapter_on_the_head(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_llama()[0]
+    monkeypatch.setattr(losses, "CHUNK", 4 * base.config.vocab_size)
+    rules = [
+        {"modules": "language", "method": "milora", "rank": 4},
+        {"modules": "lm_head", "method": "milora", "rank": 4},
+    ]
+    model = apply_milora(base, rules).train()
+    model.enable_input_require_grads()
+    base.gradient_checkpointing_enable()
+    assert_equal_to_own(model, base, batch())
+
+
+def test_logits_are_made_once_for_supervised_positions_only_a_few_at_a_time(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()[0].train()
+    monkeypatch.setattr(losses, "CHUNK", 4 * model.config.vocab_size)
+    assert install(model)
+    shapes: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[:-1].numel()))
+    summed, count = summed_loss(model, batch(), chunked=True)
+    summed.backward()
+    assert count == 17 == sum(shapes) - 1  # one more to see what the inner model gives
+    assert max(shapes) <= 4
+    with torch.no_grad():
+        assert torch.equal(summed_loss(model, batch(), chunked=True)[0], summed)
+
+
+def test_under_autocast_a_head_that_trains_gets_its_gradient(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()[0].train()
+    monkeypatch.setattr(losses, "CHUNK", 4 * model.config.vocab_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = model(**batch()).loss
+    own.backward()
+    expected = gradients(model)
+    assert install(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        summed, count = summed_loss(model, batch(), chunked=True)
+    (summed / count).backward()
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert float((found[name] - expected[name]).norm() / expected[name].norm()) < 0.02
+
+
+def test_a_batch_without_targets_gives_zero_with_a_gradient(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()[0].train()
+    inputs = batch()
+    inputs["labels"].fill_(-100)
+    assert install(model)
+    summed, count = summed_loss(model, inputs, chunked=True)
+    summed.backward()
+    assert (float(summed.detach()), count) == (0.0, 0)
+    assert model.lm_head.weight.grad.abs().sum() == 0
+
+
+def test_without_labels_the_model_is_as_it_was(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()[0].eval()
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    before = model(**inputs).logits
+    assert install(model)
+    assert torch.equal(model(**inputs).logits, before)

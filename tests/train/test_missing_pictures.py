@@ -1,0 +1,92 @@
+"""Pictures that are not there, empty, or larger than is read: found before a model loads, and said in our own words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from milora_data.__main__ import main as data_main
+from milora_data.check.command import check_for_training, scan
+from milora_data.check.pictures import MissingImages
+from milora_data.errors import UserError
+from milora_data.images.files import ImageError, load_image, picture_size
+from milora_data.sources import mixed_records, read_sources
+from milora_vl.train.command import main
+from support.drawn import dump
+from support.train_runs import words
+
+
+@pytest.fixture
+def with_empty(tiny_data: Path) -> Path:
+    """Data whose pictures 0 and 5 have 0 bytes, and whose picture 3 is missing."""
+    for name in ("0.png", "5.png"):
+        (tiny_data / "images" / name).write_bytes(b"")
+    (tiny_data / "images" / "3.png").unlink()
+    return tiny_data
+
+
+def test_empty_files_stop_a_training_before_its_model_loads(with_empty: Path, tmp_path: Path, capfd: Any) -> None:
+    with pytest.raises(MissingImages, match=r"3 of 8 pictures are missing or empty(.|\n)*2 are empty files"):
+        main(words(with_empty, tmp_path / "run", "--rank", "4"))
+    assert "loading" not in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="2 are empty files"):
+        main(words(with_empty, tmp_path / "run", "--rank", "4", "--dry-run"))
+    with pytest.raises(UserError, match="2 are empty files"):
+        main(words(with_empty, tmp_path / "run", "--rank", "4", "--streaming"))
+
+
+def test_skip_leaves_their_records_out_and_counts_them(with_empty: Path, tmp_path: Path, capfd: Any) -> None:
+    assert main(words(with_empty, tmp_path / "run", "--rank", "4", "--max_steps", "1", "--bad_images", "skip")) == 0
+    said = capfd.readouterr().err
+    assert "3 records skipped: images missing or empty" in said
+    assert "times while training" not in said
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["data"] == {"train": 9, "eval": 0, "skipped": 3}
+
+
+def test_replace_shows_a_plain_picture(with_empty: Path, tmp_path: Path, capfd: Any) -> None:
+    assert main(words(with_empty, tmp_path / "run", "--rank", "4", "--max_steps", "3", "--bad_images", "replace")) == 0
+    assert "3 times while training: a missing or broken picture was replaced" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["decode", "exist"])
+def test_check_finds_empty_files_with_and_without_decoding(how: Any, with_empty: Path) -> None:
+    report = scan(with_empty / "train.json", with_empty / "images", pictures=how)
+    found = {kind: [finding.message for finding in found] for kind, found in report.by_kind().items()}
+    assert found["missing_picture"] == ["3.png"]
+    assert found["corrupt_picture"] == ["0.png: the file is empty", "5.png: the file is empty"]
+
+
+def test_the_message_names_the_files_of_records(tiny_data: Path) -> None:
+    with pytest.raises(MissingImages, match=f"4 of 4 pictures are missing(.|\n)*named in {tiny_data / 'val.json'}"):
+        check_for_training(tiny_data / "val.json", tiny_data)
+    mixture = [{"path": name, "image_folder": "elsewhere"} for name in ("train.json", "val.json")]
+    dump(tiny_data / "mix.yaml", {"sources": mixture})
+    mixed = list(mixed_records(*read_sources(tiny_data / "mix.yaml")))
+    with pytest.raises(MissingImages, match=f"named in {tiny_data / 'train.json'}, {tiny_data / 'val.json'}"):
+        check_for_training(mixed, tiny_data)
+
+
+def large(path: Path) -> Path:
+    """A picture of 400 megapixels that takes some kilobytes on the disk."""
+    Image.new("1", (20_000, 20_000)).save(path)
+    return path
+
+
+def test_a_picture_that_is_too_large_is_refused_in_our_words(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
+    name = large(tiny_data / "images" / "0.png")
+    for read in (load_image, picture_size):
+        with pytest.raises(ImageError, match=r"400 megapixels, .* 178 (.|\n)*smaller") as caught:
+            read(name)
+        assert "bomb" not in str(caught.value)
+    assert data_main(["check", str(tiny_data / "train.json")]) == 1
+    shown = capsys.readouterr().out
+    assert "0.png: it has 400 megapixels" in shown
+    assert "bomb" not in shown
+    with pytest.raises(UserError, match=r"400 megapixels(.|\n)*needed by .*train.json:1, record 1; --bad_images skip"):
+        main(words(tiny_data, tmp_path / "run", "--rank", "4"))

@@ -1,0 +1,259 @@
+"""A resumed run keeps what it was trained with: other settings are refused, harmless ones are allowed and recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from milora_data.errors import UserError
+from milora_vl.train.command import main
+from support.drawn import write_tiny_data
+from support.train_runs import content, files, losses, words
+
+WEIGHTS = "adapter_model.safetensors"
+CONSTANT = ["--lr_scheduler_type", "constant"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, tiny_records: list[dict[str, Any]]) -> Path:
+    return write_tiny_data(tmp_path_factory.mktemp("resumed") / "data", tiny_records)
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path) -> Path:
+    """A finished run, to be looked at and copied."""
+    run = data.parent / "whole"
+    assert main(words(data, run, "--rank", "8")) == 0
+    return run
+
+
+def cut(whole: Path, run: Path) -> Path:
+    """A copy of a run that was killed after its fourth step."""
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoint-6")
+    for name in (WEIGHTS, "trainer_state.json"):
+        (run / name).unlink()
+    return run
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    one, other = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
+    return one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+def refusal(*command: str) -> list[str]:
+    with pytest.raises(UserError) as error:
+        main(list(command))
+    assert error.value.exit_code == 2
+    return str(error.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows"),
+    [
+        (["--rank", "8", "--method", "lora"], ["policy[0].method milora lora"]),
+        (["--rank", "4"], ["policy[0].rank 8 4", "policy[0].alpha 8 4"]),
+        (["--rank", "8", "--learning_rate", "5e-4"], ["policy[0].learning_rate 0.001 0.0005"]),
+        (
+            ["--rank", "8", "--max_length", "512", "--seed", "7"],
+            ["data.max_length 2048 512", "train.seed 42 7"],
+        ),
+        (["--rank", "8", "--per_device_train_batch_size", "2"], ["batch in total 4 (4 x 1 x 1) 2 (2 x 1 x 1)"]),
+    ],
+)
+def test_other_settings_are_refused_with_old_and_new_values_before_anything_is_read(
+    flags: list[str], rows: list[str], whole: Path, data: Path, tmp_path: Path, capfd: Any
+) -> None:
+    run = cut(whole, tmp_path / "run")
+    before = files(run)
+    for choice in ("auto", "true", str(run / "checkpoint-4")):
+        lines = refusal(*words(data, run, *flags, "--resume_from_checkpoint", choice))
+        table = [" ".join(line.split()) for line in lines]
+        assert [row for row in rows if not any(line.startswith(row) for line in table)] == []
+        assert len(lines) == 5 + len(rows)
+        assert f"--recipe {run} --output_dir {run} --resume_from_checkpoint true" in lines[-2]
+    assert files(run) == before
+    assert "loading" not in capfd.readouterr().err
+
+
+def test_the_command_of_the_refusal_repeats_the_old_values(whole: Path, data: Path, tmp_path: Path) -> None:
+    run = cut(whole, tmp_path / "run")
+    refused = refusal(*words(data, run, "--rank", "4", "--resume_from_checkpoint", "auto"))
+    assert main(refused[-2].split()[3:]) == 0
+    assert losses(run) == losses(whole)
+    assert same_weights(run, whole)
+    assert yaml.safe_load((run / "recipe.yaml").read_text()) == yaml.safe_load((whole / "recipe.yaml").read_text())
+
+
+def test_a_finished_run_is_not_taken_for_another_one(whole: Path, data: Path, tmp_path: Path) -> None:
+    """A job that is queued again with other flags has not done what they say."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    auto = ["--resume_from_checkpoint", "auto"]
+    assert main(words(data, run, "--rank", "8", *auto)) == 0
+    assert any("policy[0].method" in line for line in refusal(*words(data, run, "--method", "lora", "--rank=8", *auto)))
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert any("policy[0].rank" in line for line in refusal(*words(data, run, "--rank", "4", *auto)))
+    assert main(words(data, run, "--rank", "8", *auto)) == 0
+
+
+def test_harmless_changes_leave_the_weights_as_they_would_have_been_and_are_recorded(
+    whole: Path, data: Path, tmp_path: Path, capfd: Any
+) -> None:
+    run = cut(whole, tmp_path / "run")
+    moved = shutil.copytree(data / "images", tmp_path / "images")
+    changed = {
+        "train.save_steps": [2.0, 1.0],
+        "train.dataloader_num_workers": [0, 1],
+        "train.save_total_limit": [None, 1],
+        "train.eval_strategy": ["no", "steps"],
+        "train.eval_steps": [None, 1.0],
+        "data.eval_path": [None, str(data / "val.json")],
+        "data.image_folder": [str(data / "images"), str(moved)],
+        "eval.forgetting_every": [None, 2],
+    }
+    flags = [
+        "--save_steps",
+        "1",
+        "--dataloader_num_workers",
+        "1",
+        "--save_total_limit",
+        "1",
+        "--eval_strategy",
+        "steps",
+    ]
+    flags += ["--eval_steps", "1", "--eval_data_path", str(data / "val.json"), "--forgetting_every", "2"]
+    flags += ["--image_folder", str(moved), "--resume_from_checkpoint", "auto"]
+    assert main(words(data, run, "--rank", "8", *flags)) == 0
+    assert losses(run) == losses(whole)
+    assert same_weights(run, whole)
+    assert "changed since" in capfd.readouterr().err
+    (resumed,) = content(run, "environment.json")["resumed"]
+    assert resumed["from"] == "checkpoint-4"
+    assert resumed["changed"] == changed
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["save_steps"] == 1
+    assert "train.save_steps 2 -&gt; 1" in (run / "report.html").read_text()
+
+
+def test_a_constant_schedule_makes_more_steps(data: Path, tmp_path: Path) -> None:
+    """Also of a finished run, and by `auto`: a job that is queued again with more steps has something left to do."""
+    short, long = tmp_path / "short", tmp_path / "long"
+    flags = ["--rank", "4", *CONSTANT]
+    assert main(words(data, short, *flags, "--max_steps", "4")) == 0
+    assert main(words(data, short, *flags, "--max_steps", "6", "--resume_from_checkpoint", "auto")) == 0
+    assert main(words(data, long, *flags)) == 0
+    assert losses(short) == losses(long)
+    assert same_weights(short, long)
+    assert content(short, "environment.json")["resumed"][0]["changed"] == {"train.max_steps": [4, 6]}
+    fewer = refusal(*words(data, short, *flags, "--max_steps", "3", "--resume_from_checkpoint", "auto"))
+    assert "beyond the end of this run, step 3" in fewer[0]
+    for checkpoint in short.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    more = refusal(*words(data, short, *flags, "--max_steps", "9", "--resume_from_checkpoint", "auto"))
+    assert "it has no checkpoint to continue from" in more[0]
+
+
+def test_epochs_that_come_to_the_same_steps_are_no_change(whole: Path, data: Path, tmp_path: Path) -> None:
+    run = cut(whole, tmp_path / "run")
+    epochs = ["--rank", "8", "--max_steps", "-1", "--num_train_epochs"]
+    lines = refusal(*words(data, run, *epochs, "3", "--resume_from_checkpoint", "auto"))
+    assert "a run of 6 steps, this run has 9" in lines[0]
+    assert main(words(data, run, *epochs, "2", "--resume_from_checkpoint", "auto")) == 0
+    assert same_weights(run, whole)
+
+
+def test_a_batch_of_the_same_size_in_total_is_allowed(whole: Path, data: Path, tmp_path: Path) -> None:
+    run = cut(whole, tmp_path / "run")
+    split = ["--rank", "8", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    assert main(words(data, run, *split, "--resume_from_checkpoint", "auto")) == 0
+    assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_records_are_told_by_their_contents(whole: Path, data: Path, tmp_path: Path) -> None:
+    run = cut(whole, tmp_path / "run")
+    records = json.loads((data / "train.json").read_text())
+    other, moved = tmp_path / "other.json", tmp_path / "moved.json"
+    moved.write_text(json.dumps(records, indent=2))
+    other.write_text(json.dumps([*records[1:], records[0]]))
+    resume = ["--rank", "8", "--resume_from_checkpoint", "auto", "--data_path"]
+    assert "not the records" in refusal(*words(data, run, *resume, str(other)))[0]
+    assert main(words(data, run, *resume, str(moved))) == 0
+    assert same_weights(run, whole)
+
+
+def test_a_run_of_an_earlier_version_resumes_as_it_is(whole: Path, data: Path, tmp_path: Path) -> None:
+    """It has kept neither a hash of its records nor the number of its processes; the number of records it has."""
+    run = cut(whole, tmp_path / "run")
+    environment = content(run, "environment.json")
+    for name in ("records", "processes", "dtype"):
+        del environment[name]
+    (run / "environment.json").write_text(json.dumps(environment))
+    resume = ["--rank", "8", "--resume_from_checkpoint", "auto"]
+    shorter = tmp_path / "train.json"
+    shorter.write_text(json.dumps(json.loads((data / "train.json").read_text())[:-1]))
+    assert any("data.path" in line for line in refusal(*words(data, run, *resume, "--data_path", str(shorter))))
+    original = (data / "train.json").read_text()
+    try:
+        (data / "train.json").write_text(shorter.read_text())
+        assert "it had 12, now there are 11" in refusal(*words(data, run, *resume))[0]
+    finally:
+        (data / "train.json").write_text(original)
+    assert main(words(data, run, *resume)) == 0
+    assert same_weights(run, whole)
+
+
+def test_a_checkpoint_of_another_folder_brings_its_settings_along(whole: Path, data: Path, tmp_path: Path) -> None:
+    checkpoint = ["--resume_from_checkpoint", str(whole / "checkpoint-4")]
+    lines = refusal(*words(data, tmp_path / "other", "--rank", "4", *checkpoint))
+    assert any("policy[0].rank" in line for line in lines)
+    assert not (tmp_path / "other").exists()
+    assert main(words(data, tmp_path / "same", "--rank", "8", *checkpoint)) == 0
+    assert same_weights(tmp_path / "same", whole)
+    assert content(tmp_path / "same", "environment.json")["resumed"][0]["from"] == str(whole / "checkpoint-4")
+
+
+def test_a_checkpoint_without_its_recipe_is_refused(whole: Path, data: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(whole / "checkpoint-4", tmp_path / "alone" / "checkpoint-4")
+    resume = ["--resume_from_checkpoint", str(alone)]
+    with pytest.raises(UserError) as caught:
+        main(words(data, tmp_path / "run", "--rank", "8", *resume))
+    assert [problem.code for problem in caught.value.problems] == ["resume-no-recipe"]
+    shutil.copy(whole / "recipe.yaml", alone.parent)
+    assert main(words(data, tmp_path / "run", "--rank", "8", *resume)) == 0
+    assert same_weights(tmp_path / "run", whole)
+
+
+def test_the_default_rules_of_a_text_model_are_no_change(data: Path, tmp_path: Path) -> None:
+    """The projector's rule is left out of its recipe.yaml."""
+    records = [record for record in json.loads((data / "train.json").read_text()) if "image" not in record]
+    (data / "text.json").write_text(json.dumps(records))
+    flags = ["--model", "tiny-text", "--data_path", str(data / "text.json"), "--rank", "4"]
+    run = tmp_path / "run"
+    assert main(words(data, run, *flags)) == 0
+    for again in (words(data, run, *flags), ["--recipe", str(run), "--output_dir", str(run)]):
+        (run / WEIGHTS).unlink()
+        shutil.rmtree(run / "checkpoint-6")
+        assert main([*again, "--resume_from_checkpoint", "true"]) == 0
+
+
+def test_a_plan_refuses_what_the_run_would(whole: Path, data: Path, tmp_path: Path) -> None:
+    run = cut(whole, tmp_path / "run")
+    lines = refusal(*words(data, run, "--rank", "4", "--resume_from_checkpoint", "true", "--dry-run"))
+    assert any("policy[0].rank" in line for line in lines)
+
+
+@pytest.mark.parametrize(("save", "log", "saved", "logged"), [("1", "1", [5, 6], [5, 6]), ("2", "2", [6], [6])])
+def test_a_resumed_run_logs_and_saves_as_often_as_its_flags_say(
+    save: str, log: str, saved: list[int], logged: list[int], whole: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    resume = ["--resume_from_checkpoint", str(whole / "checkpoint-4"), "--rank", "8"]
+    assert main(words(data, run, *resume, "--save_steps", save, "--logging_steps", log)) == 0
+    assert sorted(int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")) == saved
+    assert [step for step, _ in losses(run) if step > 4] == logged

@@ -1,0 +1,128 @@
+"""Folders that `datasets.save_to_disk` writes are data like any other: of one split, with its pictures in them."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from milora_data.__main__ import main as data_main
+from milora_data.errors import DataError, UserError
+from milora_data.sources import load_records
+from milora_vl.forgetting.__main__ import main as forgetting
+from milora_vl.train.command import main
+from support.drawn import dump, encoded
+from support.train_runs import words
+
+COLOURS = ("red", "green", "blue")
+
+
+def rows(count: int = 12) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"r{number}",
+            "image": {"bytes": encoded(COLOURS[number % 3]), "path": f"{number}.png"},
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat colour?"},
+                {"from": "gpt", "value": COLOURS[number % 3]},
+            ],
+        }
+        for number in range(count)
+    ]
+
+
+def split(count: int = 12) -> datasets.Dataset:
+    return datasets.Dataset.from_list(rows(count)).cast_column("image", datasets.Image())
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """One split in two files."""
+    split().save_to_disk(tmp_path / "saved", num_shards=2)
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def two_splits(tmp_path: Path) -> Path:
+    datasets.DatasetDict({"train": split(6), "test": split(3)}).save_to_disk(tmp_path / "splits")
+    return tmp_path / "splits"
+
+
+def test_its_records_come_in_order_with_their_pictures(saved: Path, tmp_path: Path) -> None:
+    assert [record.id for record in load_records(saved)] == [f"r{number}" for number in range(12)]
+    chosen = split().shuffle(seed=1).select(range(5))
+    chosen.save_to_disk(tmp_path / "chosen")
+    assert [record.id for record in load_records(f"{tmp_path / 'chosen'}/")] == list(chosen["id"])
+
+
+def test_every_command_reads_it(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    assert data_main(["check", str(saved), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["with_pictures"] == 12
+    assert data_main(["stats", str(saved), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["records"] == 12
+    assert data_main(["show", str(saved), "--limit", "2", "--html", str(tmp_path / "page.html")]) == 0
+    assert "data:image" in (tmp_path / "page.html").read_text()
+    assert data_main(["convert", "--from", "hub", str(saved), "--output_dir", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 12
+    with pytest.raises(UserError, match="milora_data convert --from hub"):
+        data_main(["check", str(saved), "--fix", str(tmp_path / "clean.json")])
+
+
+@pytest.mark.parametrize("how", [[], ["--streaming"], ["--packing", "--max_length", "256"]], ids=str)
+def test_a_training_reads_it(how: list[str], saved: Path, tmp_path: Path) -> None:
+    flags = ["--data_path", str(saved), "--image_folder", str(tmp_path), "--rank", "4", "--max_steps", "2", *how]
+    assert main(words(tmp_path, tmp_path / "run", *flags)) == 0
+    assert main(words(tmp_path, tmp_path / "planned", *flags, "--dry-run")) == 0
+
+
+def test_it_is_a_source_of_a_mixture_and_of_forgetting(saved: Path, tmp_path: Path) -> None:
+    dump(tmp_path / "mix.yaml", {"sources": [{"path": "saved", "weight": 2}]})
+    assert len(list(load_records(tmp_path / "mix.yaml"))) == 24
+    flags = ["--on", "pictures", "--data_path", str(saved), "--limit", "2", "--output_dir", str(tmp_path / "out")]
+    assert forgetting(["--model", "tiny", "--base", "tiny", *flags]) == 0
+
+
+def test_of_several_splits_one_has_to_be_named(two_splits: Path, tmp_path: Path) -> None:
+    for read in (lambda: list(load_records(two_splits)), lambda: data_main(["check", str(two_splits)])):
+        with pytest.raises(DataError, match=f"2 splits(.|\n)*{two_splits}/train or {two_splits}/test"):
+            read()
+    flags = ["--data_path", str(two_splits), "--image_folder", str(tmp_path), "--rank", "4"]
+    for how in ([], ["--streaming"], ["--bad_images", "skip"]):
+        with pytest.raises(UserError, match="2 splits"):
+            main(words(tmp_path, tmp_path / "run", *flags, *how))
+    assert [len(list(load_records(two_splits / name))) for name in ("train", "test")] == [6, 3]
+    datasets.DatasetDict({"validation": split(4)}).save_to_disk(tmp_path / "one")
+    assert len(list(load_records(tmp_path / "one"))) == 4  # there is no choice
+
+
+def test_texts_saved_as_messages_with_parts_are_read(tmp_path: Path) -> None:
+    """All parts of a saved list have the same keys, those that a part does not have with nothing in them."""
+    from milora_data.stream import record_stream
+
+    parts = [{"type": "image_url", "text": None, "image_url": {"url": "a.png"}, "image": None},
+             {"type": "text", "text": "Hi", "image_url": None, "image": None}]  # fmt: skip
+    answer = [{"type": "text", "text": "Ho", "image_url": None, "image": None}]
+    value = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]}
+    datasets.Dataset.from_list([value] * 3).save_to_disk(tmp_path / "saved")
+    streamed = list(islice(record_stream(tmp_path / "saved", shuffle_buffer=0), 3))
+    for record in [*load_records(tmp_path / "saved"), *streamed]:
+        assert record.images == ("a.png",)
+        assert [turn.text for turn in record.turns] == ["<image>\nHi", "Ho"]
+
+
+def test_what_is_wrong_with_a_folder_is_said(saved: Path, tmp_path: Path) -> None:
+    (saved / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(DataError, match="data-00001-of-00002.arrow"):
+        list(load_records(saved))
+    (saved / "state.json").write_text("{")
+    with pytest.raises(DataError, match="state.json"):
+        list(load_records(saved))
+    with pytest.raises(DataError, match=r"--from hub .*saved"):
+        data_main(["convert", "--from", "llava", str(saved), "--output_dir", str(tmp_path / "out")])
+    split(2).to_parquet(tmp_path / "parts" / "a.parquet")
+    with pytest.raises(DataError, match=r"this is a folder(.|\n)*parts/\*\.parquet"):
+        list(load_records(tmp_path / "parts"))
