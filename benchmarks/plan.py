@@ -23,7 +23,7 @@ from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
 from milora_vl.plan import cost
 from milora_vl.plan.batching import Batching
-from milora_vl.plan.cost import MIX665K, activations, plan_of, shape_of
+from milora_vl.plan.cost import MIX665K, activations, shape_of, workload_of
 from milora_vl.plan.estimate import GIB, memory
 from milora_vl.plan.simulate import Shape, simulate
 from milora_vl.policy import Policy
@@ -149,9 +149,9 @@ def deepspeed_ratios() -> list[dict[str, Any]]:
 
 def full_plan(total: int, devices: int) -> Any:
     """Return a plan in which everything trains in bf16."""
-    from milora_vl.plan.estimate import Plan
+    from milora_vl.plan.estimate import Workload
 
-    return Plan(
+    return Workload(
         total=total, adapters=0, anchors=0, full=total, base_bytes=2.0, stage=2, devices=devices, records=1, tokens=1,
         accumulation=1, checkpointing=True, half=True, activations=0.0,
     )  # fmt: skip
@@ -167,7 +167,7 @@ def needs() -> list[dict[str, Any]]:
         targets = Policy.parse_and_resolve(rules, base)
         train = {"bf16": True, "activation_checkpointing": True, "per_device_train_batch_size": 16}
         batching = Batching(num_records=1, per_device=16)
-        plan = plan_of(train, made, base, targets, MIX665K, batching, None)
+        plan = workload_of(train, made, base, targets, MIX665K, batching, None)
         small = replace(plan, records=1)
         shape = shape_of(made, small, MIX665K, checkpointing=True)
         small = replace(small, activations=activations(made, base, targets, shape))

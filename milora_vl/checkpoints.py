@@ -90,7 +90,7 @@ def latest(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, skipped
 
 
-def where_to_go_on(run: Path) -> str:
+def resume_hint(run: Path) -> str:
     """Return a sentence about how to continue a stopped run."""
     newest, _ = latest(run)
     if newest is None:

@@ -12,7 +12,7 @@ from milora_data.command.atomic_write import write_text
 from milora_data.templates import OWN, template_name
 from milora_data.tokens import own_template
 from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
-from milora_eval.answers.runner import Outcome, Plan, ask, audit, finish, questions
+from milora_eval.answers.runner import EvaluationPlan, Outcome, ask, audit, finish, questions
 from milora_eval.answers.store import PREDICTIONS, alone
 from milora_eval.benchmark import Benchmark
 from milora_eval.scores.compare import compare
@@ -49,7 +49,7 @@ def run(
     """
     resolved = tuple(find_benchmark(name) if isinstance(name, str) else name for name in benchmarks)
     suite = suite or "+".join(benchmark.name for benchmark in resolved)
-    plan = Plan(
+    plan = EvaluationPlan(
         benchmarks=resolved,
         data_dir=Path(data_dir),
         template=template,
@@ -73,7 +73,7 @@ def run(
 
 
 def _write(
-    plan: Plan, outcome: Outcome, about: dict[str, Any], checked: dict[str, Any] | None, folder: Path
+    plan: EvaluationPlan, outcome: Outcome, about: dict[str, Any], checked: dict[str, Any] | None, folder: Path
 ) -> Results:
     """Write results.json, the table and the files for other programs from the answers in `folder`."""
     before = read_results(folder)
@@ -142,7 +142,7 @@ def write_table(folder: Path) -> Table:
     return table
 
 
-def _results(plan: Plan, outcome: Outcome, before: Results) -> Results:
+def _results(plan: EvaluationPlan, outcome: Outcome, before: Results) -> Results:
     seconds = outcome.seconds if outcome.asked else before.get("seconds", outcome.seconds)
     return {
         "template": plan.template,

@@ -16,7 +16,7 @@ from milora_data.command.cli import next_step, parser, positive
 from milora_data.command.flags import shared
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import holds_adapter, holds_residual, newest_of_unfinished
-from milora_vl.report.regenerate import rewrite_report
+from milora_vl.report.regenerate import regenerate_report
 
 _EXAMPLES = """\
 model:         spectrum of each layer, the share of its energy in the minor part, effective rank (exp of the
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         sys.stdout.write(_as_text(summary["table"]))
     sys.stderr.write(f"page:    {folder / 'analysis.html'}\nlayers:  {folder / 'layers.csv'}\n")
-    rewrite_report(folder.parent)
+    regenerate_report(folder.parent)
     if is_trained:
         adapter = ("--model", todo.base, "--adapter", subject)
         next_step(

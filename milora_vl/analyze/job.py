@@ -26,7 +26,7 @@ FILE = "layers.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AnalysisPlan:
     """What to analyse: `kind` is base or update; `row` computes the row of one path."""
 
     kind: str
@@ -45,7 +45,7 @@ def plan(
     device: torch.device,
     modules: str | None = None,
     allow_base_mismatch: bool = False,
-) -> Plan:
+) -> AnalysisPlan:
     """Open the weights to analyse. Raises UserError if subject and base model do not fit."""
     folder = Path(subject)
     is_adapter = holds_adapter(folder) or holds_residual(folder)
@@ -55,7 +55,7 @@ def plan(
         weights = open_weights(subject)
         paths = _chosen(weights.paths(), modules)
         key = _digest("base", subject, rank, modules, _stamps(folder))
-        return Plan("base", subject, subject, paths, lambda path: base_row(path, weights, device, rank), key)
+        return AnalysisPlan("base", subject, subject, paths, lambda path: base_row(path, weights, device, rank), key)
     weights = open_weights(base)
     if is_adapter:
         changes = read_changes(folder, weights, allow_base_mismatch=allow_base_mismatch)
@@ -64,13 +64,13 @@ def plan(
     if not changes:
         raise UserError(f"changes no matrix of {base}", code="analysis-no-change", where=subject)
     key = _digest("update", subject, base, rank, modules, *_files(folder), *_stamps(Path(base)))
-    return Plan(
+    return AnalysisPlan(
         "update", subject, base, _chosen(list(changes), modules),
         lambda path: update_row(changes[path], weights, device, rank), key,
     )  # fmt: skip
 
 
-def rows_of(todo: Plan, folder: Path) -> list[Row]:
+def rows_of(todo: AnalysisPlan, folder: Path) -> list[Row]:
     """Return a row for every path. Rows that layers.jsonl has from the same analysis are reused.
 
     Raises UserError if the folder contains another analysis.
@@ -97,7 +97,7 @@ def rows_of(todo: Plan, folder: Path) -> list[Row]:
     return [done[path] for path in todo.paths]
 
 
-def _read(file: Path, todo: Plan) -> Iterator[Row]:
+def _read(file: Path, todo: AnalysisPlan) -> Iterator[Row]:
     """Yield the rows of an earlier, interrupted run, and remove an incomplete last line from the file."""
     if not file.is_file():
         return

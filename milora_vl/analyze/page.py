@@ -12,7 +12,7 @@ from milora_data.command.atomic_write import write_json
 from milora_data.page import render as pages
 from milora_vl.analyze import plots
 from milora_vl.analyze.rows import Row
-from milora_vl.report.plots import Look, Plot, draw, write_csv
+from milora_vl.report.plots import Plot, PlotStyle, draw, write_csv
 from milora_vl.report.tables import Table
 
 # Heat maps: field -> (label of the colour bar, caption).
@@ -109,7 +109,7 @@ def _table(means: dict[str, dict[str, float]], fields: dict[str, str]) -> Table:
 def _figures(folder: Path, kind: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Draw the figures that the rows allow; return name, plot and caption of each in the order of the page."""
     figures = []
-    curves: dict[str, tuple[Callable[[Sequence[Row], Look], Any], str]] = {
+    curves: dict[str, tuple[Callable[[Sequence[Row], PlotStyle], Any], str]] = {
         "spectra": (plots.spectra_figure, "Singular values of every layer. Darker lines are closer to the input."),
         "minor-energy": (
             plots.minor_energy_figure,
@@ -133,7 +133,7 @@ def _figures(folder: Path, kind: str, rows: Sequence[Row]) -> list[dict[str, Any
     return figures
 
 
-def _draw(folder: Path, name: str, figure: Callable[[Look], Any], alt: str) -> Plot:
+def _draw(folder: Path, name: str, figure: Callable[[PlotStyle], Any], alt: str) -> Plot:
     return draw(folder, name, figure, alt, with_pdf=True)
 
 

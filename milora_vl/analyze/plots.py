@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from milora_vl.analyze.rows import Row
-from milora_vl.report.plots import BLUE, GREEN, GREY, ORANGE, Look, styled
+from milora_vl.report.plots import BLUE, GREEN, GREY, ORANGE, PlotStyle, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ def has_map(rows: Sequence[Row]) -> list[str]:
     return sorted(towers)
 
 
-def heat_map(rows: Sequence[Row], field: str, label: str, look: Look) -> Figure:
+def heat_map(rows: Sequence[Row], field: str, label: str, look: PlotStyle) -> Figure:
     """Draw `field` of every layer: modules across, blocks downward, one panel per tower. Missing cells stay empty."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
@@ -65,17 +65,17 @@ def heat_map(rows: Sequence[Row], field: str, label: str, look: Look) -> Figure:
     return figure
 
 
-def spectra_figure(rows: Sequence[Row], look: Look) -> Figure:
+def spectra_figure(rows: Sequence[Row], look: PlotStyle) -> Figure:
     """Draw sigma_i / sigma_1 of every layer over its relative position, one panel per family, coloured by depth."""
     return _panels(groups(rows), look, _spectra_panel, "position, largest first, %", "σ / σ₁")
 
 
-def minor_energy_figure(rows: Sequence[Row], look: Look) -> Figure:
+def minor_energy_figure(rows: Sequence[Row], look: PlotStyle) -> Figure:
     """Draw the share of ||W||_F^2 in the last r components over r / k, one line per layer, one panel per family."""
     return _panels(groups(rows), look, _minor_panel, "last components, %", "share of ‖W‖², %")
 
 
-def similarity_figure(rows: Sequence[Row], look: Look) -> Figure:
+def similarity_figure(rows: Sequence[Row], look: PlotStyle) -> Figure:
     """Draw the similarity of the update with W's top, bottom and random subspace, over the blocks (paper, Fig. 2)."""
     inside = {
         name: members for name, members in groups(rows).items() if any(row["block"] is not None for row in members)
@@ -84,7 +84,7 @@ def similarity_figure(rows: Sequence[Row], look: Look) -> Figure:
 
 
 def _panels(
-    rows_of: dict[str, list[Row]], look: Look, draw: Any, xlabel: str, ylabel: str, *, legend: bool = False
+    rows_of: dict[str, list[Row]], look: PlotStyle, draw: Any, xlabel: str, ylabel: str, *, legend: bool = False
 ) -> Figure:
     from matplotlib.figure import Figure
 
@@ -109,7 +109,7 @@ def _panels(
     return figure
 
 
-def _spectra_panel(axis: Axes, rows: Sequence[Row], look: Look) -> None:
+def _spectra_panel(axis: Axes, rows: Sequence[Row], look: PlotStyle) -> None:
     for row, colour in zip(rows, _by_depth(rows), strict=True):
         count, first = len(row["sigma"]), row["sigma"][0] or 1.0
         share = [max(value / first, 1e-7) for value in row["sigma"]]
@@ -117,7 +117,7 @@ def _spectra_panel(axis: Axes, rows: Sequence[Row], look: Look) -> None:
     axis.set(yscale="log", xlim=(0, 100), ylim=(None, 1.2))
 
 
-def _minor_panel(axis: Axes, rows: Sequence[Row], look: Look) -> None:
+def _minor_panel(axis: Axes, rows: Sequence[Row], look: PlotStyle) -> None:
     for row, colour in zip(rows, _by_depth(rows), strict=True):
         x, y = minor_curve(row["sigma"])
         axis.plot(x, y, color=colour, lw=0.8, alpha=0.8)
@@ -138,7 +138,7 @@ def minor_curve(sigma: Sequence[float]) -> tuple[list[float], list[float]]:
     return [100 * i / len(sigma) for i in range(len(sigma) + 1)], shares
 
 
-def _similarity_panel(axis: Axes, rows: Sequence[Row], look: Look) -> None:
+def _similarity_panel(axis: Axes, rows: Sequence[Row], look: PlotStyle) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for field, name, colour, mark in (

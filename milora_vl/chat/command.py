@@ -95,7 +95,7 @@ class Chat:
 
         Raises UserError if `--compare` is set and the adapter cannot be switched off.
         """
-        from milora_vl.forgetting.measure import hides_its_base
+        from milora_vl.forgetting.measure import can_recover_base
         from milora_vl.load import load_model
         from milora_vl.models.devices import device_named, dtype_named
 
@@ -103,7 +103,7 @@ class Chat:
         dtype = dtype_named(options.dtype, device)
         template, image_aspect_ratio = trained_prompts(Path(options.adapter or options.model))
         model, processor = load_model(options.model, adapter=options.adapter, dtype=dtype, device=device)
-        if options.compare and not hides_its_base(model):
+        if options.compare and not can_recover_base(model):
             raise UserError(
                 f"{options.adapter} cannot be switched off: it trained biases, or only a projector",
                 code="compare-no-base",

@@ -129,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     import torch
 
-    from milora_vl.models.quiet import hush_deepspeed
+    from milora_vl.models.quiet import silence_deepspeed
 
-    hush_deepspeed()
+    silence_deepspeed()
     target = options.output_dir or _beside(options.folder, options.to)
     done = export(
         options.folder,

@@ -12,7 +12,7 @@ from milora_data.command.cli import next_step, parser, positive, run
 from milora_data.command.flags import shared
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import newest_of_unfinished
-from milora_vl.report.regenerate import rewrite_report
+from milora_vl.report.regenerate import regenerate_report
 
 PROBES = ("text", "samples", "pictures")
 _EXAMPLES = """\
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(table(results))
     sys.stderr.write(f"written: {job.file}\n")
-    rewrite_report(folder)
+    regenerate_report(folder)
     base = ("--base", options.base) if options.base else ()
     next_step("milora_vl.analyze", options.adapter or options.model, *base)
     return 0

@@ -18,7 +18,7 @@ from milora_data.errors import UserError
 from milora_data.formats.saved import is_saved
 from milora_vl.adapter_folders import base_of, holds_adapter
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
-from milora_vl.forgetting.measure import compare_on, hides_its_base, measure_forgetting
+from milora_vl.forgetting.measure import can_recover_base, compare_on, measure_forgetting
 from milora_vl.forgetting.text import sampled_batches
 from milora_vl.load import load_model
 from milora_vl.models.devices import device_named, dtype_named
@@ -196,7 +196,7 @@ class Job:
     @cached_property
     def _reference(self) -> Any | None:
         """Return the base model, or None if switching off the adapter restores it."""
-        if hides_its_base(self._tuned):
+        if can_recover_base(self._tuned):
             return None
         return self._load(self.base or self.model, None)  # a projector, the full model or biases trained
 

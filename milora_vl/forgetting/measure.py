@@ -93,13 +93,13 @@ def base_context(model: Any, base: Any | None) -> Callable[[], AbstractContextMa
     """Return the context for predictions of the base model; for a PeftModel it switches off the adapter."""
     if base is not None:
         return nullcontext
-    if not hides_its_base(model):
+    if not can_recover_base(model):
         raise ValueError("forgetting needs a base model: give base=, or a model with an adapter that trained no biases")
     context: Callable[[], AbstractContextManager[None]] = model.disable_adapter
     return context
 
 
-def hides_its_base(model: Any) -> bool:
+def can_recover_base(model: Any) -> bool:
     """Return whether switching off the adapter of `model` restores its base model.
 
     PEFT trains biases (`bias` of its config) in the base model itself, so they stay when the adapter is off.

@@ -28,7 +28,7 @@ from milora_vl.models import original, smol_llava
 from milora_vl.models.assemble import whole_weights
 from milora_vl.models.image_tokens import complete_processor
 from milora_vl.models.names import (
-    MADE_HERE,
+    BUILT_IN_MODELS,
     MADE_IN_MEMORY,
     NAMED_MODELS,
     PART_OF,
@@ -80,7 +80,7 @@ def load_weights(
     if quantization is not None:
         chosen = quantization_config(quantization) if isinstance(quantization, str) else quantization
         arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
-    with quiet_bars() if name in MADE_HERE or not sys.stderr.isatty() else nullcontext():
+    with quiet_bars() if name in BUILT_IN_MODELS or not sys.stderr.isatty() else nullcontext():
         model = _read(auto.from_pretrained, source, name, **arguments)
     if is_deepspeed_zero3_enabled():
         # HF keeps renamings of old checkpoints here even if it did not apply them, and reverts them when it saves.
@@ -156,7 +156,7 @@ def _tiny(name: str) -> tuple[Any, Any]:
 
 def _named(model: Any, name: str) -> nn.Module:
     """Set the name that adapters record: the name that the user typed, not a cache folder."""
-    if name in MADE_HERE:
+    if name in BUILT_IN_MODELS:
         model.name_or_path = name
         model.config._name_or_path = name
     return model
@@ -167,7 +167,7 @@ def source_of(name: str) -> str:
 
     Raises UserError for a folder without a model, and UnknownModelError if the name is unknown.
     """
-    if name.startswith("smol") and name in MADE_HERE:
+    if name.startswith("smol") and name in BUILT_IN_MODELS:
         return str(smol_llava.made_folder(name))
     folder = Path(name)
     if folder.is_dir():

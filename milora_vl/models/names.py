@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from milora_data.errors import UserError
 
-# Name -> id on the model hub; models of MADE_HERE need no hub.
+# Name -> id on the model hub; models of BUILT_IN_MODELS need no hub.
 NAMED_MODELS: dict[str, str] = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
@@ -53,7 +53,7 @@ def hub_id(name: str) -> str:
 
 
 MADE_IN_MEMORY = ("tiny", "tiny-text")
-MADE_HERE = ("smol-llava", "smol-llava-unaligned", "smollm2", "tiny", "tiny-text")
+BUILT_IN_MODELS = ("smol-llava", "smol-llava-unaligned", "smollm2", "tiny", "tiny-text")
 
 
 class UnknownModelError(UserError):

@@ -29,7 +29,7 @@ def quiet_conversion() -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils
 
     gguf: Any = modeling_gguf_pytorch_utils
-    hush_deepspeed()
+    silence_deepspeed()
     original = gguf.tqdm
     gguf.tqdm = partial(original, disable=True)
     try:
@@ -38,6 +38,6 @@ def quiet_conversion() -> Iterator[None]:
         gguf.tqdm = original
 
 
-def hush_deepspeed() -> None:
+def silence_deepspeed() -> None:
     """Hide DeepSpeed's message that there is no GPU: transformers imports DeepSpeed to save a model."""
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")

@@ -20,7 +20,7 @@ from milora_vl.plan.batching import Batching
 from milora_vl.plan.estimate import (
     A100_FLOPS,
     GIB,
-    Plan,
+    Workload,
     duration,
     flops_per_step,
     host_memory,
@@ -61,28 +61,28 @@ def costs_of(
     is_here: bool = True,
 ) -> Costs:
     """Return memory by purpose and the time of a run; `is_here` adds the time on the CPU of this machine."""
-    plan = plan_of(train, config, base, targets, counts, batching, packed_bytes)
-    missing = {"bf16": not plan.half, "activation_checkpointing": not plan.checkpointing}
+    work = workload_of(train, config, base, targets, counts, batching, packed_bytes)
+    missing = {"bf16": not work.half, "activation_checkpointing": not work.checkpointing}
     frugal = {name: True for name, lacks in missing.items() if lacks}
     flags = " ".join(f"--{name.replace('activation', 'gradient')} True" for name in frugal)
-    lean = plan
+    lean = work
     if frugal:
-        lean = plan_of(train | frugal, config, base, targets, counts, batching, packed_bytes)
-    sizes, leanest = memory(plan), sum(memory(lean).values())
+        lean = workload_of(train | frugal, config, base, targets, counts, batching, packed_bytes)
+    sizes, leanest = memory(work), sum(memory(lean).values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
-    stage = f"ZeRO-{plan.stage}" if plan.stage else "no ZeRO"
-    devices = f"{plan.devices} device{'s' if plan.devices > 1 else ''}"
+    stage = f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
+    devices = f"{work.devices} device{'s' if work.devices > 1 else ''}"
     whole = f"memory about {sum(sizes.values()) / GIB:.1f} GiB per device ({stage}, {devices})"
     out = [f"{whole}: {parts}" if parts else whole]
-    if host_memory(plan):
-        out.append(f"       and {host_memory(plan) / GIB:.1f} GiB of host memory per device (offloaded)")
+    if host_memory(work):
+        out.append(f"       and {host_memory(work) / GIB:.1f} GiB of host memory per device (offloaded)")
     if leanest < min(0.9 * sum(sizes.values()), sum(sizes.values()) - 0.05 * GIB):
         out.append(f"       with {flags} about {leanest / GIB:.1f} GiB")
     change: str | None = ""
     if gpu_memory is not None:
-        lines, change = verdict(plan, lean, flags, gpu_memory)
+        lines, change = verdict(work, lean, flags, gpu_memory)
         out += lines
-    here, step = measured_flops(), flops_per_step(plan)
+    here, step = measured_flops(), flops_per_step(work)
     rows = [("one A100 per device at 40 % of peak", A100_FLOPS), ("the CPU of this machine", here)]
     for name, rate in rows if is_here else rows[:1]:
         total = f", {duration(batching.steps * step / rate)} in total" if has_steps else ""
@@ -107,19 +107,19 @@ def activations(config: Any, base: nn.Module, targets: Sequence[Target], shape: 
     return peaks[1] + (peaks[1] - peaks[0]) * (layers - FEW[1])
 
 
-def shape_of(config: Any, plan: Plan, counts: Counts, *, checkpointing: bool) -> Shape:
+def shape_of(config: Any, work: Workload, counts: Counts, *, checkpointing: bool) -> Shape:
     """Return the shape of one micro-step on one device."""
 
     has_images = "vision_config" in config.to_dict()
     return Shape(
-        records=plan.records,
-        tokens=max(plan.tokens, 2),
-        learnt=int(counts.supervised * plan.records),
-        pictures=math.ceil(plan.records * counts.records) if has_images else 0,
+        records=work.records,
+        tokens=max(work.tokens, 2),
+        learnt=int(counts.supervised * work.records),
+        pictures=math.ceil(work.records * counts.records) if has_images else 0,
         image_tokens=image_tokens(config) if has_images else 0,
-        half=plan.half,
+        half=work.half,
         checkpointing=checkpointing,
-        base_dtype=torch.bfloat16 if plan.half else torch.float32,
+        base_dtype=torch.bfloat16 if work.half else torch.float32,
     )
 
 
@@ -128,7 +128,7 @@ def duration_of_step(seconds: float) -> str:
     return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
 
 
-def plan_of(
+def workload_of(
     train: dict[str, Any],
     config: Any,
     base: nn.Module,
@@ -136,8 +136,8 @@ def plan_of(
     counts: Counts,
     batching: Batching,
     packed_bytes: float | None,
-) -> Plan:
-    """Return the plan of a run: resident memory is counted, the memory of a step is simulated.
+) -> Workload:
+    """Return the workload of a run: resident memory is counted, the memory of a step is simulated.
 
     `packed_bytes` is the bytes per parameter of a quantised base; None if the base is not quantised.
     """
@@ -145,7 +145,7 @@ def plan_of(
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     half = bool(train.get("bf16") or train.get("fp16"))
     zero = (train.get("deepspeed") or {}).get("zero_optimization", {})
-    plan = Plan(
+    work = Workload(
         total=sum(p.numel() for p in base.parameters()),
         adapters=adapters,
         anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
@@ -166,8 +166,8 @@ def plan_of(
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_weights=_offloads(zero, "offload_param"),
     )
-    shape = shape_of(config, plan, counts, checkpointing=plan.checkpointing)
-    return replace(plan, activations=activations(config, base, targets, shape))
+    shape = shape_of(config, work, counts, checkpointing=work.checkpointing)
+    return replace(work, activations=activations(config, base, targets, shape))
 
 
 def _numel(module: nn.Module) -> int:
@@ -181,21 +181,21 @@ def _offloads(zero: dict[str, Any], what: str) -> bool:
 OVERHEAD = 1.0  # GiB for CUDA, its libraries and fragmentation
 
 
-def needed(plan: Plan) -> float:
+def needed(work: Workload) -> float:
     """Return the GiB on one device, including CUDA."""
-    return sum(memory(plan).values()) / GIB + OVERHEAD
+    return sum(memory(work).values()) / GIB + OVERHEAD
 
 
-def verdict(plan: Plan, lean: Plan, flags: str, limit: float) -> tuple[list[str], str | None]:
+def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[list[str], str | None]:
     """Return lines for a device of `limit` GiB, and the flags that make it fit: "" if it fits, None if none do.
 
-    `lean` is the plan with `flags`: half precision and checkpointing, if the plan lacks them.
+    `lean` is the workload with `flags`: half precision and checkpointing, if `work` lacks them.
     """
-    whole = needed(plan)
+    whole = needed(work)
     summary = f"{limit:g} GiB: needs {whole:.1f} GiB, {OVERHEAD:g} of them for CUDA"
     if whole <= limit:
         return [f"fits   {summary}"], ""
-    fitting = [(what, needed(other)) for what, other in changes(plan, lean, flags) if needed(other) <= limit]
+    fitting = [(what, needed(other)) for what, other in changes(work, lean, flags) if needed(other) <= limit]
     if not fitting:
         hint = "no single change is enough: use more devices, a smaller rank or a smaller model"
         return [f"does not fit {summary}", hint], None
@@ -203,8 +203,8 @@ def verdict(plan: Plan, lean: Plan, flags: str, limit: float) -> tuple[list[str]
     return [f"does not fit {summary}", "these flags make it fit:", *lines], fitting[0][0]
 
 
-def changes(plan: Plan, lean: Plan, flags: str) -> Iterator[tuple[str, Plan]]:
-    """Yield flags to add to the command line with their plan, mildest first; each includes `flags`, as `lean` does."""
+def changes(work: Workload, lean: Workload, flags: str) -> Iterator[tuple[str, Workload]]:
+    """Yield flags to add to the command line and their workload, mildest first; each includes `flags`, as `lean`."""
     if flags:
         yield flags, lean
     # Only divisors, so that the batch of a step stays the same.
@@ -212,23 +212,23 @@ def changes(plan: Plan, lean: Plan, flags: str) -> Iterator[tuple[str, Plan]]:
         yield f"{flags} {_batch(lean, records)}".lstrip(), _with_batch(lean, records)
     smallest = _with_batch(lean, 1)
     least = f"{flags} {_batch(lean, 1)}".lstrip() if lean.records > 1 else flags
-    if plan.devices > 1 and plan.stage < 3 and plan.packed_bytes is None:
+    if work.devices > 1 and work.stage < 3 and work.packed_bytes is None:
         yield f"--deepspeed zero3 {flags}".rstrip(), replace(lean, stage=3)
         yield f"--deepspeed zero3 {least}".rstrip(), replace(smallest, stage=3)
-    if plan.packable and plan.packed_bytes is None and plan.stage < 3:
+    if work.packable and work.packed_bytes is None and work.stage < 3:
         packed = replace(smallest, packed_bytes=bytes_per_number("4bit", double_quant=True))
         yield f"--quantization 4bit {least}".rstrip(), packed
-    if not plan.offload_weights and plan.packed_bytes is None:
+    if not work.offload_weights and work.packed_bytes is None:
         offloaded = replace(smallest, stage=3, offload_weights=True, offload_optimizer=True)
         yield f"--deepspeed zero3_offload {least}".rstrip(), offloaded
 
 
-def _batch(plan: Plan, records: int) -> str:
-    accumulation = plan.accumulation * plan.records // records
+def _batch(work: Workload, records: int) -> str:
+    accumulation = work.accumulation * work.records // records
     return f"--per_device_train_batch_size {records} --gradient_accumulation_steps {accumulation}"
 
 
-def _with_batch(plan: Plan, records: int) -> Plan:
-    accumulation = plan.accumulation * plan.records // records
-    return replace(plan, records=records, accumulation=accumulation,
-                   activations=plan.activations * records / plan.records)  # fmt: skip
+def _with_batch(work: Workload, records: int) -> Workload:
+    accumulation = work.accumulation * work.records // records
+    return replace(work, records=records, accumulation=accumulation,
+                   activations=work.activations * records / work.records)  # fmt: skip

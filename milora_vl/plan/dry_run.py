@@ -22,7 +22,7 @@ from milora_data.templates import OWN
 from milora_data.tokens import share_template
 from milora_vl.models.image_tokens import image_tokens
 from milora_vl.models.loading import meta_model, split_processor
-from milora_vl.models.names import MADE_HERE, MADE_IN_MEMORY, hub_id
+from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, hub_id
 from milora_vl.models.quantized import bytes_per_number
 from milora_vl.models.smol_llava import folder_of
 from milora_vl.plan import evaluation, first_batch, run_data, training_args
@@ -229,7 +229,7 @@ def tokenizer_at_hand(name: str) -> Any | None:
     if name in MADE_IN_MEMORY:
         return tiny_tokenizer()
     source = name if Path(name).is_dir() else hub_id(name)
-    if name in MADE_HERE:
+    if name in BUILT_IN_MODELS:
         source = str(folder_of(name))
     for auto in (AutoProcessor, AutoTokenizer):  # the processor may hold the chat template
         try:

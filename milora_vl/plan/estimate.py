@@ -21,7 +21,7 @@ LIVE = 1_000_000_000  # stage3_max_live_parameters, sub_group_size: parameters g
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Workload:
     """Input of the estimates. `stage` is the ZeRO stage, 0 without DeepSpeed."""
 
     total: int  # parameters of the base model
@@ -50,58 +50,58 @@ class Plan:
         return self.adapters + self.full
 
 
-def memory(plan: Plan) -> dict[str, float]:
+def memory(work: Workload) -> dict[str, float]:
     """Return bytes per device, by purpose. DeepSpeed in bf16 keeps 16-bit trained weights and a float32 copy."""
-    share = plan.devices if plan.stage == 3 else 1
-    grads = plan.devices if plan.stage >= 2 else 1
-    states = plan.devices if plan.stage >= 1 else 1
-    narrow = 2 if plan.stage and plan.half else 4
+    share = work.devices if work.stage == 3 else 1
+    grads = work.devices if work.stage >= 2 else 1
+    states = work.devices if work.stage >= 1 else 1
+    narrow = 2 if work.stage and work.half else 4
     master = 4 if narrow == 2 else 0
-    on_device, weights_here = not plan.offload_optimizer, not plan.offload_weights
+    on_device, weights_here = not work.offload_optimizer, not work.offload_weights
     # The optimizer step of DeepSpeed casts gradients to float32, after activations are freed; ZeRO-3 casts in parts.
-    copies = 4 * min(plan.trained / states, LIVE if plan.stage == 3 else math.inf) * on_device if master else 0
-    working = "activations" if plan.activations >= copies else "float32 gradients at the step"
-    anchor = plan.base_bytes if plan.packed_bytes is None else 4  # packed weights: float32 anchors
+    copies = 4 * min(work.trained / states, LIVE if work.stage == 3 else math.inf) * on_device if master else 0
+    working = "activations" if work.activations >= copies else "float32 gradients at the step"
+    anchor = work.base_bytes if work.packed_bytes is None else 4  # packed weights: float32 anchors
     sizes = {
-        "frozen weights": frozen_weights(plan) / share * weights_here,
-        "anchors (never sharded)": plan.anchors * anchor,
-        "protected directions": plan.protected_bytes,
-        "trained weights": plan.trained * narrow / share * weights_here,
-        "gradients": plan.trained * narrow / grads,
-        "buckets of DDP": plan.trained * narrow * (plan.stage == 0 and plan.devices > 1),
-        "optimizer": plan.trained * (plan.optimizer_bytes + master) / states * on_device,
-        "gathered layers": min(LIVE, plan.total) * plan.base_bytes * (plan.stage == 3 and plan.devices > 1),
-        working: max(plan.activations, copies),
+        "frozen weights": frozen_weights(work) / share * weights_here,
+        "anchors (never sharded)": work.anchors * anchor,
+        "protected directions": work.protected_bytes,
+        "trained weights": work.trained * narrow / share * weights_here,
+        "gradients": work.trained * narrow / grads,
+        "buckets of DDP": work.trained * narrow * (work.stage == 0 and work.devices > 1),
+        "optimizer": work.trained * (work.optimizer_bytes + master) / states * on_device,
+        "gathered layers": min(LIVE, work.total) * work.base_bytes * (work.stage == 3 and work.devices > 1),
+        working: max(work.activations, copies),
     }
     return {name: size for name, size in sizes.items() if size}
 
 
-def frozen_weights(plan: Plan) -> float:
+def frozen_weights(work: Workload) -> float:
     """Return the bytes of frozen weights; PEFT keeps the original of a module that trains in full."""
-    frozen = plan.total if plan.adapters else plan.total - plan.full
-    if plan.packed_bytes is None:
-        return frozen * plan.base_bytes
-    return (frozen - plan.packable) * plan.base_bytes + plan.packable * plan.packed_bytes
+    frozen = work.total if work.adapters else work.total - work.full
+    if work.packed_bytes is None:
+        return frozen * work.base_bytes
+    return (frozen - work.packable) * work.base_bytes + work.packable * work.packed_bytes
 
 
-def host_memory(plan: Plan) -> float:
+def host_memory(work: Workload) -> float:
     """Return the bytes per process that offloading moves to host memory."""
-    share = plan.devices if plan.stage == 3 else 1
-    states = plan.devices if plan.stage >= 1 else 1
-    weights = (frozen_weights(plan) + plan.trained * 2) / share * plan.offload_weights
-    return weights + plan.trained * (plan.optimizer_bytes + 4) / states * plan.offload_optimizer
+    share = work.devices if work.stage == 3 else 1
+    states = work.devices if work.stage >= 1 else 1
+    weights = (frozen_weights(work) + work.trained * 2) / share * work.offload_weights
+    return weights + work.trained * (work.optimizer_bytes + 4) / states * work.offload_optimizer
 
 
-def flops_per_step(plan: Plan) -> float:
+def flops_per_step(work: Workload) -> float:
     """Return the floating-point operations of one optimizer step on one device.
 
     Per parameter and token: 2 in forward, 2 in backward for activations, 2 more if the parameter trains. The anchor of
     an adapter runs forward and backward too. Checkpointing repeats the forward pass.
     """
-    tokens = plan.records * plan.tokens * plan.accumulation
-    passes = 4 + 2 * plan.checkpointing
-    through = plan.total + plan.adapters + plan.anchors
-    return tokens * (passes * through + 2 * plan.trained)
+    tokens = work.records * work.tokens * work.accumulation
+    passes = 4 + 2 * work.checkpointing
+    through = work.total + work.adapters + work.anchors
+    return tokens * (passes * through + 2 * work.trained)
 
 
 def svd_flops(targets: Sequence[Target]) -> float:

@@ -55,7 +55,7 @@ def check(recipe: Recipe) -> None:
         projector_file(Path(recipe.projector_weights))
 
 
-def settled(recipe: Recipe) -> tuple[Recipe, str]:
+def resolved(recipe: Recipe) -> tuple[Recipe, str]:
     """Return the recipe with the composed base as its model, and a log line; composes the base at first use.
 
     If several processes call this, one of them composes the base.
@@ -71,7 +71,7 @@ def settled(recipe: Recipe) -> tuple[Recipe, str]:
 
 
 def named_as_composed(recipe: Recipe, model: str) -> Recipe:
-    """Return what `settled` returns if `model`, the composed base of an earlier run, has the same parts."""
+    """Return what `resolved` returns if `model`, the composed base of an earlier run, has the same parts."""
     parts = parts_of(recipe)
     if parts is None or composing.planned_folder(parts).name != Path(model).name:
         return recipe

@@ -16,7 +16,7 @@ def make(run: Run) -> dict[str, Plot]:
     if any("loss" in entry for entry in run.history):
         _loss_csv(run)
         drawn["loss"] = draw(
-            _folder(run), "loss", lambda look: plots.loss_figure(run.history, look), wording.loss_words(run)
+            _folder(run), "loss", lambda style: plots.loss_figure(run.history, style), wording.loss_words(run)
         )
     if any("forgetting" in entry for entry in run.history):
         keys = ("step", "forgetting", "forgetting_stderr", "forgetting_loss_change")
@@ -24,13 +24,13 @@ def make(run: Run) -> dict[str, Plot]:
         plots.write_csv(_file(run, "forgetting.csv"), keys, rows)
         words = wording.forgetting_words(run)
         drawn["forgetting"] = draw(
-            _folder(run), "forgetting", lambda look: plots.forgetting_figure(run.history, look), words
+            _folder(run), "forgetting", lambda style: plots.forgetting_figure(run.history, style), words
         )
     layers = [layer for layer in run.layers if layer.sigma]
     if layers:
         _spectrum_csv(run, layers)
         words = "Singular values in descending order. " + " ".join(map(wording.layer_words, layers))
-        drawn["spectrum"] = draw(_folder(run), "spectrum", lambda look: plots.spectrum_figure(layers, look), words)
+        drawn["spectrum"] = draw(_folder(run), "spectrum", lambda style: plots.spectrum_figure(layers, style), words)
     for comparison in run.comparisons:
         if any(score.any.unit == "fraction" for score in comparison.scores):
             drawn[f"scores-{comparison.suite}"] = _scores(run, comparison)
@@ -48,7 +48,7 @@ def _scores(run: Run, comparison: Comparison) -> Plot:
         "base",
         "tuned" if comparison.after is None or comparison.after.which == "final" else comparison.after.which,
     )
-    return draw(_folder(run), name, lambda look: plots.scores_figure(shown, look, names), words)
+    return draw(_folder(run), name, lambda style: plots.scores_figure(shown, style, names), words)
 
 
 def _loss_csv(run: Run) -> None:

@@ -35,19 +35,19 @@ class Plot:
     alt: str
 
 
-def draw(folder: Path, name: str, figure: Callable[[Look], Figure], alt: str, *, with_pdf: bool = False) -> Plot:
+def draw(folder: Path, name: str, figure: Callable[[PlotStyle], Figure], alt: str, *, with_pdf: bool = False) -> Plot:
     """Draw a figure in all looks. Write the one for a light, wide page to `folder` as `name`.png (and .pdf)."""
-    images = {look: png(figure(look)) for look in LOOKS}
-    (folder / f"{name}.png").write_bytes(images[Look()])
+    images = {style: png(figure(style)) for style in PLOT_STYLES}
+    (folder / f"{name}.png").write_bytes(images[PlotStyle()])
     if with_pdf:
-        figure(Look()).savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    uris = {look: data_uri(image, "image/png") for look, image in images.items()}
+        figure(PlotStyle()).savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    uris = {style: data_uri(image, "image/png") for style, image in images.items()}
     sources = (
-        (f"{_NARROW} and {_DARK}", uris[Look(dark=True, narrow=True)]),
-        (_NARROW, uris[Look(narrow=True)]),
-        (_DARK, uris[Look(dark=True)]),
+        (f"{_NARROW} and {_DARK}", uris[PlotStyle(dark=True, narrow=True)]),
+        (_NARROW, uris[PlotStyle(narrow=True)]),
+        (_DARK, uris[PlotStyle(dark=True)]),
     )
-    return Plot(uris[Look()], sources, alt)
+    return Plot(uris[PlotStyle()], sources, alt)
 
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#8a8a8a"
@@ -56,7 +56,7 @@ _DPI = 200  # pages show an inch as 100 CSS pixels; twice that gives sharp text 
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class PlotStyle:
     """The style of a figure: for dark or light pages, narrow or wide screens."""
 
     dark: bool = False
@@ -83,25 +83,25 @@ class Look:
         return _SKY if self.dark else BLUE
 
 
-LOOKS = (Look(), Look(dark=True), Look(narrow=True), Look(dark=True, narrow=True))
+PLOT_STYLES = (PlotStyle(), PlotStyle(dark=True), PlotStyle(narrow=True), PlotStyle(dark=True, narrow=True))
 History = Sequence[Mapping[str, Any]]
 
 
-def loss_figure(history: History, look: Look = LOOKS[0]) -> Figure:
+def loss_figure(history: History, style: PlotStyle = PLOT_STYLES[0]) -> Figure:
     """Draw training and evaluation loss over steps and the learning rate below. `history` is HF's log_history."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     train, evaluated, rate = (_series(history, key) for key in ("loss", "eval_loss", "learning_rate"))
-    with styled(look):
-        figure = Figure(figsize=(look.width, 3.6), layout="constrained")
+    with styled(style):
+        figure = Figure(figsize=(style.width, 3.6), layout="constrained")
         top, strip = figure.subplots(2, sharex=True, height_ratios=(6, 1))
         many = len(train[0]) > 30
         top.plot(
-            *train, color=look.blue, lw=1 if many else 1.8, alpha=0.4 if many else 1, label=None if many else "train"
+            *train, color=style.blue, lw=1 if many else 1.8, alpha=0.4 if many else 1, label=None if many else "train"
         )
         if many:
-            top.plot(train[0], _smooth(train[1]), color=look.blue, lw=2, label="train, smoothed")
+            top.plot(train[0], _smooth(train[1]), color=style.blue, lw=2, label="train, smoothed")
         if evaluated[0]:
             top.plot(*evaluated, color=ORANGE, lw=1.4, marker="o", ms=5, label="evaluation")
         top.set_ylabel("loss")
@@ -112,23 +112,23 @@ def loss_figure(history: History, look: Look = LOOKS[0]) -> Figure:
         peak = max(rate[1], default=0.0) or 1.0
         strip.fill_between(*rate, color=GREY, alpha=0.35, lw=0)
         strip.set(xlabel="step", xlim=(0, None), ylim=(0, peak))
-        strip.xaxis.set_major_locator(MaxNLocator(4 if look.narrow else 8, integer=True))
+        strip.xaxis.set_major_locator(MaxNLocator(4 if style.narrow else 8, integer=True))
         strip.set_yticks([0, peak], ["0", f"{peak:.0e}".replace("e-0", "e-")])
         strip.set_ylabel("learning\nrate", rotation=0, ha="right", va="center")
     return figure
 
 
-def spectrum_figure(layers: Sequence[Layer], look: Look = LOOKS[0]) -> Figure:
+def spectrum_figure(layers: Sequence[Layer], style: PlotStyle = PLOT_STYLES[0]) -> Figure:
     """Draw the singular values of each layer on a log scale, with the trained band shaded."""
     from matplotlib.figure import Figure
 
     layers = [layer for layer in layers if layer.sigma]
-    rows, columns = (len(layers), 1) if look.narrow else (1, len(layers))
-    with styled(look):
-        figure = Figure(figsize=(look.width, 2.5 * rows + 0.1 if look.narrow else 3.1), layout="constrained")
+    rows, columns = (len(layers), 1) if style.narrow else (1, len(layers))
+    with styled(style):
+        figure = Figure(figsize=(style.width, 2.5 * rows + 0.1 if style.narrow else 3.1), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
         for axis, layer in zip(axes.flat, layers, strict=True):
-            _spectrum_panel(axis, layer, look)
+            _spectrum_panel(axis, layer, style)
         for axis in axes[:, 0]:
             axis.set_ylabel("singular value")
         for axis in axes[-1]:
@@ -136,31 +136,31 @@ def spectrum_figure(layers: Sequence[Layer], look: Look = LOOKS[0]) -> Figure:
     return figure
 
 
-def forgetting_figure(history: History, look: Look = LOOKS[0]) -> Figure:
+def forgetting_figure(history: History, style: PlotStyle = PLOT_STYLES[0]) -> Figure:
     """Draw forgetting over steps with one standard error on either side. It is 0 at step 0."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     (steps, values), (_, errors) = _series(history, "forgetting"), _series(history, "forgetting_stderr")
     steps, values, errors = [0, *steps], [0.0, *values], [0.0, *errors]
-    with styled(look):
-        figure = Figure(figsize=(look.width, 2.6), layout="constrained")
+    with styled(style):
+        figure = Figure(figsize=(style.width, 2.6), layout="constrained")
         axis = figure.subplots()
         low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
         axis.fill_between(steps, low, high, color=ORANGE, alpha=0.25, lw=0)
         axis.plot(steps, values, color=ORANGE, lw=2, marker="o" if len(steps) < 30 else None, ms=5)
         axis.set(xlabel="step", ylabel="forgetting, nats per token", xlim=(0, None), ylim=(0, None))
-        axis.xaxis.set_major_locator(MaxNLocator(4 if look.narrow else 8, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(4 if style.narrow else 8, integer=True))
     return figure
 
 
-def _spectrum_panel(axis: Axes, layer: Layer, look: Look) -> None:
+def _spectrum_panel(axis: Axes, layer: Layer, style: PlotStyle) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     count = len(layer.sigma)
     floor = (layer.sigma[0] or 1.0) * 1e-7  # float32 resolves no smaller values, and the log axis has no 0
     index, sigma = range(1, count + 1), [max(s, floor) for s in layer.sigma]
-    axis.plot(index, sigma, color=look.blue if layer.trained else GREY, lw=2)
+    axis.plot(index, sigma, color=style.blue if layer.trained else GREY, lw=2)
     axis.set(yscale="log", xlim=(1, max(count, 2)), ylim=(sigma[-1] / 1.6, sigma[0] * 1.6))
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if sigma[0] < 30 * sigma[-1] else (1,)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -177,15 +177,17 @@ def _spectrum_panel(axis: Axes, layer: Layer, look: Look) -> None:
     axis.text(x, 0.97, layer.status, transform=axis.transAxes, ha=align, va="top")
 
 
-def scores_figure(scores: Sequence[Score], look: Look = LOOKS[0], names: tuple[str, str] = ("base", "tuned")) -> Figure:
+def scores_figure(
+    scores: Sequence[Score], style: PlotStyle = PLOT_STYLES[0], names: tuple[str, str] = ("base", "tuned")
+) -> Figure:
     """Draw one row per score: a ring before, a disc after, both with error bars, and a tick for the majority answer."""
     from matplotlib.figure import Figure
 
-    with styled(look):
-        figure = Figure(figsize=(look.width, 0.95 + 0.36 * len(scores)), layout="constrained")
+    with styled(style):
+        figure = Figure(figsize=(style.width, 0.95 + 0.36 * len(scores)), layout="constrained")
         axis = figure.subplots()
         for row, score in enumerate(scores):
-            _score_row(axis, row, score, look)
+            _score_row(axis, row, score, style)
         axis.set_yticks(range(len(scores)), [score.label for score in scores])
         axis.get_yticklabels()[0].set_fontweight("bold")
         axis.set(ylim=(len(scores) - 0.4, -0.6), xlim=(-2, 102), xlabel="correct answers, %")
@@ -194,26 +196,26 @@ def scores_figure(scores: Sequence[Score], look: Look = LOOKS[0], names: tuple[s
         axis.spines["left"].set_visible(False)
         marks: Any = {"ls": "", "ms": 8}
         handles = [
-            axis.plot([], [], marker="o", mfc=look.paper, mec=GREY, mew=1.8, label=names[0], **marks)[0],
-            axis.plot([], [], marker="o", color=look.blue, label=names[1], **marks)[0],
-            axis.plot([], [], marker="|", color=look.ink, mew=1.8, ls="", ms=11, label="majority answer")[0],
+            axis.plot([], [], marker="o", mfc=style.paper, mec=GREY, mew=1.8, label=names[0], **marks)[0],
+            axis.plot([], [], marker="o", color=style.blue, label=names[1], **marks)[0],
+            axis.plot([], [], marker="|", color=style.ink, mew=1.8, ls="", ms=11, label="majority answer")[0],
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.3)
     return figure
 
 
-def _score_row(axis: Axes, row: int, score: Score, look: Look) -> None:
+def _score_row(axis: Axes, row: int, score: Score, style: PlotStyle) -> None:
     before, after = score.before, score.after
     if before and after:
         axis.plot([100 * before.value, 100 * after.value], [row, row], color=GREY, alpha=0.45, lw=4, zorder=1)
-    for metric, face, edge in ((before, look.paper, GREY), (after, look.blue, look.blue)):
+    for metric, face, edge in ((before, style.paper, GREY), (after, style.blue, style.blue)):
         if metric:
             axis.errorbar(
                 100 * metric.value, row, xerr=100 * (metric.stderr or 0), fmt="o", ms=8, mfc=face, mec=edge, mew=1.8,
                 ecolor=edge, elinewidth=1.6, capsize=3, zorder=3,
             )  # fmt: skip
     if (baseline := score.any.baseline) is not None:
-        axis.plot(100 * baseline, row, marker="|", ms=15, mew=1.8, color=look.ink, zorder=2)
+        axis.plot(100 * baseline, row, marker="|", ms=15, mew=1.8, color=style.ink, zorder=2)
 
 
 def png(figure: Figure) -> bytes:
@@ -238,13 +240,13 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
 
 
 @contextmanager
-def styled(look: Look) -> Iterator[None]:
+def styled(style: PlotStyle) -> Iterator[None]:
     """Use our sizes and colours as defaults of matplotlib inside the block."""
     import matplotlib as mpl
 
     settings: dict[Any, Any] = {
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), look.ink),
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), look.paper),
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), style.ink),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), style.paper),
         **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
         "figure.dpi": _DPI,
         "font.size": 9.5,

@@ -22,7 +22,7 @@ def try_write_report(run: Path, warn: Callable[[str], object]) -> Path | None:
     return None
 
 
-def rewrite_report(folder: Path) -> None:
+def regenerate_report(folder: Path) -> None:
     """Regenerate the report if `folder` is a run folder, and print its path or the reason of failure on stderr."""
     if (folder / "recipe.yaml").is_file():
         page = try_write_report(folder, lambda text: sys.stderr.write(f"{text}\n"))

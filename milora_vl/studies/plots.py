@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from milora_vl.report.plots import Look, styled
+from milora_vl.report.plots import PlotStyle, styled
 from milora_vl.studies.decay import Layer
 from milora_vl.sweep.plots import MARKS, colour_of
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def layers_figure(layers: Sequence[Layer], look: Look) -> Figure:
+def layers_figure(layers: Sequence[Layer], look: PlotStyle) -> Figure:
     """Draw how much each layer's adapter helps over the decay of its spectrum, with one marker per kind of layer."""
     from matplotlib.figure import Figure
 

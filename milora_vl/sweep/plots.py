@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from milora_vl.report.plots import GREY, Look, styled
+from milora_vl.report.plots import GREY, PlotStyle, styled
 from milora_vl.sweep.results import Arm, Mean, front
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _COLOURS = (
 MARKS = "osD^vPX<>*"
 
 
-def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, look: Look) -> Figure:
+def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, look: PlotStyle) -> Figure:
     """Draw score over forgetting for every method; the selected rate is filled, the Pareto front is a grey line."""
     from matplotlib.figure import Figure
 
@@ -82,7 +82,7 @@ def _frame(axis: Any, arms: Sequence[Arm]) -> None:
     axis.annotate(words, (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color=GREY)
 
 
-def rates_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
+def rates_figure(arms: Sequence[Arm], metric: str, look: PlotStyle) -> Figure:
     """Draw validation loss, test score and forgetting over the learning rate, one line per method."""
     from matplotlib.figure import Figure
 
@@ -107,11 +107,11 @@ def rates_figure(arms: Sequence[Arm], metric: str, look: Look) -> Figure:
     return figure
 
 
-def colour_of(place: int, look: Look) -> str:
+def colour_of(place: int, look: PlotStyle) -> str:
     """Return the colour of the arm at `place`."""
     return _COLOURS[place % len(_COLOURS)][look.dark]
 
 
-def _handle(axis: Any, place: int, label: str, look: Look) -> Any:
+def _handle(axis: Any, place: int, label: str, look: PlotStyle) -> Any:
     colour, mark = colour_of(place, look), MARKS[place % len(MARKS)]
     return axis.plot([], [], color=colour, marker=mark, ls="", ms=7, label=label)[0]

@@ -124,7 +124,7 @@ def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
     """Load the base model and its processor."""
     args = inputs.args
     with args.main_process_first(desc="composing the base"):
-        recipe, line = base_model.settled(plan.recipe)
+        recipe, line = base_model.resolved(plan.recipe)
     if line:
         screen.say(line)
     dtype = training_args.base_dtype(recipe, recipe.train)
@@ -310,7 +310,7 @@ def make_steps(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
         screen.say(f"\nstopped at step {trainer.state.global_step}")
-        screen.say(checkpoints.where_to_go_on(plan.folder.path))
+        screen.say(checkpoints.resume_hint(plan.folder.path))
         raise
     if trainer.stop_on_signal.stopped and trainer.state.global_step < rows.batching.steps:
         raise UserError(

@@ -24,7 +24,7 @@ from milora_data.errors import UserError
 from milora_vl.__main__ import MENU, main
 from support import fake_run
 from support.command_parsers import parser_of
-from support.stored_answers import stored
+from support.stored_answers import write_answers
 
 INNER = {name: import_module(MENU.modules[name]).MENU for name in MENU.menus}
 PROGRAMS = [(name,) for name in MENU.modules if name not in INNER]
@@ -127,8 +127,8 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> Json:
 
 @pytest.fixture
 def answers(tmp_path: Path) -> tuple[str, str]:
-    base = stored(tmp_path, "base", ["red", "no", "x", "y", "z", ""])
-    return str(base), str(stored(tmp_path, "final", ["red", "yes", "green", "no", "blue", "no"]))
+    base = write_answers(tmp_path, "base", ["red", "no", "x", "y", "z", ""])
+    return str(base), str(write_answers(tmp_path, "final", ["red", "yes", "green", "no", "blue", "no"]))
 
 
 def test_looking_at_data_reports_json_and_the_next_command(

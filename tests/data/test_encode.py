@@ -16,7 +16,7 @@ from milora_data.errors import DataError, UserError
 from milora_data.records import IMAGE, Turn, parse_record
 from milora_data.templates import TEMPLATES
 from milora_data.words import words_of
-from support.conversations import KINDS, answers, as_llava, conversations, learnt_text, record, texts
+from support.conversations import KINDS, answers, as_llava, conversations, record, supervised_text, texts
 from support.llava_oracle import byte_bpe, llama_tokenizer, llava_ids
 
 CONVERSATIONS = json.loads((Path(__file__).parents[1] / "reference" / "conversations.json").read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def test_is_right_where_llava_masks_the_whole_conversation(kind: str, name: str)
     made = encode(value, tokenizer, image_token_id=IMG)
     assert made.input_ids == their_ids
     assert all(label == IGNORE for label in their_labels)
-    assert learnt_text(made, tokenizer).replace(" ", "") == f"Hi.</s>{UNWELL[name][1]}</s>".replace(" ", "")
+    assert supervised_text(made, tokenizer).replace(" ", "") == f"Hi.</s>{UNWELL[name][1]}</s>".replace(" ", "")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +85,7 @@ def test_an_empty_answer_teaches_its_end_and_spoils_nothing(kind: str) -> None:
     assert all(label == IGNORE for label in llava_ids(alone, tokenizer)[1])
     assert encode(alone, tokenizer, image_token_id=IMG).labels[-1] == tokenizer.eos_token_id
     made = encode(record("Say nothing.", "", "And now?", "Now I speak."), tokenizer, image_token_id=IMG)
-    assert learnt_text(made, tokenizer) == "</s> Now I speak.</s>"
+    assert supervised_text(made, tokenizer) == "</s> Now I speak.</s>"
 
 
 anything = st.text(max_size=40).filter(
@@ -99,7 +99,7 @@ def test_what_is_learnt_is_the_answers_and_nothing_else(tiny_llama: Any, turns: 
     _, tiny = tiny_llama()
     for tokenizer, eos in ((tiny, "</s>"), (byte_bpe(), "<|im_end|>")):
         made = encode(record(*[text for turn in turns for text in turn]), tokenizer, image_token_id=IMG)
-        assert learnt_text(made, tokenizer) == "".join(f" {answer}{eos}" for _, answer in turns)
+        assert supervised_text(made, tokenizer) == "".join(f" {answer}{eos}" for _, answer in turns)
         text = SYSTEM + "".join(f"USER: {question} ASSISTANT: {answer}{eos}" for question, answer in turns)
         assert tokenizer.decode(made.input_ids) == ("<s>" if tokenizer is tiny else "") + text
 

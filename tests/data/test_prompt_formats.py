@@ -16,7 +16,7 @@ from milora_data.errors import DataError, UserError
 from milora_data.records import Turn
 from milora_data.templates import TEMPLATES, get_template, render_chat_template, template_name
 from milora_vl.generate import Prompt, prompt_ids
-from support.conversations import BYTE_BPE, KINDS, MARKS, as_llava, conversations, learnt_text, record
+from support.conversations import BYTE_BPE, KINDS, MARKS, as_llava, conversations, record, supervised_text
 from support.llava_oracle import llama_tokenizer, llava_ids, llava_train
 from support.versions import RIGHT_ASSISTANT_MASKS
 
@@ -47,7 +47,7 @@ def test_learnt_are_the_answers_and_their_ends(template: str, turns: list[tuple[
         value["conversations"].insert(0, {"from": "system", "value": system})
     lead, end = ENDS[template]
     made = encode(value, BYTE_BPE, template=template, image_token_id=IMG)
-    assert learnt_text(made, BYTE_BPE) == "".join(lead + answer + end for _, answer in turns)
+    assert supervised_text(made, BYTE_BPE) == "".join(lead + answer + end for _, answer in turns)
     for question, _ in turns:
         assert question in BYTE_BPE.decode(made.input_ids)
     prompt = encode_prompt(value, BYTE_BPE, template=template, image_token_id=IMG)
@@ -195,7 +195,7 @@ def test_any_chat_template_of_a_tokenizer(kind: str, turns: list[tuple[str, str]
         assert tokenizer.decode(made.input_ids) == theirs
         cut, end = (str.strip, "<|eot_id|>") if kind.startswith("trim") else (str, "<|im_end|>")
         expected = "".join(cut(answer) + end for _, answer in turns)
-    assert learnt_text(made, tokenizer) == expected
+    assert supervised_text(made, tokenizer) == expected
     prompt = encode_prompt(value, tokenizer, template="chat_template", image_token_id=IMG)
     assert made.input_ids[: len(prompt)] == prompt
 
@@ -236,7 +236,7 @@ def test_templates_have_llavas_names_too(given_name: str, name: str) -> None:
 def test_a_conversation_that_ends_in_a_question_teaches_the_answers_before() -> None:
     tokenizer = own("chatml")
     made = encode(record("a", "b", "c"), tokenizer, template="chat_template", image_token_id=IMG)
-    assert learnt_text(made, tokenizer) == "b<|im_end|>"
+    assert supervised_text(made, tokenizer) == "b<|im_end|>"
     ids, segments = segments_of([], "vicuna_v1", tokenizer)
     assert not ids
     assert [segment.supervised for segment in segments] == [False]

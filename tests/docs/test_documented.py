@@ -208,9 +208,9 @@ def test_every_file_and_change_matches_a_block() -> None:
 
 def test_no_command_that_runs_loads_a_model_of_the_hub() -> None:
     """A missing substitution would download gigabytes where there is a network."""
-    from milora_vl.models.names import MADE_HERE, NAMED_MODELS, PART_OF, SAME_WEIGHTS
+    from milora_vl.models.names import BUILT_IN_MODELS, NAMED_MODELS, PART_OF, SAME_WEIGHTS
 
-    hub = {*NAMED_MODELS, *NAMED_MODELS.values(), *PART_OF, *SAME_WEIGHTS} - {*MADE_HERE}
+    hub = {*NAMED_MODELS, *NAMED_MODELS.values(), *PART_OF, *SAME_WEIGHTS} - {*BUILT_IN_MODELS}
     run = [substituted(command.text) for command in ALL if row_of(EXCEPTIONS, command.text) is None]
     assert [text for text in run if "--dry-run" not in text and hub & set(text.split())] == []
 

@@ -11,7 +11,7 @@ import pytest
 
 from milora_data.errors import UserError
 from milora_eval.__main__ import main
-from support.stored_answers import stored
+from support.stored_answers import write_answers
 
 
 def content(page: Path) -> dict[str, Any]:
@@ -23,8 +23,8 @@ def content(page: Path) -> dict[str, Any]:
 def test_one_page_holds_questions_answers_truths_and_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = stored(tmp_path, "base", ["red", "no", "x", "</script><script>alert(1)</script>", "مرحبا", ""])
-    final = stored(tmp_path, "final", ["red", "yes", "green", "no", "blue", "no"])
+    base = write_answers(tmp_path, "base", ["red", "no", "x", "</script><script>alert(1)</script>", "مرحبا", ""])
+    final = write_answers(tmp_path, "final", ["red", "yes", "green", "no", "blue", "no"])
     (tmp_path / "gqa" / "README.md").write_text("Pictures by us, licence CC BY 4.0.")
     assert main(["view", str(base), str(final)]) == 0
     page = Path(capsys.readouterr().out.strip())
@@ -45,7 +45,7 @@ def test_one_page_holds_questions_answers_truths_and_pictures(
 
 
 def test_a_limit_and_a_lost_picture(tmp_path: Path) -> None:
-    base = stored(tmp_path, "base", ["red"] * 6)
+    base = write_answers(tmp_path, "base", ["red"] * 6)
     (tmp_path / "gqa" / "images" / "n0.jpg").unlink()
     page = tmp_path / "page.html"
     assert main(["view", str(base), "--output", str(page), "--limit", "2"]) == 0

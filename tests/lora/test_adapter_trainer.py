@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from milora_vl import apply_milora, keep_protected, load_adapter
 from support.adapter_cases import anchors, one_rule
-from support.protected import HARD, name, overlaps
+from support.protected import HARD, form_name, overlaps
 
 RULES = [*one_rule(dropout=0.1), {"modules": "language.mlp", "rank": 3}, {"modules": "model.norm", "method": "full"}]
 
@@ -108,7 +108,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tiny_llama, tmp_path: Path) ->
     assert {n.split(".")[-1] for n, p in run.model.named_parameters() if p.requires_grad} == {"trained", "weight"}
 
 
-@pytest.mark.parametrize("form", HARD, ids=name)
+@pytest.mark.parametrize("form", HARD, ids=form_name)
 def test_protected_directions_stay_out_of_it_and_of_a_resumed_run(tiny_llama, tmp_path: Path, form: Any) -> None:
     def run(folder: Path, *callbacks: TrainerCallback) -> Trainer:
         made = trainer(apply_milora(tiny_llama()[0], one_rule(dropout=0.1, protect=form)), folder, *callbacks)

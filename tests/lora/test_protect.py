@@ -20,7 +20,7 @@ from milora_vl.lora.protection import Protected
 from milora_vl.policy.protect import Protect
 from milora_vl.weights.matrices import as_matrix
 from support.adapter_cases import Pictures, move, one_rule, picture_batch, raises_code, tiny_gpt2, token_batch
-from support.protected import FORMS, HARD, TOP, name, overlaps
+from support.protected import FORMS, HARD, TOP, form_name, overlaps
 
 METHODS = ["milora", "lora"]
 IDS = token_batch(200)
@@ -47,7 +47,7 @@ def train(model: nn.Module, steps: int = 4, accumulation: int = 1, ids: Tensor =
     return losses
 
 
-@pytest.mark.parametrize("form", HARD, ids=name)
+@pytest.mark.parametrize("form", HARD, ids=form_name)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trained_update_has_nothing_in_the_protected_directions(tiny_llama, form, method: str, dtype) -> None:
@@ -60,7 +60,7 @@ def test_a_trained_update_has_nothing_in_the_protected_directions(tiny_llama, fo
     assert min(overlaps(free)) > 0.05
 
 
-@pytest.mark.parametrize("form", FORMS, ids=name)
+@pytest.mark.parametrize("form", FORMS, ids=form_name)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_first_step_starts_at_the_base_to_the_last_bit(tiny_llama, form, method: str) -> None:
     """And outside, under a hard constraint. The base is bf16: an anchor kept outside is float32, as what trains is."""
@@ -77,7 +77,7 @@ def test_the_first_step_starts_at_the_base_to_the_last_bit(tiny_llama, form, met
         assert torch.equal(model(IDS).logits, tiny_llama()[0].to(torch.bfloat16)(IDS).logits)
 
 
-@pytest.mark.parametrize("form", HARD, ids=name)
+@pytest.mark.parametrize("form", HARD, ids=form_name)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_kind_of_layer_is_kept_outside(form, method: str) -> None:
     model = apply_milora(Pictures(), [{"modules": "*", "method": method, "rank": 2, "protect": form | {"top": 2}}])
@@ -141,7 +141,7 @@ def test_projection_and_basis_differ_in_what_adam_sees_alone(tiny_llama) -> None
                 model(input_ids=IDS, labels=IDS).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            runs[name(form), kind] = model, optimizer
+            runs[form_name(form), kind] = model, optimizer
     A = {run: trained_factors(lora_layer(model, Q), "default")[0] for run, (model, _) in runs.items()}
     sgd, adam = torch.optim.SGD, torch.optim.AdamW
     assert torch.allclose(A["projection", sgd], A["basis", sgd], atol=1e-7)
@@ -177,7 +177,7 @@ def test_basis_is_the_training_of_factors_written_outside() -> None:
     assert float(change.detach().norm()) > 0.01
 
 
-@pytest.mark.parametrize("form", FORMS, ids=name)
+@pytest.mark.parametrize("form", FORMS, ids=form_name)
 def test_accumulated_gradients_are_those_of_a_larger_batch(tiny_llama, form) -> None:
     ids = token_batch(200, rows=4)
     weights = []
@@ -224,7 +224,7 @@ def test_saving_tells_of_an_update_that_reaches_inside(tiny_llama, tmp_path: Pat
         save_adapter(model, tmp_path)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=name)
+@pytest.mark.parametrize("form", FORMS, ids=form_name)
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_saved_is_a_stock_adapter_and_trains_on_protected(
     tiny_llama, tmp_path: Path, form, method: str

@@ -11,12 +11,12 @@ from transformers import LlamaForCausalLM
 from milora_vl.adapter import apply_milora
 from milora_vl.models.quantized import bytes_per_number
 from milora_vl.plan.cost import changes, verdict
-from milora_vl.plan.estimate import GIB, Plan, duration, flops_per_step, host_memory, memory
+from milora_vl.plan.estimate import GIB, Workload, duration, flops_per_step, host_memory, memory
 from milora_vl.plan.simulate import Resident, Shape, simulate
 from milora_vl.policy import Policy
 from milora_vl.tiny import tiny_llama
 
-PLAN = Plan(
+PLAN = Workload(
     total=7_063_427_072, adapters=319_815_680, anchors=319_815_680, full=20_979_712, base_bytes=2.0, stage=0, devices=8,
     records=16, tokens=700, accumulation=1, checkpointing=True, half=True, activations=8 * GIB,
 )  # fmt: skip

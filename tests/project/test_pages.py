@@ -22,8 +22,8 @@ from milora_vl.sweep import page as sweep_page
 from milora_vl.sweep.cells import make_cells
 from milora_vl.sweep.runner import Evaluation, Sweep
 from support import browser, fake_run
-from support.stored_answers import stored
-from support.sweep_cells import RECIPE, finish
+from support.stored_answers import write_answers
+from support.sweep_cells import RECIPE, finish_cell
 
 # Text that is hard to read on what is behind it: WCAG's contrast below 4.5; what is switched off does not count.
 FAINT = """
@@ -55,8 +55,8 @@ def a_report(folder: Path) -> Path:
 
 
 def a_view(folder: Path) -> Path:
-    base = stored(folder, "base", ["red", "no", "x", "</script><script>alert(1)</script>", "مرحبا", ""])
-    final = stored(folder, "final", ["red", "yes", "green", "no", "W" * 300, "no"])
+    base = write_answers(folder, "base", ["red", "no", "x", "</script><script>alert(1)</script>", "مرحبا", ""])
+    final = write_answers(folder, "final", ["red", "yes", "green", "no", "W" * 300, "no"])
     assert evaluation(["view", str(base), str(final)]) == 0
     return final / "view.html"
 
@@ -78,7 +78,7 @@ def a_sweep(folder: Path) -> Path:
     sweep = Sweep(folder, Recipe.parse(RECIPE), Evaluation("emoji", None, None))
     cells = make_cells(sweep.recipe, ["milora", "lora", "minor-flat"], [1e-4, 1e-3], None, 2)
     for place, cell in enumerate(cells[:-1]):
-        finish(sweep, cell, loss=1 - cell.learning_rate, right=[True, place % 2 == 0], forgetting=0.1 + place / 50)
+        finish_cell(sweep, cell, loss=1 - cell.learning_rate, right=[True, place % 2 == 0], forgetting=0.1 + place / 50)
     failure = folder / "failed" / f"{cells[-1].name}.json"
     failure.parent.mkdir()
     failure.write_text(json.dumps({"said": "error: the data is gone"}))
@@ -204,7 +204,7 @@ def test_a_page_holds_what_5_mb_do_and_says_so(tmp_path: Path, capsys: pytest.Ca
     assert "the page contains the first 4 of 9" in capsys.readouterr().err
     assert "The first 4 of 9 records" in out.read_text()
     said = ["long " * 300_000] * 6
-    base = stored(tmp_path, "base", said)
+    base = write_answers(tmp_path, "base", said)
     assert evaluation(["view", str(base)]) == 0
     assert (base / "view.html").stat().st_size <= render.MAX_BYTES
     assert "of 6 questions: a page has at most 5 MB" in capsys.readouterr().err

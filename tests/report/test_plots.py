@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from milora_vl.report import figures, plots
-from milora_vl.report.plots import LOOKS, Look
+from milora_vl.report.plots import PLOT_STYLES, PlotStyle
 from milora_vl.report.run_page import Layer, Metric, Run, Score, read_run
 from support.fake_run import log_history, make_run
 
@@ -28,8 +28,8 @@ def opened(figure: Any) -> Image.Image:
         return Image.open(io.BytesIO(plots.png(figure)))
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_every_plot_is_as_wide_as_its_look_and_stands_on_its_paper(run: Run, look: Look) -> None:
+@pytest.mark.parametrize("look", PLOT_STYLES)
+def test_every_plot_is_as_wide_as_its_look_and_stands_on_its_paper(run: Run, look: PlotStyle) -> None:
     draws: list[Callable[[], Any]] = [
         lambda: plots.loss_figure(run.history, look),
         lambda: plots.spectrum_figure(run.layers, look),

@@ -14,7 +14,7 @@ from milora_data.errors import UserError
 from milora_vl.report.command import main as report_main
 from milora_vl.report.page import write_report
 from milora_vl.report.parts import credits_of
-from milora_vl.report.regenerate import rewrite_report
+from milora_vl.report.regenerate import regenerate_report
 from milora_vl.report.repeat import commands
 from milora_vl.report.run_page import Metric, read_run
 from milora_vl.report.wording import forgetting, number, summary
@@ -205,12 +205,12 @@ def test_credits_come_from_the_data(run: Path) -> None:
 
 
 def test_a_report_that_cannot_be_drawn_ends_no_measurement(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rewrite_report(run)
+    regenerate_report(run)
     assert capsys.readouterr().err == f"report:  {run / 'report.html'}\n"
     (run / "policy.json").write_text('{"targets": [{}]}')
-    rewrite_report(run)
+    regenerate_report(run)
     assert f"no report; run python -m milora_vl.report {run} to see why" in capsys.readouterr().err
-    rewrite_report(run.parent)  # no run's folder
+    regenerate_report(run.parent)  # no run's folder
     assert capsys.readouterr().err == ""
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 
-def make(run: Path, step: int) -> Path:
+def write_checkpoint(run: Path, step: int) -> Path:
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     save_file({"a": torch.zeros(100)}, folder / "adapter_model.safetensors")

@@ -30,7 +30,7 @@ def as_llava(value: dict[str, Any], tokenizer: Any, template: str = "vicuna_v1")
     return made.input_ids, made.labels
 
 
-def learnt_text(made: Any, tokenizer: Any) -> str:
+def supervised_text(made: Any, tokenizer: Any) -> str:
     """The targets as text."""
     return tokenizer.decode([label for label in made.labels if label != IGNORE])
 

@@ -16,7 +16,7 @@ HARD = [{"top": TOP}, {"top": TOP, "by": "basis"}]
 FORMS = [*HARD, {"top": TOP, "by": "penalty", "weight": 30.0}]
 
 
-def name(form: Any) -> str:
+def form_name(form: Any) -> str:
     return form if isinstance(form, str) else form.get("by", "projection")
 
 

@@ -11,7 +11,7 @@ from milora_eval.suites import find_benchmark
 from support import official_data
 
 
-def stored(folder: Path, name: str, texts: list[str]) -> Path:
+def write_answers(folder: Path, name: str, texts: list[str]) -> Path:
     benchmark = find_benchmark("gqa")
     official_data.gqa(official_data.made(folder / "gqa"))
     items = benchmark.load(folder / "gqa")

@@ -24,7 +24,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def finish(sweep: Sweep, cell: Cell, *, loss: float, right: list[bool], forgetting: float) -> None:
+def finish_cell(sweep: Sweep, cell: Cell, *, loss: float, right: list[bool], forgetting: float) -> None:
     """Write the files of a finished cell."""
     result = {
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,

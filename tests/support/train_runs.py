@@ -11,7 +11,7 @@ METHODS = {"milora": ["--rank", "4"], "lora": ["--rank", "4"], "full": [], "proj
 WEIGHTS = {"full": "model.safetensors", "projector": "mm_projector.safetensors"}
 
 
-def words(data: Path, run: Path, *more: str) -> list[str]:
+def training(data: Path, run: Path, *more: str) -> list[str]:
     """A command line of six steps."""
     return [
         "--model", "tiny", "--data_path", str(data / "train.json"), "--image_folder", str(data / "images"),
@@ -28,11 +28,11 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return found
 
 
-def content(run: Path, name: str) -> Any:
+def read_json(run: Path, name: str) -> Any:
     return json.loads((run / name).read_text())
 
 
-def many(data: Path, count: int) -> None:
+def lengthen_data(data: Path, count: int) -> None:
     """Make train.json longer: records of different lengths, some without a picture."""
     records = json.loads((data / "train.json").read_text())
     for number in range(count):
@@ -41,5 +41,5 @@ def many(data: Path, count: int) -> None:
     (data / "train.json").write_text(json.dumps(records))
 
 
-def files(run: Path) -> dict[str, bytes]:
+def file_contents(run: Path) -> dict[str, bytes]:
     return {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*") if file.is_file()}

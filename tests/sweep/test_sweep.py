@@ -20,7 +20,7 @@ from milora_vl.sweep.__main__ import main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.results import Point, arms, front, mean_of, pairs
 from milora_vl.sweep.runner import Evaluation, Sweep, run_cells
-from support.sweep_cells import RECIPE, finish
+from support.sweep_cells import RECIPE, finish_cell
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
     for cell in cells:
         good = cell.learning_rate == 1e-2 or cell.method == "lora"
         right = [True] * (8 if good else 4) + [False] * (0 if good else 4)
-        finish(sweep, cell, loss=losses[cell.learning_rate], right=right, forgetting=cell.learning_rate)
+        finish_cell(sweep, cell, loss=losses[cell.learning_rate], right=right, forgetting=cell.learning_rate)
     found = arms({cell: sweep.result(cell) or {} for cell in cells}, 2)
     assert [(arm.label, arm.best and arm.best.learning_rate, arm.at_edge) for arm in found] == [
         ("milora", 1e-3, False),
@@ -116,8 +116,8 @@ def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
 def test_the_page_keeps_what_earlier_commands_asked_for(sweep: Sweep) -> None:
     first, later = (make_cells(sweep.recipe, [method], [1e-3], None, 2) for method in ("milora", "lora"))
     for cell in (*first, *later):
-        finish(sweep, cell, loss=0.5, right=[True, False], forgetting=0.1)
-    finish(
+        finish_cell(sweep, cell, loss=0.5, right=[True, False], forgetting=0.1)
+    finish_cell(
         sweep, Cell("dora", 1e-3, None, 99), loss=0.5, right=[True], forgetting=0.1
     )  # with a seed that was not requested
     _, table = page.write(page.of_sweep(sweep, later, 2, "..."))
@@ -126,7 +126,7 @@ def test_the_page_keeps_what_earlier_commands_asked_for(sweep: Sweep) -> None:
 
 def test_a_training_without_numbers_leaves_json_that_others_can_read(sweep: Sweep) -> None:
     (cell,) = make_cells(sweep.recipe, ["milora"], [1e-3], None, 1)
-    finish(sweep, cell, loss=float("nan"), right=[True], forgetting=0.1)
+    finish_cell(sweep, cell, loss=float("nan"), right=[True], forgetting=0.1)
     page.write(page.of_sweep(sweep, [cell], 1, "..."))
 
     def refuse(word: str) -> None:
@@ -150,7 +150,7 @@ def test_the_validation_loss_is_that_of_the_weights_that_are_evaluated(
     train = sweep.recipe.train | {"load_best_model_at_end": keeps_best, "save_steps": 1, "eval_steps": 1}
     swept = Sweep(sweep.folder, sweep.recipe.model_copy(update={"train": train}), sweep.evaluation)
     cell = Cell("milora", 1e-3, None, 7)
-    finish(swept, cell, loss=0.0, right=[True], forgetting=0.1)
+    finish_cell(swept, cell, loss=0.0, right=[True], forgetting=0.1)
     (swept.folder / "cells" / f"{cell.name}.json").unlink()
     run = swept.run_folder(cell)
     log = [{"step": 1, "eval_loss": 0.3}, {"step": 2, "loss": 0.1}, {"step": 2, "eval_loss": 0.9}]
@@ -171,7 +171,7 @@ def test_a_rate_that_lacks_a_seed_is_not_chosen(sweep: Sweep) -> None:
     cells = make_cells(sweep.recipe, ["milora"], [1e-4, 1e-3], None, 2)
     for cell in cells[:-1]:
         loss = 0.9 if cell.learning_rate == 1e-4 else 0.1
-        finish(sweep, cell, loss=loss, right=[True, False], forgetting=0.1)
+        finish_cell(sweep, cell, loss=loss, right=[True, False], forgetting=0.1)
     (arm,) = arms({cell: result for cell in cells if (result := sweep.result(cell))}, 2)
     assert arm.best is not None
     assert (arm.best.learning_rate, arm.at_edge) == (1e-4, True)
@@ -271,7 +271,7 @@ def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) ->
     """The first cell of the first method has failed, so another method has a result earlier."""
     cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-4, 1e-3], None, 1)
     for cell in cells[1:]:
-        finish(sweep, cell, loss=0.5, right=[True, cell.method == "lora"], forgetting=0.1)
+        finish_cell(sweep, cell, loss=0.5, right=[True, cell.method == "lora"], forgetting=0.1)
     written, table = page.write(page.of_sweep(sweep, cells, 1, "again"))
     assert [row[0] for row in table.rows] == ["milora", "lora"]
     assert "lora − milora" in written.read_text()

@@ -13,7 +13,7 @@ from milora_vl.sweep import page
 from milora_vl.sweep.__main__ import main
 from milora_vl.sweep.cells import make_cells
 from milora_vl.sweep.runner import Evaluation, Sweep, run_cells
-from support.sweep_cells import RECIPE, finish
+from support.sweep_cells import RECIPE, finish_cell
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_a_cell_whose_folder_was_removed_is_to_be_run_again(sweep: Sweep) -> Non
     cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-3], None, 1)
     (sweep.folder / "cells").mkdir()
     for cell in cells:
-        finish(sweep, cell, loss=1.0, right=[True, False], forgetting=0.1)
+        finish_cell(sweep, cell, loss=1.0, right=[True, False], forgetting=0.1)
     shutil.rmtree(sweep.run_folder(cells[0]))
     assert [sweep.result(cell) is not None for cell in cells] == [False, True]
     _, table = page.write(page.of_sweep(sweep, cells, 1, "again"))

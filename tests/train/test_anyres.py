@@ -26,7 +26,7 @@ from milora_vl.models.image_tokens import image_tokens, tiling_of
 from milora_vl.models.loading import config_of
 from milora_vl.train.command import main
 from support.tiny_next import GRIDS, saved, tiny_next
-from support.train_runs import losses, words
+from support.train_runs import losses, training
 from support.versions import TRANSFORMERS_5
 
 REAL = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -188,7 +188,7 @@ def test_it_trains_and_answers(tiny_data: Path, tmp_path: Path, capfd: Any) -> N
     folder = saved(tmp_path / "next")
     extra = ["--model", str(folder), "--rank", "4", "--dropout", "0", "--image_aspect_ratio", "anyres"]
     extra += ["--eval_data_path", str(tiny_data / "val.json"), "--packing", "--max_length", "256", "--max_steps", "4"]
-    assert main(words(tiny_data, tmp_path / "run", *extra)) == 0
+    assert main(training(tiny_data, tmp_path / "run", *extra)) == 0
     said = capfd.readouterr().err
     assert "packed into" in said
     assert "an image takes up to 88 tokens" not in said
@@ -202,13 +202,17 @@ def test_it_trains_and_answers(tiny_data: Path, tmp_path: Path, capfd: Any) -> N
 
 def test_the_treatment_of_pictures_must_fit_the_model(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sees a picture once"):
-        main(words(tiny_data, tmp_path / "run", "--rank", "4", "--image_aspect_ratio", "anyres"))
+        main(training(tiny_data, tmp_path / "run", "--rank", "4", "--image_aspect_ratio", "anyres"))
     folder = saved(tmp_path / "next")
     draft = ["--image_aspect_ratio", "anyres", "--jpeg_decoding", "draft"]
     with pytest.raises(UserError, match="tiles need them in full size"):
-        main(words(tiny_data, tmp_path / "run", "--model", str(folder), "--rank", "4", *draft))
+        main(training(tiny_data, tmp_path / "run", "--model", str(folder), "--rank", "4", *draft))
     with pytest.raises(UserError, match="tiles its pictures"):
-        main(words(tiny_data, tmp_path / "run", "--model", str(folder), "--rank", "4", "--image_aspect_ratio", "plain"))
+        main(
+            training(
+                tiny_data, tmp_path / "run", "--model", str(folder), "--rank", "4", "--image_aspect_ratio", "plain"
+            )
+        )
 
 
 @pytest.mark.parametrize("name", ["llava-v1.6-vicuna-7b", "llava-v1.6-mistral-7b", "liuhaotian/llava-v1.6-vicuna-13b"])

@@ -30,7 +30,7 @@ from milora_vl.recipe.settings import resolve
 from milora_vl.train import run_files
 from milora_vl.train.command import main
 from support.chat_models import LLAVA_HF, TINY, record, write_picture_model, write_text_model
-from support.train_runs import losses, words
+from support.train_runs import losses, training
 
 
 def test_show_takes_it_with_a_tokenizer(text_model: Path, text_data: Path, capsys: Any) -> None:
@@ -61,7 +61,7 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def text_words(model: Path, data: Path, run: Path, *more: str) -> list[str]:
     text = ["--model", str(model), "--data_path", str(data), "--image_folder", str(data.parent)]
-    return words(data.parent, run, *text, "--template", "chat_template", "--rank", "4", "--dropout", "0", *more)
+    return training(data.parent, run, *text, "--template", "chat_template", "--rank", "4", "--dropout", "0", *more)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_model_with_pictures_trains_and_is_asked(
 ) -> None:
     run = tmp_path / "run"
     more = ["--model", str(picture_model), "--template", "chat_template", "--rank", "4"]
-    assert main(words(tiny_data, run, *more)) == 0
+    assert main(training(tiny_data, run, *more)) == 0
     assert AutoProcessor.from_pretrained(run).chat_template == LLAVA_HF
     adapter = ["--model", str(picture_model), "--adapter", str(run)]
     templates, answer_batches = [], job.answer_batches
@@ -147,7 +147,7 @@ def test_a_tokenizer_without_one_is_refused_before_weights_load(
 
     monkeypatch.setattr(loading, "load_weights", load_weights)
     data = ["--data_path", str(text_data)] if model == "tiny-text" else []
-    flags = words(tiny_data, tmp_path / "run", "--model", model, "--template", "chat_template", "--rank", "4", *data)
+    flags = training(tiny_data, tmp_path / "run", "--model", model, "--template", "chat_template", "--rank", "4", *data)
     for more in ([], ["--dry-run"]):
         with pytest.raises(UserError, match=f"--template chat_template: {model} has no chat template(.|\n)*vicuna_v1"):
             main([*flags, *more])
@@ -176,7 +176,7 @@ def test_a_plan_counts_its_tokens(text_model: Path, text_data: Path, tmp_path: P
 @pytest.mark.slow
 def test_smol_llava_sees_pictures_in_its_own_template(tiny_data: Path, tmp_path: Path) -> None:
     more = ["--model", "smol-llava", "--template", "chat_template", "--rank", "4", "--max_steps", "1"]
-    assert main(words(tiny_data, tmp_path / "run", *more)) == 0
+    assert main(training(tiny_data, tmp_path / "run", *more)) == 0
     model, processor = load_model("smol-llava", adapter=tmp_path / "run")
     prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (Image.new("RGB", (32, 32), "red"),))
     image = image_token_id(model.config)

@@ -14,7 +14,7 @@ from milora_data.errors import UserError
 from milora_data.sources import load_records
 from milora_vl.train.command import main
 from support import dirty_data
-from support.train_runs import words
+from support.train_runs import training
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_training_survives_it_and_says_what_it_cost(
     (folder / "train.json").write_text("")  # `words` names it; the flag below wins
     extra = ["--data_path", str(dirty), "--bad_images", policy, "--rank", "4", "--max_steps", "30"]
     extra += ["--per_device_train_batch_size", "1", "--save_steps", "30", "--dataloader_num_workers", workers]
-    assert main(words(folder, run, *extra)) == 0
+    assert main(training(folder, run, *extra)) == 0
     said = capfd.readouterr().err
     assert "16 broken records skipped" in said
     assert "2 records without an answer skipped" in said
@@ -70,7 +70,7 @@ def test_training_survives_it_and_says_what_it_cost(
 
 def test_by_default_training_says_what_is_wrong_before_it_starts(dirty: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train.jsonl"):
-        main(words(dirty.parent, tmp_path / "run", "--data_path", str(dirty), "--rank", "4"))
+        main(training(dirty.parent, tmp_path / "run", "--data_path", str(dirty), "--rank", "4"))
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from milora_vl.tiny import tiny_llava
 from milora_vl.train.command import main
 from support.launched import ENVIRONMENT, KINDS, needs_deepspeed, train_in_two
-from support.train_runs import METHODS, WEIGHTS, losses, many, words
+from support.train_runs import METHODS, WEIGHTS, lengthen_data, losses, training
 
 
 def same(first: Path, second: Path, weights: str = "adapter_model.safetensors") -> None:
@@ -37,9 +37,9 @@ def run_all(kinds: list[str], method: str, model: Path, data: Path, tmp_path: Pa
     batch = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     lines: list[list[str]] = []
     for kind in kinds:
-        line = words(data, tmp_path / kind, *extra, *KINDS[kind], *batch)
+        line = training(data, tmp_path / kind, *extra, *KINDS[kind], *batch)
         lines += [line, ["cut", str(tmp_path / kind)], [*line, "--resume_from_checkpoint", "true"]]
-    assert main(words(data, tmp_path / "one", *extra, "--per_device_train_batch_size", "8")) == 0
+    assert main(training(data, tmp_path / "one", *extra, "--per_device_train_batch_size", "8")) == 0
     printed = train_in_two(lines, tmp_path)
     for kind in kinds:
         same(tmp_path / "one", tmp_path / kind, weights)
@@ -52,7 +52,7 @@ def run_all(kinds: list[str], method: str, model: Path, data: Path, tmp_path: Pa
 @needs_deepspeed
 def test_zero3_is_the_training_of_one_process_from_parts(tmp_path: Path, tiny_data: Path, tiny_folder: Path) -> None:
     """With batches of text alone on one rank: the records with pictures are in the minority."""
-    many(tiny_data, 20)
+    lengthen_data(tiny_data, 20)
     printed = run_all(["zero3"], "milora", tiny_folder, tiny_data, tmp_path)
     held = [int(number) for number in re.findall(r"WHOLE \d+ (\d+)", printed)]  # two processes write at once
     assert len(held) == 4
@@ -68,7 +68,7 @@ def test_zero3_is_the_training_of_one_process_from_parts(tmp_path: Path, tiny_da
 @needs_deepspeed
 @pytest.mark.parametrize("method", METHODS)
 def test_all_are_the_same(method: str, tmp_path: Path, tiny_data: Path, tiny_folder: Path) -> None:
-    many(tiny_data, 20)
+    lengthen_data(tiny_data, 20)
     run_all(list(KINDS), method, tiny_folder, tiny_data, tmp_path)
 
 
@@ -85,7 +85,7 @@ LAUNCHERS = {
 def test_launchers_take_the_same_command_line(launcher: str, tmp_path: Path, tiny_data: Path) -> None:
     program, *options = LAUNCHERS[launcher].split()
     run = tmp_path / "run"
-    line = words(tiny_data, run, "--rank", "4", "--deepspeed", "zero2", "--per_device_train_batch_size", "2")
+    line = training(tiny_data, run, "--rank", "4", "--deepspeed", "zero2", "--per_device_train_batch_size", "2")
     done = subprocess.run(
         [str(Path(sys.executable).parent / program), *options, "milora_vl.train", *line],
         env={**ENVIRONMENT, "DS_ACCELERATOR": "cpu"},
@@ -117,7 +117,7 @@ def test_the_slurm_job_runs_as_two_agents(tmp_path: Path, tiny_data: Path) -> No
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": str(os.getpid()), "FIRST_MACHINE": "127.0.0.1"}
     done = subprocess.run(
-        ["bash", str(job), *words(tiny_data, run, *extra)],
+        ["bash", str(job), *training(tiny_data, run, *extra)],
         env={**ENVIRONMENT, **slurm, "PATH": path, "PROCESSES": "1", "PORT": str(20000 + os.getpid() % 20000)},
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ from milora_data.sources import load_records
 from milora_eval.benchmarks.own_data import OwnData
 from milora_vl.train.command import main as train
 from support.drawn import dump, dump_lines, encoded
-from support.train_runs import words
+from support.train_runs import training
 
 
 def url(colour: str, kind: str = "PNG", named: str = "png") -> str:
@@ -146,12 +146,12 @@ def test_training_offers_the_command_that_makes_it_work(record: dict[str, Any], 
     flags = ["--rank", "4", "--max_steps", "1", "--data_path"]
     for how in ([], ["--bad_images", "skip"], ["--streaming"]):
         with pytest.raises(UserError, match="my chat.jsonl:1: .*base64") as caught:
-            train(words(tmp_path, run, *flags, str(data), "--image_folder", str(tmp_path), *how))
+            train(training(tmp_path, run, *flags, str(data), "--image_folder", str(tmp_path), *how))
         assert url("red") not in str(caught.value)
         assert "--fix" not in str(caught.value)
     assert main([str(out) if word == "OUT" else word for word in offered(str(caught.value))]) == 0
     images = ["--image_folder", str(out / "images")]
-    assert train(words(tmp_path, run, *flags, str(out / "data.json"), *images)) == 0
+    assert train(training(tmp_path, run, *flags, str(out / "data.json"), *images)) == 0
 
 
 def test_check_says_it_once_and_offers_the_command(tmp_path: Path, capsys: Any) -> None:
@@ -187,7 +187,7 @@ def test_pictures_of_the_web_are_said_not_to_be_fetched(tmp_path: Path, capsys: 
     dump_lines(tmp_path / "l.jsonl", [in_llavas(address)])
     flags = ["--rank", "4", "--data_path", str(tmp_path / "l.jsonl"), "--image_folder", str(tmp_path)]
     with pytest.raises(DataError, match="web address(.|\n)*download") as caught:
-        train(words(tmp_path, tmp_path / "run", *flags))
+        train(training(tmp_path, tmp_path / "run", *flags))
     assert "xxx" not in str(caught.value)
     assert main(["check", str(tmp_path / "l.jsonl")]) == 1
     assert "web address" in capsys.readouterr().out

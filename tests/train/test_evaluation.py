@@ -11,7 +11,7 @@ from milora_data.errors import UserError
 from milora_vl.plan.evaluation import check, commands
 from milora_vl.recipe.schema import EvalConfig
 from milora_vl.train.command import main
-from support.train_runs import words
+from support.train_runs import training
 
 
 def test_nothing_asked_nothing_checked() -> None:
@@ -49,7 +49,7 @@ def test_a_recipe_with_an_evaluation_leaves_scores(method: list[str], tiny_data:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"eval: {{suites: [emoji], data: {tiny_data}, limit: 2}}\n")
     run = tmp_path / "run"
-    assert main(words(tiny_data, run, "--recipe", str(recipe), *method, "--max_steps", "1")) == 0
+    assert main(training(tiny_data, run, "--recipe", str(recipe), *method, "--max_steps", "1")) == 0
     assert (run / "eval" / "emoji" / "final" / "results.json").is_file()
     assert (run / "eval" / "emoji" / "base" / "results.json").is_file()
     assert "## Scores" in (run / "README.md").read_text()

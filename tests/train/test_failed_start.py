@@ -10,7 +10,7 @@ import pytest
 
 from milora_data.errors import UserError
 from milora_vl.train.command import main
-from support.train_runs import files, words
+from support.train_runs import file_contents, training
 
 EARLY = {
     "pictures in tiles for a model without": (["--image_aspect_ratio", "anyres"], "sees a picture once"),
@@ -27,7 +27,7 @@ def break_pictures(data: Path) -> None:
 def fails(data: Path, run: Path, *flags: str) -> str:
     rank = [] if "--policy" in flags else ["--rank", "4"]
     with pytest.raises(UserError) as error:
-        main(words(data, run, *rank, *flags))
+        main(training(data, run, *rank, *flags))
     return str(error.value)
 
 
@@ -65,20 +65,20 @@ def test_it_is_found_before_the_model_loads(
 def test_files_of_an_earlier_run_are_not_overwritten(tiny_data: Path, tmp_path: Path) -> None:
     """Neither of one that is resumed, nor of one that was killed before its first checkpoint and begins again."""
     run = tmp_path / "run"
-    assert main(words(tiny_data, run, "--rank", "4")) == 0
+    assert main(training(tiny_data, run, "--rank", "4")) == 0
     environment = json.loads((run / "environment.json").read_text())
     (run / "environment.json").write_text(json.dumps(environment | {"finished": None}))
     (run / "checkpoint-6" / "trainer_state.json").unlink()  # killed while it was written
     break_pictures(tiny_data)
     for resume in ("true", "auto"):
-        before = files(run)
+        before = file_contents(run)
         assert "cannot read" in fails(tiny_data, run, "--resume_from_checkpoint", resume, "--save_steps", "1")
-        assert files(run) == before
+        assert file_contents(run) == before
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    before = files(run)
+    before = file_contents(run)
     assert "cannot read" in fails(tiny_data, run, "--resume_from_checkpoint", "auto", "--seed", "3")
-    assert files(run) == before
+    assert file_contents(run) == before
 
 
 def test_a_place_that_is_no_folder_is_told_before_anything_is_read(tiny_data: Path, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from milora_vl.checkpoints import num_processes, why_incomplete, zero_stage
 from milora_vl.plan import launch, resuming
 from milora_vl.train import failures
 from milora_vl.train.command import main
-from support.checkpoint_files import make
-from support.train_runs import losses, words
+from support.checkpoint_files import write_checkpoint
+from support.train_runs import losses, training
 
 
 def test_sigterm_saves_and_the_resumed_run_goes_on_from_there(tiny_data: Path, tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_sigterm_saves_and_the_resumed_run_goes_on_from_there(tiny_data: Path, t
     threading.Thread(target=terminate).start()
     try:
         with pytest.raises(UserError, match="which is saved") as error:
-            main(words(tiny_data, stopped, *extra))
+            main(training(tiny_data, stopped, *extra))
     finally:
         ended.set()  # after a training that fails earlier it must not wait for the handler of the next one
     assert error.value.problems[0].code == "run-stopped-by-signal"
@@ -47,8 +47,8 @@ def test_sigterm_saves_and_the_resumed_run_goes_on_from_there(tiny_data: Path, t
     assert signal.getsignal(signal.SIGTERM) == before
     assert [why_incomplete(folder) for folder in stopped.glob("checkpoint-*")] == [None]
     assert not (stopped / "adapter_model.safetensors").exists()
-    assert main(words(tiny_data, stopped, *extra, "--resume_from_checkpoint", "auto")) == 0
-    assert main(words(tiny_data, whole, *extra)) == 0
+    assert main(training(tiny_data, stopped, *extra, "--resume_from_checkpoint", "auto")) == 0
+    assert main(training(tiny_data, whole, *extra)) == 0
     assert losses(stopped) == losses(whole)
     first, second = (load_file(run / "adapter_model.safetensors") for run in (whole, stopped))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -80,9 +80,9 @@ def test_a_run_on_a_full_disk_keeps_its_last_checkpoint(tiny_data: Path, tmp_pat
 
     run = tmp_path / "run"
     flags = ["--rank", "4", "--lr_scheduler_type", "constant"]
-    assert main(words(tiny_data, run, *flags, "--max_steps", "2")) == 0
+    assert main(training(tiny_data, run, *flags, "--max_steps", "2")) == 0
     (run / "adapter_model.safetensors").unlink()
-    again = words(tiny_data, run, *flags, "--resume_from_checkpoint", "auto")
+    again = training(tiny_data, run, *flags, "--resume_from_checkpoint", "auto")
     done = subprocess.run(
         [sys.executable, "-m", "milora_vl.train", *again],
         capture_output=True,
@@ -118,7 +118,7 @@ def test_other_errors_keep_their_traceback(arguments: TrainingArguments) -> None
 
 def sharded(run: Path, processes: int, stage: int) -> Path:
     """A checkpoint as DeepSpeed writes it."""
-    folder = make(run, 4)
+    folder = write_checkpoint(run, 4)
     for name in ("optimizer.pt", "rng_state.pth"):
         (folder / name).unlink()
     (folder / "global_step4").mkdir()
@@ -150,7 +150,7 @@ def test_other_processes_or_another_stage_are_refused_or_told(tmp_path: Path) ->
     for stage in (0, 1, 2):
         with pytest.raises(UserError, match="--deepspeed zero3"):
             resuming.check(folder, processes=2, stage=stage)
-    plain = make(tmp_path / "b", 4)
+    plain = write_checkpoint(tmp_path / "b", 4)
     assert resuming.check(plain, processes=1, stage=0) == []
     assert "written by 1 process, now there are 2" in resuming.check(plain, processes=2, stage=0)[0]
     with pytest.raises(UserError, match="remove --deepspeed"):

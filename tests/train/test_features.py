@@ -14,7 +14,7 @@ from milora_data.errors import UserError
 from milora_data.images.features import FeatureReader
 from milora_vl.train.command import main
 from support.tiny_next import saved
-from support.train_runs import losses, words
+from support.train_runs import losses, training
 
 CACHED = ["--rank", "4", "--dropout", "0"]
 
@@ -28,16 +28,16 @@ def test_the_losses_are_those_without_it(model: str, tiny_data: Path, tmp_path: 
     extra = [*CACHED, "--eval_data_path", str(tiny_data / "val.json"), "--eval_strategy", "steps", "--eval_steps", "6"]
     if model == "next":
         extra += ["--model", str(saved(tmp_path / "next")), "--max_length", "512"]
-    assert main(words(tiny_data, tmp_path / "without", *extra)) == 0
+    assert main(training(tiny_data, tmp_path / "without", *extra)) == 0
     extra += ["--feature_cache", str(tmp_path / "cache")]
-    assert main(words(tiny_data, tmp_path / "first", *extra, "--dataloader_num_workers", "1")) == 0
+    assert main(training(tiny_data, tmp_path / "first", *extra, "--dataloader_num_workers", "1")) == 0
     said = capfd.readouterr().err
     assert "features of 0 of 8 pictures are in" in said
     assert "MB are free" in said
     made = entries(tmp_path / "cache")
     assert len(made) == 1 + len({path.read_bytes() for path in (tiny_data / "images").iterdir()})
     times = [path.stat().st_mtime_ns for path in made]
-    assert main(words(tiny_data, tmp_path / "again", *extra)) == 0
+    assert main(training(tiny_data, tmp_path / "again", *extra)) == 0
     assert "features of 8 of 8 pictures are in" in capfd.readouterr().err
     assert [path.stat().st_mtime_ns for path in entries(tmp_path / "cache")] == times
     whole = losses(tmp_path / "without")
@@ -50,7 +50,7 @@ def test_the_losses_are_those_without_it(model: str, tiny_data: Path, tmp_path: 
 def test_zero3_is_refused_because_it_cuts_up_the_tower(tiny_data: Path, tmp_path: Path) -> None:
     extra = ["--rank", "4", "--feature_cache", str(tmp_path / "cache"), "--deepspeed", "zero3", "--dry-run"]
     with pytest.raises(UserError, match="--deepspeed zero2") as error:
-        main(words(tiny_data, tmp_path / "run", *extra))
+        main(training(tiny_data, tmp_path / "run", *extra))
     assert error.value.problems[0].code == "feature-cache-zero3"
 
 
@@ -63,13 +63,13 @@ def test_it_goes_on_where_it_was_stopped_and_bad_pictures_are_left_to_their_poli
     os.mkfifo(tiny_data / "images" / "pipe.png")
     (tiny_data / "train.json").write_text(json.dumps(records))
     extra = [*CACHED, "--feature_cache", str(tmp_path / "cache"), "--bad_images", "replace", "--max_steps", "3"]
-    assert main(words(tiny_data, tmp_path / "run", *extra)) == 0
+    assert main(training(tiny_data, tmp_path / "run", *extra)) == 0
     assert "4 times while training: a missing or broken picture was replaced" in capfd.readouterr().err
     made = entries(tmp_path / "cache")
     made[-1].unlink()  # the plain one
     made[0].with_name("left.part").write_bytes(b"by a process that was killed")
     Image.new("RGB", (30, 30), "orange").save(tiny_data / "images" / "5.png")  # another picture, another entry
-    assert main(words(tiny_data, tmp_path / "again", *extra)) == 0
+    assert main(training(tiny_data, tmp_path / "again", *extra)) == 0
     assert len(entries(tmp_path / "cache")) == len(made) + 1
 
 
@@ -77,18 +77,18 @@ def test_entries_that_are_cut_off_are_made_anew_and_a_folder_that_cannot_be_is_t
     tiny_data: Path, tmp_path: Path, capfd: Any
 ) -> None:
     run = [*CACHED, "--max_steps", "2", "--feature_cache"]
-    assert main(words(tiny_data, tmp_path / "first", *run, str(tmp_path / "cache"))) == 0
+    assert main(training(tiny_data, tmp_path / "first", *run, str(tmp_path / "cache"))) == 0
     made = entries(tmp_path / "cache")
     whole = [path.read_bytes() for path in made]
     for path, length in zip(made, (0, 100, -4), strict=False):
         path.write_bytes(path.read_bytes()[:length])
     made[-1].write_bytes(b"")  # the plain one
-    assert main(words(tiny_data, tmp_path / "again", *run, str(tmp_path / "cache"))) == 0
+    assert main(training(tiny_data, tmp_path / "again", *run, str(tmp_path / "cache"))) == 0
     assert [path.read_bytes() for path in made] == whole
     assert losses(tmp_path / "again") == losses(tmp_path / "first")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory") as error:
-        main(words(tiny_data, tmp_path / "third", *run, str(tmp_path / "file")))
+        main(training(tiny_data, tmp_path / "third", *run, str(tmp_path / "file")))
     assert error.value.problems[0].code == "path-not-writable"
 
 
@@ -100,7 +100,7 @@ def test_stored_pictures_of_one_name_have_entries_of_their_own(tiny_data: Path, 
     data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     data.to_parquet(tmp_path / "rows.parquet")
     extra = [*CACHED, "--data_path", str(tmp_path / "rows.parquet"), "--max_steps", "2"]
-    assert main(words(tiny_data, tmp_path / "run", *extra, "--feature_cache", str(tmp_path / "cache"))) == 0
+    assert main(training(tiny_data, tmp_path / "run", *extra, "--feature_cache", str(tmp_path / "cache"))) == 0
     assert len(entries(tmp_path / "cache")) == 9
 
 
@@ -108,7 +108,7 @@ def test_stored_pictures_of_one_name_have_entries_of_their_own(tiny_data: Path, 
 def test_another_transform_or_precision_has_entries_of_its_own(tiny_data: Path, tmp_path: Path) -> None:
     extra = [*CACHED, "--feature_cache", str(tmp_path / "cache"), "--max_steps", "1"]
     for number, more in enumerate([[], ["--image_aspect_ratio", "plain"], ["--bf16", "True"]], start=1):
-        assert main(words(tiny_data, tmp_path / f"run{number}", *extra, *more)) == 0
+        assert main(training(tiny_data, tmp_path / f"run{number}", *extra, *more)) == 0
         assert len(list((tmp_path / "cache").iterdir())) == number
 
 
@@ -116,15 +116,15 @@ def test_what_it_cannot_do_is_told(tiny_data: Path, tmp_path: Path) -> None:
     extra = ["--feature_cache", str(tmp_path / "cache")]
     policy = "[{modules: language, method: milora, rank: 4}, {modules: vision, method: milora, rank: 2}]"
     with pytest.raises(UserError, match=r"the vision tower trains \(model.vision_tower") as error:
-        main(words(tiny_data, tmp_path / "run", "--policy", policy, *extra))
+        main(training(tiny_data, tmp_path / "run", "--policy", policy, *extra))
     problem = error.value.problems[0]
     assert (problem.code, problem.where) == ("feature-cache-trained-tower", "data.feature_cache")
     text = [record for record in json.loads((tiny_data / "train.json").read_text()) if "image" not in record]
     (tiny_data / "train.json").write_text(json.dumps(text))
     with pytest.raises(UserError, match="supports LLaVA 1.5 and 1.6 only"):
-        main(words(tiny_data, tmp_path / "text", "--model", "tiny-text", "--rank", "4", *extra))
+        main(training(tiny_data, tmp_path / "text", "--model", "tiny-text", "--rank", "4", *extra))
     with pytest.raises(UserError, match="data.feature_cache: needs all images before training"):
-        main(words(tiny_data, tmp_path / "stream", "--rank", "4", "--streaming", *extra))
+        main(training(tiny_data, tmp_path / "stream", "--rank", "4", "--streaming", *extra))
     assert not (tmp_path / "cache").exists()
 
 

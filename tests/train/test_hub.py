@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from milora_data.errors import UserError
 from milora_vl.train.command import main
 from support.fake_hub import FakeHub, running
-from support.train_runs import content, words
+from support.train_runs import read_json, training
 
 TOKEN = "hf_not_a_real_one"
 
@@ -29,7 +29,7 @@ def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch
 
 
 def command(data: Path, run: Path, *flags: str) -> list[str]:
-    return words(data, run, "--rank", "4", "--push_to_hub", *flags)
+    return training(data, run, "--rank", "4", "--push_to_hub", *flags)
 
 
 def refused(data: Path, run: Path, *flags: str) -> str:
@@ -118,7 +118,7 @@ def test_the_files_go_up_when_all_of_them_are_there_and_the_token_stays_here(tin
     assert b"MiLoRA" in hub.files["README.md"]
     everything = [*hub.files.values(), *(file.read_bytes() for file in run.rglob("*") if file.is_file())]
     assert not any(TOKEN.encode() in text for text in everything)
-    assert content(run, "environment.json")["command"][-2:] == ["--hub_token", "TOKEN"]
+    assert read_json(run, "environment.json")["command"][-2:] == ["--hub_token", "TOKEN"]
 
 
 def test_a_push_that_fails_costs_no_training(tiny_data: Path, tmp_path: Path) -> None:
@@ -131,5 +131,5 @@ def test_a_push_that_fails_costs_no_training(tiny_data: Path, tmp_path: Path) ->
     assert "a push during the training failed" in done.stderr
     assert f"the training is saved in {run}" in done.stderr
     assert f"hf upload me/run {run}" in done.stderr
-    assert content(run, "environment.json")["finished"]
+    assert read_json(run, "environment.json")["finished"]
     assert {path.name for path in run.iterdir()} >= {"adapter_model.safetensors", "README.md", "report.html"}

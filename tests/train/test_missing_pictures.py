@@ -17,7 +17,7 @@ from milora_data.images.files import ImageError, load_image, picture_size
 from milora_data.sources import mixed_records, read_sources
 from milora_vl.train.command import main
 from support.drawn import dump
-from support.train_runs import words
+from support.train_runs import training
 
 
 @pytest.fixture
@@ -31,17 +31,17 @@ def with_empty(tiny_data: Path) -> Path:
 
 def test_empty_files_stop_a_training_before_its_model_loads(with_empty: Path, tmp_path: Path, capfd: Any) -> None:
     with pytest.raises(MissingImages, match=r"3 of 8 pictures are missing or empty(.|\n)*2 are empty files"):
-        main(words(with_empty, tmp_path / "run", "--rank", "4"))
+        main(training(with_empty, tmp_path / "run", "--rank", "4"))
     assert "loading" not in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="2 are empty files"):
-        main(words(with_empty, tmp_path / "run", "--rank", "4", "--dry-run"))
+        main(training(with_empty, tmp_path / "run", "--rank", "4", "--dry-run"))
     with pytest.raises(UserError, match="2 are empty files"):
-        main(words(with_empty, tmp_path / "run", "--rank", "4", "--streaming"))
+        main(training(with_empty, tmp_path / "run", "--rank", "4", "--streaming"))
 
 
 def test_skip_leaves_their_records_out_and_counts_them(with_empty: Path, tmp_path: Path, capfd: Any) -> None:
-    assert main(words(with_empty, tmp_path / "run", "--rank", "4", "--max_steps", "1", "--bad_images", "skip")) == 0
+    assert main(training(with_empty, tmp_path / "run", "--rank", "4", "--max_steps", "1", "--bad_images", "skip")) == 0
     said = capfd.readouterr().err
     assert "3 records skipped: images missing or empty" in said
     assert "times while training" not in said
@@ -50,7 +50,9 @@ def test_skip_leaves_their_records_out_and_counts_them(with_empty: Path, tmp_pat
 
 
 def test_replace_shows_a_plain_picture(with_empty: Path, tmp_path: Path, capfd: Any) -> None:
-    assert main(words(with_empty, tmp_path / "run", "--rank", "4", "--max_steps", "3", "--bad_images", "replace")) == 0
+    assert (
+        main(training(with_empty, tmp_path / "run", "--rank", "4", "--max_steps", "3", "--bad_images", "replace")) == 0
+    )
     assert "3 times while training: a missing or broken picture was replaced" in capfd.readouterr().err
 
 
@@ -89,4 +91,4 @@ def test_a_picture_that_is_too_large_is_refused_in_our_words(tiny_data: Path, tm
     assert "0.png: it has 400 megapixels" in shown
     assert "bomb" not in shown
     with pytest.raises(UserError, match=r"400 megapixels(.|\n)*needed by .*train.json:1, record 1; --bad_images skip"):
-        main(words(tiny_data, tmp_path / "run", "--rank", "4"))
+        main(training(tiny_data, tmp_path / "run", "--rank", "4"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from milora_data.errors import UserError
 from milora_vl import load_adapter
 from milora_vl.plan.batching import Batching
-from milora_vl.plan.cost import plan_of
+from milora_vl.plan.cost import workload_of
 from milora_vl.plan.estimate import memory, protected_bytes
 from milora_vl.plan.first_batch import Counts
 from milora_vl.plan.screen import policy_rows
@@ -24,7 +24,7 @@ from milora_vl.report.tables import policy_table
 from milora_vl.tiny import tiny_llava
 from milora_vl.train.command import main
 from support.protected import FORMS, HARD, TOP, overlaps
-from support.train_runs import content, losses, words
+from support.train_runs import losses, read_json, training
 
 
 def rules(form: Any, method: str = "milora") -> str:
@@ -38,11 +38,11 @@ def test_a_run_protects_and_resumes_with_the_losses_of_an_uninterrupted_one(
 ) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     extra = ["--policy", rules(form, method), "--save_steps", "3"]
-    assert main(words(tiny_data, whole, *extra)) == 0
+    assert main(training(tiny_data, whole, *extra)) == 0
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoint-6")
     (part / "adapter_model.safetensors").unlink()
-    assert main(words(tiny_data, part, *extra, "--resume_from_checkpoint", "true")) == 0
+    assert main(training(tiny_data, part, *extra, "--resume_from_checkpoint", "true")) == 0
     assert losses(part) == losses(whole)
     before, after = (load_file(run / "adapter_model.safetensors") for run in (whole, part))
     assert all(tensor.equal(after[key]) for key, tensor in before.items())
@@ -55,11 +55,11 @@ def test_the_run_folder_tells_of_it(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")  # the table of the policy on one line a rule
     run, form = tmp_path / "run", FORMS[2]
-    assert main(words(tiny_data, run, "--policy", rules(form), "--max_steps", "1")) == 0
+    assert main(training(tiny_data, run, "--policy", rules(form), "--max_steps", "1")) == 0
     shown = capfd.readouterr().err
     assert "outside top 4" in shown
     assert "penalty 30" in shown
-    policy = content(run, "policy.json")
+    policy = read_json(run, "policy.json")
     assert [target["protect"] for target in policy["targets"] if target["rank"]] == [form] * 14
     assert len(policy["protected"]) == 14
     assert policy["protected"][0]["bytes"] == 4 * TOP * (64 + 64)
@@ -87,7 +87,7 @@ def test_the_plan_counts_its_memory(tiny_llama) -> None:
     assert protected_bytes(Policy.parse(soft).resolve(tiny_llama()[0])[0], 2.0) == 8 * 4 * (64 + 64)
     base, once = tiny_llama()[0], Batching(num_records=1, per_device=1)
     targets = Policy.parse(policy).resolve(base)
-    plan = plan_of({"bf16": True}, base.config, base, targets, Counts(20, 5, False), once, None)
+    plan = workload_of({"bf16": True}, base.config, base, targets, Counts(20, 5, False), once, None)
     assert memory(plan)["protected directions"] == sum(protected_bytes(target, 2.0) for target in targets)
 
 
@@ -98,7 +98,7 @@ def test_shards_are_refused_before_anything_is_written(
     flag: list[str], engine: str, tiny_data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=f"protect does not work with {engine}"):
-        main(words(tiny_data, tmp_path / "run", "--policy", rules(FORMS[0]), *flag))
+        main(training(tiny_data, tmp_path / "run", "--policy", rules(FORMS[0]), *flag))
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from milora_vl.train.command import main
-from support.train_runs import METHODS, WEIGHTS, losses, words
+from support.train_runs import METHODS, WEIGHTS, losses, training
 
 
 def kill_when(command: list[str], folder: Path, log: Path) -> None:
@@ -34,18 +34,20 @@ SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("full", "pro
 def test_a_killed_run_resumes_with_the_same_losses(method: str, tiny_data: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     extra = ["--method", method, *METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]
-    assert main(words(tiny_data, whole, *extra)) == 0
+    assert main(training(tiny_data, whole, *extra)) == 0
 
     last = killed / "checkpoint-4"
-    kill_when([sys.executable, "-m", "milora_vl.train", *words(tiny_data, killed, *extra)], last, tmp_path / "log.txt")
+    kill_when(
+        [sys.executable, "-m", "milora_vl.train", *training(tiny_data, killed, *extra)], last, tmp_path / "log.txt"
+    )
     state = last / "trainer_state.json"
     if state.exists():  # the kill came too late; cut the checkpoint off as an earlier one would have
         state.write_bytes(state.read_bytes()[:100])
-    assert main(words(tiny_data, killed, *extra, "--resume_from_checkpoint", "auto")) == 0
+    assert main(training(tiny_data, killed, *extra, "--resume_from_checkpoint", "auto")) == 0
 
     assert losses(killed) == losses(whole)
     weights = WEIGHTS.get(method, "adapter_model.safetensors")
     expected, found = load_file(whole / weights), load_file(killed / weights)
     assert all(tensor.equal(found[name]) for name, tensor in expected.items())
     assert (killed / "incomplete-checkpoint-4").is_dir()
-    assert main(words(tiny_data, killed, *extra, "--resume_from_checkpoint", "auto")) == 0  # finished: nothing to do
+    assert main(training(tiny_data, killed, *extra, "--resume_from_checkpoint", "auto")) == 0  # finished: nothing to do

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from milora_data.errors import UserError
 from milora_vl.train.command import main
 from support.drawn import write_tiny_data
-from support.train_runs import content, files, losses, words
+from support.train_runs import file_contents, losses, read_json, training
 
 WEIGHTS = "adapter_model.safetensors"
 CONSTANT = ["--lr_scheduler_type", "constant"]
@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, tiny_records: list[dict[str, 
 def whole(data: Path) -> Path:
     """A finished run, to be looked at and copied."""
     run = data.parent / "whole"
-    assert main(words(data, run, "--rank", "8")) == 0
+    assert main(training(data, run, "--rank", "8")) == 0
     return run
 
 
@@ -71,20 +71,20 @@ def test_other_settings_are_refused_with_old_and_new_values_before_anything_is_r
     flags: list[str], rows: list[str], whole: Path, data: Path, tmp_path: Path, capfd: Any
 ) -> None:
     run = cut(whole, tmp_path / "run")
-    before = files(run)
+    before = file_contents(run)
     for choice in ("auto", "true", str(run / "checkpoint-4")):
-        lines = refusal(*words(data, run, *flags, "--resume_from_checkpoint", choice))
+        lines = refusal(*training(data, run, *flags, "--resume_from_checkpoint", choice))
         table = [" ".join(line.split()) for line in lines]
         assert [row for row in rows if not any(line.startswith(row) for line in table)] == []
         assert len(lines) == 5 + len(rows)
         assert f"--recipe {run} --output_dir {run} --resume_from_checkpoint true" in lines[-2]
-    assert files(run) == before
+    assert file_contents(run) == before
     assert "loading" not in capfd.readouterr().err
 
 
 def test_the_command_of_the_refusal_repeats_the_old_values(whole: Path, data: Path, tmp_path: Path) -> None:
     run = cut(whole, tmp_path / "run")
-    refused = refusal(*words(data, run, "--rank", "4", "--resume_from_checkpoint", "auto"))
+    refused = refusal(*training(data, run, "--rank", "4", "--resume_from_checkpoint", "auto"))
     assert main(refused[-2].split()[3:]) == 0
     assert losses(run) == losses(whole)
     assert same_weights(run, whole)
@@ -95,12 +95,14 @@ def test_a_finished_run_is_not_taken_for_another_one(whole: Path, data: Path, tm
     """A job that is queued again with other flags has not done what they say."""
     run = shutil.copytree(whole, tmp_path / "run")
     auto = ["--resume_from_checkpoint", "auto"]
-    assert main(words(data, run, "--rank", "8", *auto)) == 0
-    assert any("policy[0].method" in line for line in refusal(*words(data, run, "--method", "lora", "--rank=8", *auto)))
+    assert main(training(data, run, "--rank", "8", *auto)) == 0
+    assert any(
+        "policy[0].method" in line for line in refusal(*training(data, run, "--method", "lora", "--rank=8", *auto))
+    )
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    assert any("policy[0].rank" in line for line in refusal(*words(data, run, "--rank", "4", *auto)))
-    assert main(words(data, run, "--rank", "8", *auto)) == 0
+    assert any("policy[0].rank" in line for line in refusal(*training(data, run, "--rank", "4", *auto)))
+    assert main(training(data, run, "--rank", "8", *auto)) == 0
 
 
 def test_harmless_changes_leave_the_weights_as_they_would_have_been_and_are_recorded(
@@ -130,11 +132,11 @@ def test_harmless_changes_leave_the_weights_as_they_would_have_been_and_are_reco
     ]
     flags += ["--eval_steps", "1", "--eval_data_path", str(data / "val.json"), "--forgetting_every", "2"]
     flags += ["--image_folder", str(moved), "--resume_from_checkpoint", "auto"]
-    assert main(words(data, run, "--rank", "8", *flags)) == 0
+    assert main(training(data, run, "--rank", "8", *flags)) == 0
     assert losses(run) == losses(whole)
     assert same_weights(run, whole)
     assert "changed since" in capfd.readouterr().err
-    (resumed,) = content(run, "environment.json")["resumed"]
+    (resumed,) = read_json(run, "environment.json")["resumed"]
     assert resumed["from"] == "checkpoint-4"
     assert resumed["changed"] == changed
     assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["save_steps"] == 1
@@ -145,33 +147,33 @@ def test_a_constant_schedule_makes_more_steps(data: Path, tmp_path: Path) -> Non
     """Also of a finished run, and by `auto`: a job that is queued again with more steps has something left to do."""
     short, long = tmp_path / "short", tmp_path / "long"
     flags = ["--rank", "4", *CONSTANT]
-    assert main(words(data, short, *flags, "--max_steps", "4")) == 0
-    assert main(words(data, short, *flags, "--max_steps", "6", "--resume_from_checkpoint", "auto")) == 0
-    assert main(words(data, long, *flags)) == 0
+    assert main(training(data, short, *flags, "--max_steps", "4")) == 0
+    assert main(training(data, short, *flags, "--max_steps", "6", "--resume_from_checkpoint", "auto")) == 0
+    assert main(training(data, long, *flags)) == 0
     assert losses(short) == losses(long)
     assert same_weights(short, long)
-    assert content(short, "environment.json")["resumed"][0]["changed"] == {"train.max_steps": [4, 6]}
-    fewer = refusal(*words(data, short, *flags, "--max_steps", "3", "--resume_from_checkpoint", "auto"))
+    assert read_json(short, "environment.json")["resumed"][0]["changed"] == {"train.max_steps": [4, 6]}
+    fewer = refusal(*training(data, short, *flags, "--max_steps", "3", "--resume_from_checkpoint", "auto"))
     assert "beyond the end of this run, step 3" in fewer[0]
     for checkpoint in short.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    more = refusal(*words(data, short, *flags, "--max_steps", "9", "--resume_from_checkpoint", "auto"))
+    more = refusal(*training(data, short, *flags, "--max_steps", "9", "--resume_from_checkpoint", "auto"))
     assert "it has no checkpoint to continue from" in more[0]
 
 
 def test_epochs_that_come_to_the_same_steps_are_no_change(whole: Path, data: Path, tmp_path: Path) -> None:
     run = cut(whole, tmp_path / "run")
     epochs = ["--rank", "8", "--max_steps", "-1", "--num_train_epochs"]
-    lines = refusal(*words(data, run, *epochs, "3", "--resume_from_checkpoint", "auto"))
+    lines = refusal(*training(data, run, *epochs, "3", "--resume_from_checkpoint", "auto"))
     assert "a run of 6 steps, this run has 9" in lines[0]
-    assert main(words(data, run, *epochs, "2", "--resume_from_checkpoint", "auto")) == 0
+    assert main(training(data, run, *epochs, "2", "--resume_from_checkpoint", "auto")) == 0
     assert same_weights(run, whole)
 
 
 def test_a_batch_of_the_same_size_in_total_is_allowed(whole: Path, data: Path, tmp_path: Path) -> None:
     run = cut(whole, tmp_path / "run")
     split = ["--rank", "8", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
-    assert main(words(data, run, *split, "--resume_from_checkpoint", "auto")) == 0
+    assert main(training(data, run, *split, "--resume_from_checkpoint", "auto")) == 0
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -182,50 +184,50 @@ def test_records_are_told_by_their_contents(whole: Path, data: Path, tmp_path: P
     moved.write_text(json.dumps(records, indent=2))
     other.write_text(json.dumps([*records[1:], records[0]]))
     resume = ["--rank", "8", "--resume_from_checkpoint", "auto", "--data_path"]
-    assert "not the records" in refusal(*words(data, run, *resume, str(other)))[0]
-    assert main(words(data, run, *resume, str(moved))) == 0
+    assert "not the records" in refusal(*training(data, run, *resume, str(other)))[0]
+    assert main(training(data, run, *resume, str(moved))) == 0
     assert same_weights(run, whole)
 
 
 def test_a_run_of_an_earlier_version_resumes_as_it_is(whole: Path, data: Path, tmp_path: Path) -> None:
     """It has kept neither a hash of its records nor the number of its processes; the number of records it has."""
     run = cut(whole, tmp_path / "run")
-    environment = content(run, "environment.json")
+    environment = read_json(run, "environment.json")
     for name in ("records", "processes", "dtype"):
         del environment[name]
     (run / "environment.json").write_text(json.dumps(environment))
     resume = ["--rank", "8", "--resume_from_checkpoint", "auto"]
     shorter = tmp_path / "train.json"
     shorter.write_text(json.dumps(json.loads((data / "train.json").read_text())[:-1]))
-    assert any("data.path" in line for line in refusal(*words(data, run, *resume, "--data_path", str(shorter))))
+    assert any("data.path" in line for line in refusal(*training(data, run, *resume, "--data_path", str(shorter))))
     original = (data / "train.json").read_text()
     try:
         (data / "train.json").write_text(shorter.read_text())
-        assert "it had 12, now there are 11" in refusal(*words(data, run, *resume))[0]
+        assert "it had 12, now there are 11" in refusal(*training(data, run, *resume))[0]
     finally:
         (data / "train.json").write_text(original)
-    assert main(words(data, run, *resume)) == 0
+    assert main(training(data, run, *resume)) == 0
     assert same_weights(run, whole)
 
 
 def test_a_checkpoint_of_another_folder_brings_its_settings_along(whole: Path, data: Path, tmp_path: Path) -> None:
     checkpoint = ["--resume_from_checkpoint", str(whole / "checkpoint-4")]
-    lines = refusal(*words(data, tmp_path / "other", "--rank", "4", *checkpoint))
+    lines = refusal(*training(data, tmp_path / "other", "--rank", "4", *checkpoint))
     assert any("policy[0].rank" in line for line in lines)
     assert not (tmp_path / "other").exists()
-    assert main(words(data, tmp_path / "same", "--rank", "8", *checkpoint)) == 0
+    assert main(training(data, tmp_path / "same", "--rank", "8", *checkpoint)) == 0
     assert same_weights(tmp_path / "same", whole)
-    assert content(tmp_path / "same", "environment.json")["resumed"][0]["from"] == str(whole / "checkpoint-4")
+    assert read_json(tmp_path / "same", "environment.json")["resumed"][0]["from"] == str(whole / "checkpoint-4")
 
 
 def test_a_checkpoint_without_its_recipe_is_refused(whole: Path, data: Path, tmp_path: Path) -> None:
     alone = shutil.copytree(whole / "checkpoint-4", tmp_path / "alone" / "checkpoint-4")
     resume = ["--resume_from_checkpoint", str(alone)]
     with pytest.raises(UserError) as caught:
-        main(words(data, tmp_path / "run", "--rank", "8", *resume))
+        main(training(data, tmp_path / "run", "--rank", "8", *resume))
     assert [problem.code for problem in caught.value.problems] == ["resume-no-recipe"]
     shutil.copy(whole / "recipe.yaml", alone.parent)
-    assert main(words(data, tmp_path / "run", "--rank", "8", *resume)) == 0
+    assert main(training(data, tmp_path / "run", "--rank", "8", *resume)) == 0
     assert same_weights(tmp_path / "run", whole)
 
 
@@ -235,8 +237,8 @@ def test_the_default_rules_of_a_text_model_are_no_change(data: Path, tmp_path: P
     (data / "text.json").write_text(json.dumps(records))
     flags = ["--model", "tiny-text", "--data_path", str(data / "text.json"), "--rank", "4"]
     run = tmp_path / "run"
-    assert main(words(data, run, *flags)) == 0
-    for again in (words(data, run, *flags), ["--recipe", str(run), "--output_dir", str(run)]):
+    assert main(training(data, run, *flags)) == 0
+    for again in (training(data, run, *flags), ["--recipe", str(run), "--output_dir", str(run)]):
         (run / WEIGHTS).unlink()
         shutil.rmtree(run / "checkpoint-6")
         assert main([*again, "--resume_from_checkpoint", "true"]) == 0
@@ -244,7 +246,7 @@ def test_the_default_rules_of_a_text_model_are_no_change(data: Path, tmp_path: P
 
 def test_a_plan_refuses_what_the_run_would(whole: Path, data: Path, tmp_path: Path) -> None:
     run = cut(whole, tmp_path / "run")
-    lines = refusal(*words(data, run, "--rank", "4", "--resume_from_checkpoint", "true", "--dry-run"))
+    lines = refusal(*training(data, run, "--rank", "4", "--resume_from_checkpoint", "true", "--dry-run"))
     assert any("policy[0].rank" in line for line in lines)
 
 
@@ -254,6 +256,6 @@ def test_a_resumed_run_logs_and_saves_as_often_as_its_flags_say(
 ) -> None:
     run = tmp_path / "run"
     resume = ["--resume_from_checkpoint", str(whole / "checkpoint-4"), "--rank", "8"]
-    assert main(words(data, run, *resume, "--save_steps", save, "--logging_steps", log)) == 0
+    assert main(training(data, run, *resume, "--save_steps", save, "--logging_steps", log)) == 0
     assert sorted(int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")) == saved
     assert [step for step, _ in losses(run) if step > 4] == logged

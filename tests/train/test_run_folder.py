@@ -14,7 +14,7 @@ from milora_vl.checkpoints import is_finished
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import RunFolder, choose, default_path, describe_environment
 from milora_vl.recipe.schema import Recipe
-from support.checkpoint_files import make
+from support.checkpoint_files import write_checkpoint
 
 
 def refused(path: Path, resume: str | None = None) -> str:
@@ -43,7 +43,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_checkpoints_without_resume_are_not_overwritten(tmp_path: Path) -> None:
-    make(tmp_path, 5)
+    write_checkpoint(tmp_path, 5)
     text = refused(tmp_path)
     assert "checkpoint-5" in text
     assert "--resume_from_checkpoint true" in text
@@ -55,8 +55,8 @@ def test_files_of_somebody_else_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_resume_takes_the_last_complete_checkpoint(tmp_path: Path) -> None:
-    make(tmp_path, 5)
-    (make(tmp_path, 10) / "optimizer.pt").write_bytes(b"")
+    write_checkpoint(tmp_path, 5)
+    (write_checkpoint(tmp_path, 10) / "optimizer.pt").write_bytes(b"")
     for word in ("true", "True", "auto"):
         folder = choose(tmp_path, word)
         assert folder.checkpoint == tmp_path / "checkpoint-5"
@@ -65,17 +65,17 @@ def test_resume_takes_the_last_complete_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_from_elsewhere_does_not_overwrite_a_finished_run(tmp_path: Path) -> None:
-    checkpoint, run = make(tmp_path / "other", 5), tmp_path / "run"
+    checkpoint, run = write_checkpoint(tmp_path / "other", 5), tmp_path / "run"
     finish(run)
     assert "finished run" in refused(run, str(checkpoint))
-    own = make(run, 5)
+    own = write_checkpoint(run, 5)
     assert choose(run, str(own)).checkpoint == own
 
 
 def test_resume_without_anything_to_resume(tmp_path: Path) -> None:
     assert "nothing to resume" in refused(tmp_path, "true")
     assert "no such folder" in refused(tmp_path, str(tmp_path / "checkpoint-9"))
-    broken = make(tmp_path, 3)
+    broken = write_checkpoint(tmp_path, 3)
     (broken / "trainer_state.json").unlink()
     assert "cannot resume from it" in refused(tmp_path, str(broken))
     assert choose(tmp_path, "auto").checkpoint is None

@@ -16,7 +16,7 @@ from milora_data.sources import load_records
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.train.command import main
 from support.drawn import dump, encoded
-from support.train_runs import words
+from support.train_runs import training
 
 COLOURS = ("red", "green", "blue")
 
@@ -75,8 +75,8 @@ def test_every_command_reads_it(saved: Path, tmp_path: Path, capsys: Any) -> Non
 @pytest.mark.parametrize("how", [[], ["--streaming"], ["--packing", "--max_length", "256"]], ids=str)
 def test_a_training_reads_it(how: list[str], saved: Path, tmp_path: Path) -> None:
     flags = ["--data_path", str(saved), "--image_folder", str(tmp_path), "--rank", "4", "--max_steps", "2", *how]
-    assert main(words(tmp_path, tmp_path / "run", *flags)) == 0
-    assert main(words(tmp_path, tmp_path / "planned", *flags, "--dry-run")) == 0
+    assert main(training(tmp_path, tmp_path / "run", *flags)) == 0
+    assert main(training(tmp_path, tmp_path / "planned", *flags, "--dry-run")) == 0
 
 
 def test_it_is_a_source_of_a_mixture_and_of_forgetting(saved: Path, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_of_several_splits_one_has_to_be_named(two_splits: Path, tmp_path: Path)
     flags = ["--data_path", str(two_splits), "--image_folder", str(tmp_path), "--rank", "4"]
     for how in ([], ["--streaming"], ["--bad_images", "skip"]):
         with pytest.raises(UserError, match="2 splits"):
-            main(words(tmp_path, tmp_path / "run", *flags, *how))
+            main(training(tmp_path, tmp_path / "run", *flags, *how))
     assert [len(list(load_records(two_splits / name))) for name in ("train", "test")] == [6, 3]
     datasets.DatasetDict({"validation": split(4)}).save_to_disk(tmp_path / "one")
     assert len(list(load_records(tmp_path / "one"))) == 4  # there is no choice

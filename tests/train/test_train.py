@@ -18,7 +18,7 @@ from milora_data.errors import UserError
 from milora_vl.policy import ranks
 from milora_vl.train.command import main
 from support.drawn import write_tiny_data
-from support.train_runs import METHODS, WEIGHTS, content, losses, words
+from support.train_runs import METHODS, WEIGHTS, losses, read_json, training
 from support.versions import TRANSFORMERS_5
 
 
@@ -26,28 +26,28 @@ from support.versions import TRANSFORMERS_5
 def plain_run(tmp_path_factory: pytest.TempPathFactory, tiny_records: list[dict[str, Any]]) -> Path:
     """A finished run of MiLoRA and nothing else, to look at: its data lies beside it."""
     folder = tmp_path_factory.mktemp("plain")
-    assert main(words(write_tiny_data(folder / "data", tiny_records), folder / "run", "--rank", "4")) == 0
+    assert main(training(write_tiny_data(folder / "data", tiny_records), folder / "run", "--rank", "4")) == 0
     return folder / "run"
 
 
 def test_the_run_folder_is_complete(tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     extra = ["--rank", "4", "--eval_data_path", str(tiny_data / "val.json"), "--eval_strategy", "steps"]
-    assert main(words(tiny_data, run, *extra, "--eval_steps", "3", "--dropout", "0")) == 0
+    assert main(training(tiny_data, run, *extra, "--eval_steps", "3", "--dropout", "0")) == 0
     names = {path.name for path in run.iterdir()}
     assert names >= {
         "recipe.yaml", "environment.json", "policy.json", "spectrum.json", "README.md", "trainer_state.json",
         "report.html", "milora.json", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
     }  # fmt: skip
-    environment = content(run, "environment.json")
+    environment = read_json(run, "environment.json")
     assert environment["finished"]
     assert environment["data"] == {"train": 12, "eval": 4, "skipped": 0}
     assert environment["base"] == "tiny"
-    policy = content(run, "policy.json")
+    policy = read_json(run, "policy.json")
     assert len(policy["targets"]) == 16
     assert len(policy["layers"]) == 14
-    assert {entry["tower"] for entry in content(run, "spectrum.json")} == {"language", "projector", "vision"}
-    log = content(run, "trainer_state.json")["log_history"]
+    assert {entry["tower"] for entry in read_json(run, "spectrum.json")} == {"language", "projector", "vision"}
+    log = read_json(run, "trainer_state.json")["log_history"]
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6]
     front = yaml.safe_load((run / "README.md").read_text().split("---")[1])
     assert front["base_model"] == "tiny"
@@ -57,16 +57,16 @@ def test_the_run_folder_is_complete(tiny_data: Path, tmp_path: Path) -> None:
 def test_factors_are_computed_once_for_several_runs(tiny_data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "factors"
     extra = ["--rank", "4", "--max_steps", "1", "--factor_cache", str(cache)]
-    assert main(words(tiny_data, tmp_path / "a", *extra)) == 0
+    assert main(training(tiny_data, tmp_path / "a", *extra)) == 0
     made = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
     assert len(made) == 14
-    assert main(words(tiny_data, tmp_path / "b", *extra, "--learning_rate", "1e-2")) == 0
+    assert main(training(tiny_data, tmp_path / "b", *extra, "--learning_rate", "1e-2")) == 0
     assert {file: file.stat().st_mtime_ns for file in cache.iterdir()} == made
     first, second = (load_file(tmp_path / run / "adapter_model.safetensors") for run in "ab")
     # The lower half of each is the anchor.
     assert all(torch.equal(w[4:], second[name][4:]) for name, w in first.items() if "lora_A" in name)
     with pytest.raises(UserError, match="expected a folder, this is a file"):
-        main(words(tiny_data, tmp_path / "c", "--rank", "4", "--factor_cache", str(tiny_data / "train.json")))
+        main(training(tiny_data, tmp_path / "c", "--rank", "4", "--factor_cache", str(tiny_data / "train.json")))
 
 
 def test_a_recipe_given_back_repeats_the_run(plain_run: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(p
     shutil.copy(plain_run / "recipe.yaml", tmp_path)
     more = ["--rank", "4", "--resume_from_checkpoint", str(checkpoint)]
     with pytest.raises(UserError, match=r"milora.json is missing") as error:
-        main(words(plain_run.parent / "data", tmp_path / "again", *more))
+        main(training(plain_run.parent / "data", tmp_path / "again", *more))
     problem = error.value.problems[0]
     assert (problem.code, problem.where) == ("checkpoint-incomplete", str(checkpoint))
 
@@ -96,7 +96,7 @@ def test_a_rank_from_a_spectrum_is_found_once_for_each_weight(
     monkeypatch.setattr(ranks, "_ascending", lambda module, cache: looked_at.append(module) or ascending(module, cache))
     rules = "[{modules: language, method: milora, rank: {energy: 0.05}}]"
     cache = ["--factor_cache", str(tmp_path / "factors")]
-    assert main(words(tiny_data, tmp_path / "run", "--policy", rules, "--max_steps", "1", *cache)) == 0
+    assert main(training(tiny_data, tmp_path / "run", "--policy", rules, "--max_steps", "1", *cache)) == 0
     assert len(looked_at) == len(set(looked_at)) == 14
     assert len(list((tmp_path / "factors").iterdir())) == 2 * 14, "a spectrum and factors of each"
 
@@ -110,7 +110,7 @@ def test_every_method_trains_with_the_same_command_and_resumes_with_the_same_los
     weights = WEIGHTS.get(method, "adapter_model.safetensors")
     extra = ["--method", method, *METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]
     extra += ["--logging_steps", "2", "--save_steps", "3"]
-    assert main(words(tiny_data, whole, *extra)) == 0
+    assert main(training(tiny_data, whole, *extra)) == 0
     shown = capfd.readouterr().err
     assert shown.count("trainable params: ") == 1
     assert "|| trainable%: " in shown
@@ -124,7 +124,7 @@ def test_every_method_trains_with_the_same_command_and_resumes_with_the_same_los
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoint-6")
     (part / weights).unlink()
-    assert main(words(tiny_data, part, *extra, "--resume_from_checkpoint", "true")) == 0
+    assert main(training(tiny_data, part, *extra, "--resume_from_checkpoint", "true")) == 0
     assert losses(part) == history
     before, after = load_file(whole / weights), load_file(part / weights)
     assert before.keys() == after.keys()
@@ -137,7 +137,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tiny_data: Path, tmp_path: Pat
         extra = ["--method", method, *METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]
         # Upside down, so that the first checkpoint is the best one and must come back after the last.
         best = ["--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--save_total_limit", "1"]
-        assert main(words(tiny_data, run, *extra, *best, "--greater_is_better", "True")) == 0
+        assert main(training(tiny_data, run, *extra, *best, "--greater_is_better", "True")) == 0
         weights = WEIGHTS.get(method, "adapter_model.safetensors")
         kept = sorted(path.name for path in run.glob("checkpoint-*"))
         assert kept == ["checkpoint-2"]
@@ -150,7 +150,7 @@ def test_accumulation_equals_a_larger_batch(tiny_data: Path, tmp_path: Path) -> 
     for per_device, accumulation in ((4, 1), (1, 4)):
         run = tmp_path / f"{per_device}"
         extra = ["--rank", "4", "--dropout", "0", "--gradient_accumulation_steps", str(accumulation)]
-        assert main(words(tiny_data, run, *extra, "--per_device_train_batch_size", str(per_device))) == 0
+        assert main(training(tiny_data, run, *extra, "--per_device_train_batch_size", str(per_device))) == 0
         runs.append(losses(run))
     for (_, one), (_, other) in zip(*runs, strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1.5e-4)  # some versions of transformers log four decimals
@@ -158,8 +158,8 @@ def test_accumulation_equals_a_larger_batch(tiny_data: Path, tmp_path: Path) -> 
 
 def test_checkpointing_and_bf16_train_too(plain_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     frugal, half = tmp_path / "b", tmp_path / "c"
-    assert main(words(tiny_data, frugal, "--rank", "4", "--gradient_checkpointing", "True")) == 0
-    assert main(words(tiny_data, half, "--rank", "4", "--bf16")) == 0
+    assert main(training(tiny_data, frugal, "--rank", "4", "--gradient_checkpointing", "True")) == 0
+    assert main(training(tiny_data, half, "--rank", "4", "--bf16")) == 0
     for (_, a), (_, b), (_, c) in zip(losses(plain_run), losses(frugal), losses(half), strict=True):
         assert b == pytest.approx(a, rel=1e-5, abs=1.5e-4)
         assert c == pytest.approx(a, rel=2e-2)
@@ -170,8 +170,8 @@ def test_text_only_models_take_the_same_road(tiny_data: Path, tmp_path: Path) ->
     (tiny_data / "text.json").write_text(json.dumps([r for r in records if "image" not in r]))
     run = tmp_path / "run"
     more = ["--model", "tiny-text", "--data_path", str(tiny_data / "text.json"), "--rank", "4"]
-    assert main(words(tiny_data, run, *more)) == 0
-    assert {t["tower"] for t in content(run, "policy.json")["targets"]} == {"language"}
+    assert main(training(tiny_data, run, *more)) == 0
+    assert {t["tower"] for t in read_json(run, "policy.json")["targets"]} == {"language"}
 
 
 MISTAKES = {
@@ -196,7 +196,7 @@ def test_mistakes_are_told_before_anything_is_written(
     more, said = MISTAKES[mistake]
     rank = [] if "--policy" in more else ["--rank", "4"]
     with pytest.raises(UserError) as error:
-        main(words(tiny_data, tmp_path / "run", *rank, *more))
+        main(training(tiny_data, tmp_path / "run", *rank, *more))
     assert said in str(error.value)
     assert len(str(error.value).splitlines()) <= 6
     assert not (tmp_path / "run").exists()
@@ -211,7 +211,7 @@ def test_a_broken_picture_ends_the_run_with_its_name(workers: str, tiny_data: Pa
         for name in broken:
             (tiny_data / "images" / name).write_bytes(b"no picture")
         with pytest.raises(UserError) as error:
-            main(words(tiny_data, run, *one, "--max_steps", "12"))
+            main(training(tiny_data, run, *one, "--max_steps", "12"))
         assert error.value.exit_code == 1
         assert "cannot read this picture" in str(error.value)
         assert "--bad_images skip" in str(error.value)
@@ -244,11 +244,11 @@ def test_batches_of_similar_length_come_in_the_same_order_in_a_resumed_run(
     """--group_by_length, stopped in the middle of the second epoch (three steps each)."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     extra = ["--rank", "4", "--group_by_length", "True", "--save_steps", "4"]
-    assert main(words(tiny_data, whole, *extra)) == 0
+    assert main(training(tiny_data, whole, *extra)) == 0
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoint-6")
     (part / "adapter_model.safetensors").unlink()
-    assert main(words(tiny_data, part, *extra, "--resume_from_checkpoint", "true")) == 0
+    assert main(training(tiny_data, part, *extra, "--resume_from_checkpoint", "true")) == 0
     assert losses(part) == losses(whole)
     assert losses(plain_run) != losses(whole)
 
@@ -266,8 +266,8 @@ def test_a_text_model_is_asked_without_a_picture(tiny_data: Path, tmp_path: Path
     data, run = tiny_data / "text only.json", tmp_path / "my run"
     records = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}] * 4
     data.write_text(json.dumps(records))
-    words = ["--model", "tiny-text", "--data_path", str(data), "--rank", "4", "--max_steps", "1", "--use_cpu"]
-    assert main([*words, "--output_dir", str(run)]) == 0
+    flags = ["--model", "tiny-text", "--data_path", str(data), "--rank", "4", "--max_steps", "1", "--use_cpu"]
+    assert main([*flags, "--output_dir", str(run)]) == 0
     asked = f"python -m milora_vl.chat --model tiny-text --adapter '{run}' QUESTION"
     assert capfd.readouterr().err.rstrip().endswith(asked)
     typed = commands(read_run(run))

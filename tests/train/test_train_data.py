@@ -17,28 +17,28 @@ from milora_data.records import Record
 from milora_vl.plan import run_data
 from milora_vl.recipe.schema import DataConfig
 from milora_vl.train.command import main
-from support.train_runs import losses, many, words
+from support.train_runs import lengthen_data, losses, training
 
 
 def test_packed_records_train_and_resume(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
-    many(tiny_data, 60)
+    lengthen_data(tiny_data, 60)
     extra = ["--rank", "4", "--packing", "--max_length", "256", "--per_device_train_batch_size", "2", "--dropout", "0"]
-    assert main(words(tiny_data, tmp_path / "whole", *extra)) == 0
+    assert main(training(tiny_data, tmp_path / "whole", *extra)) == 0
     assert "packed into" in capfd.readouterr().err
     assert len(list(tiny_data.glob("train.json.lengths-*.npy"))) == 1
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     for step in (4, 6):
         shutil.rmtree(tmp_path / "half" / f"checkpoint-{step}")
-    half = words(tiny_data, tmp_path / "half", *extra)
+    half = training(tiny_data, tmp_path / "half", *extra)
     assert main([*half, "--resume_from_checkpoint", str(tmp_path / "half" / "checkpoint-2")]) == 0
     assert losses(tmp_path / "half") == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("how", [["--packing"], ["--train_sampling_strategy", "group_by_length"]])
 def test_every_record_of_a_long_file_is_arranged(how: list[str], tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
-    many(tiny_data, 200)
+    lengthen_data(tiny_data, 200)
     extra = ["--rank", "4", *how, "--max_length", "512", "--max_steps", "1"]
-    assert main(words(tiny_data, tmp_path / "run", *extra)) == 0
+    assert main(training(tiny_data, tmp_path / "run", *extra)) == 0
     texts, pictures = np.load(next(tiny_data.glob("train.json.lengths-*.npy")))
     assert len(texts) == 212
     if "--packing" in how:
@@ -64,7 +64,7 @@ def test_llavas_flag_makes_batches_of_one_kind(
         records.append({"id": f"t{number}", "conversations": turns})
     (tiny_data / "train.json").write_text(json.dumps(records))
     flags = "--lora_enable True --lora_r 4 --group_by_modality_length True --max_steps 4".split()
-    assert main(words(tiny_data, tmp_path / "run", *flags)) == 0
+    assert main(training(tiny_data, tmp_path / "run", *flags)) == 0
     assert sorted(kinds, key=str) == [{False}, {False}, {True}, {True}]  # an epoch
 
 
@@ -73,7 +73,7 @@ def test_broken_pictures_cost_no_run_and_are_counted(tiny_data: Path, tmp_path: 
         (tiny_data / "images" / name).write_bytes((tiny_data / "images" / name).read_bytes()[:50])
     run = tmp_path / "run"
     extra = "--rank 4 --bad_images skip --per_device_train_batch_size 1 --max_steps 12".split()
-    assert main(words(tiny_data, run, *extra, "--dataloader_num_workers", "1")) == 0
+    assert main(training(tiny_data, run, *extra, "--dataloader_num_workers", "1")) == 0
     assert "3 times while training: a record was skipped because one of its pictures" in capfd.readouterr().err
 
 
@@ -99,15 +99,15 @@ def test_records_that_are_none_cost_themselves_alone_in_a_mixture_too(
     mixture = {"sources": [{"path": "dirty.jsonl"}, {"path": "train.json", "image_folder": "images"}]}
     (tiny_data / "mix.yaml").write_text(json.dumps(mixture))
     extra = ["--data_path", str(tiny_data / "mix.yaml"), "--rank", "4", "--max_steps", "1"]
-    assert main(words(tiny_data, tmp_path / "run", *extra, "--bad_images", "skip")) == 0
+    assert main(training(tiny_data, tmp_path / "run", *extra, "--bad_images", "skip")) == 0
     assert "3 broken records skipped" in capfd.readouterr().err
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["data"]["train"] == 12
     with pytest.raises(UserError, match=r"dirty.jsonl:1: "):
-        main(words(tiny_data, tmp_path / "raise", *extra))
+        main(training(tiny_data, tmp_path / "raise", *extra))
 
 
 def test_the_demos_recipe_trains_on_data_of_ones_own(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
-    flags = words(tiny_data, tmp_path / "run", "--recipe", "smol-llava-demo", "--rank", "4", "--max_steps", "1")
+    flags = training(tiny_data, tmp_path / "run", "--recipe", "smol-llava-demo", "--rank", "4", "--max_steps", "1")
     assert main([*flags, "--data_path", str(tiny_data / "train.json")]) == 0
     assert "data/emoji/val.json" in capfd.readouterr().err
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -120,7 +120,7 @@ def test_a_stream_without_a_usable_record_says_why(tiny_data: Path, tmp_path: Pa
     records = [{"id": str(n), "image": ["0.png", "1.png", "2.png"], "conversations": turns} for n in range(5)]
     (tiny_data / "train.json").write_text(json.dumps(records))
     with pytest.raises(UserError, match="number of <image> differs|2 <image>") as error:
-        main(words(tiny_data, tmp_path / "run", "--rank", "4", "--streaming", "--bad_images", "skip"))
+        main(training(tiny_data, tmp_path / "run", "--rank", "4", "--streaming", "--bad_images", "skip"))
     assert error.value.problems[0].code == "data-no-records"
 
 

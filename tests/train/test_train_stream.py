@@ -13,7 +13,7 @@ from milora_data.errors import UserError
 from milora_vl.train.command import main
 from support import dirty_data
 from support.launched import launched
-from support.train_runs import losses, many, words
+from support.train_runs import lengthen_data, losses, training
 
 pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)
 
@@ -25,16 +25,16 @@ pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)
 def test_it_resumes_in_the_middle_of_an_epoch(
     workers: str, buffer: str, tiny_data: Path, tmp_path: Path, capfd: Any
 ) -> None:
-    many(tiny_data, 50)
+    lengthen_data(tiny_data, 50)
     extra = ["--rank", "4", "--dropout", "0", "--streaming", "--shuffle_buffer", buffer, "--save_steps", "3"]
     extra += ["--dataloader_num_workers", workers, "--gradient_accumulation_steps", "2"]
-    assert main(words(tiny_data, tmp_path / "whole", *extra)) == 0
+    assert main(training(tiny_data, tmp_path / "whole", *extra)) == 0
     said = capfd.readouterr().err
     assert "a stream; the first" in said
     assert "48 records of a stream" in said
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "checkpoint-6")
-    half = words(tiny_data, tmp_path / "half", *extra)
+    half = training(tiny_data, tmp_path / "half", *extra)
     assert main([*half, "--resume_from_checkpoint", str(tmp_path / "half" / "checkpoint-3")]) == 0
     assert losses(tmp_path / "half") == losses(tmp_path / "whole")
     with pytest.raises(UserError, match="dataloader_num_workers"):
@@ -43,7 +43,7 @@ def test_it_resumes_in_the_middle_of_an_epoch(
 
 def test_a_plan_counts_the_steps_of_a_stream_and_no_epochs(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
     extra = ["--rank", "4", "--streaming", "--max_steps", "7", "--dry-run"]
-    assert main(words(tiny_data, tmp_path / "run", *extra)) == 0
+    assert main(training(tiny_data, tmp_path / "run", *extra)) == 0
     shown = capsys.readouterr().out
     assert "a stream; the first" in shown
     assert "steps  7 (" in shown
@@ -54,7 +54,7 @@ def test_a_plan_counts_the_steps_of_a_stream_and_no_epochs(tiny_data: Path, tmp_
 def test_dirt_in_a_stream_costs_no_run_and_is_counted(policy: str, tmp_path: Path, capfd: Any) -> None:
     path = dirty_data.make(tmp_path / "dirty")
     extra = ["--data_path", str(path), "--bad_images", policy, "--rank", "4", "--streaming", "--max_steps", "20"]
-    assert main(words(path.parent, tmp_path / "run", *extra, "--dataloader_num_workers", "1")) == 0
+    assert main(training(path.parent, tmp_path / "run", *extra, "--dataloader_num_workers", "1")) == 0
     said = capfd.readouterr().err
     assert "times while training: a broken record was skipped" in said
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 20
@@ -63,14 +63,14 @@ def test_dirt_in_a_stream_costs_no_run_and_is_counted(policy: str, tmp_path: Pat
 def test_by_default_the_first_broken_record_is_told_before_the_model_loads(tmp_path: Path) -> None:
     path = dirty_data.make(tmp_path / "dirty")
     with pytest.raises(UserError, match=r"train.jsonl:\d+"):
-        main(words(path.parent, tmp_path / "run", "--data_path", str(path), "--rank", "4", "--streaming"))
+        main(training(path.parent, tmp_path / "run", "--data_path", str(path), "--rank", "4", "--streaming"))
     assert not (tmp_path / "run").exists()
 
 
 def test_what_does_not_go_with_a_stream_is_told_at_once(tiny_data: Path, tmp_path: Path) -> None:
     extra = ["--streaming", "--packing", "--limit", "3", "--max_steps", "-1"]
     with pytest.raises(UserError) as error:
-        main(words(tiny_data, tmp_path / "run", "--rank", "4", *extra))
+        main(training(tiny_data, tmp_path / "run", "--rank", "4", *extra))
     problems = error.value.problems
     assert {problem.code for problem in problems} == {"recipe-streaming"}
     assert [problem.where.rpartition(" ")[2] for problem in problems] == [
@@ -80,12 +80,12 @@ def test_what_does_not_go_with_a_stream_is_told_at_once(tiny_data: Path, tmp_pat
 
 @pytest.mark.slow
 def test_two_processes_share_stream_and_features_and_resume(tiny_data: Path, tmp_path: Path) -> None:
-    many(tiny_data, 50)
+    lengthen_data(tiny_data, 50)
 
     def trained(run: str, *extra: str) -> list[tuple[int, float]]:
         options = ["--rank", "4", "--dropout", "0", "--save_steps", "3", *extra]
         # Its exit code is not asked for: gloo may abort when all is done.
-        launched(["-m", "milora_vl.train", *words(tiny_data, tmp_path / run, *options)], tmp_path)
+        launched(["-m", "milora_vl.train", *training(tiny_data, tmp_path / run, *options)], tmp_path)
         return losses(tmp_path / run)
 
     stream = ["--streaming", "--shuffle_buffer", "8", "--dataloader_num_workers", "1"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from milora_vl.train.command import main
 from support.launched import KINDS, launched, needs_deepspeed, train_in_two
-from support.train_runs import losses, words
+from support.train_runs import losses, training
 
 pytestmark = [pytest.mark.slow, needs_deepspeed]
 EXTRA = ["--rank", "4", "--dropout", "0", "--max_steps", "4"]
@@ -45,8 +45,8 @@ def test_losses_in_pieces_and_evaluations_are_those_of_one_process(
     """Ranks make different numbers of pieces, of which some are empty; the last batch of the evaluation is not full."""
     extra = ["--model", str(tiny_folder), *EXTRA, "--eval_data_path", str(uneven / "val.json")]
     extra += ["--eval_strategy", "steps", "--eval_steps", "2", "--per_device_eval_batch_size", "2"]
-    assert main(words(uneven, tmp_path / "one", *extra)) == 0
-    lines = [words(uneven, tmp_path / kind, *extra, *TWO, *more) for kind, more in KINDS.items()]
+    assert main(training(uneven, tmp_path / "one", *extra)) == 0
+    lines = [training(uneven, tmp_path / kind, *extra, *TWO, *more) for kind, more in KINDS.items()]
     lines[0] += ["--forgetting_every", "4"]
     train_in_two(lines, tmp_path, chunk=3000)
     for kind in KINDS:
@@ -59,10 +59,10 @@ def test_the_best_model_comes_back_and_half_precision_trains(uneven: Path, tiny_
     extra = ["--model", str(tiny_folder), *EXTRA, *TWO]
     best = ["--eval_data_path", str(uneven / "val.json"), "--load_best_model_at_end", "--greater_is_better", "True"]
     half = ["--dtype", "bfloat16", "--bf16", "True"]
-    assert main(words(uneven, tmp_path / "half", *EXTRA, *half)) == 0
+    assert main(training(uneven, tmp_path / "half", *EXTRA, *half)) == 0
     zero = [kind for kind in KINDS if kind != "ddp"]
     train_in_two(
-        [words(uneven, tmp_path / (kind + name), *extra, *more, *KINDS[kind])
+        [training(uneven, tmp_path / (kind + name), *extra, *more, *KINDS[kind])
          for kind in zero for name, more in (("best", best), ("half", half))],
         tmp_path,
     )  # fmt: skip
@@ -93,9 +93,9 @@ def test_a_base_is_composed_whole_by_one_process(
     CLIPVisionModel(tiny_llava()[0].config.vision_config).save_pretrained(tmp_path / "clip")
     extra = ["--model", str(tmp_path / "language"), "--vision_tower", str(tmp_path / "clip")]
     extra += ["--lora_enable", "True", *EXTRA]
-    printed = train_in_two([words(tiny_data, tmp_path / "zero3", *extra, *TWO, *KINDS["zero3"])], tmp_path)
+    printed = train_in_two([training(tiny_data, tmp_path / "zero3", *extra, *TWO, *KINDS["zero3"])], tmp_path)
     assert ", composed from " in printed
-    assert main(words(tiny_data, tmp_path / "one", *extra)) == 0
+    assert main(training(tiny_data, tmp_path / "one", *extra)) == 0
     pairs = zip(losses(tmp_path / "zero3"), losses(tmp_path / "one"), strict=True)
     assert max(abs(first - second) for (_, first), (_, second) in pairs) <= 1e-5
     assert len(list((tmp_path / "cache" / "models").iterdir())) == 1
@@ -104,7 +104,7 @@ def test_a_base_is_composed_whole_by_one_process(
 @pytest.mark.parametrize("kind", ["ddp", "zero3"])
 def test_a_loss_that_is_no_number_is_told_once(kind: str, tiny_data: Path, tmp_path: Path) -> None:
     extra = [*EXTRA, *TWO, *KINDS[kind], "--learning_rate", "1e38", "--lr_scheduler_type", "constant"]
-    done = launched(["-m", "milora_vl.train", *words(tiny_data, tmp_path / "run", *extra)], tmp_path)
+    done = launched(["-m", "milora_vl.train", *training(tiny_data, tmp_path / "run", *extra)], tmp_path)
     assert done.returncode == 1
     assert done.stdout.count("the loss is nan") == 1
     assert "milora_vl/train/" not in done.stdout, "a traceback"

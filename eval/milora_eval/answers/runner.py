@@ -23,7 +23,7 @@ from milora_eval.suites import folder_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class EvaluationPlan:
     """The benchmarks and the generation settings. `shard` is (number from 1, count).
 
     `audit` is the number of items that are asked a second time, one by one.
@@ -58,7 +58,7 @@ class Outcome:
     seconds: float
 
 
-def questions(plan: Plan) -> list[Question]:
+def questions(plan: EvaluationPlan) -> list[Question]:
     """Read the items of all benchmarks and all shards.
 
     Raises UserError for missing data, missing pictures, duplicate ids and two benchmarks with one name.
@@ -94,7 +94,7 @@ def questions(plan: Plan) -> list[Question]:
     return result
 
 
-def ask(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folder: Path) -> Outcome:
+def ask(model: Any, processor: Any, plan: EvaluationPlan, asked: Sequence[Question], folder: Path) -> Outcome:
     """Generate the answers of the plan's shard that are missing in `folder`."""
     store, start = Store(folder, plan.shard), time.perf_counter()
     known = store.known()
@@ -111,7 +111,7 @@ def ask(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folde
     return Outcome(len(todo), time.perf_counter() - start)
 
 
-def finish(plan: Plan, asked: Sequence[Question], folder: Path) -> bool:
+def finish(plan: EvaluationPlan, asked: Sequence[Question], folder: Path) -> bool:
     """Write the complete predictions.jsonl; return False without writing while answers of other shards are missing."""
     store = Store(folder, plan.shard)
     known = store.known()
@@ -122,7 +122,7 @@ def finish(plan: Plan, asked: Sequence[Question], folder: Path) -> bool:
     return True
 
 
-def audit(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], folder: Path) -> dict[str, Any]:
+def audit(model: Any, processor: Any, plan: EvaluationPlan, asked: Sequence[Question], folder: Path) -> dict[str, Any]:
     """Ask `plan.audit` questions again, one by one without shared pictures, and report which answers changed."""
     chosen = {id(item) for item in select([question.item for question in asked], plan.audit)}
     again = [question for question in asked if id(question.item) in chosen]
@@ -137,7 +137,7 @@ def audit(model: Any, processor: Any, plan: Plan, asked: Sequence[Question], fol
     return {"n": len(again), "changed": len(changed), "ids": changed}
 
 
-def _generate(model: Any, processor: Any, plan: Plan, todo: Sequence[Question], store: Store) -> None:
+def _generate(model: Any, processor: Any, plan: EvaluationPlan, todo: Sequence[Question], store: Store) -> None:
     from tqdm import tqdm
 
     interval = 0.5 if sys.stderr.isatty() else 10.0
@@ -153,7 +153,7 @@ def _generate(model: Any, processor: Any, plan: Plan, todo: Sequence[Question], 
 def _run_model(
     model: Any,
     processor: Any,
-    plan: Plan,
+    plan: EvaluationPlan,
     todo: Sequence[Question],
     keep: Callable[[Sequence[Question], Sequence[str]], None],
     *,
@@ -183,7 +183,7 @@ def _run_model(
         )
 
 
-def _line(plan: Plan, question: Question, text: str) -> Line:
+def _line(plan: EvaluationPlan, question: Question, text: str) -> Line:
     folder = folder_of(question.benchmark, plan.data_dir)
     return to_line(question.benchmark, question.item, text, question.key, folder)
 

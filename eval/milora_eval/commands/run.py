@@ -13,7 +13,7 @@ from typing import Any
 from milora_data.command.cli import count, next_step, parser
 from milora_data.command.flags import shared
 from milora_data.errors import DataError, UserError
-from milora_eval.answers.runner import Plan, questions
+from milora_eval.answers.runner import EvaluationPlan, questions
 from milora_eval.answers.selection import parse_shard
 from milora_eval.answers.target import EvalTarget, eval_target
 from milora_eval.benchmark import Benchmark
@@ -24,7 +24,7 @@ from milora_eval.scores.table import FORMATS, show
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
 from milora_vl.adapter_folders import holds_adapter
 from milora_vl.recipe.yaml_file import trained_prompts
-from milora_vl.report.regenerate import rewrite_report
+from milora_vl.report.regenerate import regenerate_report
 
 EXAMPLES = """\
 examples:
@@ -128,7 +128,7 @@ def _arguments(options: argparse.Namespace, target: EvalTarget) -> dict[str, Any
                 hint=f"see: python -m milora_eval ls --data {data}",
             )
     else:
-        questions(Plan(benchmarks=tuple(benchmarks), data_dir=data, limit=limit))
+        questions(EvaluationPlan(benchmarks=tuple(benchmarks), data_dir=data, limit=limit))
     template, image_aspect_ratio = trained_prompts(target.folder)
     return {
         "benchmarks": benchmarks,
@@ -149,7 +149,7 @@ def _is_there(benchmark: Benchmark, data: Path, limit: int | None) -> bool:
     if not has_files(benchmark, data):
         return False
     try:
-        questions(Plan(benchmarks=(benchmark,), data_dir=data, limit=limit))
+        questions(EvaluationPlan(benchmarks=(benchmark,), data_dir=data, limit=limit))
     except DataError as error:
         sys.stderr.write(f"skipped: {error}\n")
         return False
@@ -174,11 +174,11 @@ def _evaluate(options: argparse.Namespace, target: EvalTarget, arguments: dict[s
     """Evaluate the tuned model and, if asked, its base; return their results folders, None while shards are missing."""
     from peft import PeftModel
 
-    from milora_vl.forgetting.measure import hides_its_base
+    from milora_vl.forgetting.measure import can_recover_base
 
     model, processor = _load(options, target.model, target.adapter)
     base = None
-    if (target.base or options.with_base or isinstance(model, PeftModel)) and not hides_its_base(model):
+    if (target.base or options.with_base or isinstance(model, PeftModel)) and not can_recover_base(model):
         base, _ = _load(options, target.base or target.model, None)
     done = []
     if options.with_base:
@@ -189,7 +189,7 @@ def _evaluate(options: argparse.Namespace, target: EvalTarget, arguments: dict[s
     if not all(done):
         return None
     folders = [results_folder(options.output_dir, arguments["suite"], result["which"]) for result in done if result]
-    if options.forgetting_tokens and (base is not None or hides_its_base(model)):
+    if options.forgetting_tokens and (base is not None or can_recover_base(model)):
         sys.stderr.write(f"measuring forgetting on {options.forgetting_tokens:,} tokens of general text\n")
         key = str((done[-1] or {})["generation"]["key"])
         add_forgetting(folders[-1], model, processor, base, key, options.forgetting_tokens)
@@ -230,4 +230,4 @@ def _report(output_dir: Path) -> None:
     from milora_vl.report.model_card import update_scores
 
     update_scores(output_dir)
-    rewrite_report(output_dir)
+    regenerate_report(output_dir)
