@@ -10,6 +10,7 @@ from torch import nn
 
 from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone
 from milora_vl.adapters.load_any import load_any
+from milora_vl.models.devices import device_named, dtype_named
 from milora_vl.models.loading import load_processor, load_weights
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import Quantization
@@ -51,6 +52,15 @@ def load_model(
     if quantization is None:
         model = model.to(device)
     return model.eval(), processor
+
+
+def load_by_flags(name: str, adapter: Path | None, dtype: str | None, device: str | None) -> tuple[nn.Module, Any]:
+    """Load a model as `load_model` does, by the values of --model, --adapter, --dtype and --device.
+
+    Without a device, the model goes to the first GPU, or to the CPU if there is none.
+    """
+    place = device_named(device)
+    return load_model(name, adapter=adapter, dtype=dtype_named(dtype, place), device=place)
 
 
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:

@@ -64,12 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def model(wrapper: Any, name: str, adapter: Path | None, dtype: str | None, device: str | None, batch_size: int) -> Any:
     """Return the harness' wrapper (HFLM) around base + adapter, loaded with `load_model`."""
-    from milora_vl.load import load_model
-    from milora_vl.models.devices import device_named, dtype_named
+    from milora_vl.load import load_by_flags
     from milora_vl.models.loading import split_processor
 
-    place = device_named(device)
-    loaded, processor = load_model(name, adapter=adapter, dtype=dtype_named(dtype, place), device=place)
+    loaded, processor = load_by_flags(name, adapter, dtype, device)
     tokenizer = split_processor(processor)[0]
     return wrapper(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 

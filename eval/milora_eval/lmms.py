@@ -7,6 +7,7 @@ lmms-eval finds it through the entry point `lmms_eval.models` (see pyproject.tom
 from __future__ import annotations
 
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.model import lmms
@@ -16,8 +17,7 @@ from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl.generate import Prompt, generate
-from milora_vl.load import load_model
-from milora_vl.models.devices import device_named, dtype_named
+from milora_vl.load import load_by_flags
 
 MANIFEST = ModelManifest(model_id="milora", simple_class_path="milora_eval.lmms.Milora")
 
@@ -38,9 +38,8 @@ class Milora(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        place = device_named(device)
-        kind = dtype_named(dtype, place)
-        self.loaded, self.processor = load_model(pretrained, adapter=adapter, dtype=kind, device=place)
+        folder = None if adapter is None else Path(adapter)
+        self.loaded, self.processor = load_by_flags(pretrained, folder, dtype, device)
         self.template, self.batch_size = template, int(batch_size)
 
     def generate_until(self, requests: list[Any]) -> list[str]:

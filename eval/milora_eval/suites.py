@@ -17,6 +17,7 @@ from typing import Any, Literal
 from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 from milora_eval.benchmark import Benchmark
+from milora_eval.benchmarks.own_data import OwnData
 
 _HERE = "milora_eval.benchmarks"
 BENCHMARKS: dict[str, str] = {
@@ -117,8 +118,6 @@ def find_benchmark(name: str) -> Benchmark:
     spec, _, protocol = name.partition("@")
     place = BENCHMARKS.get(spec, spec)
     if place.startswith("data:") or Path(place).suffix in (".json", ".jsonl"):
-        from milora_eval.benchmarks.own_data import OwnData
-
         return OwnData(place)
     module, _, attribute = place.partition(":")
     if not attribute and not module.endswith(".py"):

@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if the model or adapter cannot be analysed."""
     options = _options(argv)
     from milora_vl.analyze import job, page
-    from milora_vl.models.devices import device_named
 
     subject = Path(options.subject)
     base = ("--base", options.base) if options.base else ()
@@ -54,9 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             where="--output_dir",
             hint="add:  --output_dir FOLDER",
         )
-    device = device_named(options.device)
     todo = job.plan(
-        options.subject, options.base, rank=options.rank, device=device, modules=options.modules,
+        options.subject, options.base, rank=options.rank, device=options.device, modules=options.modules,
         allow_base_mismatch=options.allow_base_mismatch,
     )  # fmt: skip
     rows = job.rows_of(todo, folder)

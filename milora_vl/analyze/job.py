@@ -21,6 +21,7 @@ from milora_vl.analyze.changes import changes_of_model, read_changes
 from milora_vl.analyze.rows import Row, base_row, update_row
 from milora_vl.analyze.weights import Weights, open_weights
 from milora_vl.load import load_model
+from milora_vl.models.devices import device_named
 
 FILE = "layers.jsonl"
 
@@ -42,12 +43,15 @@ def plan(
     base: str | None,
     *,
     rank: int,
-    device: torch.device,
+    device: str | None = None,
     modules: str | None = None,
     allow_base_mismatch: bool = False,
 ) -> AnalysisPlan:
-    """Open the weights to analyse. Raises UserError if subject and base model do not fit."""
-    folder = Path(subject)
+    """Open the weights to analyse; `device` is the value of --device.
+
+    Raises UserError if subject and base model do not fit.
+    """
+    folder, place = Path(subject), device_named(device)
     is_adapter = holds_adapter(folder) or holds_residual(folder)
     if is_adapter:
         base = base or _named_base(folder)
@@ -55,7 +59,7 @@ def plan(
         weights = open_weights(subject)
         paths = _chosen(weights.paths(), modules)
         key = _digest("base", subject, rank, modules, _stamps(folder))
-        return AnalysisPlan("base", subject, subject, paths, lambda path: base_row(path, weights, device, rank), key)
+        return AnalysisPlan("base", subject, subject, paths, lambda path: base_row(path, weights, place, rank), key)
     weights = open_weights(base)
     if is_adapter:
         changes = read_changes(folder, weights, allow_base_mismatch=allow_base_mismatch)
@@ -66,7 +70,7 @@ def plan(
     key = _digest("update", subject, base, rank, modules, *_files(folder), *_stamps(Path(base)))
     return AnalysisPlan(
         "update", subject, base, _chosen(list(changes), modules),
-        lambda path: update_row(changes[path], weights, device, rank), key,
+        lambda path: update_row(changes[path], weights, place, rank), key,
     )  # fmt: skip
 
 

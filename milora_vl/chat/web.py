@@ -19,7 +19,7 @@ from milora_vl.models.loading import split_processor
 if TYPE_CHECKING:
     from PIL import Image
 
-    from milora_vl.chat.command import Chat
+    from milora_vl.chat.session import Chat
 
 HOST = "127.0.0.1"
 HEIGHT = "60vh"

@@ -1,5 +1,19 @@
 """Convert an adapter of any origin to another form: `python -m milora_vl.export`."""
 
-from milora_vl.export.command import Exported, export, main
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from milora_vl.export.command import main
+
+if TYPE_CHECKING:
+    from milora_vl.export.job import Exported, export
 
 __all__ = ["Exported", "export", "main"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Exported", "export"):
+        raise AttributeError(f"module 'milora_vl.export' has no attribute {name!r}")
+    return getattr(import_module("milora_vl.export.job"), name)  # imported on first use: it needs torch and PEFT

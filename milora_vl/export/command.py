@@ -8,35 +8,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command.cli import next_step, parser, suggest
+from milora_data.command.cli import next_step, parser
 from milora_data.command.flags import shared
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_text_model
 from milora_vl.checkpoints import step_of
+from milora_vl.export.forms import FORMS, parse_form
+from milora_vl.models.quiet import silence_deepspeed
 from milora_vl.recipe.yaml_file import trained_prompts
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from milora_vl.export.job import Exported
 
-    from milora_vl.export.job import LoadsWith
-
-FORMS = {
-    "adapter": "stock PEFT LoRA on the unchanged base model, with milora.json",
-    "merged": "full model, merged in float32 and saved in the data type of the base model",
-    "residual": "form of the papers: a base model without the initial components, and (A, B) of rank r",
-    "llava": "LoRA folder for load_pretrained_model of haotian-liu/LLaVA",
-    "rank-N": "plain LoRA of rank N nearest to the adapter, and its error (rank-r: the r of each module)",
-}
 _EXAMPLES = """\
 examples:
   python -m milora_vl.export runs/a --to merged --output_dir merged
@@ -45,95 +33,16 @@ examples:
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """The result of an export. `layers`: rank per module, and the error of recompression or the drift of a residual.
-
-    `total`: relative error of the whole change by recompression, or by rounding to another data type. `loads_with`:
-    what is needed to load the full model in the folder (merged, residual, base/); None without one.
-    """
-
-    folder: Path
-    form: str
-    origin: str
-    layers: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    total: float | None = None
-    loads_with: LoadsWith | None = None
-
-
-def export(
-    folder: str | Path,
-    to: str,
-    output_dir: str | Path,
-    *,
-    base: str | Path | nn.Module | None = None,
-    dtype: torch.dtype | None = None,
-    with_base: bool = False,
-    residual: str | Path | None = None,
-    initial: str | Path | None = None,
-    vision_tower: str | None = None,
-    allow_base_mismatch: bool = False,
-    remote_code: bool = False,
-) -> Exported:
-    """Write the adapter in `folder` to `output_dir` in the form `to`: adapter, merged, residual, llava or rank-N.
-
-    base: name, folder or HF id of the base model, or a loaded model, which is modified; by default the model that the
-    adapter names. dtype: data type of all written tensors; by default as stored. with_base: write fully trained modules
-    into a copy of the base model (base/), so that the adapter holds only LoRA factors. residual, initial: the residual
-    base and the initial factors of a PiSSA/MiLoRA checkpoint, if the folder does not name them. vision_tower: the CLIP
-    model for LLaVA's config.json. remote_code: write the code of a timm vision tower into the folder of the full
-    model, which then loads with trust_remote_code=True without this package.
-
-    Raises UserError if folder and form do not fit, or if the output folder is not empty.
-    """
-    from milora_vl.adapters.source import find_source
-    from milora_vl.export.job import Job
-    from milora_vl.lora.atomic_write import open_to_others
-    from milora_vl.models.quiet import quiet_bars
-
-    form, rank = _form(to)
-    if with_base and form not in ("adapter", "rank"):
-        message = f"only applies to --to adapter and rank-N, not to {to}"
-        raise UserError(message, code="flag-no-effect", where="--with_base", hint="remove the flag")
-    if remote_code and not (with_base or form in ("merged", "residual")):
-        message = f"only applies to a full model, which --to {to} does not write"
-        raise UserError(message, code="flag-no-effect", where="--remote_code", hint="add:  --with_base")
-    target = Path(output_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(
-            "exists and is not empty; an export overwrites nothing",
-            code="output-exists",
-            where=str(target),
-            hint="use:  --output_dir ANOTHER",
-        )
-    companions = [None if path is None else Path(path) for path in (residual, initial)]
-    source = find_source(Path(folder), *companions)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    job = Job(source, base, dtype, partial, target, vision_tower, allow_base_mismatch, remote_code)
-    try:
-        with nullcontext() if sys.stderr.isatty() else quiet_bars():
-            layers, total, loads_with = job.write(form, rank, with_base)
-        if target.exists():
-            target.rmdir()
-        partial.chmod(0o755)  # only the owner can read a folder of mkdtemp
-        open_to_others(partial)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Exported(target, to, source.kind, layers, total, loads_with)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if the adapter cannot be exported."""
     options = _options(argv)
+    silence_deepspeed()
     import torch
 
-    from milora_vl.models.quiet import silence_deepspeed
+    from milora_vl.export import job
 
-    silence_deepspeed()
     target = options.output_dir or _beside(options.folder, options.to)
-    done = export(
+    done = job.export(
         options.folder,
         options.to,
         target,
@@ -194,21 +103,6 @@ def _beside(folder: Path, to: str) -> Path:
     return named.with_name(f"{folder.resolve().name}-{to}")
 
 
-def _form(to: str) -> tuple[str, int | None]:
-    """Return the kind of form and its rank, ("rank", 64) for rank-64; rank-r keeps the r of each module."""
-    kind, _, number = to.partition("-")
-    if to == "rank-r":
-        return "rank", None
-    if kind == "rank" and number.isdecimal() and int(number) > 0:
-        return "rank", int(number)
-    if to not in FORMS or to == "rank-N":
-        near = suggest(to, [form for form in FORMS if form != "rank-N"])
-        known = f"known forms: {', '.join(FORMS)}   (N is a number: rank-64)"
-        hint = f"{known}\ndid you mean {near[0]} ?" if near else known
-        raise UserError(f"unknown form {to!r}", code="export-unknown-form", where="--to", hint=hint)
-    return to, None
-
-
 def _show(done: Exported, style: str) -> None:
     """Print layers and folder to stdout, and what was converted to stderr."""
     if style == "json":
@@ -223,7 +117,7 @@ def _show(done: Exported, style: str) -> None:
         sys.stdout.write(f"total  error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"{_ORIGINS[done.origin]}, now: {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
-    requested, largest = _form(done.form)[1], max((rank for rank, _ in done.layers.values()), default=0)
+    requested, largest = parse_form(done.form)[1], max((rank for rank, _ in done.layers.values()), default=0)
     if requested is not None and largest < requested:
         sys.stderr.write(f"no change has a rank above {largest}, so {done.form} keeps all of it\n")
     if done.loads_with in _TO_LOAD:

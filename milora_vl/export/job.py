@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,13 +21,16 @@ from milora_vl.adapter_io import load_adapter
 from milora_vl.adapters.imported import import_adapter, refuse_mutating, require_copies
 from milora_vl.adapters.llava import config_for_llava, read_llava, write_llava
 from milora_vl.adapters.plain import PlainAdapter, read_config, read_plain, write_plain
-from milora_vl.adapters.source import Source
+from milora_vl.adapters.source import Source, find_source
 from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
+from milora_vl.export.forms import parse_form
 from milora_vl.export.recompress import loss_of, recompress, total_error
 from milora_vl.export.residual import write_residual
+from milora_vl.lora.atomic_write import open_to_others
 from milora_vl.lora.base_check import fitted
 from milora_vl.lora.sidecar import FILE_NAME, Sidecar
 from milora_vl.models.names import SAME_WEIGHTS
+from milora_vl.models.quiet import quiet_bars
 
 Layers = Mapping[str, tuple[int, float]]
 # What loading a full model needs: only transformers, this package, or its own code with trust_remote_code=True.
@@ -33,8 +38,82 @@ LoadsWith = Literal["transformers", "milora_vl", "trust_remote_code"]
 
 
 @dataclass(frozen=True, slots=True)
+class Exported:
+    """The result of an export. `layers`: rank per module, and the error of recompression or the drift of a residual.
+
+    `total`: relative error of the whole change by recompression, or by rounding to another data type. `loads_with`:
+    what is needed to load the full model in the folder (merged, residual, base/); None without one.
+    """
+
+    folder: Path
+    form: str
+    origin: str
+    layers: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    total: float | None = None
+    loads_with: LoadsWith | None = None
+
+
+def export(
+    folder: str | Path,
+    to: str,
+    output_dir: str | Path,
+    *,
+    base: str | Path | nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    with_base: bool = False,
+    residual: str | Path | None = None,
+    initial: str | Path | None = None,
+    vision_tower: str | None = None,
+    allow_base_mismatch: bool = False,
+    remote_code: bool = False,
+) -> Exported:
+    """Write the adapter in `folder` to `output_dir` in the form `to`: adapter, merged, residual, llava or rank-N.
+
+    base: name, folder or HF id of the base model, or a loaded model, which is modified; by default the model that the
+    adapter names. dtype: data type of all written tensors; by default as stored. with_base: write fully trained modules
+    into a copy of the base model (base/), so that the adapter holds only LoRA factors. residual, initial: the residual
+    base and the initial factors of a PiSSA/MiLoRA checkpoint, if the folder does not name them. vision_tower: the CLIP
+    model for LLaVA's config.json. remote_code: write the code of a timm vision tower into the folder of the full
+    model, which then loads with trust_remote_code=True without this package.
+
+    Raises UserError if folder and form do not fit, or if the output folder is not empty.
+    """
+    form, rank = parse_form(to)
+    if with_base and form not in ("adapter", "rank"):
+        message = f"only applies to --to adapter and rank-N, not to {to}"
+        raise UserError(message, code="flag-no-effect", where="--with_base", hint="remove the flag")
+    if remote_code and not (with_base or form in ("merged", "residual")):
+        message = f"only applies to a full model, which --to {to} does not write"
+        raise UserError(message, code="flag-no-effect", where="--remote_code", hint="add:  --with_base")
+    target = Path(output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(
+            "exists and is not empty; an export overwrites nothing",
+            code="output-exists",
+            where=str(target),
+            hint="use:  --output_dir ANOTHER",
+        )
+    companions = [None if path is None else Path(path) for path in (residual, initial)]
+    source = find_source(Path(folder), *companions)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    job = Job(source, base, dtype, partial, target, vision_tower, allow_base_mismatch, remote_code)
+    try:
+        with nullcontext() if sys.stderr.isatty() else quiet_bars():
+            layers, total, loads_with = job.write(form, rank, with_base)
+        if target.exists():
+            target.rmdir()
+        partial.chmod(0o755)  # only the owner can read a folder of mkdtemp
+        open_to_others(partial)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Exported(target, to, source.kind, layers, total, loads_with)
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
-    """The arguments of `milora_vl.export.export`. `out` is the folder to write, `target` its final path."""
+    """The arguments of `export`. `out` is the folder to write, `target` its final path."""
 
     source: Source
     given_base: str | Path | nn.Module | None

@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _refuse_unused(options)
     _refuse_unfinished(options)
     folder = options.output_dir or _tuned_folder(options)
-    from milora_vl.forgetting.job import Job
+    from milora_vl.forgetting import job
 
-    job = Job(
+    todo = job.Job(
         model=options.model,
         adapter=options.adapter,
         base=options.base,
@@ -54,16 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=options.dtype,
         device=options.device,
     )
-    results = job.run()
+    results = todo.run()
     if options.suite:
-        results["scores"] = job.scores(options.suite, options.data)
+        results["scores"] = todo.scores(options.suite, options.data)
     if options.format == "json":
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
     else:
-        from milora_vl.forgetting.job import table
-
-        sys.stdout.write(table(results))
-    sys.stderr.write(f"written: {job.file}\n")
+        sys.stdout.write(job.table(results))
+    sys.stderr.write(f"written: {todo.file}\n")
     regenerate_report(folder)
     base = ("--base", options.base) if options.base else ()
     next_step("milora_vl.analyze", options.adapter or options.model, *base)

@@ -20,8 +20,7 @@ from milora_vl.adapter_folders import base_of, holds_adapter
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.forgetting.measure import can_recover_base, compare_on, measure_forgetting
 from milora_vl.forgetting.text import sampled_batches
-from milora_vl.load import load_model
-from milora_vl.models.devices import device_named, dtype_named
+from milora_vl.load import load_by_flags
 from milora_vl.models.loading import load_processor, split_processor
 from milora_vl.recipe.yaml_file import trained_prompts
 
@@ -201,8 +200,7 @@ class Job:
         return self._load(self.base or self.model, None)  # a projector, the full model or biases trained
 
     def _load(self, name: str, adapter: Path | None) -> Any:
-        device = device_named(self.device)
-        return load_model(name, adapter=adapter, dtype=dtype_named(self.dtype, device), device=device)[0]
+        return load_by_flags(name, adapter, self.dtype, self.device)[0]
 
 
 def _exists(path: Path) -> bool:

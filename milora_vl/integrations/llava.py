@@ -26,6 +26,7 @@ from milora_data.errors import UserError
 from milora_vl.integrations.replace import get_peft_model_replaced, launch, options
 
 if TYPE_CHECKING:
+    from milora_vl.adapter import Form
     from milora_vl.svd import Part
 
 # Flags of LLaVA's scripts that newer versions of transformers have renamed.
@@ -33,7 +34,7 @@ RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "
 
 
 @contextmanager
-def milora_in_llava(part: Part = "minor", form: str = "anchored", modules: Sequence[str] = ()) -> Iterator[None]:
+def milora_in_llava(part: Part = "minor", form: Form = "anchored", modules: Sequence[str] = ()) -> Iterator[None]:
     """Inside this context LLaVA's `train()` creates MiLoRA adapters and runs on the installed transformers.
 
     `modules` are modules that have imported `get_peft_model` already. LLaVA's own code imports it when it trains.

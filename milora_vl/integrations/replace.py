@@ -8,25 +8,26 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-from milora_data.command.cli import amount, parser, run
+from milora_data.command.cli import parser, run
 from milora_data.errors import UserError
 
 if TYPE_CHECKING:
+    from milora_vl.adapter import Form
     from milora_vl.svd import Part
 
 PARTS, FORMS = ("minor", "principal", "random"), ("anchored", "residual")
 
 
 @contextmanager
-def get_peft_model_replaced(*modules: str, part: Part = "minor", form: str = "anchored") -> Iterator[None]:
+def get_peft_model_replaced(*modules: str, part: Part = "minor", form: Form = "anchored") -> Iterator[None]:
     """Inside this context `get_peft_model` creates the same LoRA with MiLoRA's initialization and anchor.
 
     The function is replaced in `peft`, for every later `from peft import get_peft_model`, and in `modules`, which have
@@ -43,83 +44,21 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", form: str = "an
     """
     import peft
 
-    from milora_vl.reinit import reinit_peft  # import it first: this package needs the stock get_peft_model
+    from milora_vl.integrations import peft_calls  # import it first: this package needs the stock get_peft_model
 
     stock = peft.get_peft_model
     namespaces = [peft, *(import_module(name) for name in modules)]
     originals = [namespace.__dict__["get_peft_model"] for namespace in namespaces]
     for namespace in namespaces:
-        namespace.__dict__["get_peft_model"] = _replacement(stock, lambda model: reinit_peft(model, part, form))  # type: ignore[arg-type]
+        namespace.__dict__["get_peft_model"] = peft_calls.replacement(stock, part, form)
     try:
         with patch.object(
-            peft.PeftModel, "from_pretrained", staticmethod(_restoring_loader(peft.PeftModel.from_pretrained))
+            peft.PeftModel, "from_pretrained", staticmethod(peft_calls.restoring_loader(peft.PeftModel.from_pretrained))
         ):
             yield
     finally:
         for namespace, original in zip(namespaces, originals, strict=True):
             namespace.__dict__["get_peft_model"] = original
-
-
-def _replacement(stock: Callable[..., Any], reinit: Callable[[Any], Any]) -> Callable[..., Any]:
-    def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call PEFT's function, then initialize the LoRA with MiLoRA. Other adapters than a LoRA are not changed."""
-        from peft import LoraConfig
-
-        adapted = stock(model, peft_config, *args, **kwargs)
-        if not isinstance(peft_config, LoraConfig):
-            sys.stderr.write(f"milora: {type(peft_config).__name__} is not a LoRA and is left unchanged\n")
-            return adapted
-        _remove_vision_adapters(adapted)
-        try:
-            tuned = reinit(adapted)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(str(error), code="adapter-unsupported-kind", where="get_peft_model") from error
-        method = tuned.milora_targets[0].method
-        sys.stderr.write(f"milora: method {method} on {amount(len(tuned.milora_report), 'module')}\n")
-        return tuned
-
-    return get_peft_model
-
-
-def _restoring_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def from_pretrained(
-        model: Any, model_id: Any, adapter_name: str = "default", is_trainable: bool = False, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Call PEFT's method, and restore the trained half and the anchor of a MiLoRA adapter that is trainable."""
-        from milora_vl.lora.sidecar import FILE_NAME
-        from milora_vl.reinit import restore_split
-
-        loaded = stock(model, model_id, adapter_name, is_trainable, *args, **kwargs)
-        if is_trainable and (Path(model_id) / FILE_NAME).is_file():
-            loaded = restore_split(loaded, model_id)
-            sys.stderr.write(f"milora: {model_id} continues training as a MiLoRA adapter\n")
-        return loaded
-
-    return from_pretrained
-
-
-def _remove_vision_adapters(model: Any) -> None:
-    """Remove the LoRA from vision modules that suffix targets such as q_proj match by accident (LLaVA issue 1380).
-
-    If PEFT has adapted vision modules alone, that was intended, and they stay.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    from milora_vl.towers import find_towers
-
-    base = model.get_base_model()
-    towers = find_towers(base)
-    adapted = [p for p, m in base.named_modules() if isinstance(m, LoraLayer)]
-    vision = [path for path in adapted if towers.tower_of(path) == "vision"]
-    if not vision or len(vision) == len(adapted):
-        return
-    for path in vision:
-        parent, _, name = path.rpartition(".")
-        layer = base.get_submodule(path)
-        setattr(base.get_submodule(parent), name, layer.get_base_layer())
-    sys.stderr.write(f"milora: {len(vision):,} modules of the vision tower, matched by name only, stay frozen\n")
 
 
 def launch(script: Path, arguments: Sequence[str]) -> None:

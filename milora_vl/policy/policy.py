@@ -56,11 +56,9 @@ class Policy:
         cache_dir: str | Path | None = None,
     ) -> list[Target]:
         """Return the targets of a policy. Problems of parsing and of resolving come in one PolicyError."""
-        from milora_vl.policy.resolve import resolve
+        from milora_vl.policy.resolve import resolve  # imports PEFT, which parsing a recipe does not need
 
-        if isinstance(source, Policy):
-            return source.resolve(model, cache_dir=cache_dir)
-        rules, problems = _read(source)
+        rules, problems = (source.rules, []) if isinstance(source, Policy) else _read(source)
         try:
             targets = resolve(rules, model, is_complete=not problems, cache_dir=cache_dir)
         except PolicyError as error:
@@ -82,9 +80,7 @@ class Policy:
         >>> [(t.path, t.shape, t.rank, t.alpha) for t in policy.resolve(nn.Sequential(nn.Linear(4, 6)))]
         [('0', (6, 4), 2, 2.0)]
         """
-        from milora_vl.policy.resolve import resolve  # imports PEFT, which parsing a recipe does not need
-
-        return resolve(self.rules, model, cache_dir=cache_dir)
+        return Policy.parse_and_resolve(self, model, cache_dir=cache_dir)
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return the rules as mappings, as in YAML."""

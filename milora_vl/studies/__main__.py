@@ -12,13 +12,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import llava_recipes
 from milora_data.command.cli import amount, next_step, parser, positive, run
 from milora_data.command.flags import shared
+from milora_vl.studies.study import Study, chosen, read_study
+from milora_vl.studies.tasks import load_task, task_class
+from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.runner import alone
 
 if TYPE_CHECKING:
     from milora_vl.studies.runner import Folder
-    from milora_vl.studies.study import Study
-    from milora_vl.sweep.cells import Cell
 
 _EXAMPLES = """\
 A study is a question and a task, QUESTION.TASK: components.minilm. The question alone means all its tasks.
@@ -34,8 +37,6 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Raises UserError for an unknown study."""
     options = _options(argv)
-    from milora_vl.studies.study import chosen, read_study
-
     if options.list or options.study is None:
         _list(options.format == "json")
         return 0
@@ -65,9 +66,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _list(as_json: bool) -> None:
-    import llava_recipes
-    from milora_vl.studies.study import read_study
-
     questions = {name: read_study(name).question for name in llava_recipes.names("study")}
     lines: list[str] = []
     for question, names in groupby(questions, key=questions.__getitem__):
@@ -77,18 +75,15 @@ def _list(as_json: bool) -> None:
 
 
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
-    from milora_vl.studies import page
-    from milora_vl.studies.runner import Folder, all_cells, run_study
-    from milora_vl.studies.tasks import load_task, task_class
-    from milora_vl.sweep.runner import alone
+    from milora_vl.studies import page, runner
 
     task_class(study.task)  # raises UserError for missing packages or data before the workers start
     if study.each is not None:
         sys.stderr.write(f"{name}: reading the matrices of its model ...\n")
         study = study.with_each(load_task(study.task).model())
-    folder = Folder(options.output_dir / name, study)
+    folder = runner.Folder(options.output_dir / name, study)
     jobs = options.jobs or min(os.cpu_count() or 1, 4)
-    cells = all_cells(folder)
+    cells = runner.all_cells(folder)
     left = [cell for cell in cells if folder.result(cell) is None]
     estimate = _time_left(folder, cells, len(left), jobs)
     sys.stderr.write(
@@ -101,16 +96,18 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
 
     def on_done(cell: Cell, is_done: bool, left: int) -> None:
         status = "done" if is_done else "FAILED"
-        sys.stderr.write(f"{status:<8}{cell.name}   {left:,} left{_time_left(folder, all_cells(folder), left, jobs)}\n")
+        sys.stderr.write(
+            f"{status:<8}{cell.name}   {left:,} left{_time_left(folder, runner.all_cells(folder), left, jobs)}\n"
+        )
 
     with alone(folder.path):
-        run_study(folder, jobs, retry=options.retry, on_done=on_done)
+        runner.run_study(folder, jobs, retry=options.retry, on_done=on_done)
         written, table = page.write(folder, command)
     as_json = json.dumps({"study": name, "arms": [dict(zip(table.header, row, strict=True)) for row in table.rows]})
     sys.stdout.write(f"{as_json if options.format == 'json' else page.markdown(table)}\n")
     if options.docs:
         sys.stderr.write(f"docs: {page.document(name, folder, options.docs)}\n")
-    failed = [cell for cell in all_cells(folder) if folder.failure(cell)]
+    failed = [cell for cell in runner.all_cells(folder) if folder.failure(cell)]
     for cell in failed:
         sys.stderr.write(
             f"failed: {cell.name}   see {folder.path / 'failed' / cell.name}.json; try again with --retry\n"

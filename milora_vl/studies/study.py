@@ -6,10 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
-from torch import nn
 
 import llava_recipes
 from milora_data.command.cli import suggest
@@ -18,6 +17,9 @@ from milora_vl.policy import Policy, PolicyError
 from milora_vl.recipe import yaml_file
 from milora_vl.recipe.schema import Strict
 from milora_vl.sweep.cells import Cell, arm_rules
+
+if TYPE_CHECKING:  # torch takes a second, and the list of studies needs none of it
+    from torch import nn
 
 VERSION = 1  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from milora_data.command.atomic_write import read_json, write_json
 from milora_data.command.cli import amount, next_step, parser, positive, run
@@ -21,10 +20,9 @@ from milora_data.command.flags import shared
 from milora_data.errors import Problem, UserError
 from milora_eval.suites import find_benchmark, find_suite, has_files
 from milora_vl.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from milora_vl.sweep.cells import Cell
-    from milora_vl.sweep.runner import Evaluation, Sweep
+from milora_vl.sweep import page
+from milora_vl.sweep.cells import Cell, make_cells, recipe_of
+from milora_vl.sweep.runner import Evaluation, Sweep, alone, run_cells
 
 _EXAMPLES = """\
 methods: milora, lora, pissa, random, dora, olora, mica, full (as in milora_vl.train);
@@ -43,9 +41,6 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Raises UserError if the recipe or the flags are not usable."""
     options = _options(argv)
-    from milora_vl.sweep import page
-    from milora_vl.sweep.runner import Evaluation, Sweep, alone, run_cells
-
     recipe = _recipe(options.recipe)
     evaluation = Evaluation(
         options.suite or recipe.sweep.suite or next(iter(recipe.eval.suites), ""),
@@ -146,8 +141,6 @@ def _recipe(name: str) -> Recipe:
 
 def _checked_cells(options: argparse.Namespace, recipe: Recipe, evaluation: Evaluation) -> list[Cell]:
     """Return the cells. Raises UserError with all problems before the first step."""
-    from milora_vl.sweep.cells import make_cells, recipe_of
-
     problems, cells = _missing(options.recipe, recipe, evaluation), []
     try:
         if evaluation.suite:
@@ -260,8 +253,6 @@ def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str
 
 def _estimate(sweep: Sweep, cell: Cell, left: int, jobs: int) -> str:
     """Return the cost of one cell from `milora_vl.train --dry-run`. Raises UserError if the cell cannot run."""
-    from milora_vl.sweep.cells import recipe_of
-
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"{cell.name}.yaml")
         file.write_text(recipe_of(sweep.recipe, cell).to_yaml(), encoding="utf-8")

@@ -31,7 +31,7 @@ def disturbed(model: Any) -> Any:
 
 def analysed(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
     """The rows of a trained folder by path, without figures, which take their time."""
-    todo = plan(str(folder), str(base), rank=8, device=torch.device("cpu"))
+    todo = plan(str(folder), str(base), rank=8, device="cpu")
     return {row["path"]: row for row in rows_of(todo, folder / "analysis")}
 
 
@@ -118,7 +118,7 @@ def test_a_text_only_base_and_its_figures(tmp_path: Path, capsys: pytest.Capture
 
 def test_what_was_interrupted_goes_on(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(rank: int) -> None:
-        todo = plan(str(base), None, rank=rank, device=torch.device("cpu"), modules="*language*mlp*")
+        todo = plan(str(base), None, rank=rank, device="cpu", modules="*language*mlp*")
         assert len(rows_of(todo, tmp_path)) == 6
 
     run(4)

@@ -11,7 +11,7 @@ from PIL import Image
 from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_vl import chat
-from milora_vl.chat import command
+from milora_vl.chat.session import WordStreamer
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
 from support.adapter_cases import move
@@ -87,7 +87,7 @@ def test_words_are_streamed_as_they_come_without_the_first_space(
     import torch
 
     tokenizer = tiny_llama()[1]
-    words, seen = command._word_streamer(tokenizer), []
+    words, seen = WordStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), []
     words.put(torch.tensor([[1, 2]]))  # the prompt, which is not shown
     for word in (" red", " apple "):
         for number in tokenizer(word, add_special_tokens=False).input_ids:

@@ -12,7 +12,8 @@ import pytest
 from milora_data.errors import UserError
 from milora_data.images.files import load_image
 from milora_data.records import Turn
-from milora_vl.chat.command import Chat, main
+from milora_vl.chat.command import main
+from milora_vl.chat.session import Chat
 from milora_vl.chat.web import answers, free_port, page
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model

@@ -254,6 +254,22 @@ def test_a_benchmark_of_ones_own_is_named_by_module_and_class(
     assert json.loads((folder / "results.json").read_text())["benchmarks"][0]["name"] == "mine"
 
 
+def test_base_and_tuned_model_share_one_reading_of_the_questions(adapter: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "counted.py").write_text(
+        "from pathlib import Path\n\nfrom milora_eval.benchmarks.emoji import Emoji\n\n"
+        "class Counted(Emoji):\n    name = 'counted'\n    max_new_tokens = 2\n\n"
+        "    def load(self, data_dir):\n"
+        "        with Path(__file__).with_name('reads').open('a') as file:\n            file.write('one\\n')\n"
+        "        return super().load(data_dir)\n"
+    )
+    flags = ["--model", "tiny", "--adapter", str(adapter), "--benchmarks", str(tmp_path / "counted.py")]
+    flags += ["--data", str(data), "--with_base", "--forgetting_tokens", "0", "--output_dir", str(tmp_path)]
+    assert main(["run", *flags]) == 0
+    assert (tmp_path / "reads").read_text() == "one\n"
+    asked = [json.loads((tmp_path / f"eval/counted/{which}/results.json").read_text()) for which in ("base", "final")]
+    assert asked[0]["asked"] == asked[1]["asked"] > 0
+
+
 def test_weights_that_are_not_here_are_a_mistake_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     from milora_vl.load import load_model
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from milora_data.errors import UserError
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.adapters.llava import KNOWN_KEYS
-from milora_vl.export.command import export
+from milora_vl.export import export
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move
 from support.llava_oracle import llava_train, original_llava
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
-from milora_vl.export.command import export
+from milora_vl.export import export
 from support.adapter_cases import llava_batch, move, raises_code
 from support.versions import TORCH
 

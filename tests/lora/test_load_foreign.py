@@ -16,7 +16,7 @@ from milora_eval.__main__ import main
 from milora_eval.answers.identity import adapter_digest
 from milora_eval.answers.store import read_lines
 from milora_vl import apply_milora, load_model, save_adapter
-from milora_vl.export.command import export
+from milora_vl.export import export
 from support import official_data
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
 

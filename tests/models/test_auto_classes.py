@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from milora_data.errors import UserError
 from milora_vl import apply_milora, compose, load_model, save_adapter
-from milora_vl.export.command import export, main
+from milora_vl.export import export, main
 from support.adapter_cases import move
 
 POLICY = "[{modules: language, method: milora, rank: 2}, {modules: projector, method: full, learning_rate: 1.0e-3}]"

@@ -182,7 +182,7 @@ def adapter_on(kind: str, root: Path) -> Path:
 
 
 def test_an_export_for_llava_knows_the_tower_that_its_base_was_composed_of(tmp_path: Path) -> None:
-    from milora_vl.export.command import export
+    from milora_vl.export import export
 
     adapter = adapter_on("clip", tmp_path)
     export(adapter, "llava", tmp_path / "llava-lora")
@@ -200,7 +200,7 @@ def test_an_export_for_llava_knows_the_tower_that_its_base_was_composed_of(tmp_p
 
 @pytest.mark.parametrize(("kind", "named"), [("timm/test_vit", "timm/test_vit"), ("siglip", "/tower")])
 def test_an_export_for_llava_refuses_a_tower_that_is_no_clip(kind: str, named: str, tmp_path: Path) -> None:
-    from milora_vl.export.command import export
+    from milora_vl.export import export
 
     with pytest.raises(UserError, match=f"loads only CLIP vision towers, this base has .*{named}"):
         export(adapter_on(kind, tmp_path), "llava", tmp_path / "llava-lora")

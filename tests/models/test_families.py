@@ -16,7 +16,7 @@ from torch import nn
 
 from milora_data.errors import UserError
 from milora_vl import Policy, apply_milora, load_adapter, merge, save_adapter
-from milora_vl.export.command import export
+from milora_vl.export import export
 from milora_vl.towers import find_towers
 from milora_vl.train.command import main as train
 from milora_vl.weights.matrices import is_linear

@@ -11,10 +11,9 @@ from pathlib import Path
 from milora_data.command.cli import next_step, parser
 from milora_data.command.flags import shared
 from milora_data.errors import UserError
-from milora_eval.evaluate import write_table
 from milora_eval.judge import Endpoint, judge_by, judge_from_file, unjudged
 from milora_eval.scores.results import require_answers, score
-from milora_eval.scores.table import FORMATS, show
+from milora_eval.scores.table import FORMATS, show, write_table
 
 EXAMPLES = """\
 examples:

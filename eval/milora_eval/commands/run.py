@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from milora_data.command.cli import count, next_step, parser
 from milora_data.command.flags import shared
 from milora_data.errors import DataError, UserError
-from milora_eval.answers.runner import EvaluationPlan, questions
+from milora_eval.answers.questions import EvaluationPlan, Items, read_items
 from milora_eval.answers.selection import parse_shard
 from milora_eval.answers.target import EvalTarget, eval_target
 from milora_eval.benchmark import Benchmark
-from milora_eval.evaluate import add_forgetting, results_folder, run, write_table
 from milora_eval.scores.exports import SUBMISSION
 from milora_eval.scores.results import read_results
-from milora_eval.scores.table import FORMATS, show
+from milora_eval.scores.table import FORMATS, show, write_table
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
 from milora_vl.adapter_folders import holds_adapter
 from milora_vl.recipe.yaml_file import trained_prompts
+from milora_vl.report.model_card import update_scores
 from milora_vl.report.regenerate import regenerate_report
 
 EXAMPLES = """\
@@ -46,12 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             code="flag-conflict",
             where="--with_base",
         )
-    arguments = _arguments(options, target)
+    plan, items = _planned(options, target)
     run_folders = (target.folder.resolve(), target.folder.resolve().parent)  # a checkpoint is evaluated into its run
     if holds_adapter(options.output_dir) and options.output_dir.resolve() not in run_folders:
         sys.stderr.write(f"warning: {options.output_dir} holds another adapter; its scores and report are replaced\n")
     sys.stderr.write(f"loading {options.model}" + (f" with {target.adapter}\n" if target.adapter else "\n"))
-    folders = _evaluate(options, target, arguments)
+    from milora_eval import job
+
+    folders = job.run(options, target, plan, items)
     if folders is None:
         sys.stderr.write(f"shard {options.shard} is complete; the last shard to finish writes the results\n")
         return 0
@@ -100,8 +100,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def _arguments(options: argparse.Namespace, target: EvalTarget) -> dict[str, Any]:
-    """Return the checked arguments of `evaluate.run`; reads the questions once to find missing data early."""
+def _planned(options: argparse.Namespace, target: EvalTarget) -> tuple[EvaluationPlan, Items]:
+    """Return the plan and the items of its benchmarks, which are read once. Raises UserError for missing data."""
     if options.suite is not None:
         suite = find_suite(options.suite)
         names, name, limit, partial = suite.benchmarks, options.suite, options.limit or suite.limit, suite.partial
@@ -119,41 +119,42 @@ def _arguments(options: argparse.Namespace, target: EvalTarget) -> dict[str, Any
     if options.protocol is not None:
         names = tuple(_with_protocol(names, options.protocol))
     benchmarks = [find_benchmark(entry) for entry in names]
-    if partial:
-        benchmarks = [benchmark for benchmark in benchmarks if _is_there(benchmark, data, limit)]
-        if not benchmarks:
-            raise UserError(
-                f"no benchmark's files are in {data}",
-                code="eval-missing-files",
-                hint=f"see: python -m milora_eval ls --data {data}",
-            )
-    else:
-        questions(EvaluationPlan(benchmarks=tuple(benchmarks), data_dir=data, limit=limit))
+    items = _items_that_exist(benchmarks, data, limit) if partial else read_items(benchmarks, data, limit)
+    benchmarks = [benchmark for benchmark in benchmarks if benchmark.name in items]
     template, image_aspect_ratio = trained_prompts(target.folder)
-    return {
-        "benchmarks": benchmarks,
-        "data_dir": data,
-        "output_dir": options.output_dir,
-        "suite": name or "+".join(benchmark.name for benchmark in benchmarks),
-        "limit": limit,
-        "shard": parse_shard(options.shard),
-        "batch_size": options.batch_size,
-        "audit_items": options.audit,
-        "template": options.template or template,
-        "image_aspect_ratio": image_aspect_ratio,
-    }
+    plan = EvaluationPlan(
+        suite=name or "+".join(benchmark.name for benchmark in benchmarks),
+        benchmarks=tuple(benchmarks),
+        data_dir=data,
+        template=options.template or template,
+        image_aspect_ratio=image_aspect_ratio,
+        limit=limit,
+        shard=parse_shard(options.shard),
+        batch_size=options.batch_size,
+        audit=options.audit,
+    )
+    return plan, items
 
 
-def _is_there(benchmark: Benchmark, data: Path, limit: int | None) -> bool:
-    """Return whether a folder has a benchmark's files and not unrelated files with the same names (test.json)."""
-    if not has_files(benchmark, data):
-        return False
-    try:
-        questions(EvaluationPlan(benchmarks=(benchmark,), data_dir=data, limit=limit))
-    except DataError as error:
-        sys.stderr.write(f"skipped: {error}\n")
-        return False
-    return True
+def _items_that_exist(benchmarks: Sequence[Benchmark], data: Path, limit: int | None) -> Items:
+    """Read the items of the benchmarks whose files exist; unrelated files with the same names (test.json) are skipped.
+
+    Raises UserError if there are none.
+    """
+    items: Items = {}
+    for benchmark in benchmarks:
+        if has_files(benchmark, data):
+            try:
+                items |= read_items([benchmark], data, limit)
+            except DataError as error:
+                sys.stderr.write(f"skipped: {error}\n")
+    if not items:
+        raise UserError(
+            f"no benchmark's files are in {data}",
+            code="eval-missing-files",
+            hint=f"see: python -m milora_eval ls --data {data}",
+        )
+    return items
 
 
 def _with_protocol(names: Sequence[str], protocol: str) -> list[str]:
@@ -168,40 +169,6 @@ def _with_protocol(names: Sequence[str], protocol: str) -> list[str]:
             hint=f"their protocols are: {', '.join(known)}",
         )
     return chosen
-
-
-def _evaluate(options: argparse.Namespace, target: EvalTarget, arguments: dict[str, Any]) -> list[Path] | None:
-    """Evaluate the tuned model and, if asked, its base; return their results folders, None while shards are missing."""
-    from peft import PeftModel
-
-    from milora_vl.forgetting.measure import can_recover_base
-
-    model, processor = _load(options, target.model, target.adapter)
-    base = None
-    if (target.base or options.with_base or isinstance(model, PeftModel)) and not can_recover_base(model):
-        base, _ = _load(options, target.base or target.model, None)
-    done = []
-    if options.with_base:
-        with contextlib.nullcontext() if base is not None else model.disable_adapter():
-            name = target.base or target.model
-            done.append(run(base or model, processor, which="base", model_name=name, **arguments))
-    done.append(run(model, processor, which=target.which, model_name=target.model, adapter=target.adapter, **arguments))
-    if not all(done):
-        return None
-    folders = [results_folder(options.output_dir, arguments["suite"], result["which"]) for result in done if result]
-    if options.forgetting_tokens and (base is not None or can_recover_base(model)):
-        sys.stderr.write(f"measuring forgetting on {options.forgetting_tokens:,} tokens of general text\n")
-        key = str((done[-1] or {})["generation"]["key"])
-        add_forgetting(folders[-1], model, processor, base, key, options.forgetting_tokens)
-    return folders
-
-
-def _load(options: argparse.Namespace, name: str, adapter: Path | None) -> tuple[Any, Any]:
-    from milora_vl.load import load_model
-    from milora_vl.models.devices import device_named, dtype_named
-
-    device = device_named(options.device)
-    return load_model(name, adapter=adapter, dtype=dtype_named(options.dtype, device), device=device)
 
 
 def _print(options: argparse.Namespace, folders: list[Path]) -> None:
@@ -227,7 +194,5 @@ def _report(output_dir: Path) -> None:
     """Update the report and the model card of the run with the scores; an error here does not fail the evaluation."""
     if not (output_dir / "recipe.yaml").is_file():
         return
-    from milora_vl.report.model_card import update_scores
-
     update_scores(output_dir)
     regenerate_report(output_dir)

@@ -19,11 +19,10 @@ from milora_eval.answers.selection import select
 from milora_eval.answers.store import PREDICTIONS, write_lines
 from milora_eval.benchmark import Benchmark
 from milora_eval.data_files import load_items
-from milora_eval.evaluate import write_table
 from milora_eval.scores.exports import export
 from milora_eval.scores.llava_files import join, read_llava_answers
 from milora_eval.scores.results import Results, numbers, score, write_results
-from milora_eval.scores.table import FORMATS, show
+from milora_eval.scores.table import FORMATS, show, write_table
 from milora_eval.suites import find_benchmark, folder_of, with_protocol
 from milora_eval.vlmevalkit import read_predictions
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from milora_data.command.atomic_write import write_text
+from milora_eval.answers.store import PREDICTIONS
 from milora_eval.benchmark import Metric
-from milora_eval.scores.compare import Pair
-from milora_eval.scores.results import Results, metrics_of
+from milora_eval.scores.compare import Pair, compare
+from milora_eval.scores.results import TABLE, Results, metrics_of, read_results, require_lines
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -81,6 +84,21 @@ def show(table: Table, form: str) -> None:
     console.print(table.rich())
     for note in table.notes:
         console.print(note, style="dim", highlight=False)
+
+
+def write_table(folder: Path) -> Table:
+    """Write table.md next to results.json and return the table; it compares with the base if its answers exist."""
+    results = read_results(folder)
+    base = folder.parent / "base"
+    table = results_table(results)
+    if results.get("which") not in ("base", None) and (base / PREDICTIONS).is_file():
+        names = ("base", "tuned" if results["which"] == "final" else results["which"])
+        means = (read_results(base).get("mean"), results.get("mean"))
+        pairs = compare(require_lines(base), require_lines(folder))
+        table = pairs_table(table.title, pairs, names, means)
+    table = with_forgetting(table, results.get("forgetting"))
+    write_text(folder / TABLE, table.markdown())
+    return table
 
 
 def results_table(results: Results) -> Table:

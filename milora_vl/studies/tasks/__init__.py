@@ -6,10 +6,13 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from milora_data.command.cli import suggest
 from milora_data.errors import UserError
-from milora_vl.studies.task import Task
+
+if TYPE_CHECKING:
+    from milora_vl.studies.task import Task
 
 EMOJI = Path("data/emoji")  # the demo's data set
 # Name -> module and class.

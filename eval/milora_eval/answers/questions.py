@@ -1,0 +1,131 @@
+"""The questions of an evaluation: read and checked once, before a model loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from milora_data.errors import UserError
+from milora_eval.answers.identity import answer_key
+from milora_eval.answers.selection import select
+from milora_eval.benchmark import Benchmark, Item, MissingData
+from milora_eval.data_files import load_items
+from milora_eval.suites import folder_of
+
+Items = dict[str, list[Item]]
+"""The items of each benchmark, by its name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationPlan:
+    """The benchmarks and the generation settings. `suite` names the results; `shard` is (number from 1, count).
+
+    `audit` is the number of items that are asked a second time, one by one. `which` (base, final, checkpoint-N),
+    `model_name` and `adapter` say which weights answer; `settings` is everything except the question that their answers
+    depend on.
+    """
+
+    suite: str
+    benchmarks: tuple[Benchmark, ...]
+    data_dir: Path
+    template: str = "vicuna_v1"
+    image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad"
+    limit: int | None = None
+    shard: tuple[int, int] = (1, 1)
+    batch_size: int = 16
+    audit: int = 0
+    which: str = "final"
+    model_name: str = ""
+    adapter: str | Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """An item of a benchmark with the key of its answer."""
+
+    benchmark: Benchmark
+    item: Item
+    key: str
+
+
+def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | None = None) -> Items:
+    """Read the items of some benchmarks, for all shards.
+
+    Raises UserError for missing data, missing pictures, duplicate ids and two benchmarks with one name.
+    """
+    _check_names(benchmarks)
+    result: Items = {}
+    missing: dict[str, MissingData] = {}
+    for benchmark in benchmarks:
+        try:
+            loaded = load_items(benchmark, folder_of(benchmark, data_dir))
+        except MissingData as error:
+            missing[benchmark.name] = error
+            continue
+        items = select(loaded, limit)
+        if not items:
+            raise UserError(
+                f"no questions in the data of benchmark {benchmark.name} in {data_dir}", code="benchmark-empty"
+            )
+        _check_ids(benchmark, items)
+        _check_pictures(benchmark, items)
+        result[benchmark.name] = items
+    if missing:
+        first, *others = missing
+        problem, *further = missing[first].problems
+        hint = [problem.hint]
+        if others:
+            hint += [f"the files of {', '.join(others)} are missing too: python -m milora_eval ls --data {data_dir}"]
+        if available := ",".join(benchmark.name for benchmark in benchmarks if benchmark.name not in missing):
+            hint += [f"without them: --benchmarks {available}"]
+        raise MissingData(problems=[replace(problem, hint="\n".join(filter(None, hint))), *further])
+    return result
+
+
+def questions(plan: EvaluationPlan, items: Items) -> list[Question]:
+    """Return the items of the plan's benchmarks, each with the key of its answer."""
+    return [
+        Question(benchmark, item, answer_key(plan.settings, benchmark, item))
+        for benchmark in plan.benchmarks
+        for item in items[benchmark.name]
+    ]
+
+
+def _check_names(benchmarks: Sequence[Benchmark]) -> None:
+    seen: set[str] = set()
+    for benchmark in benchmarks:
+        if benchmark.name in seen:  # its numbers and files would replace the other's
+            raise UserError(
+                f"the benchmark {benchmark.name} is listed twice",
+                code="eval-duplicate-benchmark",
+                hint="use a separate --output_dir for each protocol, or for each file with the same name",
+            )
+        seen.add(benchmark.name)
+
+
+def _check_ids(benchmark: Benchmark, items: Sequence[Item]) -> None:
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise UserError(
+                f'the id "{item.id}" appears twice in the questions',
+                code="benchmark-duplicate-id",
+                where=f"benchmark {benchmark.name}",
+            )
+        seen.add(item.id)
+
+
+def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:
+    missing = sorted({image for item in items for image in item.images if not Path(image).is_file()})
+    if missing:
+        shown = [*missing[:3], *(["..."] if len(missing) > 3 else [])]
+        folders = [names.removesuffix("|.") for names in benchmark.files if names.endswith("|.")]
+        shown += [f"put their folder next to the questions: {names.replace('|', ' or ')}" for names in folders]
+        raise UserError(
+            f"{len(missing)} pictures of benchmark {benchmark.name} are missing",
+            code="benchmark-missing-pictures",
+            hint="\n".join(shown),
+        )

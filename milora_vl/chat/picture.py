@@ -1,0 +1,25 @@
+"""Open a picture that a user names, before the model loads or in a conversation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milora_data.command.cli import suggest
+from milora_data.command.web import web_address
+from milora_data.errors import UserError
+from milora_data.images.files import load_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Return the picture in `path`. Raises UserError with similar names if there is none."""
+    if path.is_file() or web_address(path):
+        return load_image(path)
+    if path.is_dir():
+        raise UserError("this is a folder; expected a picture", code="image-missing", where=str(path))
+    near = suggest(path.name, (file.name for file in path.parent.iterdir())) if path.parent.is_dir() else []
+    hint = f"did you mean {' or '.join(str(path.parent / name) for name in near)} ?" if near else ""
+    raise UserError("no such picture", code="image-missing", where=str(path), hint=hint)

@@ -1,0 +1,76 @@
+"""PEFT's `get_peft_model` and `PeftModel.from_pretrained` with MiLoRA, for the code that calls them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+
+from milora_data.command.cli import amount
+from milora_data.errors import UserError
+from milora_vl.adapter import Form
+from milora_vl.lora.sidecar import FILE_NAME
+from milora_vl.reinit import reinit_peft, restore_split
+from milora_vl.svd import Part
+from milora_vl.towers import find_towers
+
+
+def replacement(stock: Callable[..., Any], part: Part, form: Form) -> Callable[..., Any]:
+    """Return `get_peft_model` for MiLoRA: it calls PEFT's function `stock`, then initializes the LoRA."""
+
+    def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call PEFT's function, then initialize the LoRA with MiLoRA. Other adapters than a LoRA are not changed."""
+        adapted = stock(model, peft_config, *args, **kwargs)
+        if not isinstance(peft_config, LoraConfig):
+            sys.stderr.write(f"milora: {type(peft_config).__name__} is not a LoRA and is left unchanged\n")
+            return adapted
+        _remove_vision_adapters(adapted)
+        try:
+            tuned = reinit_peft(adapted, part, form)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error), code="adapter-unsupported-kind", where="get_peft_model") from error
+        method = tuned.milora_targets[0].method
+        sys.stderr.write(f"milora: method {method} on {amount(len(tuned.milora_report), 'module')}\n")
+        return tuned
+
+    return get_peft_model
+
+
+def restoring_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `PeftModel.from_pretrained` for MiLoRA: it calls PEFT's method `stock`, then restores the two halves."""
+
+    def from_pretrained(
+        model: Any, model_id: Any, adapter_name: str = "default", is_trainable: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call PEFT's method, and restore the trained half and the anchor of a MiLoRA adapter that is trainable."""
+        loaded = stock(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+        if is_trainable and (Path(model_id) / FILE_NAME).is_file():
+            loaded = restore_split(loaded, model_id)
+            sys.stderr.write(f"milora: {model_id} continues training as a MiLoRA adapter\n")
+        return loaded
+
+    return from_pretrained
+
+
+def _remove_vision_adapters(model: Any) -> None:
+    """Remove the LoRA from vision modules that suffix targets such as q_proj match by accident (LLaVA issue 1380).
+
+    If PEFT has adapted vision modules alone, that was intended, and they stay.
+    """
+    base = model.get_base_model()
+    towers = find_towers(base)
+    adapted = [p for p, m in base.named_modules() if isinstance(m, LoraLayer)]
+    vision = [path for path in adapted if towers.tower_of(path) == "vision"]
+    if not vision or len(vision) == len(adapted):
+        return
+    for path in vision:
+        parent, _, name = path.rpartition(".")
+        layer = base.get_submodule(path)
+        setattr(base.get_submodule(parent), name, layer.get_base_layer())
+    sys.stderr.write(f"milora: {len(vision):,} modules of the vision tower, matched by name only, stay frozen\n")
