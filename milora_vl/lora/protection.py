@@ -5,8 +5,8 @@ V (in, k) and U (out, k) hold the right and left singular vectors. The update B 
     (B A - B0 A0) V = 0    and    U' (B A - B0 A0) = 0,
 
 if A V = A0 V = 0 and U'B = U'B0 = 0. `keep_protected.py` keeps A and B that way while they train. Minor anchors are
-orthogonal to V and U by construction, up to rounding, which `kept_outside` removes. `policy/protect.py` describes the
-field of a rule.
+orthogonal to V and U by construction, up to rounding, which `kept_outside` removes. `policy/rules.py` describes the
+field `protect` of a rule.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from milora_vl.initialize import Initial, Progress, cached_factors, matrix_bar
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import base_layer
-from milora_vl.policy.protect import Protect
-from milora_vl.policy.rules import Target
+from milora_vl.policy.rules import Protect, Target
 from milora_vl.svd.precision import full_precision
 from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
 from milora_vl.weights.matrices import read_matrix

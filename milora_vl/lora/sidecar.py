@@ -17,8 +17,7 @@ from safetensors import safe_open
 
 from milora_vl.initialize import LayerReport
 from milora_vl.lora.errors import AdapterError
-from milora_vl.policy.protect import Protect
-from milora_vl.policy.rules import METHODS, FloorSigma, Target
+from milora_vl.policy.rules import METHODS, FloorSigma, Protect, RulePart, Target
 from milora_vl.weights.fingerprint import Sketch
 
 FILE_NAME = "milora.json"
@@ -42,10 +41,9 @@ class Sidecar:
         return json.dumps({"format_version": FORMAT_VERSION, "form": self.form, "modules": modules}, indent=1) + "\n"
 
     def _module(self, target: Target) -> dict[str, Any]:
-        fields = dataclasses.asdict(target)
+        pairs = dataclasses.asdict(target).items()
+        fields = {name: value.model_dump() if isinstance(value, RulePart) else value for name, value in pairs}
         del fields["path"]
-        if isinstance(target.sigma, FloorSigma):
-            fields["sigma"] = {"floor": target.sigma.floor}
         entry = {"name": self.names[target.path], "part": target.part, **fields}
         if target.path in self.sketches:
             entry["fingerprint"] = dataclasses.asdict(self.sketches[target.path])
@@ -97,7 +95,7 @@ def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sideca
     for path, entry in modules.items():
         fields = {name: value for name, value in entry.items() if name in known}
         sigma = fields.get("sigma", "keep")
-        fields["sigma"] = FloorSigma(sigma["floor"]) if isinstance(sigma, Mapping) else sigma
+        fields["sigma"] = FloorSigma(**sigma) if isinstance(sigma, Mapping) else sigma
         fields["protect"] = Protect(**fields["protect"]) if fields.get("protect") else None
         fields["shape"] = tuple(fields["shape"])
         if fields["method"] not in METHODS:

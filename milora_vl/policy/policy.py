@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from milora_data.errors import Problem
-from milora_vl.policy.protect import Protect
-from milora_vl.policy.rules import FloorSigma, PolicyError, Rule, SpectralRank, Target
+from milora_vl.policy.rules import PolicyError, Rule, Target
 
 if TYPE_CHECKING:  # torch takes a second, and reading rules needs none of it
     from torch import nn
@@ -84,7 +81,7 @@ class Policy:
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return the rules as mappings, as in YAML."""
-        return [{"modules": r.modules, **{k: _plain(v) for k, v in r.named_fields().items()}} for r in self.rules]
+        return [rule.model_dump(exclude_defaults=True) for rule in self.rules]
 
 
 def _read(source: str | Sequence[Mapping[str, Any] | Rule]) -> tuple[list[Rule | None], list[Problem]]:
@@ -107,15 +104,6 @@ def _read(source: str | Sequence[Mapping[str, Any] | Rule]) -> tuple[list[Rule |
     return rules, problems
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Protect):
-        return {k: v for k, v in dataclasses.asdict(value).items() if v is not None}
-    if isinstance(value, SpectralRank):
-        pairs = dataclasses.asdict(value).items()
-        return {k: v for k, v in pairs if v is not None and (k, v) != ("min", 1)}
-    return {"floor": value.floor} if isinstance(value, FloorSigma) else value
-
-
 def _load_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
@@ -127,60 +115,10 @@ def _parse_rule(item: object) -> tuple[Rule | None, list[Problem]]:
     if not isinstance(item, Mapping):
         message = f"a rule is a mapping such as {{modules: language, method: milora}}, got {item!r}"
         return None, [Problem(message, "policy-value")]
-    known = [f.name for f in dataclasses.fields(Rule)]
-    problems = [_unknown(f".{key}", str(key), known) for key in item if key not in known]
-    if "modules" not in item:
-        hint = "for example  modules: language"
-        problems.append(Problem("missing", "policy-value", ".modules", hint))
-    fields = {key: value for key, value in item.items() if key in known}
-    for name, reader in (("rank", _parse_rank), ("sigma", _parse_sigma), ("protect", _parse_protect)):
-        try:
-            if name in fields:
-                fields[name] = reader(fields[name])
-        except PolicyError as error:
-            problems += error.problems
-            del fields[name]
+    fields = {str(key): value for key, value in item.items()}
     try:
-        rule = Rule(**{"modules": "?", **fields})
+        return Rule(**fields), []
     except PolicyError as error:
-        problems += error.problems
         wrong = {problem.where.split(".")[1] for problem in error.problems}
-        rule = Rule(**{"modules": "?", **{name: value for name, value in fields.items() if name not in wrong}})
-    return (rule if rule.modules != "?" else None), problems
-
-
-def _unknown(where: str, key: str, known: Sequence[str]) -> Problem:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-    return Problem("unknown key", "policy-unknown-key", where, hint)
-
-
-def _parse_rank(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    _require_known("rank", value, SpectralRank)
-    return SpectralRank(**value)
-
-
-def _parse_protect(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    _require_known("protect", value, Protect)
-    if "top" not in value:
-        raise PolicyError(
-            "missing: the number of singular directions to protect", code="policy-protect", where=".protect.top"
-        )
-    return Protect(**value)
-
-
-def _require_known(field: str, value: Mapping[str, Any], kind: type[SpectralRank] | type[Protect]) -> None:
-    known = [f.name for f in dataclasses.fields(kind)]
-    problems = [_unknown(f".{field}.{key}", str(key), known) for key in value if key not in known]
-    if problems:
-        raise PolicyError(problems=problems)
-
-
-def _parse_sigma(value: Any) -> Any:
-    if isinstance(value, Mapping) and set(value) == {"floor"}:
-        return FloorSigma(value["floor"])
-    return value
+        sound = {name: value for name, value in fields.items() if name not in wrong}
+        return (Rule(**sound) if "modules" in sound else None), list(error.problems)

@@ -1,14 +1,14 @@
-"""One line of a policy (Rule) and its result for one module (Target). A rule is validated when it is created."""
+"""One line of a policy (Rule) and its result for one module (Target). A rule is checked when it is created."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+
 from milora_data.errors import Problem, UserError
-from milora_vl.policy.protect import PROTECTING_METHODS, Protect, protect_problems
+from milora_vl.strict import Strict, problems_of
 
 if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
     from milora_vl.svd import Part
@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
 RuleMethod = Literal["milora", "pissa", "random", "lora", "full", "frozen", "dora", "olora", "mica"]
 METHODS: tuple[RuleMethod, ...] = get_args(RuleMethod)
 PART_OF_METHOD: dict[str, Part] = {"milora": "minor", "pissa": "principal", "random": "random"}
+# Methods whose update can be orthogonal to the first directions. PiSSA trains these directions, a random part may
+# contain some of them, and DoRA, OLoRA and MiCA change them or start from them.
+PROTECTING_METHODS = ("milora", "lora")
 # Baselines: either all adapters of a policy use this method, or none.
 WHOLE_RUN_METHODS = ("dora", "olora", "mica")
 # Methods that initialize A0 and B0 from the weight. A frozen copy of both, the anchor, is subtracted.
@@ -37,8 +40,30 @@ class PolicyError(UserError):
     """Problems of a policy. `where` is the dotted key, for example `policy[2].rank`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpectralRank:
+class RulePart(Strict):
+    """A rule, or a mapping inside a rule. Creating one raises PolicyError with all problems of its values."""
+
+    if not TYPE_CHECKING:  # for type checkers, the arguments are the fields
+
+        def __init__(self, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                problems = problems_of(error, type(self), "policy")
+                raise PolicyError(problems=[_with_code_of_field(problem) for problem in problems]) from None
+
+
+def _with_code_of_field(problem: Problem) -> Problem:
+    """Return the problem of a rule with the code of its field: policy-rank for `.rank` and `.rank.energy`."""
+    field = problem.where.split(".")[1] if problem.where else ""
+    is_own = field in ("rank", "protect") and problem.code == "policy-value"
+    return replace(problem, code=f"policy-{field}") if is_own else problem
+
+
+Number = int | float
+
+
+class SpectralRank(RulePart):
     """A rank that depends on the singular values of each weight, within min..max. Exactly one field of three is set.
 
     - `energy`: the largest r whose minor components hold at most this share of ||W||_F^2.
@@ -47,48 +72,103 @@ class SpectralRank:
       sigma/sigma_max come first.
     """
 
-    energy: float | None = None
-    threshold: float | None = None
-    budget: int | None = None
-    min: int = 1
-    max: int | None = None
+    energy: Number | None = Field(default=None, gt=0, le=1, description="a share above 0, at most 1")
+    threshold: Number | None = Field(default=None, gt=0, le=1, description="a share above 0, at most 1")
+    budget: int | None = Field(default=None, gt=0, description="a number of parameters")
+    min: int = Field(default=1, gt=0, description="a positive integer")
+    max: int | None = Field(default=None, gt=0, description="a positive integer")
+
+    @model_validator(mode="after")
+    def _has_one_measure(self) -> SpectralRank:
+        count = [self.energy, self.threshold, self.budget].count(None)
+        if count != 2:
+            raise ValueError(f"expected exactly one of energy, threshold and budget, got {3 - count}")
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"expected min <= max, got min {self.min}, max {self.max}")
+        return self
 
 
-@dataclass(frozen=True, slots=True)
-class FloorSigma:
+class FloorSigma(RulePart):
     """Raise the singular values of the adapter to at least `floor` times the median singular value of its weight."""
 
-    floor: float
+    floor: Number = Field(gt=0, le=1, description="a share of the median, up to 1")
+
+
+class Protect(RulePart):
+    """Keep the update orthogonal to the first `top` singular directions of its weight, on both sides.
+
+    V (in, k) and U (out, k) are the first k right and left singular vectors of the base weight. `by` is one of:
+
+    - `projection`: after every optimizer step, A <- A - (A V) V' and B <- B - U (U'B).
+    - `basis`: the gradients are projected too, before the optimizer reads them. This trains the factors A (I - V V')
+      and (I - U U') B of OPLoRA (arXiv:2510.13003), while A and B are stored as plain factors. With SGD both ways are
+      equal. Adam's moments contain the protected components under `projection`, and none under `basis`.
+    - `penalty`: add weight/2 (||A V||^2 + ||U'B||^2) to the loss, decoupled from the gradient like AdamW's weight
+      decay. Adam's second moment then does not weaken it, and losses stay comparable. It is computed as a proximal
+      step, which is stable for any weight: a step at learning rate lr removes the share lr weight / (1 + lr weight) of
+      the protected components. A weight of 1/lr removes half of them per step; `projection` is the limit.
+    """
+
+    top: int = Field(gt=0, description="a positive number of directions")
+    by: Literal["projection", "basis", "penalty"] = "projection"
+    weight: Number | None = Field(default=None, gt=0, description="a number above 0")
+
+    @model_validator(mode="after")
+    def _has_weight_if_penalty(self) -> Protect:
+        if self.by == "penalty" and self.weight is None:
+            message = "by: penalty needs a number above 0, got None"
+            hint = "1 / learning rate removes half of the protected components per step"
+        elif self.by != "penalty" and self.weight is not None:
+            message, hint = f"by: {self.by} does not use it, only by: penalty does", "remove it"
+        else:
+            return self
+        raise PolicyError(message, code="policy-protect", where=".weight", hint=hint)
+
+    @property
+    def is_hard(self) -> bool:
+        """Return True if a step leaves no component in the protected directions."""
+        return self.by != "penalty"
+
+    def share(self, learning_rate: float) -> float:
+        """Return the share of the protected components that is removed after a step.
+
+        >>> Protect(top=8).share(2e-4), Protect(top=8, by="penalty", weight=5000.0).share(2e-4)
+        (1.0, 0.5)
+        """
+        if self.weight is None:
+            return 1.0
+        return learning_rate * self.weight / (1 + learning_rate * self.weight)
+
+    def __str__(self) -> str:
+        """Return the text for tables, for example `top 64 by projection`."""
+        return f"top {self.top} by {self.by}" + ("" if self.weight is None else f" {self.weight:g}")
 
 
 Sigma = Literal["keep", "none"] | FloorSigma
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class Rule(RulePart):
     """The settings for the modules that `modules` selects. A field of None keeps the value of earlier rules."""
 
-    modules: str
+    modules: str = Field(min_length=1, description="a tower, a selector or a glob", examples=["language"])
     method: RuleMethod | None = None
-    rank: int | SpectralRank | None = None
-    alpha: float | None = None
-    rslora: bool | None = None
-    dropout: float | None = None
-    sigma: Sigma | None = None
-    seed: int | None = None  # for method random: which components are drawn
-    protect: Protect | None = None
-    learning_rate: float | None = None
-    weight_decay: float | None = None
-
-    def __post_init__(self) -> None:
-        problems = list(_rule_problems(self))
-        if problems:
-            raise PolicyError(problems=problems)
+    rank: PositiveInt | SpectralRank | None = Field(
+        default=None, description="a positive integer, {energy: x}, {threshold: x} or {budget: N}"
+    )
+    alpha: Number | None = Field(default=None, gt=0, description="a number above 0")
+    rslora: bool | None = Field(default=None, description="true or false")
+    dropout: Number | None = Field(default=None, ge=0, lt=1, description="a number from 0, below 1")
+    sigma: Sigma | None = Field(default=None, description="keep, none or {floor: share of the median, up to 1}")
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**32, description="an integer from 0 to 2**32 - 1"
+    )  # of method random
+    protect: Protect | None = Field(default=None, description="a mapping such as {top: 64} or {top: 64, by: basis}")
+    learning_rate: Number | None = Field(default=None, gt=0, description="a number above 0")
+    weight_decay: Number | None = Field(default=None, ge=0, description="a number from 0")
 
     def named_fields(self) -> dict[str, Any]:
         """Return the fields this rule sets, without `modules`."""
-        pairs = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "modules")
-        return {name: value for name, value in pairs if value is not None}
+        return {name: value for name, value in self if name != "modules" and value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,67 +205,3 @@ class Target:
     def has_anchor(self) -> bool:
         """Return True if a frozen copy of the initial factors is subtracted, so that PEFT's rank is 2r."""
         return self.method in ANCHORED_METHODS
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: object, minimum: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-def _rule_problems(rule: Rule) -> list[Problem]:
-    """Return the problems of a rule's values; `where` is the field, for example `.rank`."""
-
-    def wrong(field: str, expected: str, got: object, hint: str = "") -> Problem:
-        return Problem(f"expected {expected}, got {got!r}", "policy-value", f".{field}", hint)
-
-    problems = []
-    if not isinstance(rule.modules, str) or not rule.modules:
-        problems.append(wrong("modules", "a tower, a selector or a glob", rule.modules))
-    if rule.method is not None and rule.method not in METHODS:
-        problems.append(wrong("method", f"one of {', '.join(METHODS)}", rule.method))
-    problems += _rank_problems(rule.rank)
-    if rule.sigma not in (None, "keep", "none") and not (
-        isinstance(rule.sigma, FloorSigma) and _is_number(rule.sigma.floor) and 0 < rule.sigma.floor <= 1
-    ):
-        problems.append(wrong("sigma", "keep, none or {floor: share of the median, up to 1}", rule.sigma))
-    if rule.seed is not None and not (_is_count(rule.seed, minimum=0) and rule.seed < 2**32):
-        problems.append(wrong("seed", "an integer from 0 to 2**32 - 1", rule.seed))
-    problems += protect_problems(rule.protect)
-    if rule.rslora not in (None, True, False):
-        problems.append(wrong("rslora", "true or false", rule.rslora))
-    limits = {"alpha": (0, None), "dropout": (None, 1), "learning_rate": (0, None), "weight_decay": (None, None)}
-    for name, (above, below) in limits.items():
-        value = getattr(rule, name)
-        if value is None:
-            continue
-        if not _is_number(value) or value < 0 or (above == 0 and value == 0) or (below is not None and value >= below):
-            text = f"a number {'above 0' if above == 0 else 'from 0'}" + (f", below {below}" if below else "")
-            hint = "YAML reads 2e-4 as text: write 2.0e-4" if isinstance(value, str) else ""
-            problems.append(wrong(name, text, value, hint))
-    return problems
-
-
-def _rank_problems(rank: Any) -> list[Problem]:
-    def wrong(message: str, field: str = ".rank") -> Problem:
-        return Problem(message, "policy-rank", field)
-
-    if rank is None or _is_count(rank):
-        return []
-    if not isinstance(rank, SpectralRank):
-        return [wrong(f"expected a positive integer, {{energy: x}}, {{threshold: x}} or {{budget: N}}, got {rank!r}")]
-    problems = []
-    shares = [value for value in (rank.energy, rank.threshold) if value is not None]
-    count = len(shares) + (rank.budget is not None)
-    if count != 1:
-        problems.append(wrong(f"expected exactly one of energy, threshold and budget, got {count}"))
-    if rank.budget is not None and not _is_count(rank.budget):
-        problems.append(wrong(f"expected a number of parameters, got {rank.budget!r}", ".rank.budget"))
-    if any(not _is_number(value) or not 0 < value <= 1 for value in shares):
-        problems.append(wrong(f"expected energy and threshold to be shares above 0, at most 1, got {shares}"))
-    if not _is_count(rank.min) or not (rank.max is None or (_is_count(rank.max) and rank.max >= rank.min)):
-        message = f"expected integers from 1 with min <= max, got min {rank.min}, max {rank.max}"
-        problems.append(wrong(message))
-    return problems

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -19,11 +17,11 @@ from pydantic import (
     field_validator,
 )
 
-from milora_data.command.cli import suggest
 from milora_data.errors import Problem, UserError
 from milora_data.templates import template_name
 from milora_vl.policy import Policy, PolicyError
 from milora_vl.recipe import hf_arguments, yaml_file
+from milora_vl.strict import Strict, problems_of, unknown_key
 
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
 
@@ -39,12 +37,6 @@ class RecipeError(UserError):
         super().__init__(problems=located(self.dotted, source, lines or {}), source=source)
 
 
-class Strict(BaseModel):
-    """A section of a YAML file: an unknown key or a value of the wrong type is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
 class SourceConfig(Strict):
     """One of several data sources."""
 
@@ -56,7 +48,10 @@ class SourceConfig(Strict):
 class DataConfig(Strict):
     """The training and evaluation data."""
 
-    path: str | list[SourceConfig] | None = None  # LLaVA JSON or JSONL, parquet, shards, a YAML mixture; or a list
+    # LLaVA JSON or JSONL, parquet, shards, a YAML mixture; or a list
+    path: str | Annotated[list[SourceConfig], Field(min_length=1)] | None = Field(
+        default=None, description="a file or a list of {path, weight, image_folder}"
+    )
     image_folder: str | None = None
     eval_path: str | None = None  # held-out records, for the evaluation loss
     max_length: PositiveInt = 2048
@@ -68,24 +63,6 @@ class DataConfig(Strict):
     streaming: bool = False  # read records while training; weights are shares of the records
     shuffle_buffer: NonNegativeInt = 1000  # number of streamed records that are shuffled at a time
     limit: PositiveInt | None = None  # the first N records only
-
-    @field_validator("path", mode="before")
-    @classmethod
-    def _sources(cls, value: Any) -> Any:
-        if value is None or isinstance(value, str):
-            return value
-        if not isinstance(value, list) or not value:
-            raise ValueError(f"expected a file or a list of {{path, weight, image_folder}}, got {value!r}")
-        return [_source(entry, f"source {number}") for number, entry in enumerate(value, start=1)]
-
-
-def _source(entry: Any, place: str) -> SourceConfig:
-    try:
-        return entry if isinstance(entry, SourceConfig) else SourceConfig.model_validate(entry)
-    except ValidationError as error:
-        first = error.errors()[0]
-        known = f"; known: {', '.join(SourceConfig.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise ValueError(f"{place}: {_dotted(first['loc'])}: {first['msg']}{known}") from None
 
 
 class PartsConfig(Strict):
@@ -100,7 +77,7 @@ class PartsConfig(Strict):
 class EvalConfig(Strict):
     """Evaluation: suites after training, in a separate process; forgetting during training."""
 
-    suites: list[str] = []
+    suites: list[str] = Field(default_factory=list)
     data: str | None = None
     limit: PositiveInt | None = None
     forgetting_every: PositiveInt | None = None  # steps; None: not during training
@@ -112,8 +89,10 @@ class SweepConfig(Strict):
     suite: str | None = None  # evaluated in every cell
     data: str | None = None  # folder that contains the benchmark files
     limit: PositiveInt | None = None  # items per benchmark
-    train: dict[str, Any] = {}  # replaces keys of `train:` in every cell
-    variants: dict[str, dict[str, Any]] = {}  # names for --methods: fields of a rule, and `train:`
+    train: dict[str, Any] = Field(default_factory=dict)  # replaces keys of `train:` in every cell
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict
+    )  # names for --methods: fields of a rule, and `train:`
 
 
 class Recipe(Strict):
@@ -136,7 +115,7 @@ class Recipe(Strict):
     factor_cache: str | None = None  # folder that caches initial factors for all runs on the same weights
     data: DataConfig = DataConfig()
     policy: list[dict[str, Any]] | None = None
-    train: dict[str, Any] = {}
+    train: dict[str, Any] = Field(default_factory=dict)
     eval: EvalConfig = EvalConfig()
     sweep: SweepConfig = SweepConfig()
 
@@ -155,7 +134,7 @@ class Recipe(Strict):
         try:
             recipe = cls.model_validate({**content, "train": {}})
         except ValidationError as error:
-            problems += [_explain(e) for e in error.errors()]
+            problems += [replace(p, where=p.where.removeprefix(".")) for p in problems_of(error, cls, "recipe")]
             recipe = None
         if recipe is not None:
             problems += data_problems(recipe.data, train)
@@ -180,7 +159,7 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
     for name, value in (section or {}).items():
         path = f"train.{name}"
         if name not in hf_arguments.flags():
-            problems.append(_unknown_key(path, str(name), hf_arguments.flags()))
+            problems.append(unknown_key(path, hf_arguments.flags(), "recipe-unknown-key"))
             continue
         try:
             pair = hf_arguments.canonical(name, hf_arguments.coerce(name, value))
@@ -240,42 +219,6 @@ def load(path: Path) -> Recipe:
     """Return the recipe in a YAML file."""
     content, lines = yaml_file.read_file(path)
     return Recipe.parse(content, str(path), lines)
-
-
-def _dotted(loc: tuple[int | str, ...]) -> str:
-    path = ""
-    for part in loc:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    return path
-
-
-def _explain(error: Any) -> Problem:
-    """Return the problem for an error of pydantic."""
-    path = _dotted(error["loc"])
-    if error["type"] == "extra_forbidden":
-        model: Any = Recipe
-        for part in error["loc"][:-1]:
-            model = model.model_fields[part].annotation
-        return _unknown_key(path, str(error["loc"][-1]), model.model_fields)
-    if error["type"] == "literal_error":
-        words = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        near = suggest(str(error["input"]), words)
-        message = f"expected one of {', '.join(words)}, got {error['input']!r}"
-        return Problem(message, "recipe-value", path, f"did you mean {near[0]}?" if near else "")
-    if error["type"] == "value_error":  # raised by a validator in this module
-        return Problem(str(error["ctx"]["error"]), "recipe-value", path)
-    return Problem(f"{error['msg']}, got {error['input']!r}", "recipe-value", path)
-
-
-def _unknown_key(path: str, word: str, known: Iterable[str]) -> Problem:
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    if near:
-        hint = f"did you mean {' or '.join(near)}?"
-    else:
-        few = len(known) < 15
-        hint = f"known keys: {', '.join(known)}" if few else "known keys: the TrainingArguments of transformers"
-    return Problem("unknown key", "recipe-unknown-key", path, hint)
 
 
 def located(problems: Iterable[Problem], source: str, lines: Mapping[str, int]) -> list[Problem]:

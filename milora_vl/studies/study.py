@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 import llava_recipes
 from milora_data.command.cli import suggest
 from milora_data.errors import Problem, UserError
-from milora_vl.policy import Policy, PolicyError
+from milora_vl.policy import Policy
 from milora_vl.recipe import yaml_file
-from milora_vl.recipe.schema import Strict
+from milora_vl.strict import Strict, problems_of
 from milora_vl.sweep.cells import Cell, arm_rules
 
 if TYPE_CHECKING:  # torch takes a second, and the list of studies needs none of it
@@ -120,21 +120,21 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
     """Return a study from nested mappings. Raises UserError with all problems in it."""
     try:
         study = Study.model_validate(content)
-        for arm in study.arms:
-            study.training(arm)
     except ValidationError as error:
-        problems = [
-            Problem(fault["msg"], code="study-value", where=f"{source}: {'.'.join(map(str, fault['loc']))}")
-            for fault in error.errors()
-        ]
-        raise UserError(problems=problems, source=source) from None
+        raise UserError(problems=_placed(problems_of(error, Study, "study"), source), source=source) from None
+    problems: list[Problem] = []
     for arm in study.arms:
         try:
+            study.training(arm)
             Policy.parse(study.rules(arm, study.rates(arm)[0]))
-        except (PolicyError, UserError) as error:
-            problems = [
-                replace(problem, where=f"{source}: arm {arm}" + (f": {problem.where}" if problem.where else ""))
-                for problem in error.problems
-            ]
-            raise UserError(problems=problems, source=source) from None
+        except (ValidationError, UserError) as error:
+            of_arm = error.problems if isinstance(error, UserError) else problems_of(error, Training, "study")
+            problems += _placed(of_arm, f"{source}: arm {arm}")
+    if problems:
+        raise UserError(problems=problems, source=source)
     return study
+
+
+def _placed(problems: Sequence[Problem], place: str) -> list[Problem]:
+    wheres = (": ".join(filter(None, (place, problem.where.removeprefix(".")))) for problem in problems)
+    return [replace(problem, where=where) for problem, where in zip(problems, wheres, strict=True)]

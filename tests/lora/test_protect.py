@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from milora_vl import apply_milora, keep_protected, load_adapter, merge, reinit_peft, restore_split, save_adapter
 from milora_vl.lora.install import anchors_of, base_layer, lora_layer, trained_factors
 from milora_vl.lora.protection import Protected
-from milora_vl.policy.protect import Protect
+from milora_vl.policy.rules import Protect
 from milora_vl.weights.matrices import as_matrix
 from support.adapter_cases import Pictures, move, one_rule, picture_batch, raises_code, tiny_gpt2, token_batch
 from support.protected import FORMS, HARD, TOP, form_name, overlaps

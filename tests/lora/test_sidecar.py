@@ -15,7 +15,7 @@ from support.adapter_cases import raises_code
 
 PATH = "model.language_model.layers.0.mlp.up_proj"
 TARGETS = [
-    Target(path=PATH, shape=(4, 3), tower="language", method="milora", rank=2, alpha=2.0, sigma=FloorSigma(0.1)),
+    Target(path=PATH, shape=(4, 3), tower="language", method="milora", rank=2, alpha=2.0, sigma=FloorSigma(floor=0.1)),
     Target(path="lm_head", shape=(9, 3), tower="language", method="full", learning_rate=1e-4),
 ]
 REPORT = LayerReport(

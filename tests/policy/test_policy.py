@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from milora_data.errors import Problem
-from milora_vl.policy import FloorSigma, Policy, PolicyError, Rule, SpectralRank
+from milora_vl import apply_milora
+from milora_vl.policy import FloorSigma, Policy, PolicyError, Protect, Rule, SpectralRank
+from milora_vl.recipe.schema import Recipe, RecipeError
 
 YAML = """
 - {modules: language, method: milora, rank: 128, alpha: 128, dropout: 0.05, learning_rate: 2.0e-4}
@@ -15,7 +18,7 @@ YAML = """
 def test_yaml_and_plain_data_give_the_same_policy() -> None:
     policy = Policy.parse(YAML)
     assert policy.rules[1] == Rule(
-        modules="language.layers[0-3].mlp", rank=SpectralRank(energy=0.01, max=64), sigma=FloorSigma(0.1)
+        modules="language.layers[0-3].mlp", rank=SpectralRank(energy=0.01, max=64), sigma=FloorSigma(floor=0.1)
     )
     assert Policy.parse(policy.to_list()) == policy
     assert Policy.parse(policy) is policy
@@ -36,7 +39,7 @@ def test_all_problems_come_together_with_their_dotted_place() -> None:
         ("policy[1].rank", "policy-rank"),
         ("policy[2]", "policy-value"),
     ]
-    assert found[0].hint == "did you mean 'method'?"
+    assert found[0].hint == "did you mean method?"
 
 
 @pytest.mark.parametrize(
@@ -60,3 +63,32 @@ def test_all_problems_come_together_with_their_dotted_place() -> None:
 def test_what_is_no_policy_is_refused(source, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         Policy.parse(source)
+
+
+def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() -> None:
+    wrong = {
+        "modules": "language",
+        "method": "mlora",
+        "rank": {"energie": 0.1},
+        "protect": {"by": "prayer"},
+        "alpha": 0,
+    }
+    found = problems([wrong])
+    assert {(problem.where, problem.code) for problem in found} == {
+        ("policy[0].method", "policy-value"),
+        ("policy[0].rank.energie", "policy-unknown-key"),
+        ("policy[0].protect.top", "policy-protect"),
+        ("policy[0].protect.by", "policy-protect"),
+        ("policy[0].alpha", "policy-value"),
+    }
+    with pytest.raises(PolicyError) as in_python:
+        Rule(**wrong)
+    assert [problem.inside("policy[0]") for problem in in_python.value.problems] == found
+    with pytest.raises(RecipeError) as in_recipe:
+        Recipe.parse({"policy": [wrong]}, "my.yaml")
+    assert list(in_recipe.value.dotted) == found
+    with pytest.raises(PolicyError) as applied:
+        apply_milora(nn.Sequential(nn.Linear(4, 4)), [wrong])
+    assert set(found) <= set(applied.value.problems)
+    with pytest.raises(PolicyError, match=r"\.top: expected a positive number of directions, got 0"):
+        Protect(top=0)

@@ -43,8 +43,11 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("section", "word"),
     [
-        ({"path": [{"path": "a.json", "weight": -1}]}, "source 1: weight: Input should be greater than or equal to 0"),
-        ({"path": [{"path": "a.json", "wieght": 1}]}, "source 1: wieght: Extra inputs are not permitted; known: path"),
+        (
+            {"path": [{"path": "a.json", "weight": -1}]},
+            "data.path[0].weight: Input should be greater than or equal to 0",
+        ),
+        ({"path": [{"path": "a.json", "wieght": 1}]}, "data.path[0].wieght: unknown key\ndid you mean weight?"),
         ({"path": 3}, "expected a file or a list of {path, weight, image_folder}, got 3"),
         ({"max_length": 0}, "greater than 0"),
         ({"bad_images": "skp"}, "expected one of raise, skip, replace, got 'skp'\ndid you mean skip?"),

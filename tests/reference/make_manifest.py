@@ -6,7 +6,6 @@ It may grow. What is in it may only go with a deprecation, so run this when some
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import re
@@ -66,7 +65,7 @@ def imports() -> list[str]:
 
 def manifest_of_keys() -> dict[str, list[str]]:
     """The keys of recipes and of policy rules."""
-    return {"recipe_keys": keys(Recipe), "rule_keys": [field.name for field in dataclasses.fields(Rule)]}
+    return {"recipe_keys": keys(Recipe), "rule_keys": list(Rule.model_fields)}
 
 
 def manifest() -> dict[str, Any]:

@@ -15,8 +15,9 @@ from milora_vl.recipe import hf_arguments
 from milora_vl.recipe.arguments import parse
 from milora_vl.recipe.changes import Change, Side, changes, schedule_has_end, shown
 from milora_vl.recipe.resume_table import EFFECTS, TABLE, effect_of
-from milora_vl.recipe.schema import Recipe, Strict, load
+from milora_vl.recipe.schema import Recipe, load
 from milora_vl.recipe.settings import resolve
+from milora_vl.strict import Strict
 
 POLICY = [
     {"modules": "language", "method": "milora", "rank": 8, "alpha": 8, "learning_rate": 1e-3},
