@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data import get_worker_info
 
 from milora_data.anyres import Tiling
@@ -31,7 +32,7 @@ LLAVA_IMAGE_ID = -200
 _MAX_WORKERS = 256
 _COUNTERS = ("skipped", "replaced", "unlearnable", "cut", "broken")
 
-Item = Record | Mapping[str, Any] | DataError
+Item = Record | Mapping[str, Any] | UserError
 
 
 class Sample(NamedTuple):
@@ -39,6 +40,20 @@ class Sample(NamedTuple):
 
     encoded: Encoded
     images: list[Any]
+
+
+class FailedBatch(ExceptionWrapper):
+    """A batch that a loader process could not make: the main process raises its error, with code, place and hint.
+
+    For an exception in a loader process, torch makes a wrapper of its own, which keeps only the formatted traceback.
+    """
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
+
+    def reraise(self) -> NoReturn:
+        """Raise the error; torch calls this in the main process."""
+        raise self.error
 
 
 class ImageTextCollator:
@@ -53,6 +68,8 @@ class ImageTextCollator:
     picture, the batch also has image_sizes, and `image_tokens` and `image_aspect_ratio` are ignored.
     `image_token_id` defaults to the tokenizer's `<image>`. With `image_folder` None, picture names are used as paths.
     `layout="llava"` is for LLaVA's own classes: one -200 per picture, and `images`, with a plain one for text alone.
+
+    In a loader process, an error becomes a `FailedBatch`; the loader raises the error in the main process.
 
     `bad_images` decides what happens to a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
     plain one. Records without supervised tokens are skipped. Broken records (a stream yields a `DataError` in their
@@ -111,8 +128,16 @@ class ImageTextCollator:
 
     def __call__(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         """Return the batch of `records`; raises `DataError` with file and line."""
-        packs = [[item] if isinstance(item, Record | Mapping | DataError) else list(item) for item in records]
-        is_packed = any(not isinstance(item, Record | Mapping | DataError) for item in records)
+        try:
+            return self._collated(records)
+        except UserError as error:
+            if get_worker_info() is None:
+                raise
+            return FailedBatch(error)  # type: ignore[return-value]  # the loader raises it
+
+    def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+        packs = [[item] if isinstance(item, Record | Mapping | UserError) else list(item) for item in records]
+        is_packed = any(not isinstance(item, Record | Mapping | UserError) for item in records)
         if is_packed and self.layout == "llava":
             raise UserError(
                 "LLaVA's own classes compute their own positions and cannot take packed records",
@@ -294,8 +319,8 @@ class ImageTextCollator:
 
 
 def _record(item: Item) -> Record:
-    """Return an item as a `Record`. Raises `DataError`, also if the item is the `DataError` of a broken record."""
-    if isinstance(item, DataError):
+    """Return an item as a `Record`. Raises `DataError`, also if the item is the error of a broken record or stream."""
+    if isinstance(item, UserError):
         raise item
     return item if isinstance(item, Record) else parse_record(item)
 

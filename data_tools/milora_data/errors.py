@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 ErrorT = TypeVar("ErrorT", bound="UserError")
 
@@ -77,10 +77,19 @@ class UserError(ValueError):
         self.exit_code = exit_code
         super().__init__(render(self.problems, source))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)  # subclasses have other arguments
+
     @property
     def first(self) -> Problem:
         """The first problem, in most cases the only one."""
         return self.problems[0]
+
+
+def _restored(kind: type[ErrorT], args: tuple[Any, ...], fields: dict[str, Any]) -> ErrorT:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 def with_context(error: ErrorT, where: str = "", hint: str = "") -> ErrorT:

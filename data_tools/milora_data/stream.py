@@ -23,7 +23,7 @@ from milora_data.formats.stored import HUB, broken_off, files_of, items_of_file,
 from milora_data.records import Record, parse_record
 from milora_data.sources import Source, is_json, read_sources, within
 
-StreamItem: TypeAlias = Record | DataError
+StreamItem: TypeAlias = Record | UserError
 FEATURES = datasets.Features({"record": datasets.Value("large_binary")})
 MIN_PARTS = 64  # parts of a JSON file: many small parts mix better, and each process gets some
 
@@ -50,7 +50,11 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
                     self._done += 1
                     yield pickle.loads(row["record"])
             except Exception as error:  # files yield their errors as items; the hub raises exceptions of any type
-                raise broken_off(f"a source of the hub, after {self._done:,} records", error) from None
+                broken = broken_off(f"a source of the hub, after {self._done:,} records", error)
+                if torch.utils.data.get_worker_info() is None:
+                    raise broken from None
+                yield UserError(problems=broken.problems)  # torch passes no exception on; the collator never skips it
+                return
             if self._done == 0:
                 return  # more loader processes than shards: this one has no data
             self._epoch, self._done = self._epoch + 1, 0

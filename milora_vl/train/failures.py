@@ -36,7 +36,7 @@ def explained(args: TrainingArguments) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(problems=_without_traceback(error), exit_code=1) from None
+        raise UserError(problems=error.problems, exit_code=1) from None
     except torch.OutOfMemoryError as error:
         raise UserError(problems=[_out_of_memory(str(error), args)], exit_code=1) from None
     except UnpicklingError as error:  # optimizer, scheduler or random states of a resumed run
@@ -71,22 +71,3 @@ def _explain(text: str, args: TrainingArguments) -> Problem | None:
         hint = f"its own message gives the reason\n{RESUME}"
         return Problem(f"another process of this run has ended ({first[:200]})", "run-process-died", hint=hint)
     return None
-
-
-def _without_traceback(error: UserError) -> tuple[Problem, ...]:
-    """Return the problems of `error`.
-
-    torch raises an error of a loader process again with nothing but its formatted traceback: then there is one
-    problem, with the lines behind the traceback.
-
-    >>> _without_traceback(UserError("Caught E.\\nOriginal Traceback:\\n  File x\\nmilora_data.E: a.png: broken"))
-    (Problem(message='a.png: broken', code='run-record-failed', where='', hint=''),)
-    """
-    text = str(error)
-    if "Original Traceback" not in text:
-        return error.problems
-    lines = text.strip().splitlines()
-    starts = [number for number, line in enumerate(lines) if line.startswith("milora_data.")]
-    if starts:
-        text = "\n".join([lines[starts[-1]].partition(": ")[2], *lines[starts[-1] + 1 :]])
-    return (Problem(text, "run-record-failed"),)

@@ -12,6 +12,7 @@ import pytest
 from milora_data.command.cli import run
 from milora_data.errors import DataError, Problem, UserError, render, with_context
 from milora_data.images.files import ImageError
+from milora_vl.recipe.schema import RecipeError
 from milora_vl.train import main as train
 
 RULES = "[{modules: langauge, method: milora, rank: 4}, {modules: projector, method: full, rank: 3}]"
@@ -27,11 +28,18 @@ def test_several_problems_are_counted_and_hints_stand_below_their_own() -> None:
     assert text.splitlines() == ["2 problems in my.yaml:", "a", "  do b", "x: c"]
 
 
-def test_an_error_crosses_a_process_border_with_its_problems() -> None:
-    error = DataError("broken", code="record-broken", where="a.json:7")
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("broken", code="record-broken", where="a.json:7"),
+        ImageError("cannot read it: empty", "empty", code="image-unreadable", where="a.png"),
+        RecipeError("my.yaml", [Problem("unknown key", "recipe-unknown-key", "modle")], {"modle": 3}),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_crosses_a_process_border_with_its_problems(error: UserError) -> None:
     again = pickle.loads(pickle.dumps(error))
-    assert again.problems == error.problems
-    assert str(again) == str(error)
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 @pytest.mark.parametrize("words", [["--format", "json"], ["--format=json"]])

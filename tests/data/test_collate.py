@@ -213,6 +213,18 @@ def test_workers_count_into_the_process_that_reports(make: Callable[..., Any], b
     assert collator.counts()["replaced"] == 4
 
 
+def test_an_error_of_a_worker_keeps_its_class_code_place_and_hint(
+    make: Callable[..., Any], bad: list[dict[str, Any]], tiny_data: Path
+) -> None:
+    loader = DataLoader(bad, batch_size=2, num_workers=1, collate_fn=make())  # type: ignore[arg-type]
+    with pytest.raises(ImageError) as error:
+        list(loader)
+    problem = error.value.first
+    assert (problem.code, problem.where) == ("image-unreadable", str(tiny_data / "images" / "cut.png"))
+    assert "--bad_images skip" in problem.hint
+    assert "Traceback" not in str(error.value)
+
+
 def test_the_picture_token_is_the_tokenizers_own_unless_given(
     make: Callable[..., Any], model_and_processor: tuple[Any, Any]
 ) -> None:

@@ -213,8 +213,10 @@ def test_a_broken_picture_ends_the_run_with_its_name(workers: str, tiny_data: Pa
         with pytest.raises(UserError) as error:
             main(training(tiny_data, run, *one, "--max_steps", "12"))
         assert error.value.exit_code == 1
-        assert "cannot read this picture" in str(error.value)
-        assert "--bad_images skip" in str(error.value)
+        (problem,) = error.value.problems
+        assert (problem.code, Path(problem.where).parent) == ("image-unreadable", tiny_data / "images")
+        assert problem.message == "cannot read this picture: not a picture"
+        assert "--bad_images skip" in problem.hint
         assert "Traceback" not in str(error.value)
         assert run.exists() == is_left
         if is_left:
@@ -222,6 +224,19 @@ def test_a_broken_picture_ends_the_run_with_its_name(workers: str, tiny_data: Pa
             assert "did not finish" in (run / "README.md").read_text()
             assert (run / "report.html").is_file()
             shutil.rmtree(run)
+
+
+def test_an_error_of_a_loader_process_keeps_its_code_as_json(tiny_data: Path, tmp_path: Path) -> None:
+    picture = tiny_data / "images" / "2.png"
+    picture.write_bytes(b"no picture")
+    words = training(tiny_data, tmp_path / "run", "--rank", "4", "--dataloader_num_workers", "1", "--format", "json")
+    done = subprocess.run([sys.executable, "-m", "milora_vl.train", *words], capture_output=True, text=True)
+    assert done.returncode == 1
+    content = json.loads(done.stdout)
+    (problem,) = content["problems"]
+    assert (problem["code"], problem["where"]) == ("image-unreadable", str(picture))
+    assert "--bad_images skip" in problem["hint"]
+    assert content["exit_code"] == 1
 
 
 def test_a_mistake_is_no_traceback(tmp_path: Path) -> None:

@@ -183,11 +183,7 @@ def report(error: UserError) -> None:
     if _asked_for_json():
         problems = [asdict(problem) for problem in error.problems]
         sys.stdout.write(json.dumps({"problems": problems, "exit_code": error.exit_code}, ensure_ascii=False) + "\n")
-    text = str(error)
-    if text.startswith("Caught ") and "DataLoader worker" in text:
-        # PyTorch puts the traceback of a loader process before the message of the exception and drops its attributes.
-        text = re.split(r"^[\w.]+Error: ", text, flags=re.MULTILINE)[-1].rstrip()
-    sys.stderr.write(as_typed("error: " + text.replace("\n", "\n       ") + "\n"))
+    sys.stderr.write(as_typed("error: " + str(error).replace("\n", "\n       ") + "\n"))
 
 
 def _asked_for_json() -> bool:
