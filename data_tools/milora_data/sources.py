@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.web import web_address, web_address_problem
+from milora_data.command.web import url_problem
 from milora_data.errors import DataError, UserError
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.saved import is_saved
@@ -60,9 +60,9 @@ def read_sources(path: Path) -> tuple[list[Source], int]:
     import yaml
 
     if not path.is_file():
-        address = web_address(path)
-        if address is not None:
-            raise DataError(problems=[web_address_problem(address)])
+        problem = url_problem(path)
+        if problem is not None:
+            raise DataError(problems=[problem])
         raise DataError("no such file", code="data-missing-file", where=str(path))
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milora_data.command.cli import suggest
-from milora_data.command.web import web_address
+from milora_data.command.web import url_problem
 from milora_data.errors import UserError
 from milora_data.images.files import load_image
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def open_picture(path: Path) -> Image.Image:
     """Return the picture in `path`. Raises UserError with similar names if there is none."""
-    if path.is_file() or web_address(path):
+    if path.is_file() or url_problem(path):
         return load_image(path)
     if path.is_dir():
         raise UserError("this is a folder; expected a picture", code="image-missing", where=str(path))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from milora_data.assets import cache_dir
+from milora_data.command.atomic_write import complete_folder
 from milora_data.errors import UserError
 from milora_vl.models import hub, original, vision
 from milora_vl.models.assemble import TowerPlan, compose, llava_config, plan_tower, processor_for, whole_weights
@@ -120,15 +120,8 @@ def base_folder(parts: Parts) -> tuple[Path, bool]:
     folder = planned_folder(parts)
     if (folder / "config.json").is_file():
         return folder, False
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".composing-") as scratch:
-        staged = Path(scratch) / "model"
+    with complete_folder(folder) as staged:
         write(parts, staged)
-        try:
-            staged.rename(folder)
-        except OSError:  # another process was faster
-            if not (folder / "config.json").is_file():
-                raise
     return folder, True
 
 

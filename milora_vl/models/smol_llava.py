@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from milora_data.assets import cache_dir, fetch
+from milora_data.command.atomic_write import complete_folder
 from milora_data.errors import UserError
 from milora_vl.models.assemble import compose, processor_for, whole_weights
 from milora_vl.models.quiet import quiet_bars, quiet_conversion
@@ -50,21 +50,13 @@ def made_folder(name: str) -> Path:
     folder = folder_of(name)
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     parts = "SmolLM2-135M-Instruct" + ("" if name == "smollm2" else " and EfficientNet-Lite0")
     sys.stderr.write(f"building {name} from {parts} (once, about a minute)\n")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
-        staged = Path(scratch) / "model"
-        with quiet_bars(), quiet_conversion(), whole_weights():
-            if name == "smollm2":
-                _write_language(staged)
-            else:
-                _write(staged, aligned=name == "smol-llava")
-        try:
-            staged.rename(folder)
-        except OSError:  # another process was faster
-            if not (folder / "config.json").is_file():
-                raise
+    with complete_folder(folder) as staged, quiet_bars(), quiet_conversion(), whole_weights():
+        if name == "smollm2":
+            _write_language(staged)
+        else:
+            _write(staged, aligned=name == "smol-llava")
     return folder
 
 

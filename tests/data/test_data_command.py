@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,8 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.command import cli
 from milora_data.command.cli import as_typed, parser, suggest
 from milora_data.errors import DataError, UserError
-from milora_data.images.files import ImageError
 from milora_data.records import parse_record
 from milora_data.show.preview import text_pieces, token_pieces
 from milora_data.sources import load_records
@@ -61,29 +59,6 @@ def test_flags_take_dashes_and_underscores_and_no_guesses() -> None:
         options.parse_args(["--output", "x"])
     with pytest.raises(UserError, match="expected one argument"):
         options.parse_args(["--output_dir"])
-
-
-class _Broken:
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> int:
-        if index == 1:
-            raise ImageError("a.png: cannot read this picture: empty\nneeded by train.json:3")
-        return index
-
-
-def test_what_a_loader_process_raises_is_shown_without_its_traceback(capsys: Out) -> None:
-    from torch.utils.data import DataLoader
-
-    def main(argv: Sequence[str] | None) -> int:
-        return len(list(DataLoader(_Broken(), num_workers=1)))  # type: ignore[arg-type]
-
-    with pytest.raises(SystemExit) as caught:
-        cli.run(main)
-    assert caught.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ["error: a.png: cannot read this picture: empty", "       needed by train.json:3"]
 
 
 def test_near_names_come_nearest_first() -> None:

@@ -39,12 +39,6 @@ def circular(texts: list[str], answers: list[str]) -> int:
     return int(all(mmbench.option_letter(text, "ABCD") == answer for text, answer in zip(texts, answers, strict=True)))
 
 
-def last_number(text: str) -> float | str:
-    """JSON has no infinity."""
-    found = commonsense.last_number(text)
-    return "inf" if found == float("inf") else found
-
-
 # metric -> function of (prediction, references)
 METRICS: dict[str, Callable[[Any, Any], Any]] = {
     "vqa_normalize": lambda p, r: vqa.normalise(vqa.clean(p)),
@@ -58,7 +52,6 @@ METRICS: dict[str, Callable[[Any, Any], Any]] = {
     "scienceqa_parse": lambda p, r: scienceqa.scienceqa_letter(p),
     "scienceqa_index": lambda p, r: scienceqa.scienceqa_index(p, len(r)),
     "mmbench_option": mmbench.mmbench_option,
-    "mmbench_option_lmms_eval": mmbench.mmbench_option_lmms_eval,
     "mmbench_circular": circular,
     "mme_parse": lambda p, r: mme.mme_answer(p),
     "mme_subtask_score": mme.mme_score,
@@ -68,15 +61,12 @@ METRICS: dict[str, Callable[[Any, Any], Any]] = {
     "mmmu_open_correct": mmmu.mmmu_open_correct,
     "chartqa_relaxed": chartqa.chartqa_correct,
     "docvqa_anls": anls.anls,
-    "docvqa_anls_pix2struct": anls.anls_pix2struct,
     "refcoco_parse": lambda p, r: list(refcoco.box_of(p)),
     "refcoco_iou": refcoco.iou,
     "refcoco_llava_box_normalise": lambda p, r: list(on_padded_square(p["bbox_xyxy"], p["width"], p["height"])),
     "llava_bench_scores": lambda p, r: list(short_rules.judge_scores(p)),
     "commonsense_extract": lambda p, r: commonsense.commonsense_label(p["text"], p["dataset"]),
     "gsm8k_extract_milora": lambda p, r: gsm8k.gsm8k_number(p),
-    "gsm8k_extract_llm_adapters": lambda p, r: last_number(p),
-    "aqua_extract_llm_adapters": lambda p, r: commonsense.first_letter(p),
     "math_equiv_milora": lambda p, r: any(math_answers.math_correct(p, reference) for reference in r),
     "cider_d": cider.cider_d,
     "mean_stderr": lambda p, r: stats.mean_stderr(p),

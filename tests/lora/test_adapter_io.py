@@ -126,12 +126,13 @@ def test_what_is_no_adapter_folder_is_refused_in_words(saved, tiny_llava, tmp_pa
     (tmp_path / "run" / "checkpoint-10").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-10" / "adapter_model.safetensors").touch()
     (tmp_path / "file").write_text("x")
-    for path, code, message in (
-        (tmp_path / "nowhere", "adapter-no-folder", "no such adapter folder"),
-        (tmp_path / "file", "adapter-no-folder", "this is a file"),
-        (tmp_path / "run", "adapter-missing-file", "checkpoint-10 ? It is the newest checkpoint"),
+    newest = "checkpoint-10 ? It is the newest checkpoint"
+    for path, code, message, hint in (
+        (tmp_path / "nowhere", "adapter-no-folder", "no such adapter folder", ""),
+        (tmp_path / "file", "adapter-no-folder", "this is a file", ""),
+        (tmp_path / "run", "adapter-missing-file", "adapter_config.json is missing, found checkpoint-10", newest),
     ):
-        with raises_code(code, str(path), message):
+        with raises_code(code, str(path), message, hint):
             load_adapter(base, path)
     weights = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").unlink()
@@ -153,7 +154,7 @@ def test_an_adapter_that_does_not_fit_is_refused(saved, tiny_llama) -> None:
 
 
 def test_saving_a_model_without_an_adapter_says_what_to_use(tmp_path: Path) -> None:
-    with raises_code("adapter-not-a-peft-model", "", "save_pretrained"):
+    with raises_code("adapter-not-a-peft-model", hint="save_pretrained"):
         save_adapter(nn.Linear(2, 2), tmp_path)
 
 
@@ -165,7 +166,7 @@ def test_an_adapter_is_not_saved_onto_a_file(saved) -> None:
 
 def test_a_model_with_an_adapter_takes_no_second_one_this_way(saved) -> None:
     model, folder = saved
-    with raises_code("adapter-already-present", "", "load_adapter(path, name)"):
+    with raises_code("adapter-already-present", hint="load_adapter(path, name)"):
         load_adapter(model, folder)
 
 

@@ -88,7 +88,7 @@ def test_with_a_projector_of_its_own_an_adapter_is_switched_to(made: SimpleNames
 
 def test_on_a_model_of_ours_hot_swapping_is_refused_and_loading_does_it(made: SimpleNamespace) -> None:
     model = load_adapter(load_model(made.base)[0], made.root / "a")
-    with raises_code("adapter-hotswap", "", "--with_base"):
+    with raises_code("adapter-hotswap", hint="--with_base"):
         hotswap_adapter(model, str(made.root / "b"), adapter_name="default", torch_device="cpu")
     torch.testing.assert_close(logits(model), made.logits["a"], atol=1e-5, rtol=0)
     model.load_adapter(str(made.root / "b"), "default")

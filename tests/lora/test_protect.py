@@ -191,7 +191,7 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(tiny_llama, form) -> 
 def test_training_that_protects_nothing_is_refused_at_its_first_gradient(tiny_llama) -> None:
     model = apply_milora(tiny_llama()[0], one_rule(protect={"top": TOP}))
     loss = model(input_ids=IDS, labels=IDS).loss
-    with raises_code("adapter-not-protected", "", "keep_protected(model, optimizer)"):
+    with raises_code("adapter-not-protected", hint="keep_protected(model, optimizer)"):
         loss.backward()
 
 

@@ -72,7 +72,7 @@ def test_rslora_keeps_its_scale(tiny_llama) -> None:
 def test_what_would_be_lost_or_wrong_is_refused(tiny_llama) -> None:
     stock = get_peft_model(tiny_llama()[0], config())
     move(stock)
-    with raises_code("adapter-already-trained", "", "restore_split"):
+    with raises_code("adapter-already-trained", hint="restore_split"):
         reinit_peft(stock)
     for fields, message in [
         ({"init_lora_weights": "pissa"}, "changes the base weights"),

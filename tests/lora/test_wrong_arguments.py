@@ -16,7 +16,7 @@ from support.adapter_cases import one_rule, raises_code
 
 def test_the_name_of_a_model_is_no_model(tmp_path: Path) -> None:
     for call in (lambda: apply_milora("tiny", one_rule()), lambda: load_adapter("tiny", tmp_path)):
-        with raises_code("adapter-not-a-model", "", "load it"):
+        with raises_code("adapter-not-a-model", hint="load it"):
             call()
 
 

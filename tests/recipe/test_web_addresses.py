@@ -12,7 +12,7 @@ import pytest
 
 from milora_data import load_records
 from milora_data.__main__ import main as data
-from milora_data.command.web import web_address_problem
+from milora_data.command.web import url_problem
 from milora_data.errors import UserError
 from milora_data.images.files import ImageError, load_image
 from milora_eval.__main__ import main as evaluate
@@ -50,7 +50,7 @@ def test_commands_refuse_it(command: Command, words: str, tmp_path: Path, monkey
     with pytest.raises(UserError, match="is a web address; only files on this machine are read") as error:
         command(shlex.split(words))
     (address,) = [word for word in shlex.split(words) if word.startswith("https")]
-    assert str(web_address_problem(address)) in str(error.value)
+    assert str(url_problem(address)) in str(error.value)
     assert error.value.problems[0].code == "path-web-address"
     assert not (tmp_path / "out").exists()
 
@@ -73,7 +73,17 @@ def test_a_conversation_goes_on(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert f"{PICTURE} is a web address" in capsys.readouterr().err
 
 
+def test_a_file_url_is_refused_unchanged_with_its_path() -> None:
+    for words in ("--image file:///pictures/my%20cat.png hi", "--image file:/pictures/my%20cat.png hi"):
+        with pytest.raises(UserError) as error:
+            chat.main(["--model", "tiny", *shlex.split(words)])
+        problem = error.value.first
+        assert (problem.where, problem.code) == ("--image", "path-file-url")
+        assert problem.message.startswith("file:///pictures/my cat.png is a URL")
+        assert problem.hint == "use the path:  '/pictures/my cat.png'"
+
+
 def test_a_command_to_download_is_quoted_for_a_shell() -> None:
     address = "http://example.org/my cat.png?size=1&x=2"
-    (line,) = [line for line in str(web_address_problem(address)).splitlines() if "curl" in line]
+    (line,) = [line for line in str(url_problem(address)).splitlines() if "curl" in line]
     assert shlex.split(line.partition("curl")[2]) == ["-L", "-o", "my cat.png", address]

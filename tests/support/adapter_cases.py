@@ -25,13 +25,14 @@ LLAVA_POLICY = [
 
 
 @contextmanager
-def raises_code(code: str, where: str = "", message: str = "") -> Iterator[None]:
-    """Expect a UserError with one problem of this code; `where` and `message` are parts of its place and text."""
+def raises_code(code: str, where: str = "", message: str = "", hint: str = "") -> Iterator[None]:
+    """Expect a UserError with one problem of this code; `where`, `message` and `hint` are parts of it."""
     with pytest.raises(UserError) as error:
         yield
     assert [problem.code for problem in error.value.problems] == [code], str(error.value)
     assert where in error.value.problems[0].where
-    assert message in str(error.value)
+    assert message in error.value.problems[0].message
+    assert hint in error.value.problems[0].hint
 
 
 def one_rule(**fields: object) -> list[dict[str, object]]:

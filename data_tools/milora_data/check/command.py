@@ -17,7 +17,7 @@ from milora_data.check.repair import write_repaired
 from milora_data.check.report import Report, as_json, as_text
 from milora_data.command.cli import command_line, count, next_step, parser
 from milora_data.command.flags import RECORDS, shared
-from milora_data.command.web import web_address, web_address_problem
+from milora_data.command.web import url_problem, web_address
 from milora_data.errors import DataError, Problem, UserError
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.stored import stored_items
@@ -129,10 +129,7 @@ def image_folder(data: Path, option: Path | None) -> Path:
 
 def no_folder(folder: Path) -> Problem:
     """Return the problem of an image folder that does not exist."""
-    address = web_address(folder)
-    if address is not None:
-        return web_address_problem(address)
-    return Problem(
+    return url_problem(folder) or Problem(
         f"no such image folder: {folder}",
         code="path-missing",
         hint="name the folder of the pictures with --image_folder",

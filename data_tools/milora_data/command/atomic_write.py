@@ -1,9 +1,12 @@
-"""Write small files atomically: a killed process leaves the old file or the new one, never a part of one."""
+"""Write small files and new folders atomically: a killed process leaves the old one or the new one, never a part."""
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,23 @@ def write_text(file: Path, text: str) -> Path:
 def write_json(file: Path, content: Any) -> Path:
     """Write a value as JSON atomically; values that JSON does not support are written as `str(value)`."""
     return write_text(file, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """Yield the path of a folder to write; it is renamed to `folder` when the block ends. Its parent is temporary.
+
+    If another process has written `folder` meanwhile, that one stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        staged = Path(scratch) / "staged"
+        yield staged
+        try:
+            staged.rename(folder)
+        except OSError:
+            if not all((folder / file.name).exists() for file in staged.iterdir()):
+                raise
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

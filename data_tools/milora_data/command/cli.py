@@ -22,7 +22,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from milora_data.command.web import web_address, web_address_problem
+from milora_data.command.web import url_problem
 from milora_data.errors import UserError
 
 
@@ -97,11 +97,11 @@ class CommandParser(argparse.ArgumentParser):
             raise
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Convert the value of an argument; refuse a web address if a path is expected."""
-        address = web_address(arg_string) if action.type is Path else None
-        if address is not None:
+        """Convert the value of an argument; refuse a URL if a path is expected."""
+        problem = url_problem(arg_string) if action.type is Path else None
+        if problem is not None:
             flag = "/".join(action.option_strings) or str(action.metavar or action.dest)
-            raise UserError(problems=[replace(web_address_problem(address), where=flag)])
+            raise UserError(problems=[replace(problem, where=flag)])
         return super()._get_value(action, arg_string)
 
     def flags(self) -> list[str]:

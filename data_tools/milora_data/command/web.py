@@ -1,11 +1,11 @@
-"""Web addresses in place of files. Nothing is downloaded, so they are refused with a download command."""
+"""URLs in place of paths. Nothing is downloaded: a web address is refused with a download command."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from milora_data.errors import Problem
 
@@ -22,8 +22,19 @@ def web_address(path: str | Path) -> str | None:
     return None if match is None else f"{match[1]}://{str(path)[match.end() :]}"
 
 
-def web_address_problem(address: str) -> Problem:
-    """Return the problem for an address in place of a path; its hint is a command that downloads the file."""
+def url_problem(path: str | Path) -> Problem | None:
+    """Return the problem of a web address or a file URL in place of a path; None for a path.
+
+    The hint is a command that downloads the file, or the path in the URL.
+    """
+    address = web_address(path)
+    local = re.match(r"file:/+(?:localhost/)?", str(path), re.IGNORECASE)
+    if local is not None:
+        name = "/" + unquote(str(path)[local.end() :])
+        message, hint = f"file://{name} is a URL; expected a path", f"use the path:  {shlex.quote(name)}"
+        return Problem(message, code="path-file-url", hint=hint)
+    if address is None:
+        return None
     name = Path(urlsplit(address).path).name
     hint = f"download it:  curl -L -o {shlex.quote(name)} {shlex.quote(address)}\nand name:     {name}"
     return Problem(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from milora_data.command.cli import command_line
-from milora_data.command.web import web_address, web_address_problem
+from milora_data.command.web import url_problem
 from milora_data.errors import DataError
 from milora_data.formats.saved import is_saved
 from milora_data.images.files import SUFFIXES
@@ -137,9 +137,9 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
 
 def missing_file(path: Path) -> DataError:
     """Return the error for a data file that does not exist; its hint lists the JSON files beside it."""
-    address = web_address(path)
-    if address is not None:
-        return DataError(problems=[web_address_problem(address)])
+    problem = url_problem(path)
+    if problem is not None:
+        return DataError(problems=[problem])
     hints = []
     if path.is_dir():
         folder, code, message = path, "data-folder", "this is a folder; expected a JSON or JSONL file"

@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from milora_data.command.web import web_address, web_address_problem
+from milora_data.command.web import url_problem
 from milora_data.errors import DataError
 
 if TYPE_CHECKING:
@@ -115,10 +115,9 @@ def load_image(path: str | Path, *, longest: int | None = None, shortest: int | 
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        address = web_address(path)
-        if address is not None:
-            problem = web_address_problem(address)
-            raise ImageError(problem.message, "a web address", code=problem.code, hint=problem.hint) from None
+        problem = url_problem(path)
+        if problem is not None:
+            raise ImageError(problem.message, "a URL", code=problem.code, hint=problem.hint) from None
         reason, hint = "no such file", ""
     except UnidentifiedImageError:
         size = len(path.content) if isinstance(path, StoredPicture) else Path(path).stat().st_size

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command.cli import suggest
-from milora_data.command.web import web_address, web_address_problem
+from milora_data.command.web import url_problem
 from milora_data.errors import DataError, UserError
 from milora_data.formats.jsonfile import read_json
 from milora_data.images.embedded import is_embedded, refusal
@@ -65,9 +65,9 @@ class OwnData(Benchmark):
             )
         path = self.path if self.path.is_file() else data_dir / self.path
         if not path.is_file():
-            address = web_address(self.path)
-            if address is not None:
-                raise UserError(problems=[web_address_problem(address)])
+            problem = url_problem(self.path)
+            if problem is not None:
+                raise UserError(problems=[problem])
             raise MissingData(f"no file {self.path}, and no file of that name in {data_dir}", code="data-missing-file")
         rows, metric = _rows(path)
         items = [_item(row, number, path, metric, data_dir) for number, row in enumerate(rows, start=1)]

@@ -1,7 +1,6 @@
 """DocVQA and InfographicVQA: average normalised Levenshtein similarity of one answer.
 
-`anls` follows the RRC script (as in QwenLM/Qwen-VL, eval_mm/infographicsvqa_eval.py), `anls_pix2struct` the variant of
-google-research/pix2struct, which gives 0 at exactly 0.5.
+It follows the RRC script (as in QwenLM/Qwen-VL, eval_mm/infographicsvqa_eval.py).
 """
 
 from __future__ import annotations
@@ -27,16 +26,6 @@ def anls(text: str, references: Sequence[str]) -> float:
         distances.append(distance / length if length else 0.0)
     similarity = 1 - min(distances)
     return 0.0 if similarity < THRESHOLD else similarity
-
-
-def anls_pix2struct(text: str, references: Sequence[str]) -> float:
-    """Return the similarity to the closest reference, 0 at 0.5 and below; the caller lower-cases both texts."""
-    best = 0.0
-    for reference in references:
-        length = max(len(text), len(reference))
-        distance = levenshtein(reference, text) / length if length else 0.0
-        best = max(best, 1 - distance if distance < THRESHOLD else 0.0)
-    return best
 
 
 def levenshtein(a: str, b: str) -> int:

@@ -1,11 +1,10 @@
-"""The text benchmarks of LLM-Adapters, reported by DoRA and MiLoRA: parse the label, number or letter of an answer.
+"""The commonsense benchmarks of LLM-Adapters, reported by DoRA and MiLoRA: parse the label of an answer.
 
-Follows AGI-Edgerunners/LLM-Adapters commonsense_evaluate.py and evaluate.py.
+Follows AGI-Edgerunners/LLM-Adapters commonsense_evaluate.py.
 """
 
 from __future__ import annotations
 
-import math
 import re
 
 _ANSWERS = "answer1|answer2|answer3|answer4|answer5"
@@ -30,16 +29,4 @@ def commonsense_label(text: str, dataset: str) -> str:
     'true'
     """
     match = re.search(LABELS[dataset], text)
-    return match.group() if match else ""
-
-
-def last_number(text: str) -> float:
-    """Return the last number of an answer, without commas; infinity without a number (GSM8K and similar sets)."""
-    numbers = re.findall(r"-?\d+\.?\d*", text.replace(",", ""))
-    return float(numbers[-1]) if numbers else math.inf
-
-
-def first_letter(text: str) -> str:
-    """Return the first capital A to E in any word of an answer; "" without one (AQuA)."""
-    match = re.search("[A-E]", text)
     return match.group() if match else ""

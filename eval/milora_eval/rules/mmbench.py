@@ -1,7 +1,7 @@
-"""MMBench: parse the option of an answer by the rules of VLMEvalKit (without a judge) and lmms-eval, and CircularEval.
+"""MMBench: parse the option of an answer by the rules of VLMEvalKit (without a judge).
 
-Follows vlmeval/utils/matching_util.py and vlmeval/dataset/utils/multiple_choice.py (exact matching), and
-lmms_eval/tasks/mmbench/mmbench_evals.py. Their switch VERBOSE, which changes results, is off here.
+Follows vlmeval/utils/matching_util.py and vlmeval/dataset/utils/multiple_choice.py (exact matching). Their switch
+VERBOSE, which changes results, is off here.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ REFUSALS = (
 NO_ANSWER = "Failed to obtain answer via API"
 _VERBOSE = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
 _BLANKED = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-# Forms around a letter that lmms-eval accepts, in this order.
-_AROUND = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
 
 
 def mmbench_option(text: str, choices: Mapping[str, str]) -> Option:
@@ -31,7 +29,7 @@ def mmbench_option(text: str, choices: Mapping[str, str]) -> Option:
     >>> mmbench_option("The answer is (B).", {"A": "red", "B": "green"})
     'B'
     """
-    return option_letter(text, choices) or _option_by_text(text, choices, longest=2)
+    return option_letter(text, choices) or _option_by_text(text, choices)
 
 
 def option_letter(text: str, letters: Iterable[str]) -> Option:
@@ -51,25 +49,10 @@ def option_letter(text: str, letters: Iterable[str]) -> Option:
     return found.group(1).upper() if found is not None and found.group(1).upper() in letters else False
 
 
-def mmbench_option_lmms_eval(text: str, choices: Mapping[str, str]) -> Option:
-    """Return the letter of an answer by lmms-eval's rules, False if it is not clear."""
-    letters, words = "ABCDE", text.split()
-    if NO_ANSWER not in text:
-        named = [letter for letter in letters if letter in words]
-        # "A" among more than three words may be the article: then no bare letter counts.
-        if len(named) == 1 and not ("A" in words and len(words) > 3):
-            return named[0]
-        for around in _AROUND:
-            named = [letter for letter in letters if around.format(letter) in words]
-            if len(named) == 1:
-                return named[0]
-    return _option_by_text(text, choices, longest=None)
-
-
-def _option_by_text(text: str, choices: Mapping[str, str], longest: int | None) -> Option:
-    """Return the only option whose text is in the answer; an answer `longest` times as long as all options has none."""
+def _option_by_text(text: str, choices: Mapping[str, str]) -> Option:
+    """Return the only option whose text is in the answer; one more than twice as long as all options has none."""
     text = text.lower()
-    if longest is not None and len(text) > longest * sum(len(str(option)) for option in choices.values()):
+    if len(text) > 2 * sum(len(str(option)) for option in choices.values()):
         return False
     named = [letter for letter, option in choices.items() if str(option).lower() in text]
     return named[0] if len(named) == 1 else False
