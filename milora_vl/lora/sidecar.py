@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from milora_vl.initialize import LayerReport
 from milora_vl.lora.errors import AdapterError
-from milora_vl.policy.rules import METHODS, FloorSigma, Protect, RulePart, Target
+from milora_vl.policy.rules import METHODS, FloorSigma, Protect, Target
 from milora_vl.weights.fingerprint import Sketch
 
 FILE_NAME = "milora.json"
@@ -41,8 +41,7 @@ class Sidecar:
         return json.dumps({"format_version": FORMAT_VERSION, "form": self.form, "modules": modules}, indent=1) + "\n"
 
     def _module(self, target: Target) -> dict[str, Any]:
-        pairs = dataclasses.asdict(target).items()
-        fields = {name: value.model_dump() if isinstance(value, RulePart) else value for name, value in pairs}
+        fields = target.to_dict()
         del fields["path"]
         entry = {"name": self.names[target.path], "part": target.part, **fields}
         if target.path in self.sketches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
@@ -45,9 +45,9 @@ class RulePart(Strict):
 
     if not TYPE_CHECKING:  # for type checkers, the arguments are the fields
 
-        def __init__(self, **fields: Any) -> None:
+        def __init__(self, **values: Any) -> None:
             try:
-                super().__init__(**fields)
+                super().__init__(**values)
             except ValidationError as error:
                 problems = problems_of(error, type(self), "policy")
                 raise PolicyError(problems=[_with_code_of_field(problem) for problem in problems]) from None
@@ -188,6 +188,11 @@ class Target:
     protect: Protect | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as the values of JSON."""
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value.model_dump() if isinstance(value, RulePart) else value for name, value in pairs}
 
     @property
     def scaling(self) -> float:

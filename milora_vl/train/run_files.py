@@ -101,7 +101,7 @@ def policy_json(built: Built) -> dict[str, Any]:
     """Return the content of policy.json: targets, measurements of layers, protections and parameter counts."""
     protected = built.model.protections["default"].values() if built.saves == "adapter" else ()
     return {
-        "targets": [asdict(target) for target in built.targets],
+        "targets": [target.to_dict() for target in built.targets],
         "layers": [asdict(layer) for layer in built.report],
         "protected": [{"path": p.path, "energy": p.energy, "bytes": p.num_bytes} for p in protected],
         "trainable": get_model_param_count(built.model, trainable_only=True),

@@ -185,5 +185,5 @@ def test_faults_of_reading_and_of_the_model_come_in_one_message(tiny_llava) -> N
     assert "needs a rank" not in found  # rule 0 has one, if a wrong one
     assert faults(tiny_gpt2(), "[{modules: language, method: milora, rank: 2, ranks: 3}]") == [
         "policy[0].ranks: unknown key",
-        "did you mean 'rank'?",
+        "did you mean rank?",
     ]
