@@ -1,4 +1,7 @@
-"""Recognize by its files what a folder holds: an adapter, a projector, a text model. Imports no torch."""
+"""Recognize by its files what a folder holds: an adapter, a projector, a text model. Imports no torch.
+
+No other module looks for these files by itself; `adapters/source.py` tells the kinds of adapters apart.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,43 @@ import json
 import shlex
 from pathlib import Path
 
-from milora_data.command.cli import command_line
 from milora_data.errors import UserError
 from milora_vl.checkpoints import holds_weights, newest_checkpoint, step_of
 
+CONFIG = "adapter_config.json"  # of PEFT, also in LLaVA's folders
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA = "non_lora_trainables.bin"  # of LLaVA: what it trained beside the LoRA
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+
+
+def has_config(folder: Path) -> bool:
+    """Return whether `folder` has PEFT's adapter_config.json, perhaps beside a model."""
+    return (folder / CONFIG).is_file()
+
+
+def holds_llava_adapter(folder: Path) -> bool:
+    """Return whether LLaVA's train.py wrote the folder, with LoRA."""
+    return has_config(folder) and (folder / NON_LORA).is_file()
 
 
 def holds_adapter(folder: Path) -> bool:
     """Return whether `folder` holds an adapter: PEFT's files without a model, or LLaVA's files."""
-    is_llava = (folder / "non_lora_trainables.bin").is_file()
-    return (folder / "adapter_config.json").is_file() and (is_llava or not (folder / "config.json").is_file())
+    return holds_llava_adapter(folder) or (has_config(folder) and not (folder / "config.json").is_file())
+
+
+def adapters_inside(folder: Path) -> list[Path]:
+    """Return the subfolders of `folder` that have an adapter_config.json, sorted."""
+    return sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
 
 
 def holds_residual(folder: Path) -> bool:
     """Return whether `folder` holds a residual base with an adapter in a subfolder (as PiSSA and MiLoRA write it)."""
-    return (folder / "config.json").is_file() and any(folder.glob("*/adapter_config.json"))
+    return (folder / "config.json").is_file() and bool(adapters_inside(folder))
 
 
 def holds_projector_alone(folder: Path) -> bool:
     """Return whether `folder` holds a projector and no adapter."""
-    adapter = (folder / "adapter_config.json").is_file()
-    return not adapter and any((folder / name).is_file() for name in PROJECTOR_FILES)
+    return not has_config(folder) and any((folder / name).is_file() for name in PROJECTOR_FILES)
 
 
 def newest_of_unfinished(folder: Path, *call: object) -> str:
@@ -41,7 +59,7 @@ def newest_of_unfinished(folder: Path, *call: object) -> str:
     if call[-1] == "--adapter" and not (holds_adapter(newest) or holds_projector_alone(newest)):
         call = ("--model",)  # full training: a checkpoint is a whole model
     module, *words = *map(str, call), str(newest)
-    typed = shlex.join([module, *words]) if module.startswith("--") else command_line(module, *words)
+    typed = ("" if module.startswith("--") else "python -m ") + shlex.join([module, *words])
     return (
         f"\nthe run in it has not finished; its newest checkpoint has step {step_of(newest):,}\n"
         f"use it:    {typed}\n"
@@ -54,7 +72,7 @@ def base_of(folder: Path) -> str:
 
     Raises UserError if adapter_config.json does not name it or cannot be read.
     """
-    file = folder / "adapter_config.json"
+    file = folder / CONFIG
     try:
         name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:

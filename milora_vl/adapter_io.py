@@ -20,6 +20,7 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from milora_vl.adapter_folders import ADAPTER_FILES, CONFIG
 from milora_vl.checkpoints import newest_checkpoint
 from milora_vl.lora.base_check import fitted
 from milora_vl.lora.config import quiet_peft
@@ -30,9 +31,6 @@ from milora_vl.lora.residual import make_residual
 from milora_vl.lora.sidecar import FILE_NAME, Sidecar, read_sidecar, require_weights
 from milora_vl.towers import is_wrapped_by_peft
 from milora_vl.weights.torch_files import UNREAD, read_pickled, unreadable
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +120,7 @@ def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:
             return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
         except KeyError as error:  # PEFT's reaction to a module of modules_to_save that is missing in the file
             raise AdapterError(
-                f"the weights lack {error}, which {CONFIG_NAME} lists",
+                f"the weights lack {error}, which {CONFIG} lists",
                 code="adapter-missing-weights",
                 where=str(folder),
                 hint="restore the files of one save",
@@ -143,8 +141,8 @@ def require_adapter(folder: Path) -> None:
         reason = "this is a file, but an adapter is a folder" if folder.exists() else "no such adapter folder"
         raise AdapterError(reason, code="adapter-no-folder", where=str(folder))
     names = sorted(entry.name for entry in folder.iterdir())
-    if CONFIG_NAME not in names or not set(WEIGHT_NAMES) & set(names):
-        missing = CONFIG_NAME if CONFIG_NAME not in names else WEIGHT_NAMES[0]
+    if CONFIG not in names or not set(ADAPTER_FILES) & set(names):
+        missing = CONFIG if CONFIG not in names else ADAPTER_FILES[0]
         newest = newest_checkpoint(folder)
         raise AdapterError(
             f"the folder contains no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}",
@@ -152,7 +150,7 @@ def require_adapter(folder: Path) -> None:
             where=str(folder),
             hint=f"did you mean {newest} ? It is the newest checkpoint there." if newest else "",
         )
-    config_file = folder / CONFIG_NAME
+    config_file = folder / CONFIG
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -160,7 +158,7 @@ def require_adapter(folder: Path) -> None:
     if not isinstance(config, dict):
         message = f"expected a mapping, got a {type(config).__name__}"
         raise AdapterError(message, code="adapter-damaged-file", where=str(config_file))
-    file = folder / next(name for name in WEIGHT_NAMES if name in names)
+    file = folder / next(name for name in ADAPTER_FILES if name in names)
     try:
         if file.suffix == ".bin":
             read_pickled(file)  # a pickle has no header to check, so read all of it

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from milora_data.errors import UserError
+from milora_vl.adapter_folders import NON_LORA
 from milora_vl.adapters.plain import PREFIX, LowRank, PlainAdapter, read_plain, write_plain
 from milora_vl.lora.sidecar import locate
 from milora_vl.models.parts import TOWER_NAME
@@ -24,7 +25,6 @@ from milora_vl.models.timm_tower_config import TimmTowerConfig
 from milora_vl.towers import Towers
 from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 
-NON_LORA = "non_lora_trainables.bin"
 # Keys of LoraConfig in the PEFT of LLaVA's pins (transformers 4.37.2, accelerate 0.21), which rejects other keys.
 KNOWN_KEYS = frozenset(
     "auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights layers_pattern "
@@ -53,11 +53,6 @@ _ORIGINAL = Towers(
     {"language": ("model",), "projector": ("model.mm_projector",), "vision": ("model.vision_tower",)},
     {"language": ("model.layers",), "vision": ("model.vision_tower.vision_tower.encoder.layers",)},
 )
-
-
-def is_llava_folder(folder: Path) -> bool:
-    """Return whether LLaVA's train.py wrote the folder, with LoRA."""
-    return (folder / NON_LORA).is_file() and (folder / "adapter_config.json").is_file()
 
 
 def canonical_of_original(path: str) -> str:

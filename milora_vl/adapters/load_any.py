@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import holds_residual
+from milora_vl.adapter_folders import CONFIG, has_config, holds_residual
 from milora_vl.adapter_io import load_adapter
 from milora_vl.adapters.imported import import_adapter, refuse_mutating
 from milora_vl.adapters.plain import write_plain
@@ -28,7 +28,7 @@ def load_any(model: nn.Module, folder: Path) -> Any:
     Raises AdapterError and UserError for an adapter that does not fit, and UserError for an adapter that was
     trained on a residual base and lacks its initial factors: it would load on the unchanged base and be wrong.
     """
-    if not _is_adapter(folder):
+    if not (has_config(folder) or holds_residual(folder)):
         return load_adapter(model, folder)  # reports what is missing
     source = find_source(folder)
     if source.kind == "plain" and _is_lora(source.folder):
@@ -48,13 +48,9 @@ def load_any(model: nn.Module, folder: Path) -> Any:
         return load_adapter(model, scratch)
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() or holds_residual(folder)
-
-
 def _is_lora(folder: Path) -> bool:
     try:
-        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError:
         return False  # load_adapter reports it
     return bool(content.get("peft_type") == "LORA")

@@ -18,11 +18,11 @@ from peft.utils import load_peft_weights
 from torch import Tensor
 
 from milora_data.errors import UserError
+from milora_vl.adapter_folders import ADAPTER_FILES, CONFIG
 from milora_vl.lora.sidecar import Sidecar, read_sidecar
 
 PREFIX = "base_model.model."
 _FACTOR_A = re.compile(r"(?P<path>.+)\.(?P<name>lora_A\.weight|lora_embedding_A)")
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Fields of adapter_config.json with which a LoRA is more than s B A added to a weight, and a name for each.
 _MORE_THAN_FACTORS = {
     "use_dora": "DoRA weights",
@@ -184,7 +184,7 @@ def write_plain(
     for path, factors in adapter.factors.items():
         names = ("lora_embedding_A", "lora_embedding_B") if factors.is_embedding else ("lora_A.weight", "lora_B.weight")
         state |= {f"{PREFIX}{path}.{names[0]}": factors.A, f"{PREFIX}{path}.{names[1]}": factors.B}
-    save_file({key: t.contiguous() for key, t in state.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file({key: t.contiguous() for key, t in state.items()}, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
     content = config_of(adapter).to_dict()
     if known_keys is not None:
         content = {key: value for key, value in content.items() if key in known_keys}

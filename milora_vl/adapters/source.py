@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from milora_data.errors import Problem, UserError
-from milora_vl.adapter_folders import holds_projector_alone, newest_of_unfinished
+from milora_vl.adapter_folders import (
+    CONFIG,
+    adapters_inside,
+    has_config,
+    holds_llava_adapter,
+    holds_projector_alone,
+    newest_of_unfinished,
+)
 from milora_vl.adapter_io import require_adapter
-from milora_vl.adapters.llava import is_llava_folder
 from milora_vl.lora.sidecar import FILE_NAME
 
 Kind = Literal["ours", "plain", "llava", "residual"]
@@ -47,7 +53,7 @@ def find_source(folder: Path, residual: Path | None = None, initial: Path | None
         if path is not None:
             require_adapter(path)
     residual = residual or _residual_of(folder)
-    if is_llava_folder(trained):
+    if holds_llava_adapter(trained):
         return Source("llava", trained)
     if residual is None and initial is None and _has(trained, FILE_NAME):
         return Source("ours", trained)
@@ -75,22 +81,22 @@ def _holds_model(folder: Path) -> bool:
 
 def _trained(folder: Path) -> Path | None:
     """Return the trained adapter: the folder, or the subfolder of a folder with a residual base."""
-    if _has(folder, "adapter_config.json"):
+    if has_config(folder):
         return folder
     if not _holds_model(folder):
         return None
-    subfolders = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    subfolders = adapters_inside(folder)
     others = [path for path in subfolders if path.name not in INITIAL_NAMES]
     return next(iter(others or subfolders), None)
 
 
 def _residual_of(folder: Path) -> Path | None:
     """Return the residual base: the folder, or the base that its adapter names if it contains an initial adapter."""
-    if _holds_model(folder) and not _has(folder, "adapter_config.json") and _trained(folder) is not None:
+    if _holds_model(folder) and not has_config(folder) and _trained(folder) is not None:
         return folder
-    if not _has(folder, "adapter_config.json"):
+    if not has_config(folder):
         return None
-    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    named = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     base = Path(named) if named else None
     if base is None or not base.is_dir() or not _holds_model(base):
         return None
@@ -102,7 +108,7 @@ def _initial_of(folders: list[Path], trained: Path | None) -> Path | None:
     for folder in folders:
         names = [*INITIAL_NAMES, OFFICIAL_NAME] if _holds_model(folder) else INITIAL_NAMES
         for name in names:
-            if _has(folder / name, "adapter_config.json") and (name != OFFICIAL_NAME or folder / name != trained):
+            if has_config(folder / name) and (name != OFFICIAL_NAME or folder / name != trained):
                 return folder / name
     # A residual base with one untrained adapter: its factors are the initial ones.
     if trained is not None and trained.name == OFFICIAL_NAME and _holds_model(trained.parent):
@@ -116,7 +122,7 @@ def _no_adapter(folder: Path) -> Problem:
     newest = newest_of_unfinished(folder, "milora_vl.export", "--to", "FORM")
     if newest:
         return Problem("no adapter in this folder", code, where, newest.lstrip())
-    inside = sorted(str(path.parent) for path in folder.glob("*/adapter_config.json"))
+    inside = [str(path) for path in adapters_inside(folder)]
     if inside:
         return Problem(
             "no adapter in this folder, only in subfolders", code, where, f"use one:  {', '.join(inside[:6])}"

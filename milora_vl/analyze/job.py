@@ -16,7 +16,14 @@ import torch
 
 from milora_data.command.atomic_write import write_text
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone, holds_residual
+from milora_vl.adapter_folders import (
+    CONFIG,
+    adapters_inside,
+    base_of,
+    holds_adapter,
+    holds_projector_alone,
+    holds_residual,
+)
 from milora_vl.analyze.changes import changes_of_model, read_changes
 from milora_vl.analyze.rows import Row, base_row, update_row
 from milora_vl.analyze.weights import Weights, open_weights
@@ -123,7 +130,7 @@ def _read(file: Path, todo: AnalysisPlan) -> Iterator[Row]:
 def _named_base(folder: Path) -> str:
     """Return the base model that an adapter names, or the adapter inside a residual base."""
     try:
-        return base_of(folder if holds_adapter(folder) else next(folder.glob("*/adapter_config.json")).parent)
+        return base_of(folder if holds_adapter(folder) else adapters_inside(folder)[0])
     except UserError as error:
         problems = [replace(problem, hint="add:  --base NAME-OR-FOLDER") for problem in error.problems]
         raise UserError(problems=problems) from None
@@ -150,7 +157,7 @@ def _tuned(subject: str, base: str) -> Weights:
 
 def _files(folder: Path) -> list[tuple[str, str]]:
     """Return name and hash of the files of a training. A longer training or another scale (config) changes them."""
-    names = ("*.safetensors", "*.bin", "*/adapter_model.*", "adapter_config.json", "*/adapter_config.json")
+    names = ("*.safetensors", "*.bin", "*/adapter_model.*", CONFIG, f"*/{CONFIG}")
     candidates = (file for name in names for file in folder.glob(name))
     digests = []
     for file in sorted(candidates):

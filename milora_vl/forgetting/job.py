@@ -16,7 +16,7 @@ from milora_data import load_records
 from milora_data.command.atomic_write import read_json, write_json
 from milora_data.errors import UserError
 from milora_data.formats.saved import is_saved
-from milora_vl.adapter_folders import base_of, holds_adapter
+from milora_vl.adapter_folders import CONFIG, base_of, holds_adapter
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.forgetting.measure import can_recover_base, compare_on, measure_forgetting
 from milora_vl.forgetting.text import sampled_batches
@@ -102,7 +102,7 @@ class Job:
         identity: Results = {"model": self.model, "adapter": None if self.adapter is None else str(self.adapter)}
         identity |= {"base": self.base, "seed": self.seed}
         tuned = self.adapter or Path(self.model)
-        weights = [file for name in ("*.safetensors", "*.bin", "adapter_config.json") for file in tuned.glob(name)]
+        weights = [file for name in ("*.safetensors", "*.bin", CONFIG) for file in tuned.glob(name)]
         before = read_json(self.file) or {}
         if {key: before.get(key) for key in identity} != identity:
             return identity

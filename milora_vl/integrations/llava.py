@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 from milora_data.command.cli import run
 from milora_data.errors import UserError
+from milora_vl.adapter_folders import CONFIG
 from milora_vl.integrations.replace import get_peft_model_replaced, launch, options
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def configs_trimmed(folders: Sequence[Path]) -> Iterator[None]:
     """
     from milora_vl.adapters.llava import KNOWN_KEYS
 
-    files = [folder / "adapter_config.json" for folder in folders]
+    files = [folder / CONFIG for folder in folders]
     before = {file: file.read_bytes() for file in files if file.is_file()}
     try:
         yield

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from milora_vl.adapter_folders import ADAPTER_FILES
 from milora_vl.initialize import LayerReport
 from milora_vl.lora.errors import AdapterError
 from milora_vl.policy.rules import METHODS, FloorSigma, Protect, Target
@@ -143,7 +144,7 @@ def require_weights(folder: Path, sidecar: Sidecar) -> None:
 
     Reads the header of the file only, names and shapes. PEFT checks pickled files.
     """
-    file = folder / "adapter_model.safetensors"
+    file = folder / ADAPTER_FILES[0]
     if not file.is_file():
         return
     with safe_open(file, framework="pt") as stored:

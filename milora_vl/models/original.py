@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from milora_data.errors import UserError
+from milora_vl.adapter_folders import has_config
 from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 
 MARK = "mm_vision_tower"
@@ -54,7 +55,7 @@ class Original:
 
 def is_original(folder: Path) -> bool:
     """Return whether `folder` holds a model in LLaVA's original layout."""
-    return MARK in _config(folder) and not (folder / "adapter_config.json").is_file()
+    return MARK in _config(folder) and not has_config(folder)
 
 
 def read_original(folder: Path) -> Original:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from milora_vl.adapter_folders import holds_text_model
+from milora_vl.adapter_folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.checkpoints import read_environment
 from milora_vl.recipe.schema import Recipe
 
@@ -26,7 +26,7 @@ def render(path: Path, recipe: Recipe) -> str:
     base = str(environment.get("base", recipe.model))
     front = {
         "base_model": base,
-        "library_name": "peft" if (path / "adapter_config.json").is_file() else "transformers",
+        "library_name": "peft" if has_config(path) else "transformers",
         "pipeline_tag": "text-generation" if holds_text_model(path) else "image-text-to-text",
         "tags": sorted({"milora"} | {str(rule["method"]) for rule in recipe.policy or () if "method" in rule}),
         "datasets": [Path(path).name for path in _data_files(recipe)],
@@ -73,7 +73,7 @@ def _rule_text(rule: dict[str, Any]) -> str:
 
 
 def _usage(path: Path, recipe: Recipe, base: str) -> str:
-    if (path / "adapter_config.json").is_file():
+    if has_config(path):
         code = (
             "from milora_vl import load_model\n\n"
             f'model, processor = load_model("{recipe.model}", adapter="PATH_OF_THIS_FOLDER")'
@@ -83,7 +83,7 @@ def _usage(path: Path, recipe: Recipe, base: str) -> str:
             f"It is a stock PEFT LoRA for `{base}`. On the loaded base model, `PeftModel.from_pretrained(base, PATH)` "
             "works without `milora_vl`."
         )
-    if (path / "mm_projector.safetensors").is_file():
+    if holds_projector_alone(path):
         return f"```\npython -m milora_vl.train --model {recipe.model} --projector_weights PATH_OF_THIS_FOLDER ...\n```"
     return '```python\nfrom milora_vl import load_model\n\nmodel, processor = load_model("PATH_OF_THIS_FOLDER")\n```'
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command.cli import command_line
-from milora_vl.adapter_folders import holds_text_model
+from milora_vl.adapter_folders import has_config, holds_text_model
 from milora_vl.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.report.run_page import Run
 
@@ -82,7 +82,7 @@ def _model(run: Run) -> tuple[list[str | Path], list[str | Path]]:
     """
     base = str(run.environment.get("model") or run.recipe.get("model") or "MODEL")
     weights = _weights(run)
-    if (weights / "config.json").is_file() and not (weights / "adapter_config.json").is_file():
+    if (weights / "config.json").is_file() and not has_config(weights):
         return ["--model", weights], ["--base", base]
     return ["--model", base, "--adapter", weights], []
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from milora_data.command.cli import command_line
-from milora_vl.adapter_folders import holds_text_model
+from milora_vl.adapter_folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.checkpoints import WEIGHTS
 from milora_vl.plan.run_folder import RunFolder
 from milora_vl.plan.screen import Screen
@@ -50,9 +50,9 @@ def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> Path | Non
 def next_command(path: Path, recipe: Recipe) -> str:
     """Return the command that a user most likely needs next."""
     question = ["QUESTION"] if holds_text_model(path) else ["--image", "PICTURE", "What is this?"]
-    if (path / "adapter_model.safetensors").is_file():
+    if has_config(path):
         return command_line("milora_vl.chat", "--model", recipe.model, "--adapter", path, *question)
-    if (path / "mm_projector.safetensors").is_file():
+    if holds_projector_alone(path):
         words = ("--model", recipe.model, "--projector_weights", path, "--data_path", "DATA.json")
         return command_line("milora_vl.train", *words)
     return command_line("milora_vl.chat", "--model", path, *question)

@@ -14,6 +14,7 @@ from milora_data.errors import UserError, first_line
 from milora_data.records import Record
 from milora_data.templates import OWN
 from milora_vl.adapter import apply_targets
+from milora_vl.adapter_folders import ADAPTER_FILES, PROJECTOR_FILES
 from milora_vl.adapter_io import load_adapter
 from milora_vl.initialize import LayerReport
 from milora_vl.load import load_model
@@ -27,7 +28,7 @@ from milora_vl.recipe.on_model import require_template
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.trainer import Saves
 
-WEIGHTS_FILE: dict[Saves, str] = {"adapter": "adapter_model.safetensors", "projector": "mm_projector.safetensors"}
+WEIGHTS_FILE: dict[Saves, str] = {"adapter": ADAPTER_FILES[0], "projector": PROJECTOR_FILES[0]}
 
 
 @dataclass(frozen=True, slots=True)

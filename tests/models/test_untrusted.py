@@ -17,8 +17,9 @@ from transformers import TrainingArguments
 
 from milora_data.errors import UserError
 from milora_vl import apply_milora, load_model, save_adapter
+from milora_vl.adapter_folders import NON_LORA
 from milora_vl.adapter_io import AdapterError, require_adapter
-from milora_vl.adapters.llava import NON_LORA, read_llava
+from milora_vl.adapters.llava import read_llava
 from milora_vl.models import original
 from milora_vl.models.loading import config_of
 from milora_vl.models.projector import read_projector

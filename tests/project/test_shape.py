@@ -196,6 +196,19 @@ def test_only_a_few_files_probe_for_names() -> None:
     assert not {file: line for file, line in probes.items() if file not in PROBES}
 
 
+def test_only_one_module_knows_the_files_of_an_adapter() -> None:
+    """What a folder holds is asked of `adapter_folders`; `checkpoints`, below it, lists the weights of a checkpoint."""
+    files = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"}
+    files |= {"mm_projector.safetensors", "mm_projector.bin"}
+    found = {
+        name(path)
+        for path in ours()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Constant) and node.value in files
+    }
+    assert found == {"milora_vl/adapter_folders.py", "milora_vl/checkpoints.py"}
+
+
 # Where a function imports a module of ours, and why. The numbers may only shrink.
 QUICK_HELP = "--help answers before torch is imported"
 INNER_IMPORTS: dict[str, tuple[int, str]] = {

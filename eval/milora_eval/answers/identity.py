@@ -15,16 +15,9 @@ from typing import Any
 
 from milora_data.tokens import fast_backend
 from milora_eval.benchmark import Benchmark, Item
-from milora_vl.adapter_folders import holds_adapter, holds_residual
+from milora_vl.adapter_folders import ADAPTER_FILES, CONFIG, NON_LORA, PROJECTOR_FILES, holds_adapter, holds_residual
 
-ADAPTER_FILES = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "adapter_config.json",
-    "mm_projector.safetensors",
-    "mm_projector.bin",
-    "non_lora_trainables.bin",
-)
+FILES = (*ADAPTER_FILES, CONFIG, *PROJECTOR_FILES, NON_LORA)
 # A residual adapter consists of its factors and of the residual base beside them.
 RESIDUAL_FILES = ("*/adapter_model.safetensors", "*/adapter_model.bin", "*.safetensors", "pytorch_model*.bin")
 _SAMPLES = 256
@@ -38,7 +31,7 @@ def digest(value: Any) -> str:
 def adapter_digest(folder: Path) -> str:
     """Return a hash of the bytes of a folder's adapter or projector files."""
     total = hashlib.sha256()
-    patterns = RESIDUAL_FILES if holds_residual(folder) and not holds_adapter(folder) else ADAPTER_FILES
+    patterns = RESIDUAL_FILES if holds_residual(folder) and not holds_adapter(folder) else FILES
     for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
             total.update(path.relative_to(folder).as_posix().encode())
