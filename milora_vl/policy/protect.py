@@ -8,9 +8,6 @@ from typing import Any, Literal, get_args
 from milora_data.errors import Problem
 
 ProtectedBy = Literal["projection", "basis", "penalty"]
-# Methods whose update can be orthogonal to the first directions. PiSSA trains these directions, a random part may
-# contain some of them, and DoRA, OLoRA and MiCA change them or start from them.
-PROTECTING_METHODS = ("milora", "lora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

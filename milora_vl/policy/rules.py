@@ -5,32 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from milora_data.errors import Problem, UserError
-from milora_vl.policy.protect import PROTECTING_METHODS, Protect, protect_problems
+from milora_vl.policy.methods import METHODS, RuleMethod
+from milora_vl.policy.protect import Protect, protect_problems
 
 if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
     from milora_vl.svd import Part
-
-RuleMethod = Literal["milora", "pissa", "random", "lora", "full", "frozen", "dora", "olora", "mica"]
-METHODS: tuple[RuleMethod, ...] = get_args(RuleMethod)
-PART_OF_METHOD: dict[str, Part] = {"milora": "minor", "pissa": "principal", "random": "random"}
-# Baselines: either all adapters of a policy use this method, or none.
-WHOLE_RUN_METHODS = ("dora", "olora", "mica")
-# Methods that initialize A0 and B0 from the weight. A frozen copy of both, the anchor, is subtracted.
-ANCHORED_METHODS = (*PART_OF_METHOD, "olora")
-
-# The fields that each method uses beside `modules` and `method`. Other fields in its rule are an error.
-_ADAPTER_FIELDS = frozenset({"rank", "alpha", "rslora", "dropout", "learning_rate", "weight_decay"})
-FIELDS_OF_METHOD: dict[str, frozenset[str]] = {
-    **{method: _ADAPTER_FIELDS | {"sigma"} for method in PART_OF_METHOD},
-    **dict.fromkeys(("lora", *WHOLE_RUN_METHODS), _ADAPTER_FIELDS),
-    "full": frozenset({"learning_rate", "weight_decay"}),
-    "frozen": frozenset(),
-}
-FIELDS_OF_METHOD |= {method: FIELDS_OF_METHOD[method] | {"protect"} for method in PROTECTING_METHODS}
-FIELDS_OF_METHOD["random"] |= {"seed"}
 
 
 class PolicyError(UserError):
@@ -119,12 +101,12 @@ class Target:
     @property
     def part(self) -> Part | None:
         """Return which singular components train, or None for methods that do not use a part of the weight."""
-        return PART_OF_METHOD.get(self.method)
+        return METHODS[self.method].part
 
     @property
     def has_anchor(self) -> bool:
         """Return True if a frozen copy of the initial factors is subtracted, so that PEFT's rank is 2r."""
-        return self.method in ANCHORED_METHODS
+        return METHODS[self.method].start is not None
 
 
 def _is_number(value: object) -> bool:

@@ -15,7 +15,7 @@ def test_a_rule_names_only_the_fields_it_was_given() -> None:
         ({"modules": ""}, r"\.modules: expected a tower"),
         (
             {"method": "milor"},
-            r"\.method: expected one of milora, pissa, random, lora, full, frozen, dora, olora, mica, got 'milor'",
+            r"\.method: expected one of milora, lora, pissa, random, dora, olora, mica, full, frozen, got 'milor'",
         ),
         ({"rslora": "yes"}, r"\.rslora: expected true or false, got 'yes'"),
         ({"rank": 0}, r"\.rank: expected a positive integer"),
