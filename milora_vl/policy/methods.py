@@ -38,6 +38,9 @@ class Method:
     start: Part | Start | None = None
     is_baseline: bool = False
 
+    def __post_init__(self) -> None:
+        assert self.part is not None or "sigma" not in self.fields, "sigma scales the singular values of a part"
+
     @property
     def part(self) -> Part | None:
         """Return which singular triplets start the adapter, or None if something else does."""
