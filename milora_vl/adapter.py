@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from peft import PeftModel
 from torch import nn
 
-from milora_vl.initialize import Initial, Progress, initialize, start_olora
+from milora_vl.initialize import Initial, Progress, initialize
 from milora_vl.lora.base_check import precision, require_readable
 from milora_vl.lora.config import make_lora
 from milora_vl.lora.errors import AdapterError, require_module
@@ -105,7 +105,7 @@ def apply_targets(
         return _train_in_full(model, targets)
     if form == "residual":
         _require_residual(model, targets)
-    initial = initialize(model, targets, cache_dir=cache_dir, progress=progress) | start_olora(model, targets)
+    initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
     protected = find_protected(model, targets, cache_dir=cache_dir, progress=progress)
     initial = kept_outside(initial, protected)
     sidecar = _describe(model, targets, initial, form)

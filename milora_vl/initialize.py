@@ -12,8 +12,7 @@ One weight is in memory at a time, and the model is not changed. Factors are rou
 trained halves start at exactly these values, so step 0 is exact. With several processes each one decomposes a share of
 the weights, and all of them get identical bits.
 
-`start_olora` is the initialization of the baseline OLoRA (arXiv:2406.01775): the first r columns of Q and rows of R for
-W = Q R. It equals PEFT's `olora_init` in the anchored form, where the base weight is unchanged.
+A method may start from other factors than singular triplets: `milora_vl/policy/methods.py` declares its function.
 """
 
 from __future__ import annotations
@@ -33,9 +32,10 @@ from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.errors import Problem, UserError
+from milora_vl.policy.methods import METHODS
 from milora_vl.policy.rules import FloorSigma, Sigma, Target
 from milora_vl.svd import Factors, Part, decompose
-from milora_vl.weights.distributed import assign_work, broadcast, from_first_rank, gather, rank_and_world_size
+from milora_vl.weights.distributed import assign_work, broadcast, gather, rank_and_world_size
 from milora_vl.weights.factor_cache import cache_key, cached_singular_values, read_factors, write_factors
 from milora_vl.weights.fingerprint import Sketch, sketch
 from milora_vl.weights.matrices import factor_dtype, read_matrix
@@ -98,7 +98,7 @@ class WeightError(UserError):
 def initialize(
     model: nn.Module, targets: Sequence[Target], *, cache_dir: str | Path | None = None, progress: Progress = False
 ) -> dict[str, Initial]:
-    """Return the initial factors of all targets that train a part of their weight, by module path.
+    """Return the initial factors of all targets whose method starts from the weight, by module path.
 
     Factors are read from `cache_dir` and written to it. `progress` shows a progress bar on stderr; "lines" also prints
     one line per layer. In a distributed run each process decomposes a share of the layers; ZeRO-3 gathers one layer at
@@ -117,7 +117,7 @@ def initialize(
     >>> torch.allclose(initial.B0 @ initial.A0, torch.diag(torch.tensor([0.0, 0.0, 2.0, 1.0])), atol=1e-6)
     True
     """
-    wanted = [t for t in targets if t.part is not None]
+    wanted = [t for t in targets if t.has_anchor]
     cache = None if cache_dir is None else Path(cache_dir)
     rank, _ = rank_and_world_size()
     by_path: dict[str, Initial] = {}
@@ -197,13 +197,32 @@ def _broadcast_initial(initial: Initial | None, metadata: tuple, model: nn.Modul
 def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) -> Initial:
     start = time.perf_counter()
     assert target.rank is not None
-    assert target.part is not None
     # The seed depends on the path, because modules of equal shape must not draw the same positions.
-    seed = zlib.crc32(target.path.encode(), target.seed) if target.part == "random" else 0
-    factors = cached_factors(W, target.rank, target.part, path=target.path, cache=cache, seed=seed)
-    A0, B0 = _scaled(factors, W, target.sigma, target.scaling, cache)
+    seed = zlib.crc32(target.path.encode(), target.seed)
+    if target.part is None:
+        A0, B0, factors = _from_function(W, seed, target, cache)
+    else:
+        salt = seed if target.part == "random" else 0
+        factors = cached_factors(W, target.rank, target.part, path=target.path, cache=cache, seed=salt)
+        A0, B0 = _scaled(factors, W, target.sigma, target.scaling, cache)
     report = _report(factors, target, time.perf_counter() - start)
     return Initial(A0.to(dtype), B0.to(dtype), sketch(W), report)
+
+
+def _from_function(W: Tensor, seed: int, target: Target, cache: Path | None) -> tuple[Tensor, Tensor, Factors]:
+    """Return A0 (r, in) and B0 (out, r) from the function of the method, and the triplets of s B0 A0."""
+    start = METHODS[target.method].start
+    assert callable(start)
+    assert target.rank is not None
+    of_weight = cached_factors(W, 1, "principal", path=target.path, cache=cache)  # refuses NaN, too
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    A0, B0 = start(W, target.rank, target.scaling, torch.Generator().manual_seed(seed))
+    shapes = (target.rank, W.shape[1]), (W.shape[0], target.rank)
+    assert (A0.shape, B0.shape) == shapes, f"{target.method} must return A0 and B0 of shapes {shapes}"
+    Q, R = torch.linalg.qr(B0)  # the singular values of B0 A0 are those of the small matrix R A0 (r, in)
+    U, S, Vh = torch.linalg.svd(target.scaling * R @ A0, full_matrices=False)
+    triplets = replace(of_weight, U=Q @ U, S=S, Vh=Vh, excess=0.0, method=target.method)
+    return A0.contiguous(), B0.contiguous(), triplets
 
 
 def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path | None, seed: int = 0) -> Factors:
@@ -284,39 +303,11 @@ def _warn_of_zeros(initial: Mapping[str, Initial], targets: Sequence[Target]) ->
 
 
 def _smallest_sigma(initial: Initial, target: Target) -> float:
-    """Return the smallest singular value that the adapter starts with: row i of A0 has the norm sqrt(S_i / s)."""
-    norms = torch.linalg.vector_norm(initial.A0, dim=1, dtype=torch.float64)
-    return float(norms.min()) ** 2 * target.scaling
+    """Return the smallest singular value that the adapter starts with, zero if it cannot learn.
 
-
-@torch.no_grad()
-def start_olora(model: nn.Module, targets: Sequence[Target]) -> dict[str, Initial]:
-    """Return A0 = R[:r] (r, in) and B0 = Q[:, :r] (out, r) of all targets with method olora, in the base's dtype."""
-    return {t.path: _olora_initial(model.get_submodule(t.path), t) for t in targets if t.method == "olora"}
-
-
-def _olora_initial(module: nn.Module, target: Target) -> Initial:
-    assert target.rank is not None
-    start = time.perf_counter()
-    W = read_matrix(module)
-    Q, R = torch.linalg.qr(W.float())
-    A0, B0 = R[: target.rank].contiguous(), Q[:, : target.rank].contiguous()
-    sigma = target.scaling * torch.linalg.svdvals(A0)  # B0 has orthonormal columns
-    norm = float(torch.linalg.vector_norm(W.float()))
-    report = LayerReport(
-        path=target.path,
-        shape=(W.shape[0], W.shape[1]),
-        tower=target.tower,
-        method=target.method,
-        rank=target.rank,
-        sigma_min=float(sigma[-1]),
-        sigma_max=float(sigma[0]),
-        sigma_top=float(torch.linalg.matrix_norm(W.float(), ord=2)),
-        energy=float(sigma.square().sum()) / norm**2 if norm > 0 else 0.0,
-        excess=0.0,
-        svd="qr",
-        drift=0.0,
-        seconds=time.perf_counter() - start,
-    )
-    dtype = factor_dtype(module)
-    return Initial(from_first_rank(A0.to(dtype)), from_first_rank(B0.to(dtype)), sketch(W), report)
+    Row i of A0 and column i of B0 both have the norm sqrt(S_i / s). Factors of a function may differ in size; then the
+    larger one counts, because it gives the other one a gradient.
+    """
+    rows = torch.linalg.vector_norm(initial.A0, dim=1, dtype=torch.float64)
+    columns = torch.linalg.vector_norm(initial.B0, dim=0, dtype=torch.float64)
+    return float(torch.maximum(rows, columns).min()) ** 2 * target.scaling

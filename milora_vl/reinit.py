@@ -20,12 +20,13 @@ from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import factors, has_halves, lora_layer
 from milora_vl.lora.peft_model import MiloraMixin, restore
 from milora_vl.lora.sidecar import FILE_NAME, read_sidecar
-from milora_vl.policy.rules import PART_OF_METHOD, Rule, RuleMethod
+from milora_vl.policy.methods import METHODS, RuleMethod
+from milora_vl.policy.rules import Rule
 from milora_vl.svd import Part
 from milora_vl.towers import forget_peft
 
 _METHOD_OF_PART: dict[str, RuleMethod] = {"minor": "milora", "principal": "pissa", "random": "random"}
-assert {part: method for method, part in PART_OF_METHOD.items()} == _METHOD_OF_PART
+assert all(METHODS[method].part == part for part, method in _METHOD_OF_PART.items())
 # Initializations of PEFT that do not change the base weight.
 _BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
 

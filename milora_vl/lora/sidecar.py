@@ -18,7 +18,8 @@ from safetensors import safe_open
 from milora_vl.adapter_folders import ADAPTER_FILES
 from milora_vl.initialize import LayerReport
 from milora_vl.lora.errors import AdapterError
-from milora_vl.policy.rules import METHODS, FloorSigma, Protect, Target
+from milora_vl.policy.methods import METHODS
+from milora_vl.policy.rules import FloorSigma, Protect, Target
 from milora_vl.weights.fingerprint import Sketch
 
 FILE_NAME = "milora.json"

@@ -1,6 +1,7 @@
 """Policies: rules that select the modules to train, with method and rank, and their resolution on a model."""
 
+from milora_vl.policy.methods import RuleMethod
 from milora_vl.policy.policy import Policy
-from milora_vl.policy.rules import FloorSigma, PolicyError, Protect, Rule, RuleMethod, SpectralRank, Target
+from milora_vl.policy.rules import FloorSigma, PolicyError, Protect, Rule, SpectralRank, Target
 
 __all__ = ["FloorSigma", "Policy", "PolicyError", "Protect", "Rule", "RuleMethod", "SpectralRank", "Target"]

@@ -21,16 +21,9 @@ from typing import Any
 from torch import nn
 
 from milora_data.errors import Problem
+from milora_vl.policy.methods import METHODS
 from milora_vl.policy.ranks import find_rank, share_budget
-from milora_vl.policy.rules import (
-    FIELDS_OF_METHOD,
-    METHODS,
-    WHOLE_RUN_METHODS,
-    PolicyError,
-    Rule,
-    SpectralRank,
-    Target,
-)
+from milora_vl.policy.rules import PolicyError, Rule, SpectralRank, Target
 from milora_vl.policy.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
 from milora_vl.weights.matrices import is_adaptable, matrix_shape, why_refused
@@ -65,9 +58,9 @@ class _Plan:
 
     def apply(self, number: int, named: dict[str, Any]) -> None:
         """Apply the fields of rule `number`. A new method drops earlier fields that it does not use."""
-        usable = FIELDS_OF_METHOD.get(named.get("method", self.fields.get("method", "")), None)
-        if usable is not None:
-            self.fields = {k: v for k, v in self.fields.items() if k == "method" or k in usable}
+        method = named.get("method", self.fields.get("method"))
+        if method is not None:
+            self.fields = {k: v for k, v in self.fields.items() if k == "method" or k in METHODS[method].fields}
         self.fields |= named
         if "rank" in named:
             self.rank_from = number
@@ -120,7 +113,7 @@ def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[Pr
             plans[path].apply(number, named)
         methods = {plans[path].fields["method"] for path in paths if "method" in plans[path].fields}
         for method, name in product(sorted(methods), named):
-            if name != "method" and name not in FIELDS_OF_METHOD[method]:
+            if name != "method" and name not in METHODS[method].fields:
                 where = f"policy[{number}].{name}"
                 problems.append(Problem(f"method {method} cannot use it", "policy-unused-field", where))
     return plans
@@ -245,7 +238,7 @@ def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module, ca
 def _mixed_baselines(targets: Sequence[Target]) -> list[Problem]:
     """Return a problem if a baseline is mixed with other methods: PEFT has one DoRA, OLoRA or MiCA per adapter."""
     methods = sorted({t.method for t in targets if t.rank is not None})
-    baselines = [method for method in methods if method in WHOLE_RUN_METHODS]
+    baselines = [method for method in methods if METHODS[method].is_baseline]
     if baselines and len(methods) > 1:
         others = ", ".join(method for method in methods if method != baselines[0])
         return [

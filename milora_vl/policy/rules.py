@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from milora_data.errors import Problem, UserError
+from milora_vl.policy.methods import METHODS, RuleMethod
 from milora_vl.strict import Strict, problems_of
 
 if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
     from milora_vl.svd import Part
-
-RuleMethod = Literal["milora", "pissa", "random", "lora", "full", "frozen", "dora", "olora", "mica"]
-METHODS: tuple[RuleMethod, ...] = get_args(RuleMethod)
-PART_OF_METHOD: dict[str, Part] = {"milora": "minor", "pissa": "principal", "random": "random"}
-# Methods whose update can be orthogonal to the first directions. PiSSA trains these directions, a random part may
-# contain some of them, and DoRA, OLoRA and MiCA change them or start from them.
-PROTECTING_METHODS = ("milora", "lora")
-# Baselines: either all adapters of a policy use this method, or none.
-WHOLE_RUN_METHODS = ("dora", "olora", "mica")
-# Methods that initialize A0 and B0 from the weight. A frozen copy of both, the anchor, is subtracted.
-ANCHORED_METHODS = (*PART_OF_METHOD, "olora")
-
-# The fields that each method uses beside `modules` and `method`. Other fields in its rule are an error.
-_ADAPTER_FIELDS = frozenset({"rank", "alpha", "rslora", "dropout", "learning_rate", "weight_decay"})
-FIELDS_OF_METHOD: dict[str, frozenset[str]] = {
-    **{method: _ADAPTER_FIELDS | {"sigma"} for method in PART_OF_METHOD},
-    **dict.fromkeys(("lora", *WHOLE_RUN_METHODS), _ADAPTER_FIELDS),
-    "full": frozenset({"learning_rate", "weight_decay"}),
-    "frozen": frozenset(),
-}
-FIELDS_OF_METHOD |= {method: FIELDS_OF_METHOD[method] | {"protect"} for method in PROTECTING_METHODS}
-FIELDS_OF_METHOD["random"] |= {"seed"}
 
 
 class PolicyError(UserError):
@@ -204,9 +183,9 @@ class Target:
     @property
     def part(self) -> Part | None:
         """Return which singular components train, or None for methods that do not use a part of the weight."""
-        return PART_OF_METHOD.get(self.method)
+        return METHODS[self.method].part
 
     @property
     def has_anchor(self) -> bool:
         """Return True if a frozen copy of the initial factors is subtracted, so that PEFT's rank is 2r."""
-        return self.method in ANCHORED_METHODS
+        return METHODS[self.method].start is not None

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from milora_data.errors import UserError
-from milora_vl.policy.rules import PART_OF_METHOD
+from milora_vl.policy.methods import METHODS as RULE_METHODS
 
-ADAPTERS = ("milora", "lora", "pissa", "random", "dora", "olora", "mica")
+ADAPTERS = tuple(name for name, method in RULE_METHODS.items() if "rank" in method.fields)
 METHODS = (*ADAPTERS, "full", "projector")
 ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma", "seed", "protect")
 RuleDict = dict[str, Any]
@@ -97,10 +97,8 @@ def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
     if edits.method in ADAPTERS:
         if "method" in rule:
             rule["method"] = edits.method
-        if edits.method not in PART_OF_METHOD:
-            rule.pop("sigma", None)  # sigma scales singular factors; the other methods have none
-        if edits.method != "random":
-            rule.pop("seed", None)
+        for name in {"sigma", "seed"} - RULE_METHODS[edits.method].fields:  # of the initial factors of the old method
+            rule.pop(name, None)
     if edits.rank is not None:
         old, alpha = rule.get("rank"), rule.get("alpha")
         rule["rank"] = edits.rank

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from milora_vl.policy.methods import METHODS, label_of
 from milora_vl.report.run_page import Comparison, Json, Run, Score
-from milora_vl.report.wording import METHODS, amount, forgetting_rows, gain, number, percent
+from milora_vl.report.wording import amount, forgetting_rows, gain, number, percent
 
 # Columns of the layer table: heading -> function from an entry of `layers` in policy.json to the cell.
 _LAYER_COLUMNS: dict[str, Callable[[Json], str]] = {
     "layer": lambda layer: str(layer["path"]),
     "size": lambda layer: _cell(layer.get("shape")),
-    "method": lambda layer: METHODS.get(str(layer.get("method")), _cell(layer.get("method"))),
+    "method": lambda layer: label_of(_cell(layer.get("method"))),
     "rank": lambda layer: _cell(layer.get("rank")),
     "σ trained": lambda layer: _span([layer[key] for key in ("sigma_min", "sigma_max") if layer.get(key) is not None]),
     "σ largest": lambda layer: _cell(layer.get("sigma_top")),
@@ -53,7 +54,7 @@ def policy_table(run: Run) -> Table:
         cells = (
             tower,
             f"{len(paths):,}",
-            METHODS.get(method, method) + protected,
+            label_of(method) + protected,
             _cell(rank or None),
             _cell(alpha or None),
             _cell(rate or None),
@@ -64,7 +65,10 @@ def policy_table(run: Run) -> Table:
         f"{trainable:,} of {total:,} parameters train ({percent(trainable / total)})." if trainable and total else ""
     )
     header = ("tower", "modules", "method", "rank", "alpha", "learning rate", "share of ‖W‖² in the adapter")
-    return Table(header, tuple(rows), f"Trained modules by rule; all other modules are frozen. {share}".strip())
+    names = dict.fromkeys(str(target["method"]) for target in targets)
+    trains = [f"{METHODS[name].label}: {METHODS[name].trains}." for name in names if name in METHODS]
+    caption = " ".join(["Trained modules by rule; all other modules are frozen.", *trains, share]).strip()
+    return Table(header, tuple(rows), caption)
 
 
 def layer_table(run: Run) -> Table:

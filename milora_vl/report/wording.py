@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from milora_vl.policy.methods import label_of
 from milora_vl.report.run_page import Comparison, Layer, Metric, Run, Score, label
 
 # Descriptions of questions, for suites whose name is not enough.
 _ABOUT = {"emoji": "questions about emoji that training did not contain"}
-METHODS = {"milora": "MiLoRA", "pissa": "PiSSA", "lora": "LoRA", "dora": "DoRA", "olora": "OLoRA", "mica": "MiCA"}
 
 
 def percent(share: float) -> str:
@@ -60,7 +60,7 @@ def duration(seconds: float | None) -> str:
 def methods(run: Run) -> list[str]:
     """Return the display names of the methods that train something; adapters take precedence over full training."""
     names = dict.fromkeys(str(target["method"]) for target in run.policy.get("targets", ()))
-    adapters = [METHODS.get(name, name) for name in names if name not in ("full", "frozen")]
+    adapters = [label_of(name) for name in names if name not in ("full", "frozen")]
     return adapters or (["full fine-tuning"] if "full" in names else [])
 
 

@@ -19,13 +19,14 @@ from milora_data.command.cli import amount, next_step, parser, positive, run
 from milora_data.command.flags import shared
 from milora_data.errors import Problem, UserError
 from milora_eval.suites import find_benchmark, find_suite, has_files
+from milora_vl.recipe.policy_edits import ADAPTERS
 from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Evaluation, Sweep, alone, run_cells
 
-_EXAMPLES = """\
-methods: milora, lora, pissa, random, dora, olora, mica, full (as in milora_vl.train);
+_EXAMPLES = f"""\
+methods: {", ".join(ADAPTERS)}, full (as in milora_vl.train);
          minor-flat (minor directions without their singular values), lora-decay (LoRA with weight decay 0.1);
          and the variants in sweep.variants of the recipe
 Each cell is one training, an evaluation on the suite and a measurement of forgetting. The validation loss

@@ -9,6 +9,7 @@ from typing import Any
 
 from milora_data.command.cli import suggest
 from milora_data.errors import UserError
+from milora_vl.policy.methods import METHODS
 from milora_vl.recipe.hf_arguments import overridden
 from milora_vl.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
 from milora_vl.recipe.schema import EvalConfig, Recipe, SweepConfig
@@ -132,6 +133,6 @@ def arm_rules(
         )
     for rule in adapters:
         rule.update(others)
-        if rule.get("method") == "random":
+        if "method" in rule and "seed" in METHODS[rule["method"]].fields:
             rule.setdefault("seed", seed)
     return rules

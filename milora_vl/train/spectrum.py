@@ -14,6 +14,7 @@ from torch import nn
 
 from milora_vl.lora.install import base_model_of
 from milora_vl.policy import Target
+from milora_vl.policy.methods import METHODS
 from milora_vl.svd import singular_values
 from milora_vl.towers import TOWERS, find_towers
 from milora_vl.weights.matrices import is_linear, matrix_shape, read_matrix
@@ -102,6 +103,6 @@ def _trained(method: str, rank: int | None, count: int) -> list[int] | None:
     """Return the initial index range of trained triplets among `count`, in descending order; None without a band."""
     if method == "full":
         return [0, count]
-    if method == "milora" and rank:
-        return [count - rank, count]
-    return [0, rank] if method == "pissa" and rank else None
+    if rank is None:
+        return None
+    return {"minor": [count - rank, count], "principal": [0, rank]}.get(METHODS[method].part or "")

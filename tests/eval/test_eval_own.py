@@ -13,12 +13,12 @@ from milora_data.errors import UserError
 from milora_eval.__main__ import main
 from support.drawn import draw
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "add-a-benchmark.md"
 
 
 def code_of_the_docs() -> str:
     """Return the file that the documentation shows."""
-    found = re.search(r"```python\n(from pathlib.*?class Shades.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    found = re.search(r"```python\n(# shades.py.*?class Shades.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None
     return found.group(1)
 

@@ -113,11 +113,6 @@ FILES: dict[tuple[str, str], tuple[str, str, str]] = {
         "",
         "python -m milora_eval run --model tiny --benchmarks rows.json --output_dir of-rows",
     ),
-    ("docs/evaluation.md", "from pathlib import Path"): (
-        "shades.py",
-        "",
-        "python -m milora_eval run --model tiny --benchmarks shades.py --data . --output_dir of-shades",
-    ),
     ("docs/recipes.md", "model: llava-1.5-7b"): (
         "recipe.yaml",
         "",
