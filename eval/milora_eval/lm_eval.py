@@ -6,7 +6,6 @@ trained projector. Its multiple-choice scores compare likelihoods and are not co
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import sys
@@ -15,20 +14,41 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command.atomic_write import write_text
-from milora_data.command.cli import next_step, parser, run
-from milora_data.command.flags import shared
+from milora_data.command.cli import next_step, run
+from milora_data.command.flags import Command, option, shared
 from milora_data.errors import UserError
 
-EXAMPLES = """\
+COMMAND = Command(
+    "milora_eval.lm_eval",
+    "Run lm-evaluation-harness on base + adapter.",
+    """\
 examples:
   python -m milora_eval.lm_eval --model llava-1.5-7b --adapter runs/a --tasks hellaswag,arc_easy --limit 200
   python -m milora_eval.lm_eval --model smol-llava --tasks my_task --include_path my_tasks --output_dir out
-"""
+""",
+    inputs=(
+        shared("model", required=True),
+        shared("adapter"),
+        option("--tasks", required=True, metavar="a,b", help="names of tasks of the harness"),
+        option("--include_path", type=Path, help="folder with your own tasks"),
+    ),
+    settings=(
+        option("--num_fewshot", type=int, help="number of examples in the prompt (default: set by the task)"),
+        shared("limit", about="the first N questions of each task"),
+        shared("batch_size", default=8),
+        shared("device"),
+        shared("dtype"),
+    ),
+    outputs=(
+        shared("output_dir", about="results go to FOLDER/lm_eval.json"),
+        shared("format"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: the harness' table goes to stdout, its results to OUTPUT_DIR/lm_eval.json."""
-    options = _options().parse_args(argv)
+    options = COMMAND.parse(argv)
     evaluator, tasks, harness, utils = _harness()
     manager = tasks.TaskManager(include_path=None if options.include_path is None else str(options.include_path))
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
@@ -70,25 +90,6 @@ def model(wrapper: Any, name: str, adapter: Path | None, dtype: str | None, devi
     loaded, processor = load_by_flags(name, adapter, dtype, device)
     tokenizer = split_processor(processor)[0]
     return wrapper(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-
-
-def _options() -> argparse.ArgumentParser:
-    options = parser("python -m milora_eval.lm_eval", "Run lm-evaluation-harness on base + adapter.", EXAMPLES)
-    inputs = options.add_argument_group("input")
-    shared(inputs, "model", required=True)
-    shared(inputs, "adapter")
-    inputs.add_argument("--tasks", required=True, metavar="a,b", help="names of tasks of the harness")
-    inputs.add_argument("--include_path", type=Path, help="folder with your own tasks")
-    settings = options.add_argument_group("settings")
-    settings.add_argument("--num_fewshot", type=int, help="number of examples in the prompt (default: set by the task)")
-    shared(settings, "limit", about="the first N questions of each task")
-    shared(settings, "batch_size", default=8)
-    shared(settings, "device")
-    shared(settings, "dtype")
-    out = options.add_argument_group("output")
-    shared(out, "output_dir", about="results go to FOLDER/lm_eval.json")
-    shared(out, "format")
-    return options
 
 
 def _harness() -> tuple[Any, Any, Any, Any]:

@@ -5,20 +5,22 @@ Only one layer is in memory at a time. An interrupted analysis resumes where it 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import next_step, parser, positive
-from milora_data.command.flags import shared
+from milora_data.command.cli import next_step, positive
+from milora_data.command.flags import Command, option, shared
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import holds_adapter, holds_residual, newest_of_unfinished
 from milora_vl.report.regenerate import regenerate_report
 
-_EXAMPLES = """\
+COMMAND = Command(
+    "milora_vl.analyze",
+    "Analyse the weights of a model, or what a training changed in them.",
+    """\
 model:         spectrum of each layer, the share of its energy in the minor part, effective rank (exp of the
                entropy of sigma / sum sigma), stable rank, decay exponent, condition number
 training:      ||dW||, amplification factor, subspace similarity with W's top, bottom and random vectors
@@ -29,12 +31,32 @@ examples:
   python -m milora_vl.analyze llava-1.5-7b --output_dir spectra --device cuda
   python -m milora_vl.analyze runs/demo                                  # an adapter; files go to runs/demo/analysis
   python -m milora_vl.analyze runs/full --base smol-llava --modules '*layers.1*'
-"""
+""",
+    inputs=(
+        option("subject", metavar="MODEL_OR_ADAPTER", help="name, hub id or folder"),
+        shared("base", about="base model; required for a full model (default: the one the adapter names)"),
+        option("--modules", metavar="GLOB", help="only layers whose path matches"),
+    ),
+    settings=(
+        option(
+            "--rank",
+            type=positive,
+            default=128,
+            help="rank of the minor part for modules without an adapter (default: %(default)s)",
+        ),
+        shared("device"),
+        shared("allow_base_mismatch"),
+    ),
+    outputs=(
+        shared("output_dir", about="output folder (default for a training: analysis/ in its folder)"),
+        shared("format"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if the model or adapter cannot be analysed."""
-    options = _options(argv)
+    options = COMMAND.parse(argv)
     from milora_vl.analyze import job, page
 
     subject = Path(options.subject)
@@ -82,27 +104,3 @@ def _as_text(table: Mapping[str, Any]) -> str:
     first, *others = (max(len(cell) for cell in column) for column in zip(*lines, strict=True))
     shown = ("  ".join([f"{name:<{first}}", *map(str.rjust, cells, others)]) for name, *cells in lines)
     return f"{table['caption']}\n" + "\n".join(line.rstrip() for line in shown) + "\n"
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = parser(
-        "python -m milora_vl.analyze", "Analyse the weights of a model, or what a training changed in them.", _EXAMPLES
-    )
-    inputs = options.add_argument_group("input")
-    inputs.add_argument("subject", metavar="MODEL_OR_ADAPTER", help="name, hub id or folder")
-    shared(inputs, "base", about="base model; required for a full model (default: the one the adapter names)")
-    inputs.add_argument("--modules", metavar="GLOB", help="only layers whose path matches")
-    settings = options.add_argument_group("settings")
-    settings.add_argument(
-        "--rank",
-        type=positive,
-        default=128,
-        help="rank of the minor part for modules without an adapter (default: %(default)s)",
-    )
-    shared(settings, "device")
-    settings.add_argument("--allow_base_mismatch", action="store_true", help="continue with another base model")
-    out = options.add_argument_group("output")
-    shared(out, "output_dir", about="output folder (default for a training: analysis/ in its folder)")
-    shared(out, "format")
-    parsed: argparse.Namespace = options.parse_args(argv)
-    return parsed

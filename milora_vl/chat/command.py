@@ -10,25 +10,52 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from milora_data.command.cli import count, next_step, parser, positive
-from milora_data.command.flags import shared
+from milora_data.command.cli import count, next_step, positive
+from milora_data.command.flags import Command, flag, option, shared
 from milora_data.errors import UserError
 from milora_data.templates import template_name
 from milora_vl.adapter_folders import holds_adapter, holds_projector_alone, newest_of_unfinished
 from milora_vl.chat.picture import open_picture
 
-_EXAMPLES = """\
+COMMAND = Command(
+    "milora_vl.chat",
+    "Ask a model about a picture, or chat with it.",
+    """\
 examples:
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png "What is this?"
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png --compare "What is this?"
   python -m milora_vl.chat --model smol-llava --adapter runs/demo        # a conversation; /quit to quit
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --web --compare
-"""
+""",
+    inputs=(
+        option("question", nargs="?", help="question to answer; without one, a conversation starts"),
+        shared("model", required=True),
+        shared("adapter"),
+        option("--image", type=Path, help="picture that the question is about"),
+    ),
+    settings=(
+        flag("--compare", "show the base model's answer too"),
+        option(
+            "--max_new_tokens",
+            type=positive,
+            default=256,
+            help="maximum length of an answer in tokens (default: %(default)s)",
+        ),
+        shared("template"),
+        shared("device"),
+        shared("dtype"),
+    ),
+    outputs=(
+        flag("--web", "open a chat page in a browser; needs pip install 'milora-vl[web]'"),
+        option("--port", type=count, default=7860, help="port of --web; 0 for any free port (default: %(default)s)"),
+        shared("format", about="output format of the answer (default: %(default)s)"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer the question on stdout, or start a conversation without one. Return the exit code."""
-    options = _options(argv)
+    options = COMMAND.parse(argv)
     _check(options)
     picture = open_picture(options.image) if options.image else None
     from milora_vl.chat import session
@@ -40,35 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = ("--suite", "quick", "--data", "FOLDER", "--output_dir", options.adapter or "FOLDER")
     next_step("milora_eval", "run", "--model", options.model, *tuned, *words)
     return 0
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = parser("python -m milora_vl.chat", "Ask a model about a picture, or chat with it.", _EXAMPLES)
-    inputs = options.add_argument_group("input")
-    inputs.add_argument("question", nargs="?", help="question to answer; without one, a conversation starts")
-    shared(inputs, "model", required=True)
-    shared(inputs, "adapter")
-    inputs.add_argument("--image", type=Path, help="picture that the question is about")
-    settings = options.add_argument_group("settings")
-    settings.add_argument("--compare", action="store_true", help="show the base model's answer too")
-    settings.add_argument(
-        "--max_new_tokens",
-        type=positive,
-        default=256,
-        help="maximum length of an answer in tokens (default: %(default)s)",
-    )
-    shared(settings, "template")
-    shared(settings, "device")
-    shared(settings, "dtype")
-    out = options.add_argument_group("output")
-    out.add_argument(
-        "--web", action="store_true", help="open a chat page in a browser; needs pip install 'milora-vl[web]'"
-    )
-    out.add_argument(
-        "--port", type=count, default=7860, help="port of --web; 0 for any free port (default: %(default)s)"
-    )
-    shared(out, "format", about="output format of the answer (default: %(default)s)")
-    return options.parse_args(argv)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -6,27 +6,53 @@ trains the projector on captions (recipe pretrain-projector-llava).
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from milora_data.command import cli
-from milora_data.command.flags import shared
+from milora_data.command.flags import Command, option, shared
 from milora_data.errors import UserError
 
-PROG = "python -m milora_vl.compose"
-EXAMPLES = f"""\
+COMMAND = Command(
+    "milora_vl.compose",
+    "Compose a LLaVA from a vision tower and a causal language model.",
+    """\
 examples:
-  {PROG} --vision openai/clip-vit-large-patch14-336 --language lmsys/vicuna-7b-v1.5 --output_dir new
-  {PROG} --vision timm/vit_base_patch16_siglip_224 --language HuggingFaceTB/SmolLM2-135M --output_dir small
-"""
+  python -m milora_vl.compose --vision openai/clip-vit-large-patch14-336 --language lmsys/vicuna-7b-v1.5 --output_dir new
+  python -m milora_vl.compose --vision timm/vit_base_patch16_siglip_224 --language HuggingFaceTB/SmolLM2-135M --output_dir small
+""",
+    inputs=(
+        option("--vision", required=True, metavar="V", help="CLIP, SigLIP, a ViT (folder or id), or timm/NAME"),
+        option("--vision_weights", metavar="FILE", help="weights file of timm/NAME, or random (no download)"),
+        option("--language", required=True, metavar="L", help="causal language model: folder or id"),
+        option("--projector", metavar="FILE", help="initial mm_projector.bin or .safetensors"),
+    ),
+    settings=(
+        option(
+            "--select_layer",
+            type=int,
+            default=-2,
+            help="layer of the tower that provides the features (default: %(default)s)",
+        ),
+        option(
+            "--select_feature",
+            choices=("patch", "cls_patch"),
+            default="patch",
+            help="cls_patch also uses the class token (default: %(default)s)",
+        ),
+    ),
+    outputs=(
+        shared("output_dir", required=True, about="output folder, which must not exist"),
+        shared("format"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compose the parts, write the model and return the exit code. Raises UserError if the parts do not fit."""
-    args = _options(argv)
+    args = COMMAND.parse(argv)
     from milora_vl.models import parts
 
     folder: Path = args.output_dir
@@ -47,30 +73,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     stage = () if args.projector else ("--tune_mm_mlp_adapter", True, "--version", "plain", "--learning_rate", "1e-3")
     cli.next_step("milora_vl.train", "--model", folder, *stage, "--data_path", "DATA.json")
     return 0
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = cli.parser(PROG, "Compose a LLaVA from a vision tower and a causal language model.", EXAMPLES)
-    inputs = options.add_argument_group("input")
-    inputs.add_argument("--vision", required=True, metavar="V", help="CLIP, SigLIP, a ViT (folder or id), or timm/NAME")
-    inputs.add_argument("--vision_weights", metavar="FILE", help="weights file of timm/NAME, or random (no download)")
-    inputs.add_argument("--language", required=True, metavar="L", help="causal language model: folder or id")
-    inputs.add_argument("--projector", metavar="FILE", help="initial mm_projector.bin or .safetensors")
-    settings = options.add_argument_group("settings")
-    settings.add_argument(
-        "--select_layer",
-        type=int,
-        default=-2,
-        help="layer of the tower that provides the features (default: %(default)s)",
-    )
-    settings.add_argument(
-        "--select_feature",
-        choices=("patch", "cls_patch"),
-        default="patch",
-        help="cls_patch also uses the class token (default: %(default)s)",
-    )
-    out = options.add_argument_group("output")
-    shared(out, "output_dir", required=True, about="output folder, which must not exist")
-    shared(out, "format")
-    parsed: argparse.Namespace = options.parse_args(argv)
-    return parsed

@@ -6,15 +6,14 @@ residual base; its files show which. An export overwrites nothing, and an interr
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command.cli import next_step, parser
-from milora_data.command.flags import shared
+from milora_data.command.cli import next_step
+from milora_data.command.flags import Command, flag, option, shared
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_text_model
 from milora_vl.checkpoints import step_of
@@ -25,17 +24,47 @@ from milora_vl.recipe.yaml_file import trained_prompts
 if TYPE_CHECKING:
     from milora_vl.export.job import Exported
 
-_EXAMPLES = """\
+forms = "\n".join(f"  {name:<10} {meaning}" for name, meaning in FORMS.items())
+COMMAND = Command(
+    "milora_vl.export",
+    f"Convert an adapter to another form.\n\nforms:\n{forms}",
+    """\
 examples:
   python -m milora_vl.export runs/a --to merged --output_dir merged
   python -m milora_vl.export runs/a --to rank-64 --dtype bfloat16 --with_base      # for servers that limit the rank
   python -m milora_vl.export llava-v1.5-7b-lora --to adapter --base vicuna-clip   # from a run of LLaVA
-"""
+""",
+    inputs=(
+        option(
+            "folder",
+            type=Path,
+            metavar="FOLDER",
+            help="adapter of ours, of PEFT or of LLaVA, or one on a residual base",
+        ),
+        shared("base", about="unchanged base model (default: the model that the adapter names)"),
+        option("--residual", type=Path, help="residual base of a PiSSA/MiLoRA checkpoint"),
+        option("--initial", type=Path, help="initial factors of a PiSSA/MiLoRA checkpoint (pissa_init)"),
+    ),
+    settings=(
+        flag("--with_base", "write fully trained modules into a copy of the base"),
+        flag("--remote_code", "add the code of a timm tower, for trust_remote_code=True"),
+        option("--vision_tower", metavar="NAME", help="CLIP model for LLaVA's config.json"),
+        shared("allow_base_mismatch"),
+    ),
+    outputs=(
+        option("--to", required=True, metavar="FORM", help="adapter, merged, residual, llava, rank-N"),
+        shared(
+            "dtype", about="data type of all tensors (default: as stored)", choices=("float32", "bfloat16", "float16")
+        ),
+        shared("output_dir", about="output folder (default: FOLDER-FORM, of a checkpoint next to its run)"),
+        shared("format"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if the adapter cannot be exported."""
-    options = _options(argv)
+    options = COMMAND.parse(argv)
     silence_deepspeed()
     import torch
 
@@ -58,36 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     _show(done, options.format)
     _print_next(done, trained_prompts(options.folder)[0])
     return 0
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    forms = "\n".join(f"  {name:<10} {meaning}" for name, meaning in FORMS.items())
-    options = parser("python -m milora_vl.export", f"Convert an adapter to another form.\n\nforms:\n{forms}", _EXAMPLES)
-    inputs = options.add_argument_group("input")
-    inputs.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="adapter of ours, of PEFT or of LLaVA, or one on a residual base"
-    )
-    shared(inputs, "base", about="unchanged base model (default: the model that the adapter names)")
-    inputs.add_argument("--residual", type=Path, help="residual base of a PiSSA/MiLoRA checkpoint")
-    inputs.add_argument("--initial", type=Path, help="initial factors of a PiSSA/MiLoRA checkpoint (pissa_init)")
-    settings = options.add_argument_group("settings")
-    settings.add_argument(
-        "--with_base", action="store_true", help="write fully trained modules into a copy of the base"
-    )
-    settings.add_argument(
-        "--remote_code", action="store_true", help="add the code of a timm tower, for trust_remote_code=True"
-    )
-    settings.add_argument("--vision_tower", metavar="NAME", help="CLIP model for LLaVA's config.json")
-    settings.add_argument("--allow_base_mismatch", action="store_true", help="continue with another base model")
-    out = options.add_argument_group("output")
-    out.add_argument("--to", required=True, metavar="FORM", help="adapter, merged, residual, llava, rank-N")
-    shared(
-        out, "dtype", about="data type of all tensors (default: as stored)", choices=("float32", "bfloat16", "float16")
-    )
-    shared(out, "output_dir", about="output folder (default: FOLDER-FORM, of a checkpoint next to its run)")
-    shared(out, "format")
-    parsed: argparse.Namespace = options.parse_args(argv)
-    return parsed
 
 
 def _beside(folder: Path, to: str) -> Path:

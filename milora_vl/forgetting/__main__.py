@@ -8,14 +8,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command.cli import next_step, parser, positive, run
-from milora_data.command.flags import shared
+from milora_data.command.cli import next_step, positive, run
+from milora_data.command.flags import Command, option, shared
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import newest_of_unfinished
 from milora_vl.report.regenerate import regenerate_report
 
 PROBES = ("text", "samples", "pictures")
-_EXAMPLES = """\
+
+
+def _probes(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = [name for name in names if name not in PROBES]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PROBES)}, got {text!r}")
+    return names
+
+
+COMMAND = Command(
+    "milora_vl.forgetting",
+    "Measure what a tuned model has forgotten.",
+    """\
 probes (tuned model against base model, in nats per token):
   text      general text (three books of the package, or --text): the number of the paper, and the loss on the text
   samples   text sampled from the base model; needs no data
@@ -26,12 +39,37 @@ examples:
   python -m milora_vl.forgetting --model smol-llava --adapter runs/demo
   python -m milora_vl.forgetting --model runs/full --base llava-1.5-7b --on text,samples
   python -m milora_vl.forgetting --model llava-1.5-7b --adapter runs/a --data_path other.json --image_folder images
-"""
+""",
+    inputs=(
+        shared("model", required=True),
+        shared("adapter"),
+        shared("base"),
+        option("--text", type=Path, nargs="+", metavar="FILE", help="text files, one document each"),
+        option("--data_path", type=Path, metavar="DATA", help="LLaVA records with the questions about pictures"),
+        shared("image_folder"),
+        shared("suite", about="also evaluate base and tuned model on a suite; see: python -m milora_eval ls"),
+        shared("data", about="folder that contains the files of the suite"),
+    ),
+    settings=(
+        option("--on", type=_probes, metavar="a,b", help=f"probes to measure, from {', '.join(PROBES)} (default: all)"),
+        option("--num_tokens", type=positive, default=8192, help="number of text tokens (default: %(default)s)"),
+        shared("limit", about="use only the first N questions, or items of a benchmark"),
+        shared("template"),
+        shared("batch_size", default=8),
+        shared("seed", about="random seed of the samples (default: %(default)s)"),
+        shared("device"),
+        shared("dtype"),
+    ),
+    outputs=(
+        shared("output_dir", about="folder for forgetting.json (default: the folder of the tuned model)"),
+        shared("format"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if forgetting cannot be measured."""
-    options = _options(argv)
+    options = COMMAND.parse(argv)
     _refuse_unused(options)
     _refuse_unfinished(options)
     folder = options.output_dir or _tuned_folder(options)
@@ -68,39 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = parser("python -m milora_vl.forgetting", "Measure what a tuned model has forgotten.", _EXAMPLES)
-    inputs = options.add_argument_group("input")
-    shared(inputs, "model", required=True)
-    shared(inputs, "adapter")
-    shared(inputs, "base")
-    inputs.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="text files, one document each")
-    inputs.add_argument(
-        "--data_path", type=Path, metavar="DATA", help="LLaVA records with the questions about pictures"
-    )
-    shared(inputs, "image_folder")
-    shared(inputs, "suite", about="also evaluate base and tuned model on a suite; see: python -m milora_eval ls")
-    shared(inputs, "data", about="folder that contains the files of the suite")
-    settings = options.add_argument_group("settings")
-    settings.add_argument(
-        "--on", type=_probes, metavar="a,b", help=f"probes to measure, from {', '.join(PROBES)} (default: all)"
-    )
-    settings.add_argument(
-        "--num_tokens", type=positive, default=8192, help="number of text tokens (default: %(default)s)"
-    )
-    shared(settings, "limit", about="use only the first N questions, or items of a benchmark")
-    shared(settings, "template")
-    shared(settings, "batch_size", default=8)
-    shared(settings, "seed", about="random seed of the samples (default: %(default)s)")
-    shared(settings, "device")
-    shared(settings, "dtype")
-    out = options.add_argument_group("output")
-    shared(out, "output_dir", about="folder for forgetting.json (default: the folder of the tuned model)")
-    shared(out, "format")
-    parsed: argparse.Namespace = options.parse_args(argv)
-    return parsed
-
-
 def _refuse_unused(options: argparse.Namespace) -> None:
     """Raise UserError for a flag that no selected probe uses."""
     on = options.on or PROBES
@@ -127,14 +132,6 @@ def _refuse_unfinished(options: argparse.Namespace) -> None:
     if newest:
         hint = newest.removeprefix("\n")
         raise UserError("contains no finished training", code="adapter-missing", where=str(folder), hint=hint)
-
-
-def _probes(text: str) -> tuple[str, ...]:
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
-    unknown = [name for name in names if name not in PROBES]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(PROBES)}, got {text!r}")
-    return names
 
 
 def _tuned_folder(options: argparse.Namespace) -> Path:

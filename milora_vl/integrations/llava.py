@@ -24,7 +24,7 @@ from unittest.mock import patch
 from milora_data.command.cli import run
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import CONFIG
-from milora_vl.integrations.replace import get_peft_model_replaced, launch, options
+from milora_vl.integrations.replace import get_peft_model_replaced, launch, launcher, parse
 
 if TYPE_CHECKING:
     from milora_vl.adapter import Form
@@ -151,14 +151,17 @@ def _without_deepspeed(shims: ExitStack, transformers: Any) -> None:
         shims.enter_context(patch.object(train, "maybe_zero_3", lambda param, *_, **__: param.detach().cpu().clone()))
 
 
+COMMAND = launcher(
+    "milora_vl.integrations.llava",
+    "Run LLaVA's train.py with MiLoRA as its LoRA.",
+    "llava/train/train_mem.py --lora_enable True --lora_r 128",
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run LLaVA's script and return the exit code."""
-    about, example = (
-        "Run LLaVA's train.py with MiLoRA as its LoRA.",
-        "llava/train/train_mem.py --lora_enable True --lora_r 128",
-    )
-    chosen = options("python -m milora_vl.integrations.llava", about, example, argv)
-    arguments = renamed_flags(chosen.arguments)
+    chosen, given = parse(COMMAND, argv)
+    arguments = renamed_flags(given)
     if "--lora_enable" not in [argument.partition("=")[0] for argument in arguments]:
         sys.stderr.write("milora: warning: --lora_enable is missing, so this run trains without an adapter\n")
     with configs_trimmed(_output_dirs(arguments)), milora_in_llava(chosen.part, chosen.form, chosen.modules):

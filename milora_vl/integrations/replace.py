@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-from milora_data.command.cli import parser, run
+from milora_data.command.cli import run
+from milora_data.command.flags import Command, option
 from milora_data.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,35 +87,45 @@ def _warn_of_decay(arguments: Sequence[str]) -> None:
         )
 
 
-def options(prog: str, description: str, example: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the flags of this launcher, the script, and the arguments of the script."""
-    parse = parser(prog, description, f"examples:\n  {prog} {example}\n")
-    settings = parse.add_argument_group("settings")
-    settings.add_argument(
-        "--part", choices=PARTS, default="minor", help="which components train (default: %(default)s)"
+def launcher(name: str, about: str, example: str) -> Command:
+    """Return the declaration of a launcher: its flags, and the script that it runs."""
+    return Command(
+        name,
+        about,
+        f"examples:\n  python -m {name} {example}\n",
+        inputs=(option("script", type=Path, metavar="script.py", help="the script; its own arguments follow it"),),
+        settings=(
+            option("--part", choices=PARTS, default="minor", help="which components train (default: %(default)s)"),
+            option("--form", choices=FORMS, default="anchored", help="residual: W - s B0 A0 replaces the base weight"),
+            option(
+                "--in",
+                dest="modules",
+                action="append",
+                default=[],
+                metavar="MODULE",
+                help="module that has imported get_peft_model already; may be repeated",
+            ),
+        ),
     )
-    settings.add_argument(
-        "--form", choices=FORMS, default="anchored", help="residual: W - s B0 A0 replaces the base weight"
-    )
-    settings.add_argument(
-        "--in", dest="modules", action="append", default=[], metavar="MODULE",
-        help="module that has imported get_peft_model already; may be repeated",
-    )  # fmt: skip
-    inputs = parse.add_argument_group("input")
-    inputs.add_argument("script", type=Path, metavar="script.py", help="the script; its own arguments follow it")
+
+
+def parse(command: Command, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the values of a launcher's flags, and the arguments of the script."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     split = next((i for i, argument in enumerate(arguments) if argument.endswith(".py")), len(arguments))
-    parsed: argparse.Namespace = parse.parse_args(arguments[: split + 1])
-    parsed.arguments = arguments[split + 1 :]
-    return parsed
+    return command.parse(arguments[: split + 1]), arguments[split + 1 :]
+
+
+COMMAND = launcher(
+    "milora_vl.integrations.replace", "Run a script with MiLoRA as its LoRA.", "train.py --learning_rate 2e-4"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return the exit code."""
-    about, example = "Run a script with MiLoRA as its LoRA.", "train.py --learning_rate 2e-4"
-    chosen = options("python -m milora_vl.integrations.replace", about, example, argv)
+    chosen, arguments = parse(COMMAND, argv)
     with get_peft_model_replaced(*chosen.modules, part=chosen.part, form=chosen.form):
-        launch(chosen.script, chosen.arguments)
+        launch(chosen.script, arguments)
     return 0
 
 

@@ -10,24 +10,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command.cli import as_typed, parser
-from milora_data.command.flags import shared
+from milora_data.command.cli import as_typed
+from milora_data.command.flags import Command, option, shared
 from milora_vl.report import run_page, wording
 from milora_vl.report.page import write_page
 from milora_vl.report.repeat import commands
 
+COMMAND = Command(
+    "milora_vl.report",
+    "Write report.html into a run folder from the files in it. Without an evaluation, it shows the command.",
+    "examples:\n  python -m milora_vl.report runs/demo\n",
+    inputs=(option("run", type=Path, metavar="RUN", help="output_dir of a training"),),
+    outputs=(shared("format"),),
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if the folder is not a run."""
-    options = parser(
-        "python -m milora_vl.report",
-        "Write report.html into a run folder from the files in it. Without an evaluation, it shows the command.",
-        "examples:\n  python -m milora_vl.report runs/demo\n",
-    )
-    inputs = options.add_argument_group("input")
-    inputs.add_argument("run", type=Path, metavar="RUN", help="output_dir of a training")
-    shared(options.add_argument_group("output"), "format")
-    chosen = options.parse_args(argv)
+    chosen = COMMAND.parse(argv)
     content = run_page.read_run(chosen.run)
     page, summary = write_page(content), wording.summary(content)
     sys.stderr.write(summary + "\n")

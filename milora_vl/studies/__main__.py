@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llava_recipes
-from milora_data.command.cli import amount, next_step, parser, positive, run
-from milora_data.command.flags import shared
+from milora_data.command.cli import amount, next_step, positive, run
+from milora_data.command.flags import Command, flag, option, shared
 from milora_vl.studies.study import Study, chosen, read_study
 from milora_vl.studies.tasks import load_task, task_class
 from milora_vl.sweep.cells import Cell
@@ -23,7 +23,10 @@ from milora_vl.sweep.runner import alone
 if TYPE_CHECKING:
     from milora_vl.studies.runner import Folder
 
-_EXAMPLES = """\
+COMMAND = Command(
+    "milora_vl.studies",
+    "Run many small trainings that answer one question.",
+    """\
 A study is a question and a task, QUESTION.TASK: components.minilm. The question alone means all its tasks.
 Run the same command again to resume.
 
@@ -31,12 +34,27 @@ examples:
   python -m milora_vl.studies --list
   python -m milora_vl.studies components.minilm --plan
   python -m milora_vl.studies components
-"""
+""",
+    inputs=(
+        option("study", nargs="?", metavar="STUDY", help="question or question.task; without it, the list is shown"),
+        flag("--list", "show the studies, then stop"),
+    ),
+    settings=(
+        option("--jobs", type=positive, help="number of parallel cells (default: one per core, up to 4)"),
+        flag("--plan", "show the cells to run, then stop"),
+        shared("retry"),
+    ),
+    outputs=(
+        shared("output_dir", default=Path("runs/studies"), about="output folder (default: %(default)s)"),
+        option("--docs", type=Path, metavar="FOLDER", help="write the results into QUESTION.md in this folder"),
+        shared("format"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Raises UserError for an unknown study."""
-    options = _options(argv)
+    options = COMMAND.parse(argv)
     if options.list or options.study is None:
         _list(options.format == "json")
         return 0
@@ -44,25 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in chosen(options.study):
         code |= _run_one(name, read_study(name), options)
     return code
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = parser("python -m milora_vl.studies", "Run many small trainings that answer one question.", _EXAMPLES)
-    inputs = options.add_argument_group("input")
-    inputs.add_argument(
-        "study", nargs="?", metavar="STUDY", help="question or question.task; without it, the list is shown"
-    )
-    inputs.add_argument("--list", action="store_true", help="show the studies, then stop")
-    settings = options.add_argument_group("settings")
-    settings.add_argument("--jobs", type=positive, help="number of parallel cells (default: one per core, up to 4)")
-    settings.add_argument("--plan", action="store_true", help="show the cells to run, then stop")
-    settings.add_argument("--retry", action="store_true", help="run failed cells again")
-    out = options.add_argument_group("output")
-    shared(out, "output_dir", default=Path("runs/studies"), about="output folder (default: %(default)s)")
-    out.add_argument("--docs", type=Path, metavar="FOLDER", help="write the results into QUESTION.md in this folder")
-    shared(out, "format")
-    parsed: argparse.Namespace = options.parse_args(argv)
-    return parsed
 
 
 def _list(as_json: bool) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from milora_data.command.atomic_write import read_json, write_json
-from milora_data.command.cli import amount, next_step, parser, positive, run
-from milora_data.command.flags import shared
+from milora_data.command.cli import amount, next_step, positive, run
+from milora_data.command.flags import Command, flag, option, shared
 from milora_data.errors import Problem, UserError
 from milora_eval.suites import find_benchmark, find_suite, has_files
 from milora_vl.recipe.policy_edits import ADAPTERS
@@ -25,7 +25,31 @@ from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Evaluation, Sweep, alone, run_cells
 
-_EXAMPLES = f"""\
+
+def _words(text: str) -> list[str]:
+    words = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not words:
+        raise argparse.ArgumentTypeError("expected at least one name")
+    return words
+
+
+def _numbers(kind: type[float] | type[int]) -> type:
+    def parse(text: str) -> list[float]:
+        try:
+            numbers = [kind(word) for word in _words(text)]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected numbers with commas, got {text!r}") from None
+        if min(numbers) <= 0:
+            raise argparse.ArgumentTypeError(f"must be positive, got {text!r}")
+        return sorted(set(numbers))
+
+    return parse  # type: ignore[return-value]
+
+
+COMMAND = Command(
+    "milora_vl.sweep",
+    "Compare methods, each at its own best learning rate.",
+    f"""\
 methods: {", ".join(ADAPTERS)}, full (as in milora_vl.train);
          minor-flat (minor directions without their singular values), lora-decay (LoRA with weight decay 0.1);
          and the variants in sweep.variants of the recipe
@@ -36,12 +60,40 @@ Run the same command again to resume.
 examples:
   python -m milora_vl.sweep --recipe smol-llava-demo --methods milora,lora --lrs 1e-4,3e-4,1e-3 --seeds 3
   python -m milora_vl.sweep --recipe r.yaml --methods milora,lora --lrs 1e-4,3e-4 --ranks 8,32 --seeds 3 --plan
-"""
+""",
+    inputs=(
+        option("--recipe", required=True, metavar="RECIPE", help="name or file, as for milora_vl.train"),
+        shared("suite", about="suite that scores the cells (default: sweep.suite of the recipe)"),
+        option("--data", metavar="FOLDER", help="folder with the files of the suite"),
+    ),
+    settings=(
+        option(
+            "--methods",
+            type=_words,
+            required=True,
+            metavar="a,b",
+            help="methods; the others are compared with the first",
+        ),
+        option("--lrs", type=_numbers(float), required=True, metavar="x,y", help="learning rates"),
+        option("--ranks", type=_numbers(int), metavar="r,s", help="ranks (default: set by the recipe)"),
+        option("--seeds", type=positive, default=3, help="number of seeds, starting at the recipe's seed (default: 3)"),
+        shared("limit", about="number of items per benchmark"),
+        option(
+            "--jobs", type=positive, help="number of parallel cells (default: one per GPU, or one per core up to 4)"
+        ),
+        flag("--plan", "show the plan and its cost, then stop"),
+        shared("retry"),
+    ),
+    outputs=(
+        shared("output_dir", about="output folder (default: runs/sweep-RECIPE)"),
+        shared("format"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Raises UserError if the recipe or the flags are not usable."""
-    options = _options(argv)
+    options = COMMAND.parse(argv)
     recipe = _recipe(options.recipe)
     evaluation = Evaluation(
         options.suite or recipe.sweep.suite or next(iter(recipe.eval.suites), ""),
@@ -83,54 +135,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         next_step("milora_vl.report", folder / "cells" / cells[0].name)
     return 1 if failed else 0
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = parser("python -m milora_vl.sweep", "Compare methods, each at its own best learning rate.", _EXAMPLES)
-    inputs = options.add_argument_group("input")
-    inputs.add_argument("--recipe", required=True, metavar="RECIPE", help="name or file, as for milora_vl.train")
-    shared(inputs, "suite", about="suite that scores the cells (default: sweep.suite of the recipe)")
-    inputs.add_argument("--data", metavar="FOLDER", help="folder with the files of the suite")
-    settings = options.add_argument_group("settings")
-    settings.add_argument(
-        "--methods", type=_words, required=True, metavar="a,b", help="methods; the others are compared with the first"
-    )
-    settings.add_argument("--lrs", type=_numbers(float), required=True, metavar="x,y", help="learning rates")
-    settings.add_argument("--ranks", type=_numbers(int), metavar="r,s", help="ranks (default: set by the recipe)")
-    settings.add_argument(
-        "--seeds", type=positive, default=3, help="number of seeds, starting at the recipe's seed (default: 3)"
-    )
-    shared(settings, "limit", about="number of items per benchmark")
-    settings.add_argument(
-        "--jobs", type=positive, help="number of parallel cells (default: one per GPU, or one per core up to 4)"
-    )
-    settings.add_argument("--plan", action="store_true", help="show the plan and its cost, then stop")
-    settings.add_argument("--retry", action="store_true", help="run failed cells again")
-    out = options.add_argument_group("output")
-    shared(out, "output_dir", about="output folder (default: runs/sweep-RECIPE)")
-    shared(out, "format")
-    parsed: argparse.Namespace = options.parse_args(argv)
-    return parsed
-
-
-def _words(text: str) -> list[str]:
-    words = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not words:
-        raise argparse.ArgumentTypeError("expected at least one name")
-    return words
-
-
-def _numbers(kind: type[float] | type[int]) -> type:
-    def parse(text: str) -> list[float]:
-        try:
-            numbers = [kind(word) for word in _words(text)]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected numbers with commas, got {text!r}") from None
-        if min(numbers) <= 0:
-            raise argparse.ArgumentTypeError(f"must be positive, got {text!r}")
-        return sorted(set(numbers))
-
-    return parse  # type: ignore[return-value]
 
 
 def _recipe(name: str) -> Recipe:

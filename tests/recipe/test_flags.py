@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from milora_data.command.cli import parser, positive
-from milora_data.command.flags import shared
+from milora_data.command.flags import Command, shared
 from milora_data.errors import UserError
 
 
@@ -33,9 +33,8 @@ def test_a_mistyped_flag_is_named_where_the_right_one_is_missing() -> None:
 )
 def test_a_device_that_is_none_or_not_here_is_refused(word: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    options = parser("prog", "what it does", "example: x")
-    shared(options, "device")
-    assert options.parse_args(["--device", "cpu"]).device == "cpu"
+    command = Command("prog", "what it does", "example: x", settings=(shared("device"),))
+    assert command.parse(["--device", "cpu"]).device == "cpu"
     with pytest.raises(UserError) as error:
-        options.parse_args(["--device", word])
+        command.parse(["--device", word])
     assert said in str(error.value)

@@ -15,8 +15,8 @@ from milora_data.check.findings import Finding, examine
 from milora_data.check.pictures import MissingImages, elsewhere, find_faults, find_missing, is_empty, uses
 from milora_data.check.repair import write_repaired
 from milora_data.check.report import Report, as_json, as_text
-from milora_data.command.cli import command_line, count, next_step, parser
-from milora_data.command.flags import RECORDS, shared
+from milora_data.command.cli import command_line, count, next_step
+from milora_data.command.flags import DATA, Command, option, shared
 from milora_data.command.web import url_problem, web_address
 from milora_data.errors import DataError, Problem, UserError
 from milora_data.formats.jsonfile import read_objects
@@ -26,35 +26,41 @@ from milora_data.images.files import SUFFIXES, ImagePolicy, OutsidePicture, plac
 from milora_data.records import Record, parse_record
 from milora_data.sources import is_json, load_records, mixed_records, read_sources
 
-EPILOG = """\
+OUTSIDE = " (outside the image folder)"
+WEB = " (a web address: pictures are not fetched)"
+COMMAND = Command(
+    "milora_data check",
+    "Find errors in a data set of LLaVA's format.",
+    """\
 exit code: 0 no errors (warnings are allowed), 1 errors found, 2 the data cannot be read at all
 
 examples:
   python -m milora_data check train.json --image_folder images
   python -m milora_data check train.json --image_folder images --fix clean.json
-"""
-OUTSIDE = " (outside the image folder)"
-WEB = " (a web address: pictures are not fetched)"
+""",
+    inputs=(
+        DATA,
+        shared("image_folder", about="folder of the pictures (default: beside DATA)"),
+    ),
+    settings=(
+        option(
+            "--pictures",
+            choices=("decode", "exist"),
+            default="decode",
+            help="decode each picture, or only check that its file exists (default: %(default)s)",
+        ),
+    ),
+    outputs=(
+        option("--fix", type=Path, metavar="OUT", help="write the usable records, repaired, to this new file"),
+        option("--limit", type=count, default=5, help="examples to print per kind (default: %(default)s)"),
+        shared("format"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 if there are errors."""
-    options = parser("python -m milora_data check", "Find errors in a data set of LLaVA's format.", EPILOG)
-    inputs = options.add_argument_group("input")
-    inputs.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
-    shared(inputs, "image_folder", about="folder of the pictures (default: beside DATA)")
-    settings = options.add_argument_group("settings")
-    settings.add_argument(
-        "--pictures",
-        choices=("decode", "exist"),
-        default="decode",
-        help="decode each picture, or only check that its file exists (default: %(default)s)",
-    )
-    out = options.add_argument_group("output")
-    out.add_argument("--fix", type=Path, metavar="OUT", help="write the usable records, repaired, to this new file")
-    out.add_argument("--limit", type=count, default=5, help="examples to print per kind (default: %(default)s)")
-    shared(out, "format")
-    chosen = options.parse_args(argv)
+    chosen = COMMAND.parse(argv)
     if chosen.data.is_file() and chosen.data.suffix.lower() in SUFFIXES:
         raise UserError(
             "this is a picture; expected a JSON or JSONL file that names it",

@@ -11,8 +11,8 @@ from typing import Any
 
 from milora_data.check.command import image_folder
 from milora_data.check.duplicates import duplicate_statistics, leakage
-from milora_data.command.cli import count, next_step, parser
-from milora_data.command.flags import RECORDS, shared
+from milora_data.command.cli import count, next_step
+from milora_data.command.flags import DATA, Command, option, shared
 from milora_data.encode import encode
 from milora_data.errors import DataError, UserError, with_context
 from milora_data.images.embedded import EmbeddedPicture
@@ -20,36 +20,40 @@ from milora_data.records import IMAGE, Record
 from milora_data.sources import load_records
 from milora_data.tokens import load_tokenizer
 
-EPILOG = """\
+SECTIONS = ("tokens", "duplicates", "leakage")
+TITLES = {"learnt_per_record": "supervised_per_record"}  # titles that differ from the keys of the JSON output
+COMMAND = Command(
+    "milora_data stats",
+    "Count records, pictures, turns and lengths.",
+    """\
 examples:
   python -m milora_data stats train.json
   python -m milora_data stats train.json --tokenizer runs/demo --image_tokens 16 --max_length 2048
   python -m milora_data stats train.json --image_folder images --copies near --against test.json
-"""
-
-
-SECTIONS = ("tokens", "duplicates", "leakage")
-TITLES = {"learnt_per_record": "supervised_per_record"}  # titles that differ from the keys of the JSON output
+""",
+    inputs=(
+        DATA,
+        shared("image_folder", about="folder of the pictures (default: beside DATA)"),
+        option("--against", type=Path, metavar="TEST", help="count the overlap of this test set with DATA"),
+        option("--against_image_folder", type=Path, help="folder of its pictures (default: beside TEST)"),
+    ),
+    settings=(
+        option("--copies", choices=("exact", "near"), help="count pictures that occur twice"),
+        option("--tokenizer", help="folder or name of a tokenizer that counts tokens"),
+        shared("template", default="vicuna_v1", about="prompt format (default: %(default)s)"),
+        shared("image_tokens"),
+        option("--max_length", type=count, help="count the records that are longer"),
+    ),
+    outputs=(
+        option("--limit", type=count, default=5, help="lines of each list (default: %(default)s)"),
+        shared("format"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    options = parser("python -m milora_data stats", "Count records, pictures, turns and lengths.", EPILOG)
-    inputs = options.add_argument_group("input")
-    inputs.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
-    shared(inputs, "image_folder", about="folder of the pictures (default: beside DATA)")
-    inputs.add_argument("--against", type=Path, metavar="TEST", help="count the overlap of this test set with DATA")
-    inputs.add_argument("--against_image_folder", type=Path, help="folder of its pictures (default: beside TEST)")
-    settings = options.add_argument_group("settings")
-    settings.add_argument("--copies", choices=("exact", "near"), help="count pictures that occur twice")
-    settings.add_argument("--tokenizer", help="folder or name of a tokenizer that counts tokens")
-    shared(settings, "template", default="vicuna_v1", about="prompt format (default: %(default)s)")
-    settings.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
-    settings.add_argument("--max_length", type=count, help="count the records that are longer")
-    out = options.add_argument_group("output")
-    out.add_argument("--limit", type=count, default=5, help="lines of each list (default: %(default)s)")
-    shared(out, "format")
-    chosen = options.parse_args(argv)
+    chosen = COMMAND.parse(argv)
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
     records = _read(chosen.data)
     if not records:

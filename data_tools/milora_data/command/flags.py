@@ -1,15 +1,14 @@
-"""Flags that have the same name, type and meaning in every command.
-
-Each command groups its flags into `input`, `settings` and `output`.
-"""
+"""How a command declares its flags (`Command`), and the flags with the same meaning in every command (`SHARED`)."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import positive, suggest
+from milora_data.command.cli import count, parser, positive, suggest
 
 
 def device(text: str) -> str:
@@ -53,20 +52,78 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "data type of the weights (default: float32 on a CPU); fastest: bfloat16 if the device supports it",
     },
     "output_dir": {"type": Path, "metavar": "FOLDER", "help": "output folder"},
+    "protocol": {"metavar": "NAME", "help": "official or llava, for benchmarks that have both"},
+    "image_tokens": {"type": count, "default": 576, "help": "tokens per picture (default: %(default)s)"},
+    "allow_base_mismatch": {"action": "store_true", "help": "continue with another base model"},
+    "retry": {"action": "store_true", "help": "run failed cells again"},
     "format": {"choices": ("human", "json"), "default": "human", "help": "output format (default: %(default)s)"},
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One argument of a command: its names and the keywords of argparse's `add_argument`."""
+
+    names: tuple[str, ...]
+    keywords: Mapping[str, Any]
+
+
+Choice = tuple[Option, ...]
+"""Options of which exactly one is required."""
+
+
+def option(*names: str, **keywords: Any) -> Option:
+    """Return an option; the arguments are those of argparse's `add_argument`."""
+    return Option(names, keywords)
+
+
+def flag(name: str, about: str) -> Option:
+    """Return a flag without a value."""
+    return option(name, action="store_true", help=about)
+
+
+DATA = option("data", type=Path, metavar="DATA", help=RECORDS)
+
+
 def shared(
-    group: argparse._ActionsContainer,
     name: str,
     *,
     about: str | None = None,
     required: bool = False,
     default: Any = None,
     choices: tuple[str, ...] | None = None,
-) -> None:
-    """Add a flag of `SHARED` to `group`; `about`, `default` and `choices` override the shared values."""
+) -> Option:
+    """Return a flag of `SHARED`; `about`, `default` and `choices` override the shared values."""
     overrides = {"help": about, "default": default, "choices": choices}
-    options = SHARED[name] | {key: value for key, value in overrides.items() if value is not None}
-    group.add_argument(f"--{name}", required=required, **options)
+    keywords = SHARED[name] | {key: value for key, value in overrides.items() if value is not None}
+    return option(f"--{name}", **keywords, **({"required": True} if required else {}))
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """The declaration of a program or a subcommand: its name after `python -m`, one sentence, examples, and its flags.
+
+    `--help` shows the flags in three groups. The tuple of a `Choice` holds flags of which exactly one is required.
+    """
+
+    name: str
+    about: str
+    examples: str
+    inputs: Sequence[Option | Choice] = ()
+    settings: Sequence[Option] = ()
+    outputs: Sequence[Option] = ()
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parse the arguments (default: the command line of the process). Raises UserError for a mistake in them."""
+        options = parser(f"python -m {self.name}", self.about, self.examples)
+        for title, members in (("input", self.inputs), ("settings", self.settings), ("output", self.outputs)):
+            group = options.add_argument_group(title)
+            for member in members:
+                if isinstance(member, Option):
+                    group.add_argument(*member.names, **member.keywords)
+                    continue
+                choice = group.add_mutually_exclusive_group(required=True)
+                for each in member:
+                    choice.add_argument(*each.names, **each.keywords)
+        parsed: argparse.Namespace = options.parse_args(argv)
+        return parsed

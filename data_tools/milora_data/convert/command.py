@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import amount, next_step, parser, positive
-from milora_data.command.flags import shared
+from milora_data.command.cli import amount, next_step, positive
+from milora_data.command.flags import Command, option, shared
 from milora_data.convert.picture_folder import PictureFolder, output_exists
 from milora_data.errors import DataError, UserError, with_context
 from milora_data.formats.captions import caption_records
@@ -37,31 +37,6 @@ from milora_data.images.files import ImageError
 from milora_data.records import SPEAKERS, Record, from_messages, parse_record
 from milora_data.sources import load_records
 
-EPILOG = """\
-formats (--from):
-  llava, jsonl   records of LLaVA's format, as a list or one per line; several files are joined into one
-  messages       {"messages": [{"role", "content"}], "images": [...]}, used by OpenAI, TRL and others; a list or one per
-                 line; base64 pictures, here and in the other formats, are written to images/
-  folder         pictures with a text file each (a.jpg, a.txt), or with one table: captions.json, .jsonl or .csv,
-                 metadata.csv or .jsonl
-  table, csv     rows (.csv, .tsv, .json, .jsonl) with columns for picture, question and answer, or picture and caption
-  alpaca         instruction, input and output, or query and response, as in LLM-Adapters and MetaMathQA
-  hub            FILE.parquet, FILE.tar (webdataset), a folder of save_to_disk, hub:OWNER/NAME[:SPLIT]; pictures are
-                 written to images/
-  vqav2, okvqa   the questions file and the annotations file
-  gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file with questions and answers
-  scienceqa      problems.json            refcoco   refs(...).p and instances.json
-  coco           captions_....json        sharegpt  conversations without pictures
-
-examples:
-  python -m milora_data convert --from jsonl a.jsonl b.jsonl --output_dir data
-  python -m milora_data convert --from folder my_pictures --output_dir data --prompt "What is this?"
-  python -m milora_data convert --from table captions.csv --output_dir data
-  python -m milora_data convert --from alpaca instructions.json --output_dir data
-  python -m milora_data convert --from vqav2 questions.json annotations.json --output_dir data
-  python -m milora_data convert --from gqa questions.json --image_pattern "gqa/images/{}.jpg" --output_dir data
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -73,21 +48,7 @@ class Kind:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    options = parser("python -m milora_data convert", "Convert another format to LLaVA JSON.", EPILOG)
-    inputs = options.add_argument_group("input")
-    inputs.add_argument(
-        "--from", dest="kind", choices=KINDS, required=True, metavar="FORMAT", help="format of SOURCE, see below"
-    )
-    inputs.add_argument("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures")
-    settings = options.add_argument_group("settings")
-    settings.add_argument("--prompt", help=f'question for pictures with captions (default: "{DEFAULT_PROMPT}")')
-    settings.add_argument("--split", help="split to convert, if a file contains all splits (default: train)")
-    settings.add_argument("--image_pattern", help="file name of a picture from its id, such as coco/{:012d}.jpg")
-    settings.add_argument("--hold_out", type=positive, metavar="N", help="write N random records to eval.json")
-    outputs = options.add_argument_group("output")
-    shared(outputs, "output_dir", required=True, about="folder for data.json, which must not exist")
-    shared(outputs, "format")
-    chosen = options.parse_args(argv)
+    chosen = COMMAND.parse(argv)
     _check_flags(chosen)
     images, out = PictureFolder(chosen.output_dir / "images"), chosen.output_dir / "data.json"
     new = [out, *([chosen.output_dir / "eval.json"] if chosen.hold_out else [])]
@@ -255,3 +216,47 @@ KINDS: dict[str, Kind] = {
     "sharegpt": Kind(sharegpt),
     "alpaca": Kind(instructions),
 }
+COMMAND = Command(
+    "milora_data convert",
+    "Convert another format to LLaVA JSON.",
+    """\
+formats (--from):
+  llava, jsonl   records of LLaVA's format, as a list or one per line; several files are joined into one
+  messages       {"messages": [{"role", "content"}], "images": [...]}, used by OpenAI, TRL and others; a list or one per
+                 line; base64 pictures, here and in the other formats, are written to images/
+  folder         pictures with a text file each (a.jpg, a.txt), or with one table: captions.json, .jsonl or .csv,
+                 metadata.csv or .jsonl
+  table, csv     rows (.csv, .tsv, .json, .jsonl) with columns for picture, question and answer, or picture and caption
+  alpaca         instruction, input and output, or query and response, as in LLM-Adapters and MetaMathQA
+  hub            FILE.parquet, FILE.tar (webdataset), a folder of save_to_disk, hub:OWNER/NAME[:SPLIT]; pictures are
+                 written to images/
+  vqav2, okvqa   the questions file and the annotations file
+  gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file with questions and answers
+  scienceqa      problems.json            refcoco   refs(...).p and instances.json
+  coco           captions_....json        sharegpt  conversations without pictures
+
+examples:
+  python -m milora_data convert --from jsonl a.jsonl b.jsonl --output_dir data
+  python -m milora_data convert --from folder my_pictures --output_dir data --prompt "What is this?"
+  python -m milora_data convert --from table captions.csv --output_dir data
+  python -m milora_data convert --from alpaca instructions.json --output_dir data
+  python -m milora_data convert --from vqav2 questions.json annotations.json --output_dir data
+  python -m milora_data convert --from gqa questions.json --image_pattern "gqa/images/{}.jpg" --output_dir data
+""",
+    inputs=(
+        option(
+            "--from", dest="kind", choices=KINDS, required=True, metavar="FORMAT", help="format of SOURCE, see below"
+        ),
+        option("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures"),
+    ),
+    settings=(
+        option("--prompt", help=f'question for pictures with captions (default: "{DEFAULT_PROMPT}")'),
+        option("--split", help="split to convert, if a file contains all splits (default: train)"),
+        option("--image_pattern", help="file name of a picture from its id, such as coco/{:012d}.jpg"),
+        option("--hold_out", type=positive, metavar="N", help="write N random records to eval.json"),
+    ),
+    outputs=(
+        shared("output_dir", required=True, about="folder for data.json, which must not exist"),
+        shared("format"),
+    ),
+)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command.cli import count, next_step, parser, positive
-from milora_data.command.flags import shared
+from milora_data.command.cli import count, next_step, positive
+from milora_data.command.flags import Command, option, shared
 from milora_data.emoji.catalogue import PICTURE_SIZE, Emoji, catalogue, on_background, render, with_colours
 from milora_data.emoji.questions import Record, captions, held_out_records, training_records
 from milora_data.errors import UserError
@@ -38,30 +38,31 @@ No picture of `test.json` is in a training file, in any gender; skin tones are l
 belongs to two emoji (`dog`, `dog face`) one is in training and one in test, and naming asks for these; all other
 names in the test are new; they occur only in choices and yes/no questions.
 """
+COMMAND = Command(
+    "milora_data emoji",
+    "Create the demo's data set: OpenMoji pictures with questions and answers in LLaVA's format.",
+    "examples:\n  python -m milora_data emoji --output_dir data/emoji\n",
+    settings=(
+        shared("seed", about="random seed of the split and the questions (default: %(default)s)"),
+        option("--per_type", type=positive, default=60, help="test questions of each type (default: %(default)s)"),
+        option(
+            "--variants",
+            type=count,
+            default=0,
+            help="extra pictures of each training emoji: moved, rotated, on other backgrounds; for stage 1 "
+            "(default: %(default)s)",
+        ),
+    ),
+    outputs=(
+        shared("output_dir", default=Path("data/emoji"), about="folder to write (default: %(default)s)"),
+        shared("format"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 also if the data set exists already."""
-    options = parser(
-        "python -m milora_data emoji",
-        "Create the demo's data set: OpenMoji pictures with questions and answers in LLaVA's format.",
-        "examples:\n  python -m milora_data emoji --output_dir data/emoji\n",
-    )
-    settings = options.add_argument_group("settings")
-    shared(settings, "seed", about="random seed of the split and the questions (default: %(default)s)")
-    settings.add_argument(
-        "--per_type", type=positive, default=60, help="test questions of each type (default: %(default)s)"
-    )
-    settings.add_argument(
-        "--variants",
-        type=count,
-        default=0,
-        help="extra pictures of each training emoji: moved, rotated, on other backgrounds; for stage 1 (default: 0)",
-    )
-    out = options.add_argument_group("output")
-    shared(out, "output_dir", default=Path("data/emoji"), about="folder to write (default: %(default)s)")
-    shared(out, "format")
-    chosen = options.parse_args(argv)
+    chosen = COMMAND.parse(argv)
     if chosen.output_dir.exists() and not chosen.output_dir.is_dir():
         raise UserError("a file, not a folder", code="path-not-a-folder", where=f"--output_dir {chosen.output_dir}")
     if all((chosen.output_dir / name).exists() for name in ("README.md", "test.json", "images")):

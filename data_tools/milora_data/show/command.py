@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.check.command import image_folder
-from milora_data.command.cli import amount, count, next_step, parser, positive
-from milora_data.command.flags import RECORDS, shared
+from milora_data.command.cli import amount, count, next_step, positive
+from milora_data.command.flags import DATA, Command, option, shared
 from milora_data.encode import encode
 from milora_data.errors import UserError
 from milora_data.images.files import ImageError, load_image, place_of
@@ -22,34 +22,40 @@ from milora_data.show.preview import COUNTS, Piece, as_rich, text_pieces, token_
 from milora_data.sources import load_records
 from milora_data.tokens import load_tokenizer
 
-EPILOG = """\
+COMMAND = Command(
+    "milora_data show",
+    "Print records as training sees them, with the loss mask.",
+    """\
 [[ ]] marks the supervised text; with --tokenizer, the text is decoded from the token ids
 
 examples:
   python -m milora_data show train.json
   python -m milora_data show train.json --limit 50 --html records.html
   python -m milora_data show train.json --id 000000033471 --tokenizer runs/demo --image_tokens 16
-"""
+""",
+    inputs=(
+        DATA,
+        shared("image_folder", about="folder of the pictures (default: beside DATA)"),
+        option("--id", help="print only the record with this id"),
+        option("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)"),
+        option("--limit", type=positive, help="number of records (default: 1; 100 with --html)"),
+    ),
+    settings=(
+        shared("template", default="vicuna_v1", about="prompt format (default: %(default)s)"),
+        option("--tokenizer", help="folder or name of a tokenizer; shows tokens"),
+        shared("image_tokens"),
+        option("--max_length", type=count, help="cut records to this number of tokens, as training does"),
+    ),
+    outputs=(
+        option("--html", type=Path, metavar="OUT", help="write a page with the pictures to this new file"),
+        shared("format"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    options = parser("python -m milora_data show", "Print records as training sees them, with the loss mask.", EPILOG)
-    inputs = options.add_argument_group("input")
-    inputs.add_argument("data", type=Path, metavar="DATA", help=RECORDS)
-    shared(inputs, "image_folder", about="folder of the pictures (default: beside DATA)")
-    inputs.add_argument("--id", help="print only the record with this id")
-    inputs.add_argument("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)")
-    inputs.add_argument("--limit", type=positive, help="number of records (default: 1; 100 with --html)")
-    settings = options.add_argument_group("settings")
-    shared(settings, "template", default="vicuna_v1", about="prompt format (default: %(default)s)")
-    settings.add_argument("--tokenizer", help="folder or name of a tokenizer; shows tokens")
-    settings.add_argument("--image_tokens", type=count, default=576, help="tokens per picture (default: %(default)s)")
-    settings.add_argument("--max_length", type=count, help="cut records to this number of tokens, as training does")
-    out = options.add_argument_group("output")
-    out.add_argument("--html", type=Path, metavar="OUT", help="write a page with the pictures to this new file")
-    shared(out, "format")
-    chosen = options.parse_args(argv)
+    chosen = COMMAND.parse(argv)
     folder = image_folder(chosen.data, chosen.image_folder)
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
     limit = (1 if chosen.html is None else 100) if chosen.limit is None else chosen.limit

@@ -8,29 +8,31 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from milora_data.command.cli import next_step, parser
-from milora_data.command.flags import shared
+from milora_data.command.cli import next_step
+from milora_data.command.flags import Command, option, shared
 from milora_eval.scores.compare import Pair, compare, num_common
 from milora_eval.scores.results import require_lines
 from milora_eval.scores.table import FORMATS, pairs_table, show
 
-EXAMPLES = """\
+COMMAND = Command(
+    "milora_eval compare",
+    "Compute paired differences of two evaluations of the same items.",
+    """\
 examples:
   python -m milora_eval compare runs/a/eval/llava-paper/final runs/b/eval/llava-paper/final
   python -m milora_eval compare runs/a/eval/emoji/base runs/a/eval/emoji/final --format latex
-"""
+""",
+    inputs=(
+        option("a", type=Path, metavar="A", help="results folder, for example runs/one/eval/emoji/final"),
+        option("b", type=Path, metavar="B", help="second results folder; differences are B minus A"),
+    ),
+    outputs=(shared("format", choices=FORMATS),),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parse = parser(
-        "python -m milora_eval compare", "Compute paired differences of two evaluations of the same items.", EXAMPLES
-    )
-    inputs = parse.add_argument_group("input")
-    inputs.add_argument("a", type=Path, metavar="A", help="results folder, for example runs/one/eval/emoji/final")
-    inputs.add_argument("b", type=Path, metavar="B", help="second results folder; differences are B minus A")
-    shared(parse.add_argument_group("output"), "format", choices=FORMATS)
-    options = parse.parse_args(argv)
+    options = COMMAND.parse(argv)
     a, b = require_lines(options.a), require_lines(options.b)
     pairs, common = compare(a, b), num_common(a, b)
     if common < max(len(a), len(b)):

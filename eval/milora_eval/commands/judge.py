@@ -8,39 +8,44 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command.cli import next_step, parser
-from milora_data.command.flags import shared
+from milora_data.command.cli import next_step
+from milora_data.command.flags import Command, option, shared
 from milora_data.errors import UserError
 from milora_eval.judge import Endpoint, judge_by, judge_from_file, unjudged
 from milora_eval.scores.results import require_answers, score
 from milora_eval.scores.table import FORMATS, show, write_table
 
-EXAMPLES = """\
+COMMAND = Command(
+    "milora_eval judge",
+    "Grade free-form answers with a judge model, then compute the scores.",
+    """\
 examples:
   python -m milora_eval judge runs/one/eval/mm-vet/final --endpoint https://api.openai.com/v1
   python -m milora_eval judge runs/one/eval/mm-vet/final --file judgements.jsonl
-"""
+""",
+    inputs=(
+        option("folder", type=Path, metavar="FOLDER", help="results folder with MM-Vet or LLaVA-Bench"),
+        (
+            option("--endpoint", metavar="URL", help="OpenAI-compatible server, up to and including /v1"),
+            option("--file", type=Path, help="file with existing judgements (JSONL or JSON)"),
+        ),
+    ),
+    settings=(
+        option("--judge_model", metavar="NAME", help="judge model (default: set by the benchmark)"),
+        option(
+            "--key_variable",
+            default="OPENAI_API_KEY",
+            metavar="NAME",
+            help="environment variable with the API key (default: %(default)s)",
+        ),
+    ),
+    outputs=(shared("format", choices=FORMATS),),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Each judgement is stored at once, so an interrupted run can resume."""
-    about = "Grade free-form answers with a judge model, then compute the scores."
-    parse = parser("python -m milora_eval judge", about, EXAMPLES)
-    inputs = parse.add_argument_group("input")
-    inputs.add_argument("folder", type=Path, metavar="FOLDER", help="results folder with MM-Vet or LLaVA-Bench")
-    source = inputs.add_mutually_exclusive_group(required=True)
-    source.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server, up to and including /v1")
-    source.add_argument("--file", type=Path, help="file with existing judgements (JSONL or JSON)")
-    settings = parse.add_argument_group("settings")
-    settings.add_argument("--judge_model", metavar="NAME", help="judge model (default: set by the benchmark)")
-    settings.add_argument(
-        "--key_variable",
-        default="OPENAI_API_KEY",
-        metavar="NAME",
-        help="environment variable with the API key (default: %(default)s)",
-    )
-    shared(parse.add_argument_group("output"), "format", choices=FORMATS)
-    options = parse.parse_args(argv)
+    options = COMMAND.parse(argv)
     from tqdm import tqdm
 
     require_answers(options.folder)

@@ -8,24 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import next_step, parser
-from milora_data.command.flags import shared
+from milora_data.command.cli import next_step
+from milora_data.command.flags import Command, shared
 from milora_data.errors import UserError
 from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, has_files
 
-EXAMPLES = """\
+COMMAND = Command(
+    "milora_eval ls",
+    "List suites and benchmarks.",
+    """\
 examples:
   python -m milora_eval ls
   python -m milora_eval ls --data playground/data/eval --format json
-"""
+""",
+    inputs=(shared("data", about="data folder to search for the benchmark files"),),
+    outputs=(shared("format"),),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parse = parser("python -m milora_eval ls", "List suites and benchmarks.", EXAMPLES)
-    shared(parse.add_argument_group("input"), "data", about="data folder to search for the benchmark files")
-    shared(parse.add_argument_group("output"), "format")
-    options = parse.parse_args(argv)
+    options = COMMAND.parse(argv)
     if options.data and not options.data.is_dir():
         raise UserError(f"no folder {options.data}", code="path-not-a-folder", where="--data")
     benchmarks = [_about(name, options.data) for name in BENCHMARKS]

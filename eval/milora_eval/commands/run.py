@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command.cli import count, next_step, parser
-from milora_data.command.flags import shared
+from milora_data.command.cli import count, next_step
+from milora_data.command.flags import Command, flag, option, shared
 from milora_data.errors import DataError, UserError
 from milora_eval.answers.questions import EvaluationPlan, Items, read_items
 from milora_eval.answers.selection import parse_shard
@@ -24,19 +24,57 @@ from milora_vl.recipe.yaml_file import trained_prompts
 from milora_vl.report.model_card import update_scores
 from milora_vl.report.regenerate import regenerate_report
 
-EXAMPLES = """\
+COMMAND = Command(
+    "milora_eval run",
+    "Run benchmarks on a model and compare it with its base.",
+    """\
 examples:
   python -m milora_eval run --model smol-llava --adapter runs/demo --suite emoji --data data/emoji \\
       --with_base --output_dir runs/demo
   python -m milora_eval run --model llava-1.5-7b --suite llava-paper --data playground/data/eval --output_dir out
   python -m milora_eval run --model llava-1.5-7b --benchmarks pope,gqa@official --data data --limit 100 --output_dir out
   python -m milora_eval run --model llava-1.5-7b --benchmarks my_questions.json --output_dir out
-"""
+""",
+    inputs=(
+        shared("model", required=True),
+        shared("adapter"),
+        shared("base"),
+        (
+            shared("suite"),
+            option("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class"),
+        ),
+        shared(
+            "data",
+            about="folder with the benchmark files, or with the pictures of your FILE.json (default: data/SUITE)",
+        ),
+    ),
+    settings=(
+        flag("--with_base", "also evaluate the base model"),
+        shared("limit", about="number of items per benchmark; a larger N contains the items of a smaller one"),
+        shared("protocol"),
+        shared("template"),
+        shared("batch_size", default=32, about="questions per batch (default: %(default)s)"),
+        option("--audit", type=count, default=0, help="ask N items again, one by one, and compare"),
+        option(
+            "--forgetting_tokens",
+            type=count,
+            default=8192,
+            help="tokens of general text to measure forgetting on; 0 skips it (default: %(default)s)",
+        ),
+        option("--shard", default="1/1", metavar="i/n", help="evaluate part i of n; all parts write to one folder"),
+        shared("device"),
+        shared("dtype"),
+    ),
+    outputs=(
+        shared("output_dir", required=True, about="output folder; files go to FOLDER/eval/SUITE/..."),
+        shared("format", choices=FORMATS),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. All flags and data files are checked before the model is loaded."""
-    options = _options(argv)
+    options = COMMAND.parse(argv)
     target = eval_target(options.model, options.adapter, options.base)
     if options.with_base and not target.has_base:
         raise UserError(
@@ -59,45 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     _report(options.output_dir)
     next_step("milora_eval", "view", *folders)
     return 0
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    options = parser("python -m milora_eval run", "Run benchmarks on a model and compare it with its base.", EXAMPLES)
-    inputs = options.add_argument_group("input")
-    shared(inputs, "model", required=True)
-    shared(inputs, "adapter")
-    shared(inputs, "base")
-    what = inputs.add_mutually_exclusive_group(required=True)
-    shared(what, "suite")
-    what.add_argument("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class")
-    shared(
-        inputs,
-        "data",
-        about="folder with the benchmark files, or with the pictures of your FILE.json (default: data/SUITE)",
-    )
-    settings = options.add_argument_group("settings")
-    settings.add_argument("--with_base", action="store_true", help="also evaluate the base model")
-    shared(settings, "limit", about="number of items per benchmark; a larger N contains the items of a smaller one")
-    settings.add_argument("--protocol", metavar="NAME", help="official or llava, for benchmarks that have both")
-    shared(settings, "template")
-    shared(settings, "batch_size", default=32, about="questions per batch (default: %(default)s)")
-    settings.add_argument("--audit", type=count, default=0, help="ask N items again, one by one, and compare")
-    settings.add_argument(
-        "--forgetting_tokens",
-        type=count,
-        default=8192,
-        help="tokens of general text to measure forgetting on; 0 skips it (default: %(default)s)",
-    )
-    settings.add_argument(
-        "--shard", default="1/1", metavar="i/n", help="evaluate part i of n; all parts write to one folder"
-    )
-    shared(settings, "device")
-    shared(settings, "dtype")
-    out = options.add_argument_group("output")
-    shared(out, "output_dir", required=True, about="output folder; files go to FOLDER/eval/SUITE/...")
-    shared(out, "format", choices=FORMATS)
-    parsed: argparse.Namespace = options.parse_args(argv)
-    return parsed
 
 
 def _planned(options: argparse.Namespace, target: EvalTarget) -> tuple[EvaluationPlan, Items]:

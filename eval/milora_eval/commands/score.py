@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import next_step, parser
-from milora_data.command.flags import shared
+from milora_data.command.cli import next_step
+from milora_data.command.flags import Command, option, shared
 from milora_data.errors import UserError
 from milora_eval.answers.identity import digest
 from milora_eval.answers.lines import to_line
@@ -26,17 +26,34 @@ from milora_eval.scores.table import FORMATS, show, write_table
 from milora_eval.suites import find_benchmark, folder_of, with_protocol
 from milora_eval.vlmevalkit import read_predictions
 
-EXAMPLES = """\
+COMMAND = Command(
+    "milora_eval score",
+    "Score stored answers or another program's predictions, without a model.",
+    """\
 examples:
   python -m milora_eval score runs/one/eval/llava-paper/final
   python -m milora_eval score merge.jsonl --benchmark gqa --data playground/data/eval      (LLaVA's answers file)
   python -m milora_eval score MODEL_MMBench_DEV_EN.xlsx --benchmark mmbench --data data     (VLMEvalKit's)
-"""
+""",
+    inputs=(
+        option("folder", type=Path, metavar="PATH", help="results folder, or file with predictions"),
+        option("--benchmark", metavar="NAME", help="benchmark of the predictions in a file"),
+        shared("data", about="folder with the files of that benchmark"),
+    ),
+    settings=(
+        shared("protocol"),
+        shared("limit", about="score the same N items as `run --limit N`"),
+    ),
+    outputs=(
+        shared("output_dir", about="output folder; results go to FOLDER/eval/BENCHMARK/FILE"),
+        shared("format", choices=FORMATS),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: rewrite results.json, table.md and the submission files of a folder."""
-    options = _options(argv)
+    options = COMMAND.parse(argv)
     path = options.folder
     if path.is_file() and path.name == PREDICTIONS and options.benchmark is None:
         path = path.parent
@@ -57,29 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    about = "Score stored answers or another program's predictions, without a model."
-    options = parser("python -m milora_eval score", about, EXAMPLES)
-    inputs = options.add_argument_group("input")
-    inputs.add_argument("folder", type=Path, metavar="PATH", help="results folder, or file with predictions")
-    inputs.add_argument("--benchmark", metavar="NAME", help="benchmark of the predictions in a file")
-    shared(inputs, "data", about="folder with the files of that benchmark")
-    settings = options.add_argument_group("settings")
-    settings.add_argument("--protocol", metavar="NAME", help="official or llava, for benchmarks that have both")
-    shared(settings, "limit", about="score the same N items as `run --limit N`")
-    out = options.add_argument_group("output")
-    shared(out, "output_dir", about="output folder; results go to FOLDER/eval/BENCHMARK/FILE")
-    shared(out, "format", choices=FORMATS)
-    parsed: argparse.Namespace = options.parse_args(argv)
-    return parsed
-
-
 def _score_file(options: argparse.Namespace, path: Path) -> int:
     if options.benchmark is None or options.data is None:
         raise UserError(
             f"{path} is a file with predictions: --benchmark NAME and --data DIR are required",
             code="flag-required",
-            hint=EXAMPLES.rstrip(),
+            hint=COMMAND.examples.rstrip(),
         )
     name = with_protocol(options.benchmark, options.protocol) if options.protocol else options.benchmark
     benchmark = find_benchmark(name)

@@ -8,31 +8,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from milora_data.command.atomic_write import write_text
-from milora_data.command.cli import next_step, parser
-from milora_data.command.flags import shared
+from milora_data.command.cli import next_step
+from milora_data.command.flags import Command, option, shared
 from milora_data.errors import UserError
 from milora_eval.scores.results import require_lines
 from milora_eval.scores.view import page
 
-EXAMPLES = """\
+COMMAND = Command(
+    "milora_eval view",
+    "Write one HTML page to browse the answers of one or two runs.",
+    """\
 examples:
   python -m milora_eval view runs/one/eval/emoji/final
   python -m milora_eval view runs/one/eval/emoji/base runs/one/eval/emoji/final --output answers.html
-"""
+""",
+    inputs=(
+        option("folder", type=Path, metavar="RUN", help="results folder, for example runs/one/eval/emoji/base"),
+        option("other", type=Path, nargs="?", metavar="OTHER", help="second results folder to compare with"),
+    ),
+    outputs=(
+        shared("limit", default=1000, about="largest number of questions on the page (default: %(default)s)"),
+        option("--output", type=Path, help="HTML file to write (default: view.html in the last folder)"),
+        shared("format"),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the path of the page goes to stdout."""
-    about = "Write one HTML page to browse the answers of one or two runs."
-    parse = parser("python -m milora_eval view", about, EXAMPLES)
-    inputs = parse.add_argument_group("input")
-    inputs.add_argument("folder", type=Path, metavar="RUN", help="results folder, for example runs/one/eval/emoji/base")
-    inputs.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="second results folder to compare with")
-    out = parse.add_argument_group("output")
-    shared(out, "limit", default=1000, about="largest number of questions on the page (default: %(default)s)")
-    out.add_argument("--output", type=Path, help="HTML file to write (default: view.html in the last folder)")
-    shared(out, "format")
-    options = parse.parse_args(argv)
+    options = COMMAND.parse(argv)
     folders = [folder for folder in (options.folder, options.other) if folder is not None]
     runs = [(_name(folder, folders), require_lines(folder)) for folder in folders]
     if options.output is not None and options.output.exists():
