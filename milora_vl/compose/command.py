@@ -15,13 +15,14 @@ from milora_data.command import cli
 from milora_data.command.flags import Command, option, shared
 from milora_data.errors import UserError
 
+NAME = "milora_vl.compose"
 COMMAND = Command(
-    "milora_vl.compose",
+    NAME,
     "Compose a LLaVA from a vision tower and a causal language model.",
-    """\
+    f"""\
 examples:
-  python -m milora_vl.compose --vision openai/clip-vit-large-patch14-336 --language lmsys/vicuna-7b-v1.5 --output_dir new
-  python -m milora_vl.compose --vision timm/vit_base_patch16_siglip_224 --language HuggingFaceTB/SmolLM2-135M --output_dir small
+  python -m {NAME} --vision openai/clip-vit-large-patch14-336 --language lmsys/vicuna-7b-v1.5 --output_dir new
+  python -m {NAME} --vision timm/vit_base_patch16_siglip_224 --language HuggingFaceTB/SmolLM2-135M --output_dir small
 """,
     inputs=(
         option("--vision", required=True, metavar="V", help="CLIP, SigLIP, a ViT (folder or id), or timm/NAME"),
