@@ -45,7 +45,7 @@ class Sample(NamedTuple):
 class FailedBatch(ExceptionWrapper):
     """A batch that a loader process could not make: the main process raises its error, with code, place and hint.
 
-    For an exception in a loader process, torch makes a wrapper of its own, which keeps only the formatted traceback.
+    For an exception in a loader process, torch makes another wrapper, which keeps only the formatted traceback.
     """
 
     def __init__(self, error: UserError) -> None:

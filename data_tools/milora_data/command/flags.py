@@ -69,7 +69,7 @@ class Option:
 
 
 Choice = tuple[Option, ...]
-"""Options of which exactly one is required."""
+"""Exactly one of these options is required."""
 
 
 def option(*names: str, **keywords: Any) -> Option:
@@ -103,7 +103,7 @@ def shared(
 class Command:
     """The declaration of a program or a subcommand: its name after `python -m`, one sentence, examples, and its flags.
 
-    `--help` shows the flags in three groups. The tuple of a `Choice` holds flags of which exactly one is required.
+    `--help` shows the flags in three groups. Exactly one of the flags in a `Choice` is required.
     """
 
     name: str
