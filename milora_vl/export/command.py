@@ -156,7 +156,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser("python -m milora_vl.export", f"Convert an adapter to another form.\n\nforms:\n{forms}", _EXAMPLES)
     inputs = options.add_argument_group("input")
     inputs.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="adapter of ours, of PEFT or of LLaVA, or one on a residual base"
+        "folder", type=Path, metavar="FOLDER", help="adapter of this package, PEFT or LLaVA, or of a residual base"
     )
     shared(inputs, "base", about="unchanged base model (default: the model that the adapter names)")
     inputs.add_argument("--residual", type=Path, help="residual base of a PiSSA/MiLoRA checkpoint")
@@ -175,7 +175,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     shared(
         out, "dtype", about="data type of all tensors (default: as stored)", choices=("float32", "bfloat16", "float16")
     )
-    shared(out, "output_dir", about="output folder (default: FOLDER-FORM, of a checkpoint next to its run)")
+    shared(out, "output_dir", about="output folder (default: FOLDER-FORM; for a checkpoint, next to its run)")
     shared(out, "format")
     parsed: argparse.Namespace = options.parse_args(argv)
     return parsed
