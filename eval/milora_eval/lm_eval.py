@@ -1,4 +1,4 @@
-"""`python -m milora_eval.lm_eval`: run tasks of lm-evaluation-harness on a base and its adapter, to measure forgetting of text.
+"""`python -m milora_eval.lm_eval`: run lm-evaluation-harness on a base and an adapter, to measure forgetting of text.
 
 The released harness has no entry point for models. Its `peft=` argument does not support LLaVA's language tower or a
 trained projector. Its multiple-choice scores compare likelihoods and are not comparable with the suite `text`.
@@ -75,7 +75,8 @@ def model(wrapper: Any, name: str, adapter: Path | None, dtype: str | None, devi
 
 
 def _options() -> argparse.ArgumentParser:
-    options = parser("python -m milora_eval.lm_eval", "Run tasks of lm-evaluation-harness on a base model and an adapter.", EXAMPLES)
+    about = "Run tasks of lm-evaluation-harness on a base model and an adapter."
+    options = parser("python -m milora_eval.lm_eval", about, EXAMPLES)
     inputs = options.add_argument_group("input")
     shared(inputs, "model", required=True)
     shared(inputs, "adapter")

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if the folder is not a run."""
     options = parser(
         "python -m milora_vl.report",
-        "Write report.html into a run folder from the files in it. Without an evaluation, the report shows the command for one.",
+        "Write report.html into a run folder from the files in it. It names the command of a missing evaluation.",
         "examples:\n  python -m milora_vl.report runs/demo\n",
     )
     inputs = options.add_argument_group("input")

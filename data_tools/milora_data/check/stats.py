@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs.add_argument("--against", type=Path, metavar="TEST", help="count the overlap of this test set with DATA")
     inputs.add_argument("--against_image_folder", type=Path, help="folder of its pictures (default: beside TEST)")
     settings = options.add_argument_group("settings")
-    settings.add_argument("--copies", choices=("exact", "near"), help="count copies of pictures: exact, or near (in another size or format)")
+    settings.add_argument(
+        "--copies", choices=("exact", "near"), help="count copies of pictures; near: also in another size or format"
+    )
     settings.add_argument("--tokenizer", help="folder or name of a tokenizer that counts tokens")
     shared(settings, "template", default="vicuna_v1", about="prompt format (default: %(default)s)")
     settings.add_argument("--image_tokens", type=count, default=576, help="tokens of a picture (default: %(default)s)")
