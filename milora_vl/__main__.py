@@ -42,7 +42,7 @@ MENU = Menu(
             "llava": ("milora_vl.integrations.llava", "run LLaVA's own train.py with MiLoRA as its LoRA"),
             "replace": (
                 "milora_vl.integrations.replace",
-                "run a script that calls get_peft_model with MiLoRA instead",
+                "run a script in which get_peft_model creates MiLoRA adapters",
             ),
         },
     },

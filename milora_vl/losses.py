@@ -141,7 +141,22 @@ def _chunked_loss(run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], 
 class GradientsAtOnce(torch.autograd.Function):
     """The sum of the losses of all chunks. Forward also computes the gradients, chunk by chunk, and saves them.
 
-    This is possible because the sum is linear in the loss of a chunk: backward only scales the saved gradients.
+    For hidden states h = [h_1; h_2; ...] (positions, width) in chunks and head weights w:
+
+        loss = sum_c loss_c(h_c, w)        d loss / d h_c = d loss_c / d h_c        d loss / d w = sum_c d loss_c / d w
+
+    Each chunk contributes on its own, so its logits (chunk, vocabulary) can be dropped before those of the next chunk
+    exist. Backward receives the gradient of the sum, one number, and only scales what is saved: whatever divides the
+    loss later (accumulation, the number of tokens) is a factor.
+
+    >>> w, h = torch.tensor([[1.0, 2.0], [0.0, 1.0]], requires_grad=True), torch.ones(3, 2, requires_grad=True)
+    >>> targets = torch.tensor([0, 1, 0])
+    >>> loss_of = lambda piece, target: _cross_entropy(piece @ w.T, target)
+    >>> chunked = GradientsAtOnce.apply(loss_of, h, targets.split(2), w) / 3
+    >>> whole = loss_of(h, targets) / 3
+    >>> pairs = zip(torch.autograd.grad(chunked, (h, w)), torch.autograd.grad(whole, (h, w)))
+    >>> [torch.allclose(a, b) for a, b in pairs]
+    [True, True]
     """
 
     @staticmethod

@@ -34,7 +34,12 @@ def joined(rows: Sequence[Row]) -> Row:
 
 
 def padded(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:
-    """Return input_ids, attention_mask and labels (rows, length), padded on the right; the mask follows `lengths`."""
+    """Return input_ids, attention_mask and labels (rows, length), padded on the right; the mask follows `lengths`.
+
+    >>> batch = padded([Row([1, 5, 6], [-100, -100, 6], [3]), Row([1, 7], [-100, 7], [2])], pad_id=0)
+    >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist()
+    ([[1, 5, 6], [1, 7, 0]], [[1, 1, 1], [1, 1, 0]], [[-100, -100, 6], [-100, 7, -100]])
+    """
     input_ids, labels = _tensors(rows, pad_id, multiple)
     attention_mask = torch.zeros_like(input_ids)
     for number, row in enumerate(rows):
@@ -47,6 +52,9 @@ def packed(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, Any
 
     Without attention mask and cache, transformers detects packed records from the positions and separates them: by a
     block mask with sdpa and eager, and as separate sequences with flash attention, which needs all of them in one row.
+
+    >>> packed([Row([1, 5, 1, 6, 7], [-100, 5, -100, 6, 7], [2, 3])], pad_id=0)["position_ids"].tolist()
+    [[0, 1, 0, 1, 2]]
     """
     input_ids, labels = _tensors(rows, pad_id, multiple)
     position_ids = torch.zeros_like(input_ids)

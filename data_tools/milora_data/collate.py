@@ -75,6 +75,14 @@ class ImageTextCollator:
     plain one. Records without supervised tokens are skipped. Broken records (a stream yields a `DataError` in their
     place) are skipped unless `bad_images` is `raise`. Each case is logged and counted in `counts()`. If a batch has no
     record left, the first usable one of `substitutes` replaces it, else the last good record.
+
+    >>> from milora_vl.tiny import tiny_tokenizer
+    >>> turns = [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "Yes."}]
+    >>> batch = ImageTextCollator(tiny_tokenizer())([{"conversations": turns}, {"conversations": turns + turns}])
+    >>> {name: tuple(tensor.shape) == tuple(batch["labels"].shape) for name, tensor in batch.items()}
+    {'input_ids': True, 'attention_mask': True, 'labels': True}
+    >>> batch["attention_mask"].sum(dim=1).diff().item() > 0  # the first record is shorter, and padded on the right
+    True
     """
 
     def __init__(

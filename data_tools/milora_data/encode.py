@@ -4,6 +4,14 @@ The text is rendered as segments that are either supervised or not, so the loss 
 The result equals LLaVA's `preprocess_v1`, `preprocess_plain` and `preprocess_llama_2` (llava/train/train.py) on
 well-formed records. LLaVA tokenizes the rounds again to count their tokens, and masks a whole conversation if one count
 is off by one; this module does not count.
+
+The steps, for a record with one picture and the template `vicuna_v1`:
+
+1. `segments_of` renders the text in pieces: "... USER: <image> What is this? ASSISTANT:" is not supervised,
+   " A cat.</s>" is.
+2. `_tokenize` splits the text at `<image>` and tokenizes each stretch. A token of a supervised piece is its own label;
+   all other tokens get -100, which the loss ignores.
+3. `_join` puts the tokens of a picture between two stretches and cuts at `max_length`.
 """
 
 from __future__ import annotations
@@ -51,6 +59,15 @@ def encode(
     LLaVA's own ids. Tokens beyond `max_length` are cut off at the end; a picture is never cut in two.
     Raises `DataError`, with file and line if they are known, if turns are out of order, if the number of `<image>`
     differs from the number of pictures, or if no supervised token is left.
+
+    >>> from milora_vl.tiny import tiny_tokenizer
+    >>> turns = [{"from": "human", "value": "<image>Is it red?"}, {"from": "gpt", "value": "Yes."}]
+    >>> record = {"image": "a.png", "conversations": turns}
+    >>> encoded = encode(record, tiny_tokenizer(), image_token_id=-200, image_tokens=3)
+    >>> encoded.input_ids.count(-200), encoded.num_images
+    (3, 1)
+    >>> tiny_tokenizer().decode([label for label in encoded.labels if label != IGNORE])
+    ' Yes.</s>'
     """
     record = record if isinstance(record, Record) else parse_record(record)
     try:
@@ -145,7 +162,10 @@ def _in_parts(text: str, spans: Sequence[tuple[int, int]], backend: Any) -> tupl
 
 
 def _whole(text: str, spans: Sequence[tuple[int, int]], backend: Any) -> tuple[list[int], list[int]]:
-    """Return ids and labels of one text that is tokenized in one call; `spans` are its supervised characters."""
+    """Return ids and labels of one text that is tokenized in one call; `spans` are its supervised characters.
+
+    "a b</s>" with the span (1, 7) gives ids [a, _b, </s>] and labels [-100, _b, </s>].
+    """
     encoding = backend.encode(text, add_special_tokens=False)
     ids = encoding.ids
     labels = [IGNORE] * len(ids)
@@ -184,7 +204,14 @@ def _join(
     image_tokens: int | Sequence[int],
     max_length: int | None = None,
 ) -> Encoded:
-    """Return BOS and the stretches with the tokens of one picture between two of them, cut to `max_length`."""
+    """Return BOS and the stretches with the tokens of one picture between two of them, cut to `max_length`.
+
+    >>> stretches = [([5], [IGNORE]), ([6, 7], [6, 7])]  # text before and after one picture
+    >>> _join(stretches, [1], image_token_id=9, image_tokens=2)
+    Encoded(input_ids=[1, 5, 9, 9, 6, 7], labels=[-100, -100, -100, -100, 6, 7], num_images=1, num_cut=0)
+    >>> _join(stretches, [1], image_token_id=9, image_tokens=2, max_length=3)  # would cut the picture in two
+    Encoded(input_ids=[1, 5], labels=[-100, -100], num_images=0, num_cut=4)
+    """
     num_images = len(stretches) - 1
     counts = [image_tokens] * num_images if isinstance(image_tokens, int) else list(image_tokens)
     if len(counts) != num_images:

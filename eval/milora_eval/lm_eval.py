@@ -1,4 +1,4 @@
-"""`python -m milora_eval.lm_eval`: run tasks of lm-evaluation-harness on base + adapter, to measure forgetting of text.
+"""`python -m milora_eval.lm_eval`: run lm-evaluation-harness on a base and an adapter, to measure forgetting of text.
 
 The released harness has no entry point for models. Its `peft=` argument does not support LLaVA's language tower or a
 trained projector. Its multiple-choice scores compare likelihoods and are not comparable with the suite `text`.
@@ -20,7 +20,7 @@ from milora_data.errors import UserError
 
 COMMAND = Command(
     "milora_eval.lm_eval",
-    "Run lm-evaluation-harness on base + adapter.",
+    "Run tasks of lm-evaluation-harness on a base model and an adapter.",
     """\
 examples:
   python -m milora_eval.lm_eval --model llava-1.5-7b --adapter runs/a --tasks hellaswag,arc_easy --limit 200

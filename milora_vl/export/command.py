@@ -39,7 +39,7 @@ examples:
             "folder",
             type=Path,
             metavar="FOLDER",
-            help="adapter of ours, of PEFT or of LLaVA, or one on a residual base",
+            help="adapter of this package, PEFT or LLaVA, or of a residual base",
         ),
         shared("base", about="unchanged base model (default: the model that the adapter names)"),
         option("--residual", type=Path, help="residual base of a PiSSA/MiLoRA checkpoint"),
@@ -56,7 +56,7 @@ examples:
         shared(
             "dtype", about="data type of all tensors (default: as stored)", choices=("float32", "bfloat16", "float16")
         ),
-        shared("output_dir", about="output folder (default: FOLDER-FORM, of a checkpoint next to its run)"),
+        shared("output_dir", about="output folder (default: FOLDER-FORM; for a checkpoint, next to its run)"),
         shared("format"),
     ),
 )

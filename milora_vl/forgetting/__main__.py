@@ -30,7 +30,7 @@ COMMAND = Command(
     "Measure what a tuned model has forgotten.",
     """\
 probes (tuned model against base model, in nats per token):
-  text      general text (three books of the package, or --text): the number of the paper, and the loss on the text
+  text      general text (three books of the package, or --text): the paper's metric, and the loss on the text
   samples   text sampled from the base model; needs no data
   pictures  answers of the base model about pictures (drawn shapes, or the LLaVA records of --data_path)
   --suite   drop of the scores of a suite (python -m milora_eval run for base model and tuned model)

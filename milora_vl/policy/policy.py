@@ -5,6 +5,11 @@
     - {modules: projector, method: full, learning_rate: 2.0e-5}
 
 `Policy.parse` reads the rules, `Policy.resolve` applies them to a model. Both collect all problems before they raise.
+
+>>> from torch import nn
+>>> policy = Policy.parse("[{modules: language, method: milora, rank: 2}, {modules: '0', rank: 4}]")
+>>> [(t.path, t.method, t.rank) for t in policy.resolve(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)))]
+[('0', 'milora', 4), ('1', 'milora', 2)]
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ from milora_vl.recipe import hf_arguments, llava_flags
 from milora_vl.recipe.policy_edits import METHODS, PolicyEdits
 
 PROG = "python -m milora_vl.train"
-DESCRIPTION = "Fine-tune a LLaVA-style or text-only model with MiLoRA. Flags win over the recipe."
+DESCRIPTION = "Fine-tune a LLaVA-style or text-only model with MiLoRA. Flags override the recipe."
 EPILOG = f"""examples:
   {PROG} --recipe smol-llava-demo --output_dir runs/demo
   {PROG} --model llava-1.5-7b --data_path train.json --image_folder images --output_dir runs/a
   {PROG} --model llava-1.5-7b --dry-run
-LLaVA's scripts run with only their program name changed; every TrainingArguments flag of transformers is known."""
+LLaVA's scripts run with only their program name changed; all TrainingArguments flags of transformers are recognized."""
 
 # flag -> (dotted path in the recipe, type, other spellings, help)
 RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {

@@ -18,7 +18,7 @@ from milora_vl.report.repeat import commands
 
 COMMAND = Command(
     "milora_vl.report",
-    "Write report.html into a run folder from the files in it. Without an evaluation, it shows the command.",
+    "Write report.html into a run folder from the files in it. It names the command of a missing evaluation.",
     "examples:\n  python -m milora_vl.report runs/demo\n",
     inputs=(option("run", type=Path, metavar="RUN", help="output_dir of a training"),),
     outputs=(shared("format"),),

@@ -56,9 +56,20 @@ def _add(C: Tensor, G: Tensor, a: int, b: int, beta: int) -> None:
 
 
 class Cholesky:
-    """The factor L of L L' = G + lift V V' - shift I, with explicit inverses of its diagonal blocks.
+    """The factor L (n, n) of L L' = G + lift V V' - shift I, with explicit inverses of its diagonal blocks.
 
-    With the inverses, solving needs only matrix products.
+    Column block by column block, for blocks j and i > j of this matrix A:
+
+        L_jj L_jj' = A_jj - sum_{k<j} L_jk L_jk'            LAPACK, on one small block
+        L_ij = (A_ij - sum_{k<j} L_ik L_jk') L_jj^-T        products of large matrices
+
+    With the inverses L_jj^-1, solving needs only matrix products too.
+
+    >>> factor = Cholesky.of(torch.tensor([[4.0, 2.0], [2.0, 3.0]]), torch.empty(2, 2), shift=1.0)
+    >>> factor.solve(torch.tensor([[3.0], [2.0]])).round().tolist()  # of [[3, 2], [2, 2]]
+    [[1.0], [0.0]]
+    >>> Cholesky.of(torch.eye(2), torch.empty(2, 2), shift=2.0) is None  # 1 - 2 < 0
+    True
     """
 
     def __init__(self, L: Tensor, inverses: list[Tensor]) -> None:
@@ -83,7 +94,7 @@ class Cholesky:
                 column.addmm_(out[a:, :a], out[a:b, :a].T, alpha=-1)
             column.diagonal().sub_(shift)
             corner, failed = torch.linalg.cholesky_ex(column[: b - a])
-            if failed.item():
+            if failed.item():  # an eigenvalue is at most `shift`: this is the test that the search relies on
                 return None
             identity = torch.eye(b - a, dtype=G.dtype, device=G.device)
             inverse = torch.linalg.solve_triangular(corner, identity, upper=False)

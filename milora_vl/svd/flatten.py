@@ -1,8 +1,20 @@
 """Clip the largest singular values of a matrix, so that its Gram matrix resolves much smaller ones.
 
 The rounding error of W'W is a fixed share of the square of the largest singular value. Trained weights have a few
-singular values that are much larger than the others. Clipping them makes the rounding error smaller; the minor
-components do not change.
+singular values that are much larger than the others. Clipping them makes the rounding error smaller. The clipped
+directions are estimates, so the minor components of W M change a little; `Search._solve` takes M into account.
+
+An example: a weight has the singular values 1000, 2, 1, 0.5, ... In float32 the rounding errors of W'W are about
+6e-8 * 1000^2 = 0.06, the square of 0.25: smaller singular values are lost. Clipped at 2, the errors are about 2e-7, and
+singular values down to 5e-4 are visible.
+
+>>> W = torch.randn(400, 100, generator=torch.Generator().manual_seed(0))
+>>> W[:, 0] *= 100
+>>> flat = flatten(W, clip=True, generator=torch.Generator().manual_seed(0))
+>>> clipped = torch.linalg.svdvals(torch.cat(list(flat.rows(W.dtype))))
+>>> sigma = torch.linalg.svdvals(W)
+>>> [bool(value) for value in (sigma[0] > 2000, clipped[0] < 30, (clipped[-20:] / sigma[-20:]).min() > 0.97)]
+[True, True, True]
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def refine_left_vectors(
 
     The rounding error of W V is a share of the largest singular value. For much smaller singular values it dominates
     the product and can point along the strongest left vectors. A vector that consists of rounding alone is replaced by
-    a random one.
+    a random one: its singular value is zero to rounding, so any vector orthogonal to the others is a left vector.
     """
     eps = torch.finfo(S.dtype).eps
     sound = int(S.gt(WEAK_EPS * eps * sigma_max).sum())  # S descends
@@ -74,7 +74,11 @@ def refine_left_vectors(
 
 
 def _without_strong(W: Tensor, V: Tensor, U: Tensor, inverse: Inverse) -> Tensor:
-    """Return U (m, k) minus its projection on W V_perp, where V_perp is the complement of V."""
+    """Return U (m, k) minus its projection on W V_perp, where V_perp is the complement of V.
+
+    With the strong triplets W V_perp = U_s S_s, an exact inverse of W'W on V_perp is V_perp S_s^-2 V_perp'. So
+    W inverse(W'U) = U_s S_s S_s^-2 S_s U_s' U = U_s U_s' U: the part of U along the strong left vectors.
+    """
     P = W.T @ U
     P -= V @ (V.T @ P)
     return U - W @ inverse.solve(P)
@@ -85,11 +89,12 @@ def transpose(W: Tensor, U: Tensor, V: Tensor, inverse: Inverse | None, floor: f
 
     With `inverse` (minor components) U is corrected, without it (principal components) V is.
     """
-    P = W.T @ U
+    P = W.T @ U  # (n, k); V S, if the triplets were exact
     if inverse is None:
         V, core = torch.linalg.qr(P)
         left, S, right = torch.linalg.svd(core)
         return U @ right.T, S, V @ left
+    # P may leave the span of V, because U contains rounding along strong left vectors. Each pass removes it from U.
     for _ in range(3):
         inside = V.T @ P
         U, R = torch.linalg.qr(U - W @ inverse.solve(P - V @ inside))

@@ -287,7 +287,7 @@ class MiloraTrainer(Trainer):
                 f"the loss is {logs['loss']}",
                 code="train-loss-not-finite",
                 where=f"step {self.state.global_step}",
-                hint="lower --learning_rate, or train in bf16 instead of fp16; then resume from the last checkpoint",
+                hint="start a new run with a lower --learning_rate, or with --bf16 instead of --fp16",
                 exit_code=1,
             )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,8 @@ from milora_eval.stats import (
     stratified_mean,
     stratified_stderr,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_standard_error_is_the_sample_deviation_over_the_root_of_n() -> None:
@@ -106,9 +110,9 @@ def test_questions_about_one_picture_count_once() -> None:
     assert "from 29 items" in found.note
 
 
-@pytest.mark.parametrize(("only_a", "only_b"), [(0.25, 0.25), (0.15, 0.05), (0.05, 0.0), (0.0, 0.9), (0.02, 0.0)])
-def test_few_intervals_that_are_shown_miss_the_truth(only_a: float, only_b: float) -> None:
-    """The interval holds from the smallest allowed number of questions, for any share of right answers."""
+@pytest.mark.parametrize(("only_a", "only_b"), [(0.25, 0.25), (0.15, 0.05), (0.02, 0.5), (0.0, 0.9), (0.02, 0.0)])
+def test_an_interval_that_misses_the_truth_is_rarely_shown(only_a: float, only_b: float) -> None:
+    """Of all comparisons of the fewest questions that are allowed; benchmarks/intervals.py computes the exact rates."""
     rng, missed, times = random.Random(0), 0, 200
     for _ in range(times):
         drawn = [rng.random() for _ in range(MIN_GROUPS)]
@@ -117,7 +121,25 @@ def test_few_intervals_that_are_shown_miss_the_truth(only_a: float, only_b: floa
         found = paired_difference(a, b, resamples=300)
         if found.low is not None and found.high is not None:
             missed += not found.low - 1e-9 <= only_b - only_a <= found.high + 1e-9
-    assert missed / times <= 0.09  # 0.05, plus the sampling error of 200 draws
+    assert missed / times <= 0.12  # 0.09, plus the sampling error of 200 draws
+
+
+@pytest.mark.parametrize(("items", "unlike", "has_interval"), [(30, 5, True), (30, 4, False), (29, 5, False)])
+def test_an_interval_needs_thirty_items_of_which_five_differ(items: int, unlike: int, has_interval: bool) -> None:
+    found = paired_difference([0.0] * items, [1.0] * unlike + [0.0] * (items - unlike))
+    assert (found.low is not None) == (found.high is not None) == has_interval
+    assert (found.note == "") == has_interval
+
+
+def test_the_page_shows_how_often_intervals_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import intervals
+
+    rows = [intervals.Misses(**row) for row in json.loads(intervals.RESULTS.read_text(encoding="utf-8"))]
+    assert [(row.rules, row.questions) for row in rows] == list(intervals.CASES)
+    assert intervals.table(rows) in intervals.PAGE.read_text(encoding="utf-8")
+    assert max(row.largest for row in rows if row.rules == "both") < 0.09
+    assert intervals.misses("neither", 10) == rows[-1]
 
 
 def test_an_item_without_a_group_stands_alone() -> None:

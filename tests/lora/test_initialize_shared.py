@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from torch import nn
 
 zero3 = sys.argv[1] == "zero3"
-broken = sys.argv[2] == "broken"
+broken, method = sys.argv[2] == "broken", sys.argv[3]
 if zero3:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -45,7 +45,7 @@ from milora_vl.policy import Policy
 calls = []
 decompose = module.decompose
 module.decompose = lambda W, *a, **k: calls.append(list(W.shape)) or decompose(W, *a, **k)
-targets = Policy.parse([{"modules": "language", "method": "milora", "rank": 3}]).resolve(model)
+targets = Policy.parse([{"modules": "language", "method": method, "rank": 3}]).resolve(model)
 try:
     made = module.initialize(model, targets)
     bits = [hashlib.sha256(m.A0.numpy().tobytes() + m.B0.numpy().tobytes()).hexdigest() for m in made.values()]
@@ -60,9 +60,12 @@ dist.barrier()
 weights = pytest.mark.parametrize("weights", ["whole", pytest.param("zero3", marks=needs_deepspeed)])
 
 
+@pytest.mark.parametrize("method", ["milora", "olora"])  # singular triplets, and factors that a function returns
 @weights
-def test_each_layer_is_decomposed_once_and_all_processes_hold_the_same_bits(tmp_path: Path, weights: str) -> None:
-    first, second = results_of_two(WORKER, tmp_path, weights, "sound")
+def test_each_layer_is_decomposed_once_and_all_processes_hold_the_same_bits(
+    tmp_path: Path, weights: str, method: str
+) -> None:
+    first, second = results_of_two(WORKER, tmp_path, weights, "sound", method)
     assert first["bits"] == second["bits"]
     assert len(set(first["bits"])) == 3
     assert first["paths"] == second["paths"] == ["0", "2", "4"]
@@ -74,6 +77,6 @@ def test_each_layer_is_decomposed_once_and_all_processes_hold_the_same_bits(tmp_
 
 @weights
 def test_a_broken_weight_is_an_error_in_every_process(tmp_path: Path, weights: str) -> None:
-    first, second = results_of_two(WORKER, tmp_path, weights, "broken")
+    first, second = results_of_two(WORKER, tmp_path, weights, "broken", "milora")
     assert first == second
     assert first["error"].startswith("2: the weight contains 1 NaN or infinite values")

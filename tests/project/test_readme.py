@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from milora_vl import train
 from support.documented import PAGES, ROOT, Block, blocks
 
 
@@ -40,6 +41,16 @@ def test_the_first_screen_has_what_a_newcomer_needs() -> None:
     first = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:40]
     for command in ("pip install", "python -m milora_vl.train --model", "make demo", "make test"):
         assert any(line.startswith(command) for line in first), command
+
+
+def test_the_memory_of_the_first_training_is_what_a_dry_run_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = re.findall(r"^python -m milora_vl\.train (--model .*) --data_path .*$", readme, re.MULTILINE)[0].split()
+    smaller = re.findall(r"or [\d.]+ GiB with `(--per_device_[^`]*)`", readme)[0].split()
+    for flags, place in (([], "GiB on one GPU"), (smaller, "GiB with `--per_device_train_batch_size")):
+        assert train.main([*first, *flags, "--dry-run", "--gpu-memory", "24"]) == 0
+        needed = re.findall(r"needs ([\d.]+) GiB", capsys.readouterr().out)[0]
+        assert f"{needed} {place}" in readme
 
 
 def test_the_demo_is_shown_as_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

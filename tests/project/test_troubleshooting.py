@@ -1,4 +1,4 @@
-"""Every problem has a code, and docs/troubleshooting.md has an entry for each code."""
+"""Every problem has a code, and docs/troubleshooting.md has an entry for each code, with its message."""
 
 from __future__ import annotations
 
@@ -107,3 +107,70 @@ def raising() -> Iterator[tuple[str, ast.Call]]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "__init__":
                 yield f"{path.relative_to(ROOT)}:{node.lineno}", node
+
+
+MESSAGES = re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \|", PAGE, re.MULTILINE)
+ANY = "\0"  # what an f-string puts in, and `...` on the page
+# The share of a quoted text that must stand in the source literally; the rest may fill placeholders of an f-string.
+LITERAL = 0.6
+
+
+def pattern(node: ast.expr) -> str:
+    """The text of a string in the source, with ANY for every placeholder."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(pattern(value) for value in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ANY
+
+
+def patterns() -> set[str]:
+    """Every string of the source that is no docstring."""
+    found = set()
+    for _, tree in trees():
+        parts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        parts |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        found |= {pattern(node) for node in ast.walk(tree) if isinstance(node, ast.expr) and id(node) not in parts}
+    return found
+
+
+def num_literal(quoted: str, text: str) -> int:
+    """How many characters of `quoted` a part of `text` holds literally, if ANY stands for the others; else 0."""
+    states = dict.fromkeys(range(len(text) + 1), 0)  # position in `text` -> characters matched so far
+    for character in quoted:
+        following: dict[int, int] = {}
+        for place, matched in states.items():
+            if character == ANY:
+                reached = dict.fromkeys(range(place, len(text) + 1), matched)
+            elif text[place : place + 1] == character:
+                reached = {place + 1: matched + 1}
+            else:
+                reached = {place: matched} if text[place : place + 1] == ANY else {}
+            for after, count in reached.items():
+                while count > following.get(after, -1):
+                    following[after] = count
+                    after += text[after : after + 1] == ANY  # a placeholder may stay empty
+        states = following
+    return max(states.values(), default=0)
+
+
+def is_in_source(quoted: str, texts: set[str]) -> bool:
+    needed = LITERAL * len(quoted.replace(ANY, ""))
+    return any(quoted in text for text in texts) or any(
+        ANY in quoted + text and num_literal(quoted, text) >= needed for text in texts
+    )
+
+
+def test_every_quoted_message_is_a_text_of_the_source() -> None:
+    """In parentheses stands what other programs say."""
+    texts = {text.replace("...", ANY) for text in patterns() if len(text.replace(ANY, "")) > 3}
+    quoted = [(code, part) for code, cell in MESSAGES for part in cell.split(" / ") if not part.startswith("(")]
+    assert len(quoted) > 250
+    stale = [row for row in quoted if not is_in_source(row[1].replace("...", ANY), texts)]
+    assert not stale, "\n".join(map(str, stale))
+
+
+def test_a_message_with_other_words_is_noticed() -> None:
+    texts = {f"the weight contains {ANY} NaN or infinite values, of {ANY}", f"{ANY}: {ANY}"}
+    assert is_in_source("the weight contains 3 NaN or infinite values", texts)
+    assert is_in_source(f"{ANY} NaN or infinite values", texts)
+    assert not is_in_source("the weight contains 3 NaN or endless values", texts)
+    assert not is_in_source("the weight: it contains 3 NaN or infinite values", texts)

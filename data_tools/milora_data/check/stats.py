@@ -38,7 +38,9 @@ examples:
         option("--against_image_folder", type=Path, help="folder of its pictures (default: beside TEST)"),
     ),
     settings=(
-        option("--copies", choices=("exact", "near"), help="count pictures that occur twice"),
+        option(
+            "--copies", choices=("exact", "near"), help="count copies of pictures; near: also in another size or format"
+        ),
         option("--tokenizer", help="folder or name of a tokenizer that counts tokens"),
         shared("template", default="vicuna_v1", about="prompt format (default: %(default)s)"),
         shared("image_tokens"),
