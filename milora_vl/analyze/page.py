@@ -56,7 +56,7 @@ def write(folder: Path, kind: str, name: str, base: str, rows: Sequence[Row]) ->
     summary["figures"] = [{"name": figure["name"], "caption": figure["caption"]} for figure in figures]
     summary["table"] = asdict(table)
     write_json(folder / "summary.json", summary)
-    # In all looks of the page: the report of a run shows these plots too.
+    # In all styles of the page: the report of a run shows these plots too.
     drawn = [{"plot": asdict(figure["plot"]), "caption": figure["caption"]} for figure in figures]
     write_json(folder / "figures.json", drawn)
     title = f"{name}" if kind == "base" else f"{name} on {base}"

@@ -36,7 +36,7 @@ class Plot:
 
 
 def draw(folder: Path, name: str, figure: Callable[[PlotStyle], Figure], alt: str, *, with_pdf: bool = False) -> Plot:
-    """Draw a figure in all looks. Write the one for a light, wide page to `folder` as `name`.png (and .pdf)."""
+    """Draw a figure in all styles. Write the one for a light, wide page to `folder` as `name`.png (and .pdf)."""
     images = {style: png(figure(style)) for style in PLOT_STYLES}
     (folder / f"{name}.png").write_bytes(images[PlotStyle()])
     if with_pdf:

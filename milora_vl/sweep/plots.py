@@ -21,32 +21,32 @@ _COLOURS = (
 MARKS = "osD^vPX<>*"
 
 
-def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, look: PlotStyle) -> Figure:
+def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, style: PlotStyle) -> Figure:
     """Draw score over forgetting for every method; the selected rate is filled, the Pareto front is a grey line."""
     from matplotlib.figure import Figure
 
-    with styled(look):
-        figure = Figure(figsize=(look.width, 4.4), layout="constrained")
+    with styled(style):
+        figure = Figure(figsize=(style.width, 4.4), layout="constrained")
         axis = figure.subplots()
         best = front([point for arm in arms for point in arm.points])
         x, y = [p.forgetting.value for p in best], [p.score.value for p in best]
         axis.step(x, y, where="post", color=GREY, lw=3, alpha=0.4, zorder=0, solid_joinstyle="miter")
         for place, arm in enumerate(arms):
-            colour, mark = colour_of(place, look), MARKS[place % len(MARKS)]
+            colour, mark = colour_of(place, style), MARKS[place % len(MARKS)]
             x, y = [p.forgetting.value for p in arm.points], [p.score.value for p in arm.points]
             axis.plot(x, y, color=colour, lw=1, alpha=0.6, zorder=1)
             for point in arm.points:
                 axis.errorbar(
                     point.forgetting.value, point.score.value, xerr=point.forgetting.half, yerr=point.score.half,
-                    fmt=mark, ms=7, color=colour, mfc=colour if point is arm.best else look.paper, mew=1.6,
+                    fmt=mark, ms=7, color=colour, mfc=colour if point is arm.best else style.paper, mew=1.6,
                     elinewidth=0.8, alpha=0.95, zorder=2, label=arm.label if point is arm.points[0] else None,
                 )  # fmt: skip
-        axis.set(xlabel=fill(forgets, 40 if look.narrow else 90), ylabel=fill(metric, 50))
+        axis.set(xlabel=fill(forgets, 40 if style.narrow else 90), ylabel=fill(metric, 50))
         _frame(axis, arms)
         if min(x for arm in arms for x in [p.forgetting.value for p in arm.points]) > 0:
             _logarithmic(axis)
-        handles = [_handle(axis, place, arm.label, look) for place, arm in enumerate(arms)]
-        figure.legend(handles=handles, loc="outside upper left", ncols=2 if look.narrow else 5, handletextpad=0.2)
+        handles = [_handle(axis, place, arm.label, style) for place, arm in enumerate(arms)]
+        figure.legend(handles=handles, loc="outside upper left", ncols=2 if style.narrow else 5, handletextpad=0.2)
     return figure
 
 
@@ -82,36 +82,36 @@ def _frame(axis: Any, arms: Sequence[Arm]) -> None:
     axis.annotate(words, (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color=GREY)
 
 
-def rates_figure(arms: Sequence[Arm], metric: str, look: PlotStyle) -> Figure:
+def rates_figure(arms: Sequence[Arm], metric: str, style: PlotStyle) -> Figure:
     """Draw validation loss, test score and forgetting over the learning rate, one line per method."""
     from matplotlib.figure import Figure
 
     panels = ("validation", "validation loss"), ("score", metric), ("forgetting", "forgetting")
-    lines, columns = (3, 1) if look.narrow else (1, 3)
-    with styled(look):
-        figure = Figure(figsize=(look.width, 2.6 * lines + 0.4), layout="constrained")
+    lines, columns = (3, 1) if style.narrow else (1, 3)
+    with styled(style):
+        figure = Figure(figsize=(style.width, 2.6 * lines + 0.4), layout="constrained")
         axes = figure.subplots(lines, columns, squeeze=False).flat
         for axis, (field, name) in zip(axes, panels, strict=True):
             for place, arm in enumerate(arms):
                 means: list[Mean] = [getattr(point, field) for point in arm.points]
                 axis.errorbar(
                     [p.learning_rate for p in arm.points], [m.value for m in means], yerr=[m.half or 0 for m in means],
-                    color=colour_of(place, look), marker=MARKS[place % len(MARKS)], ms=5, lw=1.4,
+                    color=colour_of(place, style), marker=MARKS[place % len(MARKS)], ms=5, lw=1.4,
                     elinewidth=0.8,
                 )  # fmt: skip
             axis.set(xscale="log", xlabel="learning rate")
-            title = fill(name, 40 if look.narrow else 26)  # the name of a metric may be wider than its panel
+            title = fill(name, 40 if style.narrow else 26)  # the name of a metric may be wider than its panel
             axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        handles = [_handle(axis, place, arm.label, look) for place, arm in enumerate(arms)]
-        figure.legend(handles=handles, loc="outside upper left", ncols=2 if look.narrow else 5, handletextpad=0.2)
+        handles = [_handle(axis, place, arm.label, style) for place, arm in enumerate(arms)]
+        figure.legend(handles=handles, loc="outside upper left", ncols=2 if style.narrow else 5, handletextpad=0.2)
     return figure
 
 
-def colour_of(place: int, look: PlotStyle) -> str:
+def colour_of(place: int, style: PlotStyle) -> str:
     """Return the colour of the arm at `place`."""
-    return _COLOURS[place % len(_COLOURS)][look.dark]
+    return _COLOURS[place % len(_COLOURS)][style.dark]
 
 
-def _handle(axis: Any, place: int, label: str, look: PlotStyle) -> Any:
-    colour, mark = colour_of(place, look), MARKS[place % len(MARKS)]
+def _handle(axis: Any, place: int, label: str, style: PlotStyle) -> Any:
+    colour, mark = colour_of(place, style), MARKS[place % len(MARKS)]
     return axis.plot([], [], color=colour, marker=mark, ls="", ms=7, label=label)[0]

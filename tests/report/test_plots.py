@@ -28,18 +28,18 @@ def opened(figure: Any) -> Image.Image:
         return Image.open(io.BytesIO(plots.png(figure)))
 
 
-@pytest.mark.parametrize("look", PLOT_STYLES)
-def test_every_plot_is_as_wide_as_its_look_and_stands_on_its_paper(run: Run, look: PlotStyle) -> None:
+@pytest.mark.parametrize("style", PLOT_STYLES)
+def test_every_plot_is_as_wide_as_its_style_and_stands_on_its_paper(run: Run, style: PlotStyle) -> None:
     draws: list[Callable[[], Any]] = [
-        lambda: plots.loss_figure(run.history, look),
-        lambda: plots.spectrum_figure(run.layers, look),
-        lambda: plots.scores_figure(run.comparisons[0].scores, look),
+        lambda: plots.loss_figure(run.history, style),
+        lambda: plots.spectrum_figure(run.layers, style),
+        lambda: plots.scores_figure(run.comparisons[0].scores, style),
     ]
     for draw in draws:
         image = opened(draw())
-        assert image.width == round(200 * look.width)
+        assert image.width == round(200 * style.width)
         paper = "#" + image.convert("RGB").crop((2, 2, 3, 3)).tobytes().hex()
-        assert all(abs(int(paper[i : i + 2], 16) - int(look.paper[i : i + 2], 16)) < 6 for i in (1, 3, 5))
+        assert all(abs(int(paper[i : i + 2], 16) - int(style.paper[i : i + 2], 16)) < 6 for i in (1, 3, 5))
 
 
 def test_short_and_odd_runs_can_be_drawn() -> None:
