@@ -150,9 +150,9 @@ def _similarity_panel(axis: Axes, rows: Sequence[Row], style: PlotStyle) -> None
         for row in rows:
             blocks.setdefault(row["block"] or 0, []).append(row[field])
         means = [sum(values) / len(values) for _, values in sorted(blocks.items())]
-        style = {"ls": ":"} if mark is None else {"marker": mark, "ms": 3.5}
+        line = {"ls": ":"} if mark is None else {"marker": mark, "ms": 3.5}
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.plot(sorted(blocks), means, color=colour, lw=1.4, label=f"{name} of W", **style)
+        axis.plot(sorted(blocks), means, color=colour, lw=1.4, label=f"{name} of W", **line)
     axis.set_ylim(bottom=0)
 
 
