@@ -89,8 +89,8 @@ def _in_order(all_arms: Sequence[Arm], cells: Sequence[Cell]) -> list[Arm]:
 
 def _curves_figure(compared: Compared, all_arms: Sequence[Arm], curves: Curves) -> dict[str, Any]:
     caption = (
-        "Down and to the left is better. A marker is one learning rate (the mean over its seeds), a thin line the curve "
-        "of one seed without the trainings that another one beats in both numbers. The dashed line is the lowest "
+        "Down and to the left is better. A marker is one learning rate (the mean over its seeds), a thin line the "
+        "curve of one seed without the trainings that another one beats in both numbers. The dashed line is the lowest "
         f"loss of {compared.reference}."
     )
     assert compared.reference is not None
