@@ -165,7 +165,7 @@ def _changed(
         adapter = combined([job.read(base, needs_base=True)[0] for job in jobs], weights, base.model)
     write_plain(adapter, folder)
     assert adapter.sidecar is not None
-    (folder / FILE_NAME).write_text(adapter.sidecar.to_json(), encoding="utf-8")
+    adapter.sidecar.write(folder, adapter.anchors)
     copy_processor(sources[0].folder, folder, base)
     return Source("ours", folder)
 

@@ -219,37 +219,50 @@ def current_state(
     state: Mapping[str, Tensor],
     layers: Mapping[str, LoraLayer],
     adapter: str,
-    version: int | None,
+    version: int,
     anchors: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Return a state dict for `layers` (by path) in which factors of format version 1 are converted.
 
-    `version` is that of the file; None means that the state dict comes without milora.json: it has version 1 if the
-    second half of B is -B0. `anchors` has the exact B0 by path; it is added to the state dict.
+    `version` is that of the file. `anchors` has the exact B0 by path; it is added to the state dict.
     Raises ValueError if such a B0 does not belong to its factors.
     """
     out = dict(state)
     for path, layer in layers.items():
+        names = _joined_names(state, path, layer, adapter)
+        if names is None:
+            continue
         is_embedding = adapter in layer.lora_embedding_A
-        names = [f"{_PREFIX}{path}.lora_{'embedding_' if is_embedding else ''}{side}.{adapter}" for side in "AB"]
-        keys = names if is_embedding else [f"{name}.weight" for name in names]
-        shapes = [factor.shape for factor in factors(layer, adapter)]
-        if any(key not in state or state[key].shape != shape for key, shape in zip(keys, shapes, strict=True)):
-            continue  # absent, gathered under raw names, or reported when it loads
-        raw = [("", ANCHOR_SUFFIX) if is_embedding else (f".{DELTA}", f".{ANCHOR}")] * 2
-        if version == 1 or (version is None and _is_version_1(state[keys[1]], anchors_of(layer, adapter)[1])):
-            for axis, (name, key, (delta, anchor)) in enumerate(zip(names, keys, raw, strict=True)):
+        raw = [name.removesuffix(".weight") for name in names]
+        delta, anchor = ("", ANCHOR_SUFFIX) if is_embedding else (f".{DELTA}", f".{ANCHOR}")
+        if version == 1:
+            for axis, (name, key) in enumerate(zip(raw, names, strict=True)):
                 pair = split_1(out.pop(key), axis, anchors_of(layer, adapter)[axis].dtype)
                 out[name + delta], out[name + anchor] = pair
         elif path in anchors:
-            joined = state[keys[1]]
-            E = joined.chunk(2, dim=1)[1]
+            E = state[names[1]].chunk(2, dim=1)[1]
             B0 = anchors[path].to(E.device).reshape(E.shape)
-            require_belongs(joined, E, B0)
-            out[names[1] + raw[1][1]] = B0
+            require_belongs(state[names[1]], E, B0)
+            out[raw[1] + anchor] = B0
     return out
 
 
-def _is_version_1(B: Tensor, B0: Tensor) -> bool:
-    second = B.detach().chunk(2, dim=1)[1]
-    return bool(second.any()) and torch.equal(second, -B0.to(second.dtype).to(second.device))
+def holds_version_1(state: Mapping[str, Tensor], layers: Mapping[str, LoraLayer], adapter: str) -> bool:
+    """Return True if the factors of `layers` in a state dict have format version 1: B ends in -B0."""
+    for path, layer in layers.items():
+        names = _joined_names(state, path, layer, adapter)
+        if names is None:
+            continue
+        second = state[names[1]].detach().chunk(2, dim=1)[1]
+        B0 = anchors_of(layer, adapter)[1]
+        if bool(second.any()) and torch.equal(second, -B0.to(second.dtype).to(second.device)):
+            return True
+    return False
+
+
+def _joined_names(state: Mapping[str, Tensor], path: str, layer: LoraLayer, adapter: str) -> list[str] | None:
+    """Return the names of both joined factors in a state dict. None if they are absent or do not fit the layer."""
+    pattern = "lora_embedding_{}.{}" if adapter in layer.lora_embedding_A else "lora_{}.{}.weight"
+    names = [f"{_PREFIX}{path}.{pattern.format(side, adapter)}" for side in "AB"]
+    pairs = zip(names, factors(layer, adapter), strict=True)
+    return names if all(name in state and state[name].shape == factor.shape for name, factor in pairs) else None

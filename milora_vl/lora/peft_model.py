@@ -33,6 +33,7 @@ from milora_vl.lora.install import (
     anchors_of,
     current_state,
     has_halves,
+    holds_version_1,
     install_copy,
     install_loaded,
     joined_state,
@@ -44,6 +45,7 @@ from milora_vl.lora.install import (
 from milora_vl.lora.layers import ANCHOR, ANCHOR_SUFFIX, DELTA
 from milora_vl.lora.protection import Protected, find_protected
 from milora_vl.lora.sidecar import ANCHORS_FILE, FORMAT_VERSION, Sidecar, read_sidecar, require_weights
+from milora_vl.lora.version_1_shards import has_shards, require_no_shards, shards_error
 from milora_vl.policy.rules import Target
 
 # PEFT's add_adapter casts the factors to float32 since 0.19. Older versions cast only loaded adapters.
@@ -54,12 +56,14 @@ class MiloraMixin(PeftModel):
     """The methods in which a PeftModel with trained differences and anchors differs from a stock one.
 
     `sidecars` holds the metadata of each adapter, `protections` its protected directions by module path.
+    `converts_shards` is True in training code that calls `convert_shards` after DeepSpeed has loaded a checkpoint.
     """
 
     sidecars: dict[str, Sidecar]
     protections: dict[str, dict[str, Protected]]
     milora_targets: list[Target]
     milora_report: list[LayerReport]
+    converts_shards = False
     _loading: tuple[Sidecar, Mapping[str, Tensor]] | Literal["stock"] | None = None
 
     def save_pretrained(
@@ -235,12 +239,24 @@ class MiloraMixin(PeftModel):
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict as PyTorch does, also one of format version 1, which is converted."""
+        """Load a state dict as PyTorch does, also one of format version 1, which is converted.
+
+        A state dict that comes without milora.json has version 1 if the second half of B is -B0. Raises AdapterError if
+        DeepSpeed loads one of version 1, and the training code does not convert the shards of its optimizer.
+        """
         state = dict(state_dict)
+        if not self.converts_shards:
+            require_no_shards(state)
         for adapter, sidecar in self.sidecars.items():
-            loading = self._loading if isinstance(self._loading, tuple) else None
-            version, anchors = (None, {}) if loading is None else (loading[0].version, loading[1])
             layers = {path: lora_layer(self, path) for path in sidecar.ranks}
+            anchors: Mapping[str, Tensor] = {}
+            if isinstance(self._loading, tuple):
+                version, anchors = self._loading[0].version, self._loading[1]
+            else:
+                version = 1 if holds_version_1(state, layers, adapter) else FORMAT_VERSION
+                parameters = (p for layer in layers.values() for p in trained_factors(layer, adapter))
+                if version == 1 and not self.converts_shards and any(map(has_shards, parameters)):
+                    raise shards_error()
             with anchors_belong(ANCHORS_FILE):
                 state = current_state(state, layers, adapter, version, anchors)
         return super().load_state_dict(state, strict, assign)

@@ -122,3 +122,24 @@ def test_an_anchor_of_other_factors_is_refused(tiny_llama, tmp_path: Path) -> No
         load_adapter(tiny_llama()[0], tmp_path / "a", is_trainable=True)
     with raises_code("adapter-wrong-anchor", ANCHORS_FILE):
         apply_milora(tiny_llama()[0], one_rule()).load_adapter(str(tmp_path / "a"), "default")
+
+
+def test_shards_that_the_training_code_does_not_convert_are_refused(tiny_llama) -> None:
+    """DeepSpeed loads the module first and then its optimizer, whose flat shards hold A and B."""
+    model = apply_milora(tiny_llama()[0], one_rule())
+    raw = {name.replace("delta", "trained"): p for name, p in model.named_parameters()}  # ZeRO-3
+    with raises_code("adapter-version-1-shards", hint="milora_vl.train"):
+        model.load_state_dict(raw, strict=False)
+    state = model.state_dict()
+    for name, B0 in anchors(model).items():
+        state[name.replace("anchor", "weight")] = torch.cat(
+            [B0, B0 if "lora_A" in name else -B0], int("lora_B" in name)
+        )
+    model.load_state_dict(state)
+    for parameter in model.parameters():
+        parameter._hp_mapping = None  # ZeRO-2
+    with raises_code("adapter-version-1-shards"):
+        model.load_state_dict(state)
+    model.converts_shards = True
+    model.load_state_dict(state)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("delta"))
