@@ -16,6 +16,7 @@ from torch import nn
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import CONFIG, has_config, holds_residual
 from milora_vl.adapter_io import load_adapter
+from milora_vl.adapters.arithmetic import require_linear
 from milora_vl.adapters.imported import import_adapter, refuse_mutating
 from milora_vl.adapters.plain import write_plain
 from milora_vl.adapters.source import Source, find_source
@@ -46,6 +47,22 @@ def load_any(model: nn.Module, folder: Path) -> Any:
         if adapter.sidecar is not None:
             (Path(scratch) / FILE_NAME).write_text(adapter.sidecar.to_json(), encoding="utf-8")
         return load_adapter(model, scratch)
+
+
+def require_scalable(model: nn.Module, folder: Path) -> None:
+    """Raise UserError for an adapter whose update has no scale on this model.
+
+    On a residual base, the factors hold the start too: their scale is not the scale of the update.
+    """
+    source = find_source(folder)
+    if _is_residual_of(model, source):
+        raise UserError(
+            "the model is the residual base, so a scale would also change the components that it lacks",
+            code="adapter-not-scalable",
+            where="--scale",
+            hint="use the unchanged base model:  --model BASE",
+        )
+    require_linear(source.folder, "--scale")
 
 
 def _is_lora(folder: Path) -> bool:

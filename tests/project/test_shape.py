@@ -215,6 +215,7 @@ QUICK_HELP = "--help answers before torch is imported"
 INNER_IMPORTS: dict[str, tuple[int, str]] = {
     "data_tools/milora_data/__init__.py": (1, "the collator needs torch"),
     "eval/milora_eval/commands/run.py": (1, QUICK_HELP),
+    "eval/milora_eval/commands/scales.py": (1, QUICK_HELP),
     "eval/milora_eval/lm_eval.py": (2, QUICK_HELP),
     "eval/milora_eval/vlmevalkit.py": (2, "tables are read and written without torch"),
     "milora_vl/analyze/command.py": (1, QUICK_HELP),

@@ -161,6 +161,7 @@ def demo() -> None:
 # What a page may presume -> the function that makes it, in a folder with the files above.
 PRESUMED: dict[str, Callable[[], None]] = {
     "runs/a": lambda: call(*TINY, "--output_dir", "runs/a"),
+    "runs/b": lambda: call(*TINY, "--seed", "1", "--output_dir", "runs/b"),
     "runs/demo": demo,
     "runs/full": lambda: call(*TINY[:-2], "--method", "full", "--output_dir", "runs/full"),
     "vicuna-clip": composed,

@@ -94,7 +94,7 @@ BROKEN: dict[str, str] = {}
 # Page -> what its reader already has: names in PRESUMED of tests/support/documented_files.py.
 PAGES_PRESUME: dict[str, tuple[str, ...]] = {
     "docs/evaluation.md": ("runs/a", "runs/demo"),
-    "docs/exporting.md": ("runs/a", "vicuna-clip", "llava-v1.5-7b-lora", "RESIDUAL"),
+    "docs/exporting.md": ("runs/a", "runs/b", "vicuna-clip", "llava-v1.5-7b-lora", "RESIDUAL"),
     "docs/forgetting.md": ("runs/demo", "runs/full"),
     "docs/reproduce.md": ("checkpoints/llava-v1.5-7b-lora",),
     "docs/run-folder.md": ("runs/a",),
