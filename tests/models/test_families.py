@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from milora_vl.weights.matrices import is_linear
 from support.adapter_cases import anchors, move
 from support.family_cases import batch, build
 from support.family_configs import FAMILIES, TEXT_ONLY
+from support.programs import run as run_program
 from support.versions import CALLS_BY_KEYWORD, READS_LFM2_VL
 
 LACKS = {"idefics2": not CALLS_BY_KEYWORD, "lfm2_vl": not READS_LFM2_VL}
@@ -113,12 +111,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     names = [item.callspec.params["name"] for item in wanted]
     for name in names:
         _train(name, root / name)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STOCK, *(str(root / name) for name in names)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    done = run_program(["-c", STOCK, *(str(root / name) for name in names)])
     assert done.returncode == 0, done.stderr
     return root
 
