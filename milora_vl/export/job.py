@@ -35,7 +35,7 @@ from milora_vl.export.residual import write_residual
 from milora_vl.lora.atomic_write import open_to_others
 from milora_vl.lora.base_check import fitted
 from milora_vl.lora.sidecar import FILE_NAME, Sidecar
-from milora_vl.models.loading import load_processor
+from milora_vl.models.loading import split_processor
 from milora_vl.models.names import SAME_WEIGHTS
 from milora_vl.models.quiet import quiet_bars
 from milora_vl.recipe.yaml_file import trained_prompts
@@ -331,9 +331,11 @@ class Job:
             (self.out / MODELFILE).write_text(modelfile(files, self.template, adapter_file), encoding="utf-8")
 
     def _processor(self, base: Base) -> Any:
-        """Return the processor of the run folder, whose chat template is that of the training, or the base model's."""
-        holds_one = (self.source.folder / "tokenizer_config.json").is_file()
-        return load_processor(self.source.folder) if holds_one else base.processor()
+        """Return the base model's processor, with the chat template of the training if the run folder has one."""
+        processor, template = base.processor(), self.source.folder / "chat_template.jinja"
+        if processor is not None and template.is_file():
+            split_processor(processor)[0].chat_template = template.read_text(encoding="utf-8")
+        return processor
 
     def _write_merged(self, base: Base) -> None:
         save_model(self._merged(base), self.out, self.dtype)

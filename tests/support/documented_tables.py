@@ -21,6 +21,7 @@ LEFT_OPEN: tuple[tuple[str, str], ...] = (
         "--mm_projector_type mlp2x_gelu --image_aspect_ratio pad --bf16 False --max_steps 1 --report_to none "
         "--use_cpu True --save_strategy no --lora_r 4 --output_dir runs/llava-lora",
     ),
+    (r"milora demo(?: --quick)?$", "milora demo --recipe tiny-demo.yaml --quick"),
     (r"run --suite emoji --limit", "run --model tiny --suite emoji --output_dir out --limit"),
     (r"milora_vl\.train --method$", "milora_vl.train --model tiny --rank 4 --method lora --dry-run"),
     (r"milora train --dry-run", "milora train --model tiny --rank 4 --dry-run"),
@@ -86,6 +87,7 @@ SLOW: dict[str, str] = {
     r"python -m milora_vl\.sweep (?!.*--plan)": "each cell is two programs",
     r"python -m milora_vl\.integrations\.llava ": "LLaVA's own training",
     r"python -m milora_vl\.studies decay ": "its plan reads every matrix of three models",
+    r"milora demo": "four programs, one after another",
     r"python -m milora_data emoji ": "draws the whole set, as tests/data/test_emoji.py does",
 }
 # Regular expression -> what must be fixed before the commands that match can work. A row that works is no failure.
