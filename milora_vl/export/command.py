@@ -176,6 +176,18 @@ def _print_next(done: Exported, template: str) -> None:
         question = ("QUESTION",) if holds_text_model(folder) else ("--image", "PICTURE", "What is this?")
         prompts = () if template == "vicuna_v1" else ("--template", template)
         next_step("milora_vl.chat", "--model", *model, *prompts, *question)
+        _print_serving(done)
+
+
+def _print_serving(done: Exported) -> None:
+    """Print the command of a server for a merged model, or for a LoRA of one rank beside its base."""
+    folder, rank = done.folder, max((rank for rank, _ in done.layers.values()), default=0)
+    if done.loads_with == "transformers" and done.form == "merged":
+        sys.stderr.write(f"serve: transformers serve {folder}   or: vllm serve {folder}\n")
+    elif done.loads_with == "transformers" and done.form.startswith("rank"):
+        limit = next((size for size in VLLM_RANKS if size >= rank), VLLM_RANKS[-1])
+        lora = f"--enable-lora --max-lora-rank {limit} --lora-modules tuned={folder}"
+        sys.stderr.write(f"serve: vllm serve {folder / 'base'} {lora}\n")
 
 
 def _print_llama_cpp(folder: Path) -> None:
@@ -196,6 +208,7 @@ def _base_name(folder: Path) -> str:
         return "MODEL"
 
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 _TO_LOAD = {
     "transformers": "the model loads in plain transformers\n",
     "milora_vl": (

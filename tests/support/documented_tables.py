@@ -72,7 +72,9 @@ EXCEPTIONS: dict[str, str] = {
     r"(python3? -m )?pip (install|uninstall|download)|python3 -m venv": "changes an environment",
     r"source ": "means the reader's own shell",
     r"hf download ": "needs the model hub; its files are made by tests/support/documented_files.py",
-    r"vllm serve ": "vLLM needs a GPU and a separate environment",
+    r"vllm serve |python -m sglang": "vLLM and SGLang need a GPU and a separate environment",
+    r"transformers serve |curl ": "the server runs until it is stopped; tests/export/test_serving.py starts it",
+    r"llama-server |ollama ": "not from the package index; tests/export/test_gguf.py reads the files with llama.cpp",
     r"swift sft ": "ms-swift needs a separate environment",
     r"python -m lmms_eval ": "lmms-eval needs a separate environment",
     r"python -m milora_eval\.lm_eval ": "lm-evaluation-harness is not installed, and reads its tasks from the hub",
@@ -101,6 +103,7 @@ PAGES_PRESUME: dict[str, tuple[str, ...]] = {
     "docs/forgetting.md": ("runs/demo", "runs/full"),
     "docs/reproduce.md": ("checkpoints/llava-v1.5-7b-lora",),
     "docs/run-folder.md": ("runs/a",),
+    "docs/serving.md": ("runs/a",),
 }
 # Pages whose trainings are alternatives with one output folder: it is removed before each of them.
 ALTERNATIVES = ("docs/scaling.md",)
