@@ -153,7 +153,7 @@ def test_from_start_to_merge_and_in_stock_peft(name: str, trained: Path) -> None
         assert torch.allclose(tensor, ours["trained"], atol=1e-5), how
 
 
-def test_a_model_whose_pictures_are_not_prepared_here_is_refused_before_it_loads(tmp_path: Path) -> None:
+def test_a_model_without_a_processor_is_refused_before_it_loads(tmp_path: Path) -> None:
     build("paligemma").config.save_pretrained(tmp_path / "base")
     (tmp_path / "train.json").write_text(
         '[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]'
@@ -161,5 +161,6 @@ def test_a_model_whose_pictures_are_not_prepared_here_is_refused_before_it_loads
     words = ["--model", str(tmp_path / "base"), "--data_path", str(tmp_path / "train.json"), "--rank", "2"]
     words += ["--image_folder", str(tmp_path), "--output_dir", str(tmp_path / "run")]
     for more in ([], ["--dry-run"]):
-        with pytest.raises(UserError, match="images of a paligemma model are not prepared here"):
+        with pytest.raises(UserError) as error:
             train([*words, *more])
+        assert error.value.first.code == "model-unreadable"
