@@ -127,7 +127,7 @@ def test_a_word_that_is_no_choice_is_helped() -> None:
 
 @pytest.mark.parametrize(("typed", "meant"), [("tarin", "train"), ("view", "eval view"), ("show", "data show")])
 def test_a_mistyped_program_is_helped(typed: str, meant: str) -> None:
-    with pytest.raises(UserError, match=f"unknown program: {typed}(.|\n)*did you mean {meant} \\?"):
+    with pytest.raises(UserError, match=f"unknown program: {typed}(.|\n)*did you mean {meant}\\?"):
         main([typed])
 
 
