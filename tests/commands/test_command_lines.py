@@ -27,6 +27,8 @@ from support.adapter_cases import raises_code
 from support.command_parsers import parser_of
 from support.stored_answers import write_answers
 
+pytestmark = pytest.mark.usefixtures("known_memory")
+
 INNER = {name: import_module(MENU.modules[name]).MENU for name in MENU.menus}
 PROGRAMS = [(name,) for name in MENU.modules if name not in INNER]
 PROGRAMS += [(name, inner) for name, menu in INNER.items() for inner in menu.modules]
@@ -125,7 +127,7 @@ def test_a_word_that_is_no_choice_is_helped() -> None:
 
 @pytest.mark.parametrize(("typed", "meant"), [("tarin", "train"), ("view", "eval view"), ("show", "data show")])
 def test_a_mistyped_program_is_helped(typed: str, meant: str) -> None:
-    with pytest.raises(UserError, match=f"unknown program: {typed}(.|\n)*did you mean {meant} \\?"):
+    with pytest.raises(UserError, match=f"unknown program: {typed}(.|\n)*did you mean {meant}\\?"):
         main([typed])
 
 
