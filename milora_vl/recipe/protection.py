@@ -9,10 +9,10 @@ from milora_vl.recipe.schema import Recipe
 def check(recipe: Recipe) -> None:
     """Raise UserError for a recipe that protects directions although DeepSpeed or FSDP shards the factors."""
     if any(rule.get("protect") for rule in recipe.policy or ()):
-        require_whole(deepspeed=bool(recipe.train.get("deepspeed")), fsdp=bool(recipe.train.get("fsdp")))
+        refuse_shards(deepspeed=bool(recipe.train.get("deepspeed")), fsdp=bool(recipe.train.get("fsdp")))
 
 
-def require_whole(*, deepspeed: bool, fsdp: bool) -> None:
+def refuse_shards(*, deepspeed: bool, fsdp: bool) -> None:
     """Raise UserError if optimizer steps update shards of the factors: a shard cannot be projected."""
     if deepspeed or fsdp:
         raise UserError(

@@ -167,7 +167,7 @@ class MiloraTrainer(Trainer):
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
         if any(target.protect for target in targets):
-            protection.require_whole(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+            protection.refuse_shards(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
