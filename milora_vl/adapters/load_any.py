@@ -20,7 +20,6 @@ from milora_vl.adapters.arithmetic import require_linear
 from milora_vl.adapters.imported import import_adapter, refuse_mutating
 from milora_vl.adapters.plain import write_plain
 from milora_vl.adapters.source import Source, find_source
-from milora_vl.lora.sidecar import FILE_NAME
 
 
 def load_any(model: nn.Module, folder: Path) -> Any:
@@ -45,7 +44,7 @@ def load_any(model: nn.Module, folder: Path) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         write_plain(adapter, Path(scratch))
         if adapter.sidecar is not None:
-            (Path(scratch) / FILE_NAME).write_text(adapter.sidecar.to_json(), encoding="utf-8")
+            adapter.sidecar.write(Path(scratch), adapter.anchors)
         return load_adapter(model, scratch)
 
 

@@ -34,7 +34,7 @@ from milora_vl.export.recompress import loss_of, recompress, total_error
 from milora_vl.export.residual import write_residual
 from milora_vl.lora.atomic_write import open_to_others
 from milora_vl.lora.base_check import fitted
-from milora_vl.lora.sidecar import FILE_NAME, Sidecar
+from milora_vl.lora.sidecar import Sidecar
 from milora_vl.models.loading import split_processor
 from milora_vl.models.names import SAME_WEIGHTS
 from milora_vl.models.quiet import quiet_bars
@@ -184,7 +184,7 @@ def _changed(
         adapter = combined([job.read(base, needs_base=True)[0] for job in jobs], weights, base.model)
     write_plain(adapter, folder)
     assert adapter.sidecar is not None
-    (folder / FILE_NAME).write_text(adapter.sidecar.to_json(), encoding="utf-8")
+    adapter.sidecar.write(folder, adapter.anchors)
     copy_processor(sources[0].folder, folder, base)
     return Source("ours", folder)
 
@@ -270,7 +270,7 @@ class Job:
             adapter = self._into_base(adapter, base)
         write_plain(adapter.cast(self.dtype), self.out, uniform=form == "rank")
         if adapter.sidecar is not None:
-            (self.out / FILE_NAME).write_text(adapter.sidecar.to_json(), encoding="utf-8")
+            adapter.sidecar.write(self.out, {} if self.dtype is not None else adapter.anchors)
         return layers, total
 
     def base_for(self, form: str) -> str | Path | nn.Module | None:
@@ -350,7 +350,7 @@ class Job:
                 adapter = import_adapter(self.source, base.model, base.name).adapter
                 write_plain(adapter, folder)
                 assert adapter.sidecar is not None
-                (folder / FILE_NAME).write_text(adapter.sidecar.to_json(), encoding="utf-8")
+                adapter.sidecar.write(folder, adapter.anchors)
             dtypes = {name: p.dtype for name, p in base.model.named_parameters()}
             tuned = load_adapter(base.model, folder, allow_base_mismatch=self.allow_base_mismatch)
             try:
@@ -401,7 +401,8 @@ def _moved(adapter: PlainAdapter, before: Sidecar, after: Sidecar) -> PlainAdapt
     for name, tensor in adapter.whole.items():
         module, _, leaf = name.rpartition(".")
         whole[f"{_renamed(module, path_of)}.{leaf}"] = tensor
-    return replace(adapter, factors=factors, whole=whole, sidecar=after)
+    anchors = {path_of.get(path, path): B0 for path, B0 in adapter.anchors.items()}
+    return replace(adapter, factors=factors, whole=whole, sidecar=after, anchors=anchors)
 
 
 def _renamed(module: str, path_of: Mapping[str, str]) -> str:

@@ -76,7 +76,8 @@ class FloorSigma(RulePart):
 class Protect(RulePart):
     """Keep the update orthogonal to the first `top` singular directions of its weight, on both sides.
 
-    V (in, k) and U (out, k) are the first k right and left singular vectors of the base weight. `by` is one of:
+    V (in, k) and U (out, k) are the first k right and left singular vectors of the base weight. A and B stand for the
+    parameters that train: of a method with an anchor they are the differences from it. `by` is one of:
 
     - `projection`: after every optimizer step, A <- A - (A V) V' and B <- B - U (U'B).
     - `basis`: the gradients are projected too, before the optimizer reads them. This trains the factors A (I - V V')

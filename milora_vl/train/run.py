@@ -287,7 +287,7 @@ def make_trainer(
         processing_class=loaded.processor,
         lengths=rows.lengths,
         kinds=None if rows.lengths is None else [bool(record.images) for record in data.train],
-        stream_from=plan.folder.checkpoint,
+        resume_from=plan.folder.checkpoint,
     )
     trainer.add_callback(AtFirstStep(opening.begin))
     if loaded.probe is not None and recipe.eval.forgetting_every:
