@@ -22,6 +22,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from milora_vl.calibration.bases import ProtectedInputs
+from milora_vl.calibration.files import home_of, read_inputs, require_shapes, write_inputs
 from milora_vl.initialize import LayerReport
 from milora_vl.lora.atomic_write import atomic_folder
 from milora_vl.lora.base_check import fitted, require_same_kind
@@ -50,11 +52,13 @@ _ADDING_CASTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 19)
 class MiloraMixin(PeftModel):
     """The methods in which a PeftModel with trained halves and anchors differs from a stock one.
 
-    `sidecars` holds the metadata of each adapter, `protections` its protected directions by module path.
+    `sidecars` holds the metadata of each adapter, `protections` its protected directions by module path, and
+    `protected_inputs` the file content that the latter come from, for adapters that protect inputs.
     """
 
     sidecars: dict[str, Sidecar]
     protections: dict[str, dict[str, Protected]]
+    protected_inputs: dict[str, ProtectedInputs]
     milora_targets: list[Target]
     milora_report: list[LayerReport]
     _loading = False
@@ -87,6 +91,10 @@ class MiloraMixin(PeftModel):
             kwargs["state_dict"] = joined_state(self._with_anchors(kwargs["state_dict"]))
         if save_embedding_layers == "auto":
             save_embedding_layers = self._vocabulary_has_grown()
+        for name in selected_adapters or self.peft_config:
+            if is_main_process and name in self.protected_inputs:  # first, since milora.json refers to it
+                own = Path(save_directory) if name == "default" else Path(save_directory) / name
+                write_inputs(home_of(own), self.protected_inputs[name], self.sidecars[name].names)
         with atomic_folder(Path(save_directory), is_main_process) as folder:
             super().save_pretrained(
                 str(folder), safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
@@ -117,17 +125,27 @@ class MiloraMixin(PeftModel):
                     hint="save the adapter before that, or serve it by loading the folder with stock PEFT",
                 )
 
-    def protect(self, adapter: str, protected: Mapping[str, Protected]) -> None:
+    def protect(self, adapter: str, protected: Mapping[str, Protected], inputs: ProtectedInputs | None = None) -> None:
         """Register the protected directions of an adapter. Its backward fails until `keep_protected` is called."""
         self.protections[adapter] = dict(protected)
+        if inputs is not None:
+            self.protected_inputs[adapter] = inputs
         for path, directions in protected.items():
             for factor in trained_factors(lora_layer(self, path), adapter):
                 if factor.requires_grad:
                     factor.register_hook(directions.require_kept)
 
-    def protect_again(self, adapter: str, cache_dir: str | Path | None = None) -> None:
-        """Compute the protected directions of an adapter that was loaded for training, from the base weights."""
-        self.protect(adapter, find_protected(self, self.sidecars[adapter].targets, cache_dir=cache_dir))
+    def protect_again(self, adapter: str, folder: Path, cache_dir: str | Path | None = None) -> None:
+        """Restore the protected directions of an adapter that was loaded from `folder` for training.
+
+        Singular directions are computed from the base weights again. Protected inputs are read, see `read_inputs`.
+        """
+        sidecar = self.sidecars[adapter]
+        inputs = None
+        if sidecar.inputs is not None:
+            inputs = read_inputs(folder, sidecar.inputs, sidecar.names)
+            require_shapes(inputs, sidecar.targets)
+        self.protect(adapter, find_protected(self, sidecar.targets, inputs, cache_dir=cache_dir), inputs)
 
     def _warn_of_overlap(self) -> None:
         """Warn about updates that reach into protected directions."""
@@ -184,7 +202,7 @@ class MiloraMixin(PeftModel):
                 install_copy(lora_layer(self, path), adapter_name, source)
             self.remember(adapter_name, self.sidecars[source])
             if source in self.protections:
-                self.protect(adapter_name, self.protections[source])
+                self.protect(adapter_name, self.protections[source], self.protected_inputs.get(source))
 
     def load_adapter(  # type: ignore[override]
         self,
@@ -213,7 +231,7 @@ class MiloraMixin(PeftModel):
         if sidecar is not None:
             restore(self, adapter_name, sidecar)
             if is_trainable and existing is None:
-                self.protect_again(adapter_name)
+                self.protect_again(adapter_name, Path(model_id))
         return result
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
@@ -227,6 +245,7 @@ class MiloraMixin(PeftModel):
         super().delete_adapter(adapter_name)
         self.sidecars.pop(adapter_name, None)
         self.protections.pop(adapter_name, None)
+        self.protected_inputs.pop(adapter_name, None)
 
     def disable_adapter(self) -> Any:
         """Run the base model alone, as PEFT does. Raises AdapterError in the residual form."""
@@ -323,7 +342,7 @@ def adopt(model: PeftModel) -> MiloraMixin:
     if not isinstance(model, MiloraMixin):
         model.__class__ = _OURS[type(model)]
         assert isinstance(model, MiloraMixin)
-        model.sidecars, model.protections = {}, {}
+        model.sidecars, model.protections, model.protected_inputs = {}, {}, {}
         keep_hooks_apart(model)
         refuse_hotswap(model)
     return model

@@ -29,18 +29,25 @@ FORMS = ("anchored", "residual")
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """The content of milora.json. `names` maps the path of each target to a name that holds in every layout."""
+    """The content of milora.json. `names` maps the path of each target to a name that holds in every layout.
+
+    `inputs` is the hash of the file with the protected inputs, see `milora_vl/calibration/files.py`.
+    """
 
     form: str
     targets: Sequence[Target]
     names: Mapping[str, str]
     sketches: Mapping[str, Sketch]
     reports: Mapping[str, LayerReport]
+    inputs: str | None = None
 
     def to_json(self) -> str:
         """Return the text of the file."""
         modules = {target.path: self._module(target) for target in self.targets}
-        return json.dumps({"format_version": FORMAT_VERSION, "form": self.form, "modules": modules}, indent=1) + "\n"
+        header = {"format_version": FORMAT_VERSION, "form": self.form}
+        if self.inputs is not None:
+            header["protected_inputs"] = self.inputs
+        return json.dumps({**header, "modules": modules}, indent=1) + "\n"
 
     def _module(self, target: Target) -> dict[str, Any]:
         fields = target.to_dict()
@@ -78,7 +85,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
             )
         if data["form"] not in FORMS:
             raise KeyError(f"form {data['form']!r}")
-        return _from_modules(data["form"], data["modules"])
+        return dataclasses.replace(_from_modules(data["form"], data["modules"]), inputs=data.get("protected_inputs"))
     except AdapterError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -134,6 +141,7 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
         {path_of[path]: name for path, name in sidecar.names.items()},
         {path_of[path]: sketch for path, sketch in sidecar.sketches.items()},
         {path_of[path]: dataclasses.replace(r, path=path_of[path]) for path, r in sidecar.reports.items()},
+        sidecar.inputs,
     )
 
 

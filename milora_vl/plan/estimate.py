@@ -123,7 +123,7 @@ def protected_bytes(target: Target, base_bytes: float) -> float:
 
     A hard constraint also keeps the anchor in float32; `memory` already counts `base_bytes` per number for it.
     """
-    if target.protect is None or target.rank is None:
+    if target.protect is None or target.protect.top is None or target.rank is None:
         return 0.0
     wider = (4 - base_bytes) * target.rank if target.protect.is_hard and target.has_anchor else 0.0
     return (4 * target.protect.top + wider) * sum(target.shape)

@@ -129,6 +129,9 @@ def _protected(protect: Json | None) -> str:
     """
     if not protect:
         return ""
+    if protect.get("inputs"):
+        limit = f", at most {protect['max']} directions" if protect.get("max") else ""
+        return f", outside {100 * protect['inputs']:g} % of the inputs{limit}"
     weight = protect.get("weight")
     return f", outside the top {protect['top']} by {protect['by']}" + (f" {_cell(weight)}" if weight else "")
 
