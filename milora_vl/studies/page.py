@@ -20,6 +20,7 @@ from milora_vl.studies.study import Study
 from milora_vl.studies.tasks import load_task, task_class
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.curves import curves_of, curves_table, read
 from milora_vl.sweep.results import Arm, Result, arms, mean_of
 
 # Optional columns of cells.csv, with their headings.
@@ -49,6 +50,7 @@ def write(folder: Folder, command: str) -> tuple[Path, Table]:
             task.metric,
             task.forgets,
             command,
+            study.reference,
             cells_are,
         )
     )
@@ -117,7 +119,7 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
         files = {".csv": "cells.csv", ".layers.csv": "layers.csv", ".correlations.csv": "correlations.csv"}
         files |= {".png": "layers.png"}
     else:
-        files = {".csv": "cells.csv", ".png": "pareto.png"}
+        files = {".csv": "cells.csv", ".png": "curves.png" if folder.study.reference else "pareto.png"}
     missing = [source for source in files.values() if not (folder.path / source).is_file()]
     if missing:
         raise UserError(
@@ -133,12 +135,16 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
 
 def documented(text: str, name: str, study: Study, docs: Path) -> str:
     """Return the text of a page in `docs` with the results of one study, read from the CSV files in `docs`."""
-    figure = "help over decay" if decay.NONE in study.arms else "score over forgetting"
+    figure = "forgetting over validation loss" if study.reference else "score over forgetting"
+    if decay.NONE in study.arms:
+        figure = "help over decay"
     return with_block(text, name, shown(name, study, docs), f"{figure}, {study.task}")
 
 
 def shown(name: str, study: Study, docs: Path) -> Table:
     """Return the table of a study for its page in `docs`, read from the CSV files there."""
+    if study.reference:
+        return curves_table(read(curves_of(read_cells(docs / f"{name}.csv")), study.reference))
     if decay.NONE not in study.arms:
         return table(study, read_cells(docs / f"{name}.csv"))
 
@@ -179,4 +185,13 @@ def read_cells(file: Path) -> dict[Cell, dict[str, Any]]:
     """Return the cells and their numbers from cells.csv."""
     with file.open(encoding="utf-8", newline="") as opened:
         rows = list(csv.DictReader(opened))
-    return {Cell(row["method"], float(row["learning_rate"]), None, int(row["seed"])): row for row in rows}
+    return {
+        Cell(
+            row["method"],
+            float(row["learning_rate"]),
+            None,
+            int(row["seed"]),
+            int(row["steps"]) if row.get("steps") else None,
+        ): row
+        for row in rows
+    }

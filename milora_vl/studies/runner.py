@@ -83,7 +83,7 @@ def all_cells(folder: Folder) -> list[Cell]:
         return searched
     further = range(study.search_seeds or study.seeds, study.seeds)
     best = [arm.best for arm in arms(results, study.search_seeds or study.seeds) if arm.best]
-    return searched + [Cell(point.method, point.learning_rate, None, seed) for seed in further for point in best]
+    return searched + [point.cell(seed) for seed in further for point in best]
 
 
 def run_study(folder: Folder, jobs: int, *, retry: bool, on_done: OnDone) -> None:

@@ -46,6 +46,8 @@ class Study(Strict):
     learning_rates: list[PositiveFloat]
     seeds: PositiveInt = 3
     search_seeds: PositiveInt | None = None  # None: all seeds
+    step_counts: list[PositiveInt] | None = None  # train each arm and rate with each of these; None: `steps` alone
+    reference: str | None = None  # read the curves of all arms at the losses of this one (`milora_vl/sweep/curves.py`)
     overlap: PositiveInt | None = None  # measure the share of the update in this number of first singular directions
 
     def rules(self, arm: str, learning_rate: float, seed: int = 0) -> list[dict[str, Any]]:
@@ -53,10 +55,11 @@ class Study(Strict):
         fields = {name: value for name, value in self.arms[arm].items() if name not in _OF_ARM}
         return arm_rules(self.policy, fields, learning_rate=learning_rate, seed=seed)
 
-    def training(self, arm: str) -> Training:
-        """Return the training settings of an arm."""
+    def training(self, arm: str, steps: int | None = None) -> Training:
+        """Return the training settings of an arm; `steps` replaces its number of steps."""
         defaults = {name: getattr(self, name) for name in Training.model_fields}
-        return Training.model_validate(defaults | self.arms[arm].get("train", {}))
+        own = self.arms[arm].get("train", {})
+        return Training.model_validate(defaults | own | ({} if steps is None else {"steps": steps}))
 
     def rates(self, arm: str) -> list[float]:
         """Return the learning rates of an arm."""
@@ -65,11 +68,18 @@ class Study(Strict):
 
     def cells(self, seeds: range) -> list[Cell]:
         """Return the cells of all arms and learning rates for some seeds, seed by seed."""
-        return [Cell(arm, rate, None, seed) for seed in seeds for arm in self.arms for rate in self.rates(arm)]
+        counts: Sequence[int | None] = self.step_counts or [None]
+        return [
+            Cell(arm, rate, None, seed, steps)
+            for seed in seeds
+            for arm in self.arms
+            for rate in self.rates(arm)
+            for steps in counts
+        ]
 
     def key(self, cell: Cell) -> str:
         """Return a hash of everything that determines the numbers of a cell; studies with equal cells share them."""
-        training = self.training(cell.method).model_dump()
+        training = self.training(cell.method, cell.steps).model_dump()
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content = [VERSION, self.task, self.overlap, training, rules, cell.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
@@ -123,6 +133,15 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
     except ValidationError as error:
         raise UserError(problems=_placed(problems_of(error, Study, "study"), source), source=source) from None
     problems: list[Problem] = []
+    if study.reference is not None and study.reference not in study.arms:
+        problems.append(
+            Problem(
+                f"no arm has the name {study.reference!r}",
+                "study-reference",
+                where=f"{source}: reference",
+                hint=f"arms: {', '.join(study.arms)}",
+            )
+        )
     for arm in study.arms:
         try:
             study.training(arm)

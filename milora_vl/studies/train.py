@@ -35,13 +35,14 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
         model = apply_milora(base, study.rules(cell.method, cell.learning_rate, cell.seed), cache_dir=factors)
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data = parameter.data.float()  # half precision loses small Adam steps
-        last = _train(task, model, study.training(cell.method), cell)
+        last = _train(task, model, study.training(cell.method, cell.steps), cell)
     model.eval()
     with torch.no_grad():
         measured = task.measure(model)
         update = updates.measure(model)
     numbers = {
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
+        **({} if cell.steps is None else {"steps": cell.steps}),
         "validation_loss": measured.validation_loss, "score": measured.score, "forgetting": measured.forgetting,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "train_loss": last,
         **measured.more, **update, "seconds": round(time.monotonic() - start, 1),

@@ -16,6 +16,7 @@ from milora_vl.report.plots import draw, write_csv
 from milora_vl.report.tables import Table
 from milora_vl.sweep import plots
 from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.curves import Curves, Reading, curves_of, curves_table, read
 from milora_vl.sweep.results import Answers, Arm, Pair, Result, arms, pairs
 from milora_vl.sweep.runner import Sweep
 
@@ -37,6 +38,7 @@ class Compared:
     metric: str
     forgets: str
     command: str
+    reference: str | None = None  # the arm at whose losses the curves are read; None: no curves
     cells_are: str = "Every cell is a run folder in cells/ with its own report"
 
 
@@ -48,7 +50,12 @@ def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> C
     metric = next((f"{r['benchmark']}, {r['metric']}" for r in results.values()), "score")
     arms_count = len({cell.arm for cell in results})
     title = f"{arms_count} methods on {sweep.recipe.model}"
-    return Compared(sweep.folder, title, cells, results, failed, sweep.answers, seeds, metric, FORGETS, command)
+    labels = dict.fromkeys(cell.label for cell in results)
+    first = next((label for label in labels if label.split()[0] == "lora"), next(iter(labels), None))
+    reference = first if len(labels) > 1 and len({cell.learning_rate for cell in results}) > 1 else None
+    return Compared(
+        sweep.folder, title, cells, results, failed, sweep.answers, seeds, metric, FORGETS, command, reference
+    )
 
 
 def write(compared: Compared) -> tuple[Path, Table]:
@@ -56,11 +63,15 @@ def write(compared: Compared) -> tuple[Path, Table]:
     all_arms = _in_order(arms(compared.results, compared.seeds), compared.cells)
     tests = pairs(all_arms, compared.answers)
     table = arms_table(all_arms, compared.metric, compared.seeds)
-    _files(compared, all_arms, tests, table)
+    curves = curves_of(compared.results) if compared.reference else {}
+    readings = read(curves, compared.reference) if compared.reference else []
+    _files(compared, all_arms, tests, table, readings)
     content = {
         "title": compared.title, "lede": lede(all_arms, compared.metric),
         "done": len(compared.results), "count": len(compared.cells),
         "cells_are": compared.cells_are, "table": table, "tests": pairs_table(tests),
+        "curves": curves_table(readings) if readings else None,
+        "curves_figure": _curves_figure(compared, all_arms, curves) if readings else None,
         "figures": _figures(compared, all_arms), "command": compared.command,
         "failed": [(cell.name, failure["said"]) for cell, failure in compared.failed.items()],
         "edges": [arm.label for arm in all_arms if arm.at_edge],
@@ -74,6 +85,17 @@ def _in_order(all_arms: Sequence[Arm], cells: Sequence[Cell]) -> list[Arm]:
     """Return the arms in the requested order: the others are compared with the first one."""
     requested = list(dict.fromkeys(cell.arm for cell in cells))
     return sorted(all_arms, key=lambda arm: requested.index((arm.points[0].method, arm.points[0].rank)))
+
+
+def _curves_figure(compared: Compared, all_arms: Sequence[Arm], curves: Curves) -> dict[str, Any]:
+    caption = (
+        "Down and to the left is better. A marker is one learning rate (the mean over its seeds), a thin line the "
+        "curve of one seed without the trainings that another one beats in both numbers. The dashed line is the lowest "
+        f"loss of {compared.reference}."
+    )
+    assert compared.reference is not None
+    figure = partial(plots.curves_figure, all_arms, curves, compared.reference, compared.forgets)
+    return {"plot": draw(compared.folder, "curves", figure, caption, with_pdf=True), "caption": caption}
 
 
 def _figures(compared: Compared, all_arms: Sequence[Arm]) -> list[dict[str, Any]]:
@@ -146,7 +168,9 @@ def _interval(difference: Difference) -> str:
     return f"{difference.low:+.3f} to {difference.high:+.3f}"
 
 
-def _files(compared: Compared, all_arms: Sequence[Arm], tests: Sequence[Pair], table: Table) -> None:
+def _files(
+    compared: Compared, all_arms: Sequence[Arm], tests: Sequence[Pair], table: Table, readings: Sequence[Reading]
+) -> None:
     folder, results = compared.folder, compared.results.values()
     columns = list(dict.fromkeys(key for result in results for key in result))
     write_csv(folder / "cells.csv", columns, [[result.get(key) for key in columns] for result in results])
@@ -158,6 +182,12 @@ def _files(compared: Compared, all_arms: Sequence[Arm], tests: Sequence[Pair], t
     ]  # fmt: skip
     for name in ("pareto", "rates"):
         write_csv(folder / f"{name}.csv", _POINT, points)
-    content = {"arms": [asdict(arm) for arm in all_arms], "pairs": [asdict(pair) for pair in tests]}
+    if readings:
+        at_equal_loss = curves_table(readings)
+        write_csv(folder / "curves.csv", at_equal_loss.header, at_equal_loss.rows)
+    content = {
+        "arms": [asdict(arm) for arm in all_arms], "pairs": [asdict(pair) for pair in tests],
+        "curves": [asdict(reading) for reading in readings],
+    }  # fmt: skip
     # A diverged training leaves NaN, which is not valid JSON: write null.
     write_json(folder / "results.json", json.loads(json.dumps(content), parse_constant=lambda _: None))

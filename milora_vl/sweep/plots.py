@@ -1,4 +1,4 @@
-"""The figures of a sweep: task score against forgetting, and both losses over the learning rate."""
+"""The figures of a sweep: forgetting over loss, task score over forgetting, and each over the learning rate."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from milora_vl.report.plots import GREY, PlotStyle, styled
+from milora_vl.sweep.curves import Curves
 from milora_vl.sweep.results import Arm, Mean, front
 
 if TYPE_CHECKING:
@@ -45,6 +46,34 @@ def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, style: PlotSty
         _frame(axis, arms)
         if min(x for arm in arms for x in [p.forgetting.value for p in arm.points]) > 0:
             _logarithmic(axis)
+        handles = [_handle(axis, place, arm.label, style) for place, arm in enumerate(arms)]
+        figure.legend(handles=handles, loc="outside upper left", ncols=2 if style.narrow else 5, handletextpad=0.2)
+    return figure
+
+
+def curves_figure(arms: Sequence[Arm], curves: Curves, reference: str, forgets: str, style: PlotStyle) -> Figure:
+    """Draw forgetting over validation loss: a thin line per seed, a marker per training (the mean over its seeds).
+
+    The dashed line is the mean of the lowest losses of the reference, where the table reads the curves.
+    """
+    from matplotlib.figure import Figure
+
+    with styled(style):
+        figure = Figure(figsize=(style.width, 4.8), layout="constrained")
+        axis = figure.subplots()
+        for place, arm in enumerate(arms):
+            colour = colour_of(place, style)
+            for spots in curves.get(arm.label, {}).values():
+                axis.plot([s.loss for s in spots], [s.forgetting for s in spots], color=colour, lw=0.9, alpha=0.45)
+            shown = [p for p in arm.points if p.forgetting.value > 0]  # a logarithm needs positive numbers
+            x, y = [p.validation.value for p in shown], [p.forgetting.value for p in shown]
+            axis.plot(x, y, ls="", marker=MARKS[place % len(MARKS)], ms=7, color=colour, mec=style.paper, mew=0.6)
+        lowest = [spots[0].loss for spots in curves[reference].values()]
+        axis.axvline(sum(lowest) / len(lowest), color=GREY, ls="--", lw=1)
+        losses = [spot.loss for by_seed in curves.values() for spots in by_seed.values() for spot in spots]
+        margin = 0.05 * (max(losses) - min(losses)) or 0.1
+        axis.set(xlabel="validation loss", ylabel=fill(forgets, 50), yscale="log")
+        axis.set_xlim(min(losses) - margin, max(losses) + margin)
         handles = [_handle(axis, place, arm.label, style) for place, arm in enumerate(arms)]
         figure.legend(handles=handles, loc="outside upper left", ncols=2 if style.narrow else 5, handletextpad=0.2)
     return figure

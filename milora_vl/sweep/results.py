@@ -35,7 +35,7 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One method at one rank and learning rate, over its finished seeds."""
+    """One method at one rank, learning rate and number of steps, over its finished seeds."""
 
     method: str
     rank: int | None
@@ -44,11 +44,16 @@ class Point:
     score: Mean
     forgetting: Mean
     seeds: tuple[int, ...]
+    steps: int | None = None
+
+    def cell(self, seed: int) -> Cell:
+        """Return the cell of one seed."""
+        return Cell(self.method, self.learning_rate, self.rank, seed, self.steps)
 
     @property
     def label(self) -> str:
         """Method and rank."""
-        return self.method if self.rank is None else f"{self.method} r={self.rank}"
+        return self.cell(0).label
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +92,20 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def arms(results: Mapping[Cell, Result], seeds: int) -> list[Arm]:
-    """Group the results by arm. The validation loss selects the best learning rate among those with all seeds."""
+    """Group the results by arm. The validation loss selects the best training among those with all seeds."""
     grouped = []
     for method, rank in dict.fromkeys(cell.arm for cell in results):
-        by_rate: dict[float, dict[int, Result]] = {}
+        by_rate: dict[tuple[float, int | None], dict[int, Result]] = {}
         for cell, result in results.items():
             if cell.arm == (method, rank):
-                by_rate.setdefault(cell.learning_rate, {})[cell.seed] = result
-        points = tuple(_point(method, rank, rate, by_rate[rate]) for rate in sorted(by_rate))
+                by_rate.setdefault((cell.learning_rate, cell.steps), {})[cell.seed] = result
+        order = sorted(by_rate, key=lambda key: (key[0], key[1] or 0))
+        points = tuple(_point(method, rank, rate, steps, by_rate[rate, steps]) for rate, steps in order)
         complete = [p for p in points if len(p.seeds) == seeds and math.isfinite(p.validation.value)]
         best = min(complete, key=lambda point: point.validation.value, default=None)
-        edges = (points[0], points[-1])
-        grouped.append(Arm(points[0].label, points, best, at_edge=len(points) > 1 and best in edges))
+        rates = [point.learning_rate for point in points]
+        at_edge = best is not None and min(rates) < max(rates) and best.learning_rate in (min(rates), max(rates))
+        grouped.append(Arm(points[0].label, points, best, at_edge=at_edge))
     return grouped
 
 
@@ -132,13 +139,13 @@ def front(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def _point(method: str, rank: int | None, rate: float, by_seed: Mapping[int, Result]) -> Point:
+def _point(method: str, rank: int | None, rate: float, steps: int | None, by_seed: Mapping[int, Result]) -> Point:
     def over_seeds(key: str) -> Mean:
         return mean_of([float(result[key]) for result in by_seed.values()])
 
     return Point(
         method, rank, rate, over_seeds("validation_loss"), over_seeds("score"), over_seeds("forgetting"),
-        tuple(sorted(by_seed)),
+        tuple(sorted(by_seed)), steps,
     )  # fmt: skip
 
 
@@ -147,7 +154,7 @@ def _mean_answers(answers: Answers, point: Point, seeds: Sequence[int]) -> dict[
     sums: dict[str, list[float]] = {}
     groups: dict[str, Any] = {}
     for seed in seeds:
-        for item, (score, group) in answers(Cell(point.method, point.learning_rate, point.rank, seed)).items():
+        for item, (score, group) in answers(point.cell(seed)).items():
             sums.setdefault(item, []).append(score)
             groups[item] = group
     return {item: (sum(v) / len(v), groups[item]) for item, v in sums.items() if len(v) == len(seeds)}

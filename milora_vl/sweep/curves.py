@@ -1,0 +1,192 @@
+"""Forgetting at equal validation loss: each method is a curve over its learning rates, read where a reference ends.
+
+A comparison at "the best learning rate of each method" is unfair: the loss is flat near its minimum while forgetting
+grows with the rate, so the choice among nearly equal rates decides how much a method forgets. Here every seed of a
+method gives a curve of forgetting over validation loss. All curves are read at one loss per seed, the lowest that the
+reference reaches with that seed, and the ratios are paired by seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from milora_vl.report.tables import Table
+from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.results import Mean, mean_of
+
+Result = Mapping[str, Any]  # the numbers of one cell
+# Where the curves are read, between the lowest loss of the reference (0) and the highest on its curve (1).
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """The end of one training: its validation loss (nats per token), and how much it forgot."""
+
+    loss: float
+    forgetting: float
+
+
+# label -> seed -> the front of its trainings
+Curves = Mapping[str, Mapping[int, Sequence[Spot]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A geometric mean over seeds with its 95 % interval (Student's t on the logarithms); one seed has no interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def text(self) -> str:
+        """The ratio and its interval as text.
+
+        >>> Ratio(0.1, 0.05, 0.2, 3).text
+        '0.10 (0.050 to 0.20)'
+        """
+        numbers = [_two_digits(x) for x in (self.value, self.low, self.high) if x is not None]
+        return numbers[0] if len(numbers) == 1 else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One arm, read at the losses of the reference. `ratios` holds one ratio to the reference per share in SHARES.
+
+    An arm that does not reach a loss in some seeds has a ratio over the others; `reached` counts the seeds that reach
+    the lowest loss of the reference. A ratio without seeds is None.
+    """
+
+    label: str
+    lowest_loss: Mean
+    forgetting: Mean | None
+    ratios: tuple[Ratio | None, ...]
+    reached: int
+    seeds: int
+
+
+def curve(spots: Sequence[Spot]) -> list[Spot]:
+    """Return the front of the trainings of one seed: the lowest loss first, each further one with less forgetting.
+
+    A training that another one beats in both numbers is not on it (a rate that is too high, for example), and neither
+    is one with NaN.
+    """
+    front: list[Spot] = []
+    finite = [spot for spot in spots if math.isfinite(spot.loss) and math.isfinite(spot.forgetting)]
+    for spot in sorted(finite, key=lambda spot: (spot.loss, spot.forgetting)):
+        if not front or spot.forgetting < front[-1].forgetting:
+            front.append(spot)
+    return front
+
+
+def forgetting_at(front: Sequence[Spot], loss: float) -> float | None:
+    """Return the forgetting with which a curve reaches a loss; None if no training reaches it.
+
+    Between two trainings the logarithm of forgetting is interpolated over the loss. Above the highest loss of the
+    curve the value is that of its last training, which reaches a lower loss: an upper bound.
+
+    >>> forgetting_at([Spot(0.8, 1.0), Spot(0.9, 0.01)], 0.85)
+    0.1
+    """
+    if not front or loss < front[0].loss:
+        return None
+    for better, worse in pairwise(front):
+        if loss < worse.loss:
+            share = (loss - better.loss) / (worse.loss - better.loss)
+            if worse.forgetting <= 0:  # a logarithm needs positive numbers
+                return better.forgetting + share * (worse.forgetting - better.forgetting)
+            return round(math.exp(math.log(better.forgetting) * (1 - share) + math.log(worse.forgetting) * share), 12)
+    return front[-1].forgetting
+
+
+def curves_of(results: Mapping[Cell, Result]) -> Curves:
+    """Return the curve of each seed of each arm; a seed without a finite number has none."""
+    spots: dict[str, dict[int, list[Spot]]] = {}
+    for cell, result in results.items():
+        spot = Spot(float(result["validation_loss"]), float(result["forgetting"]))
+        spots.setdefault(cell.label, {}).setdefault(cell.seed, []).append(spot)
+    return {
+        label: {seed: front for seed, of_seed in by_seed.items() if (front := curve(of_seed))}
+        for label, by_seed in spots.items()
+    }
+
+
+def read(curves: Curves, reference: str) -> list[Reading]:
+    """Read every curve at the losses of the reference, seed by seed; the reference is the first reading.
+
+    Returns an empty list if the reference has no curve.
+    """
+    of_reference = curves.get(reference)
+    if not of_reference:
+        return []
+    order = [reference, *(label for label in curves if label != reference)]
+    return [_reading(label, curves[label], of_reference) for label in order if curves[label]]
+
+
+def _reading(label: str, fronts: Mapping[int, Sequence[Spot]], of_reference: Mapping[int, Sequence[Spot]]) -> Reading:
+    common = [seed for seed in of_reference if seed in fronts]
+    at_lowest = [forgetting_at(fronts[seed], of_reference[seed][0].loss) for seed in common]
+    reached = [value for value in at_lowest if value is not None]
+    ratios = []
+    for share in SHARES:
+        pairs = []
+        for seed in common:
+            loss = of_reference[seed][0].loss + share * (of_reference[seed][-1].loss - of_reference[seed][0].loss)
+            of_arm, of_other = forgetting_at(fronts[seed], loss), forgetting_at(of_reference[seed], loss)
+            if of_arm is not None and of_other is not None:
+                pairs.append((of_arm, of_other))
+        ratios.append(_ratio(pairs))
+    return Reading(
+        label, mean_of([front[0].loss for front in fronts.values()]), mean_of(reached) if reached else None,
+        tuple(ratios), len(reached), len(common),
+    )  # fmt: skip
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
+    """Return the geometric mean of the ratios a / b. None without pairs, or if something forgot nothing at all."""
+    if not pairs or any(min(pair) <= 0 for pair in pairs):
+        return None
+    logs = mean_of([math.log(a / b) for a, b in pairs])
+    if logs.half is None:
+        return Ratio(math.exp(logs.value), None, None, logs.n)
+    return Ratio(math.exp(logs.value), math.exp(logs.value - logs.half), math.exp(logs.value + logs.half), logs.n)
+
+
+def curves_table(readings: Sequence[Reading]) -> Table:
+    """Return a table with one row per arm: how much it forgets at the loss of the reference, and the ratio to it."""
+    rows = []
+    for reading in readings:
+        at_lowest = reading.ratios[0]
+        elsewhere = [ratio.value for ratio in reading.ratios if ratio is not None]
+        rows.append((
+            reading.label,
+            reading.lowest_loss.text,
+            reading.forgetting.text if reading.forgetting else "–",
+            at_lowest.text if at_lowest else "–",
+            f"{_two_digits(min(elsewhere))} to {_two_digits(max(elsewhere))}" if elsewhere else "–",
+            f"{reading.reached} of {reading.seeds}",
+        ))  # fmt: skip
+    reference = readings[0].label if readings else "the reference"
+    caption = (
+        f"Each seed is read at the lowest validation loss that {reference} reaches with this seed. The ratio is the "
+        "geometric mean over seeds with its 95 % interval (Student’s t on the logarithms). “At other losses”: the "
+        f"smallest and largest mean ratio at {len(SHARES)} losses along the curve of {reference}. “Seeds”: how many "
+        "reach the loss."
+    )
+    header = (
+        "arm", "lowest loss", "forgetting at this loss", f"ratio to {reference}", "ratio at other losses", "seeds",
+    )  # fmt: skip
+    return Table(header, tuple(rows), caption)
+
+
+def _two_digits(x: float) -> str:
+    """Format with two significant digits and without an exponent: 0.013, 0.50, 1.2, 15."""
+    if not 0 < x < math.inf:
+        return f"{x:g}"
+    return f"{x:.{max(0, 1 - math.floor(math.log10(x)))}f}"

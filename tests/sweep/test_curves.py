@@ -1,0 +1,147 @@
+"""Forgetting at equal loss: curves, their interpolation, ratios paired by seed, and where pages show them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from milora_data.errors import UserError
+from milora_vl.studies import page as study_page
+from milora_vl.studies.runner import Folder, run_study
+from milora_vl.studies.study import parse_study
+from milora_vl.sweep import page
+from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.curves import SHARES, Spot, curve, curves_of, curves_table, forgetting_at, read
+
+POSITIVE = st.floats(1e-6, 1e3)
+SPOTS = st.lists(st.builds(Spot, POSITIVE, POSITIVE), max_size=8)
+
+
+def results(arms: dict[str, list[list[tuple[float, float]]]]) -> dict[Cell, dict[str, float]]:
+    """Cells of arms: for each seed its trainings (validation loss, forgetting), at rates 1, 2, ..."""
+    return {
+        Cell(arm, float(rate), None, seed): {"validation_loss": loss, "forgetting": forgetting, "score": 0.5}
+        for arm, seeds in arms.items()
+        for seed, spots in enumerate(seeds)
+        for rate, (loss, forgetting) in enumerate(spots, start=1)
+    }
+
+
+@given(SPOTS)
+def test_no_training_beats_a_point_of_the_curve_and_every_other_training_is_beaten(spots: list[Spot]) -> None:
+    front = curve(spots)
+    for a in front:
+        assert not [b for b in spots if b.loss <= a.loss and b.forgetting < a.forgetting]
+    for spot in spots:
+        assert any(on.loss <= spot.loss and on.forgetting <= spot.forgetting for on in front)
+
+
+@given(SPOTS.filter(len), POSITIVE)
+def test_a_reading_lies_between_its_neighbours_and_falls_with_the_loss(spots: list[Spot], loss: float) -> None:
+    front = curve(spots)
+    value = forgetting_at(front, loss)
+    assert (value is None) == (loss < min(spot.loss for spot in spots))
+    for spot in front:
+        assert forgetting_at(front, spot.loss) == pytest.approx(spot.forgetting, rel=1e-9, abs=1e-11)
+    if value is not None:
+        assert front[-1].forgetting * (1 - 1e-9) - 1e-11 <= value <= front[0].forgetting * (1 + 1e-9) + 1e-11
+        further = forgetting_at(front, loss + 1.0)
+        assert further is not None
+        assert further <= value * (1 + 1e-9) + 1e-11
+
+
+def test_arms_are_read_at_the_lowest_loss_of_the_reference_seed_by_seed() -> None:
+    """At 0.8 and 0.7, not at each arm's own lowest loss; the second arm reaches the loss in one seed only."""
+    readings = read(
+        curves_of(
+            results(
+                {
+                    "milora": [[(0.6, 4.0), (0.9, 0.04)], [(0.75, 0.1), (0.8, 0.05)]],
+                    "lora": [[(0.8, 1.0), (1.0, 0.5), (2.0, 9.0)], [(0.7, 2.0), (0.9, 1.0)]],
+                }
+            )
+        ),
+        "lora",
+    )
+    assert [reading.label for reading in readings] == ["lora", "milora"]
+    of_lora, of_milora = readings
+    assert of_lora.ratios[0] is not None
+    assert of_lora.ratios[0].value == pytest.approx(1.0)
+    assert (of_milora.reached, of_milora.seeds) == (1, 2)
+    at_08 = 4.0 ** (1 / 3) * 0.04 ** (2 / 3)  # two thirds of the way from 0.6 to 0.9
+    first, *others = of_milora.ratios
+    assert first is not None
+    assert first.value == pytest.approx(at_08 / 1.0)
+    assert first.low is None, "one seed has no interval"
+    last = others[-1]
+    assert last is not None
+    assert last.value == pytest.approx(math.sqrt(0.04 / 0.5 * 0.05 / 1.0)), "the highest loss: above both curves"
+    assert len(of_milora.ratios) == len(SHARES)
+
+
+def test_the_interval_of_a_ratio_is_students_on_logarithms() -> None:
+    readings = read(curves_of(results({"a": [[(1, 1.0)]] * 3, "b": [[(1, 0.1)], [(1, 0.2)], [(1, 0.4)]]})), "a")
+    ratio = readings[1].ratios[0]
+    assert ratio is not None
+    assert ratio.value == pytest.approx(0.2)
+    assert ratio.low is not None
+    assert ratio.high is not None
+    half = 4.303 * math.log(2) / math.sqrt(3)
+    assert ratio.high / ratio.value == pytest.approx(math.exp(half), rel=1e-4)
+    assert curves_table(readings).rows[1][3] == ratio.text
+
+
+def test_nan_and_zero_are_not_read_as_numbers() -> None:
+    readings = read(curves_of(results({"a": [[(1.0, 1.0)]], "none": [[(0.9, 0.0)]], "bad": [[(math.nan, 0.1)]]})), "a")
+    assert [reading.label for reading in readings] == ["a", "none"], "an arm of NaN has no curve"
+    assert readings[1].ratios[0] is None
+    assert curves_table(readings).rows[1][3] == "–"
+    assert read(curves_of(results({"b": [[(1.0, 1.0)]]})), "a") == []
+
+
+def test_pages_show_the_curves(tmp_path: Path) -> None:
+    cells = results({"lora": [[(0.8, 1.0), (1.0, 0.5)]] * 2, "milora": [[(0.7, 0.3), (0.9, 0.04)]] * 2})
+    written, _ = page.write(
+        page.Compared(tmp_path, "t", list(cells), cells, {}, lambda _: {}, 2, "score", "nats", "command", "lora")
+    )
+    assert "Forgetting at equal validation loss" in written.read_text(encoding="utf-8")
+    assert (tmp_path / "curves.png").is_file()
+    assert (tmp_path / "curves.csv").read_text(encoding="utf-8").splitlines()[1].startswith("lora,")
+
+
+def test_a_study_of_curves_runs_every_rate_and_step_count_with_every_seed(tmp_path: Path) -> None:
+    study = parse_study(
+        {
+            "question": "Which?", "task": "digits-cnn", "steps": 9, "step_counts": [1, 2], "batch_size": 8,
+            "policy": [{"modules": "convs.*", "method": "milora", "rank": 2}], "reference": "lora",
+            "arms": {"milora": {}, "lora": {"method": "lora"}}, "learning_rates": [1e-3], "seeds": 2,
+        },
+        "test",
+    )  # fmt: skip
+    folder = Folder(tmp_path / "curves.digits-cnn", study)
+    done: list[str] = []
+    run_study(folder, 1, retry=False, on_done=lambda cell, ok, left: done.append(cell.name))
+    assert len(set(done)) == 2 * 2 * 2
+    assert "milora-lr0.001-2steps-seed1" in done
+    study_page.write(folder, "command")
+    (tmp_path / "curves.md").write_text("<!-- results: curves.digits-cnn -->\n<!-- end -->\n")
+    text = study_page.document("curves.digits-cnn", folder, tmp_path).read_text(encoding="utf-8")
+    assert "ratio to lora" in text
+    assert study_page.documented(text, "curves.digits-cnn", study, tmp_path) == text
+
+
+def test_an_unknown_reference_is_an_error() -> None:
+    with pytest.raises(UserError) as raised:
+        parse_study(
+            {
+                "question": "?", "task": "digits-cnn", "steps": 1, "batch_size": 1, "reference": "lorra",
+                "policy": [{"modules": "convs.*", "method": "milora", "rank": 2}], "arms": {"lora": {"method": "lora"}},
+                "learning_rates": [1e-3],
+            },
+            "test",
+        )  # fmt: skip
+    assert [problem.code for problem in raised.value.problems] == ["study-reference"]
