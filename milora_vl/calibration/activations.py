@@ -23,7 +23,7 @@ from milora_vl.policy.rules import Protect, Target
 from milora_vl.svd.precision import full_precision
 from milora_vl.towers import image_token_of, keep_weights_readable
 from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
-from milora_vl.weights.matrices import is_linear
+from milora_vl.weights.matrices import gathered_in_forward, is_linear
 
 Batch = Mapping[str, Any]
 PASS_BYTES = 2 * 1024**3  # memory of all C of one pass
@@ -90,9 +90,22 @@ def find_inputs(
 
 
 def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Return the batches for C and those that are held out: the last of each eight, or the last of two to seven."""
-    held = set(range(HELD_OUT - 1, len(batches), HELD_OUT)) or ({len(batches) - 1} if len(batches) > 1 else set())
-    return [b for i, b in enumerate(batches) if i not in held], [batches[i] for i in sorted(held)]
+    """Return the batches for C and those that are held out: the last of each eight, or the last of two to seven.
+
+    Batches with and without pictures are split separately.
+    """
+    fit: list[Batch] = []
+    held: list[Batch] = []
+    for kind in dict.fromkeys(map(_kind, batches)):
+        members = [batch for batch in batches if _kind(batch) == kind]
+        for number, batch in enumerate(members, start=1):
+            is_last = number == len(members) and 1 < number < HELD_OUT
+            (held if number % HELD_OUT == 0 or is_last else fit).append(batch)
+    return fit, held
+
+
+def _kind(batch: Batch) -> tuple[str, ...]:
+    return tuple(sorted(batch))
 
 
 def _bar(total: int, *, is_shown: bool) -> tqdm:
@@ -113,7 +126,7 @@ class _AllSeen(Exception):
 
 def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> None:
     """Call the model on a batch, and each hook with the input of its module. Stop after the last module."""
-    device = next(model.parameters()).device
+    first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     left = set(hooks)
     handles = []
 
@@ -124,13 +137,21 @@ def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Callable[[Ten
             raise _AllSeen
 
     try:
-        handles = [module.register_forward_pre_hook(hook_of, with_kwargs=True) for module in hooks]
-        model(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
+        with gathered_in_forward(model):
+            handles = [module.register_forward_pre_hook(hook_of, with_kwargs=True) for module in hooks]
+            model(**{name: _like(value, first) for name, value in batch.items()})
     except _AllSeen:
         pass
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _like(value: Any, weight: Tensor) -> Any:
+    """Return a tensor on the device of the model, pixels in its data type too; other values as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(weight) if value.is_floating_point() else value.to(weight.device)
 
 
 def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> list[_Input]:
@@ -157,7 +178,7 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
 
         return see
 
-    kinds = {tuple(sorted(batch)): batch for batch in reversed(batches)}
+    kinds = {_kind(batch): batch for batch in reversed(batches)}
     for batch in reversed(kinds.values()):
         _run(model, batch, {module: hook_of(module) for module in wanted})
         last[:] = [None, None]

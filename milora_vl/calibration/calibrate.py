@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.calibration.activations import find_inputs
 from milora_vl.calibration.bases import ProtectedInputs, require_free_directions
@@ -59,7 +60,7 @@ def protected_inputs(
 def _found(
     model: nn.Module, wanted: Sequence[Target], batches: list[Mapping[str, Any]], cache: Path | None, is_shown: bool
 ) -> ProtectedInputs:
-    if cache is None:
+    if cache is None or is_deepspeed_zero3_enabled():  # ZeRO-3 partitions the weights, whose hash the cache needs
         return find_inputs(model, wanted, batches, is_shown=is_shown)
     key, names = calibration_key(model, wanted, batches), canonical_names(model)
     stored = cached_inputs(cache, key, names)

@@ -95,7 +95,8 @@ def _read(file: Path, names: Mapping[str, str]) -> ProtectedInputs:
     try:
         with safe_open(file, framework="pt") as stored:
             content = json.loads(stored.metadata()["content"])
-            bases = [InputBasis(stored.get_tensor(str(i)), **basis) for i, basis in enumerate(content["bases"])]
+            # Clones are aligned in memory as the originals were: a resumed run then rounds like an uninterrupted one.
+            bases = [InputBasis(stored.get_tensor(str(i)).clone(), **b) for i, b in enumerate(content["bases"])]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CalibrationError(
             f"the file is damaged ({type(error).__name__}: {error})",
@@ -157,9 +158,16 @@ def calibration_key(model: nn.Module, targets: Sequence[Target], batches: Sequen
         for name in sorted(batch):
             value = batch[name]
             digest.update(name.encode() + (_digest(value) if isinstance(value, Tensor) else repr(value).encode()))
+    digest.update(weights_digest(model).encode())
+    return digest.hexdigest()[:32]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return a hash of all weights of a model."""
+    digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode() + _digest(parameter))
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
 
 
 def _digest(tensor: Tensor) -> bytes:

@@ -32,6 +32,7 @@ from milora_vl.lora.hotswap import refuse_hotswap, require_factors_alone
 from milora_vl.lora.install import (
     anchor_names,
     anchors_of,
+    factors,
     has_halves,
     install_copy,
     install_loaded,
@@ -146,6 +147,23 @@ class MiloraMixin(PeftModel):
             inputs = read_inputs(folder, sidecar.inputs, sidecar.names)
             require_shapes(inputs, sidecar.targets)
         self.protect(adapter, find_protected(self, sidecar.targets, inputs, cache_dir=cache_dir), inputs)
+
+    @torch.no_grad()
+    def overlaps_with_inputs(self, adapter: str) -> dict[str, float]:
+        """Return ||A' V|| / ||A'|| for each layer with protected inputs V, where A' is its input factor of rank 2r or
+        r.
+
+        The update answers protected inputs by rounding alone if that is rounding. Layers that ZeRO-3 partitions are
+        left out.
+        """
+        overlaps = {}
+        for path, protected in self.protections.get(adapter, {}).items():
+            A = factors(lora_layer(self, path), adapter)[0].detach()
+            if protected.protect.kind == "inputs" and A.numel() > 0:
+                norm = float(torch.linalg.vector_norm(A, dtype=torch.float64))
+                inside = float(torch.linalg.vector_norm(protected.inside(A, 0), dtype=torch.float64))
+                overlaps[path] = inside / norm if norm > 0 else 0.0
+        return overlaps
 
     def _warn_of_overlap(self) -> None:
         """Warn about updates that reach into protected directions."""

@@ -117,7 +117,9 @@ class Protected:
         return max(part / whole if whole > 0 else 0.0 for part, whole in norms)
 
     def is_violated_by(self, factors: Sequence[Tensor]) -> bool:
-        """Return True if a hard constraint is violated by more than rounding."""
+        """Return True if a hard constraint is violated by more than rounding. ZeRO-3's empty factors violate none."""
+        if any(factor.numel() == 0 for factor in factors):
+            return False
         allowed = max(ROUNDING, *(2 * torch.finfo(factor.dtype).eps for factor in factors))
         return self.protect.is_hard and self.overlap(factors) > allowed
 

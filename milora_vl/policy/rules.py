@@ -211,7 +211,9 @@ class Target:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as the values of JSON."""
         pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value.model_dump() if isinstance(value, RulePart) else value for name, value in pairs}
+        return {
+            name: value.model_dump(exclude_none=True) if isinstance(value, RulePart) else value for name, value in pairs
+        }
 
     @property
     def scaling(self) -> float:
