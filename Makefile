@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lowest test-extras check format bench docs wheel audit clean
+.PHONY: help setup demo test test-all test-lowest test-extras mutations check format bench docs wheel audit clean
 # If a command is interrupted, make must not delete its finished output files.
 .PRECIOUS: $(DATA)/test.json $(RUN)/adapter_model.safetensors $(RUN)/eval/emoji/final/results.json
 
@@ -48,6 +48,9 @@ test-extras: $(INSTALLED)  ## Run the tests of bitsandbytes, gradio and TRL, whi
 	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python -e ".[dev,quant,web]" trl
 	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python --no-deps llava-torch
 	.venv-extras/bin/python -m pytest -n $(JOBS) -m "not gpu" $(EXTRAS_TESTS) $(PYTEST_ARGS)
+
+mutations: $(INSTALLED)  ## Break the core in some forty places, one at a time: tests must notice each (half an hour)
+	$(BIN)/python tests/mutations.py --jobs $(JOBS)
 
 check: $(INSTALLED)  ## Check lint, format, types, imports, spelling, style, pages and site; fail after all have run
 	@status=0; for tool in "ruff check ." "ruff format --check ." mypy lint-imports codespell; do \

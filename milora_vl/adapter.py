@@ -5,7 +5,7 @@ The way of `apply_milora`, with the modules to read next:
 1. `Policy.parse_and_resolve` selects the modules, with method and rank       policy/resolve.py
 2. `initialize` decomposes each weight and returns A0 and B0                  initialize.py, svd/
 3. `make_lora` lets PEFT create a LoRA of rank 2r on these modules            lora/config.py
-4. `install` splits each factor into a trained half and the anchor            lora/install.py, lora/layers.py
+4. `install` gives each factor a trained difference and the anchor            lora/install.py, lora/layers.py
 
 In the anchored form the base weights never change. Nothing of the model is changed before step 3, so an error in a rule
 or a weight leaves the model unchanged.
@@ -50,7 +50,8 @@ def apply_milora(
 ) -> Any:
     """Return `model` as a PeftModel whose adapters follow the policy. Its output is unchanged until training starts.
 
-    Each adapted layer computes y = W x + s (B A - B0 A0) x; A (r, in) and B (out, r) train, from A0 and B0 on.
+    Each adapted layer computes y = W x + s (B A - B0 A0) x. A (r, in) and B (out, r) train, from A0 and B0 on: the
+    parameters are the differences D = A - A0 and E = B - B0, from zero on (`lora/layers.py`).
     If the policy has only `full` and `frozen` rules, the model itself is returned, with `requires_grad` set. The result
     has the attributes `milora_targets` (one Target per trained module) and `milora_report` (one LayerReport per
     decomposed weight).
@@ -61,9 +62,8 @@ def apply_milora(
     Factors, spectra and protected inputs are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
     also prints one line per layer.
 
-    Train without weight decay (the default of `torch.optim.AdamW` is 0.01): A and B start from components of W, so
-    decay pulls towards W - s B0 A0, not towards W. `python -m milora_vl.train` uses the learning rates of the rules;
-    other trainers use their own.
+    Weight decay pulls towards no update, that is towards W. `python -m milora_vl.train` uses the learning rates of the
+    rules; other trainers use their own.
 
     Raises PolicyError for rules that do not fit the model, WeightError for weights that cannot be decomposed,
     CalibrationError for batches that do not calibrate the model, and AdapterError for models that already have an

@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapter of `model` to the folder `path`: PEFT's files and milora.json.
 
+    Where the factors do not give B0 back bit for bit (a trained adapter of a float32 base), it is written to
+    milora_anchors.safetensors. Training needs it to continue exactly, inference does not.
+
     Raises AdapterError if the model has no adapter (a run that trains weights in full saves the model itself), and if
     `path` is a file.
 
@@ -97,13 +100,14 @@ def load_adapter(
         return _load_stock(base, folder, is_trainable)
     require_weights(folder, saved)
     here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
+    anchors = here.read_anchors(folder)
     paths = new_paths(saved, here)
     if paths:
         model = load_renamed(base, folder, here, paths, is_trainable=is_trainable)
     else:
         model = _load_stock(base, folder, is_trainable)
     # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
-    ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"))
+    ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
     if is_trainable:
         ours.protect_again("default", folder, cache_dir)
     if here.form == "residual" and is_trainable:

@@ -8,9 +8,8 @@ For W = U S V' and the r chosen triplets U_r (out, r), S_r (r,), V_r (in, r), wi
 The square root balances both factors, as in the paper's official script. Division by s makes the product independent of
 alpha, so W - s B0 A0 is W without its r components.
 
-One weight is in memory at a time, and the model is not changed. Factors are rounded to the dtype of the weight; the
-trained halves start at exactly these values, so step 0 is exact. With several processes each one decomposes a share of
-the weights, and all of them get identical bits.
+One weight is in memory at a time, and the model is not changed. Factors are rounded to the dtype of the weight. With
+several processes each one decomposes a share of the weights, and all of them get identical bits.
 
 A method may start from other factors than singular triplets: `milora_vl/policy/methods.py` declares its function.
 """

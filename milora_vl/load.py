@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone
-from milora_vl.adapters.load_any import load_any
+from milora_vl.adapters.load_any import load_any, require_scalable
+from milora_vl.adapters.scale import Update
 from milora_vl.models.devices import device_named, dtype_named
 from milora_vl.models.loading import load_processor, load_weights
 from milora_vl.models.projector import load_projector
@@ -23,6 +25,7 @@ def load_model(
     name_or_path: str | Path,
     *,
     adapter: str | Path | None = None,
+    scale: float = 1.0,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     quantization: Quantization | BitsAndBytesConfig | None = None,
@@ -32,10 +35,12 @@ def load_model(
     name_or_path: a name of NAMED_MODELS, a hub id, or a folder; for an adapter folder its base is loaded too.
     adapter: a folder with an adapter from this package, PEFT or LLaVA's code, an adapter with its residual base, or
     only a projector (`mm_projector.safetensors`).
+    scale: size of the finished update; 0.5 is half of it. Modules trained in full become W + scale (W' - W).
     dtype: default float32 on a CPU, else as saved. device: default the CPU.
     quantization: 4bit, 8bit, or settings of bitsandbytes.
 
-    Raises UserError for an unknown name, a model that is not available, and a folder without a model.
+    Raises UserError for an unknown name, a model that is not available, a folder without a model, and an update that
+    has no scale.
 
     >>> model, processor = load_model("tiny")
     >>> type(model).__name__
@@ -44,27 +49,43 @@ def load_model(
     name = str(name_or_path)
     if adapter is None and holds_adapter(Path(name)):
         name, adapter = base_of(Path(name)), name
+    if adapter is None and scale != 1:
+        raise UserError(
+            "needs an adapter, whose update it scales",
+            code="flag-needs-another",
+            where="--scale",
+            hint="add:  --adapter FOLDER",
+        )
     device = torch.device(device or "cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else None)
     model, processor = load_weights(name, dtype, quantization=quantization, device=device), load_processor(name)
     if adapter is not None:
-        model = _with_adapter(model, Path(adapter))
+        model = _with_adapter(model, Path(adapter), scale)
     if quantization is None:
         model = model.to(device)
     return model.eval(), processor
 
 
-def load_by_flags(name: str, adapter: Path | None, dtype: str | None, device: str | None) -> tuple[nn.Module, Any]:
-    """Load a model as `load_model` does, by the values of --model, --adapter, --dtype and --device.
+def load_by_flags(
+    name: str, adapter: Path | None, dtype: str | None, device: str | None, scale: float = 1.0
+) -> tuple[nn.Module, Any]:
+    """Load a model as `load_model` does, by the values of --model, --adapter, --dtype, --device and --scale.
 
     Without a device, the model goes to the first GPU, or to the CPU if there is none.
     """
     place = device_named(device)
-    return load_model(name, adapter=adapter, dtype=dtype_named(dtype, place), device=place)
+    return load_model(name, adapter=adapter, scale=scale, dtype=dtype_named(dtype, place), device=place)
 
 
-def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
+def _with_adapter(model: nn.Module, folder: Path, scale: float) -> nn.Module:
     if holds_projector_alone(folder):
+        before = {} if scale == 1 else {name: tensor.clone() for name, tensor in model.state_dict().items()}
         load_projector(model, folder)
+        Update(model, before).set(scale)
         return model
-    return load_any(model, folder)
+    if scale == 1:
+        return load_any(model, folder)
+    require_scalable(model, folder)
+    tuned: nn.Module = load_any(model, folder)
+    Update(tuned).set(scale)
+    return tuned

@@ -24,7 +24,7 @@ def parameter_groups(
     """Return the groups for a torch optimizer. The rates of a rule take precedence over the rates of the run.
 
     `decays` contains the names of the parameters with weight decay (HF excludes biases and norms). Weight decay on an
-    adapter with an anchor removes the components that it starts from (`recipe/rates.py` warns about it).
+    adapter pulls towards no update, because its differences from the start train.
     """
     settings = {t.path: t for t in targets}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -62,7 +62,7 @@ def _names(towers: dict[float, list[str]]) -> dict[float, str]:
 def target_path(name: str, paths: Collection[str]) -> str:
     """Return the module path in `paths` of the parameter `name` of a PeftModel or a plain model, or "" if none.
 
-    >>> target_path("base_model.model.lm.q.lora_A.default.trained", ["lm.q", "lm"])
+    >>> target_path("base_model.model.lm.q.lora_A.default.delta", ["lm.q", "lm"])
     'lm.q'
     """
     plain = _PEFT_PARTS.sub("", name)

@@ -1,6 +1,6 @@
 """MiLoRA for code that already called PEFT.
 
-`reinit_peft` initializes a new LoRA from singular components. `restore_split` restores the trained half and the anchor
+`reinit_peft` initializes a new LoRA from singular components. `restore_split` restores the difference and the anchor
 of a MiLoRA adapter that stock PEFT has loaded.
 """
 
@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from torch import Tensor
 
 from milora_vl.adapter import Form, apply_milora
 from milora_vl.lora.base_check import fitted
@@ -70,7 +71,7 @@ def reinit_peft(peft_model: PeftModel, part: Part = "minor", form: Form = "ancho
 
 
 def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_mismatch: bool = False) -> Any:
-    """Restore the trained half and the anchor of a MiLoRA adapter that stock PEFT has loaded from `folder`, in place.
+    """Restore the difference and the anchor of a MiLoRA adapter that stock PEFT has loaded from `folder`, in place.
 
     PeftModel.from_pretrained(base, folder, is_trainable=True) loads the folder as a plain LoRA of rank 2r and would
     train the anchor too. Call this function before the first step.
@@ -89,8 +90,8 @@ def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_misma
     sidecar = fitted(peft_model, saved, allow_base_mismatch=allow_base_mismatch)
     stored = load_peft_weights(str(folder), device="cpu")
     for path in sidecar.ranks:
-        _require_anchor(lora_layer(peft_model, path), adapter, path, stored)
-    ours = restore(peft_model, adapter, sidecar)
+        _require_anchor(lora_layer(peft_model, path), adapter, path, stored, sidecar.version)
+    ours = restore(peft_model, adapter, sidecar, sidecar.read_anchors(Path(folder)))
     ours.protect_again(adapter, Path(folder))
     return ours
 
@@ -104,7 +105,7 @@ def _the_adapter(model: PeftModel) -> str:
         )
     if isinstance(model, MiloraMixin) and model.sidecars:
         raise AdapterError(
-            "this model already has a trained half and an anchor, from apply_milora or load_adapter",
+            "this model already has a difference and an anchor, from apply_milora or load_adapter",
             code="adapter-already-present",
             hint="use the model without this call",
         )
@@ -163,16 +164,19 @@ def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod) -> Rule
     return Rule(modules=path, method=method, rank=rank, alpha=layer.scaling[adapter] * rank, dropout=probability)
 
 
-def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, torch.Tensor]) -> None:
-    """Raise AdapterError unless the second halves in the model equal the saved ones, rounded to the model's dtype."""
+def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor], version: int) -> None:
+    """Raise AdapterError unless the anchors in the model equal the saved ones, rounded to the model's dtype."""
     assert not has_halves(layer, adapter)
     is_embedding = adapter in layer.lora_embedding_A
     names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
     for axis, (name, factor) in enumerate(zip(names, factors(layer, adapter), strict=True)):
         saved = stored[f"base_model.model.{path}.{name}"].to(factor.dtype).to(factor.device)
-        if not torch.equal(saved.chunk(2, dim=axis)[1], factor.detach().chunk(2, dim=axis)[1]):
+        first, second = zip(saved.chunk(2, dim=axis), factor.detach().chunk(2, dim=axis), strict=True)
+        # The anchor is the second half, but B0 of version 2 is the difference of the halves [B0 + E, E].
+        pair = [b - e for b, e in zip(first, second, strict=True)] if axis == 1 and version > 1 else second
+        if not torch.equal(*pair):
             raise AdapterError(
-                "the anchor has been trained already, so the two halves cannot be restored",
+                "the anchor has been trained already, so it cannot be restored",
                 code="adapter-wrong-anchor",
                 where=path,
                 hint="reload the folder and call restore_split before training, or save this one as a plain LoRA",

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from support import quick_plots
 from support.drawn import write_tiny_data
 
+pytest_plugins = ["support.cpu_seconds", "support.frozen_modules"]
 Made = tuple[Any, Any]
 
 
@@ -27,6 +29,20 @@ def no_ranks_left_behind() -> Iterator[None]:
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def coarse_plots() -> None:
+    """Draw the plots of reports coarsely, except in tests that ask for `real_plots`."""
+    quick_plots.replace()
+
+
+@pytest.fixture
+def real_plots() -> Iterator[None]:
+    """Draw plots as for a user: all styles, at full size."""
+    quick_plots.restore()
+    yield
+    quick_plots.replace()
 
 
 @pytest.fixture(scope="session")

@@ -10,29 +10,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
-
-import torch
-from torch._utils import ExceptionWrapper
-from torch.utils.data import get_worker_info
+from typing import Any, Literal, NamedTuple
 
 from milora_data.anyres import Tiling
 from milora_data.batches import Row, joined, packed, padded, with_single_image_tokens
 from milora_data.conversation import require_template
-from milora_data.encode import IGNORE, Encoded, NoSupervisedTokens, encode
-from milora_data.errors import DataError, UserError, with_context
+from milora_data.encode import IGNORE, Encoded, encode
+from milora_data.errors import DataError, UserError
 from milora_data.images.features import FeatureReader
 from milora_data.images.files import ImageError, ImagePolicy, place_of
 from milora_data.images.pixels import AspectRatio, JpegDecoding, PixelMaker
-from milora_data.records import IMAGE, Record, parse_record
+from milora_data.record_collator import Item, RecordCollator, pad_id_of
+from milora_data.records import IMAGE, Record
 
 log = logging.getLogger(__name__)
 
 LLAVA_IMAGE_ID = -200
-_MAX_WORKERS = 256
-_COUNTERS = ("skipped", "replaced", "unlearnable", "cut", "broken")
-
-Item = Record | Mapping[str, Any] | UserError
 
 
 class Sample(NamedTuple):
@@ -42,21 +35,7 @@ class Sample(NamedTuple):
     images: list[Any]
 
 
-class FailedBatch(ExceptionWrapper):
-    """A batch that a loader process could not make: the main process raises its error, with code, place and hint.
-
-    For an exception in a loader process, torch makes another wrapper, which keeps only the formatted traceback.
-    """
-
-    def __init__(self, error: UserError) -> None:
-        self.error = error
-
-    def reraise(self) -> NoReturn:
-        """Raise the error; torch calls this in the main process."""
-        raise self.error
-
-
-class ImageTextCollator:
+class ImageTextCollator(RecordCollator[Sample]):
     """Collates records (`Record` or LLaVA dicts) into a batch; usable as `data_collator`, also in loader processes.
 
     `__call__` returns input_ids, attention_mask, labels (batch, length) and, with an image processor, pixel_values
@@ -69,12 +48,7 @@ class ImageTextCollator:
     `image_token_id` defaults to the tokenizer's `<image>`. With `image_folder` None, picture names are used as paths.
     `layout="llava"` is for LLaVA's own classes: one -200 per picture, and `images`, with a plain one for text alone.
 
-    In a loader process, an error becomes a `FailedBatch`; the loader raises the error in the main process.
-
-    `bad_images` decides what happens to a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
-    plain one. Records without supervised tokens are skipped. Broken records (a stream yields a `DataError` in their
-    place) are skipped unless `bad_images` is `raise`. Each case is logged and counted in `counts()`. If a batch has no
-    record left, the first usable one of `substitutes` replaces it, else the last good record.
+    `RecordCollator` explains `bad_images` and `substitutes`.
 
     >>> from milora_vl.tiny import tiny_tokenizer
     >>> turns = [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "Yes."}]
@@ -109,6 +83,7 @@ class ImageTextCollator:
                 "pictures in tiles (anyres) are for Hugging Face's LLaVA-1.6, not for LLaVA's own classes",
                 code="collate-unsupported-layout",
             )
+        super().__init__(bad_images, substitutes)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.tiling = tiling
@@ -124,24 +99,9 @@ class ImageTextCollator:
         self.image_token_id = self._own_image_token() if image_token_id is None else image_token_id
         self.image_folder = Path(image_folder or "")
         self.max_length = max_length
-        self.bad_images = bad_images
         self.pad_to_multiple_of = pad_to_multiple_of
         self.layout = layout
         self.packing = packing
-        self._untried = list(reversed(substitutes))
-        self._substitute_sample: Sample | None = None
-        self._last_sample: Sample | None = None
-        # Shared memory, one row per loader process: loader processes count, the main process reports.
-        self._counts = torch.zeros(_MAX_WORKERS, len(_COUNTERS), dtype=torch.long).share_memory_()
-
-    def __call__(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
-        """Return the batch of `records`; raises `DataError` with file and line."""
-        try:
-            return self._collated(records)
-        except UserError as error:
-            if get_worker_info() is None:
-                raise
-            return FailedBatch(error)  # type: ignore[return-value]  # the loader raises it
 
     def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         packs = [[item] if isinstance(item, Record | Mapping | UserError) else list(item) for item in records]
@@ -156,10 +116,6 @@ class ImageTextCollator:
         self._last_sample = rows[-1][-1]
         return self._batch(rows, is_packed)
 
-    def counts(self) -> dict[str, int]:
-        """Return how many records were skipped, unlearnable or cut, and pictures replaced, in all loader processes."""
-        return dict(zip(_COUNTERS, self._counts.sum(0).tolist(), strict=True))
-
     def _own_image_token(self) -> int:
         if self.image_processor is None:
             return -1
@@ -172,36 +128,15 @@ class ImageTextCollator:
             )
         return int(token_id)
 
-    def _sample(self, item: Item) -> Sample | None:
-        try:
-            record = _record(item)
-            sample = self._read(record)
-        except NoSupervisedTokens as error:
-            self._leave_out("unlearnable", error)
-            return None
-        except ImageError as error:
-            if self.bad_images == "raise":
-                # The error names the picture; the user also has to know which record to fix.
-                hint = f"needed by {record.source or record.id}; --bad_images skip leaves it out"
-                raise with_context(error, hint=hint) from None
-            self._leave_out("skipped", error)
-            return None
-        except DataError as error:
-            if self.bad_images == "raise":
-                raise
-            self._leave_out("broken", error)
-            return None
-        if sample.encoded.num_cut:
-            self._count("cut")
-        return sample
-
     def _read(self, record: Record) -> Sample:
         if self.tiling is None:
             encoded = self._encoded(record, [self.image_tokens] * len(record.images))
-            return Sample(encoded, self._images(record, encoded.num_images))
-        # With tiles, the size of a picture decides how many tokens it takes: read the pictures before encoding.
-        images = self._images(record, len(record.images))
-        encoded = self._encoded(record, [self._num_tokens(image) for image in images])
+            images = self._images(record, encoded.num_images)
+        else:  # the size of a picture decides how many tokens it takes: read the pictures before encoding
+            images = self._images(record, len(record.images))
+            encoded = self._encoded(record, [self._num_tokens(image) for image in images])
+        if encoded.num_cut:
+            self._count("cut")
         return Sample(encoded, images[: encoded.num_images])
 
     def _num_tokens(self, image: Any) -> int:
@@ -256,32 +191,6 @@ class ImageTextCollator:
             self._maker = PixelMaker(self.image_processor, self.image_aspect_ratio, self.jpeg_decoding)
         return self._maker
 
-    def _leave_out(self, counter: str, error: DataError) -> None:
-        self._count(counter)
-        log.warning("left out: %s", error)
-
-    def _substitute(self) -> Sample:
-        # A step must have a batch on every rank. `substitutes` come first: the last good record depends on where a run
-        # was resumed, they do not.
-        while self._substitute_sample is None and self._untried:
-            item = self._untried.pop()
-            try:
-                self._substitute_sample = self._read(_record(item))
-            except DataError:
-                continue  # reported when the record comes up in a batch
-        sample = self._substitute_sample or self._last_sample
-        if sample is None:
-            raise DataError(
-                "every record of the first batch was left out",
-                code="collate-empty-batch",
-                hint="see the warnings above",
-            )
-        return sample
-
-    def _count(self, counter: str) -> None:
-        worker = get_worker_info()
-        self._counts[worker.id % (_MAX_WORKERS - 1) + 1 if worker else 0, _COUNTERS.index(counter)] += 1
-
     def _batch(self, samples: Sequence[Sequence[Sample]], is_packed: bool) -> dict[str, Any]:
         images = [image for row in samples for sample in row for image in sample.images]
         rows = [joined([_row(sample) for sample in row]) if is_packed else _row(row[0]) for row in samples]
@@ -293,7 +202,7 @@ class ImageTextCollator:
             # Keep tower and projector in the graph (see the module's docstring).
             images = [self._pixels().plain_image()]
             rows = self._with_hidden_image(rows, self._num_tokens(images[0]))
-        batch = (packed if is_packed else padded)(rows, self._pad_id(), self.pad_to_multiple_of)
+        batch = (packed if is_packed else padded)(rows, pad_id_of(self.tokenizer), self.pad_to_multiple_of)
         if images:
             batch |= self._pixels().inputs(images)
             num_tokens = int((batch["input_ids"] == self.image_token_id).sum())
@@ -312,25 +221,14 @@ class ImageTextCollator:
 
     def _llava_batch(self, rows: Sequence[Row], images: Sequence[list[Any]]) -> dict[str, Any]:
         ids = (self.image_token_id, self.image_tokens, LLAVA_IMAGE_ID)
-        batch = padded([with_single_image_tokens(row, *ids) for row in rows], self._pad_id(), self.pad_to_multiple_of)
+        rows = [with_single_image_tokens(row, *ids) for row in rows]
+        batch = padded(rows, pad_id_of(self.tokenizer), self.pad_to_multiple_of)
         batch["attention_mask"] = batch["attention_mask"].bool()
         if self.image_processor is not None:
             # LLaVA expects a picture for each row and ignores the features of a row without an image token.
             pictures = [image for row in images for image in (row or [self._pixels().plain_image()])]
             batch["images"] = self._pixels().inputs(pictures)["pixel_values"]
         return batch
-
-    def _pad_id(self) -> int:
-        # Padding is masked everywhere, so EOS replaces a missing pad token.
-        pad_id = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad_id is None else pad_id)
-
-
-def _record(item: Item) -> Record:
-    """Return an item as a `Record`. Raises `DataError`, also if the item is the error of a broken record or stream."""
-    if isinstance(item, UserError):
-        raise item
-    return item if isinstance(item, Record) else parse_record(item)
 
 
 def _row(sample: Sample) -> Row:

@@ -1,4 +1,4 @@
-"""The command `python -m milora_eval`: run, ls, score, judge, compare, view.
+"""The command `python -m milora_eval`: run, ls, score, judge, scales, compare, view.
 
 It imports torch only when it loads a model.
 """
@@ -21,6 +21,7 @@ MENU = Menu(
             "judge": ("milora_eval.commands.judge", "grade free-form answers with a judge model (MM-Vet, LLaVA-Bench)"),
         },
         "look": {
+            "scales": ("milora_eval.commands.scales", "scan sizes of an update: score against forgetting"),
             "compare": ("milora_eval.commands.compare", "compute paired differences of two evaluations"),
             "view": ("milora_eval.commands.view", "write one HTML page to browse the answers of one or two runs"),
         },

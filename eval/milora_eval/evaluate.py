@@ -68,7 +68,8 @@ def run(
 
 def evaluate(model: Any, processor: Any, plan: EvaluationPlan, items: Items, output_dir: str | Path) -> Results | None:
     """Evaluate a loaded model as `run` does, on items that have been read. The plan's `settings` are set here."""
-    plan = replace(plan, settings=settings(model, processor, plan.adapter, plan.template, plan.image_aspect_ratio))
+    keys = settings(model, processor, plan.adapter, plan.template, plan.image_aspect_ratio)
+    plan = replace(plan, settings=keys if plan.scale == 1 else keys | {"scale": plan.scale})
     folder = results_folder(output_dir, plan.suite, plan.which)
     asked = questions(plan, items)
     outcome = ask(model, processor, plan, asked, folder)
@@ -134,6 +135,7 @@ def _results(plan: EvaluationPlan, outcome: Outcome, before: Results) -> Results
         "which": plan.which,
         "model": plan.model_name,
         "adapter": plan.adapter and str(plan.adapter),
+        **({} if plan.scale == 1 else {"scale": plan.scale}),
         "template": plan.template,
         "data": str(plan.data_dir),
         "limit": plan.limit,

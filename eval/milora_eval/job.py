@@ -14,6 +14,7 @@ from peft import PeftModel
 from milora_eval.answers.questions import EvaluationPlan, Items
 from milora_eval.answers.target import EvalTarget
 from milora_eval.evaluate import add_forgetting, evaluate, results_folder
+from milora_vl.adapters.scale import Update
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.load import load_by_flags
 
@@ -21,16 +22,20 @@ from milora_vl.load import load_by_flags
 def run(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPlan, items: Items) -> list[Path] | None:
     """Evaluate the tuned model and, if asked, its base; return their results folders, None while shards are missing."""
     model: Any
-    model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device)
-    base, base_name = None, target.base or target.model
+    scale = target.scale if target.adapter is not None else 1.0  # of a fully trained model: below, with its base
+    model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device, scale)
+    base: Any = None
+    base_name = target.base or target.model
     if (target.base or options.with_base or isinstance(model, PeftModel)) and not can_recover_base(model):
         base, _ = load_by_flags(base_name, None, options.dtype, options.device)
+    if target.adapter is None and target.scale != 1:
+        Update(model, base.state_dict()).set(target.scale)
     done = []
     if options.with_base:
         of_base = replace(plan, which="base", model_name=base_name)
         with nullcontext() if base is not None else model.disable_adapter():
             done.append(evaluate(base or model, processor, of_base, items, options.output_dir))
-    tuned = replace(plan, which=target.which, model_name=target.model, adapter=target.adapter)
+    tuned = replace(plan, which=target.which, model_name=target.model, adapter=target.adapter, scale=target.scale)
     done.append(evaluate(model, processor, tuned, items, options.output_dir))
     if not all(done):
         return None

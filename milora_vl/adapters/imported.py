@@ -14,6 +14,7 @@ from milora_data.errors import Problem, UserError
 from milora_vl.adapters.llava import in_hf_layout, read_llava
 from milora_vl.adapters.plain import LowRank, PlainAdapter, read_config, read_plain, whole_modules
 from milora_vl.adapters.source import Source
+from milora_vl.lora.layers import join
 from milora_vl.lora.sidecar import Sidecar
 from milora_vl.models.loading import load_weights
 from milora_vl.policy.rules import RuleMethod, Target
@@ -96,11 +97,11 @@ def whole_targets(whole: Mapping[str, Tensor], base: nn.Module) -> list[Target]:
 
 
 def _without_residual(source: Source, base: nn.Module) -> tuple[PlainAdapter, dict[str, float], dict[str, RuleMethod]]:
-    """Return the rank-2r adapter [A; A0], [B, -B0] of the unchanged base, with drift and method per module."""
+    """Return the rank-2r adapter [D; A0], [B0 + E, E] of the unchanged base, with drift and method per module."""
     trained = read_plain(source.folder)
     initial = read_plain(source.initial) if source.initial is not None else None
     residual = _residual_weights(source.residual)
-    factors, drift, methods = {}, {}, {}
+    factors, anchors, drift, methods = {}, {}, {}, {}
     for path, low in trained.factors.items():
         W = read_matrix(base.get_submodule(path)).float()
         W_res = residual.get(path)
@@ -125,10 +126,10 @@ def _without_residual(source: Source, base: nn.Module) -> tuple[PlainAdapter, di
                     hint="load the right one:  --base NAME-OR-FOLDER",
                 )
         A, B = low.A.float().flatten(1), low.B.float().flatten(1)
-        joined = torch.cat([A, A0]), torch.cat([B, -B0 / low.scaling], dim=1)
-        factors[path] = low.replaced(*joined, low.scaling)
+        anchors[path] = B0 / low.scaling
+        factors[path] = low.replaced(join(A - A0, A0, 0), join(B - anchors[path], anchors[path], 1), low.scaling)
         methods[path] = _method(B0, A0, W)
-    return replace(trained, factors=factors), drift, methods
+    return replace(trained, factors=factors, anchors=anchors), drift, methods
 
 
 def _residual_weights(folder: Path | None) -> dict[str, Tensor]:

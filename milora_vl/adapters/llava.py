@@ -231,5 +231,6 @@ def in_hf_layout(adapter: PlainAdapter, names: Mapping[str, str]) -> PlainAdapte
         module, _, leaf = name.rpartition(".")
         whole[f"{renamed(module)}.{leaf}"] = tensor
     factors = {renamed(path): low for path, low in adapter.factors.items()}
+    anchors = {renamed(path): B0 for path, B0 in adapter.anchors.items()}
     sidecar = None if adapter.sidecar is None else locate(adapter.sidecar, names)
-    return replace(adapter, factors=factors, whole=whole, sidecar=sidecar)
+    return replace(adapter, factors=factors, whole=whole, sidecar=sidecar, anchors=anchors)

@@ -16,10 +16,10 @@ from torch import nn
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import CONFIG, has_config, holds_residual
 from milora_vl.adapter_io import load_adapter
+from milora_vl.adapters.arithmetic import require_linear
 from milora_vl.adapters.imported import import_adapter, refuse_mutating
 from milora_vl.adapters.plain import write_plain
 from milora_vl.adapters.source import Source, find_source
-from milora_vl.lora.sidecar import FILE_NAME
 
 
 def load_any(model: nn.Module, folder: Path) -> Any:
@@ -44,8 +44,24 @@ def load_any(model: nn.Module, folder: Path) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         write_plain(adapter, Path(scratch))
         if adapter.sidecar is not None:
-            (Path(scratch) / FILE_NAME).write_text(adapter.sidecar.to_json(), encoding="utf-8")
+            adapter.sidecar.write(Path(scratch), adapter.anchors)
         return load_adapter(model, scratch)
+
+
+def require_scalable(model: nn.Module, folder: Path) -> None:
+    """Raise UserError for an adapter whose update has no scale on this model.
+
+    On a residual base, the factors hold the start too: their scale is not the scale of the update.
+    """
+    source = find_source(folder)
+    if _is_residual_of(model, source):
+        raise UserError(
+            "the model is the residual base, so a scale would also change the components that it lacks",
+            code="adapter-not-scalable",
+            where="--scale",
+            hint="use the unchanged base model:  --model BASE",
+        )
+    require_linear(source.folder, "--scale")
 
 
 def _is_lora(folder: Path) -> bool:

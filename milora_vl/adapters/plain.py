@@ -19,7 +19,8 @@ from torch import Tensor
 
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import ADAPTER_FILES, CONFIG
-from milora_vl.lora.sidecar import Sidecar, read_sidecar
+from milora_vl.lora.layers import join, split_1
+from milora_vl.lora.sidecar import FORMAT_VERSION, Sidecar, read_sidecar
 
 PREFIX = "base_model.model."
 _FACTOR_A = re.compile(r"(?P<path>.+)\.(?P<name>lora_A\.weight|lora_embedding_A)")
@@ -72,7 +73,8 @@ class LowRank:
 class PlainAdapter:
     """The content of a LoRA folder. `whole` holds weights of modules trained in full, by their name in the base.
 
-    `copies`: base weights by module that PEFT also saves for embeddings with an adapter.
+    `copies`: base weights by module that PEFT also saves for embeddings with an adapter. `anchors`: the exact B0 by
+    module, where [B0 + E, E] does not give it. Factors of format version 1 are converted when they are read.
     """
 
     base: str
@@ -82,14 +84,15 @@ class PlainAdapter:
     task_type: str | None = None
     sidecar: Sidecar | None = None
     copies: Mapping[str, Tensor] = field(default_factory=dict)
+    anchors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def cast(self, dtype: torch.dtype | None) -> PlainAdapter:
-        """Return the adapter in `dtype`; None changes nothing."""
+        """Return the adapter in `dtype`, without exact anchors, which its factors are not; None changes nothing."""
         if dtype is None:
             return self
         factors = {path: low.cast(dtype) for path, low in self.factors.items()}
         whole = {name: t.to(dtype) for name, t in self.whole.items()}
-        return replace(self, factors=factors, whole=whole)
+        return replace(self, factors=factors, whole=whole, anchors={})
 
 
 def read_plain(folder: Path) -> PlainAdapter:
@@ -152,7 +155,22 @@ def from_state(
             hint="use --to merged",
         )
     base = str(config.base_model_name_or_path or "")
-    return PlainAdapter(base, factors, whole, config.lora_dropout, config.task_type, sidecar, copies)
+    anchors = {} if sidecar is None else sidecar.read_anchors(folder)
+    adapter = PlainAdapter(base, factors, whole, config.lora_dropout, config.task_type, sidecar, copies, anchors)
+    return _from_version_1(adapter) if sidecar is not None and sidecar.version == 1 else adapter
+
+
+def _from_version_1(adapter: PlainAdapter) -> PlainAdapter:
+    """Return the adapter with [D; A0] and [B0 + E, E] in place of [A; A0] and [B, -B0]."""
+    assert adapter.sidecar is not None
+    factors, anchors = dict(adapter.factors), {}
+    for path in adapter.sidecar.ranks:
+        low = factors[path]
+        (D, A0), (E, B0) = (split_1(half, axis, half.dtype) for axis, half in enumerate((low.A, low.B)))
+        factors[path] = replace(low, A=join(D, A0, 0), B=join(E, B0, 1))
+        anchors[path] = B0
+    sidecar = replace(adapter.sidecar, version=FORMAT_VERSION)
+    return replace(adapter, factors=factors, anchors=anchors, sidecar=sidecar)
 
 
 def _scaling(config: LoraConfig, path: str, rank: int) -> float:

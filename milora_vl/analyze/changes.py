@@ -64,10 +64,10 @@ class Change:
         if self.low is None or self.rank is None:
             return {}
         A, B = self.low.matrices()
-        if self.low.rank == 2 * self.rank:  # [A; A0], [B, -B0]
-            A, A0 = A.chunk(2, dim=0)
-            B, B0 = B.chunk(2, dim=1)
-            return {"moved_A": moved(A, A0), "moved_B": moved(B, -B0)}
+        if self.low.rank == 2 * self.rank:  # [D; A0], [B0 + E, E]
+            D, A0 = A.chunk(2, dim=0)
+            B, E = B.chunk(2, dim=1)
+            return {"moved_A": moved(D, A0), "moved_B": moved(E, B - E)}
         norms = (float(torch.linalg.matrix_norm(t.double())) for t in (A, B))
         return dict(zip(("norm_A", "norm_B"), norms, strict=True))
 

@@ -164,7 +164,7 @@ def intruders(base: Factors, tuned_U: Tensor, epsilon: float = INTRUDER_EPSILON)
     return int((cosines < epsilon).sum())
 
 
-def moved(now: Tensor, start: Tensor) -> float | None:
-    """Return ||now - start||_F / ||start||_F; None if `start` is zero."""
+def moved(change: Tensor, start: Tensor) -> float | None:
+    """Return ||change||_F / ||start||_F; None if `start` is zero."""
     length = float(torch.linalg.vector_norm(start.double()))
-    return float(torch.linalg.vector_norm(now.double() - start.double())) / length if length else None
+    return float(torch.linalg.vector_norm(change.double())) / length if length else None

@@ -34,6 +34,7 @@ examples:
         option("--image", type=Path, help="picture that the question is about"),
     ),
     settings=(
+        shared("scale"),
         flag("--compare", "show the base model's answer too"),
         option(
             "--max_new_tokens",

@@ -76,7 +76,7 @@ class Chat:
         Raises UserError if `--compare` is set and the adapter cannot be switched off.
         """
         template, image_aspect_ratio = trained_prompts(Path(options.adapter or options.model))
-        model, processor = load_by_flags(options.model, options.adapter, options.dtype, options.device)
+        model, processor = load_by_flags(options.model, options.adapter, options.dtype, options.device, options.scale)
         if options.compare and not can_recover_base(model):
             raise UserError(
                 f"{options.adapter} cannot be switched off: it trained biases, or only a projector",

@@ -6,9 +6,11 @@ residual base; its files show which. An export overwrites nothing, and an interr
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,17 @@ from milora_vl.recipe.yaml_file import trained_prompts
 if TYPE_CHECKING:
     from milora_vl.export.job import Exported
 
+
+def _weights(text: str) -> tuple[float, ...]:
+    try:
+        weights = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        weights = ()
+    if not weights or not all(map(isfinite, weights)) or not any(weights):
+        raise argparse.ArgumentTypeError(f"expected a number for each adapter, such as 0.7,0.3, got {text!r}")
+    return weights
+
+
 forms = "\n".join(f"  {name:<10} {meaning}" for name, meaning in FORMS.items())
 COMMAND = Command(
     "milora_vl.export",
@@ -32,20 +45,27 @@ COMMAND = Command(
 examples:
   python -m milora_vl.export runs/a --to merged --output_dir merged
   python -m milora_vl.export runs/a --to rank-64 --dtype bfloat16 --with_base      # for servers that limit the rank
+  python -m milora_vl.export runs/a runs/b --weights 0.7,0.3 --to adapter --output_dir both
+  python -m milora_vl.export runs/a --scale 0.7 --to adapter --output_dir weaker  # 0.7 of the update
   python -m milora_vl.export llava-v1.5-7b-lora --to adapter --base vicuna-clip   # from a run of LLaVA
 """,
     inputs=(
         option(
             "folder",
             type=Path,
+            nargs="+",
             metavar="FOLDER",
-            help="adapter of this package, PEFT or LLaVA, or of a residual base",
+            help="adapter of this package, PEFT or LLaVA, or of a residual base; several with --weights",
         ),
         shared("base", about="unchanged base model (default: the model that the adapter names)"),
         option("--residual", type=Path, help="residual base of a PiSSA/MiLoRA checkpoint"),
         option("--initial", type=Path, help="initial factors of a PiSSA/MiLoRA checkpoint (pissa_init)"),
     ),
     settings=(
+        shared("scale"),
+        option(
+            "--weights", type=_weights, metavar="X,Y", help="add the updates of several adapters, with these weights"
+        ),
         flag("--with_base", "write fully trained modules into a copy of the base"),
         flag("--remote_code", "add the code of a timm tower, for trust_remote_code=True"),
         option("--vision_tower", metavar="NAME", help="CLIP model for LLaVA's config.json"),
@@ -70,11 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from milora_vl.export import job
 
-    target = options.output_dir or _beside(options.folder, options.to)
+    first = options.folder[0]
+    target = options.output_dir or _beside(first, options.to, options.scale)
+    if options.output_dir is None and len(options.folder) > 1:
+        raise UserError("needed for several adapters", code="flag-required", where="--output_dir")
     done = job.export(
         options.folder,
         options.to,
         target,
+        scale=options.scale,
+        weights=options.weights,
         base=options.base,
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
         with_base=options.with_base,
@@ -85,16 +110,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         remote_code=options.remote_code,
     )
     _show(done, options.format)
-    _print_next(done, trained_prompts(options.folder)[0])
+    _print_next(done, trained_prompts(first)[0])
     return 0
 
 
-def _beside(folder: Path, to: str) -> Path:
-    """Return FOLDER-FORM; `.` and `..` are resolved first, because they have no name.
+def _beside(folder: Path, to: str, scale: float) -> Path:
+    """Return FOLDER-FORM, with a scale FOLDER-FORM-scale-0.5. `.` and `..` are resolved first: they have no name.
 
     For a checkpoint it is RUN-checkpoint-N-FORM next to the run: inside the run, the Trainer would delete the result
     like an old checkpoint.
     """
+    to = to if scale == 1 else f"{to}-scale-{scale:g}"
     named = folder.resolve() if folder.name in ("", "..") else folder
     if step_of(folder.resolve()) >= 0:
         run = named.parent if named.parent.name not in ("", "..") else named.resolve().parent
@@ -171,4 +197,5 @@ _ORIGINS = {
     "plain": "was: a plain PEFT adapter",
     "llava": "was: a LoRA run of LLaVA",
     "residual": "was: an adapter on a residual base",
+    "combined": "was: several adapters",
 }

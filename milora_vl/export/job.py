@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import nn
 from milora_data.errors import UserError
 from milora_vl.adapter import merge
 from milora_vl.adapter_io import load_adapter
+from milora_vl.adapters.arithmetic import combined, require_linear, same_base, scaled
 from milora_vl.adapters.imported import import_adapter, refuse_mutating, require_copies
 from milora_vl.adapters.llava import config_for_llava, read_llava, write_llava
 from milora_vl.adapters.plain import PlainAdapter, read_config, read_plain, write_plain
@@ -28,7 +29,7 @@ from milora_vl.export.recompress import loss_of, recompress, total_error
 from milora_vl.export.residual import write_residual
 from milora_vl.lora.atomic_write import open_to_others
 from milora_vl.lora.base_check import fitted
-from milora_vl.lora.sidecar import FILE_NAME, Sidecar
+from milora_vl.lora.sidecar import Sidecar
 from milora_vl.models.names import SAME_WEIGHTS
 from milora_vl.models.quiet import quiet_bars
 
@@ -54,10 +55,12 @@ class Exported:
 
 
 def export(
-    folder: str | Path,
+    folder: str | Path | Sequence[str | Path],
     to: str,
     output_dir: str | Path,
     *,
+    scale: float = 1.0,
+    weights: Sequence[float] | None = None,
     base: str | Path | nn.Module | None = None,
     dtype: torch.dtype | None = None,
     with_base: bool = False,
@@ -69,6 +72,8 @@ def export(
 ) -> Exported:
     """Write the adapter in `folder` to `output_dir` in the form `to`: adapter, merged, residual, llava or rank-N.
 
+    scale: size of the finished update; modules trained in full become W + scale (W' - W). weights: for several folders,
+    one number each; the result is the weighted sum of their updates, times `scale`.
     base: name, folder or HF id of the base model, or a loaded model, which is modified; by default the model that the
     adapter names. dtype: data type of all written tensors; by default as stored. with_base: write fully trained modules
     into a copy of the base model (base/), so that the adapter holds only LoRA factors. residual, initial: the residual
@@ -94,12 +99,18 @@ def export(
             hint="use:  --output_dir ANOTHER",
         )
     companions = [None if path is None else Path(path) for path in (residual, initial)]
-    source = find_source(Path(folder), *companions)
+    folders = [Path(folder)] if isinstance(folder, str | Path) else [Path(path) for path in folder]
+    sources = [find_source(path, *companions) for path in folders]
+    _require_weights(sources, weights)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    job = Job(source, base, dtype, partial, target, vision_tower, allow_base_mismatch, remote_code)
     try:
-        with nullcontext() if sys.stderr.isatty() else quiet_bars():
+        with nullcontext() if sys.stderr.isatty() else quiet_bars(), tempfile.TemporaryDirectory() as scratch:
+            source = sources[0]
+            if scale != 1 or weights is not None:
+                shares = [scale * weight for weight in weights or [1.0]]
+                source = _changed(sources, shares, base, Path(scratch), allow_base_mismatch=allow_base_mismatch)
+            job = Job(source, base, dtype, partial, target, vision_tower, allow_base_mismatch, remote_code)
             layers, total, loads_with = job.write(form, rank, with_base)
         if target.exists():
             target.rmdir()
@@ -108,7 +119,55 @@ def export(
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Exported(target, to, source.kind, layers, total, loads_with)
+    origin = sources[0].kind if len(sources) == 1 else "combined"
+    return Exported(target, to, origin, layers, total, loads_with)
+
+
+def _require_weights(sources: Sequence[Source], weights: Sequence[float] | None) -> None:
+    if weights is None and len(sources) > 1:
+        raise UserError(
+            f"{len(sources)} adapters need {len(sources)} weights",
+            code="flag-required",
+            where="--weights",
+            hint=f"add, for the sum of their updates:  --weights {','.join(['1'] * len(sources))}",
+        )
+    if weights is not None and len(sources) != len(weights):
+        found = f"{len(weights)} for {len(sources)} adapters"
+        raise UserError(f"expected one weight per adapter, found {found}", code="flag-value", where="--weights")
+    if weights is not None and len(sources) == 1:
+        raise UserError(
+            "adds the updates of several adapters, and there is one",
+            code="flag-no-effect",
+            where="--weights",
+            hint=f"to scale its update:  --scale {weights[0]:g}",
+        )
+
+
+def _changed(
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    given_base: str | Path | nn.Module | None,
+    folder: Path,
+    *,
+    allow_base_mismatch: bool,
+) -> Source:
+    """Write the weighted sum of the adapters' updates to `folder`, as an adapter with milora.json, and return it."""
+    for source in sources:
+        require_linear(source.folder, "--weights" if len(sources) > 1 else "--scale")
+    jobs = [Job(source, given_base, None, folder, folder, None, allow_base_mismatch) for source in sources]
+    names = {job.source.folder: str(job.base_for("adapter")) for job in jobs} if given_base is None else {}
+    base = Base(same_base(names) if given_base is None else given_base, None)
+    if len(jobs) == 1:
+        needs_base = sources[0].kind != "ours" or bool(read_plain(sources[0].folder).whole)
+        adapter, _ = jobs[0].read(base, needs_base)
+        adapter = scaled(adapter, weights[0], base.model if needs_base else None)
+    else:
+        adapter = combined([job.read(base, needs_base=True)[0] for job in jobs], weights, base.model)
+    write_plain(adapter, folder)
+    assert adapter.sidecar is not None
+    adapter.sidecar.write(folder, adapter.anchors)
+    copy_processor(sources[0].folder, folder, base)
+    return Source("ours", folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +189,7 @@ class Job:
         Return (rank, error) per layer, the total error, and what the full model in the folder needs to load (or None).
         """
         # A merged or residual model in half precision is rounded once, at the end.
-        base = Base(self._base_for(form), self.dtype, is_rounded_later=form in ("merged", "residual"))
+        base = Base(self.base_for(form), self.dtype, is_rounded_later=form in ("merged", "residual"))
         model_folder = self.out / "base" if with_base else self.out if form in ("merged", "residual") else None
         loads_with = None if model_folder is None else self._loads_with(base)
         layers: Layers = {}
@@ -140,7 +199,7 @@ class Job:
         elif form == "llava":
             self._write_llava(base)
         elif form == "residual":
-            adapter, _ = self._read(base, needs_base=True)
+            adapter, _ = self.read(base, needs_base=True)
             drift = write_residual(adapter, base.model, self.out, str(self.target), self.dtype)
             layers = {path: (adapter.factors[path].rank // 2, value) for path, value in drift.items()}
         else:
@@ -168,13 +227,13 @@ class Job:
             adapter = read_llava(self.source.folder)
             config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
         else:
-            adapter, _ = self._read(base, needs_base=False)
+            adapter, _ = self.read(base, needs_base=False)
             config = config_for_llava(base.config, self.vision_tower)
         write_llava(adapter, self.out, config, self.dtype)
 
     def _write_adapter(self, base: Base, form: str, rank: int | None, with_base: bool) -> tuple[Layers, float | None]:
         needs_base = with_base or (form == "adapter" and self.source.kind != "ours")
-        adapter, drift = self._read(base, needs_base)
+        adapter, drift = self.read(base, needs_base)
         layers = {path: (adapter.factors[path].rank // 2, value) for path, value in drift.items()}
         total = None
         if form == "rank":
@@ -187,10 +246,10 @@ class Job:
             adapter = self._into_base(adapter, base)
         write_plain(adapter.cast(self.dtype), self.out, uniform=form == "rank")
         if adapter.sidecar is not None:
-            (self.out / FILE_NAME).write_text(adapter.sidecar.to_json(), encoding="utf-8")
+            adapter.sidecar.write(self.out, {} if self.dtype is not None else adapter.anchors)
         return layers, total
 
-    def _base_for(self, form: str) -> str | Path | nn.Module | None:
+    def base_for(self, form: str) -> str | Path | nn.Module | None:
         """Return the base model of the arguments, or the model that the adapter names.
 
         An adapter on a residual base names only that; it is enough to merge. Raises UserError for other forms.
@@ -209,7 +268,7 @@ class Job:
         named = read_config(self.source.folder, any_lora=True).base_model_name_or_path
         return SAME_WEIGHTS.get(str(named), named)
 
-    def _read(self, base: Base, needs_base: bool) -> tuple[PlainAdapter, Mapping[str, float]]:
+    def read(self, base: Base, needs_base: bool) -> tuple[PlainAdapter, Mapping[str, float]]:
         """Return the adapter for the unchanged base model and the drift per layer.
 
         Module paths are those in `base` if it is an argument or its weights load.
@@ -239,7 +298,7 @@ class Job:
                 adapter = import_adapter(self.source, base.model, base.name).adapter
                 write_plain(adapter, folder)
                 assert adapter.sidecar is not None
-                (folder / FILE_NAME).write_text(adapter.sidecar.to_json(), encoding="utf-8")
+                adapter.sidecar.write(folder, adapter.anchors)
             dtypes = {name: p.dtype for name, p in base.model.named_parameters()}
             tuned = load_adapter(base.model, folder, allow_base_mismatch=self.allow_base_mismatch)
             try:
@@ -285,7 +344,8 @@ def _moved(adapter: PlainAdapter, before: Sidecar, after: Sidecar) -> PlainAdapt
     for name, tensor in adapter.whole.items():
         module, _, leaf = name.rpartition(".")
         whole[f"{_renamed(module, path_of)}.{leaf}"] = tensor
-    return replace(adapter, factors=factors, whole=whole, sidecar=after)
+    anchors = {path_of.get(path, path): B0 for path, B0 in adapter.anchors.items()}
+    return replace(adapter, factors=factors, whole=whole, sidecar=after, anchors=anchors)
 
 
 def _renamed(module: str, path_of: Mapping[str, str]) -> str:

@@ -18,7 +18,8 @@ from milora_data.errors import UserError
 from milora_vl.adapters.plain import LowRank, PlainAdapter, write_plain
 from milora_vl.adapters.source import OFFICIAL_NAME
 from milora_vl.export.base import save_model
-from milora_vl.weights.matrices import as_matrix
+from milora_vl.lora.layers import recover
+from milora_vl.weights.matrices import as_matrix, factor_dtype
 
 INITIAL = "lora_init"
 
@@ -42,7 +43,8 @@ def write_residual(
         )
     trained, initial = dict(adapter.factors), {}
     for path in parts:
-        trained[path], initial[path] = _halves(adapter.factors[path])
+        dtype_of_anchor = factor_dtype(base.get_submodule(path))
+        trained[path], initial[path] = _halves(adapter.factors[path], adapter.anchors.get(path), dtype_of_anchor)
     if dtype is not None:  # subtract the same rounded factors that are written
         initial = {path: low.cast(dtype) for path, low in initial.items()}
     drift = {path: _subtract(base.get_submodule(path), low, dtype) for path, low in initial.items()}
@@ -53,10 +55,11 @@ def write_residual(
     return drift
 
 
-def _halves(low: LowRank) -> tuple[LowRank, LowRank]:
-    """Return (A, B) and (A0, B0) from the joined factors [A; A0], [B, -B0]."""
-    (A, A0), (B, B0) = low.A.chunk(2, dim=0), low.B.chunk(2, dim=1)
-    return replace(low, A=A.clone(), B=B.clone()), replace(low, A=A0.clone(), B=-B0)
+def _halves(low: LowRank, B0: Tensor | None, dtype: torch.dtype) -> tuple[LowRank, LowRank]:
+    """Return (A, B) and (A0, B0) from the joined factors [D; A0], [B0 + E, E] and the exact B0, if it is stored."""
+    (D, A0), (B, E) = low.A.chunk(2, dim=0), low.B.chunk(2, dim=1)
+    B0 = recover(B, E, dtype) if B0 is None else B0.reshape(B.shape)
+    return replace(low, A=A0 + D, B=B.clone()), replace(low, A=A0.clone(), B=B0.to(B.dtype))
 
 
 @torch.no_grad()

@@ -43,12 +43,12 @@ def replacement(stock: Callable[..., Any], part: Part, form: Form) -> Callable[.
 
 
 def restoring_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `PeftModel.from_pretrained` for MiLoRA: it calls PEFT's method `stock`, then restores the two halves."""
+    """Return `PeftModel.from_pretrained` for MiLoRA: it calls PEFT's `stock`, then restores difference and anchor."""
 
     def from_pretrained(
         model: Any, model_id: Any, adapter_name: str = "default", is_trainable: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """Call PEFT's method, and restore the trained half and the anchor of a MiLoRA adapter that is trainable."""
+        """Call PEFT's method, and restore difference and anchor of a MiLoRA adapter that is trainable."""
         loaded = stock(model, model_id, adapter_name, is_trainable, *args, **kwargs)
         if is_trainable and (Path(model_id) / FILE_NAME).is_file():
             loaded = restore_split(loaded, model_id)

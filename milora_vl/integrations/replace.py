@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -33,7 +32,7 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", form: Form = "a
 
     The function is replaced in `peft`, for every later `from peft import get_peft_model`, and in `modules`, which have
     imported it already. Modules, rank, alpha and dropout come from the LoraConfig of the calling code.
-    `PeftModel.from_pretrained(..., is_trainable=True)` restores the trained half and the anchor of a MiLoRA adapter.
+    `PeftModel.from_pretrained(..., is_trainable=True)` restores the difference and the anchor of a MiLoRA adapter.
 
     >>> import peft, torch
     >>> with get_peft_model_replaced():
@@ -66,25 +65,9 @@ def launch(script: Path, arguments: Sequence[str]) -> None:
     """Run a script in this process as `python script arguments` does. Raises UserError if the script is missing."""
     if not script.is_file():
         raise UserError("no such script", code="script-missing", where=str(script))
-    _warn_of_decay(arguments)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
-
-
-def _warn_of_decay(arguments: Sequence[str]) -> None:
-    """Warn on stderr if Hugging Face's flag --weight_decay is above 0."""
-    tokens = [part for argument in arguments for part in argument.split("=", 1)]
-    value = dict(pairwise(tokens)).get("--weight_decay", "0")
-    try:
-        is_set = float(value) > 0
-    except ValueError:
-        return  # the script's own parser reports it
-    if is_set:
-        sys.stderr.write(
-            f"milora: warning: --weight_decay {value} removes the components that the adapter starts from. It pulls "
-            "towards W - s B0 A0, not towards W.\n        Set --weight_decay 0\n"
-        )
 
 
 def launcher(name: str, about: str, example: str) -> Command:

@@ -36,7 +36,7 @@ def _require_other_caller(module: nn.Module, prefix: str, keep_vars: bool) -> No
         frame = frame.f_back
     if frame.f_code.co_name == "hotswap_adapter_from_state_dict":
         raise AdapterError(
-            "hotswap_adapter would change a copy and nothing else: this model keeps its factors in halves",
+            "hotswap_adapter would change a copy and nothing else: this model computes its factors when it uses them",
             code="adapter-hotswap",
             hint=f"use  model.load_adapter(FOLDER, NAME)\n{_TO_SERVE}",
         )

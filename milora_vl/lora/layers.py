@@ -1,4 +1,4 @@
-"""LoRA factors of rank 2r that hold a trained half and a frozen half, the anchor (arXiv:2406.09044).
+"""LoRA factors of rank 2r that hold a trained difference and a frozen start, the anchor (arXiv:2406.09044).
 
 A layer with weight W computes
 
@@ -8,19 +8,21 @@ A0 and B0 hold the initial factors: s B0 A0 is the part of W that trains, its r 
 starts at A0 and B at B0, so the layer starts at y = W x. W, A0 and B0 never change. The paper writes W_p + s B A with
 W_p = W - s B0 A0, which is the same function; here the base weight stays as the user loaded it.
 
-Stock PEFT sees one LoRA of rank 2r:
+The layer holds neither A nor B, but the differences D = A - A0 and E = B - B0, which train from zero. With them
 
-    B A - B0 A0 = B' A'                  A' = [A; A0],  B' = [B, -B0]
+    B A - B0 A0 = (B0 + E) D + E A0 = B' A'          A' = [D; A0],  B' = [B0 + E, E]
 
-| name      | tensor  | shape               | held as                            |
-| --------- | ------- | ------------------- | ---------------------------------- |
-| W         | weight  | (out, in)           | frozen parameter of the base layer |
-| A, B      | trained | (r, in), (out, r)   | parameters, trained                |
-| A0, B0    | anchor  | (r, in), (out, r)   | buffers, never changed             |
-| A', B'    | weight  | (2r, in), (out, 2r) | not held: joined at each read      |
-| x         | input   | (..., in)           |                                    |
-| A' x      | hidden  | (..., 2r)           | [A x, A0 x]                        |
-| s B' A' x | output  | (..., out)          | s (B A x - B0 A0 x)                |
+is one LoRA of rank 2r, and this is what stock PEFT sees.
+
+| name      | tensor | shape               | held as                            |
+| --------- | ------ | ------------------- | ---------------------------------- |
+| W         | weight | (out, in)           | frozen parameter of the base layer |
+| D, E      | delta  | (r, in), (out, r)   | parameters, trained                |
+| A0, B0    | anchor | (r, in), (out, r)   | buffers, never changed             |
+| A', B'    | weight | (2r, in), (out, 2r) | not held: joined at each use       |
+| x         | input  | (..., in)           |                                    |
+| A' x      | hidden | (..., 2r)           | [D x, A0 x]                        |
+| s B' A' x | output | (..., out)          | s ((B0 + E) D x + E A0 x)          |
 
 A convolution with kernel (kh, kw) has A' of shape (2r, in, kh, kw) and B' of shape (out, 2r, 1, 1). An embedding has
 A' of shape (2r, tokens) and B' of shape (dim, 2r); PEFT keeps both in ParameterDicts, see `EmbeddingHalves`.
@@ -28,20 +30,23 @@ A' of shape (2r, tokens) and B' of shape (dim, 2r); PEFT keeps both in Parameter
 PEFT creates the factor layers; `Halves.take_over` then changes the class of each one. Names, hooks and the PeftModel
 stay PEFT's. State dicts hold the joined factor under its stock name, so that PEFT loads the file without this package.
 
-Three choices need a reason:
+Four choices need a reason:
 
+- The differences train, not A and B. The difference of two products B A x - B0 A0 x would cancel almost all digits
+  that half precision has, and so would A - A0 where DeepSpeed keeps A in bfloat16. D and E keep their own digits, at
+  any size. They start at zero, so the output at step 0 is zero in any order of summation, and weight decay pulls
+  towards no update.
 - The anchor is a buffer, not a parameter, because PEFT sets `requires_grad` on every parameter of an adapter.
-- The trained half is not called `weight`: `weight` must be the joined factor, which PEFT merges and saves.
-- The halves are multiplied separately. A single product B' A' x would sum 2r terms in an order that the library
-  chooses, and the step-0 output would differ from W x by rounding. Two equal products cancel to the last bit.
+- The difference is not called `weight`: `weight` must be the joined factor, which PEFT merges and saves.
+- B' holds B0 + E, not B0, because a LoRA is one product. `recover` gets B0 back.
 
 >>> layer = nn.Linear(3, 4, bias=False)  # PEFT's lora_A, in -> 2r with r = 2
 >>> A0 = torch.arange(6.0).reshape(2, 3)
->>> half = LinearA.take_over(layer, A0.clone(), A0)
+>>> half = LinearA.take_over(layer, torch.zeros(2, 3), A0)
 >>> half.weight.shape, half(torch.ones(5, 3)).shape
 (torch.Size([4, 3]), torch.Size([5, 4]))
 >>> sorted(half.state_dict()), [name for name, _ in half.named_parameters()]
-(['weight'], ['trained'])
+(['weight'], ['delta'])
 """
 
 from __future__ import annotations
@@ -56,31 +61,59 @@ from torch.autograd.function import once_differentiable
 
 from milora_vl.lora.errors import AdapterError
 
-TRAINED, ANCHOR = "trained", "anchor"
+DELTA, ANCHOR = "delta", "anchor"
+TRAINED_1 = "trained"  # the parameter A or B of format version 1
 
 
-def join(trained: Tensor, anchor: Tensor, axis: int) -> Tensor:
-    """Return [A; A0] for axis 0, [B, -B0] for axis 1, in the dtype of the trained half."""
-    return torch.cat([trained, anchor.to(trained.dtype) if axis == 0 else -anchor.to(trained.dtype)], dim=axis)
+def join(delta: Tensor, anchor: Tensor, axis: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return [D; A0] for axis 0, [B0 + E, E] for axis 1, in `dtype` or the dtype of the difference."""
+    dtype = dtype or delta.dtype
+    if axis == 0:
+        return torch.cat([delta.to(dtype), anchor.to(dtype)])
+    return torch.cat([(anchor + delta).to(dtype), delta.to(dtype)], dim=1)  # the sum is rounded once
 
 
-def split(joined: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Undo `join`: return the trained half and the anchor as contiguous copies.
+def split(joined: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Undo `join`: return the difference and the anchor as contiguous copies. The anchor gets `dtype` if that is exact.
 
-    >>> A, A0 = torch.ones(2, 3), torch.zeros(2, 3)
-    >>> [torch.equal(*pair) for pair in zip(split(join(A, A0, axis=0), axis=0), (A, A0))]
+    >>> D, A0 = torch.ones(2, 3), torch.zeros(2, 3)
+    >>> [torch.equal(*pair) for pair in zip(split(join(D, A0, axis=0), 0, torch.float32), (D, A0))]
     [True, True]
     """
-    trained, anchor = joined.detach().chunk(2, dim=axis)
-    return trained.clone(memory_format=torch.contiguous_format), (anchor if axis == 0 else -anchor).clone(
-        memory_format=torch.contiguous_format
-    )
+    first, second = joined.detach().chunk(2, dim=axis)
+    delta = first if axis == 0 else second
+    anchor = lossless(second, dtype) if axis == 0 else recover(first, second, dtype)
+    return delta.clone(memory_format=torch.contiguous_format), anchor.clone(memory_format=torch.contiguous_format)
+
+
+def split_1(joined: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return what `split` returns from a factor of format version 1, which is [A; A0] or [B, -B0].
+
+    >>> A, A0 = torch.ones(2, 3), torch.full((2, 3), 0.5)
+    >>> [half.unique().item() for half in split_1(torch.cat([A, A0]), 0, torch.float32)]
+    [0.5, 0.5]
+    """
+    trained, second = joined.detach().chunk(2, dim=axis)
+    anchor = (second if axis == 0 else -second).clone(memory_format=torch.contiguous_format)
+    return (trained - anchor).contiguous(), lossless(anchor, dtype)
 
 
 def lossless(anchor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the anchor in `dtype` if that changes no value, else in float32."""
     narrow = anchor.to(dtype)
     return narrow if torch.equal(narrow.to(anchor.dtype), anchor) else anchor.float()
+
+
+def recover(B: Tensor, E: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return B0 from B = B0 + E and E, in `dtype` if B0 + E then gives B again, else in float32.
+
+    The sum was rounded. For a B0 in half precision and E in float32 that is undone by rounding, except where an entry
+    of E is thousands of times larger than that of B0. `install.unrecoverable` finds the anchors that are not undone.
+    """
+    wide = torch.promote_types(B.dtype, torch.float32)
+    difference = B.to(wide) - E.to(wide)
+    narrow = difference.to(dtype)
+    return narrow if torch.equal((narrow + E).to(B.dtype), B) else difference
 
 
 def rank_message(path: str, got: torch.Size, expected: torch.Size, axis: int) -> str:
@@ -116,9 +149,9 @@ class Joined(Tensor):
 
 def _write_error() -> AdapterError:
     return AdapterError(
-        "writing into the joined factor [A; A0] or [B, -B0] would change a copy and nothing else",
+        "writing into the joined factor [D; A0] or [B0 + E, E] would change a copy and nothing else",
         code="adapter-read-only-factor",
-        hint="to load another adapter:  model.load_adapter(folder, name); to change A or B, write into their `trained`",
+        hint="to load another adapter:  model.load_adapter(folder, name); to change D or E, write into their `delta`",
     )
 
 
@@ -128,36 +161,36 @@ def _is_in_place(name: str) -> bool:
 
 
 class Halves(nn.Module):
-    """Base class of the factors below: a trained half, an anchor, and the joined factor that PEFT sees.
+    """Base class of the factors below: a trained difference, an anchor, and the joined factor that PEFT sees.
 
-    `axis` is the dimension that the rank runs along: 0 for A' = [A; A0], 1 for B' = [B, -B0].
+    `axis` is the dimension that the rank runs along: 0 for A' = [D; A0], 1 for B' = [B0 + E, E].
     """
 
     axis: ClassVar[int]
-    trained: nn.Parameter
+    delta: nn.Parameter
     anchor: Tensor
 
     @classmethod
-    def take_over(cls, layer: nn.Module, trained: Tensor, anchor: Tensor) -> Halves:
-        """Change the class of PEFT's factor layer and give it the two halves. Hooks, name and bias stay.
+    def take_over(cls, layer: nn.Module, delta: Tensor, anchor: Tensor) -> Halves:
+        """Change the class of PEFT's factor layer and give it a difference and an anchor. Hooks, name and bias stay.
 
-        Both halves have rank r: (r, in) for A, (out, r) for B. `layer.weight` of rank 2r is removed.
+        Both have rank r: (r, in) for A, (out, r) for B. `layer.weight` of rank 2r is removed.
         """
         # The module object stays the same one, so that every reference and forward hook to it stays valid.
         requires_grad = layer.get_parameter("weight").requires_grad
         del layer.weight
         layer.__class__ = cls
         assert isinstance(layer, cls)
-        layer.register_parameter(TRAINED, nn.Parameter(trained, requires_grad=requires_grad))
+        layer.register_parameter(DELTA, nn.Parameter(delta, requires_grad=requires_grad))
         layer.register_buffer(ANCHOR, anchor)
         return layer
 
     @property
     def joined(self) -> Tensor:
         """Return the factor of rank 2r, (2r, in) or (out, 2r), as a new tensor."""
-        if self.trained.numel() == 0:  # under ZeRO-3 parameters are empty outside forward; PEFT reads the dtype alone
-            return self.trained
-        return join(self.trained, self.anchor, self.axis)
+        if self.delta.numel() == 0:  # under ZeRO-3 parameters are empty outside forward; PEFT reads the dtype alone
+            return self.delta
+        return join(self.delta, self.anchor, self.axis)
 
     @property
     def weight(self) -> Tensor:
@@ -166,20 +199,12 @@ class Halves(nn.Module):
         is_plain = type(joined) in (Tensor, nn.Parameter)  # torch's fake tensors keep their class
         return joined.as_subclass(Joined) if is_plain and not torch.compiler.is_compiling() else joined
 
-    def anchor_for(self, x: Tensor) -> Tensor:
-        """Return the anchor in the dtype of the trained half, so that equal halves round equally.
-
-        Autocast casts both halves to its own dtype, so nothing is cast here while it is on.
-        """
-        autocast = torch.is_autocast_enabled(x.device.type)
-        return self.anchor if autocast else self.anchor.to(self.trained.dtype)
-
     def _save_to_state_dict(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Write `weight`, the joined factor, instead of `trained` and `anchor`: the name and shape of stock PEFT."""
+        """Write `weight`, the joined factor, instead of `delta` and `anchor`: the name and shape of stock PEFT."""
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
-        if self.trained.numel() == 0:  # ZeRO-3: the raw names are gathered later and joined by `install.joined_state`
+        if self.delta.numel() == 0:  # ZeRO-3: the raw names are gathered later and joined by `install.joined_state`
             return
-        del destination[prefix + TRAINED], destination[prefix + ANCHOR]
+        del destination[prefix + DELTA], destination[prefix + ANCHOR]
         destination[f"{prefix}weight"] = self.joined if keep_vars else self.joined.detach()
 
     def _load_from_state_dict(
@@ -192,102 +217,113 @@ class Halves(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Read `weight`, the joined factor, or the raw names `trained` and `anchor`."""
+        """Read `weight`, the joined factor, or the raw names `delta` and `anchor`. Both together set B0 exactly."""
+        delta_key, anchor_key = prefix + DELTA, prefix + ANCHOR
         joined = state_dict.pop(f"{prefix}weight", None)
         if joined is not None:
             if joined.shape != self.joined.shape:
                 path = prefix.removeprefix("base_model.model.").split(".lora_")[0]
                 error_msgs.append(rank_message(path, joined.shape, self.joined.shape, self.axis))
                 return
-            trained, anchor = split(joined, self.axis)
-            state_dict[prefix + TRAINED], state_dict[prefix + ANCHOR] = trained, lossless(anchor, self.anchor.dtype)
-            self.anchor = self.anchor.to(state_dict[prefix + ANCHOR].dtype)
+            state_dict[delta_key], anchor = _read(joined, self.anchor, self.axis)
+            state_dict.setdefault(anchor_key, anchor)
+        if anchor_key in state_dict:
+            self.anchor = self.anchor.to(state_dict[anchor_key].dtype)
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        raw = {prefix + TRAINED, prefix + ANCHOR}
+        raw = {delta_key, anchor_key}
         if raw & set(missing):
             missing_keys.append(f"{prefix}weight")
         missing_keys.extend(key for key in missing if key not in raw)
 
 
+def _read(joined: Tensor, anchor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return the difference and the anchor of a saved factor. The present anchor stays if it gives the same factor."""
+    delta = joined.detach().chunk(2, dim=axis)[axis].clone(memory_format=torch.contiguous_format)
+    here = anchor.to(joined.device)
+    if torch.equal(join(delta, here, axis), joined):
+        return delta, lossless(here, anchor.dtype)
+    return split(joined, axis, anchor.dtype)
+
+
 class LinearA(Halves, nn.Linear):  # type: ignore[misc,override]
-    """A' = [A; A0] of a linear layer: `trained` is A (r, in), `anchor` is A0 (r, in)."""
+    """A' = [D; A0] of a linear layer: `delta` is D (r, in), `anchor` is A0 (r, in)."""
 
     axis = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [A x, A0 x]: (..., in) -> (..., 2r)."""
-        return multiply_down(x, self.trained, self.anchor)
+        """Return [D x, A0 x]: (..., in) -> (..., 2r)."""
+        return multiply_down(x, self.delta, self.anchor)
 
 
 class LinearB(Halves, nn.Linear):  # type: ignore[misc,override]
-    """B' = [B, -B0] of a linear layer: `trained` is B (out, r), `anchor` is B0 (out, r)."""
+    """B' = [B0 + E, E] of a linear layer: `delta` is E (out, r), `anchor` is B0 (out, r)."""
 
     axis = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return B h - B0 h0 for the hidden vector [h, h0]: (..., 2r) -> (..., out)."""
-        out = multiply_up(x, self.trained, self.anchor)
+        """Return (B0 + E) h + E h0 for the hidden vector [h, h0]: (..., 2r) -> (..., out)."""
+        out = multiply_up(x, self.delta, self.anchor)
         return out if self.bias is None else out + self.bias
 
 
 class Conv2dA(Halves, nn.Conv2d):  # type: ignore[misc,override]
-    """A' = [A; A0] of a convolution: `trained` and `anchor` are (r, in, kh, kw)."""
+    """A' = [D; A0] of a convolution: `delta` and `anchor` are (r, in, kh, kw)."""
 
     axis = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the convolutions with A and A0, along the channels: (n, in, h, w) -> (n, 2r, h', w')."""
-        hidden = self._conv_forward(x, self.trained, None)
-        return torch.cat([hidden, self._conv_forward(x, self.anchor_for(x), None)], dim=1)
+        """Return the convolutions with D and A0, along the channels: (n, in, h, w) -> (n, 2r, h', w')."""
+        return self._conv_forward(x, self.joined, None)
 
 
 class Conv2dB(Halves, nn.Conv2d):  # type: ignore[misc,override]
-    """B' = [B, -B0] of a convolution: `trained` and `anchor` are (out, r, 1, 1)."""
+    """B' = [B0 + E, E] of a convolution: `delta` and `anchor` are (out, r, 1, 1)."""
 
     axis = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution with B minus the one with B0: (n, 2r, h, w) -> (n, out, h, w)."""
-        hidden, anchored = x.chunk(2, dim=1)
-        out = self._conv_forward(hidden, self.trained, self.bias)
-        return out - self._conv_forward(anchored, self.anchor_for(x), None)
+        """Return the convolution with [B0 + E, E]: (n, 2r, h, w) -> (n, out, h, w)."""
+        return self._conv_forward(x, self.joined, self.bias)
 
 
 class _Residual(Halves):
     """Factors of the residual form, y = W_p x + s B A x, where the base weight holds W_p = W - s B0 A0.
 
-    Forward and merge use the trained half alone. The anchor stays for saving: a state dict holds the joined factor, so
-    the saved adapter is again one of rank 2r for the unchanged base model.
+    Forward and merge use A = A0 + D and B = B0 + E, of rank r. A state dict holds the joined factor, so the saved
+    adapter is again one of rank 2r for the unchanged base model.
     """
 
     @property
     def weight(self) -> Tensor:
-        """Return the trained half, which is all that PEFT merges here. It is read-only, see `Joined`."""
-        return self.trained if torch.compiler.is_compiling() else self.trained.as_subclass(Joined)
+        """Return A or B, which is all that PEFT merges here. It is read-only, see `Joined`."""
+        if self.delta.numel() == 0:
+            return self.delta
+        factor = self.anchor.to(self.delta.dtype) + self.delta
+        return factor if torch.compiler.is_compiling() else factor.as_subclass(Joined)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return A x or B h: (..., in) -> (..., r), (..., r) -> (..., out)."""
-        return F.linear(x, self.trained)
+        return F.linear(x, self.anchor.to(self.delta.dtype) + self.delta)
 
 
 class ResidualA(_Residual, LinearA):  # type: ignore[misc,override]
-    """A (r, in) of the residual form; A0 (r, in) is kept for saving."""
+    """A (r, in) of the residual form, held as A0 and D."""
 
 
 class ResidualB(_Residual, LinearB):  # type: ignore[misc,override]
-    """B (out, r) of the residual form; B0 (out, r) is kept for saving."""
+    """B (out, r) of the residual form, held as B0 and E."""
 
 
 ANCHOR_SUFFIX = "_anchor"
 
 
 class EmbeddingHalves(nn.ParameterDict):
-    """PEFT's `lora_embedding_A` or `lora_embedding_B`, where some adapters have a trained half and an anchor.
+    """PEFT's `lora_embedding_A` or `lora_embedding_B`, where some adapters have a difference and an anchor.
 
-    `axis` 0 is A' = [A; A0] (2r, tokens), `axis` 1 is B' = [B, -B0] (dim, 2r). PEFT multiplies `factors[adapter]`, so
-    indexing returns the joined factor. It sets `requires_grad` through `values()`, so iteration returns the trained
-    halves. An anchor is a buffer named `<adapter>_anchor`.
+    `axis` 0 is A' = [D; A0] (2r, tokens), `axis` 1 is B' = [B0 + E, E] (dim, 2r). PEFT multiplies `factors[adapter]`,
+    so indexing returns the joined factor. It sets `requires_grad` through `values()`, so iteration returns the trained
+    differences. An anchor is a buffer named `<adapter>_anchor`.
     """
 
     axis: int
@@ -300,11 +336,11 @@ class EmbeddingHalves(nn.ParameterDict):
         factors.axis = axis
         return factors
 
-    def set_halves(self, adapter: str, trained: Tensor, anchor: Tensor) -> None:
-        """Replace the stock factor of an adapter by its two halves, each of rank r."""
+    def set_halves(self, adapter: str, delta: Tensor, anchor: Tensor) -> None:
+        """Replace the stock factor of an adapter by a difference and an anchor, each of rank r."""
         requires_grad = self.get_parameter(adapter).requires_grad
         self.register_buffer(adapter + ANCHOR_SUFFIX, anchor)
-        super().__setitem__(adapter, nn.Parameter(trained, requires_grad=requires_grad))
+        super().__setitem__(adapter, nn.Parameter(delta, requires_grad=requires_grad))
 
     def anchor_of(self, adapter: str) -> Tensor | None:
         """Return the anchor of an adapter, or None if the adapter has a stock factor."""
@@ -319,21 +355,18 @@ class EmbeddingHalves(nn.ParameterDict):
         if anchor is None:
             super().__setitem__(key, value)
             return
-        trained, new_anchor = split(value, self.axis)
-        requires_grad = self.get_parameter(key).requires_grad
-        self.register_buffer(key + ANCHOR_SUFFIX, lossless(new_anchor, anchor.dtype))
-        super().__setitem__(key, nn.Parameter(trained, requires_grad=requires_grad))
+        self.set_halves(key, *_read(value, anchor, self.axis))
 
     def __delitem__(self, key: str) -> None:
         self._buffers.pop(key + ANCHOR_SUFFIX, None)
         super().__delitem__(key)
 
     def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
-        """Iterate over (adapter, trained half or stock factor)."""
+        """Iterate over (adapter, difference or stock factor)."""
         return ((key, self.get_parameter(key)) for key in self)
 
     def values(self) -> Iterator[Any]:  # type: ignore[override]
-        """Iterate over the trained halves and stock factors."""
+        """Iterate over the differences and stock factors."""
         return (self.get_parameter(key) for key in self)
 
     def _save_to_state_dict(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -356,14 +389,15 @@ class EmbeddingHalves(nn.ParameterDict):
         for key in self:
             name, anchor_name = prefix + key, prefix + key + ANCHOR_SUFFIX
             anchor = self.anchor_of(key)
-            if anchor is None or name not in state_dict or anchor_name in state_dict:
+            if anchor is None or name not in state_dict:
                 continue
-            if state_dict[name].shape != self[key].shape:
+            if state_dict[name].shape == self[key].shape:  # the joined factor
+                state_dict[name], new_anchor = _read(state_dict[name], anchor, self.axis)
+                state_dict.setdefault(anchor_name, new_anchor)
+            elif anchor_name not in state_dict:
                 path = prefix.removeprefix("base_model.model.").split(".lora_")[0]
                 error_msgs.append(rank_message(path, state_dict[name].shape, self[key].shape, self.axis))
                 return
-            trained, new_anchor = split(state_dict[name], self.axis)
-            state_dict[name], state_dict[anchor_name] = trained, lossless(new_anchor, anchor.dtype)
             self.register_buffer(key + ANCHOR_SUFFIX, anchor.to(state_dict[anchor_name].dtype))
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
@@ -371,88 +405,85 @@ class EmbeddingHalves(nn.ParameterDict):
         missing_keys.extend(key for key in missing if not key.endswith(ANCHOR_SUFFIX))
 
 
-def multiply_down(x: Tensor, trained: Tensor, anchor: Tensor) -> Tensor:
-    """Return [A x, A0 x], (..., in) -> (..., 2r), in the dtype of autocast, or of `trained` without it.
+def multiply_down(x: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:
+    """Return [D x, A0 x], (..., in) -> (..., 2r), in the dtype of autocast, or of `delta` without it.
 
-    >>> x, A, A0 = torch.eye(3), torch.ones(2, 3), torch.zeros(2, 3)
-    >>> multiply_down(x, A, A0).shape
+    >>> x, D, A0 = torch.eye(3), torch.zeros(2, 3), torch.ones(2, 3)
+    >>> multiply_down(x, D, A0).shape
     torch.Size([3, 4])
     """
-    return _Down.apply(x, trained, anchor, _dtype(x, trained))  # type: ignore[no-any-return,no-untyped-call]
+    return _Down.apply(x, delta, anchor, _dtype(x, delta))  # type: ignore[no-any-return,no-untyped-call]
 
 
-def multiply_up(hidden: Tensor, trained: Tensor, anchor: Tensor) -> Tensor:
-    """Return B h - B0 h0 for `hidden` = [h, h0], (..., 2r) -> (..., out), in the dtype of `multiply_down`.
+def multiply_up(hidden: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:
+    """Return (B0 + E) h + E h0 for `hidden` = [h, h0], (..., 2r) -> (..., out), in the dtype of `multiply_down`.
 
-    Equal halves cancel exactly, so a new adapter changes no output:
+    A new adapter has D = 0 and E = 0, so it changes no output:
 
-    >>> hidden, B = torch.randn(5, 2).repeat(1, 2), torch.randn(4, 2)
-    >>> bool((multiply_up(hidden, B, B) == 0).all())
+    >>> hidden = multiply_down(torch.randn(5, 3), torch.zeros(2, 3), torch.randn(2, 3))
+    >>> bool((multiply_up(hidden, torch.zeros(4, 2), torch.randn(4, 2)) == 0).all())
     True
     """
-    return _Up.apply(hidden, trained, anchor, _dtype(hidden, trained))  # type: ignore[no-any-return,no-untyped-call]
+    return _Up.apply(hidden, delta, anchor, _dtype(hidden, delta))  # type: ignore[no-any-return,no-untyped-call]
 
 
-def _dtype(x: Tensor, trained: Tensor) -> torch.dtype:
+def _dtype(x: Tensor, delta: Tensor) -> torch.dtype:
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else trained.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else delta.dtype
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-# The two functions below replace four autograd nodes per factor by one. They cast the input once for both halves, and
-# they keep no gradient for the anchor. In backward nothing must cancel, so one product with the joined factor gives the
-# gradient of the input.
+# The two functions below compute no gradient for the anchor, and they keep no joined factor between forward and
+# backward: joining twice costs less than 2r (in + out) numbers of memory per layer.
 
 
 class _Down(torch.autograd.Function):
-    """[A x, A0 x] with gradients for x and A: dx = g [A; A0], dA = g_A' x, where g_A is the first half of g."""
+    """[D x, A0 x] with gradients for x and D: dx = g [D; A0], dD = g_D' x, where g_D is the first half of g."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, trained: Tensor, anchor: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtypes = x.dtype, trained.dtype
-        x, trained, anchor = x.to(dtype), trained.to(dtype), anchor.to(dtype)
-        ctx.save_for_backward(x, trained, anchor)
+    def forward(ctx: Any, x: Tensor, delta: Tensor, anchor: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtypes = x.dtype, dtype
+        x = x.to(dtype)
+        ctx.save_for_backward(x, delta, anchor)
         with autocast(x.device.type, enabled=False):
-            return torch.cat([F.linear(x, trained), F.linear(x, anchor)], dim=-1)
+            return F.linear(x, join(delta, anchor, 0, dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, trained, anchor = ctx.saved_tensors
-        of_x = of_trained = None
+        x, delta, anchor = ctx.saved_tensors
+        of_x = of_delta = None
         with autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                of_x = (grad @ torch.cat([trained, anchor])).to(ctx.dtypes[0])
+                of_x = (grad @ join(delta, anchor, 0, ctx.dtypes[1])).to(ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
-                of_trained = (_rows(grad[..., : len(trained)]).T @ _rows(x)).to(ctx.dtypes[1])
-        return of_x, of_trained, None, None
+                of_delta = (_rows(grad[..., : len(delta)]).T @ _rows(x)).to(delta.dtype)
+        return of_x, of_delta, None, None
 
 
 class _Up(torch.autograd.Function):
-    """B h - B0 h0 with gradients for [h, h0] and B: d[h, h0] = g [B, -B0], dB = g' h."""
+    """(B0 + E) h + E h0 with gradients for [h, h0] and E: d[h, h0] = g [B0 + E, E], dE = g' (h + h0)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, trained: Tensor, anchor: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtypes = hidden.dtype, trained.dtype
-        hidden, trained, anchor = hidden.to(dtype), trained.to(dtype), anchor.to(dtype)
-        ctx.save_for_backward(hidden, trained, anchor)
-        # Some CPU libraries round differently for differently aligned memory, and equal halves would no longer cancel.
-        # Copies are aligned equally. `contiguous` is not enough: it does not copy the halves of a single row.
-        first, second = (half.clone(memory_format=torch.contiguous_format) for half in hidden.chunk(2, dim=-1))
+    def forward(ctx: Any, hidden: Tensor, delta: Tensor, anchor: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtypes = hidden.dtype, dtype
+        hidden = hidden.to(dtype)
+        ctx.save_for_backward(hidden, delta, anchor)
         with autocast(hidden.device.type, enabled=False):
-            return F.linear(first, trained).sub_(F.linear(second, anchor))
+            return F.linear(hidden, join(delta, anchor, 1, dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, trained, anchor = ctx.saved_tensors
-        of_hidden = of_trained = None
+        hidden, delta, anchor = ctx.saved_tensors
+        of_hidden = of_delta = None
         with autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                of_hidden = (grad @ torch.cat([trained, -anchor], dim=1)).to(ctx.dtypes[0])
+                of_hidden = (grad @ join(delta, anchor, 1, ctx.dtypes[1])).to(ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
-                of_trained = (_rows(grad).T @ _rows(hidden.chunk(2, dim=-1)[0])).to(ctx.dtypes[1])
-        return of_hidden, of_trained, None, None
+                first, second = hidden.chunk(2, dim=-1)
+                of_delta = (_rows(grad).T @ _rows(first + second)).to(delta.dtype)
+        return of_hidden, of_delta, None, None

@@ -1,4 +1,4 @@
-"""PEFT's model classes with a mixin that saves, adds and loads adapters with a trained half and an anchor.
+"""PEFT's model classes with a mixin that saves, adds and loads adapters with a trained difference and an anchor.
 
 Everything else (forward, merge, generate, set_adapter, ...) is PEFT's own code.
 """
@@ -9,9 +9,10 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
@@ -19,7 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.calibration.bases import ProtectedInputs
@@ -32,18 +33,22 @@ from milora_vl.lora.hotswap import refuse_hotswap, require_factors_alone
 from milora_vl.lora.install import (
     anchor_names,
     anchors_of,
+    current_state,
     factors,
     has_halves,
+    holds_version_1,
     install_copy,
     install_loaded,
     joined_state,
     lora_layer,
     set_dropout,
     trained_factors,
+    unrecoverable,
 )
-from milora_vl.lora.layers import ANCHOR, ANCHOR_SUFFIX, TRAINED
+from milora_vl.lora.layers import ANCHOR, ANCHOR_SUFFIX, DELTA, join
 from milora_vl.lora.protection import Protected, find_protected
-from milora_vl.lora.sidecar import FILE_NAME, Sidecar, read_sidecar, require_weights
+from milora_vl.lora.sidecar import ANCHORS_FILE, FORMAT_VERSION, Sidecar, read_sidecar, require_weights
+from milora_vl.lora.version_1_shards import has_shards, require_no_shards, shards_error
 from milora_vl.policy.rules import Target
 
 # PEFT's add_adapter casts the factors to float32 since 0.19. Older versions cast only loaded adapters.
@@ -51,10 +56,11 @@ _ADDING_CASTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 19)
 
 
 class MiloraMixin(PeftModel):
-    """The methods in which a PeftModel with trained halves and anchors differs from a stock one.
+    """The methods in which a PeftModel with trained differences and anchors differs from a stock one.
 
     `sidecars` holds the metadata of each adapter, `protections` its protected directions by module path, and
     `protected_inputs` the file content that the latter come from, for adapters that protect inputs.
+    `converts_shards` is True in training code that calls `convert_shards` after DeepSpeed has loaded a checkpoint.
     """
 
     sidecars: dict[str, Sidecar]
@@ -62,7 +68,8 @@ class MiloraMixin(PeftModel):
     protected_inputs: dict[str, ProtectedInputs]
     milora_targets: list[Target]
     milora_report: list[LayerReport]
-    _loading = False
+    converts_shards = False
+    _loading: tuple[Sidecar, Mapping[str, Tensor]] | Literal["stock"] | None = None
 
     def save_pretrained(
         self,
@@ -76,7 +83,7 @@ class MiloraMixin(PeftModel):
     ) -> None:
         """Save the adapter as PEFT does, and milora.json beside it.
 
-        In a gathered `state_dict` the raw names `trained` and `anchor` are joined first. Raises AdapterError for
+        In a gathered `state_dict` the raw names `delta` and `anchor` are joined first. Raises AdapterError for
         `path_initial_model_for_weight_conversion`, because the saved adapter needs no conversion.
         """
         if path_initial_model_for_weight_conversion is not None:
@@ -89,7 +96,7 @@ class MiloraMixin(PeftModel):
         self._require_halves()
         self._warn_of_overlap()
         if kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = joined_state(self._with_anchors(kwargs["state_dict"]))
+            kwargs["state_dict"] = self._outside_inputs(joined_state(self._with_anchors(kwargs["state_dict"])))
         if save_embedding_layers == "auto":
             save_embedding_layers = self._vocabulary_has_grown()
         for name in selected_adapters or self.peft_config:
@@ -103,16 +110,51 @@ class MiloraMixin(PeftModel):
             for name in selected_adapters or self.peft_config:
                 if is_main_process and name in self.sidecars:
                     adapter_folder = folder if name == "default" else folder / name
-                    (adapter_folder / FILE_NAME).write_text(self.sidecars[name].to_json(), encoding="utf-8")
+                    anchors = self._unrecoverable(name, kwargs.get("state_dict") or {})
+                    self.sidecars[name].write(adapter_folder, anchors)
+
+    def _outside_inputs(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a gathered state dict whose half-precision input factors are float32 and outside the protected inputs.
+
+        DeepSpeed keeps D, and here the joined A0 too, in half precision; rounding puts a component along V inside
+        again.
+        """
+        out, plain = dict(state), {name.removeprefix("_forward_module."): name for name in state}
+        for adapter, protections in self.protections.items():
+            for path, protected in protections.items():
+                layer = lora_layer(self, path)
+                names = (f"lora_A.{adapter}.weight", f"lora_embedding_A.{adapter}")
+                key = next((plain[key] for name in names if (key := f"base_model.model.{path}.{name}") in plain), None)
+                if key is None or protected.protect.kind != "inputs" or out[key].dtype == torch.float32:
+                    continue
+                if has_halves(layer, adapter):
+                    A0 = anchors_of(layer, adapter)[0]
+                    delta = protected.outside(out[key].chunk(2)[0].to(A0.device), axis=0)
+                    out[key] = join(delta, A0, axis=0, dtype=torch.float32)
+                else:
+                    out[key] = protected.outside(out[key], axis=0)
+        return out
+
+    def _unrecoverable(self, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the B0 that the saved factors do not give back bit for bit, by path. `state` is a gathered one."""
+        saved = {name.removeprefix("_forward_module."): tensor for name, tensor in state.items()}
+        anchors = {}
+        for path in self.sidecars[adapter].ranks:
+            names = (f"lora_B.{adapter}.weight", f"lora_embedding_B.{adapter}")
+            joined = next((saved[key] for name in names if (key := f"base_model.model.{path}.{name}") in saved), None)
+            B0 = unrecoverable(lora_layer(self, path), adapter, joined)
+            if B0 is not None:
+                anchors[path] = B0
+        return anchors
 
     def train(self, mode: bool = True) -> MiloraMixin:
-        """Set the training mode as PyTorch does. Raises AdapterError if other code has replaced the halves."""
+        """Set the training mode as PyTorch does. Raises AdapterError if other code has replaced our factors."""
         if mode:
             self._require_halves()
         return super().train(mode)
 
     def _require_halves(self) -> None:
-        """Raise AdapterError if stock factors have replaced the halves, because then the anchor would train too.
+        """Raise AdapterError if stock factors have replaced ours, because then the anchor would train too.
 
         PEFT's prepare_model_for_compiled_hotswap does this to pad the factors.
         """
@@ -120,7 +162,7 @@ class MiloraMixin(PeftModel):
             replaced = [path for path in sidecar.ranks if not has_halves(lora_layer(self, path), adapter)]
             if replaced:
                 raise AdapterError(
-                    f"its two halves were replaced by stock factors ({len(replaced):,} modules of adapter {adapter!r})",
+                    f"stock factors have replaced its anchors ({len(replaced):,} modules of adapter {adapter!r})",
                     code="adapter-replaced-factors",
                     where=replaced[0],
                     hint="save the adapter before that, or serve it by loading the folder with stock PEFT",
@@ -180,12 +222,12 @@ class MiloraMixin(PeftModel):
                     stacklevel=3,
                 )
 
-    def _with_anchors(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _with_anchors(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the state dict with missing anchors added: LLaVA collects parameters only, and no buffers."""
         halves = {
-            name: name.replace(f".{ANCHOR}", f".{TRAINED}").removesuffix(ANCHOR_SUFFIX) for name in anchor_names(self)
+            name: name.replace(f".{ANCHOR}", f".{DELTA}").removesuffix(ANCHOR_SUFFIX) for name in anchor_names(self)
         }
-        missing = {name for name, trained in halves.items() if trained in state and name not in state}
+        missing = {name for name, delta in halves.items() if delta in state and name not in state}
         return {**state, **{name: buffer for name, buffer in self.named_buffers() if name in missing}}
 
     def _vocabulary_has_grown(self) -> bool:
@@ -206,10 +248,10 @@ class MiloraMixin(PeftModel):
     ) -> None:
         """Add an adapter as PEFT does. With the config of a loaded MiLoRA adapter it gets the same anchor.
 
-        TRL's trainers create their reference adapter this way, and then copy the trained halves into it.
+        TRL's trainers create their reference adapter this way, and then copy the differences into it.
         """
         self._refuse_residual("a second adapter would be added to the changed base weights")
-        source = None if self._loading else self._adapter_with(peft_config)
+        source = self._adapter_with(peft_config) if self._loading is None else None
         if _ADDING_CASTS:
             super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         else:
@@ -231,12 +273,13 @@ class MiloraMixin(PeftModel):
         allow_base_mismatch: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load an adapter as PEFT does, and restore the trained half and the anchor if it has a milora.json.
+        """Load an adapter as PEFT does, and restore differences and anchors if it has a milora.json.
 
         Raises AdapterError if an adapter of that name exists and has other modules or ranks, and if this is not the
         base model that the adapter was made for.
         """
         sidecar, existing = read_sidecar(Path(model_id)), self.sidecars.get(adapter_name)
+        anchors: Mapping[str, Tensor] = {}
         if existing is not None:
             require_same_kind(Path(model_id), sidecar, existing)
         if sidecar is not None:
@@ -244,13 +287,37 @@ class MiloraMixin(PeftModel):
             # In the residual form the base weights hold W_p, so they cannot match the sketches of W.
             skip = allow_base_mismatch or (existing is not None and existing.form == "residual")
             sidecar = fitted(self, sidecar, allow_base_mismatch=skip)
-        with self._loads(adapter_name):
+            anchors = sidecar.read_anchors(Path(model_id))
+        with self._loads(adapter_name, "stock" if sidecar is None or existing is None else (sidecar, anchors)):
             result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
         if sidecar is not None:
-            restore(self, adapter_name, sidecar)
+            restore(self, adapter_name, sidecar, anchors)
             if is_trainable and existing is None:
                 self.protect_again(adapter_name, Path(model_id))
         return result
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict as PyTorch does, also one of format version 1, which is converted.
+
+        A state dict that comes without milora.json has version 1 if the second half of B is -B0. Raises AdapterError if
+        DeepSpeed loads one of version 1, and the training code does not convert the shards of its optimizer.
+        """
+        state = dict(state_dict)
+        if not self.converts_shards:
+            require_no_shards(state)
+        for adapter, sidecar in self.sidecars.items():
+            layers = {path: lora_layer(self, path) for path in sidecar.ranks}
+            anchors: Mapping[str, Tensor] = {}
+            if isinstance(self._loading, tuple):
+                version, anchors = self._loading[0].version, self._loading[1]
+            else:
+                version = 1 if holds_version_1(state, layers, adapter) else FORMAT_VERSION
+                parameters = (p for layer in layers.values() for p in trained_factors(layer, adapter))
+                if version == 1 and not self.converts_shards and any(map(has_shards, parameters)):
+                    raise shards_error()
+            with anchors_belong(ANCHORS_FILE):
+                state = current_state(state, layers, adapter, version, anchors)
+        return super().load_state_dict(state, strict, assign)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Add adapters as PEFT does; the sum is a plain LoRA. Raises AdapterError for modules trained in full."""
@@ -292,19 +359,20 @@ class MiloraMixin(PeftModel):
             raise AdapterError(reason, code="adapter-residual-form", where="form residual", hint=hint)
 
     @contextmanager
-    def _loads(self, adapter: str) -> Iterator[None]:
+    def _loads(self, adapter: str, loading: tuple[Sidecar, Mapping[str, Tensor]] | Literal["stock"]) -> Iterator[None]:
         """Set `_loading` while PEFT loads, and check that the anchors of a residual adapter do not change.
 
-        PEFT's load_adapter calls `add_adapter`, which must not copy an anchor then.
+        PEFT's load_adapter calls `add_adapter`, which must not copy an anchor then, and `load_state_dict`, which must
+        know the format of the file. `loading` is the sidecar with the exact anchors if the adapter exists here.
         """
         existing = self.sidecars.get(adapter)
         fixed = list(existing.ranks) if existing is not None and existing.form == "residual" else []
         before = {path: [a.clone() for a in anchors_of(lora_layer(self, path), adapter)] for path in fixed}
-        self._loading = True
+        self._loading = loading
         try:
             yield
         finally:
-            self._loading = False
+            self._loading = None
         for path, anchors in before.items():
             after = anchors_of(lora_layer(self, path), adapter)
             if not all(torch.equal(a, b) for a, b in zip(anchors, after, strict=True)):
@@ -317,31 +385,31 @@ class MiloraMixin(PeftModel):
 
 
 class MiloraModel(MiloraMixin, peft.PeftModel):
-    """PeftModel with trained halves and anchors."""
+    """PeftModel with trained differences and anchors."""
 
 
 class MiloraModelForCausalLM(MiloraMixin, peft.PeftModelForCausalLM):
-    """PeftModelForCausalLM with trained halves and anchors."""
+    """PeftModelForCausalLM with trained differences and anchors."""
 
 
 class MiloraModelForSeq2SeqLM(MiloraMixin, peft.PeftModelForSeq2SeqLM):
-    """PeftModelForSeq2SeqLM with trained halves and anchors."""
+    """PeftModelForSeq2SeqLM with trained differences and anchors."""
 
 
 class MiloraModelForSequenceClassification(MiloraMixin, peft.PeftModelForSequenceClassification):
-    """PeftModelForSequenceClassification with trained halves and anchors."""
+    """PeftModelForSequenceClassification with trained differences and anchors."""
 
 
 class MiloraModelForTokenClassification(MiloraMixin, peft.PeftModelForTokenClassification):
-    """PeftModelForTokenClassification with trained halves and anchors."""
+    """PeftModelForTokenClassification with trained differences and anchors."""
 
 
 class MiloraModelForQuestionAnswering(MiloraMixin, peft.PeftModelForQuestionAnswering):
-    """PeftModelForQuestionAnswering with trained halves and anchors."""
+    """PeftModelForQuestionAnswering with trained differences and anchors."""
 
 
 class MiloraModelForFeatureExtraction(MiloraMixin, peft.PeftModelForFeatureExtraction):
-    """PeftModelForFeatureExtraction with trained halves and anchors."""
+    """PeftModelForFeatureExtraction with trained differences and anchors."""
 
 
 _OURS: dict[type[PeftModel], type[MiloraMixin]] = {
@@ -366,17 +434,35 @@ def adopt(model: PeftModel) -> MiloraMixin:
     return model
 
 
-def restore(model: PeftModel, adapter: str, sidecar: Sidecar) -> MiloraMixin:
-    """Split an adapter that was loaded as a stock LoRA into halves, and set the dropout of each module."""
+@contextmanager
+def anchors_belong(file: str | Path) -> Iterator[None]:
+    """Raise AdapterError for `file` if an anchor in it does not belong to the factors."""
+    try:
+        yield
+    except ValueError as error:
+        raise AdapterError(
+            f"{error}: B0 + E is not B",
+            code="adapter-wrong-anchor",
+            where=str(file),
+            hint="restore the files of one save",
+        ) from error
+
+
+def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[str, Tensor]) -> MiloraMixin:
+    """Split an adapter that was loaded as a stock LoRA into differences and anchors, and set each module's dropout.
+
+    `anchors` has the exact B0 by path, see `Sidecar.read_anchors`.
+    """
     ours = adopt(model)
     for target in sidecar.targets:
         if target.rank is None:
             continue
         layer = lora_layer(ours, target.path)
         if target.has_anchor and not has_halves(layer, adapter):
-            install_loaded(layer, adapter)
+            with anchors_belong(ANCHORS_FILE):
+                install_loaded(layer, adapter, sidecar.version, anchors.get(target.path))
         set_dropout(layer, adapter, target.dropout)
-    ours.remember(adapter, sidecar)
+    ours.remember(adapter, replace(sidecar, version=FORMAT_VERSION, anchors=()))
     return ours
 
 

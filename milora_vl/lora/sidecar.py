@@ -1,7 +1,10 @@
 """milora.json, the sidecar file of an adapter: the settings of each module and a fingerprint of its base weight.
 
-Without this file the folder is still a correct LoRA of rank 2r for inference. With it, the trained half and the anchor
-are known again, so training can continue.
+Without this file the folder is still a correct LoRA of rank 2r for inference. With it, the trained difference and the
+anchor are known again, so training can continue.
+
+Format version 2 stores the factors [D; A0] and [B0 + E, E] (`layers.py`), and B0 itself in milora_anchors.safetensors
+where it cannot be computed from them bit for bit: for float32 bases. Version 1 stored [A; A0] and [B, -B0].
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from milora_vl.adapter_folders import ADAPTER_FILES
 from milora_vl.initialize import LayerReport
@@ -23,7 +28,8 @@ from milora_vl.policy.rules import FloorSigma, Protect, Target
 from milora_vl.weights.fingerprint import Sketch
 
 FILE_NAME = "milora.json"
-FORMAT_VERSION = 1
+ANCHORS_FILE = "milora_anchors.safetensors"
+FORMAT_VERSION = 2
 FORMS = ("anchored", "residual")
 
 
@@ -31,7 +37,8 @@ FORMS = ("anchored", "residual")
 class Sidecar:
     """The content of milora.json. `names` maps the path of each target to a name that holds in every layout.
 
-    `inputs` is the hash of the file with the protected inputs, see `milora_vl/calibration/files.py`.
+    `version` is the format of the stored factors, `anchors` the names of the modules whose B0 is in ANCHORS_FILE, and
+    `inputs` the hash of the file with the protected inputs, see `milora_vl/calibration/files.py`.
     """
 
     form: str
@@ -39,15 +46,17 @@ class Sidecar:
     names: Mapping[str, str]
     sketches: Mapping[str, Sketch]
     reports: Mapping[str, LayerReport]
+    version: int = FORMAT_VERSION
+    anchors: Sequence[str] = ()
     inputs: str | None = None
 
     def to_json(self) -> str:
         """Return the text of the file."""
         modules = {target.path: self._module(target) for target in self.targets}
-        header = {"format_version": FORMAT_VERSION, "form": self.form}
+        content: dict[str, Any] = {"format_version": self.version, "form": self.form, "anchors": list(self.anchors)}
         if self.inputs is not None:
-            header["protected_inputs"] = self.inputs
-        return json.dumps({**header, "modules": modules}, indent=1) + "\n"
+            content["protected_inputs"] = self.inputs
+        return json.dumps({**content, "modules": modules}, indent=1) + "\n"
 
     def _module(self, target: Target) -> dict[str, Any]:
         fields = target.to_dict()
@@ -63,6 +72,31 @@ class Sidecar:
     def ranks(self) -> dict[str, int]:
         """Return the rank r of every module that has an anchor, by path."""
         return {t.path: t.rank for t in self.targets if t.has_anchor and t.rank is not None}
+
+    def write(self, folder: Path, anchors: Mapping[str, Tensor]) -> None:
+        """Write milora.json, and ANCHORS_FILE with `anchors`, the B0 (out, r) that the factors do not give, by path."""
+        named = {self.names[path]: B0.detach().cpu().contiguous() for path, B0 in anchors.items()}
+        content = dataclasses.replace(self, version=FORMAT_VERSION, anchors=sorted(named)).to_json()
+        if named:
+            save_file(named, folder / ANCHORS_FILE, metadata={"format": "pt"})
+        (folder / FILE_NAME).write_text(content, encoding="utf-8")
+
+    def read_anchors(self, folder: Path) -> dict[str, Tensor]:
+        """Return the B0 (out, r) in ANCHORS_FILE of `folder`, by path. Raises AdapterError if the file lacks one."""
+        if not self.anchors:
+            return {}
+        file = folder / ANCHORS_FILE
+        stored = load_file(file) if file.is_file() else {}
+        missing = [name for name in self.anchors if name not in stored]
+        if missing:
+            raise AdapterError(
+                f"lacks the anchor of {missing[0]}, which {FILE_NAME} lists ({len(missing):,} are missing)",
+                code="adapter-missing-weights",
+                where=str(file),
+                hint="restore the files of one save",
+            )
+        path_of = {name: path for path, name in self.names.items()}
+        return {path_of[name]: stored[name] for name in self.anchors}
 
 
 def read_sidecar(folder: Path) -> Sidecar | None:
@@ -85,7 +119,10 @@ def read_sidecar(folder: Path) -> Sidecar | None:
             )
         if data["form"] not in FORMS:
             raise KeyError(f"form {data['form']!r}")
-        return dataclasses.replace(_from_modules(data["form"], data["modules"]), inputs=data.get("protected_inputs"))
+        sidecar = _from_modules(data["form"], data["modules"])
+        return dataclasses.replace(
+            sidecar, version=version, anchors=tuple(data.get("anchors", ())), inputs=data.get("protected_inputs")
+        )
     except AdapterError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -141,6 +178,8 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
         {path_of[path]: name for path, name in sidecar.names.items()},
         {path_of[path]: sketch for path, sketch in sidecar.sketches.items()},
         {path_of[path]: dataclasses.replace(r, path=path_of[path]) for path, r in sidecar.reports.items()},
+        sidecar.version,
+        sidecar.anchors,
         sidecar.inputs,
     )
 

@@ -14,14 +14,17 @@ LLAVAS = ("llava", "llava_next")
 EXTRA_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "milora_timm_tower": 0}
 
 
-def require_llava(config: Any) -> None:
-    """Raise UserError for a vision-language model other than LLaVA-1.5 and LLaVA-1.6."""
-    if config.model_type not in LLAVAS:
-        raise UserError(
-            f"images of a {config.model_type} model are not prepared here: only LLaVA-1.5 and LLaVA-1.6 are supported",
-            code="model-not-llava",
-            hint="apply_milora still works, with your own batches and trainer\nsee: docs/integrations.md",
-        )
+def is_llava(config: Any) -> bool:
+    """Return whether the model is a LLaVA-1.5 or LLaVA-1.6, whose pictures take a number of tokens known here.
+
+    Pixtral has the same model type, but the size of a picture decides how many tokens it takes.
+    """
+    return config.model_type in LLAVAS and config.vision_config.model_type != "pixtral"
+
+
+def uses_processor(config: Any) -> bool:
+    """Return whether the pictures of a model are prepared by its own processor: every model but the LLaVAs."""
+    return "vision_config" in config.to_dict() and not is_llava(config)
 
 
 def tiling_of(config: Any) -> Tiling | None:
@@ -41,9 +44,8 @@ def image_token_id(config: Any) -> int:
 def image_tokens(config: Any) -> int:
     """Return the number of tokens of an image, from the sizes of the tower; with tiles: of 640 x 480 pixels.
 
-    Raises UserError if the model is not a LLaVA.
+    The model must be a LLaVA (`is_llava`).
     """
-    require_llava(config)
     tiling = tiling_of(config)
     if tiling is not None:
         return tiling.num_tokens(480, 640)
@@ -61,7 +63,7 @@ def extra_tokens(config: Any) -> int:
 
 def complete_processor(processor: Any, config: Any) -> None:
     """Set the fields that the processor needs to count image tokens, and square padding as in LLaVA-1.5."""
-    if config.model_type not in LLAVAS:
+    if not is_llava(config):
         return
     processor.patch_size = config.vision_config.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy

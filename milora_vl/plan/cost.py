@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_vl.models.image_tokens import image_tokens
+from milora_vl.models.image_tokens import image_tokens, is_llava, uses_processor
 from milora_vl.models.quantized import bytes_per_number, is_quantized
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.estimate import (
@@ -79,6 +79,8 @@ def costs_of(
     devices = f"{work.devices} device{'s' if work.devices > 1 else ''}"
     whole = f"memory about {sum(sizes.values()) / GIB:.1f} GiB per device ({stage}, {devices})"
     out = [f"{whole}: {parts}" if parts else whole]
+    if uses_processor(config):
+        out.append("       and the activations of the vision tower, which depend on the sizes of the pictures")
     if host_memory(work):
         out.append(f"       and {host_memory(work) / GIB:.1f} GiB of host memory per device (offloaded)")
     if leanest < min(0.9 * sum(sizes.values()), sum(sizes.values()) - 0.05 * GIB):
@@ -133,7 +135,8 @@ def activations(config: Any, base: nn.Module, targets: Sequence[Target], shape: 
 def shape_of(config: Any, work: Workload, counts: Counts, *, checkpointing: bool) -> Shape:
     """Return the shape of one micro-step on one device."""
 
-    has_images = "vision_config" in config.to_dict()
+    # Elsewhere the size of a picture decides what the tower computes; `tokens` includes the tokens of pictures.
+    has_images = "vision_config" in config.to_dict() and is_llava(config)
     return Shape(
         records=work.records,
         tokens=max(work.tokens, 2),

@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from torch import nn
 
 from milora_data.command.cli import amount, as_typed
 from milora_data.errors import UserError
+from milora_data.processor_collate import ProcessorCollator
+from milora_data.records import Record
 from milora_data.templates import OWN
 from milora_data.tokens import share_template
-from milora_vl.models.image_tokens import image_tokens
-from milora_vl.models.loading import meta_model, split_processor
+from milora_vl.models.image_tokens import image_tokens, uses_processor
+from milora_vl.models.loading import load_processor, meta_model, split_processor
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, hub_id
+from milora_vl.models.processors import limit_pixels
 from milora_vl.models.quantized import bytes_per_number
 from milora_vl.models.smol_llava import folder_of
 from milora_vl.plan import evaluation, first_batch, run_data, training_args
@@ -133,7 +137,11 @@ def _missing(recipe: Recipe) -> list[UserError]:
 
 def _template(recipe: Recipe) -> None:
     """Raise UserError if the recipe needs a chat template that a local tokenizer does not have."""
-    if recipe.template == OWN and base_model.parts_of(recipe) is None:
+    if (
+        recipe.template == OWN
+        and base_model.parts_of(recipe) is None
+        and not base_model.prepares_with_processor(recipe.model)
+    ):
         tokenizer = tokenizer_at_hand(recipe.model)
         if tokenizer is not None:
             require_template(recipe, tokenizer)
@@ -185,6 +193,10 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
     if recipe.data.path is None:
         return _assumed(screen, recipe, "none yet (--data_path)"), None
     read = run_data.read(recipe.data)
+    first = read.train[: recipe.train.get("per_device_train_batch_size", 8)]
+    if uses_processor(config):
+        counts = _with_processor(screen, recipe, read, first)
+        return counts, None if read.streamed else len(read.train)
     num_tokens = image_tokens(config) if find_towers(base).vision is not None else 0
     tokenizer, template = tokenizer_at_hand(recipe.model), recipe.template
     if template == OWN and base_model.parts_of(recipe) is not None:
@@ -192,7 +204,6 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
     elif template == OWN and tokenizer is None:
         screen.say("\nthe tokenizer with the chat template is not on this machine: counts below use vicuna_v1")
         template = "vicuna_v1"
-    first = read.train[: recipe.train.get("per_device_train_batch_size", 8)]
     counts = first_batch.count(
         first,
         template=template,
@@ -206,6 +217,21 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
         screen.say(line)
     packed = _packed(screen, recipe, counts) if recipe.data.packing else counts
     return packed, None if read.streamed else len(read.train)
+
+
+def _with_processor(
+    screen: Screen, recipe: Recipe, read: run_data.RunData, first: Sequence[Record]
+) -> first_batch.Counts:
+    """Show the records of a model whose processor prepares the pictures. Return the tokens per record."""
+    processor = load_processor(recipe.model)
+    limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
+    collate = ProcessorCollator(processor, image_folder=recipe.data.image_folder, max_length=recipe.data.max_length)
+    counts = first_batch.count_with_processor(first, collate)
+    screen.say(f"\ndata   {read.describe()}")
+    screen.say(f"first batch: {amount(len(first), 'record')}, {counts.describe()}   (> supervised, . not supervised)")
+    for line in first_batch.lines_with_processor(first, collate):
+        screen.say(line)
+    return counts
 
 
 def _assumed(screen: Screen, recipe: Recipe, why: str) -> first_batch.Counts:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from milora_data.conversation import segments_of
 from milora_data.encode import encode
+from milora_data.processor_collate import ProcessorCollator
 from milora_data.records import IMAGE, Record, Turn
 from milora_data.templates import Segment, get_template, place_images, render
 from milora_data.tokens import IGNORE
@@ -60,20 +61,40 @@ def count(
     return Counts(tokens, supervised, exact=tokenizer is not None)
 
 
+def count_with_processor(records: Sequence[Record], collate: ProcessorCollator) -> Counts:
+    """Return mean counts over `records` for a model whose processor prepares the pictures."""
+    tokens = sum(collate.lengths(records)) / len(records)
+    return Counts(tokens, sum(map(collate.num_supervised, records)) / len(records), exact=True)
+
+
 def lines(records: Sequence[Record], *, template: str, image_tokens: int, tokenizer: Any | None) -> list[str]:
     """Return the first records as text, one line per segment: `>` marks supervised text, `.` other text."""
+
+    def segments(record: Record) -> list[Segment]:
+        return _segments(place_images(record.turns, len(record.images)), template, tokenizer)
+
+    return _shown_records(records, segments, f"<image x {image_tokens}>")
+
+
+def lines_with_processor(records: Sequence[Record], collate: ProcessorCollator) -> list[str]:
+    """Return the first records like `lines`, for a model whose processor prepares the pictures."""
+    return _shown_records(records, collate.segments, IMAGE)
+
+
+def _shown_records(
+    records: Sequence[Record], segments_of_record: Callable[[Record], list[Segment]], picture: str
+) -> list[str]:
     out = []
     for record in records[:SHOWN]:
         out.append(f"{record.source or record.id}  {' '.join(record.images) or '(no image)'}")
-        turns = place_images(record.turns, len(record.images))
         joined: list[tuple[bool, str]] = []
-        for segment in _segments(turns, template, tokenizer):
+        for segment in segments_of_record(record):
             if joined and joined[-1][0] == segment.supervised:
                 joined[-1] = (segment.supervised, joined[-1][1] + segment.text)
             else:
                 joined.append((segment.supervised, segment.text))
         for supervised, text in joined:
-            out.append(f"  {'>' if supervised else '.'} {_shown(text, image_tokens)}")
+            out.append(f"  {'>' if supervised else '.'} {_shown(text, picture)}")
     return out
 
 
@@ -98,6 +119,6 @@ def _segments(turns: Sequence[Turn], template: str, tokenizer: Any | None) -> li
     return segments_of(turns, template, tokenizer)[1]
 
 
-def _shown(text: str, image_tokens: int) -> str:
-    text = text.replace("\n", "\\n").replace(IMAGE, f"<image x {image_tokens}>")
+def _shown(text: str, picture: str) -> str:
+    text = text.replace("\n", "\\n").replace(IMAGE, picture)
     return text if len(text) <= LONGEST else text[:LONGEST] + f" ... ({len(text):,} characters)"

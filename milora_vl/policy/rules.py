@@ -76,6 +76,8 @@ class FloorSigma(RulePart):
 class Protect(RulePart):
     """Keep the update orthogonal to some directions. Exactly one of `top` and `inputs` is set.
 
+    A and B stand for the parameters that train: of a method with an anchor they are the differences from it.
+
     `inputs` keeps the update orthogonal to the input directions that hold this share of the layer's activation energy
     on calibration text: V (in, k) holds the first eigenvectors of C = E[x x'], and A V = 0 at the start and after every
     optimizer step. Inputs along V then pass the layer unchanged. `max` is a limit for k.

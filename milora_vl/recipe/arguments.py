@@ -38,6 +38,18 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         ("model_max_length",),
         "longest sequence in tokens, image tokens included",
     ),
+    "min_pixels": (
+        "data.min_pixels",
+        "int",
+        (),
+        "least pixels of a resized picture (Qwen-VL, GLM-V)",
+    ),
+    "max_pixels": (
+        "data.max_pixels",
+        "int",
+        (),
+        "most pixels of a resized picture; limits its tokens",
+    ),
     "jpeg_decoding": ("data.jpeg_decoding", "str", (), "exact, or draft: decode large photos at reduced size"),
     "image_aspect_ratio": ("data.image_aspect_ratio", "str", (), "pad, plain (LLaVA: square), or anyres (LLaVA-1.6)"),
     "packing": ("data.packing", "bool", (), "pack several records into one row to reduce padding"),

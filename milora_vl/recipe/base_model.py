@@ -9,8 +9,9 @@ from milora_data.errors import UserError
 from milora_data.templates import OWN
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
-from milora_vl.models.image_tokens import require_llava
+from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.parts import Parts
+from milora_vl.models.processors import limit_pixels, usable_inputs
 from milora_vl.models.projector import projector_file
 from milora_vl.recipe.schema import PartsConfig, Recipe
 
@@ -40,14 +41,16 @@ def config_for(recipe: Recipe) -> Any:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise UserError, before any weights load, if a part is missing or the model is not a LLaVA."""
+    """Raise UserError, before any weights load, if a part is missing or pictures cannot be prepared for the model."""
 
     if recipe.factor_cache and Path(recipe.factor_cache).exists() and not Path(recipe.factor_cache).is_dir():
         raise UserError(
             "expected a folder, this is a file", code="path-not-a-folder", where=f"--factor_cache {recipe.factor_cache}"
         )
-    if _reads_images(recipe.model):
-        require_llava(loading.config_of(recipe.model))
+    if prepares_with_processor(recipe.model):
+        processor = loading.load_processor(recipe.model)
+        limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
+        usable_inputs(processor, recipe.model)
     parts = parts_of(recipe)
     if parts is not None:
         composing.require_parts(parts)
@@ -114,6 +117,14 @@ def _is_tower(config: Any, name: str) -> bool:
     sizes = ("model_type", "hidden_size", "image_size", "patch_size", "num_hidden_layers")
     tower, named = config.vision_config.to_dict(), other.to_dict()
     return all(tower.get(size) == named.get(size) for size in sizes)
+
+
+def prepares_with_processor(name: str) -> bool:
+    """Return whether the pictures of a named model are prepared by its own processor; False for an unknown model."""
+    try:
+        return uses_processor(loading.config_of(name))
+    except UserError:
+        return False  # loading the model reports the error
 
 
 def _reads_images(name: str) -> bool:

@@ -18,7 +18,7 @@ from milora_data.errors import Problem, UserError
 from milora_data.records import Record
 from milora_data.templates import OWN, TEMPLATES
 from milora_data.tokens import own_template
-from milora_vl.models.image_tokens import tiling_of
+from milora_vl.models.image_tokens import tiling_of, uses_processor
 from milora_vl.models.loading import meta_model, split_processor
 from milora_vl.models.quantized import is_quantized
 from milora_vl.policy import Policy, PolicyError, Target
@@ -60,6 +60,18 @@ def targets_of(recipe: Recipe, base: nn.Module) -> list[Target]:
 
 def require_pictures(recipe: Recipe, config: Any) -> None:
     """Raise UserError if the model of this config does not take pictures as the recipe prepares them."""
+    if uses_processor(config):
+        _require_for_processor(recipe, config)
+        return
+    if recipe.data.min_pixels is not None or recipe.data.max_pixels is not None:
+        raise UserError(
+            f"{recipe.model} resizes pictures to fixed sizes"
+            if "vision_config" in config.to_dict()
+            else f"{recipe.model} reads only text",
+            code="pixels-unsupported",
+            where="data.min_pixels" if recipe.data.max_pixels is None else "data.max_pixels",
+            hint="remove the limit",
+        )
     tiling, ratio = tiling_of(config), recipe.data.image_aspect_ratio
     if (ratio == "anyres" and tiling is None) or (ratio == "plain" and tiling is not None):
         raise UserError(
@@ -76,12 +88,51 @@ def require_pictures(recipe: Recipe, config: Any) -> None:
             hint="use exact",
         )
     if recipe.data.feature_cache and config.model_type not in ("llava", "llava_next"):
+        raise _no_feature_cache(config)
+
+
+def _require_for_processor(recipe: Recipe, config: Any) -> None:
+    """Raise UserError for a setting that changes how pictures are prepared, where the model's processor does that."""
+    data, name = recipe.data, recipe.model
+    if recipe.template != OWN:
         raise UserError(
-            f"supports LLaVA 1.5 and 1.6 only, not {config.model_type}: they use the tower's tokens unchanged",
-            code="feature-cache-unsupported-model",
-            where="data.feature_cache",
-            hint="remove data.feature_cache",
+            f"{name} ({config.model_type}) is trained with its own prompt format, not with {recipe.template}",
+            code="template-not-for-model",
+            where="template",
+            hint=f"use --template {OWN}, or remove the setting",
         )
+    if data.image_aspect_ratio != "pad":
+        raise UserError(
+            f"{data.image_aspect_ratio} is for LLaVA; the processor of {name} decides the shape of pictures",
+            code="image-aspect-ratio",
+            where="data.image_aspect_ratio",
+            hint="remove the setting",
+        )
+    if data.jpeg_decoding == "draft":
+        raise UserError(
+            f"draft decoding shrinks pictures, and the size of a picture decides how many tokens {name} uses for it",
+            code="image-draft-tiles",
+            where="data.jpeg_decoding",
+            hint="use exact; --max_pixels limits the tokens of the Qwen-VL and GLM-V families",
+        )
+    if data.packing:
+        raise UserError(
+            f"positions of packed records are not computed for {config.model_type}, which counts them by pictures",
+            code="packing-unsupported-model",
+            where="data.packing",
+            hint="use --group_by_length True to reduce padding",
+        )
+    if data.feature_cache:
+        raise _no_feature_cache(config)
+
+
+def _no_feature_cache(config: Any) -> UserError:
+    return UserError(
+        f"supports LLaVA 1.5 and 1.6 only, not {config.model_type}: they use the tower's tokens unchanged",
+        code="feature-cache-unsupported-model",
+        where="data.feature_cache",
+        hint="remove data.feature_cache",
+    )
 
 
 def model_warnings(recipe: Recipe, base: nn.Module, processor: Any) -> list[str]:

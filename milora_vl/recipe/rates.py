@@ -27,13 +27,12 @@ def in_force(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Target
 
 
 def warnings(targets: Sequence[Target], train: Mapping[str, Any], *, method: str | None = None) -> list[str]:
-    """Return warnings before training: a default rate, decay of an anchored adapter, a high rate of full training.
+    """Return warnings before training: a default rate, a high rate of full training.
 
     `targets` have the rates of their rules; `method` is the value of --method.
     """
     messages = _default_rate([t for t in targets if t.learning_rate is None], train)
     resolved = in_force(targets, train)
-    messages += _anchored_decay(resolved)
     if method == "full":
         rate = max((t.learning_rate or 0.0 for t in resolved), default=0.0)
         if rate > HIGH_FULL_RATE:
@@ -51,20 +50,6 @@ def _default_rate(targets: Sequence[Target], train: Mapping[str, Any]) -> list[s
         f"{_names(targets)} use {default:g}, Hugging Face's default learning rate: no rule and no flag sets one. "
         "Set learning_rate in the rule, or --learning_rate (the default policy has 2e-4 for adapters and 2e-5 for "
         "the projector)"
-    ]
-
-
-def _anchored_decay(targets: Sequence[Target]) -> list[str]:
-    """Decay of A and B pulls s (B A - B0 A0) towards -s B0 A0; the update is zero at A = A0, B = B0, not at zero."""
-    decayed = [t for t in targets if t.has_anchor and t.weight_decay]
-    if not decayed:
-        return []
-    values = sorted({t.weight_decay or 0.0 for t in decayed})
-    names = ", ".join(f"{_names(t for t in decayed if t.weight_decay == value)} {value:g}" for value in values)
-    return [
-        f"weight decay on {names}: A and B start from components of the weight, so decay removes these components: it "
-        "pulls towards W - s B0 A0, not towards W. Set weight_decay: 0 in the rule, or --weight_decay 0 (with "
-        "--method lora, decay pulls towards W)"
     ]
 
 

@@ -58,6 +58,8 @@ class DataConfig(Strict):
     eval_path: str | None = None  # held-out records, for the evaluation loss
     max_length: PositiveInt = 2048
     image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad"  # LLaVA-1.6 models use anyres
+    min_pixels: PositiveInt | None = None  # of a picture after resizing, for models with pictures of any size
+    max_pixels: PositiveInt | None = None
     jpeg_decoding: Literal["exact", "draft"] = "exact"  # draft: decode large photos at reduced size, much faster
     feature_cache: str | None = None  # folder for the features of a frozen vision tower
     packing: bool = False  # pack several records into a row of 2 * max_length

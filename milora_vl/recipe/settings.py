@@ -11,6 +11,7 @@ from typing import Any
 import llava_recipes
 from milora_data.command.cli import suggest
 from milora_data.errors import Problem, UserError
+from milora_data.templates import OWN
 from milora_vl import checkpoints
 from milora_vl.models import loading
 from milora_vl.models.devices import fastest_dtype, train_device
@@ -138,6 +139,9 @@ def _resolve(request: Request) -> Settings:
     if llava_flags.is_script(request.llava) and not request.recipe and not _sets(request, "data.image_aspect_ratio"):
         merged["data"]["image_aspect_ratio"] = "plain"
         notes_on_data += ["LLaVA flags: without --image_aspect_ratio images are cropped to a square"]
+    if "template" not in from_file and not _sets(request, "template") and merged["model"]:
+        # A model whose processor prepares the pictures has its own prompt format, and no other.
+        merged["template"] = OWN if base_model.prepares_with_processor(merged["model"]) else merged["template"]
     rules = _policy(request, base, meaning)
     implicit = rules is None
     merged["policy"] = edited(rules, request.edits)
@@ -183,8 +187,8 @@ def _without_evaluation(content: dict[str, Any], request: Request) -> list[str]:
 
 
 def _sets(request: Request, path: str) -> bool:
-    section, _, name = path.partition(".")
-    return name in request.overrides.get(section, {})
+    *section, name = path.split(".")
+    return name in (request.overrides.get(section[0], {}) if section else request.overrides)
 
 
 def read_recipe(name: str | None) -> tuple[dict[str, Any], dict[str, int], str]:

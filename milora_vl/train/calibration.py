@@ -24,15 +24,16 @@ from transformers import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.assets import cache_dir
-from milora_data.collate import ImageTextCollator
 from milora_data.errors import UserError
 from milora_data.images.files import place_of
+from milora_data.record_collator import RecordCollator
 from milora_data.records import IMAGE, Record, Turn
 from milora_data.sources import load_records
 from milora_vl.calibration.files import weights_digest
 from milora_vl.forgetting.text import general_text, padded_batches, sampled_rows, text_blocks
 from milora_vl.generate import Prompt, generate
 from milora_vl.models import loading
+from milora_vl.models.image_tokens import uses_processor
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Target
 from milora_vl.recipe.schema import Recipe
@@ -89,7 +90,11 @@ def batches(
         rows += _written_rows(sources, settings.num_samples)
     collate = run_files.collator(recipe, base, processor)
     found: list[Mapping[str, Tensor]] = [batch.inputs for batch in padded_batches(rows, ROWS, sources.tokenizer)]
-    if settings.num_pictures and find_towers(base).vision is not None:
+    if settings.num_pictures and uses_processor(base.config):
+        screen.warn(
+            "this model does not describe calibration pictures here; set  calibration: {data: FILE}  to add some"
+        )
+    elif settings.num_pictures and find_towers(base).vision is not None:
         found += _collated(
             collate, _captioned(sources, _with_pictures(records, settings.num_pictures), collate.image_folder)
         )
@@ -186,7 +191,7 @@ def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> li
     ]
 
 
-def _collated(collate: ImageTextCollator, records: Sequence[Record]) -> list[Mapping[str, Tensor]]:
+def _collated(collate: RecordCollator[Any], records: Sequence[Record]) -> list[Mapping[str, Tensor]]:
     """Return batches of the records, those with pictures first. The collator gives text a blank picture: not here."""
     found: list[Mapping[str, Tensor]] = []
     for group in ([r for r in records if r.images], [r for r in records if not r.images]):

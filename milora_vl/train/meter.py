@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from milora_data.collate import ImageTextCollator
+from milora_data.processor_collate import ProcessorCollator
+from milora_data.record_collator import RecordCollator
 from milora_data.tokens import IGNORE
 
 FIELDS = ("tokens", "positions", "supervised", "images")
@@ -53,7 +55,9 @@ class Meter:
             "padding": round(1 - tokens / max(positions, 1), 4),
             "supervised_tokens": supervised,
         }
-        if isinstance(self.collator, ImageTextCollator):
+        if isinstance(self.collator, ProcessorCollator):
+            del entries["images_per_second"]  # the tensors of most families do not show the number of pictures
+        if isinstance(self.collator, RecordCollator):
             entries["skipped_records"] = float(sum(self.collator.counts()[name] for name in ("skipped", "unlearnable")))
         return entries
 

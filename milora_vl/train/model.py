@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from milora_data.errors import UserError, first_line
+from milora_data.processor_inputs import ProcessorInputs
 from milora_data.records import Record
 from milora_data.templates import OWN
 from milora_vl.adapter import apply_targets
@@ -20,10 +21,12 @@ from milora_vl.initialize import LayerReport
 from milora_vl.load import load_model
 from milora_vl.lora.sidecar import FILE_NAME
 from milora_vl.models.loading import load_processor, split_processor
+from milora_vl.models.processors import limit_pixels
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import quantization_config
 from milora_vl.plan.screen import frozen_towers, trained_sizes
 from milora_vl.policy import Target
+from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.on_model import require_template
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.trainer import Saves
@@ -44,21 +47,32 @@ class Built:
 
 
 def load_base(
-    recipe: Recipe, dtype: torch.dtype, device: torch.device, first: Sequence[Record] = ()
+    recipe: Recipe, dtype: torch.dtype, device: torch.device, records: Sequence[Record] = ()
 ) -> tuple[nn.Module, Any]:
     """Load the base model and its processor, and the projector from the recipe's `projector_weights`.
 
-    Raises UserError, before weights load, if the model has no chat template or it rejects the first records.
+    Raises UserError, before weights load, if the model has no chat template or it rejects the first records, and if
+    `records` are of kinds that its processor cannot put into one batch.
     """
 
-    if recipe.template == OWN:
-        checked = first if recipe.data.bad_images == "raise" else ()
+    if prepares_with_processor(recipe.model):
+        _require_one_kind(recipe, load_processor(recipe.model), records)
+    elif recipe.template == OWN:
+        checked = records[:100] if recipe.data.bad_images == "raise" else ()
         require_template(recipe, split_processor(load_processor(recipe.model))[0], checked)
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
+    limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
     _set_attention(model, recipe.attn_implementation)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))
     return model, processor
+
+
+def _require_one_kind(recipe: Recipe, processor: Any, records: Sequence[Record]) -> None:
+    """Raise UserError if batches would mix records with and without pictures, and the processor cannot do that."""
+    sizes = [recipe.train.get(f"per_device_{part}_batch_size", 8) for part in ("train", "eval")]
+    if max(sizes) > 1 and len({bool(record.images) for record in records}) > 1:
+        ProcessorInputs(processor).require_mixed_rows()
 
 
 def _quantization(recipe: Recipe) -> Any:

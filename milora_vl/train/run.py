@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from milora_data.collate import ImageTextCollator
 from milora_data.errors import UserError
 from milora_vl import checkpoints
 from milora_vl.checkpoints import step_of
@@ -130,7 +131,7 @@ def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
     dtype = training_args.base_dtype(recipe, recipe.train)
     with screen.step(f"loading {recipe.model}"):
         device = training_args.load_device(args)
-        base, processor = model.load_base(recipe, dtype, device, inputs.data.train[:100])
+        base, processor = model.load_base(recipe, dtype, device, inputs.data.train)
     recipe = on_model.rules_for(recipe, base, implicit=plan.settings.implicit_policy)
     for warning in on_model.model_warnings(recipe, base, processor):
         screen.warn(warning)
@@ -275,6 +276,7 @@ def make_trainer(
     if recipe.data.feature_cache:
         records = [*data.train, *(data.evaluation or ())]
         cache = Path(recipe.data.feature_cache)
+        assert isinstance(collator, ImageTextCollator)  # the plan refuses the cache for other models
         collator.features = features.prepare(cache, loaded.base, collator, records, inputs.args, opening.screen)
     hub.open_repository(inputs.args)
     trainer = MiloraTrainer(
@@ -288,7 +290,7 @@ def make_trainer(
         processing_class=loaded.processor,
         lengths=rows.lengths,
         kinds=None if rows.lengths is None else [bool(record.images) for record in data.train],
-        stream_from=plan.folder.checkpoint,
+        resume_from=plan.folder.checkpoint,
     )
     trainer.add_callback(AtFirstStep(opening.begin))
     if loaded.probe is not None and recipe.eval.forgetting_every:

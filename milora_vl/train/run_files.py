@@ -15,12 +15,14 @@ from transformers.trainer_pt_utils import get_model_param_count
 from milora_data.collate import ImageTextCollator
 from milora_data.lengths import encoded_lengths
 from milora_data.pack import PackedRecords, fill, pack
+from milora_data.processor_collate import ProcessorCollator
+from milora_data.record_collator import RecordCollator
 from milora_data.records import Record
 from milora_data.templates import OWN, render_chat_template
 from milora_data.tokens import remember_legacy
 from milora_vl.lora.peft_model import MiloraMixin
 from milora_vl.models import loading
-from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of
+from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of, uses_processor
 from milora_vl.recipe.schema import Recipe
 from milora_vl.towers import find_towers
 from milora_vl.train.model import Built
@@ -35,8 +37,21 @@ WHAT_HAPPENED = {
 }
 
 
-def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Sequence[Record] = ()) -> ImageTextCollator:
-    """Return the collator for this model. It accepts no pictures for a text-only model."""
+def collator(
+    recipe: Recipe, base: nn.Module, processor: Any, substitutes: Sequence[Record] = ()
+) -> ImageTextCollator | ProcessorCollator:
+    """Return the collator for this model: the fast one for LLaVA and text, else the one with the model's processor.
+
+    It accepts no pictures for a text-only model.
+    """
+    if uses_processor(base.config):
+        return ProcessorCollator(
+            processor,
+            image_folder=recipe.data.image_folder,
+            max_length=recipe.data.max_length,
+            bad_images=recipe.data.bad_images,
+            substitutes=substitutes,
+        )
     tokenizer, image_processor = loading.split_processor(processor)
     reads_pictures = find_towers(base).vision is not None
     return ImageTextCollator(
@@ -56,7 +71,7 @@ def collator(recipe: Recipe, base: nn.Module, processor: Any, substitutes: Seque
     )
 
 
-def warnings_of(collator: ImageTextCollator) -> list[str]:
+def warnings_of(collator: RecordCollator[Any]) -> list[str]:
     """Return one warning for each kind of event that the collator counted during training."""
     return [
         f"{count:,} times while training: {WHAT_HAPPENED[event]}" for event, count in collator.counts().items() if count
@@ -67,6 +82,10 @@ def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[R
     """Return the number of tokens per record if the recipe packs records or groups them by length, else None."""
     if not (recipe.data.packing or recipe.train.get("train_sampling_strategy") == "group_by_length"):
         return None
+    if uses_processor(base.config):
+        collate = collator(recipe, base, processor)
+        assert isinstance(collate, ProcessorCollator)
+        return collate.lengths(records)
     return encoded_lengths(
         records,
         loading.split_processor(processor)[0],

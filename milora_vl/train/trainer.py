@@ -32,7 +32,9 @@ from milora_data.tokens import IGNORE
 from milora_vl.adapter_folders import PROJECTOR_FILES
 from milora_vl.lora.install import base_model_of
 from milora_vl.lora.keep_protected import ShardedProjection, keep_protected
-from milora_vl.lora.sidecar import FILE_NAME
+from milora_vl.lora.peft_model import MiloraMixin
+from milora_vl.lora.sidecar import ANCHORS_FILE, FILE_NAME
+from milora_vl.lora.version_1_shards import convert_shards, needs_conversion
 from milora_vl.losses import install, summed_loss
 from milora_vl.models.projector import load_projector, save_projector
 from milora_vl.param_groups import parameter_groups, target_path
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
-OUR_FILES = (FILE_NAME, *PROJECTOR_FILES)
+OUR_FILES = (FILE_NAME, ANCHORS_FILE, *PROJECTOR_FILES)
 Saves = Literal["adapter", "projector", "full"]
 
 
@@ -71,6 +73,17 @@ class IntervalsOfThisRun(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Trainer's hook after the state of a checkpoint is loaded."""
         state.compute_steps(args, state.max_steps)
+
+
+class ConvertVersion1(TrainerCallback):
+    """Convert what DeepSpeed has loaded from a checkpoint of adapter format version 1, before the first step."""
+
+    def __init__(self, model: MiloraMixin) -> None:
+        self.model = model
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer's hook after the optimizer of a checkpoint is loaded."""
+        convert_shards(self.model, self.model.sidecars)
 
 
 class TowerNorms(TrainerCallback):
@@ -135,7 +148,7 @@ class MiloraTrainer(Trainer):
     """Train the modules of `targets`. `saves` is the content of checkpoints: adapter, projector or full model.
 
     With `lengths` (one per training record), a batch has records of similar length and of one of `kinds`.
-    A `RecordStream` as data set continues at its position in the checkpoint `stream_from`.
+    A `RecordStream` as data set continues at its position in the checkpoint `resume_from`.
     """
 
     def __init__(
@@ -151,7 +164,7 @@ class MiloraTrainer(Trainer):
         processing_class: Any = None,
         lengths: Sequence[int] | None = None,
         kinds: Sequence[object] | None = None,
-        stream_from: Path | None = None,
+        resume_from: Path | None = None,
     ) -> None:
         self.chunked = install(base_model_of(model))  # before anything wraps its forward
         super().__init__(
@@ -174,13 +187,17 @@ class MiloraTrainer(Trainer):
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
-        self.stream_from = stream_from
+        self.resume_from = resume_from
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch for every model
         self.meter = Meter(data_collator)
         paths = {target.path: str(target.tower) for target in targets}
         named = {name: target_path(name, paths) for name, p in model.named_parameters() if p.requires_grad}
         self.norms = TowerNorms({name: paths[path] for name, path in named.items() if path})
         self.add_callback(self.norms)
+        if isinstance(model, MiloraMixin):
+            model.converts_shards = True
+            if resume_from is not None and needs_conversion(resume_from):
+                self.add_callback(ConvertVersion1(model))
         self._failed_pushes: list[str] = []
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
 
@@ -219,7 +236,7 @@ class MiloraTrainer(Trainer):
         """Return HF's loader, or for a stream a loader that reads the share of this process."""
         if not isinstance(self.train_dataset, RecordStream):
             return super().get_train_dataloader()
-        self._stream = streaming.loader(self.train_dataset, self.data_collator, self.args, self.stream_from)
+        self._stream = streaming.loader(self.train_dataset, self.data_collator, self.args, self.resume_from)
         return self._stream
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -358,11 +375,14 @@ class MiloraTrainer(Trainer):
             load_full(self.trained(), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
+        best, model = self.state.best_model_checkpoint, self.trained()
+        assert best is not None
         if self.saves == "adapter" or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
+            if isinstance(model, MiloraMixin) and self.is_deepspeed_enabled and needs_conversion(Path(best)):
+                convert_shards(model, model.sidecars)
         else:
-            assert self.state.best_model_checkpoint is not None
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(best)
 
 
 def load_full(model: nn.Module, folder: Path) -> None:

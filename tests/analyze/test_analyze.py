@@ -98,6 +98,7 @@ def test_the_headline_keeps_a_projector_in_full_apart() -> None:
     )
 
 
+@pytest.mark.usefixtures("real_plots")
 def test_a_text_only_base_and_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tiny-text", "--rank", "8", "--output_dir", str(tmp_path), "--format", "json"]) == 0
     printed = json.loads(capsys.readouterr().out)

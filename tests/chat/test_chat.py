@@ -62,6 +62,17 @@ def test_compare_shows_both_answers(adapter: Path, picture: Path, capsys: Captur
     assert capsys.readouterr().out == f"base   {base}\ntuned  {tuned}\n"
 
 
+def test_a_scaled_update_answers_like_the_scaled_export(
+    adapter: Path, picture: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    from milora_vl.export import export
+
+    ask("--adapter", adapter, "--image", picture, "--scale", "0.1", "What is it?")
+    export(adapter, "adapter", tmp_path / "small", scale=0.1)
+    small = answer("What is it?", picture, folder=tmp_path / "small")
+    assert capsys.readouterr().out == f"{small}\n"
+
+
 def test_a_conversation_remembers_until_it_is_reset(
     picture: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from milora_data.batches import Row, joined
 from milora_data.collate import ImageTextCollator
 from milora_data.encode import IGNORE
 from milora_data.errors import UserError
@@ -65,6 +66,12 @@ def summed_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     weight = dict(model.named_parameters())["model.multi_modal_projector.linear_1.weight"]
     assert weight.grad is not None
     return torch.cat([loss.detach()[None], weight.grad.flatten()])
+
+
+def test_no_record_is_learned_from_the_one_before_it() -> None:
+    """A template may begin with an answer: its first token has no context of its own."""
+    first, second = Row([5, 6], [-100, 6], [2]), Row([7, 8], [7, 8], [2])
+    assert joined([first, second]).labels == [-100, 6, -100, 8]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -23,6 +20,7 @@ from milora_eval.answers import runner
 from milora_eval.answers.store import read_lines
 from milora_eval.scores.results import read_results, write_results
 from support.eval_questions import write_questions
+from support.programs import Program
 
 Made = tuple[Any, Any]
 
@@ -114,10 +112,12 @@ def test_a_killed_process_loses_at_most_a_batch(model: Made, data: Path, whole: 
         run(*tiny_llava(), [Slow()], data_dir=sys.argv[1], output_dir=sys.argv[2], batch_size=4)
         """)
     )
-    process = subprocess.Popen([sys.executable, str(script), str(data), str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()  # three batches are written, the fourth is being scored
-    process.send_signal(signal.SIGKILL)
+    with (tmp_path / "printed").open("wb") as printed:
+        process = Program([str(script), str(data), str(tmp_path)], stdout=printed)
+    while not (tmp_path / "printed").stat().st_size and process.poll() is None:
+        time.sleep(0.01)
+    # three batches are written, the fourth is being scored
+    process.kill()
     process.wait(timeout=60)
     assert len(read_lines(tmp_path / "eval" / "emoji" / "final" / "predictions.jsonl")) == 12
     results = evaluate(model, data, tmp_path)

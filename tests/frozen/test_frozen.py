@@ -16,6 +16,7 @@ from peft import PeftModel
 from milora_vl import load_model
 from milora_vl.train import main as train
 from support.drawn import write_tiny_data
+from support.launched import launched, needs_deepspeed
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 sys.path.insert(0, str(REFERENCE))
@@ -103,6 +104,25 @@ def test_an_old_run_resumes_with_the_losses_it_had(name: str, tmp_path: Path, mo
     command = json.loads((run / "environment.json").read_text(encoding="utf-8"))["command"]
     assert train([*command[3:], "--resume_from_checkpoint", "true"]) == 0
     assert _losses(run) == pytest.approx(expected, rel=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_an_old_run_of_deepspeed_resumes_from_its_shards(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its optimizer holds A and B in shards; adapter format version 1."""
+    run = _place(name, tmp_path, monkeypatch)
+    expected = _losses(run)
+    assert len(expected) == 6
+    for file in ("adapter_model.safetensors", "trainer_state.json"):
+        (run / file).unlink()
+    command = json.loads((run / "environment.json").read_text(encoding="utf-8"))["command"]
+    done = launched([*command[1:], "--resume_from_checkpoint", "true"], tmp_path)
+    assert done.returncode == 0
+    assert _losses(run) == pytest.approx(expected, rel=1e-5)
+    assert json.loads((run / "milora.json").read_text(encoding="utf-8"))["format_version"] == 2
 
 
 @pytest.mark.parametrize("name", ["llava", "text"])

@@ -51,17 +51,6 @@ def test_a_script_runs_with_milora_as_its_lora(tmp_path: Path, capsys) -> None:
         assert error.value.problems[0].code in ("script-missing", "package-missing")
 
 
-@pytest.mark.parametrize(
-    ("flags", "is_warned"),
-    [(["--weight_decay", "0.1"], True), (["--weight_decay=0.1"], True), (["--weight_decay", "0."], False), ([], False)],
-)
-def test_weight_decay_of_a_script_is_warned_of(flags: list[str], is_warned: bool, tmp_path: Path, capsys) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT, encoding="utf-8")
-    assert main([str(script), "4", str(tmp_path / "out"), *flags]) == 0
-    assert ("--weight_decay 0.1" in capsys.readouterr().err) is is_warned
-
-
 def test_modules_that_imported_the_function_before_are_reached(tiny_llama, monkeypatch) -> None:
     from support import adapter_cases
 

@@ -30,7 +30,7 @@ def test_every_method_and_its_parameters(tiny_llava) -> None:
     batch = llava_batch(base)
     assert torch.equal(base(**batch).logits, model(**batch).logits)
     kinds = {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad and "lora" in name}
-    assert kinds == {"trained", "weight"}
+    assert kinds == {"delta", "weight"}
     assert not [n for n, p in model.named_parameters() if p.requires_grad and "layers.1.mlp.down_proj" in n]
     projector = [n for n, p in model.named_parameters() if p.requires_grad and "multi_modal_projector" in n]
     assert len(projector) == 4

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from milora_vl import apply_milora, save_adapter
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move
+from support.programs import run as run_program
 
 STOCK = """
 import sys
@@ -45,12 +43,7 @@ def test_stock_peft_gives_the_same_logits_projector_included(tiny_llava, tmp_pat
     move(model, 0.1)
     save_adapter(model, tmp_path / "adapter")
     save_file(batch, tmp_path / "inputs.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    done = run_program(["-c", STOCK, str(tmp_path)])
     assert done.returncode == 0, done.stderr
     expected = model.eval()(**batch).logits
     for name, logits in load_file(tmp_path / "logits.safetensors").items():

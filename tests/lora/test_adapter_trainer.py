@@ -105,7 +105,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tiny_llama, tmp_path: Path) ->
     expected = load_adapter(tiny_llama()[0], best)
     ids = Tokens().rows[:2]
     assert torch.allclose(run.model.eval()(ids).logits, expected(ids).logits, atol=1e-6)
-    assert {n.split(".")[-1] for n, p in run.model.named_parameters() if p.requires_grad} == {"trained", "weight"}
+    assert {n.split(".")[-1] for n, p in run.model.named_parameters() if p.requires_grad} == {"delta", "weight"}
 
 
 @pytest.mark.parametrize("form", HARD, ids=form_name)

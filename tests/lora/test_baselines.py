@@ -27,8 +27,8 @@ def test_olora_starts_where_pefts_does(tiny_llama) -> None:
     )
     for path in names:
         here, there = (m.get_base_model().get_submodule(path) for m in (ours, theirs))
-        assert torch.allclose(here.lora_A["default"].trained, there.lora_A["default"].weight, atol=1e-5)
-        assert torch.allclose(here.lora_B["default"].trained, there.lora_B["default"].weight, atol=1e-5)
+        assert torch.allclose(here.lora_A["default"].anchor, there.lora_A["default"].weight, atol=1e-5)
+        assert torch.allclose(here.lora_B["default"].anchor, there.lora_B["default"].weight, atol=1e-5)
     report = ours.milora_report[0]
     assert report.svd == "olora"
     assert 0 < report.sigma_min <= report.sigma_max <= report.sigma_top

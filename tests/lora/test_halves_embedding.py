@@ -13,7 +13,7 @@ from milora_vl.lora.layers import EmbeddingHalves
 def holder() -> EmbeddingHalves:
     stock = nn.ParameterDict({"default": nn.Parameter(torch.randn(4, 9)), "plain": nn.Parameter(torch.randn(4, 9))})
     ours = EmbeddingHalves.take_over(stock, axis=0)
-    ours.set_halves("default", torch.ones(2, 9), torch.zeros(2, 9))
+    ours.set_halves("default", torch.zeros(2, 9), torch.ones(2, 9))
     return ours
 
 
@@ -46,7 +46,7 @@ def test_deleting_takes_the_anchor_along() -> None:
 def test_state_dicts_hold_the_joined_factor_and_load_it_back() -> None:
     ours, other = holder(), holder()
     with torch.no_grad():
-        ours.get_parameter("default").mul_(3)
+        ours.get_parameter("default").add_(3)
     state = ours.state_dict()
     assert {key: tuple(value.shape) for key, value in state.items()} == {"default": (4, 9), "plain": (4, 9)}
     other.load_state_dict(state)

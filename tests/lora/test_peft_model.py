@@ -46,7 +46,7 @@ def test_disabling_the_adapter_gives_the_base_and_leaves_the_anchors_through_mor
     assert not torch.equal(model.eval()(ids).logits, tuned)
 
 
-def test_an_adapter_added_with_our_config_has_the_same_anchor_and_its_own_trained_half(model) -> None:
+def test_an_adapter_added_with_our_config_has_the_same_anchor_and_its_own_difference(model) -> None:
     """As TRL's trainers make their reference: add_adapter, then copy every `.default.` parameter to `.ref.`."""
     ids = token_batch(200)
     model.add_adapter("ref", model.peft_config["default"])
@@ -88,9 +88,7 @@ def test_loading_under_a_new_name_gives_a_second_adapter_in_halves(model, tiny_l
     assert {n.split(".")[-2] for n, p in other.named_parameters() if p.requires_grad} == {"second"}
 
 
-def test_loading_into_the_adapter_of_the_same_name_puts_trained_half_and_anchor_back(
-    model, tiny_llama, tmp_path
-) -> None:
+def test_loading_into_the_adapter_of_the_same_name_puts_difference_and_anchor_back(model, tiny_llama, tmp_path) -> None:
     """What the HF Trainer does on resume and for load_best_model_at_end."""
     save_adapter(model, tmp_path)
     fresh = apply_milora(tiny_llama()[0], one_rule(sigma="none"))  # other anchors
@@ -99,7 +97,7 @@ def test_loading_into_the_adapter_of_the_same_name_puts_trained_half_and_anchor_
     assert all(torch.equal(anchors(fresh)[name], anchor) for name, anchor in anchors(model).items())
     ids = token_batch(200)
     assert torch.equal(fresh(ids).logits, model(ids).logits)
-    assert {n.split(".")[-1] for n, p in fresh.named_parameters() if p.requires_grad} == {"trained"}
+    assert {n.split(".")[-1] for n, p in fresh.named_parameters() if p.requires_grad} == {"delta"}
 
 
 def test_what_would_replace_the_anchor_is_refused(model, tiny_llama, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_the_drift_is_measured_and_reported(tiny_llama, dtype: torch.dtype, most
     base = tiny_llama()[0].to(dtype)
     model = residual(tiny_llama()[0].to(dtype))
     layer = lora_layer(model, Q)
-    A, B = layer.lora_A["default"].trained, layer.lora_B["default"].trained
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     W = base.get_submodule(Q).weight.float()
     drift = (layer.get_base_layer().weight.float() + B @ A - W).norm() / W.norm()
     report = {r.path: r for r in model.milora_report}[Q]

@@ -8,7 +8,7 @@ import torch
 
 from milora_vl.initialize import LayerReport
 from milora_vl.lora.errors import AdapterError
-from milora_vl.lora.sidecar import FILE_NAME, Sidecar, locate, read_sidecar
+from milora_vl.lora.sidecar import ANCHORS_FILE, FILE_NAME, Sidecar, locate, read_sidecar
 from milora_vl.policy.rules import FloorSigma, Target
 from milora_vl.weights.fingerprint import sketch
 from support.adapter_cases import raises_code
@@ -34,9 +34,23 @@ def test_a_sidecar_comes_back_as_it_was(tmp_path: Path) -> None:
     assert read_sidecar(tmp_path) == sidecar()
 
 
+def test_exact_anchors_are_stored_beside_it_and_found_by_path(tmp_path: Path) -> None:
+    B0 = torch.randn(4, 2)
+    sidecar().write(tmp_path, {PATH: B0})
+    stored = read_sidecar(tmp_path)
+    assert stored is not None
+    assert list(stored.anchors) == ["language.layers.0.mlp.up_proj"]
+    assert torch.equal(stored.read_anchors(tmp_path)[PATH], B0)
+    sidecar().write(tmp_path, {})  # a later save that needs none ignores the old file
+    assert read_sidecar(tmp_path).read_anchors(tmp_path) == {}
+    (tmp_path / ANCHORS_FILE).unlink()
+    with raises_code("adapter-missing-weights", ANCHORS_FILE, "lacks the anchor of language.layers.0.mlp.up_proj"):
+        stored.read_anchors(tmp_path)
+
+
 def test_the_file_says_for_every_module_what_it_is() -> None:
     data = json.loads(sidecar().to_json())
-    assert (data["format_version"], data["form"]) == (1, "anchored")
+    assert (data["format_version"], data["form"]) == (2, "anchored")
     module = data["modules"][PATH]
     assert (module["rank"], module["alpha"], module["part"], module["sigma"]) == (2, 2.0, "minor", {"floor": 0.1})
     assert module["report"]["svd"] == "exact"
@@ -51,7 +65,7 @@ def test_no_file_is_no_sidecar(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format_version": 99}', "has format 99, .* up to 1"),
+        ('{"format_version": 99}', "has format 99, .* up to 2"),
         ("{", "is damaged"),
         ('{"format_version": 1, "form": "anchored"}', "is damaged .*modules"),
         ('{"format_version": 1, "form": "anchored", "modules": {"a": {}}}', "is damaged"),

@@ -43,6 +43,33 @@ def test_alpha_is_the_rank_unless_set(tiny_llama) -> None:
     assert resolved(model, [*rules, {"modules": "language", "alpha": 8}])[first].scaling == 2
 
 
+def test_a_later_rank_keeps_the_scale_of_rslora(tiny_llama) -> None:
+    rules = [
+        {"modules": "language", "method": "milora", "rank": 4, "alpha": 4, "rslora": True},
+        {"modules": "language.mlp", "rank": 16},
+    ]
+    targets = resolved(tiny_llama()[0], rules)
+    mlp, attention = targets["model.layers.0.mlp.up_proj"], targets["model.layers.0.self_attn.q_proj"]
+    assert (attention.alpha, mlp.rank, mlp.alpha) == (4, 16, 8)  # 4 / sqrt(4) = 8 / sqrt(16)
+
+
+class Gated(nn.Module):
+    """A layer with a weight of its own beside the layer that it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Parameter(torch.ones(3)), nn.Linear(4, 3)
+
+
+def test_a_module_that_trains_in_full_takes_along_what_it_holds() -> None:
+    model = nn.ModuleDict({"first": Gated(), "last": nn.Linear(3, 2)})
+    rules = [{"modules": "*", "method": "milora", "rank": 2}, {"modules": "first", "method": "full"}]
+    assert {path: target.method for path, target in resolved(model, rules).items()} == {
+        "first": "full",
+        "last": "milora",
+    }
+
+
 def test_frozen_rules_take_modules_out_again(tiny_llama) -> None:
     rules = [
         {"modules": "language", "method": "milora", "rank": 4},

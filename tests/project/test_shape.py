@@ -17,6 +17,7 @@ PACKAGES = ("milora_vl", "llava_recipes", "data_tools/milora_data", "eval/milora
 # `path:function` -> why its **kwargs is no sink: the signature is someone else's, and everything is passed on.
 FOREIGN_SIGNATURES: dict[str, str] = {
     "data_tools/milora_data/command/flags.py:option": "argparse's add_argument, passed on to it",
+    "data_tools/milora_data/processor_inputs.py:_recorded_places.<locals>.recording": "a method of processors",
     "milora_vl/models/hub.py:_read": "from_pretrained's keywords, passed on to it",
     "milora_vl/integrations/llava.py:_ignoring_arguments.<locals>.call": "Trainer passes what LLaVA's does not take",
     "milora_vl/integrations/llava.py:_tokenizer_argument.<locals>.initialise": "Trainer's constructor",
@@ -41,6 +42,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/plan/simulate.py:_flash_attention.<locals>.attention": "torch's function",
     "milora_vl/train/trainer.py:TowerNorms.on_pre_optimizer_step": "TrainerCallback's hook",
     "milora_vl/train/features.py:replay.<locals>.forward": "LLaVA passes every vision tower the same keywords",
+    "milora_vl/train/trainer.py:ConvertVersion1.on_train_begin": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:IntervalsOfThisRun.on_train_begin": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:LogBeforeSave.on_step_end": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:StopOnSignal.on_step_end": "TrainerCallback's hook",
@@ -215,6 +217,7 @@ QUICK_HELP = "--help answers before torch is imported"
 INNER_IMPORTS: dict[str, tuple[int, str]] = {
     "data_tools/milora_data/__init__.py": (1, "the collator needs torch"),
     "eval/milora_eval/commands/run.py": (1, QUICK_HELP),
+    "eval/milora_eval/commands/scales.py": (1, QUICK_HELP),
     "eval/milora_eval/lm_eval.py": (2, QUICK_HELP),
     "eval/milora_eval/vlmevalkit.py": (2, "tables are read and written without torch"),
     "milora_vl/analyze/command.py": (1, QUICK_HELP),

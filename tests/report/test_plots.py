@@ -15,6 +15,8 @@ from milora_vl.report.plots import PLOT_STYLES, PlotStyle
 from milora_vl.report.run_page import Layer, Metric, Run, Score, read_run
 from support.fake_run import log_history, make_run
 
+pytestmark = pytest.mark.usefixtures("real_plots")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:

@@ -162,6 +162,7 @@ def test_pictures_that_moved_and_a_cut_off_answer_do_not_matter(run: Path) -> No
     assert "picture not found" in page_of(run).text
 
 
+@pytest.mark.usefixtures("real_plots")
 def test_large_pictures_are_made_small(run: Path, tmp_path: Path) -> None:
     big = tmp_path / "big.png"
     Image.effect_noise((1500, 1500), 90).save(big)

@@ -57,6 +57,7 @@ def test_docs_show_what_the_cells_say(name: str) -> None:
     assert page.documented(text, name, read_study(name), DOCS) == text
 
 
+@pytest.mark.usefixtures("real_plots")
 def test_a_study_runs_goes_on_and_is_shown(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "studies" / "which.digits-cnn", small(search_seeds=1))
     first = run(folder)

@@ -14,6 +14,7 @@ from milora_vl.__main__ import main
 from support import official_data
 from support.drawn import dump, dump_lines, encoded, made, picture, write_tiny_data
 from support.eval_questions import write_questions
+from support.vlm_runs import write_model
 
 TRAIN = ["train", "--data_path", "train.json", "--max_steps", "2", "--learning_rate", "0.01"]
 TINY = [*TRAIN, "--image_folder", "images", "--model", "tiny", "--rank", "4"]
@@ -98,12 +99,13 @@ def write_benchmarks(folder: Path) -> None:
 
 
 def write_parts(folder: Path) -> None:
-    """Write a small tower, language model, instruct model and stage-1 projector."""
+    """Write a small tower, language model, instruct model, vision-language model and stage-1 projector."""
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     from milora_vl.models.projector import save_projector
     from milora_vl.tiny import tiny_llama, tiny_llava
 
+    write_model("qwen2_5_vl", folder / "qwen-vl")
     whole, _ = tiny_llava()
     CLIPVisionModel(whole.config.vision_config).save_pretrained(folder / "tower")
     small = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
@@ -161,6 +163,7 @@ def demo() -> None:
 # What a page may presume -> the function that makes it, in a folder with the files above.
 PRESUMED: dict[str, Callable[[], None]] = {
     "runs/a": lambda: call(*TINY, "--output_dir", "runs/a"),
+    "runs/b": lambda: call(*TINY, "--seed", "1", "--output_dir", "runs/b"),
     "runs/demo": demo,
     "runs/full": lambda: call(*TINY[:-2], "--method", "full", "--output_dir", "runs/full"),
     "vicuna-clip": composed,

@@ -35,6 +35,7 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"llava-1\.5-(7|13)b|liuhaotian/llava-v1\.5-7b(?= )|smol-llava(?=[ ,]|$)", "tiny"),
     (r"llama-2-7b|llama-3-8b|qwen2\.5-7b", "tiny-text"),
     (r"--model smollm2", "--model instruct"),
+    (r"Qwen/Qwen2\.5-VL-3B-Instruct", "qwen-vl"),
     (r"lmsys/vicuna-7b-v1\.5", "language"),
     (r"openai/clip-vit-large-patch14-336", "tower"),
     (r"timm/vit_small_patch16_224 --language FOLDER", "timm/test_vit --vision_weights random --language language"),
@@ -94,7 +95,7 @@ BROKEN: dict[str, str] = {}
 # Page -> what its reader already has: names in PRESUMED of tests/support/documented_files.py.
 PAGES_PRESUME: dict[str, tuple[str, ...]] = {
     "docs/evaluation.md": ("runs/a", "runs/demo"),
-    "docs/exporting.md": ("runs/a", "vicuna-clip", "llava-v1.5-7b-lora", "RESIDUAL"),
+    "docs/exporting.md": ("runs/a", "runs/b", "vicuna-clip", "llava-v1.5-7b-lora", "RESIDUAL"),
     "docs/forgetting.md": ("runs/demo", "runs/full"),
     "docs/reproduce.md": ("checkpoints/llava-v1.5-7b-lora",),
     "docs/run-folder.md": ("runs/a",),

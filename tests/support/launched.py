@@ -1,9 +1,10 @@
-"""Two real processes on this machine: a command as torchrun starts it on a server, or a script of the test's own."""
+"""Two real processes on this machine: a command that torchrun starts as on a server, or forks with a script of ours."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support.programs import Program
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 # Several trainings in one launch: starting processes takes longer than training. Each line of the file is a command;
@@ -71,17 +74,33 @@ def launched(what: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]
 def results_of_two(script: str, folder: Path, *arguments: str) -> list[Any]:
     """Run the text of a script as ranks 0 and 1 on gloo; returns what each printed behind `RESULT`, read as JSON."""
     (folder / "script.py").write_text(script)
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, folder / "script.py", *arguments], stdout=subprocess.PIPE, text=True,
-            env=ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    printed = [process.communicate(timeout=300)[0] for process in processes]
+    _, printed = in_two_processes([str(folder / "script.py"), *arguments], folder)
     # gloo sometimes aborts at interpreter exit, after everything is done
     return [json.loads(text.split("RESULT")[1].splitlines()[0]) for text in printed]
+
+
+def in_two_processes(words: Sequence[str], folder: Path) -> tuple[list[int], list[str]]:
+    """Run a script as ranks 0 and 1, as a launcher would start it. Returns the exit codes and what each printed."""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    logs = [folder / f"rank{rank}.log" for rank in range(2)]
+    started = []
+    for rank, log in enumerate(logs):
+        env = ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with log.open("w") as file:
+            started.append(Program(words, cwd=folder, env=env, stdout=file, stderr=file))
+    try:
+        codes = [program.wait(timeout=400) for program in started]
+    finally:
+        for program in started:
+            program.kill_if_running()
+    return codes, [log.read_text() for log in logs]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def train_in_two(lines: Sequence[Sequence[str]], folder: Path, chunk: int = 2**24) -> str:
@@ -91,6 +110,6 @@ def train_in_two(lines: Sequence[Sequence[str]], folder: Path, chunk: int = 2**2
     """
     (folder / "lines.json").write_text(json.dumps(lines))
     (folder / "worker.py").write_text(WORKER)
-    done = launched([str(folder / "worker.py"), str(folder / "lines.json"), str(chunk)], folder)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
+    codes, printed = in_two_processes([str(folder / "worker.py"), str(folder / "lines.json"), str(chunk)], folder)
+    assert codes == [0, 0], printed[0][-3000:] + printed[1][-3000:]
+    return "".join(printed)

@@ -84,6 +84,7 @@ def test_means_have_students_intervals() -> None:
     assert mean_of([1e-4, 0.1]).text == "0.050 ± 0.635"
 
 
+@pytest.mark.usefixtures("real_plots")
 def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
     """The rate with the best test score has a worse validation loss, so it is not reported."""
     cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-4, 1e-3, 1e-2], None, 2)

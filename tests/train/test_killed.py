@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from milora_vl.train.command import main
+from support.programs import Program
 from support.train_runs import lengthen_data, losses, training
 
 ARRANGED = [
@@ -32,8 +32,7 @@ def test_it_goes_on_with_exactly_the_records_that_were_due(
     extra = ["--rank", "4", "--dropout", "0", "--max_steps", "18", "--save_steps", "3", "--dataloader_num_workers", "2"]
     extra += arranged
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-m", "milora_vl.train", *training(tiny_data, killed, *extra)]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = Program(["milora_vl.train", *training(tiny_data, killed, *extra)], new_session=True)
     while not (killed / "checkpoint-6").is_dir() and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)

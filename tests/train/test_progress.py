@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from milora_vl.train.progress import log_line
+from support.programs import run as run_program
 
 
 def test_a_log_entry_is_one_short_line() -> None:
@@ -29,15 +28,13 @@ def test_a_log_entry_is_one_short_line() -> None:
 
 
 def test_a_training_into_a_pipe_writes_plain_lines_to_stderr(tiny_data: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
+    done = run_program(
         [
-            sys.executable, "-m", "milora_vl.train", "--model", "tiny", "--rank", "4", "--max_steps", "2",
+            "milora_vl.train", "--model", "tiny", "--rank", "4", "--max_steps", "2",
             "--logging_steps", "1",
             "--data_path", str(tiny_data / "train.json"), "--image_folder", str(tiny_data / "images"),
             "--eval_data_path", str(tiny_data / "train.json"), "--use_cpu", "--output_dir", str(tmp_path / "run"),
-        ],
-        capture_output=True,
-        text=True,
+        ]
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "")
     assert "\x1b" not in done.stderr

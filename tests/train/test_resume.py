@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,17 +10,18 @@ import pytest
 from safetensors.torch import load_file
 
 from milora_vl.train.command import main
+from support.programs import Program
 from support.train_runs import METHODS, WEIGHTS, losses, training
 
 
 def kill_when(command: list[str], folder: Path, log: Path) -> None:
     """Start the command and kill it as soon as `folder` exists: in the middle of writing that checkpoint."""
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        process = Program(command, stdout=stream, stderr=stream)
         while not folder.exists():
             assert process.poll() is None, log.read_text()
             time.sleep(0.0005)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         assert process.wait() == -signal.SIGKILL
 
 
@@ -37,9 +35,7 @@ def test_a_killed_run_resumes_with_the_same_losses(method: str, tiny_data: Path,
     assert main(training(tiny_data, whole, *extra)) == 0
 
     last = killed / "checkpoint-4"
-    kill_when(
-        [sys.executable, "-m", "milora_vl.train", *training(tiny_data, killed, *extra)], last, tmp_path / "log.txt"
-    )
+    kill_when(["milora_vl.train", *training(tiny_data, killed, *extra)], last, tmp_path / "log.txt")
     state = last / "trainer_state.json"
     if state.exists():  # the kill came too late; cut the checkpoint off as an earlier one would have
         state.write_bytes(state.read_bytes()[:100])

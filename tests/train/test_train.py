@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from milora_data.errors import UserError
 from milora_vl.policy import ranks
 from milora_vl.train.command import main
 from support.drawn import write_tiny_data
+from support.programs import run as run_program
 from support.train_runs import METHODS, WEIGHTS, losses, read_json, training
 from support.versions import TRANSFORMERS_5
 
@@ -230,7 +229,7 @@ def test_an_error_of_a_loader_process_keeps_its_code_as_json(tiny_data: Path, tm
     picture = tiny_data / "images" / "2.png"
     picture.write_bytes(b"no picture")
     words = training(tiny_data, tmp_path / "run", "--rank", "4", "--dataloader_num_workers", "1", "--format", "json")
-    done = subprocess.run([sys.executable, "-m", "milora_vl.train", *words], capture_output=True, text=True)
+    done = run_program(["milora_vl.train", *words])
     assert done.returncode == 1
     content = json.loads(done.stdout)
     (problem,) = content["problems"]
@@ -241,12 +240,7 @@ def test_an_error_of_a_loader_process_keeps_its_code_as_json(tiny_data: Path, tm
 
 def test_a_mistake_is_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text('[{"id": 1,\n "conversations": [}\n]')
-    done = subprocess.run(
-        [sys.executable, "-m", "milora_vl.train", *"--model tiny --rank 4 --data_path broken.json".split()],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = run_program(["milora_vl.train", *"--model tiny --rank 4 --data_path broken.json".split()], cwd=tmp_path)
     assert done.returncode == 2
     assert "broken.json:2" in done.stderr
     assert "Traceback" not in done.stderr

@@ -53,6 +53,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def above_zero(text: str) -> float:
+    """Parse a finite number above 0: the `type` of a flag for a factor."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return number
+
+
 def amount(number: int, what: str) -> str:
     """Return a number with the thing that it counts.
 
@@ -134,7 +145,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         if action.choices is not None:
             return super()._get_default_metavar_for_optional(action)
-        kinds: dict[Any, str] = {int: "N", count: "N", positive: "N", float: "X", Path: "PATH"}
+        kinds: dict[Any, str] = {int: "N", count: "N", positive: "N", float: "X", above_zero: "X", Path: "PATH"}
         return kinds.get(action.type, "TEXT")
 
 

@@ -23,8 +23,8 @@ class EvaluationPlan:
     """The benchmarks and the generation settings. `suite` names the results; `shard` is (number from 1, count).
 
     `audit` is the number of items that are asked a second time, one by one. `which` (base, final, checkpoint-N),
-    `model_name` and `adapter` say which weights answer; `settings` is everything except the question that their answers
-    depend on.
+    `model_name`, `adapter` and `scale` (of its update) say which weights answer; `settings` is everything except the
+    question that their answers depend on.
     """
 
     suite: str
@@ -39,6 +39,7 @@ class EvaluationPlan:
     which: str = "final"
     model_name: str = ""
     adapter: str | Path | None = None
+    scale: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)
 
 

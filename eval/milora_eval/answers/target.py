@@ -21,13 +21,14 @@ from milora_vl.checkpoints import step_of
 class EvalTarget:
     """The model to load, its adapter (or None), and the base to compare with (None: the model itself).
 
-    `which` is base, final or checkpoint-N.
+    `which` is base, final or checkpoint-N, or with a scale final-scale-0.5. `scale` is the size of the update.
     """
 
     model: str
     adapter: Path | None
     base: str | None
     which: str
+    scale: float = 1.0
 
     @property
     def has_base(self) -> bool:
@@ -40,8 +41,8 @@ class EvalTarget:
         return self.adapter or Path(self.model)
 
 
-def eval_target(model: str, adapter: Path | None, base: str | None) -> EvalTarget:
-    """Resolve the flags --model, --adapter and --base. Raises UserError if they contradict each other."""
+def eval_target(model: str, adapter: Path | None, base: str | None, scale: float = 1.0) -> EvalTarget:
+    """Resolve the flags --model, --adapter, --base and --scale. Raises UserError if they contradict each other."""
     folder = Path(model)
     if adapter is None and holds_adapter(folder):
         model, adapter = base_of(folder), folder
@@ -53,9 +54,25 @@ def eval_target(model: str, adapter: Path | None, base: str | None) -> EvalTarge
                 where="--base",
             )
         _check_adapter(adapter, model)
-        return EvalTarget(model, adapter, None, _which(adapter))
+        return EvalTarget(model, adapter, None, named(_which(adapter), scale), scale)
+    if base is None and scale != 1:
+        raise UserError(
+            "needs an update to scale: an adapter, or a fully trained model and its base",
+            code="flag-needs-another",
+            where="--scale",
+            hint="add:  --adapter FOLDER   or   --base MODEL",
+        )
     is_trained = base is not None or (folder / "recipe.yaml").is_file() or _is_checkpoint(folder)
-    return EvalTarget(model, None, base, _which(folder) if is_trained else "base")
+    return EvalTarget(model, None, base, named(_which(folder), scale) if is_trained else "base", scale)
+
+
+def named(which: str, scale: float) -> str:
+    """Return the name of the results of a model with a scaled update.
+
+    >>> named("final", 1.0), named("final", 0.5)
+    ('final', 'final-scale-0.5')
+    """
+    return which if scale == 1 else f"{which}-scale-{scale:g}"
 
 
 def _check_adapter(folder: Path, model: str) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from milora_data.command.cli import count, next_step
@@ -49,6 +50,7 @@ examples:
         ),
     ),
     settings=(
+        shared("scale"),
         flag("--with_base", "also evaluate the base model"),
         shared("limit", about="number of items per benchmark; a larger N contains the items of a smaller one"),
         shared("protocol"),
@@ -75,14 +77,15 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. All flags and data files are checked before the model is loaded."""
     options = COMMAND.parse(argv)
-    target = eval_target(options.model, options.adapter, options.base)
+    target = eval_target(options.model, options.adapter, options.base, options.scale)
     if options.with_base and not target.has_base:
         raise UserError(
             "this flag needs a trained model: --adapter A, or --model RUN with --base B",
             code="flag-conflict",
             where="--with_base",
         )
-    plan, items = _planned(options, target)
+    plan, items = planned(options, target)
+    plan = replace(plan, shard=parse_shard(options.shard), audit=options.audit)
     run_folders = (target.folder.resolve(), target.folder.resolve().parent)  # a checkpoint is evaluated into its run
     if holds_adapter(options.output_dir) and options.output_dir.resolve() not in run_folders:
         sys.stderr.write(f"warning: {options.output_dir} holds another adapter; its scores and report are replaced\n")
@@ -99,8 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _planned(options: argparse.Namespace, target: EvalTarget) -> tuple[EvaluationPlan, Items]:
-    """Return the plan and the items of its benchmarks, which are read once. Raises UserError for missing data."""
+def planned(options: argparse.Namespace, target: EvalTarget) -> tuple[EvaluationPlan, Items]:
+    """Return the plan of --suite or --benchmarks, and the items of its benchmarks, which are read once.
+
+    Raises UserError for missing data.
+    """
     if options.suite is not None:
         suite = find_suite(options.suite)
         names, name, limit, partial = suite.benchmarks, options.suite, options.limit or suite.limit, suite.partial
@@ -128,9 +134,7 @@ def _planned(options: argparse.Namespace, target: EvalTarget) -> tuple[Evaluatio
         template=options.template or template,
         image_aspect_ratio=image_aspect_ratio,
         limit=limit,
-        shard=parse_shard(options.shard),
         batch_size=options.batch_size,
-        audit=options.audit,
     )
     return plan, items
 

@@ -1,0 +1,275 @@
+"""Conversations with pictures in a model's own chat template, and the characters that are supervised.
+
+A chat template is a Jinja program that returns one text and does not mark the answers. It runs twice per record: with
+placeholders as answers, and with the real answers. The text between the placeholders is the template's; the answers
+are between these stretches in the second text. A wrong loss mask is therefore an error and never silent.
+
+What the template writes around an answer is measured once, with one question and one answer: the text that asks for an
+answer, and the special token that ends it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from milora_data.errors import DataError, UserError
+from milora_data.records import IMAGE, Turn
+from milora_data.templates import split_turns
+from milora_data.tokens import eos_text
+
+# Characters of Unicode's private use area: no template handles them specially.
+_PLACEHOLDER = "\ue000{}\ue001"
+_PLACEHOLDERS = re.compile("\ue000[0-9]+\ue001")
+# A picture and the line break that belongs to its marker: LLaVA's records have "<image>\ntext" or "text\n<image>".
+_MARKERS = re.compile(f"{IMAGE}\n|\n?{IMAGE}")
+
+Part = Mapping[str, str]
+
+
+class Rendered(NamedTuple):
+    """A conversation as the processor reads it: each picture is the template's placeholder.
+
+    `supervised` has the ranges of characters (start, end) on which the loss is computed. For a processor with a plain
+    prompt, `suffix` is the answer, all of which is supervised; it is None otherwise.
+    """
+
+    text: str
+    supervised: tuple[tuple[int, int], ...]
+    suffix: str | None = None
+
+
+def parts_of(text: str) -> list[Part]:
+    """Return the text of a turn as the parts of a message: pictures and the stretches of text between them.
+
+    >>> parts_of("<image>\\nWhat is it?")
+    [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]
+    >>> [part.get("text", "picture") for part in parts_of("Is this\\n<image>\\n like <image>?")]
+    ['Is this\\n', 'picture', ' like ', 'picture', '?']
+    """
+    parts: list[Part] = []
+    for number, stretch in enumerate(_MARKERS.split(text)):
+        if number:
+            parts.append({"type": "image"})
+        if stretch:
+            parts.append({"type": "text", "text": stretch})
+    return parts or [{"type": "text", "text": ""}]
+
+
+def prompt_format(processor: Any) -> PictureTemplate | PlainPrompt:
+    """Return how conversations are written for this processor: its chat template, or its documented plain prompt.
+
+    Raises `UserError` for a processor without either.
+    """
+    tokenizer = processor.tokenizer
+    template = processor.chat_template or tokenizer.chat_template
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if template:
+        return PictureTemplate(str(template), tokenizer)
+    if "suffix" in inspect.signature(type(processor).__call__).parameters:
+        return PlainPrompt()
+    raise UserError(
+        f"{type(processor).__name__} has no chat template",
+        code="processor-no-chat-template",
+        hint="put the chat_template.jinja of an instruction-tuned variant of this model into the model's folder,\n"
+        "or set processor.chat_template",
+    )
+
+
+class PlainPrompt:
+    """The prompt of processors that take question and answer apart, as text and `suffix` (PaliGemma)."""
+
+    takes_conversations = False
+
+    def render(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
+        """Return the question with its pictures in front, and the answer. Raises `DataError` for other conversations.
+
+        >>> PlainPrompt().render([Turn("user", "<image>\\ncaption en"), Turn("assistant", "A cat.")])
+        Rendered(text='<image>caption en', supervised=(), suffix='A cat.')
+        """
+        roles = [turn.role for turn in turns]
+        if roles != (["user"] if prompt else ["user", "assistant"]):
+            raise DataError(
+                f"this model takes one question and one answer, found turns of {', '.join(roles) or 'nobody'}",
+                code="record-not-one-question",
+                hint="its processor has no chat template; set one for conversations",
+            )
+        parts = parts_of(turns[0].text)
+        if all(part["type"] != "image" for part in parts):
+            raise DataError(
+                "this model takes no text without a picture",
+                code="record-not-one-question",
+                hint="its processor has no chat template; set one for conversations",
+            )
+        question = "".join(part.get("text", "") for part in parts)
+        text = IMAGE * sum(part["type"] == "image" for part in parts) + question
+        return Rendered(text, (), None if prompt else turns[1].text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What the template writes around an answer.
+
+    `request` is the text that asks for an answer, `lead` what it writes between that and an answer, `end` a pattern for
+    the text that ends an answer, `closes` whether that is a special token.
+    """
+
+    request: str
+    lead: str
+    end: str
+    closes: bool
+
+
+class PictureTemplate:
+    """A chat template for conversations whose turns contain pictures. Raises `UserError` if it omits answers."""
+
+    takes_conversations = True
+
+    def __init__(self, template: str, tokenizer: Any) -> None:
+        self.template = template
+        self.tokenizer = tokenizer
+        self.in_parts = True  # texts are lists of parts; some templates want a plain text where there is no picture
+        self.frame = self._measured()
+
+    def render(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
+        """Return the text of a conversation and its supervised ranges; with `prompt`, up to where an answer begins.
+
+        Supervised is what the model has to write: the text after the request for an answer, up to and including the
+        special token that ends the answer. If the template has no such token, an EOS is added to the last answer.
+        Raises `DataError` if the template refuses the turns or rewrites an answer.
+        """
+        system, exchange = split_turns(turns)
+        kept = ([] if system is None else [Turn("system", system)]) + list(exchange)
+        contents = [self._content(turn) for turn in kept]
+        text = self._run(kept, contents, prompt)
+        if prompt:
+            return Rendered(text, ())
+        answers = [number for number, turn in enumerate(kept) if turn.role == "assistant"]
+        texts, gaps = self._gaps(kept, contents, answers)
+        places = _places(text, [piece for pieces in texts for piece in pieces], gaps)
+        ranges, first = [], 0
+        for pieces in texts:
+            last = first + len(pieces) - 1
+            start = places[first][0] - self._written_by_model(gaps[first])
+            ends = re.match(self.frame.end, gaps[last + 1])
+            ranges.append((start, places[last][1] + (ends.end() if ends else 0)))
+            first = last + 1
+        if ranges and not self.frame.closes and kept[-1].role == "assistant":
+            start = ranges[-1][0]
+            text += eos_text(self.tokenizer)
+            ranges[-1] = (start, len(text))
+        return Rendered(text, tuple(ranges))
+
+    def _gaps(
+        self, turns: Sequence[Turn], contents: Sequence[Any], answers: Sequence[int]
+    ) -> tuple[list[list[str]], list[str]]:
+        """Return the texts of each answer, and what the template writes before, between and after all of them."""
+        texts, masked, number = [], list(contents), 0
+        for place in answers:
+            content = contents[place]
+            pieces = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+            marks = [_PLACEHOLDER.format(number + offset) for offset in range(len(pieces))]
+            number += len(pieces)
+            texts.append(pieces)
+            left = iter(marks)
+            masked[place] = (
+                marks[0]
+                if isinstance(content, str)
+                else [{**part, "text": next(left)} if "text" in part else part for part in content]
+            )
+        gaps = _PLACEHOLDERS.split(self._run(turns, masked))
+        if len(gaps) != number + 1:
+            raise DataError(
+                "the model's chat template omits or repeats an answer of this record",
+                code="chat-template-rewrites-text",
+            )
+        return texts, gaps
+
+    def _written_by_model(self, gap: str) -> int:
+        """Return how many characters at the end of a gap the model has to write before an answer."""
+        request, lead = self.frame.request, self.frame.lead
+        if not request:
+            return len(lead) if gap.endswith(lead) else 0
+        written = gap[gap.rfind(request) + len(request) :] if request in gap else ""
+        return len(written) if written == lead else 0
+
+    def _content(self, turn: Turn) -> Any:
+        parts = parts_of(turn.text)
+        if self.in_parts or any(part["type"] == "image" for part in parts):
+            # The position of an answer is that of its text, so an answer of pictures alone gets an empty one.
+            needs_text = turn.role == "assistant" and not any("text" in part for part in parts)
+            return [*parts, {"type": "text", "text": ""}] if needs_text else parts
+        return turn.text
+
+    def _run(self, turns: Sequence[Turn], contents: Sequence[Any], prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        messages = [{"role": turn.role, "content": content} for turn, content in zip(turns, contents, strict=True)]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+            )
+            return str(text)
+        except (TemplateError, TypeError) as error:
+            raise DataError(
+                f"the model's chat template refuses this conversation: {error}", code="chat-template-refuses"
+            ) from None
+
+    def _measured(self) -> _Frame:
+        """Return what the template writes around an answer, and find out which form of content it takes."""
+        question, answer = (_PLACEHOLDER.format(number) for number in range(2))
+        turns = [Turn("user", question), Turn("assistant", answer)]
+        attempts: list[list[str]] = []
+        for self.in_parts in (True, False):
+            try:
+                dialogue = self._run(turns, [self._content(turn) for turn in turns])
+            except DataError:
+                continue
+            attempts.append(_PLACEHOLDERS.findall(dialogue))
+            if attempts[-1] == [question, answer]:
+                break
+        else:
+            written = "the question alone" if [question] in attempts else "something else"
+            raise UserError(
+                f"the chat template of this model does not write question and answer once each, but {written}",
+                code="chat-template-no-answers",
+                hint="use the chat template of an instruction-tuned model",
+            )
+        _, between, tail = _PLACEHOLDERS.split(dialogue)
+        contents = [self._content(turns[0])]
+        asked = _PLACEHOLDERS.split(self._run(turns[:1], contents, prompt=True))[-1]
+        closed = _PLACEHOLDERS.split(self._run(turns[:1], contents))[-1]
+        request = asked.removeprefix(closed) if asked.startswith(closed) else asked
+        lead = between.removeprefix(asked) if between.startswith(asked) else ""
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        specials = sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+        match = re.match(rf"\s*(?:{'|'.join(map(re.escape, specials))})", tail) if specials else None
+        return _Frame(request, lead, re.escape(match.group() if match else tail), match is not None)
+
+
+def _places(text: str, pieces: Sequence[str], gaps: Sequence[str]) -> list[tuple[int, int]]:
+    """Return where the pieces are in a text that is made of gaps and, between them, the pieces or their stripped form.
+
+    >>> _places("USER: a ASSISTANT: b</s>", [" b\\n"], ["USER: a ASSISTANT: ", "</s>"])
+    [(19, 20)]
+    """
+    places = []
+    at = len(gaps[0]) if text.startswith(gaps[0]) else -1
+    for piece, gap in zip(pieces, gaps[1:], strict=True):
+        forms = dict.fromkeys((piece, piece.rstrip(), piece.lstrip(), piece.strip()))
+        fitting = next((form for form in forms if at >= 0 and text.startswith(form + gap, at)), None)
+        if fitting is None:
+            at = -1
+            break
+        places.append((at, at + len(fitting)))
+        at += len(fitting) + len(gap)
+    if at != len(text):
+        raise DataError(
+            "the model's chat template rewrites an answer of this record, so the supervised part is unknown",
+            code="chat-template-rewrites-text",
+        )
+    return places

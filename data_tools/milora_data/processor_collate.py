@@ -1,0 +1,332 @@
+"""Collate records with a model's own processor: for every vision-language model that transformers loads.
+
+The processor expands the placeholder of each picture and returns the tensors of its family; all of them are passed on
+under their own names, batched as the processor batches them. The loss mask is computed from characters: the chat
+template gives the supervised ranges of the text (picture_template.py), the processor the offsets of the tokens.
+
+A token is supervised if one of its characters is, and no token of a picture is.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from milora_data.encode import NoSupervisedTokens
+from milora_data.errors import DataError, UserError, first_line, with_context
+from milora_data.images.files import ImageError, ImagePolicy, load_image, picture_size, place_of
+from milora_data.picture_template import Rendered
+from milora_data.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
+from milora_data.record_collator import Item, RecordCollator
+from milora_data.records import IMAGE, Record, Turn
+from milora_data.templates import Segment, place_images
+from milora_data.tokens import IGNORE
+
+log = logging.getLogger(__name__)
+
+_NOT_FOR_THE_MODEL = ("offset_mapping", PLACES)
+_NUM_CUTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSample:
+    """One record as text, with its pictures (PIL); `places` are their files. `is_cut`: max_length shortened it."""
+
+    record: Record
+    rendered: Rendered
+    images: tuple[Any, ...]
+    is_cut: bool = False
+
+    @property
+    def where(self) -> str:
+        """Return file and line of the record, or its id."""
+        return self.record.source or self.record.id
+
+
+class ProcessorCollator(RecordCollator[PictureSample]):
+    """Collates records (`Record`, or dicts) into a batch with a model's processor; usable as `data_collator`.
+
+    `__call__` returns input_ids, attention_mask and labels (batch, length), padded on the right, and every other tensor
+    that the processor returns. Labels of unsupervised tokens are -100. Records without pictures may be mixed in.
+    A record beyond `max_length` is cut at its end, never within a picture. `RecordCollator` explains `bad_images` and
+    `substitutes`; a picture that the processor refuses counts as one that cannot be read.
+
+    Raises `UserError` for a processor without a chat template or a documented plain prompt, and for a version of
+    transformers whose processors do not return the places of pictures.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        image_folder: str | Path | None = None,
+        max_length: int | None = None,
+        bad_images: ImagePolicy = "raise",
+        pad_to_multiple_of: int | None = None,
+        substitutes: Sequence[Item] = (),
+    ) -> None:
+        super().__init__(bad_images, substitutes)
+        if max_length is not None and max_length < 1:
+            raise UserError(f"max_length must be at least 1, got {max_length}", code="flag-value")
+        self.inputs = ProcessorInputs(processor)
+        self.image_folder = Path(image_folder or "")
+        self.max_length = max_length
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def num_tokens(self, record: Record) -> int:
+        """Return the number of tokens of a record, at most `max_length`, from its text and the sizes of its pictures.
+
+        A picture that cannot be read counts as a small one. Raises `DataError` like the collator.
+        """
+        rendered = self._rendered(record)
+        count = self.inputs.num_text_tokens(rendered) + sum(
+            self.inputs.num_picture_tokens(*_size(place_of(self.image_folder, name))) for name in record.images
+        )
+        return count if self.max_length is None else min(count, self.max_length)
+
+    def num_supervised(self, record: Record) -> int:
+        """Return the number of supervised tokens of a record, before `max_length` cuts it. Raises `DataError`."""
+        rendered = self._rendered(record)
+        answers = [rendered.text[start:end] for start, end in rendered.supervised]
+        if rendered.suffix is not None:
+            answers.append(rendered.suffix)
+        return sum(len(self.inputs.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
+
+    def segments(self, record: Record) -> list[Segment]:
+        """Return the text of a record in pieces, supervised or not; `<image>` stands for each picture."""
+        rendered, end, pieces = self._rendered(record), 0, []
+        for start, stop in rendered.supervised:
+            pieces += [Segment(rendered.text[end:start], False), Segment(rendered.text[start:stop], True)]
+            end = stop
+        pieces += [Segment(rendered.text[end:], False), Segment(rendered.suffix or "", True)]
+        shown = [piece._replace(text=piece.text.replace(self.inputs.placeholder, IMAGE)) for piece in pieces]
+        return [piece for piece in shown if piece.text]
+
+    def lengths(self, records: Sequence[Record]) -> list[int]:
+        """Return the number of tokens of each record; shows a progress bar. A record without answers counts 0."""
+        from tqdm import tqdm
+
+        lengths = []
+        for record in tqdm(records, "counting tokens", disable=None, file=sys.stderr, leave=False):
+            try:
+                lengths.append(self.num_tokens(record))
+            except NoSupervisedTokens:
+                lengths.append(0)  # the collator skips it
+        return lengths
+
+    def _rendered(self, record: Record) -> Rendered:
+        try:
+            rendered = self.inputs.format.render(marked(record.turns, len(record.images)))
+            self.inputs.require_pictures(rendered.text, len(record.images))
+            if not rendered.supervised and rendered.suffix is None:
+                raise NoSupervisedTokens("no answer to learn from in this record", code="record-no-answer")
+        except DataError as error:
+            raise with_context(error, record.source or f"record {record.id!r}") from None
+        return rendered
+
+    def _read(self, record: Record) -> PictureSample:
+        rendered = self._rendered(record)
+        return PictureSample(record, rendered, tuple(self._image(record, name) for name in record.images))
+
+    def _image(self, record: Record, name: str) -> Any:
+        try:
+            return load_image(place_of(self.image_folder, name))
+        except ImageError as error:
+            return self._replaced(error)
+
+    def _replaced(self, error: ImageError) -> Any:
+        """Return a plain picture in place of one that cannot be used, or raise its error, as `bad_images` says."""
+        if self.bad_images != "replace":
+            raise error
+        self._count("replaced")
+        log.warning("%s (replaced by a plain picture)", error)
+        return self.inputs.blank(*BLANK)
+
+    def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+        if any(isinstance(item, Sequence) for item in records):
+            raise UserError(
+                "packed records need positions for each record, which this model computes from its pictures",
+                code="collate-unsupported-layout",
+                hint="remove data.packing; --group_by_length also reduces padding",
+            )
+        samples = [sample for item in records if (sample := self._sample(item)) is not None]  # type: ignore[arg-type]
+        for spare in range(_NUM_CUTS):  # a shortened text may have one token more than the cut counted
+            samples = samples or [self._substitute()]
+            batch, samples = self._processed(samples)
+            rows = _rows(batch, samples)
+            lengths = batch["attention_mask"].sum(1).tolist()
+            if self.max_length is None or max(lengths) <= self.max_length:
+                break
+            limit = self.max_length - spare
+            cut = [
+                self._cut(row, limit) if length > self.max_length else row.sample
+                for row, length in zip(rows, lengths, strict=True)
+            ]
+            samples = [sample for sample in cut if sample is not None]
+        self._last_sample = samples[-1]
+        for sample in samples:
+            if sample.is_cut:
+                self._count("cut")
+        # A processor that takes the answer apart labels it itself.
+        labels = batch["labels"] if rows[0].sample.rendered.suffix is not None else _labels(batch, rows)
+        first = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        return first | {name: value for name, value in batch.items() if name not in (*first, *_NOT_FOR_THE_MODEL)}
+
+    def _processed(self, samples: list[PictureSample]) -> tuple[dict[str, Any], list[PictureSample]]:
+        """Return the processor's output for the samples, and the samples without those that it refuses."""
+        while True:
+            try:
+                return self._batch(samples), samples
+            except UserError:
+                raise
+            except PROCESSOR_ERRORS as error:
+                usable = [checked for sample in samples if (checked := self._checked(sample)) is not None]
+                if usable == samples:
+                    raise DataError(
+                        f"the processor refuses these records in one batch: {first_line(error)}",
+                        code="record-processor-refuses",
+                        where=samples[0].where,
+                        hint="set --per_device_train_batch_size 1",
+                    ) from None
+                samples = usable or [self._substitute()]
+
+    def _batch(self, samples: Sequence[PictureSample]) -> dict[str, Any]:
+        return self.inputs(
+            [sample.rendered for sample in samples],
+            [sample.images for sample in samples],
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            with_places=True,
+        )
+
+    def _checked(self, sample: PictureSample) -> PictureSample | None:
+        """Return a sample that the processor takes alone: this one, or with plain pictures; None if it is left out."""
+        try:
+            try:
+                self._batch([sample])
+                return sample
+            except UserError:
+                raise
+            except PROCESSOR_ERRORS as error:
+                images = [
+                    self._accepted(image, place_of(self.image_folder, name))
+                    for image, name in zip(sample.images, sample.record.images, strict=False)
+                ]
+                if all(new is old for new, old in zip(images, sample.images, strict=True)):
+                    raise DataError(
+                        f"the processor refuses this record: {first_line(error)}",
+                        code="record-processor-refuses",
+                        where=sample.where,
+                    ) from None
+                return self._checked(replace(sample, images=tuple(images)))
+        except DataError as error:
+            self._leave_out_or_raise(error, sample.where)
+            return None
+
+    def _accepted(self, image: Any, place: str | Path) -> Any:
+        try:
+            self.inputs.processor.image_processor(images=[image], return_tensors="pt")
+        except PROCESSOR_ERRORS as error:
+            reason = f"{image.width} x {image.height} pixels: {first_line(error)}"
+            return self._replaced(
+                ImageError(
+                    f"the processor refuses this picture: {reason}", reason, code="image-refused", where=str(place)
+                )
+            )
+        return image
+
+    def _cut(self, row: _Row, limit: int) -> PictureSample | None:
+        """Return the sample of a row with at most `limit` tokens; None if no supervised text is left."""
+        sample, rendered = row.sample, row.sample.rendered
+        error = NoSupervisedTokens(
+            f"no answer to learn from in this record; max_length {self.max_length} cuts all of them off",
+            code="record-no-answer",
+            where=sample.where,
+        )
+        if rendered.suffix is not None:  # question and answer are one example
+            self._leave_out_or_raise(error, sample.where)
+            return None
+        end = row.source(int(row.offsets[limit - 1, 1]))
+        ranges = tuple((start, min(stop, end)) for start, stop in rendered.supervised if start < end)
+        if not ranges:
+            self._leave_out_or_raise(error, sample.where)
+            return None
+        text = rendered.text[:end]
+        images = sample.images[: self.inputs.num_placeholders(text)]
+        return replace(sample, rendered=Rendered(text, ranges), images=images, is_cut=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of a batch: its sample, the characters of each token (length, 2) in the expanded text, and its pictures.
+
+    `spans` has for each picture the characters of its placeholder in the sample's text, and of what replaces it.
+    """
+
+    sample: PictureSample
+    offsets: np.ndarray
+    spans: tuple[tuple[int, int, int, int], ...]
+
+    def expanded(self, place: int) -> int:
+        """Return the place in the expanded text of a place in the sample's text, which is outside of placeholders."""
+        return place + sum((stop - start) - (end - begin) for begin, end, start, stop in self.spans if end <= place)
+
+    def source(self, place: int) -> int:
+        """Return the place in the sample's text of a place in the expanded text; within a picture, its start."""
+        moved = 0
+        for begin, end, start, stop in self.spans:
+            if place < stop:
+                return begin if place > start else place - moved
+            moved += (stop - start) - (end - begin)
+        return place - moved
+
+    def supervised(self) -> np.ndarray:
+        """Return which tokens are supervised: (length,) booleans."""
+        ends = self.offsets[:, 1]
+        flags = np.zeros(int(ends.max(initial=0)) + 1, dtype=np.int64)
+        for start, stop in self.sample.rendered.supervised:
+            flags[self.expanded(start) : self.expanded(stop)] = 1
+        for _, _, start, stop in self.spans:
+            flags[start:stop] = 0
+        counts = np.concatenate([[0], np.cumsum(flags)])
+        # Some tokenizers leave blanks out of the offsets: a token begins at the latest where the one before it ends.
+        before = np.maximum.accumulate(np.concatenate([[0], ends[:-1]]))
+        starts = np.minimum(self.offsets[:, 0], before)
+        return counts[ends] > counts[starts]
+
+
+def _rows(batch: Mapping[str, Any], samples: Sequence[PictureSample]) -> list[_Row]:
+    offsets = batch["offset_mapping"].numpy()
+    return [
+        _Row(sample, row, tuple(places)) for sample, row, places in zip(samples, offsets, batch[PLACES], strict=True)
+    ]
+
+
+def _labels(batch: Mapping[str, Any], rows: Sequence[_Row]) -> torch.Tensor:
+    """Return the labels (batch, length): the ids of supervised tokens, -100 elsewhere."""
+    supervised = torch.from_numpy(np.stack([row.supervised() for row in rows]))
+    return batch["input_ids"].where(supervised & batch["attention_mask"].bool(), IGNORE)
+
+
+def _size(place: str | Path) -> tuple[int, int]:
+    try:
+        return picture_size(place)
+    except ImageError:  # the collator skips the record, or replaces the picture by a plain one
+        return BLANK
+
+
+def marked(turns: Sequence[Turn], num_images: int) -> list[Turn]:
+    """Return the turns with one `<image>` per picture, where they are; LLaVA's rule merges several of one turn.
+
+    Raises `DataError` if the number of `<image>` fits neither rule.
+    """
+    if sum(turn.text.count(IMAGE) for turn in turns) == num_images:
+        return list(turns)
+    return place_images(turns, num_images)

@@ -1,0 +1,192 @@
+"""The inputs of a model as its own processor makes them, and the number of tokens of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from milora_data.errors import DataError, UserError
+from milora_data.picture_template import Rendered, prompt_format
+
+# What processors raise for pictures and texts that they do not take.
+PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
+PLACES = "places_of_pictures"
+BLANK = (64, 64)  # height and width of a picture that stands for one without pixels
+
+
+class ProcessorInputs:
+    """The inputs of a model for texts with pictures, as its processor makes them."""
+
+    def __init__(self, processor: Any) -> None:
+        require_places()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        if not self.tokenizer.is_fast:
+            raise UserError(
+                f"{type(self.tokenizer).__name__} returns no character offsets, which the loss mask needs",
+                code="tokenizer-not-fast",
+                hint="load the fast tokenizer: AutoProcessor.from_pretrained(..., use_fast=True)",
+            )
+        self.format = prompt_format(processor)
+        self.placeholder = str(processor.image_token)
+        self._counts: dict[tuple[int, int], int] = {}
+
+    def __call__(
+        self,
+        rendered: Sequence[Rendered],
+        images: Sequence[Sequence[Any]],
+        *,
+        padding_side: str,
+        pad_to_multiple_of: int | None = None,
+        with_places: bool = False,
+    ) -> dict[str, Any]:
+        """Return the processor's tensors for texts with their pictures (PIL).
+
+        `with_places` adds offset_mapping (batch, length, 2), the characters of each token in the text with expanded
+        placeholders, and PLACES: per text and picture the characters of the placeholder (start, end), and of what
+        replaces it.
+        """
+        texts = [one.text for one in rendered]
+        options: dict[str, Any] = {
+            "padding": True,
+            "padding_side": padding_side,
+            "return_tensors": "pt",
+            "add_special_tokens": self._adds_bos(texts[0]),
+        }
+        if pad_to_multiple_of:
+            options["pad_to_multiple_of"] = pad_to_multiple_of
+        if rendered[0].suffix is not None:
+            options["suffix"] = [str(one.suffix) for one in rendered]
+        pictures = [list(row) for row in images] if any(images) else None
+        if pictures and not all(pictures):
+            self.require_mixed_rows()
+        if not with_places:
+            return dict(self.processor(text=texts, images=pictures, **options))
+        with _recorded_places(self.processor) as places:
+            batch = dict(self.processor(text=texts, images=pictures, return_offsets_mapping=True, **options))
+        return batch | {PLACES: places or [[] for _ in texts]}  # none: this family expands no placeholder
+
+    def require_mixed_rows(self) -> None:
+        """Raise `DataError` if the processor cannot put texts with and without pictures into one batch."""
+        if not self.takes_mixed_rows:
+            raise DataError(
+                f"{type(self.processor).__name__} cannot put records with and without pictures into one batch",
+                code="records-mixed",
+                hint="use --per_device_train_batch_size 1 and --gradient_accumulation_steps, or one kind of records",
+            )
+
+    @cached_property
+    def takes_mixed_rows(self) -> bool:
+        """Whether texts with and without pictures fit into one batch, in any order; some processors fail or mix up."""
+        bos = self.tokenizer.bos_token or ""
+        texts, pictures = [f"{bos}{self.placeholder}a", f"{bos}a"], [[self.blank(*BLANK)], []]
+        options = {"padding": True, "return_tensors": "pt", "add_special_tokens": self._adds_bos(texts[0])}
+        try:
+            batches = [self.processor(text=texts[::step], images=pictures[::step], **options) for step in (1, -1)]
+        except PROCESSOR_ERRORS:
+            return False
+        first, second = ({name: tuple(tensor.shape) for name, tensor in batch.items()} for batch in batches)
+        return first == second
+
+    def num_placeholders(self, text: str) -> int:
+        """Return the number of pictures in a rendered text."""
+        return text.count(self.placeholder)
+
+    def require_pictures(self, text: str, num_images: int) -> None:
+        """Raise `DataError` if a rendered text has not one placeholder per picture."""
+        found = self.num_placeholders(text)
+        if found > num_images:
+            raise DataError(
+                f"{found} picture tokens, but {num_images} pictures: a text contains the picture token "
+                f"({self.placeholder})",
+                code="record-image-token-in-text",
+            )
+        if found < num_images:
+            raise DataError(
+                f"the chat template writes {found} of {num_images} pictures of this record",
+                code="chat-template-no-pictures",
+                hint="it may take pictures only in turns of the user",
+            )
+
+    def num_text_tokens(self, rendered: Rendered) -> int:
+        """Return the number of tokens of a text without its pictures."""
+        text = rendered.text + (rendered.suffix or "")
+        ids = self.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"]
+        return len(ids) - self.num_placeholders(text)
+
+    def num_picture_tokens(self, height: int, width: int) -> int:
+        """Return the number of tokens of a picture, without pixels where the processor can count.
+
+        The number is exact for a record with one picture; a few families spend fewer tokens on each of several.
+        """
+        size = (height, width)
+        if size not in self._counts:
+            counted = self._counted(size)
+            self._counts[size] = self._measured(size) if counted is None else counted + self._frame
+        return self._counts[size]
+
+    def _counted(self, size: tuple[int, int]) -> int | None:
+        """Return the processor's own count, which serving engines use; None if it has none."""
+        try:
+            return int(self.processor._get_num_multimodal_tokens(image_sizes=[list(size)])["num_image_tokens"][0])
+        except (AttributeError, NotImplementedError, *PROCESSOR_ERRORS):
+            return None
+
+    @cached_property
+    def _frame(self) -> int:
+        """The number of tokens around a picture that the processor's own count leaves out."""
+        return self._measured(BLANK) - (self._counted(BLANK) or 0)
+
+    def _measured(self, size: tuple[int, int]) -> int:
+        """Return the number of tokens of a grey picture of this size."""
+        text = Rendered((self.tokenizer.bos_token or "") + self.placeholder, ())
+        try:
+            batch = self([text], [[self.blank(*size)]], padding_side="right")
+        except PROCESSOR_ERRORS:
+            return 1  # the collator reports the picture
+        return len(batch["input_ids"][0]) - self.num_text_tokens(text)
+
+    def _adds_bos(self, text: str) -> bool:
+        # A template that writes the BOS gets no second one, as in transformers' apply_chat_template.
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
+    def blank(self, height: int, width: int) -> Any:
+        """Return a grey picture."""
+        from PIL import Image
+
+        return Image.new("RGB", (width, height), (127, 127, 127))
+
+
+@contextmanager
+def _recorded_places(processor: Any) -> Iterator[list[list[tuple[int, int, int, int]]]]:
+    """Record where a processor expands placeholders while it makes a batch.
+
+    Its option `return_text_replacement_offsets` returns the same, but some families fail to make tensors with it.
+    """
+    expand, places = processor.get_text_with_replacements, []  # type: ignore[var-annotated]
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        texts, replaced = expand(*args, **kwargs)
+        places.extend([(*one["span"], *one["new_span"]) for one in row] for row in replaced)
+        return texts, replaced
+
+    processor.get_text_with_replacements = recording
+    try:
+        yield places
+    finally:
+        del processor.get_text_with_replacements
+
+
+def require_places() -> None:
+    """Raise `UserError` if transformers is too old for processors that report where they expand placeholders."""
+    import transformers
+
+    if "get_text_with_replacements" not in dir(transformers.ProcessorMixin):
+        raise UserError(
+            f"pictures of this model need transformers 5.18, found {transformers.__version__}",
+            code="package-version",
+            hint='pip install "transformers>=5.18"',
+        )

@@ -1,0 +1,144 @@
+"""What all collators share: policies for broken records, counts over loader processes, and substitutes."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, NoReturn, TypeVar
+
+import torch
+from torch._utils import ExceptionWrapper
+from torch.utils.data import get_worker_info
+
+from milora_data.encode import NoSupervisedTokens
+from milora_data.errors import DataError, UserError, with_context
+from milora_data.images.files import ImageError, ImagePolicy
+from milora_data.records import Record, parse_record
+
+log = logging.getLogger(__name__)
+
+_MAX_WORKERS = 256
+_COUNTERS = ("skipped", "replaced", "unlearnable", "cut", "broken")
+
+Item = Record | Mapping[str, Any] | UserError
+Sample = TypeVar("Sample")
+
+
+class FailedBatch(ExceptionWrapper):
+    """A batch that a loader process could not make: the main process raises its error, with code, place and hint.
+
+    For an exception in a loader process, torch makes another wrapper, which keeps only the formatted traceback.
+    """
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
+
+    def reraise(self) -> NoReturn:
+        """Raise the error; torch calls this in the main process."""
+        raise self.error
+
+
+class RecordCollator(ABC, Generic[Sample]):
+    """Makes a batch of records; a subclass reads one record as a `Sample` and makes the batch of several.
+
+    In a loader process, an error becomes a `FailedBatch`; the loader raises the error in the main process.
+
+    `bad_images` decides what happens to a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
+    plain one. Records without supervised tokens are skipped. Broken records (a stream yields a `DataError` in their
+    place) are skipped unless `bad_images` is `raise`. Each case is logged and counted in `counts()`. If a batch has no
+    record left, the first usable one of `substitutes` replaces it, else the last good record.
+    """
+
+    def __init__(self, bad_images: ImagePolicy = "raise", substitutes: Sequence[Item] = ()) -> None:
+        self.bad_images = bad_images
+        self._untried = list(reversed(substitutes))
+        self._substitute_sample: Sample | None = None
+        self._last_sample: Sample | None = None
+        # Shared memory, one row per loader process: loader processes count, the main process reports.
+        self._counts = torch.zeros(_MAX_WORKERS, len(_COUNTERS), dtype=torch.long).share_memory_()
+
+    def __call__(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+        """Return the batch of `records`; raises `DataError` with file and line."""
+        try:
+            return self._collated(records)
+        except UserError as error:
+            if get_worker_info() is None:
+                raise
+            return FailedBatch(error)  # type: ignore[return-value]  # the loader raises it
+
+    def counts(self) -> dict[str, int]:
+        """Return how many records were skipped, unlearnable or cut, and pictures replaced, in all loader processes."""
+        return dict(zip(_COUNTERS, self._counts.sum(0).tolist(), strict=True))
+
+    @abstractmethod
+    def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+        """Return the batch of `records`."""
+
+    @abstractmethod
+    def _read(self, record: Record) -> Sample:
+        """Return what the batch needs of one record. Raises `DataError`."""
+
+    def _sample(self, item: Item) -> Sample | None:
+        """Return what the batch needs of an item; None if the policy leaves it out."""
+        try:
+            record = record_of(item)
+        except DataError as error:
+            self._leave_out_or_raise(error, "")
+            return None
+        try:
+            return self._read(record)
+        except DataError as error:
+            self._leave_out_or_raise(error, record.source or record.id)
+            return None
+
+    def _leave_out_or_raise(self, error: DataError, record: str) -> None:
+        """Count and report the error of a record, or raise it, as `bad_images` says."""
+        if isinstance(error, NoSupervisedTokens):
+            self._leave_out("unlearnable", error)
+        elif self.bad_images != "raise":
+            self._leave_out("skipped" if isinstance(error, ImageError) else "broken", error)
+        elif isinstance(error, ImageError):
+            # The error names the picture; the user also has to know which record to fix.
+            raise with_context(error, hint=f"needed by {record}; --bad_images skip leaves it out") from None
+        else:
+            raise error
+
+    def _leave_out(self, counter: str, error: DataError) -> None:
+        self._count(counter)
+        log.warning("left out: %s", error)
+
+    def _substitute(self) -> Sample:
+        # A step must have a batch on every rank. `substitutes` come first: the last good record depends on where a run
+        # was resumed, they do not.
+        while self._substitute_sample is None and self._untried:
+            item = self._untried.pop()
+            try:
+                self._substitute_sample = self._read(record_of(item))
+            except DataError:
+                continue  # reported when the record comes up in a batch
+        sample = self._substitute_sample or self._last_sample
+        if sample is None:
+            raise DataError(
+                "every record of the first batch was left out",
+                code="collate-empty-batch",
+                hint="see the warnings above",
+            )
+        return sample
+
+    def _count(self, counter: str) -> None:
+        worker = get_worker_info()
+        self._counts[worker.id % (_MAX_WORKERS - 1) + 1 if worker else 0, _COUNTERS.index(counter)] += 1
+
+
+def record_of(item: Item) -> Record:
+    """Return an item as a `Record`. Raises `DataError`, also if the item is the error of a broken record or stream."""
+    if isinstance(item, UserError):
+        raise item
+    return item if isinstance(item, Record) else parse_record(item)
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """Return the id that fills rows; it is masked everywhere, so EOS replaces a missing pad token."""
+    pad_id = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad_id is None else pad_id)

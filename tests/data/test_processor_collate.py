@@ -1,0 +1,322 @@
+"""The collator with a model's own processor: ids, masks and tensors equal to transformers', for every family."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from milora_data.errors import DataError, UserError
+from milora_data.images.files import ImageError
+from milora_data.picture_template import parts_of
+from milora_data.processor_collate import ProcessorCollator
+from milora_data.records import ROLES, Record, Turn, parse_record
+from milora_data.sources import load_records
+from milora_vl.losses import install, summed_loss
+from milora_vl.models.processors import limit_pixels, usable_inputs
+from support.vlm_families import VLM_FAMILIES, marked_template, model_of, processor_of
+from support.vlm_runs import SIZES, mixed_records, record, write_pictures
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LACKS = {"smolvlm": find_spec("num2words") is None}
+ALL = [name for name in VLM_FAMILIES if not LACKS.get(name)]
+CHATS = [name for name in ALL if name != "paligemma"]
+ONE_KIND = ("mllama", "paligemma")  # their processors take no text without a picture beside one with a picture
+QUESTION = record([("human", "<image>\nWhat is it?"), ("gpt", "A cat.")], ["0.png"])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def make(pictures: Path) -> Callable[..., ProcessorCollator]:
+    def collator(name: str = "qwen2_5_vl", **options: Any) -> ProcessorCollator:
+        return ProcessorCollator(processor_of(name), image_folder=pictures, **options)
+
+    return collator
+
+
+def messages(value: dict[str, Any], pictures: Path) -> list[dict[str, Any]]:
+    """Return a record as transformers takes it, with the pictures in their places."""
+    names = iter(value.get("image", []))
+    out = []
+    for turn in value["conversations"]:
+        parts = [
+            {**part, "image": Image.open(pictures / next(names)).convert("RGB")} if part["type"] == "image" else part
+            for part in parts_of(turn["value"])
+        ]
+        out.append({"role": ROLES[turn["from"]], "content": parts})
+    return out
+
+
+def supervised(collator: ProcessorCollator, batch: dict[str, Any]) -> list[str]:
+    return [collator.inputs.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+
+
+@pytest.mark.parametrize("name", [name for name in CHATS if name != "glm4v"])
+def test_ids_masks_and_tensors_equal_those_of_transformers(name: str, make: Any, pictures: Path) -> None:
+    values = mixed_records(single=name in ONE_KIND)
+    collator = make(name)
+    batch = collator(values)
+    expected = collator.inputs.processor.apply_chat_template(
+        [messages(value, pictures) for value in values],
+        chat_template=marked_template(name),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding": True, "padding_side": "right"},
+    )
+    mask = expected.pop("assistant_masks").bool() & expected["attention_mask"].bool()
+    expected["labels"] = expected["input_ids"].where(mask, -100)
+    assert list(batch)[:3] == ["input_ids", "attention_mask", "labels"]
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_loss_is_the_models_own(name: str, make: Any) -> None:
+    collator = make(name)
+    batch = collator(mixed_records(single=name in ONE_KIND)[:4])
+    model = model_of(name, collator.inputs.processor)
+    with torch.no_grad():
+        own = model(**batch).loss
+        summed, count = summed_loss(model, batch, chunked=install(model))
+    assert count > 10
+    assert torch.allclose(summed / count, own, rtol=1e-5)
+
+
+def test_a_template_without_an_end_token_gets_an_eos_after_the_last_answer(make: Any) -> None:
+    collator = make("glm4v")
+    turns = [("human", "<image>\nA?"), ("gpt", "One."), ("human", "B?"), ("gpt", "Two.")]
+    assert supervised(collator, collator([record(turns, ["0.png"])])) == ["One.Two.<|endoftext|>"]
+
+
+def test_a_plain_prompt_gives_what_the_processor_makes_of_question_and_answer(make: Any, pictures: Path) -> None:
+    collator = make("paligemma")
+    batch = collator([QUESTION])
+    picture = Image.open(pictures / "0.png").convert("RGB")
+    expected = collator.inputs.processor(
+        text=["<image>What is it?"], suffix=["A cat."], images=[[picture]], return_tensors="pt"
+    )
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[key], expected[key]) for key in expected)
+    assert supervised(collator, batch) == ["A cat.<eos>"]
+    for turns in ([("human", "Hi"), ("gpt", "Yes")], [*[("human", "a"), ("gpt", "b")] * 2]):
+        with pytest.raises(DataError) as error:
+            collator([record(turns, [])])
+        assert error.value.first.code == "record-not-one-question"
+
+
+@pytest.mark.parametrize("name", [name for name in CHATS if name not in ("pixtral", "aya_vision")])
+def test_lengths_need_no_pixels_and_are_exact(name: str, make: Any) -> None:
+    collator = make(name)
+    for value in [value for value in mixed_records() if len(value.get("image", [])) < 2]:
+        assert collator.num_tokens(parse_record(value)) == collator([value])["input_ids"].shape[1]
+
+
+def test_every_form_of_record_gives_the_same_batch(make: Any, pictures: Path, tmp_path: Path) -> None:
+    parts = [{"type": "image", "image": "0.png"}, {"type": "text", "text": "What is it?"}]
+    urls = [{"type": "image_url", "image_url": {"url": "0.png"}}, {"type": "text", "text": "What is it?"}]
+    answer = {"role": "assistant", "content": "A cat."}
+    forms = [
+        {"messages": [{"role": "user", "content": parts}, answer]},
+        {"messages": [{"role": "user", "content": urls}, answer]},
+        {"messages": [{"role": "user", "content": "What is it?"}, answer], "images": ["0.png"]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}, parts[1]]}, answer], "images": ["0.png"]},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(forms))
+    collator = make()
+    expected = collator([QUESTION])
+    for form in load_records(tmp_path / "data.json"):
+        batch = collator([form])
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
+
+
+TEXTS = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(["", " ", "\n", "<|im_end|>", "<|im_start|>user\n", " two  words \n", "漢字🙂", "</s>", "e\u0301"]),
+).filter(lambda text: "<image>" not in text and not any("\ud800" <= char <= "\udfff" for char in text))
+TURN = st.lists(st.one_of(TEXTS, st.just(None)), min_size=1, max_size=4)  # None: a picture
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(turns=st.lists(st.tuples(TURN, TEXTS), min_size=1, max_size=3), system=st.one_of(st.none(), TEXTS))
+def test_what_is_supervised_decodes_to_exactly_the_answers(
+    turns: list[tuple[list[str | None], str]], system: str | None, make: Any
+) -> None:
+    names = [
+        f"{number % len(SIZES)}.png" for number in range(sum(part is None for parts, _ in turns for part in parts))
+    ]
+    exchange = [] if system is None else [Turn("system", system)]
+    for parts, answer in turns:
+        exchange.append(Turn("user", "".join("<image>\n" if part is None else part for part in parts)))
+        exchange.append(Turn("assistant", answer))
+    collator = COLLATORS.setdefault("one", make())
+    batch = collator([Record("r", tuple(names), tuple(exchange))])
+    (text,) = supervised(collator, batch)
+    assert text == "".join(answer + "<|im_end|>" for _, answer in turns)
+    assert "image_grid_thw" not in batch if not names else len(batch["image_grid_thw"]) == len(names)
+
+
+COLLATORS: dict[str, ProcessorCollator] = {}  # hypothesis calls the test with one fixture
+
+
+def test_a_picture_in_an_answer_is_not_supervised(make: Any) -> None:
+    collator = make()
+    batch = collator([record([("human", "Draw."), ("gpt", "Here: <image>\nDone.")], ["0.png"])])
+    assert supervised(collator, batch) == ["Here: <|vision_start|><|vision_end|>Done.<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "idefics3", "mllama"])
+def test_max_length_cuts_no_picture_in_two(name: str, make: Any) -> None:
+    turns = [("human", "<image>\nA?"), ("gpt", "One."), ("human", "<image>\nB?"), ("gpt", "Two.")]
+    value = record(turns, ["1.png", "0.png"])
+    whole = make(name)([value])["input_ids"][0].tolist()
+    first = make(name)([record(turns[:2], ["1.png"])])["input_ids"].shape[1]
+    model, lengths = None, []
+    for length in range(len(whole) - 1, first, -3):
+        collator = make(name, max_length=length)
+        batch = collator([value, record([("human", "<image>\nC?"), ("gpt", "1")], ["2.png"])])
+        kept = batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist()
+        assert kept == whole[: len(kept)]
+        assert length - 40 < len(kept) <= length
+        assert collator.counts()["cut"] >= 1
+        model = model or model_of(name, collator.inputs.processor)
+        model(**batch)  # raises unless there are as many pictures as the ids show
+        lengths.append(len(kept))
+    assert len(set(lengths)) > 4
+
+
+def test_a_record_without_answers_within_max_length_is_left_out(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    collator = make(max_length=70)
+    with caplog.at_level(logging.WARNING):
+        batch = collator([QUESTION, record([("human", "long " * 30), ("gpt", "never reached")], [])])
+    assert len(batch["input_ids"]) == 1
+    assert collator.counts()["unlearnable"] == 1
+    assert "max_length 70 cuts all of them off" in caplog.text
+
+
+@pytest.fixture
+def bad(pictures: Path) -> dict[str, dict[str, Any]]:
+    (pictures / "cut.png").write_bytes((pictures / "0.png").read_bytes()[:40])
+    Image.new("RGB", (1, 400)).save(pictures / "thin.png")  # Qwen-VL takes no ratio above 200
+    return {name: QUESTION | {"id": name, "image": [f"{name}.png"]} for name in ("cut", "thin", "missing")}
+
+
+@pytest.mark.parametrize("name", ["cut", "thin", "missing"])
+def test_a_picture_that_cannot_be_used_stops_is_skipped_or_replaced(name: str, make: Any, bad: Any) -> None:
+    with pytest.raises(ImageError, match=rf"{name}.png(.|\n)*needed by {name}; --bad_images skip leaves it out"):
+        make()([QUESTION, bad[name]])
+    skip, replace = make(bad_images="skip"), make(bad_images="replace")
+    good = make()([QUESTION])
+    batch = skip([QUESTION, bad[name]])
+    assert all(torch.equal(batch[key], good[key]) for key in good)
+    assert skip.counts()["skipped"] == 1
+    batch = replace([QUESTION, bad[name]])
+    assert len(batch["input_ids"]) == len(batch["image_grid_thw"]) == 2
+    assert replace.counts()["replaced"] == 1
+    again = skip([bad[name]])  # nothing is left: the last good record is repeated
+    assert all(torch.equal(again[key], good[key]) for key in good)
+
+
+@pytest.mark.parametrize(
+    ("turns", "images", "code"),
+    [
+        ([("human", "<image>\n<image>\nA?"), ("gpt", "B")], ["0.png", "1.png", "2.png"], "record-image-count"),
+        ([("human", "A?"), ("gpt", "B")], ["0.png"], "record-image-count"),
+        ([("human", "<image>\nA?"), ("gpt", "B"), ("human", "<image>"), ("gpt", "B")], ["0.png"], "record-image-count"),
+        ([("human", "<image>\nA <|image_pad|>?"), ("gpt", "B")], ["0.png"], "record-image-token-in-text"),
+        ([("human", "<image>\nA?")], ["0.png"], "record-no-answer"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_named(turns: Any, images: list[str], code: str, make: Any) -> None:
+    collator = make()
+    value = Record("r", tuple(images), parse_record(record(turns, images)).turns, source="data.json:7")
+    with pytest.raises(DataError) as error:
+        collator.num_tokens(value)
+    assert (error.value.first.code, error.value.first.where) == (code, "data.json:7")
+
+
+def test_a_processor_without_a_chat_template_is_refused() -> None:
+    processor = processor_of("qwen2_5_vl")
+    processor.chat_template = None
+    with pytest.raises(UserError, match="Qwen2_5_VLProcessor has no chat template") as error:
+        ProcessorCollator(processor)
+    assert error.value.first.code == "processor-no-chat-template"
+    assert "chat_template.jinja" in error.value.first.hint
+
+
+def test_a_template_that_omits_answers_is_refused() -> None:
+    processor = processor_of("qwen2_5_vl")
+    processor.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content[0].text }}{% endfor %}"
+    with pytest.raises(UserError, match="the question alone") as error:
+        ProcessorCollator(processor)
+    assert error.value.first.code == "chat-template-no-answers"
+
+
+def test_a_template_that_rewrites_answers_is_an_error(make: Any) -> None:
+    processor = processor_of("qwen2_5_vl")
+    processor.chat_template = processor.chat_template.replace("{{ part.text }}", "{{ part.text | upper }}")
+    with pytest.raises(DataError) as error:
+        ProcessorCollator(processor)([record([("human", "A?"), ("gpt", "yes")], [])])
+    assert error.value.first.code == "chat-template-rewrites-text"
+
+
+def test_a_template_that_writes_no_pictures_is_an_error(pictures: Path) -> None:
+    processor = processor_of("qwen2_5_vl")
+    processor.chat_template = processor.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
+    with pytest.raises(DataError, match="0 of 1 pictures") as error:
+        ProcessorCollator(processor, image_folder=pictures)([QUESTION])
+    assert error.value.first.code == "chat-template-no-pictures"
+
+
+def test_records_that_a_processor_cannot_mix_are_refused(make: Any) -> None:
+    text = record([("human", "A?"), ("gpt", "B")], [])
+    for values in ([QUESTION, text], [text, QUESTION]):
+        with pytest.raises(DataError) as error:
+            make("mllama")(values)
+        assert error.value.first.code == "records-mixed"
+    assert "pixel_values" not in make("mllama")([text, text])
+
+
+def test_a_processor_that_takes_no_pictures_in_texts_is_refused_with_its_reason() -> None:
+    processor = processor_of("qwen2_5_vl")
+    processor.image_processor.merge_size = 0
+    with pytest.raises(UserError) as error:
+        usable_inputs(processor, "mine/model")
+    assert error.value.first.code == "model-pictures-unsupported"
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "glm4v"])
+def test_max_pixels_limits_the_tokens_of_a_picture(name: str, make: Any) -> None:
+    collator = make(name)
+    whole = collator([QUESTION])["image_grid_thw"].prod()
+    limit_pixels(collator.inputs.processor, None, 16 * 16)
+    assert collator([QUESTION])["image_grid_thw"].prod() == 4 < whole
+    limit_pixels(collator.inputs.processor, 32 * 32, 64 * 64)
+    assert collator([QUESTION])["image_grid_thw"].prod() > 4
+    with pytest.raises(UserError) as error:
+        limit_pixels(collator.inputs.processor, 99 * 99, None)
+    assert error.value.first.code == "pixels-contradiction"
+    with pytest.raises(UserError, match="Gemma3ImageProcessor resizes pictures to fixed sizes"):
+        limit_pixels(processor_of("gemma3"), None, 400)
+
+
+def test_it_can_be_pickled(make: Any) -> None:
+    collator = make()
+    again = pickle.loads(pickle.dumps(collator))
+    ours, theirs = collator(mixed_records()), again(mixed_records())
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -1,0 +1,205 @@
+"""The size of an update, and sums of updates: what is written is exactly what the numbers say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from milora_vl import apply_milora, load_adapter, load_model, save_adapter
+from milora_vl.adapters.scale import Update
+from milora_vl.export import export, main
+from support.adapter_cases import LLAVA_POLICY, llava_batch, move, raises_code
+
+Factory = Callable[..., tuple[Any, Any]]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llava: Factory, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A base, two adapters of different rules on it, and the matrices of the base."""
+    root = tmp_path_factory.mktemp("made")
+    for part in tiny_llava():
+        part.save_pretrained(root / "base")
+    rules = {
+        "a": [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "rank": 3}],
+        "b": [
+            {"modules": "language.mlp", "method": "lora", "rank": 2, "rslora": True},
+            {"modules": "projector", "method": "full"},
+        ],
+        "c": [{"modules": "projector", "method": "milora", "rank": 2}],
+    }
+    for name, policy in rules.items():
+        model = apply_milora(load_model(root / "base")[0], policy)
+        move(model, {"a": 0.05, "b": 0.1, "c": 0.1}[name])
+        save_adapter(model, root / name)
+    return SimpleNamespace(root=root, before=weights_of(load_model(root / "base")[0]))
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+
+def merged(made: SimpleNamespace, folder: Path) -> dict[str, Tensor]:
+    """The weights with the adapter, as stock PEFT merges it."""
+    base = AutoModelForImageTextToText.from_pretrained(made.root / "base")
+    return weights_of(PeftModel.from_pretrained(base, folder).merge_and_unload())
+
+
+def errors(made: SimpleNamespace, got: dict[str, Tensor], parts: dict[str, float]) -> tuple[float, float]:
+    """The largest difference from W + sum of w (W' - W), and the largest change, over all weights."""
+    wanted = dict(made.before)
+    for name, weight in parts.items():
+        after = merged(made, made.root / name)
+        wanted = {key: W + weight * (after[key] - made.before[key]) for key, W in wanted.items()}
+    assert got.keys() == wanted.keys()
+    error = max(float((got[key] - W).abs().max()) for key, W in wanted.items())
+    return error, max(float((got[key] - W).abs().max()) for key, W in made.before.items())
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_scaled_export_holds_that_share_of_the_update(made, tmp_path: Path, form: str) -> None:
+    export(made.root / "a", form, tmp_path / "out", scale=0.3)
+    if form == "merged":
+        got = weights_of(AutoModelForImageTextToText.from_pretrained(tmp_path / "out"))
+    else:
+        got = merged(made, tmp_path / "out")
+    error, size = errors(made, got, {"a": 0.3})
+    assert error < 1e-6
+    assert size > 1e-2
+
+
+def test_a_scaled_adapter_is_still_ours(made, tmp_path: Path) -> None:
+    export(made.root / "a", "adapter", tmp_path / "out", scale=0.5)
+    model = load_adapter(load_model(made.root / "base")[0], tmp_path / "out", is_trainable=True)
+    before = load_adapter(load_model(made.root / "base")[0], made.root / "a", is_trainable=True)
+    assert [t.method for t in model.milora_targets] == [t.method for t in before.milora_targets]
+    scales = [(t.alpha, o.alpha) for t, o in zip(model.milora_targets, before.milora_targets, strict=True) if t.alpha]
+    assert all(new == old / 2 for new, old in scales)
+
+
+def test_a_scaled_adapter_exports_to_every_form(made, tmp_path: Path) -> None:
+    for form in ("rank-2", "residual"):
+        export(made.root / "a", form, tmp_path / form, scale=0.5)
+    residual = AutoModelForImageTextToText.from_pretrained(tmp_path / "residual")
+    tuned = PeftModel.from_pretrained(residual, tmp_path / "residual", subfolder="lora")
+    assert errors(made, weights_of(tuned.merge_and_unload()), {"a": 0.5})[0] < 1e-6
+
+
+def test_a_plain_adapter_scales_too(made, tmp_path: Path) -> None:
+    q = "model.language_model.layers.0.self_attn.q_proj"
+    model = get_peft_model(load_model(made.root / "base")[0], LoraConfig(r=3, lora_alpha=5, target_modules=[q]))
+    move(model, 0.2)
+    model.save_pretrained(tmp_path / "plain")
+    assert export(tmp_path / "plain", "adapter", tmp_path / "out", scale=2.0).origin == "plain"
+    twice, once = (merged(made, tmp_path / name)[f"{q}.weight"] for name in ("out", "plain"))
+    change = once - made.before[f"{q}.weight"]
+    assert torch.allclose(twice - made.before[f"{q}.weight"], 2 * change, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, -0.5), (0.0, 1.0)])
+def test_a_combination_is_the_weighted_sum_of_the_updates(made, tmp_path: Path, weights: tuple[float, float]) -> None:
+    done = export([made.root / "a", made.root / "b"], "adapter", tmp_path / "out", weights=weights)
+    assert done.origin == "combined"
+    error, size = errors(made, merged(made, tmp_path / "out"), dict(zip("ab", weights, strict=True)))
+    assert error < 1e-6
+    assert size > 1e-2
+    ours = load_adapter(load_model(made.root / "base")[0], tmp_path / "out")
+    assert {t.method for t in ours.milora_targets} == {"lora", "full"}
+    ranks = {t.path.rpartition(".")[2]: t.rank for t in ours.milora_targets}
+    assert (ranks["q_proj"], ranks["up_proj"]) == (6, 12)  # joined halves of a; halves of a and the two of b
+
+
+def test_a_combination_exports_to_plain_rank_with_its_error(made, tmp_path: Path) -> None:
+    folders = [made.root / "a", made.root / "b"]
+    done = export(folders, "rank-64", tmp_path / "out", weights=(0.7, 0.3), scale=0.5)
+    assert done.total is not None
+    assert done.total < 1e-5
+    assert errors(made, merged(made, tmp_path / "out"), {"a": 0.35, "b": 0.15})[0] < 1e-6
+
+
+def test_a_module_trained_in_two_ways_is_refused_by_name(made, tmp_path: Path) -> None:
+    with raises_code("adapter-not-scalable", where="multi_modal_projector.linear_1", hint="--to merged"):
+        export([made.root / "a", made.root / "c"], "adapter", tmp_path / "out", weights=(1, 1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_weights_are_refused(made, tmp_path: Path) -> None:
+    a, b = str(made.root / "a"), str(made.root / "b")
+    out = ["--to", "adapter", "--output_dir", str(tmp_path / "out")]
+    with raises_code("flag-required", where="--weights", hint="--weights 1,1"):
+        main([a, b, *out])
+    with raises_code("flag-value", where="--weights", message="1 for 2 adapters"):
+        main([a, b, *out, "--weights", "1"])
+    with raises_code("flag-no-effect", where="--weights", hint="--scale 0.5"):
+        main([a, *out, "--weights", "0.5"])
+    with raises_code("flag-required", where="--output_dir"):
+        main([a, b, "--to", "adapter", "--weights", "1,1"])
+    with raises_code("command-line", message="above 0, got 0"):
+        main([a, *out, "--scale", "0"])
+
+
+def test_adapters_of_different_bases_are_refused(made, tiny_llava: Factory, tmp_path: Path) -> None:
+    for part in tiny_llava(seed=1):
+        part.save_pretrained(tmp_path / "other")
+    model = apply_milora(load_model(tmp_path / "other")[0], LLAVA_POLICY)
+    save_adapter(model, tmp_path / "of-other")
+    folders = [made.root / "a", tmp_path / "of-other"]
+    with raises_code("adapter-wrong-base", where="--base", hint=str(tmp_path / "other")):
+        export(folders, "adapter", tmp_path / "out", weights=(1, 1))
+    with raises_code("adapter-wrong-base", message="not the base model"):
+        export(folders, "adapter", tmp_path / "out", weights=(1, 1), base=made.root / "base")
+
+
+def test_what_is_no_product_of_factors_is_refused(made, tmp_path: Path) -> None:
+    q = "model.language_model.layers.0.self_attn.q_proj"
+    for name, changes in {"dora": {"use_dora": True}, "bias": {"bias": "lora_only"}}.items():
+        model = get_peft_model(load_model(made.root / "base")[0], LoraConfig(r=3, target_modules=[q], **changes))
+        move(model)
+        model.save_pretrained(tmp_path / name)
+        with raises_code("adapter-not-scalable"):
+            export(tmp_path / name, "merged", tmp_path / "out", scale=0.5)
+        with raises_code("adapter-not-scalable", hint="remove --scale"):
+            load_model(made.root / "base", adapter=tmp_path / name, scale=0.5)
+
+
+@torch.no_grad()
+def test_a_loaded_model_has_the_output_of_the_scaled_export(made, tmp_path: Path) -> None:
+    export(made.root / "a", "adapter", tmp_path / "out", scale=0.5)
+    wanted, _ = load_model(made.root / "base", adapter=tmp_path / "out")
+    model, _ = load_model(made.root / "base", adapter=made.root / "a", scale=0.5)
+    batch = llava_batch(wanted)
+    assert torch.allclose(model(**batch).logits, wanted(**batch).logits, atol=1e-6)
+    update = Update(model)
+    base, full = (load_model(made.root / "base", adapter=adapter)[0] for adapter in (None, made.root / "a"))
+    update.set(0.0)
+    assert torch.equal(model(**batch).logits, base(**batch).logits)
+    loaded = load_model(made.root / "base", adapter=made.root / "a")[0]
+    update = Update(loaded)
+    for scale in (0.3, 1.0):
+        update.set(scale)
+    assert torch.equal(loaded(**batch).logits, full(**batch).logits)
+
+
+def test_a_projector_alone_scales(made, tmp_path: Path) -> None:
+    from milora_vl.models.projector import save_projector
+
+    base = load_model(made.root / "base")[0]
+    W = base.model.multi_modal_projector.linear_1.weight.clone()
+    with torch.no_grad():
+        base.model.multi_modal_projector.linear_1.weight += 1.0
+    (tmp_path / "projector").mkdir()
+    save_projector(base, tmp_path / "projector")
+    half, _ = load_model(made.root / "base", adapter=tmp_path / "projector", scale=0.5)
+    assert torch.allclose(half.model.multi_modal_projector.linear_1.weight, W + 0.5, atol=1e-6)
+
+
+def test_a_scale_without_an_update_is_refused(made) -> None:
+    with raises_code("flag-needs-another", where="--scale"):
+        load_model(made.root / "base", scale=0.5)

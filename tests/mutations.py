@@ -1,0 +1,489 @@
+"""Break the core on purpose, one place at a time: the tests of the area must fail. `make mutations` runs all.
+
+Each row names a file, a text that occurs there once, its replacement, the behaviour that is then lost, and the tests
+that must notice. The packages are copied, so the checkout is never changed. A break that no test notices (it survives)
+means that a test is missing: then this program exits with 1. It also does so if a text no longer occurs exactly once.
+
+    python tests/mutations.py                      # all, one after the other
+    python tests/mutations.py losses encode        # those whose file or behaviour contains one of the words
+    python tests/mutations.py --jobs 2 --list
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from support import programs
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = (
+    "milora_vl",
+    "llava_recipes",
+    "data_tools",
+    "eval",
+    "tests",
+    "docs",
+    "benchmarks",
+    "pyproject.toml",
+    "README.md",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """A break of one place: `file` is relative to the root, `tests` are paths below tests/ (a file or a folder)."""
+
+    file: str
+    old: str
+    new: str
+    behaviour: str
+    tests: tuple[str, ...]
+
+
+SVD = "milora_vl/svd/decomposition.py"
+ENCODE = "data_tools/milora_data/encode.py"
+BATCHES = "data_tools/milora_data/batches.py"
+COLLATE = "data_tools/milora_data/collate.py"
+LOSSES = "milora_vl/losses.py"
+TRAINER = "milora_vl/train/trainer.py"
+CHECKPOINTS = "milora_vl/checkpoints.py"
+RESOLVE = "milora_vl/policy/resolve.py"
+MEASURE = "milora_vl/forgetting/measure.py"
+
+MUTATIONS = (
+    # Singular triplets.
+    Mutation(
+        SVD,
+        "torch.arange(count - rank, count,",
+        "torch.arange(count - rank - 1, count - 1,",
+        "the minor part is the last components",
+        ("svd/test_svd.py",),
+    ),
+    Mutation(
+        SVD,
+        "keepdim=True)) < 0, -1.0, 1.0)",
+        "keepdim=True)) < 0, 1.0, 1.0)",
+        "the signs of the triplets are fixed",
+        ("svd",),
+    ),
+    Mutation(
+        SVD,
+        "S = (factors.S * scale).contiguous()",
+        "S = factors.S.contiguous()",
+        "weights beyond the range of float32 squares keep their singular values",
+        ("svd",),
+    ),
+    Mutation(
+        "milora_vl/svd/cholesky.py",
+        "column.diagonal().sub_(shift)",
+        "column.diagonal().sub_(min(shift, 0.0))",
+        "a search proves that it has missed no component",
+        ("svd/test_svd_search.py",),
+    ),
+    # Initial factors.
+    Mutation(
+        "milora_vl/svd/factors.py",
+        "root = (self.S / scaling).sqrt()",
+        "root = self.S.sqrt()",
+        "s B0 A0 is the chosen part of the weight for every alpha",
+        ("lora/test_initialize.py",),
+    ),
+    Mutation(
+        "milora_vl/initialize.py",
+        'salt = seed if target.part == "random" else 0',
+        "salt = target.seed",
+        "modules of equal shape draw different random components",
+        ("lora/test_initialize.py",),
+    ),
+    Mutation(
+        "milora_vl/initialize.py",
+        "factors.S.clamp(min=floor)",
+        "factors.S.clamp(max=floor)",
+        "sigma: floor raises small singular values",
+        ("lora/test_initialize.py",),
+    ),
+    # Layers and adapter files.
+    Mutation(
+        "milora_vl/lora/layers.py",
+        "if axis == 0 else -anchor.to(trained.dtype)",
+        "if axis == 0 else anchor.to(trained.dtype)",
+        "the saved B is [B, -B0]",
+        ("lora/test_halves.py",),
+    ),
+    Mutation(
+        "milora_vl/lora/layers.py",
+        "_rows(grad[..., : len(trained)]).T",
+        "_rows(grad[..., len(trained) :]).T",
+        "A gets its own gradient",
+        ("lora/test_products.py",),
+    ),
+    Mutation(
+        "milora_vl/lora/base_check.py",
+        "if distances[path] > 1)",
+        "if distances[path] > 1e9)",
+        "an adapter refuses another base model",
+        ("lora/test_base_check.py",),
+    ),
+    Mutation(
+        "milora_vl/lora/sidecar.py",
+        "expected = target.rank * (2 if target.has_anchor else 1)",
+        "expected = rank",
+        "weights and milora.json of different saves are refused",
+        ("lora/test_sidecar.py", "lora/test_adapter_io.py"),
+    ),
+    Mutation(
+        "milora_vl/lora/residual.py",
+        "weight.copy_(W - minor)",
+        "weight.copy_(W)",
+        "the residual form takes the trained part out of the base weight",
+        ("lora/test_residual.py",),
+    ),
+    # Policy.
+    Mutation(
+        RESOLVE,
+        '(growth**0.5 if fields.get("rslora") else growth)',
+        "growth",
+        "rsLoRA keeps its scaling when a later rule changes the rank",
+        ("policy",),
+    ),
+    Mutation(
+        RESOLVE,
+        "self.fields |= named",
+        "self.fields = {**named, **self.fields}",
+        "a later rule overrides an earlier one",
+        ("policy/test_resolve.py",),
+    ),
+    Mutation(
+        RESOLVE,
+        'return [t for t in targets if not any(t.path.startswith(f"{path}.") for path in full)]',
+        "return targets",
+        "modules inside one that trains in full are no targets of their own",
+        ("policy/test_resolve.py", "lora/test_whole_module.py"),
+    ),
+    # Encoding and its masks.
+    Mutation(
+        ENCODE,
+        "labels += [IGNORE] * len(context) + target",
+        "labels += context + target",
+        "questions are not learned (byte-level tokenizers)",
+        ("data/test_encode.py",),
+    ),
+    Mutation(
+        ENCODE,
+        "labels[first:last] = ids[first:last]",
+        "labels[first : last - 1] = ids[first : last - 1]",
+        "the end of an answer is learned (SentencePiece)",
+        ("data/test_encode.py",),
+    ),
+    Mutation(
+        ENCODE,
+        "if picture[1] <= end]",
+        "if picture[0] < end]",
+        "max_length cuts no picture in two",
+        ("data/test_encode.py",),
+    ),
+    Mutation(
+        "data_tools/milora_data/templates.py",
+        "turn.text + after.replace(EOS, eos), supervised=True)",
+        'turn.text + after.replace(EOS, ""), supervised=True)',
+        "an answer of vicuna_v1 ends with </s>",
+        ("data/test_templates.py", "data/test_encode.py"),
+    ),
+    # Batches.
+    Mutation(
+        BATCHES,
+        "attention_mask[number, : sum(row.lengths)] = 1",
+        "attention_mask[number, : len(row.input_ids)] = 1",
+        "the plain picture of a batch of text is hidden from attention",
+        ("data/test_collate.py",),
+    ),
+    Mutation(
+        BATCHES,
+        "for label in (IGNORE, *row.labels[1:])",
+        "for label in row.labels",
+        "no packed record predicts the first token of the next",
+        ("data/test_pack.py", "data/test_collate_layouts.py", "data/test_collate.py"),
+    ),
+    Mutation(
+        BATCHES,
+        "torch.cat([torch.arange(length) for length in lengths])",
+        "torch.arange(input_ids.shape[1])",
+        "positions restart with each packed record",
+        ("data/test_pack.py", "data/test_collate_layouts.py", "data/test_collate.py"),
+    ),
+    Mutation(
+        COLLATE,
+        "encoded.input_ids.count(self.image_token_id), sum(counts[: encoded.num_images])",
+        "0, 0",
+        "a text that holds the picture token is refused",
+        ("data/test_collate.py", "data/test_collate_layouts.py"),
+    ),
+    Mutation(
+        "data_tools/milora_data/pack.py",
+        "place = bisect_right(sizes, space // more) - 1",
+        "place = bisect_right(sizes, 2 * space // more) - 1",
+        "no packed row is longer than its capacity",
+        ("data/test_pack.py",),
+    ),
+    # Losses and steps.
+    Mutation(
+        LOSSES,
+        "targets = labels[rows, columns + 1].split(sizes)",
+        "targets = labels[rows, columns].split(sizes)",
+        "a position predicts the next token",
+        ("train/test_losses.py",),
+    ),
+    Mutation(
+        LOSSES,
+        "*(None if g is None else g * grads[0] for g in grad_head)",
+        "*grad_head",
+        "the gradient of a trained head is divided as the loss is",
+        ("train/test_losses.py",),
+    ),
+    Mutation(
+        LOSSES,
+        "return [(count + number) // pieces for number in range(pieces)]",
+        "return [count // pieces for _ in range(pieces)]",
+        "no supervised position is left out of the chunks",
+        ("train/test_losses.py",),
+    ),
+    Mutation(
+        TRAINER,
+        "(max(num_tokens, 1) if num_items_in_batch is None else num_items_in_batch)",
+        "max(num_tokens, 1)",
+        "accumulated batches weigh tokens, not batches",
+        ("train/test_train.py",),
+    ),
+    Mutation(
+        TRAINER,
+        'output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)',
+        "pass",
+        "the loss on held-out records is a mean over tokens",
+        ("train/test_trainer.py", "train/test_evaluation.py", "train/test_train.py"),
+    ),
+    Mutation(
+        TRAINER,
+        "with torch.random.fork_rng():",
+        "if True:",
+        "an evaluation does not change later dropout",
+        ("train/test_train.py", "train/test_resumed.py"),
+    ),
+    Mutation(
+        "milora_vl/param_groups.py",
+        "rate = learning_rate if target.learning_rate is None else target.learning_rate",
+        "rate = learning_rate",
+        "a rule has its own learning rate",
+        ("train/test_param_groups.py", "train/test_rates.py"),
+    ),
+    # Resuming.
+    Mutation(
+        CHECKPOINTS,
+        "return sorted(folders, key=step_of)",
+        "return sorted(folders)",
+        "checkpoint-10 is newer than checkpoint-9",
+        ("train/test_checkpoints.py",),
+    ),
+    Mutation(
+        CHECKPOINTS,
+        "return file.stat().st_size < 8 + length + max(ends, default=0)",
+        "return False",
+        "a truncated checkpoint is not resumed",
+        ("train/test_checkpoints.py",),
+    ),
+    Mutation(
+        "milora_vl/plan/resuming.py",
+        "if any(change.is_refused for change in differences):",
+        "if False:",
+        "a resumed run refuses other settings",
+        ("train/test_resume_table.py", "train/test_resumed.py"),
+    ),
+    Mutation(
+        "milora_vl/plan/resuming.py",
+        "if before == count and self.environment",
+        "if before == count or self.environment",
+        "a resumed run refuses other records",
+        ("train/test_resumed.py",),
+    ),
+    # Scores.
+    Mutation(
+        "eval/milora_eval/rules/anls.py",
+        "return 0.0 if similarity < THRESHOLD else similarity",
+        "return similarity",
+        "ANLS below 0.5 is 0",
+        ("eval/test_eval_vectors.py", "eval/test_eval_benchmarks.py"),
+    ),
+    Mutation(
+        "eval/milora_eval/rules/vqa.py",
+        "own, other = min(1.0, (matches - 1) / 3), min(1.0, matches / 3)",
+        "own = other = min(1.0, matches / 3)",
+        "VQA accuracy leaves one annotator out",
+        ("eval/test_eval_vectors.py", "eval/test_eval_benchmarks.py"),
+    ),
+    Mutation(
+        "eval/milora_eval/rules/pope.py",
+        'words = text.split(".")[0]',
+        "words = text",
+        "POPE reads the first sentence",
+        ("eval/test_eval_vectors.py", "eval/test_eval_benchmarks.py"),
+    ),
+    Mutation(
+        "eval/milora_eval/rules/chartqa.py",
+        "if predicted is not None and true:",
+        "if predicted is not None and true is not None and true != 1:",
+        "ChartQA compares 0 as text",
+        ("eval/test_eval_vectors.py", "eval/test_eval_benchmarks.py"),
+    ),
+    Mutation(
+        "eval/milora_eval/stats.py",
+        "crossed = math.fsum(sums[cluster] ** 2 - squares[cluster] for cluster in sums)",
+        "crossed = 0.0",
+        "standard errors are clustered by picture",
+        ("eval/test_eval_stats.py",),
+    ),
+    # Forgetting.
+    Mutation(
+        MEASURE,
+        "-log_p.exp() * log, 0.0)",
+        "-log.exp() * log, 0.0)",
+        "forgetting is a cross-entropy with the base model's predictions",
+        ("forgetting/test_forgetting.py",),
+    ),
+    Mutation(
+        MEASURE,
+        "with without():",
+        "if True:",
+        "the base model is measured without the adapter",
+        ("forgetting/test_forgetting.py",),
+    ),
+    Mutation(
+        MEASURE,
+        "math.sqrt(count / (count - 1) *",
+        "math.sqrt(",
+        "standard errors of forgetting count documents",
+        ("forgetting/test_forgetting.py",),
+    ),
+    # Export.
+    Mutation(
+        "milora_vl/export/recompress.py",
+        "_square(torch.cat([B, -B1], dim=1), torch.cat([A, A1]))",
+        "_square(torch.cat([B, B1], dim=1), torch.cat([A, A1]))",
+        "an export to a lower rank names its error",
+        ("export/test_export.py",),
+    ),
+    Mutation(
+        "milora_vl/adapter.py",
+        "merged = model.merge_and_unload()",
+        "merged = model.unload()",
+        "merge puts the change into the weights",
+        ("lora/test_adapter.py", "export/test_export.py"),
+    ),
+    Mutation(
+        "milora_vl/export/base.py",
+        "dtype = torch.promote_types(dtype, saved)",
+        "dtype = saved",
+        "a merged model is rounded once",
+        ("export/test_export.py",),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the tests said of one mutation: `caught` is None if its text does not occur exactly once."""
+
+    mutation: Mutation
+    caught: bool | None
+    seconds: float
+    printed: str
+
+    def __str__(self) -> str:
+        word = {True: "caught", False: "SURVIVED", None: "NOT ONCE"}[self.caught]
+        return f"{word:<9} {self.seconds:5.0f} s  {self.mutation.file}: {self.mutation.behaviour}\n{self.printed}"
+
+
+def copy_of_the_tree(folder: Path) -> None:
+    """Copy what the tests need; the copy is no git repository."""
+    for name in COPIED:
+        source, target = ROOT / name, folder / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        else:
+            shutil.copy(source, target)
+
+
+def tried(mutation: Mutation, folder: Path) -> Outcome:
+    """Break the copy, run the tests that must notice, and repair it."""
+    file, started = folder / mutation.file, time.monotonic()
+    text = file.read_text(encoding="utf-8")
+    if text.count(mutation.old) != 1:
+        return Outcome(mutation, None, 0.0, f"          found {text.count(mutation.old)} times: {mutation.old}\n")
+    file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        code, printed = pytest_in(folder, mutation.tests)
+    finally:
+        file.write_text(text, encoding="utf-8")
+    if code not in (0, 1):  # no test ran: a path is wrong, or the break is a syntax error
+        return Outcome(mutation, None, time.monotonic() - started, printed)
+    failed = [line for line in printed.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return Outcome(
+        mutation, code == 1, time.monotonic() - started, "".join(f"          {row[:150]}\n" for row in failed)
+    )
+
+
+def pytest_in(folder: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """Run tests of a copy until the first failure; return the exit code and what was printed."""
+    paths = os.pathsep.join(str(folder / name) for name in ("", "data_tools", "eval"))  # for programs that tests start
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=no"]
+    words = ["pytest", *options, "-o", "pythonpath=tests . data_tools eval", *(f"tests/{name}" for name in tests)]
+    done = programs.run(
+        words, cwd=folder, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, together=True
+    )
+    return done.returncode, done.stdout
+
+
+def chosen(words: Sequence[str]) -> list[Mutation]:
+    return [row for row in MUTATIONS if not words or any(word in f"{row.file} {row.behaviour}" for word in words)]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the chosen mutations; return 1 if one of them survives or does not apply."""
+    parser = argparse.ArgumentParser(description="Break the core, one place at a time: the tests must fail.")
+    parser.add_argument("words", nargs="*", help="only mutations whose file or behaviour contains one of these words")
+    parser.add_argument("--jobs", type=int, default=1, help="mutations at the same time (default: 1)")
+    parser.add_argument("--list", action="store_true", help="only print the behaviours")
+    options = parser.parse_args(argv)
+    mutations = chosen(options.words)
+    if options.list:
+        print("\n".join(f"{row.file}: {row.behaviour}" for row in mutations))
+        return 0
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
+        free = [Path(temporary) / str(number) for number in range(options.jobs)]
+        for folder in free:
+            copy_of_the_tree(folder)
+
+        def run(mutation: Mutation) -> Outcome:
+            folder = free.pop()
+            try:
+                outcome = tried(mutation, folder)
+            finally:
+                free.append(folder)
+            print(outcome, end="", flush=True)
+            return outcome
+
+        outcomes = list(pool.map(run, mutations))
+    caught = sum(outcome.caught is True for outcome in outcomes)
+    print(f"{caught} of {len(outcomes)} caught")
+    return 0 if caught == len(outcomes) > 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""Start programs from a test, without waiting for imports: `run(["milora_vl.train", "--rank", "4"])`.
+
+The words are those of Python's command line: a module (without `-m`), the file of a script, or `-c` and code. Each is a
+fork of a process that has imported the libraries (`fork_server.py`). It has files, a folder and an environment of its
+own and ends as any program does. A test of the start itself (imports, options of Python, variables that a library reads
+when it is imported) starts a new interpreter with `subprocess` instead.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu"}  # before any test has changed it
+seconds_of_ended = 0.0  # CPU time of all programs that have ended
+
+
+class _Server:
+    def __init__(self) -> None:
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        script = str(Path(__file__).with_name("fork_server.py"))
+        words = [sys.executable, script, str(theirs.fileno())]
+        nowhere = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=ENVIRONMENT, **nowhere)
+        theirs.close()
+        atexit.register(self.close)
+
+    def ask(self, request: dict[str, Any], files: Sequence[int] = ()) -> Any:
+        socket.send_fds(self.channel, [json.dumps(request).encode()], files)
+        return json.loads(self.channel.recv(100))
+
+    def close(self) -> None:
+        self.channel.close()
+        self.process.wait()
+
+
+@cache
+def _server() -> _Server:
+    return _Server()
+
+
+class Program:
+    """A started program, with the part of `subprocess.Popen` that tests use. Ends with -SIGNAL if a signal ended it."""
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        *,
+        cwd: Path | str | None = None,
+        env: Mapping[str, str] | None = None,
+        stdout: IO[Any] | None = None,
+        stderr: IO[Any] | None = None,
+        new_session: bool = False,
+    ) -> None:
+        self.returncode: int | None = None
+        request = {
+            "words": list(words),
+            "cwd": str(cwd or Path.cwd()),
+            "env": dict(os.environ if env is None else env),
+            "new_session": new_session,
+        }
+        with Path(os.devnull).open("r+b") as nothing:
+            files = [nothing.fileno(), (stdout or nothing).fileno(), (stderr or nothing).fileno()]
+            self.pid: int = _server().ask(request, files)
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while the program runs."""
+        return self._ended(os.WNOHANG)
+
+    def wait(self, timeout: float = 600.0) -> int:
+        """Return the exit code when the program has ended. Kills it and raises TimeoutExpired after `timeout` s."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill_if_running()
+                raise subprocess.TimeoutExpired("program", timeout)
+            time.sleep(0.02)
+        assert self.returncode is not None
+        return self.returncode
+
+    def kill_if_running(self) -> None:
+        if self.poll() is None:
+            self.kill()
+            self._ended(0)
+
+    def _ended(self, flags: int) -> int | None:
+        global seconds_of_ended
+        if self.returncode is None:
+            self.returncode, used = _server().ask({"wait": self.pid, "flags": flags})
+            seconds_of_ended += used
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run(
+    words: Sequence[str],
+    *,
+    cwd: Path | str | None = None,
+    env: Mapping[str, str] | None = None,
+    together: bool = False,
+    timeout: float = 600.0,
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these words and return what it printed: with `together`, stderr is in stdout as well."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        program = Program(words, cwd=cwd, env=env, stdout=out, stderr=out if together else err)
+        code = program.wait(timeout)
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(list(words), code, out.read(), err.read())

@@ -1,0 +1,155 @@
+"""`train` for vision-language models of other families than LLaVA: plan, steps, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from milora_data.errors import UserError
+from milora_vl.train.command import main
+from support.train_runs import losses
+from support.vlm_families import VLM_FAMILIES
+from support.vlm_runs import mixed_records, record, write_model, write_pictures, write_records
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ONE_KIND = ("mllama", "paligemma")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_pictures(folder / "images")
+    write_records(folder / "mixed.json")
+    write_records(folder / "single.json", single=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("qwen2_5_vl", tmp_path_factory.mktemp("qwen"))
+
+
+def flags(model: Path, data: Path, records: str = "mixed.json", steps: int = 5) -> list[str]:
+    words = ["--model", str(model), "--data_path", str(data / records), "--image_folder", str(data / "images")]
+    words += ["--rank", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--learning_rate", "1e-2"]
+    return [*words, "--max_steps", str(steps), "--device", "cpu"]
+
+
+def test_the_plan_shows_the_first_batch_in_the_models_own_template(
+    qwen: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags(qwen, data), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "first batch: 2 records, 64 tokens per record, 10 of them supervised" in out
+    assert "<|im_start|>user\\n<|vision_start|><image><|vision_end|>What is 0?<|im_end|>" in out
+    assert "  > A cat.<|im_end|>\n" in out
+    assert "the activations of the vision tower" in out
+
+
+def test_a_run_learns_and_a_resumed_one_ends_the_same(qwen: Path, data: Path, tmp_path: Path) -> None:
+    words = [*flags(qwen, data), "--save_steps", "2", "--max_pixels", "512", "--group_by_length", "True"]
+    assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
+    recipe = yaml.safe_load((tmp_path / "whole" / "recipe.yaml").read_text())
+    assert (recipe["template"], recipe["data"]["max_pixels"]) == ("chat_template", 512)
+    saved = json.loads((tmp_path / "whole" / "processor_config.json").read_text())
+    assert saved["image_processor"]["size"]["longest_edge"] == 512
+    half = [*words, "--output_dir", str(tmp_path / "half")]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(RuntimeError, match="power"):
+            main(half)
+    assert main([*half, "--resume_from_checkpoint", "auto"]) == 0
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+
+
+def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Fail after so many steps, as if the power went off."""
+    from transformers import TrainerCallback
+
+    from milora_vl.train import trainer
+
+    class PowerCut(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step > steps:
+                raise RuntimeError("power")
+
+    make = trainer.MiloraTrainer.__init__
+
+    def with_cut(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.add_callback(PowerCut())
+
+    patch.setattr(trainer.MiloraTrainer, "__init__", with_cut)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--template", "vicuna_v1"], "template-not-for-model"),
+        (["--image_aspect_ratio", "anyres"], "image-aspect-ratio"),
+        (["--jpeg_decoding", "draft"], "image-draft-tiles"),
+        (["--packing", "True"], "packing-unsupported-model"),
+        (["--feature_cache", "cache"], "feature-cache-unsupported-model"),
+        (["--min_pixels", "999999"], "pixels-contradiction"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_weights_load(
+    words: list[str], code: str, qwen: Path, data: Path, tmp_path: Path
+) -> None:
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(UserError) as error:
+            main([*flags(qwen, data), *words, *more, "--output_dir", str(tmp_path / "run")])
+        assert code in [problem.code for problem in error.value.problems]
+
+
+def test_limits_of_pixels_are_refused_for_llava(data: Path) -> None:
+    with pytest.raises(UserError, match="tiny resizes pictures to fixed sizes"):
+        main(["--model", "tiny", "--rank", "2", "--max_pixels", "99", "--dry-run"])
+
+
+def test_a_model_without_a_chat_template_is_refused(qwen: Path, data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in qwen.iterdir():
+        if file.name != "chat_template.jinja":
+            (model / file.name).symlink_to(file)
+    with pytest.raises(UserError, match="Qwen2_5_VLProcessor has no chat template"):
+        main([*flags(model, data), "--output_dir", str(tmp_path / "run")])
+
+
+def test_records_that_a_processor_cannot_mix_need_a_batch_of_one(data: Path, tmp_path: Path) -> None:
+    model = write_model("mllama", tmp_path / "model")
+    words = [*flags(model, data, steps=2), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="MllamaProcessor cannot put records with and without pictures") as error:
+        main(words)
+    assert error.value.first.code == "records-mixed"
+    assert main([*words, "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1"]) == 0
+
+
+def test_a_streamed_run_learns_from_pictures(qwen: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchdata")
+    lines = [json.dumps(value) for value in [*mixed_records(), record([("human", "<image>")], ["0.png"])]]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    words = flags(qwen, data, steps=3)
+    words[words.index("--data_path") + 1] = str(tmp_path / "data.jsonl")
+    words += ["--streaming", "True", "--dataloader_num_workers", "1"]
+    assert main([*words, "--output_dir", str(tmp_path / "run")]) == 0
+    assert len(losses(tmp_path / "run")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VLM_FAMILIES)
+def test_every_family_is_planned_and_trained(name: str, data: Path, tmp_path: Path) -> None:
+    if name == "smolvlm":
+        pytest.importorskip("num2words")
+    model = write_model(name, tmp_path / "model")
+    words = flags(model, data, "single.json" if name in ONE_KIND else "mixed.json")
+    assert main([*words, "--dry-run"]) == 0
+    assert main([*words, "--output_dir", str(tmp_path / "run")]) == 0
+    values = losses(tmp_path / "run")
+    assert len(values) == 5
+    assert all(0 < value < 20 for value in values)
