@@ -109,7 +109,7 @@ def load_adapter(
     # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
     ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
     if is_trainable:
-        ours.protect_again("default", cache_dir)
+        ours.protect_again("default", folder, cache_dir)
     if here.form == "residual" and is_trainable:
         for module in here.ranks:
             make_residual(lora_layer(ours, module), "default")
