@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from support import quick_plots
+from support import programs, quick_plots
 from support.drawn import write_tiny_data
 
 pytest_plugins = ["support.cpu_seconds", "support.frozen_modules"]
@@ -43,6 +43,18 @@ def real_plots() -> Iterator[None]:
     quick_plots.restore()
     yield
     quick_plots.replace()
+
+
+@pytest.fixture
+def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that our code starts (evaluations, dry runs, the cells of a sweep) need not wait for imports."""
+    from milora_vl.forgetting import job
+    from milora_vl.plan import evaluation
+    from milora_vl.sweep import __main__ as sweep
+    from milora_vl.sweep import runner
+
+    for module in (job, evaluation, sweep, runner):
+        monkeypatch.setattr(module, "subprocess", programs.ForkedSubprocess)
 
 
 @pytest.fixture(scope="session")

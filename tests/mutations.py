@@ -340,7 +340,7 @@ MUTATIONS = (
         "return 0.0 if similarity < THRESHOLD else similarity",
         "return similarity",
         "ANLS below 0.5 is 0",
-        ("eval/test_eval_vectors.py", "eval/test_eval_benchmarks.py"),
+        ("eval/test_eval_answers.py", "eval/test_eval_vectors.py", "eval/test_eval_benchmarks.py"),
     ),
     Mutation(
         "eval/milora_eval/rules/vqa.py",

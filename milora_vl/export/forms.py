@@ -10,6 +10,8 @@ FORMS = {
     "merged": "full model, merged in float32 and saved in the data type of the base model",
     "residual": "form of the papers: a base model without the initial components, and (A, B) of rank r",
     "llava": "LoRA folder for load_pretrained_model of haotian-liu/LLaVA",
+    "gguf": "model for llama.cpp and Ollama: language model, mmproj (CLIP tower and projector), Modelfile",
+    "gguf-lora": "the adapter's language tower as a LoRA for llama.cpp",
     "rank-N": "plain LoRA of rank N nearest to the adapter, and its error (rank-r: the r of each module)",
 }
 
