@@ -133,7 +133,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class ProjectShards(TrainerCallback):
-    """Keep protected inputs under DeepSpeed, which runs no hooks of the optimizer."""
+    """Keep directions protected under DeepSpeed, which runs no hooks of the optimizer."""
 
     def __init__(self, projection: ShardedProjection) -> None:
         self.projection = projection
@@ -180,9 +180,8 @@ class MiloraTrainer(Trainer):
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
-        protecting = {target.protect.kind for target in targets if target.protect is not None}
-        if protecting:
-            protection.require_whole(protecting, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+        protecting = {target.protect.by for target in targets if target.protect is not None}
+        protection.require_whole(protecting, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
         if protecting and self.is_deepspeed_enabled:
             self.add_callback(ProjectShards(ShardedProjection(model)))
         self.targets = targets
