@@ -152,7 +152,7 @@ def require_adapter(folder: Path) -> None:
             f"the folder contains no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}",
             code="adapter-missing-file",
             where=str(folder),
-            hint=f"did you mean {newest} ? It is the newest checkpoint there." if newest else "",
+            hint=f"did you mean {newest}? It is the newest checkpoint there." if newest else "",
         )
     config_file = folder / CONFIG
     try:

@@ -22,9 +22,13 @@ from milora_data.conversation import segments_of
 from milora_data.encode import encode_prompt
 from milora_data.errors import UserError
 from milora_data.images.files import expand_to_square, load_image, picture_size, to_rgb, unmistakable
+from milora_data.picture_template import Rendered
+from milora_data.processor_collate import marked
+from milora_data.processor_inputs import ProcessorInputs
+from milora_data.record_collator import pad_id_of
 from milora_data.records import IMAGE, Record, Turn
 from milora_data.tokens import bos_ids, fast_backend
-from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of
+from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of, uses_processor
 from milora_vl.models.loading import split_processor
 
 if TYPE_CHECKING:
@@ -78,9 +82,11 @@ def generate(
 ) -> list[str]:
     """Return the answers in the order of `prompts`; they are equal at every batch size, up to rounding.
 
-    `model` is a LLaVA or a text-only causal model, or a PeftModel of one. `on_batch(places, texts)` is called after
-    each batch with the indices of its prompts. transformers' `streamer` gets the tokens of a single prompt. A LLaVA-1.6
-    model tiles its pictures and ignores `image_aspect_ratio`.
+    `model` is a vision-language model or a text-only causal model, or a PeftModel of one. A model whose own processor
+    prepares the pictures is asked in its own chat template; `template`, `image_aspect_ratio` and `share_pictures` are
+    for LLaVA and text-only models. A LLaVA-1.6 model tiles its pictures and ignores `image_aspect_ratio`.
+    `on_batch(places, texts)` is called after each batch with the indices of its prompts. transformers' `streamer` gets
+    the tokens of a single prompt.
 
     Raises UserError for a picture if the model reads only text, and ValueError for a streamer with several prompts or a
     batch size below 1.
@@ -89,8 +95,18 @@ def generate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if streamer is not None and len(prompts) != 1:
         raise ValueError(f"a streamer needs exactly one prompt, got {len(prompts)}")
-    reader = Reader(model, processor, template, image_aspect_ratio)
     answers = [""] * len(prompts)
+    if split_processor(processor)[1] is not None and uses_processor(model.config):
+        asker = ProcessorReader(model, processor)
+        with torch.inference_mode(), _evaluating(model):
+            for places, batch in asker.batches(prompts, batch_size):
+                texts = asker.answers(batch, max_new_tokens, num_beams, streamer)
+                for place, text in zip(places, texts, strict=True):
+                    answers[place] = text
+                if on_batch is not None:
+                    on_batch(places, texts)
+        return answers
+    reader = Reader(model, processor, template, image_aspect_ratio)
     with torch.inference_mode(), _evaluating(model):
         for packed in _batches([reader.row(i, prompt) for i, prompt in enumerate(prompts)], batch_size):
             rows = [reader.whole(row) for row in packed]
@@ -136,8 +152,90 @@ def prompt_ids(
     return ids
 
 
+class ProcessorReader:
+    """Asks a model whose own processor prepares the pictures, in its own chat template."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model = model
+        self.inputs = ProcessorInputs(processor)
+        self.tokenizer = self.inputs.tokenizer
+        self.pad = pad_id_of(self.tokenizer)
+
+    def rendered(self, prompt: Prompt) -> Rendered:
+        """Return the text of a prompt. Raises UserError if the numbers of `<image>` and pictures differ.
+
+        The forms `training` and `exact` are the same here: the template writes the turns unchanged.
+        """
+        if prompt.form == "raw":
+            text = Rendered(prompt.turns[-1].text.replace(IMAGE, self.inputs.placeholder), ())
+        else:
+            text = self.inputs.format.render(marked(prompt.turns, len(prompt.images)), prompt=True)
+        self.inputs.require_pictures(text.text, len(prompt.images))
+        return text
+
+    def batches(
+        self, prompts: Sequence[Prompt], batch_size: int
+    ) -> Iterator[tuple[list[int], list[tuple[Rendered, Prompt]]]]:
+        """Yield batches of prompts with their places in the caller's list, longest first."""
+        rows = [(self.rendered(prompt), prompt) for prompt in prompts]
+        lengths = [self._length(*row) for row in rows]
+        mixed = self.inputs.takes_mixed_rows
+
+        def kind(place: int) -> bool:
+            return not mixed and bool(rows[place][1].images)
+
+        order = sorted(range(len(rows)), key=lambda place: (kind(place), lengths[place]), reverse=True)
+        for _, group in groupby(order, key=kind):
+            members = list(group)
+            for start in range(0, len(members), batch_size):
+                places = members[start : start + batch_size]
+                yield places, [rows[place] for place in places]
+
+    def tensors(self, batch: Sequence[tuple[Rendered, Prompt]]) -> dict[str, Any]:
+        """Return the model's inputs for prompts, padded on the left."""
+        images = [[self._picture(image) for image in prompt.images] for _, prompt in batch]
+        inputs = self.inputs([text for text, _ in batch], images, padding_side="left")
+        inputs.pop("labels", None)  # some processors add them
+        return {name: self._placed(value) for name, value in inputs.items()}
+
+    def answers(
+        self,
+        batch: Sequence[tuple[Rendered, Prompt]],
+        max_new_tokens: int,
+        num_beams: int,
+        streamer: BaseStreamer | None = None,
+    ) -> list[str]:
+        """Return the answers to the prompts of one batch."""
+        inputs = self.tensors(batch)
+        width = inputs["input_ids"].shape[1]
+        config = _greedy(self, max_new_tokens, num_beams)
+        config.eos_token_id = sorted({*config.eos_token_id, *self.inputs.end_ids()})
+        output = self.model.generate(**inputs, generation_config=config, streamer=streamer, **_ignore_model_defaults())
+        ends = set(config.eos_token_id)
+        return [
+            self.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()
+            for row in output[:, width:].tolist()
+        ]
+
+    def _placed(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+
+    def _length(self, text: Rendered, prompt: Prompt) -> int:
+        sizes = [
+            picture_size(image) if isinstance(image, str | Path) else (image.height, image.width)
+            for image in prompt.images
+        ]
+        return self.inputs.num_text_tokens(text) + sum(self.inputs.num_picture_tokens(*size) for size in sizes)
+
+    @staticmethod
+    def _picture(image: str | Path | Image.Image) -> Any:
+        return load_image(image) if isinstance(image, str | Path) else to_rgb(image)
+
+
 class Reader:
-    """Turns prompts into tensors for one model."""
+    """Turns prompts into tensors for one model: a LLaVA or a text-only model."""
 
     def __init__(self, model: Any, processor: Any, template: str, image_aspect_ratio: str) -> None:
         self.model = model
@@ -277,7 +375,7 @@ def _shared_cache(reader: Reader, first: Sequence[_Row], rows: Sequence[_Row], p
     return {name: cache}
 
 
-def _greedy(reader: Reader, max_new_tokens: int, num_beams: int) -> Any:
+def _greedy(reader: Reader | ProcessorReader, max_new_tokens: int, num_beams: int) -> Any:
     """Return a complete config: `generate` would take missing values from the config of the model."""
     from transformers import GenerationConfig
 

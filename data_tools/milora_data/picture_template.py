@@ -84,6 +84,7 @@ class PlainPrompt:
     """The prompt of processors that take question and answer apart, as text and `suffix` (PaliGemma)."""
 
     takes_conversations = False
+    end: str | None = None
 
     def render(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
         """Return the question with its pictures in front, and the answer. Raises `DataError` for other conversations.
@@ -133,7 +134,7 @@ class PictureTemplate:
         self.template = template
         self.tokenizer = tokenizer
         self.in_parts = True  # texts are lists of parts; some templates want a plain text where there is no picture
-        self.frame = self._measured()
+        self.frame, self.end = self._measured()
 
     def render(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
         """Return the text of a conversation and its supervised ranges; with `prompt`, up to where an answer begins.
@@ -219,8 +220,11 @@ class PictureTemplate:
                 f"the model's chat template refuses this conversation: {error}", code="chat-template-refuses"
             ) from None
 
-    def _measured(self) -> _Frame:
-        """Return what the template writes around an answer, and find out which form of content it takes."""
+    def _measured(self) -> tuple[_Frame, str | None]:
+        """Return what the template writes around an answer, and the special token that ends one, if there is any.
+
+        It also finds out which form of content the template takes.
+        """
         question, answer = (_PLACEHOLDER.format(number) for number in range(2))
         turns = [Turn("user", question), Turn("assistant", answer)]
         attempts: list[list[str]] = []
@@ -248,7 +252,8 @@ class PictureTemplate:
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         specials = sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
         match = re.match(rf"\s*(?:{'|'.join(map(re.escape, specials))})", tail) if specials else None
-        return _Frame(request, lead, re.escape(match.group() if match else tail), match is not None)
+        end = match.group() if match else tail
+        return _Frame(request, lead, re.escape(end), match is not None), end.strip() if match else None
 
 
 def _places(text: str, pieces: Sequence[str], gaps: Sequence[str]) -> list[tuple[int, int]]:

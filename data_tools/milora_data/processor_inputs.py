@@ -90,6 +90,10 @@ class ProcessorInputs:
         first, second = ({name: tuple(tensor.shape) for name, tensor in batch.items()} for batch in batches)
         return first == second
 
+    def end_ids(self) -> list[int]:
+        """Return the id of the special token that ends an answer in the chat template; none if it has no such token."""
+        return [] if self.format.end is None else [int(self.tokenizer.convert_tokens_to_ids(self.format.end))]
+
     def num_placeholders(self, text: str) -> int:
         """Return the number of pictures in a rendered text."""
         return text.count(self.placeholder)

@@ -102,7 +102,7 @@ def settings(
 ) -> dict[str, Any]:
     """Return everything except the question that an answer depends on; weights and tokenizer as digests."""
     tokenizer, image_processor = split_processor(processor)
-    own = {"chat_template": digest(own_template(tokenizer))} if template_name(template) == OWN else {}
+    own = {"chat_template": digest(_own_template(tokenizer))} if template_name(template) == OWN else {}
     return {
         "base": weights_digest(model),
         "adapter": None if adapter is None else adapter_digest(Path(adapter)),
@@ -113,6 +113,11 @@ def settings(
         "dtype": str(model.dtype).removeprefix("torch."),
         "decoding": "greedy",
     }
+
+
+def _own_template(tokenizer: Any) -> str:
+    """Return the tokenizer's chat template; empty for a model whose processor has a plain prompt instead."""
+    return own_template(tokenizer) if tokenizer.chat_template else ""
 
 
 def add_forgetting(

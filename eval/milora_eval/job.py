@@ -17,6 +17,7 @@ from milora_eval.evaluate import add_forgetting, evaluate, results_folder
 from milora_vl.adapters.scale import Update
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.load import load_by_flags
+from milora_vl.recipe.prompts import prompts_of
 
 
 def run(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPlan, items: Items) -> list[Path] | None:
@@ -24,6 +25,7 @@ def run(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPlan, i
     model: Any
     scale = target.scale if target.adapter is not None else 1.0  # of a fully trained model: below, with its base
     model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device, scale)
+    prompts_of(target.model, target.adapter).limit(processor)
     base: Any = None
     base_name = target.base or target.model
     if (target.base or options.with_base or isinstance(model, PeftModel)) and not can_recover_base(model):

@@ -31,7 +31,7 @@ examples:
         option("question", nargs="?", help="question to answer; without one, a conversation starts"),
         shared("model", required=True),
         shared("adapter"),
-        option("--image", type=Path, help="picture that the question is about"),
+        option("--image", type=Path, action="append", help="picture of the question; repeat it for several"),
     ),
     settings=(
         shared("scale"),
@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Answer the question on stdout, or start a conversation without one. Return the exit code."""
     options = COMMAND.parse(argv)
     _check(options)
-    picture = open_picture(options.image) if options.image else None
+    pictures = [open_picture(path) for path in options.image or ()]
     from milora_vl.chat import session
 
-    session.run(options, picture)
+    session.run(options, pictures)
     if options.web or options.question is None:
         return 0
     tuned = ("--adapter", options.adapter) if options.adapter else ()

@@ -15,36 +15,42 @@ from transformers import TextStreamer
 from milora_data.command.cli import report, suggest
 from milora_data.errors import UserError
 from milora_data.images.pixels import AspectRatio
-from milora_data.records import Turn
+from milora_data.records import IMAGE, Turn
 from milora_vl.chat.picture import open_picture
 from milora_vl.chat.web import serve
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_by_flags
 from milora_vl.models.loading import split_processor
-from milora_vl.recipe.yaml_file import trained_prompts
+from milora_vl.recipe.prompts import prompts_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
 COMMANDS = {
     "/image FILE": "ask about another picture (starts a new conversation)",
-    "/reset": "start again with the same picture",
+    "/add FILE": "show one more picture with the next question",
+    "/reset": "start again with the same pictures",
     "/quit": "quit",
 }
 
 
-def run(options: argparse.Namespace, picture: Image.Image | None) -> None:
+def run(options: argparse.Namespace, pictures: Sequence[Image.Image]) -> None:
     """Load the model and do what the command line asks for: a page, a conversation, or one answer on stdout."""
     chat = Chat.load(options)
     if options.web:
-        serve(chat, picture, " + ".join(str(part) for part in (options.model, options.adapter) if part), options.port)
+        serve(
+            chat,
+            pictures[0] if pictures else None,
+            " + ".join(str(part) for part in (options.model, options.adapter) if part),
+            options.port,
+        )
     elif options.question is None:
-        converse(chat, picture)
+        converse(chat, pictures)
     elif options.format == "json":
-        sys.stdout.write(json.dumps(chat.answers(options.question, picture), ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(chat.answers(options.question, pictures), ensure_ascii=False) + "\n")
     else:
-        chat.start(picture)
+        chat.start(pictures)
         chat.ask(options.question)
 
 
@@ -67,7 +73,7 @@ class Chat:
         self.image_aspect_ratio = image_aspect_ratio
         self.max_new_tokens = max_new_tokens
         self.compare = compare
-        self.start(None)
+        self.start(())
 
     @classmethod
     def load(cls, options: argparse.Namespace) -> Chat:
@@ -75,8 +81,9 @@ class Chat:
 
         Raises UserError if `--compare` is set and the adapter cannot be switched off.
         """
-        template, image_aspect_ratio = trained_prompts(Path(options.adapter or options.model))
+        prompts = prompts_of(options.model, options.adapter, options.template)
         model, processor = load_by_flags(options.model, options.adapter, options.dtype, options.device, options.scale)
+        prompts.limit(processor)
         if options.compare and not can_recover_base(model):
             raise UserError(
                 f"{options.adapter} cannot be switched off: it trained biases, or only a projector",
@@ -87,43 +94,48 @@ class Chat:
         return cls(
             model,
             processor,
-            template=options.template or template,
-            image_aspect_ratio=image_aspect_ratio,
+            template=prompts.template,
+            image_aspect_ratio=prompts.image_aspect_ratio,
             max_new_tokens=options.max_new_tokens,
             compare=options.compare,
         )
 
-    def start(self, picture: Image.Image | None) -> None:
-        """Clear the conversation; the next question is about `picture`."""
-        self.picture = picture
+    def start(self, pictures: Sequence[Image.Image]) -> None:
+        """Clear the conversation; the next question is about `pictures`."""
+        self.pictures = tuple(pictures)
         self.turns: list[Turn] = []
+
+    def add(self, picture: Image.Image) -> None:
+        """Show one more picture with the next question."""
+        self.pictures = (*self.pictures, picture)
 
     def ask(self, question: str) -> str:
         """Ask a question, write the answer and return it. With `compare`, write the base model's answer first.
 
         Only the answer of the tuned model stays in the conversation.
         """
-        self.turns.append(self.user_turn(question, self.picture, self.turns))
+        self.turns.append(self.user_turn(question, self.pictures, self.turns))
         if self.compare:
             self._write_reply("base   ", base=True)
         answer = self._write_reply("tuned  " if self.compare else "", base=False)
         self.turns.append(Turn("assistant", answer))
         return answer
 
-    def answers(self, question: str, picture: Image.Image | None) -> dict[str, str]:
+    def answers(self, question: str, pictures: Sequence[Image.Image]) -> dict[str, str]:
         """Return the question and its answer, and with `compare` the base model's answer."""
-        turns = [self.user_turn(question, picture, [])]
-        base = {"base": self.reply(turns, picture, None, base=True)} if self.compare else {}
-        return {"question": question, **base, "answer": self.reply(turns, picture, None, base=False)}
+        turns = [self.user_turn(question, pictures, [])]
+        base = {"base": self.reply(turns, pictures, None, base=True)} if self.compare else {}
+        return {"question": question, **base, "answer": self.reply(turns, pictures, None, base=False)}
 
     @staticmethod
-    def user_turn(question: str, picture: Image.Image | None, turns: Sequence[Turn]) -> Turn:
-        """Return the question as a turn. The first turn contains the picture."""
-        return Turn("user", f"<image>\n{question}" if picture is not None and not turns else question)
+    def user_turn(question: str, pictures: Sequence[Image.Image], turns: Sequence[Turn]) -> Turn:
+        """Return the question as a turn. It begins with the pictures that no turn before it contains."""
+        shown = sum(turn.text.count(IMAGE) for turn in turns)
+        return Turn("user", f"{IMAGE}\n" * (len(pictures) - shown) + question)
 
-    def reply(self, turns: Sequence[Turn], picture: Image.Image | None, streamer: Any, *, base: bool) -> str:
+    def reply(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], streamer: Any, *, base: bool) -> str:
         """Return the answer to the last turn, from the base model if `base`. `streamer` gets each new token."""
-        prompt = Prompt(tuple(turns), () if picture is None else (picture,))
+        prompt = Prompt(tuple(turns), tuple(pictures))
         with self.model.disable_adapter() if base else nullcontext():
             (answer,) = generate(
                 self.model,
@@ -140,12 +152,12 @@ class Chat:
         sys.stdout.write(label)
         tokenizer = split_processor(self.processor)[0]
         streamer = WordStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        return self.reply(self.turns, self.picture, streamer, base=base)
+        return self.reply(self.turns, self.pictures, streamer, base=base)
 
 
-def converse(chat: Chat, picture: Image.Image | None = None) -> None:
+def converse(chat: Chat, pictures: Sequence[Image.Image] = ()) -> None:
     """Read questions and /commands until /quit or the end of the input. Errors are printed and do not end it."""
-    chat.start(picture)
+    chat.start(pictures)
     width = max(map(len, COMMANDS))
     sys.stderr.write("".join(f"{name:<{width}}  {meaning}\n" for name, meaning in COMMANDS.items()))
     for line in _lines():
@@ -154,9 +166,11 @@ def converse(chat: Chat, picture: Image.Image | None = None) -> None:
             if word == "/quit":
                 break
             if word == "/reset":
-                chat.start(chat.picture)
+                chat.start(chat.pictures)
             elif word == "/image":
-                chat.start(open_picture(Path(argument.strip())))
+                chat.start([open_picture(Path(argument.strip()))])
+            elif word == "/add":
+                chat.add(open_picture(Path(argument.strip())))
             elif line.startswith("/"):
                 raise _unknown_command(word)
             else:
@@ -207,5 +221,5 @@ class WordStreamer(TextStreamer):
 def _unknown_command(word: str) -> UserError:
     known = [name.split()[0] for name in COMMANDS]
     near = suggest(word, known)
-    hint = f"did you mean {near[0]} ?" if near else f"known commands: {', '.join(known)}"
+    hint = f"did you mean {near[0]}?" if near else f"known commands: {', '.join(known)}"
     return UserError(f"unknown command {word}", code="chat-unknown-command", hint=hint)

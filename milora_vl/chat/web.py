@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -120,25 +120,26 @@ def answers(
 
     gradio shows messages as HTML even without Markdown, so the texts of user and model are escaped.
     """
-    asked = [*turns, chat.user_turn(question, picture, turns)]
+    pictures = () if picture is None else (picture,)
+    asked = [*turns, chat.user_turn(question, pictures, turns)]
     message = {"role": "user", "content": escape(question)}
     logs = [[*log, message, {"role": "assistant", "content": ""}] for log in logs]
     for log in logs:
         base = len(logs) == 2 and log is logs[0]
-        for text in _partial_answers(chat, asked, picture, base=base):
+        for text in _partial_answers(chat, asked, pictures, base=base):
             log[-1] = {"role": "assistant", "content": escape(text)}
             yield turns, logs
     yield [*asked, Turn("assistant", text)], logs
 
 
-def _partial_answers(chat: Chat, turns: list[Turn], picture: Image.Image | None, *, base: bool) -> Iterator[str]:
+def _partial_answers(chat: Chat, turns: list[Turn], pictures: Sequence[Image.Image], *, base: bool) -> Iterator[str]:
     """Yield growing prefixes of an answer; the last one is complete. Raises the errors of the model."""
     from transformers import TextIteratorStreamer
 
     tokenizer: Any = split_processor(chat.processor)[0]
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
     with ThreadPoolExecutor(max_workers=1) as pool:
-        answer = pool.submit(chat.reply, turns, picture, streamer, base=base)
+        answer = pool.submit(chat.reply, turns, pictures, streamer, base=base)
         answer.add_done_callback(lambda _: streamer.end())  # type: ignore[no-untyped-call]  # also after an error
         text = ""
         for piece in streamer:

@@ -26,6 +26,6 @@ def parse_form(to: str) -> tuple[str, int | None]:
     if to not in FORMS or to == "rank-N":
         near = suggest(to, [form for form in FORMS if form != "rank-N"])
         known = f"known forms: {', '.join(FORMS)}   (N is a number: rank-64)"
-        hint = f"{known}\ndid you mean {near[0]} ?" if near else known
+        hint = f"{known}\ndid you mean {near[0]}?" if near else known
         raise UserError(f"unknown form {to!r}", code="export-unknown-form", where="--to", hint=hint)
     return to, None

@@ -13,11 +13,12 @@ from PIL import Image, ImageDraw
 from milora_data.collate import ImageTextCollator
 from milora_data.images.files import place_of
 from milora_data.images.pixels import AspectRatio
+from milora_data.processor_collate import ProcessorCollator
 from milora_data.records import IMAGE, Record, Turn
 from milora_data.tokens import IGNORE
 from milora_vl.forgetting.measure import Batch
 from milora_vl.generate import Prompt, generate
-from milora_vl.models.image_tokens import image_token_id, image_tokens
+from milora_vl.models.image_tokens import image_token_id, image_tokens, uses_processor
 from milora_vl.models.loading import split_processor
 
 if TYPE_CHECKING:
@@ -76,15 +77,19 @@ def answer_batches(
         )  # fmt: skip
     tokenizer, image_processor = split_processor(processor)
     has_vision = image_processor is not None
-    collate = ImageTextCollator(
-        tokenizer,
-        image_processor,
-        template=template,
-        image_tokens=image_tokens(model.config) if has_vision else 0,
-        image_token_id=image_token_id(model.config) if has_vision else -1,
-        image_folder=image_folder,
-        image_aspect_ratio=image_aspect_ratio,
-    )
+    collate: Any
+    if has_vision and uses_processor(model.config):
+        collate = ProcessorCollator(processor, image_folder=image_folder)
+    else:
+        collate = ImageTextCollator(
+            tokenizer,
+            image_processor,
+            template=template,
+            image_tokens=image_tokens(model.config) if has_vision else 0,
+            image_token_id=image_token_id(model.config) if has_vision else -1,
+            image_folder=image_folder,
+            image_aspect_ratio=image_aspect_ratio,
+        )
     answered = [replace(r, turns=(*r.turns, Turn("assistant", a))) for r, a in zip(asked, answers, strict=True)]
     # Separate batches for records with and without pictures, because a batch has pictures in all rows or in none.
     for group in ([r for r in answered if r.images], [r for r in answered if not r.images]):

@@ -22,7 +22,7 @@ from milora_vl.forgetting.measure import can_recover_base, compare_on, measure_f
 from milora_vl.forgetting.text import sampled_batches
 from milora_vl.load import load_by_flags
 from milora_vl.models.loading import load_processor, split_processor
-from milora_vl.recipe.yaml_file import trained_prompts
+from milora_vl.recipe.prompts import prompts_of
 
 Results = dict[str, Any]
 FILE = "forgetting.json"
@@ -149,7 +149,8 @@ class Job:
         return compare_on(list(batches), self._tuned, base=self._reference, what="the base model's own text")
 
     def _pictures(self) -> Any:
-        template, image_aspect_ratio = trained_prompts(self.adapter or Path(self.model))
+        prompts = prompts_of(self.model, self.adapter, self.template)
+        prompts.limit(self._processor)
         with tempfile.TemporaryDirectory() as drawn:
             if self.data_path is None:
                 folder, records, what = Path(drawn), drawn_questions(Path(drawn)), "80 questions on 20 drawn shapes"
@@ -164,8 +165,8 @@ class Job:
                     image_folder=folder,
                     without_adapter=self._reference is None,
                     batch_size=self.batch_size,
-                    template=self.template or template,
-                    image_aspect_ratio=image_aspect_ratio,
+                    template=prompts.template,
+                    image_aspect_ratio=prompts.image_aspect_ratio,
                 )
             )
         return compare_on(batches, self._tuned, base=self._reference, what=what)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import llava_recipes
-from milora_data.command.cli import suggest
+from milora_data.command.cli import beside, suggest
 from milora_data.errors import Problem, UserError
 from milora_data.templates import OWN
 from milora_vl import checkpoints
@@ -256,7 +256,7 @@ def _read_policy(text: str) -> tuple[list[dict[str, Any]], str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=text) from None
     if not is_file and text.endswith((".yaml", ".yml")):
-        raise UserError("no such file", code="path-missing", where=f"--policy {text}")
+        raise UserError(f"no such file: {text}", code="path-missing", where="--policy", hint=beside(Path(text)))
     indented = "\n".join("  " + line for line in body.splitlines())
     rules = yaml_file.read(f"policy:\n{indented}", source, above=1)[0]["policy"]
     if isinstance(rules, Mapping):

@@ -95,6 +95,16 @@ def trained_prompts(folder: Path) -> tuple[str, AspectRatio]:
     `folder` is a run folder or a checkpoint in it. The defaults are vicuna_v1 and pad, as in LLaVA-1.5. Raises
     UserError if the recipe cannot be read.
     """
-    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
-    recipe = {} if file is None else read_file(file)[0]
+    recipe = _recipe_of(folder)
     return recipe.get("template") or "vicuna_v1", (recipe.get("data") or {}).get("image_aspect_ratio") or "pad"
+
+
+def trained_pixels(folder: Path) -> tuple[int | None, int | None]:
+    """Return the limits of pixels (least, most) of a run, from its recipe.yaml; `folder` is as in `trained_prompts`."""
+    data = _recipe_of(folder).get("data") or {}
+    return data.get("min_pixels"), data.get("max_pixels")
+
+
+def _recipe_of(folder: Path) -> dict[str, Any]:
+    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
+    return {} if file is None else read_file(file)[0]

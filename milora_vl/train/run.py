@@ -75,6 +75,7 @@ class Inputs:
 def read_inputs(plan: Plan, screen: Screen) -> Inputs:
     """Read and check the records, and work out the arguments and the number of steps."""
     recipe, checkpoint = plan.recipe, plan.folder.checkpoint
+    run_data.require_held_out(recipe.data)
     with screen.step(f"reading {run_data.describe(recipe.data)}"):
         data = run_data.read(recipe.data)
     plan.resumed.require_same_records(data)

@@ -25,7 +25,14 @@ Options = argparse.Namespace
 @pytest.fixture
 def options() -> Options:
     return Options(
-        model="tiny", adapter=None, template=None, device="cpu", dtype="float32", max_new_tokens=6, compare=False
+        model="tiny",
+        adapter=None,
+        template=None,
+        device="cpu",
+        dtype="float32",
+        max_new_tokens=6,
+        compare=False,
+        scale=1.0,
     )
 
 

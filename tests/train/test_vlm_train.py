@@ -7,16 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from milora_data.errors import UserError
+from milora_data.processor_collate import ProcessorCollator
+from milora_eval.__main__ import main as evaluate
+from milora_vl.chat.command import main as chat
+from milora_vl.export.command import main as export
+from milora_vl.forgetting.__main__ import main as forgetting
+from milora_vl.load import load_model
 from milora_vl.train.command import main
+from support import official_data
 from support.train_runs import losses
 from support.vlm_families import VLM_FAMILIES
 from support.vlm_runs import mixed_records, record, write_model, write_pictures, write_records
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ONE_KIND = ("mllama", "paligemma")
+OTHERS = [name for name in VLM_FAMILIES if name != "qwen2_5_vl"]
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +164,46 @@ def test_every_family_is_planned_and_trained(name: str, data: Path, tmp_path: Pa
     values = losses(tmp_path / "run")
     assert len(values) == 5
     assert all(0 < value < 20 for value in values)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_a_run_is_asked_evaluated_and_exported(
+    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "smolvlm":
+        pytest.importorskip("num2words")
+    model, run = write_model(name, tmp_path / "model"), tmp_path / "run"
+    words = flags(model, data, "single.json" if name in ONE_KIND else "mixed.json", steps=2)
+    assert main([*words, "--output_dir", str(run)]) == 0
+    for benchmark in ("pope", "MME"):
+        official_data.write(tmp_path / "benchmarks", benchmark)
+    words = ["--model", str(model), "--adapter", str(run), "--data", str(tmp_path / "benchmarks"), "--limit", "1"]
+    words += ["--benchmarks", "pope,mme", "--audit", "1", "--forgetting_tokens", "64", "--output_dir", str(run)]
+    assert evaluate(["run", *words]) == 0
+    (results,) = run.glob("eval/*/final/results.json")
+    content = json.loads(results.read_text())
+    assert content["audit"]["changed"] == 0
+    assert content["template"] == "chat_template"
+    assert forgetting(["--model", str(model), "--adapter", str(run), "--on", "pictures", "--limit", "1"]) == 0
+
+    def answer(*words: str) -> str:
+        capsys.readouterr()
+        image = ["--image", str(data / "images" / "0.png"), "--max_new_tokens", "6"]
+        assert chat([*words, *image, "What?"]) == 0
+        return capsys.readouterr().out
+
+    expected = answer("--model", str(model), "--adapter", str(run))
+    for form in ("merged", "adapter", "rank-r"):
+        folder = tmp_path / form
+        assert export([str(run), "--to", form, "--output_dir", str(folder)]) == 0
+        how = ("--model", str(folder)) if form == "merged" else ("--model", str(model), "--adapter", str(folder))
+        assert answer(*how) == expected
+    collate = ProcessorCollator(AutoProcessor.from_pretrained(model), image_folder=data / "images")
+    batch = collate(mixed_records(single=True)[:2])
+    with torch.no_grad():
+        ours = load_model(model, adapter=run)[0](**batch).logits
+        stock = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+        stock = PeftModel.from_pretrained(stock, run).eval()
+        merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        assert torch.allclose(stock(**batch).logits, ours, atol=1e-5)
+        assert torch.allclose(merged(**batch).logits, ours, atol=1e-4)

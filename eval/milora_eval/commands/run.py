@@ -21,7 +21,7 @@ from milora_eval.scores.results import read_results
 from milora_eval.scores.table import FORMATS, show, write_table
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
 from milora_vl.adapter_folders import holds_adapter
-from milora_vl.recipe.yaml_file import trained_prompts
+from milora_vl.recipe.prompts import prompts_of
 from milora_vl.report.model_card import update_scores
 from milora_vl.report.regenerate import regenerate_report
 
@@ -126,13 +126,13 @@ def planned(options: argparse.Namespace, target: EvalTarget) -> tuple[Evaluation
     benchmarks = [find_benchmark(entry) for entry in names]
     items = _items_that_exist(benchmarks, data, limit) if partial else read_items(benchmarks, data, limit)
     benchmarks = [benchmark for benchmark in benchmarks if benchmark.name in items]
-    template, image_aspect_ratio = trained_prompts(target.folder)
+    prompts = prompts_of(target.model, target.adapter, options.template)
     plan = EvaluationPlan(
         suite=name or "+".join(benchmark.name for benchmark in benchmarks),
         benchmarks=tuple(benchmarks),
         data_dir=data,
-        template=options.template or template,
-        image_aspect_ratio=image_aspect_ratio,
+        template=prompts.template,
+        image_aspect_ratio=prompts.image_aspect_ratio,
         limit=limit,
         batch_size=options.batch_size,
     )
@@ -166,9 +166,9 @@ def _with_protocol(names: Sequence[str], protocol: str) -> list[str]:
     if not any(protocol in find_benchmark(name).protocols for name in names):
         known = sorted({known for name in names for known in find_benchmark(name).protocols})
         raise UserError(
-            "none of these benchmarks has it",
+            f"none of these benchmarks has the protocol {protocol!r}",
             code="eval-unknown-protocol",
-            where=f"--protocol {protocol}",
+            where="--protocol",
             hint=f"their protocols are: {', '.join(known)}",
         )
     return chosen

@@ -1,0 +1,52 @@
+"""How prompts are written for a model that was trained here: its template, and how its pictures are prepared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from milora_data.errors import UserError
+from milora_data.templates import OWN
+from milora_vl.adapter_folders import base_of, holds_adapter
+from milora_vl.models.processors import limit_pixels
+from milora_vl.recipe.base_model import prepares_with_processor
+from milora_vl.recipe.yaml_file import trained_pixels, trained_prompts
+
+if TYPE_CHECKING:
+    from milora_data.images.pixels import AspectRatio
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The template of a model, and how its pictures are prepared."""
+
+    template: str
+    image_aspect_ratio: AspectRatio
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def limit(self, processor: Any) -> None:
+        """Set the limits of pixels of the training in a processor."""
+        limit_pixels(processor, self.min_pixels, self.max_pixels)
+
+
+def prompts_of(model: str, adapter: Path | None, template: str | None = None) -> Prompts:
+    """Return the prompts of a model with its adapter: those of its run, with `template` in place of the run's.
+
+    `model` is a name or folder of a model, or an adapter folder. A model whose processor prepares the pictures has its
+    own chat template; raises UserError for another `template`.
+    """
+    folder = adapter or Path(model)
+    trained, image_aspect_ratio = trained_prompts(folder)
+    name = base_of(folder) if adapter is None and holds_adapter(folder) else model
+    if not prepares_with_processor(name):
+        return Prompts(template or trained, image_aspect_ratio)
+    if template not in (None, OWN):
+        raise UserError(
+            f"{name} is asked with its own prompt format, not with {template}",
+            code="template-not-for-model",
+            where="--template",
+            hint=f"use --template {OWN}, or remove the flag",
+        )
+    return Prompts(OWN, "pad", *trained_pixels(folder))

@@ -1,0 +1,146 @@
+"""Questions to vision-language models of other families than LLaVA: answers as transformers' pipeline gives them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from transformers import pipeline
+
+from milora_data.errors import UserError
+from milora_data.picture_template import parts_of
+from milora_data.records import Turn
+from milora_vl import Policy, apply_milora, save_adapter
+from milora_vl.chat.command import main as chat
+from milora_vl.generate import Prompt, generate
+from milora_vl.load import load_model
+from support.vlm_families import VLM_FAMILIES, model_of, processor_of
+from support.vlm_runs import write_model, write_pictures
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+FAST = ("qwen2_5_vl", "gemma3", "mllama")
+OTHERS = [name for name in VLM_FAMILIES if name not in (*FAST, "paligemma")]
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("qwen2_5_vl", tmp_path_factory.mktemp("qwen"))
+
+
+def questions(pictures: Path) -> list[Prompt]:
+    """Return questions with a picture first, last, in the middle, several in two turns, and none."""
+    images = [Image.open(pictures / f"{number}.png") for number in range(4)]
+    dialogue = (Turn("user", "<image>\n<image>\nA?"), Turn("assistant", "B"), Turn("user", "<image>\nC?"))
+    return [
+        Prompt((Turn("user", "<image>\nWhat is it?"),), (images[0],)),
+        Prompt((Turn("user", "What is it?\n<image>"),), (images[1],)),
+        Prompt((Turn("user", "Is this <image> a longer question than the others?"),), (images[2],)),
+        Prompt(dialogue, tuple(images[1:])),
+        Prompt((Turn("user", "Hi"),)),
+    ]
+
+
+def of_pipeline(model: Any, processor: Any, prompt: Prompt) -> str:
+    ask = pipeline("image-text-to-text", model=model, processor=processor)
+    images = iter(prompt.images)
+    messages = [
+        {
+            "role": turn.role,
+            "content": [
+                {**part, "image": next(images)} if part["type"] == "image" else part for part in parts_of(turn.text)
+            ],
+        }
+        for turn in prompt.turns
+    ]
+    options = {"max_new_tokens": 5, "return_full_text": False, "generate_kwargs": {"do_sample": False}}
+    return str(ask(text=messages, **options)[0]["generated_text"]).strip()
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_answers_are_those_of_the_pipeline_at_any_batch_size(name: str, pictures: Path) -> None:
+    if name == "smolvlm":
+        pytest.importorskip("num2words")
+    processor = processor_of(name)
+    model = model_of(name, processor)
+    prompts = questions(pictures)
+    seen: list[int] = []
+    together = generate(model, processor, prompts, max_new_tokens=5, on_batch=lambda places, texts: seen.extend(places))
+    assert together == [of_pipeline(model, processor, prompt) for prompt in prompts]
+    assert together == generate(model, processor, prompts, max_new_tokens=5, batch_size=1)
+    assert sorted(seen) == list(range(len(prompts)))
+
+
+def test_a_plain_prompt_is_a_question_with_its_picture(pictures: Path) -> None:
+    processor = processor_of("paligemma")
+    model = model_of("paligemma", processor)
+    image = Image.open(pictures / "0.png").convert("RGB")
+    inputs = processor(text="<image>What is it?", images=image, return_tensors="pt")
+    inputs.pop("labels")
+    ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (image,))
+    (answer,) = generate(model, processor, [prompt], max_new_tokens=5)
+    assert answer == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_a_raw_prompt_is_the_text_alone(pictures: Path) -> None:
+    processor = processor_of("qwen2_5_vl")
+    model = model_of("qwen2_5_vl", processor)
+    image = Image.open(pictures / "0.png").convert("RGB")
+    inputs = processor(text="A: <|image_pad|> B:", images=image, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    prompt = Prompt((Turn("user", "A: <image> B:"),), (image,), "raw")
+    (answer,) = generate(model, processor, [prompt], max_new_tokens=5)
+    assert answer == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def asked(qwen: Path, *words: str | Path) -> int:
+    return chat(["--model", str(qwen), "--max_new_tokens", "5", *map(str, words)])
+
+
+def answer_to(qwen: Path, pictures: Path, *texts: str, images: tuple[int, ...]) -> str:
+    model, processor = load_model(qwen)
+    turns = [Turn(("user", "assistant")[number % 2], text) for number, text in enumerate(texts)]
+    files = tuple(pictures / f"{number}.png" for number in images)
+    return generate(model, processor, [Prompt(tuple(turns), files)], max_new_tokens=5)[0]
+
+
+def test_chat_takes_several_pictures(qwen: Path, pictures: Path, capsys: Captured) -> None:
+    assert asked(qwen, "--image", pictures / "0.png", "--image", pictures / "1.png", "Same?") == 0
+    expected = answer_to(qwen, pictures, "<image>\n<image>\nSame?", images=(0, 1))
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_conversation_can_be_shown_one_more_picture(
+    qwen: Path, pictures: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"A?\n/add {pictures / '1.png'}\nB?\n/quit\n"))
+    assert asked(qwen, "--image", pictures / "0.png") == 0
+    first = answer_to(qwen, pictures, "<image>\nA?", images=(0,))
+    second = answer_to(qwen, pictures, "<image>\nA?", first, "<image>\nB?", images=(0, 1))
+    assert capsys.readouterr().out == f"{first}\n{second}\n"
+
+
+def test_another_template_is_refused(qwen: Path) -> None:
+    with pytest.raises(UserError) as error:
+        asked(qwen, "--template", "vicuna_v1", "What?")
+    assert error.value.first.code == "template-not-for-model"
+
+
+def test_a_chat_has_the_limits_of_the_training(qwen: Path, pictures: Path, tmp_path: Path, capsys: Captured) -> None:
+    model, processor = load_model(qwen)
+    save_adapter(apply_milora(model, Policy.parse("[{modules: language, method: milora, rank: 2}]")), tmp_path)
+    (tmp_path / "recipe.yaml").write_text("{template: chat_template, data: {max_pixels: 256}}")
+    processor.image_processor.size = type(processor.image_processor.size)(shortest_edge=256, longest_edge=256)
+    prompt = Prompt((Turn("user", "<image>\nWhat?"),), (pictures / "1.png",))
+    expected = generate(load_model(qwen)[0], processor, [prompt], max_new_tokens=5)[0]
+    asked(qwen, "--adapter", tmp_path, "--image", pictures / "1.png", "What?")
+    assert capsys.readouterr().out == expected + "\n"
