@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapter of `model` to the folder `path`: PEFT's files and milora.json.
 
-    Where the factors do not give B0 back bit for bit (a trained adapter of a float32 base), it is written to
+    Where the factors do not give B0 back bit for bit (after training, above all on a float32 base), it is written to
     milora_anchors.safetensors. Training needs it to continue exactly, inference does not.
 
     Raises AdapterError if the model has no adapter (a run that trains weights in full saves the model itself), and if

@@ -60,7 +60,7 @@ def _training(model: nn.Module) -> list[tuple[Protected, Factors]]:
 
 
 class ShardedProjection:
-    """Keep protected inputs while DeepSpeed trains: call `project` after every step, on all processes.
+    """Keep directions protected while DeepSpeed trains: call `project` after every step, on all processes.
 
     DeepSpeed steps float32 shards of the factors, so each factor is gathered, projected and written back: into the
     shards, and into the parameter that the next forward reads, which DeepSpeed would update with the next step alone.
@@ -69,21 +69,24 @@ class ShardedProjection:
     def __init__(self, model: nn.Module) -> None:
         self.pairs = _training(model)
         for protected, _ in self.pairs:
-            assert protected.outputs is None
+            assert protected.protect.by == "projection"
             protected.is_kept = True
 
     @torch.no_grad()
     def project(self) -> None:
-        """Remove the protected inputs from the trained half of A in every layer."""
+        """Remove the protected directions from both factors of every layer."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
-        for protected, (A, _) in self.pairs:
-            whole = safe_get_full_fp32_param(A)
-            assert whole is not None, "the optimizer of DeepSpeed does not step this factor"
-            projected = protected.outside(whole, axis=0)
-            safe_set_full_fp32_param(A, projected)
-            with gather_params_ctx([A], modifier_rank=0):
-                A.copy_(projected)
+        for protected, factors in self.pairs:
+            for axis, factor in enumerate(factors):
+                if axis == 1 and protected.outputs is None:
+                    continue
+                whole = safe_get_full_fp32_param(factor)
+                assert whole is not None, "the optimizer of DeepSpeed does not step this factor"
+                projected = protected.outside(whole, axis)
+                safe_set_full_fp32_param(factor, projected)
+                with gather_params_ctx([factor], modifier_rank=0):
+                    factor.copy_(projected)
 
 
 class _GradientProjectionHook:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.calibration.bases import ProtectedInputs
 from milora_vl.initialize import Initial, LayerReport, Progress, cached_factors, matrix_bar
@@ -146,8 +145,8 @@ def find_protected(
     """Return the protected directions of all targets whose rule has `protect`, by path.
 
     Singular directions come from the base weights of `model`, dequantized if necessary; `inputs` holds the protected
-    inputs. All processes get identical bits from the first one. Raises AdapterError under ZeRO-3, and WeightError for
-    weights that cannot be decomposed.
+    inputs. All processes get identical bits from the first one. Raises WeightError for weights that cannot be
+    decomposed.
     """
     protecting = [t for t in targets if t.protect is not None]
     directions = _singular_directions(model, protecting, cache_dir, progress)
@@ -164,13 +163,6 @@ def _singular_directions(
     model: nn.Module, targets: Sequence[Target], cache_dir: str | Path | None, progress: Progress
 ) -> dict[str, Protected]:
     wanted = [(t, t.protect, t.protect.top) for t in targets if t.protect is not None and t.protect.top is not None]
-    if wanted and is_deepspeed_zero3_enabled():
-        raise AdapterError(
-            "ZeRO-3 partitions the factors, so they cannot be projected",
-            code="adapter-sharded-optimizer",
-            where="protect",
-            hint="train without ZeRO-3, or without protect",
-        )
     directions = {}
     with matrix_bar("protecting", len(wanted), is_shown=bool(progress) and rank_and_world_size()[0] == 0) as bar:
         for target, protect, top in wanted:

@@ -4,7 +4,7 @@ Without this file the folder is still a correct LoRA of rank 2r for inference. W
 anchor are known again, so training can continue.
 
 Format version 2 stores the factors [D; A0] and [B0 + E, E] (`layers.py`), and B0 itself in milora_anchors.safetensors
-where it cannot be computed from them bit for bit: for float32 bases. Version 1 stored [A; A0] and [B, -B0].
+where it cannot be computed from them bit for bit, above all for float32 bases. Version 1 stored [A; A0] and [B, -B0].
 """
 
 from __future__ import annotations

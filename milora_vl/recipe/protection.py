@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from milora_data.errors import UserError
 from milora_vl.recipe.schema import CalibrationConfig, Recipe
@@ -12,8 +13,8 @@ from milora_vl.recipe.schema import CalibrationConfig, Recipe
 def check(recipe: Recipe) -> None:
     """Raise UserError for a recipe whose rules protect what the form or the sharding of the run does not allow."""
     kinds = protected_kinds(recipe)
-    if kinds:
-        require_whole(kinds, deepspeed=bool(recipe.train.get("deepspeed")), fsdp=bool(recipe.train.get("fsdp")))
+    ways = {rule["protect"].get("by", "projection") for rule in _protecting(recipe)}
+    require_whole(ways, deepspeed=bool(recipe.train.get("deepspeed")), fsdp=bool(recipe.train.get("fsdp")))
     _require_files(recipe.calibration)
     if "inputs" in kinds and recipe.form == "residual":
         raise UserError(
@@ -34,8 +35,12 @@ def _require_files(calibration: CalibrationConfig) -> None:
 
 def protected_kinds(recipe: Recipe) -> set[str]:
     """Return which kinds of protection the rules use: top, inputs or both."""
-    protecting = [rule["protect"] for rule in recipe.policy or () if rule.get("protect")]
+    protecting = [rule["protect"] for rule in _protecting(recipe)]
     return {"inputs" if protect.get("inputs") is not None else "top" for protect in protecting}
+
+
+def _protecting(recipe: Recipe) -> list[dict[str, Any]]:
+    return [rule for rule in recipe.policy or () if rule.get("protect")]
 
 
 def warnings(recipe: Recipe) -> list[str]:
@@ -45,15 +50,20 @@ def warnings(recipe: Recipe) -> list[str]:
     return ["the calibration has no effect: no rule has  protect: {inputs: p}"]
 
 
-def require_whole(kinds: Iterable[str], *, deepspeed: bool, fsdp: bool) -> None:
-    """Raise UserError if optimizer steps update shards of the factors that cannot be projected.
+def require_whole(ways: Collection[str], *, deepspeed: bool, fsdp: bool) -> None:
+    """Raise UserError if optimizer steps update shards of the factors, and a rule protects by one of these `ways`.
 
-    Protected inputs are projected under DeepSpeed too, see `ShardedProjection`.
+    DeepSpeed's shards can be projected, see `ShardedProjection`, but `basis` needs whole gradients, and `penalty` the
+    learning rate of each factor.
     """
-    if fsdp or (deepspeed and "top" in kinds):
+    refused = sorted(ways) if fsdp else sorted(set(ways) - {"projection"}) if deepspeed else []
+    if refused:
         raise UserError(
-            f"protect does not work with {'DeepSpeed' if deepspeed else 'FSDP'}, which updates shards of the factors",
+            f"protect (by: {refused[0]}) does not work with {'FSDP' if fsdp else 'DeepSpeed'}, which updates shards of "
+            "the factors",
             code="protect-sharded",
             where="policy",
-            hint="start several processes with torchrun alone, or remove protect",
+            hint="start several processes with torchrun alone, or remove protect"
+            if fsdp
+            else "use  by: projection, or start several processes with torchrun alone",
         )
