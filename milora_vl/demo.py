@@ -28,9 +28,19 @@ examples:
   python -m milora_vl.demo                  # about seven minutes on two cores
   python -m milora_vl.demo --quick          # 20 steps and 64 questions: two minutes
 """,
-    inputs=(option("--recipe", default="smol-llava-demo", help="recipe of the training (default: %(default)s)"),),
+    inputs=(
+        option(
+            "--recipe",
+            default="smol-llava-demo",
+            metavar="RECIPE",
+            help="recipe of the training (default: %(default)s)",
+        ),
+    ),
     settings=(flag("--quick", "20 steps, 64 questions"),),
-    outputs=(shared("output_dir", default=Path("runs/demo"), about="run folder (default: %(default)s)"),),
+    outputs=(
+        shared("output_dir", default=Path("runs/demo"), about="run folder (default: %(default)s)"),
+        shared("format"),
+    ),
 )
 
 
@@ -50,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(as_typed(f"\n{'done already:' if step.is_done else '$'} {command_line(module, *words)}\n"))
         if step.is_done:
             continue
-        code = subprocess.run([sys.executable, "-m", module, *words]).returncode
+        shown = sys.stderr if options.format == "json" else None  # stdout then has the result alone
+        code = subprocess.run([sys.executable, "-m", module, *words], stdout=shown).returncode
         if code != 0:
             raise UserError(
                 f"{module} failed (see above)",
@@ -58,7 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 hint="run the same command again: it continues with this step",
                 exit_code=code if code in (1, 2, 130) else 1,
             )
-    sys.stdout.write(f"report: {options.output_dir / 'report.html'}\n")
+    report = options.output_dir / "report.html"
+    if options.format == "json":
+        results = json.loads(_results_of(options.output_dir).read_text(encoding="utf-8"))
+        sys.stdout.write(json.dumps({"report": str(report), "benchmarks": results["benchmarks"]}) + "\n")
+    else:
+        sys.stdout.write(f"report: {report}\n")
     return 0
 
 
@@ -74,7 +90,7 @@ def _steps(recipe: str, folder: Path, *, quick: bool) -> Iterator[Step]:
     )
     tuned = ("--model", _base_of(folder), "--adapter", str(folder))
     yield Step(
-        (folder / "eval" / "emoji" / "final" / "results.json").is_file(),
+        _results_of(folder).is_file(),
         (
             *("milora_eval", "run", *tuned, "--suite", "emoji", "--data", str(DATA), "--with_base"),
             *("--dtype", "fastest", "--output_dir", str(folder)),
@@ -86,6 +102,10 @@ def _steps(recipe: str, folder: Path, *, quick: bool) -> Iterator[Step]:
     image = ("--image", str(DATA / "images" / picture), "--max_new_tokens", "32")
     yield Step(False, ("milora_vl.chat", *tuned, *image, "What is this?"))
     yield Step(False, ("milora_vl.report", str(folder)))
+
+
+def _results_of(folder: Path) -> Path:
+    return folder / "eval" / "emoji" / "final" / "results.json"
 
 
 def _base_of(folder: Path) -> str:

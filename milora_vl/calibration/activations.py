@@ -27,6 +27,9 @@ from milora_vl.weights.matrices import gathered_in_forward, is_linear
 
 Batch = Mapping[str, Any]
 PASS_BYTES = 2 * 1024**3  # memory of all C of one pass
+# A position counts with at most this many times the median energy: sinks at other positions than the first have
+# thousands of times the energy, and one of them would be 90 % of C.
+LARGEST = 100.0
 HELD_OUT = 8  # one batch in so many checks the shares and does not enter C
 
 
@@ -212,12 +215,20 @@ def _rows(one: _Input, x: Tensor, positions: Positions | None) -> tuple[Tensor, 
     if isinstance(module, nn.Conv2d):
         x = _patches(module, x)
     rows = x.detach().reshape(-1) if is_embedding else x.detach().reshape(-1, x.shape[-1])
-    weights = None if positions is None else positions.tokens if is_embedding else positions.weights
-    if weights is None or not one.has_positions or weights.numel() != len(rows):
-        return rows, torch.ones(len(rows), device=rows.device)  # pictures, and layers that see a part of the positions
-    weights = weights.reshape(-1).to(rows.device)
-    counted = weights > 0
-    return rows[counted], weights[counted]
+    given = None if positions is None else positions.tokens if is_embedding else positions.weights
+    if given is None or not one.has_positions or given.numel() != len(rows):
+        weights = torch.ones(len(rows), device=rows.device)  # pictures, and layers that see a part of the positions
+    else:
+        weights = given.reshape(-1).to(rows.device)
+        rows, weights = rows[weights > 0], weights[weights > 0]
+    return rows, weights if is_embedding else weights * _limit(rows)
+
+
+def _limit(rows: Tensor) -> Tensor:
+    """Return the factors (positions,), at most 1, that limit the energy of each position to LARGEST medians."""
+    energies = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+    limit = LARGEST * energies.median() if len(rows) else 0.0
+    return torch.where(energies > limit, limit / energies, 1.0) if limit > 0 else torch.ones_like(energies)
 
 
 def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:

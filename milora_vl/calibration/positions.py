@@ -1,7 +1,8 @@
 """Which positions of the calibration batches count, and how much.
 
 Padding does not count. Neither does the first position of a row: it is an attention sink, whose activations are so
-large that they would decide C alone. Text and picture positions weigh half each in total.
+large that they would decide C alone (`activations.LARGEST` limits sinks elsewhere). Text and picture positions weigh
+half each in total.
 """
 
 from __future__ import annotations

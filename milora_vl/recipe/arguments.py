@@ -70,6 +70,13 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "double_quant": ("double_quant", "bool", (), "also quantise the constants of a 4-bit base"),
     "dtype": ("dtype", "str", (), "data type of the frozen weights: auto, float32, bfloat16, float16 or fastest"),
     "attn_implementation": ("attn_implementation", "str", (), "sdpa (default), eager or flash_attention_2"),
+    "eval_suite_every": (
+        "eval.suite_every",
+        "int",
+        (),
+        "score the suites of the recipe every N steps and at the last step",
+    ),
+    "eval_suite_limit": ("eval.suite_limit", "int", (), "questions per benchmark during training"),
     "forgetting_every": ("eval.forgetting_every", "int", (), "measure forgetting every N steps and at the last step"),
     "projector_weights": (
         "projector_weights",

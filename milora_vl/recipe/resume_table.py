@@ -38,7 +38,8 @@ TABLE: dict[Effect, str] = {
     "length": "train.max_steps train.num_train_epochs",  # matter if the schedule depends on the last step
     # These matter if evaluations choose the best checkpoint or set the learning rate.
     "selection": """
-        data.eval_path train.bf16_full_eval train.eval_delay train.eval_on_start train.eval_steps train.eval_strategy
+        data.eval_path eval.suite_every eval.suite_limit
+        train.bf16_full_eval train.eval_delay train.eval_on_start train.eval_steps train.eval_strategy
         train.fp16_full_eval train.greater_is_better train.metric_for_best_model train.save_steps train.save_strategy
     """,
     "stream": "train.dataloader_num_workers",  # sets the order of the records of a stream

@@ -108,11 +108,13 @@ class CalibrationConfig(Strict):
 
 
 class EvalConfig(Strict):
-    """Evaluation: suites after training, in a separate process; forgetting during training."""
+    """Evaluation: suites after training, in a separate process; small suites and forgetting during training."""
 
     suites: list[str] = Field(default_factory=list)
     data: str | None = None
     limit: PositiveInt | None = None
+    suite_every: PositiveInt | None = None  # steps; None: not during training
+    suite_limit: PositiveInt = 64  # questions per benchmark during training
     forgetting_every: PositiveInt | None = None  # steps; None: not during training
 
 

@@ -54,6 +54,7 @@ def _content(content: Run) -> dict[str, Any]:
         "gallery": parts.gallery(content),
         "forgetting": measured[0] if measured else None,
         "forgetting_words": wording.forgetting_words(content),
+        "suite_words": wording.suite_words(content),
         "forgetting_table": tables.forgetting_table(content),
         "score_changes": wording.score_changes(content),
         "analysis": read_analysis(content.folder),

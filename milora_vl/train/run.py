@@ -38,6 +38,7 @@ from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.model import Built
 from milora_vl.train.opening import AtFirstStep, Opening
 from milora_vl.train.spectrum import layer_spectra
+from milora_vl.train.suites import SuiteCallback
 from milora_vl.train.trainer import MiloraTrainer
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class Loaded:
     processor: Any
     dtype: torch.dtype  # of the frozen weights
     probe: Probe | None  # the base's predictions, for forgetting during training
+    suites: evaluation.Scored | None  # questions, for scores during training
 
 
 def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
@@ -130,6 +132,7 @@ def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
     if line:
         screen.say(line)
     dtype = training_args.base_dtype(recipe, recipe.train)
+    suites = evaluation.during(recipe)
     with screen.step(f"loading {recipe.model}"):
         device = training_args.load_device(args)
         base, processor = model.load_base(recipe, dtype, device, inputs.data.train)
@@ -140,7 +143,7 @@ def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
     if recipe.eval.forgetting_every:
         with screen.step("keeping the base's predictions, for forgetting"):
             probe = Probe(base, processor)
-    return Loaded(recipe, base, processor, dtype, probe)
+    return Loaded(recipe, base, processor, dtype, probe, suites)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +299,9 @@ def make_trainer(
     trainer.add_callback(AtFirstStep(opening.begin))
     if loaded.probe is not None and recipe.eval.forgetting_every:
         trainer.add_callback(ForgettingCallback(loaded.probe, recipe.eval.forgetting_every, trainer))
+    if loaded.suites is not None and recipe.eval.suite_every:
+        trainer.suites = SuiteCallback(loaded.suites, recipe.eval.suite_every, trainer, loaded.processor)
+        trainer.add_callback(trainer.suites)
     return trainer
 
 

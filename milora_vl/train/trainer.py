@@ -43,6 +43,7 @@ from milora_vl.recipe import protection
 from milora_vl.train import streaming
 from milora_vl.train.meter import Meter, group_rates, tower_norms
 from milora_vl.train.progress import Bars, Lines
+from milora_vl.train.suites import SuiteCallback
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -193,6 +194,7 @@ class MiloraTrainer(Trainer):
         named = {name: target_path(name, paths) for name, p in model.named_parameters() if p.requires_grad}
         self.norms = TowerNorms({name: paths[path] for name, path in named.items() if path})
         self.add_callback(self.norms)
+        self.suites: SuiteCallback | None = None  # scores during training
         if isinstance(model, MiloraMixin):
             model.converts_shards = True
             if resume_from is not None and needs_conversion(resume_from):
@@ -308,6 +310,15 @@ class MiloraTrainer(Trainer):
         assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
         return output
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate as HF does. If a score of a suite chooses the best checkpoint, the result has the scores too."""
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.suites is not None and "suite_" in (self.args.metric_for_best_model or ""):
+            metrics |= self.suites.scores()
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as HF does, with our entries. Raises UserError if the loss is not finite."""

@@ -287,6 +287,18 @@ def test_inputs_of_another_model_are_refused(tiny_llama, tmp_path: Path) -> None
         require_shapes(model.protected_inputs["default"], bare.milora_targets)
 
 
+def test_a_single_huge_position_does_not_decide() -> None:
+    x = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
+    x[7] *= 1e3
+    model = apply_milora(
+        nn.Sequential(nn.Linear(32, 8)), protecting(protect={"inputs": 0.5}), calibration=[{"input": x}]
+    )
+    protected = model.protections["default"]["0"]
+    assert 5 < protected.num_directions < 20
+    inside = x[7] @ protected.V
+    assert float(inside.norm() / x[7].norm()) > 0.9, "its direction is protected, too"
+
+
 def test_a_layer_that_protects_almost_nothing_gets_a_warning() -> None:
     x = torch.randn(64, 256)
     x[:, 0] *= 1e4

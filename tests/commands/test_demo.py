@@ -36,8 +36,9 @@ def test_the_demo_trains_evaluates_and_continues_where_it_stopped(place: Path, c
     results = json.loads((place / "runs" / "demo" / "eval" / "emoji" / "final" / "results.json").read_text())
     assert results["limit"] == 64
     before = (place / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime
-    assert main(["--recipe", "tiny.yaml", "--quick"]) == 0
-    assert "done already: python -m milora_vl.train" in capfd.readouterr().err
+    assert main(["--recipe", "tiny.yaml", "--quick", "--format", "json"]) == 0
+    assert "done already: python -m milora_vl.train" in (printed := capfd.readouterr()).err
+    assert json.loads(printed.out)["benchmarks"] == results["benchmarks"]
     assert (place / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime == before
 
 

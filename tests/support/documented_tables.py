@@ -119,6 +119,11 @@ FILES: dict[tuple[str, str], tuple[str, str, str]] = {
         "",
         "python -m milora_eval run --model tiny --benchmarks rows.json --output_dir of-rows",
     ),
+    ("docs/evaluation.md", "eval: {suites: [emoji], data: data/emoji, suite_every: 50, suite_limit: 64}"): (
+        "scored.yaml",
+        DEMO + RULES,
+        "python -m milora_vl.train --recipe scored.yaml --dry-run",
+    ),
     ("docs/recipes.md", "model: llava-1.5-7b"): (
         "recipe.yaml",
         "",
