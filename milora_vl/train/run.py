@@ -61,7 +61,7 @@ def train(request: Request) -> int:
     check_evaluation_and_base(plan.recipe)
     loaded = load(plan, inputs, screen)
     rows = group_rows(plan, loaded, inputs, screen)
-    adapted = adapt(plan, loaded, inputs.args, screen)
+    adapted = adapt(plan, loaded, inputs, screen)
     run_files.set_chat_template(loaded.processor, loaded.recipe.template)
     opening = describe(plan, inputs, loaded, rows, adapted, screen)
     try:
