@@ -16,6 +16,7 @@ TABLE: dict[Effect, str] = {
     "decides": """
         quantization quant_type double_quant projector_weights template form
         parts.vision_tower parts.vision_weights parts.select_layer parts.select_feature
+        calibration.samples calibration.pictures calibration.text calibration.data
         data.max_length data.image_aspect_ratio data.min_pixels data.max_pixels data.jpeg_decoding data.packing
         data.bad_images data.streaming
         data.shuffle_buffer data.limit
@@ -45,7 +46,7 @@ TABLE: dict[Effect, str] = {
     "checkpoint": "train.deepspeed",  # resuming.check reads the files of the checkpoint
     # Paths, logging, saving and speed: the weights stay the same, up to rounding.
     "free": """
-        attn_implementation factor_cache data.image_folder data.feature_cache
+        attn_implementation factor_cache data.image_folder data.feature_cache calibration.image_folder
         eval.suites eval.data eval.limit eval.forgetting_every
         sweep.suite sweep.data sweep.limit sweep.train sweep.variants
         train.activation_checkpointing train.activation_checkpointing_kwargs train.batch_eval_metrics

@@ -158,7 +158,7 @@ def _resolve(request: Request) -> Settings:
     per_device = base.train.get("per_device_train_batch_size")
     batch = (int(per_device), int(base.train.get("gradient_accumulation_steps", 1))) if per_device else None
     notes = [meaning.line] if meaning and meaning.line else []
-    warnings = [*(meaning.warnings if meaning else []), *base_model.warnings(recipe)]
+    warnings = [*(meaning.warnings if meaning else []), *base_model.warnings(recipe), *protection.warnings(recipe)]
     return Settings(recipe, request.recipe or "", implicit, batch, [*notes, *notes_on_data], warnings)
 
 

@@ -61,6 +61,7 @@ def _content(content: Run) -> dict[str, Any]:
         "plots": plots,
         "loss_words": wording.loss_words(content),
         "policy": tables.policy_table(content),
+        "protection": tables.protection_table(content),
         "spectrum_words": wording.spectrum_words(content),
         "layers": [wording.layer_words(layer) for layer in content.layers],
         "layer_table": tables.layer_table(content),

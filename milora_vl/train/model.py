@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,18 @@ def load_base(
 def _require_one_kind(recipe: Recipe, processor: Any, records: Sequence[Record]) -> None:
     """Raise UserError if batches would mix records with and without pictures, and the processor cannot do that."""
     sizes = [recipe.train.get(f"per_device_{part}_batch_size", 8) for part in ("train", "eval")]
-    if max(sizes) > 1 and len({bool(record.images) for record in records}) > 1:
+    if len({bool(record.images) for record in records}) < 2:
+        return
+    if max(sizes) > 1:
         ProcessorInputs(processor).require_mixed_rows()
+    if recipe.train.get("deepspeed") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "DeepSpeed needs the same modules on every process in each step, and a batch without pictures skips the "
+            f"vision tower of {recipe.model}",
+            code="records-mixed-deepspeed",
+            where="train.deepspeed",
+            hint="train without --deepspeed (DDP), or only on records with pictures",
+        )
 
 
 def _quantization(recipe: Recipe) -> Any:
@@ -109,11 +120,16 @@ def saves_of(targets: Sequence[Target]) -> Saves:
 
 
 def build(
-    recipe: Recipe, base: nn.Module, targets: list[Target], checkpoint: Path | None, dtype: torch.dtype = torch.float32
+    recipe: Recipe,
+    base: nn.Module,
+    targets: list[Target],
+    checkpoint: Path | None,
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Built:
     """Apply the resolved policy, or load the adapter of `checkpoint` with its initial factors (without an SVD).
 
-    `dtype` is the data type of the trained weights.
+    `calibration` holds the batches for protected inputs. `dtype` is the data type of the trained weights.
     """
 
     saves = saves_of(targets)
@@ -125,7 +141,14 @@ def build(
         model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
         _require_same_adapter(checkpoint, model, targets, recipe.form)
     else:
-        model = apply_targets(base, targets, form=recipe.form, cache_dir=recipe.factor_cache, progress=True)
+        model = apply_targets(
+            base,
+            targets,
+            form=recipe.form,
+            calibration=calibration,
+            cache_dir=recipe.factor_cache,
+            progress=True,
+        )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

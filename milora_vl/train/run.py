@@ -28,11 +28,11 @@ from milora_vl.plan.launch import calls_on_sigterm
 from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import RunFolder
-from milora_vl.plan.screen import Screen, policy_rows, trainable_line
+from milora_vl.plan.screen import Screen, policy_rows, protection_lines, trainable_line
 from milora_vl.recipe import base_model, on_model, rates
 from milora_vl.recipe.arguments import Request
 from milora_vl.recipe.schema import Recipe
-from milora_vl.train import failures, features, header, model, run_files, streaming
+from milora_vl.train import calibration, failures, features, header, model, run_files, streaming
 from milora_vl.train.finalize import close, write_pages
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.model import Built
@@ -178,11 +178,11 @@ class Adapted:
     spectra: Any
 
 
-def adapt(plan: Plan, loaded: Loaded, args: TrainingArguments, screen: Screen) -> Adapted:
+def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted:
     """Apply the policy, or load a checkpoint's adapter; in the anchored form the base does not change."""
     from transformers import set_seed
 
-    recipe, checkpoint = loaded.recipe, plan.folder.checkpoint
+    recipe, checkpoint, args = loaded.recipe, plan.folder.checkpoint, inputs.args
     targets = on_model.targets_of(recipe, loaded.base)
     for warning in rates.warnings(targets, recipe.train, method=plan.request.edits.method):
         screen.warn(warning)
@@ -191,9 +191,12 @@ def adapt(plan: Plan, loaded: Loaded, args: TrainingArguments, screen: Screen) -
     if describes_start(plan.folder):
         with screen.step("measuring the spectrum of one layer per tower"):
             spectra = layer_spectra(loaded.base, targets)
+    batches = None
+    if checkpoint is None:  # a checkpoint refers to the protected inputs of its run
+        batches = calibration.batches(recipe, loaded.base, loaded.processor, targets, inputs.data.train, screen)
     set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
     with screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
-        built = model.build(recipe, loaded.base, targets, checkpoint, training_args.trained_dtype(args))
+        built = model.build(recipe, loaded.base, targets, checkpoint, batches, training_args.trained_dtype(args))
     if args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
     return Adapted(built, spectra)
@@ -212,6 +215,9 @@ def describe(plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Ad
     )
     screen.policy(policy_rows(built.targets, built.sizes, built.report), built.frozen)
     screen.say(trainable_line(built.model))
+    if built.saves == "adapter":
+        for line in protection_lines(built.targets, built.model.protections["default"]):
+            screen.say(line)
     run_files.set_chat_template(loaded.processor, recipe.template)
     if plan.resumed.changes:
         screen.say(f"changed since {folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
@@ -251,7 +257,7 @@ def load_and_train(plan: Plan, inputs: Inputs, screen: Screen, start: float) -> 
     """Load, adapt, train and save. `start` is the time of the run's start by `time.monotonic`."""
     loaded = load(plan, inputs, screen)
     rows = order(plan, loaded, inputs, screen)
-    adapted = adapt(plan, loaded, inputs.args, screen)
+    adapted = adapt(plan, loaded, inputs, screen)
     opening = describe(plan, inputs, loaded, rows, adapted, screen)
     try:
         trainer = make_trainer(plan, inputs, loaded, rows, adapted, opening)
@@ -359,6 +365,9 @@ def save(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening, start
             checkpoints.copy_results(Path(best or str(folder.checkpoint)), folder.path)
         trainer.save_state()
     if args.should_save:
+        overlaps = run_files.protection_json(trainer.trained())
+        if overlaps:
+            folder.write_json("protection.json", overlaps)
         opening.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
         opening.environment["seconds"] = round(time.monotonic() - start, 1)
         folder.write_json("environment.json", opening.environment)

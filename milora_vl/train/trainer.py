@@ -31,7 +31,7 @@ from milora_data.stream import RecordStream
 from milora_data.tokens import IGNORE
 from milora_vl.adapter_folders import PROJECTOR_FILES
 from milora_vl.lora.install import base_model_of
-from milora_vl.lora.keep_protected import keep_protected
+from milora_vl.lora.keep_protected import ShardedProjection, keep_protected
 from milora_vl.lora.peft_model import MiloraMixin
 from milora_vl.lora.sidecar import ANCHORS_FILE, FILE_NAME
 from milora_vl.lora.version_1_shards import convert_shards, needs_conversion
@@ -132,6 +132,19 @@ class StopOnSignal(TrainerCallback):
             self.stopped = control.should_save = control.should_log = control.should_training_stop = True
 
 
+class ProjectShards(TrainerCallback):
+    """Keep directions protected under DeepSpeed, which runs no hooks of the optimizer."""
+
+    def __init__(self, projection: ShardedProjection) -> None:
+        self.projection = projection
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Project after the step."""
+        self.projection.project()
+
+
 class MiloraTrainer(Trainer):
     """Train the modules of `targets`. `saves` is the content of checkpoints: adapter, projector or full model.
 
@@ -167,8 +180,10 @@ class MiloraTrainer(Trainer):
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
-        if any(target.protect for target in targets):
-            protection.require_whole(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+        protecting = {target.protect.by for target in targets if target.protect is not None}
+        protection.require_whole(protecting, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+        if protecting and self.is_deepspeed_enabled:
+            self.add_callback(ProjectShards(ShardedProjection(model)))
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
@@ -214,7 +229,8 @@ class MiloraTrainer(Trainer):
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
         # transformers 4 calls this without a model and accepts none.
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        keep_protected(self.trained(), optimizer)
+        if not self.is_deepspeed_enabled:
+            keep_protected(self.trained(), optimizer)
         return optimizer
 
     def get_train_dataloader(self) -> Any:
