@@ -322,6 +322,14 @@ def _size(place: str | Path) -> tuple[int, int]:
         return BLANK
 
 
+def labelled_inputs(inputs: ProcessorInputs, rendered: Rendered, images: Sequence[Any]) -> dict[str, Any]:
+    """Return the model's inputs for one text with its pictures, and its labels, as in a batch of the collator."""
+    sample = PictureSample(Record("", (), ()), rendered, tuple(images))
+    batch = inputs([rendered], [images], padding_side="right", with_places=True)
+    labels = batch["labels"] if rendered.suffix is not None else _labels(batch, _rows(batch, [sample]))
+    return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL} | {"labels": labels}
+
+
 def marked(turns: Sequence[Turn], num_images: int) -> list[Turn]:
     """Return the turns with one `<image>` per picture, where they are; LLaVA's rule merges several of one turn.
 
