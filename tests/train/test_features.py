@@ -123,7 +123,7 @@ def test_what_it_cannot_do_is_told(tiny_data: Path, tmp_path: Path) -> None:
     (tiny_data / "train.json").write_text(json.dumps(text))
     with pytest.raises(UserError, match="supports LLaVA 1.5 and 1.6 only"):
         main(training(tiny_data, tmp_path / "text", "--model", "tiny-text", "--rank", "4", *extra))
-    with pytest.raises(UserError, match="data.feature_cache: needs all images before training"):
+    with pytest.raises(UserError, match="--feature_cache: needs all images before training"):
         main(training(tiny_data, tmp_path / "stream", "--rank", "4", "--streaming", *extra))
     assert not (tmp_path / "cache").exists()
 
