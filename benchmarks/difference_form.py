@@ -7,7 +7,8 @@ python benchmarks/difference_form.py [--width 1024] [--rank 64] [--tokens 512] [
     residual     W_p x + s B A x - W x               the paper: W_p = W - s B0 A0, rounded to the dtype of the base
 
 D and E are random, of `share` times the mean size of the entries of A0 and B0. The error is relative to float64, of the
-adapter's output before it is added to W x (for the residual form: what it adds to W x in float64 arithmetic). Columns:
+adapter's output before it is added to W x. For the residual form that is s B A x, computed in half precision, plus
+(W_p - W) x in float64: the rounding of W_p counts, that of the product with it does not. Columns:
 
     autocast     float32 factors under autocast, as HF's Trainer trains
     weights      factors in the half dtype, as DeepSpeed trains; the forms that hold A and B subtract rounded numbers
@@ -70,10 +71,9 @@ def halves(case: Case, trained: torch.dtype) -> Callable[[], Tensor]:
 
 
 def residual(case: Case, trained: torch.dtype) -> Callable[[], Tensor]:
-    """The paper's residual base plus s B A, minus the base."""
+    """The adapter of the paper's residual base, s B A, with A and B in the dtype `trained`."""
     A, B = (nn.Parameter((start.float() + change).to(trained)) for start, change in _pairs(case))
-    W_p = (case.W.float() - case.B0.float() @ case.A0.float()).to(case.dtype)
-    return lambda: F.linear(case.x, W_p) + F.linear(F.linear(case.x, A), B)
+    return lambda: F.linear(F.linear(case.x, A), B)
 
 
 def stock(case: Case, form: str) -> Tensor:
@@ -96,7 +96,9 @@ FORMS = {"difference": difference, "halves": halves, "residual": residual}
 @torch.no_grad()
 def errors(case: Case) -> dict[str, dict[str, float]]:
     """Return the relative error by form and way of computing."""
-    exact, base = case.exact(), case.x.double() @ case.W.double().T
+    exact = case.exact()
+    W_p = (case.W.float() - case.B0.float() @ case.A0.float()).to(case.dtype)
+    rounded = case.x.double() @ (W_p.double() - case.W.double()).T
     found: dict[str, dict[str, float]] = {}
     for name, form in FORMS.items():
         outputs = {}
@@ -104,7 +106,7 @@ def errors(case: Case) -> dict[str, dict[str, float]]:
             outputs["autocast"] = form(case, torch.float32)().double()
         outputs["weights"] = form(case, case.dtype)().double()
         if name == "residual":
-            outputs = {way: out - base for way, out in outputs.items()}
+            outputs = {way: out + rounded for way, out in outputs.items()}
         else:
             outputs["stock"] = stock(case, name).double()
         found[name] = {way: round(float((out - exact).norm() / exact.norm()), 5) for way, out in outputs.items()}
@@ -120,7 +122,7 @@ def seconds(case: Case, repeats: int) -> dict[str, float]:
         for name, run in runs.items():
             start = time.perf_counter()
             with torch.autocast("cpu", case.dtype):
-                out = run() if name == "residual" else F.linear(case.x, case.W) + run()
+                out = F.linear(case.x, case.W) + run()
             out.float().square().mean().backward()
             if number >= 2:
                 took[name].append(time.perf_counter() - start)

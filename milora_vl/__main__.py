@@ -14,6 +14,7 @@ MENU = Menu(
     "milora",
     "MiLoRA for vision-language models. `python -m milora_vl PROGRAM` is the same.",
     {
+        "start": {"demo": ("milora_vl.demo", "fine-tune a small LLaVA on a CPU, evaluate it, write a report")},
         "train": {
             "train": ("milora_vl.train", "fine-tune a model with MiLoRA, LoRA and others, by flags or a recipe"),
             "compose": ("milora_vl.compose", "compose a LLaVA from a vision tower and a language model"),

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 from peft import PeftModel
 from torch import nn
 
+from milora_vl.calibration.calibrate import protected_inputs
 from milora_vl.initialize import Initial, Progress, initialize
 from milora_vl.lora.base_check import precision, require_readable
 from milora_vl.lora.config import make_lora
@@ -43,6 +44,7 @@ def apply_milora(
     policy: Policy | str | Sequence[Mapping[str, Any] | Rule],
     *,
     form: Form = "anchored",
+    calibration: Sequence[Mapping[str, Any]] | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress = False,
 ) -> Any:
@@ -54,14 +56,18 @@ def apply_milora(
     has the attributes `milora_targets` (one Target per trained module) and `milora_report` (one LayerReport per
     decomposed weight).
 
-    Factors and spectra are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines" also prints one
-    line per layer.
+    `calibration` is for rules with `protect: {inputs: p}`: arguments of the model's forward, one mapping per batch, for
+    example {"input_ids": ..., "attention_mask": ...}. The base model runs on them once.
+
+    Factors, spectra and protected inputs are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
+    also prints one line per layer.
 
     Weight decay pulls towards no update, that is towards W. `python -m milora_vl.train` uses the learning rates of the
     rules; other trainers use their own.
 
-    Raises PolicyError for rules that do not fit the model, WeightError for weights that cannot be decomposed, and
-    AdapterError for models that already have an adapter or do not support the form.
+    Raises PolicyError for rules that do not fit the model, WeightError for weights that cannot be decomposed,
+    CalibrationError for batches that do not calibrate the model, and AdapterError for models that already have an
+    adapter or do not support the form.
 
     >>> rules = [{"modules": "language", "method": "milora", "rank": 2, "dropout": 0.05}]
     >>> tuned = apply_milora(nn.Sequential(nn.Linear(4, 4)), rules)
@@ -84,6 +90,7 @@ def apply_milora(
         model,
         Policy.parse_and_resolve(policy, model, cache_dir=cache_dir),
         form=form,
+        calibration=calibration,
         cache_dir=cache_dir,
         progress=progress,
     )
@@ -94,6 +101,7 @@ def apply_targets(
     targets: Sequence[Target],
     *,
     form: Form = "anchored",
+    calibration: Sequence[Mapping[str, Any]] | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress = False,
 ) -> Any:
@@ -101,14 +109,15 @@ def apply_targets(
 
     Resolving a policy can be slow: ranks that depend on spectra decompose every weight.
     """
-    if all(target.rank is None for target in targets):
-        return _train_in_full(model, targets)
     if form == "residual":
         _require_residual(model, targets)
+    inputs = protected_inputs(model, targets, calibration, cache_dir=cache_dir, is_shown=bool(progress))
+    if all(target.rank is None for target in targets):
+        return _train_in_full(model, targets)
     initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
-    protected = find_protected(model, targets, cache_dir=cache_dir, progress=progress)
-    initial = kept_outside(initial, protected)
-    sidecar = _describe(model, targets, initial, form)
+    protected = find_protected(model, targets, inputs, cache_dir=cache_dir, progress=progress)
+    initial = kept_outside(initial, protected, targets)
+    sidecar = replace(_describe(model, targets, initial, form), inputs=None if inputs is None else inputs.digest)
     tuned = adopt(make_lora(model, targets))
     for target in targets:
         if target.rank is not None:
@@ -121,7 +130,7 @@ def apply_targets(
         reports = {path: replace(report, drift=drift[path]) for path, report in sidecar.reports.items()}
         sidecar = replace(sidecar, reports=reports)
     tuned.remember("default", sidecar)
-    tuned.protect("default", protected)
+    tuned.protect("default", protected, inputs)
     return tuned
 
 
@@ -181,6 +190,14 @@ def _project_plain_lora(tuned: PeftModel, protected: Mapping[str, Protected]) ->
 
 
 def _require_residual(model: nn.Module, targets: Sequence[Target]) -> None:
+    protecting = [t.path for t in targets if t.protect is not None and t.protect.inputs is not None]
+    if protecting:
+        raise AdapterError(
+            "protect: {inputs: p} needs form anchored",
+            code="adapter-residual-layer",
+            where=protecting[0],
+            hint="use form anchored, or remove protect",
+        )
     require_residual(model, [t.path for t in targets if t.has_anchor])
     rescaled = [t.path for t in targets if t.sigma != "keep"]
     if rescaled:

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapter of `model` to the folder `path`: PEFT's files and milora.json.
 
-    Where the factors do not give B0 back bit for bit (a trained adapter of a float32 base), it is written to
+    Where the factors do not give B0 back bit for bit (after training, above all on a float32 base), it is written to
     milora_anchors.safetensors. Training needs it to continue exactly, inference does not.
 
     Raises AdapterError if the model has no adapter (a run that trains weights in full saves the model itself), and if
@@ -109,7 +109,7 @@ def load_adapter(
     # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
     ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
     if is_trainable:
-        ours.protect_again("default", cache_dir)
+        ours.protect_again("default", folder, cache_dir)
     if here.form == "residual" and is_trainable:
         for module in here.ranks:
             make_residual(lora_layer(ours, module), "default")
@@ -152,7 +152,7 @@ def require_adapter(folder: Path) -> None:
             f"the folder contains no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}",
             code="adapter-missing-file",
             where=str(folder),
-            hint=f"did you mean {newest} ? It is the newest checkpoint there." if newest else "",
+            hint=f"did you mean {newest}? It is the newest checkpoint there." if newest else "",
         )
     config_file = folder / CONFIG
     try:

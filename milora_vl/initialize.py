@@ -51,7 +51,9 @@ class LayerReport:
     - `energy`: the share of ||W||_F^2 in the trained components.
     - `excess`: a certified bound on the error of their norm, see `Factors`.
     - `drift`: ||W_0 - W||_F / ||W||_F for the weight W_0 at step 0; 0 in the anchored form.
-    - `protected`: the number of first singular directions that the update is orthogonal to.
+    - `protected`: the number of singular directions or of input directions that the update is orthogonal to.
+    - `kept`: the share of ||A0||_F^2 that is left outside the protected inputs; None if they are not protected. The
+      singular values and the energy are then those of the projected factors.
     - `seconds`: the time of the decomposition.
     """
 
@@ -69,15 +71,20 @@ class LayerReport:
     drift: float
     seconds: float
     protected: int = 0
+    kept: float | None = None
 
     def __str__(self) -> str:
         """Return one line for the terminal."""
         return (
             f"{self.path}  {self.shape[0]}x{self.shape[1]}  {self.method} rank {self.rank}  "
             f"sigma {self.sigma_max:.3g}..{self.sigma_min:.3g} of {self.sigma_top:.3g}  energy {self.energy:.2%}  "
-            f"excess {self.excess:.1e} ({self.svd})  {self.seconds:.2f} s"
-            + (f"  top {self.protected} protected" if self.protected else "")
+            f"excess {self.excess:.1e} ({self.svd})  {self.seconds:.2f} s" + self._protection()
         )
+
+    def _protection(self) -> str:
+        if self.kept is not None:
+            return f"  {self.protected} of {self.shape[1]} inputs protected, {self.kept:.0%} of the start kept"
+        return f"  top {self.protected} protected" if self.protected else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +285,7 @@ def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
         svd=factors.method,
         drift=0.0,
         seconds=seconds,
-        protected=target.protect.top if target.protect else 0,
+        protected=(target.protect.top or 0) if target.protect else 0,
     )
 
 

@@ -26,7 +26,12 @@ from milora_vl.policy.rules import Rule
 from milora_vl.svd import Part
 from milora_vl.towers import forget_peft
 
-_METHOD_OF_PART: dict[str, RuleMethod] = {"minor": "milora", "principal": "pissa", "random": "random"}
+_METHOD_OF_PART: dict[str, RuleMethod] = {
+    "minor": "milora",
+    "principal": "pissa",
+    "random": "random",
+    "middle": "middle",
+}
 assert all(METHODS[method].part == part for part, method in _METHOD_OF_PART.items())
 # Initializations of PEFT that do not change the base weight.
 _BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
@@ -87,7 +92,7 @@ def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_misma
     for path in sidecar.ranks:
         _require_anchor(lora_layer(peft_model, path), adapter, path, stored, sidecar.version)
     ours = restore(peft_model, adapter, sidecar, sidecar.read_anchors(Path(folder)))
-    ours.protect_again(adapter)
+    ours.protect_again(adapter, Path(folder))
     return ours
 
 

@@ -202,6 +202,13 @@ def peft_task(model: nn.Module) -> str | None:
     return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
+def image_token_of(model: nn.Module) -> int | None:
+    """Return the id of the token that stands for picture positions in `input_ids`, or None without one."""
+    config = getattr(model, "config", None)
+    ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((int(token) for token in ids if isinstance(token, int)), None)
+
+
 def can_save(model: nn.Module) -> bool:
     """Return True if the model has `save_pretrained`."""
     return callable(getattr(model, "save_pretrained", None))

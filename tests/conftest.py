@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from support import quick_plots
+from support import programs, quick_plots
 from support.drawn import write_tiny_data
+
+if TYPE_CHECKING:
+    from milora_vl.plan.simulate import Resident, Shape
+    from milora_vl.policy import Target
 
 pytest_plugins = ["support.cpu_seconds", "support.frozen_modules"]
 Made = tuple[Any, Any]
@@ -43,6 +47,36 @@ def real_plots() -> Iterator[None]:
     quick_plots.restore()
     yield
     quick_plots.replace()
+
+
+@pytest.fixture(scope="session")
+def known_memory() -> Iterator[None]:
+    """Plans simulate a step to find its memory, seconds for each shape of model and batch; many tests plan the same."""
+    from milora_vl.plan import cost
+
+    simulate, known = cost.simulate, {}
+
+    def remembered(config: Any, targets: Sequence[Target], shape: Shape) -> Resident:
+        key = config.to_json_string(use_diff=False), tuple(targets), shape
+        if key not in known:
+            known[key] = simulate(config, targets, shape)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "simulate", remembered)
+        yield
+
+
+@pytest.fixture
+def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that our code starts (evaluations, dry runs, the cells of a sweep) need not wait for imports."""
+    from milora_vl.forgetting import job
+    from milora_vl.plan import evaluation
+    from milora_vl.sweep import __main__ as sweep
+    from milora_vl.sweep import runner
+
+    for module in (job, evaluation, sweep, runner):
+        monkeypatch.setattr(module, "subprocess", programs.ForkedSubprocess)
 
 
 @pytest.fixture(scope="session")

@@ -114,17 +114,38 @@ MUTATIONS = (
     # Layers and adapter files.
     Mutation(
         "milora_vl/lora/layers.py",
-        "if axis == 0 else -anchor.to(trained.dtype)",
-        "if axis == 0 else anchor.to(trained.dtype)",
-        "the saved B is [B, -B0]",
+        "torch.cat([(anchor + delta).to(dtype), delta.to(dtype)], dim=1)",
+        "torch.cat([anchor.to(dtype), delta.to(dtype)], dim=1)",
+        "the saved B is [B0 + E, E]",
         ("lora/test_halves.py",),
     ),
     Mutation(
         "milora_vl/lora/layers.py",
-        "_rows(grad[..., : len(trained)]).T",
-        "_rows(grad[..., len(trained) :]).T",
-        "A gets its own gradient",
+        "_rows(grad[..., : len(delta)]).T",
+        "_rows(grad[..., len(delta) :]).T",
+        "D gets its own gradient",
         ("lora/test_products.py",),
+    ),
+    Mutation(
+        "milora_vl/lora/layers.py",
+        "_rows(first + second)",
+        "_rows(first)",
+        "E gets the gradient of both halves",
+        ("lora/test_products.py",),
+    ),
+    Mutation(
+        "milora_vl/lora/install.py",
+        "pairs[1] = E, lossless(B0, dtype)",
+        "pass",
+        "a reload gives B0 of a float32 base bit for bit",
+        ("lora/test_adapter_io.py",),
+    ),
+    Mutation(
+        "milora_vl/lora/install.py",
+        "read = split if version > 1 else split_1",
+        "read = split",
+        "adapters of format version 1 load",
+        ("lora/test_version_1.py",),
     ),
     Mutation(
         "milora_vl/lora/base_check.py",
@@ -319,7 +340,7 @@ MUTATIONS = (
         "return 0.0 if similarity < THRESHOLD else similarity",
         "return similarity",
         "ANLS below 0.5 is 0",
-        ("eval/test_eval_vectors.py", "eval/test_eval_benchmarks.py"),
+        ("eval/test_eval_answers.py", "eval/test_eval_vectors.py", "eval/test_eval_benchmarks.py"),
     ),
     Mutation(
         "eval/milora_eval/rules/vqa.py",

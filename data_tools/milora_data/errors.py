@@ -115,6 +115,12 @@ class DataError(UserError):
     """A mistake in a data set; `where` is the file and, if known, the line."""
 
 
+def no_records(path: object) -> Problem:
+    """Return the problem of a data file without a record."""
+    hint = "expected a JSON list, JSON lines or a parquet file with at least one record"
+    return Problem("the file has no records", "data-no-records", str(path), hint)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error message, or the class of the error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

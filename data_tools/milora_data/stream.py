@@ -17,7 +17,7 @@ import datasets
 import torch
 from datasets.distributed import split_dataset_by_node
 
-from milora_data.errors import DataError, UserError
+from milora_data.errors import DataError, UserError, no_records
 from milora_data.formats.jsonfile import Part, parts_of, read_part
 from milora_data.formats.stored import HUB, broken_off, files_of, items_of_file, open_hub, row_to_record
 from milora_data.records import Record, parse_record
@@ -115,7 +115,7 @@ def _rows(source: Source, processes: int) -> datasets.IterableDataset:
         count = -(-MIN_PARTS // processes) * processes
         parts = parts_of(Path(source.path), count, processes)
         if not parts:
-            raise DataError("no records", code="data-no-records", where=str(source.path))
+            raise DataError(problems=[no_records(source.path)])
         return datasets.IterableDataset.from_generator(
             _json_rows, features=FEATURES, gen_kwargs={"parts": parts, "image_folder": source.image_folder}
         )

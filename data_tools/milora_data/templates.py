@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from milora_data.command.cli import suggest
+from milora_data.command.cli import did_you_mean, suggest
 from milora_data.errors import DataError, UserError
 from milora_data.records import IMAGE, Turn
 from milora_data.tokens import bos_ids, bos_text, eos_text, glue_after, own_template
@@ -163,7 +163,7 @@ def template_name(name: str) -> str:
         return plain
     names = [*TEMPLATES, OWN]
     near = suggest(plain, names)
-    hint = f"did you mean {near[0]} ?" if near else ""
+    hint = did_you_mean(near[:1]) or "a run and its chat use the same template; the default is vicuna_v1"
     raise UserError(
         f'unknown template "{name}"; expected one of: {", ".join(names)}', code="template-unknown", hint=hint
     )

@@ -119,7 +119,7 @@ class Benchmark:
             raise UserError(
                 f'benchmark {self.name} has no protocol "{protocol}"; expected one of: {known}',
                 code="eval-unknown-protocol",
-                hint=f"did you mean {near[0]} ?" if near else "",
+                hint=f"did you mean {near[0]}?" if near else "",
             )
         self.protocol = protocol or self.protocols[0]
 

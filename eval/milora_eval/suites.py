@@ -204,7 +204,7 @@ def _only_benchmark(module: ModuleType) -> type[Benchmark]:
 
 def _unknown(what: Literal["suite", "benchmark"], name: str, known: Mapping[str, Any]) -> UserError:
     near = suggest(name, known)
-    guess = f"did you mean {near[0]} ?\n" if near else ""
+    guess = f"did you mean {near[0]}?\n" if near else ""
     return UserError(
         f'unknown {what} "{name}"; expected one of: {", ".join(known)}',
         code="eval-unknown-suite" if what == "suite" else "eval-unknown-benchmark",

@@ -70,7 +70,18 @@ def register(name: str, model: str, adapter: str | None = None, *, template: str
             code="package-missing",
             hint="install it from its repository, then try again",
         ) from None
-    known[name] = lambda: milora_vlm(base, model, adapter, template)
+
+    def build(*, use_vllm: bool = False) -> Any:  # VLMEvalKit passes it for names with Qwen2-VL or Llama-4
+        if use_vllm:
+            raise UserError(
+                f"{name} answers with transformers, not with vLLM",
+                code="flag-conflict",
+                where="--use-vllm",
+                hint="remove the flag, or serve a merged model: docs/serving.md",
+            )
+        return milora_vlm(base, model, adapter, template)
+
+    known[name] = build
 
 
 def milora_vlm(base: type, model: str, adapter: str | None, template: str) -> Any:

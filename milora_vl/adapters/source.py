@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from milora_data.command.cli import beside
 from milora_data.errors import Problem, UserError
 from milora_vl.adapter_folders import (
     CONFIG,
@@ -42,10 +43,10 @@ def find_source(folder: Path, residual: Path | None = None, initial: Path | None
     Raises UserError if the folder has no adapter, and AdapterError if files cannot be read.
     """
     if not folder.is_dir():
-        raise UserError("no such folder", code="path-missing", where=str(folder))
+        raise UserError("no such folder", code="path-missing", where=str(folder), hint=beside(folder))
     for path in (residual, initial):
         if path is not None and not path.is_dir():
-            raise UserError("no such folder", code="path-missing", where=str(path))
+            raise UserError("no such folder", code="path-missing", where=str(path), hint=beside(path))
     trained = _trained(folder)
     if trained is None:
         raise UserError(problems=[_no_adapter(folder)])

@@ -69,11 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_trained = holds_adapter(subject) or holds_residual(subject) or options.base is not None
     folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
     if folder is None:
+        job.require_model(options.subject)
         raise UserError(
-            f"is required, because {options.subject} is not a training of this machine",
+            f"{options.subject} is a model, not the folder of a training: name a folder for its analysis",
             code="flag-required",
             where="--output_dir",
-            hint="add:  --output_dir FOLDER",
+            hint="for example:  --output_dir analysis",
         )
     todo = job.plan(
         options.subject, options.base, rank=options.rank, device=options.device, modules=options.modules,

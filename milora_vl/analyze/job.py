@@ -29,6 +29,8 @@ from milora_vl.analyze.rows import Row, base_row, update_row
 from milora_vl.analyze.weights import Weights, open_weights
 from milora_vl.load import load_model
 from milora_vl.models.devices import device_named
+from milora_vl.models.hub import source_of
+from milora_vl.models.names import BUILT_IN_MODELS
 
 FILE = "layers.jsonl"
 
@@ -79,6 +81,12 @@ def plan(
         "update", subject, base, _chosen(list(changes), modules),
         lambda path: update_row(changes[path], weights, place, rank), key,
     )  # fmt: skip
+
+
+def require_model(name: str) -> None:
+    """Raise UserError if no folder, named model or hub id has this name; loads nothing."""
+    if name not in BUILT_IN_MODELS:
+        source_of(name)
 
 
 def rows_of(todo: AnalysisPlan, folder: Path) -> list[Row]:

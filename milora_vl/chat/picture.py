@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command.cli import suggest
+from milora_data.command.cli import beside
 from milora_data.command.web import url_problem
 from milora_data.errors import UserError
 from milora_data.images.files import load_image
@@ -20,6 +20,4 @@ def open_picture(path: Path) -> Image.Image:
         return load_image(path)
     if path.is_dir():
         raise UserError("this is a folder; expected a picture", code="image-missing", where=str(path))
-    near = suggest(path.name, (file.name for file in path.parent.iterdir())) if path.parent.is_dir() else []
-    hint = f"did you mean {' or '.join(str(path.parent / name) for name in near)} ?" if near else ""
-    raise UserError("no such picture", code="image-missing", where=str(path), hint=hint)
+    raise UserError("no such picture", code="image-missing", where=str(path), hint=beside(path))

@@ -221,5 +221,5 @@ class WordStreamer(TextStreamer):
 def _unknown_command(word: str) -> UserError:
     known = [name.split()[0] for name in COMMANDS]
     near = suggest(word, known)
-    hint = f"did you mean {near[0]} ?" if near else f"known commands: {', '.join(known)}"
+    hint = f"did you mean {near[0]}?" if near else f"known commands: {', '.join(known)}"
     return UserError(f"unknown command {word}", code="chat-unknown-command", hint=hint)

@@ -47,6 +47,7 @@ examples:
   python -m milora_vl.export runs/a --to rank-64 --dtype bfloat16 --with_base      # for servers that limit the rank
   python -m milora_vl.export runs/a runs/b --weights 0.7,0.3 --to adapter --output_dir both
   python -m milora_vl.export runs/a --scale 0.7 --to adapter --output_dir weaker  # 0.7 of the update
+  python -m milora_vl.export runs/a --to gguf --outtype q8_0 --output_dir gguf    # for llama.cpp and Ollama
   python -m milora_vl.export llava-v1.5-7b-lora --to adapter --base vicuna-clip   # from a run of LLaVA
 """,
     inputs=(
@@ -72,7 +73,8 @@ examples:
         shared("allow_base_mismatch"),
     ),
     outputs=(
-        option("--to", required=True, metavar="FORM", help="adapter, merged, residual, llava, rank-N"),
+        option("--to", required=True, metavar="FORM", help="adapter, merged, residual, llava, gguf, gguf-lora, rank-N"),
+        option("--outtype", choices=("f32", "f16", "bf16", "q8_0"), help="type of the matrices in GGUF files"),
         shared(
             "dtype", about="data type of all tensors (default: as stored)", choices=("float32", "bfloat16", "float16")
         ),
@@ -108,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         vision_tower=options.vision_tower,
         allow_base_mismatch=options.allow_base_mismatch,
         remote_code=options.remote_code,
+        outtype=options.outtype,
     )
     _show(done, options.format)
     _print_next(done, trained_prompts(first)[0])
@@ -161,6 +164,8 @@ def _print_next(done: Exported, template: str) -> None:
         sys.stderr.write(
             f"next: in LLaVA's repository, BASE in its layout: python scripts/merge_lora_weights.py {flags}\n"
         )
+    elif done.form in ("gguf", "gguf-lora"):
+        _print_llama_cpp(folder)
     elif done.form == "residual":
         sys.stderr.write(
             f'next: model loaded from {folder}; PeftModel.from_pretrained(model, "{folder}", subfolder="lora")\n'
@@ -171,6 +176,29 @@ def _print_next(done: Exported, template: str) -> None:
         question = ("QUESTION",) if holds_text_model(folder) else ("--image", "PICTURE", "What is this?")
         prompts = () if template == "vicuna_v1" else ("--template", template)
         next_step("milora_vl.chat", "--model", *model, *prompts, *question)
+        _print_serving(done)
+
+
+def _print_serving(done: Exported) -> None:
+    """Print the command of a server for a merged model, or for a LoRA of one rank beside its base."""
+    folder, rank = done.folder, max((rank for rank, _ in done.layers.values()), default=0)
+    if done.loads_with == "transformers" and done.form == "merged":
+        sys.stderr.write(f"serve: transformers serve {folder}   or: vllm serve {folder}\n")
+    elif done.loads_with == "transformers" and done.form.startswith("rank"):
+        limit = next((size for size in VLLM_RANKS if size >= rank), VLLM_RANKS[-1])
+        lora = f"--enable-lora --max-lora-rank {limit} --lora-modules tuned={folder}"
+        sys.stderr.write(f"serve: vllm serve {folder / 'base'} {lora}\n")
+
+
+def _print_llama_cpp(folder: Path) -> None:
+    """Print how llama.cpp and Ollama load the GGUF files in the folder."""
+    flags = {"--mmproj": "mmproj-*.gguf", "--lora": "adapter-*.gguf"}
+    found = {flag: str(path) for flag, names in flags.items() for path in folder.glob(names)}
+    model = next((str(path) for name in ("model", "base") for path in folder.glob(f"{name}-*.gguf")), "BASE.gguf")
+    words = " ".join(f"{flag} {path}" for flag, path in found.items())
+    sys.stderr.write(f"next: llama-server -m {model} {words}".rstrip() + "\n")
+    if (folder / "Modelfile").is_file():
+        sys.stderr.write(f"      ollama create NAME -f {folder / 'Modelfile'}\n")
 
 
 def _base_name(folder: Path) -> str:
@@ -180,6 +208,7 @@ def _base_name(folder: Path) -> str:
         return "MODEL"
 
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 _TO_LOAD = {
     "transformers": "the model loads in plain transformers\n",
     "milora_vl": (

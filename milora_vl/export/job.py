@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,13 +25,22 @@ from milora_vl.adapters.plain import PlainAdapter, read_config, read_plain, writ
 from milora_vl.adapters.source import Source, find_source
 from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
 from milora_vl.export.forms import parse_form
+from milora_vl.export.gguf.files import OutType
+from milora_vl.export.gguf.language import language_of
+from milora_vl.export.gguf.lora import write_lora
+from milora_vl.export.gguf.model import write_model
+from milora_vl.export.gguf.modelfile import modelfile
 from milora_vl.export.recompress import loss_of, recompress, total_error
 from milora_vl.export.residual import write_residual
 from milora_vl.lora.atomic_write import open_to_others
 from milora_vl.lora.base_check import fitted
 from milora_vl.lora.sidecar import Sidecar
+from milora_vl.models.loading import split_processor
 from milora_vl.models.names import SAME_WEIGHTS
 from milora_vl.models.quiet import quiet_bars
+from milora_vl.recipe.yaml_file import trained_prompts
+
+MODELFILE = "Modelfile"
 
 Layers = Mapping[str, tuple[int, float]]
 # What loading a full model needs: only transformers, this package, or its own code with trust_remote_code=True.
@@ -69,8 +78,9 @@ def export(
     vision_tower: str | None = None,
     allow_base_mismatch: bool = False,
     remote_code: bool = False,
+    outtype: OutType | None = None,
 ) -> Exported:
-    """Write the adapter in `folder` to `output_dir` in the form `to`: adapter, merged, residual, llava or rank-N.
+    """Write the adapter in `folder` to `output_dir` in the form `to`, one of `FORMS`.
 
     scale: size of the finished update; modules trained in full become W + scale (W' - W). weights: for several folders,
     one number each; the result is the weighted sum of their updates, times `scale`.
@@ -79,17 +89,23 @@ def export(
     into a copy of the base model (base/), so that the adapter holds only LoRA factors. residual, initial: the residual
     base and the initial factors of a PiSSA/MiLoRA checkpoint, if the folder does not name them. vision_tower: the CLIP
     model for LLaVA's config.json. remote_code: write the code of a timm vision tower into the folder of the full
-    model, which then loads with trust_remote_code=True without this package.
+    model, which then loads with trust_remote_code=True without this package. outtype: the type of the matrices in GGUF
+    files, by default f16, and f32 for gguf-lora.
 
     Raises UserError if folder and form do not fit, or if the output folder is not empty.
     """
     form, rank = parse_form(to)
-    if with_base and form not in ("adapter", "rank"):
-        message = f"only applies to --to adapter and rank-N, not to {to}"
+    if with_base and form not in ("adapter", "rank", "gguf-lora"):
+        message = f"only applies to --to adapter, rank-N and gguf-lora, not to {to}"
         raise UserError(message, code="flag-no-effect", where="--with_base", hint="remove the flag")
     if remote_code and not (with_base or form in ("merged", "residual")):
         message = f"only applies to a full model, which --to {to} does not write"
         raise UserError(message, code="flag-no-effect", where="--remote_code", hint="add:  --with_base")
+    is_gguf = form in ("gguf", "gguf-lora")
+    for flag, value, applies in (("--outtype", outtype, is_gguf), ("--dtype", dtype, not is_gguf)):
+        if value is not None and not applies:
+            message = f"does not apply to --to {to}"
+            raise UserError(message, code="flag-no-effect", where=flag, hint="remove the flag")
     target = Path(output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(
@@ -110,7 +126,10 @@ def export(
             if scale != 1 or weights is not None:
                 shares = [scale * weight for weight in weights or [1.0]]
                 source = _changed(sources, shares, base, Path(scratch), allow_base_mismatch=allow_base_mismatch)
-            job = Job(source, base, dtype, partial, target, vision_tower, allow_base_mismatch, remote_code)
+            job = Job(
+                source, base, dtype, partial, target, vision_tower, allow_base_mismatch, remote_code,
+                outtype or ("f32" if form == "gguf-lora" else "f16"), trained_prompts(folders[0])[0],
+            )  # fmt: skip
             layers, total, loads_with = job.write(form, rank, with_base)
         if target.exists():
             target.rmdir()
@@ -182,6 +201,8 @@ class Job:
     vision_tower: str | None
     allow_base_mismatch: bool
     remote_code: bool = False
+    outtype: OutType = "f16"
+    template: str = "vicuna_v1"
 
     def write(self, form: str, rank: int | None, with_base: bool) -> tuple[Layers, float | None, LoadsWith | None]:
         """Write one form.
@@ -190,6 +211,9 @@ class Job:
         """
         # A merged or residual model in half precision is rounded once, at the end.
         base = Base(self.base_for(form), self.dtype, is_rounded_later=form in ("merged", "residual"))
+        if form in ("gguf", "gguf-lora"):
+            self._write_gguf(base, form, with_base)
+            return {}, None, None
         model_folder = self.out / "base" if with_base else self.out if form in ("merged", "residual") else None
         loads_with = None if model_folder is None else self._loads_with(base)
         layers: Layers = {}
@@ -289,7 +313,35 @@ class Job:
             adapter = _moved(adapter, adapter.sidecar, sidecar)
         return adapter, {}
 
+    def _write_gguf(self, base: Base, form: str, with_base: bool) -> None:
+        adapter_file = None
+        if form == "gguf":
+            files = write_model(self._merged(base), self._processor(base), self.out, "model", self.outtype)
+        else:
+            adapter, _ = self.read(base, needs_base=with_base)
+            files = []
+            if with_base:
+                _write_into(adapter, base)
+                files = write_model(base.model, self._processor(base), self.out, "base", "f16")
+                adapter = replace(adapter, whole={})
+            adapter_file = f"adapter-{self.outtype}.gguf"
+            is_text = "vision_config" not in base.config.to_dict()
+            write_lora(self.out / adapter_file, adapter, language_of(base.config), is_text, self.outtype)
+        if files:
+            (self.out / MODELFILE).write_text(modelfile(files, self.template, adapter_file), encoding="utf-8")
+
+    def _processor(self, base: Base) -> Any:
+        """Return the base model's processor, with the chat template of the training if the run folder has one."""
+        processor, template = base.processor(), self.source.folder / "chat_template.jinja"
+        if processor is not None and template.is_file():
+            split_processor(processor)[0].chat_template = template.read_text(encoding="utf-8")
+        return processor
+
     def _write_merged(self, base: Base) -> None:
+        save_model(self._merged(base), self.out, self.dtype)
+
+    def _merged(self, base: Base) -> nn.Module:
+        """Return the base model with the adapter merged, in the data type of the base or the requested one."""
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.source.folder
             on_residual = self.source.kind == "residual" and self.given_base is None
@@ -311,7 +363,7 @@ class Job:
                 ) from None
         for name, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(self.dtype or dtypes.get(name, parameter.dtype))
-        save_model(merged, self.out, self.dtype)
+        return merged
 
     def _into_base(self, adapter: PlainAdapter, base: Base) -> PlainAdapter:
         """Write a copy of the base model with the fully trained modules; return the adapter without them."""
@@ -320,20 +372,25 @@ class Job:
                 f"note: {self.target / 'base'} contains the fully trained modules of this run "
                 f"({len(adapter.whole):,} tensors); do not use it with adapters of other runs\n"
             )
-        _, unknown = base.model.load_state_dict(dict(adapter.whole), strict=False)
-        if unknown:
-            raise UserError(
-                f"the base model has no {unknown[0]}, which the adapter trained",
-                code="adapter-wrong-base",
-                where="--base",
-                hint="name the base model of the adapter:  --base NAME-OR-FOLDER",
-            )
+        _write_into(adapter, base)
         save_model(base.model, self.out / "base", self.dtype)
         copy_processor(self.source.folder, self.out / "base", base)
         sidecar = adapter.sidecar
         if sidecar is not None:
             sidecar = replace(sidecar, targets=[t for t in sidecar.targets if t.method != "full"])
         return replace(adapter, whole={}, base=str(self.target / "base"), sidecar=sidecar)
+
+
+def _write_into(adapter: PlainAdapter, base: Base) -> None:
+    """Write the modules trained in full into the loaded base model. Raises UserError if it has not all of them."""
+    _, unknown = base.model.load_state_dict(dict(adapter.whole), strict=False)
+    if unknown:
+        raise UserError(
+            f"the base model has no {unknown[0]}, which the adapter trained",
+            code="adapter-wrong-base",
+            where="--base",
+            hint="name the base model of the adapter:  --base NAME-OR-FOLDER",
+        )
 
 
 def _moved(adapter: PlainAdapter, before: Sidecar, after: Sidecar) -> PlainAdapter:

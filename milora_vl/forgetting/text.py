@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
@@ -67,7 +67,7 @@ def text_batches(
     texts: Mapping[str, str], tokenizer: Any, *, num_tokens: int, block_length: int, batch_size: int
 ) -> Iterator[Batch]:
     """Yield the blocks of the texts (see `text_blocks`) in batches."""
-    yield from _batches(
+    yield from padded_batches(
         text_blocks(texts, tokenizer, num_tokens=num_tokens, block_length=block_length), batch_size, tokenizer
     )
 
@@ -88,15 +88,35 @@ def sampled_batches(
     All ids but the first count. `without_adapter` samples from the base model of a PeftModel. The random state of the
     caller does not change.
     """
+    count = max(2, -(-num_tokens // (length - 1)))  # a single document has no standard error
+    context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()
+    with context:
+        rows = sampled_rows(model, tokenizer, count=count, length=length, batch_size=batch_size, seed=seed)
+    written = [(f"sample {i}", row) for i, row in enumerate(rows)]
+    yield from padded_batches(sorted(written, key=lambda pair: len(pair[1])), batch_size, tokenizer)
+
+
+def sampled_rows(
+    model: Any,
+    tokenizer: Any,
+    *,
+    count: int,
+    length: int,
+    batch_size: int,
+    seed: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Return the ids of `count` documents of at most `length` ids, sampled as in `sampled_batches`.
+
+    `on_batch` is called with the number of new documents after each batch.
+    """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ends = tokenizer.eos_token_id
-    count = max(2, -(-num_tokens // (length - 1)))  # a single document has no standard error
-    written: list[tuple[str, list[int]]] = []
-    context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()
+    written: list[list[int]] = []
     training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(), torch.inference_mode(), context:
+        with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
             for begin in range(0, count, batch_size):
                 first = torch.full((min(batch_size, count - begin), 1), start, device=model.device)
@@ -105,10 +125,12 @@ def sampled_batches(
                     attention_mask=torch.ones_like(first),
                     generation_config=_sampling(length - 1, ends),
                 )
-                written += [(f"sample {begin + i}", _ended(row, ends)) for i, row in enumerate(rows.tolist())]
+                written += [_ended(row, ends) for row in rows.tolist()]
+                if on_batch is not None:
+                    on_batch(len(first))
     finally:
         model.train(training)
-    yield from _batches(sorted(written, key=lambda pair: len(pair[1])), batch_size, tokenizer)
+    return written
 
 
 def _sampling(num_tokens: int, ends: int) -> Any:
@@ -126,7 +148,8 @@ def _ended(ids: Sequence[int], end: int) -> list[int]:
     return [ids[0], *(generated[: generated.index(end) + 1] if end in generated else generated)]
 
 
-def _batches(rows: Sequence[tuple[str, list[int]]], batch_size: int, tokenizer: Any) -> Iterator[Batch]:
+def padded_batches(rows: Sequence[tuple[str, list[int]]], batch_size: int, tokenizer: Any) -> Iterator[Batch]:
+    """Yield rows of ids, each with the name of its document, in batches padded on the right."""
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         width = max(len(ids) for _, ids in part)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from milora_vl.adapter import Form
     from milora_vl.svd import Part
 
-PARTS, FORMS = ("minor", "principal", "random"), ("anchored", "residual")
+PARTS, FORMS = ("minor", "principal", "random", "middle"), ("anchored", "residual")
 
 
 @contextmanager

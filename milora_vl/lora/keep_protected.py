@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from milora_vl.lora.errors import AdapterError
@@ -56,6 +57,36 @@ def _training(model: nn.Module) -> list[tuple[Protected, Factors]]:
             pairs = [(p, trained_factors(lora_layer(ours, path), adapter)) for path, p in protected.items()]
             training += [(p, factors) for p, factors in pairs if all(factor.requires_grad for factor in factors)]
     return training
+
+
+class ShardedProjection:
+    """Keep directions protected while DeepSpeed trains: call `project` after every step, on all processes.
+
+    DeepSpeed steps float32 shards of the factors, so each factor is gathered, projected and written back: into the
+    shards, and into the parameter that the next forward reads, which DeepSpeed would update with the next step alone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.pairs = _training(model)
+        for protected, _ in self.pairs:
+            assert protected.protect.by == "projection"
+            protected.is_kept = True
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Remove the protected directions from both factors of every layer."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        for protected, factors in self.pairs:
+            for axis, factor in enumerate(factors):
+                if axis == 1 and protected.outputs is None:
+                    continue
+                whole = safe_get_full_fp32_param(factor)
+                assert whole is not None, "the optimizer of DeepSpeed does not step this factor"
+                projected = protected.outside(whole, axis)
+                safe_set_full_fp32_param(factor, projected)
+                with gather_params_ctx([factor], modifier_rank=0):
+                    factor.copy_(projected)
 
 
 class _GradientProjectionHook:

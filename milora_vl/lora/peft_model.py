@@ -23,6 +23,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from milora_vl.calibration.bases import ProtectedInputs
+from milora_vl.calibration.files import home_of, read_inputs, require_shapes, write_inputs
 from milora_vl.initialize import LayerReport
 from milora_vl.lora.atomic_write import atomic_folder
 from milora_vl.lora.base_check import fitted, require_same_kind
@@ -32,6 +34,7 @@ from milora_vl.lora.install import (
     anchor_names,
     anchors_of,
     current_state,
+    factors,
     has_halves,
     holds_version_1,
     install_copy,
@@ -42,7 +45,7 @@ from milora_vl.lora.install import (
     trained_factors,
     unrecoverable,
 )
-from milora_vl.lora.layers import ANCHOR, ANCHOR_SUFFIX, DELTA
+from milora_vl.lora.layers import ANCHOR, ANCHOR_SUFFIX, DELTA, join
 from milora_vl.lora.protection import Protected, find_protected
 from milora_vl.lora.sidecar import ANCHORS_FILE, FORMAT_VERSION, Sidecar, read_sidecar, require_weights
 from milora_vl.lora.version_1_shards import has_shards, require_no_shards, shards_error
@@ -55,12 +58,14 @@ _ADDING_CASTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 19)
 class MiloraMixin(PeftModel):
     """The methods in which a PeftModel with trained differences and anchors differs from a stock one.
 
-    `sidecars` holds the metadata of each adapter, `protections` its protected directions by module path.
+    `sidecars` holds the metadata of each adapter, `protections` its protected directions by module path, and
+    `protected_inputs` the file content that the latter come from, for adapters that protect inputs.
     `converts_shards` is True in training code that calls `convert_shards` after DeepSpeed has loaded a checkpoint.
     """
 
     sidecars: dict[str, Sidecar]
     protections: dict[str, dict[str, Protected]]
+    protected_inputs: dict[str, ProtectedInputs]
     milora_targets: list[Target]
     milora_report: list[LayerReport]
     converts_shards = False
@@ -91,9 +96,13 @@ class MiloraMixin(PeftModel):
         self._require_halves()
         self._warn_of_overlap()
         if kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = joined_state(self._with_anchors(kwargs["state_dict"]))
+            kwargs["state_dict"] = self._outside_inputs(joined_state(self._with_anchors(kwargs["state_dict"])))
         if save_embedding_layers == "auto":
             save_embedding_layers = self._vocabulary_has_grown()
+        for name in selected_adapters or self.peft_config:
+            if is_main_process and name in self.protected_inputs:  # first, since milora.json refers to it
+                own = Path(save_directory) if name == "default" else Path(save_directory) / name
+                write_inputs(home_of(own), self.protected_inputs[name], self.sidecars[name].names)
         with atomic_folder(Path(save_directory), is_main_process) as folder:
             super().save_pretrained(
                 str(folder), safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
@@ -103,6 +112,28 @@ class MiloraMixin(PeftModel):
                     adapter_folder = folder if name == "default" else folder / name
                     anchors = self._unrecoverable(name, kwargs.get("state_dict") or {})
                     self.sidecars[name].write(adapter_folder, anchors)
+
+    def _outside_inputs(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a gathered state dict whose half-precision input factors are float32 and outside the protected inputs.
+
+        DeepSpeed keeps D, and here the joined A0 too, in half precision; rounding puts a component along V inside
+        again.
+        """
+        out, plain = dict(state), {name.removeprefix("_forward_module."): name for name in state}
+        for adapter, protections in self.protections.items():
+            for path, protected in protections.items():
+                layer = lora_layer(self, path)
+                names = (f"lora_A.{adapter}.weight", f"lora_embedding_A.{adapter}")
+                key = next((plain[key] for name in names if (key := f"base_model.model.{path}.{name}") in plain), None)
+                if key is None or protected.protect.kind != "inputs" or out[key].dtype == torch.float32:
+                    continue
+                if has_halves(layer, adapter):
+                    A0 = anchors_of(layer, adapter)[0]
+                    delta = protected.outside(out[key].chunk(2)[0].to(A0.device), axis=0)
+                    out[key] = join(delta, A0, axis=0, dtype=torch.float32)
+                else:
+                    out[key] = protected.outside(out[key], axis=0)
+        return out
 
     def _unrecoverable(self, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the B0 that the saved factors do not give back bit for bit, by path. `state` is a gathered one."""
@@ -137,17 +168,44 @@ class MiloraMixin(PeftModel):
                     hint="save the adapter before that, or serve it by loading the folder with stock PEFT",
                 )
 
-    def protect(self, adapter: str, protected: Mapping[str, Protected]) -> None:
+    def protect(self, adapter: str, protected: Mapping[str, Protected], inputs: ProtectedInputs | None = None) -> None:
         """Register the protected directions of an adapter. Its backward fails until `keep_protected` is called."""
         self.protections[adapter] = dict(protected)
+        if inputs is not None:
+            self.protected_inputs[adapter] = inputs
         for path, directions in protected.items():
             for factor in trained_factors(lora_layer(self, path), adapter):
                 if factor.requires_grad:
                     factor.register_hook(directions.require_kept)
 
-    def protect_again(self, adapter: str, cache_dir: str | Path | None = None) -> None:
-        """Compute the protected directions of an adapter that was loaded for training, from the base weights."""
-        self.protect(adapter, find_protected(self, self.sidecars[adapter].targets, cache_dir=cache_dir))
+    def protect_again(self, adapter: str, folder: Path, cache_dir: str | Path | None = None) -> None:
+        """Restore the protected directions of an adapter that was loaded from `folder` for training.
+
+        Singular directions are computed from the base weights again. Protected inputs are read, see `read_inputs`.
+        """
+        sidecar = self.sidecars[adapter]
+        inputs = None
+        if sidecar.inputs is not None:
+            inputs = read_inputs(folder, sidecar.inputs, sidecar.names)
+            require_shapes(inputs, sidecar.targets)
+        self.protect(adapter, find_protected(self, sidecar.targets, inputs, cache_dir=cache_dir), inputs)
+
+    @torch.no_grad()
+    def overlaps_with_inputs(self, adapter: str) -> dict[str, float]:
+        """Return ||A' V|| / ||A'|| for each layer with protected inputs V, where A' is its input factor of rank 2r or
+        r.
+
+        The update answers protected inputs by rounding alone if that is rounding. Layers that ZeRO-3 partitions are
+        left out.
+        """
+        overlaps = {}
+        for path, protected in self.protections.get(adapter, {}).items():
+            A = factors(lora_layer(self, path), adapter)[0].detach()
+            if protected.protect.kind == "inputs" and A.numel() > 0:
+                norm = float(torch.linalg.vector_norm(A, dtype=torch.float64))
+                inside = float(torch.linalg.vector_norm(protected.inside(A, 0), dtype=torch.float64))
+                overlaps[path] = inside / norm if norm > 0 else 0.0
+        return overlaps
 
     def _warn_of_overlap(self) -> None:
         """Warn about updates that reach into protected directions."""
@@ -204,7 +262,7 @@ class MiloraMixin(PeftModel):
                 install_copy(lora_layer(self, path), adapter_name, source)
             self.remember(adapter_name, self.sidecars[source])
             if source in self.protections:
-                self.protect(adapter_name, self.protections[source])
+                self.protect(adapter_name, self.protections[source], self.protected_inputs.get(source))
 
     def load_adapter(  # type: ignore[override]
         self,
@@ -235,7 +293,7 @@ class MiloraMixin(PeftModel):
         if sidecar is not None:
             restore(self, adapter_name, sidecar, anchors)
             if is_trainable and existing is None:
-                self.protect_again(adapter_name)
+                self.protect_again(adapter_name, Path(model_id))
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -272,6 +330,7 @@ class MiloraMixin(PeftModel):
         super().delete_adapter(adapter_name)
         self.sidecars.pop(adapter_name, None)
         self.protections.pop(adapter_name, None)
+        self.protected_inputs.pop(adapter_name, None)
 
     def disable_adapter(self) -> Any:
         """Run the base model alone, as PEFT does. Raises AdapterError in the residual form."""
@@ -369,7 +428,7 @@ def adopt(model: PeftModel) -> MiloraMixin:
     if not isinstance(model, MiloraMixin):
         model.__class__ = _OURS[type(model)]
         assert isinstance(model, MiloraMixin)
-        model.sidecars, model.protections = {}, {}
+        model.sidecars, model.protections, model.protected_inputs = {}, {}, {}
         keep_hooks_apart(model)
         refuse_hotswap(model)
     return model

@@ -1,12 +1,16 @@
-"""Protected directions: the first k singular directions of a weight, orthogonal to the update of its adapter.
+"""Protected directions: the update of an adapter is kept orthogonal to them.
 
-V (in, k) and U (out, k) hold the right and left singular vectors. The update B A - B0 A0 vanishes on them,
+They are the first k singular directions of a weight, on both sides, or the inputs of a layer that ordinary text and
+pictures use, on the input side alone (`milora_vl/calibration`).
+
+For singular directions V (in, k) and U (out, k) hold the right and left singular vectors. The update B A - B0 A0
+vanishes on them,
 
     (B A - B0 A0) V = 0    and    U' (B A - B0 A0) = 0,
 
 if A V = A0 V = 0 and U'B = U'B0 = 0. `keep_protected.py` keeps A and B that way while they train. Minor anchors are
-orthogonal to V and U by construction, up to rounding, which `kept_outside` removes. `policy/rules.py` describes the
-field `protect` of a rule.
+orthogonal to V and U by construction, up to rounding, which `kept_outside` removes. For protected inputs there is no U,
+and any anchor is projected: A0 starts as A0 (I - V V'). `policy/rules.py` describes the field `protect` of a rule.
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
-from milora_vl.initialize import Initial, Progress, cached_factors, matrix_bar
+from milora_vl.calibration.bases import ProtectedInputs
+from milora_vl.initialize import Initial, LayerReport, Progress, cached_factors, matrix_bar
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import base_layer
 from milora_vl.policy.rules import Protect, Target
@@ -31,40 +35,67 @@ ROUNDING = 1e-4  # float32 training leaves at most this overlap; half precision 
 
 
 @dataclass(slots=True, eq=False)
-class Protected:
-    """The protected directions of the weight at `path`: U (out, k) and V (in, k), both orthonormal.
+class Directions:
+    """The protected directions of one side: `basis` (n, k) is orthonormal, or holds the ids (k,) of embedded tokens.
 
-    `energy` is their share of ||W||_F^2. `is_kept` is True once `keep_protected` has registered an optimizer.
+    Layers that read the same input share one object, and so its memory.
+    """
+
+    basis: Tensor
+
+    def component(self, rows: Tensor) -> Tensor:
+        """Return the component of each row of (m, n) in these directions, in float32 or float64."""
+        if self.basis.device != rows.device:
+            self.basis = self.basis.to(rows.device)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if self.basis.dim() == 1:
+            return torch.zeros_like(rows).index_copy_(1, self.basis, rows[:, self.basis])
+        basis = self.basis.to(rows.dtype)
+        return (rows @ basis) @ basis.T
+
+
+@dataclass(slots=True, eq=False)
+class Protected:
+    """The protected directions of the weight at `path`: V of its inputs, and U of its outputs or None.
+
+    `energy` is their share of ||W||_F^2, or of the activation energy for protected inputs; `held_out` is the latter on
+    held-out text. `is_kept` is True once `keep_protected` has registered an optimizer.
     """
 
     path: str
     protect: Protect
-    U: Tensor
-    V: Tensor
+    inputs: Directions
+    outputs: Directions | None
     energy: float
+    held_out: float | None = None
     is_kept: bool = False
+
+    @property
+    def V(self) -> Tensor:
+        """Return the protected input directions (in, k)."""
+        return self.inputs.basis
+
+    @property
+    def num_directions(self) -> int:
+        """Return k."""
+        return self.V.shape[-1]
 
     @property
     def num_bytes(self) -> int:
         """Return the memory of U and V in bytes."""
-        return self.U.nbytes + self.V.nbytes
-
-    def move_to(self, device: torch.device) -> None:
-        """Move U and V to the device of the factors."""
-        self.U, self.V = self.U.to(device), self.V.to(device)
+        return self.V.nbytes + (self.outputs.basis.nbytes if self.outputs is not None else 0)
 
     def inside(self, factor: Tensor, axis: int) -> Tensor:
         """Return the component of a factor in the protected directions, in its shape.
 
-        That is A V V' for A (axis 0) and U U'B for B (axis 1).
+        That is A V V' for A (axis 0) and U U'B for B (axis 1), which is zero without U.
         """
-        if factor.device != self.V.device:
-            self.move_to(factor.device)
+        directions = (self.inputs, self.outputs)[axis]
+        flat = factor.detach().flatten(1)
+        if directions is None:
+            return torch.zeros_like(factor)
         with full_precision(factor.device):
-            basis = (self.V, self.U)[axis]
-            flat = factor.detach().flatten(1)
-            basis, flat = (tensor.to(torch.promote_types(basis.dtype, flat.dtype)) for tensor in (basis, flat))
-            component = (flat @ basis) @ basis.T if axis == 0 else basis @ (basis.T @ flat)
+            component = directions.component(flat) if axis == 0 else directions.component(flat.T).T
             return component.reshape(factor.shape)
 
     def outside(self, factor: Tensor, axis: int) -> Tensor:
@@ -75,7 +106,8 @@ class Protected:
     def remove(self, factors: Sequence[Tensor], shares: Sequence[float] = (1.0, 1.0)) -> None:
         """Subtract these shares of the protected components from A and B, in place."""
         for axis, (factor, share) in enumerate(zip(factors, shares, strict=True)):
-            factor.sub_(share * self.inside(factor, axis))
+            if axis == 0 or self.outputs is not None:
+                factor.sub_(share * self.inside(factor, axis))
 
     def overlap(self, factors: Sequence[Tensor]) -> float:
         """Return the larger of ||A V|| / ||A|| and ||U'B|| / ||B||: 0 if both factors are orthogonal to them."""
@@ -84,7 +116,9 @@ class Protected:
         return max(part / whole if whole > 0 else 0.0 for part, whole in norms)
 
     def is_violated_by(self, factors: Sequence[Tensor]) -> bool:
-        """Return True if a hard constraint is violated by more than rounding."""
+        """Return True if a hard constraint is violated by more than rounding. ZeRO-3's empty factors violate none."""
+        if any(factor.numel() == 0 for factor in factors):
+            return False
         allowed = max(ROUNDING, *(2 * torch.finfo(factor.dtype).eps for factor in factors))
         return self.protect.is_hard and self.overlap(factors) > allowed
 
@@ -101,42 +135,78 @@ class Protected:
 
 @torch.no_grad()
 def find_protected(
-    model: nn.Module, targets: Sequence[Target], *, cache_dir: str | Path | None = None, progress: Progress = False
+    model: nn.Module,
+    targets: Sequence[Target],
+    inputs: ProtectedInputs | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    progress: Progress = False,
 ) -> dict[str, Protected]:
     """Return the protected directions of all targets whose rule has `protect`, by path.
 
-    They come from the base weights of `model`, dequantized if necessary. All processes get identical bits from the
-    first one. Raises AdapterError under ZeRO-3, and WeightError for weights that cannot be decomposed.
+    Singular directions come from the base weights of `model`, dequantized if necessary; `inputs` holds the protected
+    inputs. All processes get identical bits from the first one. Raises WeightError for weights that cannot be
+    decomposed.
     """
-    wanted = [(t, t.protect) for t in targets if t.protect is not None]
-    if wanted and is_deepspeed_zero3_enabled():
-        raise AdapterError(
-            "ZeRO-3 partitions the factors, so they cannot be projected",
-            code="adapter-sharded-optimizer",
-            where="protect",
-            hint="train without ZeRO-3, or without protect",
-        )
+    protecting = [t for t in targets if t.protect is not None]
+    directions = _singular_directions(model, protecting, cache_dir, progress)
+    shared = [] if inputs is None else [Directions(basis.V) for basis in inputs.bases]
+    for target in protecting:
+        if target.protect is not None and target.protect.inputs is not None:
+            assert inputs is not None
+            basis, V = inputs.of(target.path), shared[inputs.numbers[target.path]]
+            directions[target.path] = Protected(target.path, target.protect, V, None, basis.share, basis.held_out)
+    return {target.path: directions[target.path] for target in protecting}
+
+
+def _singular_directions(
+    model: nn.Module, targets: Sequence[Target], cache_dir: str | Path | None, progress: Progress
+) -> dict[str, Protected]:
+    wanted = [(t, t.protect, t.protect.top) for t in targets if t.protect is not None and t.protect.top is not None]
     directions = {}
     with matrix_bar("protecting", len(wanted), is_shown=bool(progress) and rank_and_world_size()[0] == 0) as bar:
-        for target, protect in wanted:
+        for target, protect, top in wanted:
             W = read_matrix(base_layer(model, target.path))
             cache = None if cache_dir is None else Path(cache_dir)
-            factors = cached_factors(W, protect.top, "principal", path=target.path, cache=cache)
+            factors = cached_factors(W, top, "principal", path=target.path, cache=cache)
             energy = float(factors.S.double().square().sum()) / factors.norm**2 if factors.norm > 0 else 0.0
             U, V = (from_first_rank(half.contiguous()) for half in (factors.U, factors.Vh.T))
-            directions[target.path] = Protected(target.path, protect, U, V, energy)
+            directions[target.path] = Protected(target.path, protect, Directions(V), Directions(U), energy)
             bar.update()
     return directions
 
 
-def kept_outside(initial: Mapping[str, Initial], protected: Mapping[str, Protected]) -> dict[str, Initial]:
+def kept_outside(
+    initial: Mapping[str, Initial], protected: Mapping[str, Protected], targets: Sequence[Target]
+) -> dict[str, Initial]:
     """Return the anchors, projected out of the protected directions where the constraint is hard.
 
-    Projected anchors are float32: rounding them to the base's dtype would put a component inside again.
+    Projected anchors are float32: rounding them to the base's dtype would put a component inside again. With protected
+    inputs the reports describe the projected factors, and `kept` is the share of A0 that is left.
     """
+    scalings = {target.path: target.scaling for target in targets if target.path in initial}
     hard = {path: p for path, p in protected.items() if p.protect.is_hard and path in initial}
     anchors = dict(initial)
     for path, directions in hard.items():
         A0, B0 = (directions.outside(half, axis) for axis, half in enumerate((initial[path].A0, initial[path].B0)))
-        anchors[path] = replace(initial[path], A0=A0, B0=B0)
+        report = replace(initial[path].report, protected=directions.num_directions)
+        if directions.protect.kind == "inputs":
+            report = _measured_again(report, initial[path], A0, scalings[path])
+        anchors[path] = replace(initial[path], A0=A0, B0=B0, report=report)
     return anchors
+
+
+def _measured_again(report: LayerReport, before: Initial, A0: Tensor, scaling: float) -> LayerReport:
+    """Return the report with singular values and energy of s B0 A0 for the projected A0 (r, in), and the kept share."""
+    with full_precision(A0.device):
+        R = scaling * torch.linalg.qr(before.B0.double()).R  # Q R A0 has the singular values of R A0 (r, in)
+        was, now = (torch.linalg.svdvals(R @ half.double()) for half in (before.A0, A0))
+    norms = [float(half.double().square().sum()) for half in (before.A0, A0)]
+    total = float(was.square().sum())
+    return replace(
+        report,
+        sigma_min=float(now[-1]),
+        sigma_max=float(now[0]),
+        energy=report.energy * float(now.square().sum()) / total if total > 0 else report.energy,
+        kept=norms[1] / norms[0] if norms[0] > 0 else 1.0,
+    )

@@ -4,7 +4,7 @@ Without this file the folder is still a correct LoRA of rank 2r for inference. W
 anchor are known again, so training can continue.
 
 Format version 2 stores the factors [D; A0] and [B0 + E, E] (`layers.py`), and B0 itself in milora_anchors.safetensors
-where it cannot be computed from them bit for bit: for float32 bases. Version 1 stored [A; A0] and [B, -B0].
+where it cannot be computed from them bit for bit, above all for float32 bases. Version 1 stored [A; A0] and [B, -B0].
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ FORMS = ("anchored", "residual")
 class Sidecar:
     """The content of milora.json. `names` maps the path of each target to a name that holds in every layout.
 
-    `version` is the format of the stored factors, `anchors` the names of the modules whose B0 is in ANCHORS_FILE.
+    `version` is the format of the stored factors, `anchors` the names of the modules whose B0 is in ANCHORS_FILE, and
+    `inputs` the hash of the file with the protected inputs, see `milora_vl/calibration/files.py`.
     """
 
     form: str
@@ -47,12 +48,15 @@ class Sidecar:
     reports: Mapping[str, LayerReport]
     version: int = FORMAT_VERSION
     anchors: Sequence[str] = ()
+    inputs: str | None = None
 
     def to_json(self) -> str:
         """Return the text of the file."""
         modules = {target.path: self._module(target) for target in self.targets}
-        content = {"format_version": self.version, "form": self.form, "anchors": list(self.anchors), "modules": modules}
-        return json.dumps(content, indent=1) + "\n"
+        content: dict[str, Any] = {"format_version": self.version, "form": self.form, "anchors": list(self.anchors)}
+        if self.inputs is not None:
+            content["protected_inputs"] = self.inputs
+        return json.dumps({**content, "modules": modules}, indent=1) + "\n"
 
     def _module(self, target: Target) -> dict[str, Any]:
         fields = target.to_dict()
@@ -116,7 +120,9 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         if data["form"] not in FORMS:
             raise KeyError(f"form {data['form']!r}")
         sidecar = _from_modules(data["form"], data["modules"])
-        return dataclasses.replace(sidecar, version=version, anchors=tuple(data.get("anchors", ())))
+        return dataclasses.replace(
+            sidecar, version=version, anchors=tuple(data.get("anchors", ())), inputs=data.get("protected_inputs")
+        )
     except AdapterError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -174,6 +180,7 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
         {path_of[path]: dataclasses.replace(r, path=path_of[path]) for path, r in sidecar.reports.items()},
         sidecar.version,
         sidecar.anchors,
+        sidecar.inputs,
     )
 
 

@@ -218,7 +218,7 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
             code="model-not-available",
             hint=f"searched:    {source}, in the local cache and on the hub\n"
             f"error:       {first_line(error)}\n"
-            f"try:         hf download {source}      (on a machine with a network), or --model FOLDER\n"
+            f"try:         hf download {source}      (on a machine with a network), or name a folder that holds it\n"
             f"without:     python -m milora_vl.train --model {name} --dry-run      needs no weights",
         ) from None
 

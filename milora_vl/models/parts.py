@@ -16,6 +16,7 @@ import torch
 
 from milora_data.assets import cache_dir
 from milora_data.command.atomic_write import complete_folder
+from milora_data.command.cli import beside
 from milora_data.errors import UserError
 from milora_vl.models import hub, original, vision
 from milora_vl.models.assemble import TowerPlan, compose, llava_config, plan_tower, processor_for, whole_weights
@@ -184,6 +185,8 @@ def require_parts(parts: Parts) -> None:
 
     if parts.projector and not original.is_original(Path(parts.projector)):
         projector_file(Path(parts.projector))
-    for flag, name in (("the language model", parts.language), ("--vision_tower", parts.vision)):
+    for part, name in (("language model", parts.language), ("vision tower", parts.vision)):
         if name.startswith((".", "/")) and not Path(name).is_dir():
-            raise UserError("no such folder", code="path-missing", where=f"{flag} {name}")
+            raise UserError(
+                f"no such folder; it should hold the {part}", code="path-missing", where=name, hint=beside(Path(name))
+            )

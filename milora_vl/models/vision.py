@@ -11,8 +11,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from milora_data.command.cli import beside
 from milora_data.errors import UserError, first_line
 from milora_vl.models import hub
+from milora_vl.models.names import BUILT_IN_MODELS
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, as_map
 from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 
@@ -33,6 +35,13 @@ def tower_config(name: str) -> Any:
     if "image_size" not in config.to_dict():
         raise UserError(
             f"not a vision tower: {config.model_type}",
+            code="vision-tower-unusable",
+            where=name,
+            hint="expected:  CLIP, SigLIP, a ViT, or timm/NAME",
+        )
+    if name in BUILT_IN_MODELS:
+        raise UserError(
+            "a built-in model has no vision tower that another model can use",
             code="vision-tower-unusable",
             where=name,
             hint="expected:  CLIP, SigLIP, a ViT, or timm/NAME",
@@ -130,7 +139,9 @@ def _timm_state(architecture: str, weights: str | None) -> Any:
     if weights is not None:
         file = Path(weights)
         if not file.is_file():
-            raise UserError("no such file", code="path-missing", where=f"--vision_weights {weights}")
+            raise UserError(
+                f"no such file: {weights}", code="path-missing", where="--vision_weights", hint=beside(file)
+            )
         try:
             state = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
         except (SafetensorError, *UNREAD) as error:

@@ -21,12 +21,17 @@ from milora_vl.plan.estimate import (
     A100_FLOPS,
     GIB,
     Workload,
+    calibration_bytes,
+    calibration_flops,
+    distinct_inputs,
     duration,
+    expected_directions,
     flops_per_step,
     host_memory,
     measured_flops,
     memory,
     protected_bytes,
+    protected_input_bytes,
     svd_flops,
 )
 from milora_vl.plan.first_batch import Counts
@@ -91,7 +96,25 @@ def costs_of(
         out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
     if is_here and svd_flops(targets):
         out.append(f"factors about {duration(svd_flops(targets) / here)} once, on the CPU of this machine")
+    out += calibration_lines(targets, work, here if is_here else None)
     return Costs(out, change)
+
+
+def calibration_lines(targets: Sequence[Target], work: Workload, here: float | None) -> list[str]:
+    """Return the plan of the calibration; no lines without protected inputs. `here` is the speed of this CPU."""
+    inputs = distinct_inputs(targets)
+    if not inputs:
+        return []
+    share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
+    lines = [
+        f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many), "
+        f"{sum(4 * t.shape[1] * expected_directions(t) for t in inputs) / GIB:.2g} GiB"
+    ]
+    if here is not None:
+        seconds = calibration_flops(targets, work.total) / here
+        memory_text = f"{calibration_bytes(targets) / GIB:.2g} GiB of memory"
+        lines.append(f"calibration about {duration(seconds)} and {memory_text} once, on the CPU of this machine")
+    return lines
 
 
 def activations(config: Any, base: nn.Module, targets: Sequence[Target], shape: Shape) -> float:
@@ -148,12 +171,13 @@ def workload_of(
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     half = bool(train.get("bf16") or train.get("fp16"))
     zero = (train.get("deepspeed") or {}).get("zero_optimization", {})
+    anchor = 2.0 if half and packed_bytes is None else 4.0
     work = Workload(
         total=sum(p.numel() for p in base.parameters()),
         adapters=adapters,
         anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
         full=sum(sizes.values()) - adapters,
-        protected_bytes=sum(protected_bytes(t, 2.0 if half and packed_bytes is None else 4.0) for t in targets),
+        protected_bytes=sum(protected_bytes(t, anchor) for t in targets) + protected_input_bytes(targets, anchor),
         base_bytes=2.0 if half else 4.0,
         packable=0 if not adapters else sum(_numel(m) for path, m in base.named_modules() if is_quantized(path, m)),
         packed_bytes=packed_bytes,

@@ -6,6 +6,7 @@ sharded by stage. simulate.py finds the memory that a step adds.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from milora_vl.calibration.activations import PASS_BYTES
 from milora_vl.policy import Target
 
 GIB = 1024**3
@@ -111,11 +113,19 @@ def svd_flops(targets: Sequence[Target]) -> float:
     """
     return float(
         sum(
-            4 * t.shape[0] * t.shape[1] * min(t.shape[:2]) * ((t.part is not None) + (t.protect is not None))
+            4
+            * t.shape[0]
+            * t.shape[1]
+            * min(t.shape[:2])
+            * ((t.part is not None) + (t.protect is not None and t.protect.top is not None))
             for t in targets
             if t.rank is not None
         )
     )
+
+
+def _protects_top(target: Target) -> bool:
+    return target.protect is not None and target.protect.top is not None
 
 
 def protected_bytes(target: Target, base_bytes: float) -> float:
@@ -123,10 +133,67 @@ def protected_bytes(target: Target, base_bytes: float) -> float:
 
     A hard constraint also keeps the anchor in float32; `memory` already counts `base_bytes` per number for it.
     """
-    if target.protect is None or target.rank is None:
+    if target.protect is None or target.protect.top is None or target.rank is None:
         return 0.0
     wider = (4 - base_bytes) * target.rank if target.protect.is_hard and target.has_anchor else 0.0
     return (4 * target.protect.top + wider) * sum(target.shape)
+
+
+# The share of a layer's input directions that hold a share of its activation energy: SmolLM2-135M, means over layers.
+DIRECTIONS = ((0.0, 0.0), (0.6, 0.06), (0.8, 0.18), (0.9, 0.36), (0.95, 0.54), (0.99, 0.82), (1.0, 1.0))
+CALIBRATION_TOKENS = 56 * 192  # the texts that the base model writes by default
+EIGH_FLOPS = 25  # n^3 operations for all eigenvectors of a matrix (n, n), at the speed of a product
+_SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+def expected_directions(target: Target) -> int:
+    """Return about how many input directions a target protects; only the calibration finds the number.
+
+    >>> from milora_vl.policy.rules import Protect
+    >>> expected_directions(Target(path="a", shape=(8, 100), tower=None, method="lora", protect=Protect(inputs=0.85)))
+    27
+    """
+    if target.protect is None or target.protect.inputs is None:
+        return 0
+    share = float(target.protect.inputs)
+    (low, few), (high, many) = next(pair for pair in itertools.pairwise(DIRECTIONS) if pair[1][0] >= share)
+    count = round((few + (many - few) * (share - low) / (high - low)) * target.shape[1])
+    return min(count, target.protect.max or count)
+
+
+def distinct_inputs(targets: Sequence[Target]) -> list[Target]:
+    """Return one target with protected inputs for each input that several layers read: q, k, v, and gate, up."""
+    found: dict[tuple[str, str], Target] = {}
+    for target in targets:
+        if target.protect is not None and target.protect.inputs is not None:
+            parent, _, leaf = target.path.rpartition(".")
+            group = next((",".join(sorted(names)) for names in _SAME_INPUT if leaf in names), leaf)
+            found.setdefault((parent, group), target)
+    return list(found.values())
+
+
+def protected_input_bytes(targets: Sequence[Target], base_bytes: float) -> float:
+    """Return about the bytes of the directions of protected inputs, and of the anchors A0 that they keep in float32."""
+    directions = sum(4 * t.shape[1] * expected_directions(t) for t in distinct_inputs(targets))
+    protecting = [t for t in targets if t.protect is not None and t.protect.inputs is not None and t.has_anchor]
+    return directions + sum((4 - base_bytes) * (t.rank or 0) * t.shape[1] for t in protecting)
+
+
+def calibration_flops(targets: Sequence[Target], parameters: int) -> float:
+    """Return about the operations of the calibration: writing texts, running the model on them, and eigenvectors."""
+    sizes = [t.shape[1] for t in distinct_inputs(targets)]
+    if not sizes:
+        return 0.0
+    passes = math.ceil(sum(4 * size**2 for size in sizes) / PASS_BYTES)
+    forward = 2 * CALIBRATION_TOKENS * parameters
+    sums = sum(2 * CALIBRATION_TOKENS * size**2 + EIGH_FLOPS * size**3 for size in sizes)
+    return forward * (1 + (passes + 1) / 2) + sums
+
+
+def calibration_bytes(targets: Sequence[Target]) -> float:
+    """Return the largest memory of the sums C of one pass of the calibration."""
+    sizes = [4 * t.shape[1] ** 2 for t in distinct_inputs(targets)]
+    return float(min(sum(sizes), max(PASS_BYTES, *sizes))) if sizes else 0.0
 
 
 def measured_flops(size: int = 1024) -> float:

@@ -1,17 +1,21 @@
-"""The `eval:` section of a recipe: `python -m milora_eval run` in a separate process, after training."""
+"""The `eval:` section of a recipe: `python -m milora_eval run` in a separate process, after training.
+
+This is the only place where training reaches the evaluators. `during` imports them by name, for scores during training.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from milora_data.command.cli import suggest
 from milora_data.errors import UserError
-from milora_vl.recipe.schema import EvalConfig
+from milora_vl.recipe.schema import EvalConfig, Recipe
 
 
 def commands(config: EvalConfig, *, model: str, output_dir: Path) -> list[list[str]]:
@@ -31,8 +35,40 @@ def commands(config: EvalConfig, *, model: str, output_dir: Path) -> list[list[s
     ]
 
 
+class Scored(Protocol):
+    """Suites whose questions are read; `measure` asks them."""
+
+    def measure(self, model: Any, processor: Any) -> dict[str, float]:
+        """Return `eval_suite_BENCHMARK` and its standard error for each benchmark."""
+
+
+def during(recipe: Recipe) -> Scored | None:
+    """Return the suites to score during training, None if the recipe asks for none.
+
+    Raises UserError for missing data.
+    """
+    config = recipe.eval
+    if config.suite_every is None:
+        return None
+    scored: Scored = importlib.import_module("milora_eval.during").Suites(
+        config.suites,
+        config.data,
+        config.suite_limit,
+        template=recipe.template or "vicuna_v1",
+        image_aspect_ratio=recipe.data.image_aspect_ratio or "pad",
+    )
+    return scored
+
+
 def check(config: EvalConfig) -> None:
     """Raise UserError for errors that would appear only after training: an unknown suite or missing files."""
+    if config.suite_every is not None and not config.suites:
+        raise UserError(
+            "there is no suite to score",
+            code="flag-needs-another",
+            where="eval.suite_every",
+            hint="name one in the recipe:  eval: {suites: [quick], data: FOLDER, suite_every: N}",
+        )
     for suite in config.suites:
         data = config.data or f"data/{suite}"
         listed = _listed(data)

@@ -47,13 +47,16 @@ def deepspeed_settings(config: Mapping[str, Any] | str) -> tuple[dict[str, Any],
             content = json.loads(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"not a JSON file: {error}", code="deepspeed-settings", where=f"--deepspeed {config}"
+                f"{config} is not a JSON file: {error}",
+                code="deepspeed-settings",
+                where="--deepspeed",
+                hint="use zero2, zero3 or zero3_offload, or correct the file",
             ) from None
     if not isinstance(content, Mapping):
         raise UserError(
-            "expected a JSON object with zero_optimization, ...",
+            f"expected a JSON object with zero_optimization, ..., found {type(content).__name__} in {config}",
             code="deepspeed-settings",
-            where=f"--deepspeed {config}",
+            where="--deepspeed",
         )
     settings, warnings = json.loads(json.dumps(content)), []
     for block, flags in {"optimizer": "--optim and the policy", "scheduler": "--lr_scheduler_type"}.items():

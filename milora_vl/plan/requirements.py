@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from milora_data.command.cli import suggest
+from milora_data.command.cli import did_you_mean, suggest
 from milora_data.errors import UserError
 
 # --report_to NAME -> packages; one of them must be importable. pip installs the first.
@@ -33,21 +33,21 @@ def check(train: Mapping[str, Any], quantization: str, attn_implementation: str)
         near = [] if name in TRACKERS else suggest(name, TRACKERS)
         if near:
             raise UserError(
-                "unknown tracker", code="flag-value", where=f"--report_to {name}", hint=f"did you mean {near[0]}?"
+                f"unknown tracker {name}", code="flag-value", where="--report_to", hint=did_you_mean(near[:1])
             )
         if name in TRACKERS and not any(map(_is_installed, TRACKERS[name])):
             raise UserError(
-                f"the package {TRACKERS[name][0]} is not installed",
+                f"{name} needs the package {TRACKERS[name][0]}, which is not installed",
                 code="package-missing",
-                where=f"--report_to {name}",
+                where="--report_to",
                 hint=f"pip install {TRACKERS[name][0]}, or --report_to none: report.html shows the losses",
             )
     optim = str(train.get("optim") or "")
     if needs_bitsandbytes(optim) and not _is_installed("bitsandbytes"):
         raise UserError(
-            "the package bitsandbytes is not installed",
+            f"{optim} needs the package bitsandbytes, which is not installed",
             code="package-missing",
-            where=f"--optim {optim}",
+            where="--optim",
             hint=f"{QUANT}, or --optim adamw_torch",
         )
     if quantization != "none" and not _is_installed("bitsandbytes"):
@@ -60,9 +60,9 @@ def check(train: Mapping[str, Any], quantization: str, attn_implementation: str)
     if attn_implementation in ATTENTION and not _is_installed(ATTENTION[attn_implementation][0]):
         package = ATTENTION[attn_implementation][1]
         raise UserError(
-            f"the package {package} is not installed",
+            f"{attn_implementation} needs the package {package}, which is not installed",
             code="package-missing",
-            where=f"--attn_implementation {attn_implementation}",
+            where="--attn_implementation",
             hint=f"pip install {package}, or --attn_implementation sdpa",
         )
 

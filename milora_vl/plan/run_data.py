@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -11,15 +12,16 @@ from itertools import islice
 from pathlib import Path
 
 from milora_data.check.command import check_for_training, readable
-from milora_data.check.findings import Finding, examine
+from milora_data.check.findings import KINDS, Finding, examine
 from milora_data.check.pictures import find_missing, uses
 from milora_data.check.report import Report
 from milora_data.command.cli import amount, command_line
 from milora_data.compact import CompactRecords
-from milora_data.errors import DataError, Problem, UserError
+from milora_data.errors import DataError, Problem, UserError, no_records
+from milora_data.formats.jsonfile import missing_file
 from milora_data.images.embedded import EmbeddedPicture
 from milora_data.records import Record
-from milora_data.sources import Source, load_records, mixed_records
+from milora_data.sources import Source, is_json, load_records, mixed_records
 from milora_data.stream import record_stream
 from milora_vl.recipe.schema import DataConfig, SourceConfig
 
@@ -66,6 +68,12 @@ class RunData:
         """Return the counts for environment.json; the length of a stream is unknown."""
         known = {} if self.streamed else {"train": len(self.train)}
         return {**known, "eval": len(self.evaluation or ()), "skipped": self.skipped}
+
+
+def require_held_out(config: DataConfig) -> None:
+    """Raise DataError if the file of held-out records does not exist: reading the training records takes minutes."""
+    if config.eval_path is not None and is_json(config.eval_path) and not Path(config.eval_path).is_file():
+        raise missing_file(Path(config.eval_path))
 
 
 def read(config: DataConfig) -> RunData:
@@ -163,9 +171,9 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
     if counts["unlearnable"]:
         kept = [record for record in kept if all(finding.kind != "no_answer" for finding in examine(record))]
     if not kept:
-        raise UserError(
-            "no record is left: their pictures are missing, or they have no answers", code="data-no-records", where=path
-        )
+        reasons = Counter(KINDS[finding.kind].title for finding in report.findings)
+        reasons.update({KINDS["missing_picture"].title: skipped, KINDS["no_answer"].title: len(records) - skipped})
+        raise UserError(problems=[_all_left_out(path, reasons)])
     return RunData(
         CompactRecords(kept),
         None,
@@ -192,20 +200,27 @@ def fingerprint(records: Iterable[Record]) -> str:
 
 
 def _with_hint(error: DataError, path: str) -> list[Problem]:
-    """Return the problems of an error; the last one gets the command that checks the file."""
+    """Return the problems of an error; the last one gets the command that checks the file, unless it has a hint."""
     *others, last = error.problems
     see = f"see: python -m milora_data check {path}; --fix OUT writes a file without such records"
-    return [*others, replace(last, hint="\n".join(filter(None, (last.hint, see))))]
+    return [*others, replace(last, hint=last.hint or see)]
 
 
 def _no_records(path: str, report: Report) -> Problem:
     """Return the problem of data without usable records, with the first reason if there is one."""
     if not report.findings:
-        return Problem("no records", "data-no-records", path)
+        return no_records(path)
     first = report.findings[0]
-    hint = command_line("milora_data", *report.convert_words()) if report.form else ""
-    message = f"no record can be used; the first reason:\n{first.where}: {first.sentence}"
-    return Problem(message, "data-no-records", path, hint)
+    problem = _all_left_out(path, Counter(KINDS[finding.kind].title for finding in report.findings))
+    hint = command_line("milora_data", *report.convert_words()) if report.form else problem.hint
+    return replace(problem, message=f"{problem.message}\nfirst: {first.where}: {first.sentence}", hint=hint)
+
+
+def _all_left_out(path: str, reasons: Mapping[str, int]) -> Problem:
+    """Return the problem of data whose records are all left out; `reasons` counts the records of each reason."""
+    counts = "; ".join(f"{amount(number, 'record')}: {reason}" for reason, number in reasons.items() if number)
+    message = f"every record is left out: {counts}"
+    return Problem(message, "data-all-records-left-out", path, f"see: {command_line('milora_data', 'check', path)}")
 
 
 def _usable(records: Iterable[Record], report: Report) -> Iterator[Record]:

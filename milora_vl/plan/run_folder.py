@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milora_data.command import atomic_write
+from milora_data.command.output import require_folder
 from milora_data.errors import UserError
 from milora_vl import checkpoints
 from milora_vl.recipe.schema import Recipe
@@ -64,7 +65,7 @@ def choose(path: Path, resume: str | None) -> RunFolder:
 
     Raises UserError, before anything is written, if a run would be overwritten or if there is nothing to resume.
     """
-    _require_writable(path)
+    require_folder(path)
     wanted = checkpoints.asked_for(resume)
     if wanted is None:
         _refuse_to_overwrite(path)
@@ -108,20 +109,6 @@ def describe_environment(
     }
 
 
-def _require_writable(path: Path) -> None:
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        message = "a file, not a folder" if existing == path else f"inside a file, not a folder: {existing}"
-        raise UserError(message, code="path-not-a-folder", where=f"--output_dir {path}")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{existing} is not writable",
-            code="path-not-writable",
-            where=f"--output_dir {path}",
-            hint="use another folder",
-        )
-
-
 def _refuse_to_overwrite(path: Path) -> None:
     weights = [name for name in checkpoints.WEIGHTS if (path / name).is_file()]
     steps = [folder.name for folder in checkpoints.checkpoints(path)]
@@ -154,17 +141,17 @@ def _refuse_to_overwrite(path: Path) -> None:
 def _require_complete(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(
-            "no such folder",
+            f"no such folder: {folder}",
             code="path-missing",
-            where=f"--resume_from_checkpoint {folder}",
+            where="--resume_from_checkpoint",
             hint="expected true, auto or a checkpoint folder",
         )
     reason = checkpoints.why_incomplete(folder)
     if reason:
         raise UserError(
-            f"cannot resume from it: {reason}",
+            f"cannot resume from {folder}: {reason}",
             code="checkpoint-incomplete",
-            where=f"--resume_from_checkpoint {folder}",
+            where="--resume_from_checkpoint",
         )
     return folder
 

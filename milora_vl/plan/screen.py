@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from milora_vl.initialize import LayerReport
+    from milora_vl.lora.protection import Protected
     from milora_vl.policy import Target
 
 Rows = Sequence[tuple[str, str]]
@@ -115,6 +116,32 @@ def policy_rows(
             )
         )
     return rows
+
+
+def protection_lines(targets: Sequence[Target], protected: Mapping[str, Protected]) -> list[str]:
+    """Return one line per tower about its protected inputs: their share of the directions, and of the energy.
+
+    The shares are means over layers, with the range over layers in brackets.
+    """
+    lines = []
+    for tower in TOWERS:
+        paths = [t.path for t in targets if t.tower == tower and t.path in protected]
+        members = [protected[path] for path in paths if protected[path].protect.kind == "inputs"]
+        if not members:
+            continue
+        sizes = {t.path: t.shape[1] for t in targets}
+        shares = [100 * p.num_directions / sizes[p.path] for p in members]
+        held_out = [100 * p.held_out for p in members if p.held_out is not None]
+        line = (
+            f"protected inputs  {tower}: {_mean(shares)} of the directions, {_mean([100 * p.energy for p in members])} "
+        )
+        line += "of the energy" + (f", {_mean(held_out)} on held-out text" if held_out else "")
+        lines.append(line)
+    return lines
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.1f} % ({_span(values, '{:.3g}')})"
 
 
 def frozen_towers(base: nn.Module, targets: Sequence[Target]) -> list[str]:

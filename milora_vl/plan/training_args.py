@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import llava_recipes
-from milora_data.command.cli import suggest
+from milora_data.command.cli import did_you_mean, suggest
 from milora_data.errors import UserError, first_line
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.plan import cpu_load, launch
@@ -68,9 +68,10 @@ def _require_rates_per_rule(optimizer: str) -> None:
     """Raise UserError for an optimizer that cannot have a learning rate per rule."""
     if optimizer.startswith(OWN_GROUPS):
         raise UserError(
-            "this optimizer makes its own parameter groups, so it does not support learning rates per rule",
+            f"{optimizer} makes its own parameter groups, so it does not support learning rates per rule",
             code="optimizer-unsupported",
-            where=f"--optim {optimizer}",
+            where="--optim",
+            hint="use --optim adamw_torch",
         )
 
 
@@ -83,7 +84,12 @@ def _require_optimizer(args: TrainingArguments) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
-        raise UserError(first_line(error), code="optimizer-unsupported", where=f"--optim {name}") from None
+        raise UserError(
+            f"{name}: {first_line(error)}",
+            code="optimizer-unsupported",
+            where="--optim",
+            hint="use --optim adamw_torch",
+        ) from None
 
 
 def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
@@ -155,10 +161,10 @@ def deepspeed_config(name: str) -> Any:
         return name
     near = suggest(Path(name).stem, llava_recipes.names("deepspeed"))
     raise UserError(
-        f"no such file, and not one of {', '.join(llava_recipes.names('deepspeed'))}",
+        f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {name}",
         code="deepspeed-unknown",
-        where=f"--deepspeed {name}",
-        hint=f"did you mean --deepspeed {near[0]}?" if near else "",
+        where="--deepspeed",
+        hint=did_you_mean(near[:1]) or "name one of these, or a file that exists",
     )
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from milora_data.errors import Problem
 from milora_vl.policy.methods import METHODS
 from milora_vl.policy.ranks import find_rank, share_budget
-from milora_vl.policy.rules import PolicyError, Rule, SpectralRank, Target
+from milora_vl.policy.rules import PolicyError, Protect, Rule, SpectralRank, Target
 from milora_vl.policy.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
 from milora_vl.weights.matrices import is_adaptable, matrix_shape, why_refused
@@ -60,7 +60,7 @@ class _Plan:
         """Apply the fields of rule `number`. A new method drops earlier fields that it does not use."""
         method = named.get("method", self.fields.get("method"))
         if method is not None:
-            self.fields = {k: v for k, v in self.fields.items() if k == "method" or k in METHODS[method].fields}
+            self.fields = {name: value for name, value in self.fields.items() if _is_used(method, name, value)}
         self.fields |= named
         if "rank" in named:
             self.rank_from = number
@@ -113,10 +113,16 @@ def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[Pr
             plans[path].apply(number, named)
         methods = {plans[path].fields["method"] for path in paths if "method" in plans[path].fields}
         for method, name in product(sorted(methods), named):
-            if name != "method" and name not in METHODS[method].fields:
+            if not _is_used(method, name, named[name]):
                 where = f"policy[{number}].{name}"
                 problems.append(Problem(f"method {method} cannot use it", "policy-unused-field", where))
     return plans
+
+
+def _is_used(method: str, name: str, value: Any) -> bool:
+    """Return True if the method uses the field; `protect` counts as protect.top or protect.inputs."""
+    field_name = f"protect.{value.kind}" if isinstance(value, Protect) else name
+    return field_name == "method" or field_name in METHODS[method].fields
 
 
 def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule | None]) -> list[Problem]:
@@ -199,7 +205,7 @@ def _target(path: str, plan: _Plan, selector: Selector, cache: Path | None) -> T
     rank = find_rank(fields["rank"], module, cache)
     if rank > min(shape) and fields["method"] not in ("lora", "dora"):
         raise PolicyError(problems=[RankTooLarge.of(rank, shape)])
-    if "protect" in fields:
+    if "protect" in fields and fields["protect"].top is not None:
         rank = _rank_beside_protected(rank, fields, module)
     alpha = _alpha(fields, plan, rank, module, cache)
     return Target(path=path, shape=shape, tower=tower, **{**fields, "rank": rank, "alpha": alpha})

@@ -74,10 +74,16 @@ class FloorSigma(RulePart):
 
 
 class Protect(RulePart):
-    """Keep the update orthogonal to the first `top` singular directions of its weight, on both sides.
+    """Keep the update orthogonal to some directions. Exactly one of `top` and `inputs` is set.
 
-    V (in, k) and U (out, k) are the first k right and left singular vectors of the base weight. A and B stand for the
-    parameters that train: of a method with an anchor they are the differences from it. `by` is one of:
+    A and B stand for the parameters that train: of a method with an anchor they are the differences from it.
+
+    `inputs` keeps the update orthogonal to the input directions that hold this share of the layer's activation energy
+    on calibration text: V (in, k) holds the first eigenvectors of C = E[x x'], and A V = 0 at the start and after every
+    optimizer step. Inputs along V then pass the layer unchanged. `max` is a limit for k.
+
+    `top` keeps the update orthogonal to the first `top` singular directions of the weight, on both sides. V (in, k) and
+    U (out, k) are the first k right and left singular vectors of the base weight. `by` is one of:
 
     - `projection`: after every optimizer step, A <- A - (A V) V' and B <- B - U (U'B).
     - `basis`: the gradients are projected too, before the optimizer reads them. This trains the factors A (I - V V')
@@ -89,9 +95,33 @@ class Protect(RulePart):
       the protected components. A weight of 1/lr removes half of them per step; `projection` is the limit.
     """
 
-    top: int = Field(gt=0, description="a positive number of directions")
+    top: int | None = Field(default=None, gt=0, description="a positive number of directions")
     by: Literal["projection", "basis", "penalty"] = "projection"
     weight: Number | None = Field(default=None, gt=0, description="a number above 0")
+    inputs: Number | None = Field(default=None, gt=0, lt=1, description="a share above 0, below 1")
+    max: int | None = Field(default=None, gt=0, description="a positive number of directions")
+
+    @model_validator(mode="after")
+    def _has_one_kind(self) -> Protect:
+        if (self.top is None) == (self.inputs is None):
+            number = "neither" if self.top is None else "both"
+            raise PolicyError(
+                f"expected exactly one of top and inputs, got {number}",
+                code="policy-protect",
+                hint="for example  protect: {inputs: 0.9}",
+            )
+        if self.inputs is None and self.max is not None:
+            raise PolicyError(
+                "only inputs uses it", code="policy-protect", where=".max", hint="top is the number of directions"
+            )
+        if self.inputs is not None and self.by != "projection":
+            raise PolicyError(
+                f"inputs are protected by projection only, got {self.by}",
+                code="policy-protect",
+                where=".by",
+                hint="remove it; by belongs to top",
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_weight_if_penalty(self) -> Protect:
@@ -103,6 +133,11 @@ class Protect(RulePart):
         else:
             return self
         raise PolicyError(message, code="policy-protect", where=".weight", hint=hint)
+
+    @property
+    def kind(self) -> Literal["top", "inputs"]:
+        """Return which directions are protected: singular directions of the weight, or inputs of the layer."""
+        return "inputs" if self.top is None else "top"
 
     @property
     def is_hard(self) -> bool:
@@ -120,7 +155,13 @@ class Protect(RulePart):
         return learning_rate * self.weight / (1 + learning_rate * self.weight)
 
     def __str__(self) -> str:
-        """Return the text for tables, for example `top 64 by projection`."""
+        """Return the text for tables.
+
+        >>> str(Protect(top=64)), str(Protect(inputs=0.9, max=512))
+        ('top 64 by projection', '90 % of the inputs, at most 512')
+        """
+        if self.inputs is not None:
+            return f"{100 * self.inputs:g} % of the inputs" + ("" if self.max is None else f", at most {self.max}")
         return f"top {self.top} by {self.by}" + ("" if self.weight is None else f" {self.weight:g}")
 
 
@@ -142,7 +183,7 @@ class Rule(RulePart):
     seed: int | None = Field(
         default=None, ge=0, lt=2**32, description="an integer from 0 to 2**32 - 1"
     )  # of method random
-    protect: Protect | None = Field(default=None, description="a mapping such as {top: 64} or {top: 64, by: basis}")
+    protect: Protect | None = Field(default=None, description="a mapping such as {inputs: 0.9} or {top: 64}")
     learning_rate: Number | None = Field(default=None, gt=0, description="a number above 0")
     weight_decay: Number | None = Field(default=None, ge=0, description="a number from 0")
 
@@ -172,7 +213,9 @@ class Target:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as the values of JSON."""
         pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value.model_dump() if isinstance(value, RulePart) else value for name, value in pairs}
+        return {
+            name: value.model_dump(exclude_none=True) if isinstance(value, RulePart) else value for name, value in pairs
+        }
 
     @property
     def scaling(self) -> float:

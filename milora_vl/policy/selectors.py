@@ -137,7 +137,7 @@ class Selector:
         }
         near = difflib.get_close_matches(text, sorted(candidates), n=3, cutoff=0.5)
         if near:
-            lines.append(f"did you mean  {'  or  '.join(near)} ?")
+            lines.append(f"did you mean  {'  or  '.join(near)}?")
         return "\n".join(lines)
 
     def _means_experts(self, text: str, path: str) -> bool:

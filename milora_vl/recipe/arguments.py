@@ -70,6 +70,13 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "double_quant": ("double_quant", "bool", (), "also quantise the constants of a 4-bit base"),
     "dtype": ("dtype", "str", (), "data type of the frozen weights: auto, float32, bfloat16, float16 or fastest"),
     "attn_implementation": ("attn_implementation", "str", (), "sdpa (default), eager or flash_attention_2"),
+    "eval_suite_every": (
+        "eval.suite_every",
+        "int",
+        (),
+        "score the suites of the recipe every N steps and at the last step",
+    ),
+    "eval_suite_limit": ("eval.suite_limit", "int", (), "questions per benchmark during training"),
     "forgetting_every": ("eval.forgetting_every", "int", (), "measure forgetting every N steps and at the last step"),
     "projector_weights": (
         "projector_weights",
@@ -190,10 +197,12 @@ def parse(argv: Sequence[str] | None) -> Request:
     run, train = sections["run"], _train_flags(sections["hf"], sections["run"])
     edits = PolicyEdits(learning_rate=train.get("learning_rate"), **sections["policy"])
     if edits.method not in (None, *METHODS):
-        near = " or ".join(cli.suggest(str(edits.method), METHODS))
-        hint = f"did you mean {near}?" if near else ""
+        near = cli.did_you_mean(cli.suggest(str(edits.method), METHODS))
         raise UserError(
-            f"expected {', '.join(METHODS)}", code="flag-value", where=f"--method {edits.method}", hint=hint
+            f"expected {', '.join(METHODS)}, got {edits.method!r}",
+            code="flag-value",
+            where="--method",
+            hint=near or f"for example  --method {METHODS[0]}",
         )
     overrides = _nested({name: _alias(name, value) for name, value in sections["recipe"].items()})
     if train:
@@ -210,7 +219,8 @@ def parse(argv: Sequence[str] | None) -> Request:
         if run[name] <= 0:
             raise UserError(f"must be above 0, got {run[name]}", code="flag-value", where=f"--{name}")
     if run.get("format", "human") not in FORMATS:
-        raise UserError(f"expected {' or '.join(FORMATS)}", code="flag-value", where=f"--format {run['format']}")
+        message = f"expected {' or '.join(FORMATS)}, got {run['format']!r}"
+        raise UserError(message, code="flag-value", where="--format", hint="json is for programs, human for people")
     actions = [name for name in ACTIONS if run.get(name, False) is not False]
     return Request(
         recipe=run.get("recipe"),
@@ -270,12 +280,15 @@ def _train_flags(flags: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     if run.get("device") == "cpu":
         train["use_cpu"] = True
     elif run.get("device") not in (None, "cuda"):
-        raise UserError("expected cpu or cuda", code="flag-value", where=f"--device {run['device']}")
+        message = f"expected cpu or cuda, got {run['device']!r}"
+        near = cli.did_you_mean(cli.suggest(run["device"], ("cpu", "cuda"))[:1])
+        hint = near or "a launcher (torchrun, accelerate) gives each process its GPU; CUDA_VISIBLE_DEVICES selects one"
+        raise UserError(message, code="flag-value", where="--device", hint=hint)
     elif "device" in run and not run.get("dry_run") and not _has_cuda():
         raise UserError(
             "PyTorch finds no CUDA device",
             code="device-no-cuda",
-            where="--device cuda",
+            where="--device",
             hint="to train on the CPU:  --device cpu",
         )
     return train

@@ -45,7 +45,10 @@ def check(recipe: Recipe) -> None:
 
     if recipe.factor_cache and Path(recipe.factor_cache).exists() and not Path(recipe.factor_cache).is_dir():
         raise UserError(
-            "expected a folder, this is a file", code="path-not-a-folder", where=f"--factor_cache {recipe.factor_cache}"
+            f"{recipe.factor_cache} is a file, not a folder",
+            code="path-not-a-folder",
+            where="--factor_cache",
+            hint="use another folder",
         )
     if prepares_with_processor(recipe.model):
         processor = loading.load_processor(recipe.model)

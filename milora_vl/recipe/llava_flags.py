@@ -90,10 +90,10 @@ def meaning(flags: Mapping[str, Any], *, rank: int | None, alpha: float | None, 
     """
     for name, value in flags.items():
         if name in REFUSED and value not in ACCEPTED.get(name, ()):
-            raise UserError(REFUSED[name], code="flag-unsupported", where=f"--{name} {value}")
+            raise UserError(f"got {value}; {REFUSED[name]}", code="flag-unsupported", where=f"--{name}")
     bits = flags.get("bits", 16)
     if bits not in (4, 8, 16):
-        raise UserError("expected 16, 8 or 4", code="flag-value", where=f"--bits {bits}")
+        raise UserError(f"expected 16, 8 or 4, got {bits}", code="flag-value", where="--bits")
     quantization = f"{bits}bit" if bits != 16 else None
     if not decide_what_trains(flags):
         return Meaning([], quantization, warnings=_warnings(flags))
@@ -131,7 +131,10 @@ def _rules(
     alone = [name for name in ("tune_mm_mlp_adapter", "freeze_backbone") if flags.get(name)]
     if alone and flags.get("freeze_mm_mlp_adapter") and not flags.get("lora_enable"):
         raise UserError(
-            "nothing would train", code="policy-nothing-trains", where=f"--{alone[0]} True --freeze_mm_mlp_adapter True"
+            f"nothing would train with --{alone[0]} and --freeze_mm_mlp_adapter",
+            code="policy-nothing-trains",
+            where=f"--{alone[0]}",
+            hint="remove one of the two flags",
         )
     if flags.get("tune_mm_mlp_adapter"):
         return projector, "--tune_mm_mlp_adapter True trains only the projector"

@@ -165,9 +165,9 @@ def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] =
     except UserError:
         known = ", ".join(TEMPLATES)
         raise UserError(
-            f"{recipe.model} has no chat template",
+            f"{OWN} does not work: {recipe.model} has no chat template",
             code="template-missing",
-            where=f"--template {OWN}",
+            where="--template",
             hint=f"use another template, one of: {known}",
         ) from None
     for record in records:

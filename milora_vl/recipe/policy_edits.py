@@ -88,7 +88,7 @@ def _refuse_useless(adapters: Sequence[RuleDict], edits: PolicyEdits) -> None:
         raise UserError(
             "no rule of the recipe makes an adapter",
             code="policy-no-adapter-rule",
-            where=f"--method {edits.method}" if edits.method else flags[0],
+            where="--method" if edits.method else flags[0],
             hint="add one with --policy, or use a recipe that has one: python -m milora_vl.train --list-recipes",
         )
 

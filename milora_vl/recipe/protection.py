@@ -1,23 +1,69 @@
-"""Check that a run can protect the directions that its rules name."""
+"""Check that a run can protect the directions and inputs that its rules name."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
 from milora_data.errors import UserError
-from milora_vl.recipe.schema import Recipe
+from milora_vl.recipe.schema import CalibrationConfig, Recipe
 
 
 def check(recipe: Recipe) -> None:
-    """Raise UserError for a recipe that protects directions although DeepSpeed or FSDP shards the factors."""
-    if any(rule.get("protect") for rule in recipe.policy or ()):
-        require_whole(deepspeed=bool(recipe.train.get("deepspeed")), fsdp=bool(recipe.train.get("fsdp")))
-
-
-def require_whole(*, deepspeed: bool, fsdp: bool) -> None:
-    """Raise UserError if optimizer steps update shards of the factors: a shard cannot be projected."""
-    if deepspeed or fsdp:
+    """Raise UserError for a recipe whose rules protect what the form or the sharding of the run does not allow."""
+    kinds = protected_kinds(recipe)
+    ways = {rule["protect"].get("by", "projection") for rule in _protecting(recipe)}
+    require_whole(ways, deepspeed=bool(recipe.train.get("deepspeed")), fsdp=bool(recipe.train.get("fsdp")))
+    _require_files(recipe.calibration)
+    if "inputs" in kinds and recipe.form == "residual":
         raise UserError(
-            f"protect does not work with {'DeepSpeed' if deepspeed else 'FSDP'}, which updates shards of the factors",
+            "protect: {inputs: p} needs form anchored",
+            code="adapter-residual-layer",
+            where="form",
+            hint="use form anchored, or remove protect",
+        )
+
+
+def _require_files(calibration: CalibrationConfig) -> None:
+    files = {"text": calibration.text or [], "data": [calibration.data] if calibration.data else []}
+    for key, names in files.items():
+        for name in names:
+            if not Path(name).exists() and not name.startswith("hub:"):
+                raise UserError("no such file", code="path-missing", where=f"calibration.{key}: {name}")
+
+
+def protected_kinds(recipe: Recipe) -> set[str]:
+    """Return which kinds of protection the rules use: top, inputs or both."""
+    protecting = [rule["protect"] for rule in _protecting(recipe)]
+    return {"inputs" if protect.get("inputs") is not None else "top" for protect in protecting}
+
+
+def _protecting(recipe: Recipe) -> list[dict[str, Any]]:
+    return [rule for rule in recipe.policy or () if rule.get("protect")]
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """Return a warning if the recipe has a calibration that no rule uses, for example because of --method full."""
+    if recipe.calibration == CalibrationConfig() or "inputs" in protected_kinds(recipe):
+        return []
+    return ["the calibration has no effect: no rule has  protect: {inputs: p}"]
+
+
+def require_whole(ways: Collection[str], *, deepspeed: bool, fsdp: bool) -> None:
+    """Raise UserError if optimizer steps update shards of the factors, and a rule protects by one of these `ways`.
+
+    DeepSpeed's shards can be projected, see `ShardedProjection`, but `basis` needs whole gradients, and `penalty` the
+    learning rate of each factor.
+    """
+    refused = sorted(ways) if fsdp else sorted(set(ways) - {"projection"}) if deepspeed else []
+    if refused:
+        raise UserError(
+            f"protect (by: {refused[0]}) does not work with {'FSDP' if fsdp else 'DeepSpeed'}, which updates shards of "
+            "the factors",
             code="protect-sharded",
             where="policy",
-            hint="start several processes with torchrun alone, or remove protect",
+            hint="start several processes with torchrun alone, or remove protect"
+            if fsdp
+            else "use  by: projection, or start several processes with torchrun alone",
         )

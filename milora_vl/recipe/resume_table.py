@@ -16,6 +16,7 @@ TABLE: dict[Effect, str] = {
     "decides": """
         quantization quant_type double_quant projector_weights template form
         parts.vision_tower parts.vision_weights parts.select_layer parts.select_feature
+        calibration.samples calibration.pictures calibration.text calibration.data
         data.max_length data.image_aspect_ratio data.min_pixels data.max_pixels data.jpeg_decoding data.packing
         data.bad_images data.streaming
         data.shuffle_buffer data.limit
@@ -37,14 +38,15 @@ TABLE: dict[Effect, str] = {
     "length": "train.max_steps train.num_train_epochs",  # matter if the schedule depends on the last step
     # These matter if evaluations choose the best checkpoint or set the learning rate.
     "selection": """
-        data.eval_path train.bf16_full_eval train.eval_delay train.eval_on_start train.eval_steps train.eval_strategy
+        data.eval_path eval.suite_every eval.suite_limit
+        train.bf16_full_eval train.eval_delay train.eval_on_start train.eval_steps train.eval_strategy
         train.fp16_full_eval train.greater_is_better train.metric_for_best_model train.save_steps train.save_strategy
     """,
     "stream": "train.dataloader_num_workers",  # sets the order of the records of a stream
     "checkpoint": "train.deepspeed",  # resuming.check reads the files of the checkpoint
     # Paths, logging, saving and speed: the weights stay the same, up to rounding.
     "free": """
-        attn_implementation factor_cache data.image_folder data.feature_cache
+        attn_implementation factor_cache data.image_folder data.feature_cache calibration.image_folder
         eval.suites eval.data eval.limit eval.forgetting_every
         sweep.suite sweep.data sweep.limit sweep.train sweep.variants
         train.activation_checkpointing train.activation_checkpointing_kwargs train.batch_eval_metrics

@@ -15,6 +15,7 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from milora_data.errors import Problem, UserError
@@ -23,6 +24,7 @@ from milora_vl.policy import Policy, PolicyError
 from milora_vl.recipe import hf_arguments, yaml_file
 from milora_vl.strict import Strict, problems_of, unknown_key
 
+SAMPLES, PICTURES = 48, 64  # of a calibration
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
 
 
@@ -76,12 +78,43 @@ class PartsConfig(Strict):
     select_feature: Literal["patch", "cls_patch"] = "patch"
 
 
+class CalibrationConfig(Strict):
+    """What finds the protected inputs of rules with `protect: {inputs: p}`."""
+
+    samples: NonNegativeInt | None = None  # texts that the base model writes; default 48, or 0 beside text or data
+    pictures: NonNegativeInt | None = None  # training pictures with the base's captions; default 64, or 0 beside data
+    text: Annotated[list[str], Field(min_length=1)] | None = None  # text files
+    data: str | None = None  # records, as in data.path
+    image_folder: str | None = None  # of data
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> CalibrationConfig:
+        if self.image_folder is not None and self.data is None:
+            raise ValueError("image_folder belongs to data, which is missing")
+        if self.text is None and self.data is None and self.samples == 0 and not self.pictures:
+            raise ValueError("expected samples, pictures, text or data, got none")
+        return self
+
+    @property
+    def num_samples(self) -> int:
+        """Return the number of texts that the base model writes."""
+        alone = self.text is None and self.data is None
+        return self.samples if self.samples is not None else SAMPLES if alone else 0
+
+    @property
+    def num_pictures(self) -> int:
+        """Return the largest number of training pictures that the base model describes."""
+        return self.pictures if self.pictures is not None else PICTURES if self.data is None else 0
+
+
 class EvalConfig(Strict):
-    """Evaluation: suites after training, in a separate process; forgetting during training."""
+    """Evaluation: suites after training, in a separate process; small suites and forgetting during training."""
 
     suites: list[str] = Field(default_factory=list)
     data: str | None = None
     limit: PositiveInt | None = None
+    suite_every: PositiveInt | None = None  # steps; None: not during training
+    suite_limit: PositiveInt = 64  # questions per benchmark during training
     forgetting_every: PositiveInt | None = None  # steps; None: not during training
 
 
@@ -116,6 +149,7 @@ class Recipe(Strict):
     form: Literal["anchored", "residual"] = "anchored"
     factor_cache: str | None = None  # folder that caches initial factors for all runs on the same weights
     data: DataConfig = DataConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     policy: list[dict[str, Any]] | None = None
     train: dict[str, Any] = Field(default_factory=dict)
     eval: EvalConfig = EvalConfig()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import llava_recipes
-from milora_data.command.cli import suggest
+from milora_data.command.cli import beside, suggest
 from milora_data.errors import Problem, UserError
 from milora_data.templates import OWN
 from milora_vl import checkpoints
@@ -158,7 +158,7 @@ def _resolve(request: Request) -> Settings:
     per_device = base.train.get("per_device_train_batch_size")
     batch = (int(per_device), int(base.train.get("gradient_accumulation_steps", 1))) if per_device else None
     notes = [meaning.line] if meaning and meaning.line else []
-    warnings = [*(meaning.warnings if meaning else []), *base_model.warnings(recipe)]
+    warnings = [*(meaning.warnings if meaning else []), *base_model.warnings(recipe), *protection.warnings(recipe)]
     return Settings(recipe, request.recipe or "", implicit, batch, [*notes, *notes_on_data], warnings)
 
 
@@ -256,7 +256,7 @@ def _read_policy(text: str) -> tuple[list[dict[str, Any]], str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=text) from None
     if not is_file and text.endswith((".yaml", ".yml")):
-        raise UserError("no such file", code="path-missing", where=f"--policy {text}")
+        raise UserError(f"no such file: {text}", code="path-missing", where="--policy", hint=beside(Path(text)))
     indented = "\n".join("  " + line for line in body.splitlines())
     rules = yaml_file.read(f"policy:\n{indented}", source, above=1)[0]["policy"]
     if isinstance(rules, Mapping):

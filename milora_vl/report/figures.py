@@ -11,7 +11,7 @@ from milora_vl.report.run_page import Comparison, Layer, Run
 
 
 def make(run: Run) -> dict[str, Plot]:
-    """Draw the plots that the run's files allow: `loss`, `forgetting`, `spectrum` and `scores-SUITE` per suite."""
+    """Draw the plots that the run's files allow: `loss`, `forgetting`, `suite`, `spectrum` and `scores-SUITE`."""
     drawn = {}
     if any("loss" in entry for entry in run.history):
         _loss_csv(run)
@@ -25,6 +25,14 @@ def make(run: Run) -> dict[str, Plot]:
         words = wording.forgetting_words(run)
         drawn["forgetting"] = draw(
             _folder(run), "forgetting", lambda style: plots.forgetting_figure(run.history, style), words
+        )
+    names = plots.suites_of(run.history)
+    if names:
+        columns = ["step", *(f"{plots.SCORE}{name}{end}" for name in names for end in ("", "_stderr"))]
+        rows = [[entry.get(key, "") for key in columns] for entry in run.history if columns[1] in entry]
+        plots.write_csv(_file(run, "suite.csv"), columns, rows)
+        drawn["suite"] = draw(
+            _folder(run), "suite", lambda style: plots.suite_figure(run.history, style), wording.suite_words(run)
         )
     layers = [layer for layer in run.layers if layer.sigma]
     if layers:

@@ -154,6 +154,38 @@ def forgetting_figure(history: History, style: PlotStyle = PLOT_STYLES[0]) -> Fi
     return figure
 
 
+SCORE = "eval_suite_"  # in the log: the score of a benchmark during training, in percent or points
+
+
+def suites_of(history: History) -> list[str]:
+    """Return the benchmarks that were scored during training."""
+    keys = dict.fromkeys(key for entry in history for key in entry if key.startswith(SCORE))
+    return [key.removeprefix(SCORE) for key in keys if not key.endswith("_stderr")]
+
+
+def suite_figure(history: History, style: PlotStyle = PLOT_STYLES[0]) -> Figure:
+    """Draw the scores during training over steps with one standard error on either side."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with styled(style):
+        figure = Figure(figsize=(style.width, 2.6), layout="constrained")
+        axis = figure.subplots()
+        colours = (style.blue, ORANGE, GREEN, GREY)
+        for number, name in enumerate(suites_of(history)):
+            mark, colour = "osD^v"[number % 5], colours[number % 4]
+            steps, values = _series(history, f"{SCORE}{name}")
+            _, errors = _series(history, f"{SCORE}{name}_stderr")
+            axis.errorbar(
+                steps, values, yerr=errors, color=colour, marker=mark, ms=5,
+                lw=1.6, elinewidth=0.8, label=name,
+            )  # fmt: skip
+        axis.set(xlabel="step", ylabel="score", xlim=(0, None))
+        axis.xaxis.set_major_locator(MaxNLocator(4 if style.narrow else 8, integer=True))
+        axis.legend(loc="best")
+    return figure
+
+
 def _spectrum_panel(axis: Axes, layer: Layer, style: PlotStyle) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 

@@ -125,6 +125,7 @@ class Run:
     history: tuple[Json, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     forgetting: Json = field(default_factory=dict)
+    protection: Json = field(default_factory=dict)
 
 
 def label(name: str) -> str:
@@ -156,6 +157,7 @@ def read_run(folder: Path) -> Run:
         history=tuple(state.get("log_history", ())),
         comparisons=tuple(_comparisons(folder / "eval")),
         forgetting=_json(folder / "forgetting.json", {}),
+        protection=_json(folder / "protection.json", {}),
     )
 
 

@@ -71,6 +71,40 @@ def policy_table(run: Run) -> Table:
     return Table(header, tuple(rows), caption)
 
 
+def protection_table(run: Run) -> Table:
+    """Return a table with one row per tower that protects inputs; without rows if none does."""
+    inputs = {t["path"]: t for t in run.policy.get("targets", ()) if (t.get("protect") or {}).get("inputs")}
+    entries = [entry for entry in run.policy.get("protected", ()) if entry["path"] in inputs]
+    kept = {str(layer["path"]): layer.get("kept") for layer in run.policy.get("layers", ())}
+    rows = []
+    for tower, members in groupby(
+        sorted(entries, key=lambda e: str(inputs[e["path"]]["tower"])), key=lambda e: str(inputs[e["path"]]["tower"])
+    ):
+        group = list(members)
+        columns = (
+            [100 * entry["directions"] / inputs[entry["path"]]["shape"][1] for entry in group],
+            [100 * entry["energy"] for entry in group],
+            [100 * entry["held_out"] for entry in group if entry.get("held_out") is not None],
+            [100 * share for entry in group if (share := kept.get(entry["path"])) is not None],
+        )
+        left = [run.protection[entry["path"]] for entry in group if entry["path"] in run.protection]
+        rows.append((tower, f"{len(group):,}", *map(_mean_and_span, columns), f"{max(left):.0e}" if left else "–"))
+    header = (
+        *("tower", "layers", "directions protected", "their activation energy", "the same on held-out text"),
+        *("share of A₀ kept", "update along them"),
+    )
+    caption = (
+        "Protected inputs: means over layers, with the range over layers. The update is orthogonal to the protected "
+        "directions; the last column is what is left along them after training, relative to the update's input factor, "
+        "at most over layers (rounding)."
+    )
+    return Table(header, tuple(rows), caption)
+
+
+def _mean_and_span(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.1f} % ({_span(values)})" if values else "–"
+
+
 def layer_table(run: Run) -> Table:
     """Return a table with one row per layer and the measurements from its initialization."""
     layers: Sequence[Json] = run.policy.get("layers", ())
@@ -129,6 +163,9 @@ def _protected(protect: Json | None) -> str:
     """
     if not protect:
         return ""
+    if protect.get("inputs"):
+        limit = f", at most {protect['max']} directions" if protect.get("max") else ""
+        return f", outside {100 * protect['inputs']:g} % of the inputs{limit}"
     weight = protect.get("weight")
     return f", outside the top {protect['top']} by {protect['by']}" + (f" {_cell(weight)}" if weight else "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from milora_vl.policy.methods import label_of
+from milora_vl.report.plots import SCORE, suites_of
 from milora_vl.report.run_page import Comparison, Layer, Metric, Run, Score, label
 
 # Descriptions of questions, for suites whose name is not enough.
@@ -163,6 +164,13 @@ def forgetting_words(run: Run) -> str:
         f"(±{last['forgetting_stderr']:.3f}) at step {last['step']:,}. The loss on the text itself changed by "
         f"{last['forgetting_loss_change']:+.3f}."
     )
+
+
+def suite_words(run: Run) -> str:
+    """Return the caption of the scores during training; empty if none were measured."""
+    last = {key: value for entry in run.history for key, value in entry.items()}
+    scores = ", ".join(f"{name} {last[f'{SCORE}{name}']:.1f}" for name in suites_of(run.history))
+    return f"Scores of a small suite during training; at the last step: {scores}." if scores else ""
 
 
 def forgetting_rows(run: Run) -> list[list[str]]:

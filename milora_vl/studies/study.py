@@ -114,7 +114,7 @@ def chosen(name: str) -> list[str]:
         raise UserError(
             f"unknown study {name!r}",
             code="study-unknown",
-            hint=f"did you mean {near[0]} ?" if near else f"known studies: {', '.join(names)}",
+            hint=f"did you mean {near[0]}?" if near else f"known studies: {', '.join(names)}",
         )
     return matches
 

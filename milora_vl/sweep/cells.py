@@ -62,7 +62,7 @@ def make_cells(
     for name in methods:
         if name not in known:
             near = suggest(name, known)
-            guess = f"did you mean {near[0]} ?" if near else f"known methods: {', '.join(known)}"
+            guess = f"did you mean {near[0]}?" if near else f"known methods: {', '.join(known)}"
             raise UserError(
                 f"unknown method {name!r}",
                 code="sweep-unknown-method",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,11 +120,16 @@ def saves_of(targets: Sequence[Target]) -> Saves:
 
 
 def build(
-    recipe: Recipe, base: nn.Module, targets: list[Target], checkpoint: Path | None, dtype: torch.dtype = torch.float32
+    recipe: Recipe,
+    base: nn.Module,
+    targets: list[Target],
+    checkpoint: Path | None,
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Built:
     """Apply the resolved policy, or load the adapter of `checkpoint` with its initial factors (without an SVD).
 
-    `dtype` is the data type of the trained weights.
+    `calibration` holds the batches for protected inputs. `dtype` is the data type of the trained weights.
     """
 
     saves = saves_of(targets)
@@ -136,7 +141,14 @@ def build(
         model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
         _require_same_adapter(checkpoint, model, targets, recipe.form)
     else:
-        model = apply_targets(base, targets, form=recipe.form, cache_dir=recipe.factor_cache, progress=True)
+        model = apply_targets(
+            base,
+            targets,
+            form=recipe.form,
+            calibration=calibration,
+            cache_dir=recipe.factor_cache,
+            progress=True,
+        )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

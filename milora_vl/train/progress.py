@@ -26,6 +26,7 @@ SHOWN = {
     "skipped_records": "{:,.0f} records skipped",
     "epoch": "epoch {:.3g}",
 }
+SCORE = "eval_suite_"  # of a suite during training, in percent or points
 ALWAYS = ("loss", "eval_loss", "forgetting", "learning_rate")  # the others are shown if they are not 0
 
 
@@ -40,7 +41,9 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int, *, done: int | None
     done = step if done is None else done
     if "train_runtime" in logs:
         return f"{amount(done, 'step')} in {logs['train_runtime']:,.0f} s, loss {logs['train_loss']:.4f} on average"
-    values = [form.format(logs[key]) for key, form in SHOWN.items() if key in logs and (logs[key] or key in ALWAYS)]
+    scores = {key: value for key, value in logs.items() if key.startswith(SCORE) and not key.endswith("_stderr")}
+    values = [f"{key.removeprefix(SCORE)} {value:.1f}" for key, value in scores.items()]
+    values += [form.format(logs[key]) for key, form in SHOWN.items() if key in logs and (logs[key] or key in ALWAYS)]
     if "loss" in logs and seconds and done and step < steps:
         values.append(f"{duration(seconds / done * (steps - step))} left")
     return "  ".join([f"step {step:,}/{steps:,}", *values]) if values else ""

@@ -28,16 +28,17 @@ from milora_vl.plan.launch import calls_on_sigterm
 from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import RunFolder
-from milora_vl.plan.screen import Screen, policy_rows, trainable_line
+from milora_vl.plan.screen import Screen, policy_rows, protection_lines, trainable_line
 from milora_vl.recipe import base_model, on_model, rates
 from milora_vl.recipe.arguments import Request
 from milora_vl.recipe.schema import Recipe
-from milora_vl.train import failures, features, header, model, run_files, streaming
+from milora_vl.train import calibration, failures, features, header, model, run_files, streaming
 from milora_vl.train.finalize import close, write_pages
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.model import Built
 from milora_vl.train.opening import AtFirstStep, Opening
 from milora_vl.train.spectrum import layer_spectra
+from milora_vl.train.suites import SuiteCallback
 from milora_vl.train.trainer import MiloraTrainer
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Inputs:
 def read_inputs(plan: Plan, screen: Screen) -> Inputs:
     """Read and check the records, and work out the arguments and the number of steps."""
     recipe, checkpoint = plan.recipe, plan.folder.checkpoint
+    run_data.require_held_out(recipe.data)
     with screen.step(f"reading {run_data.describe(recipe.data)}"):
         data = run_data.read(recipe.data)
     plan.resumed.require_same_records(data)
@@ -119,6 +121,7 @@ class Loaded:
     processor: Any
     dtype: torch.dtype  # of the frozen weights
     probe: Probe | None  # the base's predictions, for forgetting during training
+    suites: evaluation.Scored | None  # questions, for scores during training
 
 
 def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
@@ -129,6 +132,7 @@ def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
     if line:
         screen.say(line)
     dtype = training_args.base_dtype(recipe, recipe.train)
+    suites = evaluation.during(recipe)
     with screen.step(f"loading {recipe.model}"):
         device = training_args.load_device(args)
         base, processor = model.load_base(recipe, dtype, device, inputs.data.train)
@@ -139,7 +143,7 @@ def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
     if recipe.eval.forgetting_every:
         with screen.step("keeping the base's predictions, for forgetting"):
             probe = Probe(base, processor)
-    return Loaded(recipe, base, processor, dtype, probe)
+    return Loaded(recipe, base, processor, dtype, probe, suites)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +178,11 @@ class Adapted:
     spectra: Any
 
 
-def adapt(plan: Plan, loaded: Loaded, args: TrainingArguments, screen: Screen) -> Adapted:
+def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted:
     """Apply the policy, or load a checkpoint's adapter; in the anchored form the base does not change."""
     from transformers import set_seed
 
-    recipe, checkpoint = loaded.recipe, plan.folder.checkpoint
+    recipe, checkpoint, args = loaded.recipe, plan.folder.checkpoint, inputs.args
     targets = on_model.targets_of(recipe, loaded.base)
     for warning in rates.warnings(targets, recipe.train, method=plan.request.edits.method):
         screen.warn(warning)
@@ -187,9 +191,12 @@ def adapt(plan: Plan, loaded: Loaded, args: TrainingArguments, screen: Screen) -
     if describes_start(plan.folder):
         with screen.step("measuring the spectrum of one layer per tower"):
             spectra = layer_spectra(loaded.base, targets)
+    batches = None
+    if checkpoint is None:  # a checkpoint refers to the protected inputs of its run
+        batches = calibration.batches(recipe, loaded.base, loaded.processor, targets, inputs.data.train, screen)
     set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
     with screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
-        built = model.build(recipe, loaded.base, targets, checkpoint, training_args.trained_dtype(args))
+        built = model.build(recipe, loaded.base, targets, checkpoint, batches, training_args.trained_dtype(args))
     if args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
     return Adapted(built, spectra)
@@ -208,6 +215,9 @@ def describe(plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Ad
     )
     screen.policy(policy_rows(built.targets, built.sizes, built.report), built.frozen)
     screen.say(trainable_line(built.model))
+    if built.saves == "adapter":
+        for line in protection_lines(built.targets, built.model.protections["default"]):
+            screen.say(line)
     run_files.set_chat_template(loaded.processor, recipe.template)
     if plan.resumed.changes:
         screen.say(f"changed since {folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
@@ -247,7 +257,7 @@ def load_and_train(plan: Plan, inputs: Inputs, screen: Screen, start: float) -> 
     """Load, adapt, train and save. `start` is the time of the run's start by `time.monotonic`."""
     loaded = load(plan, inputs, screen)
     rows = order(plan, loaded, inputs, screen)
-    adapted = adapt(plan, loaded, inputs.args, screen)
+    adapted = adapt(plan, loaded, inputs, screen)
     opening = describe(plan, inputs, loaded, rows, adapted, screen)
     try:
         trainer = make_trainer(plan, inputs, loaded, rows, adapted, opening)
@@ -289,6 +299,9 @@ def make_trainer(
     trainer.add_callback(AtFirstStep(opening.begin))
     if loaded.probe is not None and recipe.eval.forgetting_every:
         trainer.add_callback(ForgettingCallback(loaded.probe, recipe.eval.forgetting_every, trainer))
+    if loaded.suites is not None and recipe.eval.suite_every:
+        trainer.suites = SuiteCallback(loaded.suites, recipe.eval.suite_every, trainer, loaded.processor)
+        trainer.add_callback(trainer.suites)
     return trainer
 
 
@@ -352,6 +365,9 @@ def save(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening, start
             checkpoints.copy_results(Path(best or str(folder.checkpoint)), folder.path)
         trainer.save_state()
     if args.should_save:
+        overlaps = run_files.protection_json(trainer.trained())
+        if overlaps:
+            folder.write_json("protection.json", overlaps)
         opening.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
         opening.environment["seconds"] = round(time.monotonic() - start, 1)
         folder.write_json("environment.json", opening.environment)

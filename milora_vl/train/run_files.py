@@ -20,6 +20,7 @@ from milora_data.record_collator import RecordCollator
 from milora_data.records import Record
 from milora_data.templates import OWN, render_chat_template
 from milora_data.tokens import remember_legacy
+from milora_vl.lora.peft_model import MiloraMixin
 from milora_vl.models import loading
 from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of, uses_processor
 from milora_vl.recipe.schema import Recipe
@@ -122,10 +123,27 @@ def policy_json(built: Built) -> dict[str, Any]:
     return {
         "targets": [target.to_dict() for target in built.targets],
         "layers": [asdict(layer) for layer in built.report],
-        "protected": [{"path": p.path, "energy": p.energy, "bytes": p.num_bytes} for p in protected],
+        "protected": [
+            {
+                "path": p.path,
+                "directions": p.num_directions,
+                "energy": p.energy,
+                "held_out": p.held_out,
+                "bytes": p.num_bytes,
+            }
+            for p in protected
+        ],
         "trainable": get_model_param_count(built.model, trainable_only=True),
         "total": get_model_param_count(built.model),
     }
+
+
+def protection_json(model: Any) -> dict[str, float]:
+    """Return the content of protection.json: what the update does on the protected inputs of each layer, by path.
+
+    That is ||A' V|| / ||A'|| for the input factor A' of the adapter: rounding alone. Empty without protected inputs.
+    """
+    return model.overlaps_with_inputs("default") if isinstance(model, MiloraMixin) else {}
 
 
 def base_name(base: nn.Module) -> str:

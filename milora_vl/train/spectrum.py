@@ -105,4 +105,6 @@ def _trained(method: str, rank: int | None, count: int) -> list[int] | None:
         return [0, count]
     if rank is None:
         return None
-    return {"minor": [count - rank, count], "principal": [0, rank]}.get(METHODS[method].part or "")
+    start = (count - rank) // 2
+    bands = {"minor": [count - rank, count], "principal": [0, rank], "middle": [start, start + rank]}
+    return bands.get(METHODS[method].part or "")

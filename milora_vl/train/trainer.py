@@ -31,7 +31,7 @@ from milora_data.stream import RecordStream
 from milora_data.tokens import IGNORE
 from milora_vl.adapter_folders import PROJECTOR_FILES
 from milora_vl.lora.install import base_model_of
-from milora_vl.lora.keep_protected import keep_protected
+from milora_vl.lora.keep_protected import ShardedProjection, keep_protected
 from milora_vl.lora.peft_model import MiloraMixin
 from milora_vl.lora.sidecar import ANCHORS_FILE, FILE_NAME
 from milora_vl.lora.version_1_shards import convert_shards, needs_conversion
@@ -43,6 +43,7 @@ from milora_vl.recipe import protection
 from milora_vl.train import streaming
 from milora_vl.train.meter import Meter, group_rates, tower_norms
 from milora_vl.train.progress import Bars, Lines
+from milora_vl.train.suites import SuiteCallback
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -131,6 +132,19 @@ class StopOnSignal(TrainerCallback):
             self.stopped = control.should_save = control.should_log = control.should_training_stop = True
 
 
+class ProjectShards(TrainerCallback):
+    """Keep directions protected under DeepSpeed, which runs no hooks of the optimizer."""
+
+    def __init__(self, projection: ShardedProjection) -> None:
+        self.projection = projection
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Project after the step."""
+        self.projection.project()
+
+
 class MiloraTrainer(Trainer):
     """Train the modules of `targets`. `saves` is the content of checkpoints: adapter, projector or full model.
 
@@ -166,8 +180,10 @@ class MiloraTrainer(Trainer):
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
-        if any(target.protect for target in targets):
-            protection.require_whole(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+        protecting = {target.protect.by for target in targets if target.protect is not None}
+        protection.require_whole(protecting, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+        if protecting and self.is_deepspeed_enabled:
+            self.add_callback(ProjectShards(ShardedProjection(model)))
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
@@ -178,6 +194,7 @@ class MiloraTrainer(Trainer):
         named = {name: target_path(name, paths) for name, p in model.named_parameters() if p.requires_grad}
         self.norms = TowerNorms({name: paths[path] for name, path in named.items() if path})
         self.add_callback(self.norms)
+        self.suites: SuiteCallback | None = None  # scores during training
         if isinstance(model, MiloraMixin):
             model.converts_shards = True
             if resume_from is not None and needs_conversion(resume_from):
@@ -212,7 +229,8 @@ class MiloraTrainer(Trainer):
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
         # transformers 4 calls this without a model and accepts none.
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        keep_protected(self.trained(), optimizer)
+        if not self.is_deepspeed_enabled:
+            keep_protected(self.trained(), optimizer)
         return optimizer
 
     def get_train_dataloader(self) -> Any:
@@ -292,6 +310,15 @@ class MiloraTrainer(Trainer):
         assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
         return output
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate as HF does. If a score of a suite chooses the best checkpoint, the result has the scores too."""
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.suites is not None and "suite_" in (self.args.metric_for_best_model or ""):
+            metrics |= self.suites.scores()
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as HF does, with our entries. Raises UserError if the loss is not finite."""

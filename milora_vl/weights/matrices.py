@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
@@ -67,6 +70,37 @@ def read_matrix(module: nn.Module) -> Tensor:
     with torch.no_grad(), gather_params_ctx(list(module.parameters(recurse=False)), modifier_rank=None):
         weight = as_matrix(module, dequantize_module_weight(module).detach())
         return weight.clone() if is_deepspeed_zero3_enabled() else weight
+
+
+@contextmanager
+def gathered_in_forward(model: nn.Module) -> Iterator[None]:
+    """Under ZeRO-3, gather the parameters of each module while its forward runs; otherwise do nothing.
+
+    DeepSpeed gathers them only in models that train. All processes must run the same forward passes.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    open_modules: dict[nn.Module, Any] = {}
+
+    def gather(module: nn.Module, _: Any) -> None:
+        context = gather_params_ctx(list(module.parameters(recurse=False)), modifier_rank=None)
+        context.__enter__()
+        open_modules[module] = context
+
+    def release(module: nn.Module, *_: Any) -> None:
+        open_modules.pop(module).__exit__(None, None, None)
+
+    owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    handles: list[Any] = [module.register_forward_pre_hook(gather) for module in owners]
+    handles += [module.register_forward_hook(release) for module in owners]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in list(open_modules):  # an exception has ended their forward
+            release(module)
 
 
 def factor_dtype(module: nn.Module) -> torch.dtype:

@@ -172,7 +172,10 @@ def test_a_wrong_base_and_a_place_without_files_are_refused(
     flags = ["--base", str(tmp_path / "other"), "--allow-base-mismatch"]
     assert main([str(tmp_path / "adapter"), *flags]) == 0
     assert "A lower factor alone does not show" in (tmp_path / "adapter" / "report.html").read_text()
-    with pytest.raises(UserError, match="--output_dir: is required"):
+    with pytest.raises(UserError) as error:
+        main(["nothing"])
+    assert error.value.first.code == "model-unknown"
+    with pytest.raises(UserError, match="--output_dir: .* is a model, not the folder of a training"):
         main(["tiny"])
     with pytest.raises(UserError, match="no layer matches"):
         main(["tiny", "--modules", "nothing", "--output_dir", str(tmp_path / "x")])

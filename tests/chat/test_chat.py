@@ -87,7 +87,7 @@ def test_a_conversation_remembers_until_it_is_reset(
     model, processor = load_model("tiny")
     turns = (Turn("user", "What?"), Turn("assistant", first), Turn("user", "Why?"))
     assert second == generate(model, processor, [Prompt(turns)], max_new_tokens=8)[0]
-    assert "did you mean /image ?" in err
+    assert "did you mean /image?" in err
     assert "9.png: no such picture" in err
     assert f"{picture.parent}: this is a folder; expected a picture" in err
 

@@ -23,8 +23,11 @@ from milora_data.command.flags import SHARED
 from milora_data.errors import UserError
 from milora_vl.__main__ import MENU, main
 from support import fake_run
+from support.adapter_cases import raises_code
 from support.command_parsers import parser_of
 from support.stored_answers import write_answers
+
+pytestmark = pytest.mark.usefixtures("known_memory")
 
 INNER = {name: import_module(MENU.modules[name]).MENU for name in MENU.menus}
 PROGRAMS = [(name,) for name in MENU.modules if name not in INNER]
@@ -80,27 +83,51 @@ def test_flags_of_the_same_name_take_the_same_value(parsers: dict[tuple[str, ...
 def test_a_mistyped_flag_is_helped_and_is_bad_usage(
     words: tuple[str, ...], parsers: dict[tuple[str, ...], CommandParser]
 ) -> None:
+    with pytest.raises(UserError, match=r"--formt: unknown argument(.|\n)*did you mean --format") as error:
+        main([*words, *needed_arguments(parsers[words]), "--formt", "json"])
+    assert error.value.exit_code == 2
+    assert error.value.first.where == "--formt"
+
+
+@pytest.mark.parametrize("words", [words for words in PROGRAMS if words not in OF_OTHERS], ids=" ".join)
+def test_an_output_folder_that_cannot_be_is_refused_before_any_work(
+    words: tuple[str, ...], parsers: dict[tuple[str, ...], CommandParser], tmp_path: Path
+) -> None:
+    if "--output_dir" not in parsers[words].flags():
+        return
+    (tmp_path / "file").touch()
+    with raises_code("path-not-a-folder", where="--output_dir", hint="use another folder"):
+        main([*words, *needed_arguments(parsers[words]), "--output_dir", str(tmp_path / "file" / "out")])
+
+
+def needed_arguments(parser: CommandParser) -> list[str]:
     needed: list[str] = []
-    for action in parsers[words]._actions:
+    for action in parser._actions:
         if action.required and action.option_strings:
             needed += [action.option_strings[0], str(next(iter(action.choices or ["1"])))]
         elif action.required:
             needed.append("x")
-    for group in parsers[words]._mutually_exclusive_groups:
+    for group in parser._mutually_exclusive_groups:
         needed += [group._group_actions[0].option_strings[0], "x"] if group.required else []
-    with pytest.raises(UserError, match="did you mean --format") as error:
-        main([*words, *needed, "--formt", "json"])
-    assert error.value.exit_code == 2
+    return needed
+
+
+def test_only_the_flags_are_unknown_not_the_words_beside_them() -> None:
+    with pytest.raises(UserError) as error:
+        main(["chat", "--model", "tiny", "--temperature", "-1", "--tempalte", "plain", "hi"])
+    assert [problem.where for problem in error.value.problems] == ["--temperature", "--tempalte"]
+    assert {problem.code for problem in error.value.problems} == {"command-line"}
+    assert "did you mean --template?" in error.value.problems[1].hint
 
 
 def test_a_word_that_is_no_choice_is_helped() -> None:
-    with pytest.raises(UserError, match=r"invalid choice: 'foldr'(.|\n)*did you mean folder \?"):
+    with pytest.raises(UserError, match=r"--from: expected one of .*, got 'foldr'\ndid you mean folder\?"):
         main(["data", "convert", "--from", "foldr", "x", "--output_dir", "y"])
 
 
 @pytest.mark.parametrize(("typed", "meant"), [("tarin", "train"), ("view", "eval view"), ("show", "data show")])
 def test_a_mistyped_program_is_helped(typed: str, meant: str) -> None:
-    with pytest.raises(UserError, match=f"unknown program: {typed}(.|\n)*did you mean {meant} \\?"):
+    with pytest.raises(UserError, match=f"unknown program: {typed}(.|\n)*did you mean {meant}\\?"):
         main([typed])
 
 
@@ -269,7 +296,7 @@ def test_a_place_that_cannot_be_written_is_a_line(
     with pytest.raises(SystemExit) as caught:
         run(broken)
     assert caught.value.code == code
-    assert capsys.readouterr().err.endswith(message)
+    assert message in capsys.readouterr().err
 
 
 def test_a_path_that_was_named_and_cannot_be_is_a_line_and_a_file_of_ours_is_our_mistake(
@@ -283,11 +310,29 @@ def test_a_path_that_was_named_and_cannot_be_is_a_line_and_a_file_of_ours_is_our
     with pytest.raises(SystemExit) as caught:
         run(makes_a_folder)
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: /proc/self/out: No such file or directory\n"
+    message = "error: --output_dir: /proc/self/out/a: No such file or directory\n"
+    assert capsys.readouterr().err.startswith(message)
     for words in (["--output_dir=/proc/self/out/a"], ["--image_folder", "."], ["--image_folder", "/"]):
         monkeypatch.setattr(sys, "argv", ["train", *words])
         with pytest.raises(FileNotFoundError):
             run(lambda argv: len(Path("ours.txt").read_text()))
+
+
+def test_a_temporary_folder_is_reported_as_the_folder_of_the_command_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def makes_a_folder(argv: object) -> int:
+        Path("/proc/.x.part/images").mkdir(parents=True)
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["emoji", "--format", "json", "--output_dir", "/proc/x"])
+    with pytest.raises(SystemExit) as caught:
+        run(makes_a_folder)
+    assert caught.value.code == 2
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert (problem["code"], problem["where"]) == ("path-unusable", "--output_dir")
+    assert problem["message"].startswith("/proc/x: ")
+    assert problem["hint"]
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

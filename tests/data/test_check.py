@@ -17,6 +17,7 @@ from milora_data.errors import DataError, UserError
 from milora_data.images.files import place_of
 from milora_data.records import Record
 from milora_data.sources import load_records, within
+from support.adapter_cases import raises_code
 
 H, G = "human", "gpt"
 
@@ -200,7 +201,8 @@ def test_training_is_told_of_all_missing_pictures_at_once(write: Callable[..., P
     with pytest.raises(MissingImages) as caught:
         check_for_training(path, tiny_data / "images")
     message = str(caught.value)
-    assert message.startswith("7 of 8 pictures are missing")
+    assert (caught.value.first.code, caught.value.first.where) == ("data-missing-pictures", f"{path}:2")
+    assert caught.value.first.message.startswith("7 of 8 pictures are missing")
     assert "gone0.png, gone1.png, gone2.png, gone3.png, gone4.png, ..." in message
     assert "--bad_images skip" in message
     counts = check_for_training(load_records(path), tiny_data / "images", bad_images="skip")
@@ -261,7 +263,7 @@ def test_training_refuses_broken_records_by_line(write: Callable[..., Path], tin
 def test_training_counts_what_teaches_nothing(write: Callable[..., Path], tiny_data: Path) -> None:
     counts = check_for_training(write(GOOD, BROKEN["no_answer"][1]), tiny_data / "images")
     assert counts["unlearnable"] == 1
-    with pytest.raises(DataError, match="no records"):
+    with raises_code("data-no-records", where="empty.json", hint="at least one record"):
         check_for_training(write(name="empty.json"), tiny_data)
 
 

@@ -168,7 +168,7 @@ def test_held_out_are_the_records_that_llm_adapters_holds_out(tmp_path: Path) ->
     theirs = datasets.Dataset.from_list(rows).train_test_split(test_size=12, shuffle=True, seed=42)
     assert {record["conversations"][0]["value"] for record in held} == set(theirs["test"]["query"])
     assert {record["conversations"][0]["value"] for record in kept} == set(theirs["train"]["query"])
-    with pytest.raises(DataError, match="--hold_out 200: there are 200 records, and none would be left"):
+    with pytest.raises(DataError, match="--hold_out: 200 of 200 records leave none"):
         convert("alpaca", {"i.json": rows}, tmp_path / "out", "--hold_out", "200")
 
 
@@ -202,7 +202,9 @@ def test_the_boxes_of_refcoco_are_those_that_its_benchmark_expects(tmp_path: Pat
 
 
 def test_files_without_a_record_for_us_are_no_data_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"problems\.json: no record of split minival \(--split\)\nnothing was written"):
+    with pytest.raises(
+        UserError, match=r"problems\.json: no record of split minival \(--split\)(.|\n)*nothing was written"
+    ):
         convert("scienceqa", {"problems.json": {"1": {"split": "train"}}}, tmp_path, "--split", "minival")
     assert not (tmp_path / "out").exists()
 

@@ -55,7 +55,7 @@ def test_flags_take_dashes_and_underscores_and_no_guesses() -> None:
     options.add_argument("--dry-run", action="store_true")
     chosen = options.parse_args(["--output-dir=a_b-c", "--dry_run"])
     assert (chosen.output_dir, chosen.dry_run) == ("a_b-c", True)
-    with pytest.raises(UserError, match=r"unknown argument: --output(.|\n)*did you mean --output_dir"):
+    with pytest.raises(UserError, match=r"--output: unknown argument(.|\n)*did you mean --output_dir"):
         options.parse_args(["--output", "x"])
     with pytest.raises(UserError, match="expected one argument"):
         options.parse_args(["--output_dir"])
@@ -312,3 +312,11 @@ def test_a_command_typed_as_milora_is_answered_with_milora(monkeypatch: pytest.M
 def test_a_folder_of_pictures_is_told_how_it_becomes_records(tiny_data: Path) -> None:
     with pytest.raises(UserError, match=r"a folder(.|\n)*milora_data convert --from folder .*images --output_dir OUT"):
         main(["check", str(tiny_data / "images")])
+
+
+def test_a_broken_parquet_file_is_an_error_of_ours_alone(tmp_path: Path) -> None:
+    (tmp_path / "l.parquet").write_bytes(b"PAR1 cut off")
+    command = [sys.executable, "-m", "milora_data", "check", str(tmp_path / "l.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "cannot be read from here on" in done.stdout + done.stderr
+    assert "Failed to read" not in done.stderr

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from milora_vl import generate, smol_llava
 from support import documented_files
 from support.documented import PAGES, ROOT, SHELLS, Block, Command, blocks, commands, is_command, name_of, new_side
 from support.documented_run import flags_of, in_one, in_two, launch_of, run_here, run_outside, run_together, substituted
@@ -28,6 +29,8 @@ from support.documented_tables import (
     SUBSTITUTIONS,
 )
 from support.llava_parts import small_vicuna_and_clip
+
+pytestmark = pytest.mark.usefixtures("known_memory")
 
 NAMES = [name_of(page) for page in PAGES]
 ALL = [command for page in NAMES for command in commands(page)]
@@ -51,7 +54,20 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_records: list[dict[str,
 
 
 @pytest.fixture
-def place(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is not trained ends no answer: it would generate the 512 tokens that some benchmarks allow."""
+    greedy = generate._greedy
+
+    def shorter(reader: generate.Reader, max_new_tokens: int, num_beams: int) -> Any:
+        return greedy(reader, min(max_new_tokens, 8), num_beams)
+
+    monkeypatch.setattr(generate, "_greedy", shorter)
+
+
+@pytest.fixture
+def place(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_answers: None, forked_programs: None
+) -> Path:
     """A working folder with the files that the pages presume, and a separate cache."""
     from milora_data.assets import cache_dir
 
@@ -138,6 +154,21 @@ def test_slow_and_launched_commands_of_a_page_run_as_typed(page: str, place: Pat
     run_page(page, run)
 
 
+@pytest.fixture
+def two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2 with two of its thirty blocks: to decompose all of them says nothing more about a snippet."""
+    whole = smol_llava.language_model
+
+    def shortened() -> tuple[Any, Any]:
+        model, tokenizer = whole()
+        del model.model.layers[2:]
+        model.config.num_hidden_layers = 2
+        return model, tokenizer
+
+    monkeypatch.setattr(smol_llava, "language_model", shortened)
+
+
+@pytest.mark.usefixtures("two_blocks")
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_a_snippet_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -34,5 +34,10 @@ def test_an_answer_matches_any_accepted_one_and_nothing_near() -> None:
     assert not exact_match("", ["yes"])
 
 
+def test_a_document_answer_that_is_less_than_half_right_is_wrong() -> None:
+    assert anls("abcd", ["abxx"]) == 0.5
+    assert anls("abcde", ["abxxx", "vwxyz"]) == 0
+
+
 def test_the_length_of_a_document_answer_is_that_of_its_capitals() -> None:
     assert anls("Maß", ["Mas"]) == 0.75  # 1 of the 4 letters of MASS, as in the RRC script

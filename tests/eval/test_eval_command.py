@@ -161,7 +161,7 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
         (["--suite", "quick", "--data", "nowhere"], ["no benchmark's files", "milora_eval ls"]),
         (["--suite", "emoji", "--adapter", "nowhere"], ["no adapter", "nowhere", "milora_vl.train"]),
         (["--suite", "emoji", "--with_base"], ["--with_base", "--adapter"]),
-        (["--suite", "emoji", "--shard", "3/2"], ["--shard 3/2", "1/4"]),
+        (["--suite", "emoji", "--shard", "3/2"], ["--shard: ", "3/2", "1/4"]),
         (["--suite", "emoji", "--limit", "-2"], ["--limit", "negative"]),
         (["--suite", "emoji", "--batch_size", "0"], ["--batch_size", "at least 1"]),
         (["--suite", "emoji", "--limt", "3"], ["--limt", "--limit", "milora_eval run --help"]),

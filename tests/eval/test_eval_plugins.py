@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -158,6 +159,18 @@ def test_a_table_without_openpyxl_is_told_with_its_extra(tmp_path: Path, monkeyp
 def test_a_prediction_of_zero_is_an_answer(tmp_path: Path) -> None:
     path = write_xlsx(tmp_path / "a.xlsx", ("index", "prediction"), [[1, 0], [2, None], [3, "A"]])
     assert [row["text"] for row in read_predictions(path)] == ["0", "", "A"]
+
+
+def test_vlmevalkit_builds_a_registered_model_with_its_own_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, bases = ModuleType("vlmeval.config"), ModuleType("vlmeval.vlm.base")
+    config.supported_VLM, bases.BaseModel = {}, type("BaseModel", (), {})  # type: ignore[attr-defined]
+    for module in (config, bases):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    register("mine-Qwen2-VL", "tiny")
+    build = config.supported_VLM["mine-Qwen2-VL"]
+    assert build() and build(use_vllm=False)  # noqa: PT018 - run.py calls it with or without the keyword, by the name
+    with pytest.raises(UserError, match="not with vLLM"):
+        build(use_vllm=True)
 
 
 def test_vlmevalkits_model_answers_a_message(tmp_path: Path) -> None:

@@ -246,8 +246,8 @@ def test_the_command(run, capsys, monkeypatch) -> None:
         main([str(run.root), "--to", "merged", "--output_dir", str(run.root / "x")])
     for arguments, message in {
         ("--to", "rank-2"): "exists and is not empty",
-        ("--to", "mergd"): r"unknown form(.|\n)*did you mean merged \?",
-        ("--to", "merged", "--with_base"): "only applies to --to adapter and rank-N",
+        ("--to", "mergd"): r"unknown form(.|\n)*did you mean merged\?",
+        ("--to", "merged", "--with_base"): "only applies to --to adapter, rank-N and gguf-lora",
         ("--to", "merged", "--base", str(run.root / "nowhere" / "x")): "unknown model",
     }.items():
         with pytest.raises(UserError, match=message):

@@ -106,6 +106,20 @@ def test_an_old_run_resumes_with_the_losses_it_had(name: str, tmp_path: Path, mo
     assert _losses(run) == pytest.approx(expected, rel=1e-5)
 
 
+# The first version's losses with --bf16, whose adapters multiplied rounded halves.
+BF16_LOSSES = [5.553332328796387, 5.5448102951049805, 5.5372314453125, 5.531213283538818, 5.526511192321777, 5.52325]
+
+
+def test_losses_in_bfloat16_are_those_of_before_up_to_its_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _place("text", tmp_path, monkeypatch)
+    command = json.loads((run / "environment.json").read_text(encoding="utf-8"))["command"][3:]
+    command[command.index("--output_dir") + 1] = "bf16"
+    assert train([*command, "--bf16", "--save_strategy", "no"]) == 0
+    assert _losses(tmp_path / "bf16") == pytest.approx(BF16_LOSSES, rel=2e-4)
+
+
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2", "zero3"])

@@ -38,7 +38,7 @@ anchors = [b.double().sum().item() for b in tuned.buffers()]
 ignored = len(wrapped.parameters_to_ignore)
 (protected,) = tuned.protections["default"].values()
 inside = protected.overlap(trained_factors(lora_layer(tuned, "2"), "default"))
-directions = [protected.U.double().sum().item(), protected.V.double().sum().item(), inside]
+directions = [protected.outputs.basis.double().sum().item(), protected.V.double().sum().item(), inside]
 unchanged = start == [b.sum().item() for b in tuned.buffers()]
 print("RESULT" + json.dumps([directions, trained, anchors, ignored, unchanged]))
 dist.barrier()

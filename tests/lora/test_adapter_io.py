@@ -126,7 +126,7 @@ def test_what_is_no_adapter_folder_is_refused_in_words(saved, tiny_llava, tmp_pa
     (tmp_path / "run" / "checkpoint-10").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-10" / "adapter_model.safetensors").touch()
     (tmp_path / "file").write_text("x")
-    newest = "checkpoint-10 ? It is the newest checkpoint"
+    newest = "checkpoint-10? It is the newest checkpoint"
     for path, code, message, hint in (
         (tmp_path / "nowhere", "adapter-no-folder", "no such adapter folder", ""),
         (tmp_path / "file", "adapter-no-folder", "this is a file", ""),

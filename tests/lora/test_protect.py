@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from milora_vl import apply_milora, keep_protected, load_adapter, merge, reinit_peft, restore_split, save_adapter
 from milora_vl.lora.install import anchors_of, base_layer, lora_layer, trained_factors
-from milora_vl.lora.protection import Protected
+from milora_vl.lora.protection import Directions, Protected
 from milora_vl.policy.rules import Protect
 from milora_vl.weights.matrices import as_matrix
 from support.adapter_cases import Pictures, move, one_rule, picture_batch, raises_code, tiny_gpt2, token_batch
@@ -302,7 +302,7 @@ def test_removing_twice_is_removing_once_and_leaves_the_rest(rows: int, width: i
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     basis = torch.linalg.qr(draw(width, min(top, width))).Q
-    protected = Protected("x", Protect(top=top), basis, basis, 0.0)
+    protected = Protected("x", Protect(top=top), Directions(basis), Directions(basis), 0.0)
     A, B = draw(rows, width), draw(width, rows)
     once = [A.clone(), B.clone()]
     protected.remove(once)

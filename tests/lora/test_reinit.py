@@ -53,7 +53,7 @@ def test_it_is_what_apply_milora_makes(tiny_llama) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("part", ["principal", "random"])
+@pytest.mark.parametrize("part", ["principal", "random", "middle"])
 @pytest.mark.parametrize("form", ["anchored", "residual"])
 def test_other_parts_and_forms(tiny_llama, part, form) -> None:
     ids = token_batch(200)

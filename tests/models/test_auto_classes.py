@@ -17,6 +17,7 @@ from milora_data.errors import UserError
 from milora_vl import apply_milora, compose, load_model, save_adapter
 from milora_vl.export import export, main
 from support.adapter_cases import move
+from support.programs import run as run_program
 
 POLICY = "[{modules: language, method: milora, rank: 2}, {modules: projector, method: full, learning_rate: 1.0e-3}]"
 INPUTS = {"input_ids": [[5, *[260] * 100, 9, 7]]}
@@ -42,7 +43,7 @@ def logits(model: torch.nn.Module, root: Path) -> torch.Tensor:
     ).logits
 
 
-# Saves the logits of a merged model. A new interpreter runs it, in which nothing is registered yet.
+# Saves the logits of a merged model, in a process in which nothing is registered yet.
 LOAD = """
 import sys
 {first}
@@ -75,10 +76,13 @@ def loaded(
     folder: Path, root: Path, *, first: str = "", last: str = "", options: str = "{}", then: str = ""
 ) -> torch.Tensor:
     code = LOAD.format(first=first, last=last, options=options, ids=INPUTS["input_ids"], then=then)
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(root)], capture_output=True, text=True, cwd=root,
-        env={**os.environ, "HF_MODULES_CACHE": str(root / "modules")},
-    )  # fmt: skip
+    words, modules = [code, str(folder), str(root)], str(root / "modules")
+    if first == "import milora_vl" and options == "{}":  # before transformers, which a fork has imported
+        env = {**os.environ, "HF_MODULES_CACHE": modules}
+        done = subprocess.run([sys.executable, "-c", *words], capture_output=True, text=True, cwd=root, env=env)
+    else:
+        place = f"from transformers import dynamic_module_utils as utils\nutils.HF_MODULES_CACHE = {modules!r}\n"
+        done = run_program(["-c", place + words[0], *words[1:]], cwd=root)
     assert done.returncode == 0, done.stderr
     return load_file(root / "found.safetensors")["logits"]
 

@@ -136,7 +136,8 @@ def test_timms_features_become_tokens_in_their_places(name: str) -> None:
     ("parts", "message"),
     [
         (["--vision", "timm/vit_tyni", "--language", "tiny-text"], "timm has no model 'vit_tyni'\nsimilar: vit"),
-        (["--vision", "./nowhere", "--language", "tiny-text"], "--vision_tower ./nowhere: no such folder"),
+        (["--vision", "./nowhere", "--language", "tiny-text"], "./nowhere: no such folder"),
+        (["--vision", "tiny", "--language", "tiny-text"], "tiny: a built-in model has no vision tower"),
         (["--vision", "timm/test_vit", "--language", "tiny"], "tiny: this is already a vision-language model"),
         (
             ["--vision", "timm/test_vit", "--language", "tiny-text", "--projector", "none.bin"],

@@ -77,7 +77,6 @@ def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() 
     assert {(problem.where, problem.code) for problem in found} == {
         ("policy[0].method", "policy-value"),
         ("policy[0].rank.energie", "policy-unknown-key"),
-        ("policy[0].protect.top", "policy-protect"),
         ("policy[0].protect.by", "policy-protect"),
         ("policy[0].alpha", "policy-value"),
     }

@@ -24,8 +24,14 @@ def test_a_policy_with_it_is_read_and_written() -> None:
 @pytest.mark.parametrize(
     ("protect", "message"),
     [
-        (3, r"\.protect: expected a mapping such as \{top: 64\}"),
-        ({"by": "basis"}, r"\.protect\.top: missing"),
+        (3, r"\.protect: expected a mapping such as \{inputs: 0.9\} or \{top: 64\}"),
+        ({"by": "basis"}, r"\.protect: expected exactly one of top and inputs, got neither"),
+        ({"top": 3, "inputs": 0.5}, r"\.protect: expected exactly one of top and inputs, got both"),
+        ({"top": 3, "max": 5}, r"\.protect\.max: only inputs uses it"),
+        ({"inputs": 0.5, "by": "basis"}, r"\.protect\.by: inputs are protected by projection only, got basis"),
+        ({"inputs": 0.0}, r"\.protect\.inputs: expected a share above 0, below 1, got 0.0"),
+        ({"inputs": 1}, r"\.protect\.inputs: expected a share above 0, below 1, got 1"),
+        ({"inputs": 0.5, "max": 0}, r"\.protect\.max: expected a positive number of directions, got 0"),
         ({"top": 0}, r"\.protect\.top: expected a positive number of directions, got 0"),
         ({"top": 3, "by": "prayer"}, r"\.protect\.by: expected one of projection, basis, penalty, got 'prayer'"),
         ({"top": 3, "weight": 2.0}, r"\.protect\.weight: by: projection does not use it"),
@@ -38,12 +44,28 @@ def test_what_is_no_protection_is_refused(protect: Any, message: str) -> None:
         Policy.parse(one_rule(protect=protect))
 
 
-@pytest.mark.parametrize("method", ["pissa", "random", "dora", "olora", "mica", "full", "frozen"])
+@pytest.mark.parametrize("method", ["pissa", "random", "middle", "dora", "olora", "mica", "full", "frozen"])
 def test_methods_that_cannot_stay_outside_are_refused(tiny_llama, method: str) -> None:
     rule = {"modules": "language", "method": method, "protect": {"top": 3}}
     rule |= {} if method in ("full", "frozen") else {"rank": 2}
     with pytest.raises(PolicyError, match=rf"policy\[0\]\.protect: method {method} cannot use it"):
         apply_milora(tiny_llama()[0], [rule])
+
+
+@pytest.mark.parametrize("method", ["dora", "olora", "mica", "full", "frozen"])
+def test_methods_that_cannot_protect_inputs_are_refused(tiny_llama, method: str) -> None:
+    rule = {"modules": "language", "method": method, "protect": {"inputs": 0.5}}
+    rule |= {} if method in ("full", "frozen") else {"rank": 2}
+    with pytest.raises(PolicyError, match=rf"policy\[0\]\.protect: method {method} cannot use it"):
+        apply_milora(tiny_llama()[0], [rule])
+
+
+def test_a_later_method_drops_what_it_cannot_protect() -> None:
+    with torch.device("meta"):
+        bare = nn.Sequential(nn.Linear(10, 12))
+    for protect, kept in (({"top": 3}, None), ({"inputs": 0.5}, Protect(inputs=0.5))):
+        rules = [*one_rule(protect=protect), {"modules": "0", "method": "pissa"}]
+        assert Policy.parse(rules).resolve(bare)[0].protect == kept
 
 
 def test_more_directions_than_a_matrix_has_are_refused(tiny_llama) -> None:

@@ -140,6 +140,6 @@ def test_what_is_proposed_would_match(selector: Selector, text: str) -> None:
     with pytest.raises(SelectorError) as caught:
         selector.match(text, whole_modules=False)
     (line,) = [line for line in str(caught.value).splitlines() if line.startswith("did you mean  ")]
-    for proposed in line.removeprefix("did you mean  ").removesuffix(" ?").split("  or  "):
+    for proposed in line.removeprefix("did you mean  ").removesuffix("?").split("  or  "):
         assert proposed != text
         assert selector.match(proposed, whole_modules=False)

@@ -64,10 +64,9 @@ def test_every_raised_error_has_a_code() -> None:
 
 
 # Codes that a variable holds before they reach the call, and the files with such calls.
-INDIRECT = {"data-folder", "path-unusable", "policy-rank-too-large"}
+INDIRECT = {"data-folder", "policy-rank-too-large"}
 INDIRECT |= {f"{area}-unknown-key" for area in ("policy", "recipe", "study")} | {"study-value"}  # of pydantic's errors
 HOLDERS = {
-    "data_tools/milora_data/command/cli.py",
     "data_tools/milora_data/errors.py",
     "data_tools/milora_data/formats/jsonfile.py",
     "data_tools/milora_data/images/files.py",
@@ -98,6 +97,17 @@ def test_every_code_has_one_entry_and_every_entry_is_a_code() -> None:
     assert len(ENTRIES) == len(set(ENTRIES))
     assert set(ENTRIES) == used | INDIRECT
     assert not used & INDIRECT
+
+
+def test_the_place_of_a_flag_is_the_flag_and_the_message_has_its_value() -> None:
+    """A program that reads the problems finds them by the flag; the value belongs to the message."""
+    places = [
+        (place, pattern(keyword.value))
+        for place, call in raising()
+        for keyword in call.keywords
+        if keyword.arg == "where"
+    ]
+    assert [(place, text) for place, text in places if text.startswith("--") and " " in text] == []
 
 
 def raising() -> Iterator[tuple[str, ast.Call]]:

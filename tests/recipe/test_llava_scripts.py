@@ -20,6 +20,8 @@ from milora_vl.models.loading import config_of
 from milora_vl.train.command import main
 from support.launched import needs_deepspeed
 
+pytestmark = pytest.mark.usefixtures("known_memory")
+
 SCRIPTS: dict[str, dict[str, str]] = json.loads(
     (Path(__file__).parents[1] / "reference" / "llava_scripts.json").read_text(encoding="utf-8")
 )["scripts"]
@@ -214,9 +216,9 @@ def test_full_training_from_parts(parts: dict[str, str], place: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"deepspeed": "./scripts/zero9.json"}, r"zero9.json: no such file(.|\n)*--deepspeed zero"),
-        ({"report_to": "wandb"}, r"--report_to wandb: the package wandb is not installed"),
-        ({"report_to": "tensorbord"}, r"--report_to tensorbord: unknown tracker\ndid you mean tensorboard\?"),
+        ({"deepspeed": "./scripts/zero9.json"}, r"--deepspeed: .*zero9.json(.|\n)*did you mean zero"),
+        ({"report_to": "wandb"}, r"--report_to: wandb needs the package wandb"),
+        ({"report_to": "tensorbord"}, r"--report_to: unknown tracker tensorbord\ndid you mean tensorboard\?"),
         ({"pretrain_mm_mlp_adapter": "none.bin"}, r"none.bin: no projector weights"),
         ({"mm_projector_type": "linear"}, r"only mlp2x_gelu"),
         ({"vision_tower": "./nowhere"}, r"nowhere"),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import yaml
+from huggingface_hub import ModelCard
 
 from milora_vl.recipe.schema import Recipe
 from milora_vl.report import model_card
@@ -19,6 +20,32 @@ def test_the_front_matter_names_base_and_method(tmp_path: Path) -> None:
     assert front["base_model"] == "tiny"
     assert front["library_name"] == "peft"
     assert "milora" in front["tags"]
+
+
+def test_the_front_matter_has_the_schema_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "environment.json").write_text(json.dumps({"base": "llava-hf/llava-1.5-7b-hf"}))
+    data = {"path": [{"path": "train.json"}, {"path": "hub:owner/set:train"}]}
+    card = tmp_path / "README.md"
+    card.write_text(model_card.render(tmp_path, Recipe.parse({**RECIPE.model_dump(), "data": data})))
+    front = ModelCard.load(card).data
+    assert (front.base_model, front.license, front.datasets) == ("llava-hf/llava-1.5-7b-hf", "other", ["owner/set"])
+    assert front.license_link == "https://huggingface.co/llava-hf/llava-1.5-7b-hf"
+    assert front.eval_results is None
+    results = tmp_path / "eval" / "emoji" / "final" / "results.json"
+    results.parent.mkdir(parents=True)
+    for value in (0.5, 0.537):
+        score = {"name": "mean over types", "value": value, "unit": "fraction"}
+        results.write_text(json.dumps({"benchmarks": [{"name": "emoji", "metrics": [score]}]}))
+        model_card.update_scores(tmp_path)
+    (found,) = ModelCard.load(card).data.eval_results or []
+    assert (found.dataset_name, found.metric_type, found.metric_value) == ("emoji", "accuracy", 53.7)
+    assert card.read_text().count("model-index") == 1
+
+
+def test_a_folder_is_no_base_model_for_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text(json.dumps({"base": str(tmp_path)}))
+    assert "base_model" not in yaml.safe_load(model_card.render(tmp_path, RECIPE).split("---")[1])
 
 
 def test_a_text_model_is_called_so(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ LEFT_OPEN: tuple[tuple[str, str], ...] = (
         "--mm_projector_type mlp2x_gelu --image_aspect_ratio pad --bf16 False --max_steps 1 --report_to none "
         "--use_cpu True --save_strategy no --lora_r 4 --output_dir runs/llava-lora",
     ),
+    (r"milora demo(?: --quick)?$", "milora demo --recipe tiny-demo.yaml --quick"),
     (r"run --suite emoji --limit", "run --model tiny --suite emoji --output_dir out --limit"),
     (r"milora_vl\.train --method$", "milora_vl.train --model tiny --rank 4 --method lora --dry-run"),
     (r"milora train --dry-run", "milora train --model tiny --rank 4 --dry-run"),
@@ -71,7 +72,9 @@ EXCEPTIONS: dict[str, str] = {
     r"(python3? -m )?pip (install|uninstall|download)|python3 -m venv": "changes an environment",
     r"source ": "means the reader's own shell",
     r"hf download ": "needs the model hub; its files are made by tests/support/documented_files.py",
-    r"vllm serve ": "vLLM needs a GPU and a separate environment",
+    r"vllm serve |python -m sglang": "vLLM and SGLang need a GPU and a separate environment",
+    r"transformers serve |curl ": "the server runs until it is stopped; tests/export/test_serving.py starts it",
+    r"llama-server |ollama ": "not from the package index; tests/export/test_gguf.py reads the files with llama.cpp",
     r"swift sft ": "ms-swift needs a separate environment",
     r"python -m lmms_eval ": "lmms-eval needs a separate environment",
     r"python -m milora_eval\.lm_eval ": "lm-evaluation-harness is not installed, and reads its tasks from the hub",
@@ -87,6 +90,7 @@ SLOW: dict[str, str] = {
     r"python -m milora_vl\.sweep (?!.*--plan)": "each cell is two programs",
     r"python -m milora_vl\.integrations\.llava ": "LLaVA's own training",
     r"python -m milora_vl\.studies decay ": "its plan reads every matrix of three models",
+    r"milora demo": "four programs, one after another",
     r"python -m milora_data emoji ": "draws the whole set, as tests/data/test_emoji.py does",
 }
 # Regular expression -> what must be fixed before the commands that match can work. A row that works is no failure.
@@ -99,6 +103,7 @@ PAGES_PRESUME: dict[str, tuple[str, ...]] = {
     "docs/forgetting.md": ("runs/demo", "runs/full"),
     "docs/reproduce.md": ("checkpoints/llava-v1.5-7b-lora",),
     "docs/run-folder.md": ("runs/a",),
+    "docs/serving.md": ("runs/a",),
 }
 # Pages whose trainings are alternatives with one output folder: it is removed before each of them.
 ALTERNATIVES = ("docs/scaling.md",)
@@ -113,6 +118,11 @@ FILES: dict[tuple[str, str], tuple[str, str, str]] = {
         "rows.json",
         "",
         "python -m milora_eval run --model tiny --benchmarks rows.json --output_dir of-rows",
+    ),
+    ("docs/evaluation.md", "eval: {suites: [emoji], data: data/emoji, suite_every: 50, suite_limit: 64}"): (
+        "scored.yaml",
+        DEMO + RULES,
+        "python -m milora_vl.train --recipe scored.yaml --dry-run",
     ),
     ("docs/recipes.md", "model: llava-1.5-7b"): (
         "recipe.yaml",

@@ -16,8 +16,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -34,11 +36,13 @@ class _Server:
         nowhere = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=ENVIRONMENT, **nowhere)
         theirs.close()
+        self.one_at_a_time = threading.Lock()
         atexit.register(self.close)
 
     def ask(self, request: dict[str, Any], files: Sequence[int] = ()) -> Any:
-        socket.send_fds(self.channel, [json.dumps(request).encode()], files)
-        return json.loads(self.channel.recv(100))
+        with self.one_at_a_time:
+            socket.send_fds(self.channel, [json.dumps(request).encode()], files)
+            return json.loads(self.channel.recv(100))
 
     def close(self) -> None:
         self.channel.close()
@@ -106,6 +110,41 @@ class Program:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+class ForkedSubprocess:
+    """Takes the place of the module `subprocess` where our code starts `python -m milora_...` by its `run`."""
+
+    PIPE, STDOUT = subprocess.PIPE, subprocess.STDOUT
+
+    @staticmethod
+    def run(
+        command: Sequence[str],
+        *,
+        stdout: Any = None,
+        stderr: Any = None,
+        capture_output: bool = False,
+        text: bool = False,
+        env: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the command as `subprocess.run` does; the program does not inherit `pass_fds`."""
+        python, option, *words = command
+        assert python == sys.executable
+        words = words if option == "-m" else [option, *words]
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, ExitStack() as inherited:
+
+            def file(given: Any, captured: IO[Any], number: int) -> IO[Any]:
+                if capture_output or given is subprocess.PIPE:
+                    return captured
+                return inherited.enter_context(os.fdopen(os.dup(number), "wb")) if given is None else given
+
+            first = file(stdout, out, 1)
+            second = first if stderr is subprocess.STDOUT else file(stderr, err, 2)
+            code = Program(words, env=env, stdout=first, stderr=second).wait()
+            for captured in (out, err):
+                captured.seek(0)
+            return subprocess.CompletedProcess(command, code, out.read(), err.read())
 
 
 def run(

@@ -186,6 +186,7 @@ def test_the_front_keeps_what_none_beats_in_both() -> None:
     assert front([point(0.4, 0.5), *best, point(0.3, 0.15)]) == best
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
     """Its data is missing: the training ends with exit code 2, and the cell runs again only with --retry."""
     (cell,) = make_cells(sweep.recipe, ["milora"], [1e-3], None, 1)
@@ -208,6 +209,7 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
     assert "train.json" in page.write(page.of_sweep(sweep, [cell], 1, "again"))[0].read_text()
 
 
+@pytest.mark.usefixtures("forked_programs")
 @pytest.mark.parametrize(
     ("change", "flags", "words"),
     [

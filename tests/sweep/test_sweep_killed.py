@@ -37,6 +37,7 @@ def write_recipe(folder: Path) -> Path:
     return folder / "r.yaml"
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_what_a_first_cell_has_left_is_no_hindrance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The plan runs a dry run for the cost, which must not look like a resumed training in the cell's folder."""
     run = tmp_path / "out" / "cells" / "milora-lr0.001-seed42"
@@ -47,6 +48,7 @@ def test_what_a_first_cell_has_left_is_no_hindrance(tmp_path: Path, capsys: pyte
     assert "1 cell, 0 done, 0 failed, 1 to run" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_the_plan_shows_what_a_training_would_warn_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path)
     recipe.write_text(recipe.read_text().replace("{max_steps: 6", "{weight_decay: 0.1, max_steps: 6"))

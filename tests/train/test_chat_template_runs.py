@@ -149,9 +149,11 @@ def test_a_tokenizer_without_one_is_refused_before_weights_load(
     data = ["--data_path", str(text_data)] if model == "tiny-text" else []
     flags = training(tiny_data, tmp_path / "run", "--model", model, "--template", "chat_template", "--rank", "4", *data)
     for more in ([], ["--dry-run"]):
-        with pytest.raises(UserError, match=f"--template chat_template: {model} has no chat template(.|\n)*vicuna_v1"):
+        with pytest.raises(
+            UserError, match=f"--template: chat_template does not work: {model} has no chat template(.|\n)*vicuna_v1"
+        ):
             main([*flags, *more])
-    with pytest.raises(UserError, match=f"--template chat_template: {model} has no chat template"):
+    with pytest.raises(UserError, match=f"--template: chat_template does not work: {model} has no chat template"):
         main(["--model", model, "--template", "chat_template", "--rank", "4", "--dry-run"])
     assert not (tmp_path / "run").exists()
 

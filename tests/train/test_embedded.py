@@ -108,7 +108,7 @@ def test_a_record_with_a_broken_one_is_left_out_by_file_and_line(fault: str, tmp
     content = json.loads(captured.out)
     assert (content["records"], content["left_out"]) == (2, 1)
     dump_lines(data, [asked(BROKEN[fault])])
-    with pytest.raises(UserError, match=f"{data}:1: (.|\n)*no record"):
+    with pytest.raises(UserError, match=f"no record (.|\n)*{data}:1: "):
         convert(data, tmp_path / "none")
     assert not (tmp_path / "none" / "images").exists()
 

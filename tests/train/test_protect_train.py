@@ -23,6 +23,7 @@ from milora_vl.report.run_page import read_run
 from milora_vl.report.tables import policy_table
 from milora_vl.tiny import tiny_llava
 from milora_vl.train.command import main
+from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.protected import FORMS, HARD, TOP, overlaps
 from support.train_runs import losses, read_json, training
 
@@ -92,14 +93,35 @@ def test_the_plan_counts_its_memory(tiny_llama) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "engine"), [(["--deepspeed", "zero2"], "DeepSpeed"), (["--fsdp", "full_shard"], "FSDP")]
+    ("form", "flag", "message"),
+    [
+        (FORMS[0], ["--fsdp", "full_shard"], r"by: projection\) does not work with FSDP"),
+        (FORMS[1], ["--deepspeed", "zero2"], r"by: basis\) does not work with DeepSpeed"),
+        (FORMS[2], ["--deepspeed", "zero3"], r"by: penalty\) does not work with DeepSpeed"),
+    ],
 )
 def test_shards_are_refused_before_anything_is_written(
-    flag: list[str], engine: str, tiny_data: Path, tmp_path: Path
+    form: Any, flag: list[str], message: str, tiny_data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=f"protect does not work with {engine}"):
-        main(training(tiny_data, tmp_path / "run", "--policy", rules(FORMS[0]), *flag))
+    with pytest.raises(UserError, match=message):
+        main(training(tiny_data, tmp_path / "run", "--policy", rules(form), *flag))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_deepspeed_protects_by_projection_and_resumes(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    extra = ["--policy", rules(FORMS[0]).replace("0.1", "0.0"), "--model", str(tiny_folder)]
+    assert main(training(tiny_data, tmp_path / "one", *extra)) == 0
+    lines = []
+    for kind in ("zero2", "zero3"):
+        line = training(tiny_data, tmp_path / kind, *extra, *KINDS[kind], "--per_device_train_batch_size", "2")
+        lines += [line, ["cut", str(tmp_path / kind)], [*line, "--resume_from_checkpoint", "true"]]
+    train_in_two(lines, tmp_path)
+    for kind in ("zero2", "zero3"):
+        pairs = zip(losses(tmp_path / "one"), losses(tmp_path / kind), strict=True)
+        assert max(abs(one - other) for (_, one), (_, other) in pairs) <= 1e-4
+        assert max(overlaps(load_adapter(tiny_llava()[0], tmp_path / kind))) < 1e-5, kind
 
 
 def test_flags_keep_it_where_the_method_can_use_it(tiny_llava) -> None:

@@ -121,7 +121,20 @@ def test_a_stream_without_a_usable_record_says_why(tiny_data: Path, tmp_path: Pa
     (tiny_data / "train.json").write_text(json.dumps(records))
     with pytest.raises(UserError, match="number of <image> differs|2 <image>") as error:
         main(training(tiny_data, tmp_path / "run", "--rank", "4", "--streaming", "--bad_images", "skip"))
-    assert error.value.problems[0].code == "data-no-records"
+    assert error.value.problems[0].code == "data-all-records-left-out"
+
+
+def test_records_without_an_answer_are_counted_as_that_and_not_as_missing_pictures(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    (tiny_data / "train.json").write_text(json.dumps([{"id": 1, "conversations": []}]))
+    with pytest.raises(UserError) as error:
+        main(training(tiny_data, tmp_path / "run", "--rank", "4"))
+    (problem,) = error.value.problems
+    assert (problem.code, problem.where) == ("data-all-records-left-out", str(tiny_data / "train.json"))
+    assert "no answer" in problem.message
+    assert "picture" not in problem.message
+    assert "milora_data check" in problem.hint
 
 
 def test_a_stream_warns_of_broken_records_at_its_start(tiny_data: Path) -> None:

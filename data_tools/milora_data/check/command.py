@@ -18,7 +18,7 @@ from milora_data.check.report import Report, as_json, as_text
 from milora_data.command.cli import command_line, count, next_step
 from milora_data.command.flags import DATA, Command, option, shared
 from milora_data.command.web import url_problem, web_address
-from milora_data.errors import DataError, Problem, UserError
+from milora_data.errors import DataError, Problem, UserError, no_records
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.stored import stored_items
 from milora_data.images.embedded import EmbeddedPicture, described
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     report = scan(chosen.data, folder, pictures=chosen.pictures)
     if not report.records and not report.findings:
-        raise UserError("no records", code="data-no-records", where=str(chosen.data))
+        raise UserError(problems=[no_records(chosen.data)])
     sys.stdout.write(as_json(report) if chosen.format == "json" else as_text(report, chosen.limit))
     if chosen.fix is not None:
         sys.stderr.write(write_repaired(report, chosen.data, chosen.fix))
@@ -248,7 +248,7 @@ def check_for_training(
         raise DataError(problems=[no_folder(folder)])
     records = list(load_records(data) if isinstance(data, str | Path) else data)
     if not records:
-        raise DataError("no records", code="data-no-records", where=str(path or "the data"))
+        raise DataError(problems=[no_records(path or "the data")])
     errors = [finding for record in records for finding in examine(record) if finding.severity == "error"]
     unlearnable = [finding for finding in errors if finding.kind == "no_answer"]
     if len(errors) > len(unlearnable):

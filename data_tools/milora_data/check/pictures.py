@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class MissingImages(DataError):
     """Records name pictures that are missing or empty; the message has their number and the first few.
 
+    The place is that of the first record with such a picture.
+
     `used` is the result of `uses` for all pictures.
     """
 
@@ -38,15 +40,17 @@ class MissingImages(DataError):
         self, missing: Sequence[str], used: Mapping[str, Sequence[str]], folder: Path, elsewhere: Path | None
     ) -> None:
         shown = [described(name) if web_address(name) else name for name in missing[:5]]
-        place = f"in {folder}" if str(folder) != "." else "in the current folder (--image_folder names another)"
+        place = f"in {folder}" if str(folder) != "." else "in the current folder"
         empty = sum(is_empty(place_of(folder, name)) for name in missing)
         state = "missing or empty" if empty else "missing"
         files = dict.fromkeys(source.rpartition(":")[0] for name in missing for source in used[name])
-        named = ", ".join([file for file in files if file][:3]) + (", ..." if len(files) > 3 else "")
-        lines = [f"{len(missing):,} of {len(used):,} pictures are {state} {place}"]
-        lines += [f"named in {named}"] if named else []
-        lines.append(f"first: {', '.join(shown)}" + (", ..." if len(missing) > 5 else ""))
+        more = ", ..." if len(missing) > 5 else ""
+        message = f"{len(missing):,} of {len(used):,} pictures are {state} {place}: {', '.join(shown)}{more}"
         hints = []
+        if len(files) > 1:
+            hints.append(f"records of {len(files):,} files name them: {', '.join(list(files)[:3])}")
+        if str(folder) == ".":
+            hints.append("name their folder:  --image_folder FOLDER")
         if empty:
             hints.append(f"{empty:,} are empty files (0 bytes): copy or download them again")
         if elsewhere is not None:
@@ -58,7 +62,7 @@ class MissingImages(DataError):
         if outside:
             hints.append(f"{outside:,} lead out of that folder and are never read; absolute paths: --image_folder /")
         hints.append("skip their records: --bad_images skip; show a plain picture instead: --bad_images replace")
-        super().__init__("\n".join(lines), code="data-missing-pictures", hint="\n".join(hints))
+        super().__init__(message, code="data-missing-pictures", where=used[missing[0]][0], hint="\n".join(hints))
 
 
 def uses(records: Iterable[Record]) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from milora_data.check.duplicates import duplicate_statistics, leakage
 from milora_data.command.cli import count, next_step
 from milora_data.command.flags import DATA, Command, option, shared
 from milora_data.encode import encode
-from milora_data.errors import DataError, UserError, with_context
+from milora_data.errors import DataError, UserError, no_records, with_context
 from milora_data.images.embedded import EmbeddedPicture
 from milora_data.records import IMAGE, Record
 from milora_data.sources import load_records
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
     records = _read(chosen.data)
     if not records:
-        raise DataError("no records", code="data-no-records", where=str(chosen.data))
+        raise DataError(problems=[no_records(chosen.data)])
     content = statistics(records)
     folder = image_folder(chosen.data, chosen.image_folder)
     content["duplicates"] = duplicate_statistics(records, folder, chosen.copies)

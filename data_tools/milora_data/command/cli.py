@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from milora_data.command.web import url_problem
-from milora_data.errors import UserError
+from milora_data.errors import Problem, UserError
 
 
 def suggest(word: str, candidates: Iterable[str]) -> list[str]:
@@ -33,6 +33,24 @@ def suggest(word: str, candidates: Iterable[str]) -> list[str]:
     ['vicuna_v1']
     """
     return difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.6)
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """Return a hint that names similar words, or an empty string if there are none.
+
+    >>> did_you_mean(["--model", "--modules"]), did_you_mean([])
+    ('did you mean --model or --modules?', '')
+    """
+    return f"did you mean {' or '.join(names)}?" if names else ""
+
+
+def beside(missing: Path) -> str:
+    """Return a hint for a path that does not exist: similar names in its folder, or where paths start."""
+    if missing.parent.is_dir():
+        near = suggest(missing.name, (path.name for path in missing.parent.iterdir()))
+        if near:
+            return did_you_mean([str(missing.parent / name) for name in near])
+    return "check the path" if missing.is_absolute() else f"check the path; it starts at {Path.cwd()}"
 
 
 def count(text: str) -> int:
@@ -76,12 +94,9 @@ def amount(number: int, what: str) -> str:
 class CommandParser(argparse.ArgumentParser):
     """`argparse` that accepts `-` for `_` in flags, allows no abbreviations, and suggests names for unknown flags."""
 
-    _arguments: Sequence[str] = ()
-
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Replace each known flag by its declared spelling, then parse as usual."""
         arguments = list(sys.argv[1:] if args is None else args)
-        self._arguments = arguments
         declared = {flag.replace("-", "_"): flag for flag in self.flags()}
         for position, argument in enumerate(arguments):
             if argument == "--":
@@ -89,31 +104,61 @@ class CommandParser(argparse.ArgumentParser):
             name, equals, value = argument.partition("=")
             if name.startswith("--"):
                 arguments[position] = declared.get(name.replace("-", "_"), name) + equals + value
-        return super().parse_known_args(arguments, namespace)
+        try:
+            return super().parse_known_args(arguments, namespace)
+        except argparse.ArgumentError as error:
+            names = (error.argument_name or "").split("/")  # argparse joins the spellings of a flag
+            typed = [name for name in names if name in {argument.partition("=")[0] for argument in arguments}]
+            raise self._mistake(error.message, (typed or names)[0]) from None
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and raise `UserError` with similar names for unknown arguments."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        """Parse, and raise `UserError` with similar names for unknown flags."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        if not {"-h", "--help"} & set(arguments):
+            self._refuse_unknown_flags(arguments)
+        parsed, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
-            self.error(f"unknown argument: {' '.join(unknown)}{self._suggestion(unknown)}")
+            self.error(f"unexpected arguments: {' '.join(unknown)}")
         return parsed
 
+    def _refuse_unknown_flags(self, arguments: Sequence[str]) -> None:
+        """Raise `UserError` with a problem for each unknown flag.
+
+        argparse reports missing flags first, which hides that a required flag is misspelled.
+        """
+        names = {flag.lstrip("-").replace("-", "_"): flag for flag in self.flags()}
+        words = takewhile(lambda word: word != "--", arguments)
+        typed = dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--") and " " not in word)
+        problems = []
+        for flag in typed:
+            name = flag.lstrip("-").replace("-", "_")
+            if name not in names:
+                near = did_you_mean([names[similar] for similar in suggest(name, names)])
+                problems.append(Problem("unknown argument", "command-line", flag, near))
+        if problems:
+            *others, last = problems
+            raise UserError(problems=[*others, replace(last, hint="\n".join(filter(None, (last.hint, self._see()))))])
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Add a similar name to the error for a value that is not among the choices."""
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            near = suggest(str(value), map(str, action.choices or ()))
-            error.message += f"\ndid you mean {near[0]} ?" if near else ""
-            raise
+        """Raise `UserError` with a similar name for a value that is not among the choices."""
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            flag = "/".join(action.option_strings[:1]) or str(action.metavar or action.dest)
+            hint = did_you_mean(suggest(str(value), choices)[:1])
+            raise self._mistake(f"expected one of {', '.join(choices)}, got {value!r}", flag, hint)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Convert the value of an argument; refuse a URL if a path is expected."""
+        flag = "/".join(action.option_strings) or str(action.metavar or action.dest)
         problem = url_problem(arg_string) if action.type is Path else None
         if problem is not None:
-            flag = "/".join(action.option_strings) or str(action.metavar or action.dest)
             raise UserError(problems=[replace(problem, where=flag)])
-        return super()._get_value(action, arg_string)
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            if isinstance(error.__context__, UserError):  # argparse would lose its hint
+                raise self._mistake(error.__context__.first.message, flag, error.__context__.first.hint) from None
+            raise
 
     def flags(self) -> list[str]:
         """Return the long flags that this parser declares."""
@@ -121,19 +166,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError` (exit code 2); argparse itself would exit the process."""
-        if " required" in message:  # argparse's text
-            # The missing flag may be present but misspelled; argparse reports missing flags before unknown ones.
-            words = takewhile(lambda word: word != "--", self._arguments)
-            unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in self.flags()]
-            message += f"\nunknown argument: {' '.join(unknown)}{self._suggestion(unknown)}" if unknown else ""
-        raise UserError(message, code="command-line", hint=f"see: {self.prog} --help")
+        raise self._mistake(message)
 
-    def _suggestion(self, unknown: Sequence[str]) -> str:
-        """Return a line with the flags that are similar to an unknown word, or an empty string."""
-        names = {flag.lstrip("-").replace("-", "_"): flag for flag in self.flags()}
-        words = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("-")]
-        near = [names[name] for word in words for name in suggest(word, names)]
-        return f"\ndid you mean {' or '.join(dict.fromkeys(near))} ?" if near else ""
+    def _mistake(self, message: str, where: str = "", hint: str = "") -> UserError:
+        return UserError(message, code="command-line", where=where, hint="\n".join(filter(None, (hint, self._see()))))
+
+    def _see(self) -> str:
+        return f"see: {self.prog} --help"
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -156,6 +195,7 @@ def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
         description=description,
         epilog=as_typed(epilog),
         allow_abbrev=False,
+        exit_on_error=False,
         formatter_class=Help,
     )
 
@@ -216,21 +256,46 @@ def silence_dependencies() -> None:
         warnings.filterwarnings("default", module=r"(milora_vl|milora_data|milora_eval|llava_recipes)\b")
         # PEFT imports bitsandbytes if it is installed, and bitsandbytes warns about an optional kernel.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        # Its readers log an error and raise it too.
+        logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 
 
-# Errors of a path that the user named, or of its disk; a bug of ours does not raise them.
-_PATH_ERRORS = frozenset(
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)
-)
+# Errors of a path that the user named; a bug of ours does not raise them.
+_PATH_ERRORS = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST))
 
 
-def _is_missing_argument_path(error: OSError) -> bool:
-    """Return whether a path of the command line, or a parent folder, does not exist or cannot be created."""
-    if error.errno != errno.ENOENT or not isinstance(error.filename, str | Path):
-        return False
-    missing = Path(error.filename).resolve()
-    arguments = [Path(word.partition("=")[2] or word).resolve() for word in sys.argv[1:]]
-    return any(path.is_relative_to(missing) for path in arguments)
+def _argument_of(path: str) -> tuple[str, str] | None:
+    """Return the flag and the value of the command line that an unusable `path` belongs to; None for a path of our own.
+
+    `path` is the argument, a parent folder of it, or its temporary sibling, such as `.NAME.part`. The flag of a
+    positional argument is an empty string.
+    """
+    failed, flag = Path(path).resolve(), ""
+    for word in sys.argv[1:]:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if name and not equals:
+            flag = name
+            continue
+        named = Path(value).resolve()
+        beside = failed.relative_to(named.parent).parts[:1] if named.parent in failed.parents else ()
+        if named.is_relative_to(failed) or any(part.startswith(f".{named.name}.") for part in beside):
+            return name or flag, value
+        flag = ""
+    return None
+
+
+def _path_error(error: OSError) -> UserError | None:
+    """Return the error of a path or a disk as the user's; None if it is a bug of ours."""
+    path = str(error.filename or "")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = f"{path or 'a file'} cannot be written: {error.strerror}"
+        return UserError(message, code="disk-full", hint="free some space, or use another disk", exit_code=1)
+    argument = _argument_of(path) if path else None
+    if error.errno not in _PATH_ERRORS and not (error.errno == errno.ENOENT and argument):
+        return None
+    flag, value = argument or ("", path)
+    message = f"{value}: {error.strerror}" if value else f"a file cannot be written: {error.strerror}"
+    return UserError(message, code="path-unusable", where=flag, hint="use another path, or change its permissions")
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
@@ -251,13 +316,11 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno not in _PATH_ERRORS and not _is_missing_argument_path(error):
+        problem = _path_error(error)
+        if problem is None:
             raise
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        message = str(error.strerror) if error.filename else f"a file cannot be written: {error.strerror}"
-        cause = "disk-full" if is_full else "path-unusable"
-        report(UserError(message, code=cause, where=str(error.filename or "")))
-        code = 1 if is_full else 2
+        report(problem)
+        code = problem.exit_code
     except Exception as error:  # safetensors raises its own exception class for a full disk
         if "No space left" not in str(error):
             raise

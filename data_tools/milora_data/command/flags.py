@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import above_zero, count, parser, positive, suggest
+from milora_data.command.cli import above_zero, count, did_you_mean, parser, positive, suggest
+from milora_data.command.output import require_folder
+from milora_data.errors import UserError
 
 
 def device(text: str) -> str:
@@ -20,13 +22,13 @@ def device(text: str) -> str:
     except RuntimeError:
         kind = ""
     if kind not in ("cpu", "cuda", "mps", "xpu"):
-        near = suggest(text, ("cpu", "cuda"))
-        hint = f"\ndid you mean {near[0]} ?" if near else ""
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1, ..., got {text!r}{hint}")
+        hint = did_you_mean(suggest(text, ("cpu", "cuda"))[:1])
+        raise UserError(f"expected cpu, cuda, cuda:1, ..., got {text!r}", code="flag-value", hint=hint)
     backend = {"cuda": torch.cuda, "xpu": torch.xpu}.get(kind)
     available = backend.device_count() if backend else int(kind == "cpu" or torch.backends.mps.is_available())
     if (torch.device(text).index or 0) >= available:
-        raise argparse.ArgumentTypeError(f"no device {text}: PyTorch finds {available or 'no'} {kind} devices")
+        message = f"no device {text}: PyTorch finds {available or 'no'} {kind} devices"
+        raise UserError(message, code="flag-value", hint="to run on the CPU:  --device cpu")
     return text
 
 
@@ -119,7 +121,10 @@ class Command:
     outputs: Sequence[Option] = ()
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Parse the arguments (default: the command line of the process). Raises UserError for a mistake in them."""
+        """Parse the arguments (default: the command line of the process).
+
+        Raises UserError for a mistake in them, also if nothing can be written to --output_dir.
+        """
         options = parser(f"python -m {self.name}", self.about, self.examples)
         for title, members in (("input", self.inputs), ("settings", self.settings), ("output", self.outputs)):
             group = options.add_argument_group(title)
@@ -131,4 +136,6 @@ class Command:
                 for each in member:
                     choice.add_argument(*each.names, **each.keywords)
         parsed: argparse.Namespace = options.parse_args(argv)
+        if "output_dir" in parsed and parsed.output_dir is not None:
+            require_folder(parsed.output_dir)
         return parsed

@@ -59,7 +59,7 @@ class Menu:
         if name not in self.modules:
             inner = {words.split()[-1]: words for lines in self.groups.values() for words, _ in self._lines(lines)}
             near = [inner[name]] if name in inner else suggest(name, self.modules)
-            suggestion = f"\ndid you mean {near[0]} ?" if near else ""
+            suggestion = f"\ndid you mean {near[0]}?" if near else ""
             raise UserError(
                 f"unknown {kind}: {name}",
                 code="command-unknown",

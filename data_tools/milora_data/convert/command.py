@@ -93,9 +93,12 @@ def _require_records(records: Records, chosen: argparse.Namespace, left_out: Seq
     first = next(records, None)
     if first is None:
         split = f" of split {chosen.split or 'train'} (--split)" if "split" in KINDS[chosen.kind].flags else ""
-        broken = "".join(f"{line}\n" for line in left_out[:5])
+        left = f"; {amount(len(left_out), 'record')} left out, the first: {left_out[0]}" if left_out else ""
         raise UserError(
-            f"{broken}{', '.join(chosen.sources)}: no record{split}", code="data-no-records", hint="nothing was written"
+            f"no record{split} to convert{left}",
+            code="convert-no-records",
+            where=", ".join(chosen.sources),
+            hint="nothing was written; name a file with records" + (", or another --split" if split else ""),
         )
     return chain([first], records)
 

@@ -63,8 +63,6 @@ COMMAND = Command(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 also if the data set exists already."""
     chosen = COMMAND.parse(argv)
-    if chosen.output_dir.exists() and not chosen.output_dir.is_dir():
-        raise UserError("a file, not a folder", code="path-not-a-folder", where=f"--output_dir {chosen.output_dir}")
     if all((chosen.output_dir / name).exists() for name in ("README.md", "test.json", "images")):
         sys.stderr.write(f"{chosen.output_dir} contains the data set already; remove the folder to create it again\n")
         return 0

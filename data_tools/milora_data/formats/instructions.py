@@ -66,9 +66,9 @@ def held_out(num_records: int, count: int) -> frozenset[int]:
 
     if count >= num_records:
         raise DataError(
-            f"there are {num_records:,} records, and none would be left for training",
+            f"{count:,} of {num_records:,} records leave none for training",
             code="hold-out-too-large",
-            where=f"--hold_out {count}",
+            where="--hold_out",
         )
     return frozenset(np.random.default_rng(SEED).permutation(num_records)[:count].tolist())
 

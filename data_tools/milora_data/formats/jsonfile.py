@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from milora_data.command.cli import command_line
+from milora_data.command.cli import beside, command_line
 from milora_data.command.web import url_problem
-from milora_data.errors import DataError
+from milora_data.errors import DataError, with_context
 from milora_data.formats.saved import is_saved
 from milora_data.images.files import SUFFIXES
 
@@ -20,6 +20,10 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _NEIGHBOUR = re.compile(r"[ \t]*,[ \t]*[^ \t\n\r]")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 _DECODER = json.JSONDecoder()
+TO_UTF8 = (
+    "save it as UTF-8 (in a spreadsheet: CSV UTF-8); convert a file from Windows with:\n"
+    "  iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+)
 
 
 def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, object]]:
@@ -130,8 +134,7 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
         f"not UTF-8 (byte 0x{byte:02x})",
         code="data-not-utf8",
         where=str(path),
-        hint="save it as UTF-8 (in a spreadsheet: CSV UTF-8); convert a file from Windows with:\n"
-        "  iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+        hint=TO_UTF8,
     )
 
 
@@ -155,6 +158,7 @@ def missing_file(path: Path) -> DataError:
         folder, code, message = path.parent, "data-missing-file", "no such file"
     names = sorted(p.name for p in folder.glob("*.json*"))[:5] if folder.is_dir() else []
     hints += [f"in {folder}: {', '.join(names)}"] if names else []
+    hints = hints or [beside(path)]
     return DataError(message, code=code, where=str(path), hint="\n".join(hints))
 
 
@@ -229,7 +233,10 @@ class _Reader:
         column = len(before.encode("utf-8", "surrogateescape")) + 1
         byte = ord(match[0]) - 0xDC00
         return DataError(
-            f"not UTF-8 (byte 0x{byte:02x} at column {column})", code="data-not-utf8", where=f"{self.path}:{line}"
+            f"not UTF-8 (byte 0x{byte:02x} at column {column})",
+            code="data-not-utf8",
+            where=f"{self.path}:{line}",
+            hint=TO_UTF8,
         )
 
     def _line_end(self) -> int:
@@ -247,8 +254,9 @@ class _Reader:
                 # The element may end beyond the window: read more and try again.
                 if not self._more():
                     ended = not self.text[error.pos :].strip() or error.msg.startswith("Unterminated string")
-                    message = "the file ends in the middle of the list" if ended else error.msg
-                    raise self._error(error.pos, message) from None
+                    if ended:
+                        raise self._cut_off() from None
+                    raise self._error(error.pos, error.msg) from None
             except (ValueError, RecursionError) as error:
                 raise self._error(self.at, str(error)) from None
             else:
@@ -280,8 +288,13 @@ class _Reader:
             self.text, self.at = self.text[self.at :] + added, 0
         return bool(added)
 
+    def _cut_off(self) -> DataError:
+        """Return the error of a list without its end, at the last character that the file has."""
+        error = self._error(max(len(self.text.rstrip()) - 1, 0), "the file ends in the middle of the list")
+        return with_context(error, hint="the file is incomplete: copy or download it again")
+
     def _error(self, position: int, message: str) -> DataError:
-        line = self.line + self.text.count("\n", self.at, position)
+        line = self.line + self.text.count("\n", self.at, position) - self.text.count("\n", position, self.at)
         start = self.text.rfind("\n", 0, position) + 1
         end = self.text.find("\n", position)
         end = len(self.text) if end < 0 else end

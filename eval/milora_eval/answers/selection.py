@@ -38,9 +38,9 @@ def parse_shard(text: str) -> tuple[int, int]:
     if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
         return int(number), int(count)
     raise UserError(
-        "expected i/n with i from 1 to n",
+        f"expected i/n with i from 1 to n, got {text!r}",
         code="flag-value",
-        where=f"--shard {text}",
+        where="--shard",
         hint="for example: --shard 1/4, --shard 2/4, ...",
     )
 

@@ -114,7 +114,7 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
             f'unknown metric "{metric}"; expected one of: {", ".join(METRICS)}',
             code="own-data-unknown-metric",
             where=place,
-            hint=f"did you mean {near[0]} ?" if near else "",
+            hint=f"did you mean {near[0]}?" if near else "",
         )
     turns, images, answers = _conversation(row, place) if "conversations" in row else _question(row, place)
     if not answers:

@@ -166,9 +166,9 @@ def _with_protocol(names: Sequence[str], protocol: str) -> list[str]:
     if not any(protocol in find_benchmark(name).protocols for name in names):
         known = sorted({known for name in names for known in find_benchmark(name).protocols})
         raise UserError(
-            "none of these benchmarks has it",
+            f"none of these benchmarks has the protocol {protocol!r}",
             code="eval-unknown-protocol",
-            where=f"--protocol {protocol}",
+            where="--protocol",
             hint=f"their protocols are: {', '.join(known)}",
         )
     return chosen

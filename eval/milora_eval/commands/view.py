@@ -10,6 +10,7 @@ from pathlib import Path
 from milora_data.command.atomic_write import write_text
 from milora_data.command.cli import next_step
 from milora_data.command.flags import Command, option, shared
+from milora_data.command.output import require_folder
 from milora_data.errors import UserError
 from milora_eval.scores.results import require_lines
 from milora_eval.scores.view import page
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the path of the page goes to stdout."""
     options = COMMAND.parse(argv)
     folders = [folder for folder in (options.folder, options.other) if folder is not None]
+    if options.output is not None:
+        require_folder(options.output.parent, "--output")
     runs = [(_name(folder, folders), require_lines(folder)) for folder in folders]
     if options.output is not None and options.output.exists():
         raise UserError(

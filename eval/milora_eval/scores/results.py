@@ -99,8 +99,9 @@ def require_answers(folder: Path) -> None:
     if next(each_line(folder / PREDICTIONS), None) is None:
         near = sorted(path.parent for path in folder.glob(f"**/{PREDICTIONS}"))[:5] if folder.is_dir() else []
         raise UserError(
-            f"{folder} holds no answers: no {PREDICTIONS}",
+            f"no answers: the folder has no {PREDICTIONS}",
             code="eval-no-answers",
+            where=str(folder),
             hint="there are answers in: " + ", ".join(map(str, near))
             if near
             else "to generate answers: python -m milora_eval run",

@@ -34,7 +34,7 @@ def task_class(name: str) -> type[Task]:
         raise UserError(
             f"unknown task {name!r}",
             code="study-unknown-task",
-            hint=f"did you mean {near[0]} ?" if near else f"known tasks: {', '.join(TASKS)}",
+            hint=f"did you mean {near[0]}?" if near else f"known tasks: {', '.join(TASKS)}",
         )
     module, class_name = TASKS[name]
     if module in ("pictures", "digits") and find_spec("sklearn") is None:

@@ -1,0 +1,78 @@
+"""LLaVA-1.5 on your own records and pictures, with the Hugging Face Trainer.
+
+python examples/llava_own_data.py                                   # here: random weights, three drawn pictures, a CPU
+python examples/llava_own_data.py llava-1.5-7b train.json images    # on a GPU, with LLaVA's JSON
+
+The command `python -m milora_vl.train` does the same with resuming, evaluation and a report.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import Trainer, TrainingArguments
+
+from milora_data import ImageTextCollator, load_records
+from milora_vl import apply_milora, load_model, save_adapter
+
+
+def drawn(folder: Path) -> tuple[Path, Path]:
+    """Write three records with a picture each, as an example of the format; return the file and the folder."""
+    records = []
+    for colour in ("red", "green", "blue"):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), colour).save(folder / "images" / f"{colour}.png")
+        question, answer = "<image>\nWhat colour is it?", colour
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        records.append({"id": colour, "image": f"{colour}.png", "conversations": turns})
+    (folder / "train.json").write_text(json.dumps(records))
+    return folder / "train.json", folder / "images"
+
+
+name, *data = sys.argv[1:] or ["tiny"]
+file, images = map(Path, data) if data else drawn(Path("own-data"))
+is_gpu = torch.cuda.is_available()
+rank = 128 if is_gpu else 4
+
+model, processor = load_model(name, dtype=torch.bfloat16 if is_gpu else None)
+model = apply_milora(
+    model,
+    [
+        {"modules": "language", "method": "milora", "rank": rank, "alpha": rank},
+        {"modules": "projector", "method": "full"},
+    ],
+    progress=True,
+)
+model.print_trainable_parameters()
+
+collator = ImageTextCollator(
+    processor.tokenizer,
+    processor.image_processor,
+    template="vicuna_v1",
+    image_tokens=576 if is_gpu else 16,
+    image_folder=images,
+    max_length=2048,
+)
+trainer = Trainer(
+    model=model,
+    args=TrainingArguments(
+        "own-run",
+        per_device_train_batch_size=16 if is_gpu else 3,
+        learning_rate=2e-4,
+        weight_decay=0.0,
+        num_train_epochs=1,
+        bf16=is_gpu,
+        gradient_checkpointing=is_gpu,
+        remove_unused_columns=False,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+    ),
+    train_dataset=list(load_records(str(file))),
+    data_collator=collator,
+)
+trainer.train()
+save_adapter(model, "own-adapter")
+print("saved: own-adapter, a stock PEFT adapter for the unchanged base")

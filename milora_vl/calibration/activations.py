@@ -1,0 +1,305 @@
+"""Run the base model on calibration batches, and find the protected inputs of each layer.
+
+The memory of C (in, in) decides how many layers one pass over the batches serves: all layers of a small model, a few
+blocks of a large one. A pass ends at its last layer. Nothing of the model changes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from milora_vl.calibration.bases import InputBasis, ProtectedInputs, first_directions, first_tokens
+from milora_vl.calibration.errors import CalibrationError
+from milora_vl.calibration.positions import Positions, positions_of
+from milora_vl.policy.rules import Protect, Target
+from milora_vl.svd.precision import full_precision
+from milora_vl.towers import image_token_of, keep_weights_readable
+from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
+from milora_vl.weights.matrices import gathered_in_forward, is_linear
+
+Batch = Mapping[str, Any]
+PASS_BYTES = 2 * 1024**3  # memory of all C of one pass
+# A position counts with at most this many times the median energy: sinks at other positions than the first have
+# thousands of times the energy, and one of them would be 90 % of C.
+LARGEST = 100.0
+HELD_OUT = 8  # one batch in so many checks the shares and does not enter C
+
+
+@dataclass(slots=True, eq=False)
+class _Input:
+    """One layer input: the modules that read it, and what is summed over its positions."""
+
+    module: nn.Module  # the first of the modules
+    protect: Protect
+    has_positions: bool  # False in the vision tower and the projector, where every position counts
+    size: int
+    paths: list[str] = field(default_factory=list)
+    total: Tensor | None = None  # C (in, in), or for an embedding the counts (tokens,)
+    basis: InputBasis | None = None
+    held: list[float] = field(default_factory=lambda: [0.0, 0.0])  # energy along V and in total, held out
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the memory of the sum in float32."""
+        return 4 * self.size * (1 if isinstance(self.module, nn.Embedding) else self.size)
+
+
+@torch.no_grad()
+def find_inputs(
+    model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch], *, is_shown: bool = False
+) -> ProtectedInputs:
+    """Return the protected inputs of all targets whose rule has `protect: {inputs: p}`.
+
+    `batches` holds arguments of the model's forward, for example {"input_ids": ..., "attention_mask": ...}. One batch
+    in eight is held out. All processes get identical bits from the first one. `is_shown` shows a progress bar on
+    stderr.
+
+    Raises CalibrationError for batches without tokens, for a layer that no batch reaches, and for NaN activations.
+    """
+    fit, held = _split(batches)
+    token = image_token_of(model)
+    fit_positions, held_positions = positions_of(fit, token), positions_of(held, token) if held else []
+    was_training = model.training
+    model.eval()
+    try:
+        inputs = _inputs_in_order(model, targets, batches)
+        passes = list(_passes(inputs))
+        with _bar(len(passes) * len(fit) + len(held), is_shown=is_shown) as bar:
+            for part in passes:
+                for batch, positions in zip(fit, fit_positions, strict=True):
+                    _run(model, batch, {one.module: _adder(one, positions) for one in part})
+                    bar.update()
+                for one in part:
+                    one.basis = _basis(one)
+                    one.total = None
+            for batch, positions in zip(held, held_positions, strict=True):
+                _run(model, batch, {one.module: _checker(one, positions) for one in inputs})
+                bar.update()
+    finally:
+        model.train(was_training)
+        keep_weights_readable(model)
+    return ProtectedInputs(
+        [_checked(one) for one in inputs],
+        {path: number for number, one in enumerate(inputs) for path in one.paths},
+    )
+
+
+def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Return the batches for C and those that are held out: the last of each eight, or the last of two to seven.
+
+    Batches with and without pictures are split separately.
+    """
+    fit: list[Batch] = []
+    held: list[Batch] = []
+    for kind in dict.fromkeys(map(_kind, batches)):
+        members = [batch for batch in batches if _kind(batch) == kind]
+        for number, batch in enumerate(members, start=1):
+            is_last = number == len(members) and 1 < number < HELD_OUT
+            (held if number % HELD_OUT == 0 or is_last else fit).append(batch)
+    return fit, held
+
+
+def _kind(batch: Batch) -> tuple[str, ...]:
+    return tuple(sorted(batch))
+
+
+def _bar(total: int, *, is_shown: bool) -> tqdm:
+    return tqdm(
+        total=total,
+        desc="calibrating",
+        unit="batches",
+        file=sys.stderr,
+        disable=not (is_shown and rank_and_world_size()[0] == 0),
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]",
+    )
+
+
+class _AllSeen(Exception):
+    pass
+
+
+def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> None:
+    """Call the model on a batch, and each hook with the input of its module. Stop after the last module."""
+    first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    left = set(hooks)
+    handles = []
+
+    def hook_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hooks[module](args[0] if args else next(iter(kwargs.values())))
+        left.discard(module)
+        if not left:
+            raise _AllSeen
+
+    try:
+        with gathered_in_forward(model):
+            handles = [module.register_forward_pre_hook(hook_of, with_kwargs=True) for module in hooks]
+            model(**{name: _like(value, first) for name, value in batch.items()})
+    except _AllSeen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _like(value: Any, weight: Tensor) -> Any:
+    """Return a tensor on the device of the model, pixels in its data type too; other values as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(weight) if value.is_floating_point() else value.to(weight.device)
+
+
+def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> list[_Input]:
+    """Return the layer inputs in the order of the forward pass, from one batch of each kind.
+
+    Linear layers that get the same tensor, one after the other, read one input: q, k and v, or gate and up.
+    """
+    wanted = {model.get_submodule(t.path): t for t in targets if t.protect is not None and t.protect.inputs is not None}
+    inputs: list[_Input] = []
+    last: list[Any] = [None, None]  # the last tensor, and its input
+
+    def hook_of(module: nn.Module) -> Callable[[Tensor], None]:
+        def see(x: Tensor) -> None:
+            target = wanted[module]
+            if any(target.path in one.paths for one in inputs):
+                return
+            assert target.protect is not None
+            is_same = x is last[0] and last[1].protect == target.protect and is_linear(module)
+            if not (is_same and is_linear(last[1].module)):
+                has_positions = target.tower not in ("vision", "projector")
+                inputs.append(_Input(module, target.protect, has_positions, target.shape[1]))
+                last[:] = [x, inputs[-1]]
+            last[1].paths.append(target.path)
+
+        return see
+
+    kinds = {_kind(batch): batch for batch in reversed(batches)}
+    for batch in reversed(kinds.values()):
+        _run(model, batch, {module: hook_of(module) for module in wanted})
+        last[:] = [None, None]
+    seen = {path for one in inputs for path in one.paths}
+    missing = [target.path for target in wanted.values() if target.path not in seen]
+    if missing:
+        raise CalibrationError(
+            f"no calibration batch reaches {len(missing):,} of the {len(wanted):,} layers with protected inputs",
+            code="calibration-unreached-layer",
+            where=missing[0],
+            hint="calibrate with pictures too, or do not protect the inputs of this tower",
+        )
+    return inputs
+
+
+def _passes(inputs: Sequence[_Input]) -> Iterator[list[_Input]]:
+    """Yield consecutive inputs whose sums fit into memory together; at least one at a time."""
+    part: list[_Input] = []
+    for one in inputs:
+        if part and sum(other.num_bytes for other in part) + one.num_bytes > PASS_BYTES:
+            yield part
+            part = []
+        part.append(one)
+    yield part
+
+
+def _rows(one: _Input, x: Tensor, positions: Positions | None) -> tuple[Tensor, Tensor]:
+    """Return the input vectors (positions, in), or the token ids (positions,) of an embedding, and their weights."""
+    module = one.module
+    is_embedding = isinstance(module, nn.Embedding)
+    if isinstance(module, nn.Conv2d):
+        x = _patches(module, x)
+    rows = x.detach().reshape(-1) if is_embedding else x.detach().reshape(-1, x.shape[-1])
+    given = None if positions is None else positions.tokens if is_embedding else positions.weights
+    if given is None or not one.has_positions or given.numel() != len(rows):
+        weights = torch.ones(len(rows), device=rows.device)  # pictures, and layers that see a part of the positions
+    else:
+        weights = given.reshape(-1).to(rows.device)
+        rows, weights = rows[weights > 0], weights[weights > 0]
+    return rows, weights if is_embedding else weights * _limit(rows)
+
+
+def _limit(rows: Tensor) -> Tensor:
+    """Return the factors (positions,), at most 1, that limit the energy of each position to LARGEST medians."""
+    energies = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+    limit = LARGEST * energies.median() if len(rows) else 0.0
+    return torch.where(energies > limit, limit / energies, 1.0) if limit > 0 else torch.ones_like(energies)
+
+
+def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return the input of a convolution as the vectors that its kernel is multiplied with, (images, places, in)."""
+    padding: Any = module.padding
+    if isinstance(padding, str):
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice), 0
+    unfolded = F.unfold(x.float(), module.kernel_size, padding=padding, stride=module.stride)  # type: ignore[arg-type]
+    return unfolded.transpose(1, 2)
+
+
+def _adder(one: _Input, positions: Positions | None) -> Callable[[Tensor], None]:
+    def add(x: Tensor) -> None:
+        rows, weights = _rows(one, x, positions)
+        with full_precision(rows.device):
+            if isinstance(one.module, nn.Embedding):
+                one.total = rows.new_zeros(one.size, dtype=torch.float64) if one.total is None else one.total
+                one.total.index_add_(0, rows, weights.double())
+                return
+            if one.total is None:
+                one.total = rows.new_zeros(one.size, one.size, dtype=torch.float32)
+            scaled = rows.float() * weights.sqrt()[:, None]
+            one.total.addmm_(scaled.T, scaled)
+
+    return add
+
+
+def _basis(one: _Input) -> InputBasis:
+    assert one.total is not None
+    assert one.protect.inputs is not None
+    if not bool(torch.isfinite(one.total).all()):
+        raise CalibrationError(
+            "the inputs of this layer contain NaN or infinite values on the calibration text",
+            code="calibration-not-finite",
+            where=one.paths[0],
+            hint="load the base model in bfloat16 or float32, and check its weights",
+        )
+    find = first_tokens if isinstance(one.module, nn.Embedding) else first_directions
+    V, share = find(one.total, float(one.protect.inputs), one.protect.max)
+    if rank_and_world_size()[1] > 1:  # the number of directions may differ between processes, too
+        V = _from_first_rank(V, one.module)
+    return InputBasis(V, one.size, share)
+
+
+def _from_first_rank(V: Tensor, module: nn.Module) -> Tensor:
+    count = int(from_first_rank(torch.tensor(V.shape[-1])))
+    V = V[..., :count]
+    if V.shape[-1] < count:
+        V = torch.cat([V, V.new_zeros(*V.shape[:-1], count - V.shape[-1])], dim=-1)
+    return from_first_rank(V.contiguous())
+
+
+def _checker(one: _Input, positions: Positions | None) -> Callable[[Tensor], None]:
+    def check(x: Tensor) -> None:
+        assert one.basis is not None
+        rows, weights = _rows(one, x, positions)
+        with full_precision(rows.device):
+            if isinstance(one.module, nn.Embedding):
+                is_inside = torch.isin(rows, one.basis.V.to(rows.device))
+                one.held[0] += float(weights.double()[is_inside].sum())
+                one.held[1] += float(weights.double().sum())
+                return
+            scaled = rows.float() * weights.sqrt()[:, None]
+            one.held[0] += float((scaled @ one.basis.V).double().square().sum())
+            one.held[1] += float(scaled.double().square().sum())
+
+    return check
+
+
+def _checked(one: _Input) -> InputBasis:
+    """Return the basis with the share that it holds on held-out batches."""
+    assert one.basis is not None
+    inside, total = one.held
+    return InputBasis(one.basis.V, one.size, one.basis.share, inside / total if total > 0 else None)

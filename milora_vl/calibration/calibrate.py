@@ -1,0 +1,87 @@
+"""Find the protected inputs of a model, or read them from the cache."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from milora_vl.calibration.activations import find_inputs
+from milora_vl.calibration.bases import ProtectedInputs, require_free_directions
+from milora_vl.calibration.errors import CalibrationError
+from milora_vl.calibration.files import cache_inputs, cached_inputs, calibration_key, require_shapes
+from milora_vl.policy.rules import Target
+from milora_vl.towers import canonical_names
+
+FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning
+
+
+def protected_inputs(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Mapping[str, Any]] | None,
+    *,
+    cache_dir: str | Path | None = None,
+    is_shown: bool = False,
+) -> ProtectedInputs | None:
+    """Return the protected inputs of all targets whose rule has `protect: {inputs: p}`; None if there is none.
+
+    `batches` holds arguments of the model's forward. `is_shown` shows a progress bar on stderr. Warns about layers that
+    protect almost nothing. Raises CalibrationError as `find_inputs`, without batches, for batches that no rule needs,
+    and for layers with fewer free directions than their rank.
+    """
+    wanted = [t for t in targets if t.protect is not None and t.protect.inputs is not None]
+    if not wanted:
+        if batches is None:
+            return None
+        raise CalibrationError(
+            "no rule protects inputs, so the calibration would have no effect",
+            code="calibration-unused",
+            where="calibration",
+            hint="add  protect: {inputs: 0.9}  to a rule, or remove the calibration",
+        )
+    if batches is None:
+        raise CalibrationError(
+            "protect: {inputs: p} needs calibration batches",
+            code="calibration-missing",
+            where="calibration",
+            hint='pass  calibration=[{"input_ids": ..., "attention_mask": ...}, ...]  to apply_milora',
+        )
+    found = _found(model, wanted, list(batches), None if cache_dir is None else Path(cache_dir), is_shown)
+    require_free_directions({t.path: t.rank for t in wanted if t.rank is not None}, found)
+    _warn_of_little(found)
+    return found
+
+
+def _found(
+    model: nn.Module, wanted: Sequence[Target], batches: list[Mapping[str, Any]], cache: Path | None, is_shown: bool
+) -> ProtectedInputs:
+    if cache is None or is_deepspeed_zero3_enabled():  # ZeRO-3 partitions the weights, whose hash the cache needs
+        return find_inputs(model, wanted, batches, is_shown=is_shown)
+    key, names = calibration_key(model, wanted, batches), canonical_names(model)
+    stored = cached_inputs(cache, key, names)
+    if stored is not None:
+        require_shapes(stored, wanted)
+        return stored
+    found = find_inputs(model, wanted, batches, is_shown=is_shown)
+    try:
+        cache_inputs(cache, key, found, names)
+    except OSError as error:
+        warnings.warn(f"protected inputs are not cached in {cache}: {error}", stacklevel=2)
+    return found
+
+
+def _warn_of_little(found: ProtectedInputs) -> None:
+    few = [path for path, n in found.numbers.items() if found.bases[n].num_directions < FEWEST * found.bases[n].size]
+    if few:
+        basis = found.of(few[0])
+        warnings.warn(
+            f"{len(few):,} of {len(found.numbers):,} layers protect almost nothing: {few[0]} protects "
+            f"{basis.num_directions} of {basis.size} input directions, which hold {basis.share:.1%} of its activation "
+            "energy. A few directions dominate there; raise inputs for these layers.",
+            stacklevel=3,
+        )

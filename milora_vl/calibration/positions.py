@@ -1,0 +1,72 @@
+"""Which positions of the calibration batches count, and how much.
+
+Padding does not count. Neither does the first position of a row: it is an attention sink, whose activations are so
+large that they would decide C alone (`activations.LARGEST` limits sinks elsewhere). Text and picture positions weigh
+half each in total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora_vl.calibration.errors import CalibrationError
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """The weights of the positions of one batch, each (rows, length), on the CPU.
+
+    `weights` is 0 for padding and for first positions. `tokens` is 0 for padding only: an embedding has no sinks.
+    """
+
+    weights: Tensor
+    tokens: Tensor
+
+
+def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Positions | None]:
+    """Return the weights of each batch; None for a batch without `input_ids`, in which all positions count.
+
+    Raises CalibrationError if no position counts.
+
+    >>> batch = {"input_ids": torch.tensor([[1, 7, 7, 5]]), "attention_mask": torch.tensor([[1, 1, 1, 1]])}
+    >>> positions_of([batch], image_token=7)[0].weights
+    tensor([[0.0000, 0.2500, 0.2500, 0.5000]])
+    """
+    masks = [_masks(batch, image_token) for batch in batches]
+    numbers = [sum(int(mask[kind].sum()) for mask in masks if mask is not None) for kind in (0, 1)]
+    if not batches or (sum(numbers) == 0 and all(mask is not None for mask in masks)):
+        raise CalibrationError(
+            "the calibration has no tokens that count",
+            code="calibration-empty",
+            where="calibration",
+            hint="pass batches with input_ids; padding and the first position of each row do not count",
+        )
+    shares = [0.0 if number == 0 else 1 / number for number in numbers]
+    if all(numbers):
+        shares = [share / 2 for share in shares]
+    return [None if mask is None else _positions(mask, shares) for mask in masks]
+
+
+def _masks(batch: Mapping[str, Any], image_token: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the masks of text, of pictures and of first positions, each (rows, length)."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor):
+        return None
+    ids = ids.detach().cpu()
+    given = batch.get("attention_mask")
+    real = torch.ones_like(ids) if not isinstance(given, Tensor) else given.detach().cpu()
+    real = real.reshape(ids.shape).bool()
+    first = real & (real.cumsum(dim=1) == 1)
+    is_picture = torch.zeros_like(real) if image_token is None else ids == image_token
+    return real & ~first & ~is_picture, real & ~first & is_picture, first
+
+
+def _positions(masks: tuple[Tensor, Tensor, Tensor], shares: Sequence[float]) -> Positions:
+    text, picture, first = masks
+    weights = text * shares[0] + picture * shares[1]
+    return Positions(weights, weights + first * max(shares))

@@ -1,0 +1,290 @@
+"""The calibration batches of a run (recipe key `calibration`): text that the base model writes, files, pictures.
+
+By default no data is needed: the base model writes texts itself, and a vision-language model describes pictures of the
+training set. Texts and captions are cached by a hash of the weights, since writing them takes most of the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import GenerationMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from milora_data.assets import cache_dir
+from milora_data.errors import UserError
+from milora_data.images.files import place_of
+from milora_data.record_collator import RecordCollator
+from milora_data.records import IMAGE, Record, Turn
+from milora_data.sources import load_records
+from milora_vl.calibration.files import weights_digest
+from milora_vl.forgetting.text import general_text, padded_batches, sampled_rows, text_blocks
+from milora_vl.generate import Prompt, generate
+from milora_vl.models import loading
+from milora_vl.models.image_tokens import uses_processor
+from milora_vl.plan.screen import Screen
+from milora_vl.policy import Target
+from milora_vl.recipe.schema import Recipe
+from milora_vl.towers import find_towers
+from milora_vl.train import run_files
+from milora_vl.weights.distributed import gather, rank_and_world_size
+from milora_vl.weights.matrices import gathered_in_forward
+
+LENGTH = 192  # tokens of a text
+ROWS = 8  # rows of a batch
+WRITTEN_AT_ONCE = 32
+HELD_OUT_TEXTS = 8  # texts beyond those of the recipe, which check the shares
+CAPTION_TOKENS = 32
+QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
+MOST_TOKENS = 65_536  # of text files
+MOST_RECORDS = 512  # of data
+NGRAM = 12  # words in a row that two texts share only if one is copied
+_VERSION = 1  # increase it if equal settings can give other texts
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """What the sources of a run read and write."""
+
+    recipe: Recipe
+    base: Any
+    processor: Any
+    screen: Screen
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer of the model."""
+        return loading.split_processor(self.processor)[0]
+
+
+def batches(
+    recipe: Recipe,
+    base: nn.Module,
+    processor: Any,
+    targets: Sequence[Target],
+    records: Sequence[Record],
+    screen: Screen,
+) -> list[Mapping[str, Tensor]] | None:
+    """Return the calibration batches of a run, arguments of the model's forward; None if no rule protects inputs.
+
+    `records` are those of the training. All processes get the texts of the first one. Raises UserError for a model that
+    cannot write text, for files that share text with the probe of forgetting, and for files without text.
+    """
+    if not any(target.protect is not None and target.protect.inputs is not None for target in targets):
+        return None
+    settings, sources = recipe.calibration, _Sources(recipe, base, processor, screen)
+    rows = _text_rows(sources)
+    if settings.num_samples:
+        rows += _written_rows(sources, settings.num_samples)
+    collate = run_files.collator(recipe, base, processor)
+    found: list[Mapping[str, Tensor]] = [batch.inputs for batch in padded_batches(rows, ROWS, sources.tokenizer)]
+    if settings.num_pictures and uses_processor(base.config):
+        screen.warn(
+            "this model does not describe calibration pictures here; set  calibration: {data: FILE}  to add some"
+        )
+    elif settings.num_pictures and find_towers(base).vision is not None:
+        found += _collated(
+            collate, _captioned(sources, _with_pictures(records, settings.num_pictures), collate.image_folder)
+        )
+    if settings.data is not None:
+        own = list(islice(load_records(settings.data), MOST_RECORDS))
+        for record in own:
+            _refuse_probe_text(" ".join(turn.text for turn in record.turns), f"calibration.data {record.source}")
+        collate = run_files.collator(_with_images_of(recipe, settings.image_folder), base, processor)
+        found += _collated(collate, own)
+    return found
+
+
+def _with_images_of(recipe: Recipe, folder: str | None) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"image_folder": folder})})
+
+
+def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
+    """Return blocks of the text files: (file, ids)."""
+    texts = {}
+    for name in sources.recipe.calibration.text or ():
+        try:
+            texts[name] = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"cannot read the file: {error}", code="file-unreadable", where=f"calibration.text {name}"
+            ) from None
+    if not texts:
+        return []
+    for name, text in texts.items():
+        _refuse_probe_text(text, f"calibration.text {name}")
+    try:
+        return text_blocks(texts, sources.tokenizer, num_tokens=MOST_TOKENS, block_length=LENGTH)
+    except ValueError:
+        raise UserError(
+            "the text files are empty",
+            code="calibration-empty",
+            where="calibration.text",
+            hint="name files with text, or remove the key: the base model then writes texts itself",
+        ) from None
+
+
+def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
+    """Return texts that the base model writes: (name, ids). Texts that it recites from the probe are left out."""
+    base, tokenizer = sources.base, sources.tokenizer
+    if not isinstance(base, GenerationMixin):
+        raise UserError(
+            f"a {type(base).__name__} cannot write calibration texts",
+            code="calibration-cannot-generate",
+            where="calibration",
+            hint="set  calibration: {text: [FILE]}  or  {data: FILE}",
+        )
+    total = count + HELD_OUT_TEXTS
+
+    def write() -> list[list[int]]:
+        with _bar("writing calibration texts", total, "texts") as update:
+            return sampled_rows(
+                base, tokenizer, count=total, length=LENGTH, batch_size=WRITTEN_AT_ONCE, on_batch=update
+            )
+
+    rows = _cached(sources, f"texts {total} {LENGTH}", write)
+    kept = [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
+    return [(f"sample {number}", row) for number, row in enumerate(kept)]
+
+
+def _with_pictures(records: Sequence[Record], count: int) -> list[Record]:
+    """Return `count` records with a picture, evenly spread over the training set; fewer if it has fewer pictures."""
+    by_picture = {record.images: record for record in records if len(record.images) == 1}
+    unique = list(by_picture.values())
+    return unique[:: max(1, len(unique) // count)][:count]
+
+
+def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> list[Record]:
+    """Return records with the pictures of `records`, which lie in `folder`, and captions of the base model."""
+    recipe = sources.recipe
+    turn = Turn("user", f"{IMAGE}\n{QUESTION}")
+    pictures = [tuple(place_of(folder, name) for name in record.images) for record in records]
+
+    def write() -> list[str]:
+        with _bar("describing calibration pictures", len(records), "pictures") as update:
+            return generate(
+                sources.base,
+                sources.processor,
+                [Prompt((turn,), paths) for paths in pictures],
+                template=recipe.template,
+                max_new_tokens=CAPTION_TOKENS,
+                image_aspect_ratio=recipe.data.image_aspect_ratio,
+                on_batch=lambda places, _: update(len(places)),
+            )
+
+    captions = _cached(sources, f"captions {recipe.template} {QUESTION} {list(map(str, pictures))}", write)
+    return [
+        replace(record, turns=(turn, Turn("assistant", caption)))
+        for record, caption in zip(records, captions, strict=True)
+    ]
+
+
+def _collated(collate: RecordCollator[Any], records: Sequence[Record]) -> list[Mapping[str, Tensor]]:
+    """Return batches of the records, those with pictures first. The collator gives text a blank picture: not here."""
+    found: list[Mapping[str, Tensor]] = []
+    for group in ([r for r in records if r.images], [r for r in records if not r.images]):
+        for start in range(0, len(group), ROWS):
+            batch: dict[str, Tensor] = collate(group[start : start + ROWS])
+            unused = {"labels"} if group[0].images else {"labels", "pixel_values", "image_sizes"}
+            found.append({name: value for name, value in batch.items() if name not in unused})
+    return found
+
+
+def shares_probe_text(text: str) -> bool:
+    """Return whether a text has twelve words in a row that a probe text of forgetting has."""
+    return not _probe_grams().isdisjoint(_grams(text))
+
+
+def _refuse_probe_text(text: str, where: str) -> None:
+    if shares_probe_text(text):
+        raise UserError(
+            "contains text of the probe that measures forgetting, so the measure would be biased",
+            code="calibration-probe-text",
+            where=where,
+            hint="use another text",
+        )
+
+
+@lru_cache(maxsize=1)
+def _probe_grams() -> frozenset[tuple[str, ...]]:
+    return frozenset(gram for book in general_text().values() for gram in _grams(book))
+
+
+def _grams(text: str) -> set[tuple[str, ...]]:
+    words = text.lower().split()
+    return {tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)}
+
+
+def _cached(sources: _Sources, settings: str, write: Callable[[], list[Any]]) -> list[Any]:
+    """Return what the first process reads from the cache or, if it misses there, writes; the same in every process.
+
+    All processes write, because a model that ZeRO-3 partitions needs all of them. It has no hash, and so no cache.
+    """
+    is_whole = not is_deepspeed_zero3_enabled()
+    file = _cache_file(sources, settings) if is_whole else Path()
+    is_first = rank_and_world_size()[0] == 0
+    stored = gather(_read(file) if is_whole and is_first else None)[0]
+    if stored is not None:
+        return list(stored)
+    with gathered_in_forward(sources.base):
+        written = list(gather(write())[0])
+    if is_whole and is_first:
+        _store(file, written, sources.screen)
+    return written
+
+
+def _cache_file(sources: _Sources, settings: str) -> Path:
+    folder = Path(sources.recipe.factor_cache or cache_dir() / "calibration")
+    key = hashlib.sha256(f"{_VERSION} {weights_digest(sources.base)} {settings}".encode()).hexdigest()[:32]
+    return folder / f"calibration-{key}.json"
+
+
+def _read(file: Path) -> list[Any] | None:
+    try:
+        return list(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _store(file: Path, written: list[Any], screen: Screen) -> None:
+    folder = file.parent
+    part = folder / f".{file.name}.{uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(written), encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        screen.warn(f"calibration texts are not cached in {folder}: {error}")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar with the remaining time on stderr, and yield the function that advances it."""
+    with tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        file=sys.stderr,
+        disable=rank_and_world_size()[0] != 0,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]",
+    ) as bar:
+
+        def advance(number: int) -> None:
+            bar.update(number)
+
+        yield advance

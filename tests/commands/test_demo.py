@@ -1,0 +1,48 @@
+"""`milora demo`: all its steps, and none of them twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import llava_recipes
+from milora_vl.demo import main
+from support.adapter_cases import raises_code
+from support.eval_questions import write_questions
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with small questions in place of the drawn set, and a recipe of a small model."""
+    questions = write_questions(tmp_path / "data" / "emoji")
+    for name in ("train.json", "val.json"):
+        shutil.copy(questions / "test.json", questions / name)
+    recipe = llava_recipes.read("smol-llava-demo").replace("model: smol-llava", "model: tiny")
+    recipe = recipe.replace("rank: 32, alpha: 32", "rank: 4, alpha: 4").replace("max_steps: 150", "max_steps: 2")
+    (tmp_path / "tiny.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_demo_trains_evaluates_and_continues_where_it_stopped(place: Path, capfd) -> None:
+    assert main(["--recipe", "tiny.yaml", "--quick"]) == 0
+    out, err = capfd.readouterr()
+    assert "report: runs/demo/report.html" in out
+    assert "done already: python -m milora_data emoji" in err
+    results = json.loads((place / "runs" / "demo" / "eval" / "emoji" / "final" / "results.json").read_text())
+    assert results["limit"] == 64
+    before = (place / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime
+    assert main(["--recipe", "tiny.yaml", "--quick", "--format", "json"]) == 0
+    assert "done already: python -m milora_vl.train" in (printed := capfd.readouterr()).err
+    assert json.loads(printed.out)["benchmarks"] == results["benchmarks"]
+    assert (place / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime == before
+
+
+def test_a_step_that_fails_stops_the_demo(place: Path, capfd) -> None:
+    with raises_code("demo-step-failed", message="milora_vl.train failed", hint="it continues with this step"):
+        main(["--recipe", "no-such-recipe"])
+    assert "no-such-recipe" in capfd.readouterr().err

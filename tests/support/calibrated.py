@@ -1,0 +1,54 @@
+"""Calibration batches of tiny models, and what an adapter answers to protected inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora_vl.lora.install import lora_layer
+from milora_vl.weights.matrices import is_linear
+from support.adapter_cases import llava_batch, picture_batch, token_batch
+
+
+def text_batches(count: int = 3, vocabulary: int = 40, length: int = 30) -> list[dict[str, Tensor]]:
+    ids = token_batch(vocabulary, 4 * count, length)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.chunk(count)]
+
+
+def llava_batches(model: Any) -> list[dict[str, Tensor]]:
+    return [llava_batch(model), *text_batches(2, 200), llava_batch(model)]
+
+
+def picture_batches() -> list[dict[str, Tensor]]:
+    pixels, words = picture_batch()
+    return [{"pixels": pixels, "words": words}, {"pixels": pixels + 0.1, "words": words}]
+
+
+@torch.no_grad()
+def leaks(tuned: Any, protections: Any) -> list[float]:
+    """Of each protected layer: its adapter's largest answer to protected inputs, as a share of that to any input.
+
+    It asks the layers of `tuned`, of any PEFT, as the model does: the answer with the adapter minus the one without.
+    """
+    found = []
+    for path, protected in protections.items():
+        layer = lora_layer(tuned, path)
+        V = protected.V
+        if V.dim() == 1:
+            delta = layer.get_delta_weight("default").float()  # (tokens, dim)
+            found.append(float(delta[V].norm() / delta.norm()))
+            continue
+        if not is_linear(layer.get_base_layer()):
+            delta = layer.get_delta_weight("default").float().flatten(1)
+            found.append(float((delta @ V).norm() / delta.norm()))
+            continue
+        adapters = [layer.lora_A["default"], layer.lora_B["default"]]
+        dtype = next(adapters[0].parameters()).dtype
+        answer = lambda x: adapters[1](adapters[0](x.to(dtype))).float()  # noqa: E731, B023
+        any_input = torch.randn(64, V.shape[0], generator=torch.Generator().manual_seed(0))
+        scale = answer(any_input / any_input.norm(dim=1, keepdim=True)).norm(dim=1).mean()
+        found.append(float(answer(V.T).norm(dim=1).max() / scale))
+    assert found
+    return found

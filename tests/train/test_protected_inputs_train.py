@@ -1,0 +1,206 @@
+"""Protected inputs in a run of `milora_vl.train`: calibration, resuming, several processes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from milora_vl import load_adapter
+from milora_vl.forgetting.answers import drawn_questions
+from milora_vl.forgetting.text import general_text
+from milora_vl.plan.estimate import distinct_inputs, protected_input_bytes
+from milora_vl.plan.screen import Screen
+from milora_vl.policy import Policy
+from milora_vl.recipe.schema import Recipe
+from milora_vl.report.run_page import read_run
+from milora_vl.report.tables import protection_table
+from milora_vl.tiny import tiny_llava
+from milora_vl.train import calibration
+from milora_vl.train.command import main
+from support.adapter_cases import raises_code
+from support.calibrated import leaks
+from support.launched import KINDS, needs_deepspeed, train_in_two
+from support.train_runs import losses, read_json, training
+
+RULES = [
+    {"modules": "language", "method": "milora", "rank": 3, "protect": {"inputs": 0.5}},
+    {"modules": "projector", "method": "milora", "rank": 2, "protect": {"inputs": 0.5}},
+]
+PROTECT = ["--policy", json.dumps(RULES), "--dropout", "0"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of calibration texts."""
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("milora_vl.calibration.calibrate.FEWEST", 0.0)  # tiny layers have few inputs
+    return tmp_path / "cache" / "calibration"
+
+
+def recipe(tiny_data: Path, **keys: Any) -> Recipe:
+    data = {"path": str(tiny_data / "train.json"), "image_folder": str(tiny_data / "images")}
+    return Recipe.parse({"model": "tiny", "data": data, "policy": RULES, "calibration": keys})
+
+
+def calibrated(settings: Recipe, records: Any = ()) -> list[Any]:
+    base, processor = tiny_llava()
+    targets = Policy.parse(settings.policy or []).resolve(base)
+    return calibration.batches(settings, base, processor, targets, records, Screen()) or []
+
+
+def test_a_run_calibrates_protects_resumes_and_shows_it(
+    tiny_data: Path, tmp_path: Path, cache: Path, capfd: Any
+) -> None:
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert main(training(tiny_data, whole, *PROTECT, "--save_steps", "3")) == 0
+    shown = capfd.readouterr().err
+    assert "writing calibration texts" in shown
+    assert "describing calibration pictures" in shown
+    assert len(list(cache.glob("calibration-*.json"))) == 2
+    model = load_adapter(tiny_llava()[0], whole, is_trainable=True)
+    protected = model.protections["default"]
+    assert max(leaks(model, protected)) < 1e-5
+    assert max(leaks(PeftModel.from_pretrained(tiny_llava()[0], str(whole)), protected)) < 1e-5
+    assert [file.parent for file in tmp_path.rglob("protected-inputs-*")] == [whole]
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoint-6")
+    (part / "adapter_model.safetensors").unlink()
+    assert main(training(tiny_data, part, *PROTECT, "--save_steps", "3", "--resume_from_checkpoint", "true")) == 0
+    assert "calibration" not in capfd.readouterr().err
+    assert losses(part) == losses(whole)
+    before, after = (load_file(run / "adapter_model.safetensors") for run in (whole, part))
+    assert all(tensor.equal(after[key]) for key, tensor in before.items())
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_every_kind_of_run_protects_the_same_inputs(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    extra = [*PROTECT, "--model", str(tiny_folder), "--max_steps", "4"]
+    assert main(training(tiny_data, tmp_path / "one", *extra)) == 0
+    two = ["--per_device_train_batch_size", "2"]
+    train_in_two([training(tiny_data, tmp_path / kind, *extra, *two, *more) for kind, more in KINDS.items()], tmp_path)
+    for kind in KINDS:
+        expected = torch.tensor(losses(tmp_path / "one"))
+        torch.testing.assert_close(torch.tensor(losses(tmp_path / kind)), expected, rtol=0, atol=1e-4)
+        model = load_adapter(tiny_llava()[0], tmp_path / kind, is_trainable=True)
+        assert max(leaks(model, model.protections["default"])) < 1e-5, kind
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_half_precision_of_deepspeed_is_saved_outside(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    extra = [*PROTECT, "--model", str(tiny_folder), "--max_steps", "2", "--dtype", "bfloat16", "--bf16", "True"]
+    kinds = {kind: more for kind, more in KINDS.items() if kind != "zero3_offload"}
+    train_in_two([training(tiny_data, tmp_path / kind, *extra, *more) for kind, more in kinds.items()], tmp_path)
+    for kind in kinds:
+        model = load_adapter(tiny_llava()[0], tmp_path / kind, is_trainable=True)
+        assert max(leaks(model, model.protections["default"])) < 1e-4, kind
+
+
+def test_texts_are_written_once_and_shared_with_no_probe(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = recipe(tiny_data, samples=3, pictures=0)
+    first = calibrated(settings)
+    assert [batch["input_ids"].shape[0] for batch in first] == [8, 3]  # eight texts beyond those check the shares
+    monkeypatch.setattr(calibration, "sampled_rows", None)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, calibrated(settings), strict=True))
+
+
+def test_the_calibration_shares_no_text_with_the_probe_of_forgetting(tiny_data: Path, tmp_path: Path) -> None:
+    for number, book in enumerate(general_text().values()):
+        assert calibration.shares_probe_text(book)
+        part = " ".join(book.split()[100 * number : 100 * number + 40])
+        (tmp_path / "copied.txt").write_text(f"Once upon a time. {part}")
+        with raises_code("calibration-probe-text", where="copied.txt"):
+            calibrated(recipe(tiny_data, text=[str(tmp_path / "copied.txt")]))
+    questions = {turn.text for record in drawn_questions(tmp_path / "drawn") for turn in record.turns}
+    assert not any(calibration.QUESTION in question for question in questions)
+
+
+def test_texts_that_the_model_recites_from_the_probe_are_left_out(tiny_data: Path, monkeypatch) -> None:
+    tokenizer = tiny_llava()[1].tokenizer
+    recited = tokenizer(next(iter(general_text().values()))[:400]).input_ids
+    monkeypatch.setattr(calibration, "sampled_rows", lambda *_, count, **__: [recited] + [[1, 9, 9]] * (count - 1))
+    (batch, rest) = calibrated(recipe(tiny_data, samples=3, pictures=0))
+    assert len(batch["input_ids"]) + len(rest["input_ids"]) == 10
+    assert batch["input_ids"].shape[1] == 3
+
+
+def test_files_and_records_calibrate_without_the_model_writing(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "sampled_rows", None)
+    (tmp_path / "a.txt").write_text("A sentence that nobody has written before. " * 20)
+    (text,) = calibrated(recipe(tiny_data, text=[str(tmp_path / "a.txt")], pictures=0))
+    assert text["input_ids"].shape == (4, 192)
+    pictures = recipe(tiny_data, data=str(tiny_data / "train.json"), image_folder=str(tiny_data / "images"))
+    batches = calibrated(pictures)
+    assert [("pixel_values" in batch, len(batch["input_ids"])) for batch in batches] == [(True, 8), (False, 4)]
+    assert all("labels" not in batch for batch in batches)
+
+
+def test_bad_calibrations_of_a_recipe_are_refused(tiny_data: Path, tmp_path: Path) -> None:
+    with raises_code("recipe-value", where="calibration", message="image_folder belongs to data"):
+        recipe(tiny_data, image_folder="x")
+    with raises_code("recipe-value", where="calibration", message="expected samples, pictures, text or data, got none"):
+        recipe(tiny_data, samples=0)
+    (tmp_path / "empty.txt").write_text("")
+    with raises_code("calibration-empty", where="calibration.text"):
+        calibrated(recipe(tiny_data, text=[str(tmp_path / "empty.txt")]))
+    for key, value in (("text", ["no.txt"]), ("data", "no.json")):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(recipe(tiny_data, **{key: value}).to_yaml())
+        with raises_code("path-missing", where=f"calibration.{key}"):
+            main(training(tiny_data, tmp_path / "run", "--recipe", str(file)))
+    with raises_code("adapter-residual-layer", where="form"):
+        main(training(tiny_data, tmp_path / "run", *PROTECT, "--form", "residual"))
+
+
+def test_a_calibration_without_a_rule_for_it_gets_a_warning(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe(tiny_data, samples=4).to_yaml())
+    assert main(training(tiny_data, tmp_path / "run", "--recipe", str(file), "--method", "full", "--dry-run")) == 0
+    assert "the calibration has no effect" in capfd.readouterr().out
+
+
+def test_a_model_that_cannot_write_needs_text(tiny_data: Path) -> None:
+    base, processor = tiny_llava()
+    targets = Policy.parse(RULES).resolve(base)
+    with raises_code("calibration-cannot-generate", hint="text: [FILE]"):
+        calibration.batches(recipe(tiny_data), base.model, processor, targets, (), Screen())
+
+
+def test_the_plan_and_the_report_show_protected_inputs(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    run = tmp_path / "run"
+    assert main(training(tiny_data, run, *PROTECT, "--dry-run")) == 0
+    plan = capfd.readouterr().out
+    assert "of the input directions protected" in plan
+    assert "calibration about" in plan
+    assert main(training(tiny_data, run, *PROTECT, "--max_steps", "1")) == 0
+    assert "protected inputs  projector: " in capfd.readouterr().err
+    protected = read_json(run, "policy.json")["protected"]
+    assert len(protected) == 16
+    assert all(0.5 <= entry["energy"] < 1 for entry in protected)
+    held_out = [entry["held_out"] for entry in protected]
+    assert all(0 < share < 1 for share in held_out if share is not None)
+    assert held_out.count(None) == 2, "the eight pictures are one batch, so none of the projector's is held out"
+    overlaps = read_json(run, "protection.json")
+    assert set(overlaps) == {entry["path"] for entry in protected}
+    assert max(overlaps.values()) < 1e-6
+    rows = protection_table(read_run(run)).rows
+    assert [row[:2] for row in rows] == [("language", "14"), ("projector", "2")]
+    assert all("%" in cell for cell in rows[0][2:6])
+    assert "Protected inputs: means over layers" in (run / "report.html").read_text()
+
+
+def test_the_plan_counts_each_input_once(tiny_llama) -> None:
+    rules = [{"modules": "language", "method": "milora", "rank": 4, "protect": {"inputs": 0.9, "max": 20}}]
+    targets = Policy.parse(rules).resolve(tiny_llama()[0])
+    assert len(distinct_inputs(targets)) == 8
+    directions = 2 * (3 * 64 * 20 + 128 * 20)
+    assert protected_input_bytes(targets, 4.0) == 4 * directions
+    assert protected_input_bytes(targets, 2.0) == 4 * directions + 2 * 2 * 4 * (6 * 64 + 128)
