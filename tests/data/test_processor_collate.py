@@ -147,6 +147,25 @@ def test_every_form_of_record_gives_the_same_batch(make: Any, pictures: Path, tm
         assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
+def test_tables_with_pictures_give_the_same_batch(make: Any, pictures: Path, tmp_path: Path) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    images = [{"bytes": (pictures / "0.png").read_bytes(), "path": "0.png"}]
+    question, answer = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}
+    rows = {
+        "messages": [{"images": images, "messages": [question, answer]}],
+        "completion": [{"images": images, "prompt": [question], "completion": [answer]}],
+    }
+    collator = make()
+    expected = collator([QUESTION])
+    for name, table in rows.items():
+        parquet.write_table(arrow.Table.from_pylist(table), tmp_path / f"{name}.parquet")
+        (form,) = load_records(tmp_path / f"{name}.parquet")
+        batch = collator([form])
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
+
+
 TEXTS = st.one_of(
     st.text(max_size=12),
     st.sampled_from(["", " ", "\n", "<|im_end|>", "<|im_start|>user\n", " two  words \n", "漢字🙂", "</s>", "e\u0301"]),
