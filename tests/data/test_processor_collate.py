@@ -24,10 +24,11 @@ from milora_data.records import ROLES, Record, Turn, parse_record
 from milora_data.sources import load_records
 from milora_vl.losses import install, summed_loss
 from milora_vl.models.processors import limit_pixels, usable_inputs
+from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES, marked_template, model_of, processor_of
 from support.vlm_runs import SIZES, mixed_records, record, write_pictures
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
 LACKS = {"smolvlm": find_spec("num2words") is None}
 ALL = [name for name in VLM_FAMILIES if not LACKS.get(name)]
 CHATS = [name for name in ALL if name != "paligemma"]
