@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,9 +51,15 @@ def real_plots() -> Iterator[None]:
     quick_plots.replace()
 
 
-@pytest.fixture(scope="session")
-def known_memory() -> Iterator[None]:
-    """Plans simulate a step to find its memory, seconds for each shape of model and batch; many tests plan the same."""
+@pytest.fixture(scope="session", autouse=True)
+def known_costs() -> Iterator[None]:
+    """Dry runs simulate a step, seconds for each shape of model and batch, and time this machine: once is enough.
+
+    Tests that need no transformers make no dry runs; they do not wait for its import here.
+    """
+    if "transformers" not in sys.modules:
+        yield
+        return
     from milora_vl.plan import cost
 
     simulate, known = cost.simulate, {}
@@ -64,6 +72,7 @@ def known_memory() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "simulate", remembered)
+        patch.setattr(cost, "measured_flops", functools.cache(cost.measured_flops))
         yield
 
 

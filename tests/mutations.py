@@ -410,7 +410,7 @@ MUTATIONS = (
     Mutation(
         "milora_vl/export/base.py",
         "dtype = torch.promote_types(dtype, saved)",
-        "dtype = saved",
+        "pass",
         "a merged model is rounded once",
         ("export/test_export.py",),
     ),

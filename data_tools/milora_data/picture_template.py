@@ -48,7 +48,7 @@ def parts_of(text: str) -> list[Part]:
     >>> parts_of("<image>\\nWhat is it?")
     [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]
     >>> [part.get("text", "picture") for part in parts_of("Is this\\n<image>\\n like <image>?")]
-    ['Is this\\n', 'picture', ' like ', 'picture', '?']
+    ['Is this', 'picture', '\\n like ', 'picture', '?']
     """
     parts: list[Part] = []
     for number, stretch in enumerate(_MARKERS.split(text)):

@@ -126,7 +126,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             rendered = self.inputs.format.render(marked(record.turns, len(record.images)))
             self.inputs.require_pictures(rendered.text, len(record.images))
             if not rendered.supervised and rendered.suffix is None:
-                raise NoSupervisedTokens("no answer to learn from in this record", code="record-no-answer")
+                raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")
         except DataError as error:
             raise with_context(error, record.source or f"record {record.id!r}") from None
         return rendered
@@ -246,7 +246,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         """Return the sample of a row with at most `limit` tokens; None if no supervised text is left."""
         sample, rendered = row.sample, row.sample.rendered
         error = NoSupervisedTokens(
-            f"no answer to learn from in this record; max_length {self.max_length} cuts all of them off",
+            f"this record has no supervised answer: max_length {self.max_length} cuts off all of them",
             code="record-no-answer",
             where=sample.where,
         )

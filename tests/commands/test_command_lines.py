@@ -27,8 +27,6 @@ from support.adapter_cases import raises_code
 from support.command_parsers import parser_of
 from support.stored_answers import write_answers
 
-pytestmark = pytest.mark.usefixtures("known_memory")
-
 INNER = {name: import_module(MENU.modules[name]).MENU for name in MENU.menus}
 PROGRAMS = [(name,) for name in MENU.modules if name not in INNER]
 PROGRAMS += [(name, inner) for name, menu in INNER.items() for inner in menu.modules]

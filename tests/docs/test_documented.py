@@ -30,8 +30,6 @@ from support.documented_tables import (
 )
 from support.llava_parts import small_vicuna_and_clip
 
-pytestmark = pytest.mark.usefixtures("known_memory")
-
 NAMES = [name_of(page) for page in PAGES]
 ALL = [command for page in NAMES for command in commands(page)]
 TYPED = "What is this?\n/quit\n"

@@ -84,6 +84,13 @@ def test_merged_loads_in_plain_transformers_with_its_processor(run) -> None:
     assert not (run.root / "merged" / "adapter_config.json").exists()
 
 
+def test_a_merged_model_of_another_dtype_is_rounded_once(run) -> None:
+    export(run.root / "adapter", "merged", run.root / "exact")
+    export(run.root / "adapter", "merged", run.root / "half", dtype=torch.bfloat16)
+    exact, half = (load_file(run.root / name / "model.safetensors") for name in ("exact", "half"))
+    assert all(torch.equal(half[name], weight.bfloat16()) for name, weight in exact.items())
+
+
 def test_merged_keeps_the_dtype_of_the_base(run, tiny_llava: Factory) -> None:
     tiny_llava()[0].to(torch.bfloat16).save_pretrained(run.root / "base")
     export(run.root / "adapter", "merged", run.root / "merged")

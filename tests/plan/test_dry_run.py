@@ -13,8 +13,6 @@ import pytest
 from milora_data.errors import UserError
 from milora_vl.train.command import main
 
-pytestmark = pytest.mark.usefixtures("known_memory")
-
 
 def test_llava_7b_has_the_known_counts(capsys: Any) -> None:
     assert main(["--model", "llava-1.5-7b", "--bf16", "--deepspeed", "zero3", "--dry-run"]) == 0

@@ -20,8 +20,6 @@ from milora_vl.models.loading import config_of
 from milora_vl.train.command import main
 from support.launched import needs_deepspeed
 
-pytestmark = pytest.mark.usefixtures("known_memory")
-
 SCRIPTS: dict[str, dict[str, str]] = json.loads(
     (Path(__file__).parents[1] / "reference" / "llava_scripts.json").read_text(encoding="utf-8")
 )["scripts"]

@@ -19,8 +19,6 @@ from milora_vl.recipe import arguments, base_model, on_model, settings
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.command import main as train
 
-pytestmark = pytest.mark.usefixtures("known_memory")
-
 NAMES = llava_recipes.names()
 
 
