@@ -20,10 +20,11 @@ from milora_vl.chat.command import main as chat
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
 from milora_vl.losses import summed_loss
+from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES, model_of, processor_of
 from support.vlm_runs import record, write_model, write_pictures
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
 FAST = ("qwen2_5_vl", "gemma3", "mllama")
 OTHERS = [name for name in VLM_FAMILIES if name not in (*FAST, "paligemma")]
 Captured = pytest.CaptureFixture[str]

@@ -24,10 +24,11 @@ from milora_data.records import ROLES, Record, Turn, parse_record
 from milora_data.sources import load_records
 from milora_vl.losses import install, summed_loss
 from milora_vl.models.processors import limit_pixels, usable_inputs
+from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES, marked_template, model_of, processor_of
 from support.vlm_runs import SIZES, mixed_records, record, write_pictures
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
 LACKS = {"smolvlm": find_spec("num2words") is None}
 ALL = [name for name in VLM_FAMILIES if not LACKS.get(name)]
 CHATS = [name for name in ALL if name != "paligemma"]
@@ -143,6 +144,25 @@ def test_every_form_of_record_gives_the_same_batch(make: Any, pictures: Path, tm
     collator = make()
     expected = collator([QUESTION])
     for form in load_records(tmp_path / "data.json"):
+        batch = collator([form])
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
+
+
+def test_tables_with_pictures_give_the_same_batch(make: Any, pictures: Path, tmp_path: Path) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    images = [{"bytes": (pictures / "0.png").read_bytes(), "path": "0.png"}]
+    question, answer = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}
+    rows = {
+        "messages": [{"images": images, "messages": [question, answer]}],
+        "completion": [{"images": images, "prompt": [question], "completion": [answer]}],
+    }
+    collator = make()
+    expected = collator([QUESTION])
+    for name, table in rows.items():
+        parquet.write_table(arrow.Table.from_pylist(table), tmp_path / f"{name}.parquet")
+        (form,) = load_records(tmp_path / f"{name}.parquet")
         batch = collator([form])
         assert all(torch.equal(batch[key], expected[key]) for key in expected)
 

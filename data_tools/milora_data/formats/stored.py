@@ -86,7 +86,10 @@ def _item(row: Mapping[str, Any], place: str, number: str, options: Options | No
 def row_to_record(row: Mapping[str, Any], place: str, number: str, options: Options | None = None) -> Record:
     """Return the record of one row; `number` is the default id. Raises `DataError` if it is not a record."""
     plain = {key: value for key, value in _plain(row, number).items() if value is not None}
-    if "conversations" in plain or "messages" in plain:
+    is_dialogue = all(
+        isinstance(plain.get(key), list) for key in ("prompt", "completion")
+    )  # of messages, as TRL has it
+    if "conversations" in plain or "messages" in plain or is_dialogue:
         return parse_record(plain, source=place, embedded="read")
     converted = row_record(plain, options or Options(), place=place, identifier=number)
     return parse_record(converted, source=place, embedded="read")
