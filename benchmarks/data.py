@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from llava_oracle import llama_tokenizer, llava_train
+from support.llava_oracle import llama_tokenizer, llava_train
 
 from milora_data.encode import encode
 from milora_data.images.pixels import PixelMaker
