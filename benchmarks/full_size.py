@@ -105,7 +105,7 @@ def planned(config: Any) -> int:
     """Return the planned bytes: resident, and added by the step (without Adam's states, which follow the peak)."""
     targets = Policy.parse_and_resolve(RULES, meta_model(config))
     shape = Shape(
-        records=1, tokens=PICTURE + ANSWER + 64, learnt=ANSWER, pictures=1, image_tokens=PICTURE, half=True,
+        records=1, tokens=PICTURE + ANSWER + 64, supervised=ANSWER, pictures=1, image_tokens=PICTURE, half=True,
         checkpointing=True, base_dtype=torch.bfloat16,
     )  # fmt: skip
     found = simulate(config, targets, shape)

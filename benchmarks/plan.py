@@ -78,7 +78,7 @@ def measure(layers: int, width: int, records: int, tokens: int, checkpointing: b
     dtype = torch.bfloat16 if half else torch.float32
     targets = Policy.parse_and_resolve(RULES, meta_model(made))
     shape = Shape(
-        records=records, tokens=tokens, learnt=records * 60, pictures=records, image_tokens=64, half=half,
+        records=records, tokens=tokens, supervised=records * 60, pictures=records, image_tokens=64, half=half,
         checkpointing=checkpointing, base_dtype=dtype,
     )  # fmt: skip
     found = simulate(made, targets, shape)

@@ -26,7 +26,7 @@ It needs the extra demo (pip install 'milora-vl[demo]') and, the first time, the
 
 examples:
   python -m milora_vl.demo                  # about seven minutes on two cores
-  python -m milora_vl.demo --quick          # 20 steps and 64 questions: two minutes
+  python -m milora_vl.demo --quick          # 20 steps and 64 questions
 """,
     inputs=(
         option(

@@ -23,7 +23,7 @@ from milora_data.encode import encode_prompt
 from milora_data.errors import UserError
 from milora_data.images.files import expand_to_square, load_image, picture_size, to_rgb, unmistakable
 from milora_data.picture_template import Rendered
-from milora_data.processor_collate import marked
+from milora_data.processor_collate import labelled_inputs, marked
 from milora_data.processor_inputs import ProcessorInputs
 from milora_data.record_collator import pad_id_of
 from milora_data.records import IMAGE, Record, Turn
@@ -196,6 +196,18 @@ class ProcessorReader:
         images = [[self._picture(image) for image in prompt.images] for _, prompt in batch]
         inputs = self.inputs([text for text, _ in batch], images, padding_side="left")
         inputs.pop("labels", None)  # some processors add them
+        return {name: self._placed(value) for name, value in inputs.items()}
+
+    def labelled(self, prompt: Prompt, answer: str) -> dict[str, Any]:
+        """Return the inputs of one prompt with an answer after it, and labels that are -100 before the answer."""
+        rendered = self.rendered(prompt)
+        if self.inputs.format.takes_conversations:
+            start = len(rendered.text)
+            rendered = Rendered(rendered.text + answer, ((start, start + len(answer)),))
+        else:
+            rendered = rendered._replace(suffix=answer)
+        images = [self._picture(image) for image in prompt.images]
+        inputs = labelled_inputs(self.inputs, rendered, images)
         return {name: self._placed(value) for name, value in inputs.items()}
 
     def answers(

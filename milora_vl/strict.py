@@ -13,6 +13,26 @@ from pydantic.fields import FieldInfo
 
 from milora_data.errors import Problem, UserError
 
+# What a value must be, by pydantic's type of error; the fields of Strict models raise no other types.
+EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+    "list_type": "a list",
+    "literal_error": "one of {expected}",
+    "model_type": "a mapping",
+    "string_too_short": "text with at least {min_length} characters",
+    "string_type": "text",
+    "too_short": "a list of at least {min_length}",
+}
+
 
 class Strict(BaseModel):
     """A section of a YAML file: an unknown key or a value of the wrong type is an error."""
@@ -37,7 +57,7 @@ def problems_of(error: ValidationError, model: type[BaseModel], area: str) -> li
         elif fault["type"] == "extra_forbidden":
             found[place] = [unknown_key(place, section.model_fields, f"{area}-unknown-key")]
         elif place not in found:  # every type of a union has its own error
-            found[place] = [_wrong_value(fault, place, field, f"{area}-value")]
+            found[place] = [_wrong_value(fault, place, field, section, f"{area}-value")]
     # A value that fits one type of a union in part has the errors inside it, and no error as a whole.
     inner = [place for place in found if not any(other.startswith((f"{place}.", f"{place}[")) for other in found)]
     return [problem for place in inner for problem in found[place]]
@@ -64,7 +84,7 @@ def _sections(kind: Any) -> Iterator[type[BaseModel]]:
         yield kind
 
 
-def _wrong_value(fault: Any, place: str, field: FieldInfo | None, code: str) -> Problem:
+def _wrong_value(fault: Any, place: str, field: FieldInfo | None, section: type[BaseModel], code: str) -> Problem:
     value, described = fault["input"], field.description if field is not None else None
     if fault["type"] == "missing":
         examples = (field.examples if field is not None else None) or ()
@@ -75,11 +95,13 @@ def _wrong_value(fault: Any, place: str, field: FieldInfo | None, code: str) -> 
         near = difflib.get_close_matches(str(value), words, n=1)
         hint = f"did you mean {near[0]}?" if near else ""
         return Problem(f"expected one of {', '.join(words)}, got {value!r}", code, place, hint)
+    if fault["type"] == "model_type" and not described:
+        hint = f"its keys: {', '.join(section.model_fields)}"
+        return Problem(f"expected a mapping, got {value!r}", code, place, hint)
     is_exponent = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
     hint = "YAML reads 2e-4 as text: write 2.0e-4" if is_exponent else ""
-    return Problem(
-        f"expected {described}, got {value!r}" if described else f"{fault['msg']}, got {value!r}", code, place, hint
-    )
+    expected = described or EXPECTED[fault["type"]].format(**fault.get("ctx", {}))
+    return Problem(f"expected {expected}, got {value!r}", code, place, hint)
 
 
 def unknown_key(place: str, known: Iterable[str], code: str) -> Problem:

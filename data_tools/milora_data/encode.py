@@ -76,8 +76,8 @@ def encode(
         bos, segments = segments_of(turns, template, tokenizer, traits=traits)
         encoded = _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
-            cut = f"; max_length {max_length} cuts off {encoded.num_cut} tokens" if encoded.num_cut else ""
-            raise NoSupervisedTokens(f"no answer to learn from in this record{cut}", code="record-no-answer")
+            cut = f": max_length {max_length} cuts off the last {encoded.num_cut} tokens" if encoded.num_cut else ""
+            raise NoSupervisedTokens(f"this record has no supervised answer{cut}", code="record-no-answer")
     except DataError as error:
         raise with_context(error, record.source or f"record {record.id!r}") from None
     return encoded

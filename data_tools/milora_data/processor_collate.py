@@ -126,7 +126,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             rendered = self.inputs.format.render(marked(record.turns, len(record.images)))
             self.inputs.require_pictures(rendered.text, len(record.images))
             if not rendered.supervised and rendered.suffix is None:
-                raise NoSupervisedTokens("no answer to learn from in this record", code="record-no-answer")
+                raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")
         except DataError as error:
             raise with_context(error, record.source or f"record {record.id!r}") from None
         return rendered
@@ -246,7 +246,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         """Return the sample of a row with at most `limit` tokens; None if no supervised text is left."""
         sample, rendered = row.sample, row.sample.rendered
         error = NoSupervisedTokens(
-            f"no answer to learn from in this record; max_length {self.max_length} cuts all of them off",
+            f"this record has no supervised answer: max_length {self.max_length} cuts off all of them",
             code="record-no-answer",
             where=sample.where,
         )
@@ -320,6 +320,14 @@ def _size(place: str | Path) -> tuple[int, int]:
         return picture_size(place)
     except ImageError:  # the collator skips the record, or replaces the picture by a plain one
         return BLANK
+
+
+def labelled_inputs(inputs: ProcessorInputs, rendered: Rendered, images: Sequence[Any]) -> dict[str, Any]:
+    """Return the model's inputs for one text with its pictures, and its labels, as in a batch of the collator."""
+    sample = PictureSample(Record("", (), ()), rendered, tuple(images))
+    batch = inputs([rendered], [images], padding_side="right", with_places=True)
+    labels = batch["labels"] if rendered.suffix is not None else _labels(batch, _rows(batch, [sample]))
+    return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL} | {"labels": labels}
 
 
 def marked(turns: Sequence[Turn], num_images: int) -> list[Turn]:

@@ -1,4 +1,6 @@
-"""One record: LLaVA's format, and OpenAI's `messages`, which are converted to it. Every error names file and line.
+"""One record: LLaVA's format, and OpenAI's `messages` or TRL's `prompt` and `completion`, which are converted to it.
+
+Every error names file and line.
 
 LLaVA's `train.py` defines the format: {"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...]}.
 """
@@ -76,6 +78,8 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["refuse",
         if not isinstance(value, dict):
             raise DataError(f"expected a record (an object), got {type(value).__name__}", code="record-not-an-object")
         form = "llava"
+        if "prompt" in value and "completion" in value and "conversations" not in value and "messages" not in value:
+            value = from_completion(value)
         if "messages" in value and "conversations" not in value:
             form = "messages"
             value = from_messages(value, number=0) | ({} if "id" in value else {"id": ""})
@@ -178,6 +182,20 @@ def from_messages(value: object, *, number: int) -> dict[str, Any]:
     others = {key: item for key, item in value.items() if key not in ("messages", "images", "id")}
     pictures = {"image": images[0] if len(images) == 1 else images} if images else {}
     return {"id": str(value.get("id", number)), **pictures, "conversations": turns, **others}
+
+
+def from_completion(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return TRL's {"prompt", "completion", "images"?} with `messages` instead; texts become one turn each.
+
+    >>> [turn["role"] for turn in from_completion({"prompt": "1 + 1?", "completion": "2"})["messages"]]
+    ['user', 'assistant']
+    """
+    messages: list[Any] = []
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        turns = value[key]
+        messages += turns if isinstance(turns, list) else [{"role": role, "content": turns}]
+    others = {key: item for key, item in value.items() if key not in ("prompt", "completion")}
+    return {**others, "messages": messages}
 
 
 def _message_turn(message: object, place: int, named: list[str]) -> dict[str, str]:

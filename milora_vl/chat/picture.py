@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Return the picture in `path`. Raises UserError with similar names if there is none."""
+    """Return the picture in `path`. Raises UserError with similar names if the file is missing."""
     if path.is_file() or url_problem(path):
         return load_image(path)
     if path.is_dir():

@@ -144,7 +144,7 @@ def _show(done: Exported, style: str) -> None:
     if done.total is not None:
         sys.stdout.write(f"total  error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
-    sys.stderr.write(f"{_ORIGINS[done.origin]}, now: {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
+    sys.stderr.write(f"read {_ORIGINS[done.origin]}, wrote {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
     requested, largest = parse_form(done.form)[1], max((rank for rank, _ in done.layers.values()), default=0)
     if requested is not None and largest < requested:
         sys.stderr.write(f"no change has a rank above {largest}, so {done.form} keeps all of it\n")
@@ -222,9 +222,9 @@ _TO_LOAD = {
     ),
 }
 _ORIGINS = {
-    "ours": "was: an adapter of ours",
-    "plain": "was: a plain PEFT adapter",
-    "llava": "was: a LoRA run of LLaVA",
-    "residual": "was: an adapter on a residual base",
-    "combined": "was: several adapters",
+    "ours": "an adapter of milora-vl",
+    "plain": "a plain PEFT adapter",
+    "llava": "a LoRA run of LLaVA",
+    "residual": "an adapter on a residual base",
+    "combined": "several adapters",
 }

@@ -140,7 +140,7 @@ def shape_of(config: Any, work: Workload, counts: Counts, *, checkpointing: bool
     return Shape(
         records=work.records,
         tokens=max(work.tokens, 2),
-        learnt=int(counts.supervised * work.records),
+        supervised=int(counts.supervised * work.records),
         pictures=math.ceil(work.records * counts.records) if has_images else 0,
         image_tokens=image_tokens(config) if has_images else 0,
         half=work.half,

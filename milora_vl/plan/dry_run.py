@@ -113,7 +113,7 @@ def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batc
 
 
 def _plan_or_all_problems(request: Request) -> Plan:
-    """Make the plan. Raises UserError with all problems, those of data and evaluation too, if the rules do not fit."""
+    """Make the plan. Raises UserError with all problems, also of data and evaluation, if the rules do not fit."""
     try:
         return make_plan(request, processes=num_devices(request))
     except RecipeError as error:

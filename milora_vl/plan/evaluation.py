@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from milora_data.command.cli import suggest
 from milora_data.errors import UserError
+from milora_data.templates import OWN
+from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.schema import EvalConfig, Recipe
 
 
@@ -54,7 +56,7 @@ def during(recipe: Recipe) -> Scored | None:
         config.suites,
         config.data,
         config.suite_limit,
-        template=recipe.template or "vicuna_v1",
+        template=OWN if prepares_with_processor(recipe.model) else recipe.template or "vicuna_v1",
         image_aspect_ratio=recipe.data.image_aspect_ratio or "pad",
     )
     return scored

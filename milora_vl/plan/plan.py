@@ -21,7 +21,7 @@ class Plan:
 
     request: Request
     settings: Settings
-    recipe: Recipe  # that of the settings, without the hub's token
+    recipe: Recipe  # the recipe of the settings, without the hub's token
     hub_token: str | None
     folder: RunFolder
     resumed: Resumed
@@ -30,7 +30,7 @@ class Plan:
 
 
 def make_plan(request: Request, *, processes: int) -> Plan:
-    """Resolve the request and check everything that needs neither data nor weights.
+    """Resolve the request and check everything that can be checked without data and weights.
 
     `processes` is the number of devices that train.
     Raises RecipeError where the rules do not fit the model, UserError for other mistakes.

@@ -54,7 +54,7 @@ class Resumed:
             if self.checkpoint is None:
                 return
             raise UserError(
-                "it has no recipe.yaml beside it, so nothing says which rates, data and template it was trained with",
+                "there is no recipe.yaml beside it, so its learning rates, data and template are unknown",
                 code="resume-no-recipe",
                 where=str(self.checkpoint),
                 hint=f"copy the run's recipe.yaml into {self.folder}",

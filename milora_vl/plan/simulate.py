@@ -28,11 +28,11 @@ from milora_vl.weights.matrices import factor_dtype
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What one device computes in one micro-step. `learnt` counts supervised positions over all records."""
+    """What one device computes in one micro-step. `supervised` counts labelled positions over all records."""
 
     records: int
     tokens: int  # of one record, image tokens included
-    learnt: int
+    supervised: int
     pictures: int
     image_tokens: int
     half: bool  # bf16 autocast
@@ -179,7 +179,7 @@ def _loss(base: Any, shape: Shape) -> Tensor:
     hidden = language(inputs_embeds=embeds, use_cache=False)[0].flatten(0, 1)
     head = base.get_output_embeddings()
     piece = max(CHUNK // base.config.get_text_config().vocab_size, 1)
-    count = max(min(shape.learnt, shape.records * shape.tokens), 1)
+    count = max(min(shape.supervised, shape.records * shape.tokens), 1)
 
     def of_piece(chosen: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(head(chosen).float(), targets, reduction="sum")

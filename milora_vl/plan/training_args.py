@@ -14,6 +14,7 @@ from milora_data.errors import UserError, first_line
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.plan import cpu_load, launch
 from milora_vl.recipe import hf_arguments
+from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -139,10 +140,11 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
             )
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         train.setdefault("use_cpu", True)  # HF rejects bf16 on a CPU without this
-    # A batch without images holds a placeholder image, so all trained parameters are used, except layers of the vision
-    # tower that LLaVA does not read.
+    # A batch of LLaVA without images holds a placeholder image, so all trained parameters are used, except layers of
+    # the vision tower that LLaVA does not read. Batches of other families hold none.
     rules = [str(rule.get("modules", "")) for rule in recipe.policy or ()]
-    train.setdefault("ddp_find_unused_parameters", any(_may_be_unused(rule) for rule in rules))
+    may_be_unused = any(_may_be_unused(rule) for rule in rules) or prepares_with_processor(recipe.model)
+    train.setdefault("ddp_find_unused_parameters", may_be_unused)
     if train_device(train).type != "cuda":
         train.setdefault("dataloader_pin_memory", False)
         if train.pop("tf32", None):

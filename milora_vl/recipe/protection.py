@@ -14,7 +14,7 @@ def check(recipe: Recipe) -> None:
     """Raise UserError for a recipe whose rules protect what the form or the sharding of the run does not allow."""
     kinds = protected_kinds(recipe)
     ways = {rule["protect"].get("by", "projection") for rule in _protecting(recipe)}
-    require_whole(ways, deepspeed=bool(recipe.train.get("deepspeed")), fsdp=bool(recipe.train.get("fsdp")))
+    refuse_shards(ways, deepspeed=bool(recipe.train.get("deepspeed")), fsdp=bool(recipe.train.get("fsdp")))
     _require_files(recipe.calibration)
     if "inputs" in kinds and recipe.form == "residual":
         raise UserError(
@@ -50,7 +50,7 @@ def warnings(recipe: Recipe) -> list[str]:
     return ["the calibration has no effect: no rule has  protect: {inputs: p}"]
 
 
-def require_whole(ways: Collection[str], *, deepspeed: bool, fsdp: bool) -> None:
+def refuse_shards(ways: Collection[str], *, deepspeed: bool, fsdp: bool) -> None:
     """Raise UserError if optimizer steps update shards of the factors, and a rule protects by one of these `ways`.
 
     DeepSpeed's shards can be projected, see `ShardedProjection`, but `basis` needs whole gradients, and `penalty` the

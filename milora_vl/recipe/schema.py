@@ -173,7 +173,7 @@ class Recipe(Strict):
             problems += [replace(p, where=p.where.removeprefix(".")) for p in problems_of(error, cls, "recipe")]
             recipe = None
         if recipe is not None:
-            problems += data_problems(recipe.data, train)
+            problems += [*data_problems(recipe.data, train), *precision_problems(recipe.dtype, train)]
         if recipe is None or problems:
             raise RecipeError(source, problems, lines)
         return recipe.model_copy(update={"train": train})
@@ -236,6 +236,19 @@ def data_problems(data: DataConfig, train: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
+def precision_problems(dtype: str, train: Mapping[str, Any]) -> list[Problem]:
+    """Return the problem of a run that would compute in bfloat16 and in float16."""
+    bf16 = train.get("bf16", dtype == "bfloat16")
+    fp16 = train.get("fp16", dtype == "float16")
+    if not (bf16 and fp16):
+        return []
+    message = f"a run computes in bfloat16 or in float16, got both (dtype {dtype})"
+    where = "train.fp16" if train.get("fp16") else "train.bf16"
+    return [
+        Problem(message, "recipe-precision", where, "remove one: bf16 needs no loss scaling, fp16 suits older GPUs")
+    ]
+
+
 def _streaming(path: str, message: str, hint: str = "") -> Problem:
     return Problem(message, "recipe-streaming", path, hint)
 
@@ -258,9 +271,12 @@ def load(path: Path) -> Recipe:
 
 
 def located(problems: Iterable[Problem], source: str, lines: Mapping[str, int]) -> list[Problem]:
-    """Return the problems with file and line before their dotted paths."""
+    """Return the problems with file and line before their dotted paths; flags stay as they are."""
     placed = []
     for problem in problems:
+        if problem.where.startswith("--"):
+            placed.append(problem)
+            continue
         line = f":{lines[problem.where]}" if problem.where in lines else ""
         placed.append(problem.inside(f"{source}{line}: ") if problem.where else problem)
     return placed

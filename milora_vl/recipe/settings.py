@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from milora_vl.models import loading
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.models.names import UnknownModelError
 from milora_vl.recipe import base_model, llava_flags, protection, yaml_file
-from milora_vl.recipe.arguments import PROG, Request
+from milora_vl.recipe.arguments import PROG, RECIPE_FLAGS, Request
 from milora_vl.recipe.changes import resolved_paths
 from milora_vl.recipe.hf_arguments import overridden
 from milora_vl.recipe.on_model import of_default_rank, problems_on, require_float_weights, require_pictures
@@ -47,7 +47,8 @@ def resolve(request: Request) -> Settings:
         source, lines, problems = problems_on_model(request, _config_named(request))
         known = set(error.dotted)
         new = located([p for p in problems if p not in known], source, lines)
-        new += located([p for p in _problems_of_flags(request) if p not in known], "the command line", {})
+        of_flags = at_flags(_problems_of_flags(request), request)
+        new += located([p for p in of_flags if p not in known], "the command line", {})
         raise UserError(problems=[*error.problems, *new], source=error.source) from None
 
 
@@ -101,7 +102,40 @@ def problems_on_model(request: Request, config: Any) -> tuple[str, dict[str, int
     problems = problems_on(rules, config, implicit=before is None)
     if before is None and request.edits.rank is None:
         problems = of_default_rank(problems)
-    return source, lines, problems
+    return source, lines, at_flags(problems, request)
+
+
+def at_flags(problems: Sequence[Problem], request: Request) -> list[Problem]:
+    """Return the problems with the flag of the command line as the place of each value that a flag has set.
+
+    A flag changes several rules, so it may have the same problem several times: one stays. An alpha that follows from
+    --rank has no problem of its own.
+    """
+    flags = {f"train.{name}": name for name in request.overrides.get("train", {})}
+    flags |= {path: name for name, (path, *_) in RECIPE_FLAGS.items() if _sets(request, path)}
+    of_rules = _rule_flags(request)
+    places = {problem.where for problem in problems}
+    moved = []
+    for problem in problems:
+        rule, _, key = problem.where.partition(".")
+        is_rule = rule.startswith("policy[")
+        if is_rule and key == "alpha" and "alpha" not in of_rules and "rank" in of_rules and f"{rule}.rank" in places:
+            continue
+        flag = of_rules.get(key) if is_rule else flags.get(problem.where)
+        moved.append(problem if flag is None else replace(problem, where=f"--{flag}"))
+    return list(dict.fromkeys(moved))
+
+
+def _rule_flags(request: Request) -> dict[str, str]:
+    """Return the flag that has set each key of the rules; a key that two flags set in different rules is left out."""
+    edits = asdict(request.edits)
+    flags = {name: name for name in ("method", "rank", "alpha", "dropout", "learning_rate") if edits[name] is not None}
+    if edits["projector_learning_rate"] is None:
+        return flags
+    if "learning_rate" in flags:
+        del flags["learning_rate"]
+        return flags
+    return flags | {"learning_rate": "mm_projector_lr"}
 
 
 def _rules_of(request: Request) -> tuple[Any, str, dict[str, int]]:
@@ -145,7 +179,11 @@ def _resolve(request: Request) -> Settings:
     rules = _policy(request, base, meaning)
     implicit = rules is None
     merged["policy"] = edited(rules, request.edits)
-    recipe = Recipe.parse(merged, "the command line" if not request.recipe else f"{source} and the command line")
+    both = "the command line" if not request.recipe else f"{source} and the command line"
+    try:
+        recipe = Recipe.parse(merged, both)
+    except RecipeError as error:
+        raise RecipeError(both, at_flags(error.dotted, request)) from None
     if not recipe.model:
         raise UserError(
             "no model: set --model NAME, or use a --recipe that names one",

@@ -16,7 +16,7 @@ from milora_vl.report import model_card
 from milora_vl.report.regenerate import try_write_report
 
 
-def close(folder: RunFolder, recipe: Recipe, screen: Screen, style: str = "human") -> None:
+def show_results(folder: RunFolder, recipe: Recipe, screen: Screen, style: str = "human") -> None:
     """Write README.md and report.html and print the closing block. A failed report does not fail the run.
 
     With the style `json`, the last line of stdout is a JSON object with the block and the results of training.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,18 @@ def load_base(
 def _require_one_kind(recipe: Recipe, processor: Any, records: Sequence[Record]) -> None:
     """Raise UserError if batches would mix records with and without pictures, and the processor cannot do that."""
     sizes = [recipe.train.get(f"per_device_{part}_batch_size", 8) for part in ("train", "eval")]
-    if max(sizes) > 1 and len({bool(record.images) for record in records}) > 1:
+    if len({bool(record.images) for record in records}) < 2:
+        return
+    if max(sizes) > 1:
         ProcessorInputs(processor).require_mixed_rows()
+    if recipe.train.get("deepspeed") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "DeepSpeed needs the same modules on every process in each step, and a batch without pictures skips the "
+            f"vision tower of {recipe.model}",
+            code="records-mixed-deepspeed",
+            where="train.deepspeed",
+            hint="train without --deepspeed (DDP), or only on records with pictures",
+        )
 
 
 def _quantization(recipe: Recipe) -> Any:

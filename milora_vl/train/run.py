@@ -33,7 +33,7 @@ from milora_vl.recipe import base_model, on_model, rates
 from milora_vl.recipe.arguments import Request
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train import calibration, failures, features, header, model, run_files, streaming
-from milora_vl.train.finalize import close, write_pages
+from milora_vl.train.finalize import show_results, write_pages
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.model import Built
 from milora_vl.train.opening import AtFirstStep, Opening
@@ -58,10 +58,21 @@ def train(request: Request) -> int:
         return 0
     hub.check(plan.recipe.train, plan.folder.path, plan.hub_token)
     inputs = read_inputs(plan, screen)
-    check_what_follows(plan.recipe)
-    trained = load_and_train(plan, inputs, screen, start)  # the model's memory is free again when this returns
+    check_evaluation_and_base(plan.recipe)
+    loaded = load(plan, inputs, screen)
+    rows = group_rows(plan, loaded, inputs, screen)
+    adapted = adapt(plan, loaded, inputs, screen)
+    run_files.set_chat_template(loaded.processor, loaded.recipe.template)
+    opening = describe(plan, inputs, loaded, rows, adapted, screen)
+    try:
+        trainer = make_trainer(plan, inputs, loaded, rows, adapted, opening)
+        run_steps(plan, rows, trainer, opening)
+    finally:
+        opening.remove_empty_folders()
+    trained = save_weights(plan, rows, trainer, opening, start)
+    del loaded, rows, adapted, trainer  # the evaluation needs the model's memory
     failed = evaluate(trained, screen)
-    return finish(trained, failed, screen, request.format)
+    return write_results(trained, failed, screen, request.format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +117,7 @@ def count_steps(plan: Plan, args: TrainingArguments, num_items: int | None) -> B
     return batching
 
 
-def check_what_follows(recipe: Recipe) -> None:
+def check_evaluation_and_base(recipe: Recipe) -> None:
     """Find mistakes now that would otherwise stop the loading of the model or the evaluation after the training."""
     evaluation.check(recipe.eval)
     base_model.check(recipe)
@@ -155,8 +166,8 @@ class Rows:
     batching: Batching
 
 
-def order(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Rows:
-    """Count tokens where the recipe groups records by length, and pack the records where it asks for that."""
+def group_rows(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Rows:
+    """Return what the loader draws from: records, with lengths to group them by, packs of records, or a stream."""
     recipe, records = loaded.recipe, inputs.data.train
     lengths = run_files.lengths(recipe, loaded.base, loaded.processor, records)
     if recipe.data.packing:
@@ -165,7 +176,7 @@ def order(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Rows:
         screen.say(line)
         return Rows(packs, None, count_steps(plan, inputs.args, len(packs)))
     if recipe.data.streaming:
-        inputs.args.ignore_data_skip = True  # a resumed stream is where it was
+        inputs.args.ignore_data_skip = True  # a resumed stream skips by itself what it has read
         return Rows(streaming.stream_of(recipe, inputs.args), lengths, inputs.batching)
     return Rows(records, lengths, inputs.batching)
 
@@ -203,7 +214,7 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
 
 
 def describes_start(folder: RunFolder) -> bool:
-    """Whether policy and spectra are to be written: a resumed run has the files of its start."""
+    """Return whether the run writes policy.json and spectrum.json; a resumed run has those of its start."""
     return folder.checkpoint is None or not (folder.path / "policy.json").is_file()
 
 
@@ -218,7 +229,6 @@ def describe(plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Ad
     if built.saves == "adapter":
         for line in protection_lines(built.targets, built.model.protections["default"]):
             screen.say(line)
-    run_files.set_chat_template(loaded.processor, recipe.template)
     if plan.resumed.changes:
         screen.say(f"changed since {folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
     environment = run_folder.describe_environment(
@@ -251,24 +261,6 @@ class Trained:
     folder: RunFolder
     args: TrainingArguments
     repository: str  # on the hub, if the run pushes its files
-
-
-def load_and_train(plan: Plan, inputs: Inputs, screen: Screen, start: float) -> Trained:
-    """Load, adapt, train and save. `start` is the time of the run's start by `time.monotonic`."""
-    loaded = load(plan, inputs, screen)
-    rows = order(plan, loaded, inputs, screen)
-    adapted = adapt(plan, loaded, inputs, screen)
-    opening = describe(plan, inputs, loaded, rows, adapted, screen)
-    try:
-        trainer = make_trainer(plan, inputs, loaded, rows, adapted, opening)
-        try:
-            make_steps(plan, rows, trainer, opening)
-        except (KeyboardInterrupt, UserError):
-            describe_unfinished(trainer, opening)
-            raise
-    finally:
-        opening.remove_empty_folders()
-    return save(plan, rows, trainer, opening, start)
 
 
 def make_trainer(
@@ -305,7 +297,16 @@ def make_trainer(
     return trainer
 
 
-def make_steps(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening) -> None:
+def run_steps(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening) -> None:
+    """Train; a run that stops before its end still gets its losses, model card and report."""
+    try:
+        run_loop(plan, rows, trainer, opening)
+    except (KeyboardInterrupt, UserError):
+        describe_unfinished(trainer, opening)
+        raise
+
+
+def run_loop(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening) -> None:
     """Train with HF's loop; a keyboard interrupt prints how to resume."""
     from peft.helpers import disable_input_dtype_casting
     from transformers import TrainerState
@@ -339,7 +340,7 @@ def make_steps(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening)
 
 
 def has_all_steps(checkpoint: Path | None, batching: Batching) -> bool:
-    """Whether only the end of the run was lost: HF's loop would make one more step before it sees max_steps."""
+    """Return whether only the end of the run was lost: HF's loop would make one more step before it sees max_steps."""
     return checkpoint is not None and step_of(checkpoint) == batching.steps
 
 
@@ -354,7 +355,7 @@ def describe_unfinished(trainer: MiloraTrainer, opening: Opening) -> None:
         opening.screen.warn(f"no report: {error}")
 
 
-def save(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening, start: float) -> Trained:
+def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening, start: float) -> Trained:
     """Write the final weights, the processor and HF's state at the root of the run folder."""
     folder, args = plan.folder, trainer.args
     with failures.explained(args):
@@ -391,11 +392,11 @@ def evaluate(trained: Trained, screen: Screen) -> list[str]:
     return failed
 
 
-def finish(trained: Trained, failed: list[str], screen: Screen, style: str) -> int:
+def write_results(trained: Trained, failed: list[str], screen: Screen, style: str) -> int:
     """Write the model card and the report, push them, and print where everything is. Returns the exit code."""
     pushed = True
     if trained.args.should_save:
-        close(trained.folder, trained.recipe, screen, style)
+        show_results(trained.folder, trained.recipe, screen, style)
         if trained.args.push_to_hub:
             pushed = push(trained, screen)
     for command in failed:

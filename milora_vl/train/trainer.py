@@ -181,7 +181,7 @@ class MiloraTrainer(Trainer):
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
         protecting = {target.protect.by for target in targets if target.protect is not None}
-        protection.require_whole(protecting, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+        protection.refuse_shards(protecting, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
         if protecting and self.is_deepspeed_enabled:
             self.add_callback(ProjectShards(ShardedProjection(model)))
         self.targets = targets

@@ -12,13 +12,16 @@ from transformers import pipeline
 
 from milora_data.errors import UserError
 from milora_data.picture_template import parts_of
+from milora_data.processor_collate import ProcessorCollator
 from milora_data.records import Turn
+from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl import Policy, apply_milora, save_adapter
 from milora_vl.chat.command import main as chat
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
+from milora_vl.losses import summed_loss
 from support.vlm_families import VLM_FAMILIES, model_of, processor_of
-from support.vlm_runs import write_model, write_pictures
+from support.vlm_runs import record, write_model, write_pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAST = ("qwen2_5_vl", "gemma3", "mllama")
@@ -144,3 +147,18 @@ def test_a_chat_has_the_limits_of_the_training(qwen: Path, pictures: Path, tmp_p
     expected = generate(load_model(qwen)[0], processor, [prompt], max_new_tokens=5)[0]
     asked(qwen, "--adapter", tmp_path, "--image", pictures / "1.png", "What?")
     assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "paligemma"])
+def test_the_likelihood_of_an_answer_is_the_models_own_loss(name: str, pictures: Path) -> None:
+    processor = processor_of(name)
+    model = model_of(name, processor)
+    values = [record([("human", "<image>\nWhat is it?"), ("gpt", "A cat.")], ["0.png"])]
+    batch = ProcessorCollator(processor, image_folder=pictures)(values)
+    summed, count = summed_loss(model, batch, chunked=False)
+    end = int(batch["labels"][0][batch["labels"][0] != -100][-1])
+    answer = "A cat." + (processor.tokenizer.decode(end) if name == "qwen2_5_vl" else "")  # else the processor adds it
+    prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (pictures / "0.png",))
+    ((likelihood, leads), (empty, _)) = loglikelihoods(model, processor, [(prompt, answer), (prompt, "")])
+    assert likelihood == pytest.approx(-float(summed), rel=1e-5)
+    assert (count, leads, empty) == (7, False, 0.0)

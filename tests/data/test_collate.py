@@ -168,7 +168,7 @@ def test_a_record_with_nothing_to_learn_is_left_out_and_counted(
         batch = collator([question("a", "b"), question("word " * 60, "never reached")])
     assert batch["input_ids"].shape[0] == 1
     assert collator.counts() == {"skipped": 0, "replaced": 0, "unlearnable": 1, "cut": 0, "broken": 0}
-    assert "no answer to learn from" in caplog.text
+    assert "no supervised answer" in caplog.text
 
 
 @pytest.fixture

@@ -136,6 +136,8 @@ def test_every_form_of_record_gives_the_same_batch(make: Any, pictures: Path, tm
         {"messages": [{"role": "user", "content": urls}, answer]},
         {"messages": [{"role": "user", "content": "What is it?"}, answer], "images": ["0.png"]},
         {"messages": [{"role": "user", "content": [{"type": "image"}, parts[1]]}, answer], "images": ["0.png"]},
+        {"prompt": "What is it?", "completion": "A cat.", "images": ["0.png"]},
+        {"prompt": [{"role": "user", "content": parts}], "completion": [answer]},
     ]
     (tmp_path / "data.json").write_text(json.dumps(forms))
     collator = make()

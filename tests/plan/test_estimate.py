@@ -94,7 +94,7 @@ def simulated(checkpointing: bool, learnt: int = 60, records: int = 4) -> Reside
         base = LlamaForCausalLM(config)
     targets = Policy.parse_and_resolve([{"modules": "language", "method": "milora", "rank": 4}], base)
     shape = Shape(
-        records=records, tokens=300, learnt=learnt, pictures=0, image_tokens=0, half=False,
+        records=records, tokens=300, supervised=learnt, pictures=0, image_tokens=0, half=False,
         checkpointing=checkpointing, base_dtype=torch.float32,
     )  # fmt: skip
     return simulate(config, targets, shape)

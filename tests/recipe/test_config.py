@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from milora_data.errors import UserError
 from milora_vl.recipe import schema, yaml_file
@@ -45,11 +48,11 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) 
     [
         (
             {"path": [{"path": "a.json", "weight": -1}]},
-            "data.path[0].weight: Input should be greater than or equal to 0",
+            "data.path[0].weight: expected a number of at least 0",
         ),
         ({"path": [{"path": "a.json", "wieght": 1}]}, "data.path[0].wieght: unknown key\ndid you mean weight?"),
         ({"path": 3}, "expected a file or a list of {path, weight, image_folder}, got 3"),
-        ({"max_length": 0}, "greater than 0"),
+        ({"max_length": 0}, "expected a number above 0, got 0"),
         ({"bad_images": "skp"}, "expected one of raise, skip, replace, got 'skp'\ndid you mean skip?"),
     ],
 )
@@ -125,3 +128,28 @@ def test_broken_yaml_is_named_with_its_line(text: str, message: str) -> None:
 def test_a_key_that_is_a_number_is_unknown() -> None:
     with pytest.raises(UserError, match=r"train\.1: unknown key"):
         Recipe.parse({"train": {1: 2}})
+
+
+WRONG: list[Any] = [[], {}, "x", -1, 0, 1.5, True, float("nan"), [1], {"unknown": 1}, [{"path": "a", "weight": "x"}]]
+
+
+def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        yield (name,)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from ((name, *inner) for inner in keys_of(field.annotation))
+
+
+@pytest.mark.parametrize("keys", keys_of(Recipe), ids=".".join)
+def test_no_message_is_pydantics_own(keys: tuple[str, ...]) -> None:
+    """Every wrong value of every key: what was expected and what was found, in our words."""
+    for value in WRONG:
+        content = value
+        for key in reversed(keys):
+            content = {key: content}
+        try:
+            Recipe.parse(content)
+        except RecipeError as error:
+            for problem in error.problems:
+                assert "should" not in problem.message
+                assert problem.code

@@ -21,6 +21,7 @@ from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.load import load_model
 from milora_vl.train.command import main
 from support import official_data
+from support.launched import train_in_two
 from support.train_runs import losses
 from support.vlm_families import VLM_FAMILIES
 from support.vlm_runs import mixed_records, record, write_model, write_pictures, write_records
@@ -207,3 +208,17 @@ def test_a_run_is_asked_evaluated_and_exported(
         merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
         assert torch.allclose(stock(**batch).logits, ours, atol=1e-5)
         assert torch.allclose(merged(**batch).logits, ours, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_with_and_without_pictures_are_one(data: Path, tmp_path: Path) -> None:
+    """In some steps, one process has a picture and the other has none."""
+    model = write_model("qwen2_5_vl", tmp_path / "model")
+    words = [*flags(model, data), "--optim", "sgd", "--learning_rate", "1.0"]
+    assert main([*words, "--output_dir", str(tmp_path / "one")]) == 0
+    words[words.index("--per_device_train_batch_size") + 1] = "1"
+    words[words.index("--device") : words.index("--device") + 2] = ["--use_cpu", "True"]
+    train_in_two([[*words, "--output_dir", str(tmp_path / "two")]], tmp_path)
+    one, two = (torch.tensor(losses(tmp_path / name)) for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
+    assert one[0, 1] - one[:, 1].min() > 1e-3
