@@ -142,7 +142,7 @@ def protected_bytes(target: Target, base_bytes: float) -> float:
 # The share of a layer's input directions that hold a share of its activation energy: SmolLM2-135M, means over layers.
 DIRECTIONS = ((0.0, 0.0), (0.6, 0.06), (0.8, 0.18), (0.9, 0.36), (0.95, 0.54), (0.99, 0.82), (1.0, 1.0))
 CALIBRATION_TOKENS = 56 * 192  # the texts that the base model writes by default
-EIGH_FLOPS = 10  # n^3 operations for all eigenvectors of a matrix (n, n), at the speed of a product
+EIGH_FLOPS = 11  # n^3 operations for all eigenvectors of a matrix (n, n), at the speed of a product
 _SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
