@@ -39,7 +39,7 @@ def make_plan(request: Request, *, processes: int) -> Plan:
     recipe, token = hub.without_token(chosen.recipe)
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
     folder = run_folder.choose(path, request.resume)
-    if isinstance(config := recipe.train.get("deepspeed"), str):
+    if isinstance(config := recipe.train.get("deepspeed"), str) and config:  # --deepspeed= switches it off
         training_args.deepspeed_config(config)
     requirements.check(recipe.train, recipe.quantization, recipe.attn_implementation)
     resumed = Resumed(folder, request.resume)
