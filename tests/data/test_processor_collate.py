@@ -228,7 +228,7 @@ def test_a_record_without_answers_within_max_length_is_left_out(make: Any, caplo
         batch = collator([QUESTION, record([("human", "long " * 30), ("gpt", "never reached")], [])])
     assert len(batch["input_ids"]) == 1
     assert collator.counts()["unlearnable"] == 1
-    assert "max_length 70 cuts all of them off" in caplog.text
+    assert "max_length 70 cuts off all of them" in caplog.text
 
 
 @pytest.fixture

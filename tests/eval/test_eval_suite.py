@@ -169,7 +169,7 @@ def test_a_protocol_is_chosen_for_all_that_have_it(data: Path, tmp_path: Path) -
     entries = read_results(tmp_path / "eval" / "gqa+pope" / "base")["benchmarks"]
     assert [(entry["name"], entry["protocol"]) for entry in entries] == [("gqa", "official"), ("pope", "official")]
     assert entries[0]["reference"] == "gqa@official"
-    with pytest.raises(UserError, match="none of these benchmarks has it") as raised:
+    with pytest.raises(UserError, match="none of these benchmarks has the protocol") as raised:
         main(["run", "--model", "tiny", "--benchmarks", "scienceqa", *flags])
     assert raised.value.problems[0].code == "eval-unknown-protocol"
     with pytest.raises(UserError, match='gqa has no protocol "officia".*\n.*did you mean official'):

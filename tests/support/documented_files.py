@@ -50,6 +50,7 @@ def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
     write_benchmarks(folder)
     write_parts(folder)
     (folder / "wikitext-103-test.txt").write_text("It was the best of times. " * 40)
+    (folder / "notes.txt").write_text("It was the worst of times. " * 40)
     (folder / "train.py").write_text(REPLACED)
     (made(folder / "some") / "module.py").write_text("from peft import get_peft_model\n")
     (made(folder / "llava" / "train") / "train_mem.py").write_text(STOOD_IN)

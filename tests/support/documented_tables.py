@@ -134,6 +134,16 @@ FILES: dict[tuple[str, str], tuple[str, str, str]] = {
         DEMO,
         "python -m milora_vl.train --recipe protect.yaml --dry-run",
     ),
+    ("docs/protection.md", "policy:"): (
+        "inputs.yaml",
+        DEMO,
+        "python -m milora_vl.train --recipe inputs.yaml --dry-run",
+    ),
+    ("docs/protection.md", "calibration: {samples: 48, text: [notes.txt]}"): (
+        "calibrated.yaml",
+        DEMO + RULES.replace("learning_rate", "protect: {inputs: 0.9}, learning_rate"),
+        "python -m milora_vl.train --recipe calibrated.yaml --dry-run",
+    ),
     ("docs/sweeps.md", "sweep:"): (
         "sweep.yaml",
         DEMO + RULES,

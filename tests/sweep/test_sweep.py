@@ -203,10 +203,10 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
     assert seen == [(cell.name, False, 0)]
     failure = sweep.failure(cell)
     assert failure is not None
-    assert (failure["code"], "train.json" in failure["said"]) == (2, True)
+    assert (failure["code"], "val.json" in failure["said"]) == (2, True)
     ran = yaml.safe_load((sweep.folder / "recipes" / f"{cell.name}.yaml").read_text())
     assert ran["factor_cache"] == str(sweep.folder / "factors")  # shared by all cells
-    assert "train.json" in page.write(page.of_sweep(sweep, [cell], 1, "again"))[0].read_text()
+    assert "val.json" in page.write(page.of_sweep(sweep, [cell], 1, "again"))[0].read_text()
 
 
 @pytest.mark.usefixtures("forked_programs")

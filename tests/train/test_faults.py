@@ -182,5 +182,5 @@ def test_an_optimizer_in_deepspeeds_file_gives_way_to_the_rules_and_that_is_said
         "deepspeed: its scheduler has no effect; use --lr_scheduler_type",
     ]
     file.write_text("{")
-    with pytest.raises(UserError, match=r"zero3.json: not a JSON file: .*line 1"):
+    with pytest.raises(UserError, match=r"zero3.json is not a JSON file: .*line 1"):
         launch.deepspeed_settings(str(file))
