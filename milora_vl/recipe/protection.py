@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from milora_data.command.cli import beside
 from milora_data.errors import UserError
 from milora_vl.recipe.schema import CalibrationConfig, Recipe
 
@@ -30,7 +31,9 @@ def _require_files(calibration: CalibrationConfig) -> None:
     for key, names in files.items():
         for name in names:
             if not Path(name).exists() and not name.startswith("hub:"):
-                raise UserError("no such file", code="path-missing", where=f"calibration.{key}: {name}")
+                raise UserError(
+                    f"{name}: no such file", code="path-missing", where=f"calibration.{key}", hint=beside(Path(name))
+                )
 
 
 def protected_kinds(recipe: Recipe) -> set[str]:
