@@ -21,7 +21,7 @@ from milora_vl.sweep.cells import Cell, arm_rules
 if TYPE_CHECKING:  # torch takes a second, and the list of studies needs none of it
     from torch import nn
 
-VERSION = 1  # increase it if the results of an unchanged cell may change
+VERSION = 2  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
 _OF_ARM = ("train", "learning_rates")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from milora_data.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +43,17 @@ class Task(Protocol):
     def measure(self, model: nn.Module) -> Measured:
         """Measure a tuned model in eval mode, without gradients."""
         ...
+
+    def calibration(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return batches for rules that protect inputs: arguments of the model's forward, never those of `measure`."""
+        ...
+
+
+def no_calibration(task: str) -> UserError:
+    """Return the error of a task that has nothing general to calibrate with, except what it measures."""
+    return UserError(
+        f"task {task} has no calibration inputs",
+        code="study-no-calibration",
+        where="protect",
+        hint="remove  protect: {inputs: p}  from the arms of this study",
+    )

@@ -32,7 +32,9 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
         torch.manual_seed(cell.seed)
         base = task.model()
         updates = Updates.of(base, study.overlap, factors)
-        model = apply_milora(base, study.rules(cell.method, cell.learning_rate, cell.seed), cache_dir=factors)
+        rules = study.rules(cell.method, cell.learning_rate, cell.seed)
+        protects = any((rule.get("protect") or {}).get("inputs") is not None for rule in rules)
+        model = apply_milora(base, rules, cache_dir=factors, calibration=task.calibration() if protects else None)
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data = parameter.data.float()  # half precision loses small Adam steps
         last = _train(task, model, study.training(cell.method, cell.steps), cell)

@@ -176,3 +176,17 @@ def test_both_heads_of_the_picture_network_see_the_same_features():
     assert known.shape == (2, 1000)
     assert new.shape == (2, made.base.turns.out_features)
     assert torch.equal(known, made.base.network(made.photographs[:2]))
+
+
+@pytest.mark.parametrize("name", ["minilm"])
+def test_the_calibration_of_a_task_shares_nothing_with_its_measurement(name: str) -> None:
+    task: Any = load_task(name)
+    assert len(task.other_sentences) > 200
+    assert not set(task.sentences) & set(task.other_sentences)
+    model = apply_milora(
+        task.model(),
+        [{"modules": "encoder.encoder.layer.0.*", "method": "milora", "rank": 4, "protect": {"inputs": 0.8}}],
+        calibration=task.calibration(),
+    )
+    shares = [protected.held_out for protected in model.protections["default"].values()]
+    assert min(shares) > 0.6

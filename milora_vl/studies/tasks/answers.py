@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cached_property
 from itertools import count
 from statistics import fmean
 from typing import Any
@@ -21,11 +22,13 @@ from milora_data.records import Record
 from milora_data.sampler import LengthGroupedSampler
 from milora_vl.forgetting import general_text
 from milora_vl.forgetting.measure import Batch, Forgetting, logits_of, summary, token_sums
-from milora_vl.forgetting.text import text_batches
+from milora_vl.forgetting.text import padded_batches, sampled_rows, text_batches
 from milora_vl.losses import install, summed_loss
 from milora_vl.studies.task import Measured
+from milora_vl.train.calibration import shares_probe_text
 
 BATCH, TOKENS = 16, 1536
+CALIBRATION_TEXTS, CALIBRATION_TOKENS = 56, 192  # as in milora_vl.train; one batch in eight checks the shares
 
 
 class AnswerTask:
@@ -77,6 +80,20 @@ class AnswerTask:
         with _autocast(model):
             loss, num_tokens = summed_loss(model, batch, chunked=True)
         return loss / num_tokens
+
+    @cached_property
+    def _written(self) -> list[list[int]]:
+        """Texts that the base model writes (ids), without those that it recites from the probe."""
+        tokenizer = self.collator.tokenizer
+        rows = sampled_rows(
+            self.base, tokenizer, count=CALIBRATION_TEXTS, length=CALIBRATION_TOKENS, batch_size=CALIBRATION_TEXTS
+        )
+        return [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
+
+    def calibration(self) -> list[Mapping[str, Tensor]]:
+        """Return texts that the base model writes itself, at temperature 1."""
+        rows = [(str(number), row) for number, row in enumerate(self._written)]
+        return [batch.inputs for batch in padded_batches(rows, 8, self.collator.tokenizer)]
 
     def measure(self, model: nn.Module) -> Measured:
         """Measure the loss on held-out records, exact answers on test questions, and the KL on text and the probes."""

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from milora_vl.studies.linear_gru import LinearGru
 from milora_vl.studies.order import shuffled
-from milora_vl.studies.task import Measured
+from milora_vl.studies.task import Measured, no_calibration
 
 NUM_TRAIN, NUM_VALIDATION = 1000, 300  # the other 497 digits are the test set
 BASE_BATCH, BASE_RATE, BASE_SEED = 64, 3e-3, 0
@@ -71,6 +71,10 @@ class _Digits(ABC):
         """Return the mean cross-entropy of a batch."""
         pictures, labels = batch
         return cross_entropy(model(pictures), labels)
+
+    def calibration(self) -> NoReturn:
+        """Raise UserError: the pictures that measure forgetting are the only ones beside those of the task."""
+        raise no_calibration("digits")
 
     def measure(self, model: nn.Module) -> Measured:
         """Measure loss (300 digits) and accuracy (497) on held-out rotated digits, and forgetting on upright digits."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from milora_data.assets import fetch
 from milora_data.emoji.catalogue import catalogue, on_background, render
 from milora_vl.models.smol_llava import TOWER_WEIGHTS
 from milora_vl.studies.order import shuffled
-from milora_vl.studies.task import Measured
+from milora_vl.studies.task import Measured, no_calibration
 
 TURNS = 4
 SIZE = 96  # pixels a side; the weights are from 224, the network takes any
@@ -70,6 +70,10 @@ class TurnedEmoji:
         """Return the mean cross-entropy of a batch."""
         pictures, turns = batch
         return cross_entropy(model(pictures)[1], turns)
+
+    def calibration(self) -> NoReturn:
+        """Raise UserError: the pictures that measure forgetting are the only ones beside those of the task."""
+        raise no_calibration("lite0")
 
     def measure(self, model: nn.Module) -> Measured:
         """Measure loss and accuracy on held-out emoji, and the KL and changed predictions on pieces of photographs."""

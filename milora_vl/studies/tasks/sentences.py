@@ -8,7 +8,7 @@ sentence-transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -24,6 +24,7 @@ from milora_vl.studies.tasks.topics import named_topics
 
 NUM_VALIDATION, NUM_TEST = 160, 400
 NUM_SENTENCES, MAX_WORDS = 120, 16
+NUM_CALIBRATION = 256  # sentences, none of which is measured
 Tokens = dict[str, Tensor]
 
 
@@ -48,7 +49,8 @@ class SentenceTopics:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for the weights of the head
             self.base = TopicModel(AutoModel.from_pretrained(folder, dtype=torch.float32), len(topics)).eval()
-        self.sentences = _sentences(NUM_SENTENCES)
+        sentences = _sentences(NUM_SENTENCES + NUM_CALIBRATION)
+        self.sentences, self.other_sentences = sentences[:NUM_SENTENCES], sentences[NUM_SENTENCES:]
         with torch.no_grad():
             self.before = _similarities(self.embeddings(self.base, self.sentences))
 
@@ -66,6 +68,10 @@ class SentenceTopics:
         """Return the mean cross-entropy of a batch."""
         tokens, labels = batch
         return cross_entropy(model(**tokens)[1], labels)
+
+    def calibration(self) -> list[Mapping[str, Tensor]]:
+        """Return sentences of the same books, which no measurement uses."""
+        return [self.tokens(part) for part in _parts(self.other_sentences)]
 
     def measure(self, model: nn.Module) -> Measured:
         """Measure loss (160 names), accuracy (400), and the change and correlation of 7,140 cosine similarities."""
