@@ -62,7 +62,11 @@ def _found(
 ) -> ProtectedInputs:
     if cache is None or is_deepspeed_zero3_enabled():  # ZeRO-3 partitions the weights, whose hash the cache needs
         return find_inputs(model, wanted, batches, is_shown=is_shown)
-    key, names = calibration_key(model, wanted, batches), canonical_names(model)
+    try:
+        key, names = calibration_key(model, wanted, batches), canonical_names(model)
+    except TypeError as error:
+        warnings.warn(f"protected inputs are not cached in {cache}: {error}", stacklevel=4)
+        return find_inputs(model, wanted, batches, is_shown=is_shown)
     stored = cached_inputs(cache, key, names)
     if stored is not None:
         require_shapes(stored, wanted)
