@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl import apply_milora
+from milora_vl.plan.screen import Screen
+from milora_vl.policy import Policy
+from milora_vl.recipe.schema import Recipe
+from milora_vl.train import calibration
 from support.adapter_cases import one_rule, raises_code
 
+RULES = one_rule(rank=2, protect={"inputs": 0.5})
 NOISE = torch.Generator().manual_seed(0)
 
 
@@ -122,3 +127,87 @@ def test_damaged_batches_that_are_held_out_are_refused() -> None:
     damaged = [*({"input": rows()} for _ in range(7)), {"input": torch.full((8, 16), torch.nan)}]
     with raises_code("calibration-not-finite", where="0"):
         calibrated(nn.Sequential(nn.Linear(16, 16)), damaged)
+
+
+class Either(nn.Module):
+    """A model of ids or of vectors, as a tower that two kinds of batches reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, input_ids: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+        return self.layer(x if input_ids is None else self.words(input_ids))
+
+
+def test_a_position_without_ids_weighs_as_much_as_one_with_ids() -> None:
+    model = Either()
+    nn.init.zeros_(model.words.weight)
+    model.words.weight.data[:, 0] = 1.0  # along the first direction; the batches without ids along the second
+    vectors = torch.zeros(1, 3, 16)
+    vectors[..., 1] = 1.0
+    batches = [{"input_ids": torch.ones(1, 8, dtype=torch.long)}, {"x": vectors}]
+    (protected,) = (
+        apply_milora(
+            model,
+            [{"modules": "layer", "method": "milora", "rank": 2, "protect": {"inputs": 0.5}}],
+            calibration=batches,
+        )
+        .protections["default"]
+        .values()
+    )
+    assert protected.num_directions == 1
+    assert protected.V[0].abs() == pytest.approx(1.0)
+    assert protected.energy == pytest.approx(0.7), "seven positions of ten"
+
+
+IDS = torch.tensor([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ({"input_ids": IDS}, "expected a list of batches, got a dict"),
+        (IDS, "expected a list of batches, got a Tensor"),
+        (3, "expected a list of batches, got a int"),
+        (["hello"], "arguments of the model's forward by name, got a str"),
+        ([IDS], "arguments of the model's forward by name, got a Tensor"),
+        ([{"input_ids": [[1, 2, 3]]}], "input_ids is a list"),
+        ([{"input_ids": IDS[0]}], "input_ids has shape (3,)"),
+        ([{"input_ids": IDS.float()}], "torch.float32, expected integers"),
+        ([{"input_ids": IDS, "attention_mask": IDS[:, :2]}], "attention_mask has shape (1, 2), and input_ids (1, 3)"),
+        ([{"input_ids": IDS + 9999}], "has the id 10002, but the ids of this model are 0 to"),
+        ([{"input_ids": -IDS}], "has the id -3"),
+    ],
+)
+def test_what_is_no_batch_is_refused(tiny_llama: Any, batches: Any, message: str) -> None:
+    with raises_code("calibration-batch", where="calibration", message=message):
+        calibrated(tiny_llama()[0], batches)
+
+
+def of_run(base: nn.Module, processor: Any, folder: Path, **keys: Any) -> Any:
+    settings = Recipe.parse(
+        {
+            "model": "tiny",
+            "data": {"path": "train.json"},
+            "policy": RULES,
+            "calibration": keys,
+            "factor_cache": str(folder),
+        }
+    )
+    targets = Policy.parse(RULES).resolve(base)
+    return calibration.batches(settings, base, processor, targets, [], Screen())
+
+
+def test_a_run_says_what_has_no_effect_and_what_is_empty(tiny_llama: Any, tmp_path: Path, capfd: Any) -> None:
+    base, tokenizer = tiny_llama()
+    (tmp_path / "empty.json").write_text("[]")
+    with raises_code("calibration-empty", where="empty.json", hint="name files with text"):
+        of_run(base, tokenizer, tmp_path, data=str(tmp_path / "empty.json"))
+    with raises_code("calibration-empty", hint="the base model then writes"):
+        of_run(base, tokenizer, tmp_path, samples=0, pictures=3)
+    assert "calibration.pictures has no effect: this model has no vision tower" in capfd.readouterr().err
+    (tmp_path / "notes.txt").write_text("some words of a file " * 20)
+    assert of_run(base, tokenizer, tmp_path, text=[str(tmp_path / "notes.txt")])
+    assert "no effect" not in capfd.readouterr().err, "64 pictures are a default, not a wish"
