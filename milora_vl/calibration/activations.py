@@ -45,6 +45,7 @@ class _Input:
     is_repeated: bool  # True if a forward runs the module more than once
     paths: list[str] = field(default_factory=list)
     total: Tensor | None = None  # C (in, in), or for an embedding the counts (tokens,)
+    num_positions: int = 0  # in `total`
     basis: InputBasis | None = None
     held: list[float] = field(default_factory=lambda: [0.0, 0.0])  # energy along V and in total, held out
 
@@ -61,13 +62,13 @@ def find_inputs(
     """Return the protected inputs of all targets whose rule has `protect: {inputs: p}`.
 
     `batches` holds arguments of the model's forward, for example {"input_ids": ..., "attention_mask": ...}. One batch
-    in eight is held out. All processes get identical bits from the first one. `is_shown` shows a progress bar on
-    stderr.
+    in eight is held out, and of a single batch one row in eight. All processes get identical bits from the first one.
+    `is_shown` shows a progress bar on stderr.
 
     Raises CalibrationError for batches without tokens, for a layer that no batch reaches, and for NaN activations.
     """
-    fit, held = _split(batches)
     token = image_token_of(model)
+    fit, held = _split(batches, token)
     fit_positions, held_positions = positions_of(fit, token), positions_of(held, token) if held else []
     was_training = model.training
     model.eval()
@@ -94,19 +95,41 @@ def find_inputs(
     )
 
 
-def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+def _split(batches: Sequence[Batch], image_token: int | None) -> tuple[list[Batch], list[Batch]]:
     """Return the batches for C and those that are held out: the last of each eight, or the last of two to seven.
 
-    Batches with and without pictures are split separately.
+    Batches with and without pictures are split separately; a kind with one batch gives up rows of it instead.
     """
     fit: list[Batch] = []
     held: list[Batch] = []
     for kind in dict.fromkeys(map(_kind, batches)):
         members = [batch for batch in batches if _kind(batch) == kind]
+        if len(members) == 1:
+            members = _parts(members[0], image_token)
         for number, batch in enumerate(members, start=1):
             is_last = number == len(members) and 1 < number < HELD_OUT
             (held if number % HELD_OUT == 0 or is_last else fit).append(batch)
     return fit, held
+
+
+def _parts(batch: Batch, image_token: int | None) -> list[Batch]:
+    """Return a batch as two: the last eighth of its rows, at least one, apart. The whole if its rows are not clear.
+
+    Every value has a first dimension of that length then, and with text and pictures every row has one picture.
+    """
+    values = list(batch.values())
+    if not values or not all(isinstance(value, Tensor) and value.dim() for value in values):
+        return [batch]
+    count = len(values[0])
+    if count < 2 or any(len(value) != count for value in values):
+        return [batch]
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and any(value.is_floating_point() for value in values):
+        is_picture = torch.zeros_like(ids, dtype=torch.bool) if image_token is None else ids == image_token
+        if not bool(is_picture.any(dim=-1).all()):
+            return [batch]
+    end = count - max(1, count // HELD_OUT)
+    return [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, end), slice(end, None))]
 
 
 def _kind(batch: Batch) -> tuple[str, ...]:
@@ -262,6 +285,7 @@ def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
 def _adder(one: _Input, positions: Positions | None) -> Callable[[Tensor], None]:
     def add(x: Tensor) -> None:
         rows, weights = _rows(one, x, positions)
+        one.num_positions += len(rows)
         with full_precision(rows.device):
             if isinstance(one.module, nn.Embedding):
                 one.total = rows.new_zeros(one.size, dtype=torch.float64) if one.total is None else one.total
@@ -327,4 +351,5 @@ def _checked(one: _Input) -> InputBasis:
     inside, total = one.held
     if not math.isfinite(inside + total):
         raise _not_finite(one)
-    return InputBasis(one.basis.V, one.size, one.basis.share, inside / total if total > 0 else None)
+    held_out = inside / total if total > 0 else None
+    return InputBasis(one.basis.V, one.size, one.basis.share, held_out, one.num_positions)

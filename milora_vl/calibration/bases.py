@@ -28,12 +28,14 @@ class InputBasis:
     - `size`: the number of input directions, `in`.
     - `share`: the share of the activation energy trace(C) that V holds.
     - `held_out`: the same share on calibration batches that C does not contain; None without such batches.
+    - `num_positions`: the number of input vectors in C; None if the file does not say it.
     """
 
     V: Tensor
     size: int
     share: float
     held_out: float | None = None
+    num_positions: int | None = None
 
     @property
     def num_directions(self) -> int:

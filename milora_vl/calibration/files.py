@@ -54,7 +54,10 @@ def write_inputs(folder: Path, inputs: ProtectedInputs, names: Mapping[str, str]
 def _write(file: Path, inputs: ProtectedInputs, names: Mapping[str, str]) -> None:
     content = {
         "numbers": {names[path]: number for path, number in inputs.numbers.items()},
-        "bases": [{"size": b.size, "share": b.share, "held_out": b.held_out} for b in inputs.bases],
+        "bases": [
+            {"size": b.size, "share": b.share, "held_out": b.held_out, "num_positions": b.num_positions}
+            for b in inputs.bases
+        ],
     }
     part = file.with_name(f".{file.name}.{uuid4().hex}")
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl import apply_milora
+from milora_vl.calibration.activations import _parts
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Policy
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train import calibration
-from support.adapter_cases import one_rule, raises_code
+from support.adapter_cases import llava_batch, one_rule, raises_code, token_batch
+from support.calibrated import text_batches
 
 RULES = one_rule(rank=2, protect={"inputs": 0.5})
 NOISE = torch.Generator().manual_seed(0)
@@ -24,6 +28,14 @@ NOISE = torch.Generator().manual_seed(0)
 def rows(count: int = 40, size: int = 16, large: int = 4) -> Tensor:
     """Return inputs (count, size), of which the first `large` entries are much larger than the others."""
     return torch.randn(count, size, generator=NOISE) * torch.tensor([5.0] * large + [0.1] * (size - large))
+
+
+@pytest.fixture
+def little_data() -> Iterator[None]:
+    """Let tiny batches pass without the warning about them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="too little calibration data")
+        yield
 
 
 def share(x: Tensor, V: Tensor) -> float:
@@ -72,6 +84,7 @@ class Experts(nn.Module):
         return answers
 
 
+@pytest.mark.usefixtures("little_data")
 def test_experts_that_the_first_batch_does_not_reach_are_calibrated() -> None:
     batches = [{"x": torch.randn(2, 16, generator=NOISE)} for _ in range(60)]
     reached = [batch["x"][:, :8].argmax(dim=1) for batch in batches]
@@ -141,6 +154,7 @@ class Either(nn.Module):
         return self.layer(x if input_ids is None else self.words(input_ids))
 
 
+@pytest.mark.usefixtures("little_data")
 def test_a_position_without_ids_weighs_as_much_as_one_with_ids() -> None:
     model = Either()
     nn.init.zeros_(model.words.weight)
@@ -211,3 +225,41 @@ def test_a_run_says_what_has_no_effect_and_what_is_empty(tiny_llama: Any, tmp_pa
     (tmp_path / "notes.txt").write_text("some words of a file " * 20)
     assert of_run(base, tokenizer, tmp_path, text=[str(tmp_path / "notes.txt")])
     assert "no effect" not in capfd.readouterr().err, "64 pictures are a default, not a wish"
+
+
+@pytest.mark.filterwarnings("ignore:.*protect almost nothing")
+def test_rows_of_a_single_batch_are_held_out_and_too_little_data_gets_a_warning() -> None:
+    x = torch.randn(18, 512, generator=NOISE)
+    with pytest.warns(UserWarning, match="1 of 1 layers: 0 has 512 inputs and 16 positions; .* on held-out data"):
+        protected = calibrated(nn.Sequential(nn.Linear(512, 8)), [{"input": x}])["0"]
+    assert protected.held_out == pytest.approx(share(x[-2:], protected.V), rel=1e-4)
+    assert protected.held_out < 0.2 < 0.9 < protected.energy
+    with pytest.warns(UserWarning, match="0 has 512 inputs and 1 positions; .* nothing was held out"):
+        calibrated(nn.Sequential(nn.Linear(512, 8)), [{"input": x[:1]}])
+
+
+def test_enough_data_gets_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        calibrated(nn.Sequential(nn.Linear(16, 8)), [{"input": rows(200)}])
+
+
+def test_a_single_batch_of_pictures_is_held_out_by_rows(tiny_llava: Any) -> None:
+    """The shares on held-out text and pictures weigh both in halves, as the fit does."""
+    base = tiny_llava()[0]
+    rules = [{"modules": "projector", "method": "milora", "rank": 2, "protect": {"inputs": 0.6}}]
+    batch = {name: torch.cat([value] * 2) for name, value in llava_batch(base).items()}
+    assert len(batch["pixel_values"]) == len(batch["input_ids"]) > 1
+    model = apply_milora(base, rules, calibration=[batch, *text_batches(8, 200)])
+    held_out = [protected.held_out for protected in model.protections["default"].values()]
+    assert all(value is not None and value > 0 for value in held_out)
+
+
+def test_rows_whose_pictures_are_not_clear_stay_together(tiny_llava: Any) -> None:
+    """One row without a picture: the pictures of the other rows cannot be told from their number."""
+    base = tiny_llava()[0]
+    token = base.config.image_token_id
+    batch = {name: torch.cat([value] * 2) for name, value in llava_batch(base).items()}
+    without: dict[str, Tensor] = {**batch, "input_ids": torch.cat([batch["input_ids"][:1], token_batch(200, 1, 30)])}
+    assert len(_parts(batch, token)) == 2
+    assert len(_parts(without, token)) == len(_parts(batch, None)) == 1

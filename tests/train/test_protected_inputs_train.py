@@ -41,6 +41,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of calibration texts."""
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("milora_vl.calibration.calibrate.FEWEST", 0.0)  # tiny layers have few inputs
+    monkeypatch.setattr("milora_vl.calibration.calibrate.LEAST_HELD_OUT", 0.0)  # and few texts
     return tmp_path / "cache" / "calibration"
 
 
