@@ -105,8 +105,8 @@ def _warn_of_little_data(found: ProtectedInputs) -> None:
         count = "unknown" if basis.num_positions is None else f"{basis.num_positions:,}"
         warnings.warn(
             f"too little calibration data for {len(unsure):,} of {len(bases):,} layers: {unsure[0]} has {basis.size:,} "
-            f"inputs and {count} positions; its directions hold {basis.share:.1%} of the activation energy on them, and "
-            f"{seen}. Calibrate with more data.",
+            f"inputs and {count} positions; its directions hold {basis.share:.1%} of the activation energy on them, "
+            f"and {seen}. Calibrate with more data.",
             stacklevel=3,
         )
 
