@@ -33,6 +33,7 @@ class ProjectionHook:
         self.pairs: list[tuple[Protected, Factors]] = []
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Project all factors after a step. Raises AdapterError if the optimizer no longer steps them."""
         rates = learning_rates(optimizer, self.pairs)
         for protected, factors in self.pairs:
             protected.remove(factors, [protected.protect.share(rates[id(factor)]) for factor in factors])
@@ -45,6 +46,7 @@ class GradientProjectionHook:
         self.protected, self.axis = protected, axis
 
     def __call__(self, grad: Tensor) -> Tensor:
+        """Return the projected gradient, in its data type."""
         return self.protected.outside(grad, self.axis).to(grad.dtype)
 
 

@@ -30,7 +30,7 @@ from milora_data.record_collator import RecordCollator
 from milora_data.records import IMAGE, Record, Turn
 from milora_data.sources import load_records
 from milora_vl.calibration.files import weights_digest
-from milora_vl.forgetting.text import general_text, padded_batches, sampled_rows, text_blocks
+from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, padded_batches, sampled_rows, text_blocks
 from milora_vl.generate import Prompt, generate
 from milora_vl.models import loading
 from milora_vl.models.image_tokens import uses_processor
@@ -51,7 +51,7 @@ QUESTION = "Write a short summary of the picture."  # no question of the picture
 MOST_TOKENS = 65_536  # of text files
 MOST_RECORDS = 512  # of data
 NGRAM = 12  # words in a row that two texts share only if one is copied
-_VERSION = 1  # increase it if equal settings can give other texts
+_VERSION = 2  # increase it if equal settings can give other texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,13 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
     def write() -> list[list[int]]:
         with _bar("writing calibration texts", total, "texts") as update:
             return sampled_rows(
-                base, tokenizer, count=total, length=LENGTH, batch_size=WRITTEN_AT_ONCE, on_batch=update
+                base,
+                tokenizer,
+                count=total,
+                length=LENGTH,
+                batch_size=WRITTEN_AT_ONCE,
+                seed=CALIBRATION_SEED,
+                on_batch=update,
             )
 
     rows = _cached(sources, f"texts {total} {LENGTH}", write)

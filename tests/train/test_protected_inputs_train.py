@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from milora_vl import load_adapter
 from milora_vl.forgetting.answers import drawn_questions
-from milora_vl.forgetting.text import general_text
+from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, sampled_batches
 from milora_vl.plan.estimate import distinct_inputs, protected_input_bytes
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Policy
@@ -121,6 +121,19 @@ def test_the_calibration_shares_no_text_with_the_probe_of_forgetting(tiny_data: 
             calibrated(recipe(tiny_data, text=[str(tmp_path / "copied.txt")]))
     questions = {turn.text for record in drawn_questions(tmp_path / "drawn") for turn in record.turns}
     assert not any(calibration.QUESTION in question for question in questions)
+
+
+def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> None:
+    written = [row for batch in calibrated(recipe(tiny_data, samples=24, pictures=0)) for row in batch["input_ids"]]
+    assert len(written) == 32
+    starts = {tuple(row[:16].tolist()) for row in written}
+    base, processor = tiny_llava()
+    for batch_size in (1, 8, 16, 24, 32):
+        probe = sampled_batches(base, processor.tokenizer, num_tokens=480, length=16, batch_size=batch_size)
+        assert not starts & {tuple(row.tolist()) for batch in probe for row in batch.inputs["input_ids"]}
+    for seed in (CALIBRATION_SEED, CALIBRATION_SEED + 2**32):
+        with pytest.raises(ValueError, match="use another seed"):
+            next(sampled_batches(base, processor.tokenizer, seed=seed))
 
 
 def test_texts_that_the_model_recites_from_the_probe_are_left_out(tiny_data: Path, monkeypatch) -> None:
