@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import xxhash
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationMixin
@@ -25,7 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.assets import cache_dir
 from milora_data.errors import UserError
-from milora_data.images.files import place_of
+from milora_data.images.files import content_of, place_of
 from milora_data.record_collator import RecordCollator
 from milora_data.records import IMAGE, Record, Turn
 from milora_data.sources import load_records
@@ -190,11 +191,21 @@ def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> li
                 on_batch=lambda places, _: update(len(places)),
             )
 
-    captions = _cached(sources, f"captions {recipe.template} {QUESTION} {list(map(str, pictures))}", write)
+    digests = [[_digest(path) for path in paths] for paths in pictures]
+    settings = f"captions {recipe.template} {recipe.data.image_aspect_ratio} {CAPTION_TOKENS} {QUESTION} {digests}"
+    captions = _cached(sources, settings, write)
     return [
         replace(record, turns=(turn, Turn("assistant", caption)))
         for record, caption in zip(records, captions, strict=True)
     ]
+
+
+def _digest(path: str | Path) -> str:
+    """Return the hash of a picture's bytes, since other data has pictures of the same name; without bytes, the name."""
+    try:
+        return xxhash.xxh3_128_hexdigest(content_of(path))
+    except (OSError, ValueError):  # the model's own reading raises an error that names the picture
+        return f"unreadable {path}"
 
 
 def _collated(collate: RecordCollator[Any], records: Sequence[Record]) -> list[Mapping[str, Tensor]]:

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from milora_data.records import IMAGE, Record, Turn
 from milora_vl import load_adapter
 from milora_vl.forgetting.answers import drawn_questions
 from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, sampled_batches
@@ -110,6 +111,27 @@ def test_texts_are_written_once_and_shared_with_no_probe(tiny_data: Path, monkey
     assert [batch["input_ids"].shape[0] for batch in first] == [8, 3]  # eight texts beyond those check the shares
     monkeypatch.setattr(calibration, "sampled_rows", None)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, calibrated(settings), strict=True))
+
+
+def test_captions_are_cached_by_the_content_of_the_pictures(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
+    """Two projects with data/images/0.png: the second one must not get the captions of the first."""
+    written = []
+    monkeypatch.setattr(calibration, "sampled_rows", lambda *_, count, **__: [[1, 9, 9]] * count)
+    monkeypatch.setattr(calibration, "generate", lambda *_, **__: written.append(1) or ["a caption"] * len(records))
+    names = sorted(path.name for path in (tiny_data / "images").iterdir())[:2]
+    for project, name, is_new in (("a", names[0], True), ("b", names[1], True), ("c", names[0], False)):
+        (tmp_path / project / "images").mkdir(parents=True)
+        shutil.copy(tiny_data / "images" / name, tmp_path / project / "images" / "0.png")
+        monkeypatch.chdir(tmp_path / project)
+        records = [Record("0", ("0.png",), (Turn("user", f"{IMAGE}\nWhat?"), Turn("assistant", "It.")))]
+        data = {"path": str(tiny_data / "train.json"), "image_folder": "images"}
+        settings = Recipe.parse({"model": "tiny", "data": data, "policy": RULES, "calibration": {"pictures": 1}})
+        calibrated(settings, records)
+        assert bool(written) == is_new, project
+        written.clear()
+    other = settings.model_copy(update={"data": settings.data.model_copy(update={"image_aspect_ratio": "plain"})})
+    calibrated(other, records)
+    assert written
 
 
 def test_the_calibration_shares_no_text_with_the_probe_of_forgetting(tiny_data: Path, tmp_path: Path) -> None:
