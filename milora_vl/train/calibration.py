@@ -46,7 +46,7 @@ from milora_vl.weights.matrices import gathered_in_forward
 LENGTH = 192  # tokens of a text
 ROWS = 8  # rows of a batch
 WRITTEN_AT_ONCE = 32
-HELD_OUT_TEXTS = 8  # texts beyond those of the recipe, which check the shares
+HELD_OUT_TEXTS = 8  # beyond those of the recipe; after 48 texts they are the batch that checks the shares
 CAPTION_TOKENS = 32
 QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
 MOST_TOKENS = 65_536  # of text files

@@ -108,7 +108,7 @@ def test_half_precision_of_deepspeed_is_saved_outside(tiny_data: Path, tiny_fold
 def test_texts_are_written_once_and_shared_with_no_probe(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = recipe(tiny_data, samples=3, pictures=0)
     first = calibrated(settings)
-    assert [batch["input_ids"].shape[0] for batch in first] == [8, 3]  # eight texts beyond those check the shares
+    assert [batch["input_ids"].shape[0] for batch in first] == [8, 3]  # eight texts more than the recipe names
     monkeypatch.setattr(calibration, "sampled_rows", None)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, calibrated(settings), strict=True))
 
