@@ -6,6 +6,7 @@ blocks of a large one. A pass ends at its last layer. Nothing of the model chang
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class _Input:
     protect: Protect
     has_positions: bool  # False in the vision tower and the projector, where every position counts
     size: int
+    is_repeated: bool  # True if a forward runs the module more than once
     paths: list[str] = field(default_factory=list)
     total: Tensor | None = None  # C (in, in), or for an embedding the counts (tokens,)
     basis: InputBasis | None = None
@@ -70,18 +72,18 @@ def find_inputs(
     was_training = model.training
     model.eval()
     try:
-        inputs = _inputs_in_order(model, targets, batches)
+        inputs = _inputs_in_order(model, targets, fit)
         passes = list(_passes(inputs))
         with _bar(len(passes) * len(fit) + len(held), is_shown=is_shown) as bar:
             for part in passes:
                 for batch, positions in zip(fit, fit_positions, strict=True):
-                    _run(model, batch, {one.module: _adder(one, positions) for one in part})
+                    _run(model, batch, {one.module: _adder(one, positions) for one in part}, _ends(part))
                     bar.update()
                 for one in part:
                     one.basis = _basis(one)
                     one.total = None
             for batch, positions in zip(held, held_positions, strict=True):
-                _run(model, batch, {one.module: _checker(one, positions) for one in inputs})
+                _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
                 bar.update()
     finally:
         model.train(was_training)
@@ -127,8 +129,13 @@ class _AllSeen(Exception):
     pass
 
 
-def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> None:
-    """Call the model on a batch, and each hook with the input of its module. Stop after the last module."""
+def _ends(inputs: Sequence[_Input]) -> bool:
+    """Return whether a forward may end when each module ran: not if one runs again."""
+    return not any(one.is_repeated for one in inputs)
+
+
+def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Callable[[Tensor], None]], ends: bool) -> None:
+    """Call the model on a batch, and each hook with the input of its module. `ends`: stop after the last module."""
     first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     left = set(hooks)
     handles = []
@@ -136,7 +143,7 @@ def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Callable[[Ten
     def hook_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hooks[module](args[0] if args else next(iter(kwargs.values())))
         left.discard(module)
-        if not left:
+        if ends and not left:
             raise _AllSeen
 
     try:
@@ -160,41 +167,53 @@ def _like(value: Any, weight: Tensor) -> Any:
 def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> list[_Input]:
     """Return the layer inputs in the order of the forward pass, from one batch of each kind.
 
-    Linear layers that get the same tensor, one after the other, read one input: q, k and v, or gate and up.
+    While layers are missing, other batches follow: an expert of a mixture sees no token of some batches. Linear layers
+    that get the same tensor, one after the other and in every call, read one input: q, k and v, or gate and up.
     """
     wanted = {model.get_submodule(t.path): t for t in targets if t.protect is not None and t.protect.inputs is not None}
-    inputs: list[_Input] = []
-    last: list[Any] = [None, None]  # the last tensor, and its input
+    calls: dict[nn.Module, list[int]] = {}  # the numbers of the tensors that each module gets
+    last: list[Any] = [None, 0]  # the last tensor, and its number
+    ran: set[nn.Module] = set()  # in this forward
+    repeated: set[nn.Module] = set()
 
     def hook_of(module: nn.Module) -> Callable[[Tensor], None]:
         def see(x: Tensor) -> None:
-            target = wanted[module]
-            if any(target.path in one.paths for one in inputs):
+            if x.numel() == 0:  # an expert without tokens
                 return
-            assert target.protect is not None
-            is_same = x is last[0] and last[1].protect == target.protect and is_linear(module)
-            if not (is_same and is_linear(last[1].module)):
-                has_positions = target.tower not in ("vision", "projector")
-                inputs.append(_Input(module, target.protect, has_positions, target.shape[1]))
-                last[:] = [x, inputs[-1]]
-            last[1].paths.append(target.path)
+            if x is not last[0]:
+                last[:] = [x, last[1] + 1]
+            calls.setdefault(module, []).append(last[1])
+            (repeated if module in ran else ran).add(module)
 
         return see
 
-    kinds = {_kind(batch): batch for batch in reversed(batches)}
-    for batch in reversed(kinds.values()):
-        _run(model, batch, {module: hook_of(module) for module in wanted})
-        last[:] = [None, None]
-    seen = {path for one in inputs for path in one.paths}
-    missing = [target.path for target in wanted.values() if target.path not in seen]
+    hooks = {module: hook_of(module) for module in wanted}
+    firsts = {_kind(batch): number for number, batch in reversed(list(enumerate(batches)))}.values()
+    order = sorted(range(len(batches)), key=lambda number: number not in firsts)
+    for place, number in enumerate(order):
+        if place >= len(firsts) and len(calls) == len(wanted):
+            break
+        _run(model, batches[number], hooks, ends=False)
+        last[0] = None
+        ran.clear()
+    inputs: dict[Any, _Input] = {}
+    for module, numbers in calls.items():
+        target = wanted[module]
+        assert target.protect is not None
+        key = (tuple(numbers), target.protect, "" if is_linear(module) else target.path)
+        if key not in inputs:
+            has_positions = target.tower not in ("vision", "projector")
+            inputs[key] = _Input(module, target.protect, has_positions, target.shape[1], module in repeated)
+        inputs[key].paths.append(target.path)
+    missing = [target.path for module, target in wanted.items() if module not in calls]
     if missing:
         raise CalibrationError(
             f"no calibration batch reaches {len(missing):,} of the {len(wanted):,} layers with protected inputs",
             code="calibration-unreached-layer",
             where=missing[0],
-            hint="calibrate with pictures too, or do not protect the inputs of this tower",
+            hint="calibrate with pictures too, and with more text for experts of a mixture, or do not protect it",
         )
-    return inputs
+    return list(inputs.values())
 
 
 def _passes(inputs: Sequence[_Input]) -> Iterator[list[_Input]]:
@@ -260,17 +279,21 @@ def _basis(one: _Input) -> InputBasis:
     assert one.total is not None
     assert one.protect.inputs is not None
     if not bool(torch.isfinite(one.total).all()):
-        raise CalibrationError(
-            "the inputs of this layer contain NaN or infinite values on the calibration text",
-            code="calibration-not-finite",
-            where=one.paths[0],
-            hint="load the base model in bfloat16 or float32, and check its weights",
-        )
+        raise _not_finite(one)
     find = first_tokens if isinstance(one.module, nn.Embedding) else first_directions
     V, share = find(one.total, float(one.protect.inputs), one.protect.max)
     if rank_and_world_size()[1] > 1:  # the number of directions may differ between processes, too
         V = _from_first_rank(V, one.module)
     return InputBasis(V, one.size, share)
+
+
+def _not_finite(one: _Input) -> CalibrationError:
+    return CalibrationError(
+        "the inputs of this layer contain NaN or infinite values on the calibration text",
+        code="calibration-not-finite",
+        where=one.paths[0],
+        hint="load the base model in bfloat16 or float32, and check its weights and the calibration batches",
+    )
 
 
 def _from_first_rank(V: Tensor, module: nn.Module) -> Tensor:
@@ -302,4 +325,6 @@ def _checked(one: _Input) -> InputBasis:
     """Return the basis with the share that it holds on held-out batches."""
     assert one.basis is not None
     inside, total = one.held
+    if not math.isfinite(inside + total):
+        raise _not_finite(one)
     return InputBasis(one.basis.V, one.size, one.basis.share, inside / total if total > 0 else None)

@@ -99,6 +99,8 @@ def first_tokens(counts: Tensor, share: float, limit: int | None) -> tuple[Tenso
     >>> first_tokens(torch.tensor([1.0, 6.0, 3.0]), 0.9, None)[0]
     tensor([1, 2])
     """
+    if not bool(counts.sum() > 0):
+        return torch.zeros(0, dtype=torch.long), 1.0
     values, ids = counts.double().cpu().sort(descending=True, stable=True)
     held = values.cumsum(0) / values.sum()
     count = min(int((held < share - 1e-12).sum()) + 1, int((values > 0).sum()), limit or len(held))

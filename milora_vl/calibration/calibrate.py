@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.calibration.activations import find_inputs
 from milora_vl.calibration.bases import ProtectedInputs, require_free_directions
+from milora_vl.calibration.batches import checked_batches
 from milora_vl.calibration.errors import CalibrationError
 from milora_vl.calibration.files import cache_inputs, cached_inputs, calibration_key, require_shapes
 from milora_vl.policy.rules import Target
@@ -31,8 +32,8 @@ def protected_inputs(
     """Return the protected inputs of all targets whose rule has `protect: {inputs: p}`; None if there is none.
 
     `batches` holds arguments of the model's forward. `is_shown` shows a progress bar on stderr. Warns about layers that
-    protect almost nothing. Raises CalibrationError as `find_inputs`, without batches, for batches that no rule needs,
-    and for layers with fewer free directions than their rank.
+    protect almost nothing. Raises CalibrationError as `find_inputs` and `checked_batches`, without batches, for batches
+    that no rule needs, and for layers with fewer free directions than their rank.
     """
     wanted = [t for t in targets if t.protect is not None and t.protect.inputs is not None]
     if not wanted:
@@ -51,7 +52,8 @@ def protected_inputs(
             where="calibration",
             hint='pass  calibration=[{"input_ids": ..., "attention_mask": ...}, ...]  to apply_milora',
         )
-    found = _found(model, wanted, list(batches), None if cache_dir is None else Path(cache_dir), is_shown)
+    cache = None if cache_dir is None else Path(cache_dir)
+    found = _found(model, wanted, checked_batches(model, batches), cache, is_shown)
     require_free_directions({t.path: t.rank for t in wanted if t.rank is not None}, found)
     _warn_of_little(found)
     return found
@@ -62,7 +64,11 @@ def _found(
 ) -> ProtectedInputs:
     if cache is None or is_deepspeed_zero3_enabled():  # ZeRO-3 partitions the weights, whose hash the cache needs
         return find_inputs(model, wanted, batches, is_shown=is_shown)
-    key, names = calibration_key(model, wanted, batches), canonical_names(model)
+    try:
+        key, names = calibration_key(model, wanted, batches), canonical_names(model)
+    except TypeError as error:
+        warnings.warn(f"protected inputs are not cached in {cache}: {error}", stacklevel=4)
+        return find_inputs(model, wanted, batches, is_shown=is_shown)
     stored = cached_inputs(cache, key, names)
     if stored is not None:
         require_shapes(stored, wanted)

@@ -81,7 +81,7 @@ def batches(
     """Return the calibration batches of a run, arguments of the model's forward; None if no rule protects inputs.
 
     `records` are those of the training. All processes get the texts of the first one. Raises UserError for a model that
-    cannot write text, for files that share text with the probe of forgetting, and for files without text.
+    cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
     """
     if not any(target.protect is not None and target.protect.inputs is not None for target in targets):
         return None
@@ -96,16 +96,32 @@ def batches(
             "this model does not describe calibration pictures here; set  calibration: {data: FILE}  to add some"
         )
     elif settings.num_pictures and find_towers(base).vision is not None:
-        found += _collated(
-            collate, _captioned(sources, _with_pictures(records, settings.num_pictures), collate.image_folder)
-        )
+        pictured = _with_pictures(records, settings.num_pictures)
+        if settings.pictures and not pictured:
+            screen.warn("calibration.pictures has no effect: no training record has exactly one picture")
+        found += _collated(collate, _captioned(sources, pictured, collate.image_folder))
+    elif settings.pictures:
+        screen.warn("calibration.pictures has no effect: this model has no vision tower")
     if settings.data is not None:
         own = list(islice(load_records(settings.data), MOST_RECORDS))
+        if not own:
+            raise _empty("there are no records to calibrate with", f"calibration.data {settings.data}")
         for record in own:
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), f"calibration.data {record.source}")
         collate = run_files.collator(_with_images_of(recipe, settings.image_folder), base, processor)
         found += _collated(collate, own)
+    if not found:
+        raise _empty("there is no text and no picture to calibrate with", "calibration")
     return found
+
+
+def _empty(message: str, where: str) -> UserError:
+    return UserError(
+        message,
+        code="calibration-empty",
+        where=where,
+        hint="name files with text, or remove the key: the base model then writes texts itself",
+    )
 
 
 def _with_images_of(recipe: Recipe, folder: str | None) -> Recipe:
@@ -129,12 +145,7 @@ def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
     try:
         return text_blocks(texts, sources.tokenizer, num_tokens=MOST_TOKENS, block_length=LENGTH)
     except ValueError:
-        raise UserError(
-            "the text files are empty",
-            code="calibration-empty",
-            where="calibration.text",
-            hint="name files with text, or remove the key: the base model then writes texts itself",
-        ) from None
+        raise _empty("the text files are empty", "calibration.text") from None
 
 
 def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
