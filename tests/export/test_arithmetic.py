@@ -121,7 +121,7 @@ def test_an_exported_adapter_keeps_its_protected_inputs(tiny_llama: Factory, tmp
     base = load_model(tmp_path / "base")[0]
     base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
     rules = one_rule(method="milora", protect={"inputs": 0.6})
-    save_adapter(apply_milora(base, rules, calibration=text_batches(vocabulary=200)), tmp_path / "a")
+    save_adapter(apply_milora(base, rules, calibration=text_batches(40, vocabulary=200)), tmp_path / "a")
     before = load_adapter(load_model(tmp_path / "base")[0], tmp_path / "a", is_trainable=True).protections["default"]
     for name, options in {"plain": {}, "half": {"scale": 0.5}, "low": {"dtype": torch.bfloat16}}.items():
         export(tmp_path / "a", "adapter", tmp_path / name, **options)
