@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl.calibration.errors import CalibrationError
+from milora_vl.towers import is_encoder_decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +32,6 @@ class Positions:
 
 
 Sides = tuple[Positions | None, Positions | None]  # of the model or its encoder, and of its decoder
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Return whether an encoder and a decoder read different ids, as in T5."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def positions_by_side(model: nn.Module, batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Sides]:
