@@ -19,14 +19,15 @@ from tqdm import tqdm
 
 from milora_vl.calibration.bases import InputBasis, ProtectedInputs, first_directions, first_tokens
 from milora_vl.calibration.errors import CalibrationError
-from milora_vl.calibration.positions import Positions, positions_of
+from milora_vl.calibration.positions import Positions, Sides, positions_by_side
 from milora_vl.policy.rules import Protect, Target
 from milora_vl.svd.precision import full_precision
-from milora_vl.towers import image_token_of, keep_weights_readable
+from milora_vl.towers import image_token_of, is_encoder_decoder, keep_weights_readable
 from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
 from milora_vl.weights.matrices import gathered_in_forward, is_linear
 
 Batch = Mapping[str, Any]
+Hook = Callable[[Tensor, bool], None]
 PASS_BYTES = 2 * 1024**3  # memory of all C of one pass
 # A position counts with at most this many times the median energy: sinks at other positions than the first have
 # thousands of times the energy, and one of them would be 90 % of C.
@@ -69,7 +70,10 @@ def find_inputs(
     """
     token = image_token_of(model)
     fit, held = _split(batches, token)
-    fit_positions, held_positions = positions_of(fit, token), positions_of(held, token) if held else []
+    fit_positions, held_positions = (
+        positions_by_side(model, fit, token),
+        positions_by_side(model, held, token) if held else [],
+    )
     was_training = model.training
     model.eval()
     try:
@@ -77,14 +81,14 @@ def find_inputs(
         passes = list(_passes(inputs))
         with _bar(len(passes) * len(fit) + len(held), is_shown=is_shown) as bar:
             for part in passes:
-                for batch, positions in zip(fit, fit_positions, strict=True):
-                    _run(model, batch, {one.module: _adder(one, positions) for one in part}, _ends(part))
+                for batch, sides in zip(fit, fit_positions, strict=True):
+                    _run(model, batch, {one.module: _adder(one, sides) for one in part}, _ends(part))
                     bar.update()
                 for one in part:
                     one.basis = _basis(one)
                     one.total = None
-            for batch, positions in zip(held, held_positions, strict=True):
-                _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
+            for batch, sides in zip(held, held_positions, strict=True):
+                _run(model, batch, {one.module: _checker(one, sides) for one in inputs}, _ends(inputs))
                 bar.update()
     finally:
         model.train(was_training)
@@ -157,21 +161,37 @@ def _ends(inputs: Sequence[_Input]) -> bool:
     return not any(one.is_repeated for one in inputs)
 
 
-def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Callable[[Tensor], None]], ends: bool) -> None:
-    """Call the model on a batch, and each hook with the input of its module. `ends`: stop after the last module."""
+def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Hook], ends: bool) -> None:
+    """Call the model on a batch, and each hook with the input of its module and whether the decoder reads it.
+
+    `ends`: stop after the last module. The cross-attention of a decoder reads the output of the encoder.
+    """
     first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     left = set(hooks)
     handles = []
+    is_decoding, encoded = False, None
 
     def hook_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hooks[module](args[0] if args else next(iter(kwargs.values())))
+        x = args[0] if args else next(iter(kwargs.values()))
+        hooks[module](x, is_decoding and x is not encoded)
         left.discard(module)
         if ends and not left:
             raise _AllSeen
 
+    def enter_decoder(*_: Any) -> None:
+        nonlocal is_decoding
+        is_decoding = True
+
+    def leave_encoder(_: nn.Module, args: Any, output: Any) -> None:
+        nonlocal encoded
+        encoded = output[0]
+
     try:
         with gathered_in_forward(model):
-            handles = [module.register_forward_pre_hook(hook_of, with_kwargs=True) for module in hooks]
+            if is_encoder_decoder(model):
+                handles.append(model.get_decoder().register_forward_pre_hook(enter_decoder))  # type: ignore[operator]
+                handles.append(model.get_encoder().register_forward_hook(leave_encoder))  # type: ignore[operator]
+            handles += [module.register_forward_pre_hook(hook_of, with_kwargs=True) for module in hooks]
             model(**{name: _like(value, first) for name, value in batch.items()})
     except _AllSeen:
         pass
@@ -199,8 +219,8 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
     ran: set[nn.Module] = set()  # in this forward
     repeated: set[nn.Module] = set()
 
-    def hook_of(module: nn.Module) -> Callable[[Tensor], None]:
-        def see(x: Tensor) -> None:
+    def hook_of(module: nn.Module) -> Hook:
+        def see(x: Tensor, _: bool) -> None:
             if x.numel() == 0:  # an expert without tokens
                 return
             if x is not last[0]:
@@ -282,9 +302,9 @@ def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
     return unfolded.transpose(1, 2)
 
 
-def _adder(one: _Input, positions: Positions | None) -> Callable[[Tensor], None]:
-    def add(x: Tensor) -> None:
-        rows, weights = _rows(one, x, positions)
+def _adder(one: _Input, sides: Sides) -> Hook:
+    def add(x: Tensor, is_decoding: bool) -> None:
+        rows, weights = _rows(one, x, sides[is_decoding])
         one.num_positions += len(rows)
         with full_precision(rows.device):
             if isinstance(one.module, nn.Embedding):
@@ -328,10 +348,10 @@ def _from_first_rank(V: Tensor, module: nn.Module) -> Tensor:
     return from_first_rank(V.contiguous())
 
 
-def _checker(one: _Input, positions: Positions | None) -> Callable[[Tensor], None]:
-    def check(x: Tensor) -> None:
+def _checker(one: _Input, sides: Sides) -> Hook:
+    def check(x: Tensor, is_decoding: bool) -> None:
         assert one.basis is not None
-        rows, weights = _rows(one, x, positions)
+        rows, weights = _rows(one, x, sides[is_decoding])
         with full_precision(rows.device):
             if isinstance(one.module, nn.Embedding):
                 is_inside = torch.isin(rows, one.basis.V.to(rows.device))

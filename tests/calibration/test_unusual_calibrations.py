@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from milora_vl import apply_milora
 from milora_vl.calibration.activations import _parts
@@ -250,7 +251,7 @@ def test_a_single_batch_of_pictures_is_held_out_by_rows(tiny_llava: Any) -> None
     rules = [{"modules": "projector", "method": "milora", "rank": 2, "protect": {"inputs": 0.6}}]
     batch = {name: torch.cat([value] * 2) for name, value in llava_batch(base).items()}
     assert len(batch["pixel_values"]) == len(batch["input_ids"]) > 1
-    model = apply_milora(base, rules, calibration=[batch, *text_batches(8, 200)])
+    model = apply_milora(copy.deepcopy(base), rules, calibration=[batch, *text_batches(8, 200)])
     held_out = [protected.held_out for protected in model.protections["default"].values()]
     assert all(value is not None and value > 0 for value in held_out)
 
@@ -263,3 +264,39 @@ def test_rows_whose_pictures_are_not_clear_stay_together(tiny_llava: Any) -> Non
     without: dict[str, Tensor] = {**batch, "input_ids": torch.cat([batch["input_ids"][:1], token_batch(200, 1, 30)])}
     assert len(_parts(batch, token)) == 2
     assert len(_parts(without, token)) == len(_parts(batch, None)) == 1
+
+
+@pytest.mark.usefixtures("little_data")
+def test_a_decoder_reads_its_own_ids_and_its_cross_attention_those_of_the_encoder() -> None:
+    """Both have twenty positions here; sixteen of the encoder's are padding."""
+    base = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=99,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=1,
+            num_decoder_layers=1,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
+    ).eval()
+    ids, answers = (torch.randint(2, 99, (24, 20), generator=NOISE) for _ in range(2))
+    mask = (torch.arange(20) < 4).long().expand(24, 20)
+    batches = [
+        {"input_ids": a, "attention_mask": m, "decoder_input_ids": b}
+        for a, m, b in zip(ids.split(4), mask.split(4), answers.split(4), strict=True)
+    ]
+    paths = {
+        "encoder.block.0.layer.0.SelfAttention.q": 3,  # counted positions of a row: without padding and the first
+        "decoder.block.0.layer.0.SelfAttention.q": 19,
+        "decoder.block.0.layer.1.EncDecAttention.q": 19,
+        "decoder.block.0.layer.1.EncDecAttention.k": 3,
+    }
+    rules = [{"modules": "*Attention.*", "method": "milora", "rank": 2, "protect": {"inputs": 0.5}}]
+    found = apply_milora(copy.deepcopy(base), rules, calibration=batches).protected_inputs["default"]
+    assert {path: found.of(path).num_positions for path in paths} == {p: 20 * n for p, n in paths.items()}
+    bare = [{"input_ids": part, "labels": part} for part in ids.split(4)]
+    with pytest.warns(UserWarning, match="without decoder_input_ids: all positions of the decoder count"):
+        found = apply_milora(copy.deepcopy(base), rules, calibration=bare).protected_inputs["default"]
+    assert [found.of(path).num_positions for path in paths] == [20 * n for n in (19, 20, 20, 19)]
