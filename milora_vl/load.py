@@ -10,6 +10,7 @@ from torch import nn
 
 from milora_data.errors import UserError
 from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone
+from milora_vl.adapters.arithmetic import require_scale
 from milora_vl.adapters.load_any import load_any, require_scalable
 from milora_vl.adapters.scale import Update
 from milora_vl.models.devices import device_named, dtype_named
@@ -35,17 +36,19 @@ def load_model(
     name_or_path: a name of NAMED_MODELS, a hub id, or a folder; for an adapter folder its base is loaded too.
     adapter: a folder with an adapter from this package, PEFT or LLaVA's code, an adapter with its residual base, or
     only a projector (`mm_projector.safetensors`).
-    scale: size of the finished update; 0.5 is half of it. Modules trained in full become W + scale (W' - W).
+    scale: size of the finished update, a number from 0; 0.5 is half of it, 0 the base model. Modules trained in full
+    become W + scale (W' - W).
     dtype: default float32 on a CPU, else as saved. device: default the CPU.
     quantization: 4bit, 8bit, or settings of bitsandbytes.
 
-    Raises UserError for an unknown name, a model that is not available, a folder without a model, and an update that
-    has no scale.
+    Raises UserError for an unknown name, a model that is not available, a folder without a model, a scale that is not
+    a number from 0, and an update that has no scale.
 
     >>> model, processor = load_model("tiny")
     >>> type(model).__name__
     'LlavaForConditionalGeneration'
     """
+    require_scale(scale)
     name = str(name_or_path)
     if adapter is None and holds_adapter(Path(name)):
         name, adapter = base_of(Path(name)), name

@@ -199,7 +199,12 @@ def peft_task(model: nn.Module) -> str | None:
     """Return PEFT's task type for a model that generates text, or None for other models."""
     if not callable(getattr(model, "prepare_inputs_for_generation", None)):
         return None
-    return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Return whether an encoder and a decoder read different ids, as in T5."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def image_token_of(model: nn.Module) -> int | None:

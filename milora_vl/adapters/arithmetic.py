@@ -6,9 +6,11 @@ A module trained in full from W to W' becomes W + w (W' - W).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -31,6 +33,12 @@ def require_linear(folder: Path, flag: str) -> None:
             where=str(folder),
             hint=f"remove {flag}",
         )
+
+
+def require_scale(scale: object) -> None:
+    """Raise UserError unless the size of an update is a number from 0."""
+    if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 <= float(scale) < math.inf:
+        raise UserError(f"must be a number from 0, got {scale!r}", code="flag-value", where="--scale")
 
 
 def scaled(adapter: PlainAdapter, scale: float, base: nn.Module | None) -> PlainAdapter:

@@ -6,6 +6,7 @@ blocks of a large one. A pass ends at its last layer. Nothing of the model chang
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +19,15 @@ from tqdm import tqdm
 
 from milora_vl.calibration.bases import InputBasis, ProtectedInputs, first_directions, first_tokens
 from milora_vl.calibration.errors import CalibrationError
-from milora_vl.calibration.positions import Positions, positions_of
+from milora_vl.calibration.positions import Positions, Sides, positions_by_side
 from milora_vl.policy.rules import Protect, Target
 from milora_vl.svd.precision import full_precision
-from milora_vl.towers import image_token_of, keep_weights_readable
+from milora_vl.towers import image_token_of, is_encoder_decoder, keep_weights_readable
 from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
 from milora_vl.weights.matrices import gathered_in_forward, is_linear
 
 Batch = Mapping[str, Any]
+Hook = Callable[[Tensor, bool], None]
 PASS_BYTES = 2 * 1024**3  # memory of all C of one pass
 # A position counts with at most this many times the median energy: sinks at other positions than the first have
 # thousands of times the energy, and one of them would be 90 % of C.
@@ -41,8 +43,10 @@ class _Input:
     protect: Protect
     has_positions: bool  # False in the vision tower and the projector, where every position counts
     size: int
+    is_repeated: bool  # True if a forward runs the module more than once
     paths: list[str] = field(default_factory=list)
     total: Tensor | None = None  # C (in, in), or for an embedding the counts (tokens,)
+    num_positions: int = 0  # in `total`
     basis: InputBasis | None = None
     held: list[float] = field(default_factory=lambda: [0.0, 0.0])  # energy along V and in total, held out
 
@@ -59,29 +63,32 @@ def find_inputs(
     """Return the protected inputs of all targets whose rule has `protect: {inputs: p}`.
 
     `batches` holds arguments of the model's forward, for example {"input_ids": ..., "attention_mask": ...}. One batch
-    in eight is held out. All processes get identical bits from the first one. `is_shown` shows a progress bar on
-    stderr.
+    in eight is held out, and of a single batch one row in eight. All processes get identical bits from the first one.
+    `is_shown` shows a progress bar on stderr.
 
     Raises CalibrationError for batches without tokens, for a layer that no batch reaches, and for NaN activations.
     """
-    fit, held = _split(batches)
     token = image_token_of(model)
-    fit_positions, held_positions = positions_of(fit, token), positions_of(held, token) if held else []
+    fit, held = _split(batches, token)
+    fit_positions, held_positions = (
+        positions_by_side(model, fit, token),
+        positions_by_side(model, held, token) if held else [],
+    )
     was_training = model.training
     model.eval()
     try:
-        inputs = _inputs_in_order(model, targets, batches)
+        inputs = _inputs_in_order(model, targets, fit)
         passes = list(_passes(inputs))
         with _bar(len(passes) * len(fit) + len(held), is_shown=is_shown) as bar:
             for part in passes:
-                for batch, positions in zip(fit, fit_positions, strict=True):
-                    _run(model, batch, {one.module: _adder(one, positions) for one in part})
+                for batch, sides in zip(fit, fit_positions, strict=True):
+                    _run(model, batch, {one.module: _adder(one, sides) for one in part}, _ends(part))
                     bar.update()
                 for one in part:
                     one.basis = _basis(one)
                     one.total = None
-            for batch, positions in zip(held, held_positions, strict=True):
-                _run(model, batch, {one.module: _checker(one, positions) for one in inputs})
+            for batch, sides in zip(held, held_positions, strict=True):
+                _run(model, batch, {one.module: _checker(one, sides) for one in inputs}, _ends(inputs))
                 bar.update()
     finally:
         model.train(was_training)
@@ -92,19 +99,41 @@ def find_inputs(
     )
 
 
-def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+def _split(batches: Sequence[Batch], image_token: int | None) -> tuple[list[Batch], list[Batch]]:
     """Return the batches for C and those that are held out: the last of each eight, or the last of two to seven.
 
-    Batches with and without pictures are split separately.
+    Batches with and without pictures are split separately; a kind with one batch gives up rows of it instead.
     """
     fit: list[Batch] = []
     held: list[Batch] = []
     for kind in dict.fromkeys(map(_kind, batches)):
         members = [batch for batch in batches if _kind(batch) == kind]
+        if len(members) == 1:
+            members = _parts(members[0], image_token)
         for number, batch in enumerate(members, start=1):
             is_last = number == len(members) and 1 < number < HELD_OUT
             (held if number % HELD_OUT == 0 or is_last else fit).append(batch)
     return fit, held
+
+
+def _parts(batch: Batch, image_token: int | None) -> list[Batch]:
+    """Return a batch as two: the last eighth of its rows, at least one, apart. The whole if its rows are not clear.
+
+    Every value has a first dimension of that length then, and with text and pictures every row has one picture.
+    """
+    values = list(batch.values())
+    if not values or not all(isinstance(value, Tensor) and value.dim() for value in values):
+        return [batch]
+    count = len(values[0])
+    if count < 2 or any(len(value) != count for value in values):
+        return [batch]
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and any(value.is_floating_point() for value in values):
+        is_picture = torch.zeros_like(ids, dtype=torch.bool) if image_token is None else ids == image_token
+        if not bool(is_picture.any(dim=-1).all()):
+            return [batch]
+    end = count - max(1, count // HELD_OUT)
+    return [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, end), slice(end, None))]
 
 
 def _kind(batch: Batch) -> tuple[str, ...]:
@@ -127,21 +156,42 @@ class _AllSeen(Exception):
     pass
 
 
-def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> None:
-    """Call the model on a batch, and each hook with the input of its module. Stop after the last module."""
+def _ends(inputs: Sequence[_Input]) -> bool:
+    """Return whether a forward may end when each module ran: not if one runs again."""
+    return not any(one.is_repeated for one in inputs)
+
+
+def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Hook], ends: bool) -> None:
+    """Call the model on a batch, and each hook with the input of its module and whether the decoder reads it.
+
+    `ends`: stop after the last module. The cross-attention of a decoder reads the output of the encoder.
+    """
     first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     left = set(hooks)
     handles = []
+    is_decoding, encoded = False, None
 
     def hook_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hooks[module](args[0] if args else next(iter(kwargs.values())))
+        x = args[0] if args else next(iter(kwargs.values()))
+        hooks[module](x, is_decoding and x is not encoded)
         left.discard(module)
-        if not left:
+        if ends and not left:
             raise _AllSeen
+
+    def enter_decoder(*_: Any) -> None:
+        nonlocal is_decoding
+        is_decoding = True
+
+    def leave_encoder(_: nn.Module, args: Any, output: Any) -> None:
+        nonlocal encoded
+        encoded = output[0]
 
     try:
         with gathered_in_forward(model):
-            handles = [module.register_forward_pre_hook(hook_of, with_kwargs=True) for module in hooks]
+            if is_encoder_decoder(model):
+                handles.append(model.get_decoder().register_forward_pre_hook(enter_decoder))  # type: ignore[operator]
+                handles.append(model.get_encoder().register_forward_hook(leave_encoder))  # type: ignore[operator]
+            handles += [module.register_forward_pre_hook(hook_of, with_kwargs=True) for module in hooks]
             model(**{name: _like(value, first) for name, value in batch.items()})
     except _AllSeen:
         pass
@@ -160,41 +210,53 @@ def _like(value: Any, weight: Tensor) -> Any:
 def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> list[_Input]:
     """Return the layer inputs in the order of the forward pass, from one batch of each kind.
 
-    Linear layers that get the same tensor, one after the other, read one input: q, k and v, or gate and up.
+    While layers are missing, other batches follow: an expert of a mixture sees no token of some batches. Linear layers
+    that get the same tensor, one after the other and in every call, read one input: q, k and v, or gate and up.
     """
     wanted = {model.get_submodule(t.path): t for t in targets if t.protect is not None and t.protect.inputs is not None}
-    inputs: list[_Input] = []
-    last: list[Any] = [None, None]  # the last tensor, and its input
+    calls: dict[nn.Module, list[int]] = {}  # the numbers of the tensors that each module gets
+    last: list[Any] = [None, 0]  # the last tensor, and its number
+    ran: set[nn.Module] = set()  # in this forward
+    repeated: set[nn.Module] = set()
 
-    def hook_of(module: nn.Module) -> Callable[[Tensor], None]:
-        def see(x: Tensor) -> None:
-            target = wanted[module]
-            if any(target.path in one.paths for one in inputs):
+    def hook_of(module: nn.Module) -> Hook:
+        def see(x: Tensor, _: bool) -> None:
+            if x.numel() == 0:  # an expert without tokens
                 return
-            assert target.protect is not None
-            is_same = x is last[0] and last[1].protect == target.protect and is_linear(module)
-            if not (is_same and is_linear(last[1].module)):
-                has_positions = target.tower not in ("vision", "projector")
-                inputs.append(_Input(module, target.protect, has_positions, target.shape[1]))
-                last[:] = [x, inputs[-1]]
-            last[1].paths.append(target.path)
+            if x is not last[0]:
+                last[:] = [x, last[1] + 1]
+            calls.setdefault(module, []).append(last[1])
+            (repeated if module in ran else ran).add(module)
 
         return see
 
-    kinds = {_kind(batch): batch for batch in reversed(batches)}
-    for batch in reversed(kinds.values()):
-        _run(model, batch, {module: hook_of(module) for module in wanted})
-        last[:] = [None, None]
-    seen = {path for one in inputs for path in one.paths}
-    missing = [target.path for target in wanted.values() if target.path not in seen]
+    hooks = {module: hook_of(module) for module in wanted}
+    firsts = {_kind(batch): number for number, batch in reversed(list(enumerate(batches)))}.values()
+    order = sorted(range(len(batches)), key=lambda number: number not in firsts)
+    for place, number in enumerate(order):
+        if place >= len(firsts) and len(calls) == len(wanted):
+            break
+        _run(model, batches[number], hooks, ends=False)
+        last[0] = None
+        ran.clear()
+    inputs: dict[Any, _Input] = {}
+    for module, numbers in calls.items():
+        target = wanted[module]
+        assert target.protect is not None
+        key = (tuple(numbers), target.protect, "" if is_linear(module) else target.path)
+        if key not in inputs:
+            has_positions = target.tower not in ("vision", "projector")
+            inputs[key] = _Input(module, target.protect, has_positions, target.shape[1], module in repeated)
+        inputs[key].paths.append(target.path)
+    missing = [target.path for module, target in wanted.items() if module not in calls]
     if missing:
         raise CalibrationError(
             f"no calibration batch reaches {len(missing):,} of the {len(wanted):,} layers with protected inputs",
             code="calibration-unreached-layer",
             where=missing[0],
-            hint="calibrate with pictures too, or do not protect the inputs of this tower",
+            hint="calibrate with pictures too, and with more text for experts of a mixture, or do not protect it",
         )
-    return inputs
+    return list(inputs.values())
 
 
 def _passes(inputs: Sequence[_Input]) -> Iterator[list[_Input]]:
@@ -240,9 +302,10 @@ def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
     return unfolded.transpose(1, 2)
 
 
-def _adder(one: _Input, positions: Positions | None) -> Callable[[Tensor], None]:
-    def add(x: Tensor) -> None:
-        rows, weights = _rows(one, x, positions)
+def _adder(one: _Input, sides: Sides) -> Hook:
+    def add(x: Tensor, is_decoding: bool) -> None:
+        rows, weights = _rows(one, x, sides[is_decoding])
+        one.num_positions += len(rows)
         with full_precision(rows.device):
             if isinstance(one.module, nn.Embedding):
                 one.total = rows.new_zeros(one.size, dtype=torch.float64) if one.total is None else one.total
@@ -260,17 +323,21 @@ def _basis(one: _Input) -> InputBasis:
     assert one.total is not None
     assert one.protect.inputs is not None
     if not bool(torch.isfinite(one.total).all()):
-        raise CalibrationError(
-            "the inputs of this layer contain NaN or infinite values on the calibration text",
-            code="calibration-not-finite",
-            where=one.paths[0],
-            hint="load the base model in bfloat16 or float32, and check its weights",
-        )
+        raise _not_finite(one)
     find = first_tokens if isinstance(one.module, nn.Embedding) else first_directions
     V, share = find(one.total, float(one.protect.inputs), one.protect.max)
     if rank_and_world_size()[1] > 1:  # the number of directions may differ between processes, too
         V = _from_first_rank(V, one.module)
     return InputBasis(V, one.size, share)
+
+
+def _not_finite(one: _Input) -> CalibrationError:
+    return CalibrationError(
+        "the inputs of this layer contain NaN or infinite values on the calibration text",
+        code="calibration-not-finite",
+        where=one.paths[0],
+        hint="load the base model in bfloat16 or float32, and check its weights and the calibration batches",
+    )
 
 
 def _from_first_rank(V: Tensor, module: nn.Module) -> Tensor:
@@ -281,10 +348,10 @@ def _from_first_rank(V: Tensor, module: nn.Module) -> Tensor:
     return from_first_rank(V.contiguous())
 
 
-def _checker(one: _Input, positions: Positions | None) -> Callable[[Tensor], None]:
-    def check(x: Tensor) -> None:
+def _checker(one: _Input, sides: Sides) -> Hook:
+    def check(x: Tensor, is_decoding: bool) -> None:
         assert one.basis is not None
-        rows, weights = _rows(one, x, positions)
+        rows, weights = _rows(one, x, sides[is_decoding])
         with full_precision(rows.device):
             if isinstance(one.module, nn.Embedding):
                 is_inside = torch.isin(rows, one.basis.V.to(rows.device))
@@ -302,4 +369,7 @@ def _checked(one: _Input) -> InputBasis:
     """Return the basis with the share that it holds on held-out batches."""
     assert one.basis is not None
     inside, total = one.held
-    return InputBasis(one.basis.V, one.size, one.basis.share, inside / total if total > 0 else None)
+    if not math.isfinite(inside + total):
+        raise _not_finite(one)
+    held_out = inside / total if total > 0 else None
+    return InputBasis(one.basis.V, one.size, one.basis.share, held_out, one.num_positions)

@@ -28,12 +28,14 @@ class InputBasis:
     - `size`: the number of input directions, `in`.
     - `share`: the share of the activation energy trace(C) that V holds.
     - `held_out`: the same share on calibration batches that C does not contain; None without such batches.
+    - `num_positions`: the number of input vectors in C; None if the file does not say it.
     """
 
     V: Tensor
     size: int
     share: float
     held_out: float | None = None
+    num_positions: int | None = None
 
     @property
     def num_directions(self) -> int:
@@ -99,6 +101,8 @@ def first_tokens(counts: Tensor, share: float, limit: int | None) -> tuple[Tenso
     >>> first_tokens(torch.tensor([1.0, 6.0, 3.0]), 0.9, None)[0]
     tensor([1, 2])
     """
+    if not bool(counts.sum() > 0):
+        return torch.zeros(0, dtype=torch.long), 1.0
     values, ids = counts.double().cpu().sort(descending=True, stable=True)
     held = values.cumsum(0) / values.sum()
     count = min(int((held < share - 1e-12).sum()) + 1, int((values > 0).sum()), limit or len(held))

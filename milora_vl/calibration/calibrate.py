@@ -11,12 +11,14 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.calibration.activations import find_inputs
-from milora_vl.calibration.bases import ProtectedInputs, require_free_directions
+from milora_vl.calibration.bases import InputBasis, ProtectedInputs, require_free_directions
+from milora_vl.calibration.batches import checked_batches
 from milora_vl.calibration.errors import CalibrationError
 from milora_vl.calibration.files import cache_inputs, cached_inputs, calibration_key, require_shapes
 from milora_vl.policy.rules import Target
 from milora_vl.towers import canonical_names
 
+LEAST_HELD_OUT = 0.5  # of the share; a layer that holds less of held-out energy than this gets a warning
 FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning
 
 
@@ -31,8 +33,8 @@ def protected_inputs(
     """Return the protected inputs of all targets whose rule has `protect: {inputs: p}`; None if there is none.
 
     `batches` holds arguments of the model's forward. `is_shown` shows a progress bar on stderr. Warns about layers that
-    protect almost nothing. Raises CalibrationError as `find_inputs`, without batches, for batches that no rule needs,
-    and for layers with fewer free directions than their rank.
+    protect almost nothing, and about too little data. Raises CalibrationError as `find_inputs` and `checked_batches`,
+    without batches, for batches that no rule needs, and for layers with fewer free directions than their rank.
     """
     wanted = [t for t in targets if t.protect is not None and t.protect.inputs is not None]
     if not wanted:
@@ -51,9 +53,11 @@ def protected_inputs(
             where="calibration",
             hint='pass  calibration=[{"input_ids": ..., "attention_mask": ...}, ...]  to apply_milora',
         )
-    found = _found(model, wanted, list(batches), None if cache_dir is None else Path(cache_dir), is_shown)
+    cache = None if cache_dir is None else Path(cache_dir)
+    found = _found(model, wanted, checked_batches(model, batches), cache, is_shown)
     require_free_directions({t.path: t.rank for t in wanted if t.rank is not None}, found)
     _warn_of_little(found)
+    _warn_of_little_data(found)
     return found
 
 
@@ -62,7 +66,11 @@ def _found(
 ) -> ProtectedInputs:
     if cache is None or is_deepspeed_zero3_enabled():  # ZeRO-3 partitions the weights, whose hash the cache needs
         return find_inputs(model, wanted, batches, is_shown=is_shown)
-    key, names = calibration_key(model, wanted, batches), canonical_names(model)
+    try:
+        key, names = calibration_key(model, wanted, batches), canonical_names(model)
+    except TypeError as error:
+        warnings.warn(f"protected inputs are not cached in {cache}: {error}", stacklevel=4)
+        return find_inputs(model, wanted, batches, is_shown=is_shown)
     stored = cached_inputs(cache, key, names)
     if stored is not None:
         require_shapes(stored, wanted)
@@ -85,3 +93,25 @@ def _warn_of_little(found: ProtectedInputs) -> None:
             "energy. A few directions dominate there; raise inputs for these layers.",
             stacklevel=3,
         )
+
+
+def _warn_of_little_data(found: ProtectedInputs) -> None:
+    """Warn about directions that describe the calibration batches, and not the inputs of the layer in general."""
+    bases = {path: found.bases[number] for path, number in found.numbers.items()}
+    unsure = [path for path, basis in bases.items() if _is_unsure(basis)]
+    if unsure:
+        basis = bases[unsure[0]]
+        seen = "nothing was held out" if basis.held_out is None else f"{basis.held_out:.1%} on held-out data"
+        count = "unknown" if basis.num_positions is None else f"{basis.num_positions:,}"
+        warnings.warn(
+            f"too little calibration data for {len(unsure):,} of {len(bases):,} layers: {unsure[0]} has {basis.size:,} "
+            f"inputs and {count} positions; its directions hold {basis.share:.1%} of the activation energy on them, "
+            f"and {seen}. Calibrate with more data.",
+            stacklevel=3,
+        )
+
+
+def _is_unsure(basis: InputBasis) -> bool:
+    if basis.held_out is not None:
+        return basis.held_out < LEAST_HELD_OUT * basis.share
+    return basis.V.dim() == 2 and basis.num_positions is not None and basis.num_positions < basis.size

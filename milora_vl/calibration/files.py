@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,7 @@ from milora_vl.calibration.errors import CalibrationError
 from milora_vl.checkpoints import step_of
 from milora_vl.policy.rules import Target
 
-_VERSION = 1  # increase it if equal settings can give other directions
+_VERSION = 2  # increase it if equal settings can give other directions
 
 
 def file_name(digest: str) -> str:
@@ -53,7 +54,10 @@ def write_inputs(folder: Path, inputs: ProtectedInputs, names: Mapping[str, str]
 def _write(file: Path, inputs: ProtectedInputs, names: Mapping[str, str]) -> None:
     content = {
         "numbers": {names[path]: number for path, number in inputs.numbers.items()},
-        "bases": [{"size": b.size, "share": b.share, "held_out": b.held_out} for b in inputs.bases],
+        "bases": [
+            {"size": b.size, "share": b.share, "held_out": b.held_out, "num_positions": b.num_positions}
+            for b in inputs.bases
+        ],
     }
     part = file.with_name(f".{file.name}.{uuid4().hex}")
     try:
@@ -149,15 +153,15 @@ def cache_inputs(folder: Path, key: str, inputs: ProtectedInputs, names: Mapping
 
 
 def calibration_key(model: nn.Module, targets: Sequence[Target], batches: Sequence[Mapping[str, Any]]) -> str:
-    """Return a hash of the weights, of the rules that protect inputs, and of the calibration batches."""
+    """Return a hash of the weights, of the rules that protect inputs, and of the calibration batches.
+
+    Raises TypeError if a batch holds an object of unknown content: its `repr` may be equal for other data.
+    """
     digest = hashlib.sha256(f"{_VERSION}".encode())
     for target in targets:
         if target.protect is not None and target.protect.inputs is not None:
             digest.update(f"{target.path} {target.protect.inputs} {target.protect.max}\n".encode())
-    for batch in batches:
-        for name in sorted(batch):
-            value = batch[name]
-            digest.update(name.encode() + (_digest(value) if isinstance(value, Tensor) else repr(value).encode()))
+    digest.update(_content([dict(batch) for batch in batches]))
     digest.update(weights_digest(model).encode())
     return digest.hexdigest()[:32]
 
@@ -168,6 +172,26 @@ def weights_digest(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(name.encode() + _digest(parameter))
     return digest.hexdigest()
+
+
+def _content(value: Any) -> bytes:
+    """Return a hash of a value and all that it contains. Raises TypeError for objects of unknown content."""
+    if isinstance(value, Tensor):
+        parts = [_digest(value)]
+    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        parts = [f"{value.shape} {value.dtype}".encode(), value.tobytes()]
+    elif isinstance(value, Mapping):
+        parts = [_content(part) for name in sorted(value, key=repr) for part in (name, value[name])]
+    elif isinstance(value, list | tuple):
+        parts = [_content(part) for part in value]
+    elif value is None or isinstance(value, bool | int | float | str | bytes):
+        parts = [repr(value).encode()]
+    else:
+        raise TypeError(f"a calibration batch holds a {type(value).__name__}, whose content is unknown")
+    digest = hashlib.sha256(type(value).__name__.encode())
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.digest()
 
 
 def _digest(tensor: Tensor) -> bytes:

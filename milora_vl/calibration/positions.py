@@ -2,30 +2,56 @@
 
 Padding does not count. Neither does the first position of a row: it is an attention sink, whose activations are so
 large that they would decide C alone (`activations.LARGEST` limits sinks elsewhere). Text and picture positions weigh
-half each in total.
+half each in total; the mean weight is 1, as that of positions of batches without `input_ids`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from milora_vl.calibration.errors import CalibrationError
+from milora_vl.towers import is_encoder_decoder
 
 
 @dataclass(frozen=True, slots=True)
 class Positions:
     """The weights of the positions of one batch, each (rows, length), on the CPU.
 
-    `weights` is 0 for padding and for first positions. `tokens` is 0 for padding only: an embedding has no sinks.
+    `weights` is 0 for padding and for first positions. `tokens`, for embeddings, is 1 except at padding and pictures:
+    an embedding has no sinks, and the token that stands for pictures is not text.
     """
 
     weights: Tensor
     tokens: Tensor
+
+
+Sides = tuple[Positions | None, Positions | None]  # of the model or its encoder, and of its decoder
+
+
+def positions_by_side(model: nn.Module, batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Sides]:
+    """Return the weights of each batch for the model, and for the decoder of an encoder-decoder model.
+
+    The decoder reads `decoder_input_ids`. Without them, all its positions count, with a warning.
+    """
+    own = positions_of(batches, image_token)
+    if not is_encoder_decoder(model):
+        return [(positions, None) for positions in own]
+    views = [
+        {"input_ids": batch.get("decoder_input_ids"), "attention_mask": batch.get("decoder_attention_mask")}
+        for batch in batches
+    ]
+    if any(view["input_ids"] is None for view in views):
+        warnings.warn(
+            "calibration batches without decoder_input_ids: all positions of the decoder count, padding too",
+            stacklevel=5,
+        )
+    return list(zip(own, positions_of(views, image_token), strict=True))
 
 
 def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Positions | None]:
@@ -35,7 +61,7 @@ def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) 
 
     >>> batch = {"input_ids": torch.tensor([[1, 7, 7, 5]]), "attention_mask": torch.tensor([[1, 1, 1, 1]])}
     >>> positions_of([batch], image_token=7)[0].weights
-    tensor([[0.0000, 0.2500, 0.2500, 0.5000]])
+    tensor([[0.0000, 0.7500, 0.7500, 1.5000]])
     """
     masks = [_masks(batch, image_token) for batch in batches]
     numbers = [sum(int(mask[kind].sum()) for mask in masks if mask is not None) for kind in (0, 1)]
@@ -46,14 +72,13 @@ def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) 
             where="calibration",
             hint="pass batches with input_ids; padding and the first position of each row do not count",
         )
-    shares = [0.0 if number == 0 else 1 / number for number in numbers]
-    if all(numbers):
-        shares = [share / 2 for share in shares]
-    return [None if mask is None else _positions(mask, shares) for mask in masks]
+    kinds = sum(number > 0 for number in numbers)
+    scales = [sum(numbers) / (kinds * number) if number else 0.0 for number in numbers]
+    return [None if mask is None else _positions(mask, scales) for mask in masks]
 
 
 def _masks(batch: Mapping[str, Any], image_token: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return the masks of text, of pictures and of first positions, each (rows, length)."""
+    """Return the masks of text, of pictures, and of first positions that are text, each (rows, length)."""
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor):
         return None
@@ -63,10 +88,9 @@ def _masks(batch: Mapping[str, Any], image_token: int | None) -> tuple[Tensor, T
     real = real.reshape(ids.shape).bool()
     first = real & (real.cumsum(dim=1) == 1)
     is_picture = torch.zeros_like(real) if image_token is None else ids == image_token
-    return real & ~first & ~is_picture, real & ~first & is_picture, first
+    return real & ~first & ~is_picture, real & ~first & is_picture, first & ~is_picture
 
 
-def _positions(masks: tuple[Tensor, Tensor, Tensor], shares: Sequence[float]) -> Positions:
+def _positions(masks: tuple[Tensor, Tensor, Tensor], scales: Sequence[float]) -> Positions:
     text, picture, first = masks
-    weights = text * shares[0] + picture * shares[1]
-    return Positions(weights, weights + first * max(shares))
+    return Positions(text * scales[0] + picture * scales[1], (text | first).float())

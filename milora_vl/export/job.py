@@ -18,11 +18,13 @@ from torch import nn
 from milora_data.errors import UserError
 from milora_vl.adapter import merge
 from milora_vl.adapter_io import load_adapter
-from milora_vl.adapters.arithmetic import combined, require_linear, same_base, scaled
+from milora_vl.adapters.arithmetic import combined, require_linear, require_scale, same_base, scaled
 from milora_vl.adapters.imported import import_adapter, refuse_mutating, require_copies
 from milora_vl.adapters.llava import config_for_llava, read_llava, write_llava
 from milora_vl.adapters.plain import PlainAdapter, read_config, read_plain, write_plain
 from milora_vl.adapters.source import Source, find_source
+from milora_vl.calibration.errors import CalibrationError
+from milora_vl.calibration.files import read_inputs, write_inputs
 from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
 from milora_vl.export.forms import parse_form
 from milora_vl.export.gguf.files import OutType
@@ -106,6 +108,7 @@ def export(
         if value is not None and not applies:
             message = f"does not apply to --to {to}"
             raise UserError(message, code="flag-no-effect", where=flag, hint="remove the flag")
+    require_scale(scale)
     target = Path(output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(
@@ -185,6 +188,7 @@ def _changed(
     write_plain(adapter, folder)
     assert adapter.sidecar is not None
     adapter.sidecar.write(folder, adapter.anchors)
+    _copy_inputs(adapter.sidecar, sources[0].folder, folder)
     copy_processor(sources[0].folder, folder, base)
     return Source("ours", folder)
 
@@ -271,6 +275,7 @@ class Job:
         write_plain(adapter.cast(self.dtype), self.out, uniform=form == "rank")
         if adapter.sidecar is not None:
             adapter.sidecar.write(self.out, {} if self.dtype is not None else adapter.anchors)
+            _copy_inputs(adapter.sidecar, self.source.folder, self.out)
         return layers, total
 
     def base_for(self, form: str) -> str | Path | nn.Module | None:
@@ -379,6 +384,18 @@ class Job:
         if sidecar is not None:
             sidecar = replace(sidecar, targets=[t for t in sidecar.targets if t.method != "full"])
         return replace(adapter, whole={}, base=str(self.target / "base"), sidecar=sidecar)
+
+
+def _copy_inputs(sidecar: Sidecar, source: Path, target: Path) -> None:
+    """Copy the protected inputs of an adapter, which a continued training needs, or note that they are missing."""
+    if sidecar.inputs is None:
+        return
+    try:
+        inputs = read_inputs(source, sidecar.inputs, sidecar.names)
+    except CalibrationError as error:
+        sys.stderr.write(f"note: training cannot continue from this export: {error}\n")
+        return
+    write_inputs(target, inputs, sidecar.names)
 
 
 def _write_into(adapter: PlainAdapter, base: Base) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from milora_data.tokens import bos_ids
 
+CALIBRATION_SEED = 1_651_272_809  # of the texts that protected inputs are found on, which no probe may measure with
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -86,8 +88,10 @@ def sampled_batches(
 
     Each sample is a document that starts with BOS (or EOS without a BOS token) and ends with EOS or after `length` ids.
     All ids but the first count. `without_adapter` samples from the base model of a PeftModel. The random state of the
-    caller does not change.
+    caller does not change. Raises ValueError for the seed of the calibration texts, which would be measured again.
     """
+    if seed & 0xFFFFFFFF == CALIBRATION_SEED:  # torch's generator of the CPU uses 32 bits
+        raise ValueError(f"seed {seed} gives the calibration texts of protected inputs; use another seed")
     count = max(2, -(-num_tokens // (length - 1)))  # a single document has no standard error
     context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()
     with context:
@@ -103,7 +107,7 @@ def sampled_rows(
     count: int,
     length: int,
     batch_size: int,
-    seed: int = 0,
+    seed: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Return the ids of `count` documents of at most `length` ids, sampled as in `sampled_batches`.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from peft.utils.integrations import gather_params_ctx
-from torch import Tensor, nn
+from torch import nn
 
-from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import lora_layer, trained_factors
 from milora_vl.lora.peft_model import MiloraMixin
+from milora_vl.lora.projection_hooks import (
+    Factors,
+    GradientProjectionHook,
+    ProjectionHook,
+    learning_rates,
+    projection_hooks,
+)
 from milora_vl.lora.protection import Protected
-
-Factors = tuple[nn.Parameter, nn.Parameter]
 
 
 def keep_protected(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -22,7 +24,10 @@ def keep_protected(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
     Call this once before the first step; `python -m milora_vl.train` does it automatically. A Trainer of Hugging Face
     or TRL needs the call `keep_protected(model, trainer.create_optimizer())`. The function does nothing if no rule has
-    `protect`, and a second call for one optimizer changes nothing.
+    `protect`. A second call for one optimizer covers the adapters that train since the first, and changes nothing else.
+
+    Every optimizer of the factors needs a call. After a step of one without it, and in a copy of the model, the next
+    gradient raises AdapterError.
 
     Raises AdapterError if the optimizer does not step the factors themselves: it belongs to another model, or it steps
     shards, as in DeepSpeed and FSDP.
@@ -37,16 +42,26 @@ def keep_protected(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     bare = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if not pairs:
         return
-    hook = _ProjectionHook(pairs)
-    hook.rates(bare)  # raises now, not at the first step
-    if any(isinstance(other, _ProjectionHook) for other in bare._optimizer_step_post_hooks.values()):
-        return
+    learning_rates(bare, pairs)  # raises now, not at the first step
+    hooks = projection_hooks(bare)
+    hook = hooks[0] if hooks else ProjectionHook()
+    if not hooks:
+        bare.register_step_post_hook(hook)
+    known = {id(protected) for protected, _ in hook.pairs}
     for protected, factors in pairs:
         protected.is_kept = True
+        if id(protected) not in known:
+            hook.pairs.append((protected, factors))
         if protected.protect.by == "basis":
             for axis, factor in enumerate(factors):
-                factor.register_hook(_GradientProjectionHook(protected, axis))
-    bare.register_step_post_hook(hook)
+                _project_gradient(protected, axis, factor)
+
+
+def _project_gradient(protected: Protected, axis: int, factor: nn.Parameter) -> None:
+    """Project the gradients of a factor from now on, once each, however many optimizers step it."""
+    hooks = (factor._backward_hooks or {}).values()
+    if not any(isinstance(hook, GradientProjectionHook) for hook in hooks):
+        factor.register_hook(GradientProjectionHook(protected, axis))
 
 
 def _training(model: nn.Module) -> list[tuple[Protected, Factors]]:
@@ -87,43 +102,4 @@ class ShardedProjection:
                 safe_set_full_fp32_param(factor, projected)
                 with gather_params_ctx([factor], modifier_rank=0):
                     factor.copy_(projected)
-
-
-class _GradientProjectionHook:
-    """Gradient hook that removes the protected directions from the gradient of one factor."""
-
-    def __init__(self, protected: Protected, axis: int) -> None:
-        self.protected, self.axis = protected, axis
-
-    def __call__(self, grad: Tensor) -> Tensor:
-        return self.protected.outside(grad, self.axis).to(grad.dtype)
-
-
-class _ProjectionHook:
-    """Optimizer hook that removes the protected directions after each step.
-
-    A penalty removes a share that depends on the learning rate of the step.
-    """
-
-    def __init__(self, pairs: list[tuple[Protected, Factors]]) -> None:
-        self.pairs = pairs
-
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        rates = self.rates(optimizer)
-        for protected, factors in self.pairs:
-            protected.remove(factors, [protected.protect.share(rates[id(factor)]) for factor in factors])
-
-    def rates(self, optimizer: torch.optim.Optimizer) -> dict[int, float]:
-        """Return the learning rate of each factor, by id."""
-        by_factor = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        for protected, factors in self.pairs:
-            if any(id(factor) not in by_factor for factor in factors):
-                raise AdapterError(
-                    "the optimizer does not step the factors themselves, so "
-                    f"the {protected.protect} cannot be protected",
-                    code="adapter-sharded-optimizer",
-                    where=protected.path,
-                    hint="pass an optimizer of this model's own factors; DeepSpeed and FSDP step shards of them: "
-                    "train without both, or without protect",
-                )
-        return by_factor
+            protected.is_kept = True  # an inner optimizer may have stepped the factors themselves before

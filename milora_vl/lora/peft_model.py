@@ -46,6 +46,7 @@ from milora_vl.lora.install import (
     unrecoverable,
 )
 from milora_vl.lora.layers import ANCHOR, ANCHOR_SUFFIX, DELTA, join
+from milora_vl.lora.projection_hooks import guard
 from milora_vl.lora.protection import Protected, find_protected
 from milora_vl.lora.sidecar import ANCHORS_FILE, FORMAT_VERSION, Sidecar, read_sidecar, require_weights
 from milora_vl.lora.version_1_shards import has_shards, require_no_shards, shards_error
@@ -174,9 +175,13 @@ class MiloraMixin(PeftModel):
         if inputs is not None:
             self.protected_inputs[adapter] = inputs
         for path, directions in protected.items():
-            for factor in trained_factors(lora_layer(self, path), adapter):
-                if factor.requires_grad:
-                    factor.register_hook(directions.require_kept)
+            guard(directions, trained_factors(lora_layer(self, path), adapter))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled model. Its factors lost their hooks, and no optimizer keeps them protected."""
+        super().__setstate__(state)
+        for adapter, protected in self.__dict__.get("protections", {}).items():
+            self.protect(adapter, {path: replace(p, is_kept=False) for path, p in protected.items()})
 
     def protect_again(self, adapter: str, folder: Path, cache_dir: str | Path | None = None) -> None:
         """Restore the protected directions of an adapter that was loaded from `folder` for training.
@@ -262,7 +267,9 @@ class MiloraMixin(PeftModel):
                 install_copy(lora_layer(self, path), adapter_name, source)
             self.remember(adapter_name, self.sidecars[source])
             if source in self.protections:
-                self.protect(adapter_name, self.protections[source], self.protected_inputs.get(source))
+                # The directions are the same, but other optimizers may step the new factors.
+                own = {path: replace(p, is_kept=False) for path, p in self.protections[source].items()}
+                self.protect(adapter_name, own, self.protected_inputs.get(source))
 
     def load_adapter(  # type: ignore[override]
         self,

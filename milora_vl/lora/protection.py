@@ -59,7 +59,7 @@ class Protected:
     """The protected directions of the weight at `path`: V of its inputs, and U of its outputs or None.
 
     `energy` is their share of ||W||_F^2, or of the activation energy for protected inputs; `held_out` is the latter on
-    held-out text. `is_kept` is True once `keep_protected` has registered an optimizer.
+    held-out text. `is_kept` is True once `keep_protected` has registered an optimizer, and until another one steps.
     """
 
     path: str
@@ -123,13 +123,13 @@ class Protected:
         return self.protect.is_hard and self.overlap(factors) > allowed
 
     def require_kept(self, _: Tensor) -> None:
-        """Gradient hook: raise AdapterError until `keep_protected` has registered an optimizer."""
+        """Gradient hook: raise AdapterError unless `keep_protected` has registered the optimizer of the last step."""
         if not self.is_kept:
             raise AdapterError(
                 f"the rule protects the {self.protect}, but no optimizer of this training keeps them protected",
                 code="adapter-not-protected",
                 where=self.path,
-                hint="call  milora_vl.keep_protected(model, optimizer)  once, before the first step",
+                hint="call  milora_vl.keep_protected(model, optimizer)  for every optimizer, before its first step",
             )
 
 

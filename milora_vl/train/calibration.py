@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import xxhash
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationMixin
@@ -25,12 +26,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.assets import cache_dir
 from milora_data.errors import UserError
-from milora_data.images.files import place_of
+from milora_data.images.files import content_of, place_of
 from milora_data.record_collator import RecordCollator
 from milora_data.records import IMAGE, Record, Turn
 from milora_data.sources import load_records
 from milora_vl.calibration.files import weights_digest
-from milora_vl.forgetting.text import general_text, padded_batches, sampled_rows, text_blocks
+from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, padded_batches, sampled_rows, text_blocks
 from milora_vl.generate import Prompt, generate
 from milora_vl.models import loading
 from milora_vl.models.image_tokens import uses_processor
@@ -45,13 +46,13 @@ from milora_vl.weights.matrices import gathered_in_forward
 LENGTH = 192  # tokens of a text
 ROWS = 8  # rows of a batch
 WRITTEN_AT_ONCE = 32
-HELD_OUT_TEXTS = 8  # texts beyond those of the recipe, which check the shares
+HELD_OUT_TEXTS = 8  # beyond those of the recipe; after 48 texts they are the batch that checks the shares
 CAPTION_TOKENS = 32
 QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
 MOST_TOKENS = 65_536  # of text files
 MOST_RECORDS = 512  # of data
 NGRAM = 12  # words in a row that two texts share only if one is copied
-_VERSION = 1  # increase it if equal settings can give other texts
+_VERSION = 2  # increase it if equal settings can give other texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def batches(
     """Return the calibration batches of a run, arguments of the model's forward; None if no rule protects inputs.
 
     `records` are those of the training. All processes get the texts of the first one. Raises UserError for a model that
-    cannot write text, for files that share text with the probe of forgetting, and for files without text.
+    cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
     """
     if not any(target.protect is not None and target.protect.inputs is not None for target in targets):
         return None
@@ -95,16 +96,32 @@ def batches(
             "this model does not describe calibration pictures here; set  calibration: {data: FILE}  to add some"
         )
     elif settings.num_pictures and find_towers(base).vision is not None:
-        found += _collated(
-            collate, _captioned(sources, _with_pictures(records, settings.num_pictures), collate.image_folder)
-        )
+        pictured = _with_pictures(records, settings.num_pictures)
+        if settings.pictures and not pictured:
+            screen.warn("calibration.pictures has no effect: no training record has exactly one picture")
+        found += _collated(collate, _captioned(sources, pictured, collate.image_folder))
+    elif settings.pictures:
+        screen.warn("calibration.pictures has no effect: this model has no vision tower")
     if settings.data is not None:
         own = list(islice(load_records(settings.data), MOST_RECORDS))
+        if not own:
+            raise _empty("there are no records to calibrate with", f"calibration.data {settings.data}")
         for record in own:
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), f"calibration.data {record.source}")
         collate = run_files.collator(_with_images_of(recipe, settings.image_folder), base, processor)
         found += _collated(collate, own)
+    if not found:
+        raise _empty("there is no text and no picture to calibrate with", "calibration")
     return found
+
+
+def _empty(message: str, where: str) -> UserError:
+    return UserError(
+        message,
+        code="calibration-empty",
+        where=where,
+        hint="name files with text, or remove the key: the base model then writes texts itself",
+    )
 
 
 def _with_images_of(recipe: Recipe, folder: str | None) -> Recipe:
@@ -128,12 +145,7 @@ def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
     try:
         return text_blocks(texts, sources.tokenizer, num_tokens=MOST_TOKENS, block_length=LENGTH)
     except ValueError:
-        raise UserError(
-            "the text files are empty",
-            code="calibration-empty",
-            where="calibration.text",
-            hint="name files with text, or remove the key: the base model then writes texts itself",
-        ) from None
+        raise _empty("the text files are empty", "calibration.text") from None
 
 
 def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
@@ -151,7 +163,13 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
     def write() -> list[list[int]]:
         with _bar("writing calibration texts", total, "texts") as update:
             return sampled_rows(
-                base, tokenizer, count=total, length=LENGTH, batch_size=WRITTEN_AT_ONCE, on_batch=update
+                base,
+                tokenizer,
+                count=total,
+                length=LENGTH,
+                batch_size=WRITTEN_AT_ONCE,
+                seed=CALIBRATION_SEED,
+                on_batch=update,
             )
 
     rows = _cached(sources, f"texts {total} {LENGTH}", write)
@@ -184,11 +202,21 @@ def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> li
                 on_batch=lambda places, _: update(len(places)),
             )
 
-    captions = _cached(sources, f"captions {recipe.template} {QUESTION} {list(map(str, pictures))}", write)
+    digests = [[_digest(path) for path in paths] for paths in pictures]
+    settings = f"captions {recipe.template} {recipe.data.image_aspect_ratio} {CAPTION_TOKENS} {QUESTION} {digests}"
+    captions = _cached(sources, settings, write)
     return [
         replace(record, turns=(turn, Turn("assistant", caption)))
         for record, caption in zip(records, captions, strict=True)
     ]
+
+
+def _digest(path: str | Path) -> str:
+    """Return the hash of a picture's bytes, since other data has pictures of the same name; without bytes, the name."""
+    try:
+        return xxhash.xxh3_128_hexdigest(content_of(path))
+    except (OSError, ValueError):  # the model's own reading raises an error that names the picture
+        return f"unreadable {path}"
 
 
 def _collated(collate: RecordCollator[Any], records: Sequence[Record]) -> list[Mapping[str, Tensor]]:

@@ -14,15 +14,15 @@ def test_padding_and_first_positions_do_not_count_and_text_and_pictures_weigh_ha
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
     (positions,) = positions_of([{"input_ids": ids, "attention_mask": mask}], image_token=7)
     assert positions is not None
-    sixth, tenth = pytest.approx(1 / 6), pytest.approx(1 / 10)
-    assert positions.weights.tolist() == [[0, sixth, sixth, sixth, tenth, tenth], [0, 0, 0, tenth, tenth, tenth]]
-    assert (positions.tokens > 0).equal(mask.bool())
+    picture, text = pytest.approx(8 / 6), pytest.approx(8 / 10)
+    assert positions.weights.tolist() == [[0, picture, picture, picture, text, text], [0, 0, 0, text, text, text]]
+    assert positions.tokens.tolist() == [[1, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1]], "an embedding protects words"
 
 
 def test_all_batches_weigh_by_their_positions() -> None:
     batches = [{"input_ids": torch.ones(1, n, dtype=torch.long)} for n in (3, 7)]
     weights = [positions.weights for positions in positions_of(batches, image_token=None) if positions]
-    assert [w.sum().item() for w in weights] == pytest.approx([0.25, 0.75])
+    assert [w.sum().item() for w in weights] == pytest.approx([2, 6])
 
 
 def test_batches_without_tokens_count_everywhere() -> None:

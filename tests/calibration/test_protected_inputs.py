@@ -30,10 +30,10 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture(autouse=True)
-def no_hint_about_few_directions() -> Iterator[None]:
-    """The layers of tiny models have so few inputs that one direction can hold the share."""
+def no_hint_about_few_directions_and_data() -> Iterator[None]:
+    """The layers of tiny models have so few inputs that one direction can hold the share, and few batches."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*protect almost nothing")
+        warnings.filterwarnings("ignore", message=".*protect almost nothing|too little calibration data")
         yield
 
 

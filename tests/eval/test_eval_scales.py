@@ -67,6 +67,13 @@ def test_a_scaled_evaluation_is_that_of_the_scaled_export(adapter: Path, data: P
     assert scaled["forgetting"]["kl"] == pytest.approx(exported["forgetting"]["kl"], rel=1e-4)
 
 
+def test_an_update_of_size_zero_answers_like_the_base(adapter: Path, data: Path, tmp_path: Path) -> None:
+    assert main(arguments("run", adapter, data, tmp_path, "--scale", "0", "--with_base")) == 0
+    none, base = read(tmp_path, "final-scale-0"), read(tmp_path, "base")
+    assert (none["scale"], none["forgetting"]["kl"]) == (0.0, pytest.approx(0.0, abs=1e-6))
+    assert none["predictions"] == base["predictions"]
+
+
 def test_a_fully_trained_model_scales_between_its_base_and_itself(data: Path, tmp_path: Path) -> None:
     for name, size in {"base": 0.0, "full": 0.05}.items():
         model, processor = load_model("tiny")

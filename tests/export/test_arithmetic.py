@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.adapters.scale import Update
 from milora_vl.export import export, main
-from support.adapter_cases import LLAVA_POLICY, llava_batch, move, raises_code
+from support.adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule, raises_code
+from support.calibrated import text_batches
 
 Factory = Callable[..., tuple[Any, Any]]
 
@@ -92,6 +93,48 @@ def test_a_scaled_adapter_exports_to_every_form(made, tmp_path: Path) -> None:
     assert errors(made, weights_of(tuned.merge_and_unload()), {"a": 0.5})[0] < 1e-6
 
 
+@pytest.mark.parametrize("form", ["adapter", "rank-2", "merged", "residual"])
+def test_an_update_of_size_zero_is_the_base_model(made, tmp_path: Path, form: str) -> None:
+    assert main([str(made.root / "a"), "--to", form, "--scale", "0", "--output_dir", str(tmp_path / form)]) == 0
+    if form == "merged":
+        got = weights_of(load_model(tmp_path / form)[0])
+    elif form == "residual":
+        residual = AutoModelForImageTextToText.from_pretrained(tmp_path / form)
+        got = weights_of(PeftModel.from_pretrained(residual, tmp_path / form, subfolder="lora").merge_and_unload())
+    else:
+        got = merged(made, tmp_path / form)
+        assert load_adapter(load_model(made.root / "base")[0], tmp_path / form, is_trainable=form == "adapter")
+    assert errors(made, got, {})[0] < 1e-6
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1, "a", None, True])
+def test_a_size_that_is_no_number_from_zero_is_refused(made, tmp_path: Path, scale: Any) -> None:
+    with raises_code("flag-value", where="--scale", message=f"must be a number from 0, got {scale!r}"):
+        load_model(made.root / "base", adapter=made.root / "a", scale=scale)
+    with raises_code("flag-value", where="--scale"):
+        export(made.root / "a", "adapter", tmp_path / "out", scale=scale)
+
+
+def test_an_exported_adapter_keeps_its_protected_inputs(tiny_llama: Factory, tmp_path: Path, capfd: Any) -> None:
+    for part in tiny_llama():
+        part.save_pretrained(tmp_path / "base")
+    base = load_model(tmp_path / "base")[0]
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
+    rules = one_rule(method="milora", protect={"inputs": 0.6})
+    save_adapter(apply_milora(base, rules, calibration=text_batches(40, vocabulary=200)), tmp_path / "a")
+    before = load_adapter(load_model(tmp_path / "base")[0], tmp_path / "a", is_trainable=True).protections["default"]
+    for name, options in {"plain": {}, "half": {"scale": 0.5}, "low": {"dtype": torch.bfloat16}}.items():
+        export(tmp_path / "a", "adapter", tmp_path / name, **options)
+        again = load_adapter(load_model(tmp_path / "base")[0], tmp_path / name, is_trainable=True)
+        after = again.protections["default"]
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[path].V, protected.V) for path, protected in before.items())
+    next((tmp_path / "a").glob("protected-inputs-*")).unlink()
+    capfd.readouterr()
+    export(tmp_path / "a", "adapter", tmp_path / "without")
+    assert "training cannot continue from this export" in capfd.readouterr().err
+
+
 def test_a_plain_adapter_scales_too(made, tmp_path: Path) -> None:
     q = "model.language_model.layers.0.self_attn.q_proj"
     model = get_peft_model(load_model(made.root / "base")[0], LoraConfig(r=3, lora_alpha=5, target_modules=[q]))
@@ -141,8 +184,8 @@ def test_wrong_weights_are_refused(made, tmp_path: Path) -> None:
         main([a, *out, "--weights", "0.5"])
     with raises_code("flag-required", where="--output_dir"):
         main([a, b, "--to", "adapter", "--weights", "1,1"])
-    with raises_code("command-line", message="above 0, got 0"):
-        main([a, *out, "--scale", "0"])
+    with raises_code("command-line", message="from 0, got -1"):
+        main([a, *out, "--scale=-1"])
 
 
 def test_adapters_of_different_bases_are_refused(made, tiny_llava: Factory, tmp_path: Path) -> None:

@@ -195,6 +195,88 @@ def test_training_that_protects_nothing_is_refused_at_its_first_gradient(tiny_ll
         loss.backward()
 
 
+def gradient(model: nn.Module) -> None:
+    model.zero_grad()
+    model(torch.ones(1, 12)).square().sum().backward()
+
+
+def small(form: Any) -> Any:
+    torch.manual_seed(0)
+    rules = one_rule(method="lora", protect=form)
+    model = apply_milora(nn.Sequential(nn.Linear(12, 10, bias=False)), rules)
+    with torch.no_grad():  # B starts at zero, so A has no gradient at first
+        trained_factors(lora_layer(model, "0"), "default")[1].normal_()
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS, ids=form_name)
+def test_a_step_that_was_not_projected_stops_the_training(form) -> None:
+    model = small(form)
+    kept, other = optimizer_of(model), optimizer_of(model)
+    keep_protected(model, kept)
+    gradient(model)
+    kept.step()
+    gradient(model)
+    other.step()
+    with raises_code("adapter-not-protected", hint="every optimizer"):
+        gradient(model)
+    keep_protected(model, other)
+    for optimizer in (other, kept, other):
+        gradient(model)
+        optimizer.step()
+    gradient(model)
+    if form in HARD:
+        assert max(overlaps(model)) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS, ids=form_name)
+def test_a_second_adapter_needs_protection_of_its_own(form) -> None:
+    model = small(form)
+    model.add_adapter("second", model.peft_config["default"])
+    first = optimizer_of(model)
+    keep_protected(model, first)
+    gradient(model)
+    first.step()
+    model.set_adapter("second")
+    with raises_code("adapter-not-protected"):
+        gradient(model)
+    ours, theirs = (model.protections[name]["0"] for name in ("default", "second"))
+    assert ours.inputs is theirs.inputs  # the directions are in memory once
+
+
+@pytest.mark.parametrize("form", HARD, ids=form_name)
+def test_a_second_call_covers_an_adapter_that_was_added_since(form) -> None:
+    model = small(form)
+    optimizer = optimizer_of(model)
+    keep_protected(model, optimizer)
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    optimizer.add_param_group({"params": list(trained_factors(lora_layer(model, "0"), "second"))})
+    keep_protected(model, optimizer)
+    for name in ("second", "default", "second"):
+        model.set_adapter(name)
+        gradient(model)
+        optimizer.step()
+    for name, protected in model.protections.items():
+        assert protected["0"].overlap(trained_factors(lora_layer(model, "0"), name)) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS, ids=form_name)
+def test_a_copy_of_a_model_is_guarded_too(form, tmp_path: Path) -> None:
+    model = small(form)
+    optimizer = optimizer_of(model)
+    keep_protected(model, optimizer)
+    twin, both = copy.deepcopy((model, optimizer))
+    with raises_code("adapter-not-protected"):
+        gradient(twin)
+    keep_protected(twin, both)
+    gradient(twin)
+    gradient(model)  # the copy does not change what holds for the model
+    torch.save(model, tmp_path / "model.pt")
+    with raises_code("adapter-not-protected"):
+        gradient(torch.load(tmp_path / "model.pt", weights_only=False))
+
+
 def test_an_optimizer_that_steps_other_tensors_is_refused(tiny_llama) -> None:
     """As DeepSpeed's, which puts flat parts of the factors in their place."""
     model = apply_milora(tiny_llama()[0], one_rule(protect={"top": TOP}))

@@ -12,9 +12,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from milora_data.records import IMAGE, Record, Turn
 from milora_vl import load_adapter
 from milora_vl.forgetting.answers import drawn_questions
-from milora_vl.forgetting.text import general_text
+from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, sampled_batches
 from milora_vl.plan.estimate import distinct_inputs, protected_input_bytes
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Policy
@@ -41,6 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of calibration texts."""
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("milora_vl.calibration.calibrate.FEWEST", 0.0)  # tiny layers have few inputs
+    monkeypatch.setattr("milora_vl.calibration.calibrate.LEAST_HELD_OUT", 0.0)  # and few texts
     return tmp_path / "cache" / "calibration"
 
 
@@ -107,9 +109,30 @@ def test_half_precision_of_deepspeed_is_saved_outside(tiny_data: Path, tiny_fold
 def test_texts_are_written_once_and_shared_with_no_probe(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = recipe(tiny_data, samples=3, pictures=0)
     first = calibrated(settings)
-    assert [batch["input_ids"].shape[0] for batch in first] == [8, 3]  # eight texts beyond those check the shares
+    assert [batch["input_ids"].shape[0] for batch in first] == [8, 3]  # eight texts more than the recipe names
     monkeypatch.setattr(calibration, "sampled_rows", None)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, calibrated(settings), strict=True))
+
+
+def test_captions_are_cached_by_the_content_of_the_pictures(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
+    """Two projects with data/images/0.png: the second one must not get the captions of the first."""
+    written = []
+    monkeypatch.setattr(calibration, "sampled_rows", lambda *_, count, **__: [[1, 9, 9]] * count)
+    monkeypatch.setattr(calibration, "generate", lambda *_, **__: written.append(1) or ["a caption"] * len(records))
+    names = sorted(path.name for path in (tiny_data / "images").iterdir())[:2]
+    for project, name, is_new in (("a", names[0], True), ("b", names[1], True), ("c", names[0], False)):
+        (tmp_path / project / "images").mkdir(parents=True)
+        shutil.copy(tiny_data / "images" / name, tmp_path / project / "images" / "0.png")
+        monkeypatch.chdir(tmp_path / project)
+        records = [Record("0", ("0.png",), (Turn("user", f"{IMAGE}\nWhat?"), Turn("assistant", "It.")))]
+        data = {"path": str(tiny_data / "train.json"), "image_folder": "images"}
+        settings = Recipe.parse({"model": "tiny", "data": data, "policy": RULES, "calibration": {"pictures": 1}})
+        calibrated(settings, records)
+        assert bool(written) == is_new, project
+        written.clear()
+    other = settings.model_copy(update={"data": settings.data.model_copy(update={"image_aspect_ratio": "plain"})})
+    calibrated(other, records)
+    assert written
 
 
 def test_the_calibration_shares_no_text_with_the_probe_of_forgetting(tiny_data: Path, tmp_path: Path) -> None:
@@ -121,6 +144,19 @@ def test_the_calibration_shares_no_text_with_the_probe_of_forgetting(tiny_data: 
             calibrated(recipe(tiny_data, text=[str(tmp_path / "copied.txt")]))
     questions = {turn.text for record in drawn_questions(tmp_path / "drawn") for turn in record.turns}
     assert not any(calibration.QUESTION in question for question in questions)
+
+
+def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> None:
+    written = [row for batch in calibrated(recipe(tiny_data, samples=24, pictures=0)) for row in batch["input_ids"]]
+    assert len(written) == 32
+    starts = {tuple(row[:16].tolist()) for row in written}
+    base, processor = tiny_llava()
+    for batch_size in (1, 8, 16, 24, 32):
+        probe = sampled_batches(base, processor.tokenizer, num_tokens=480, length=16, batch_size=batch_size)
+        assert not starts & {tuple(row.tolist()) for batch in probe for row in batch.inputs["input_ids"]}
+    for seed in (CALIBRATION_SEED, CALIBRATION_SEED + 2**32):
+        with pytest.raises(ValueError, match="use another seed"):
+            next(sampled_batches(base, processor.tokenizer, seed=seed))
 
 
 def test_texts_that_the_model_recites_from_the_probe_are_left_out(tiny_data: Path, monkeypatch) -> None:
@@ -186,8 +222,7 @@ def test_the_plan_and_the_report_show_protected_inputs(tiny_data: Path, tmp_path
     assert len(protected) == 16
     assert all(0.5 <= entry["energy"] < 1 for entry in protected)
     held_out = [entry["held_out"] for entry in protected]
-    assert all(0 < share < 1 for share in held_out if share is not None)
-    assert held_out.count(None) == 2, "the eight pictures are one batch, so none of the projector's is held out"
+    assert all(0 < share < 1 for share in held_out), "one of the eight pictures is held out for the projector"
     overlaps = read_json(run, "protection.json")
     assert set(overlaps) == {entry["path"] for entry in protected}
     assert max(overlaps.values()) < 1e-6

@@ -71,14 +71,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def above_zero(text: str) -> float:
-    """Parse a finite number above 0: the `type` of a flag for a factor."""
+def from_zero(text: str) -> float:
+    """Parse a finite number from 0: the `type` of a flag for a factor."""
     try:
         number = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text}")
     return number
 
 
@@ -184,7 +184,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         if action.choices is not None:
             return super()._get_default_metavar_for_optional(action)
-        kinds: dict[Any, str] = {int: "N", count: "N", positive: "N", float: "X", above_zero: "X", Path: "PATH"}
+        kinds: dict[Any, str] = {int: "N", count: "N", positive: "N", float: "X", from_zero: "X", Path: "PATH"}
         return kinds.get(action.type, "TEXT")
 
 

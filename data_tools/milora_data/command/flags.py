@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import above_zero, count, did_you_mean, parser, positive, suggest
+from milora_data.command.cli import count, did_you_mean, from_zero, parser, positive, suggest
 from milora_data.command.output import require_folder
 from milora_data.errors import UserError
 
@@ -38,9 +38,9 @@ SHARED: dict[str, dict[str, Any]] = {
     "adapter": {"type": Path, "metavar": "FOLDER", "help": "adapter folder, for example the output_dir of a run"},
     "base": {"metavar": "MODEL", "help": "base model to compare with, if --model was trained in full"},
     "scale": {
-        "type": above_zero,
+        "type": from_zero,
         "default": 1.0,
-        "help": "size of the finished update: 1 as trained, 0.5 half of it (default: 1)",
+        "help": "size of the finished update: 1 as trained, 0.5 half of it, 0 none (default: 1)",
     },
     "image_folder": {"type": Path, "metavar": "FOLDER", "help": "folder that picture names are relative to"},
     "suite": {"metavar": "NAME", "help": "list of benchmarks; see: python -m milora_eval ls"},
