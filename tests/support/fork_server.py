@@ -7,6 +7,7 @@ the number of a socket; each message is a JSON object, answered by a process ID,
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -65,6 +66,7 @@ def become(request: dict[str, Any], given: list[int]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    atexit.register(gc.unfreeze)  # else extension modules report the frozen objects as leaks when Python ends
     first, *rest = request["words"]
     sys.path[0] = str(TESTS)
     if first.startswith("milora_"):

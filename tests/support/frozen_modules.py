@@ -5,12 +5,14 @@ A training collects twice, and Python itself does so during tests. What a test l
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 
 import pytest
 
 MANY_MODULES = 300
+atexit.register(gc.unfreeze)  # else extension modules report the frozen objects as leaks when Python ends
 _num_frozen = 0
 
 
