@@ -22,7 +22,7 @@ from milora_data.records import Record
 from milora_data.sampler import LengthGroupedSampler
 from milora_vl.forgetting import general_text
 from milora_vl.forgetting.measure import Batch, Forgetting, logits_of, summary, token_sums
-from milora_vl.forgetting.text import padded_batches, sampled_rows, text_batches
+from milora_vl.forgetting.text import CALIBRATION_SEED, padded_batches, sampled_rows, text_batches
 from milora_vl.losses import install, summed_loss
 from milora_vl.studies.task import Measured
 from milora_vl.train.calibration import shares_probe_text
@@ -86,7 +86,12 @@ class AnswerTask:
         """Texts that the base model writes (ids), without those that it recites from the probe."""
         tokenizer = self.collator.tokenizer
         rows = sampled_rows(
-            self.base, tokenizer, count=CALIBRATION_TEXTS, length=CALIBRATION_TOKENS, batch_size=CALIBRATION_TEXTS
+            self.base,
+            tokenizer,
+            count=CALIBRATION_TEXTS,
+            length=CALIBRATION_TOKENS,
+            batch_size=CALIBRATION_TEXTS,
+            seed=CALIBRATION_SEED,
         )
         return [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
 
