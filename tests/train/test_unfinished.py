@@ -96,7 +96,7 @@ def test_an_export_of_a_checkpoint_lies_where_no_later_save_deletes_it(run: Path
 
 
 def test_loading_a_run_that_has_not_finished_names_the_newest_checkpoint_by_its_number(run: Path) -> None:
-    with pytest.raises(AdapterError, match="did you mean run/checkpoint-10?"):
+    with pytest.raises(AdapterError, match=r"did you mean run/checkpoint-10\?"):
         load_adapter(load_model("tiny")[0], run)
 
 
