@@ -8,10 +8,11 @@ How it works, for a model that consists of an inner model and a head:
 
 1. `first_position` runs the inner model on the whole batch and selects the hidden states of the supervised positions:
    (batch, length, width) -> (positions, width).
-2. `loss_of` runs the model's own forward again for one chunk of these positions. The inner model is replaced by a
+2. `logits_of` runs the model's own forward again for one chunk of these positions. The inner model is replaced by a
    function that returns the chunk, so only the head runs, with all that the model does to logits (a cap, a scale).
 3. `GradientsAtOnce` computes the gradients of a chunk right after its loss. No logits are kept for backward, and
-   nothing is computed twice.
+   nothing is computed twice. The gradient of the logits is softmax - one-hot, written into one buffer for all chunks:
+   autograd would fill three more tensors of the size of the logits.
 
 If the head trains under ZeRO-3, step 3 is left to autograd, which keeps the logits.
 
@@ -107,7 +108,8 @@ def _chunked_loss(run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], 
     `run` is the model's forward with its arguments bound, `head` the trained weights outside the inner model.
     """
     supervised = labels[:, 1:] != IGNORE
-    if not supervised.any():
+    is_empty = not supervised.any()
+    if is_empty:
         supervised[0, 0] = True  # cross-entropy ignores its target: the loss is zero, but attached to the graph
     rows, columns = supervised.nonzero(as_tuple=True)
     sizes = _sizes(len(rows), size, labels.device)
@@ -121,9 +123,9 @@ def _chunked_loss(run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], 
         calls.append((output, output[0][rows, columns]))
         return _with_hidden(output, calls[0][1][:1].detach())
 
-    def loss_of(piece: Tensor, target: Tensor) -> Tensor:
+    def logits_of(piece: Tensor) -> Tensor:
         with _replaced_forward(inner, lambda *args, **kwargs: _with_hidden(output, piece)):
-            return _cross_entropy(run()["logits"][0], target)
+            return run()["logits"].flatten(0, 1)  # a view; the gradient of [0] would be a new tensor of zeros
 
     with _replaced_forward(inner, first_position):
         logits = run()["logits"]
@@ -132,9 +134,10 @@ def _chunked_loss(run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], 
     (output, hidden), *more = calls
     assert not more, f"{type(inner).__name__} is called more than once by its model"
     # ZeRO-3 reduces a gradient when autograd accumulates it in the weight. `torch.autograd.grad` would bypass that.
-    if not torch.is_grad_enabled() or (head and is_deepspeed_zero3_enabled()):
-        return torch.stack([loss_of(*pair) for pair in zip(hidden.split(sizes), targets, strict=True)]).sum()
-    summed: Tensor = GradientsAtOnce.apply(loss_of, hidden, targets, *head)
+    if is_empty or not torch.is_grad_enabled() or (head and is_deepspeed_zero3_enabled()):
+        pairs = zip(hidden.split(sizes), targets, strict=True)
+        return torch.stack([_cross_entropy(logits_of(piece), target) for piece, target in pairs]).sum()
+    summed: Tensor = GradientsAtOnce.apply(logits_of, hidden, targets, *head)
     return summed
 
 
@@ -151,9 +154,8 @@ class GradientsAtOnce(torch.autograd.Function):
 
     >>> w, h = torch.tensor([[1.0, 2.0], [0.0, 1.0]], requires_grad=True), torch.ones(3, 2, requires_grad=True)
     >>> targets = torch.tensor([0, 1, 0])
-    >>> loss_of = lambda piece, target: _cross_entropy(piece @ w.T, target)
-    >>> chunked = GradientsAtOnce.apply(loss_of, h, targets.split(2), w) / 3
-    >>> whole = loss_of(h, targets) / 3
+    >>> chunked = GradientsAtOnce.apply(lambda piece: piece @ w.T, h, targets.split(2), w) / 3
+    >>> whole = _cross_entropy(h @ w.T, targets) / 3
     >>> pairs = zip(torch.autograd.grad(chunked, (h, w)), torch.autograd.grad(whole, (h, w)))
     >>> [torch.allclose(a, b) for a, b in pairs]
     [True, True]
@@ -161,25 +163,30 @@ class GradientsAtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loss_of: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, targets: Sequence[Tensor], *head: Tensor
+        ctx: Any, logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Sequence[Tensor], *head: Tensor
     ) -> Tensor:
         """Return the loss, a float32 scalar.
 
         `hidden` is (positions, width), `targets` holds the token ids (positions,) in chunks, `head` the trained weights
-        that `loss_of` uses.
+        that `logits_of` uses.
         """
         total, grad_hidden = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
         grad_head: list[Tensor | None] = [None] * len(head)
         sizes = [len(target) for target in targets]
+        buffer: Tensor | None = None  # for the gradient of the logits, (longest chunk, vocabulary)
         for rows, target, out in zip(hidden.split(sizes), targets, grad_hidden.split(sizes), strict=True):
             with torch.enable_grad():
                 piece = rows.detach().requires_grad_()
-                loss = loss_of(piece, target)
-            of_piece, *of_head = torch.autograd.grad(loss, (piece, *head), allow_unused=True)
+                logits = logits_of(piece)
+            if buffer is None:
+                buffer = logits.new_empty((max(sizes), logits.shape[-1]), dtype=torch.float32)
+            loss, of_logits = _loss_and_gradient(logits.detach(), target, buffer[: len(target)])
+            of_piece, *of_head = torch.autograd.grad(logits, (piece, *head), of_logits, allow_unused=True)
+            del logits  # before those of the next chunk exist
             out.copy_(of_piece)
             pairs = zip(grad_head, of_head, strict=True)
             grad_head = [a if b is None else b if a is None else a.add_(b) for a, b in pairs]
-            total += loss.detach()
+            total += loss
         ctx.save_for_backward(grad_hidden, *grad_head)
         return total
 
@@ -224,3 +231,17 @@ def _replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), ignore_index=IGNORE, reduction="sum")
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy, and its gradient softmax(logits) - one-hot(targets) in the dtype of `logits`.
+
+    `logits` is (positions, vocabulary), and every position has a target. `buffer`, of the same shape in float32, is
+    overwritten. The numbers are those of `_cross_entropy` and autograd.
+    """
+    targets = targets.to(logits.device)
+    torch.log_softmax(logits.float(), dim=-1, out=buffer)
+    loss = nn.functional.nll_loss(buffer, targets, reduction="sum")
+    columns = targets[:, None]
+    buffer.exp_().scatter_add_(1, columns, buffer.new_tensor(-1.0).expand(columns.shape))
+    return loss, buffer.to(logits.dtype)

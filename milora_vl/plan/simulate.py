@@ -180,13 +180,9 @@ def _loss(base: Any, shape: Shape) -> Tensor:
     head = base.get_output_embeddings()
     piece = max(CHUNK // base.config.get_text_config().vocab_size, 1)
     count = max(min(shape.supervised, shape.records * shape.tokens), 1)
-
-    def of_piece(chosen: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(head(chosen).float(), targets, reduction="sum")
-
     targets = torch.zeros(count, dtype=torch.long).split(piece)
     rest = [p for p in head.parameters() if p.requires_grad]
-    total: Tensor = GradientsAtOnce.apply(of_piece, hidden[:count], targets, *rest)
+    total: Tensor = GradientsAtOnce.apply(head, hidden[:count], targets, *rest)
     return total
 
 

@@ -120,6 +120,20 @@ def test_logits_are_made_once_for_supervised_positions_only_a_few_at_a_time(
         assert torch.equal(summed_loss(model, batch(), chunked=True)[0], summed)
 
 
+def test_the_loss_is_bit_for_bit_that_of_autograd(tiny_llama: Callable[..., Any]) -> None:
+    """One chunk holds all positions, so nothing is summed in another order than the model's own loss sums it."""
+    model = tiny_llama()[0].train()
+    inputs = {name: value[:1] for name, value in batch().items()}
+    labels = inputs["labels"][0, 1:]
+    hidden = model.model(inputs["input_ids"]).last_hidden_state[0, :-1][labels != -100].detach().requires_grad_()
+    own = nn.functional.cross_entropy(model.lm_head(hidden), labels[labels != -100], reduction="sum")
+    (expected,) = torch.autograd.grad(own, hidden)
+    chunked = losses.GradientsAtOnce.apply(model.lm_head, hidden, (labels[labels != -100],))
+    (found,) = torch.autograd.grad(chunked, hidden)
+    assert torch.equal(chunked, own)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
 def test_under_autocast_a_head_that_trains_gets_its_gradient(
     tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
