@@ -406,13 +406,13 @@ class EmbeddingHalves(nn.ParameterDict):
 
 
 def multiply_down(x: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:
-    """Return [D x, A0 x], (..., in) -> (..., 2r), in the dtype of autocast, or of `delta` without it.
+    """Return [D x, A0 x], (..., in) -> (..., 2r), in the dtype of the products, see `_dtype`.
 
     >>> x, D, A0 = torch.eye(3), torch.zeros(2, 3), torch.ones(2, 3)
     >>> multiply_down(x, D, A0).shape
     torch.Size([3, 4])
     """
-    return _Down.apply(x, delta, anchor, _dtype(x, delta))  # type: ignore[no-any-return,no-untyped-call]
+    return _Down.apply(x, delta, anchor, _dtype(x, delta, anchor))  # type: ignore[no-any-return,no-untyped-call]
 
 
 def multiply_up(hidden: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:
@@ -424,12 +424,19 @@ def multiply_up(hidden: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:
     >>> bool((multiply_up(hidden, torch.zeros(4, 2), torch.randn(4, 2)) == 0).all())
     True
     """
-    return _Up.apply(hidden, delta, anchor, _dtype(hidden, delta))  # type: ignore[no-any-return,no-untyped-call]
+    return _Up.apply(hidden, delta, anchor, _dtype(hidden, delta, anchor))  # type: ignore[no-any-return,no-untyped-call]
 
 
-def _dtype(x: Tensor, delta: Tensor) -> torch.dtype:
+def _dtype(x: Tensor, delta: Tensor, anchor: Tensor) -> torch.dtype:
+    """Return the dtype of the products: autocast's, without it bfloat16 if the base is bfloat16, else that of `delta`.
+
+    PEFT trains float32 adapters on a bfloat16 base, and would multiply in float32. The sum with W x is rounded to
+    bfloat16 anyway, so the products round no more than autocast does.
+    """
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else delta.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return anchor.dtype if anchor.dtype == torch.bfloat16 else delta.dtype
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -446,10 +453,13 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor, anchor: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.dtypes = x.dtype, dtype
-        x = x.to(dtype)
-        ctx.save_for_backward(x, delta, anchor)
+        is_wide = x.dtype == delta.dtype == torch.float32 != dtype and not torch.is_autocast_enabled(x.device.type)
+        narrow = x.to(dtype)
+        ctx.save_for_backward(narrow, delta, anchor)
         with autocast(x.device.type, enabled=False):
-            return F.linear(x, join(delta, anchor, 0, dtype))
+            if is_wide:  # rounding D would let D x reach into protected input directions
+                return torch.cat([F.linear(x, delta).to(dtype), F.linear(narrow, anchor)], dim=-1)
+            return F.linear(narrow, join(delta, anchor, 0, dtype))
 
     @staticmethod
     @once_differentiable
