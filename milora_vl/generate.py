@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 OnBatch = Callable[[list[int], list[str]], None]
+IsDecided = Callable[[int, str], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ def generate(
     image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad",
     share_pictures: bool = True,
     on_batch: OnBatch | None = None,
+    is_decided: IsDecided | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[str]:
     """Return the answers in the order of `prompts`; they are equal at every batch size, up to rounding.
@@ -86,7 +88,8 @@ def generate(
     prepares the pictures is asked in its own chat template; `template`, `image_aspect_ratio` and `share_pictures` are
     for LLaVA and text-only models. A LLaVA-1.6 model tiles its pictures and ignores `image_aspect_ratio`.
     `on_batch(places, texts)` is called after each batch with the indices of its prompts. transformers' `streamer` gets
-    the tokens of a single prompt.
+    the tokens of a single prompt. An answer ends early when `is_decided(place, text)` is true for its text so far, so
+    the answers do not depend on the batch; beam search ignores it.
 
     Raises UserError for a picture if the model reads only text, and ValueError for a streamer with several prompts or a
     batch size below 1.
@@ -100,7 +103,8 @@ def generate(
         asker = ProcessorReader(model, processor)
         with torch.inference_mode(), _evaluating(model):
             for places, batch in asker.batches(prompts, batch_size):
-                texts = asker.answers(batch, max_new_tokens, num_beams, streamer)
+                decided = _decided(asker.tokenizer, places, is_decided, num_beams)
+                texts = asker.answers(batch, max_new_tokens, num_beams, streamer, decided)
                 for place, text in zip(places, texts, strict=True):
                     answers[place] = text
                 if on_batch is not None:
@@ -110,7 +114,9 @@ def generate(
     with torch.inference_mode(), _evaluating(model):
         for packed in _batches([reader.row(i, prompt) for i, prompt in enumerate(prompts)], batch_size):
             rows = [reader.whole(row) for row in packed]
-            texts = _answer(reader, rows, (max_new_tokens, num_beams), share_pictures and num_beams == 1, streamer)
+            decided = _decided(reader.tokenizer, [row.place for row in rows], is_decided, num_beams)
+            decoding = max_new_tokens, num_beams
+            texts = _answer(reader, rows, decoding, share_pictures and num_beams == 1, streamer, decided)
             for row, text in zip(rows, texts, strict=True):
                 answers[row.place] = text
             if on_batch is not None:
@@ -216,17 +222,20 @@ class ProcessorReader:
         max_new_tokens: int,
         num_beams: int,
         streamer: BaseStreamer | None = None,
+        decided: Decided | None = None,
     ) -> list[str]:
         """Return the answers to the prompts of one batch."""
         inputs = self.tensors(batch)
         width = inputs["input_ids"].shape[1]
         config = _greedy(self, max_new_tokens, num_beams)
         config.eos_token_id = sorted({*config.eos_token_id, *self.inputs.end_ids()})
+        if decided is not None:
+            inputs |= {"stopping_criteria": decided.criteria(width)}
         output = self.model.generate(**inputs, generation_config=config, streamer=streamer, **_ignore_model_defaults())
         ends = set(config.eos_token_id)
         return [
             self.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()
-            for row in output[:, width:].tolist()
+            for row in _cut(output[:, width:].tolist(), decided)
         ]
 
     def _placed(self, value: Any) -> Any:
@@ -309,6 +318,42 @@ class Reader:
         return expand_to_square(picture, (red, green, blue))
 
 
+class Decided:
+    """Stops each row of a batch when its text decides its score, and notes how many tokens that took."""
+
+    def __init__(self, tokenizer: Any, places: Sequence[int], is_decided: IsDecided) -> None:
+        self.tokenizer, self.places, self.is_decided = tokenizer, places, is_decided
+        self.lengths: dict[int, int] = {}  # tokens of the answer, by row
+
+    def criteria(self, width: int) -> Any:
+        """Return transformers' stopping criteria for prompts of `width` ids."""
+        from transformers import StoppingCriteriaList
+
+        def stops(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            """(rows, width + tokens) -> (rows,): whether each row stops."""
+            for row, answer in enumerate(ids[:, width:].tolist()):
+                if row not in self.lengths and self._ends(row, answer):
+                    self.lengths[row] = len(answer)
+            return torch.tensor([row in self.lengths for row in range(len(ids))], device=ids.device)
+
+        return StoppingCriteriaList([stops])  # type: ignore[list-item]
+
+    def _ends(self, row: int, answer: Sequence[int]) -> bool:
+        text = self.tokenizer.decode(answer, skip_special_tokens=True)
+        is_complete = not text.endswith("\ufffd")  # else the next token completes a character
+        return is_complete and self.is_decided(self.places[row], text.strip())
+
+
+def _decided(tokenizer: Any, places: Sequence[int], is_decided: IsDecided | None, num_beams: int) -> Decided | None:
+    return None if is_decided is None or num_beams > 1 else Decided(tokenizer, places, is_decided)
+
+
+def _cut(answers: list[list[int]], decided: Decided | None) -> list[list[int]]:
+    """Return the answers without the padding after the tokens that decided their score."""
+    lengths = {} if decided is None else decided.lengths
+    return [answer[: lengths.get(row, len(answer))] for row, answer in enumerate(answers)]
+
+
 def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
     """Yield batches of rows with the same number of pictures, grouped by picture and then by length."""
     longest: dict[tuple[str | int, ...], int] = {}
@@ -331,6 +376,7 @@ def _answer(
     decoding: tuple[int, int],
     share_pictures: bool,
     streamer: BaseStreamer | None,
+    decided: Decided | None,
 ) -> list[str]:
     first = {row.picture: row for row in reversed(rows)}
     prefix = _common_prefix(rows, reader.image_token) if share_pictures and len(first) < len(rows) else 0
@@ -349,7 +395,9 @@ def _answer(
         inputs |= reader.pixels(rows)
     config = _greedy(reader, *decoding)
     inputs |= {"generation_config": config, "streamer": streamer} | _ignore_model_defaults()
-    output = reader.model.generate(**inputs)[:, width:].tolist()
+    if decided is not None:
+        inputs |= {"stopping_criteria": decided.criteria(width)}
+    output = _cut(reader.model.generate(**inputs)[:, width:].tolist(), decided)
     ends = set(config.eos_token_id)
     return [
         reader.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()

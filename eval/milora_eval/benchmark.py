@@ -135,6 +135,13 @@ class Benchmark:
         """Return the value of one answer, 0.0 to 1.0; None if the answer alone does not determine it."""
         raise NotImplementedError(f"benchmark {type(self).__name__} has no method score(item, text)")
 
+    def is_decided(self, item: Item, text: str) -> bool:
+        """Return whether no continuation of `text` can change a number of this benchmark; the answer then ends there.
+
+        `text` is the beginning of an answer, without white space around it. The default never ends an answer early.
+        """
+        return False
+
     def grade(self, item: Item, judgement: str) -> float | None:
         """Return the value of an answer from the judge's text."""
         return None

@@ -16,6 +16,7 @@ from milora_eval.answers.lines import to_line
 from milora_eval.answers.questions import EvaluationPlan, Question
 from milora_eval.answers.selection import select, take_shard
 from milora_eval.answers.store import Line, Store
+from milora_eval.benchmark import Benchmark
 from milora_eval.suites import folder_of
 from milora_vl.generate import Prompt, generate
 
@@ -103,6 +104,10 @@ def _run_model(
         def on_batch(places: list[int], texts: list[str], part: list[Question] = part) -> None:
             keep([part[place] for place in places], texts)
 
+        def is_decided(place: int, text: str, part: list[Question] = part) -> bool:
+            return part[place].benchmark.is_decided(part[place].item, text)
+
+        ends_early = type(benchmark).is_decided is not Benchmark.is_decided
         generate(
             model,
             processor,
@@ -114,6 +119,7 @@ def _run_model(
             image_aspect_ratio=plan.image_aspect_ratio,
             share_pictures=share_pictures,
             on_batch=on_batch,
+            is_decided=is_decided if ends_early else None,
         )
 
 

@@ -16,7 +16,7 @@ from milora_data.errors import DataError, UserError
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.data_files import find
-from milora_eval.rules.mme import COGNITION, PERCEPTION, mme_answer, mme_score
+from milora_eval.rules.mme import COGNITION, PERCEPTION, mme_answer, mme_is_decided, mme_score
 from milora_eval.stats import mean_stderr
 
 YES_OR_NO = "Please answer yes or no."
@@ -40,6 +40,10 @@ class MME(Benchmark):
     def score(self, item: Item, text: str) -> float:
         """Return 1.0 if the yes or no is right."""
         return float(mme_answer(text) == item.answers[0].lower())
+
+    def is_decided(self, item: Item, text: str) -> bool:
+        """Return whether the characters that the rule reads are complete."""
+        return mme_is_decided(text)
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the two sums and the points of each subtask; a picture counts only if both answers exist."""
