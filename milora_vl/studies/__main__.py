@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import llava_recipes
 from milora_data.command.cli import amount, next_step, positive, run
 from milora_data.command.flags import Command, flag, option, shared
+from milora_data.errors import UserError
 from milora_vl.studies.study import Study, chosen, read_study
 from milora_vl.studies.tasks import load_task, task_class
 from milora_vl.sweep.cells import Cell
@@ -47,6 +48,7 @@ examples:
     outputs=(
         shared("output_dir", default=Path("runs/studies"), about="output folder (default: %(default)s)"),
         option("--docs", type=Path, metavar="FOLDER", help="write the results into QUESTION.md in this folder"),
+        flag("--redraw", "draw the curves in --docs again from the CSV files there, then stop"),
         shared("format"),
     ),
 )
@@ -58,10 +60,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list or options.study is None:
         _list(options.format == "json")
         return 0
+    if options.redraw:
+        return _redraw(options.study, options.docs)
     code = 0
     for name in chosen(options.study):
         code |= _run_one(name, read_study(name), options)
     return code
+
+
+def _redraw(study: str, docs: Path | None) -> int:
+    from milora_vl.studies import page
+
+    if docs is None:
+        raise UserError("--redraw needs --docs FOLDER, with the CSV file of the study", code="study-redraw")
+    for name in chosen(study):
+        sys.stderr.write(f"docs: {page.redraw(name, read_study(name), docs)}\n")
+    return 0
 
 
 def _list(as_json: bool) -> None:

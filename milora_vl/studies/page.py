@@ -12,7 +12,7 @@ from typing import Any
 
 from milora_data.command.atomic_write import write_text
 from milora_data.errors import UserError
-from milora_vl.report.plots import draw, write_csv
+from milora_vl.report.plots import PlotStyle, draw, png, write_csv
 from milora_vl.report.tables import Table
 from milora_vl.studies import decay, plots
 from milora_vl.studies.runner import Folder, all_cells, finished
@@ -20,7 +20,7 @@ from milora_vl.studies.study import Study
 from milora_vl.studies.tasks import load_task, task_class
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
-from milora_vl.sweep.curves import curves_of, curves_table, read
+from milora_vl.sweep.plots import curves_figure, scores_figure
 from milora_vl.sweep.results import Arm, Result, arms, mean_of
 
 # Optional columns of cells.csv, with their headings.
@@ -105,7 +105,7 @@ def _row(arm: Arm, results: Mapping[Cell, Result], more: Sequence[str], seeds: i
 
 
 def document(name: str, folder: Folder, docs: Path) -> Path:
-    """Write the results into the page of the question in `docs`: the cells as CSV, the figure, and the table.
+    """Write the results into the page of the question in `docs`: the cells as CSV, the figures, and the table.
 
     Raises UserError if the page has no marker for them, or if a result is missing.
     """
@@ -118,8 +118,10 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
     if decay.NONE in folder.study.arms:
         files = {".csv": "cells.csv", ".layers.csv": "layers.csv", ".correlations.csv": "correlations.csv"}
         files |= {".png": "layers.png"}
+    elif folder.study.reference:
+        files = {".csv": "cells.csv"}
     else:
-        files = {".csv": "cells.csv", ".png": "curves.png" if folder.study.reference else "pareto.png"}
+        files = {".csv": "cells.csv", ".png": "pareto.png"}
     missing = [source for source in files.values() if not (folder.path / source).is_file()]
     if missing:
         raise UserError(
@@ -129,8 +131,38 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
         )
     for suffix, source in files.items():
         shutil.copyfile(folder.path / source, docs / f"{name}{suffix}")
+    if folder.study.reference:
+        draw_curves(name, folder.study, docs)
     write_text(file, documented(text, name, folder.study, docs))
     return file
+
+
+def redraw(name: str, study: Study, docs: Path) -> Path:
+    """Write the figures and the table of a study into `docs` again, from the CSV file there. Return the page.
+
+    Raises UserError if `docs` has no such file, or if the study is not read from curves.
+    """
+    file = docs / f"{name.partition('.')[0]}.md"
+    if study.reference is None or not (docs / f"{name}.csv").is_file():
+        raise UserError(
+            f"--redraw needs the file {docs / name}.csv and a study with a reference, such as curves.minilm",
+            code="study-redraw",
+            where=name,
+        )
+    draw_curves(name, study, docs)
+    write_text(file, documented(file.read_text(encoding="utf-8"), name, study, docs))
+    return file
+
+
+def draw_curves(name: str, study: Study, docs: Path) -> None:
+    """Draw NAME.png, forgetting over loss, and NAME.score.png, score over forgetting, from NAME.csv in `docs`."""
+    assert study.reference is not None
+    cells, task = read_cells(docs / f"{name}.csv"), task_class(study.task)
+    panels = page.panels(cells, list(cells), study.seeds, task.forgets)
+    style = PlotStyle()
+    (docs / f"{name}.png").write_bytes(png(curves_figure(panels, study.reference, style)))
+    scores = scores_figure(panels[0].arms, task.metric, task.forgets, style)
+    (docs / f"{name}.score.png").write_bytes(png(scores))
 
 
 def documented(text: str, name: str, study: Study, docs: Path) -> str:
@@ -144,7 +176,9 @@ def documented(text: str, name: str, study: Study, docs: Path) -> str:
 def shown(name: str, study: Study, docs: Path) -> Table:
     """Return the table of a study for its page in `docs`, read from the CSV files there."""
     if study.reference:
-        return curves_table(read(curves_of(read_cells(docs / f"{name}.csv")), study.reference))
+        at_equal_loss = page.equal_loss_table(read_cells(docs / f"{name}.csv"), study.reference)
+        assert at_equal_loss is not None
+        return at_equal_loss
     if decay.NONE not in study.arms:
         return table(study, read_cells(docs / f"{name}.csv"))
 

@@ -96,7 +96,7 @@ def batches(
             "this model does not describe calibration pictures here; set  calibration: {data: FILE}  to add some"
         )
     elif settings.num_pictures and find_towers(base).vision is not None:
-        pictured = _with_pictures(records, settings.num_pictures)
+        pictured = with_pictures(records, settings.num_pictures)
         if settings.pictures and not pictured:
             screen.warn("calibration.pictures has no effect: no training record has exactly one picture")
         found += _collated(collate, _captioned(sources, pictured, collate.image_folder))
@@ -177,7 +177,7 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
     return [(f"sample {number}", row) for number, row in enumerate(kept)]
 
 
-def _with_pictures(records: Sequence[Record], count: int) -> list[Record]:
+def with_pictures(records: Sequence[Record], count: int) -> list[Record]:
     """Return `count` records with a picture, evenly spread over the training set; fewer if it has fewer pictures."""
     by_picture = {record.images: record for record in records if len(record.images) == 1}
     unique = list(by_picture.values())

@@ -145,6 +145,15 @@ def test_an_arm_that_has_changed_is_trained_anew(studies: Path) -> None:
     assert run(Folder(studies / "one", after)) == ["b-lr0.001-seed0"]
 
 
+def test_an_unknown_start_of_an_arm_is_an_error() -> None:
+    with pytest.raises(UserError) as raised:
+        small(arms={"a": {"start": "cordaa"}})
+    assert [problem.code for problem in raised.value.problems] == ["study-start"]
+    with_start, plain = small(arms={"a": {"start": "corda"}}), small(arms={"a": {}})
+    cell = Cell("a", 1e-3, None, 0)
+    assert with_start.key(cell) != plain.key(cell), "they do not share results"
+
+
 def test_arms_may_have_rates_training_and_policy_of_their_own() -> None:
     study = small(arms={
         "full": {"method": "full", "learning_rates": [1e-4]},
