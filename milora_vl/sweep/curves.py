@@ -159,6 +159,19 @@ def _reading(label: str, fronts: Mapping[int, Sequence[Spot]], of_reference: Map
     )  # fmt: skip
 
 
+def at_common_loss(fronts: Mapping[int, Sequence[Spot]], of_reference: Mapping[int, Sequence[Spot]]) -> Ratio | None:
+    """Return the ratio to the reference at the lowest loss that both reach, seed by seed; None without such a seed."""
+    pairs = []
+    for seed, front in fronts.items():
+        if seed in of_reference:
+            loss = max(front[0].loss, of_reference[seed][0].loss)
+            pair = forgetting_at(front, loss), forgetting_at(of_reference[seed], loss)
+            assert pair[0] is not None
+            assert pair[1] is not None
+            pairs.append((pair[0], pair[1]))
+    return _ratio(pairs)
+
+
 def _ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
     """Return the geometric mean of the ratios a / b. None without pairs, or if something forgot nothing at all."""
     if not pairs or any(min(pair) <= 0 for pair in pairs):

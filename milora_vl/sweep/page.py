@@ -92,13 +92,15 @@ def equal_loss_table(results: Mapping[Cell, Result], reference: str) -> Table | 
     return curves_table(readings, read(curves_of(about_pictures(results)), reference)) if readings else None
 
 
-def panels(results: Mapping[Cell, Result], cells: Sequence[Cell], seeds: int, forgets: str) -> list[plots.Panel]:
+def panels(
+    results: Mapping[Cell, Result], cells: Sequence[Cell], seeds: int, forgets: str, reference: str
+) -> list[plots.Panel]:
     """Return the panels of the figure of curves: text, and pictures if the cells measure them."""
-    found = [plots.Panel(forgets, _in_order(arms(results, seeds), cells), curves_of(results))]
+    found = [plots.Panel(forgets, _in_order(arms(results, seeds), cells), curves_of(results), reference)]
     pictures = about_pictures(results)
     if pictures:
         words = "the same for answers about other pictures"
-        found.append(plots.Panel(words, _in_order(arms(pictures, seeds), cells), curves_of(pictures)))
+        found.append(plots.Panel(words, _in_order(arms(pictures, seeds), cells), curves_of(pictures), reference))
     return found
 
 
@@ -109,8 +111,8 @@ def _curves_figure(compared: Compared) -> dict[str, Any]:
         f"loss of {compared.reference}."
     )
     assert compared.reference is not None
-    shown = panels(compared.results, compared.cells, compared.seeds, compared.forgets)
-    figure = partial(plots.curves_figure, shown, compared.reference)
+    shown = panels(compared.results, compared.cells, compared.seeds, compared.forgets, compared.reference)
+    figure = partial(plots.curves_figure, shown)
     return {"plot": draw(compared.folder, "curves", figure, caption, with_pdf=True), "caption": caption}
 
 

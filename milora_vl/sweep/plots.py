@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -47,47 +47,62 @@ def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, style: PlotSty
         _frame(axis, arms)
         if min(x for arm in arms for x in [p.forgetting.value for p in arm.points]) > 0:
             _logarithmic(axis)
-        _legend(figure, axis, arms, style)
+        _legend(figure, axis, [arm.label for arm in arms], style)
     return figure
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One panel of `curves_figure`: what `forgetting` is, the means of all trainings, and the curves over the seeds."""
+    """One panel of `curves_figure`: the name of the forgetting, the means of all trainings, and the curves over seeds.
+
+    `reference` is the arm whose lowest losses the dashed line shows.
+    """
 
     forgets: str
     arms: Sequence[Arm]
     curves: Curves
+    reference: str
+    title: str = ""
 
 
-def curves_figure(panels: Sequence[Panel], reference: str, style: PlotStyle) -> Figure:
+def curves_figure(panels: Sequence[Panel], style: PlotStyle) -> Figure:
     """Draw forgetting over validation loss: a thin line per seed, a marker per training (the mean over its seeds).
 
-    The dashed line is the mean of the lowest losses of the reference, where the table reads the curves. All panels have
-    the same arms, for text and for pictures.
+    The dashed line is the mean of the lowest losses of the reference, where the table reads the curves. An arm has the
+    same colour in all panels: text and pictures, or several tasks.
     """
     from matplotlib.figure import Figure
 
-    lines, columns = (len(panels), 1) if style.narrow else (1, len(panels))
+    columns = 1 if style.narrow else min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    places = {label: place for place, label in enumerate(dict.fromkeys(arm.label for p in panels for arm in p.arms))}
     with styled(style):
-        figure = Figure(figsize=(style.width, 4.4 * lines + 0.4), layout="constrained")
-        axes = figure.subplots(lines, columns, squeeze=False).flat
-        for axis, panel in zip(axes, panels, strict=True):
-            for place, arm in enumerate(panel.arms):
-                colour = colour_of(place, style)
-                for spots in panel.curves.get(arm.label, {}).values():
-                    axis.plot([s.loss for s in spots], [s.forgetting for s in spots], color=colour, lw=0.9, alpha=0.45)
-                shown = [p for p in arm.points if p.forgetting.value > 0]  # a logarithm needs positive numbers
-                x, y = [p.validation.value for p in shown], [p.forgetting.value for p in shown]
-                axis.plot(x, y, ls="", marker=mark_of(place), ms=7, color=colour, mec=style.paper, mew=0.6)
-            lowest = [spots[0].loss for spots in panel.curves[reference].values()]
-            axis.axvline(sum(lowest) / len(lowest), color=GREY, ls="--", lw=1)
-            losses = [spot.loss for by_seed in panel.curves.values() for spots in by_seed.values() for spot in spots]
-            margin = 0.05 * (max(losses) - min(losses)) or 0.1
-            axis.set(xlabel="validation loss", ylabel=fill(panel.forgets, 50), yscale="log")
-            axis.set_xlim(min(losses) - margin, max(losses) + margin)
-        _legend(figure, axes[0], panels[0].arms, style)
+        figure = Figure(figsize=(style.width, (4.4 if lines == 1 else 3.6) * lines + 0.4), layout="constrained")
+        axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        for axis, panel in zip(axes, panels, strict=False):
+            _curves_panel(axis, panel, places, style)
+        _legend(figure, axes[0], list(places), style)
     return figure
+
+
+def _curves_panel(axis: Any, panel: Panel, places: Mapping[str, int], style: PlotStyle) -> None:
+    for arm in panel.arms:
+        place = places[arm.label]
+        colour = colour_of(place, style)
+        for spots in panel.curves.get(arm.label, {}).values():
+            axis.plot([s.loss for s in spots], [s.forgetting for s in spots], color=colour, lw=0.9, alpha=0.45)
+        shown = [p for p in arm.points if p.forgetting.value > 0]  # a logarithm needs positive numbers
+        x, y = [p.validation.value for p in shown], [p.forgetting.value for p in shown]
+        axis.plot(x, y, ls="", marker=mark_of(place), ms=7, color=colour, mec=style.paper, mew=0.6)
+    lowest = [spots[0].loss for spots in panel.curves[panel.reference].values()]
+    axis.axvline(sum(lowest) / len(lowest), color=GREY, ls="--", lw=1)
+    losses = [spot.loss for by_seed in panel.curves.values() for spots in by_seed.values() for spot in spots]
+    margin = 0.05 * (max(losses) - min(losses)) or 0.1
+    axis.set(xlabel="validation loss", ylabel=fill(panel.forgets, 50), yscale="log")
+    axis.set_xlim(min(losses) - margin, max(losses) + margin)
+    axis.set_title(panel.title, loc="left", fontsize=10, fontweight="bold")
 
 
 def scores_figure(arms: Sequence[Arm], metric: str, forgets: str, style: PlotStyle) -> Figure:
@@ -108,7 +123,7 @@ def scores_figure(arms: Sequence[Arm], metric: str, forgets: str, style: PlotSty
         axis.set(xlabel=fill(forgets, 40 if style.narrow else 90), ylabel=fill(metric, 50))
         if min(point.forgetting.value for arm in arms for point in arm.points) > 0:
             _logarithmic(axis)
-        _legend(figure, axis, arms, style)
+        _legend(figure, axis, [arm.label for arm in arms], style)
     return figure
 
 
@@ -164,7 +179,7 @@ def rates_figure(arms: Sequence[Arm], metric: str, style: PlotStyle) -> Figure:
             axis.set(xscale="log", xlabel="learning rate")
             title = fill(name, 40 if style.narrow else 26)  # the name of a metric may be wider than its panel
             axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        _legend(figure, axis, arms, style)
+        _legend(figure, axis, [arm.label for arm in arms], style)
     return figure
 
 
@@ -178,9 +193,9 @@ def mark_of(place: int) -> str:
     return _MARKS[place % len(_MARKS)]
 
 
-def _legend(figure: Figure, axis: Any, arms: Sequence[Arm], style: PlotStyle) -> None:
+def _legend(figure: Figure, axis: Any, labels: Sequence[str], style: PlotStyle) -> None:
     handles = [
-        axis.plot([], [], color=colour_of(place, style), marker=mark_of(place), ls="", ms=7, label=arm.label)[0]
-        for place, arm in enumerate(arms)
+        axis.plot([], [], color=colour_of(place, style), marker=mark_of(place), ls="", ms=7, label=label)[0]
+        for place, label in enumerate(labels)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=2 if style.narrow else 5, handletextpad=0.2)

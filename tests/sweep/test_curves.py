@@ -123,7 +123,7 @@ def test_what_is_forgotten_about_pictures_is_read_beside_text(tmp_path: Path) ->
     assert table is not None
     place = table.header.index("ratio about pictures")
     assert [row[place] for row in table.rows] == ["1.0 (1.0 to 1.0)", "0.25 (0.25 to 0.25)"]
-    panels = page.panels(cells, list(cells), 2, "nats")
+    panels = page.panels(cells, list(cells), 2, "nats", "lora")
     assert [len(panel.arms) for panel in panels] == [2, 2]
     assert panels[1].arms[0].points[0].forgetting.value == 4.0
     page.write(
@@ -141,7 +141,7 @@ def test_the_figures_and_the_table_of_a_page_are_drawn_from_its_csv(
     assert studies.main(["curves.minilm", "--docs", str(tmp_path), "--redraw"]) == 0
     assert "| lora-inputs |" in (tmp_path / "curves.md").read_text(encoding="utf-8")
     assert {file.name for file in tmp_path.glob("*.png")} == {"curves.minilm.png", "curves.minilm.score.png"}
-    for words in (["curves.lite0", "--docs", str(tmp_path)], ["curves.minilm"], ["layers.minilm", "--docs", str(docs)]):
+    for words in (["curves.smollm2", "--docs", str(tmp_path)], ["curves.minilm"]):
         with pytest.raises(UserError) as raised:
             studies.main([*words, "--redraw"])
         assert raised.value.problems[0].code == "study-redraw"
