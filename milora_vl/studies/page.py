@@ -144,7 +144,7 @@ def redraw(name: str, study: Study, docs: Path) -> Path:
             hint=f"run the study first:  python -m milora_vl.studies {name} --docs {docs}",
         )
     text = file.read_text(encoding="utf-8")
-    if _start(file.stem) in text:
+    if _start(file.stem) in text and study.reference is not None:
         panels = [_task_panel(found) for found in _studies_of(file.stem, docs)]
         (docs / f"{file.stem}.png").write_bytes(png(curves_figure(panels, PlotStyle())))
     elif study.reference is not None:
@@ -218,37 +218,39 @@ def documented(text: str, name: str, study: Study, docs: Path) -> str:
     A page either has a marker for each study, or one for its question, whose table and figure have all its tasks.
     """
     question = name.partition(".")[0]
+    if decay.NONE in study.arms:
+        return with_block(text, question, correlations_table(question, docs))
     if _start(question) in text:
-        return with_block(
-            text, question, question_table(_studies_of(question, docs)), "forgetting over validation loss"
-        )
-    figure = "help over decay" if decay.NONE in study.arms else "forgetting over validation loss"
-    return with_block(text, name, shown(name, study, docs), f"{figure}, {study.task}")
+        return with_block(text, question, question_table(_studies_of(question, docs)), _CURVES)
+    return with_block(text, name, shown(name, study, docs), f"{_CURVES}, {study.task}")
 
 
 def shown(name: str, study: Study, docs: Path) -> Table:
-    """Return the table of a study for its page in `docs`, read from the CSV files there."""
-    if study.reference:
-        at_equal_loss = page.equal_loss_table(read_cells(docs / f"{name}.csv"), study.reference)
-        assert at_equal_loss is not None
-        return at_equal_loss
+    """Return the table of a study with a reference for its page in `docs`, read from the CSV file there."""
+    assert study.reference is not None
+    at_equal_loss = page.equal_loss_table(read_cells(docs / f"{name}.csv"), study.reference)
+    assert at_equal_loss is not None
+    return at_equal_loss
 
-    def signed(text: str) -> str:
-        return f"{float(text):+.2f}"
 
-    with (docs / f"{name}.correlations.csv").open(encoding="utf-8", newline="") as opened:
-        rows = [
-            (
-                row["measure"],
-                row["kind"],
-                signed(row["rho"]),
-                f"{signed(row['low'])} to {signed(row['high'])}",
-                row["n"],
-            )
-            for row in csv.DictReader(opened)
-        ]
-    words = "Spearman’s rank correlation of the measure with how far the layer’s adapter lowers the validation loss."
-    return Table(("measure", "layers", "ρ", "95 % interval", "n"), tuple(rows), words)
+def correlations_table(question: str, docs: Path) -> Table:
+    """Return the rank correlations over all layers of each task of a study with one arm per layer."""
+    columns = {}
+    for name in chosen(question):
+        file = docs / f"{name}.correlations.csv"
+        if file.is_file():
+            with file.open(encoding="utf-8", newline="") as opened:
+                rows = [row for row in csv.DictReader(opened) if row["kind"] == "all"]
+            column = {row["measure"]: [float(row[key]) for key in ("rho", "low", "high")] for row in rows}
+            columns[f"{read_study(name).task} ({rows[0]['n']})"] = {
+                measure: f"{rho:+.2f} ({low:+.2f} to {high:+.2f})" for measure, (rho, low, high) in column.items()
+            }
+    words = (
+        "Spearman’s rank correlation of the measure with how far the adapter of a matrix alone lowers the validation "
+        "loss, over all matrices of the task (their number), with its 95 % bootstrap interval."
+    )
+    rows_of = tuple((measure, *(texts[measure] for texts in columns.values())) for measure in decay.MEASURES)
+    return Table(("measure", *columns), rows_of, words)
 
 
 def with_block(text: str, name: str, filled: Table, figure: str = "") -> str:
