@@ -60,22 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list or options.study is None:
         _list(options.format == "json")
         return 0
-    if options.redraw:
-        return _redraw(options.study, options.docs)
+    if options.redraw and options.docs is None:
+        raise UserError("--redraw needs --docs FOLDER, with the CSV file of the study", code="study-redraw")
     code = 0
     for name in chosen(options.study):
         code |= _run_one(name, read_study(name), options)
     return code
-
-
-def _redraw(study: str, docs: Path | None) -> int:
-    from milora_vl.studies import page
-
-    if docs is None:
-        raise UserError("--redraw needs --docs FOLDER, with the CSV file of the study", code="study-redraw")
-    for name in chosen(study):
-        sys.stderr.write(f"docs: {page.redraw(name, read_study(name), docs)}\n")
-    return 0
 
 
 def _list(as_json: bool) -> None:
@@ -90,6 +80,9 @@ def _list(as_json: bool) -> None:
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     from milora_vl.studies import page, runner
 
+    if options.redraw:
+        sys.stderr.write(f"docs: {page.redraw(name, study, options.docs)}\n")
+        return 0
     task_class(study.task)  # raises UserError for missing packages or data before the workers start
     if study.each is not None:
         sys.stderr.write(f"{name}: reading the matrices of its model ...\n")
