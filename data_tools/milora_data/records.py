@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from milora_data.command.web import web_address
@@ -19,7 +20,6 @@ from milora_data.images.embedded import (
     decoded,
     described,
     is_embedded,
-    refusal,
 )
 from milora_data.images.files import StoredPicture
 
@@ -74,10 +74,10 @@ class Record:
     extra: Mapping[str, object] = field(default_factory=dict)
 
 
-def parse_record(value: object, *, source: str = "", embedded: Literal["refuse", "read", "keep"] = "refuse") -> Record:
+def parse_record(value: object, *, source: str = "", embedded: Literal["read", "keep"] = "read") -> Record:
     """Return the `Record` of one decoded LLaVA dict; raises `DataError` at `source` if it is not a record.
 
-    embedded: refuse base64 pictures (raises `EmbeddedPicture`), read them as stored pictures, or keep them unchanged.
+    embedded: read base64 pictures as stored pictures, or keep them unchanged.
 
     >>> parse_record({"id": 7, "conversations": [{"from": "human", "value": "Hi"}]}).turns
     (Turn(role='user', text='Hi'),)
@@ -85,18 +85,13 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["refuse",
     try:
         if not isinstance(value, dict):
             raise DataError(f"expected a record (an object), got {type(value).__name__}", code="record-not-an-object")
-        form = "llava"
         if "prompt" in value and "completion" in value and "conversations" not in value and "messages" not in value:
             value = from_completion(value)
         if "messages" in value and "conversations" not in value:
-            form = "messages"
-            value = from_messages(value, number=0) | ({} if "id" in value else {"id": ""})
+            value = from_messages(value, number=0, web="keep") | ({} if "id" in value else {"id": ""})
         images = _images(value)
-        if first := next(filter(is_embedded, images), ""):
-            if embedded == "refuse":
-                raise refusal(first, source, form)
-            if embedded == "read":
-                images = tuple(decoded(name) if is_embedded(name) else name for name in images)
+        if embedded == "read":
+            images = tuple(decoded(name) if is_embedded(name) else name for name in images)
         return Record(
             id=str(value.get("id", "")),
             images=images,
@@ -232,13 +227,13 @@ def uses_tools(record: Record) -> bool:
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}
 
 
-def from_messages(value: object, *, number: int) -> dict[str, Any]:
+def from_messages(value: object, *, number: int, web: Literal["refuse", "keep"] = "refuse") -> dict[str, Any]:
     """Return the LLaVA record of {"messages": [...], "images"?: [...]}; other keys are kept.
 
     `number` is the default id.
     Pictures are named by the parts of a message ({"type": "image", "image": path}) or, in order, by "images".
     Base64 pictures are kept unchanged (embedded.py). Raises `DataError` if there are no messages, if a role or a part
-    is unknown, or if a picture is a web address.
+    is unknown, or, unless `web` is keep, if a picture is a web address.
     """
     if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
         raise DataError('expected an object with "messages", a list', code="messages-missing")
@@ -251,6 +246,8 @@ def from_messages(value: object, *, number: int) -> dict[str, Any]:
             'the messages and "images" both name pictures; expected only one of them', code="messages-images-twice"
         )
     images = named or listed
+    if web == "refuse" and (address := next(filter(web_address, images), "")):
+        raise DataError(f"a picture at a web address: {described(address)}", code="image-web-address", hint=NOT_FETCHED)
     missing = len(images) - sum(turn["value"].count(IMAGE) for turn in turns)
     first = next((turn for turn in turns if turn["from"] == "human"), None)
     if missing == len(images) and first is not None:
@@ -313,8 +310,8 @@ def _file(image: object) -> str:
     if isinstance(image, StoredPicture):
         return image
     name = (image.get("path") or image.get("url")) if isinstance(image, dict) else image
-    if isinstance(name, str) and web_address(name):
-        raise DataError(f"a picture at a web address: {described(name)}", code="image-web-address", hint=NOT_FETCHED)
+    if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):  # a picture of a table
+        return StoredPicture(Path(name or "picture").name, image["bytes"])
     if not isinstance(name, str):
         raise DataError(f"a picture must be a file name, got {type(image).__name__}", code="record-image-field")
     return name
