@@ -168,7 +168,7 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
     kept = records
     if config.bad_images == "skip" and counts["missing_pictures"]:
         missing = set(find_missing(uses(records), Path(config.image_folder or "")))
-        kept = [record for record in records if missing.isdisjoint(record.images)]
+        kept = [record for record in records if missing.isdisjoint(record.files)]
     skipped = len(records) - len(kept)
     if counts["unlearnable"]:
         kept = [record for record in kept if all(finding.kind != "no_answer" for finding in examine(record))]
@@ -194,7 +194,7 @@ def fingerprint(records: Iterable[Record]) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for record in records:
-        parts = [*record.images, ""]
+        parts = [*record.files, ""]
         for turn in record.turns:
             parts += (turn.role, turn.text, *filter(None, [turn.call]))
         if record.extra.get("tools"):

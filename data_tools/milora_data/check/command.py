@@ -155,9 +155,7 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
         report.records += 1
         report.with_pictures += bool(record.images)
         report.findings += examine(record)
-        if is_json(path) and (
-            stored := next((name for name in record.images if isinstance(name, StoredPicture)), None)
-        ):
+        if is_json(path) and (stored := next((name for name in record.files if isinstance(name, StoredPicture)), None)):
             report.has_embedded = True
             report.findings.append(Finding("embedded_picture", record.source, f"{len(stored.content):,} bytes"))
         repeated = bool(record.id) and record.id in ids
@@ -168,7 +166,7 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
         if content in contents and not repeated:
             report.findings.append(Finding("duplicate_record", record.source, f"first at {contents[content]}"))
         contents.setdefault(content, record.source)
-        for name in record.images:
+        for name in record.files:
             used.setdefault(name, []).append(record.source)
     _scan_pictures(used, folder, pictures, report)
     return report

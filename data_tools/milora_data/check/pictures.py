@@ -70,7 +70,7 @@ def uses(records: Iterable[Record]) -> dict[str, list[str]]:
     """Return, for each picture name in the order of first use, the sources of the records that name it."""
     sources: dict[str, list[str]] = {}
     for record in records:
-        for name in record.images:
+        for name in record.files:
             sources.setdefault(name, []).append(record.source)
     return sources
 
