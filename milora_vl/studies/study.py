@@ -13,7 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 import llava_recipes
 from milora_data.command.cli import suggest
 from milora_data.errors import Problem, UserError
-from milora_vl.calibration import files as calibration_files
+from milora_vl.calibration import VERSION as CALIBRATION_VERSION
 from milora_vl.policy import Policy
 from milora_vl.recipe import yaml_file
 from milora_vl.strict import Strict, problems_of
@@ -91,7 +91,7 @@ class Study(Strict):
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content: list[Any] = [VERSION, self.task, self.overlap, training, rules, cell.seed]
         if any((rule.get("protect") or {}).get("inputs") for rule in rules):
-            content.append(calibration_files.VERSION)
+            content.append(CALIBRATION_VERSION)
         if self.start(cell.method) is not None:
             content.append(self.start(cell.method))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
