@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
         rules = study.rules(cell.method, cell.learning_rate, cell.seed)
         protects = any((rule.get("protect") or {}).get("inputs") is not None for rule in rules)
         start = study.start(cell.method)
-        anchors = None if start is None else _anchors(task, start, _without_rates(rules))
+        anchors = None if start is None else _anchors(cast(Any, task), start, _without_rates(rules))
         model = apply_milora(base, rules, cache_dir=factors, calibration=task.calibration() if protects else None)
         if anchors is not None:
             replace_anchors(model, anchors)
