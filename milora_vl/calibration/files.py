@@ -20,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from milora_vl.calibration import VERSION
 from milora_vl.calibration.bases import InputBasis, ProtectedInputs
 from milora_vl.calibration.errors import CalibrationError
 from milora_vl.checkpoints import step_of
 from milora_vl.policy.rules import Target
-
-_VERSION = 2  # increase it if equal settings can give other directions
 
 
 def file_name(digest: str) -> str:
@@ -157,7 +156,7 @@ def calibration_key(model: nn.Module, targets: Sequence[Target], batches: Sequen
 
     Raises TypeError if a batch holds an object of unknown content: its `repr` may be equal for other data.
     """
-    digest = hashlib.sha256(f"{_VERSION}".encode())
+    digest = hashlib.sha256(f"{VERSION}".encode())
     for target in targets:
         if target.protect is not None and target.protect.inputs is not None:
             digest.update(f"{target.path} {target.protect.inputs} {target.protect.max}\n".encode())

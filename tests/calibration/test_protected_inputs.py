@@ -139,7 +139,7 @@ def test_directions_are_those_of_all_positions_of_the_base(tiny_llama) -> None:
     base = tiny_llama()[0]
     model = apply_milora(tiny_llama()[0], protecting(), calibration=TEXT)
     fit = torch.cat([batch["input_ids"] for batch in TEXT[:-1]])
-    x = base.model.layers[0].input_layernorm(base.model.embed_tokens(fit))[:, 1:].reshape(-1, 64).double()
+    x = base.model.layers[0].input_layernorm(base.model.embed_tokens(fit)).reshape(-1, 64).double()
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     protected = model.protections["default"][Q]
     count = protected.num_directions
@@ -147,7 +147,7 @@ def test_directions_are_those_of_all_positions_of_the_base(tiny_llama) -> None:
     assert float(values[-count + 1 :].sum() / values.sum()) < 0.6 <= protected.energy
     expected = vectors[:, -count:].float()
     assert torch.linalg.matrix_norm(expected @ expected.T - protected.V @ protected.V.T) < 1e-3
-    held = base.model.layers[0].input_layernorm(base.model.embed_tokens(TEXT[-1]["input_ids"]))[:, 1:].reshape(-1, 64)
+    held = base.model.layers[0].input_layernorm(base.model.embed_tokens(TEXT[-1]["input_ids"])).reshape(-1, 64)
     share = float((held @ protected.V).square().sum() / held.square().sum())
     assert protected.held_out == pytest.approx(share, rel=1e-4)
 
@@ -325,3 +325,12 @@ def test_tokens_of_equal_frequency_and_unseen_ones() -> None:
     assert ids.tolist() == [3, 0]
     assert held == pytest.approx(0.75)
     assert first_tokens(torch.tensor([2.0, 0.0, 2.0, 4.0]), 0.999, None)[0].tolist() == [3, 0, 2]
+
+
+def test_a_search_for_few_of_many_directions_returns_orthonormal_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 2100, generator=generator) * torch.arange(1, 2101).float().pow(-0.5)
+    V, share = first_directions(x.T @ x, 0.99, 16)
+    assert V.shape == (2100, 16)
+    assert 0 < share < 0.99
+    assert float((V.T.double() @ V.double() - torch.eye(16)).abs().max()) < 3e-7
