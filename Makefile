@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lowest test-extras mutations check format bench docs wheel audit clean
+.PHONY: help setup demo test test-all test-lowest test-extras mutations check format bench bench-quick docs wheel audit clean
 # If a command is interrupted, make must not delete its finished output files.
 .PRECIOUS: $(DATA)/test.json $(RUN)/adapter_model.safetensors $(RUN)/eval/emoji/final/results.json
 
@@ -63,6 +63,9 @@ format: $(INSTALLED)  ## Fix lint and format in place
 
 bench: $(INSTALLED) $(DATA)/test.json  ## Run all benchmarks (an hour and a half), write benchmarks/results.json and docs/performance.md
 	$(BIN)/python benchmarks/all.py
+
+bench-quick: $(INSTALLED) $(DATA)/test.json  ## Run the benchmarks that take minutes: steps, loss, initialization, a whole training
+	$(BIN)/python benchmarks/all.py --quick
 
 docs: $(INSTALLED)  ## Build the documentation site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

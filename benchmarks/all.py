@@ -1,9 +1,10 @@
 """Run every benchmark, one at a time, each in its own process: `make bench`.
 
-python benchmarks/all.py [--only NAME ...] [--missing] [--page]
+python benchmarks/all.py [--only NAME ...] [--quick] [--missing] [--page]
 
 Each result is written to benchmarks/results.json with a description of the machine; docs/performance.md shows them.
---only measures some parts again and keeps the others; --missing measures the parts without a result;
+--only measures some parts again and keeps the others, --quick those of a few minutes;
+--missing measures the parts without a result;
 --page only writes the page.
 """
 
@@ -38,7 +39,9 @@ PARTS = {
     "step": "step.py",
     "step_bf16": "step.py --dtype bfloat16",
     "step_bf16_checkpointing": "step.py --dtype bfloat16 --checkpointing",
+    "step_bf16_autocast": "step.py --dtype bfloat16 --autocast",
     "loss": "loss.py",
+    "whole_training": "whole_training.py --data pictures",
     "data": "data.py",
     "loader": "loader.py",
     "eval": "eval.py",
@@ -48,12 +51,14 @@ PARTS = {
     "kills_ddp": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True",
     "kills_zero3": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True --deepspeed zero3",
 }
+QUICK = ("imports", "smollm2", "step_bf16", "step_bf16_checkpointing", "step_bf16_autocast", "loss", "whole_training")
 
 
 def main() -> int:
     """Measure, write the results and the page; return 1 if a script failed."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME")
+    options.add_argument("--quick", action="store_const", dest="only", const=QUICK, help="the parts of a few minutes")
     options.add_argument("--missing", action="store_true", help="skip the parts that have a result")
     options.add_argument("--page", action="store_true", help="write docs/performance.md from the stored results")
     chosen = options.parse_args()

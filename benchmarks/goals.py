@@ -46,6 +46,10 @@ def _anchored(result: Any) -> float:
     return float(result["anchored"])
 
 
+def _full(column: str) -> Callable[[Any], float]:
+    return lambda result: max(result["runs"], key=lambda run: int(run["supervised"]))[column]  # type: ignore[no-any-return]
+
+
 def _highest(result: Any) -> float:
     return max(float(result[stage]["peak_gb"]) for stage in ("write", "load", "factors", "step", "save"))
 
@@ -66,11 +70,22 @@ GOALS = (
     Goal("factors of SmolLM2, 210 layers, r = 32", "", "smollm2", lambda r: _way(r, "milora_vl"), 8, " s", True),
     Goal("the same from the cache", "", "smollm2", lambda r: _way(r, "milora_vl, from its cache"), 1, " s", True),
     Goal("training step, anchored, 4096², r = 128, float32", LORA, "step", _anchored, 1.089, at_most=True),
-    Goal("training step, anchored, bfloat16", LORA, "step_bf16", _anchored, 1.089, at_most=True),
+    Goal("training step, anchored, bfloat16", LORA, "step_bf16", _anchored, 1.06, at_most=True),
     Goal(
-        "training step, anchored, bfloat16, checkpointing", LORA, "step_bf16_checkpointing", _anchored, 1.089, "x", True
+        "training step, anchored, bfloat16, checkpointing", LORA, "step_bf16_checkpointing", _anchored, 1.09, "x", True
     ),
+    Goal("training step, anchored, bfloat16 autocast", LORA, "step_bf16_autocast", _anchored, 1.06, at_most=True),
     Goal("training step, residual, bfloat16", LORA, "step_bf16", lambda r: r["residual"], 1.02, at_most=True),
+    Goal("the loss with all tokens, time", "the model's own loss", "loss", _full("time"), 1, at_most=True),
+    Goal("the loss with all tokens, memory", "the model's own loss", "loss", _full("memory"), 0.4, at_most=True),
+    Goal(
+        "a whole training, smol-llava, samples a second", "HF Trainer + PEFT LoRA", "whole_training",
+        lambda r: r["pictures"]["milora_over_hf"], 4,
+    ),
+    Goal(
+        "a whole training, smol-llava, against TRL", "TRL's SFTTrainer", "whole_training",
+        lambda r: r["pictures"]["milora_over_trl"], 2,
+    ),
     Goal("encode and mask, VQA records", "LLaVA's `preprocess_v1`", "data", lambda r: r["encode_VQA"]["ratio"], 5),
     Goal("encode and mask, captions", "LLaVA's `preprocess_v1`", "data", lambda r: r["encode_captions"]["ratio"], 5),
     Goal(
@@ -92,10 +107,13 @@ GOALS = (
 )  # fmt: skip
 
 # Why a goal is missed, and which attempts failed.
-THIN = (
-    "CPUs with matrix units multiply bfloat16 so fast that thin products cost far more than their count of operations, "
-    "LoRA's own too. "
-    "Measured before the difference form, which needs two products in forward instead of four"
+AUTOCAST = (
+    "both sides multiply in bfloat16, and the four products with the anchor alone are 1.05 times LoRA's operations; "
+    "joining the factors is the rest"
+)
+WHOLE = (
+    "matrix products take 59 % of our step, so less overhead alone cannot reach the goal. The next parts are the "
+    "vision tower's convolutions (6 %), elementwise products (5 %) and the attention (3 %)"
 )
 STRONG = "strong singular values must be found and clipped before float32 suffices; a QR first, or float64, costs more"
 MACHINE = (
@@ -105,8 +123,11 @@ MACHINE = (
 REASONS = {
     "minor factors, r = 128, 4096 x 4096, Gaussian": MACHINE,
     "minor factors, r = 128, 4096 x 11008, Gaussian": MACHINE,
-    "training step, anchored, bfloat16": THIN,
-    "training step, anchored, bfloat16, checkpointing": "the same; checkpointing repeats the forward products",
+    "training step, anchored, bfloat16 autocast": AUTOCAST,
+    "a whole training, smol-llava, samples a second": WHOLE,
+    "training step, residual, bfloat16": (
+        "the factors A0 + D and B0 + E are added at each use; the figure is processor time on a busy machine"
+    ),
     "all 224 matrices of a 7B LLaMA": (
         "the same; and LAPACK needs half the time for 11008 x 4096 (gate, up) that it needs for its transpose (down)"
     ),

@@ -41,8 +41,10 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def duration(seconds: float) -> str:
-    """Return seconds, or minutes and seconds."""
+def duration(seconds: float | None) -> str:
+    """Return seconds, or minutes and seconds, or a dash for a part whose two sides ran separately."""
+    if seconds is None:
+        return "–"
     minutes, left = divmod(round(seconds), 60)
     return f"{minutes} min {left} s" if minutes else f"{seconds:.3g} s"
 
