@@ -6,7 +6,7 @@ The model, records, batch, rank, data type, optimizer and learning rate are the 
 calls the processor, TRL its own DataCollatorForVisionLanguageModeling; both compute the loss of the answers alone.
 Pictures: smol-llava with records of the emoji data (`python -m milora_data emoji --output_dir data/emoji`). Text:
 SmolLM2 with conversations of several hundred tokens. Each training runs in its own process, the methods in turns.
-Seconds are processor time, which another program on the machine disturbs little. TRL is not a dependency: pip install trl.
+Seconds are processor time, which another program on the machine disturbs little. TRL needs: pip install trl.
 Prints one JSON line.
 """
 
