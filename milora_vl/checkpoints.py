@@ -7,12 +7,13 @@ is incomplete if its process was killed while writing it.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from milora_data.json_text import parse_json
 
 # Weight files of a checkpoint; the adapter comes first.
 WEIGHTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
@@ -60,11 +61,13 @@ def holds_weights(folder: Path) -> bool:
 def why_incomplete(folder: Path) -> str | None:
     """Return what is missing or truncated in a checkpoint; None if a run can resume from it."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        state = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except OSError:
         return "has no trainer_state.json (the run was killed while writing it)"
     except ValueError:
         return "trainer_state.json is truncated"
+    if not isinstance(state, dict):
+        return "trainer_state.json is no mapping"
     if step_of(folder) >= 0 and state.get("global_step") != step_of(folder):
         return f"trainer_state.json has step {state.get('global_step')}"
     if not holds_weights(folder) and not list(folder.glob("global_step*")):
@@ -141,17 +144,18 @@ def _is_truncated(file: Path) -> bool:
 
 
 def _is_truncated_safetensors(file: Path) -> bool:
+    size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= size - 8:
+            return True
         header = stream.read(length)
-    if len(header) < length or not header:
-        return True
     try:
-        entries = json.loads(header)
-    except ValueError:
+        entries = parse_json(header)
+        ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         return True
-    ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-    return file.stat().st_size < 8 + length + max(ends, default=0)
+    return size < 8 + length + max(ends, default=0)
 
 
 def is_finished(path: Path) -> bool:
@@ -183,7 +187,7 @@ def is_word(wanted: str) -> bool:
 def read_environment(path: Path) -> dict[str, Any]:
     """Return environment.json of a run; empty if it is missing or truncated."""
     try:
-        content = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+        content = parse_json((path / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -5,7 +5,9 @@ The commands print them without a traceback (`command.run`); with `--format json
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -113,6 +115,29 @@ def with_context(error: ErrorT, where: str = "", hint: str = "") -> ErrorT:
 
 class DataError(UserError):
     """A mistake in a data set; `where` is the file and, if known, the line."""
+
+
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RecursionError)
+"""The errors of code that reads a value of another structure than it expects."""
+
+
+@contextmanager
+def expected_format(
+    message: str, *, code: str, where: str, hint: str = "", kind: type[UserError] | None = None
+) -> Iterator[None]:
+    """Raise the errors MALFORMED of the block as a `kind` (UserError), which names the line of code.
+
+    The line helps where the input is right and the fault is ours.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except MALFORMED as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
+        reason = f"{type(error).__name__}: {first_line(error)[:120]}, {place}"
+        raise (kind or UserError)(f"{message} ({reason})", code=code, where=where, hint=hint) from error
 
 
 def no_records(path: object) -> Problem:

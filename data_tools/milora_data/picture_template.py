@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from milora_data.errors import DataError, UserError
+from milora_data.errors import MALFORMED, DataError, UserError
 from milora_data.records import IMAGE, Turn
 from milora_data.templates import split_turns
 from milora_data.tokens import eos_text
@@ -215,7 +215,7 @@ class PictureTemplate:
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
             )
             return str(text)
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, *MALFORMED) as error:
             raise DataError(
                 f"the model's chat template refuses this conversation: {error}", code="chat-template-refuses"
             ) from None

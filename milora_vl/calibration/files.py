@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from milora_data.json_text import parse_json
 from milora_vl.calibration.bases import InputBasis, ProtectedInputs
 from milora_vl.calibration.errors import CalibrationError
 from milora_vl.checkpoints import step_of
@@ -98,7 +99,7 @@ def _read(file: Path, names: Mapping[str, str]) -> ProtectedInputs:
     path_of = {name: path for path, name in names.items()}
     try:
         with safe_open(file, framework="pt") as stored:
-            content = json.loads(stored.metadata()["content"])
+            content = parse_json(stored.metadata()["content"])
             # Clones are aligned in memory as the originals were: a resumed run then rounds like an uninterrupted one.
             bases = [InputBasis(stored.get_tensor(str(i)).clone(), **b) for i, b in enumerate(content["bases"])]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

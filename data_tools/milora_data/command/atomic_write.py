@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from milora_data.json_text import parse_json
+
 
 def write_text(file: Path, text: str) -> Path:
     """Write a text file atomically and create its folder. If several processes write it, the last one wins."""
@@ -47,4 +49,4 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 def read_json(file: Path) -> dict[str, Any] | None:
     """Return the mapping in a JSON file; None if there is no file."""
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    return dict(parse_json(file.read_text(encoding="utf-8"))) if file.is_file() else None
