@@ -11,6 +11,7 @@ answer, and the special token that ends it.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 from milora_data.errors import MALFORMED, DataError, UserError
 from milora_data.records import IMAGE, Turn
-from milora_data.templates import split_turns
+from milora_data.templates import no_tools, split_tool_turns, split_turns
 from milora_data.tokens import eos_text
 
 # Characters of Unicode's private use area: no template handles them specially.
@@ -86,12 +87,14 @@ class PlainPrompt:
     takes_conversations = False
     end: str | None = None
 
-    def render(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
+    def render(self, turns: Sequence[Turn], *, prompt: bool = False, tools: Sequence[Any] = ()) -> Rendered:
         """Return the question with its pictures in front, and the answer. Raises `DataError` for other conversations.
 
         >>> PlainPrompt().render([Turn("user", "<image>\\ncaption en"), Turn("assistant", "A cat.")])
         Rendered(text='<image>caption en', supervised=(), suffix='A cat.')
         """
+        if tools:
+            raise no_tools()
         roles = [turn.role for turn in turns]
         if roles != (["user"] if prompt else ["user", "assistant"]):
             raise DataError(
@@ -125,6 +128,14 @@ class _Frame:
     closes: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _ToolForm:
+    """What of tools a template writes, and whether it takes the content of a result as parts or as a text."""
+
+    written: frozenset[str]
+    in_parts: bool
+
+
 class PictureTemplate:
     """A chat template for conversations whose turns contain pictures. Raises `UserError` if it omits answers."""
 
@@ -135,22 +146,35 @@ class PictureTemplate:
         self.tokenizer = tokenizer
         self.in_parts = True  # texts are lists of parts; some templates want a plain text where there is no picture
         self.frame, self.end = self._measured()
+        self._tools: _ToolForm | None = None  # measured with the first record that has tools
 
-    def render(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
+    def render(self, turns: Sequence[Turn], *, prompt: bool = False, tools: Sequence[Any] = ()) -> Rendered:
         """Return the text of a conversation and its supervised ranges; with `prompt`, up to where an answer begins.
 
         Supervised is what the model has to write: the text after the request for an answer, up to and including the
-        special token that ends the answer. If the template has no such token, an EOS is added to the last answer.
-        Raises `DataError` if the template refuses the turns or rewrites an answer.
+        special token that ends the answer, with calls of tools. If the template has no such token, an EOS is added to
+        the last answer.
+        Raises `DataError` if the template refuses the turns, rewrites an answer, or does not write the tools.
         """
-        system, exchange = split_turns(turns)
-        kept = ([] if system is None else [Turn("system", system)]) + list(exchange)
+        if tools or any(turn.role == "tool" or turn.call for turn in turns):
+            self._require_tools(turns, tools)
+            kept = [turn for part in split_tool_turns(turns) for turn in part]
+        else:
+            system, exchange = split_turns(turns)
+            kept = ([] if system is None else [Turn("system", system)]) + list(exchange)
         contents = [self._content(turn) for turn in kept]
-        text = self._run(kept, contents, prompt)
+        text = self._run(kept, contents, prompt, tools)
         if prompt:
             return Rendered(text, ())
-        answers = [number for number, turn in enumerate(kept) if turn.role == "assistant"]
-        texts, gaps = self._gaps(kept, contents, answers)
+        called = [
+            self._called(kept, contents, number, text, tools)
+            for number, turn in enumerate(kept)
+            if turn.call and turn.role == "assistant"
+        ]
+        answers = [number for number, turn in enumerate(kept) if turn.role == "assistant" and not turn.call]
+        if not answers:
+            return Rendered(text, tuple(called))
+        texts, gaps = self._gaps(kept, contents, answers, tools)
         places = _places(text, [piece for pieces in texts for piece in pieces], gaps)
         ranges, first = [], 0
         for pieces in texts:
@@ -163,10 +187,68 @@ class PictureTemplate:
             start = ranges[-1][0]
             text += eos_text(self.tokenizer)
             ranges[-1] = (start, len(text))
-        return Rendered(text, tuple(ranges))
+        return Rendered(text, tuple(sorted([*ranges, *called])))
+
+    def _called(
+        self, turns: Sequence[Turn], contents: Sequence[Any], number: int, text: str, tools: Sequence[Any]
+    ) -> tuple[int, int]:
+        """Return the range of a turn that calls tools: all that follows the request for it, up to its end.
+
+        A template may write calls in any form, so the range is the difference of the conversation before and after it.
+        """
+        before = self._run(turns[:number], contents[:number], True, tools)
+        written = self._run(turns[: number + 1], contents[: number + 1], False, tools).removeprefix(before)
+        if self.end is not None and self.end in written:
+            written = written[: written.rindex(self.end) + len(self.end)]
+        if not written or not text.startswith(before + written):
+            raise DataError(
+                "the model's chat template writes a call of this record in another way when the conversation goes on, "
+                "so the supervised part is unknown",
+                code="chat-template-rewrites-text",
+            )
+        return len(before), len(before) + len(written)
+
+    def _require_tools(self, turns: Sequence[Turn], tools: Sequence[Any]) -> None:
+        """Raise `DataError` unless the template writes the tools, calls and results of a conversation."""
+        form = self._tools = self._tools or self._measured_tools()
+        needed = {
+            "lists of tools": bool(tools),
+            "calls of tools": any(turn.call for turn in turns if turn.role == "assistant"),
+            "results of tools": any(turn.role == "tool" for turn in turns),
+        }
+        missing = [what for what, is_needed in needed.items() if is_needed and what not in form.written]
+        if missing:
+            raise DataError(
+                f"the chat template of this model does not write {' and '.join(missing)}", code="chat-template-no-tools"
+            )
+
+    def _measured_tools(self) -> _ToolForm:
+        """Return what of tools the template writes, and in which form it takes the content of results."""
+        offered, called, result = (_PLACEHOLDER.format(number) for number in range(3))
+        function = {"name": offered, "description": "", "parameters": {"type": "object", "properties": {}}}
+        call = {"id": "call00000", "type": "function", "function": {"name": called, "arguments": {}}}
+        turns = [
+            Turn("user", "a"),
+            Turn("assistant", "", json.dumps({"tool_calls": [call]})),
+            Turn("tool", result, json.dumps({"name": called, "tool_call_id": "call00000"})),
+            Turn("assistant", "b"),
+        ]
+        names = dict(
+            zip((offered, called, result), ("lists of tools", "calls of tools", "results of tools"), strict=True)
+        )
+        forms = []
+        for in_parts in (False, True):
+            contents = [self._content(turn) for turn in turns]
+            contents[2] = [{"type": "text", "text": result}] if in_parts else result
+            try:
+                text = self._run(turns, contents, False, [{"type": "function", "function": function}])
+            except DataError:
+                text = ""
+            forms.append(_ToolForm(frozenset(names[mark] for mark in names if mark in text), in_parts))
+        return max(forms, key=lambda form: len(form.written))
 
     def _gaps(
-        self, turns: Sequence[Turn], contents: Sequence[Any], answers: Sequence[int]
+        self, turns: Sequence[Turn], contents: Sequence[Any], answers: Sequence[int], tools: Sequence[Any] = ()
     ) -> tuple[list[list[str]], list[str]]:
         """Return the texts of each answer, and what the template writes before, between and after all of them."""
         texts, masked, number = [], list(contents), 0
@@ -182,7 +264,7 @@ class PictureTemplate:
                 if isinstance(content, str)
                 else [{**part, "text": next(left)} if "text" in part else part for part in content]
             )
-        gaps = _PLACEHOLDERS.split(self._run(turns, masked))
+        gaps = _PLACEHOLDERS.split(self._run(turns, masked, False, tools))
         if len(gaps) != number + 1:
             raise DataError(
                 "the model's chat template omits or repeats an answer of this record",
@@ -200,19 +282,30 @@ class PictureTemplate:
 
     def _content(self, turn: Turn) -> Any:
         parts = parts_of(turn.text)
+        if turn.role == "tool" and self._tools is not None and not self._tools.in_parts and len(parts) == 1:
+            return turn.text
         if self.in_parts or any(part["type"] == "image" for part in parts):
             # The position of an answer is that of its text, so an answer of pictures alone gets an empty one.
             needs_text = turn.role == "assistant" and not any("text" in part for part in parts)
             return [*parts, {"type": "text", "text": ""}] if needs_text else parts
         return turn.text
 
-    def _run(self, turns: Sequence[Turn], contents: Sequence[Any], prompt: bool = False) -> str:
+    def _run(
+        self, turns: Sequence[Turn], contents: Sequence[Any], prompt: bool = False, tools: Sequence[Any] = ()
+    ) -> str:
         from jinja2 import TemplateError
 
-        messages = [{"role": turn.role, "content": content} for turn, content in zip(turns, contents, strict=True)]
+        messages = [
+            {"role": turn.role, "content": content, **(json.loads(turn.call) if turn.call else {})}
+            for turn, content in zip(turns, contents, strict=True)
+        ]
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+                messages,
+                chat_template=self.template,
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=prompt,
             )
             return str(text)
         except (TemplateError, *MALFORMED) as error:

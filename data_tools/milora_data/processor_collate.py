@@ -25,7 +25,7 @@ from milora_data.images.files import ImageError, ImagePolicy, load_image, pictur
 from milora_data.picture_template import Rendered
 from milora_data.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.record_collator import Item, RecordCollator
-from milora_data.records import IMAGE, Record, Turn
+from milora_data.records import IMAGE, Record, Turn, tools_of
 from milora_data.templates import Segment, place_images
 from milora_data.tokens import IGNORE
 
@@ -123,7 +123,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
 
     def _rendered(self, record: Record) -> Rendered:
         try:
-            rendered = self.inputs.format.render(marked(record.turns, len(record.images)))
+            rendered = self.inputs.format.render(marked(record.turns, len(record.images)), tools=tools_of(record))
             self.inputs.require_pictures(rendered.text, len(record.images))
             if not rendered.supervised and rendered.suffix is None:
                 raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")

@@ -7,6 +7,7 @@ LLaVA's `train.py` defines the format: {"id", "image"?, "conversations": [{"from
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from milora_data.images.embedded import (
 )
 from milora_data.images.files import StoredPicture
 
-Role = Literal["user", "assistant", "system"]
+Role = Literal["user", "assistant", "system", "tool"]
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -30,7 +31,10 @@ ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "tool": "tool",
 }
+# What a message of OpenAI's form may have besides role and content, for chat templates that write tools.
+CALL_KEYS = ("tool_calls", "tool_call_id", "name")
 CHARACTERS_PER_TOKEN = 4
 IMAGE = "<image>"
 # Characters without a width that are no white space to Python: zero-width space and joiners, word joiner, BOM.
@@ -40,10 +44,14 @@ KNOWN_KEYS = ("id", "image", "images", "conversations")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a conversation; `text` has `<image>` at the position of each picture."""
+    """One turn of a conversation; `text` has `<image>` at the position of each picture.
+
+    `call` is a JSON object with the other keys of a message about tools (CALL_KEYS), or empty.
+    """
 
     role: Role
     text: str
+    call: str = field(default="", repr=False)
 
     @property
     def is_blank(self) -> bool:
@@ -52,7 +60,7 @@ class Turn:
         >>> Turn("assistant", " \u00a0\u200b").is_blank
         True
         """
-        return not self.text.replace(IMAGE, "").translate(_ZERO_WIDTH).strip()
+        return not self.call and not self.text.replace(IMAGE, "").translate(_ZERO_WIDTH).strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +158,78 @@ def _turn(turn: object, number: int) -> Turn:
             f'turn {number}: unknown "from": {turn.get("from")!r}; expected {", ".join(ROLES)}',
             code="record-unknown-role",
         )
-    return Turn(role, turn["value"])
+    return Turn(role, turn["value"], _call(turn, role, number))
 
 
-SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
+def _call(turn: Mapping[str, Any], role: Role, number: int) -> str:
+    """Return the keys about tools of a turn as JSON. Arguments are objects, as chat templates expect them."""
+    kept = {key: turn[key] for key in CALL_KEYS if turn.get(key) is not None and role in ("assistant", "tool")}
+    if role == "assistant":
+        kept.pop("name", None)
+        if "tool_calls" in kept:
+            kept["tool_calls"] = [_tool_call(call, number) for call in _listed(kept["tool_calls"], number)]
+        if not kept.get("tool_calls"):
+            return ""
+    return json.dumps(kept, ensure_ascii=False) if kept else ""
+
+
+def _listed(calls: object, number: int) -> list[Any]:
+    if not isinstance(calls, list):
+        raise _no_call(number, f'"tool_calls" is {type(calls).__name__}')
+    return calls
+
+
+def _tool_call(call: object, number: int) -> dict[str, Any]:
+    """Return a call of OpenAI's form, whose arguments are an object in place of the JSON text that OpenAI stores."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise _no_call(number, f"got {_short(call)}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except json.JSONDecodeError as error:
+            raise _no_call(number, f"its arguments are no JSON: {error}") from None
+    if not isinstance(arguments, Mapping):
+        raise _no_call(number, f"its arguments are {type(arguments).__name__}, not an object")
+    identifier = {} if call.get("id") is None else {"id": call["id"]}
+    return {**identifier, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def _no_call(number: int, found: str) -> DataError:
+    return DataError(
+        f'turn {number}: a tool call must be {{"function": {{"name": ..., "arguments": {{...}}}}}}; {found}',
+        code="record-tool-call",
+    )
+
+
+def tools_of(record: Record) -> list[Any]:
+    """Return the tools that a record offers to the model (its key "tools", a list or JSON text of one).
+
+    Raises `DataError` for another value.
+
+    >>> tools_of(Record("a", (), (), extra={"tools": '[{"type": "function"}]'}))
+    [{'type': 'function'}]
+    """
+    tools = record.extra.get("tools") or []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            tools = None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(
+            f'"tools" must be a list of objects, got {_short(record.extra["tools"])}', code="record-tools-field"
+        )
+    return tools
+
+
+def uses_tools(record: Record) -> bool:
+    """Return whether a record offers, calls or answers for tools."""
+    return bool(record.extra.get("tools")) or any(turn.role == "tool" or turn.call for turn in record.turns)
+
+
+SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}
 
 
 def from_messages(value: object, *, number: int) -> dict[str, Any]:
@@ -198,18 +274,21 @@ def from_completion(value: Mapping[str, Any]) -> dict[str, Any]:
     return {**others, "messages": messages}
 
 
-def _message_turn(message: object, place: int, named: list[str]) -> dict[str, str]:
+def _message_turn(message: object, place: int, named: list[str]) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, dict) else message
     if not isinstance(message, dict) or not isinstance(role, str) or role not in ROLES:
         raise DataError(
             f"message {place}: unknown role {role!r}; expected {', '.join(SPEAKERS)}", code="record-unknown-role"
         )
+    calls = {key: message[key] for key in CALL_KEYS if message.get(key) is not None}
     content = message.get("content")
+    if content is None and calls.get("tool_calls"):
+        content = ""  # OpenAI's form of an answer that only calls tools
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise DataError(f'message {place}: "content" must be a text or a list of parts', code="messages-content")
     texts = [_part(part, place, named) for part in parts]
-    return {"from": SPEAKERS[ROLES[role]], "value": "".join(texts)}
+    return {"from": SPEAKERS[ROLES[role]], "value": "".join(texts), **calls}
 
 
 def _part(part: object, place: int, named: list[str]) -> str:

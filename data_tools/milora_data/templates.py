@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -223,6 +223,8 @@ def split_turns(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
     An answer before the first question is dropped, as in LLaVA.
     Raises `DataError` if two consecutive turns have the same role.
     """
+    if any(turn.role == "tool" or turn.call for turn in turns):
+        raise no_tools()
     exchange = list(turns)
     system = exchange.pop(0).text if exchange and exchange[0].role == "system" else None
     if exchange and exchange[0].role == "assistant":
@@ -236,6 +238,35 @@ def split_turns(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
                 code="record-turn-order",
             )
     return system, exchange
+
+
+def no_tools() -> DataError:
+    """Return the error for a record with tools in a template that writes none."""
+    return DataError(
+        "this template writes no tools, their calls and their results",
+        code="record-tools",
+        hint="vision-language models whose own chat template writes tools train on such records (docs/data-format.md)",
+    )
+
+
+def split_tool_turns(turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
+    """Return a leading system turn (or none) and the turns of a conversation in which the assistant may call tools.
+
+    Raises `DataError` unless a question is first, an answer follows a question or the results of tools, a result
+    follows a call or another result, and a question an answer.
+    """
+    system = list(turns[:1]) if turns and turns[0].role == "system" else []
+    before = {"user": ("", "assistant"), "assistant": ("user", "tool"), "tool": ("call", "tool"), "system": ()}
+    last = ""
+    for number, turn in enumerate(turns[len(system) :], start=len(system) + 1):
+        if last not in before[turn.role]:
+            raise DataError(
+                f"turn {number} is from {turn.role}, after {last or 'nothing'}: questions, answers or calls of tools, "
+                "and results must follow each other",
+                code="record-turn-order",
+            )
+        last = "call" if turn.call and turn.role == "assistant" else turn.role
+    return system, list(turns[len(system) :])
 
 
 def place_images(turns: Sequence[Turn], num_images: int | None) -> list[Turn]:
@@ -254,7 +285,7 @@ def place_images(turns: Sequence[Turn], num_images: int | None) -> list[Turn]:
             code="record-image-count",
         )
     return [
-        turn if count == 0 or (several and count > 1) else Turn(turn.role, _in_front(turn.text))
+        turn if count == 0 or (several and count > 1) else replace(turn, text=_in_front(turn.text))
         for turn, count in zip(turns, counts, strict=True)
     ]
 

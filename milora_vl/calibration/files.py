@@ -26,7 +26,7 @@ from milora_vl.calibration.errors import CalibrationError
 from milora_vl.checkpoints import step_of
 from milora_vl.policy.rules import Target
 
-_VERSION = 2  # increase it if equal settings can give other directions
+VERSION = 3  # increase it if equal settings can give other directions
 
 
 def file_name(digest: str) -> str:
@@ -158,7 +158,7 @@ def calibration_key(model: nn.Module, targets: Sequence[Target], batches: Sequen
 
     Raises TypeError if a batch holds an object of unknown content: its `repr` may be equal for other data.
     """
-    digest = hashlib.sha256(f"{_VERSION}".encode())
+    digest = hashlib.sha256(f"{VERSION}".encode())
     for target in targets:
         if target.protect is not None and target.protect.inputs is not None:
             digest.update(f"{target.path} {target.protect.inputs} {target.protect.max}\n".encode())

@@ -1,8 +1,8 @@
 """Which positions of the calibration batches count, and how much.
 
-Padding does not count. Neither does the first position of a row: it is an attention sink, whose activations are so
-large that they would decide C alone (`activations.LARGEST` limits sinks elsewhere). Text and picture positions weigh
-half each in total; the mean weight is 1, as that of positions of batches without `input_ids`.
+Padding does not count. The first position of a row does: it is an attention sink, which all later positions read, so an
+update that moves it changes every text. `activations.LARGEST` limits its energy. Text and picture positions weigh half
+each in total; the mean weight is 1, as that of positions of batches without `input_ids`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from milora_vl.towers import is_encoder_decoder
 class Positions:
     """The weights of the positions of one batch, each (rows, length), on the CPU.
 
-    `weights` is 0 for padding and for first positions. `tokens`, for embeddings, is 1 except at padding and pictures:
-    an embedding has no sinks, and the token that stands for pictures is not text.
+    `weights` is 0 for padding. `tokens`, for embeddings, is 0 at pictures too: their token is not text.
     """
 
     weights: Tensor
@@ -59,9 +58,9 @@ def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) 
 
     Raises CalibrationError if no position counts.
 
-    >>> batch = {"input_ids": torch.tensor([[1, 7, 7, 5]]), "attention_mask": torch.tensor([[1, 1, 1, 1]])}
+    >>> batch = {"input_ids": torch.tensor([[1, 7, 5, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
     >>> positions_of([batch], image_token=7)[0].weights
-    tensor([[0.0000, 0.7500, 0.7500, 1.5000]])
+    tensor([[0.7500, 1.5000, 0.7500, 0.0000]])
     """
     masks = [_masks(batch, image_token) for batch in batches]
     numbers = [sum(int(mask[kind].sum()) for mask in masks if mask is not None) for kind in (0, 1)]
@@ -70,15 +69,15 @@ def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) 
             "the calibration has no tokens that count",
             code="calibration-empty",
             where="calibration",
-            hint="pass batches with input_ids; padding and the first position of each row do not count",
+            hint="pass batches with input_ids; padding does not count",
         )
     kinds = sum(number > 0 for number in numbers)
     scales = [sum(numbers) / (kinds * number) if number else 0.0 for number in numbers]
     return [None if mask is None else _positions(mask, scales) for mask in masks]
 
 
-def _masks(batch: Mapping[str, Any], image_token: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return the masks of text, of pictures, and of first positions that are text, each (rows, length)."""
+def _masks(batch: Mapping[str, Any], image_token: int | None) -> tuple[Tensor, Tensor] | None:
+    """Return the masks of text and of pictures, each (rows, length)."""
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor):
         return None
@@ -86,11 +85,10 @@ def _masks(batch: Mapping[str, Any], image_token: int | None) -> tuple[Tensor, T
     given = batch.get("attention_mask")
     real = torch.ones_like(ids) if not isinstance(given, Tensor) else given.detach().cpu()
     real = real.reshape(ids.shape).bool()
-    first = real & (real.cumsum(dim=1) == 1)
     is_picture = torch.zeros_like(real) if image_token is None else ids == image_token
-    return real & ~first & ~is_picture, real & ~first & is_picture, first & ~is_picture
+    return real & ~is_picture, real & is_picture
 
 
-def _positions(masks: tuple[Tensor, Tensor, Tensor], scales: Sequence[float]) -> Positions:
-    text, picture, first = masks
-    return Positions(text * scales[0] + picture * scales[1], (text | first).float())
+def _positions(masks: tuple[Tensor, Tensor], scales: Sequence[float]) -> Positions:
+    text, picture = masks
+    return Positions(text * scales[0] + picture * scales[1], text.float())

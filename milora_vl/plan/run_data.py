@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from milora_data.compact import CompactRecords
 from milora_data.errors import DataError, Problem, UserError, no_records
 from milora_data.formats.jsonfile import missing_file
 from milora_data.images.embedded import EmbeddedPicture
-from milora_data.records import Record
+from milora_data.records import Record, tools_of
 from milora_data.sources import Source, is_json, load_records, mixed_records
 from milora_data.stream import record_stream
 from milora_vl.recipe.schema import DataConfig, SourceConfig
@@ -194,7 +195,9 @@ def fingerprint(records: Iterable[Record]) -> str:
     for record in records:
         parts = [*record.images, ""]
         for turn in record.turns:
-            parts += (turn.role, turn.text)
+            parts += (turn.role, turn.text, *filter(None, [turn.call]))
+        if record.extra.get("tools"):
+            parts.append(json.dumps(tools_of(record), ensure_ascii=False))
         digest.update("\0".join([*parts, ""]).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 

@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 import llava_recipes
 from milora_data.command.cli import suggest
 from milora_data.errors import Problem, UserError, first_line
+from milora_vl.calibration import files as calibration_files
 from milora_vl.policy import Policy
 from milora_vl.recipe import yaml_file
 from milora_vl.strict import Strict, problems_of
@@ -81,7 +82,9 @@ class Study(Strict):
         """Return a hash of everything that determines the numbers of a cell; studies with equal cells share them."""
         training = self.training(cell.method, cell.steps).model_dump()
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
-        content = [VERSION, self.task, self.overlap, training, rules, cell.seed]
+        content: list[Any] = [VERSION, self.task, self.overlap, training, rules, cell.seed]
+        if any((rule.get("protect") or {}).get("inputs") for rule in rules):
+            content.append(calibration_files.VERSION)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
     def with_each(self, model: nn.Module) -> Study:

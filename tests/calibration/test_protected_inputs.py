@@ -139,7 +139,7 @@ def test_directions_are_those_of_all_positions_of_the_base(tiny_llama) -> None:
     base = tiny_llama()[0]
     model = apply_milora(tiny_llama()[0], protecting(), calibration=TEXT)
     fit = torch.cat([batch["input_ids"] for batch in TEXT[:-1]])
-    x = base.model.layers[0].input_layernorm(base.model.embed_tokens(fit))[:, 1:].reshape(-1, 64).double()
+    x = base.model.layers[0].input_layernorm(base.model.embed_tokens(fit)).reshape(-1, 64).double()
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     protected = model.protections["default"][Q]
     count = protected.num_directions
@@ -147,7 +147,7 @@ def test_directions_are_those_of_all_positions_of_the_base(tiny_llama) -> None:
     assert float(values[-count + 1 :].sum() / values.sum()) < 0.6 <= protected.energy
     expected = vectors[:, -count:].float()
     assert torch.linalg.matrix_norm(expected @ expected.T - protected.V @ protected.V.T) < 1e-3
-    held = base.model.layers[0].input_layernorm(base.model.embed_tokens(TEXT[-1]["input_ids"]))[:, 1:].reshape(-1, 64)
+    held = base.model.layers[0].input_layernorm(base.model.embed_tokens(TEXT[-1]["input_ids"])).reshape(-1, 64)
     share = float((held @ protected.V).square().sum() / held.square().sum())
     assert protected.held_out == pytest.approx(share, rel=1e-4)
 

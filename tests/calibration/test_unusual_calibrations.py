@@ -174,7 +174,18 @@ def test_a_position_without_ids_weighs_as_much_as_one_with_ids() -> None:
     )
     assert protected.num_directions == 1
     assert protected.V[0].abs() == pytest.approx(1.0)
-    assert protected.energy == pytest.approx(0.7), "seven positions of ten"
+    assert protected.energy == pytest.approx(8 / 11), "eight positions of eleven"
+
+
+@pytest.mark.parametrize(("share", "held", "directions"), [(0.6, 19 / 29, [1]), (0.7, 1.0, [1, 0])])
+def test_an_attention_sink_counts_as_ten_positions(share, held, directions) -> None:
+    vectors = torch.zeros(1, 20, 16)
+    vectors[0, 0, 0] = 100.0  # the first position, with 10,000 times the energy of each other
+    vectors[0, 1:, 1] = 1.0
+    rules = [{"modules": "layer", "method": "milora", "rank": 2, "protect": {"inputs": share}}]
+    (protected,) = apply_milora(Either(), rules, calibration=[{"x": vectors}]).protections["default"].values()
+    assert protected.energy == pytest.approx(held)
+    assert protected.V.abs().argmax(dim=0).tolist() == directions
 
 
 IDS = torch.tensor([[1, 2, 3]])
@@ -288,10 +299,10 @@ def test_a_decoder_reads_its_own_ids_and_its_cross_attention_those_of_the_encode
         for a, m, b in zip(ids.split(4), mask.split(4), answers.split(4), strict=True)
     ]
     paths = {
-        "encoder.block.0.layer.0.SelfAttention.q": 3,  # counted positions of a row: without padding and the first
-        "decoder.block.0.layer.0.SelfAttention.q": 19,
-        "decoder.block.0.layer.1.EncDecAttention.q": 19,
-        "decoder.block.0.layer.1.EncDecAttention.k": 3,
+        "encoder.block.0.layer.0.SelfAttention.q": 4,  # counted positions of a row: without padding
+        "decoder.block.0.layer.0.SelfAttention.q": 20,
+        "decoder.block.0.layer.1.EncDecAttention.q": 20,
+        "decoder.block.0.layer.1.EncDecAttention.k": 4,
     }
     rules = [{"modules": "*Attention.*", "method": "milora", "rank": 2, "protect": {"inputs": 0.5}}]
     found = apply_milora(copy.deepcopy(base), rules, calibration=batches).protected_inputs["default"]
@@ -299,4 +310,4 @@ def test_a_decoder_reads_its_own_ids_and_its_cross_attention_those_of_the_encode
     bare = [{"input_ids": part, "labels": part} for part in ids.split(4)]
     with pytest.warns(UserWarning, match="without decoder_input_ids: all positions of the decoder count"):
         found = apply_milora(copy.deepcopy(base), rules, calibration=bare).protected_inputs["default"]
-    assert [found.of(path).num_positions for path in paths] == [20 * n for n in (19, 20, 20, 19)]
+    assert [found.of(path).num_positions for path in paths] == [20 * 20] * 4

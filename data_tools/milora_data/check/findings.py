@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from milora_data.errors import DataError
-from milora_data.records import IMAGE, Record, estimated_length
-from milora_data.templates import place_images, split_turns
+from milora_data.records import IMAGE, Record, estimated_length, tools_of, uses_tools
+from milora_data.templates import place_images, split_tool_turns, split_turns
 
 Severity = Literal["error", "warning"]
 
@@ -105,7 +105,9 @@ def examine(record: Record) -> Iterator[Finding]:
         return Finding(kind, record.source, message)
 
     try:
-        _, exchange = split_turns(record.turns)
+        has_tools = uses_tools(record)
+        exchange = (split_tool_turns if has_tools else split_turns)(record.turns)[1]
+        tools_of(record)
     except DataError as error:
         yield finding("turn_order", error.first.message)
         return
@@ -119,7 +121,7 @@ def examine(record: Record) -> Iterator[Finding]:
             yield finding("several_placeholders", f"turn {number}")
     if len(exchange) < 2:
         yield finding("no_answer", f"{len(record.turns)} turns")
-    elif len(exchange) % 2:
+    elif exchange[-1].role != "assistant":
         yield finding("unanswered", exchange[-1].text)
     if len(exchange) < sum(turn.role != "system" for turn in record.turns):
         yield finding("answer_first", next(turn.text for turn in record.turns if turn.role == "assistant"))

@@ -34,7 +34,7 @@ from milora_data.formats.vqa_files import (
 )
 from milora_data.images.embedded import stored_pictures
 from milora_data.images.files import ImageError
-from milora_data.records import SPEAKERS, Record, from_messages, parse_record
+from milora_data.records import SPEAKERS, Record, from_messages, parse_record, tools_of
 from milora_data.sources import load_records
 
 
@@ -196,8 +196,12 @@ def _stored(sources: Sequence[Any], options: Options) -> Records:
 
 def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
     images = {"image": record.images[0] if len(record.images) == 1 else list(record.images)} if record.images else {}
-    turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in record.turns]
-    return {"id": record.id or identifier, **images, "conversations": turns}
+    turns = [
+        {"from": SPEAKERS[turn.role], "value": turn.text, **(json.loads(turn.call) if turn.call else {})}
+        for turn in record.turns
+    ]
+    tools = {"tools": tools_of(record)} if record.extra.get("tools") else {}
+    return {"id": record.id or identifier, **images, "conversations": turns, **tools}
 
 
 KINDS: dict[str, Kind] = {

@@ -1,0 +1,162 @@
+"""Pairs of answers as batches for DPO: forms of records, masks, errors, and a first loss of ln 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from milora_data.collate import ImageTextCollator
+from milora_data.errors import DataError, UserError
+from milora_data.preferences import PreferenceCollator, pair_of
+from milora_data.processor_collate import ProcessorCollator
+from milora_data.record_collator import RecordCollator
+from milora_data.records import Turn
+from milora_vl import apply_milora
+from support.adapter_cases import one_rule
+from support.versions import needs_places
+from support.vlm_families import model_of, processor_of
+from support.vlm_runs import write_pictures
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+Made = tuple[Any, RecordCollator[Any], Any]
+
+
+def pair(number: int, **more: Any) -> dict[str, Any]:
+    return {
+        "id": str(number),
+        "images": [f"{number}.png"],
+        "prompt": [{"role": "user", "content": "What is it?"}],
+        "chosen": [{"role": "assistant", "content": f"It is {number}."}],
+        "rejected": [{"role": "assistant", "content": "I cannot see anything at all."}],
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def made(tiny_llava: Any, pictures: Path) -> Callable[[str], Made]:
+    """Return a model, its collator and its tokenizer."""
+
+    def make(name: str, **options: Any) -> Made:
+        if name == "llava":
+            model, processor = tiny_llava()
+            tokenizer = processor.tokenizer
+            ids = {"image_tokens": 16, "image_token_id": model.config.image_token_id}
+            collate = ImageTextCollator(tokenizer, processor.image_processor, **ids, image_folder=pictures, **options)
+            return model, collate, tokenizer
+        processor = processor_of(name)
+        model = model_of(name, processor)
+        return model, ProcessorCollator(processor, image_folder=pictures, **options), processor.tokenizer
+
+    return make
+
+
+BOTH = ["llava", pytest.param("qwen2_vl", marks=needs_places)]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_rows_are_those_of_supervised_training_with_the_last_answer_alone(name: str, made: Any) -> None:
+    _, collate, tokenizer = made(name)
+    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    pairs = [pair(0), pair(1, prompt=[*earlier, *pair(1)["prompt"]])]
+    batch = PreferenceCollator(collate)(pairs)
+    records = [record for side in zip(*map(pair_of, pairs), strict=True) for record in side]
+    expected = collate(records)
+    assert batch.keys() == expected.keys() - {"labels"} | {"completion_mask"}
+    assert all(torch.equal(batch[key], expected[key]) for key in batch if key != "completion_mask")
+    texts = [
+        tokenizer.decode(row[mask.bool()])
+        for row, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
+    ends = {"llava": "</s>", "qwen2_vl": "<|im_end|>"}[name]
+    answers = ["It is 0.", "It is 1.", *["I cannot see anything at all."] * 2]
+    assert [text.strip() for text in texts] == [answer + ends for answer in answers]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_first_loss_is_ln_2_and_a_step_lowers_it(name: str, made: Any) -> None:
+    model, collate, _ = made(name)
+    model = apply_milora(model, one_rule())
+    batch = PreferenceCollator(collate)([pair(0), pair(1)])
+    mask = batch.pop("completion_mask")[:, 1:]
+
+    def margin() -> torch.Tensor:
+        logits = model(**batch).logits[:, :-1].float().log_softmax(-1)
+        each = logits.gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+        chosen, rejected = (each * mask).sum(1).chunk(2)
+        return chosen - rejected
+
+    with torch.no_grad(), model.disable_adapter():
+        reference = margin()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+    losses = []
+    for _ in range(2):
+        loss = -logsigmoid(0.1 * (margin() - reference)).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[1] < losses[0]
+
+
+def test_every_form_of_a_pair_gives_the_same_records() -> None:
+    turns = (Turn("user", "<image>\nWhich colour?"), Turn("assistant", "Red."))
+    question, answers = {"role": "user", "content": "Which colour?"}, ("Red.", "Blue.")
+    messages = [[{"role": "assistant", "content": text}] for text in answers]
+    speakers = [{"from": "gpt", "value": text} for text in answers]
+    asked = [{"from": "human", "value": "<image>\nWhich colour?"}]
+    forms: list[dict[str, Any]] = [
+        {"prompt": "Which colour?", "chosen": answers[0], "rejected": answers[1], "images": ["a.png"]},
+        {"prompt": [question], "chosen": messages[0], "rejected": messages[1], "images": ["a.png"]},
+        {"chosen": [question, *messages[0]], "rejected": [question, *messages[1]], "images": ["a.png"]},
+        {"conversations": asked, "chosen": speakers[0], "rejected": speakers[1], "image": "a.png"},
+        {"conversations": asked, "chosen": answers[0], "rejected": answers[1], "images": ["a.png"]},
+    ]
+    for form in forms:
+        good, bad = pair_of(form)
+        assert (good.turns, bad.turns[-1].text) == (turns, "Blue.")
+        assert good.images == bad.images == ("a.png",)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"prompt": "a", "chosen": "b"}, 'no "rejected"; the keys of this pair: prompt, chosen'),
+        ({"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}, '"chosen" must end with an answer'),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": [{"role": "user", "content": "c"}] * 2},
+            '"rejected" must end with an answer',
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}] * 2},
+            "differ before the last answer",
+        ),
+    ],
+)
+def test_what_is_no_pair_is_named(value: dict[str, Any], text: str) -> None:
+    with pytest.raises(DataError, match=text) as error:
+        pair_of(value, source="pairs.json:3")
+    assert error.value.first.code == "preference-format"
+    assert error.value.first.where == "pairs.json:3"
+
+
+def test_a_pair_is_never_halved(made: Any) -> None:
+    with pytest.raises(UserError) as error:
+        PreferenceCollator(made("llava", bad_images="skip")[1])
+    assert error.value.first.code == "preference-skip"
+    _, collate, _ = made("llava", max_length=160)
+    long = pair(0, prompt=[{"role": "user", "content": "What is it? " * 60}])
+    with pytest.raises(DataError) as error:
+        PreferenceCollator(collate)([pair(1), long])
+    assert error.value.first.code == "preference-no-answer"

@@ -1,0 +1,197 @@
+"""Records with tools: the chat template writes them, and only what the assistant writes is supervised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from milora_data.__main__ import main
+from milora_data.collate import ImageTextCollator
+from milora_data.errors import DataError
+from milora_data.processor_collate import ProcessorCollator
+from milora_data.records import parse_record
+from milora_data.sources import load_records
+from milora_vl.tiny import tiny_tokenizer
+from support.versions import needs_places
+from support.vlm_families import parts, processor_of
+from support.vlm_runs import write_pictures
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+IMAGE_PART = "<|vision_start|><|image_pad|><|vision_end|>"
+# As Qwen3-VL's: calls as JSON after the text, results as parts of a user's turn.
+QWEN = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
+    "{% if m.tool_calls %}{% for call in m.tool_calls %}"
+    '\n<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}{% endif %}<|im_end|>{% endgeneration %}{{ '\n' }}"
+    "{% elif m.role == 'tool' %}{% if messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
+    "\n<tool_response>\n{% if m.content is string %}{{ m.content }}{% else %}"
+    + parts(IMAGE_PART)
+    + "{% endif %}\n</tool_response>"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% else %}<|im_start|>{{ m.role }}\n" + parts(IMAGE_PART) + "<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Llama 3.2's: a call has no text, results are JSON, one call per turn.
+LLAMA = (
+    "{{ bos_token }}{% if tools %}<|start_header_id|>system<|end_header_id|>\n\n{{ tools | tojson }}<|eot_id|>"
+    "{% endif %}"
+    "{% for m in messages %}{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}"
+    "{{ raise_exception('only single tool-calls') }}{% endif %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{% generation %}"
+    '{"name": "{{ m.tool_calls[0].function.name }}", '
+    '"parameters": {{ m.tool_calls[0].function.arguments | tojson }}}<|eot_id|>{% endgeneration %}'
+    "{% elif m.role == 'tool' %}<|start_header_id|>ipython<|end_header_id|>\n\n{{ m.content | tojson }}<|eot_id|>"
+    "{% elif m.role == 'assistant' %}<|start_header_id|>assistant<|end_header_id|>\n\n{% generation %}"
+    + parts("<|image|>")
+    + "<|eot_id|>{% endgeneration %}{% else %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    + parts("<|image|>")
+    + "<|eot_id|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "zoom", "description": "Zoom.", "parameters": {"type": "object"}}}]
+
+
+def call(number: int, **arguments: Any) -> dict[str, Any]:
+    return {"id": f"call{number}", "type": "function", "function": {"name": "zoom", "arguments": json.dumps(arguments)}}
+
+
+def dialogue(*, text: str | None = None, several: bool = False) -> dict[str, Any]:
+    """A record of OpenAI's form: a call, or two, and their results; then a second question."""
+    calls = [call(0, box=[1, 2], note="<|im_end|> \u6f22"), *([call(1)] if several else [])]
+    results = [{"role": "tool", "tool_call_id": one["id"], "content": 'It is "red".'} for one in calls]
+    return {
+        "tools": TOOLS,
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image": "0.png"}, {"type": "text", "text": "Colour?"}]},
+            {"role": "assistant", "content": text, "tool_calls": calls},
+            *results,
+            {"role": "assistant", "content": "Red."},
+            {"role": "user", "content": "Sure?"},
+            {"role": "assistant", "content": "Yes."},
+        ],
+    }
+
+
+FORMS = {"qwen3_vl": QWEN, "mllama": LLAMA}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def collator(name: str, pictures: Path, template: str | None = None) -> ProcessorCollator:
+    processor = processor_of(name)
+    template = FORMS.get(name) if template is None else template
+    if template:
+        processor.chat_template = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    return ProcessorCollator(processor, image_folder=pictures)
+
+
+def oracle(name: str, value: dict[str, Any], collate: ProcessorCollator, pictures: Path) -> dict[str, Any]:
+    """The batch that transformers makes with marks in the template; arguments are objects, contents parts."""
+    messages = json.loads(json.dumps(value["messages"]))
+    for message in messages:
+        for one in message.get("tool_calls", []):
+            one["function"]["arguments"] = json.loads(one["function"]["arguments"])
+        content = message["content"] or ""
+        if message["role"] != "tool" and isinstance(content, str):
+            message["content"] = [{"type": "text", "text": content}]
+        elif message["role"] != "tool":
+            message["content"][0]["image"] = Image.open(pictures / "0.png").convert("RGB")
+    batch = collate.inputs.processor.apply_chat_template(
+        [messages],
+        chat_template=FORMS[name],
+        tools=value["tools"],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+    )
+    batch["labels"] = batch["input_ids"].where(batch.pop("assistant_masks").bool(), -100)
+    return dict(batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen3_vl", {}),
+        ("qwen3_vl", {"text": "Let me look.", "several": True}),
+        ("mllama", {}),
+    ],
+)
+def test_ids_and_masks_are_those_of_transformers(name: str, options: Any, pictures: Path) -> None:
+    value, collate = dialogue(**options), collator(name, pictures)
+    batch, expected = collate([value]), oracle(name, value, collate, pictures)
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[key], expected[key]) for key in expected)
+    text = collate.inputs.tokenizer.decode(batch["labels"][batch["labels"] != -100])
+    assert "zoom" in text
+    assert "Zoom." not in text
+    assert '"red"' not in text
+    record = parse_record(value)
+    assert collate.num_tokens(record) == batch["input_ids"].shape[1]
+    assert "".join(one.text for one in collate.segments(record) if one.supervised) == text
+
+
+def test_every_form_of_record_gives_the_same_batch(pictures: Path, tmp_path: Path) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    collate, value = collator("qwen3_vl", pictures), dialogue()
+    expected = collate([value])
+    asked = [{"role": "user", "content": "Colour?"}, *value["messages"][1:]]  # one type of content per column
+    stored = {"images": ["0.png"], "messages": asked, "tools": json.dumps(value["tools"])}
+    parquet.write_table(arrow.Table.from_pylist([stored]), tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(value))
+    assert main(["convert", "--from", "messages", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path)]) == 0
+    for name in ("rows.jsonl", "rows.parquet", "data.json"):
+        (record,) = load_records(tmp_path / name)
+        batch = collate([record])
+        assert all(torch.equal(batch[key], expected[key]) for key in expected), name
+    command = ["check", str(tmp_path / "data.json"), "--image_folder", str(pictures)]
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda m: m[1]["tool_calls"][0]["function"].update(arguments="{broken"), "record-tool-call"),
+        (lambda m: m[1].update(tool_calls=[{"type": "function"}]), "record-tool-call"),
+        (lambda m: m[1].update(tool_calls="zoom"), "record-tool-call"),
+        (lambda m: m.pop(1), "record-turn-order"),
+        (lambda m: m.pop(2), "record-turn-order"),
+        (lambda m: m[2].update(content=None), "messages-content"),
+    ],
+)
+def test_what_is_no_call_or_result_is_named(change: Any, code: str, pictures: Path) -> None:
+    value = dialogue()
+    change(value["messages"])
+    with pytest.raises(DataError) as error:
+        collator("qwen3_vl", pictures)._rendered(parse_record(value, source="data.json:3"))
+    assert (error.value.first.code, error.value.first.where) == (code, "data.json:3")
+
+
+def test_templates_that_do_not_write_tools_refuse_them(pictures: Path) -> None:
+    with pytest.raises(DataError, match="not write lists of tools and calls of tools") as error:
+        collator("qwen2_5_vl", pictures)([dialogue()])
+    assert error.value.first.code == "chat-template-no-tools"
+    with pytest.raises(DataError, match="only single tool-calls"):
+        collator("mllama", pictures)([dialogue(several=True)])
+    fast = ImageTextCollator(tiny_tokenizer(), image_tokens=4, image_folder=pictures)
+    tools_alone = {"tools": TOOLS, "messages": [dialogue()["messages"][0], {"role": "assistant", "content": "Red."}]}
+    for value in (dialogue(), tools_alone):
+        with pytest.raises(DataError) as error:
+            fast([value])
+        assert error.value.first.code == "record-tools"
+    with pytest.raises(DataError) as error:
+        collator("qwen3_vl", pictures)([{**tools_alone, "tools": "zoom"}])
+    assert error.value.first.code == "record-tools-field"
