@@ -12,6 +12,8 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from milora_data.secret_text import without_secrets
+
 ErrorT = TypeVar("ErrorT", bound="UserError")
 
 
@@ -62,7 +64,10 @@ def render(problems: Sequence[Problem], source: str = "") -> str:
 
 
 class UserError(ValueError):
-    """One or more problems that a user can fix. The command exits with `exit_code`: 2 bad usage, 1 the run failed."""
+    """One or more problems that a user can fix. The command exits with `exit_code`: 2 bad usage, 1 the run failed.
+
+    Secrets in their texts are hidden, because people share error messages.
+    """
 
     def __init__(
         self,
@@ -75,7 +80,7 @@ class UserError(ValueError):
         source: str = "",
         exit_code: int = 2,
     ) -> None:
-        self.problems = tuple(problems) or (Problem(message, code, where, hint),)
+        self.problems = tuple(map(_without_secrets, problems or [Problem(message, code, where, hint)]))
         self.exit_code = exit_code
         super().__init__(render(self.problems, source))
 
@@ -86,6 +91,11 @@ class UserError(ValueError):
     def first(self) -> Problem:
         """The first problem, in most cases the only one."""
         return self.problems[0]
+
+
+def _without_secrets(problem: Problem) -> Problem:
+    message, where, hint = map(without_secrets, (problem.message, problem.where, problem.hint))
+    return Problem(message, problem.code, where, hint)
 
 
 def _restored(kind: type[ErrorT], args: tuple[Any, ...], fields: dict[str, Any]) -> ErrorT:
@@ -101,7 +111,7 @@ def with_context(error: ErrorT, where: str = "", hint: str = "") -> ErrorT:
     'a.json:3: turn 2 is empty\\nremove it'
     """
     copied = copy(error)
-    copied.problems = tuple(
+    problems = (
         replace(
             problem,
             where=": ".join(filter(None, (where, problem.where))),
@@ -109,6 +119,7 @@ def with_context(error: ErrorT, where: str = "", hint: str = "") -> ErrorT:
         )
         for problem in error.problems
     )
+    copied.problems = tuple(map(_without_secrets, problems))
     copied.args = (render(copied.problems),)
     return copied
 

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from milora_data.command.web import url_problem
 from milora_data.errors import Problem, UserError
+from milora_data.secret_text import HidingStream
 
 
 def suggest(word: str, candidates: Iterable[str]) -> list[str]:
@@ -299,7 +300,11 @@ def _path_error(error: OSError) -> UserError | None:
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
-    """Run `main` with the arguments of the command line and exit the process with its exit code."""
+    """Run `main` with the arguments of the command line and exit the process with its exit code.
+
+    What goes to stderr, tracebacks and logs of libraries too, has no secrets.
+    """
+    sys.stderr = cast(TextIO, HidingStream(sys.stderr))
     silence_dependencies()
     try:
         code = main(None)
