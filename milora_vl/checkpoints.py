@@ -7,17 +7,21 @@ is incomplete if its process was killed while writing it.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from milora_data.json_text import parse_json
 
 # Weight files of a checkpoint; the adapter comes first.
 WEIGHTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
 SET_ASIDE = "incomplete-"
+_BLOCK = 1 << 24
 # Files that only a resumed run needs.
 NO_RESULT = (
     "optimizer.pt",
@@ -27,7 +31,9 @@ NO_RESULT = (
     "latest",
     "zero_to_*.py",
     "trainer_state.json",
+    "checksums.json",
 )
+CHECKSUMS = "checksums.json"
 SHARDS = "global_step*/*_optim_states.pt"
 SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # only with ZeRO-3
 
@@ -79,7 +85,45 @@ def why_incomplete(folder: Path) -> str | None:
     for file in folder.rglob("*"):
         if _is_truncated(file):
             return f"{file.name} is truncated"
+    return _why_changed(folder)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write checksums.json: the hash of every file in a checkpoint, so that a resume finds damaged ones."""
+    sums = {str(file.relative_to(folder)): _checksum(file) for file in _files(folder)}
+    partial = folder / f".{CHECKSUMS}.partial"
+    partial.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / CHECKSUMS)
+
+
+def _why_changed(folder: Path) -> str | None:
+    """Return which file differs from its checksum; None if all are equal, or for a checkpoint without checksums."""
+    file = folder / CHECKSUMS
+    if not file.is_file():  # of an older version, or of other training code
+        return None
+    try:
+        sums = dict(parse_json(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return f"{CHECKSUMS} is damaged"
+    for name, expected in sums.items():
+        stored = folder / name
+        if ".." in Path(name).parts or not stored.is_file():
+            return f"{name} is missing"
+        if _checksum(stored) != expected:
+            return f"the content of {name} has changed since it was written (remove {CHECKSUMS} to use it anyway)"
     return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and CHECKSUMS not in path.name)
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def latest(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
