@@ -123,6 +123,8 @@ def _parse_rule(item: object) -> tuple[Rule | None, list[Problem]]:
     try:
         return Rule(**fields), []
     except PolicyError as error:
-        wrong = {problem.where.split(".")[1] for problem in error.problems}
+        wrong = {problem.where.partition(".")[2].partition(".")[0] for problem in error.problems}
+        if "" in wrong:  # a key that is no text of Unicode
+            return None, list(error.problems)
         sound = {name: value for name, value in fields.items() if name not in wrong}
         return (Rule(**sound) if "modules" in sound else None), list(error.problems)

@@ -65,9 +65,9 @@ def test_other_texts_are_not_changed(text: str) -> None:
 def test_ordinary_words_are_not_taken_for_secrets(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setenv("SHORT_TOKEN", "40")
-    monkeypatch.setenv("KEY_FILE_TOKEN", "/home/me/key")
+    monkeypatch.setenv("KEY_FILE_TOKEN", "/data/me/key")
     assert without_secrets(text) == text
-    assert without_secrets("/home/me/key") == "/home/me/key"
+    assert without_secrets("/data/me/key") == "/data/me/key"
 
 
 def test_no_file_and_no_line_of_a_run_has_a_secret(
