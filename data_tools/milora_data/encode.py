@@ -23,7 +23,7 @@ from typing import Any
 from milora_data.conversation import segments_of
 from milora_data.errors import DataError, with_context
 from milora_data.records import IMAGE, Record, Turn, parse_record, uses_tools
-from milora_data.templates import Segment, no_tools, place_images
+from milora_data.templates import Segment, no_tools, no_videos, place_images
 from milora_data.tokens import IGNORE, TokenizerTraits, tokenizer_traits
 from milora_data.words import words_of
 
@@ -73,6 +73,8 @@ def encode(
     try:
         if uses_tools(record):
             raise no_tools()
+        if record.videos:
+            raise no_videos("this model")
         turns = place_images(record.turns, len(record.images))
         traits = tokenizer_traits(tokenizer)
         bos, segments = segments_of(turns, template, tokenizer, traits=traits)

@@ -25,8 +25,10 @@ from milora_data.tokens import eos_text
 # Characters of Unicode's private use area: no template handles them specially.
 _PLACEHOLDER = "\ue000{}\ue001"
 _PLACEHOLDERS = re.compile("\ue000[0-9]+\ue001")
+# It stands for a video in the texts of turns.
+VIDEO_MARK = "\ue002"
 # A picture and the line break that belongs to its marker: LLaVA's records have "<image>\ntext" or "text\n<image>".
-_MARKERS = re.compile(f"{IMAGE}\n|\n?{IMAGE}")
+_MARKERS = re.compile(f"({IMAGE}|{VIDEO_MARK})\n|\n?({IMAGE}|{VIDEO_MARK})")
 
 Part = Mapping[str, str]
 
@@ -44,7 +46,7 @@ class Rendered(NamedTuple):
 
 
 def parts_of(text: str) -> list[Part]:
-    """Return the text of a turn as the parts of a message: pictures and the stretches of text between them.
+    """Return the text of a turn as the parts of a message: pictures, videos, and the stretches of text between them.
 
     >>> parts_of("<image>\\nWhat is it?")
     [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]
@@ -52,12 +54,17 @@ def parts_of(text: str) -> list[Part]:
     ['Is this', 'picture', '\\n like ', 'picture', '?']
     """
     parts: list[Part] = []
-    for number, stretch in enumerate(_MARKERS.split(text)):
-        if number:
-            parts.append({"type": "image"})
-        if stretch:
-            parts.append({"type": "text", "text": stretch})
+    end = 0
+    for marker in _MARKERS.finditer(text):
+        parts += _text_part(text[end : marker.start()])
+        parts.append({"type": "image" if IMAGE in marker.group() else "video"})
+        end = marker.end()
+    parts += _text_part(text[end:])
     return parts or [{"type": "text", "text": ""}]
+
+
+def _text_part(text: str) -> list[Part]:
+    return [{"type": "text", "text": text}] if text else []
 
 
 def prompt_format(processor: Any) -> PictureTemplate | PlainPrompt:
@@ -284,7 +291,7 @@ class PictureTemplate:
         parts = parts_of(turn.text)
         if turn.role == "tool" and self._tools is not None and not self._tools.in_parts and len(parts) == 1:
             return turn.text
-        if self.in_parts or any(part["type"] == "image" for part in parts):
+        if self.in_parts or any(part["type"] != "text" for part in parts):
             # The position of an answer is that of its text, so an answer of pictures alone gets an empty one.
             needs_text = turn.role == "assistant" and not any("text" in part for part in parts)
             return [*parts, {"type": "text", "text": ""}] if needs_text else parts

@@ -22,10 +22,10 @@ import torch
 from milora_data.encode import NoSupervisedTokens
 from milora_data.errors import DataError, UserError, first_line, with_context
 from milora_data.images.files import ImageError, ImagePolicy, load_image, picture_size, place_of
-from milora_data.picture_template import Rendered
-from milora_data.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
+from milora_data.picture_template import VIDEO_MARK, Rendered
+from milora_data.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, Frames, ProcessorInputs
 from milora_data.record_collator import Item, RecordCollator
-from milora_data.records import IMAGE, Record, Turn, tools_of
+from milora_data.records import IMAGE, VIDEO, Record, Turn, Video, tools_of
 from milora_data.templates import Segment, place_images
 from milora_data.tokens import IGNORE
 
@@ -42,6 +42,7 @@ class PictureSample:
     record: Record
     rendered: Rendered
     images: tuple[Any, ...]
+    videos: tuple[Frames, ...] = ()
     is_cut: bool = False
 
     @property
@@ -89,6 +90,9 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         count = self.inputs.num_text_tokens(rendered) + sum(
             self.inputs.num_picture_tokens(*_size(place_of(self.image_folder, name))) for name in record.images
         )
+        for video in record.videos:
+            size = _size(place_of(self.image_folder, video.frames[0]))
+            count += self.inputs.num_video_tokens(len(video.frames), video.fps, *size)
         return count if self.max_length is None else min(count, self.max_length)
 
     def num_supervised(self, record: Record) -> int:
@@ -107,6 +111,9 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             end = stop
         pieces += [Segment(rendered.text[end:], False), Segment(rendered.suffix or "", True)]
         shown = [piece._replace(text=piece.text.replace(self.inputs.placeholder, IMAGE)) for piece in pieces]
+        if record.videos:
+            token = str(self.inputs.video_placeholder)
+            shown = [piece._replace(text=piece.text.replace(token, VIDEO)) for piece in shown]
         return [piece for piece in shown if piece.text]
 
     def lengths(self, records: Sequence[Record]) -> list[int]:
@@ -123,8 +130,9 @@ class ProcessorCollator(RecordCollator[PictureSample]):
 
     def _rendered(self, record: Record) -> Rendered:
         try:
-            rendered = self.inputs.format.render(marked(record.turns, len(record.images)), tools=tools_of(record))
-            self.inputs.require_pictures(rendered.text, len(record.images))
+            turns = with_video_marks(marked(record.turns, len(record.images)), len(record.videos))
+            rendered = self.inputs.format.render(turns, tools=tools_of(record))
+            self.inputs.require_pictures(rendered.text, len(record.images), len(record.videos))
             if not rendered.supervised and rendered.suffix is None:
                 raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")
         except DataError as error:
@@ -133,7 +141,25 @@ class ProcessorCollator(RecordCollator[PictureSample]):
 
     def _read(self, record: Record) -> PictureSample:
         rendered = self._rendered(record)
-        return PictureSample(record, rendered, tuple(self._image(record, name) for name in record.images))
+        images = tuple(self._image(record, name) for name in record.images)
+        return PictureSample(record, rendered, images, tuple(self._frames(record, video) for video in record.videos))
+
+    def _frames(self, record: Record, video: Video) -> Frames:
+        frames: list[Any] = []
+        for name in video.frames:
+            try:
+                frames.append(load_image(place_of(self.image_folder, name)))
+            except ImageError as error:
+                frames.append(self._replaced(error, like=frames[-1] if frames else None))
+        sizes = sorted({frame.size for frame in frames})
+        if len(sizes) > 1:
+            shown = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
+            raise DataError(
+                f"the frames of a video have several sizes: {shown}",
+                code="video-frame-sizes",
+                where=record.source or record.id,
+            )
+        return Frames(tuple(frames), video.fps)
 
     def _image(self, record: Record, name: str) -> Any:
         try:
@@ -141,13 +167,16 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         except ImageError as error:
             return self._replaced(error)
 
-    def _replaced(self, error: ImageError) -> Any:
-        """Return a plain picture in place of one that cannot be used, or raise its error, as `bad_images` says."""
+    def _replaced(self, error: ImageError, like: Any = None) -> Any:
+        """Return a plain picture in place of one that cannot be used, or raise its error, as `bad_images` says.
+
+        `like` is a picture of the size that it needs.
+        """
         if self.bad_images != "replace":
             raise error
         self._count("replaced")
         log.warning("%s (replaced by a plain picture)", error)
-        return self.inputs.blank(*BLANK)
+        return self.inputs.blank(*(BLANK if like is None else (like.height, like.width)))
 
     def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         if any(isinstance(item, Sequence) for item in records):
@@ -201,6 +230,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         return self.inputs(
             [sample.rendered for sample in samples],
             [sample.images for sample in samples],
+            [sample.videos for sample in samples],
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
             with_places=True,
@@ -260,7 +290,8 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             return None
         text = rendered.text[:end]
         images = sample.images[: self.inputs.num_placeholders(text)]
-        return replace(sample, rendered=Rendered(text, ranges), images=images, is_cut=True)
+        videos = sample.videos[: self.inputs.num_videos(text)]
+        return replace(sample, rendered=Rendered(text, ranges), images=images, videos=videos, is_cut=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +359,21 @@ def labelled_inputs(inputs: ProcessorInputs, rendered: Rendered, images: Sequenc
     batch = inputs([rendered], [images], padding_side="right", with_places=True)
     labels = batch["labels"] if rendered.suffix is not None else _labels(batch, _rows(batch, [sample]))
     return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL} | {"labels": labels}
+
+
+def with_video_marks(turns: Sequence[Turn], num_videos: int) -> list[Turn]:
+    """Return the turns with a mark for each `<video>`, if the record has videos.
+
+    Raises `DataError` if their numbers differ.
+    """
+    if not num_videos:
+        return list(turns)
+    found = sum(turn.text.count(VIDEO) for turn in turns)
+    if found != num_videos:
+        raise DataError(
+            f"{found} {VIDEO} in the conversation, but {num_videos} videos in the record", code="record-image-count"
+        )
+    return [replace(turn, text=turn.text.replace(VIDEO, VIDEO_MARK)) for turn in turns]
 
 
 def marked(turns: Sequence[Turn], num_images: int) -> list[Turn]:

@@ -5,15 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from milora_data.errors import DataError, UserError
 from milora_data.picture_template import Rendered, prompt_format
+from milora_data.templates import no_videos
 
 # What processors raise for pictures and texts that they do not take.
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
 PLACES = "places_of_pictures"
 BLANK = (64, 64)  # height and width of a picture that stands for one without pixels
+
+
+class Frames(NamedTuple):
+    """A video as its frames (PIL), and their number per second, if it is known."""
+
+    frames: tuple[Any, ...]
+    fps: float | None = None
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what processors write time stamps from: the frames are all there are."""
+        count = len(self.frames)
+        return {"total_num_frames": count, "fps": self.fps, "frames_indices": list(range(count))}
+
+
+def _video_token(processor: Any) -> str | None:
+    """Return the token that stands for a video in texts; None for a processor that takes no videos."""
+    try:
+        return str(processor.video_token) if processor.video_processor is not None else None
+    except AttributeError:
+        return None
 
 
 class ProcessorInputs:
@@ -31,18 +52,21 @@ class ProcessorInputs:
             )
         self.format = prompt_format(processor)
         self.placeholder = str(processor.image_token)
+        self.video_placeholder = _video_token(processor)
         self._counts: dict[tuple[int, int], int] = {}
+        self._video_counts: dict[tuple[int, float | None, int, int], int] = {}
 
     def __call__(
         self,
         rendered: Sequence[Rendered],
         images: Sequence[Sequence[Any]],
+        videos: Sequence[Sequence[Frames]] = (),
         *,
         padding_side: str,
         pad_to_multiple_of: int | None = None,
         with_places: bool = False,
     ) -> dict[str, Any]:
-        """Return the processor's tensors for texts with their pictures (PIL).
+        """Return the processor's tensors for texts with their pictures (PIL) and videos.
 
         `with_places` adds offset_mapping (batch, length, 2), the characters of each token in the text with expanded
         placeholders, and PLACES: per text and picture the characters of the placeholder (start, end), and of what
@@ -59,6 +83,11 @@ class ProcessorInputs:
             options["pad_to_multiple_of"] = pad_to_multiple_of
         if rendered[0].suffix is not None:
             options["suffix"] = [str(one.suffix) for one in rendered]
+        shown = [video for row in videos for video in row]
+        if shown:
+            options |= {"videos": [list(video.frames) for video in shown], "do_sample_frames": False}
+            if any(video.fps for video in shown):
+                options["video_metadata"] = [video.metadata() for video in shown]
         pictures = [list(row) for row in images] if any(images) else None
         if pictures and not all(pictures):
             self.require_mixed_rows()
@@ -98,8 +127,26 @@ class ProcessorInputs:
         """Return the number of pictures in a rendered text."""
         return text.count(self.placeholder)
 
-    def require_pictures(self, text: str, num_images: int) -> None:
-        """Raise `DataError` if a rendered text has not one placeholder per picture."""
+    def num_videos(self, text: str) -> int:
+        """Return the number of videos in a rendered text."""
+        return text.count(self.video_placeholder) if self.video_placeholder else 0
+
+    def require_pictures(self, text: str, num_images: int, num_videos: int = 0) -> None:
+        """Raise `DataError` if a rendered text has not one placeholder per picture and per video."""
+        if num_videos and self.video_placeholder is None:
+            raise no_videos(type(self.processor).__name__)
+        if self.num_videos(text) != num_videos and (num_videos or self.video_placeholder != self.placeholder):
+            if self.num_videos(text) > num_videos:
+                raise DataError(
+                    f"{self.num_videos(text)} video tokens, but {num_videos} videos: a text contains the video token "
+                    f"({self.video_placeholder})",
+                    code="record-image-token-in-text",
+                )
+            raise DataError(
+                f"the chat template writes {self.num_videos(text)} of {num_videos} videos of this record",
+                code="chat-template-no-pictures",
+                hint="it may take videos only in turns of the user, or none",
+            )
         found = self.num_placeholders(text)
         if found > num_images:
             raise DataError(
@@ -118,7 +165,7 @@ class ProcessorInputs:
         """Return the number of tokens of a text without its pictures."""
         text = rendered.text + (rendered.suffix or "")
         ids = self.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"]
-        return len(ids) - self.num_placeholders(text)
+        return len(ids) - self.num_placeholders(text) - self.num_videos(text)
 
     def num_picture_tokens(self, height: int, width: int) -> int:
         """Return the number of tokens of a picture, without pixels where the processor can count.
@@ -130,6 +177,19 @@ class ProcessorInputs:
             counted = self._counted(size)
             self._counts[size] = self._measured(size) if counted is None else counted + self._frame
         return self._counts[size]
+
+    def num_video_tokens(self, num_frames: int, fps: float | None, height: int, width: int) -> int:
+        """Return the number of tokens of a video with frames of this size, as the processor counts grey frames."""
+        key = (num_frames, fps, height, width)
+        if key not in self._video_counts:
+            text = Rendered((self.tokenizer.bos_token or "") + str(self.video_placeholder), ())
+            video = Frames((self.blank(height, width),) * num_frames, fps)
+            try:
+                batch = self([text], [[]], [[video]], padding_side="right")
+                self._video_counts[key] = len(batch["input_ids"][0]) - self.num_text_tokens(text)
+            except PROCESSOR_ERRORS:
+                self._video_counts[key] = 1  # the collator reports the video
+        return self._video_counts[key]
 
     def _counted(self, size: tuple[int, int]) -> int | None:
         """Return the processor's own count, which serving engines use; None if it has none."""

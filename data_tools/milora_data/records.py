@@ -8,9 +8,10 @@ LLaVA's `train.py` defines the format: {"id", "image"?, "conversations": [{"from
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from milora_data.command.web import web_address
 from milora_data.errors import DataError, with_context
@@ -19,7 +20,6 @@ from milora_data.images.embedded import (
     decoded,
     described,
     is_embedded,
-    refusal,
 )
 from milora_data.images.files import StoredPicture
 
@@ -37,9 +37,10 @@ ROLES: dict[str, Role] = {
 CALL_KEYS = ("tool_calls", "tool_call_id", "name")
 CHARACTERS_PER_TOKEN = 4
 IMAGE = "<image>"
+VIDEO = "<video>"  # marks a video in a record that has videos, and is a text like any other elsewhere
 # Characters without a width that are no white space to Python: zero-width space and joiners, word joiner, BOM.
 _ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
-KNOWN_KEYS = ("id", "image", "images", "conversations")
+KNOWN_KEYS = ("id", "image", "images", "video", "videos", "conversations")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,13 @@ class Turn:
         return not self.call and not self.text.replace(IMAGE, "").translate(_ZERO_WIDTH).strip()
 
 
+class Video(NamedTuple):
+    """A video as the picture files of its frames in order; `fps` is their number per second, if it is known."""
+
+    frames: tuple[str, ...]
+    fps: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One conversation with its pictures. `source` is "file:line"; `extra` holds the keys outside LLaVA's format."""
@@ -72,12 +80,24 @@ class Record:
     turns: tuple[Turn, ...]
     source: str = ""
     extra: Mapping[str, object] = field(default_factory=dict)
+    videos: tuple[Video, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all pictures, with the frames of videos."""
+        return self.images + tuple(frame for video in self.videos for frame in video.frames)
 
 
-def parse_record(value: object, *, source: str = "", embedded: Literal["refuse", "read", "keep"] = "refuse") -> Record:
+def with_names(record: Record, new_name: Callable[[str], str]) -> Record:
+    """Return a record with other names of its pictures and frames."""
+    videos = tuple(video._replace(frames=tuple(map(new_name, video.frames))) for video in record.videos)
+    return replace(record, images=tuple(map(new_name, record.images)), videos=videos)
+
+
+def parse_record(value: object, *, source: str = "", embedded: Literal["read", "keep"] = "read") -> Record:
     """Return the `Record` of one decoded LLaVA dict; raises `DataError` at `source` if it is not a record.
 
-    embedded: refuse base64 pictures (raises `EmbeddedPicture`), read them as stored pictures, or keep them unchanged.
+    embedded: read base64 pictures as stored pictures, or keep them unchanged.
 
     >>> parse_record({"id": 7, "conversations": [{"from": "human", "value": "Hi"}]}).turns
     (Turn(role='user', text='Hi'),)
@@ -85,25 +105,21 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["refuse",
     try:
         if not isinstance(value, dict):
             raise DataError(f"expected a record (an object), got {type(value).__name__}", code="record-not-an-object")
-        form = "llava"
         if "prompt" in value and "completion" in value and "conversations" not in value and "messages" not in value:
             value = from_completion(value)
         if "messages" in value and "conversations" not in value:
-            form = "messages"
-            value = from_messages(value, number=0) | ({} if "id" in value else {"id": ""})
-        images = _images(value)
-        if first := next(filter(is_embedded, images), ""):
-            if embedded == "refuse":
-                raise refusal(first, source, form)
-            if embedded == "read":
-                images = tuple(decoded(name) if is_embedded(name) else name for name in images)
-        return Record(
+            value = from_messages(value, number=0, web="keep") | ({} if "id" in value else {"id": ""})
+        record = Record(
             id=str(value.get("id", "")),
-            images=images,
+            images=_images(value),
             turns=_turns(value),
             source=source,
             extra={key: item for key, item in value.items() if key not in KNOWN_KEYS},
+            videos=_videos(value),
         )
+        if embedded == "read" and any(map(is_embedded, record.files)):
+            return with_names(record, lambda name: decoded(name) if is_embedded(name) else name)
+        return record
     except DataError as error:
         raise with_context(error, source or "record") from None
 
@@ -127,6 +143,33 @@ def _images(value: dict[str, Any]) -> tuple[str, ...]:
             f'"image" must be a file name or a list of file names, got {_short(field)}', code="record-image-field"
         )
     return tuple(names)
+
+
+def _videos(value: dict[str, Any]) -> tuple[Video, ...]:
+    """Return the videos of "videos", a list of them, or of "video", a single one."""
+    listed = value.get("videos")
+    if listed is None:
+        listed = [] if value.get("video") is None else [value["video"]]
+    return tuple(map(_video, listed if isinstance(listed, list) else [listed]))
+
+
+def _video(value: object) -> Video:
+    """Return a video from a list of frames, or {"frames": [...], "fps": ...}."""
+    frames = value.get("frames") if isinstance(value, Mapping) else value
+    fps = value.get("fps") if isinstance(value, Mapping) else None
+    if isinstance(frames, str):
+        raise DataError(
+            f"a video is a list of its frames in picture files, got the file {described(frames)!r}",
+            code="video-file",
+            hint="write them to pictures, for example two per second:  ffmpeg -i VIDEO -vf fps=2 frames/%04d.jpg",
+        )
+    if not isinstance(frames, list) or not frames:
+        raise DataError(
+            f"a video must be a list of picture files, its frames, got {_short(value)}", code="record-video-field"
+        )
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or fps <= 0):
+        raise DataError(f'"fps" of a video must be a number above 0, got {_short(fps)}', code="record-video-field")
+    return Video(tuple(map(_file, frames)), None if fps is None else float(fps))
 
 
 def _short(value: object) -> str:
@@ -232,18 +275,19 @@ def uses_tools(record: Record) -> bool:
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}
 
 
-def from_messages(value: object, *, number: int) -> dict[str, Any]:
+def from_messages(value: object, *, number: int, web: Literal["refuse", "keep"] = "refuse") -> dict[str, Any]:
     """Return the LLaVA record of {"messages": [...], "images"?: [...]}; other keys are kept.
 
     `number` is the default id.
     Pictures are named by the parts of a message ({"type": "image", "image": path}) or, in order, by "images".
     Base64 pictures are kept unchanged (embedded.py). Raises `DataError` if there are no messages, if a role or a part
-    is unknown, or if a picture is a web address.
+    is unknown, or, unless `web` is keep, if a picture is a web address.
     """
     if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
         raise DataError('expected an object with "messages", a list', code="messages-missing")
     named: list[str] = []
-    turns = [_message_turn(message, place, named) for place, message in enumerate(value["messages"], start=1)]
+    videos: list[Any] = []
+    turns = [_message_turn(message, place, named, videos) for place, message in enumerate(value["messages"], start=1)]
     field = value.get("images") or []
     listed = [_file(image) for image in (field if isinstance(field, list) else [field])]
     if named and listed:
@@ -251,13 +295,20 @@ def from_messages(value: object, *, number: int) -> dict[str, Any]:
             'the messages and "images" both name pictures; expected only one of them', code="messages-images-twice"
         )
     images = named or listed
+    if web == "refuse" and (address := next(filter(web_address, images), "")):
+        raise DataError(f"a picture at a web address: {described(address)}", code="image-web-address", hint=NOT_FETCHED)
     missing = len(images) - sum(turn["value"].count(IMAGE) for turn in turns)
     first = next((turn for turn in turns if turn["from"] == "human"), None)
     if missing == len(images) and first is not None:
         first["value"] = f"{IMAGE}\n" * missing + first["value"]
     others = {key: item for key, item in value.items() if key not in ("messages", "images", "id")}
+    if videos and others.get("videos"):
+        raise DataError(
+            'the messages and "videos" both name videos; expected only one of them', code="messages-images-twice"
+        )
     pictures = {"image": images[0] if len(images) == 1 else images} if images else {}
-    return {"id": str(value.get("id", number)), **pictures, "conversations": turns, **others}
+    shown = {"videos": videos} if videos else {}
+    return {"id": str(value.get("id", number)), **pictures, "conversations": turns, **others, **shown}
 
 
 def from_completion(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,7 +325,7 @@ def from_completion(value: Mapping[str, Any]) -> dict[str, Any]:
     return {**others, "messages": messages}
 
 
-def _message_turn(message: object, place: int, named: list[str]) -> dict[str, Any]:
+def _message_turn(message: object, place: int, named: list[str], videos: list[Any]) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, dict) else message
     if not isinstance(message, dict) or not isinstance(role, str) or role not in ROLES:
         raise DataError(
@@ -287,11 +338,11 @@ def _message_turn(message: object, place: int, named: list[str]) -> dict[str, An
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise DataError(f'message {place}: "content" must be a text or a list of parts', code="messages-content")
-    texts = [_part(part, place, named) for part in parts]
+    texts = [_part(part, place, named, videos) for part in parts]
     return {"from": SPEAKERS[ROLES[role]], "value": "".join(texts), **calls}
 
 
-def _part(part: object, place: int, named: list[str]) -> str:
+def _part(part: object, place: int, named: list[str], videos: list[Any]) -> str:
     if not isinstance(part, dict):
         raise DataError(
             f"message {place}: a part must be an object, got {type(part).__name__}", code="messages-content"
@@ -303,8 +354,14 @@ def _part(part: object, place: int, named: list[str]) -> str:
         pictures = [part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None]
         named += [_file(picture) for picture in pictures[:1]]
         return f"{IMAGE}\n"
+    if kind in ("video", "video_url"):
+        shown = next((part[key] for key in ("video", "video_url", "path", "url") if part.get(key) is not None), None)
+        if shown is not None:  # else "videos" lists them
+            shown = shown.get("url") if isinstance(shown, dict) and "url" in shown else shown
+            videos.append({"frames": shown, "fps": part.get("fps")} if isinstance(shown, list) else shown)
+        return f"{VIDEO}\n"
     raise DataError(
-        f"message {place}: unsupported part of type {kind!r}; expected text or an image",
+        f"message {place}: unsupported part of type {kind!r}; expected text, an image or a video",
         code="messages-unsupported-part",
     )
 
@@ -313,8 +370,8 @@ def _file(image: object) -> str:
     if isinstance(image, StoredPicture):
         return image
     name = (image.get("path") or image.get("url")) if isinstance(image, dict) else image
-    if isinstance(name, str) and web_address(name):
-        raise DataError(f"a picture at a web address: {described(name)}", code="image-web-address", hint=NOT_FETCHED)
+    if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):  # a picture of a table
+        return StoredPicture(Path(str(name or "picture")).name, image["bytes"])
     if not isinstance(name, str):
         raise DataError(f"a picture must be a file name, got {type(image).__name__}", code="record-image-field")
     return name

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.web import url_problem
+from milora_data.command.web import url_problem, web_address
 from milora_data.errors import DataError, UserError
 from milora_data.formats.jsonfile import not_utf8, read_objects
 from milora_data.formats.saved import is_saved
 from milora_data.formats.stored import stored_records
-from milora_data.images.files import PlacedPicture, StoredPicture, leads_outside
-from milora_data.records import Record, parse_record
+from milora_data.images.files import PlacedPicture, StoredPicture, WebPicture, leads_outside
+from milora_data.records import Record, parse_record, with_names
 from milora_data.yaml_text import YamlTextError, parse_yaml
 
 _KEYS = ("path", "weight", "image_folder")
@@ -110,11 +110,18 @@ def within(record: Record, image_folder: str | None) -> Record:
     folder = Path(image_folder)
 
     def placed(name: str) -> str:
-        if isinstance(name, StoredPicture) or leads_outside(folder, name):
+        if isinstance(name, StoredPicture) or web_address(name) or leads_outside(folder, name):
             return name
         return PlacedPicture((folder / name).absolute())
 
-    return replace(record, images=tuple(map(placed, record.images)))
+    return with_names(record, placed)
+
+
+def from_web(record: Record) -> Record:
+    """Return a record whose pictures at web addresses are downloaded when they are read (images/download.py)."""
+    if not any(map(web_address, record.files)):
+        return record
+    return with_names(record, lambda name: WebPicture(name) if web_address(name) else name)
 
 
 def _source(entry: Any, folder: Path, place: str) -> Source:

@@ -20,8 +20,9 @@ from datasets.distributed import split_dataset_by_node
 from milora_data.errors import DataError, UserError, no_records
 from milora_data.formats.jsonfile import Part, parts_of, read_part
 from milora_data.formats.stored import HUB, broken_off, files_of, items_of_file, open_hub, row_to_record
+from milora_data.images.files import WebPictures
 from milora_data.records import Record, parse_record
-from milora_data.sources import Source, is_json, read_sources, within
+from milora_data.sources import Source, from_web, is_json, read_sources, within
 
 StreamItem: TypeAlias = Record | UserError
 FEATURES = datasets.Features({"record": datasets.Value("large_binary")})
@@ -36,8 +37,10 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
     the saved number. Without a shuffle buffer, the state of `datasets` restores the position directly.
     """
 
-    def __init__(self, rows: datasets.IterableDataset, seed: int, *, buffered: bool) -> None:
-        self.rows, self.seed, self.buffered = rows, seed, buffered
+    def __init__(
+        self, rows: datasets.IterableDataset, seed: int, *, buffered: bool, web_pictures: WebPictures = "refuse"
+    ) -> None:
+        self.rows, self.seed, self.buffered, self.web_pictures = rows, seed, buffered, web_pictures
         self._epoch, self._done = 0, 0
 
     def __iter__(self) -> Iterator[StreamItem]:
@@ -48,7 +51,8 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
             try:
                 for row in islice(self.rows, self._done if self.buffered else 0, None):
                     self._done += 1
-                    yield pickle.loads(row["record"])
+                    item = pickle.loads(row["record"])
+                    yield from_web(item) if self.web_pictures == "download" and isinstance(item, Record) else item
             except Exception as error:  # files yield their errors as items; the hub raises exceptions of any type
                 broken = broken_off(f"a source of the hub, after {self._done:,} records", error)
                 if torch.utils.data.get_worker_info() is None:
@@ -79,12 +83,13 @@ def record_stream(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    web_pictures: WebPictures = "refuse",
 ) -> RecordStream:
     """Return the endless stream of one file (or hub:NAME, or a mixture in YAML), or of several sources.
 
     With several sources, each record comes from a source drawn with the probability of its weight
     (`datasets.interleave_datasets`). Shards are shuffled, and `shuffle_buffer` rows are shuffled at a time (0: none).
-    `rank` of `world_size` processes gets its part of the rows.
+    `rank` of `world_size` processes gets its part of the rows. `web_pictures` is explained by `from_web`.
     Raises `UserError` if a file is missing or no source has a weight above 0.
     """
     used = [source for source in _sources(sources) if source.weight > 0]
@@ -100,7 +105,7 @@ def record_stream(
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
     if world_size > 1:
         rows = split_dataset_by_node(rows, rank, world_size)
-    return RecordStream(rows, seed, buffered=bool(shuffle_buffer))
+    return RecordStream(rows, seed, buffered=bool(shuffle_buffer), web_pictures=web_pictures)
 
 
 def _sources(sources: str | Path | Sequence[Source]) -> Sequence[Source]:

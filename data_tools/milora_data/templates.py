@@ -249,6 +249,13 @@ def no_tools() -> DataError:
     )
 
 
+def no_videos(name: str) -> DataError:
+    """Return the error for a record with a video, for a model or processor that takes none."""
+    return DataError(
+        f"{name} takes no videos", code="record-videos", hint="use its frames as pictures, or leave it out"
+    )
+
+
 def split_tool_turns(turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
     """Return a leading system turn (or none) and the turns of a conversation in which the assistant may call tools.
 

@@ -4,3 +4,5 @@
 `bases` takes the first eigenvectors V of C, and `files` stores them. `lora/protection.py` keeps the update orthogonal
 to them. Related work: LoRA-Null (arXiv:2503.02659), SC-LoRA (arXiv:2505.23724), CorDA (arXiv:2406.05223).
 """
+
+VERSION = 3  # increase it if equal settings can give other directions

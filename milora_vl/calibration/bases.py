@@ -87,7 +87,7 @@ def first_directions(C: Tensor, share: float, limit: int | None) -> tuple[Tensor
     with full_precision(C.device):
         if limit is not None and len(C) > max(LARGE, FEW * limit):
             factors = decompose(C, limit, "principal")
-            values, vectors = factors.S, factors.Vh.T
+            values, vectors = factors.S, torch.linalg.qr(factors.Vh.T.double()).Q  # orthonormal in float32, not to 2e-6
         else:
             values, vectors = (half.flip(-1) for half in torch.linalg.eigh(C))
     held = values.double().clamp(min=0).cumsum(0).cpu() / total

@@ -21,12 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from milora_data.json_text import parse_json
+from milora_vl.calibration import VERSION
 from milora_vl.calibration.bases import InputBasis, ProtectedInputs
 from milora_vl.calibration.errors import CalibrationError
 from milora_vl.checkpoints import step_of
 from milora_vl.policy.rules import Target
-
-VERSION = 3  # increase it if equal settings can give other directions
 
 
 def file_name(digest: str) -> str:

@@ -20,9 +20,8 @@ from milora_data.command.cli import amount, command_line
 from milora_data.compact import CompactRecords
 from milora_data.errors import DataError, Problem, UserError, no_records
 from milora_data.formats.jsonfile import missing_file
-from milora_data.images.embedded import EmbeddedPicture
 from milora_data.records import Record, tools_of
-from milora_data.sources import Source, is_json, load_records, mixed_records
+from milora_data.sources import Source, from_web, is_json, load_records, mixed_records
 from milora_data.stream import record_stream
 from milora_vl.recipe.schema import DataConfig, SourceConfig
 
@@ -112,7 +111,7 @@ def _inspect_stream(config: DataConfig) -> RunData:
             hint='pip install "milora-vl[data]"',
         )
     assert config.path is not None
-    stream = record_stream(sources_of(config.path), shuffle_buffer=0)
+    stream = record_stream(sources_of(config.path), shuffle_buffer=0, web_pictures=config.web_pictures)
     items = list(islice(stream, INSPECTED))
     errors = [item for item in items if isinstance(item, DataError)]
     if errors and config.bad_images == "raise":
@@ -153,12 +152,14 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
         path = describe(config)
     else:
         stream = read(path)
+    if config.web_pictures == "download":
+        stream = map(from_web, stream)
     if config.bad_images != "raise":
         stream = _usable(stream, report)
     try:
         records = list(islice(stream, config.limit))
     except DataError as error:
-        if not Path(path).is_file() or isinstance(error, EmbeddedPicture):  # it already has a hint
+        if not Path(path).is_file():  # it already has a hint
             raise
         raise DataError(problems=_with_hint(error, path)) from None
     if not records:
@@ -167,7 +168,7 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
     kept = records
     if config.bad_images == "skip" and counts["missing_pictures"]:
         missing = set(find_missing(uses(records), Path(config.image_folder or "")))
-        kept = [record for record in records if missing.isdisjoint(record.images)]
+        kept = [record for record in records if missing.isdisjoint(record.files)]
     skipped = len(records) - len(kept)
     if counts["unlearnable"]:
         kept = [record for record in kept if all(finding.kind != "no_answer" for finding in examine(record))]
@@ -193,7 +194,7 @@ def fingerprint(records: Iterable[Record]) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for record in records:
-        parts = [*record.images, ""]
+        parts = [*record.files, ""]
         for turn in record.turns:
             parts += (turn.role, turn.text, *filter(None, [turn.call]))
         if record.extra.get("tools"):
@@ -215,8 +216,7 @@ def _no_records(path: str, report: Report) -> Problem:
         return no_records(path)
     first = report.findings[0]
     problem = _all_left_out(path, Counter(KINDS[finding.kind].title for finding in report.findings))
-    hint = command_line("milora_data", *report.convert_words()) if report.form else problem.hint
-    return replace(problem, message=f"{problem.message}\nfirst: {first.where}: {first.sentence}", hint=hint)
+    return replace(problem, message=f"{problem.message}\nfirst: {first.where}: {first.sentence}")
 
 
 def _all_left_out(path: str, reasons: Mapping[str, int]) -> Problem:

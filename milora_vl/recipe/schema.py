@@ -64,6 +64,7 @@ class DataConfig(Strict):
     feature_cache: str | None = None  # folder for the features of a frozen vision tower
     packing: bool = False  # pack several records into a row of 2 * max_length
     bad_images: Literal["raise", "skip", "replace"] = "raise"
+    web_pictures: Literal["refuse", "download"] = "refuse"  # pictures that records name by http(s) addresses
     streaming: bool = False  # read records while training; weights are shares of the records
     shuffle_buffer: NonNegativeInt = 1000  # number of streamed records that are shuffled at a time
     limit: PositiveInt | None = None  # the first N records only

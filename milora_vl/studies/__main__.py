@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import llava_recipes
 from milora_data.command.cli import amount, next_step, positive, run
 from milora_data.command.flags import Command, flag, option, shared
+from milora_data.errors import UserError
 from milora_vl.studies.study import Study, chosen, read_study
 from milora_vl.studies.tasks import load_task, task_class
 from milora_vl.sweep.cells import Cell
@@ -47,6 +48,7 @@ examples:
     outputs=(
         shared("output_dir", default=Path("runs/studies"), about="output folder (default: %(default)s)"),
         option("--docs", type=Path, metavar="FOLDER", help="write the results into QUESTION.md in this folder"),
+        flag("--redraw", "draw the curves in --docs again from the CSV files there, then stop"),
         shared("format"),
     ),
 )
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list or options.study is None:
         _list(options.format == "json")
         return 0
+    if options.redraw and options.docs is None:
+        raise UserError("--redraw needs --docs FOLDER, with the CSV file of the study", code="study-redraw")
     code = 0
     for name in chosen(options.study):
         code |= _run_one(name, read_study(name), options)
@@ -76,6 +80,9 @@ def _list(as_json: bool) -> None:
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     from milora_vl.studies import page, runner
 
+    if options.redraw:
+        sys.stderr.write(f"docs: {page.redraw(name, study, options.docs)}\n")
+        return 0
     task_class(study.task)  # raises UserError for missing packages or data before the workers start
     if study.each is not None:
         sys.stderr.write(f"{name}: reading the matrices of its model ...\n")

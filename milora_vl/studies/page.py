@@ -5,24 +5,26 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from milora_data.command.atomic_write import write_text
 from milora_data.errors import UserError
-from milora_vl.report.plots import draw, write_csv
+from milora_vl.report.plots import PlotStyle, draw, png, write_csv
 from milora_vl.report.tables import Table
 from milora_vl.studies import decay, plots
 from milora_vl.studies.runner import Folder, all_cells, finished
-from milora_vl.studies.study import Study
+from milora_vl.studies.study import Study, chosen, read_study
 from milora_vl.studies.tasks import load_task, task_class
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
-from milora_vl.sweep.curves import curves_of, curves_table, read
+from milora_vl.sweep.curves import at_common_loss, curves_of
+from milora_vl.sweep.plots import Panel, curves_figure, scores_figure
 from milora_vl.sweep.results import Arm, Result, arms, mean_of
 
+_CURVES = "forgetting over validation loss"
 # Optional columns of cells.csv, with their headings.
 _MORE = {"forgetting_pictures": "of pictures", "update": "‖ΔW‖/‖W‖", "overlap": "overlap with top"}
 
@@ -105,21 +107,17 @@ def _row(arm: Arm, results: Mapping[Cell, Result], more: Sequence[str], seeds: i
 
 
 def document(name: str, folder: Folder, docs: Path) -> Path:
-    """Write the results into the page of the question in `docs`: the cells as CSV, the figure, and the table.
+    """Write the results into the page of the question in `docs`: the cells as CSV, the figures, and the table.
 
     Raises UserError if the page has no marker for them, or if a result is missing.
     """
     file = docs / f"{name.partition('.')[0]}.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if f"<!-- results: {name} -->" not in text:
-        raise UserError(
-            f"no line  <!-- results: {name} -->  (up to  <!-- end -->)", code="study-page-marker", where=str(file)
-        )
+    if not any(_start(marked) in text for marked in (name, file.stem)):
+        raise UserError(f"no line  {_start(name)}  (up to  <!-- end -->)", code="study-page-marker", where=str(file))
+    files = {".csv": "cells.csv"}
     if decay.NONE in folder.study.arms:
-        files = {".csv": "cells.csv", ".layers.csv": "layers.csv", ".correlations.csv": "correlations.csv"}
-        files |= {".png": "layers.png"}
-    else:
-        files = {".csv": "cells.csv", ".png": "curves.png" if folder.study.reference else "pareto.png"}
+        files |= {".layers.csv": "layers.csv", ".correlations.csv": "correlations.csv", ".png": "layers.png"}
     missing = [source for source in files.values() if not (folder.path / source).is_file()]
     if missing:
         raise UserError(
@@ -129,46 +127,135 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
         )
     for suffix, source in files.items():
         shutil.copyfile(folder.path / source, docs / f"{name}{suffix}")
-    write_text(file, documented(text, name, folder.study, docs))
+    return redraw(name, folder.study, docs)
+
+
+def redraw(name: str, study: Study, docs: Path) -> Path:
+    """Write the figures and the table of a study into `docs` again, from the CSV files there. Return the page.
+
+    Raises UserError if `docs` has no such file.
+    """
+    file = docs / f"{name.partition('.')[0]}.md"
+    if not (docs / f"{name}.csv").is_file():
+        raise UserError(
+            f"no file {docs / name}.csv",
+            code="study-redraw",
+            where="--redraw",
+            hint=f"run the study first:  python -m milora_vl.studies {name} --docs {docs}",
+        )
+    text = file.read_text(encoding="utf-8")
+    if _start(file.stem) in text and study.reference is not None:
+        panels = [_task_panel(found) for found in _studies_of(file.stem, docs)]
+        (docs / f"{file.stem}.png").write_bytes(png(curves_figure(panels, PlotStyle())))
+    elif study.reference is not None:
+        _draw_curves(name, study, study.reference, docs)
+    write_text(file, documented(text, name, study, docs))
     return file
 
 
+def _draw_curves(name: str, study: Study, reference: str, docs: Path) -> None:
+    """Draw NAME.png, forgetting over loss, and NAME.score.png, score over forgetting, from NAME.csv in `docs`."""
+    cells, task = read_cells(docs / f"{name}.csv"), task_class(study.task)
+    panels = page.panels(cells, list(cells), study.seeds, task.forgets, reference)
+    style = PlotStyle()
+    (docs / f"{name}.png").write_bytes(png(curves_figure(panels, style)))
+    scores = scores_figure(panels[0].arms, task.metric, task.forgets, style)
+    (docs / f"{name}.score.png").write_bytes(png(scores))
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """The cells of one task of a question, from `docs`: those of the seeds that ran with several rates."""
+
+    study: Study
+    reference: str
+    cells: Mapping[Cell, dict[str, Any]]
+
+
+def _studies_of(question: str, docs: Path) -> list[_Read]:
+    """Return the studies of a question that have a CSV file in `docs` and a reference."""
+    found = []
+    for name in chosen(question):
+        study, file = read_study(name), docs / f"{name}.csv"
+        if study.reference is not None and file.is_file():
+            seeds = study.search_seeds or study.seeds
+            cells = {cell: result for cell, result in read_cells(file).items() if cell.seed < seeds}
+            found.append(_Read(study, study.reference, cells))
+    return found
+
+
+def _task_panel(found: _Read) -> Panel:
+    return Panel(
+        "forgetting", arms(found.cells, found.study.seeds), curves_of(found.cells), found.reference, found.study.task
+    )
+
+
+def question_table(found: Sequence[_Read]) -> Table:
+    """Return a table of all tasks of a question: one row per arm, and its ratio to the reference at equal loss."""
+    columns = []
+    for one in found:
+        curves = curves_of(one.cells)
+        ratios = {label: at_common_loss(fronts, curves[one.reference]) for label, fronts in curves.items()}
+        columns.append({label: "1" if label == one.reference else r.text if r else "–" for label, r in ratios.items()})
+    labels = dict.fromkeys(label for column in columns for label in column)
+    rows = tuple((label, *(column.get(label, "") for column in columns)) for label in labels)
+    seeds = ", ".join(f"{one.study.task} {one.study.search_seeds or one.study.seeds}" for one in found)
+    caption = (
+        "What an arm forgets, divided by what the reference (1) forgets, both read at the lowest validation loss that "
+        "both reach with the same seed. Seeds with several learning rates, which a curve needs: "
+        f"{seeds}. One seed has no interval; several have 95 % intervals (Student’s t on the logarithms)."
+    )
+    return Table(("arm", *(one.study.task for one in found)), rows, caption)
+
+
+def _start(marked: str) -> str:
+    return f"<!-- results: {marked} -->"
+
+
 def documented(text: str, name: str, study: Study, docs: Path) -> str:
-    """Return the text of a page in `docs` with the results of one study, read from the CSV files in `docs`."""
-    figure = "forgetting over validation loss" if study.reference else "score over forgetting"
+    """Return the text of a page in `docs` with the results of a study, read from the CSV files in `docs`.
+
+    A page either has a marker for each study, or one for its question, whose table and figure have all its tasks.
+    """
+    question = name.partition(".")[0]
     if decay.NONE in study.arms:
-        figure = "help over decay"
-    return with_block(text, name, shown(name, study, docs), f"{figure}, {study.task}")
+        return with_block(text, question, correlations_table(question, docs))
+    if _start(question) in text:
+        return with_block(text, question, question_table(_studies_of(question, docs)), _CURVES)
+    return with_block(text, name, shown(name, study, docs), f"{_CURVES}, {study.task}")
 
 
 def shown(name: str, study: Study, docs: Path) -> Table:
-    """Return the table of a study for its page in `docs`, read from the CSV files there."""
-    if study.reference:
-        return curves_table(read(curves_of(read_cells(docs / f"{name}.csv")), study.reference))
-    if decay.NONE not in study.arms:
-        return table(study, read_cells(docs / f"{name}.csv"))
+    """Return the table of a study with a reference for its page in `docs`, read from the CSV file there."""
+    assert study.reference is not None
+    at_equal_loss = page.equal_loss_table(read_cells(docs / f"{name}.csv"), study.reference)
+    assert at_equal_loss is not None
+    return at_equal_loss
 
-    def signed(text: str) -> str:
-        return f"{float(text):+.2f}"
 
-    with (docs / f"{name}.correlations.csv").open(encoding="utf-8", newline="") as opened:
-        rows = [
-            (
-                row["measure"],
-                row["kind"],
-                signed(row["rho"]),
-                f"{signed(row['low'])} to {signed(row['high'])}",
-                row["n"],
-            )
-            for row in csv.DictReader(opened)
-        ]
-    words = "Spearman’s rank correlation of the measure with how far the layer’s adapter lowers the validation loss."
-    return Table(("measure", "layers", "ρ", "95 % interval", "n"), tuple(rows), words)
+def correlations_table(question: str, docs: Path) -> Table:
+    """Return the rank correlations over all layers of each task of a study with one arm per layer."""
+    columns = {}
+    for name in chosen(question):
+        file = docs / f"{name}.correlations.csv"
+        if file.is_file():
+            with file.open(encoding="utf-8", newline="") as opened:
+                rows = [row for row in csv.DictReader(opened) if row["kind"] == "all"]
+            column = {row["measure"]: [float(row[key]) for key in ("rho", "low", "high")] for row in rows}
+            columns[f"{read_study(name).task} ({rows[0]['n']})"] = {
+                measure: f"{rho:+.2f} ({low:+.2f} to {high:+.2f})" for measure, (rho, low, high) in column.items()
+            }
+    words = (
+        "Spearman’s rank correlation of the measure with how far the adapter of a matrix alone lowers the validation "
+        "loss, over all matrices of the task (their number), with its 95 % bootstrap interval."
+    )
+    rows_of = tuple((measure, *(texts[measure] for texts in columns.values())) for measure in decay.MEASURES)
+    return Table(("measure", *columns), rows_of, words)
 
 
 def with_block(text: str, name: str, filled: Table, figure: str = "") -> str:
     """Return the text of a page with a new block for one study: its table, its caption and its figure."""
-    start = f"<!-- results: {name} -->"
+    start = _start(name)
     before, _, from_block = text.partition(start)
     _, _, after = from_block.partition("<!-- end -->")
     shown_figure = f"\n\n![{figure}]({name}.png)" if figure else ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from milora_vl.report.plots import PlotStyle, styled
 from milora_vl.studies.decay import Layer
-from milora_vl.sweep.plots import MARKS, colour_of
+from milora_vl.sweep.plots import colour_of, mark_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ def layers_figure(layers: Sequence[Layer], style: PlotStyle) -> Figure:
             of_kind = [layer for layer in layers if layer.kind == kind]
             axis.plot(
                 [layer.decay for layer in of_kind], [layer.help for layer in of_kind], ls="", ms=7,
-                marker=MARKS[place % len(MARKS)], color=colour_of(place, style), label=kind,
+                marker=mark_of(place), color=colour_of(place, style), label=kind,
             )  # fmt: skip
         axis.set(xlabel="decay exponent of the spectrum", ylabel="validation loss saved by the layer’s adapter alone")
         figure.legend(loc="outside upper left", ncols=2 if style.narrow else 4, handletextpad=0.2)

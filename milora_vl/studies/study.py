@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 import llava_recipes
 from milora_data.command.cli import suggest
 from milora_data.errors import Problem, UserError, first_line
-from milora_vl.calibration import files as calibration_files
+from milora_vl.calibration import VERSION as CALIBRATION_VERSION
 from milora_vl.policy import Policy
 from milora_vl.recipe import yaml_file
 from milora_vl.strict import Strict, problems_of
@@ -22,17 +22,19 @@ from milora_vl.sweep.cells import Cell, arm_rules
 if TYPE_CHECKING:  # torch takes a second, and the list of studies needs none of it
     from torch import nn
 
+Start = Literal["corda", "metric"]
 VERSION = 2  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
-_OF_ARM = ("train", "learning_rates")
+_OF_ARM = ("train", "learning_rates", "start")
 
 
 class Study(Strict):
     """One file of llava_recipes/studies. An arm sets fields of the adapter rules, or has its own `policy`.
 
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
-    rates of the study. `each` is a rule: every module that it matches becomes an arm, named by its path. `search_seeds`
-    is the number of seeds for the search over learning rates; only the best rate by validation loss runs all seeds.
+    rates of the study. Its `start` is "corda" or "metric" (`starts.py`), for `method: milora`. `each` is a rule: every
+    module that it matches becomes an arm, named by its path. `search_seeds` is the number of seeds for the search over
+    learning rates; only the best rate by validation loss runs all seeds.
     """
 
     question: str
@@ -55,6 +57,11 @@ class Study(Strict):
         """Return the policy of an arm at a learning rate; `seed` is for randomly drawn components."""
         fields = {name: value for name, value in self.arms[arm].items() if name not in _OF_ARM}
         return arm_rules(self.policy, fields, learning_rate=learning_rate, seed=seed)
+
+    def start(self, arm: str) -> Start | None:
+        """Return the start of an arm that needs activations, or None: its rules say how it starts."""
+        start: Start | None = self.arms[arm].get("start")
+        return start
 
     def training(self, arm: str, steps: int | None = None) -> Training:
         """Return the training settings of an arm; `steps` replaces its number of steps."""
@@ -84,7 +91,9 @@ class Study(Strict):
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content: list[Any] = [VERSION, self.task, self.overlap, training, rules, cell.seed]
         if any((rule.get("protect") or {}).get("inputs") for rule in rules):
-            content.append(calibration_files.VERSION)
+            content.append(CALIBRATION_VERSION)
+        if self.start(cell.method) is not None:
+            content.append(self.start(cell.method))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
     def with_each(self, model: nn.Module) -> Study:
@@ -146,6 +155,15 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
             )
         )
     for arm in study.arms:
+        if study.start(arm) not in (None, *get_args(Start)):
+            problems.append(
+                Problem(
+                    f"unknown start {study.start(arm)!r}",
+                    "study-start",
+                    where=f"{source}: arm {arm}",
+                    hint=f"known starts: {', '.join(get_args(Start))}",
+                )
+            )
         try:
             study.training(arm)
             Policy.parse(study.rules(arm, study.rates(arm)[0]))

@@ -3,7 +3,8 @@
 A comparison at "the best learning rate of each method" is unfair: the loss is flat near its minimum while forgetting
 grows with the rate, so the choice among nearly equal rates decides how much a method forgets. Here every seed of a
 method gives a curve of forgetting over validation loss. All curves are read at one loss per seed, the lowest that the
-reference reaches with that seed, and the ratios are paired by seed.
+reference reaches with that seed, and the ratios are paired by seed. Vision-language tasks are read twice: for text and
+for pictures.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from milora_vl.sweep.results import Mean, mean_of
 Result = Mapping[str, Any]  # the numbers of one cell
 # Where the curves are read, between the lowest loss of the reference (0) and the highest on its curve (1).
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+PICTURES = "forgetting_pictures"  # the second number of vision-language tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,15 @@ class Reading:
     ratios: tuple[Ratio | None, ...]
     reached: int
     seeds: int
+
+
+def about_pictures(results: Mapping[Cell, Result]) -> dict[Cell, Result]:
+    """Return the results with what was forgotten about pictures as `forgetting`; empty if no cell measures it."""
+    return {
+        cell: {**result, "forgetting": result[PICTURES]}
+        for cell, result in results.items()
+        if result.get(PICTURES) not in (None, "")
+    }
 
 
 def curve(spots: Sequence[Spot]) -> list[Spot]:
@@ -148,6 +159,19 @@ def _reading(label: str, fronts: Mapping[int, Sequence[Spot]], of_reference: Map
     )  # fmt: skip
 
 
+def at_common_loss(fronts: Mapping[int, Sequence[Spot]], of_reference: Mapping[int, Sequence[Spot]]) -> Ratio | None:
+    """Return the ratio to the reference at the lowest loss that both reach, seed by seed; None without such a seed."""
+    pairs = []
+    for seed, front in fronts.items():
+        if seed in of_reference:
+            loss = max(front[0].loss, of_reference[seed][0].loss)
+            pair = forgetting_at(front, loss), forgetting_at(of_reference[seed], loss)
+            assert pair[0] is not None
+            assert pair[1] is not None
+            pairs.append((pair[0], pair[1]))
+    return _ratio(pairs)
+
+
 def _ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
     """Return the geometric mean of the ratios a / b. None without pairs, or if something forgot nothing at all."""
     if not pairs or any(min(pair) <= 0 for pair in pairs):
@@ -158,8 +182,12 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
     return Ratio(math.exp(logs.value), math.exp(logs.value - logs.half), math.exp(logs.value + logs.half), logs.n)
 
 
-def curves_table(readings: Sequence[Reading]) -> Table:
-    """Return a table with one row per arm: how much it forgets at the loss of the reference, and the ratio to it."""
+def curves_table(readings: Sequence[Reading], pictures: Sequence[Reading] = ()) -> Table:
+    """Return a table with one row per arm: how much it forgets at the loss of the reference, and the ratio to it.
+
+    `pictures` holds the readings of the same arms about pictures, for two more columns.
+    """
+    of_pictures = {reading.label: reading for reading in pictures}
     rows = []
     for reading in readings:
         at_lowest = reading.ratios[0]
@@ -170,6 +198,7 @@ def curves_table(readings: Sequence[Reading]) -> Table:
             reading.forgetting.text if reading.forgetting else "–",
             at_lowest.text if at_lowest else "–",
             f"{_two_digits(min(elsewhere))} to {_two_digits(max(elsewhere))}" if elsewhere else "–",
+            *(_of_pictures(of_pictures.get(reading.label)) if pictures else ()),
             f"{reading.reached} of {reading.seeds}",
         ))  # fmt: skip
     reference = readings[0].label if readings else "the reference"
@@ -180,9 +209,16 @@ def curves_table(readings: Sequence[Reading]) -> Table:
         "reach the loss."
     )
     header = (
-        "arm", "lowest loss", "forgetting at this loss", f"ratio to {reference}", "ratio at other losses", "seeds",
+        "arm", "lowest loss", "forgetting at this loss", f"ratio to {reference}", "ratio at other losses",
+        *(("about pictures", "ratio about pictures") if pictures else ()), "seeds",
     )  # fmt: skip
     return Table(header, tuple(rows), caption)
+
+
+def _of_pictures(reading: Reading | None) -> tuple[str, str]:
+    if reading is None or reading.forgetting is None:
+        return "–", "–"
+    return reading.forgetting.text, reading.ratios[0].text if reading.ratios[0] else "–"
 
 
 def _two_digits(x: float) -> str:

@@ -16,7 +16,7 @@ from milora_vl.report.plots import draw, write_csv
 from milora_vl.report.tables import Table
 from milora_vl.sweep import plots
 from milora_vl.sweep.cells import Cell
-from milora_vl.sweep.curves import Curves, Reading, curves_of, curves_table, read
+from milora_vl.sweep.curves import Reading, about_pictures, curves_of, curves_table, read
 from milora_vl.sweep.results import Answers, Arm, Pair, Result, arms, pairs
 from milora_vl.sweep.runner import Sweep
 
@@ -63,15 +63,14 @@ def write(compared: Compared) -> tuple[Path, Table]:
     all_arms = _in_order(arms(compared.results, compared.seeds), compared.cells)
     tests = pairs(all_arms, compared.answers)
     table = arms_table(all_arms, compared.metric, compared.seeds)
-    curves = curves_of(compared.results) if compared.reference else {}
-    readings = read(curves, compared.reference) if compared.reference else []
-    _files(compared, all_arms, tests, table, readings)
+    at_equal_loss = equal_loss_table(compared.results, compared.reference) if compared.reference else None
+    _files(compared, all_arms, tests, table, at_equal_loss)
     content = {
         "title": compared.title, "lede": lede(all_arms, compared.metric),
         "done": len(compared.results), "count": len(compared.cells),
         "cells_are": compared.cells_are, "table": table, "tests": pairs_table(tests),
-        "curves": curves_table(readings) if readings else None,
-        "curves_figure": _curves_figure(compared, all_arms, curves) if readings else None,
+        "curves": at_equal_loss,
+        "curves_figure": _curves_figure(compared) if at_equal_loss else None,
         "figures": _figures(compared, all_arms), "command": compared.command,
         "failed": [(cell.name, failure["said"]) for cell, failure in compared.failed.items()],
         "edges": [arm.label for arm in all_arms if arm.at_edge],
@@ -87,14 +86,33 @@ def _in_order(all_arms: Sequence[Arm], cells: Sequence[Cell]) -> list[Arm]:
     return sorted(all_arms, key=lambda arm: requested.index((arm.points[0].method, arm.points[0].rank)))
 
 
-def _curves_figure(compared: Compared, all_arms: Sequence[Arm], curves: Curves) -> dict[str, Any]:
+def equal_loss_table(results: Mapping[Cell, Result], reference: str) -> Table | None:
+    """Return the table of all arms at the losses of the reference; None if the reference has no finished cell."""
+    readings = read(curves_of(results), reference)
+    return curves_table(readings, read(curves_of(about_pictures(results)), reference)) if readings else None
+
+
+def panels(
+    results: Mapping[Cell, Result], cells: Sequence[Cell], seeds: int, forgets: str, reference: str
+) -> list[plots.Panel]:
+    """Return the panels of the figure of curves: text, and pictures if the cells measure them."""
+    found = [plots.Panel(forgets, _in_order(arms(results, seeds), cells), curves_of(results), reference)]
+    pictures = about_pictures(results)
+    if pictures:
+        words = "the same for answers about other pictures"
+        found.append(plots.Panel(words, _in_order(arms(pictures, seeds), cells), curves_of(pictures), reference))
+    return found
+
+
+def _curves_figure(compared: Compared) -> dict[str, Any]:
     caption = (
         "Down and to the left is better. A marker is one learning rate (the mean over its seeds), a thin line the "
         "curve of one seed without the trainings that another one beats in both numbers. The dashed line is the lowest "
         f"loss of {compared.reference}."
     )
     assert compared.reference is not None
-    figure = partial(plots.curves_figure, all_arms, curves, compared.reference, compared.forgets)
+    shown = panels(compared.results, compared.cells, compared.seeds, compared.forgets, compared.reference)
+    figure = partial(plots.curves_figure, shown)
     return {"plot": draw(compared.folder, "curves", figure, caption, with_pdf=True), "caption": caption}
 
 
@@ -112,6 +130,10 @@ def _figures(compared: Compared, all_arms: Sequence[Arm]) -> list[dict[str, Any]
         figure = partial(plots.rates_figure, all_arms, compared.metric)
         figures.append({"plot": draw(compared.folder, "rates", figure, caption, with_pdf=True), "caption": caption})
     return figures
+
+
+def _readings(compared: Compared) -> list[Reading]:
+    return read(curves_of(compared.results), compared.reference) if compared.reference else []
 
 
 def lede(all_arms: Sequence[Arm], metric: str) -> str:
@@ -169,7 +191,7 @@ def _interval(difference: Difference) -> str:
 
 
 def _files(
-    compared: Compared, all_arms: Sequence[Arm], tests: Sequence[Pair], table: Table, readings: Sequence[Reading]
+    compared: Compared, all_arms: Sequence[Arm], tests: Sequence[Pair], table: Table, at_equal_loss: Table | None
 ) -> None:
     folder, results = compared.folder, compared.results.values()
     columns = list(dict.fromkeys(key for result in results for key in result))
@@ -182,12 +204,11 @@ def _files(
     ]  # fmt: skip
     for name in ("pareto", "rates"):
         write_csv(folder / f"{name}.csv", _POINT, points)
-    if readings:
-        at_equal_loss = curves_table(readings)
+    if at_equal_loss:
         write_csv(folder / "curves.csv", at_equal_loss.header, at_equal_loss.rows)
     content = {
         "arms": [asdict(arm) for arm in all_arms], "pairs": [asdict(pair) for pair in tests],
-        "curves": [asdict(reading) for reading in readings],
+        "curves": [asdict(reading) for reading in _readings(compared)],
     }  # fmt: skip
     # A diverged training leaves NaN, which is not valid JSON: write null.
     write_json(folder / "results.json", json.loads(json.dumps(content), parse_constant=lambda _: None))

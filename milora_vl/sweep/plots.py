@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ _COLOURS = (
     ("#D55E00", "#E8702A"), ("#56B4E9", "#9BD5F7"), ("#8A8A8A", "#9A9A9A"), ("#9A8B00", "#C9BC1E"),
     ("#7A5195", "#B08AD0"), ("#444444", "#E6E9ED"),
 )  # fmt: skip
-MARKS = "osD^vPX<>*"
+_MARKS = "osD^vPX<>*p"  # one more than colours, so that no two of a hundred arms look alike
 
 
 def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, style: PlotStyle) -> Figure:
@@ -33,7 +34,7 @@ def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, style: PlotSty
         x, y = [p.forgetting.value for p in best], [p.score.value for p in best]
         axis.step(x, y, where="post", color=GREY, lw=3, alpha=0.4, zorder=0, solid_joinstyle="miter")
         for place, arm in enumerate(arms):
-            colour, mark = colour_of(place, style), MARKS[place % len(MARKS)]
+            colour, mark = colour_of(place, style), mark_of(place)
             x, y = [p.forgetting.value for p in arm.points], [p.score.value for p in arm.points]
             axis.plot(x, y, color=colour, lw=1, alpha=0.6, zorder=1)
             for point in arm.points:
@@ -46,36 +47,83 @@ def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, style: PlotSty
         _frame(axis, arms)
         if min(x for arm in arms for x in [p.forgetting.value for p in arm.points]) > 0:
             _logarithmic(axis)
-        handles = [_handle(axis, place, arm.label, style) for place, arm in enumerate(arms)]
-        figure.legend(handles=handles, loc="outside upper left", ncols=2 if style.narrow else 5, handletextpad=0.2)
+        _legend(figure, axis, [arm.label for arm in arms], style)
     return figure
 
 
-def curves_figure(arms: Sequence[Arm], curves: Curves, reference: str, forgets: str, style: PlotStyle) -> Figure:
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One panel of `curves_figure`: the name of the forgetting, the means of all trainings, and the curves over seeds.
+
+    `reference` is the arm whose lowest losses the dashed line shows.
+    """
+
+    forgets: str
+    arms: Sequence[Arm]
+    curves: Curves
+    reference: str
+    title: str = ""
+
+
+def curves_figure(panels: Sequence[Panel], style: PlotStyle) -> Figure:
     """Draw forgetting over validation loss: a thin line per seed, a marker per training (the mean over its seeds).
 
-    The dashed line is the mean of the lowest losses of the reference, where the table reads the curves.
+    The dashed line is the mean of the lowest losses of the reference, where the table reads the curves. An arm has the
+    same colour in all panels: text and pictures, or several tasks.
     """
     from matplotlib.figure import Figure
 
+    columns = 1 if style.narrow else min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    places = {label: place for place, label in enumerate(dict.fromkeys(arm.label for p in panels for arm in p.arms))}
     with styled(style):
-        figure = Figure(figsize=(style.width, 4.8), layout="constrained")
+        figure = Figure(figsize=(style.width, (4.4 if lines == 1 else 3.6) * lines + 0.4), layout="constrained")
+        axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        for axis, panel in zip(axes, panels, strict=False):
+            _curves_panel(axis, panel, places, style)
+        _legend(figure, axes[0], list(places), style)
+    return figure
+
+
+def _curves_panel(axis: Any, panel: Panel, places: Mapping[str, int], style: PlotStyle) -> None:
+    for arm in panel.arms:
+        place = places[arm.label]
+        colour = colour_of(place, style)
+        for spots in panel.curves.get(arm.label, {}).values():
+            axis.plot([s.loss for s in spots], [s.forgetting for s in spots], color=colour, lw=0.9, alpha=0.45)
+        shown = [p for p in arm.points if p.forgetting.value > 0]  # a logarithm needs positive numbers
+        x, y = [p.validation.value for p in shown], [p.forgetting.value for p in shown]
+        axis.plot(x, y, ls="", marker=mark_of(place), ms=7, color=colour, mec=style.paper, mew=0.6)
+    lowest = [spots[0].loss for spots in panel.curves[panel.reference].values()]
+    axis.axvline(sum(lowest) / len(lowest), color=GREY, ls="--", lw=1)
+    losses = [spot.loss for by_seed in panel.curves.values() for spots in by_seed.values() for spot in spots]
+    margin = 0.05 * (max(losses) - min(losses)) or 0.1
+    axis.set(xlabel="validation loss", ylabel=fill(panel.forgets, 50), yscale="log")
+    axis.set_xlim(min(losses) - margin, max(losses) + margin)
+    axis.set_title(panel.title, loc="left", fontsize=10, fontweight="bold")
+
+
+def scores_figure(arms: Sequence[Arm], metric: str, forgets: str, style: PlotStyle) -> Figure:
+    """Draw score over forgetting: one line per method through its learning rates, with 95 % intervals over seeds."""
+    from matplotlib.figure import Figure
+
+    with styled(style):
+        figure = Figure(figsize=(style.width, 4.4), layout="constrained")
         axis = figure.subplots()
         for place, arm in enumerate(arms):
-            colour = colour_of(place, style)
-            for spots in curves.get(arm.label, {}).values():
-                axis.plot([s.loss for s in spots], [s.forgetting for s in spots], color=colour, lw=0.9, alpha=0.45)
-            shown = [p for p in arm.points if p.forgetting.value > 0]  # a logarithm needs positive numbers
-            x, y = [p.validation.value for p in shown], [p.forgetting.value for p in shown]
-            axis.plot(x, y, ls="", marker=MARKS[place % len(MARKS)], ms=7, color=colour, mec=style.paper, mew=0.6)
-        lowest = [spots[0].loss for spots in curves[reference].values()]
-        axis.axvline(sum(lowest) / len(lowest), color=GREY, ls="--", lw=1)
-        losses = [spot.loss for by_seed in curves.values() for spots in by_seed.values() for spot in spots]
-        margin = 0.05 * (max(losses) - min(losses)) or 0.1
-        axis.set(xlabel="validation loss", ylabel=fill(forgets, 50), yscale="log")
-        axis.set_xlim(min(losses) - margin, max(losses) + margin)
-        handles = [_handle(axis, place, arm.label, style) for place, arm in enumerate(arms)]
-        figure.legend(handles=handles, loc="outside upper left", ncols=2 if style.narrow else 5, handletextpad=0.2)
+            points = sorted(arm.points, key=lambda point: point.forgetting.value)
+            axis.errorbar(
+                [p.forgetting.value for p in points], [p.score.value for p in points],
+                xerr=[p.forgetting.half or 0 for p in points], yerr=[p.score.half or 0 for p in points],
+                color=colour_of(place, style), marker=mark_of(place), ms=7, mec=style.paper, mew=0.6, lw=1.2,
+                elinewidth=0.8,
+            )  # fmt: skip
+        axis.set(xlabel=fill(forgets, 40 if style.narrow else 90), ylabel=fill(metric, 50))
+        if min(point.forgetting.value for arm in arms for point in arm.points) > 0:
+            _logarithmic(axis)
+        _legend(figure, axis, [arm.label for arm in arms], style)
     return figure
 
 
@@ -125,14 +173,13 @@ def rates_figure(arms: Sequence[Arm], metric: str, style: PlotStyle) -> Figure:
                 means: list[Mean] = [getattr(point, field) for point in arm.points]
                 axis.errorbar(
                     [p.learning_rate for p in arm.points], [m.value for m in means], yerr=[m.half or 0 for m in means],
-                    color=colour_of(place, style), marker=MARKS[place % len(MARKS)], ms=5, lw=1.4,
+                    color=colour_of(place, style), marker=mark_of(place), ms=5, lw=1.4,
                     elinewidth=0.8,
                 )  # fmt: skip
             axis.set(xscale="log", xlabel="learning rate")
             title = fill(name, 40 if style.narrow else 26)  # the name of a metric may be wider than its panel
             axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        handles = [_handle(axis, place, arm.label, style) for place, arm in enumerate(arms)]
-        figure.legend(handles=handles, loc="outside upper left", ncols=2 if style.narrow else 5, handletextpad=0.2)
+        _legend(figure, axis, [arm.label for arm in arms], style)
     return figure
 
 
@@ -141,6 +188,14 @@ def colour_of(place: int, style: PlotStyle) -> str:
     return _COLOURS[place % len(_COLOURS)][style.dark]
 
 
-def _handle(axis: Any, place: int, label: str, style: PlotStyle) -> Any:
-    colour, mark = colour_of(place, style), MARKS[place % len(MARKS)]
-    return axis.plot([], [], color=colour, marker=mark, ls="", ms=7, label=label)[0]
+def mark_of(place: int) -> str:
+    """Return the marker of the arm at `place`."""
+    return _MARKS[place % len(_MARKS)]
+
+
+def _legend(figure: Figure, axis: Any, labels: Sequence[str], style: PlotStyle) -> None:
+    handles = [
+        axis.plot([], [], color=colour_of(place, style), marker=mark_of(place), ls="", ms=7, label=label)[0]
+        for place, label in enumerate(labels)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2 if style.narrow else 5, handletextpad=0.2)

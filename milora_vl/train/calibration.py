@@ -35,7 +35,6 @@ from milora_vl.calibration.files import weights_digest
 from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, padded_batches, sampled_rows, text_blocks
 from milora_vl.generate import Prompt, generate
 from milora_vl.models import loading
-from milora_vl.models.image_tokens import uses_processor
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Target
 from milora_vl.recipe.schema import Recipe
@@ -92,12 +91,8 @@ def batches(
         rows += _written_rows(sources, settings.num_samples)
     collate = run_files.collator(recipe, base, processor)
     found: list[Mapping[str, Tensor]] = [batch.inputs for batch in padded_batches(rows, ROWS, sources.tokenizer)]
-    if settings.num_pictures and uses_processor(base.config):
-        screen.warn(
-            "this model does not describe calibration pictures here; set  calibration: {data: FILE}  to add some"
-        )
-    elif settings.num_pictures and find_towers(base).vision is not None:
-        pictured = _with_pictures(records, settings.num_pictures)
+    if settings.num_pictures and find_towers(base).vision is not None:
+        pictured = with_pictures(records, settings.num_pictures)
         if settings.pictures and not pictured:
             screen.warn("calibration.pictures has no effect: no training record has exactly one picture")
         found += _collated(collate, _captioned(sources, pictured, collate.image_folder))
@@ -178,7 +173,7 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
     return [(f"sample {number}", row) for number, row in enumerate(kept)]
 
 
-def _with_pictures(records: Sequence[Record], count: int) -> list[Record]:
+def with_pictures(records: Sequence[Record], count: int) -> list[Record]:
     """Return `count` records with a picture, evenly spread over the training set; fewer if it has fewer pictures."""
     by_picture = {record.images: record for record in records if len(record.images) == 1}
     unique = list(by_picture.values())

@@ -325,3 +325,12 @@ def test_tokens_of_equal_frequency_and_unseen_ones() -> None:
     assert ids.tolist() == [3, 0]
     assert held == pytest.approx(0.75)
     assert first_tokens(torch.tensor([2.0, 0.0, 2.0, 4.0]), 0.999, None)[0].tolist() == [3, 0, 2]
+
+
+def test_a_search_for_few_of_many_directions_returns_orthonormal_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 2100, generator=generator) * torch.arange(1, 2101).float().pow(-0.5)
+    V, share = first_directions(x.T @ x, 0.99, 16)
+    assert V.shape == (2100, 16)
+    assert 0 < share < 0.99
+    assert float((V.T.double() @ V.double() - torch.eye(16)).abs().max()) < 3e-7

@@ -155,7 +155,7 @@ def test_a_pair_is_never_halved(made: Any) -> None:
     with pytest.raises(UserError) as error:
         PreferenceCollator(made("llava", bad_images="skip")[1])
     assert error.value.first.code == "preference-skip"
-    _, collate, _ = made("llava", max_length=160)
+    _, collate, _ = made("llava", max_length=300)
     long = pair(0, prompt=[{"role": "user", "content": "What is it? " * 60}])
     with pytest.raises(DataError) as error:
         PreferenceCollator(collate)([pair(1), long])

@@ -7,6 +7,7 @@ import logging
 import pickle
 from collections.abc import Callable
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from milora_data.errors import DataError, UserError
-from milora_data.images.files import ImageError
+from milora_data.images.files import ImageError, StoredPicture
 from milora_data.picture_template import parts_of
 from milora_data.processor_collate import ProcessorCollator
 from milora_data.records import ROLES, Record, Turn, parse_record
@@ -26,7 +27,7 @@ from milora_vl.losses import install, summed_loss
 from milora_vl.models.processors import limit_pixels, usable_inputs
 from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES, marked_template, model_of, processor_of
-from support.vlm_runs import SIZES, mixed_records, record, write_pictures
+from support.vlm_runs import mixed_records, record, write_pictures
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
 LACKS = {"smolvlm": find_spec("num2words") is None}
@@ -167,30 +168,58 @@ def test_tables_with_pictures_give_the_same_batch(make: Any, pictures: Path, tmp
         assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
+# What a family supervises of an answer: its template strips some answers, or writes a blank before them.
+ANSWERS: dict[str, Callable[[str], str]] = {
+    "qwen2_5_vl": lambda text: f"{text}<|im_end|>",
+    "internvl": lambda text: f"{text}<|im_end|>",
+    "llava_onevision": lambda text: f"{text}<|im_end|>",
+    "gemma3": lambda text: f"{text.strip()}<end_of_turn>",
+    "idefics3": lambda text: f" {text}<end_of_utterance>",
+    "mistral3": lambda text: f"{text}</s>",
+    "aya_vision": lambda text: f"{text}<|END_OF_TURN_TOKEN|>",
+}
+SPECIAL = ["<|im_end|>", "<|im_start|>user\n", "<end_of_turn>", "<end_of_utterance>", "[INST]", "</s>", "<s>", "<pad>"]
+BLANKS = ["", " ", "\n", "\u3000", " two  words \n", "\n\n* a\n", "\t"]
 TEXTS = st.one_of(
     st.text(max_size=12),
-    st.sampled_from(["", " ", "\n", "<|im_end|>", "<|im_start|>user\n", " two  words \n", "漢字🙂", "</s>", "e\u0301"]),
+    st.sampled_from([*SPECIAL, *BLANKS, "漢字🙂", "e\u0301", "\u202eab", "{{ x }}", "{% if %}", "\\n"]),
+    st.tuples(st.sampled_from(SPECIAL), st.text(max_size=3)).map("".join),
 ).filter(lambda text: "<image>" not in text and not any("\ud800" <= char <= "\udfff" for char in text))
-TURN = st.lists(st.one_of(TEXTS, st.just(None)), min_size=1, max_size=4)  # None: a picture
+SIDE = st.integers(8, 70)
+PIECE = st.one_of(TEXTS, st.tuples(SIDE, SIDE))  # a text, or a picture of a width and height
+TURN = st.lists(PIECE, min_size=1, max_size=4)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def picture(width: int, height: int) -> StoredPicture:
+    file = BytesIO()
+    Image.new("RGB", (width, height), (width, height, 90)).save(file, "PNG")
+    return StoredPicture(f"{width}x{height}.png", file.getvalue())
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(turns=st.lists(st.tuples(TURN, TEXTS), min_size=1, max_size=3), system=st.one_of(st.none(), TEXTS))
 def test_what_is_supervised_decodes_to_exactly_the_answers(
-    turns: list[tuple[list[str | None], str]], system: str | None, make: Any
+    name: str, turns: list[tuple[list[str | tuple[int, int]], str]], system: str | None, make: Any
 ) -> None:
-    names = [
-        f"{number % len(SIZES)}.png" for number in range(sum(part is None for parts, _ in turns for part in parts))
-    ]
-    exchange = [] if system is None else [Turn("system", system)]
+    pictures, exchange = [], [] if system is None else [Turn("system", system)]
     for parts, answer in turns:
-        exchange.append(Turn("user", "".join("<image>\n" if part is None else part for part in parts)))
-        exchange.append(Turn("assistant", answer))
-    collator = COLLATORS.setdefault("one", make())
-    batch = collator([Record("r", tuple(names), tuple(exchange))])
-    (text,) = supervised(collator, batch)
-    assert text == "".join(answer + "<|im_end|>" for _, answer in turns)
-    assert "image_grid_thw" not in batch if not names else len(batch["image_grid_thw"]) == len(names)
+        kept: list[str] = []
+        for part in parts:
+            if isinstance(part, str):
+                kept.append(part)
+            elif len(pictures) < 4:
+                pictures.append(picture(*part))
+                kept.append("<image>\n")
+        exchange += [Turn("user", "".join(kept)), Turn("assistant", answer)]
+    if name not in COLLATORS:
+        COLLATORS[name] = make(name)
+    batch = COLLATORS[name]([Record("r", tuple(pictures), tuple(exchange))])
+    (text,) = supervised(COLLATORS[name], batch)
+    assert text == "".join(ANSWERS[name](answer) for _, answer in turns)
+    assert ("pixel_values" in batch) == bool(pictures)
+    if name == "qwen2_5_vl" and pictures:
+        assert len(batch["image_grid_thw"]) == len(pictures)
 
 
 COLLATORS: dict[str, ProcessorCollator] = {}  # hypothesis calls the test with one fixture

@@ -48,7 +48,8 @@ def test_a_study_that_ships_is_sound(name: str) -> None:
     assert study.arms, "read_study has parsed the policy of each"
     assert study.seeds >= 3, "a claim needs three seeds"
     page_of = DOCS / f"{name.partition('.')[0]}.md"
-    assert f"<!-- results: {name} -->" in page_of.read_text(encoding="utf-8")
+    text = page_of.read_text(encoding="utf-8")
+    assert any(f"<!-- results: {marked} -->" in text for marked in (name, page_of.stem))
 
 
 @pytest.mark.parametrize("name", [n for n in llava_recipes.names("study") if (DOCS / f"{n}.csv").is_file()])
@@ -143,6 +144,15 @@ def test_a_killed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_an_arm_that_has_changed_is_trained_anew(studies: Path) -> None:
     after = small(arms={"a": {}, "b": {"method": "lora", "rank": 2}}, learning_rates=[1e-3], seeds=1)
     assert run(Folder(studies / "one", after)) == ["b-lr0.001-seed0"]
+
+
+def test_an_unknown_start_of_an_arm_is_an_error() -> None:
+    with pytest.raises(UserError) as raised:
+        small(arms={"a": {"start": "cordaa"}})
+    assert [problem.code for problem in raised.value.problems] == ["study-start"]
+    with_start, plain = small(arms={"a": {"start": "corda"}}), small(arms={"a": {}})
+    cell = Cell("a", 1e-3, None, 0)
+    assert with_start.key(cell) != plain.key(cell), "they do not share results"
 
 
 def test_arms_may_have_rates_training_and_policy_of_their_own() -> None:

@@ -15,6 +15,7 @@ from milora_vl import Policy, apply_milora
 from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
 from milora_vl.studies.linear_gru import LinearGru
+from milora_vl.studies.starts import replace_anchors, starting_factors
 from milora_vl.studies.study import Study, read_study
 from milora_vl.studies.task import Task
 from milora_vl.studies.tasks import TASKS, load_task
@@ -190,3 +191,46 @@ def test_the_calibration_of_a_task_shares_nothing_with_its_measurement(name: str
     )
     shares = [protected.held_out for protected in model.protections["default"].values()]
     assert min(shares) > 0.6
+
+
+@pytest.mark.parametrize("start", ["corda", "metric"])
+def test_an_arm_that_starts_from_activations_starts_at_the_base_and_trains(start, tmp_path):
+    made = task("smollm2")
+    base = made.model().eval()
+    targets = Policy.parse_and_resolve(study_of("smollm2").rules("milora", 1e-3), base)
+    factors = starting_factors(start, base, targets, made.calibration())
+    model = apply_milora(made.model(), study_of("smollm2").rules("milora", 1e-3))
+    replace_anchors(model, factors)
+    with torch.no_grad():
+        assert made.measure(model.eval()).forgetting == 0
+    rules = study_of("smollm2").model_copy(update={"steps": 2, "batch_size": 4, "arms": {"a": {"start": start}}})
+    result, _ = run_cell(made, rules, Cell("a", 1e-3, None, 0), tmp_path)
+    plain, _ = run_cell(made, rules.model_copy(update={"arms": {"a": {}}}), Cell("a", 1e-3, None, 0), tmp_path)
+    assert result["update"] > 0
+    assert result["validation_loss"] != plain["validation_loss"]
+
+
+def test_the_factors_of_corda_are_those_of_peft(tmp_path):
+    """PEFT subtracts s B A from the weight; here the anchor is subtracted, and the factors are the same."""
+    made = task("smollm2")
+    base = made.model().eval()
+    targets = Policy.parse_and_resolve(study_of("smollm2").rules("milora", 1e-3), base)
+    factors = starting_factors("corda", base, targets, made.calibration())
+    path = targets[0].path
+    rows = [
+        ids[mask > 0]
+        for batch in made.calibration()
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        handle = base.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0][0].float()))
+        for ids in rows:
+            base(input_ids=ids[None])
+        handle.remove()
+    C = sum((x / x.max().abs()).T @ (x / x.max().abs()) for x in seen) / len(seen)
+    C = C + 0.01 * C.diagonal().mean() * torch.eye(len(C))
+    U, S, Vh = torch.linalg.svd(base.get_submodule(path).weight.float() @ C, full_matrices=False)
+    expected = (U[:, -4:] * S[-4:]) @ Vh[-4:] @ torch.linalg.inv(C)
+    A0, B0 = factors[path]
+    torch.testing.assert_close(B0 @ A0, expected, rtol=1e-2, atol=1e-3 * float(expected.detach().abs().max()))

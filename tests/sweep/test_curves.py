@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from milora_data.errors import UserError
+from milora_vl.studies import __main__ as studies
 from milora_vl.studies import page as study_page
 from milora_vl.studies.runner import Folder, run_study
 from milora_vl.studies.study import parse_study
@@ -111,6 +113,38 @@ def test_pages_show_the_curves(tmp_path: Path) -> None:
     assert "Forgetting at equal validation loss" in written.read_text(encoding="utf-8")
     assert (tmp_path / "curves.png").is_file()
     assert (tmp_path / "curves.csv").read_text(encoding="utf-8").splitlines()[1].startswith("lora,")
+
+
+def test_what_is_forgotten_about_pictures_is_read_beside_text(tmp_path: Path) -> None:
+    cells = results({"lora": [[(0.8, 1.0), (1.0, 0.5)]] * 2, "milora": [[(0.7, 0.3), (0.9, 0.04)]] * 2})
+    for cell, numbers in cells.items():
+        numbers["forgetting_pictures"] = 4.0 if cell.method == "lora" else 1.0
+    table = page.equal_loss_table(cells, "lora")
+    assert table is not None
+    place = table.header.index("ratio about pictures")
+    assert [row[place] for row in table.rows] == ["1.0 (1.0 to 1.0)", "0.25 (0.25 to 0.25)"]
+    panels = page.panels(cells, list(cells), 2, "nats", "lora")
+    assert [len(panel.arms) for panel in panels] == [2, 2]
+    assert panels[1].arms[0].points[0].forgetting.value == 4.0
+    page.write(
+        page.Compared(tmp_path, "t", list(cells), cells, {}, lambda _: {}, 2, "score", "nats", "command", "lora")
+    )
+    assert "ratio about pictures" in (tmp_path / "curves.csv").read_text(encoding="utf-8")
+
+
+def test_the_figures_and_the_table_of_a_page_are_drawn_from_its_csv(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs" / "studies"
+    shutil.copyfile(docs / "curves.minilm.csv", tmp_path / "curves.minilm.csv")
+    (tmp_path / "curves.md").write_text("<!-- results: curves.minilm -->\n<!-- end -->\n")
+    assert studies.main(["curves.minilm", "--docs", str(tmp_path), "--redraw"]) == 0
+    assert "| lora-inputs |" in (tmp_path / "curves.md").read_text(encoding="utf-8")
+    assert {file.name for file in tmp_path.glob("*.png")} == {"curves.minilm.png", "curves.minilm.score.png"}
+    for words in (["curves.smollm2", "--docs", str(tmp_path)], ["curves.minilm"]):
+        with pytest.raises(UserError) as raised:
+            studies.main([*words, "--redraw"])
+        assert raised.value.problems[0].code == "study-redraw"
 
 
 def test_a_study_of_curves_runs_every_rate_and_step_count_with_every_seed(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from milora_data.sources import load_records
 from milora_eval.benchmarks.own_data import OwnData
 from milora_vl.train.command import main as train
 from support.drawn import dump, dump_lines, encoded
-from support.train_runs import training
+from support.train_runs import losses, training
 
 
 def url(colour: str, kind: str = "PNG", named: str = "png") -> str:
@@ -139,35 +139,51 @@ def offered(text: str) -> list[str]:
     return shlex.split(line[line.index("python -m milora_data convert") :])[3:]
 
 
-@pytest.mark.parametrize("record", [asked(url("red")), in_llavas(url("red"))], ids=["messages", "llava"])
-def test_training_offers_the_command_that_makes_it_work(record: dict[str, Any], tmp_path: Path) -> None:
-    data, out, run = tmp_path / "my chat.jsonl", tmp_path / "out", tmp_path / "run"
-    dump_lines(data, [record] * 4)
-    flags = ["--rank", "4", "--max_steps", "1", "--data_path"]
-    for how in ([], ["--bad_images", "skip"], ["--streaming"]):
-        with pytest.raises(UserError, match="my chat.jsonl:1: .*base64") as caught:
-            train(training(tmp_path, run, *flags, str(data), "--image_folder", str(tmp_path), *how))
-        assert url("red") not in str(caught.value)
-        assert "--fix" not in str(caught.value)
-    assert main([str(out) if word == "OUT" else word for word in offered(str(caught.value))]) == 0
-    images = ["--image_folder", str(out / "images")]
-    assert train(training(tmp_path, run, *flags, str(out / "data.json"), *images)) == 0
+@pytest.mark.parametrize(
+    "how", [[], ["--bad_images", "skip"], ["--streaming", "True"]], ids=["plain", "skip", "stream"]
+)
+def test_training_reads_them_as_they_are(how: list[str], tmp_path: Path) -> None:
+    if "--streaming" in how:
+        pytest.importorskip("torchdata")
+    data, out = tmp_path / "my chat.jsonl", tmp_path / "out"
+    dump_lines(data, [asked(url("red")), in_llavas(url("blue", "JPEG"))] * 2)
+    assert convert(data, out, "llava") == 0
+    words = ["--rank", "4", "--max_steps", "1", "--learning_rate", "1e-2", *how, "--data_path"]
+    inside = [*words, str(data), "--image_folder", str(tmp_path)]
+    files = [*words, str(out / "data.json"), "--image_folder", str(out / "images")]
+    assert train(training(tmp_path, tmp_path / "a", *inside)) == 0
+    assert train(training(tmp_path, tmp_path / "b", *files)) == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
-def test_check_says_it_once_and_offers_the_command(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("fault", BROKEN)
+def test_training_names_file_and_record_of_a_broken_one(fault: str, tmp_path: Path) -> None:
+    data = tmp_path / "chat.jsonl"
+    dump_lines(data, [asked(url("red")), asked(BROKEN[fault])])
+    words = ["--rank", "4", "--max_steps", "1", "--per_device_train_batch_size", "2", "--data_path", str(data)]
+    words += ["--image_folder", str(tmp_path)]
+    with pytest.raises(UserError) as caught:
+        train(training(tmp_path, tmp_path / "run", *words))
+    assert f"{data}:2" in str(caught.value)
+    assert caught.value.first.code == "image-unreadable"
+    assert "picture" in caught.value.first.message
+    assert BROKEN[fault] not in str(caught.value) or fault == "empty"
+    assert train(training(tmp_path, tmp_path / "skipped", *words, "--bad_images", "skip")) == 0
+
+
+def test_check_counts_them_and_offers_the_command(tmp_path: Path, capsys: Any) -> None:
     data, out = tmp_path / "chat.jsonl", tmp_path / "out"
-    dump_lines(data, [asked(url("red"))] * 3)
+    dump_lines(data, [asked(url("red")), asked(url("blue")), asked(BROKEN["no base64"])])
     assert main(["check", str(data)]) == 1
     captured = capsys.readouterr()
-    assert "error          3  " in captured.out
-    assert "data:image/png;base64" in captured.out
+    assert "picture embedded as base64" in captured.out
+    assert f"{data}:3" in captured.out
     assert url("red") not in captured.out
     assert main([str(out) if word == "OUT" else word for word in offered(captured.err)]) == 0
-    with pytest.raises(UserError, match="3 left out: .*base64"):
-        main(["check", str(data), "--fix", str(tmp_path / "clean.json")])
+    main(["check", str(data), "--fix", str(tmp_path / "clean.jsonl")])
+    assert len(list(load_records(tmp_path / "clean.jsonl"))) == 2
     for command in ("stats", "show"):
-        with pytest.raises(DataError, match="milora_data convert --from messages"):
-            main([command, str(data)])
+        assert main([command, str(tmp_path / "clean.jsonl")]) == 0
 
 
 @pytest.mark.parametrize("kind", ["llava", "table"])

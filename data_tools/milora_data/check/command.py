@@ -21,8 +21,8 @@ from milora_data.command.web import url_problem, web_address
 from milora_data.errors import DataError, Problem, UserError, no_records
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.stored import stored_items
-from milora_data.images.embedded import EmbeddedPicture, described
-from milora_data.images.files import SUFFIXES, ImagePolicy, OutsidePicture, place_of
+from milora_data.images.embedded import convert_words, described
+from milora_data.images.files import SUFFIXES, ImageError, ImagePolicy, OutsidePicture, StoredPicture, place_of
 from milora_data.records import Record, parse_record
 from milora_data.sources import is_json, load_records, mixed_records, read_sources
 
@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
-    if report.form:
-        next_step("milora_data", *report.convert_words())
+    if report.has_embedded:
+        next_step("milora_data", *convert_words(report.path, "llava"))
     elif report.by_kind().keys() == {"not_a_record"} and len(report.findings) == report.records:
         next_step("milora_data", "convert", "--help")
     elif fixed is None and _is_wrong_folder(report):
@@ -155,6 +155,9 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
         report.records += 1
         report.with_pictures += bool(record.images)
         report.findings += examine(record)
+        if is_json(path) and (stored := next((name for name in record.files if isinstance(name, StoredPicture)), None)):
+            report.has_embedded = True
+            report.findings.append(Finding("embedded_picture", record.source, f"{len(stored.content):,} bytes"))
         repeated = bool(record.id) and record.id in ids
         if repeated:
             report.findings.append(Finding("duplicate_id", record.source, f"{record.id} (first at {ids[record.id]})"))
@@ -163,7 +166,7 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
         if content in contents and not repeated:
             report.findings.append(Finding("duplicate_record", record.source, f"first at {contents[content]}"))
         contents.setdefault(content, record.source)
-        for name in record.images:
+        for name in record.files:
             used.setdefault(name, []).append(record.source)
     _scan_pictures(used, folder, pictures, report)
     return report
@@ -207,10 +210,8 @@ def _readable_json(path: Path, report: Report) -> Iterator[Record]:
             yield parse_record(value, source=f"{path}:{place}")
         except DataError as error:
             report.records += 1
-            kind, message = "not_a_record", _without_place(error.first)
-            if isinstance(error, EmbeddedPicture):  # the command prints the hint once, as the next step
-                kind, message, report.form = "embedded_picture", error.first.message, report.form or error.form
-            report.findings.append(Finding(kind, f"{path}:{place}", message))
+            kind = "corrupt_picture" if isinstance(error, ImageError) else "not_a_record"
+            report.findings.append(Finding(kind, f"{path}:{place}", _without_place(error.first)))
 
 
 def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report: Report) -> None:

@@ -24,13 +24,13 @@ class Kind(NamedTuple):
 KINDS: Mapping[str, Kind] = {
     "broken_json": Kind("error", "broken JSON"),
     "not_a_record": Kind("error", "not a record of LLaVA's format"),
-    "embedded_picture": Kind("error", "picture embedded as base64: records name picture files"),
     "turn_order": Kind("error", "questions and answers do not alternate"),
     "no_answer": Kind("error", "no supervised tokens: no answer to a question"),
     "placeholders": Kind("error", f"the number of {IMAGE} differs from the number of pictures"),
     "missing_picture": Kind("error", "missing picture"),
     "corrupt_picture": Kind("error", "picture that cannot be read"),
     "broken_text": Kind("error", "text that is not valid Unicode (half of a surrogate pair)"),
+    "embedded_picture": Kind("warning", "picture embedded as base64, which a training keeps in memory"),
     "empty_answer": Kind("warning", "empty answer: the model learns to answer nothing"),
     "empty_question": Kind("warning", "empty question"),
     "duplicate_id": Kind("warning", "id used before"),
@@ -60,7 +60,7 @@ SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>",
 
 _LONGEST = 300
 # Kinds whose messages are complete without the title.
-_SENTENCES = ("broken_json", "not_a_record", "embedded_picture", "turn_order", "placeholders")
+_SENTENCES = ("broken_json", "not_a_record", "turn_order", "placeholders")
 _ESTIMATED_TOKENS = 2048
 _ROLE = re.compile(r"(?:^|\n| )(?:ASSISTANT|USER|### ?(?:Human|Assistant)): ")
 _LOST = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00e2\u20ac")  # typical of UTF-8 text decoded as Latin-1

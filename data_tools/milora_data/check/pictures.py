@@ -18,6 +18,7 @@ from milora_data.images.files import (
     ImageError,
     OutsidePicture,
     StoredPicture,
+    WebPicture,
     load_image,
     opened_picture,
     place_of,
@@ -69,7 +70,7 @@ def uses(records: Iterable[Record]) -> dict[str, list[str]]:
     """Return, for each picture name in the order of first use, the sources of the records that name it."""
     sources: dict[str, list[str]] = {}
     for record in records:
-        for name in record.images:
+        for name in record.files:
             sources.setdefault(name, []).append(record.source)
     return sources
 
@@ -88,6 +89,8 @@ def _num_bytes(path: str | Path) -> int | None:
     """Return the size of a picture file, or of a stored picture, in bytes; None if there is no file."""
     if isinstance(path, StoredPicture):
         return len(path.content)
+    if isinstance(path, WebPicture):
+        return 1  # it is downloaded when a record needs it
     try:
         status = path.stat() if isinstance(path, Path) else None
     except (OSError, ValueError):  # for example, a name that is too long for the file system

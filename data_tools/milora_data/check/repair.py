@@ -12,7 +12,7 @@ from milora_data.check.findings import CONTROL, KINDS, examine
 from milora_data.command.cli import amount
 from milora_data.errors import DataError, UserError
 from milora_data.formats.jsonfile import read_objects, write_objects
-from milora_data.images.embedded import EmbeddedPicture
+from milora_data.images.files import ImageError
 from milora_data.records import IMAGE, ROLES, from_messages, parse_record
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
             if kind is None:
                 assert isinstance(value, dict)
                 if "conversations" not in value:
-                    value = from_messages(value, number=number)
+                    value = from_messages(value, number=number, web="keep")
                 repaired = repair(value, done)
                 record = parse_record(repaired)
                 kind = next((f.kind for f in examine(record) if f.severity == "error"), None)
@@ -89,8 +89,8 @@ def _fatal_kind(value: object) -> str | None:
     """Return the kind of an error that `repair` cannot fix, or None."""
     try:
         record = parse_record(value)
-    except EmbeddedPicture:
-        return "embedded_picture"
+    except ImageError:
+        return "corrupt_picture"
     except DataError:
         return "not_a_record"
     return next((f.kind for f in examine(record) if f.kind == "turn_order"), None)

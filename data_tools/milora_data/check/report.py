@@ -9,7 +9,6 @@ from typing import Any
 
 from milora_data.check.findings import KINDS, Finding
 from milora_data.command.cli import amount
-from milora_data.images.embedded import convert_words
 
 
 @dataclass(slots=True)
@@ -24,7 +23,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     num_missing: int = 0  # picture names without a file
     num_never_read: int = 0  # of these, names outside the image folder and web addresses
-    form: str = ""  # format for `convert --from`, if records have embedded pictures
+    has_embedded: bool = False  # records of a JSON file have pictures in base64
 
     def count(self, severity: str) -> int:
         """Return the number of findings with a severity, `error` or `warning`."""
@@ -37,11 +36,6 @@ class Report:
             for kind in KINDS
             if (findings := [finding for finding in self.findings if finding.kind == kind])
         }
-
-    def convert_words(self) -> tuple[str, ...]:
-        """Return the arguments of the milora_data command that writes the embedded pictures to files."""
-        first = next(finding for finding in self.findings if finding.kind == "embedded_picture")
-        return convert_words(first.where.rpartition(":")[0], self.form)
 
 
 def as_json(report: Report) -> str:

@@ -15,7 +15,6 @@ from milora_data.command.cli import count, next_step
 from milora_data.command.flags import DATA, Command, option, shared
 from milora_data.encode import encode
 from milora_data.errors import DataError, UserError, no_records, with_context
-from milora_data.images.embedded import EmbeddedPicture
 from milora_data.records import IMAGE, Record
 from milora_data.sources import load_records
 from milora_data.tokens import load_tokenizer
@@ -90,7 +89,7 @@ def _read(path: Path) -> list[Record]:
     try:
         return list(load_records(path))
     except DataError as error:
-        if not path.is_file() or isinstance(error, EmbeddedPicture):  # it has a hint
+        if not path.is_file():  # it has a hint
             raise
         hint = f"see: python -m milora_data check {path}; --fix OUT writes the usable records to a new file"
         raise with_context(error, hint=hint) from None

@@ -33,7 +33,7 @@ from milora_data.formats.vqa_files import (
     vqa,
 )
 from milora_data.images.embedded import stored_pictures
-from milora_data.images.files import ImageError
+from milora_data.images.files import ImageError, StoredPicture
 from milora_data.records import SPEAKERS, Record, from_messages, parse_record, tools_of
 from milora_data.sources import load_records
 
@@ -201,7 +201,10 @@ def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
         for turn in record.turns
     ]
     tools = {"tools": tools_of(record)} if record.extra.get("tools") else {}
-    return {"id": record.id or identifier, **images, "conversations": turns, **tools}
+    videos = {"videos": [video._asdict() for video in record.videos]} if record.videos else {}
+    if any(isinstance(frame, StoredPicture) for video in record.videos for frame in video.frames):
+        raise DataError("frames of a video inside a table are not written to files", code="record-videos")
+    return {"id": record.id or identifier, **images, **videos, "conversations": turns, **tools}
 
 
 KINDS: dict[str, Kind] = {

@@ -13,13 +13,9 @@ from milora_data.command.cli import command_line
 from milora_data.errors import DataError
 from milora_data.images.files import ImageError, StoredPicture, load_image, picture_suffix
 
-NOT_FETCHED = "pictures are not fetched from the web: download them and name the files"
-
-
-class EmbeddedPicture(DataError):
-    """A base64 picture in place of a file name. `form` is the format for `convert --from`: llava or messages."""
-
-    form: str = "llava"
+NOT_FETCHED = (
+    "pictures are not fetched from the web: download them and name the files, or train with --web_pictures download"
+)
 
 
 def is_embedded(name: object) -> bool:
@@ -40,16 +36,14 @@ def described(name: str) -> str:
     return f"{address.scheme}://{address.netloc}{address.path}"[:200]
 
 
-def refusal(name: str, source: str, form: str) -> EmbeddedPicture:
+def refusal(name: str, source: str, form: str) -> DataError:
     """Return the error for a record with an embedded picture; its hint is a command that writes pictures to files."""
     file = source.rpartition(":")[0] or "DATA"
-    error = EmbeddedPicture(
+    return DataError(
         f"a picture is embedded as base64 ({described(name)}), and a record names picture files",
         code="image-embedded",
         hint=f"write the pictures to files: {command_line('milora_data', *convert_words(file, form))}",
     )
-    error.form = form
-    return error
 
 
 def convert_words(file: str, form: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from milora_data.command.web import url_problem
 from milora_data.errors import DataError
+from milora_data.images.download import downloaded
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,6 +32,7 @@ ORIENTATION = 0x0112  # EXIF tag; values above 4 mean that width and height are 
 _NOT_DECODED_HERE = frozenset(("EPS", "WMF", "FPX", "MIC", "BUFR", "GRIB", "HDF5", "MPEG"))
 _ALWAYS_READ = 40_000_000  # pixels
 _PIXELS_PER_BYTE = 500  # a photo has about 5, a scan of a white page 200
+WebPictures = Literal["refuse", "download"]
 ImagePolicy = Literal["raise", "skip", "replace"]
 """What to do with an unreadable picture: stop, skip its record, or replace it by a plain picture."""
 
@@ -63,6 +65,10 @@ class PlacedPicture(str):
     """The path of a picture that already includes the image folder of its source; it may be outside other folders."""
 
 
+class WebPicture(str):
+    """The web address of a picture that may be downloaded; without this type, an address is never opened."""
+
+
 class OutsidePicture(str):
     """The name of a picture outside the image folder; it is never read."""
 
@@ -86,7 +92,7 @@ def place_of(folder: Path, name: str) -> str | Path:
 
     Data is not trusted: a name that leads out of the folder becomes an `OutsidePicture`, which is never read.
     """
-    if isinstance(name, StoredPicture):
+    if isinstance(name, StoredPicture | WebPicture):
         return name
     if not isinstance(name, PlacedPicture) and leads_outside(folder, name):
         return OutsidePicture(name)
@@ -124,8 +130,7 @@ def load_image(path: str | Path, *, longest: int | None = None, shortest: int | 
             raise ImageError(problem.message, "a URL", code=problem.code, hint=problem.hint) from None
         reason, hint = "no such file", ""
     except UnidentifiedImageError:
-        size = len(path.content) if isinstance(path, StoredPicture) else Path(path).stat().st_size
-        reason, hint = "not a picture" if size else "the file is empty", ""
+        reason, hint = "not a picture" if content_of(path) else "the file is empty", ""
     except Exception as error:  # PIL's plugins raise exceptions of any type
         reason, hint = _reason(error)
     raise _unreadable(path, reason, hint)
@@ -158,9 +163,8 @@ def opened_picture(path: str | Path) -> Image.Image:
 
 
 def _unreadable(path: str | Path, reason: str, hint: str) -> ImageError:
-    return ImageError(
-        f"cannot read this picture: {reason}", reason, code="image-unreadable", where=str(path), hint=hint
-    )
+    where = str(path).partition("?")[0] if isinstance(path, WebPicture) else str(path)  # without tokens
+    return ImageError(f"cannot read this picture: {reason}", reason, code="image-unreadable", where=where, hint=hint)
 
 
 def _reason(error: Exception) -> tuple[str, str]:
@@ -206,6 +210,8 @@ def opened(path: str | Path) -> str | Path | BytesIO:
     """Return the path or the bytes of a stored picture for PIL to open. Raises `OSError` if it must not be read."""
     if isinstance(path, StoredPicture):
         return BytesIO(path.content)
+    if isinstance(path, WebPicture):
+        return downloaded(path)
     if isinstance(path, OutsidePicture):
         raise PermissionError("it is outside the image folder")
     if not Path(path).is_file():

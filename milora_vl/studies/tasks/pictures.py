@@ -4,15 +4,16 @@ ImageNet's features contain little information about rotation, so a new head alo
 same after a rotation.
 
 The pictures are from OpenMoji (CC BY-SA 4.0), split by base emoji as in `python -m milora_data emoji`. The photographs
-are pieces of two photographs in scikit-learn (CC BY 2.0, by danielbuechele and vultilion). The weights are the
-published ImageNet weights in float32 (Apache-2.0).
+are pieces of two photographs in scikit-learn (CC BY 2.0, by danielbuechele and vultilion). Protected inputs are
+calibrated with pieces of a third photograph, in matplotlib (US Navy, public domain). The weights are the published
+ImageNet weights in float32 (Apache-2.0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from milora_data.assets import fetch
 from milora_data.emoji.catalogue import catalogue, on_background, render
 from milora_vl.models.smol_llava import TOWER_WEIGHTS
 from milora_vl.studies.order import shuffled
-from milora_vl.studies.task import Measured, no_calibration
+from milora_vl.studies.task import Measured
 
 TURNS = 4
 SIZE = 96  # pixels a side; the weights are from 224, the network takes any
@@ -40,6 +41,8 @@ class TurnedEmoji:
     forgets = "KL from the base model's ImageNet predictions on photographs, nats"
 
     def __init__(self) -> None:
+        from sklearn.datasets import load_sample_images
+
         emojis = catalogue()
         self.train, self.validation, self.test = (
             torch.stack([_pixels(on_background(render(e.code, SIZE))) for e in emojis if e.split == split])
@@ -51,7 +54,7 @@ class TurnedEmoji:
             torch.manual_seed(0)  # for the weights of the new head
             base: Any = TwoHeads(imagenet_lite0(), TURNS).eval()
         self.base: TwoHeads = base.to(memory_format=torch.channels_last)  # reduces the time of a step by a third
-        self.photographs = _pieces()
+        self.photographs = _pieces([_pixels(image) for image in load_sample_images().images], seed=0)
         with torch.no_grad():
             self.before = self.scores(self.base, self.photographs)[0].log_softmax(1)
 
@@ -71,9 +74,13 @@ class TurnedEmoji:
         pictures, turns = batch
         return cross_entropy(model(pictures)[1], turns)
 
-    def calibration(self) -> NoReturn:
-        """Raise UserError: the pictures that measure forgetting are the only ones beside those of the task."""
-        raise no_calibration("lite0")
+    def calibration(self) -> list[Mapping[str, Tensor]]:
+        """Return pieces of a photograph that no measurement uses."""
+        from matplotlib.cbook import get_sample_data
+        from PIL import Image
+
+        portrait = _pixels(Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB"))
+        return [{"pictures": part} for part in _pieces([portrait], seed=1).split(16)]
 
     def measure(self, model: nn.Module) -> Measured:
         """Measure loss and accuracy on held-out emoji, and the KL and changed predictions on pieces of photographs."""
@@ -144,17 +151,14 @@ def _pixels(picture: Any) -> Tensor:
     return torch.tensor(np.asarray(picture), dtype=torch.float32).permute(2, 0, 1) / 127.5 - 1
 
 
-def _pieces() -> Tensor:
-    """Return squares of both photographs with random position and size, resized for the network."""
-    from sklearn.datasets import load_sample_images
-
-    photographs = [_pixels(image)[None] for image in load_sample_images().images]
-    generator = torch.Generator().manual_seed(0)
+def _pieces(photographs: Sequence[Tensor], seed: int) -> Tensor:
+    """Return squares of photographs (3, height, width) with random position and size, resized for the network."""
+    generator = torch.Generator().manual_seed(seed)
     found = []
     for number in range(NUM_PIECES):
         photograph = photographs[number % len(photographs)]
         side = int(torch.randint(SMALLEST, LARGEST, (), generator=generator))
-        top, left = (int(torch.randint(edge - side, (), generator=generator)) for edge in photograph.shape[2:])
-        piece = photograph[:, :, top : top + side, left : left + side]
+        top, left = (int(torch.randint(edge - side, (), generator=generator)) for edge in photograph.shape[1:])
+        piece = photograph[None, :, top : top + side, left : left + side]
         found.append(interpolate(piece, size=(SIZE, SIZE), mode="bilinear", antialias=True))
     return torch.cat(found)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from milora_data.collate import ImageTextCollator
+from milora_data.records import IMAGE, Turn
 from milora_data.sources import load_records
 from milora_vl.forgetting import answer_batches, drawn_questions
+from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
 from milora_vl.models.image_tokens import image_tokens
 from milora_vl.models.loading import split_processor
 from milora_vl.studies.tasks import EMOJI
 from milora_vl.studies.tasks.answers import AnswerTask
+from milora_vl.train.calibration import CAPTION_TOKENS, QUESTION, ROWS, with_pictures
+
+CALIBRATION_PICTURES = 64  # as in milora_vl.train
 
 
 class EmojiQuestions(AnswerTask):
@@ -38,3 +47,22 @@ class EmojiQuestions(AnswerTask):
             drawn = drawn_questions(Path(folder))[::4]
             pictures = list(answer_batches(base, processor, drawn, image_folder=Path(folder)))
         super().__init__(base, collator, train, validation[:64], test[::4], {"pictures": pictures})
+        self.processor = processor
+
+    @cached_property
+    def _described(self) -> list[Mapping[str, Tensor]]:
+        """Pictures of the training set with captions that the base model writes."""
+        chosen = with_pictures(self.train, CALIBRATION_PICTURES)
+        asks = Turn("user", f"{IMAGE}\n{QUESTION}")
+        prompts = [Prompt((asks,), tuple(EMOJI / "images" / name for name in record.images)) for record in chosen]
+        captions = generate(self.base, self.processor, prompts, max_new_tokens=CAPTION_TOKENS)
+        records = [
+            replace(record, turns=(asks, Turn("assistant", caption)))
+            for record, caption in zip(chosen, captions, strict=True)
+        ]
+        batches = (self.collator(records[start : start + ROWS]) for start in range(0, len(records), ROWS))
+        return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+
+    def calibration(self) -> list[Mapping[str, Tensor]]:
+        """Return texts and captions of training pictures, both written by the base model itself."""
+        return [*super().calibration(), *self._described]

@@ -1,0 +1,201 @@
+"""Videos as lists of frames: tensors of the family's processor, masks, lengths, cuts, errors."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from milora_data.__main__ import main
+from milora_data.collate import ImageTextCollator
+from milora_data.errors import DataError
+from milora_data.images.files import ImageError
+from milora_data.processor_collate import ProcessorCollator
+from milora_data.records import parse_record
+from milora_data.sources import load_records
+from milora_vl.tiny import tiny_tokenizer
+from support.versions import needs_places
+from support.vlm_families import VLM_FAMILIES, model_of, processor_of
+from support.vlm_runs import write_pictures
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+# What the published templates write for a video.
+VIDEO_PARTS = {
+    "qwen2_vl": "<|vision_start|><|video_pad|><|vision_end|>",
+    "qwen2_5_vl": "<|vision_start|><|video_pad|><|vision_end|>",
+    "qwen3_vl": "<|vision_start|><|video_pad|><|vision_end|>",
+    "internvl": "<video>\n",
+    "llava_onevision": "<video>\n",
+    "glm4v": "<|begin_of_video|><|video|><|end_of_video|>",
+    "smolvlm": "<video>",
+}
+if find_spec("num2words") is None:
+    del VIDEO_PARTS["smolvlm"]
+FRAMES = [f"f{number}.png" for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_pictures(tmp_path_factory.mktemp("pictures"))
+    for name in FRAMES:
+        Image.effect_noise((40, 24), 90).convert("RGB").save(folder / name)
+    return folder
+
+
+def template(name: str) -> str:
+    """The template of a family, marks included, which writes videos too."""
+    family = VLM_FAMILIES[name]
+    written = f"{{% elif part.type == 'video' %}}{VIDEO_PARTS[name]}{{% elif 'text' in part %}}"
+    assert "{% elif 'text' in part %}" in family.template
+    return family.template.replace("{% elif 'text' in part %}", written)
+
+
+def collator(name: str, pictures: Path, **options: Any) -> ProcessorCollator:
+    processor = processor_of(name)
+    if name in VIDEO_PARTS:
+        marked = template(name)
+        processor.chat_template = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    return ProcessorCollator(processor, image_folder=pictures, **options)
+
+
+def asked(*parts: Any, answer: str = "A cat.") -> dict[str, Any]:
+    content = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+
+CLIP = {"type": "video", "video": FRAMES}
+
+
+@pytest.mark.parametrize("name", VIDEO_PARTS)
+def test_tensors_and_masks_are_those_of_the_processor(name: str, pictures: Path) -> None:
+    collate = collator(name, pictures)
+    value = asked({"type": "image", "image": "0.png"}, "Like", CLIP, "What?")
+    batch = collate([value, asked("Hi")])
+    processor = collate.inputs.processor
+    frames = [Image.open(pictures / frame).convert("RGB") for frame in FRAMES]
+    text = processor.tokenizer.apply_chat_template(
+        [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Like"}, {"type": "video"},
+                                         {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        ],
+        chat_template=processor.chat_template,
+        tokenize=False,
+    )  # fmt: skip
+    text += "<|endoftext|>" if name == "glm4v" else ""
+    expected = processor(
+        text=[text],
+        images=[[Image.open(pictures / "0.png").convert("RGB")]],
+        videos=[frames],
+        do_sample_frames=False,
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    length = expected["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"][:1, :length], expected["input_ids"])
+    for key in expected.keys() - {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}:
+        assert torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(expected[key])), key
+    first = batch["labels"][0]
+    assert processor.tokenizer.decode(first[first != -100]).lstrip().startswith("A cat.")
+    assert (first != -100).sum() < 12
+    assert collate.num_tokens(parse_record(value)) == length
+    if name == "glm4v":  # its model takes pictures and videos only in different batches
+        batch = collate([asked(CLIP, "What?"), asked("Hi")])
+    assert model_of(name, processor)(**batch).loss.isfinite()
+
+
+def test_every_form_of_record_gives_the_same_batch(pictures: Path, tmp_path: Path) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    question, answer = {"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat."}
+    messages = [{"role": "user", "content": "<video>\nWhat?"}, {"role": "assistant", "content": "A cat."}]
+    forms = [
+        asked(CLIP, "What?"),
+        asked({"type": "video"}, "What?") | {"videos": [FRAMES]},
+        {"conversations": [question, answer], "video": FRAMES},
+        {"conversations": [question, answer], "videos": [{"frames": FRAMES}]},
+        {"messages": messages, "videos": [FRAMES]},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(forms))
+    stored = {"videos": [[{"bytes": (pictures / name).read_bytes(), "path": name} for name in FRAMES]]}
+    parquet.write_table(arrow.Table.from_pylist([{"messages": messages, **stored}]), tmp_path / "data.parquet")
+    collate = collator("qwen2_5_vl", pictures)
+    expected = collate([forms[0]])
+    assert "pixel_values_videos" in expected
+    for form in [*load_records(tmp_path / "data.json"), *load_records(tmp_path / "data.parquet")]:
+        batch = collate([form])
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
+    assert main(["check", str(tmp_path / "data.json"), "--image_folder", str(pictures)]) == 0
+
+
+def test_time_stamps_follow_the_frames_per_second(pictures: Path) -> None:
+    collate = collator("qwen3_vl", pictures)
+    texts = [
+        collate.inputs.tokenizer.decode(collate([asked({**CLIP, "fps": fps}, "What?")])["input_ids"][0])
+        for fps in (1, 2)
+    ]
+    assert "<0.5 seconds>" in texts[0]
+    assert "<2.5 seconds>" in texts[0]
+    assert "<1.2 seconds>" in texts[1]
+
+
+def test_max_length_drops_a_video_as_a_whole(pictures: Path) -> None:
+    turns = [*asked(CLIP, "A?")["messages"], *asked(CLIP, "B?", answer="Two.")["messages"]]
+    value = {"messages": turns}
+    whole = collator("qwen2_5_vl", pictures)([value])["input_ids"].shape[1]
+    for length in range(whole - 1, whole - 30, -4):
+        collate = collator("qwen2_5_vl", pictures, max_length=length)
+        batch = collate([value])
+        tokens = (batch["input_ids"] == collate.inputs.processor.video_token_id).sum()
+        assert tokens == batch["video_grid_thw"].prod(1).sum() // 4
+        assert batch["input_ids"].shape[1] <= length
+    assert len(batch["video_grid_thw"]) == 1
+
+
+@pytest.mark.parametrize("name", ["pixtral", "gemma3", "idefics3", "mllama"])
+def test_families_without_video_refuse_it_by_name(name: str, pictures: Path) -> None:
+    with pytest.raises(DataError, match=r"Processor takes no videos|writes 0 of 1 videos") as error:
+        collator(name, pictures)([asked(CLIP, "What?")])
+    assert error.value.first.code in ("record-videos", "chat-template-no-pictures")
+    fast = ImageTextCollator(tiny_tokenizer(), image_tokens=4, image_folder=pictures)
+    with pytest.raises(DataError, match="takes no videos"):
+        fast([asked(CLIP, "What?")])
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        (asked({"type": "video", "video": "clip.mp4"}, "What?"), "video-file"),
+        (asked({"type": "video_url", "video_url": {"url": "https://example.org/a.mp4?token=x"}}, "?"), "video-file"),
+        (asked({"type": "video", "video": []}, "What?"), "record-video-field"),
+        (asked({**CLIP, "fps": 0}, "What?"), "record-video-field"),
+        (asked({"type": "video"}, "What?"), "record-image-token-in-text"),
+        (asked("What?") | {"videos": [FRAMES]}, "record-image-count"),
+        (asked(CLIP, "What?") | {"videos": [FRAMES]}, "messages-images-twice"),
+        (asked({"type": "video", "video": ["f0.png", "0.png"]}, "What?"), "video-frame-sizes"),
+        (asked({"type": "video", "video": ["f0.png", "none.png"]}, "What?"), "image-unreadable"),
+    ],
+)
+def test_what_is_no_video_is_named(value: dict[str, Any], code: str, pictures: Path) -> None:
+    with pytest.raises(DataError) as error:
+        collator("internvl", pictures)([parse_record(value, source="data.json:3")])
+    assert error.value.first.code == code
+    assert "data.json:3" in str(error.value)
+    assert "token=x" not in str(error.value)
+
+
+def test_a_missing_frame_is_replaced_or_its_record_skipped(pictures: Path) -> None:
+    value = asked({"type": "video", "video": ["f0.png", "none.png"]}, "What?")
+    with pytest.raises(ImageError):
+        collator("qwen2_5_vl", pictures)([value])
+    replacing = collator("qwen2_5_vl", pictures, bad_images="replace")
+    assert replacing([value])["video_grid_thw"].tolist()[0][0] == 1
+    assert replacing.counts()["replaced"] == 1
+    skipping = collator("qwen2_5_vl", pictures, bad_images="skip")
+    assert len(skipping([value, asked("Hi")])["input_ids"]) == 1
