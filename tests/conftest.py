@@ -38,8 +38,8 @@ def no_ranks_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def coarse_plots() -> None:
-    """Draw the plots of reports coarsely, except in tests that ask for `real_plots`."""
+def no_pictures_of_plots() -> None:
+    """Make the figures of reports and do not draw them, except in tests that ask for `real_plots`."""
     quick_plots.replace()
 
 
@@ -73,6 +73,16 @@ def known_costs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "simulate", remembered)
         patch.setattr(cost, "measured_flops", functools.cache(cost.measured_flops))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def templates_compiled_once() -> Iterator[None]:
+    """PEFT writes a model card beside each adapter, and jinja2 compiles its template each time."""
+    from jinja2 import Environment
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "compile", functools.cache(Environment.compile))
         yield
 
 

@@ -6,10 +6,12 @@ tokens, and then LLaVA fails with a count mismatch. `loading` adds folders in LL
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 import sys
 from contextlib import nullcontext
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +38,7 @@ from milora_vl.models.names import (
     UnknownModelError,
     hub_id,
 )
-from milora_vl.models.quantized import Quantization, quantization_config
+from milora_vl.models.quantized import Quantization, quantization_config, unquantized
 from milora_vl.models.quiet import quiet_bars
 from milora_vl.towers import keep_weights_readable
 
@@ -78,7 +80,10 @@ def load_weights(
     auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
     arguments: dict[str, Any] = {"dtype": dtype or "auto"}
     if quantization is not None:
-        chosen = quantization_config(quantization) if isinstance(quantization, str) else quantization
+        chosen = quantization
+        if isinstance(chosen, str):
+            with whole_weights(), torch.device("meta"):
+                chosen = quantization_config(chosen, unquantized(auto.from_config(config)))
         arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
     with quiet_bars() if name in BUILT_IN_MODELS or not sys.stderr.isatty() else nullcontext():
         model = _read(auto.from_pretrained, source, name, **arguments)
@@ -131,7 +136,7 @@ def config_of(name: str) -> Any:
     from transformers import AutoConfig
 
     if name in MADE_IN_MEMORY:
-        return _tiny(name)[0].config
+        return copy.deepcopy(_tiny_config(name))
     if name in PART_OF:
         whole, part, differing = PART_OF[name]
         inner = config_of(whole).to_dict()[part] | differing
@@ -152,6 +157,11 @@ def read_pretrained(load: Any, name: str, **arguments: Any) -> Any:
 def _tiny(name: str) -> tuple[Any, Any]:
     with whole_weights():  # ZeRO-3 would initialize shards, which gives other random weights
         return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
+
+
+@cache
+def _tiny_config(name: str) -> Any:
+    return _tiny(name)[0].config
 
 
 def _named(model: Any, name: str) -> nn.Module:

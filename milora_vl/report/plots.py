@@ -37,7 +37,7 @@ class Plot:
 
 def draw(folder: Path, name: str, figure: Callable[[PlotStyle], Figure], alt: str, *, with_pdf: bool = False) -> Plot:
     """Draw a figure in all styles. Write the one for a light, wide page to `folder` as `name`.png (and .pdf)."""
-    images = {style: png(figure(style)) for style in PLOT_STYLES}
+    images = png_of_each_style(figure)
     (folder / f"{name}.png").write_bytes(images[PlotStyle()])
     if with_pdf:
         figure(PlotStyle()).savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
@@ -48,6 +48,11 @@ def draw(folder: Path, name: str, figure: Callable[[PlotStyle], Figure], alt: st
         (_DARK, uris[PlotStyle(dark=True)]),
     )
     return Plot(uris[PlotStyle()], sources, alt)
+
+
+def png_of_each_style(figure: Callable[[PlotStyle], Figure]) -> dict[PlotStyle, bytes]:
+    """Return a figure as PNG for each kind of page."""
+    return {style: png(figure(style)) for style in PLOT_STYLES}
 
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#8a8a8a"

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 
+from support import programs
 from support.documented import ROOT, WORKED, blocks_of
 
 COPIED = ("milora_vl", "llava_recipes", "data_tools", "eval", "tests", "docs/recipes.md", "pyproject.toml")
-# Runs the lines of a shell block. Python's modules run in this process: to import torch takes longer than all the rest.
+# Runs the lines of a shell block, in a fork that has the libraries but not our packages: it imports those of the copy.
+# Python's modules run in this process: to import torch takes longer than all the rest.
 RUNNER = """
 import os, runpy, shlex, subprocess, sys
-for line in sys.stdin.read().splitlines():
+sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
+commands = sys.argv[1]
+for line in commands.splitlines():
     words = shlex.split(line)
     print("$", line, flush=True)
     if words[:2] != ["python", "-m"]:
@@ -82,9 +84,7 @@ def change(folder: Path, diff: str) -> None:
 def run(commands: str, folder: Path) -> str:
     paths = (folder, folder / "data_tools", folder / "eval")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER], input=commands, cwd=folder, env=env, capture_output=True, text=True, timeout=900
-    )
+    done = programs.run(["-c", RUNNER, commands], cwd=folder, env=env, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 

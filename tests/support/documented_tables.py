@@ -108,8 +108,8 @@ PAGES_PRESUME: dict[str, tuple[str, ...]] = {
 # Pages whose trainings are alternatives with one output folder: it is removed before each of them.
 ALTERNATIVES = ("docs/scaling.md",)
 
-DEMO = "model: smol-llava\ndata: {path: train.json, image_folder: images, eval_path: val.json}\n"
-RULES = "policy: [{modules: language, method: milora, rank: 32, learning_rate: 1.0e-3}]\ntrain: {max_steps: 100}\n"
+DEMO = "model: tiny\ndata: {path: train.json, image_folder: images, eval_path: val.json}\n"
+RULES = "policy: [{modules: language, method: milora, rank: 4, learning_rate: 1.0e-3}]\ntrain: {max_steps: 100}\n"
 # Page and first line of a block -> name of the file it shows, text to put before it, and a command that reads the file.
 FILES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("docs/data-format.md", "["): ("cats.json", "", "python -m milora_data check cats.json --image_folder ."),
@@ -131,7 +131,7 @@ FILES: dict[tuple[str, str], tuple[str, str, str]] = {
     ),
     ("docs/recipes.md", "policy:"): (
         "protect.yaml",
-        DEMO,
+        DEMO.replace("tiny", "smol-llava"),
         "python -m milora_vl.train --recipe protect.yaml --dry-run",
     ),
     ("docs/protection.md", "policy:"): (

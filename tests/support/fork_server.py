@@ -26,8 +26,17 @@ PRELOADED = (
     "transformers",
     "transformers.trainer",
     "transformers.models.auto.modeling_auto",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.llava.image_processing_llava",
+    "transformers.models.llava.modeling_llava",
+    "transformers.models.llava.processing_llava",
+    "transformers.tokenization_mistral_common",  # every processor asks for it
     "datasets",
     "deepspeed",
+    "torchdata.stateful_dataloader",
+    "jinja2",
+    "rich.progress",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
 )
@@ -69,7 +78,7 @@ def become(request: dict[str, Any], given: list[int]) -> None:
     atexit.register(gc.unfreeze)  # else extension modules report the frozen objects as leaks when Python ends
     first, *rest = request["words"]
     sys.path[0] = str(TESTS)
-    if first.startswith("milora_"):
+    if first.startswith("milora_") or first.endswith(".py"):
         importlib.import_module("support.quick_plots").replace()
     if first == "-c":
         sys.path[0], sys.argv = request["cwd"], ["-c", *rest[1:]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from huggingface_hub import constants
 from milora_data.errors import UserError
 from milora_vl.train.command import main
 from support.fake_hub import FakeHub, running
+from support.programs import run as run_program
 from support.train_runs import read_json, training
 
+TESTS = Path(__file__).parents[1]
 TOKEN = "hf_not_a_real_one"
 
 
@@ -95,12 +96,24 @@ def test_a_repository_that_the_hub_does_not_open_leaves_no_folder(
         assert "cannot open the repository run" in refused(tiny_data, tmp_path / "run")
 
 
+# The hub's client reads the address when it is imported, and this program is a fork that has imported it.
+PROGRAM = f"""
+import os, runpy, sys
+sys.path.insert(0, {str(TESTS)!r})
+from support import quick_plots
+quick_plots.replace()
+from huggingface_hub import constants, hf_api
+constants.ENDPOINT = hf_api.api.endpoint = os.environ["HF_ENDPOINT"]
+constants.HF_TOKEN_PATH = constants.HF_STORED_TOKENS_PATH = os.environ["HF_HOME"]
+runpy.run_module("milora_vl.train", run_name="__main__", alter_sys=True)
+"""
+
+
 def trained(data: Path, run: Path, hub: FakeHub, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A whole run in a process of its own: the Trainer's client keeps the first address it was given."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(data.parent / "hf"), **environment}
-    line = [sys.executable, "-m", "milora_vl.train", *command(data, run, *flags)]
-    return subprocess.run(line, capture_output=True, text=True, env=inherited | own)
+    return run_program(["-c", PROGRAM, *command(data, run, *flags)], env=inherited | own)
 
 
 def test_the_files_go_up_when_all_of_them_are_there_and_the_token_stays_here(tiny_data: Path, tmp_path: Path) -> None:

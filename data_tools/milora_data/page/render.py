@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from milora_data.command.atomic_write import write_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MAX_BYTES = 5_000_000
 """Maximum size of a page: it must open quickly on a phone and fit into an e-mail."""
@@ -14,17 +18,22 @@ MAX_BYTES = 5_000_000
 
 def render(template: Path, content: Mapping[str, Any]) -> str:
     """Return the page. All content is escaped, and a name that `content` lacks is an error."""
+    return _environment(template.parent).get_template(template.name).render(content)
+
+
+@cache
+def _environment(folder: Path) -> Environment:
+    """Return the environment of a folder with templates; it keeps what it has compiled."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
-        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
+    return Environment(
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_unbroken,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template.name).render(content)
 
 
 def write(page: Path, text: str) -> None:
