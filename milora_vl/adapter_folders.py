@@ -5,11 +5,11 @@ No other module looks for these files by itself; `adapters/source.py` tells the 
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
 from milora_data.errors import UserError
+from milora_data.json_text import parse_json
 from milora_vl.checkpoints import holds_weights, newest_checkpoint, step_of
 
 CONFIG = "adapter_config.json"  # of PEFT, also in LLaVA's folders
@@ -74,7 +74,7 @@ def base_of(folder: Path) -> str:
     """
     file = folder / CONFIG
     try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        name = parse_json(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(file)) from None
     if not name:

@@ -7,7 +7,6 @@ before PEFT loads them.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -20,6 +19,8 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from milora_data.errors import expected_format
+from milora_data.json_text import parse_json
 from milora_vl.adapter_folders import ADAPTER_FILES, CONFIG
 from milora_vl.checkpoints import newest_checkpoint
 from milora_vl.lora.base_check import fitted
@@ -95,19 +96,21 @@ def load_adapter(
             hint="pass the base model, or use the model's own load_adapter(path, name)",
         )
     saved = read_sidecar(folder)
-    if saved is None:
-        logger.info("%s has no %s: loaded as a plain LoRA", folder, FILE_NAME)
-        return _load_stock(base, folder, is_trainable)
-    require_weights(folder, saved)
-    here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
-    anchors = here.read_anchors(folder)
-    paths = new_paths(saved, here)
-    if paths:
-        model = load_renamed(base, folder, here, paths, is_trainable=is_trainable)
-    else:
-        model = _load_stock(base, folder, is_trainable)
-    # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
-    ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
+    message, hint = "the files of this adapter do not belong together", "restore the files of one save"
+    with expected_format(message, code="adapter-damaged-file", where=str(folder), hint=hint, kind=AdapterError):
+        if saved is None:
+            logger.info("%s has no %s: loaded as a plain LoRA", folder, FILE_NAME)
+            return _load_stock(base, folder, is_trainable)
+        require_weights(folder, saved)
+        here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
+        anchors = here.read_anchors(folder)
+        paths = new_paths(saved, here)
+        if paths:
+            model = load_renamed(base, folder, here, paths, is_trainable=is_trainable)
+        else:
+            model = _load_stock(base, folder, is_trainable)
+        # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
+        ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
     if is_trainable:
         ours.protect_again("default", folder, cache_dir)
     if here.form == "residual" and is_trainable:
@@ -156,12 +159,19 @@ def require_adapter(folder: Path) -> None:
         )
     config_file = folder / CONFIG
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = parse_json(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"not valid JSON: {error}", code="adapter-damaged-file", where=str(config_file)) from error
     if not isinstance(config, dict):
         message = f"expected a mapping, got a {type(config).__name__}"
         raise AdapterError(message, code="adapter-damaged-file", where=str(config_file))
+    if config.get("megatron_config") is not None:  # PEFT would import the module that the file names beside it
+        raise AdapterError(
+            "the config names a module of Megatron, which would be imported: it was not read",
+            code="adapter-unsupported-kind",
+            where=str(config_file),
+            hint="remove megatron_config and megatron_core from the file if you trust it",
+        )
     file = folder / next(name for name in ADAPTER_FILES if name in names)
     try:
         if file.suffix == ".bin":

@@ -14,9 +14,14 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from milora_data.json_text import parse_json
+
 # Weight files of a checkpoint; the adapter comes first.
 WEIGHTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
 SET_ASIDE = "incomplete-"
+_BLOCK = 1 << 24
 # Files that only a resumed run needs.
 NO_RESULT = (
     "optimizer.pt",
@@ -26,7 +31,9 @@ NO_RESULT = (
     "latest",
     "zero_to_*.py",
     "trainer_state.json",
+    "checksums.json",
 )
+CHECKSUMS = "checksums.json"
 SHARDS = "global_step*/*_optim_states.pt"
 SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # only with ZeRO-3
 
@@ -60,11 +67,13 @@ def holds_weights(folder: Path) -> bool:
 def why_incomplete(folder: Path) -> str | None:
     """Return what is missing or truncated in a checkpoint; None if a run can resume from it."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        state = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except OSError:
         return "has no trainer_state.json (the run was killed while writing it)"
     except ValueError:
         return "trainer_state.json is truncated"
+    if not isinstance(state, dict):
+        return "trainer_state.json is no mapping"
     if step_of(folder) >= 0 and state.get("global_step") != step_of(folder):
         return f"trainer_state.json has step {state.get('global_step')}"
     if not holds_weights(folder) and not list(folder.glob("global_step*")):
@@ -76,7 +85,45 @@ def why_incomplete(folder: Path) -> str | None:
     for file in folder.rglob("*"):
         if _is_truncated(file):
             return f"{file.name} is truncated"
+    return _why_changed(folder)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write checksums.json: the hash of every file in a checkpoint, so that a resume finds damaged ones."""
+    sums = {str(file.relative_to(folder)): _checksum(file) for file in _files(folder)}
+    partial = folder / f".{CHECKSUMS}.partial"
+    partial.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / CHECKSUMS)
+
+
+def _why_changed(folder: Path) -> str | None:
+    """Return which file differs from its checksum; None if all are equal, or for a checkpoint without checksums."""
+    file = folder / CHECKSUMS
+    if not file.is_file():  # of an older version, or of other training code
+        return None
+    try:
+        sums = dict(parse_json(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return f"{CHECKSUMS} is damaged"
+    for name, expected in sums.items():
+        stored = folder / name
+        if ".." in Path(name).parts or not stored.is_file():
+            return f"{name} is missing"
+        if _checksum(stored) != expected:
+            return f"the content of {name} has changed since it was written (remove {CHECKSUMS} to use it anyway)"
     return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and CHECKSUMS not in path.name)
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def latest(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -141,17 +188,18 @@ def _is_truncated(file: Path) -> bool:
 
 
 def _is_truncated_safetensors(file: Path) -> bool:
+    size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= size - 8:
+            return True
         header = stream.read(length)
-    if len(header) < length or not header:
-        return True
     try:
-        entries = json.loads(header)
-    except ValueError:
+        entries = parse_json(header)
+        ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         return True
-    ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-    return file.stat().st_size < 8 + length + max(ends, default=0)
+    return size < 8 + length + max(ends, default=0)
 
 
 def is_finished(path: Path) -> bool:
@@ -183,7 +231,7 @@ def is_word(wanted: str) -> bool:
 def read_environment(path: Path) -> dict[str, Any]:
     """Return environment.json of a run; empty if it is missing or truncated."""
     try:
-        content = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+        content = parse_json((path / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -28,6 +28,7 @@ EXPECTED = {
     "list_type": "a list",
     "literal_error": "one of {expected}",
     "model_type": "a mapping",
+    "string_unicode": "text that UTF-8 can encode",
     "string_too_short": "text with at least {min_length} characters",
     "string_type": "text",
     "too_short": "a list of at least {min_length}",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from milora_data.errors import DataError
+from milora_data.errors import MALFORMED, DataError
 from milora_data.records import IMAGE, Turn
 from milora_data.templates import OWN, TEMPLATES, Segment, render, split_turns, template_name
 from milora_data.tokens import TokenizerTraits, eos_text, own_template, tokenizer_traits
@@ -117,7 +117,7 @@ class _ChatTemplate:
         ]
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, *MALFORMED) as error:
             raise DataError(
                 f"the tokenizer's chat template refuses this conversation: {error}", code="chat-template-refuses"
             ) from None

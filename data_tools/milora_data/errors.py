@@ -5,10 +5,14 @@ The commands print them without a traceback (`command.run`); with `--format json
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+
+from milora_data.secret_text import without_secrets
 
 ErrorT = TypeVar("ErrorT", bound="UserError")
 
@@ -60,7 +64,10 @@ def render(problems: Sequence[Problem], source: str = "") -> str:
 
 
 class UserError(ValueError):
-    """One or more problems that a user can fix. The command exits with `exit_code`: 2 bad usage, 1 the run failed."""
+    """One or more problems that a user can fix. The command exits with `exit_code`: 2 bad usage, 1 the run failed.
+
+    Secrets in their texts are hidden, because people share error messages.
+    """
 
     def __init__(
         self,
@@ -73,7 +80,7 @@ class UserError(ValueError):
         source: str = "",
         exit_code: int = 2,
     ) -> None:
-        self.problems = tuple(problems) or (Problem(message, code, where, hint),)
+        self.problems = tuple(map(_without_secrets, problems or [Problem(message, code, where, hint)]))
         self.exit_code = exit_code
         super().__init__(render(self.problems, source))
 
@@ -84,6 +91,11 @@ class UserError(ValueError):
     def first(self) -> Problem:
         """The first problem, in most cases the only one."""
         return self.problems[0]
+
+
+def _without_secrets(problem: Problem) -> Problem:
+    message, where, hint = map(without_secrets, (problem.message, problem.where, problem.hint))
+    return Problem(message, problem.code, where, hint)
 
 
 def _restored(kind: type[ErrorT], args: tuple[Any, ...], fields: dict[str, Any]) -> ErrorT:
@@ -99,7 +111,7 @@ def with_context(error: ErrorT, where: str = "", hint: str = "") -> ErrorT:
     'a.json:3: turn 2 is empty\\nremove it'
     """
     copied = copy(error)
-    copied.problems = tuple(
+    problems = (
         replace(
             problem,
             where=": ".join(filter(None, (where, problem.where))),
@@ -107,12 +119,36 @@ def with_context(error: ErrorT, where: str = "", hint: str = "") -> ErrorT:
         )
         for problem in error.problems
     )
+    copied.problems = tuple(map(_without_secrets, problems))
     copied.args = (render(copied.problems),)
     return copied
 
 
 class DataError(UserError):
     """A mistake in a data set; `where` is the file and, if known, the line."""
+
+
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RecursionError)
+"""The errors of code that reads a value of another structure than it expects."""
+
+
+@contextmanager
+def expected_format(
+    message: str, *, code: str, where: str, hint: str = "", kind: type[UserError] | None = None
+) -> Iterator[None]:
+    """Raise the errors MALFORMED of the block as a `kind` (UserError), which names the line of code.
+
+    The line helps where the input is right and the fault is ours.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except MALFORMED as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
+        reason = f"{type(error).__name__}: {first_line(error)[:120]}, {place}"
+        raise (kind or UserError)(f"{message} ({reason})", code=code, where=where, hint=hint) from error
 
 
 def no_records(path: object) -> Problem:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from milora_data.errors import DataError, UserError
+from milora_data.errors import MALFORMED, DataError, UserError
 from milora_data.records import IMAGE, Turn
 from milora_data.templates import no_tools, split_tool_turns, split_turns
 from milora_data.tokens import eos_text
@@ -315,7 +315,7 @@ class PictureTemplate:
                 add_generation_prompt=prompt,
             )
             return str(text)
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, *MALFORMED) as error:
             raise DataError(
                 f"the model's chat template refuses this conversation: {error}", code="chat-template-refuses"
             ) from None

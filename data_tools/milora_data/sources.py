@@ -10,13 +10,15 @@ from typing import Any
 
 from milora_data.command.web import url_problem, web_address
 from milora_data.errors import DataError, UserError
-from milora_data.formats.jsonfile import read_objects
+from milora_data.formats.jsonfile import not_utf8, read_objects
 from milora_data.formats.saved import is_saved
 from milora_data.formats.stored import stored_records
 from milora_data.images.files import PlacedPicture, StoredPicture, WebPicture, leads_outside
 from milora_data.records import Record, parse_record, with_names
+from milora_data.yaml_text import YamlTextError, parse_yaml
 
 _KEYS = ("path", "weight", "image_folder")
+_MOST_COPIES = 10_000  # of each record, by the weight of its source
 
 
 def load_records(path: str | Path) -> Iterator[Record]:
@@ -57,17 +59,18 @@ def read_sources(path: Path) -> tuple[list[Source], int]:
     Paths are relative to the file. Raises `DataError` if the file is missing, its YAML is broken, a key is unknown or a
     weight is below 0.
     """
-    import yaml
-
     if not path.is_file():
         problem = url_problem(path)
         if problem is not None:
             raise DataError(problems=[problem])
         raise DataError("no such file", code="data-missing-file", where=str(path))
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise DataError(f"broken YAML: {error}", code="yaml-syntax", where=str(path)) from None
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    except YamlTextError as error:
+        line = f":{error.line}" if error.line else ""
+        raise DataError(f"broken YAML: {error}", code="yaml-syntax", where=f"{path}{line}") from None
     seed = content.get("seed", 0) if isinstance(content, Mapping) else 0
     entries = content.get("sources") if isinstance(content, Mapping) else content
     if not isinstance(entries, list) or not entries or not isinstance(seed, int):
@@ -134,9 +137,12 @@ def _source(entry: Any, folder: Path, place: str) -> Source:
             f"unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}", code="mixture-unknown-key", where=place
         )
     weight = entry.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-        raise DataError(f"weight must be a number >= 0, got {weight!r}", code="mixture-weight", where=place)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= _MOST_COPIES:
+        message = f"weight must be a number from 0 to {_MOST_COPIES:,}, got {weight!r:.80}"
+        raise DataError(message, code="mixture-weight", where=place)
     path, images = entry["path"], entry.get("image_folder")
+    if images is not None and not isinstance(images, str):
+        raise DataError(f"image_folder must be a path, got {images!r:.80}", code="mixture-format", where=place)
     return Source(
         path if path.startswith("hub:") else str(folder / path),
         float(weight),

@@ -6,15 +6,16 @@ import base64
 import binascii
 import csv
 import hashlib
-import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_data.assets import cache_dir
-from milora_data.errors import DataError, UserError
+from milora_data.errors import MALFORMED, DataError, UserError, with_context
+from milora_data.formats.jsonfile import not_utf8
+from milora_data.json_text import parse_json
 from milora_eval.benchmark import Benchmark, Item, MissingData
 
 # Texts that pandas reads as NaN: LLaVA's scripts read their tables with pandas.
@@ -49,10 +50,12 @@ def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
     if not type(benchmark).__module__.startswith("milora_eval."):
         return benchmark.load(data_dir)
     try:
-        return benchmark.load(data_dir)
+        items = benchmark.load(data_dir)
+        _require_inside(benchmark, items, data_dir)
+        return items
     except UserError:
         raise
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, SyntaxError) as error:
+    except (*MALFORMED, SyntaxError, csv.Error) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         files = ", ".join(name.partition("|")[0] for name in benchmark.files)
         raise DataError(
@@ -63,13 +66,34 @@ def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
         ) from None
 
 
+def _require_inside(benchmark: Benchmark, items: Sequence[Item], data_dir: Path) -> None:
+    """Raise DataError if a file of a benchmark names a picture outside of the data folder. `OwnData` checks its own."""
+    if benchmark.origin.startswith("data:"):
+        return
+    # The folder of a benchmark is often a subfolder of the data folder, and shares pictures with others.
+    allowed = tuple(
+        os.path.normpath(folder.absolute()) + os.sep for folder in (data_dir.absolute().parent, cache_dir())
+    )
+    for item in items:
+        for name in item.images:
+            if not os.path.normpath(Path(name).absolute()).startswith(allowed):
+                raise DataError(
+                    f"the picture {name!r:.120} is outside of the data folder",
+                    code="image-outside-folder",
+                    where=f"benchmark {benchmark.name}, question {item.id!r:.60}",
+                    hint="download the files again from the source of the benchmark",
+                )
+
+
 def read_jsonl(path: Path) -> Iterator[Any]:
-    """Yield the values of a JSONL file. Raises DataError with the line if one is not JSON."""
-    with path.open(encoding="utf-8") as file:
+    """Yield the values of a JSONL file. Raises DataError with the line if one is not JSON or not UTF-8."""
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    yield parse_json(line.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise with_context(not_utf8(path, error), f"line {number}") from None
                 except ValueError as error:
                     raise DataError(f"not JSON: {error}", code="json-syntax", where=f"{path}:{number}") from None
 
@@ -77,11 +101,17 @@ def read_jsonl(path: Path) -> Iterator[Any]:
 def read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a tab-separated file with a header, as text; values that pandas reads as NaN are omitted."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t")
-        return [
-            {key: text for key, text in row.items() if text is not None and text not in NOT_A_NUMBER} for row in rows
-        ]
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file, delimiter="\t", restkey="")
+            return [
+                {key: text for key, text in row.items() if isinstance(text, str) and text not in NOT_A_NUMBER}
+                for row in rows
+            ]
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    except csv.Error as error:
+        raise DataError(f"broken table: {error}", code="table-syntax", where=str(path)) from None
 
 
 def table_columns(path: Path) -> list[str]:

@@ -20,7 +20,7 @@ from milora_eval.answers.lines import to_item
 from milora_eval.answers.store import JUDGEMENTS, PREDICTIONS, Line, each_line
 from milora_eval.data_files import read_jsonl
 from milora_eval.scores.results import judgements, review_of
-from milora_eval.suites import find_benchmark
+from milora_eval.suites import stored_benchmark
 
 Ask = Callable[[str, str, str], str]  # (model, system message or "", prompt) -> text of the judge
 
@@ -58,13 +58,13 @@ def unjudged(folder: Path) -> Iterator[Line]:
     """Yield the answers that need a judge and have no judgement yet."""
     reviews = judgements(folder)
     for line in each_line(folder / PREDICTIONS):
-        if find_benchmark(line["benchmark"]).judge and review_of(line, reviews) is None:
+        if stored_benchmark(line["benchmark"]).judge and review_of(line, reviews) is None:
             yield line
 
 
 def judge_by(ask: Ask, line: Line, model: str | None, folder: Path) -> None:
     """Ask the judge about one answer and store the judgement."""
-    benchmark = find_benchmark(line["benchmark"])
+    benchmark = stored_benchmark(line["benchmark"])
     prompt = benchmark.judge_prompt(to_item(line), line["prediction"])
     judgement = ask(model or benchmark.judge, benchmark.judge_system, prompt)
     _store(line, judgement, model or benchmark.judge, folder)
@@ -77,9 +77,15 @@ def judge_from_file(path: Path, folder: Path) -> int:
     object that maps ids to texts. Raises UserError for an id that belongs to no question.
     """
     content: Any = read_json(path) if path.suffix == ".json" else list(read_jsonl(path))
+    if not isinstance(content, dict | list):
+        raise UserError(
+            f"expected a list of judgements or a mapping of ids to texts, got {type(content).__name__}",
+            code="judge-file-format",
+            where=str(path),
+        )
     rows = content.items() if isinstance(content, dict) else [_review(row, path) for row in content]
     waiting = {line["id"]: line for line in unjudged(folder)}
-    known = {line["id"] for line in each_line(folder / PREDICTIONS) if find_benchmark(line["benchmark"]).judge}
+    known = {line["id"] for line in each_line(folder / PREDICTIONS) if stored_benchmark(line["benchmark"]).judge}
     count = 0
     for name, judgement in rows:
         if str(name) not in known:

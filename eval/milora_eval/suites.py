@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -144,6 +144,32 @@ def find_benchmark(name: str) -> Benchmark:
     return benchmark
 
 
+def stored_benchmark(name: str) -> Benchmark:
+    """Return the benchmark that stored answers name, as `find_benchmark` does, without running code that they choose.
+
+    Raises UserError if the name is that of a module or file which this process has not imported before.
+    """
+    spec = name.partition("@")[0]
+    module = BENCHMARKS.get(spec, spec).partition(":")[0]
+    is_code = spec not in BENCHMARKS and not spec.startswith("data:") and Path(spec).suffix not in (".json", ".jsonl")
+    if is_code and (":" in spec or module.endswith(".py")):
+        imported = _module_name(Path(module).absolute()) if module.endswith(".py") else module
+        if imported not in sys.modules and not module.startswith(f"{__package__}."):
+            raise UserError(
+                f"the stored answers name code, which was not run: {spec}",
+                code="eval-benchmark-code",
+                where="--plugin",
+                hint=f"if you trust this code:  --plugin {spec}",
+            )
+    return find_benchmark(name)
+
+
+def import_plugins(names: Sequence[str]) -> None:
+    """Import own benchmarks that the user names, so that `stored_benchmark` finds them. Raises what that raises."""
+    for name in names:
+        find_benchmark(name)
+
+
 def with_protocol(name: str, protocol: str) -> str:
     """Return `name@protocol` if the benchmark has several protocols with this one among them; else the name itself.
 
@@ -179,7 +205,7 @@ def _import_file(path: Path) -> ModuleType:
     path = path.absolute()
     if not path.is_file():
         raise ImportError(f"no file {path}")
-    name = f"milora_eval_own.{path.stem}_{abs(hash(str(path)))}"
+    name = _module_name(path)
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
@@ -188,6 +214,10 @@ def _import_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
         sys.modules[name] = module
     return sys.modules[name]
+
+
+def _module_name(path: Path) -> str:
+    return f"milora_eval_own.{path.stem}_{abs(hash(str(path)))}"
 
 
 def _only_benchmark(module: ModuleType) -> type[Benchmark]:

@@ -5,7 +5,6 @@ The files of a folder, not its name, decide what it is. The adapters are convert
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from milora_data.errors import UserError
+from milora_data.errors import UserError, expected_format
+from milora_data.json_text import parse_json
 from milora_vl.adapter_folders import CONFIG, has_config, holds_residual
 from milora_vl.adapter_io import load_adapter
 from milora_vl.adapters.arithmetic import require_linear
@@ -30,7 +30,12 @@ def load_any(model: nn.Module, folder: Path) -> Any:
     """
     if not (has_config(folder) or holds_residual(folder)):
         return load_adapter(model, folder)  # reports what is missing
-    source = find_source(folder)
+    message, hint = "the files of this adapter do not belong together", "restore the files of one save"
+    with expected_format(message, code="adapter-damaged-file", where=str(folder), hint=hint):
+        return _load_from(model, folder, find_source(folder))
+
+
+def _load_from(model: nn.Module, folder: Path, source: Source) -> Any:
     if source.kind == "plain" and _is_lora(source.folder):
         try:
             refuse_mutating(source.folder)
@@ -66,7 +71,7 @@ def require_scalable(model: nn.Module, folder: Path) -> None:
 
 def _is_lora(folder: Path) -> bool:
     try:
-        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        content = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError:
         return False  # load_adapter reports it
     return bool(content.get("peft_type") == "LORA")

@@ -17,7 +17,8 @@ from peft import LoraConfig
 from peft.utils import load_peft_weights
 from torch import Tensor
 
-from milora_data.errors import UserError
+from milora_data.errors import UserError, expected_format
+from milora_data.json_text import parse_json
 from milora_vl.adapter_folders import ADAPTER_FILES, CONFIG
 from milora_vl.lora.layers import join, split_1
 from milora_vl.lora.sidecar import FORMAT_VERSION, Sidecar, read_sidecar
@@ -97,14 +98,16 @@ class PlainAdapter:
 
 def read_plain(folder: Path) -> PlainAdapter:
     """Read a LoRA folder. Raises UserError for other adapter types, DoRA, trained biases, or unknown tensor names."""
-    config = read_config(folder)
-    weights = load_peft_weights(str(folder), device="cpu")
-    return from_state(weights, config, folder, read_sidecar(folder))
+    message, hint = "the files of this adapter do not belong together", "restore the files of one save"
+    with expected_format(message, code="adapter-damaged-file", where=str(folder), hint=hint):
+        config = read_config(folder)
+        weights = load_peft_weights(str(folder), device="cpu")
+        return from_state(weights, config, folder, read_sidecar(folder))
 
 
 def read_config(folder: Path, *, any_lora: bool = False) -> LoraConfig:
     """Read adapter_config.json. Raises UserError if it is not a LoRA or (unless `any_lora`) more than two factors."""
-    kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    kind = parse_json((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
     if kind != "LORA":
         raise UserError(
             f"unsupported adapter type {kind}: only adapters saved as LoRA can be exported",
@@ -126,7 +129,7 @@ def read_config(folder: Path, *, any_lora: bool = False) -> LoraConfig:
 
 def more_than_factors(folder: Path) -> dict[str, str]:
     """Return the fields of adapter_config.json with which a LoRA is more than two factors, and a name for each."""
-    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    content = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
     return {name: what for name, what in _MORE_THAN_FACTORS.items() if content.get(name)}
 
 

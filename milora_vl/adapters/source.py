@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from milora_data.command.cli import beside
 from milora_data.errors import Problem, UserError
+from milora_data.json_text import parse_json
 from milora_vl.adapter_folders import (
     CONFIG,
     adapters_inside,
@@ -97,8 +97,8 @@ def _residual_of(folder: Path) -> Path | None:
         return folder
     if not has_config(folder):
         return None
-    named = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    base = Path(named) if named else None
+    named = parse_json((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = Path(named) if named and isinstance(named, str) else None
     if base is None or not base.is_dir() or not _holds_model(base):
         return None
     return base if _initial_of([base], None) is not None else None

@@ -16,6 +16,7 @@ import torch
 
 from milora_data.command.atomic_write import write_text
 from milora_data.errors import UserError
+from milora_data.json_text import parse_json
 from milora_vl.adapter_folders import (
     CONFIG,
     adapters_inside,
@@ -123,7 +124,7 @@ def _read(file: Path, todo: AnalysisPlan) -> Iterator[Row]:
     entries = []
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
         with suppress(ValueError):
-            entries.append(json.loads(line))
+            entries.append(parse_json(line))
     if entries and entries[0].get("analysis") != todo.key:
         raise UserError(
             f"contains another analysis, of {entries[0].get('of')}; it is not overwritten",

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from milora_data.json_text import parse_json
 from milora_vl.calibration import VERSION
 from milora_vl.calibration.bases import InputBasis, ProtectedInputs
 from milora_vl.calibration.errors import CalibrationError
@@ -97,17 +98,18 @@ def _read(file: Path, names: Mapping[str, str]) -> ProtectedInputs:
     path_of = {name: path for path, name in names.items()}
     try:
         with safe_open(file, framework="pt") as stored:
-            content = json.loads(stored.metadata()["content"])
+            content = parse_json(stored.metadata()["content"])
             # Clones are aligned in memory as the originals were: a resumed run then rounds like an uninterrupted one.
             bases = [InputBasis(stored.get_tensor(str(i)).clone(), **b) for i, b in enumerate(content["bases"])]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            numbers = {str(name): range(len(bases))[number] for name, number in content["numbers"].items()}
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise CalibrationError(
             f"the file is damaged ({type(error).__name__}: {error})",
             code="protect-damaged-file",
             where=str(file),
             hint="restore the file from the output_dir of the run, or remove it from the cache",
         ) from error
-    missing = [name for name in content["numbers"] if name not in path_of]
+    missing = [name for name in numbers if name not in path_of]
     if missing:
         raise CalibrationError(
             f"the protected inputs belong to another model: this one has no module {missing[0]}",
@@ -115,7 +117,7 @@ def _read(file: Path, names: Mapping[str, str]) -> ProtectedInputs:
             where=str(file),
             hint="load the base model of the run",
         )
-    return ProtectedInputs(bases, {path_of[name]: number for name, number in content["numbers"].items()})
+    return ProtectedInputs(bases, {path_of[name]: number for name, number in numbers.items()})
 
 
 def require_shapes(inputs: ProtectedInputs, targets: Sequence[Target]) -> None:

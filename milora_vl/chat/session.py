@@ -41,7 +41,7 @@ def run(options: argparse.Namespace, pictures: Sequence[Image.Image]) -> None:
     if options.web:
         serve(
             chat,
-            pictures[0] if pictures else None,
+            pictures,
             " + ".join(str(part) for part in (options.model, options.adapter) if part),
             options.port,
         )

@@ -13,6 +13,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from milora_data.errors import UserError
+from milora_data.images.files import to_rgb
 from milora_data.records import Turn
 from milora_vl.models.loading import split_processor
 
@@ -26,12 +27,12 @@ HEIGHT = "60vh"
 Messages = list[dict[str, str]]
 
 
-def serve(chat: Chat, picture: Image.Image | None, about: str, port: int) -> None:
+def serve(chat: Chat, pictures: Sequence[Image.Image], about: str, port: int) -> None:
     """Serve the page to this machine only, until Ctrl-C. Raises UserError if the port is taken."""
     import gradio as gr
 
     port = free_port(port)
-    site = page(chat, picture, about)
+    site = page(chat, pictures, about)
     site.launch(
         server_name=HOST,
         server_port=port,
@@ -69,8 +70,8 @@ def free_port(port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def page(chat: Chat, picture: Image.Image | None, about: str) -> Any:
-    """Return the gradio page: model, picture, conversation (two of them with `compare`) and question."""
+def page(chat: Chat, pictures: Sequence[Image.Image], about: str) -> Any:
+    """Return the gradio page: model, pictures, conversation (two of them with `compare`) and question."""
     import gradio as gr
 
     labels = ["base model", "fine-tuned"] if chat.compare else ["answers"]
@@ -78,7 +79,10 @@ def page(chat: Chat, picture: Image.Image | None, about: str) -> Any:
         turns = gr.State([])
         gr.HTML(f"<strong>{escape(about)}</strong>")
         with gr.Row():
-            image = gr.Image(picture, type="pil", label="picture", height=HEIGHT, min_width=300, buttons=[])
+            seen = gr.Gallery(
+                list(pictures), type="pil", label="pictures", height=HEIGHT, min_width=300, columns=2, interactive=True,
+                file_types=["image"], buttons=[],
+            )  # fmt: skip
             style = {"height": HEIGHT, "min_width": 300, "scale": 2, "render_markdown": False, "buttons": []}
             logs = [gr.Chatbot(label=label, **style) for label in labels]
         with gr.Row():
@@ -87,25 +91,26 @@ def page(chat: Chat, picture: Image.Image | None, about: str) -> Any:
             restart = gr.Button("Start again", scale=1, min_width=100)
 
         def respond(
-            asked: str, seen: Image.Image | None, history: list[Turn], *shown: Messages
+            asked: str, gallery: Sequence[tuple[Image.Image, str]] | None, history: list[Turn], *shown: Messages
         ) -> Iterator[tuple[Any, ...]]:
             if not asked.strip():
                 gr.Info("Type a question first.")
                 return
             box: Any = ""  # cleared once: the user may type the next question during the answer
             try:
-                for new_turns, messages in answers(chat, asked.strip(), seen, history, list(shown)):
+                images = [to_rgb(image) for image, _ in gallery or ()]
+                for new_turns, messages in answers(chat, asked.strip(), images, history, list(shown)):
                     yield (box, new_turns, *messages)
                     box = gr.skip()
             except UserError as error:
                 gr.Warning(str(error))
 
-        inputs, outputs = [question, image, turns, *logs], [question, turns, *logs]
+        inputs, outputs = [question, seen, turns, *logs], [question, turns, *logs]
         streaming = [
             event(respond, inputs, outputs, concurrency_limit=1, concurrency_id="model", api_name=False)
             for event in (ask.click, question.submit)
         ]
-        for event in (restart.click, image.change, *(log.clear for log in logs)):
+        for event in (restart.click, seen.change, *(log.clear for log in logs)):
             # An answer that is still streaming would restore the old conversation, so cancel it first.
             event(None, cancels=streaming, api_name=False).then(
                 lambda: ([], *([] for _ in logs)), None, [turns, *logs], api_name=False
@@ -114,13 +119,14 @@ def page(chat: Chat, picture: Image.Image | None, about: str) -> Any:
 
 
 def answers(
-    chat: Chat, question: str, picture: Image.Image | None, turns: list[Turn], logs: list[Messages]
+    chat: Chat, question: str, pictures: Sequence[Image.Image], turns: list[Turn], logs: list[Messages]
 ) -> Iterator[tuple[list[Turn], list[Messages]]]:
     """Yield the turns and the messages of each log again for every new piece of an answer.
 
+    The question is about all pictures; those that no turn before it contains come first in it.
+
     gradio shows messages as HTML even without Markdown, so the texts of user and model are escaped.
     """
-    pictures = () if picture is None else (picture,)
     asked = [*turns, chat.user_turn(question, pictures, turns)]
     message = {"role": "user", "content": escape(question)}
     logs = [[*log, message, {"role": "assistant", "content": ""}] for log in logs]

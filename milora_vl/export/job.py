@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from milora_data.errors import UserError
+from milora_data.json_text import parse_json
 from milora_vl.adapter import merge
 from milora_vl.adapter_io import load_adapter
 from milora_vl.adapters.arithmetic import combined, require_linear, require_scale, same_base, scaled
@@ -253,7 +253,7 @@ class Job:
     def _write_llava(self, base: Base) -> None:
         if self.source.kind == "llava":
             adapter = read_llava(self.source.folder)
-            config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
+            config = parse_json((self.source.folder / "config.json").read_text(encoding="utf-8"))
         else:
             adapter, _ = self.read(base, needs_base=False)
             config = config_for_llava(base.config, self.vision_tower)

@@ -5,7 +5,6 @@ Everything else (forward, merge, generate, set_adapter, ...) is PEFT's own code.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from milora_data.json_text import parse_json
 from milora_vl.calibration.bases import ProtectedInputs
 from milora_vl.calibration.files import home_of, read_inputs, require_shapes, write_inputs
 from milora_vl.initialize import LayerReport
@@ -480,7 +480,7 @@ def _local_config(name: str) -> dict[str, Any]:
         file = try_to_load_from_cache(name, "config.json") if name else None
     if not isinstance(file, str) and not (isinstance(file, Path) and file.is_file()):
         return {}
-    return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+    return dict(parse_json(Path(file).read_text(encoding="utf-8")))
 
 
 _DEEPSPEED_ATTRIBUTES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")

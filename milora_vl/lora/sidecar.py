@@ -14,12 +14,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from milora_data.json_text import parse_json
 from milora_vl.adapter_folders import ADAPTER_FILES
 from milora_vl.initialize import LayerReport
 from milora_vl.lora.errors import AdapterError
@@ -108,7 +110,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
     if not file.is_file():
         return None
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(file.read_text(encoding="utf-8"))
         version = data["format_version"]
         if version > FORMAT_VERSION:
             raise AdapterError(
@@ -143,8 +145,7 @@ def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sideca
         fields["sigma"] = FloorSigma(**sigma) if isinstance(sigma, Mapping) else sigma
         fields["protect"] = Protect(**fields["protect"]) if fields.get("protect") else None
         fields["shape"] = tuple(fields["shape"])
-        if fields["method"] not in METHODS:
-            raise KeyError(f"method {fields['method']!r}")
+        _require_types(fields, entry["name"])
         targets.append(Target(path=path, **fields))
         names[path] = entry["name"]
         if "fingerprint" in entry:
@@ -153,6 +154,20 @@ def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sideca
             rows, columns = entry["report"]["shape"]
             reports[path] = LayerReport(**{**entry["report"], "shape": (rows, columns)})
     return Sidecar(form, targets, names, sketches, reports)
+
+
+def _require_types(fields: Mapping[str, Any], name: object) -> None:
+    """Raise TypeError or KeyError for values that no target has."""
+    if fields["method"] not in METHODS:
+        raise KeyError(f"method {fields['method']!r}")
+    if not isinstance(name, str) or not isinstance(fields.get("tower"), str | NoneType):
+        raise TypeError(f"name {name!r}, tower {fields.get('tower')!r}")
+    whole = [*fields["shape"], fields.get("seed", 0), *([] if fields.get("rank") is None else [fields["rank"]])]
+    if not all(isinstance(number, int) and 0 <= number < _LARGEST for number in whole):
+        raise TypeError(f"shape, rank or seed {whole!r:.80}")
+    others = [fields.get(key) for key in ("alpha", "dropout", "learning_rate", "weight_decay")]
+    if not all(number is None or isinstance(number, int | float) for number in others):
+        raise TypeError(f"alpha, dropout or rates {others!r:.80}")
 
 
 def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
@@ -185,6 +200,7 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
 
 
 _PREFIX = "base_model.model."
+_LARGEST = 1 << 63
 
 
 def require_weights(folder: Path, sidecar: Sidecar) -> None:

@@ -38,7 +38,7 @@ from milora_vl.models.names import (
     UnknownModelError,
     hub_id,
 )
-from milora_vl.models.quantized import Quantization, quantization_config
+from milora_vl.models.quantized import Quantization, quantization_config, unquantized
 from milora_vl.models.quiet import quiet_bars
 from milora_vl.towers import keep_weights_readable
 
@@ -80,7 +80,10 @@ def load_weights(
     auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
     arguments: dict[str, Any] = {"dtype": dtype or "auto"}
     if quantization is not None:
-        chosen = quantization_config(quantization) if isinstance(quantization, str) else quantization
+        chosen = quantization
+        if isinstance(chosen, str):
+            with whole_weights(), torch.device("meta"):
+                chosen = quantization_config(chosen, unquantized(auto.from_config(config)))
         arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
     with quiet_bars() if name in BUILT_IN_MODELS or not sys.stderr.isatty() else nullcontext():
         model = _read(auto.from_pretrained, source, name, **arguments)

@@ -6,7 +6,6 @@ mistakes for its own class.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from milora_data.errors import UserError
+from milora_data.json_text import parse_json
 from milora_vl.adapter_folders import has_config
 from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
 
@@ -95,7 +95,7 @@ def read_original(folder: Path) -> Original:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -6,31 +6,37 @@ quantised base.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from milora_vl.towers import find_towers
 from milora_vl.weights.matrices import is_linear
 
 Quantization = Literal["4bit", "8bit"]
 QuantType = Literal["nf4", "fp4"]
-# Not quantised, as in LLaVA: projector, vision tower and head.
-_PARTS = ("multi_modal_projector", "vision_tower")
-UNQUANTIZED = (
-    "lm_head",
-    *_PARTS,
-    *(f"model.{part}" for part in _PARTS),
-)  # transformers matches from the start of the path
 
 
-def is_quantized(path: str, module: nn.Module) -> bool:
-    """Return whether quantisation packs the layer at `path` of a model.
+def unquantized(model: nn.Module) -> tuple[str, ...]:
+    """Return the starts of the paths that quantisation leaves out: head, projector and vision tower, as in LLaVA.
 
-    >>> [is_quantized(path, nn.Linear(2, 2)) for path in ("model.language_model.layers.0.mlp.up_proj", "lm_head")]
-    [True, False]
+    transformers matches them from the start of a path.
     """
-    return is_linear(module) and not path.startswith(UNQUANTIZED)
+    roots = find_towers(model).roots
+    return tuple(dict.fromkeys(["lm_head", *roots.get("projector", ()), *roots.get("vision", ())]))
+
+
+def quantized_layers(model: nn.Module) -> list[str]:
+    """Return the paths of the layers of a model that quantisation packs.
+
+    >>> from milora_vl.tiny import tiny_llava
+    >>> quantized_layers(tiny_llava()[0])[0]
+    'model.language_model.layers.0.self_attn.q_proj'
+    """
+    kept = unquantized(model)
+    return [path for path, module in model.named_modules() if is_linear(module) and not path.startswith(kept)]
 
 
 def bytes_per_number(quantization: Quantization, *, double_quant: bool) -> float:
@@ -46,6 +52,7 @@ def bytes_per_number(quantization: Quantization, *, double_quant: bool) -> float
 
 def quantization_config(
     quantization: Quantization,
+    kept: Sequence[str],
     *,
     quant_type: QuantType = "nf4",
     double_quant: bool = True,
@@ -53,16 +60,18 @@ def quantization_config(
 ) -> Any:
     """Return the BitsAndBytesConfig of a quantised base. The keyword arguments apply to 4 bits (arXiv:2305.14314).
 
+    `kept` is what `unquantized` returns for the model.
+
     The defaults are those in QLoRA and LLaVA: NF4 with double quantisation.
     """
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTIZED))
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(kept))
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=list(UNQUANTIZED),
+        llm_int8_skip_modules=list(kept),
     )

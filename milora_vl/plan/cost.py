@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from milora_vl.models.image_tokens import image_tokens, is_llava, uses_processor
-from milora_vl.models.quantized import bytes_per_number, is_quantized
+from milora_vl.models.quantized import bytes_per_number, quantized_layers
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.estimate import (
     A100_FLOPS,
@@ -179,7 +179,7 @@ def workload_of(
         full=sum(sizes.values()) - adapters,
         protected_bytes=sum(protected_bytes(t, anchor) for t in targets) + protected_input_bytes(targets, anchor),
         base_bytes=2.0 if half else 4.0,
-        packable=0 if not adapters else sum(_numel(m) for path, m in base.named_modules() if is_quantized(path, m)),
+        packable=0 if not adapters else sum(_numel(base.get_submodule(path)) for path in quantized_layers(base)),
         packed_bytes=packed_bytes,
         stage=int(zero.get("stage", 0)),
         devices=batching.num_devices,

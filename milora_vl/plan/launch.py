@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.errors import Problem, UserError
+from milora_data.json_text import parse_json
 
 NO_FSDP = Problem(
     "FSDP is not supported: saving and resuming are tested only with DeepSpeed",
@@ -44,7 +45,7 @@ def deepspeed_settings(config: Mapping[str, Any] | str) -> tuple[dict[str, Any],
     content: Any = config
     if isinstance(config, str):
         try:
-            content = json.loads(Path(config).read_text(encoding="utf-8"))
+            content = parse_json(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{config} is not a JSON file: {error}",
@@ -58,7 +59,7 @@ def deepspeed_settings(config: Mapping[str, Any] | str) -> tuple[dict[str, Any],
             code="deepspeed-settings",
             where="--deepspeed",
         )
-    settings, warnings = json.loads(json.dumps(content)), []
+    settings, warnings = parse_json(json.dumps(content)), []
     for block, flags in {"optimizer": "--optim and the policy", "scheduler": "--lr_scheduler_type"}.items():
         if settings.pop(block, None) is not None:
             warnings.append(f"deepspeed: its {block} has no effect; use {flags}")

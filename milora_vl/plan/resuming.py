@@ -6,13 +6,13 @@ weights are refused: the files of the run would describe a different training.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_data.command.cli import command_line
 from milora_data.errors import Problem, UserError
+from milora_data.json_text import parse_json
 from milora_vl import checkpoints
 from milora_vl.checkpoints import is_sharded, num_processes, step_of, zero_stage
 from milora_vl.plan import hub, training_args
@@ -143,7 +143,7 @@ class Resumed:
 def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:
     """Raise UserError if the run ends before its checkpoint, or if its schedule depends on a changed last step."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = parse_json((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             "the checkpoint disappeared while it was read",
@@ -151,7 +151,21 @@ def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:
             where=str(checkpoint),
             hint="another process may still train in this folder: stop it, then resume",
         ) from None
+    except ValueError as error:
+        raise UserError(
+            f"trainer_state.json cannot be read: {error}",
+            code="checkpoint-unreadable",
+            where=str(checkpoint),
+            hint="resume from another checkpoint",
+        ) from None
     planned, now = state.get("max_steps", steps), Side(recipe, 1, "")
+    if not isinstance(planned, int):
+        raise UserError(
+            f"trainer_state.json has max_steps {planned!r:.40}, which is no number of steps",
+            code="checkpoint-unreadable",
+            where=str(checkpoint),
+            hint="resume from another checkpoint",
+        )
     if planned != steps and schedule_has_end(now):
         raise UserError(
             f"the checkpoint belongs to a run of {planned:,} steps, this run has {steps:,}; {because_of_schedule(now)}",

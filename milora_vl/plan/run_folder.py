@@ -20,6 +20,7 @@ from milora_data.command import atomic_write
 from milora_data.command.output import require_folder
 from milora_data.errors import UserError
 from milora_vl import checkpoints
+from milora_vl.plan.run_lock import require_free
 from milora_vl.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def choose(path: Path, resume: str | None) -> RunFolder:
     Raises UserError, before anything is written, if a run would be overwritten or if there is nothing to resume.
     """
     require_folder(path)
+    require_free(path)
     wanted = checkpoints.asked_for(resume)
     if wanted is None:
         _refuse_to_overwrite(path)

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from milora_data.errors import Problem
+from milora_data.yaml_text import YamlTextError, parse_yaml
 from milora_vl.policy.rules import PolicyError, Rule, Target
 
 if TYPE_CHECKING:  # torch takes a second, and reading rules needs none of it
@@ -111,8 +110,8 @@ def _read(source: str | Sequence[Mapping[str, Any] | Rule]) -> tuple[list[Rule |
 
 def _load_yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return parse_yaml(text)
+    except YamlTextError as error:
         raise PolicyError(f"not valid YAML: {error}", code="yaml-syntax", where="policy") from error
 
 
@@ -124,6 +123,8 @@ def _parse_rule(item: object) -> tuple[Rule | None, list[Problem]]:
     try:
         return Rule(**fields), []
     except PolicyError as error:
-        wrong = {problem.where.split(".")[1] for problem in error.problems}
+        wrong = {problem.where.partition(".")[2].partition(".")[0] for problem in error.problems}
+        if "" in wrong:  # a key that is no text of Unicode
+            return None, list(error.problems)
         sound = {name: value for name, value in fields.items() if name not in wrong}
         return (Rule(**sound) if "modules" in sound else None), list(error.problems)

@@ -20,7 +20,7 @@ from milora_data.templates import OWN, TEMPLATES
 from milora_data.tokens import own_template
 from milora_vl.models.image_tokens import tiling_of, uses_processor
 from milora_vl.models.loading import meta_model, split_processor
-from milora_vl.models.quantized import is_quantized
+from milora_vl.models.quantized import quantized_layers
 from milora_vl.policy import Policy, PolicyError, Target
 from milora_vl.policy.resolve import RankTooLarge
 from milora_vl.recipe.policy_edits import without_projector
@@ -208,7 +208,8 @@ def require_float_weights(recipe: Recipe, config: Any) -> None:
     """Raise UserError for a rule that trains a quantised weight in full: integers have no gradient."""
     base = meta_model(config)
     targets = Policy.parse_and_resolve(rules_for(recipe, base, implicit=True).policy or [], base)
-    packed = [t.path for t in targets if t.rank is None and is_quantized(t.path, base.get_submodule(t.path))]
+    quantized = set(quantized_layers(base))
+    packed = [t.path for t in targets if t.rank is None and t.path in quantized]
     if packed:
         raise UserError(
             f"{amount(len(packed), 'quantised module')} would train in full, first {packed[0]}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from milora_data.errors import UserError
+from milora_data.yaml_text import YamlTextError, errors_as_one, require_small
 
 if TYPE_CHECKING:
     from milora_data.images.pixels import AspectRatio
@@ -42,25 +43,23 @@ def read(text: str, source: str, *, above: int = 0) -> tuple[dict[str, Any], dic
     """
     lines: dict[str, int] = {}
     try:
-        loader = _Loader(text)
-        loader.line = -above  # the line numbers of all marks follow it
-        node = loader.get_single_node()
-        if node is None:
-            return {}, {}
+        with errors_as_one():
+            loader = _Loader(text)
+            loader.line = -above  # the line numbers of all marks follow it
+            node = loader.get_single_node()
+            if node is None:
+                return {}, {}
+            require_small(node)
         if not isinstance(node, yaml.MappingNode):
             raise UserError(
                 "expected a mapping of keys (model, data, policy, train, ...)", code="yaml-not-a-mapping", where=source
             )
         _walk(node, "", lines, source)
-        return loader.construct_document(node), lines
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(
-            f"not valid YAML: {error.problem or error.context}", code="yaml-syntax", where=f"{source}{line}"
-        ) from None
-    except yaml.YAMLError as error:  # an invalid character
-        raise UserError(f"not valid YAML: {str(error).splitlines()[0]}", code="yaml-syntax", where=source) from None
+        with errors_as_one():
+            return loader.construct_document(node), lines
+    except YamlTextError as error:
+        line = f":{error.line}" if error.line else ""
+        raise UserError(f"not valid YAML: {error}", code="yaml-syntax", where=f"{source}{line}") from None
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from milora_data.command.cli import as_typed
 from milora_data.command.flags import Command, option, shared
+from milora_data.errors import expected_format
 from milora_vl.report import run_page, wording
 from milora_vl.report.page import write_page
 from milora_vl.report.repeat import commands
@@ -28,8 +29,11 @@ COMMAND = Command(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if the folder is not a run."""
     chosen = COMMAND.parse(argv)
-    content = run_page.read_run(chosen.run)
-    page, summary = write_page(content), wording.summary(content)
+    hint = "restore the files of the run, or move the damaged one away for a report without it"
+    message = "a file does not have the format that a training writes"
+    with expected_format(message, code="run-folder-damaged", where=str(chosen.run), hint=hint):
+        content = run_page.read_run(chosen.run)
+        page, summary = write_page(content), wording.summary(content)
     sys.stderr.write(summary + "\n")
     as_json = json.dumps({"page": str(page), "summary": summary}, ensure_ascii=False)
     sys.stdout.write((as_json if chosen.format == "json" else str(page)) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from milora_data.json_text import parse_json
 from milora_vl.adapter_folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.checkpoints import read_environment
 from milora_vl.recipe.schema import Recipe
@@ -165,7 +165,7 @@ def _last_loss(path: Path) -> float | None:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

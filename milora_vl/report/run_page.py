@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from milora_data.errors import UserError
+from milora_data.json_text import parse_json
+from milora_data.yaml_text import parse_yaml
 
 Json = Mapping[str, Any]
 _KNOWN = ("recipe.yaml", "environment.json", "policy.json", "trainer_state.json", "spectrum.json", "eval")
@@ -205,7 +204,7 @@ def _lines(folder: Path) -> Iterator[Json]:
     path = folder / "predictions.jsonl"
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         try:
-            yield json.loads(line)
+            yield parse_json(line)
         except ValueError:
             continue
 
@@ -227,7 +226,7 @@ def _json(path: Path, default: Any) -> Any:
     if not path.exists():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         hint = "move it away for a report without it"
         raise UserError(f"is not valid JSON: {error}", code="json-syntax", where=str(path), hint=hint) from error
@@ -235,7 +234,7 @@ def _json(path: Path, default: Any) -> Any:
 
 def _yaml(path: Path) -> Json:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
-    except yaml.YAMLError as error:
+        return parse_yaml(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
+    except ValueError as error:
         hint = "move it away for a report without it"
         raise UserError(f"is not valid YAML: {error}", code="yaml-syntax", where=str(path), hint=hint) from error

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
 import llava_recipes
 from milora_data.command.cli import suggest
-from milora_data.errors import Problem, UserError
+from milora_data.errors import Problem, UserError, first_line
 from milora_vl.calibration import VERSION as CALIBRATION_VERSION
 from milora_vl.policy import Policy
 from milora_vl.recipe import yaml_file
@@ -167,6 +167,8 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
         try:
             study.training(arm)
             Policy.parse(study.rules(arm, study.rates(arm)[0]))
+        except (TypeError, KeyError) as error:  # a method that is a list, or null
+            problems.append(Problem(first_line(error), "study-value", where=f"{source}: arm {arm}"))
         except (ValidationError, UserError) as error:
             of_arm = error.problems if isinstance(error, UserError) else problems_of(error, Training, "study")
             problems += _placed(of_arm, f"{source}: arm {arm}")

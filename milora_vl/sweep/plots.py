@@ -121,6 +121,9 @@ def scores_figure(arms: Sequence[Arm], metric: str, forgets: str, style: PlotSty
                 elinewidth=0.8,
             )  # fmt: skip
         axis.set(xlabel=fill(forgets, 40 if style.narrow else 90), ylabel=fill(metric, 50))
+        scores = [point.score.value for arm in arms for point in arm.points]
+        margin = 0.3 * (max(scores) - min(scores)) or 0.1  # the interval of a rate that diverges may be larger
+        axis.set_ylim(min(scores) - margin, max(scores) + margin)
         if min(point.forgetting.value for arm in arms for point in arm.points) > 0:
             _logarithmic(axis)
         _legend(figure, axis, [arm.label for arm in arms], style)

@@ -27,6 +27,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from milora_data.assets import cache_dir
 from milora_data.errors import UserError
 from milora_data.images.files import content_of, place_of
+from milora_data.json_text import parse_json
 from milora_data.record_collator import RecordCollator
 from milora_data.records import IMAGE, Record, Turn
 from milora_data.sources import load_records
@@ -276,7 +277,7 @@ def _cache_file(sources: _Sources, settings: str) -> Path:
 
 def _read(file: Path) -> list[Any] | None:
     try:
-        return list(json.loads(file.read_text(encoding="utf-8")))
+        return list(parse_json(file.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
 

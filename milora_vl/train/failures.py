@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
+from milora_data.command.cli import output_problem
 from milora_data.errors import Problem, UserError
 from milora_vl.weights.torch_files import why_unread
 
@@ -27,6 +28,7 @@ NOT_WRITTEN = (
     "iostream error",
 )
 WORKER_DIED = ("DataLoader worker", "exited unexpectedly")
+LOADER_HANGS = "DataLoader timed out"
 OTHER_DIED = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Socket closed")
 
 
@@ -43,7 +45,8 @@ def explained(args: TrainingArguments) -> Iterator[None]:
         text = why_unread("a file of the checkpoint", error)
         raise UserError(text, code="checkpoint-unreadable", exit_code=1) from None
     except (OSError, SafetensorError, RuntimeError) as error:
-        problem = _explain(str(error), args)
+        problem = output_problem(error, str(args.output_dir)) if isinstance(error, OSError) else None
+        problem = problem or _explain(str(error), args)
         if problem is None:
             raise
         raise UserError(problems=[problem], exit_code=1) from None
@@ -64,6 +67,9 @@ def _explain(text: str, args: TrainingArguments) -> Problem | None:
     if any(phrase in text for phrase in WORKER_DIED):
         hint = f"the system kills processes when memory runs out; try a smaller --dataloader_num_workers\n{RESUME}"
         return Problem(f"a loader process died: {first}", "run-loader-died", hint=hint)
+    if LOADER_HANGS in text:
+        hint = f"a picture file on a lost network drive is a common cause; milora_data check reads them all\n{RESUME}"
+        return Problem(f"the loader processes hang: {first}", "run-loader-hangs", hint=hint)
     if any(phrase in text for phrase in NOT_WRITTEN):
         hint = f"free some space, or set --save_total_limit\n{RESUME}"
         return Problem(f"cannot write: {first}", "disk-full", str(args.output_dir), hint)

@@ -21,13 +21,13 @@ from milora_vl.adapter_io import load_adapter
 from milora_vl.initialize import LayerReport
 from milora_vl.load import load_model
 from milora_vl.lora.sidecar import FILE_NAME
-from milora_vl.models.loading import load_processor, split_processor
+from milora_vl.models.loading import load_processor, meta_model, split_processor
 from milora_vl.models.processors import limit_pixels
 from milora_vl.models.projector import load_projector
-from milora_vl.models.quantized import quantization_config
+from milora_vl.models.quantized import quantization_config, unquantized
 from milora_vl.plan.screen import frozen_towers, trained_sizes
 from milora_vl.policy import Target
-from milora_vl.recipe.base_model import prepares_with_processor
+from milora_vl.recipe.base_model import config_for, prepares_with_processor
 from milora_vl.recipe.on_model import require_template
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.trainer import Saves
@@ -72,10 +72,10 @@ def load_base(
 def _require_one_kind(recipe: Recipe, processor: Any, records: Sequence[Record]) -> None:
     """Raise UserError if batches would mix records with and without pictures, and the processor cannot do that."""
     sizes = [recipe.train.get(f"per_device_{part}_batch_size", 8) for part in ("train", "eval")]
-    if len({bool(record.images) for record in records}) < 2:
-        return
-    if max(sizes) > 1:
+    if len({bool(record.images) for record in records}) > 1 and max(sizes) > 1:
         ProcessorInputs(processor).require_mixed_rows()
+    if len({bool(record.files) for record in records}) < 2:
+        return
     if recipe.train.get("deepspeed") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "DeepSpeed needs the same modules on every process in each step, and a batch without pictures skips the "
@@ -93,6 +93,7 @@ def _quantization(recipe: Recipe) -> Any:
     half = torch.bfloat16 if recipe.train.get("bf16") else torch.float16 if recipe.train.get("fp16") else torch.float32
     return quantization_config(
         recipe.quantization,
+        unquantized(meta_model(config_for(recipe))),
         quant_type=recipe.quant_type,
         double_quant=recipe.double_quant,
         compute_dtype=half,

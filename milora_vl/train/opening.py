@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from milora_vl import checkpoints
 from milora_vl.plan.run_folder import RunFolder
+from milora_vl.plan.run_lock import RunLock
 from milora_vl.plan.screen import Screen
 from milora_vl.recipe.schema import Recipe
 
@@ -27,6 +28,7 @@ class Opening:
     is_writer: bool  # one of several processes writes
     has_begun: bool = False
     absent: Sequence[Path] = field(default_factory=list)  # folders that the run creates, innermost first
+    lock: RunLock = field(default_factory=RunLock)
 
     def __post_init__(self) -> None:
         path = self.folder.path
@@ -36,10 +38,12 @@ class Opening:
         """Write the files and rename incomplete checkpoints. Later calls do nothing."""
         if self.has_begun:
             return
+        if self.is_writer:  # before has_begun: a run that is refused here writes nothing
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.lock.take(self.folder.path)
         self.has_begun = True
         if not self.is_writer:
             return
-        self.folder.path.mkdir(parents=True, exist_ok=True)
         for checkpoint, reason in self.folder.incomplete:
             self.screen.warn(f"{checkpoint.name} {reason}; it is kept as {checkpoints.set_aside(checkpoint).name}")
         self.folder.write_text("recipe.yaml", self.recipe.to_yaml())

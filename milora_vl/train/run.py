@@ -67,9 +67,10 @@ def train(request: Request) -> int:
     try:
         trainer = make_trainer(plan, inputs, loaded, rows, adapted, opening)
         run_steps(plan, rows, trainer, opening)
+        trained = save_weights(plan, rows, trainer, opening, start)
     finally:
         opening.remove_empty_folders()
-    trained = save_weights(plan, rows, trainer, opening, start)
+        opening.lock.release()
     del loaded, rows, adapted, trainer  # the evaluation needs the model's memory
     failed = evaluate(trained, screen)
     return write_results(trained, failed, screen, request.format)

@@ -30,8 +30,12 @@ def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
     )
 
 
-def loader(stream: RecordStream, collator: Any, args: TrainingArguments, checkpoint: Path | None) -> Any:
+def loader(
+    stream: RecordStream, collator: Any, args: TrainingArguments, checkpoint: Path | None, timeout: float
+) -> Any:
     """Return the loader of a stream; it continues at the position stored in `checkpoint`.
+
+    It fails if its processes give no batch for `timeout` seconds.
 
     Raises UserError if the checkpoint has no position for this process or was written by other processes.
     """
@@ -44,6 +48,7 @@ def loader(stream: RecordStream, collator: Any, args: TrainingArguments, checkpo
             batch_size=args.train_batch_size,
             collate_fn=collator,
             num_workers=args.dataloader_num_workers,
+            timeout=timeout if args.dataloader_num_workers else 0,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from accelerate.data_loader import DataLoaderAdapter
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -30,6 +31,7 @@ from milora_data.sampler import LengthGroupedSampler
 from milora_data.stream import RecordStream
 from milora_data.tokens import IGNORE
 from milora_vl.adapter_folders import PROJECTOR_FILES
+from milora_vl.checkpoints import write_checksums
 from milora_vl.lora.install import base_model_of
 from milora_vl.lora.keep_protected import ShardedProjection, keep_protected
 from milora_vl.lora.peft_model import MiloraMixin
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
+LOADER_TIMEOUT = 1800.0
+"""Seconds after which loader processes without a batch count as hung. A slow file system needs seconds, not this."""
 OUR_FILES = (FILE_NAME, ANCHORS_FILE, *PROJECTOR_FILES)
 Saves = Literal["adapter", "projector", "full"]
 
@@ -130,6 +134,14 @@ class StopOnSignal(TrainerCallback):
             self.accelerator.set_trigger()
         if self.accelerator.check_trigger() if args.world_size > 1 else self.heard:
             self.stopped = control.should_save = control.should_log = control.should_training_stop = True
+
+
+def with_timeout(loader: Any) -> Any:
+    """Return the loader, which now fails if its processes give no batch for LOADER_TIMEOUT seconds."""
+    inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
+    if inner.num_workers:
+        inner.timeout = LOADER_TIMEOUT
+    return loader
 
 
 class ProjectShards(TrainerCallback):
@@ -236,8 +248,10 @@ class MiloraTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """Return HF's loader, or for a stream a loader that reads the share of this process."""
         if not isinstance(self.train_dataset, RecordStream):
-            return super().get_train_dataloader()
-        self._stream = streaming.loader(self.train_dataset, self.data_collator, self.args, self.resume_from)
+            return with_timeout(super().get_train_dataloader())
+        self._stream = streaming.loader(
+            self.train_dataset, self.data_collator, self.args, self.resume_from, LOADER_TIMEOUT
+        )
         return self._stream
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -341,6 +355,8 @@ class MiloraTrainer(Trainer):
         if isinstance(self.train_dataset, RecordStream):
             streaming.keep(self._stream, Path(output_dir), self.args)
         self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_checksums(Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.saves == "full":

@@ -38,7 +38,7 @@ def options() -> Options:
 
 def test_an_answer_grows_and_ends_as_an_evaluation_gets_it(options: Options, tiny_data: Path) -> None:
     picture = load_image(tiny_data / "images" / "0.png")
-    states = list(answers(Chat.load(options), "What is it?", picture, [], [[]]))
+    states = list(answers(Chat.load(options), "What is it?", [picture], [], [[]]))
     model, processor = load_model("tiny")
     (expected,) = generate(
         model, processor, [Prompt((Turn("user", "<image>\nWhat is it?"),), (picture,))], max_new_tokens=6
@@ -49,10 +49,22 @@ def test_an_answer_grows_and_ends_as_an_evaluation_gets_it(options: Options, tin
     assert len(states) > 2
 
 
+def test_a_question_is_about_all_pictures_on_the_page(options: Options, tiny_data: Path) -> None:
+    pictures = [load_image(tiny_data / "images" / f"{number}.png") for number in range(2)]
+    chat = Chat.load(options)
+    turns, logs = list(answers(chat, "Same?", pictures, [], [[]]))[-1]
+    model, processor = load_model("tiny")
+    asked = Turn("user", "<image>\n<image>\nSame?")
+    (expected,) = generate(model, processor, [Prompt((asked,), tuple(pictures))], max_new_tokens=6)
+    assert turns == [asked, Turn("assistant", expected)]
+    turns, logs = list(answers(chat, "Sure?", pictures, turns, logs))[-1]
+    assert turns[2].text == "Sure?"
+
+
 def test_a_second_question_goes_on_from_the_first(options: Options) -> None:
     chat = Chat.load(options)
-    turns, logs = list(answers(chat, "What?", None, [], [[]]))[-1]
-    turns, logs = list(answers(chat, "Why?", None, turns, logs))[-1]
+    turns, logs = list(answers(chat, "What?", [], [], [[]]))[-1]
+    turns, logs = list(answers(chat, "Why?", [], turns, logs))[-1]
     assert [turn.role for turn in turns] == ["user", "assistant"] * 2
     assert [message["content"] for message in logs[0]] == [escape(turn.text) for turn in turns]
 
@@ -64,7 +76,7 @@ def test_base_and_tuned_answer_the_same_conversation(options: Options) -> None:
     chat.compare = True
     chat.model = apply_milora(chat.model, "[{modules: language, method: milora, rank: 8}]")
     move(chat.model, 1.0)
-    turns, (base, tuned) = list(answers(chat, "What?", None, [], [[], []]))[-1]
+    turns, (base, tuned) = list(answers(chat, "What?", [], [], [[], []]))[-1]
     assert base[0] == tuned[0]
     assert base[1] != tuned[1]
     assert escape(turns[-1].text) == tuned[1]["content"]
@@ -72,7 +84,7 @@ def test_base_and_tuned_answer_the_same_conversation(options: Options) -> None:
 
 def test_what_is_typed_is_no_html_on_the_page(options: Options) -> None:
     question = "1 < 2 <img src=http://example.com/track.png>"
-    turns, (log,) = list(answers(Chat.load(options), question, None, [], [[]]))[-1]
+    turns, (log,) = list(answers(Chat.load(options), question, [], [], [[]]))[-1]
     assert log[0]["content"] == escape(question)
     assert turns[0].text == question
 
@@ -94,12 +106,12 @@ def test_an_error_of_the_model_reaches_the_page(options: Options) -> None:
     chat = Chat.load(options)
     chat.template = "nonsense"
     with pytest.raises(UserError, match="template"):
-        list(answers(chat, "What?", None, [], [[]]))
+        list(answers(chat, "What?", [], [], [[]]))
 
 
 def test_the_page_is_built(options: Options) -> None:
     pytest.importorskip("gradio")
-    shown = str(page(Chat.load(options), None, "<b>tiny").get_config_file())
+    shown = str(page(Chat.load(options), [], "<b>tiny").get_config_file())
     assert "&lt;b&gt;tiny" in shown
     assert "answers" in shown
     assert "picture" in shown

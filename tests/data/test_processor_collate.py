@@ -284,6 +284,20 @@ def test_a_picture_that_cannot_be_used_stops_is_skipped_or_replaced(name: str, m
 
 
 @pytest.mark.parametrize(
+    "name", ["qwen2_5_vl", "gemma3", "internvl", "llava_onevision", "idefics3", "mistral3", "glm4v"]
+)
+def test_a_picture_of_one_pixel_is_enlarged_or_named(name: str, make: Any) -> None:
+    value = Record("r", (picture(1, 1),), parse_record(QUESTION).turns, source="data.json:4")
+    try:
+        batch = make(name)([value])
+    except DataError as error:
+        assert "data.json:4" in str(error)  # noqa: PT017
+        assert error.first.code in ("image-refused", "record-processor-refuses")  # noqa: PT017
+    else:
+        assert batch["pixel_values"].isfinite().all()
+
+
+@pytest.mark.parametrize(
     ("turns", "images", "code"),
     [
         ([("human", "<image>\n<image>\nA?"), ("gpt", "B")], ["0.png", "1.png", "2.png"], "record-image-count"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from milora_data.errors import UserError
@@ -21,7 +22,7 @@ from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.load import load_model
 from milora_vl.train.command import main
 from support import official_data
-from support.launched import train_in_two
+from support.launched import needs_deepspeed, train_in_two
 from support.train_runs import losses
 from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES
@@ -237,3 +238,38 @@ def test_two_processes_with_and_without_pictures_are_one(data: Path, tmp_path: P
     one, two = (torch.tensor(losses(tmp_path / name)) for name in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
     assert one[0, 1] - one[:, 1].min() > 1e-3
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_two_processes_with_zero_2_are_one(data: Path, tmp_path: Path) -> None:
+    model = write_model("qwen2_5_vl", tmp_path / "model")
+    words = [*flags(model, data, "single.json"), "--optim", "sgd", "--learning_rate", "1.0", "--dropout", "0"]
+    assert main([*words, "--output_dir", str(tmp_path / "one")]) == 0
+    words[words.index("--per_device_train_batch_size") + 1] = "1"
+    words[words.index("--device") : words.index("--device") + 2] = ["--use_cpu", "True", "--deepspeed", "zero2"]
+    train_in_two([[*words, "--output_dir", str(tmp_path / "two")]], tmp_path)
+    one, two = (torch.tensor(losses(tmp_path / name)) for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.allclose(weights[1][key], weights[0][key], atol=1e-4) for key in weights[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantized_base_trains_with_its_projector_in_full(bits: Any, qwen: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    run = tmp_path / "run"
+    words = [*flags(qwen, data), "--quantization", bits]
+    assert main([*words, "--dry-run"]) == 0
+    assert main([*words, "--output_dir", str(run)]) == 0
+    values = [loss for _, loss in losses(run)]
+    assert min(values[1:]) < values[0]
+    collate = ProcessorCollator(AutoProcessor.from_pretrained(qwen), image_folder=data / "images")
+    batch = collate(mixed_records()[:4])
+    with torch.no_grad():
+        base, tuned = (load_model(qwen, adapter=folder, quantization=bits)[0](**batch).loss for folder in (None, run))
+    assert tuned < base
+    merger = load_model(qwen, quantization=bits)[0].model.visual.merger
+    assert type(merger.mlp[0]) is torch.nn.Linear

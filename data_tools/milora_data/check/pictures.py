@@ -20,7 +20,7 @@ from milora_data.images.files import (
     StoredPicture,
     WebPicture,
     load_image,
-    opened,
+    opened_picture,
     place_of,
 )
 from milora_data.records import Record
@@ -112,10 +112,8 @@ def find_faults(names: Sequence[str], folder: Path, *, threads: int = 8) -> Iter
 
 def faults(path: str | Path) -> Iterator[tuple[str, str]]:
     """Yield (kind of finding, details) for one picture file, which is decoded as in training."""
-    from PIL import Image
-
     try:
-        with Image.open(opened(path)) as image:
+        with opened_picture(path) as image:
             notes = list(_peculiarities(image, Path(path).suffix.lower()))
         load_image(path)
     except ImageError as error:

@@ -10,13 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from milora_data.json_text import parse_json
+from milora_data.secret_text import without_secrets
+
 
 def write_text(file: Path, text: str) -> Path:
-    """Write a text file atomically and create its folder. If several processes write it, the last one wins."""
+    """Write a text file atomically and create its folder. If several processes write it, the last one wins.
+
+    Secrets in the text are hidden: environment.json, model cards and reports hold command lines and are shared.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+        partial.write_text(without_secrets(text), encoding="utf-8", newline="\n")
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)  # remains if the disk is full
@@ -47,4 +53,4 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 def read_json(file: Path) -> dict[str, Any] | None:
     """Return the mapping in a JSON file; None if there is no file."""
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    return dict(parse_json(file.read_text(encoding="utf-8"))) if file.is_file() else None

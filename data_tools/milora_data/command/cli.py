@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from milora_data.command.web import url_problem
 from milora_data.errors import Problem, UserError
+from milora_data.secret_text import HidingStream
 
 
 def suggest(word: str, candidates: Iterable[str]) -> list[str]:
@@ -264,6 +265,23 @@ def silence_dependencies() -> None:
 _PATH_ERRORS = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST))
 
 
+# Errors of a file system that has been lost or cannot do what every other one can.
+_LOST = frozenset((errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT))
+_NO_RENAME = frozenset((errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV))
+
+
+def output_problem(error: OSError, folder: str) -> Problem | None:
+    """Return the problem of a file system that fails while files of `folder` are written; None for other errors."""
+    place = str(error.filename or folder)
+    if error.errno in _LOST:
+        hint = "mount it again, writable, then repeat the command with  --resume_from_checkpoint auto"
+        return Problem(f"the file system fails: {error.strerror} ({place})", "path-lost", folder, hint)
+    if error.errno in _NO_RENAME:
+        hint = "files are written under another name and renamed when complete: use another file system"
+        return Problem(f"the file system cannot rename: {error.strerror} ({place})", "path-no-rename", folder, hint)
+    return None
+
+
 def _argument_of(path: str) -> tuple[str, str] | None:
     """Return the flag and the value of the command line that an unusable `path` belongs to; None for a path of our own.
 
@@ -290,6 +308,9 @@ def _path_error(error: OSError) -> UserError | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         message = f"{path or 'a file'} cannot be written: {error.strerror}"
         return UserError(message, code="disk-full", hint="free some space, or use another disk", exit_code=1)
+    problem = output_problem(error, path)
+    if problem is not None and error.errno != errno.EROFS:
+        return UserError(problems=[problem], exit_code=1)
     argument = _argument_of(path) if path else None
     if error.errno not in _PATH_ERRORS and not (error.errno == errno.ENOENT and argument):
         return None
@@ -299,7 +320,11 @@ def _path_error(error: OSError) -> UserError | None:
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
-    """Run `main` with the arguments of the command line and exit the process with its exit code."""
+    """Run `main` with the arguments of the command line and exit the process with its exit code.
+
+    What goes to stderr, tracebacks and logs of libraries too, has no secrets.
+    """
+    sys.stderr = cast(TextIO, HidingStream(sys.stderr))
     silence_dependencies()
     try:
         code = main(None)

@@ -59,6 +59,12 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "data type of the weights (default: float32 on a CPU); fastest: bfloat16 if the device supports it",
     },
     "output_dir": {"type": Path, "metavar": "FOLDER", "help": "output folder"},
+    "plugin": {
+        "action": "append",
+        "default": [],
+        "metavar": "NAME",
+        "help": "own benchmark that the answers name: module:Class or file.py:Class. Its code runs.",
+    },
     "protocol": {"metavar": "NAME", "help": "official or llava, for benchmarks that have both"},
     "image_tokens": {"type": count, "default": 576, "help": "tokens per picture (default: %(default)s)"},
     "allow_base_mismatch": {"action": "store_true", "help": "continue with another base model"},

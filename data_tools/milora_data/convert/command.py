@@ -14,7 +14,7 @@ from typing import Any
 from milora_data.command.cli import amount, next_step, positive
 from milora_data.command.flags import Command, option, shared
 from milora_data.convert.picture_folder import PictureFolder, output_exists
-from milora_data.errors import DataError, UserError, with_context
+from milora_data.errors import MALFORMED, DataError, UserError, with_context
 from milora_data.formats.captions import caption_records
 from milora_data.formats.instructions import held_out, instructions
 from milora_data.formats.jsonfile import read_objects, write_objects
@@ -132,7 +132,9 @@ def _read(kind: str, sources: Sequence[Any], options: Options) -> Records:
     """Yield the records; raises `DataError` for a file in another format."""
     try:
         yield from KINDS[kind].convert(sources, options)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except MALFORMED as error:
         names = ", ".join(map(str, sources))
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(

@@ -14,6 +14,7 @@ from milora_data.command.web import url_problem
 from milora_data.errors import DataError, with_context
 from milora_data.formats.saved import is_saved
 from milora_data.images.files import SUFFIXES
+from milora_data.json_text import parse_json
 
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -120,11 +121,13 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise missing_file(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(f"broken JSON: {error.msg}", code="json-syntax", where=f"{path}:{error.lineno}") from None
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
+    except ValueError as error:
+        raise DataError(f"broken JSON: {error}", code="json-syntax", where=str(path)) from None
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:

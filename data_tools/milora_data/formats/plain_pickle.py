@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import DataError
+from milora_data.errors import MALFORMED, DataError, first_line
 from milora_data.formats.jsonfile import missing_file
+from milora_data.pickle_text import scan
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -22,9 +24,15 @@ def read_plain_pickle(path: Path) -> Any:
     if not path.is_file():
         raise missing_file(path)
     try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError) as error:
+        content = path.read_bytes()
+        found = scan(io.BytesIO(content))
+        if found.names or found.is_bomb:
+            what = f"it contains {min(found.names)}, not data alone" if found.names else "it would fill the memory"
+            raise pickle.UnpicklingError(what)
+        return _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError, MemoryError, *MALFORMED) as error:
         raise DataError(
-            f"cannot be read as a pickle of plain data: {error}", code="data-unsafe-pickle", where=str(path)
+            f"cannot be read as a pickle of plain data: {first_line(error)}",
+            code="data-unsafe-pickle",
+            where=str(path),
         ) from None

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,9 @@ SUFFIXES = {
     ".tiff": ("TIFF",),
 }
 ORIENTATION = 0x0112  # EXIF tag; values above 4 mean that width and height are swapped
+_NOT_DECODED_HERE = frozenset(("EPS", "WMF", "FPX", "MIC", "BUFR", "GRIB", "HDF5", "MPEG"))
+_ALWAYS_READ = 40_000_000  # pixels
+_PIXELS_PER_BYTE = 500  # a photo has about 5, a scan of a white page 200
 WebPictures = Literal["refuse", "download"]
 ImagePolicy = Literal["raise", "skip", "replace"]
 """What to do with an unreadable picture: stop, skip its record, or replace it by a plain picture."""
@@ -110,10 +114,10 @@ def load_image(path: str | Path, *, longest: int | None = None, shortest: int | 
     With `longest` (or `shortest`), a JPEG is decoded at a reduced size with at least that many pixels on that side.
     Raises `ImageError` if the file is missing, empty, truncated, not a picture, or has too many pixels.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(opened(path)) as image:
+        with opened_picture(path) as image:
             least = longest or shortest
             if least:
                 share = least / (max(image.size) if longest else min(image.size))
@@ -130,6 +134,32 @@ def load_image(path: str | Path, *, longest: int | None = None, shortest: int | 
     except Exception as error:  # PIL's plugins raise exceptions of any type
         reason, hint = _reason(error)
     raise _unreadable(path, reason, hint)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return PIL's formats without those that another program decodes, such as Ghostscript for EPS."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _NOT_DECODED_HERE)
+
+
+def opened_picture(path: str | Path) -> Image.Image:
+    """Return the picture in `path` with its pixels not yet decoded. Raises what PIL raises, and OSError.
+
+    A large picture from a tiny file is refused (ValueError): 100 kB can claim 178 megapixels, which take 2 GB.
+    """
+    from PIL import Image
+
+    file = opened(path)
+    image = Image.open(file, formats=_formats())
+    pixels = image.width * image.height
+    num_bytes = len(file.getvalue()) if isinstance(file, BytesIO) else Path(file).stat().st_size
+    if pixels > max(_ALWAYS_READ, _PIXELS_PER_BYTE * num_bytes):
+        image.close()
+        raise ValueError(f"it has {pixels // 1_000_000:,} megapixels in a file of {num_bytes:,} bytes")
+    return image
 
 
 def _unreadable(path: str | Path, reason: str, hint: str) -> ImageError:
@@ -154,10 +184,8 @@ def _reason(error: Exception) -> tuple[str, str]:
 
 def picture_size(path: str | Path) -> tuple[int, int]:
     """Return (height, width) of the upright picture in `path`, read from its header. Raises `ImageError`."""
-    from PIL import Image
-
     try:
-        with Image.open(opened(path)) as image:
+        with opened_picture(path) as image:
             width, height = image.size
             return (width, height) if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8) else (height, width)
     except Exception as error:
@@ -169,7 +197,7 @@ def picture_suffix(content: bytes) -> str:
     from PIL import Image
 
     try:
-        with Image.open(BytesIO(content)) as image:
+        with opened_picture(StoredPicture("", content)) as image:
             known = [suffix for suffix, formats in SUFFIXES.items() if image.format in formats]
             others = [suffix for suffix, kind in Image.registered_extensions().items() if kind == image.format]
             plain = [suffix for suffix in others if suffix == f".{image.format}".lower()]

@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from milora_data.errors import UserError
+from milora_data.json_text import parse_json
+
 Line = dict[str, Any]
 PREDICTIONS, SPARE, JUDGEMENTS = "predictions.jsonl", "spare.jsonl", "judgements.jsonl"
 
@@ -27,10 +30,17 @@ def each_line(path: Path) -> Iterator[Line]:
     with path.open(encoding="utf-8", newline="\n", errors="replace") as file:  # answers may hold other line ends
         for text in file:
             try:
-                line = json.loads(text)
+                line = parse_json(text)
             except ValueError:
                 continue
             if isinstance(line, dict) and "key" in line:
+                if not all(isinstance(line.get(name), str) for name in ("benchmark", "id", "prediction")):
+                    raise UserError(
+                        "a stored answer has no texts for benchmark, id and prediction",
+                        code="predictions-format",
+                        where=str(path),
+                        hint="evaluate again, or restore the file",
+                    )
                 yield line
 
 

@@ -52,6 +52,8 @@ class OwnData(Benchmark):
         super().__init__()
         self.path = None if place.startswith("data:") else Path(place)
         self.name = place.removeprefix("data:") if self.path is None else self.path.stem
+        if Path(self.name).name != self.name:  # stored answers may come from anybody, and it names folders
+            raise UserError(f"{place!r:.80} is no name of a benchmark", code="own-data-no-file", where="--benchmarks")
         self.origin = f"data:{self.name}"
 
     def load(self, data_dir: Path) -> list[Item]:

@@ -13,6 +13,7 @@ from milora_data.command.flags import Command, option, shared
 from milora_eval.scores.compare import Pair, compare, num_common
 from milora_eval.scores.results import require_lines
 from milora_eval.scores.table import FORMATS, pairs_table, show
+from milora_eval.suites import import_plugins
 
 COMMAND = Command(
     "milora_eval compare",
@@ -26,6 +27,7 @@ examples:
         option("a", type=Path, metavar="A", help="results folder, for example runs/one/eval/emoji/final"),
         option("b", type=Path, metavar="B", help="second results folder; differences are B minus A"),
     ),
+    settings=(shared("plugin"),),
     outputs=(shared("format", choices=FORMATS),),
 )
 
@@ -33,6 +35,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = COMMAND.parse(argv)
+    import_plugins(options.plugin)
     a, b = require_lines(options.a), require_lines(options.b)
     pairs, common = compare(a, b), num_common(a, b)
     if common < max(len(a), len(b)):

@@ -14,6 +14,7 @@ from milora_data.errors import UserError
 from milora_eval.judge import Endpoint, judge_by, judge_from_file, unjudged
 from milora_eval.scores.results import require_answers, score
 from milora_eval.scores.table import FORMATS, show, write_table
+from milora_eval.suites import import_plugins
 
 COMMAND = Command(
     "milora_eval judge",
@@ -31,6 +32,7 @@ examples:
         ),
     ),
     settings=(
+        shared("plugin"),
         option("--judge_model", metavar="NAME", help="judge model (default: set by the benchmark)"),
         option(
             "--key_variable",
@@ -46,6 +48,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Each judgement is stored at once, so an interrupted run can resume."""
     options = COMMAND.parse(argv)
+    import_plugins(options.plugin)
     from tqdm import tqdm
 
     require_answers(options.folder)

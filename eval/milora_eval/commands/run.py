@@ -25,6 +25,30 @@ from milora_vl.recipe.prompts import prompts_of
 from milora_vl.report.model_card import update_scores
 from milora_vl.report.regenerate import regenerate_report
 
+# `scales` has these flags too.
+INPUTS = (
+    shared("model", required=True),
+    shared("adapter"),
+    shared("base"),
+    (
+        shared("suite"),
+        option("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class"),
+    ),
+    shared(
+        "data",
+        about="folder with the benchmark files, or with the pictures of your FILE.json (default: data/SUITE)",
+    ),
+)
+ASKING = (
+    shared("limit", about="number of items per benchmark; a larger N contains the items of a smaller one"),
+    shared("protocol"),
+    shared("template"),
+    shared("batch_size", default=32, about="questions per batch (default: %(default)s)"),
+)
+OUTPUTS = (
+    shared("output_dir", required=True, about="output folder; files go to FOLDER/eval/SUITE/..."),
+    shared("format", choices=FORMATS),
+)
 COMMAND = Command(
     "milora_eval run",
     "Run benchmarks on a model and compare it with its base.",
@@ -36,26 +60,11 @@ examples:
   python -m milora_eval run --model llava-1.5-7b --benchmarks pope,gqa@official --data data --limit 100 --output_dir out
   python -m milora_eval run --model llava-1.5-7b --benchmarks my_questions.json --output_dir out
 """,
-    inputs=(
-        shared("model", required=True),
-        shared("adapter"),
-        shared("base"),
-        (
-            shared("suite"),
-            option("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class"),
-        ),
-        shared(
-            "data",
-            about="folder with the benchmark files, or with the pictures of your FILE.json (default: data/SUITE)",
-        ),
-    ),
+    inputs=INPUTS,
     settings=(
         shared("scale"),
         flag("--with_base", "also evaluate the base model"),
-        shared("limit", about="number of items per benchmark; a larger N contains the items of a smaller one"),
-        shared("protocol"),
-        shared("template"),
-        shared("batch_size", default=32, about="questions per batch (default: %(default)s)"),
+        *ASKING,
         option("--audit", type=count, default=0, help="ask N items again, one by one, and compare"),
         option(
             "--forgetting_tokens",
@@ -67,10 +76,7 @@ examples:
         shared("device"),
         shared("dtype"),
     ),
-    outputs=(
-        shared("output_dir", required=True, about="output folder; files go to FOLDER/eval/SUITE/..."),
-        shared("format", choices=FORMATS),
-    ),
+    outputs=OUTPUTS,
 )
 
 

@@ -12,8 +12,8 @@ from milora_data.command.cli import next_step, positive
 from milora_data.command.flags import Command, option, shared
 from milora_data.errors import UserError
 from milora_eval.answers.target import eval_target
-from milora_eval.commands.run import planned
-from milora_eval.scores.table import FORMATS, show
+from milora_eval.commands.run import ASKING, INPUTS, OUTPUTS, planned
+from milora_eval.scores.table import show
 
 
 def scales(text: str) -> tuple[float, ...]:
@@ -40,27 +40,12 @@ examples:
       --output_dir runs/demo
   python -m milora_vl.export runs/demo --scale 0.7 --to adapter       # keep the size that you prefer
 """,
-    inputs=(
-        shared("model", required=True),
-        shared("adapter"),
-        shared("base"),
-        (
-            shared("suite"),
-            option("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class"),
-        ),
-        shared(
-            "data",
-            about="folder with the benchmark files, or with the pictures of your FILE.json (default: data/SUITE)",
-        ),
-    ),
+    inputs=INPUTS,
     settings=(
         option(
             "--scales", type=scales, default=DEFAULT, metavar="X,Y", help="sizes of the update (default: %(default)s)"
         ),
-        shared("limit", about="number of items per benchmark; a larger N contains the items of a smaller one"),
-        shared("protocol"),
-        shared("template"),
-        shared("batch_size", default=32, about="questions per batch (default: %(default)s)"),
+        *ASKING,
         option(
             "--forgetting_tokens",
             type=positive,
@@ -70,10 +55,7 @@ examples:
         shared("device"),
         shared("dtype"),
     ),
-    outputs=(
-        shared("output_dir", required=True, about="output folder; files go to FOLDER/eval/SUITE/..."),
-        shared("format", choices=FORMATS),
-    ),
+    outputs=OUTPUTS,
 )
 
 

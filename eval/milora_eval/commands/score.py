@@ -23,7 +23,7 @@ from milora_eval.scores.exports import export
 from milora_eval.scores.llava_files import join, read_llava_answers
 from milora_eval.scores.results import Results, numbers, score, write_results
 from milora_eval.scores.table import FORMATS, show, write_table
-from milora_eval.suites import find_benchmark, folder_of, with_protocol
+from milora_eval.suites import find_benchmark, folder_of, import_plugins, with_protocol
 from milora_eval.vlmevalkit import read_predictions
 
 COMMAND = Command(
@@ -41,6 +41,7 @@ examples:
         shared("data", about="folder with the files of that benchmark"),
     ),
     settings=(
+        shared("plugin"),
         shared("protocol"),
         shared("limit", about="score the same N items as `run --limit N`"),
     ),
@@ -54,6 +55,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: rewrite results.json, table.md and the submission files of a folder."""
     options = COMMAND.parse(argv)
+    import_plugins(options.plugin)
     path = options.folder
     if path.is_file() and path.name == PREDICTIONS and options.benchmark is None:
         path = path.parent

@@ -14,6 +14,7 @@ from milora_data.command.output import require_folder
 from milora_data.errors import UserError
 from milora_eval.scores.results import require_lines
 from milora_eval.scores.view import page
+from milora_eval.suites import import_plugins
 
 COMMAND = Command(
     "milora_eval view",
@@ -27,6 +28,7 @@ examples:
         option("folder", type=Path, metavar="RUN", help="results folder, for example runs/one/eval/emoji/base"),
         option("other", type=Path, nargs="?", metavar="OTHER", help="second results folder to compare with"),
     ),
+    settings=(shared("plugin"),),
     outputs=(
         shared("limit", default=1000, about="largest number of questions on the page (default: %(default)s)"),
         option("--output", type=Path, help="HTML file to write (default: view.html in the last folder)"),
@@ -38,6 +40,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the path of the page goes to stdout."""
     options = COMMAND.parse(argv)
+    import_plugins(options.plugin)
     folders = [folder for folder in (options.folder, options.other) if folder is not None]
     if options.output is not None:
         require_folder(options.output.parent, "--output")

@@ -10,7 +10,7 @@ from milora_eval.answers.lines import to_answer
 from milora_eval.answers.store import Line
 from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.stats import Difference, paired_difference, resampled_difference, too_few
-from milora_eval.suites import find_benchmark
+from milora_eval.suites import stored_benchmark
 
 WORK = 1_000_000  # largest number of answers that a bootstrap scores
 MIN_RESAMPLES = 100
@@ -51,7 +51,7 @@ def num_common(a: Sequence[Line], b: Sequence[Line]) -> int:
 
 
 def _common(name: str, a: Sequence[Line], b: Sequence[Line]) -> tuple[list[Answer], list[Answer]]:
-    benchmark = find_benchmark(name)
+    benchmark = stored_benchmark(name)
     others = {line["id"]: line for line in b if line["benchmark"] == name}
     lines = [line for line in a if line["benchmark"] == name and line["id"] in others]
     return [to_answer(benchmark, line, line.get("judgement")) for line in lines], [
@@ -60,7 +60,7 @@ def _common(name: str, a: Sequence[Line], b: Sequence[Line]) -> tuple[list[Answe
 
 
 def _pairs(name: str, a: Sequence[Answer], b: Sequence[Answer]) -> list[Pair]:
-    benchmark = find_benchmark(name)
+    benchmark = stored_benchmark(name)
     right = {metric.name: metric for metric in benchmark.summarise(b)}
     pairs = [(metric, right[metric.name]) for metric in benchmark.summarise(a) if metric.name in right]
     resampled = _resampled(benchmark, pairs, a, b)

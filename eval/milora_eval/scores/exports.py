@@ -13,7 +13,7 @@ from milora_eval.answers.store import PREDICTIONS, each_line
 from milora_eval.benchmark import Answer, Benchmark
 from milora_eval.scores.llava_files import write_llava_files
 from milora_eval.scores.results import judgements, read_results, review_of
-from milora_eval.suites import find_benchmark, folder_of
+from milora_eval.suites import folder_of, stored_benchmark
 
 SUBMISSION = "submission"
 
@@ -51,7 +51,7 @@ def export(folder: Path) -> list[Path]:
     data, model, written = Path(results.get("data") or "."), str(results.get("model", "")), []
     reviews = judgements(folder)
     for entry in results.get("benchmarks", ()):
-        benchmark = find_benchmark(entry["reference"])
+        benchmark = stored_benchmark(entry["reference"])
         answers = StoredAnswers(benchmark, entry["reference"], folder / PREDICTIONS, reviews)
         target = folder / SUBMISSION / benchmark.name
         try:

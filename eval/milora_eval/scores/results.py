@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from milora_data.command.atomic_write import read_json, write_json
-from milora_data.errors import UserError
-from milora_eval.answers.lines import to_answer
+from milora_data.errors import UserError, expected_format
+from milora_eval.answers.lines import expected_of, to_answer
 from milora_eval.answers.selection import select
 from milora_eval.answers.store import JUDGEMENTS, PREDICTIONS, Line, each_line, read_lines, write_lines
 from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.stats import mean
-from milora_eval.suites import SUITES, find_benchmark, folder_of
+from milora_eval.suites import SUITES, folder_of, stored_benchmark
 
 RESULTS, TABLE = "results.json", "table.md"
 Results = dict[str, Any]
@@ -54,7 +54,7 @@ def score(folder: str | Path) -> Results:
     def rescored() -> Iterator[Line]:
         reviews = judgements(folder)
         for line in each_line(folder / PREDICTIONS):
-            benchmark = benchmarks.setdefault(line["benchmark"], find_benchmark(line["benchmark"]))
+            benchmark = benchmarks.setdefault(line["benchmark"], stored_benchmark(line["benchmark"]))
             yield line | {"correct": to_answer(benchmark, line, review_of(line, reviews)).value}
 
     write_lines(folder / PREDICTIONS, rescored())
@@ -86,7 +86,11 @@ def suite_mean(suite: str, entries: Iterable[Mapping[str, Any]]) -> dict[str, An
 def judgements(folder: Path) -> dict[tuple[str, str, str], str]:
     """Return the texts of the judge by (benchmark, item id, answer), so a new answer has no judgement yet."""
     lines = each_line(folder / JUDGEMENTS)
-    return {(line["benchmark"], line["id"], line["prediction"]): line["judgement"] for line in lines}
+    return {
+        (line["benchmark"], line["id"], line["prediction"]): str(line["judgement"])
+        for line in lines
+        if "judgement" in line
+    }
 
 
 def review_of(line: Line, reviews: Mapping[tuple[str, str, str], str]) -> str | None:
@@ -145,7 +149,7 @@ def _missing_ids(path: Path, results: Mapping[str, Any]) -> str:
     missing: list[str] = []
     for entry in results["benchmarks"]:
         try:
-            benchmark = find_benchmark(entry.get("reference", entry["name"]))
+            benchmark = stored_benchmark(entry.get("reference", entry["name"]))
             items = select(benchmark.load(folder_of(benchmark, Path(results["data"]))), results.get("limit"))
         except (UserError, KeyError, OSError):
             continue
@@ -168,8 +172,19 @@ def lines_digest(lines: Iterable[Line]) -> str:
 
 
 def read_results(folder: Path) -> Results:
-    """Return the results.json of a folder, or an empty dict."""
-    return read_json(folder / RESULTS) or {}
+    """Return the results.json of a folder, or an empty dict. Raises UserError if it has another format."""
+    message = "not the results of an evaluation"
+    hint = "restore the file, or remove it and score the answers again"
+    with expected_format(message, code="results-format", where=str(folder / RESULTS), hint=hint):
+        results = read_json(folder / RESULTS) or {}
+        for entry in results.get("benchmarks", ()):
+            if not isinstance(entry["name"], str) or not isinstance(entry.get("reference", ""), str):
+                raise TypeError(f"name {entry['name']!r:.40}")
+            if not isinstance(entry["n"], int):
+                raise TypeError(f"n {entry['n']!r:.40}")
+            for metric in entry["metrics"]:
+                Metric(**metric)
+    return results
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
@@ -187,7 +202,7 @@ def metrics_of(results: Mapping[str, Any]) -> dict[tuple[str, str], Metric]:
 
 
 def _entry(name: str, lines: Iterable[Line], reviews: Mapping[tuple[str, str, str], str]) -> dict[str, Any]:
-    benchmark, count = find_benchmark(name), 0
+    benchmark, count = stored_benchmark(name), 0
 
     def answers() -> Iterator[Answer]:
         nonlocal count
@@ -195,7 +210,8 @@ def _entry(name: str, lines: Iterable[Line], reviews: Mapping[tuple[str, str, st
             count += 1
             yield to_answer(benchmark, line, review_of(line, reviews))
 
-    metrics = [asdict(metric) for metric in benchmark.summarise(answers())]
+    with expected_of(benchmark, name):
+        metrics = [asdict(metric) for metric in benchmark.summarise(answers())]
     return {
         "name": benchmark.name,
         "reference": name,

@@ -17,7 +17,7 @@ from milora_data.page.render import MAX_BYTES, render
 from milora_eval.answers.lines import to_answer, to_item
 from milora_eval.answers.selection import select
 from milora_eval.answers.store import Line
-from milora_eval.suites import find_benchmark
+from milora_eval.suites import stored_benchmark
 
 Runs = Sequence[tuple[str, Sequence[Line]]]
 
@@ -101,7 +101,7 @@ def _row(key: tuple[str, str], lines: Sequence[Line | None], pictures: dict[str,
 
 
 def _answer(line: Mapping[str, Any]) -> dict[str, Any]:
-    answer = to_answer(find_benchmark(line["benchmark"]), line, line.get("judgement"))
+    answer = to_answer(stored_benchmark(line["benchmark"]), line, line.get("judgement"))
     return {"text": answer.text, "value": answer.value}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,11 @@ def writer_of(path: Path, architecture: str) -> GGUFWriter:
             hint="pip install 'milora-vl[demo]'   (or pip install gguf)",
         ) from None
     return gguf.GGUFWriter(path, architecture)
+
+
+def renamed(state: Mapping[str, Tensor], name_of: Callable[[str], str | None]) -> dict[str, Tensor]:
+    """Return the weights by the names that `name_of` gives them, without those that it gives none."""
+    return {new: tensor for name, tensor in state.items() if (new := name_of(name)) is not None}
 
 
 def write(writer: GGUFWriter, tensors: Mapping[str, Tensor], outtype: OutType) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from milora_data.errors import UserError
+from milora_vl.export.gguf.files import renamed
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -158,12 +159,7 @@ def text_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if not any(".language_model." in f".{name}" for name in state):
         return dict(state)
-    renamed = {}
-    for name, tensor in state.items():
-        found = text_name(name)
-        if found is not None:
-            renamed[found] = tensor
-    return renamed
+    return renamed(state, text_name)
 
 
 def text_name(name: str) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from milora_vl.export.gguf.files import OutType, write, writer_of
+from milora_vl.export.gguf.files import OutType, renamed, write, writer_of
 
 PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 
@@ -69,15 +69,17 @@ def _tensors(state: Mapping[str, Tensor], blocks: int) -> dict[str, Tensor]:
     import gguf
 
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, blocks)
-    tensors = {}
-    for name, tensor in state.items():
+
+    def name_of(name: str) -> str | None:
         name = name.removeprefix("model.")
         if name.startswith("multi_modal_projector."):
             _, layer, kind = name.split(".")
-            tensors[f"{PROJECTOR[layer]}.{kind}"] = tensor
-        elif name.startswith("vision_tower.") and "post_layernorm" not in name and "position_ids" not in name:
-            inside = name.removeprefix("vision_tower.").removeprefix("vision_model.")
-            known = table.get_name(f"vision_tower.vision_model.{inside}", try_suffixes=(".weight", ".bias"))
-            assert known is not None, f"{name} is no weight of a CLIP tower"
-            tensors[known] = tensor
-    return tensors
+            return f"{PROJECTOR[layer]}.{kind}"
+        if not name.startswith("vision_tower.") or "post_layernorm" in name or "position_ids" in name:
+            return None
+        inside = name.removeprefix("vision_tower.").removeprefix("vision_model.")
+        known: str | None = table.get_name(f"vision_tower.vision_model.{inside}", try_suffixes=(".weight", ".bias"))
+        assert known is not None, f"{name} is no weight of a CLIP tower"
+        return known
+
+    return renamed(state, name_of)

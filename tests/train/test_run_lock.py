@@ -1,0 +1,183 @@
+"""Faults that tests can inject in seconds: two runs in one folder, a damaged checkpoint, a hanging loader, NaN."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from milora_data.command.cli import output_problem
+from milora_data.errors import UserError
+from milora_vl import checkpoints
+from milora_vl.checkpoints import why_incomplete, write_checksums
+from milora_vl.plan.run_lock import FILE, RunLock, require_free
+from milora_vl.train import failures, trainer
+from milora_vl.train.command import main
+from support.checkpoint_files import write_checkpoint
+from support.train_runs import file_contents, losses, training
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from milora_vl.plan.run_lock import RunLock
+RunLock().take(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_training_in_the_folder_is_refused_and_changes_nothing(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = training(tiny_data, run, "--rank", "4", "--lr_scheduler_type", "constant")
+    assert main([*words, "--max_steps", "2"]) == 0
+    assert not (run / FILE).exists()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        before = file_contents(run)
+        for resume in ([], ["--resume_from_checkpoint", "auto"]):
+            with pytest.raises(UserError, match=f"process {holder.pid} on") as raised:
+                main([*words, *resume])
+            assert raised.value.first.code == "run-in-use"
+        with pytest.raises(UserError, match="another training runs"):
+            RunLock().take(run)  # if both found the folder free when they started
+        assert file_contents(run) == before
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        require_free(run)
+        assert (run / FILE).exists()  # what a killed training leaves locks nobody out
+        assert main([*words, "--resume_from_checkpoint", "auto"]) == 0
+    finally:
+        holder.kill()
+    assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_child_that_outlives_a_killed_training_does_not_hold_the_lock(tmp_path: Path) -> None:
+    script = HOLDER.replace('print("held"', 'import os\nif os.fork() == 0: time.sleep(20); os._exit(0)\nprint("held"')
+    holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    holder.kill()
+    holder.wait()
+    require_free(tmp_path)
+
+
+def test_a_file_system_without_locks_is_used_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuses)
+    RunLock().take(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "shorter"])
+def test_a_damaged_file_of_a_checkpoint_is_found_and_the_older_one_used(damage: str, tmp_path: Path) -> None:
+    older, newer = (write_checkpoint(tmp_path, step) for step in (2, 4))
+    for folder in (older, newer):
+        (folder / "milora.json").write_text("{}")
+        write_checksums(folder)
+    assert (why_incomplete(older), why_incomplete(newer)) == (None, None)
+    file = newer / ("milora.json" if damage == "missing" else "adapter_model.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "shorter":
+        file.write_bytes(content[:-1])
+    else:
+        content[-1] ^= 1  # sizes and headers are right
+        file.write_bytes(content)
+    newest, skipped = checkpoints.latest(tmp_path)
+    assert newest == older
+    said = {"flipped": "has changed since it was written", "missing": "is missing", "shorter": "is truncated"}
+    assert said[damage] in skipped[0][1]
+
+
+def test_the_checksums_of_a_real_checkpoint_hold_all_its_files(tiny_data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(training(tiny_data, run, "--rank", "4", "--max_steps", "2", "--save_steps", "1")) == 0
+    folder = run / "checkpoint-1"
+    stored = {str(file.relative_to(folder)) for file in folder.rglob("*")} - {"checksums.json", "trainer_state.json"}
+    assert set(dict(checkpoints.parse_json((folder / "checksums.json").read_text()))) == stored
+    assert not (run / "checksums.json").exists()
+    weights = folder / "optimizer.pt"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 255
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"optimizer\.pt has changed"):
+        main(training(tiny_data, run, "--rank", "4", "--max_steps", "2", "--resume_from_checkpoint", str(folder)))
+
+
+class Hangs(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(60)
+
+
+def test_a_loader_that_hangs_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "LOADER_TIMEOUT", 0.5)
+    loader = trainer.with_timeout(DataLoader(Hangs(), num_workers=1))
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(UserError) as raised, failures.explained(args):
+        next(iter(loader))
+    assert raised.value.first.code == "run-loader-hangs"
+    assert trainer.with_timeout(DataLoader(Hangs())).timeout == 0
+
+
+def test_a_loss_that_becomes_nan_ends_the_run_before_a_checkpoint_of_it(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    words = training(tiny_data, run, "--rank", "4", "--save_steps", "1")
+    compute = trainer.MiloraTrainer.compute_loss
+
+    def breaks(self: Any, *arguments: Any, **named: Any) -> Any:
+        loss = compute(self, *arguments, **named)
+        return loss * float("nan") if self.state.global_step == 3 and self.model.training else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.MiloraTrainer, "compute_loss", breaks)
+        with pytest.raises(UserError) as raised:
+            main(words)
+    assert raised.value.first.code == "train-loss-not-finite"
+    newest, _ = checkpoints.latest(run)
+    assert newest == run / "checkpoint-3"
+    assert main([*words, "--resume_from_checkpoint", "auto"]) == 0
+    assert all(loss == loss for _, loss in losses(run))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.EROFS, "path-lost"),
+        (errno.ESTALE, "path-lost"),
+        (errno.ENOSYS, "path-no-rename"),
+        (errno.EXDEV, "path-no-rename"),
+    ],
+)
+def test_a_lost_file_system_and_one_without_rename_are_named(number: int, code: str, tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(UserError) as raised, failures.explained(args):
+        raise OSError(number, os.strerror(number), str(tmp_path / "a"))
+    assert (raised.value.first.code, raised.value.exit_code) == (code, 1)
+    assert output_problem(OSError(errno.ENOENT, "no", "a"), "b") is None
+
+
+def test_durations_do_not_come_from_a_clock_that_can_go_backwards() -> None:
+    root = Path(__file__).resolve().parents[2]
+    folders = ("milora_vl", "data_tools", "eval")
+    found = [str(file) for name in folders for file in (root / name).rglob("*.py") if "time.time()" in file.read_text()]
+    assert found == []
