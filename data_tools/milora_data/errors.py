@@ -95,7 +95,7 @@ class UserError(ValueError):
 
 def _without_secrets(problem: Problem) -> Problem:
     message, where, hint = map(without_secrets, (problem.message, problem.where, problem.hint))
-    return Problem(message, problem.code, where, hint)
+    return replace(problem, message=message, where=where, hint=hint)
 
 
 def _restored(kind: type[ErrorT], args: tuple[Any, ...], fields: dict[str, Any]) -> ErrorT:

@@ -302,12 +302,16 @@ def from_messages(value: object, *, number: int, web: Literal["refuse", "keep"] 
     if missing == len(images) and first is not None:
         first["value"] = f"{IMAGE}\n" * missing + first["value"]
     others = {key: item for key, item in value.items() if key not in ("messages", "images", "id")}
-    if videos and others.get("videos"):
+    own = [video for video in videos if video is not None]
+    listed_videos = others.get("videos") or others.get("video")
+    if own and listed_videos:
         raise DataError(
             'the messages and "videos" both name videos; expected only one of them', code="messages-images-twice"
         )
+    if len(own) < len(videos) and not listed_videos:
+        raise DataError("a part of type video names no video, and the record lists none", code="record-image-count")
     pictures = {"image": images[0] if len(images) == 1 else images} if images else {}
-    shown = {"videos": videos} if videos else {}
+    shown = {"videos": own} if own else {}
     return {"id": str(value.get("id", number)), **pictures, "conversations": turns, **others, **shown}
 
 
@@ -356,9 +360,8 @@ def _part(part: object, place: int, named: list[str], videos: list[Any]) -> str:
         return f"{IMAGE}\n"
     if kind in ("video", "video_url"):
         shown = next((part[key] for key in ("video", "video_url", "path", "url") if part.get(key) is not None), None)
-        if shown is not None:  # else "videos" lists them
-            shown = shown.get("url") if isinstance(shown, dict) and "url" in shown else shown
-            videos.append({"frames": shown, "fps": part.get("fps")} if isinstance(shown, list) else shown)
+        shown = shown.get("url") if isinstance(shown, dict) and "url" in shown else shown
+        videos.append({"frames": shown, "fps": part.get("fps")} if isinstance(shown, list) else shown)
         return f"{VIDEO}\n"
     raise DataError(
         f"message {place}: unsupported part of type {kind!r}; expected text, an image or a video",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
@@ -52,7 +53,7 @@ def read_pickled(file: Path, *, mmap: bool = False) -> Any:
 def _require_proportion(file: Path, *, is_zip: bool) -> None:
     """Raise UnpicklingError for a zip file that expands, and for a pickle that allocates without tensors."""
     if not is_zip:
-        with file.open("rb") as opened:
+        with file.open("rb") as opened, suppress(ValueError):  # fewer pickles: `torch.load` says what the first holds
             for _ in range(_OLD_FORMAT_PICKLES):
                 _require_harmless(scan(opened))
         return

@@ -247,7 +247,8 @@ def test_messages_become_records(tmp_path: Path, value: dict[str, Any], image: A
     [
         ({"text": "x"}, "messages-missing"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "record-unknown-role"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages-unsupported-part"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages-unsupported-part"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "record-image-count"),
         ({"messages": [{"role": "user", "content": None}]}, "messages-content"),
     ],
 )

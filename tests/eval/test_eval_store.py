@@ -8,7 +8,7 @@ from milora_eval.answers.store import Store, read_lines
 
 
 def lines(*keys: str) -> list[dict[str, str]]:
-    return [{"key": key, "prediction": f"answer {key}"} for key in keys]
+    return [{"key": key, "benchmark": "pope", "id": key, "prediction": f"answer {key}"} for key in keys]
 
 
 def test_appended_lines_are_there_at_once(tmp_path: Path) -> None:

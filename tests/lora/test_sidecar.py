@@ -71,7 +71,11 @@ def test_no_file_is_no_sidecar(tmp_path: Path) -> None:
         ('{"format_version": 1, "form": "anchored", "modules": {"a": {}}}', "is damaged"),
         ('{"format_version": 1, "form": "anchored", "modules": []}', "is damaged"),
         ('{"format_version": 1, "form": "odd", "modules": {}}', "is damaged .*form 'odd'"),
-        ('{"format_version": 1, "form": "anchored", "modules": {"a": {"shape": [], "method": "odd"}}}', "method 'odd'"),
+        (
+            '{"format_version": 1, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
+            '"shape": [2, 2], "method": "odd"}}}',
+            "method 'odd'",
+        ),
         (
             '{"format_version": 1, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
             '"method": "milora", "shape": [2, 2], "report": {"shape": [2, 2, 2]}}}}',
