@@ -18,6 +18,7 @@ PACKAGES = ("milora_vl", "llava_recipes", "data_tools/milora_data", "eval/milora
 FOREIGN_SIGNATURES: dict[str, str] = {
     "data_tools/milora_data/command/flags.py:option": "argparse's add_argument, passed on to it",
     "data_tools/milora_data/processor_inputs.py:_recorded_places.<locals>.recording": "a method of processors",
+    "milora_vl/generate.py:Decided.criteria.<locals>.stops": "a stopping criterion of transformers",
     "milora_vl/models/hub.py:_read": "from_pretrained's keywords, passed on to it",
     "milora_vl/integrations/llava.py:_ignoring_arguments.<locals>.call": "Trainer passes what LLaVA's does not take",
     "milora_vl/integrations/llava.py:_tokenizer_argument.<locals>.initialise": "Trainer's constructor",
