@@ -34,6 +34,7 @@ NO_RESULT = (
     "checksums.json",
 )
 CHECKSUMS = "checksums.json"
+_HASHED = {".safetensors", ".pt", ".pth", ".bin", ".npy", "milora.json"}  # endings and names
 SHARDS = "global_step*/*_optim_states.pt"
 SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # only with ZeRO-3
 
@@ -89,7 +90,10 @@ def why_incomplete(folder: Path) -> str | None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write checksums.json: the hash of every file in a checkpoint, so that a resume finds damaged ones."""
+    """Write checksums.json: the hash of milora.json and of every file of tensors, so that a resume finds damaged ones.
+
+    Texts such as README.md and the name of the base in adapter_config.json may be edited.
+    """
     sums = {str(file.relative_to(folder)): _checksum(file) for file in _files(folder)}
     partial = folder / f".{CHECKSUMS}.partial"
     partial.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
@@ -115,7 +119,7 @@ def _why_changed(folder: Path) -> str | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and CHECKSUMS not in path.name)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and (p.suffix in _HASHED or p.name in _HASHED))
 
 
 def _checksum(file: Path) -> str:

@@ -113,10 +113,15 @@ def _with_answer(value: Mapping[str, Any], side: str) -> dict[str, Any]:
     others = {key: item for key, item in value.items() if key not in ("prompt", *SIDES)}
     answer = value[side]
     if "conversations" in value:
+        if not isinstance(value["conversations"], list):
+            raise _malformed('"conversations" must be a list of turns')
         turn = answer if isinstance(answer, Mapping) else {"from": SPEAKERS["assistant"], "value": answer}
         return {**others, "conversations": [*value["conversations"], turn]}
     question = list(_messages(value["prompt"], "user")) if "prompt" in value else []
-    return {**others, "messages": [*question, *_messages(answer, "assistant")]}
+    messages = [*question, *_messages(answer, "assistant")]
+    if not any(isinstance(message, Mapping) and message.get("role") == "user" for message in messages):
+        raise _malformed(f"no question before the answer; the keys of this pair: {', '.join(map(str, value))}")
+    return {**others, "messages": messages}
 
 
 def _messages(content: Any, role: str) -> Iterator[Any]:

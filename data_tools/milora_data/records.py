@@ -269,7 +269,7 @@ def tools_of(record: Record) -> list[Any]:
 
 def uses_tools(record: Record) -> bool:
     """Return whether a record offers, calls or answers for tools."""
-    return bool(record.extra.get("tools")) or any(turn.role == "tool" or turn.call for turn in record.turns)
+    return bool(tools_of(record)) or any(turn.role == "tool" or turn.call for turn in record.turns)
 
 
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}

@@ -73,7 +73,9 @@ def require_small(node: yaml.Node) -> None:
             sizes[key] = 1 + sum(size(child) for child in children)
             opened.discard(key)
             if sizes[key] > LARGEST:
-                raise YamlTextError(f"more than {LARGEST:,} values: aliases repeat others", inner.start_mark.line + 1)
+                raise YamlTextError(
+                    f"more than {LARGEST:,} values, with those that aliases repeat", inner.start_mark.line + 1
+                )
         return sizes[key]
 
     size(node)

@@ -26,7 +26,8 @@ from milora_vl.recipe.schema import Recipe
 if TYPE_CHECKING:
     from milora_vl.plan.run_data import RunData
 
-OWN_FILES = ("recipe.yaml", "README.md", "policy.json", "report.html")
+ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden
+OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html")
 GIT_TIMEOUT = 10  # seconds
 PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
 
@@ -41,11 +42,11 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file atomically: a killed process leaves the old file or the new one."""
-        atomic_write.write_json(self.path / name, content)
+        atomic_write.write_json(self.path / name, content, hides_secrets=name == ENVIRONMENT)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file atomically."""
-        atomic_write.write_text(self.path / name, text)
+        atomic_write.write_text(self.path / name, text, hides_secrets=name == CARD)
 
 
 def default_path(recipe: Recipe, now: datetime) -> Path:

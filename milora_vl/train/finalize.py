@@ -9,7 +9,7 @@ from pathlib import Path
 from milora_data.command.cli import command_line
 from milora_vl.adapter_folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.checkpoints import WEIGHTS
-from milora_vl.plan.run_folder import RunFolder
+from milora_vl.plan.run_folder import CARD, RunFolder
 from milora_vl.plan.screen import Screen
 from milora_vl.recipe.schema import Recipe
 from milora_vl.report import model_card
@@ -43,7 +43,7 @@ def measured(path: Path) -> dict[str, float]:
 
 def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> Path | None:
     """Write README.md and report.html. Return the path of report.html, or None if it could not be written."""
-    folder.write_text("README.md", model_card.render(folder.path, recipe))
+    folder.write_text(CARD, model_card.render(folder.path, recipe))
     return try_write_report(folder.path, screen.warn)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from milora_vl import checkpoints
-from milora_vl.plan.run_folder import RunFolder
+from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder
 from milora_vl.plan.run_lock import RunLock
 from milora_vl.plan.screen import Screen
 from milora_vl.recipe.schema import Recipe
@@ -47,7 +47,7 @@ class Opening:
         for checkpoint, reason in self.folder.incomplete:
             self.screen.warn(f"{checkpoint.name} {reason}; it is kept as {checkpoints.set_aside(checkpoint).name}")
         self.folder.write_text("recipe.yaml", self.recipe.to_yaml())
-        self.folder.write_json("environment.json", self.environment)
+        self.folder.write_json(ENVIRONMENT, self.environment)
         for name, value in self.content.items():
             self.folder.write_json(name, value)
 

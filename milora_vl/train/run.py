@@ -27,7 +27,7 @@ from milora_vl.plan.batching import Batching
 from milora_vl.plan.launch import calls_on_sigterm
 from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.run_data import RunData
-from milora_vl.plan.run_folder import RunFolder
+from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder
 from milora_vl.plan.screen import Screen, policy_rows, protection_lines, trainable_line
 from milora_vl.recipe import base_model, on_model, rates
 from milora_vl.recipe.arguments import Request
@@ -372,7 +372,7 @@ def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Openin
             folder.write_json("protection.json", overlaps)
         opening.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
         opening.environment["seconds"] = round(time.monotonic() - start, 1)
-        folder.write_json("environment.json", opening.environment)
+        folder.write_json(ENVIRONMENT, opening.environment)
         for reason in trainer.failed_pushes():
             opening.screen.warn(f"a push during the training failed: {reason}")
     return Trained(opening.recipe, folder, args, trainer.hub_model_id or "")

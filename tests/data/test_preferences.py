@@ -133,7 +133,12 @@ def test_every_form_of_a_pair_gives_the_same_records() -> None:
     ("value", "text"),
     [
         ({"prompt": "a", "chosen": "b"}, 'no "rejected"; the keys of this pair: prompt, chosen'),
-        ({"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}, '"chosen" must end with an answer'),
+        (
+            {"prompt": "p", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"},
+            '"chosen" must end with an answer',
+        ),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, "no question before the answer"),
+        ({"conversations": 5, "chosen": "b", "rejected": "c"}, '"conversations" must be a list of turns'),
         (
             {"prompt": "a", "chosen": "b", "rejected": [{"role": "user", "content": "c"}] * 2},
             '"rejected" must end with an answer',

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from milora_data.records import Turn
+from milora_eval.answers.runner import _ends_early
 from milora_eval.benchmark import Answer, Item
 from milora_eval.benchmarks.emoji import Emoji
+from milora_eval.benchmarks.pope import POPE
 from milora_eval.rules.mme import mme_answer, mme_is_decided
 from milora_eval.rules.pope import pope_answer, pope_is_decided
 from milora_eval.rules.scienceqa import scienceqa_is_decided, scienceqa_letter
@@ -77,3 +79,12 @@ def test_each_answer_of_a_batch_ends_where_it_is_decided(batch_size: int, tiny_l
     for place in (0, 2):
         assert whole[place].startswith(cut_short[place])
         assert limits[place] <= len(cut_short[place]) < len(whole[place])
+
+
+def test_a_class_with_its_own_scores_reads_whole_answers() -> None:
+    class Why(POPE):
+        def score(self, item: Item, text: str) -> float | None:
+            return float("because" in text)
+
+    assert _ends_early(POPE)
+    assert not _ends_early(Why)

@@ -14,24 +14,25 @@ from milora_data.json_text import parse_json
 from milora_data.secret_text import without_secrets
 
 
-def write_text(file: Path, text: str) -> Path:
+def write_text(file: Path, text: str, *, hides_secrets: bool = False) -> Path:
     """Write a text file atomically and create its folder. If several processes write it, the last one wins.
 
-    Secrets in the text are hidden: environment.json, model cards and reports hold command lines and are shared.
+    `hides_secrets` is for files that people share and no program reads back, such as reports.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(without_secrets(text), encoding="utf-8", newline="\n")
+        partial.write_text(without_secrets(text) if hides_secrets else text, encoding="utf-8", newline="\n")
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)  # remains if the disk is full
     return file
 
 
-def write_json(file: Path, content: Any) -> Path:
+def write_json(file: Path, content: Any, *, hides_secrets: bool = False) -> Path:
     """Write a value as JSON atomically; values that JSON does not support are written as `str(value)`."""
-    return write_text(file, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"
+    return write_text(file, text, hides_secrets=hides_secrets)
 
 
 @contextmanager

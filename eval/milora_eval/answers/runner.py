@@ -107,7 +107,7 @@ def _run_model(
         def is_decided(place: int, text: str, part: list[Question] = part) -> bool:
             return part[place].benchmark.is_decided(part[place].item, text)
 
-        ends_early = type(benchmark).is_decided is not Benchmark.is_decided
+        ends_early = _ends_early(type(benchmark))
         generate(
             model,
             processor,
@@ -131,3 +131,11 @@ def _line(plan: EvaluationPlan, question: Question, text: str) -> Line:
 def _of_shard(asked: Sequence[Question], shard: tuple[int, int]) -> list[Question]:
     kept = {id(item) for item in take_shard([question.item for question in asked], shard)}
     return [question for question in asked if id(question.item) in kept]
+
+
+def _ends_early(kind: type[Benchmark]) -> bool:
+    """Return whether `is_decided` fits the scores: no class below the one that defines it scores in its own way."""
+    own = next(base for base in kind.__mro__ if "is_decided" in vars(base))
+    below = kind.__mro__[: kind.__mro__.index(own)]
+    scores = {"score", "grade", "summarise"}
+    return own is not Benchmark and not any(scores & vars(base).keys() for base in below)
