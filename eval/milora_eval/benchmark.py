@@ -139,6 +139,7 @@ class Benchmark:
         """Return whether no continuation of `text` can change a number of this benchmark; the answer then ends there.
 
         `text` is the beginning of an answer, without white space around it. The default never ends an answer early.
+        A class that scores in its own way does not inherit this rule: it defines `is_decided` again.
         """
         return False
 

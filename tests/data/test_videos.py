@@ -175,7 +175,7 @@ def test_families_without_video_refuse_it_by_name(name: str, pictures: Path) -> 
         (asked({"type": "video_url", "video_url": {"url": "https://example.org/a.mp4?token=x"}}, "?"), "video-file"),
         (asked({"type": "video", "video": []}, "What?"), "record-video-field"),
         (asked({**CLIP, "fps": 0}, "What?"), "record-video-field"),
-        (asked({"type": "video"}, "What?"), "record-image-token-in-text"),
+        (asked({"type": "video"}, "What?"), "record-image-count"),
         (asked("What?") | {"videos": [FRAMES]}, "record-image-count"),
         (asked(CLIP, "What?") | {"videos": [FRAMES]}, "messages-images-twice"),
         (asked({"type": "video", "video": ["f0.png", "0.png"]}, "What?"), "video-frame-sizes"),
