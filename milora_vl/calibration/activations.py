@@ -284,10 +284,10 @@ def _rows(one: _Input, x: Tensor, positions: Positions | None) -> tuple[Tensor, 
     else:
         weights = given.reshape(-1).to(rows.device)
         rows, weights = rows[weights > 0], weights[weights > 0]
-    return rows, weights if is_embedding else weights * _limit(rows)
+    return rows, weights if is_embedding else weights * energy_limits(rows)
 
 
-def _limit(rows: Tensor) -> Tensor:
+def energy_limits(rows: Tensor) -> Tensor:
     """Return the factors (positions,), at most 1, that limit the energy of each position to LARGEST medians."""
     energies = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
     limit = LARGEST * energies.median() if len(rows) else 0.0

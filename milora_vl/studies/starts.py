@@ -21,7 +21,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
 
-from milora_vl.calibration.activations import LARGEST
+from milora_vl.calibration.activations import energy_limits
 from milora_vl.lora.install import anchors_of, lora_layer
 from milora_vl.policy.rules import Target
 from milora_vl.studies.study import Start
@@ -100,7 +100,7 @@ def _corda(base: nn.Module, targets: Sequence[Target], batches: Batches) -> Fact
 
 @torch.no_grad()
 def _moments(base: nn.Module, targets: Sequence[Target], batches: Batches) -> dict[str, Tensor]:
-    """Return C of each target; padding does not count, and attention sinks count with LARGEST median energies."""
+    """Return C of each target; padding does not count, and attention sinks are limited as in calibration."""
     sums: dict[str, Tensor] = {}
     with _inputs_of(base, [t.path for t in targets if t.rank is not None]) as seen:
         for batch in batches:
@@ -108,8 +108,7 @@ def _moments(base: nn.Module, targets: Sequence[Target], batches: Batches) -> di
             base(**batch)
             for path, x in seen.items():
                 rows = x[counts].float()
-                energies = rows.square().sum(1)
-                rows *= (LARGEST * energies.median() / energies).clamp(max=1.0).sqrt()[:, None]
+                rows *= energy_limits(rows).sqrt()[:, None]
                 sums[path] = rows.T @ rows + sums.get(path, 0.0)
             seen.clear()
     return sums

@@ -90,10 +90,11 @@ class Study(Strict):
         training = self.training(cell.method, cell.steps).model_dump()
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content: list[Any] = [VERSION, self.task, self.overlap, training, rules, cell.seed]
-        if any((rule.get("protect") or {}).get("inputs") for rule in rules):
+        start = self.start(cell.method)
+        if start is not None or any((rule.get("protect") or {}).get("inputs") for rule in rules):
             content.append(CALIBRATION_VERSION)
-        if self.start(cell.method) is not None:
-            content.append(self.start(cell.method))
+        if start is not None:
+            content.append(start)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
     def with_each(self, model: nn.Module) -> Study:
