@@ -41,10 +41,8 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def duration(seconds: float | None) -> str:
-    """Return seconds, or minutes and seconds, or a dash for a part whose two sides ran separately."""
-    if seconds is None:
-        return "–"
+def duration(seconds: float) -> str:
+    """Return seconds, or minutes and seconds."""
     minutes, left = divmod(round(seconds), 60)
     return f"{minutes} min {left} s" if minutes else f"{seconds:.3g} s"
 
