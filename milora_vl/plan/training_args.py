@@ -47,6 +47,7 @@ def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]
     arguments, absent = hf_arguments.for_installed(train, fields)
     if absent:
         warnings.append(f"the installed transformers does not support {', '.join(absent)}: no effect")
+    launch.require_processes_for_fsdp(train)
     try:
         launch.before_arguments(train)
         args = TrainingArguments(output_dir=str(output_dir), **arguments)
@@ -124,6 +125,16 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
                 code="quantization-zero3",
                 where=f"quantization {recipe.quantization}",
                 hint="use --deepspeed zero2, as LLaVA's finetune_qlora.sh does",
+            )
+    if train.get("fsdp"):
+        train["fsdp_config"] = launch.fsdp_settings(train["fsdp"], train.get("fsdp_config"))
+        train["fsdp"] = True
+        if recipe.quantization != "none":
+            raise UserError(
+                "FSDP2 does not shard a quantised base",
+                code="quantization-fsdp",
+                where=f"quantization {recipe.quantization}",
+                hint="start the processes without --fsdp (DDP), or use --deepspeed zero2",
             )
     if recipe.dtype in ("bfloat16", "float16"):
         autocast = "bf16" if recipe.dtype == "bfloat16" else "fp16"

@@ -159,13 +159,12 @@ def test_other_processes_or_another_stage_are_refused_or_told(tmp_path: Path) ->
 
 def test_ways_to_start_that_would_not_keep_their_promise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     launch.check({"deepspeed": "zero3"})
-    with pytest.raises(UserError, match="--deepspeed zero3"):
-        launch.check({"fsdp": "full_shard"})
+    launch.check({"fsdp": "full_shard"})
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="distributed_type: MULTI_GPU"):
         launch.check({})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP"):
+    with pytest.raises(UserError, match="accelerate has FSDP settings"):
         launch.check({"deepspeed": "zero3"})
 
 
