@@ -12,7 +12,7 @@ import llava_recipes
 from milora_data.command.cli import did_you_mean, suggest
 from milora_data.errors import UserError, first_line
 from milora_vl.models.devices import fastest_dtype, train_device
-from milora_vl.plan import cpu_load, launch
+from milora_vl.plan import launch
 from milora_vl.recipe import hf_arguments
 from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.schema import Recipe
@@ -62,7 +62,7 @@ def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]
         )
         args._n_gpu = 1
     _require_optimizer(args)
-    return args, [*warnings, *cpu_load.warnings(args.device.type, args.world_size)]
+    return args, warnings
 
 
 def _require_rates_per_rule(optimizer: str) -> None:

@@ -24,6 +24,7 @@ from milora_vl import checkpoints
 from milora_vl.checkpoints import step_of
 from milora_vl.plan import evaluation, hub, resuming, run_data, run_folder, training_args
 from milora_vl.plan.batching import Batching
+from milora_vl.plan.cpu_load import FreeCores, may_choose_threads
 from milora_vl.plan.launch import calls_on_sigterm
 from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.run_data import RunData
@@ -39,7 +40,7 @@ from milora_vl.train.model import Built
 from milora_vl.train.opening import AtFirstStep, Opening
 from milora_vl.train.spectrum import layer_spectra
 from milora_vl.train.suites import SuiteCallback
-from milora_vl.train.trainer import MiloraTrainer
+from milora_vl.train.trainer import FollowFreeCores, MiloraTrainer
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -58,6 +59,7 @@ def train(request: Request) -> int:
         return 0
     hub.check(plan.recipe.train, plan.folder.path, plan.hub_token)
     inputs = read_inputs(plan, screen)
+    cores = free_cores(inputs, screen)
     check_evaluation_and_base(plan.recipe)
     loaded = load(plan, inputs, screen)
     rows = group_rows(plan, loaded, inputs, screen)
@@ -66,6 +68,8 @@ def train(request: Request) -> int:
     opening = describe(plan, inputs, loaded, rows, adapted, screen)
     try:
         trainer = make_trainer(plan, inputs, loaded, rows, adapted, opening)
+        if cores is not None:
+            trainer.add_callback(FollowFreeCores(cores, screen.warn))
         run_steps(plan, rows, trainer, opening)
         trained = save_weights(plan, rows, trainer, opening, start)
     finally:
@@ -116,6 +120,16 @@ def count_steps(plan: Plan, args: TrainingArguments, num_items: int | None) -> B
     if plan.folder.checkpoint is not None:
         resuming.require_same_steps(plan.folder.checkpoint, plan.recipe, batching.steps)
     return batching
+
+
+def free_cores(inputs: Inputs, screen: Screen) -> FreeCores | None:
+    """Leave cores that other programs use; return None on a GPU, in several processes, or if the user sets threads."""
+    if not may_choose_threads(inputs.args.device.type, inputs.args.world_size):
+        return None
+    cores = FreeCores()
+    if cores.threads < cores.most:
+        screen.warn(cores.describe())
+    return cores
 
 
 def check_evaluation_and_base(recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -40,6 +40,7 @@ from milora_vl.lora.version_1_shards import convert_shards, needs_conversion
 from milora_vl.losses import install, summed_loss
 from milora_vl.models.projector import load_projector, save_projector
 from milora_vl.param_groups import parameter_groups, target_path
+from milora_vl.plan.cpu_load import FreeCores
 from milora_vl.policy import Target
 from milora_vl.recipe import protection
 from milora_vl.train import fsdp, streaming
@@ -138,6 +139,18 @@ class StopOnSignal(TrainerCallback):
             self.accelerator.set_trigger()
         if self.accelerator.check_trigger() if args.world_size > 1 else self.heard:
             self.stopped = control.should_save = control.should_log = control.should_training_stop = True
+
+
+class FollowFreeCores(TrainerCallback):
+    """Between steps, set the number of threads to that of the cores which other programs leave free."""
+
+    def __init__(self, cores: FreeCores, say: Callable[[str], None]) -> None:
+        self.cores, self.say = cores, say
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure from time to time."""
+        if self.cores.follow():
+            self.say(self.cores.describe())
 
 
 def with_timeout(loader: Any) -> Any:
