@@ -90,9 +90,9 @@ def templates_compiled_once() -> Iterator[None]:
 def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that our code starts (evaluations, dry runs, the cells of a sweep) need not wait for imports."""
     from milora_vl.forgetting import job
-    from milora_vl.plan import evaluation
     from milora_vl.sweep import __main__ as sweep
     from milora_vl.sweep import runner
+    from milora_vl.train import evaluation
 
     for module in (job, evaluation, sweep, runner):
         monkeypatch.setattr(module, "subprocess", programs.ForkedSubprocess)

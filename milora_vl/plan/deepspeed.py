@@ -1,16 +1,15 @@
-"""Set up DeepSpeed and signals for processes that torchrun, accelerate or deepspeed start."""
+"""The DeepSpeed configuration of a run, and settings of launchers that are refused."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import llava_recipes
+from milora_data.command.cli import did_you_mean, suggest
 from milora_data.errors import Problem, UserError
 from milora_data.json_text import parse_json
 
@@ -28,7 +27,7 @@ FOREIGN_DEEPSPEED = Problem(
 )
 
 
-def check(train: Mapping[str, Any]) -> None:
+def check_launcher(train: Mapping[str, Any]) -> None:
     """Raise UserError, before anything loads, for launcher settings that are not supported."""
     if train.get("fsdp") or _is_on("ACCELERATE_USE_FSDP"):
         raise UserError(problems=[NO_FSDP])
@@ -36,7 +35,22 @@ def check(train: Mapping[str, Any]) -> None:
         raise UserError(problems=[FOREIGN_DEEPSPEED])
 
 
-def deepspeed_settings(config: Mapping[str, Any] | str) -> tuple[dict[str, Any], list[str]]:
+def named_config(name: str) -> Any:
+    """Return the configuration of a packaged name (zero2, zero3, zero3_offload), or the path of a file unchanged."""
+    if name in llava_recipes.names("deepspeed"):
+        return json.loads(llava_recipes.read(name, "deepspeed"))
+    if Path(name).is_file():
+        return name
+    near = suggest(Path(name).stem, llava_recipes.names("deepspeed"))
+    raise UserError(
+        f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {name}",
+        code="deepspeed-unknown",
+        where="--deepspeed",
+        hint=did_you_mean(near[:1]) or "name one of these, or a file that exists",
+    )
+
+
+def run_config(config: Mapping[str, Any] | str) -> tuple[dict[str, Any], list[str]]:
     """Return the DeepSpeed configuration of a run, from a mapping or a file, and warnings about changes.
 
     Rules of the policy set learning rates, so the Trainer builds optimizer and schedule; DeepSpeed's optimizer would
@@ -70,43 +84,5 @@ def deepspeed_settings(config: Mapping[str, Any] | str) -> tuple[dict[str, Any],
     return settings, warnings
 
 
-def before_arguments(train: Mapping[str, Any]) -> None:
-    """Set the environment variables of DeepSpeed; without a launcher it would look for MPI."""
-    if train.get("use_cpu"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if train.get("deepspeed") and "WORLD_SIZE" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}.items():
-            os.environ.setdefault(name, value)
-
-
-def after_arguments(train: Mapping[str, Any]) -> None:
-    """Initialize DeepSpeed in the process group of TrainingArguments: HF skips that on CPUs, and ZeRO-3 needs it."""
-    if train.get("deepspeed"):
-        import deepspeed
-
-        if train.get("use_cpu"):
-            # DeepSpeed would compile an inference kernel. If it is killed while compiling, it leaves a stale lock file
-            # that blocks later runs.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(verbose=False)
-
-
-@contextmanager
-def calls_on_sigterm(callback: Callable[..., object]) -> Iterator[None]:
-    """Inside this context SIGTERM calls `callback` instead of ending the process."""
-    before = signal.signal(signal.SIGTERM, callback)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
