@@ -32,6 +32,7 @@ def options() -> Options:
         dtype="float32",
         max_new_tokens=6,
         compare=False,
+        base=None,
         scale=1.0,
     )
 

@@ -54,6 +54,22 @@ def test_the_first_batch_is_shown_with_its_targets(tiny_data: Path, tmp_path: Pa
     assert not (tmp_path / "r").exists()
 
 
+def test_a_named_model_of_another_family_is_planned_without_its_processor(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Without a network: the plan says that the records were not checked, and a training stops before any weights."""
+    monkeypatch.setattr("milora_vl.models.hub.hub_is_known", lambda: False)
+    words = ["--model", "smolvlm2-500m", "--data_path", str(tiny_data / "train.json"), "--dry-run"]
+    assert main([*words, "--image_folder", str(tiny_data / "images")]) == 0
+    shown = capsys.readouterr().out
+    assert "not checked: the processor of smolvlm2-500m is not on this machine" in shown
+    assert "counts below assume records" in shown
+    assert "all params: " in shown
+    with pytest.raises(UserError) as error:
+        main([*words[:-1], "--image_folder", str(tiny_data / "images")])
+    assert error.value.problems[0].code == "model-not-available"
+
+
 def write_numbers(folder: Path, count: int) -> Path:
     """Records of text that are all about equally long."""
     turns = [[{"from": "human", "value": f"What is {n}?"}, {"from": "gpt", "value": f"{n}."}] for n in range(count)]
