@@ -14,7 +14,7 @@ How it works, for a model that consists of an inner model and a head:
    nothing is computed twice. The gradient of the logits is softmax - one-hot, written into one buffer for all chunks:
    autograd would fill three more tensors of the size of the logits.
 
-If the head trains under ZeRO-3, step 3 is left to autograd, which keeps the logits.
+If the head trains under ZeRO-3, and always under FSDP2, step 3 is left to autograd, which keeps the logits.
 
 >>> from milora_vl.tiny import tiny_llama
 >>> model, tokenizer = tiny_llama()
@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.tokens import IGNORE
+from milora_vl.weights.sharding import uses_fsdp
 
 CHUNK = 2**24  # numbers in the logits of one chunk: 64 MiB in float32
 Forward = Callable[..., Any]
@@ -112,7 +113,8 @@ def _chunked_loss(run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], 
     if is_empty:
         supervised[0, 0] = True  # cross-entropy ignores its target: the loss is zero, but attached to the graph
     rows, columns = supervised.nonzero(as_tuple=True)
-    sizes = _sizes(len(rows), size, labels.device)
+    is_fsdp = uses_fsdp(inner)
+    sizes = _sizes(len(rows), size, labels.device, shared=is_fsdp or is_deepspeed_zero3_enabled())
     targets = labels[rows, columns + 1].split(sizes)
     calls: list[tuple[Any, Tensor]] = []
     forward = inner.forward
@@ -134,7 +136,9 @@ def _chunked_loss(run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], 
     (output, hidden), *more = calls
     assert not more, f"{type(inner).__name__} is called more than once by its model"
     # ZeRO-3 reduces a gradient when autograd accumulates it in the weight. `torch.autograd.grad` would bypass that.
-    if is_empty or not torch.is_grad_enabled() or (head and is_deepspeed_zero3_enabled()):
+    # FSDP2 ends the step's backward with the first one that passes through a sharded module.
+    by_autograd = (head and is_deepspeed_zero3_enabled()) or is_fsdp
+    if is_empty or not torch.is_grad_enabled() or by_autograd:
         pairs = zip(hidden.split(sizes), targets, strict=True)
         return torch.stack([_cross_entropy(logits_of(piece), target) for piece, target in pairs]).sum()
     summed: Tensor = GradientsAtOnce.apply(logits_of, hidden, targets, *head)
@@ -197,13 +201,13 @@ class GradientsAtOnce(torch.autograd.Function):
         return None, grad_hidden * grads[0], None, *(None if g is None else g * grads[0] for g in grad_head)
 
 
-def _sizes(count: int, size: int, device: torch.device) -> list[int]:
+def _sizes(count: int, size: int, device: torch.device, *, shared: bool) -> list[int]:
     """Return the sizes of the chunks, at most `size` and nearly equal.
 
-    Under ZeRO-3 each chunk gathers the head, so all processes must compute the same number of chunks.
+    With `shared`, all processes compute the same number of chunks: each gathers the head under ZeRO-3 and FSDP2.
     """
     pieces = math.ceil(count / size)
-    if is_deepspeed_zero3_enabled() and torch.distributed.is_initialized():
+    if shared and torch.distributed.is_initialized():
         most = torch.tensor(pieces, device=device)
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
         pieces = int(most)

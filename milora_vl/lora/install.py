@@ -192,7 +192,7 @@ def anchor_names(model: nn.Module) -> Iterator[str]:
 
 
 def joined_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a gathered state dict (ZeRO-3, FSDP1) with differences and anchors joined under their stock names.
+    """Return a gathered state dict (ZeRO-3, FSDP2) with differences and anchors joined under their stock names.
 
     `...lora_A.default.delta` and `.anchor` become `...lora_A.default.weight`. Other entries are unchanged.
 

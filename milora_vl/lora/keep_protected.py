@@ -30,7 +30,7 @@ def keep_protected(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     gradient raises AdapterError.
 
     Raises AdapterError if the optimizer does not step the factors themselves: it belongs to another model, or it steps
-    shards, as in DeepSpeed and FSDP.
+    shards, as in DeepSpeed and FSDP; see `ShardedProjection` and `FsdpProjection`.
 
     >>> from milora_vl import apply_milora
     >>> rules = [{"modules": "language", "method": "milora", "rank": 2, "protect": {"top": 1}}]
@@ -103,3 +103,29 @@ class ShardedProjection:
                 with gather_params_ctx([factor], modifier_rank=0):
                     factor.copy_(projected)
             protected.is_kept = True  # an inner optimizer may have stepped the factors themselves before
+
+
+class FsdpProjection:
+    """Keep directions protected while FSDP2 trains: call `project` after every step, on all processes.
+
+    A process holds rows of each factor. D (r, in) is projected row by row, so nothing is sent; E (out, r) is gathered.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.pairs: list[tuple[Protected, Factors]] = []  # FSDP2 replaces the factors when the training starts
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Remove the protected directions from both factors of every layer."""
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        self.pairs = self.pairs or _training(self.model)
+        for protected, factors in self.pairs:
+            for axis, factor in enumerate(factors):
+                assert isinstance(factor, DTensor), "FSDP2 has not sharded this factor"
+                if axis == 0 and len(rows := factor.to_local()):
+                    rows.copy_(protected.outside(rows, axis))
+                elif axis == 1 and protected.outputs is not None:
+                    projected = protected.outside(factor.full_tensor(), axis).to(factor.dtype)
+                    factor.copy_(distribute_tensor(projected, factor.device_mesh, factor.placements))

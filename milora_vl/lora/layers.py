@@ -60,6 +60,7 @@ from torch import Tensor, autocast, nn
 from torch.autograd.function import once_differentiable
 
 from milora_vl.lora.errors import AdapterError
+from milora_vl.weights.sharding import is_sharded
 
 DELTA, ANCHOR = "delta", "anchor"
 TRAINED_1 = "trained"  # the parameter A or B of format version 1
@@ -188,7 +189,7 @@ class Halves(nn.Module):
     @property
     def joined(self) -> Tensor:
         """Return the factor of rank 2r, (2r, in) or (out, 2r), as a new tensor."""
-        if self.delta.numel() == 0:  # under ZeRO-3 parameters are empty outside forward; PEFT reads the dtype alone
+        if is_sharded(self.delta):  # PEFT reads the dtype alone
             return self.delta
         return join(self.delta, self.anchor, self.axis)
 
@@ -202,7 +203,7 @@ class Halves(nn.Module):
     def _save_to_state_dict(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
         """Write `weight`, the joined factor, instead of `delta` and `anchor`: the name and shape of stock PEFT."""
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
-        if self.delta.numel() == 0:  # ZeRO-3: the raw names are gathered later and joined by `install.joined_state`
+        if is_sharded(self.delta):  # the raw names are gathered later and joined by `install.joined_state`
             return
         del destination[prefix + DELTA], destination[prefix + ANCHOR]
         destination[f"{prefix}weight"] = self.joined if keep_vars else self.joined.detach()
@@ -297,7 +298,7 @@ class _Residual(Halves):
     @property
     def weight(self) -> Tensor:
         """Return A or B, which is all that PEFT merges here. It is read-only, see `Joined`."""
-        if self.delta.numel() == 0:
+        if is_sharded(self.delta):
             return self.delta
         factor = self.anchor.to(self.delta.dtype) + self.delta
         return factor if torch.compiler.is_compiling() else factor.as_subclass(Joined)
@@ -372,7 +373,7 @@ class EmbeddingHalves(nn.ParameterDict):
     def _save_to_state_dict(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
         for key in self:
-            if self.anchor_of(key) is not None and self.get_parameter(key).numel() > 0:
+            if self.anchor_of(key) is not None and not is_sharded(self.get_parameter(key)):
                 del destination[prefix + key + ANCHOR_SUFFIX]
                 destination[prefix + key] = self[key] if keep_vars else self[key].detach()
 

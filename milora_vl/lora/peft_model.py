@@ -51,6 +51,7 @@ from milora_vl.lora.protection import Protected, find_protected
 from milora_vl.lora.sidecar import ANCHORS_FILE, FORMAT_VERSION, Sidecar, read_sidecar, require_weights
 from milora_vl.lora.version_1_shards import has_shards, require_no_shards, shards_error
 from milora_vl.policy.rules import Target
+from milora_vl.weights.sharding import is_sharded
 
 # PEFT's add_adapter casts the factors to float32 since 0.19. Older versions cast only loaded adapters.
 _ADDING_CASTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 19)
@@ -200,13 +201,13 @@ class MiloraMixin(PeftModel):
         """Return ||A' V|| / ||A'|| for each layer with protected inputs V, where A' is its input factor of rank 2r or
         r.
 
-        The update answers protected inputs by rounding alone if that is rounding. Layers that ZeRO-3 partitions are
-        left out.
+        The update answers protected inputs by rounding alone if that is rounding. Sharded layers (ZeRO-3, FSDP2)
+        are left out.
         """
         overlaps = {}
         for path, protected in self.protections.get(adapter, {}).items():
             A = factors(lora_layer(self, path), adapter)[0].detach()
-            if protected.protect.kind == "inputs" and A.numel() > 0:
+            if protected.protect.kind == "inputs" and not is_sharded(A):
                 norm = float(torch.linalg.vector_norm(A, dtype=torch.float64))
                 inside = float(torch.linalg.vector_norm(protected.inside(A, 0), dtype=torch.float64))
                 overlaps[path] = inside / norm if norm > 0 else 0.0

@@ -30,6 +30,7 @@ from milora_vl.policy.rules import Protect, Target
 from milora_vl.svd.precision import full_precision
 from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
 from milora_vl.weights.matrices import read_matrix
+from milora_vl.weights.sharding import is_sharded
 
 ROUNDING = 1e-4  # float32 training leaves at most this overlap; half precision leaves its own rounding error
 
@@ -116,8 +117,8 @@ class Protected:
         return max(part / whole if whole > 0 else 0.0 for part, whole in norms)
 
     def is_violated_by(self, factors: Sequence[Tensor]) -> bool:
-        """Return True if a hard constraint is violated by more than rounding. ZeRO-3's empty factors violate none."""
-        if any(factor.numel() == 0 for factor in factors):
+        """Return True if a hard constraint is violated by more than rounding. Shards violate none."""
+        if any(is_sharded(factor) for factor in factors):
             return False
         allowed = max(ROUNDING, *(2 * torch.finfo(factor.dtype).eps for factor in factors))
         return self.protect.is_hard and self.overlap(factors) > allowed

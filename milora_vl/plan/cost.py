@@ -195,7 +195,7 @@ def workload_of(
         base_bytes=2.0 if half else 4.0,
         packable=0 if not adapters else sum(_numel(base.get_submodule(path)) for path in quantized_layers(base)),
         packed_bytes=packed_bytes,
-        stage=int(zero.get("stage", 0)),
+        stage=3 if train.get("fsdp") else int(zero.get("stage", 0)),
         devices=batching.num_devices,
         records=batching.per_device,
         tokens=int(counts.tokens),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from milora_vl.plan import deepspeed, requirements, run_folder
+from milora_vl.plan import requirements, run_folder, training_args
 from milora_vl.plan.resuming import Resumed
 from milora_vl.plan.run_folder import RunFolder
 from milora_vl.recipe import settings
@@ -40,7 +40,7 @@ def make_plan(request: Request, *, processes: int) -> Plan:
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
     folder = run_folder.choose(path, request.resume)
     if isinstance(config := recipe.train.get("deepspeed"), str) and config:  # --deepspeed= switches it off
-        deepspeed.named_config(config)
+        training_args.deepspeed_config(config)
     requirements.check(recipe.train, recipe.quantization, recipe.attn_implementation)
     resumed = Resumed(folder, request.resume)
     resumed.compare(recipe, implicit_policy=chosen.implicit_policy, processes=processes)

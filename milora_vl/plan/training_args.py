@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import llava_recipes
+from milora_data.command.cli import did_you_mean, suggest
 from milora_data.errors import UserError
 from milora_vl.models.devices import train_device
-from milora_vl.plan import deepspeed
+from milora_vl.plan import launch
 from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.schema import Recipe
 
@@ -39,7 +43,7 @@ def _require_rates_per_rule(optimizer: str) -> None:
 def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     """Return the `train:` section with canonical names and derived values, and warnings."""
     train, warnings = dict(recipe.train), []
-    deepspeed.check_launcher(train)
+    launch.check(train)
     _require_rates_per_rule(str(train.get("optim") or ""))
     for name, value in FORCED.items():
         if train.get(name, value) != value:
@@ -52,7 +56,7 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         warnings.append(f"no effect: {', '.join(unused)}")
     if config := train.get("deepspeed"):
         is_name = isinstance(config, str)
-        train["deepspeed"], notes = deepspeed.run_config(deepspeed.named_config(config) if is_name else config)
+        train["deepspeed"], notes = launch.deepspeed_settings(deepspeed_config(config) if is_name else config)
         warnings += notes
         shards = train["deepspeed"].get("zero_optimization", {}).get("stage") == 3
         if recipe.data.feature_cache and shards:
@@ -68,6 +72,16 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
                 code="quantization-zero3",
                 where=f"quantization {recipe.quantization}",
                 hint="use --deepspeed zero2, as LLaVA's finetune_qlora.sh does",
+            )
+    if train.get("fsdp"):
+        train["fsdp_config"] = launch.fsdp_settings(train["fsdp"], train.get("fsdp_config"))
+        train["fsdp"] = True
+        if recipe.quantization != "none":
+            raise UserError(
+                "FSDP2 does not shard a quantised base",
+                code="quantization-fsdp",
+                where=f"quantization {recipe.quantization}",
+                hint="start the processes without --fsdp (DDP), or use --deepspeed zero2",
             )
     if recipe.dtype in ("bfloat16", "float16"):
         autocast = "bf16" if recipe.dtype == "bfloat16" else "fp16"
@@ -95,6 +109,21 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
             warnings.append("train.tf32 has no effect on a CPU")
     _evaluation(train, recipe)
     return train, warnings
+
+
+def deepspeed_config(name: str) -> Any:
+    """Return the configuration of a packaged name (zero2, zero3, zero3_offload), or the path of a file unchanged."""
+    if name in llava_recipes.names("deepspeed"):
+        return json.loads(llava_recipes.read(name, "deepspeed"))
+    if Path(name).is_file():
+        return name
+    near = suggest(Path(name).stem, llava_recipes.names("deepspeed"))
+    raise UserError(
+        f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {name}",
+        code="deepspeed-unknown",
+        where="--deepspeed",
+        hint=did_you_mean(near[:1]) or "name one of these, or a file that exists",
+    )
 
 
 def base_dtype(recipe: Recipe, train: dict[str, Any]) -> torch.dtype:

@@ -133,6 +133,7 @@ EVERYDAY: dict[str, str] = {
     "bf16": "compute in bfloat16 [False]",
     "gradient_checkpointing": "save memory for about a fifth more time [False]",
     "deepspeed": "zero2, zero3, zero3_offload, or a JSON file",
+    "fsdp": "shard the model with FSDP2: full_shard [default of the bare flag] or shard_grad_op",
     "dataloader_num_workers": "number of processes that prepare batches [0]",
     "logging_steps": "log the loss every N steps [10]",
     "save_steps": "save a checkpoint every N steps [500]",
@@ -258,6 +259,8 @@ def _add(group: Any, name: str, type_: str, aliases: Sequence[str], text: str, *
         options |= {"nargs": "*"}
     elif name in ("resume_from_checkpoint", "print_recipe"):
         options |= {"nargs": "?", "const": "true" if name.startswith("resume") else ""}
+    elif name == "fsdp":
+        options |= {"nargs": "?", "const": "full_shard"}
     elif dest.startswith("hf."):
         options |= {"type": str}  # `_train_flags` converts it, as for YAML, so that both give the same message
     else:

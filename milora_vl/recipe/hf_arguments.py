@@ -43,8 +43,7 @@ HELP = {
     "label_smoothing_factor": "refused: the loss is the plain cross-entropy of the supervised tokens",
     "overwrite_output_dir": f"refused: {REFUSED['overwrite_output_dir']}",
     "save_safetensors": "no effect: always on",
-    "fsdp": "refused: use --deepspeed zero3, which shards the same tensors",
-    "fsdp_config": "refused, like --fsdp",
+    "fsdp_config": "settings of FSDP2: a JSON object or file with reshard_after_forward, transformer_layer_cls_to_wrap",
 }
 # The Trainer accepts smaller values, then fails during training or ignores them.
 AT_LEAST = {

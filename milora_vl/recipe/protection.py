@@ -56,17 +56,15 @@ def warnings(recipe: Recipe) -> list[str]:
 def refuse_shards(ways: Collection[str], *, deepspeed: bool, fsdp: bool) -> None:
     """Raise UserError if optimizer steps update shards of the factors, and a rule protects by one of these `ways`.
 
-    DeepSpeed's shards can be projected, see `ShardedProjection`, but `basis` needs whole gradients, and `penalty` the
-    learning rate of each factor.
+    Shards can be projected, see `ShardedProjection`, but `basis` needs whole gradients, and `penalty` the learning rate
+    of each factor.
     """
-    refused = sorted(ways) if fsdp else sorted(set(ways) - {"projection"}) if deepspeed else []
+    refused = sorted(set(ways) - {"projection"}) if deepspeed or fsdp else []
     if refused:
         raise UserError(
             f"protect (by: {refused[0]}) does not work with {'FSDP' if fsdp else 'DeepSpeed'}, which updates shards of "
             "the factors",
             code="protect-sharded",
             where="policy",
-            hint="start several processes with torchrun alone, or remove protect"
-            if fsdp
-            else "use  by: projection, or start several processes with torchrun alone",
+            hint="use  by: projection, or start several processes with torchrun alone",
         )

@@ -23,7 +23,6 @@ TABLE: dict[Effect, str] = {
         train.accelerator_config train.adafactor train.adam_beta1 train.adam_beta2 train.adam_epsilon
         train.auto_find_batch_size train.average_tokens_across_devices train.bf16 train.data_seed
         train.dataloader_drop_last train.dataloader_in_order train.fp16 train.fp16_backend train.fp16_opt_level
-        train.fsdp train.fsdp_config train.fsdp_min_num_params train.fsdp_transformer_layer_cls_to_wrap
         train.half_precision_backend train.ignore_data_skip train.load_best_model_at_end train.lr_scheduler_kwargs
         train.lr_scheduler_type train.max_grad_norm train.mp_parameters train.neftune_noise_alpha train.optim
         train.optim_args train.optim_target_modules train.parallelism_config train.past_index train.seed train.tf32
@@ -54,7 +53,8 @@ TABLE: dict[Effect, str] = {
         train.dataloader_prefetch_factor train.ddp_backend train.ddp_broadcast_buffers train.ddp_bucket_cap_mb
         train.ddp_find_unused_parameters train.ddp_static_graph train.ddp_timeout train.debug train.disable_tqdm
         train.do_eval train.do_predict train.do_train train.enable_jit_checkpoint train.eval_accumulation_steps
-        train.eval_do_concat_batches train.eval_use_gather_object train.full_determinism train.hub_always_push
+        train.eval_do_concat_batches train.eval_use_gather_object train.fsdp train.fsdp_config
+        train.fsdp_min_num_params train.fsdp_transformer_layer_cls_to_wrap train.full_determinism train.hub_always_push
         train.hub_model_id train.hub_private_repo train.hub_revision train.hub_strategy train.hub_token
         train.include_for_metrics train.include_inputs_for_metrics train.include_num_input_tokens_seen
         train.include_tokens_per_second train.jit_mode_eval train.label_names train.length_column_name

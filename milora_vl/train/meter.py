@@ -13,6 +13,7 @@ from milora_data.collate import ImageTextCollator
 from milora_data.processor_collate import ProcessorCollator
 from milora_data.record_collator import RecordCollator
 from milora_data.tokens import IGNORE
+from milora_vl.weights.sharding import is_fsdp_shard
 
 FIELDS = ("tokens", "positions", "supervised", "images")
 
@@ -63,11 +64,16 @@ class Meter:
 
 
 def tower_norms(named: Iterable[tuple[str, nn.Parameter]], tower_of: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the squared gradient norm by tower; `tower_of` maps parameter names. Empty if gradients are sharded."""
+    """Return the squared gradient norm by tower; `tower_of` maps parameter names. Empty under ZeRO.
+
+    Under FSDP2 the squares are those of the shards of this process.
+    """
     squares: dict[str, list[Tensor]] = {}
     for name, parameter in named:
         if parameter.grad is not None and name in tower_of:
-            squares.setdefault(tower_of[name], []).append(parameter.grad.detach().float().square().sum())
+            grad = parameter.grad.detach()
+            local = grad.to_local() if is_fsdp_shard(grad) else grad  # type: ignore[attr-defined]
+            squares.setdefault(tower_of[name], []).append(local.float().square().sum())
     return {tower: torch.stack([s.to(sums[0].device) for s in sums]).sum() for tower, sums in squares.items()}
 
 

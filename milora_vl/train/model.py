@@ -76,13 +76,14 @@ def _require_one_kind(recipe: Recipe, processor: Any, records: Sequence[Record])
         ProcessorInputs(processor).require_mixed_rows()
     if len({bool(record.files) for record in records}) < 2:
         return
-    if recipe.train.get("deepspeed") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    sharded = "DeepSpeed" if recipe.train.get("deepspeed") else "FSDP" if recipe.train.get("fsdp") else None
+    if sharded and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "DeepSpeed needs the same modules on every process in each step, and a batch without pictures skips the "
+            f"{sharded} needs the same modules on every process in each step, and a batch without pictures skips the "
             f"vision tower of {recipe.model}",
             code="records-mixed-deepspeed",
-            where="train.deepspeed",
-            hint="train without --deepspeed (DDP), or only on records with pictures",
+            where=f"train.{sharded.lower()}",
+            hint=f"train without --{sharded.lower()} (DDP), or only on records with pictures",
         )
 
 

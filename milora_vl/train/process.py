@@ -14,6 +14,7 @@ import torch
 
 from milora_data.errors import UserError, first_line
 from milora_vl.models.devices import fastest_dtype, train_device
+from milora_vl.plan.launch import require_processes_for_fsdp
 from milora_vl.plan.training_args import prepared
 from milora_vl.recipe import hf_arguments
 from milora_vl.recipe.schema import Recipe
@@ -36,6 +37,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> tuple[TrainingArgume
     arguments, absent = hf_arguments.for_installed(train, fields)
     if absent:
         warnings.append(f"the installed transformers does not support {', '.join(absent)}: no effect")
+    require_processes_for_fsdp(train)
     try:
         _set_deepspeed_environment(train)
         args = TrainingArguments(output_dir=str(output_dir), **arguments)

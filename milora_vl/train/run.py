@@ -371,7 +371,7 @@ def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Openin
     """Write the final weights, the processor and HF's state at the root of the run folder."""
     folder, args = plan.folder, trainer.args
     with failures.explained(args):
-        if not has_all_steps(folder.checkpoint, rows.batching):
+        if not (has_all_steps(folder.checkpoint, rows.batching) or trainer.keeps_best):
             trainer.save_model(_internal_call=True)  # pushed when the pages are there too
         elif args.should_save:
             best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None

@@ -35,7 +35,7 @@ from milora_data.tokens import IGNORE
 from milora_vl.adapter_folders import PROJECTOR_FILES
 from milora_vl.checkpoints import write_checksums
 from milora_vl.lora.install import base_model_of
-from milora_vl.lora.keep_protected import ShardedProjection, keep_protected
+from milora_vl.lora.keep_protected import FsdpProjection, ShardedProjection, keep_protected
 from milora_vl.lora.peft_model import MiloraMixin
 from milora_vl.lora.sidecar import ANCHORS_FILE, FILE_NAME
 from milora_vl.lora.version_1_shards import convert_shards, needs_conversion
@@ -44,7 +44,7 @@ from milora_vl.models.projector import load_projector, save_projector
 from milora_vl.param_groups import parameter_groups, target_path
 from milora_vl.policy import Target
 from milora_vl.recipe import protection
-from milora_vl.train import streaming
+from milora_vl.train import fsdp, streaming
 from milora_vl.train.evaluation import SuiteCallback
 from milora_vl.train.meter import Meter, group_rates, tower_norms
 from milora_vl.train.progress import Bars, Lines
@@ -114,6 +114,10 @@ class TowerNorms(TrainerCallback):
         norms = {tower: norm * math.sqrt(float(s) / total) for tower, s in self.squares.items() if total > 0}
         return {f"grad_norm/{tower}": norm for tower, norm in norms.items()} | self.rates
 
+    def add_shards(self, accelerator: Accelerator) -> None:
+        """Add the squares of all processes, of which each has measured its shards of the gradients."""
+        self.squares = {tower: accelerator.reduce(square) for tower, square in self.squares.items()}
+
 
 class StopOnSignal(TrainerCallback):
     """Save after the current step and stop when SIGTERM arrives, which schedulers send before they end a job.
@@ -157,9 +161,9 @@ def with_timeout(loader: Any) -> Any:
 
 
 class ProjectShards(TrainerCallback):
-    """Keep directions protected under DeepSpeed, which runs no hooks of the optimizer."""
+    """Keep directions protected under DeepSpeed, which runs no hooks of the optimizer, and under FSDP2."""
 
-    def __init__(self, projection: ShardedProjection) -> None:
+    def __init__(self, projection: ShardedProjection | FsdpProjection) -> None:
         self.projection = projection
 
     def on_optimizer_step(
@@ -208,6 +212,8 @@ class MiloraTrainer(Trainer):
         protection.refuse_shards(protecting, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
         if protecting and self.is_deepspeed_enabled:
             self.add_callback(ProjectShards(ShardedProjection(model)))
+        elif protecting and self.is_fsdp_enabled:
+            self.add_callback(ProjectShards(FsdpProjection(model)))
         self.targets = targets
         self.saves = saves
         self.lengths, self.kinds = lengths, kinds
@@ -223,6 +229,11 @@ class MiloraTrainer(Trainer):
             model.converts_shards = True
             if resume_from is not None and needs_conversion(resume_from):
                 self.add_callback(ConvertVersion1(model))
+        self.keeps_best = False  # the files of the best checkpoint are the result
+        if self.is_fsdp_enabled:
+            fsdp.prepare(self.accelerator, model)
+            if resume_from is not None and saves != "adapter":  # later the model is sharded
+                self._restore(resume_from)
         self._failed_pushes: list[str] = []
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
 
@@ -253,7 +264,7 @@ class MiloraTrainer(Trainer):
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
         # transformers 4 calls this without a model and accepts none.
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if not self.is_deepspeed_enabled:
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             keep_protected(self.trained(), optimizer)
         return optimizer
 
@@ -350,6 +361,8 @@ class MiloraTrainer(Trainer):
         """Log as HF does, with our entries. Raises UserError if the loss is not finite."""
         if "loss" in logs:
             totals = self.accelerator.reduce(self.meter.counts.to(self.args.device, torch.float32))
+            if self.is_fsdp_enabled:
+                self.norms.add_shards(self.accelerator)
             logs |= self.meter.take(totals.tolist()) | self.norms.entries(logs.get("grad_norm", 0.0))
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
@@ -404,18 +417,58 @@ class MiloraTrainer(Trainer):
         errors = [job.exception() for job in self.push_in_progress.jobs if job.done()]
         return [first_line(error) for error in errors if error is not None]
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as HF does. Under FSDP2 only what trains is gathered; HF would gather the base too."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = fsdp.gathered_state(self.trained(), only_trained=self.saves != "full", keep=bool(self.args.should_save))
+        self._save(output_dir, state_dict=state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        content = fsdp.gathered_optimizer(self.optimizer)
+        if self.args.should_save:
+            torch.save(content, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        files = [Path(checkpoint) / name for name in ("optimizer.pt", "scheduler.pt")]
+        optimizer, scheduler = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+        fsdp.load_optimizer(self.optimizer, optimizer)
+        self.lr_scheduler.load_state_dict(scheduler)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            return  # restored before it was sharded
         if self.saves == "adapter":
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif self.saves == "projector":
-            load_projector(self.trained(), Path(resume_from_checkpoint))
         else:
-            load_full(self.trained(), Path(resume_from_checkpoint))
+            self._restore(Path(resume_from_checkpoint))
+
+    def _restore(self, folder: Path) -> None:
+        if self.saves == "projector":
+            load_projector(self.trained(), folder)
+        else:
+            load_full(self.trained(), folder)
 
     def _load_best_model(self) -> None:
         best, model = self.state.best_model_checkpoint, self.trained()
         assert best is not None
-        if self.saves == "adapter" or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
+            self.keeps_best = True
+        elif self.saves == "adapter" or self.is_deepspeed_enabled:
             super()._load_best_model()
             if isinstance(model, MiloraMixin) and self.is_deepspeed_enabled and needs_conversion(Path(best)):
                 convert_shards(model, model.sidecars)

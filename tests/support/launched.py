@@ -53,7 +53,8 @@ dist.barrier()
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ZERO = ("zero2", "zero3", "zero3_offload")
-KINDS: dict[str, list[str]] = {"ddp": []} | {kind: ["--deepspeed", kind] for kind in ZERO}
+FSDP = ["--fsdp", "full_shard"]
+KINDS: dict[str, list[str]] = {"ddp": [], "fsdp": FSDP} | {kind: ["--deepspeed", kind] for kind in ZERO}
 
 
 def launched(what: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from milora_data.errors import UserError
 from milora_vl.checkpoints import num_processes, why_incomplete, zero_stage
-from milora_vl.plan import deepspeed, resuming
+from milora_vl.plan import launch, resuming
 from milora_vl.train import failures
 from milora_vl.train.command import main
 from support.checkpoint_files import write_checkpoint
@@ -158,15 +158,14 @@ def test_other_processes_or_another_stage_are_refused_or_told(tmp_path: Path) ->
 
 
 def test_ways_to_start_that_would_not_keep_their_promise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    deepspeed.check_launcher({"deepspeed": "zero3"})
-    with pytest.raises(UserError, match="--deepspeed zero3"):
-        deepspeed.check_launcher({"fsdp": "full_shard"})
+    launch.check({"deepspeed": "zero3"})
+    launch.check({"fsdp": "full_shard"})
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="distributed_type: MULTI_GPU"):
-        deepspeed.check_launcher({})
+        launch.check({})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP"):
-        deepspeed.check_launcher({"deepspeed": "zero3"})
+    with pytest.raises(UserError, match="accelerate has FSDP settings"):
+        launch.check({"deepspeed": "zero3"})
 
 
 def test_an_optimizer_in_deepspeeds_file_gives_way_to_the_rules_and_that_is_said(tmp_path: Path) -> None:
@@ -174,7 +173,7 @@ def test_an_optimizer_in_deepspeeds_file_gives_way_to_the_rules_and_that_is_said
     file = tmp_path / "zero3.json"
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
     file.write_text(json.dumps({"optimizer": {"type": "AdamW"}, "scheduler": {}, "zero_optimization": zero}))
-    settings, warnings = deepspeed.run_config(str(file))
+    settings, warnings = launch.deepspeed_settings(str(file))
     assert settings.keys() == {"zero_optimization", "zero_force_ds_cpu_optimizer"}
     assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
     assert [warning.split(",")[0] for warning in warnings] == [
@@ -183,4 +182,4 @@ def test_an_optimizer_in_deepspeeds_file_gives_way_to_the_rules_and_that_is_said
     ]
     file.write_text("{")
     with pytest.raises(UserError, match=r"zero3.json is not a JSON file: .*line 1"):
-        deepspeed.run_config(str(file))
+        launch.deepspeed_settings(str(file))

@@ -95,7 +95,7 @@ def test_the_plan_counts_its_memory(tiny_llama) -> None:
 @pytest.mark.parametrize(
     ("form", "flag", "message"),
     [
-        (FORMS[0], ["--fsdp", "full_shard"], r"by: projection\) does not work with FSDP"),
+        (FORMS[1], ["--fsdp", "full_shard"], r"by: basis\) does not work with FSDP"),
         (FORMS[1], ["--deepspeed", "zero2"], r"by: basis\) does not work with DeepSpeed"),
         (FORMS[2], ["--deepspeed", "zero3"], r"by: penalty\) does not work with DeepSpeed"),
     ],
@@ -110,15 +110,15 @@ def test_shards_are_refused_before_anything_is_written(
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_deepspeed_protects_by_projection_and_resumes(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_shards_are_protected_by_projection_and_resume(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
     extra = ["--policy", rules(FORMS[0]).replace("0.1", "0.0"), "--model", str(tiny_folder)]
     assert main(training(tiny_data, tmp_path / "one", *extra)) == 0
     lines = []
-    for kind in ("zero2", "zero3"):
+    for kind in ("zero2", "zero3", "fsdp"):
         line = training(tiny_data, tmp_path / kind, *extra, *KINDS[kind], "--per_device_train_batch_size", "2")
         lines += [line, ["cut", str(tmp_path / kind)], [*line, "--resume_from_checkpoint", "true"]]
     train_in_two(lines, tmp_path)
-    for kind in ("zero2", "zero3"):
+    for kind in ("zero2", "zero3", "fsdp"):
         pairs = zip(losses(tmp_path / "one"), losses(tmp_path / kind), strict=True)
         assert max(abs(one - other) for (_, one), (_, other) in pairs) <= 1e-4
         assert max(overlaps(load_adapter(tiny_llava()[0], tmp_path / kind))) < 1e-5, kind

@@ -1,0 +1,141 @@
+"""Settings of DeepSpeed, FSDP2 and launchers: checked, completed, and refused where they are not supported."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from milora_data.errors import Problem, UserError
+from milora_data.json_text import parse_json
+
+FOREIGN_FSDP = Problem(
+    "accelerate has FSDP settings, which differ from those of this command",
+    "launch-accelerate-fsdp",
+    hint="pass --fsdp to this command\nand let accelerate only start the processes: distributed_type: MULTI_GPU",
+)
+# --fsdp: whether the weights of a layer are freed between its forward and its backward.
+RESHARDS = {"full_shard": True, "shard_grad_op": False}
+# Keys of fsdp_config that may be set, and keys that are refused unless they have this value.
+FSDP_KEYS = ("reshard_after_forward", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "min_num_params")
+FSDP_VALUES: dict[str, tuple[Any, str]] = {
+    "version": (2, "FSDP1 gives all weights of a layer one dtype, and an adapter in float32 beside a base in bfloat16 "
+                   "has two"),
+    "cpu_offload": (False, "use --deepspeed zero3_offload"),
+    "activation_checkpointing": (False, "use --gradient_checkpointing, which keeps the names of the layers"),
+    "cpu_ram_efficient_loading": (False, "every process loads the base, because it decomposes its layers"),
+    "state_dict_type": ("FULL_STATE_DICT", "checkpoints have the format of one process"),
+    "xla": (False, "TPUs are not supported"),
+}  # fmt: skip
+FOREIGN_DEEPSPEED = Problem(
+    "accelerate has DeepSpeed settings, so every process would load the whole model",
+    "launch-accelerate-deepspeed",
+    hint="pass the settings to this command: --deepspeed zero2, zero3, zero3_offload or a JSON file\n"
+    "and let accelerate only start the processes: distributed_type: MULTI_GPU",
+)
+
+
+def check(train: Mapping[str, Any]) -> None:
+    """Raise UserError, before anything loads, for launcher settings that are not supported."""
+    if train.get("fsdp"):
+        fsdp_settings(train["fsdp"], train.get("fsdp_config"))
+        _require_fsdp_alone(train)
+    elif _is_on("ACCELERATE_USE_FSDP"):
+        raise UserError(problems=[FOREIGN_FSDP])
+    if not train.get("deepspeed") and _is_on("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(problems=[FOREIGN_DEEPSPEED])
+
+
+def deepspeed_settings(config: Mapping[str, Any] | str) -> tuple[dict[str, Any], list[str]]:
+    """Return the DeepSpeed configuration of a run, from a mapping or a file, and warnings about changes.
+
+    Rules of the policy set learning rates, so the Trainer builds optimizer and schedule; DeepSpeed's optimizer would
+    silently use one rate for all. Raises UserError for a file without a JSON object.
+    """
+    content: Any = config
+    if isinstance(config, str):
+        try:
+            content = parse_json(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{config} is not a JSON file: {error}",
+                code="deepspeed-settings",
+                where="--deepspeed",
+                hint="use zero2, zero3 or zero3_offload, or correct the file",
+            ) from None
+    if not isinstance(content, Mapping):
+        raise UserError(
+            f"expected a JSON object with zero_optimization, ..., found {type(content).__name__} in {config}",
+            code="deepspeed-settings",
+            where="--deepspeed",
+        )
+    settings, warnings = parse_json(json.dumps(content)), []
+    for block, flags in {"optimizer": "--optim and the policy", "scheduler": "--lr_scheduler_type"}.items():
+        if settings.pop(block, None) is not None:
+            warnings.append(f"deepspeed: its {block} has no effect; use {flags}")
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") == 3:
+        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)  # without it the saved files are unusable
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # that optimizer would need a compiler
+    return settings, warnings
+
+
+def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Return Hugging Face's `fsdp_config` of FSDP2 for `--fsdp` and `--fsdp_config`, a mapping or a JSON file.
+
+    Raises UserError for settings that are not supported.
+    """
+    content: Any = config or {}
+    if isinstance(config, str) and config:
+        try:
+            content = parse_json(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _fsdp_error(f"{config} is not a JSON file: {error}", "correct the file") from None
+    if not isinstance(content, Mapping):
+        raise _fsdp_error(f"expected a JSON object, found {type(content).__name__}", "correct --fsdp_config")
+    words = [word for word in str(strategy).replace(",", " ").split() if word != "auto_wrap"]
+    if words and words[0].lower() in ("yes", "true", "1"):
+        words[0] = "full_shard"
+    if len(words) != 1 or words[0] not in RESHARDS:
+        raise _fsdp_error(f"expected {' or '.join(RESHARDS)}, got {strategy!r}", "use  --fsdp full_shard")
+    settings: dict[str, Any] = {"version": 2, "reshard_after_forward": RESHARDS[words[0]]}
+    for name, value in content.items():
+        key = str(name).removeprefix("fsdp_")
+        if key in FSDP_VALUES and str(value).lower() != str(FSDP_VALUES[key][0]).lower():
+            raise _fsdp_error(f"{name}: {value} is not supported", FSDP_VALUES[key][1])
+        if key not in FSDP_VALUES and key not in FSDP_KEYS:
+            raise _fsdp_error(f"unknown or unsupported key {name}", f"known keys: {', '.join(FSDP_KEYS)}")
+        settings[key] = value
+    return settings
+
+
+def _require_fsdp_alone(train: Mapping[str, Any]) -> None:
+    """Raise UserError for training arguments that FSDP2 does not support here."""
+    refused = {
+        "deepspeed": "use one of both",
+        "fp16": "use --bf16",
+        "torch_compile": "train without --torch_compile",
+        "fsdp_min_num_params": "use --fsdp_config",
+        "fsdp_transformer_layer_cls_to_wrap": "use --fsdp_config",
+    }
+    for name, hint in refused.items():
+        if train.get(name):
+            raise _fsdp_error(f"does not work together with --{name}", hint)
+
+
+def _fsdp_error(message: str, hint: str) -> UserError:
+    return UserError(message, code="launch-fsdp", where="--fsdp", hint=hint)
+
+
+def require_processes_for_fsdp(train: Mapping[str, Any]) -> None:
+    """Raise UserError if a single process would train with FSDP, which has nothing to shard then."""
+    if train.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise _fsdp_error(
+            "needs several processes, and this is one", "start it with  torchrun --nproc_per_node N -m milora_vl.train"
+        )
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")

@@ -1,0 +1,168 @@
+"""FSDP2: checkpoints are those of one process, and continue with any number of processes; what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from milora_data.errors import UserError
+from milora_vl.plan import launch
+from milora_vl.tiny import tiny_llava, tiny_tokenizer
+from milora_vl.train.command import main
+from support.launched import ENVIRONMENT, FSDP, train_in_two
+from support.train_runs import losses, training
+
+RESUME = ["--resume_from_checkpoint", "true"]
+CONFIG = resources.files("llava_recipes") / "accelerate" / "fsdp2.yaml"
+
+
+def difference(first: Path, second: Path) -> float:
+    return max(abs(one - other) for (_, one), (_, other) in zip(losses(first), losses(second), strict=True))
+
+
+def shorten(run: Path) -> None:
+    """Make of a finished run one that was killed after its checkpoint of step 4."""
+    for file in (run / "checkpoint-6").iterdir():
+        file.unlink()
+    (run / "checkpoint-6").rmdir()
+    for file in (*run.glob("*.safetensors"), run / "trainer_state.json"):
+        file.unlink()
+    environment = json.loads((run / "environment.json").read_text())
+    environment.pop("finished")
+    (run / "environment.json").write_text(json.dumps(environment))
+
+
+@pytest.mark.slow
+def test_checkpoints_continue_with_and_without_fsdp(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """A run of two processes goes on in one, and the other way round; stock PEFT loads the result."""
+    extra = ["--model", str(tiny_folder), "--rank", "4", "--dropout", "0", "--gradient_checkpointing"]
+    two = [*extra, "--per_device_train_batch_size", "2"]
+    for run in ("one", "from_one"):
+        assert main(training(tiny_data, tmp_path / run, *extra)) == 0
+    shorten(tmp_path / "from_one")
+    train_in_two(
+        [
+            training(tiny_data, tmp_path / "from_two", *two, *FSDP),
+            training(tiny_data, tmp_path / "gradients", *two, "--fsdp", "shard_grad_op"),
+            training(tiny_data, tmp_path / "from_one", *two, *FSDP, *RESUME),
+        ],
+        tmp_path,
+    )
+    shorten(tmp_path / "from_two")
+    assert main(training(tiny_data, tmp_path / "from_two", *extra, *RESUME)) == 0
+    for run in ("from_one", "from_two", "gradients"):
+        assert difference(tmp_path / "one", tmp_path / run) <= 1e-5, run
+    ids = torch.arange(5, 25).reshape(2, 10)
+    with torch.no_grad():
+        outputs = [
+            PeftModel.from_pretrained(tiny_llava()[0], tmp_path / run)(input_ids=ids).logits
+            for run in ("one", "from_one", "from_two", "gradients")
+        ]
+        base = tiny_llava()[0](input_ids=ids).logits
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-5)
+    assert (outputs[0] - base).abs().max() > 1e-3, "the training changed nothing"
+    kept, stock = (torch.load(tmp_path / run / "checkpoint-2" / "optimizer.pt") for run in ("gradients", "one"))
+    assert kept["state"].keys() == stock["state"].keys()
+    for number, state in stock["state"].items():
+        torch.testing.assert_close(kept["state"][number], state, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_of_a_text_model_trains_under_fsdp(tied: bool, tiny_data: Path, tmp_path: Path) -> None:
+    """accelerate shards norm and head as one group, a tied head with the embedding; our loss calls the head alone."""
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=tied,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    records = [
+        {"id": str(i), "conversations": [{"from": "human", "value": f"Count to {i}."},
+                                         {"from": "gpt", "value": "word " * (1 + i % 9)}]}
+        for i in range(24)
+    ]  # fmt: skip
+    (tiny_data / "train.json").write_text(json.dumps(records))
+    methods = {"full": ["--method", "full"], "milora": ["--rank", "4", "--dropout", "0"]}
+    extra = ["--model", str(tmp_path / "base"), "--template", "vicuna_v1", "--max_steps", "4"]
+    evaluation = ["--eval_data_path", str(tiny_data / "train.json"), "--eval_strategy", "steps", "--eval_steps", "2"]
+    two = [*extra, *evaluation, "--per_device_train_batch_size", "2", *FSDP]
+    train_in_two(
+        [training(tiny_data, tmp_path / name, *two, *words) for name, words in methods.items()], tmp_path, chunk=3000
+    )
+    for name, words in methods.items():
+        assert main(training(tiny_data, tmp_path / f"one-{name}", *extra, *evaluation, *words)) == 0
+        assert difference(tmp_path / f"one-{name}", tmp_path / name) <= 1e-5
+    first, second = (load_file(tmp_path / run / "model.safetensors") for run in ("one-full", "full"))
+    assert first.keys() == second.keys()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+
+
+@pytest.mark.slow
+def test_accelerate_starts_the_processes(tiny_data: Path, tmp_path: Path) -> None:
+    line = training(tiny_data, tmp_path / "run", "--rank", "4", "--fsdp", "--per_device_train_batch_size", "2")
+    program = str(Path(sys.executable).parent / "accelerate")
+    done = subprocess.run(
+        [program, "launch", "--config_file", str(CONFIG), "--num_processes", "2", "-m", "milora_vl.train", *line],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 devices = 4" in done.stderr + done.stdout
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "config", "message"),
+    [
+        ("hybrid_shard", None, "expected full_shard or shard_grad_op"),
+        ("full_shard", {"version": 1}, "version: 1 is not supported"),
+        ("full_shard", {"fsdp_cpu_offload": True}, "zero3_offload"),
+        ("full_shard", {"activation_checkpointing": "true"}, "--gradient_checkpointing"),
+        ("full_shard", {"sync_module_states": True}, "unknown or unsupported key"),
+        ("full_shard", "missing.json", "missing.json is not a JSON file"),
+        ("full_shard", [1], "expected a JSON object"),
+    ],
+)
+def test_settings_that_are_not_tested_are_refused(strategy: str, config: object, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        launch.fsdp_settings(strategy, config)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+    assert caught.value.problems[0].code == "launch-fsdp"
+
+
+def test_the_words_of_hugging_face_choose_the_strategy() -> None:
+    for words in ("full_shard", "full_shard auto_wrap", "yes", "true"):
+        assert launch.fsdp_settings(words, None) == {"version": 2, "reshard_after_forward": True}
+    layers = {"fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    settings = launch.fsdp_settings("shard_grad_op", layers)
+    assert settings["reshard_after_forward"] is False
+    assert settings["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
+
+
+@pytest.mark.parametrize("more", [["--fp16"], ["--deepspeed", "zero2"], ["--torch_compile"]])
+def test_arguments_that_fsdp_does_not_support_are_refused(more: list[str], tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not work together with"):
+        main(training(tiny_data, tmp_path / "run", "--rank", "4", *FSDP, *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_has_nothing_to_shard(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs several processes") as caught:
+        main(training(tiny_data, tmp_path / "run", "--rank", "4", *FSDP))
+    assert caught.value.problems[0].code == "launch-fsdp"
+    assert not (tmp_path / "run").exists()
