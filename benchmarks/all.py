@@ -45,6 +45,7 @@ PARTS = {
     "data": "data.py",
     "loader": "loader.py",
     "eval": "eval.py",
+    "shared_cores": "shared_cores.py",
     "plan": "plan.py",
     "full_size": "full_size.py",
     "kills": f"kills.py --kills 20 -- {DEMO}",

@@ -106,9 +106,11 @@ def calibration_lines(targets: Sequence[Target], work: Workload, here: float | N
     if not inputs:
         return []
     share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
+    on_cpu = all(target.protect is not None and target.protect.offload for target in inputs)
     lines = [
         f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many), "
         f"{sum(4 * t.shape[1] * expected_directions(t) for t in inputs) / GIB:.2g} GiB"
+        + (" of CPU memory" if on_cpu else "")
     ]
     if here is not None:
         seconds = calibration_flops(targets, work.total) / here

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
 from milora_data.errors import UserError, first_line
@@ -21,8 +20,6 @@ from milora_vl.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-LOAD_SECONDS = 0.3  # length of the measurement of the cores
 
 
 def training_arguments(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]]:
@@ -52,7 +49,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> tuple[TrainingArgume
         )
         args._n_gpu = 1
     _require_optimizer(args)
-    return args, [*warnings, *busy_cores(args.device.type, args.world_size)]
+    return args, warnings
 
 
 def zero_stage(args: TrainingArguments) -> int:
@@ -73,26 +70,6 @@ def trained_dtype(args: TrainingArguments) -> torch.dtype:
 def load_device(args: TrainingArguments) -> torch.device:
     """Return the device to load and decompose the model on: the training device, or the CPU if it is sharded."""
     return torch.device("cpu") if args.deepspeed or args.fsdp else args.device
-
-
-def busy_cores(device: str, processes: int) -> list[str]:
-    """Return a warning if more than half of the CPU is in use, unless the user chose the number of threads.
-
-    OpenMP threads wait for each other by spinning. If they share cores with other programs, a step of seconds may take
-    a minute.
-    """
-    if device != "cpu" or processes > 1 or "OMP_NUM_THREADS" in os.environ:
-        return []
-    busy = psutil.cpu_percent(LOAD_SECONDS, percpu=True)
-    if psutil.LINUX:  # SLURM and taskset may leave only some cores to a process
-        busy = [busy[core] for core in psutil.Process().cpu_affinity() if core < len(busy)]
-    taken = sum(busy) / 100
-    if taken <= len(busy) / 2:
-        return []
-    return [
-        f"other programs use {taken:.1f} of {len(busy)} cores: training may be very slow "
-        "(set OMP_NUM_THREADS=1 before the command to avoid that)"
-    ]
 
 
 def _require_optimizer(args: TrainingArguments) -> None:

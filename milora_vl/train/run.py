@@ -44,13 +44,14 @@ from milora_vl.train import (
     run_files,
     streaming,
 )
+from milora_vl.train.cpu_load import FreeCores, may_choose_threads
 from milora_vl.train.evaluation import Scored, SuiteCallback, run_command, suites_of
 from milora_vl.train.finalize import show_results, write_pages
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.model import Built
 from milora_vl.train.opening import AtFirstStep, Opening
 from milora_vl.train.spectrum import layer_spectra
-from milora_vl.train.trainer import MiloraTrainer, calls_on_sigterm
+from milora_vl.train.trainer import FollowFreeCores, MiloraTrainer, calls_on_sigterm
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -69,6 +70,7 @@ def train(request: Request) -> int:
         return 0
     hub.check(plan.recipe.train, plan.folder.path, plan.hub_token)
     inputs = read_inputs(plan, screen)
+    cores = free_cores(inputs, screen)
     check_evaluation_and_base(plan.recipe)
     loaded = load(plan, inputs, screen)
     rows = group_rows(plan, loaded, inputs, screen)
@@ -77,6 +79,8 @@ def train(request: Request) -> int:
     opening = describe(plan, inputs, loaded, rows, adapted, screen)
     try:
         trainer = make_trainer(plan, inputs, loaded, rows, adapted, opening)
+        if cores is not None:
+            trainer.add_callback(FollowFreeCores(cores, screen.warn))
         run_steps(plan, rows, trainer, opening)
         trained = save_weights(plan, rows, trainer, opening, start)
     finally:
@@ -127,6 +131,16 @@ def count_steps(plan: Plan, args: TrainingArguments, num_items: int | None) -> B
     if plan.folder.checkpoint is not None:
         resuming.require_same_steps(plan.folder.checkpoint, plan.recipe, batching.steps)
     return batching
+
+
+def free_cores(inputs: Inputs, screen: Screen) -> FreeCores | None:
+    """Leave cores that other programs use; return None on a GPU, in several processes, or if the user sets threads."""
+    if not may_choose_threads(inputs.args.device.type, inputs.args.world_size):
+        return None
+    cores = FreeCores()
+    if cores.threads < cores.most:
+        screen.warn(cores.describe())
+    return cores
 
 
 def check_evaluation_and_base(recipe: Recipe) -> None:

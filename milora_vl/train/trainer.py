@@ -45,6 +45,7 @@ from milora_vl.param_groups import parameter_groups, target_path
 from milora_vl.policy import Target
 from milora_vl.recipe import protection
 from milora_vl.train import fsdp, streaming
+from milora_vl.train.cpu_load import FreeCores
 from milora_vl.train.evaluation import SuiteCallback
 from milora_vl.train.meter import Meter, group_rates, tower_norms
 from milora_vl.train.progress import Bars, Lines
@@ -150,6 +151,18 @@ def calls_on_sigterm(callback: Callable[..., object]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class FollowFreeCores(TrainerCallback):
+    """Between steps, set the number of threads to that of the cores which other programs leave free."""
+
+    def __init__(self, cores: FreeCores, say: Callable[[str], None]) -> None:
+        self.cores, self.say = cores, say
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure from time to time."""
+        if self.cores.follow():
+            self.say(self.cores.describe())
 
 
 def with_timeout(loader: Any) -> Any:

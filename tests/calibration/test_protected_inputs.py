@@ -182,6 +182,18 @@ def test_projected_factors_are_the_free_ones_without_their_protected_part(tiny_l
     assert float((start[1] @ V).norm()) < 1e-6
 
 
+def test_directions_that_are_offloaded_train_the_same_and_never_stay_on_the_device(tiny_llama, tmp_path: Path) -> None:
+    states = []
+    for offload in (False, True):
+        model = apply_milora(tiny_llama()[0], protecting(protect={"inputs": 0.6, "offload": offload}), calibration=TEXT)
+        train(model)
+        states.append(model.state_dict())
+        protected = model.protections["default"][Q]
+        protected.inputs.component(torch.empty(2, len(protected.V), device="meta"))
+        assert protected.V.device.type == ("cpu" if offload else "meta")
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_the_directions_are_stored_once_and_checkpoints_refer_to_them(tiny_llama, tmp_path: Path) -> None:
     model = apply_milora(tiny_llama()[0], protecting(), calibration=TEXT)
     for step in (1, 2):

@@ -51,20 +51,6 @@ def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path: Path, monkeypatch
     assert not any("bf16" in warning for warning in process.training_arguments(recipe, tmp_path)[1])
 
 
-def test_cores_that_others_use_are_told_before_a_training_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(process.psutil, "cpu_percent", lambda seconds, percpu: [100.0, 90.0, 80.0, 90.0, 0.0, 0.0])
-    monkeypatch.setattr(process.psutil.Process, "cpu_affinity", lambda self: [0, 1, 2, 3])
-    assert "other programs use 3.6 of 4 cores" in process.busy_cores("cpu", 1)[0]
-    assert not process.busy_cores("cuda", 1)
-    assert not process.busy_cores("cpu", 2)  # torchrun gives each process one thread
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert not process.busy_cores("cpu", 1)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(process.psutil, "cpu_percent", lambda seconds, percpu: [30.0, 30.0, 30.0, 30.0, 100.0, 100.0])
-    assert not process.busy_cores("cpu", 1)
-
-
 def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

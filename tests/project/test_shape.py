@@ -48,6 +48,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/train/trainer.py:ProjectShards.on_optimizer_step": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:IntervalsOfThisRun.on_train_begin": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:LogBeforeSave.on_step_end": "TrainerCallback's hook",
+    "milora_vl/train/trainer.py:FollowFreeCores.on_step_end": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:StopOnSignal.on_step_end": "TrainerCallback's hook",
 }
 # file -> why it asks an object for a name it may not have.
