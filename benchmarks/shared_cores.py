@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from milora_vl.plan.cpu_load import FreeCores, may_choose_threads
+from milora_vl.train.cpu_load import FreeCores, may_choose_threads
 
 ROWS, LENGTH = 4, 96
 

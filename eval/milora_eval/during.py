@@ -1,6 +1,6 @@
 """A small suite on a model that is training: its scores for the log, without files.
 
-`milora_vl.plan.evaluation.during` imports this module by its name; milora_vl does not import milora_eval.
+`milora_vl.train.evaluation.suites_of` imports this module by its name; milora_vl does not import milora_eval.
 """
 
 from __future__ import annotations

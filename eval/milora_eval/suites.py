@@ -200,6 +200,24 @@ def has_files(benchmark: Benchmark, data_dir: Path) -> bool:
     return all(any((folder / name).exists() for name in names.split("|")) for names in benchmark.files)
 
 
+def listing(data_dir: Path | None) -> dict[str, Any]:
+    """Return suites and benchmarks as JSON data; `found` is null without a data folder."""
+    suites = {name: {"benchmarks": suite.benchmarks, "about": suite.about} for name, suite in SUITES.items()}
+    return {"suites": suites, "benchmarks": [_about(find_benchmark(name), data_dir) for name in BENCHMARKS]}
+
+
+def _about(benchmark: Benchmark, data_dir: Path | None) -> dict[str, Any]:
+    return {
+        "name": benchmark.name,
+        "version": benchmark.version,
+        "protocol": benchmark.protocol,
+        "protocols": list(benchmark.protocols),
+        "split": benchmark.split,
+        "files": list(benchmark.files),
+        "found": None if data_dir is None else has_files(benchmark, data_dir),
+    }
+
+
 def _import_file(path: Path) -> ModuleType:
     """Import a file once, under a unique module name."""
     path = path.absolute()

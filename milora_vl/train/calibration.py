@@ -39,7 +39,7 @@ from milora_vl.plan.screen import Screen
 from milora_vl.policy import Target
 from milora_vl.recipe.schema import Recipe
 from milora_vl.towers import find_towers
-from milora_vl.train import run_files
+from milora_vl.train import collators
 from milora_vl.weights.distributed import gather, rank_and_world_size
 from milora_vl.weights.matrices import gathered_in_forward
 
@@ -89,7 +89,7 @@ def batches(
     rows = _text_rows(sources)
     if settings.num_samples:
         rows += _written_rows(sources, settings.num_samples)
-    collate = run_files.collator(recipe, base, processor)
+    collate = collators.collator(recipe, base, processor)
     found: list[Mapping[str, Tensor]] = [batch.inputs for batch in padded_batches(rows, ROWS, sources.tokenizer)]
     if settings.num_pictures and find_towers(base).vision is not None:
         pictured = with_pictures(records, settings.num_pictures)
@@ -104,7 +104,7 @@ def batches(
             raise _empty("there are no records to calibrate with", f"calibration.data {settings.data}")
         for record in own:
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), f"calibration.data {record.source}")
-        collate = run_files.collator(_with_images_of(recipe, settings.image_folder), base, processor)
+        collate = collators.collator(_with_images_of(recipe, settings.image_folder), base, processor)
         found += _collated(collate, own)
     if not found:
         raise _empty("there is no text and no picture to calibrate with", "calibration")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -40,13 +42,13 @@ from milora_vl.lora.version_1_shards import convert_shards, needs_conversion
 from milora_vl.losses import install, summed_loss
 from milora_vl.models.projector import load_projector, save_projector
 from milora_vl.param_groups import parameter_groups, target_path
-from milora_vl.plan.cpu_load import FreeCores
 from milora_vl.policy import Target
 from milora_vl.recipe import protection
 from milora_vl.train import fsdp, streaming
+from milora_vl.train.cpu_load import FreeCores
+from milora_vl.train.evaluation import SuiteCallback
 from milora_vl.train.meter import Meter, group_rates, tower_norms
 from milora_vl.train.progress import Bars, Lines
-from milora_vl.train.suites import SuiteCallback
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -139,6 +141,16 @@ class StopOnSignal(TrainerCallback):
             self.accelerator.set_trigger()
         if self.accelerator.check_trigger() if args.world_size > 1 else self.heard:
             self.stopped = control.should_save = control.should_log = control.should_training_stop = True
+
+
+@contextmanager
+def calls_on_sigterm(callback: Callable[..., object]) -> Iterator[None]:
+    """Inside this context SIGTERM calls `callback` instead of ending the process."""
+    before = signal.signal(signal.SIGTERM, callback)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class FollowFreeCores(TrainerCallback):

@@ -20,7 +20,7 @@ from milora_data.lengths import encoded_lengths
 from milora_data.pack import PackedRecords, fill, pack
 from milora_data.sources import load_records
 from milora_vl.recipe.schema import Recipe
-from milora_vl.train import run_files
+from milora_vl.train import collators
 from support.questions import TOKENS, image_id, question
 
 
@@ -138,4 +138,4 @@ def test_rows_are_drawn_with_the_seed_of_the_data_also_if_it_is_0() -> None:
     lengths = [100] * 60
     for train, seed in (({"data_seed": 0}, 0), ({"data_seed": 3, "seed": 5}, 3), ({"seed": 5}, 5), ({}, 42)):
         recipe = Recipe.parse({"model": "tiny", "data": {"packing": True, "max_length": 200}, "train": train})
-        assert run_files.packed(recipe, [], lengths)[0].rows == pack(lengths, 400, seed)
+        assert collators.packed(recipe, [], lengths)[0].rows == pack(lengths, 400, seed)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,9 +75,9 @@ def loaded(
 ) -> torch.Tensor:
     code = LOAD.format(first=first, last=last, options=options, ids=INPUTS["input_ids"], then=then)
     words, modules = [code, str(folder), str(root)], str(root / "modules")
-    if first == "import milora_vl" and options == "{}":  # before transformers, which a fork has imported
+    if first == "import milora_vl" and options == "{}":
         env = {**os.environ, "HF_MODULES_CACHE": modules}
-        done = subprocess.run([sys.executable, "-c", *words], capture_output=True, text=True, cwd=root, env=env)
+        done = run_program(["-c", *words], cwd=root, env=env, first_import=True)
     else:
         place = f"from transformers import dynamic_module_utils as utils\nutils.HF_MODULES_CACHE = {modules!r}\n"
         done = run_program(["-c", place + words[0], *words[1:]], cwd=root)
@@ -100,8 +98,9 @@ def test_importing_the_package_makes_a_merged_model_loadable(made: SimpleNamespa
     "module", ["models.timm_tower_config", "models.timm_tower", "models.timm_llava", "export.base"]
 )
 def test_each_module_can_be_the_first_to_import_transformers(module: str) -> None:
-    code = f"import milora_vl.{module}; from transformers import AutoConfig; AutoConfig.for_model('milora_timm_tower')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    first = f"import sys; assert 'transformers' not in sys.modules; import milora_vl.{module}"
+    code = f"{first}; from transformers import AutoConfig; AutoConfig.for_model('milora_timm_tower')"
+    done = run_program(["-c", code], first_import=True)
     assert done.returncode == 0, done.stderr
 
 

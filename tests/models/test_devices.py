@@ -11,6 +11,7 @@ from milora_vl.models.devices import device_named, dtype_named, fastest_dtype
 from milora_vl.plan import training_args
 from milora_vl.recipe import arguments, settings
 from milora_vl.recipe.schema import Recipe
+from milora_vl.train import process
 
 CPU = torch.device("cpu")
 
@@ -45,9 +46,9 @@ def test_the_fastest_dtype_of_a_recipe_is_settled_for_this_machine(
 def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.parse({"model": "tiny", "train": {"bf16": True, "use_cpu": True}})
     has_units(monkeypatch, False)
-    assert any("bf16 is emulated" in warning for warning in training_args.make(recipe, tmp_path)[1])
+    assert any("bf16 is emulated" in warning for warning in process.training_arguments(recipe, tmp_path)[1])
     has_units(monkeypatch, True)
-    assert not any("bf16" in warning for warning in training_args.make(recipe, tmp_path)[1])
+    assert not any("bf16" in warning for warning in process.training_arguments(recipe, tmp_path)[1])
 
 
 def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Path) -> None:

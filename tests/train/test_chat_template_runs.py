@@ -27,7 +27,7 @@ from milora_vl.models import loading
 from milora_vl.models.image_tokens import image_token_id, image_tokens
 from milora_vl.recipe.arguments import parse
 from milora_vl.recipe.settings import resolve
-from milora_vl.train import run_files
+from milora_vl.train import collators
 from milora_vl.train.command import main
 from support.chat_models import LLAVA_HF, TINY, record, write_picture_model, write_text_model
 from support.train_runs import losses, training
@@ -88,10 +88,10 @@ def test_a_run_learns_and_counts_in_the_template_of_its_recipe(
     model, tokenizer = load_model(text_model)
     record = next(iter(load_records(text_data)))
     expected = encode(record, tokenizer, template="chat_template", image_token_id=-1)
-    batch = run_files.collator(recipe, model, tokenizer)([record])
+    batch = collators.collator(recipe, model, tokenizer)([record])
     assert batch["input_ids"][0].tolist() == expected.input_ids
     assert batch["labels"][0].tolist() == expected.labels
-    assert run_files.lengths(recipe, model, tokenizer, [record]) == ([len(expected.input_ids)] if flags else None)
+    assert collators.lengths(recipe, model, tokenizer, [record]) == ([len(expected.input_ids)] if flags else None)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from milora_vl.plan import cpu_load
-from milora_vl.plan.cpu_load import INTERVAL, FreeCores, _Times, may_choose_threads, threads_for
+from milora_vl.train import cpu_load
+from milora_vl.train.cpu_load import INTERVAL, FreeCores, _Times, may_choose_threads, threads_for
 
 BUSY = """
 import os, subprocess, sys
@@ -19,7 +19,7 @@ cores = sorted(os.sched_getaffinity(0))[:2]
 os.sched_setaffinity(0, cores)  # before torch counts them
 other = subprocess.Popen(["taskset", "-c", str(cores[0]), sys.executable, "-c", "while True: pass"])
 import torch
-from milora_vl.plan.cpu_load import FreeCores, may_choose_threads
+from milora_vl.train.cpu_load import FreeCores, may_choose_threads
 try:
     before = torch.get_num_threads()
     if may_choose_threads("cpu", 1):
