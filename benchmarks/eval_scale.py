@@ -4,7 +4,7 @@ python benchmarks/eval_scale.py [--questions 1000000]   prints a JSON line
 
 The model is tiny. A first process stops after its first batch, so it has read and ordered all questions. A second one
 finds recorded answers to all questions but 64, asks those and scores all. Both report by how much their resident
-memory rose above that of a process that has answered one question.
+memory exceeds the memory of a process that has answered one question.
 """
 
 from __future__ import annotations

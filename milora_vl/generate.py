@@ -130,7 +130,7 @@ def generate_batches(
     is_decided: IsDecided | None = None,
     streamer: BaseStreamer | None = None,
 ) -> None:
-    """Answer like `generate`, but keep no answer: `on_batch(places, texts)` gets those of each batch.
+    """Answer like `generate`, but keep no answer: `on_batch(places, texts)` gets the answers of each batch.
 
     Of a prompt that waits, memory holds four numbers. `prompts` may read each one from the disk: it is read when its
     length is counted, when pictures of one length are put in order, and when its batch starts.

@@ -78,7 +78,7 @@ def load_by_flags(
 ) -> tuple[nn.Module, Any]:
     """Load a model as `load_model` does, by the values of --model, --adapter, --dtype, --device and --scale.
 
-    Without a device, the model goes to the first GPU, or to the CPU if there is none.
+    Without a device, the model goes to the first GPU, or to the CPU without one.
     """
     place = device_named(device)
     return load_model(name, adapter=adapter, scale=scale, dtype=dtype_named(dtype, place), device=place)

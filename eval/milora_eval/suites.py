@@ -147,7 +147,7 @@ def find_benchmark(name: str) -> Benchmark:
 def stored_benchmark(name: str) -> Benchmark:
     """Return the benchmark that stored answers name, as `find_benchmark` does, without running code that they choose.
 
-    Raises UserError if the name is that of a module or file which this process has not imported before.
+    Raises UserError if the name is a module or a file that this process has not imported before.
     """
     spec = name.partition("@")[0]
     module = BENCHMARKS.get(spec, spec).partition(":")[0]

@@ -18,7 +18,7 @@ class Update:
     """The update of a trained model: its LoRA layers, and the weights trained in full with their values before.
 
     `before` gives these values by name for a model without an adapter (a whole model, or one with another projector);
-    an adapter carries them itself. Raises UserError if they are those of another kind of model.
+    an adapter carries them itself. Raises UserError if they come from another kind of model.
     """
 
     def __init__(self, model: nn.Module, before: Mapping[str, Tensor] | None = None) -> None:

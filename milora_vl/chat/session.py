@@ -70,7 +70,7 @@ class Chat:
         update: Update | None = None,
         scale: float = 1.0,
     ) -> None:
-        """Start a conversation. `update` is that of a model without an adapter, with `scale` its size."""
+        """Start a conversation. `update` is the update of a model without an adapter, and `scale` its size."""
         self.model = model
         self.update = update
         self.scale = scale

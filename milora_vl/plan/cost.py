@@ -122,7 +122,7 @@ def calibration_lines(targets: Sequence[Target], work: Workload, here: float | N
 def activations(config: Any, base: nn.Module, targets: Sequence[Target], shape: Shape) -> float:
     """Return the peak bytes of a micro-step: simulations of few layers, extrapolated to all layers.
 
-    The peak grows linearly with the layers of the language model, and with those of a frozen vision tower. A vision
+    The peak grows linearly with the number of layers of the language model and of a frozen vision tower. A vision
     tower that trains is simulated whole.
     """
     text, towers = config.get_text_config(), find_towers(base)

@@ -165,7 +165,7 @@ def _draw_curves(name: str, study: Study, reference: str, docs: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """The cells of one task of a question, from `docs`: those of the seeds that ran with several rates."""
+    """The cells of one task of a question, from `docs`. Seeds that ran with one rate are left out."""
 
     study: Study
     reference: str

@@ -45,7 +45,7 @@ class Task(Protocol):
         ...
 
     def calibration(self) -> Sequence[Mapping[str, Tensor]]:
-        """Return batches for rules that protect inputs: arguments of the model's forward, never those of `measure`."""
+        """Return batches for rules that protect inputs: arguments of the model's forward. `measure` uses other data."""
         ...
 
 

@@ -46,7 +46,7 @@ from milora_vl.weights.matrices import gathered_in_forward
 LENGTH = 192  # tokens of a text
 ROWS = 8  # rows of a batch
 WRITTEN_AT_ONCE = 32
-HELD_OUT_TEXTS = 8  # beyond those of the recipe; after 48 texts they are the batch that checks the shares
+HELD_OUT_TEXTS = 8  # more than the recipe asks for; after 48 texts they are the batch that checks the shares
 CAPTION_TOKENS = 32
 QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
 MOST_TOKENS = 65_536  # of text files
@@ -80,7 +80,7 @@ def batches(
 ) -> list[Mapping[str, Tensor]] | None:
     """Return the calibration batches of a run, arguments of the model's forward; None if no rule protects inputs.
 
-    `records` are those of the training. All processes get the texts of the first one. Raises UserError for a model that
+    `records` are the training records. All processes get the texts of the first one. Raises UserError for a model that
     cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
     """
     if not any(target.protect is not None and target.protect.inputs is not None for target in targets):
@@ -181,7 +181,7 @@ def with_pictures(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> list[Record]:
-    """Return records with the pictures of `records`, which lie in `folder`, and captions of the base model."""
+    """Return records with the pictures of `records`, from `folder`, and captions of the base model."""
     recipe = sources.recipe
     turn = Turn("user", f"{IMAGE}\n{QUESTION}")
     pictures = [tuple(place_of(folder, name) for name in record.images) for record in records]

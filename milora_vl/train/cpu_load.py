@@ -20,7 +20,7 @@ VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # with these, users choose t
 
 
 class _Times(NamedTuple):
-    """Seconds since some moment in the past: of the clock, of all use of our cores, and of our own use."""
+    """Seconds since some moment in the past: elapsed, used on our cores by all programs, and used by this one."""
 
     clock: float
     busy: float

@@ -202,7 +202,7 @@ def group_rows(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Ro
         screen.say(line)
         return Rows(packs, None, count_steps(plan, inputs.args, len(packs)))
     if recipe.data.streaming:
-        inputs.args.ignore_data_skip = True  # a resumed stream skips by itself what it has read
+        inputs.args.ignore_data_skip = True  # a resumed stream itself skips the records that it has read
         return Rows(streaming.stream_of(recipe, inputs.args), lengths, inputs.batching)
     return Rows(records, lengths, inputs.batching)
 
@@ -240,7 +240,7 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
 
 
 def describes_start(folder: RunFolder) -> bool:
-    """Return whether the run writes policy.json and spectrum.json; a resumed run has those of its start."""
+    """Return whether the run writes policy.json and spectrum.json; a resumed run has them already."""
     return folder.checkpoint is None or not (folder.path / "policy.json").is_file()
 
 
@@ -404,7 +404,7 @@ def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Openin
 
 
 def evaluate(trained: Trained, screen: Screen) -> list[str]:
-    """Start the evaluation that the recipe asks for, in processes of their own. Returns the commands that failed."""
+    """Start each evaluation that the recipe asks for as a separate process. Returns the commands that failed."""
     commands = evaluation.commands(trained.recipe.eval, model=trained.recipe.model, output_dir=trained.folder.path)
     if not commands or not trained.args.should_save:
         return []

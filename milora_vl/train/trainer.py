@@ -75,7 +75,7 @@ class LogBeforeSave(TrainerCallback):
 class IntervalsOfThisRun(TrainerCallback):
     """Log, evaluate and save as often as this command says.
 
-    HF's Trainer takes these intervals from the checkpoint when it resumes, whatever the flags are.
+    HF's Trainer takes these intervals from the checkpoint when it resumes, and ignores the flags.
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -116,7 +116,7 @@ class TowerNorms(TrainerCallback):
         return {f"grad_norm/{tower}": norm for tower, norm in norms.items()} | self.rates
 
     def add_shards(self, accelerator: Accelerator) -> None:
-        """Add the squares of all processes, of which each has measured its shards of the gradients."""
+        """Add the squares of all processes; each has measured its own shards of the gradients."""
         self.squares = {tower: accelerator.reduce(square) for tower, square in self.squares.items()}
 
 
@@ -154,7 +154,7 @@ def calls_on_sigterm(callback: Callable[..., object]) -> Iterator[None]:
 
 
 class FollowFreeCores(TrainerCallback):
-    """Between steps, set the number of threads to that of the cores which other programs leave free."""
+    """Between steps, use as many threads as other programs leave cores free."""
 
     def __init__(self, cores: FreeCores, say: Callable[[str], None]) -> None:
         self.cores, self.say = cores, say

@@ -122,7 +122,7 @@ class Questions(Sequence[Question]):
         return Question(benchmark, items[place - self._firsts[number]], f"{int(self.keys[place]):016x}")
 
     def by_benchmark(self, places: NDArray[np.int64]) -> Iterator[tuple[Benchmark, NDArray[np.int64]]]:
-        """Yield each benchmark with those of `places`, which ascend, that are its own."""
+        """Yield each benchmark with its own part of `places`, which ascend."""
         ends = np.searchsorted(places, self._firsts)
         for (benchmark, _), start, end in zip(self._parts, ends, ends[1:], strict=False):
             yield benchmark, places[start:end]

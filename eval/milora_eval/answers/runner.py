@@ -153,7 +153,7 @@ def _line(plan: EvaluationPlan, question: Question, text: str) -> Line:
 
 
 def _ends_early(kind: type[Benchmark]) -> bool:
-    """Return whether `is_decided` fits the scores: no class below the one that defines it scores in its own way."""
+    """Return whether `is_decided` fits the scores: no subclass of its class changes how answers are scored."""
     own = next(base for base in kind.__mro__ if "is_decided" in vars(base))
     below = kind.__mro__[: kind.__mro__.index(own)]
     scores = {"score", "grade", "summarise"}

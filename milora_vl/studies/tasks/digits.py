@@ -73,7 +73,7 @@ class _Digits(ABC):
         return cross_entropy(model(pictures), labels)
 
     def calibration(self) -> NoReturn:
-        """Raise UserError: the pictures that measure forgetting are the only ones beside those of the task."""
+        """Raise UserError: the task and the measurement of forgetting use all pictures."""
         raise no_calibration("digits")
 
     def measure(self, model: nn.Module) -> Measured:

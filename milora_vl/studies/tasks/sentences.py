@@ -24,7 +24,7 @@ from milora_vl.studies.tasks.topics import named_topics
 
 NUM_VALIDATION, NUM_TEST = 160, 400
 NUM_SENTENCES, MAX_WORDS = 120, 16
-NUM_CALIBRATION = 256  # sentences, none of which is measured
+NUM_CALIBRATION = 256  # sentences, which no measurement uses
 Tokens = dict[str, Tensor]
 
 
