@@ -18,8 +18,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from milora_data.assets import fetch
 from milora_vl.forgetting import general_text
-from milora_vl.studies.order import shuffled
-from milora_vl.studies.task import Measured
+from milora_vl.studies.task import Measured, shuffled
 from milora_vl.studies.tasks.topics import named_topics
 
 NUM_VALIDATION, NUM_TEST = 160, 400
