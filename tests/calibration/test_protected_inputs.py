@@ -20,8 +20,9 @@ from milora_vl import apply_milora, keep_protected, load_adapter, merge, restore
 from milora_vl.calibration.bases import first_directions, first_tokens
 from milora_vl.calibration.files import file_name
 from milora_vl.lora.install import lora_layer
-from support.adapter_cases import Pictures, one_rule, picture_batch, raises_code, tiny_gpt2, token_batch
+from support.adapter_cases import Pictures, one_rule, picture_batch, tiny_gpt2, token_batch
 from support.calibrated import leaks, llava_batches, picture_batches, text_batches
+from support.problems import raises_code
 
 METHODS = ["milora", "pissa", "random", "middle", "lora"]
 IDS = token_batch(200)

@@ -16,6 +16,7 @@ from milora_vl.chat.session import WordStreamer
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
 from support.adapter_cases import move
+from support.problems import raises_code
 
 Captured = pytest.CaptureFixture[str]
 
@@ -177,7 +178,7 @@ def test_an_adapter_that_cannot_be_switched_off_is_not_compared(tmp_path: Path) 
 
     config = LoraConfig(target_modules=["q_proj"], bias="lora_only")
     get_peft_model(load_model("tiny")[0], config).save_pretrained(str(tmp_path))
-    with pytest.raises(UserError, match="cannot be switched off"):
+    with raises_code("compare-no-base", where="--compare", message="cannot be switched off"):
         ask("--adapter", tmp_path, "--compare", "What?")
 
 
@@ -202,5 +203,5 @@ def test_mistakes_are_a_few_clear_lines(words: list[str], said: str, picture: Pa
 
 
 def test_a_text_only_model_says_that_it_cannot_see(picture: Path) -> None:
-    with pytest.raises(UserError, match="reads only text"):
+    with raises_code("model-reads-only-text", message="reads only text"):
         chat.main(["--model", "tiny-text", "--image", str(picture), "What?"])

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from milora_data.encode import encode_prompt
-from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_vl.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_token_id, image_tokens
+from support.problems import raises_code
 
 Made = tuple[Any, Any]
 
@@ -200,7 +200,7 @@ def test_the_training_mode_is_left_as_it_was(llava: Made) -> None:
 
 
 def test_a_picture_for_a_text_model_is_refused(tiny_llama: Callable[..., Made]) -> None:
-    with pytest.raises(UserError, match="only text"):
+    with raises_code("model-reads-only-text"):
         generate(*tiny_llama(), questions(1, True))
 
 

@@ -23,8 +23,8 @@ from milora_data.command.flags import SHARED
 from milora_data.errors import UserError
 from milora_vl.__main__ import MENU, main
 from support import fake_run, programs
-from support.adapter_cases import raises_code
 from support.command_parsers import parser_of
+from support.problems import raises_code
 from support.stored_answers import write_answers
 
 INNER = {name: import_module(MENU.modules[name]).MENU for name in MENU.menus}

@@ -10,8 +10,8 @@ import pytest
 
 import llava_recipes
 from milora_vl.demo import main
-from support.adapter_cases import raises_code
 from support.eval_questions import write_questions
+from support.problems import raises_code
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from milora_data.batches import Row, joined
 from milora_data.collate import ImageTextCollator
 from milora_data.encode import IGNORE
-from milora_data.errors import UserError
 from milora_data.lengths import encoded_lengths
 from milora_data.pack import PackedRecords, fill, pack
 from milora_data.sources import load_records
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train import collators
+from support.problems import raises_code
 from support.questions import TOKENS, image_id, question
 
 
@@ -130,7 +130,7 @@ def test_lengths_are_those_of_batches_and_are_kept(
 def test_llavas_own_classes_cannot_take_packs(parts: Any) -> None:
     _, processor, options = parts
     collator = ImageTextCollator(processor.tokenizer, processor.image_processor, layout="llava", **options)
-    with pytest.raises(UserError, match="cannot take packed records"):
+    with raises_code("collate-unsupported-layout", message="cannot take packed records"):
         collator([[question("a"), question("b")]])
 
 

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from milora_data.errors import UserError
 from milora_eval.answers.selection import group_order, parse_shard, select, shard_places
 from milora_eval.benchmark import Item
+from support.problems import raises_code
 
 ITEMS = [Item(f"{kind}-{picture}", (), group=f"{picture}.png") for kind in "abc" for picture in range(20)]
 
@@ -42,6 +42,5 @@ def test_every_item_is_in_one_shard(count: int) -> None:
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/3", ""])
 def test_a_shard_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="i/n") as raised:
+    with raises_code("flag-value", where="--shard", message="i/n"):
         parse_shard(text)
-    assert raised.value.problems[0].code == "flag-value"

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from milora_data.errors import UserError
 from milora_vl import apply_milora, compose, load_model, save_adapter
 from milora_vl.export import export, main
 from support.adapter_cases import move
+from support.problems import raises_code
 from support.programs import run as run_program
 
 POLICY = "[{modules: language, method: milora, rank: 2}, {modules: projector, method: full, learning_rate: 1.0e-3}]"
@@ -136,10 +136,10 @@ def test_a_base_beside_an_adapter_and_a_residual_one_get_the_code_too(made: Simp
 
 
 def test_code_that_nothing_needs_is_refused(made: SimpleNamespace, tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a full model, which --to rank-4 does not write"):
+    with raises_code("flag-no-effect", where="--remote_code", message="a full model, which --to rank-4 does not write"):
         export(made.root / "adapter", "rank-4", tmp_path / "out", remote_code=True)
     save_adapter(apply_milora(load_model(tiny_folder)[0], POLICY), tmp_path / "adapter")
-    with pytest.raises(UserError, match="loads in plain transformers\nremove the flag"):
+    with raises_code("flag-no-effect", where="--remote_code", message="loads in plain transformers"):
         export(tmp_path / "adapter", "merged", tmp_path / "out", remote_code=True)
     assert not (tmp_path / "out").exists()
     assert export(tmp_path / "adapter", "merged", tmp_path / "out").loads_with == "transformers"

@@ -8,7 +8,6 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from milora_data.errors import UserError
 from milora_vl.export.gguf.model import write_model
 from milora_vl.load import load_model
 from milora_vl.models import smol_llava
@@ -17,6 +16,7 @@ from milora_vl.models.image_tokens import image_token_id, image_tokens
 from milora_vl.models.loading import config_of
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
 from support.gguf_models import SIZES, WORDS, tokenizer_of
+from support.problems import raises_code
 
 
 @pytest.fixture(scope="module")
@@ -123,5 +123,5 @@ def test_its_language_model_alone_is_made_without_noise(tmp_path, monkeypatch, c
 def test_without_network_the_message_says_what_to_do(tmp_path, monkeypatch):
     for name, value in {"MILORA_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"cannot download(.|\n)*network connection"):
+    with raises_code("asset-download", message="cannot download", hint="network connection"):
         load_model("smol-llava")

@@ -30,13 +30,14 @@ from milora_vl.recipe.settings import resolve
 from milora_vl.train import collators
 from milora_vl.train.command import main
 from support.chat_models import LLAVA_HF, TINY, record, write_picture_model, write_text_model
+from support.problems import raises_code
 from support.train_runs import losses, training
 
 
 def test_show_takes_it_with_a_tokenizer(text_model: Path, text_data: Path, capsys: Any) -> None:
     assert data_main(["show", str(text_data), "--template", "chat_template", "--tokenizer", str(text_model)]) == 0
     assert "[[One.</s>]]" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--tokenizer"):
+    with raises_code("template-needs-tokenizer", hint="--tokenizer"):
         data_main(["show", str(text_data), "--template", "chat_template"])
 
 
@@ -163,7 +164,7 @@ def test_a_template_that_refuses_the_records_is_found_before_weights_load(
 ) -> None:
     model = shutil.copytree(text_model, tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ raise_exception('only cats may speak') }}")
-    with pytest.raises(DataError, match=r"text.json:1.*only cats"):
+    with raises_code("chat-template-refuses", where="text.json:1", kind=DataError):
         main(text_words(model, text_data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
