@@ -8,8 +8,11 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from milora_data.errors import Problem, UserError
 from milora_data.json_text import parse_json
@@ -141,9 +144,15 @@ def require_processes_for_fsdp(train: Mapping[str, Any]) -> None:
 
 
 def before_arguments(train: Mapping[str, Any]) -> None:
-    """Set the environment variables of DeepSpeed; without a launcher it would look for MPI."""
+    """Prepare what TrainingArguments initializes: the variables of DeepSpeed, and the timeout of processes on CPUs.
+
+    Without a launcher DeepSpeed would look for MPI. On CPUs Hugging Face ignores `--ddp_timeout`.
+    """
     if train.get("use_cpu"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if train.get("ddp_timeout") and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            timeout = timedelta(seconds=train["ddp_timeout"])
+            dist.init_process_group(train.get("ddp_backend") or "gloo", timeout=timeout)
     if train.get("deepspeed") and "WORLD_SIZE" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}.items():
