@@ -29,6 +29,7 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "performan
 DEMO = "--recipe smol-llava-demo --max_steps 60 --logging_steps 1 --save_steps 5 --save_total_limit 3"
 PARTS = {
     "imports": "imports.py",
+    "first_step": "imports.py --first_step",
     "svd": "svd.py headline",
     "svd_families": "svd.py families",
     "svd_ranks": "svd.py ranks",
@@ -36,6 +37,7 @@ PARTS = {
     "svd_llama": "svd.py llama --size 7b 13b --plot docs/decomposition.png",
     "smollm2": "init_model.py",
     "cache_7b": "init_model.py --model 7b-block --rank 128",
+    "read_ahead": "read_ahead.py",
     "step": "step.py",
     "step_bf16": "step.py --dtype bfloat16",
     "step_bf16_checkpointing": "step.py --dtype bfloat16 --checkpointing",
