@@ -3,7 +3,7 @@
 python benchmarks/all.py [--only NAME ...] [--quick] [--missing] [--page]
 
 Each result is written to benchmarks/results.json with a description of the machine; docs/performance.md shows them.
---only measures some parts again and keeps the others, --quick those of a few minutes;
+--only measures some parts again and keeps the others; --quick measures the parts that take a few minutes;
 --missing measures the parts without a result;
 --page only writes the page.
 """
@@ -45,6 +45,7 @@ PARTS = {
     "data": "data.py",
     "loader": "loader.py",
     "eval": "eval.py",
+    "shared_cores": "shared_cores.py",
     "plan": "plan.py",
     "full_size": "full_size.py",
     "kills": f"kills.py --kills 20 -- {DEMO}",

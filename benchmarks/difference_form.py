@@ -7,8 +7,8 @@ python benchmarks/difference_form.py [--width 1024] [--rank 64] [--tokens 512] [
     residual     W_p x + s B A x - W x               the paper: W_p = W - s B0 A0, rounded to the dtype of the base
 
 D and E are random, of `share` times the mean size of the entries of A0 and B0. The error is relative to float64, of the
-adapter's output before it is added to W x. For the residual form that is s B A x, computed in half precision, plus
-(W_p - W) x in float64: the rounding of W_p counts, that of the product with it does not. Columns:
+adapter's output before it is added to W x. In the residual form this output is s B A x, computed in half precision,
+plus (W_p - W) x in float64: the rounding of W_p counts, the rounding of the product with it does not. Columns:
 
     autocast     float32 factors under autocast, as HF's Trainer trains
     weights      factors in the half dtype, as DeepSpeed trains; the forms that hold A and B subtract rounded numbers

@@ -1,7 +1,7 @@
 """Feed hostile files to every reader and count what happens: exceptions, time, memory, files, code.
 
 python benchmarks/fuzz.py [--cases 20000] [--only NAME] [--seed 0]   prints a JSON line; exit code 1 if there is a fault
-Each target runs in a process of its own. Needs the development packages: make setup
+Each target runs in a separate process. Needs the development packages: make setup
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ Interval = tuple[float, float] | None
 class Misses:
     """The probability that a comparison shows an interval without the true difference, over all rates.
 
-    `median` and `largest` are those of all rates; `only_a` and `only_b` are the rates of the largest.
+    `median` and `largest` are taken over all rates; `only_a` and `only_b` are the rates with the largest probability.
     """
 
     questions: int
@@ -54,7 +54,7 @@ def both_rules(gaps: list[float]) -> Interval:
 
 
 def first_rule(gaps: list[float]) -> Interval:
-    """Return the interval for at least MIN_GROUPS questions, whatever they are."""
+    """Return the interval for any MIN_GROUPS questions or more."""
     return no_rule(gaps) if len(gaps) >= MIN_GROUPS else None
 
 

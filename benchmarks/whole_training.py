@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def compare(data: str, ways: list[str], chosen: argparse.Namespace) -> dict[str, Any]:
-    """Return what each way measured, with its samples per second over those of the peers."""
+    """Return what each way measured, with its samples per second relative to the peers."""
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for _ in range(chosen.rounds):
         for way in ways:

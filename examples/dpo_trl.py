@@ -23,7 +23,7 @@ from milora_vl.models.devices import dtype_named
 from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.processors import limit_pixels
 from milora_vl.recipe.schema import Recipe, load
-from milora_vl.train.run_files import collator
+from milora_vl.train.collators import collator
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ name = "model.language_model.layers.0.mlp.up_proj.weight"
 before = model.state_dict()[name].clone()
 
 # %% [markdown]
-# A policy says what happens to which modules. The language tower gets adapters of rank 4 on the last four singular
-# components of each weight; the projector trains in full; the vision tower stays as it is.
+# A policy decides which modules train, and how. The language tower gets adapters of rank 4 on the last four singular
+# components of each weight; the projector trains in full; the vision tower stays frozen.
 
 # %%
 policy = """
@@ -44,7 +44,7 @@ batch = collate(records)
 {name: tuple(tensor.shape) for name, tensor in batch.items()}
 
 # %% [markdown]
-# The result is a PeftModel, which any trainer takes. Here is a loop by hand.
+# The result is a PeftModel, which any trainer takes. This is a plain training loop.
 
 # %%
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0)

@@ -1,6 +1,6 @@
 """Recognize by its files what a folder holds: an adapter, a projector, a text model. Imports no torch.
 
-No other module looks for these files by itself; `adapters/source.py` tells the kinds of adapters apart.
+Other modules ask here instead of looking for the files. `adapters/source.py` tells the kinds of adapters apart.
 """
 
 from __future__ import annotations

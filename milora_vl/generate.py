@@ -10,12 +10,14 @@ import inspect
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import groupby, takewhile
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from milora_data.conversation import segments_of
@@ -54,15 +56,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """An encoded prompt. `place` is its index in the caller's list; equal pictures have an equal `picture`.
+    """An encoded prompt, with an id for each token of a picture. Equal pictures have an equal `picture`."""
 
-    `ids` contains each picture as one id until its batch starts, because there may be a million rows. `length` counts
-    all ids of the full prompt.
-    """
-
-    place: int
     ids: Sequence[int]
-    length: int
     images: tuple[str | Path | Image.Image, ...]
     picture: tuple[str | int, ...]
 
@@ -94,34 +90,72 @@ def generate(
     Raises UserError for a picture if the model reads only text, and ValueError for a streamer with several prompts or a
     batch size below 1.
     """
+    answers = [""] * len(prompts)
+
+    def collect(places: list[int], texts: list[str]) -> None:
+        for place, text in zip(places, texts, strict=True):
+            answers[place] = text
+        if on_batch is not None:
+            on_batch(places, texts)
+
+    generate_batches(
+        model,
+        processor,
+        prompts,
+        collect,
+        template=template,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        batch_size=batch_size,
+        image_aspect_ratio=image_aspect_ratio,
+        share_pictures=share_pictures,
+        is_decided=is_decided,
+        streamer=streamer,
+    )
+    return answers
+
+
+def generate_batches(
+    model: Any,
+    processor: Any,
+    prompts: Sequence[Prompt],
+    on_batch: OnBatch,
+    *,
+    template: str = "vicuna_v1",
+    max_new_tokens: int = 128,
+    num_beams: int = 1,
+    batch_size: int = 16,
+    image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad",
+    share_pictures: bool = True,
+    is_decided: IsDecided | None = None,
+    streamer: BaseStreamer | None = None,
+) -> None:
+    """Answer like `generate`, but keep no answer: `on_batch(places, texts)` gets the answers of each batch.
+
+    Of a prompt that waits, memory holds four numbers. `prompts` may read each one from the disk: it is read when its
+    length is counted, when pictures of one length are put in order, and when its batch starts.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if streamer is not None and len(prompts) != 1:
         raise ValueError(f"a streamer needs exactly one prompt, got {len(prompts)}")
-    answers = [""] * len(prompts)
+    if not len(prompts):
+        return
+    decoding = max_new_tokens, num_beams
     if split_processor(processor)[1] is not None and uses_processor(model.config):
         asker = ProcessorReader(model, processor)
         with torch.inference_mode(), _evaluating(model):
-            for places, batch in asker.batches(prompts, batch_size):
+            for places in asker.batches(prompts, batch_size):
                 decided = _decided(asker.tokenizer, places, is_decided, num_beams)
-                texts = asker.answers(batch, max_new_tokens, num_beams, streamer, decided)
-                for place, text in zip(places, texts, strict=True):
-                    answers[place] = text
-                if on_batch is not None:
-                    on_batch(places, texts)
-        return answers
+                batch = [(asker.rendered(prompts[place]), prompts[place]) for place in places]
+                on_batch(places, asker.answers(batch, *decoding, streamer, decided))
+        return
     reader = Reader(model, processor, template, image_aspect_ratio)
     with torch.inference_mode(), _evaluating(model):
-        for packed in _batches([reader.row(i, prompt) for i, prompt in enumerate(prompts)], batch_size):
-            rows = [reader.whole(row) for row in packed]
-            decided = _decided(reader.tokenizer, [row.place for row in rows], is_decided, num_beams)
-            decoding = max_new_tokens, num_beams
-            texts = _answer(reader, rows, decoding, share_pictures and num_beams == 1, streamer, decided)
-            for row, text in zip(rows, texts, strict=True):
-                answers[row.place] = text
-            if on_batch is not None:
-                on_batch([row.place for row in rows], texts)
-    return answers
+        for places in _batches(prompts, reader.length, batch_size):
+            rows = [reader.row(prompts[place]) for place in places]
+            decided = _decided(reader.tokenizer, places, is_decided, num_beams)
+            on_batch(places, _answer(reader, rows, decoding, share_pictures and num_beams == 1, streamer, decided))
 
 
 def prompt_ids(
@@ -179,23 +213,14 @@ class ProcessorReader:
         self.inputs.require_pictures(text.text, len(prompt.images))
         return text
 
-    def batches(
-        self, prompts: Sequence[Prompt], batch_size: int
-    ) -> Iterator[tuple[list[int], list[tuple[Rendered, Prompt]]]]:
-        """Yield batches of prompts with their places in the caller's list, longest first."""
-        rows = [(self.rendered(prompt), prompt) for prompt in prompts]
-        lengths = [self._length(*row) for row in rows]
-        mixed = self.inputs.takes_mixed_rows
-
-        def kind(place: int) -> bool:
-            return not mixed and bool(rows[place][1].images)
-
-        order = sorted(range(len(rows)), key=lambda place: (kind(place), lengths[place]), reverse=True)
-        for _, group in groupby(order, key=kind):
-            members = list(group)
-            for start in range(0, len(members), batch_size):
-                places = members[start : start + batch_size]
-                yield places, [rows[place] for place in places]
+    def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
+        """Yield batches of prompts, as places in the caller's list, longest first."""
+        lengths, kinds = array("l"), array("b")
+        for prompt in prompts:
+            lengths.append(self._length(self.rendered(prompt), prompt))
+            kinds.append(not self.inputs.takes_mixed_rows and bool(prompt.images))
+        order = np.lexsort((-np.array(lengths), -np.array(kinds)))
+        yield from _in_batches(order, np.array(kinds)[order], batch_size)
 
     def tensors(self, batch: Sequence[tuple[Rendered, Prompt]]) -> dict[str, Any]:
         """Return the model's inputs for prompts, padded on the left."""
@@ -270,8 +295,18 @@ class Reader:
         pad = self.tokenizer.pad_token_id
         self.pad = self.tokenizer.eos_token_id if pad is None else pad
 
-    def row(self, place: int, prompt: Prompt) -> _Row:
-        """Encode one prompt."""
+    def row(self, prompt: Prompt) -> _Row:
+        """Encode one prompt; each picture takes as many ids as the model needs for it."""
+        counts = map(self._num_tokens, prompt.images)
+        repeats = ((token, next(counts, 1) if token == self.image_token else 1) for token in self._ids(prompt))
+        return _Row([token for token, count in repeats for _ in range(count)], prompt.images, _picture_name(prompt))
+
+    def length(self, prompt: Prompt) -> int:
+        """Return the number of ids of a prompt."""
+        return len(self._ids(prompt)) + sum(self._num_tokens(picture) - 1 for picture in prompt.images)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a prompt with one id for each picture."""
         if prompt.images and self.image_token is None:
             raise UserError(
                 "the question has a picture, but this model reads only text",
@@ -279,16 +314,7 @@ class Reader:
                 hint="use a vision-language model",
             )
         image = -1 if self.image_token is None else self.image_token
-        ids = prompt_ids(prompt, self.tokenizer, self.template, image_token_id=image, image_tokens=1)
-        length = len(ids) + sum(self._num_tokens(picture) - 1 for picture in prompt.images)
-        names = tuple(str(image) if isinstance(image, str | Path) else id(image) for image in prompt.images)
-        return _Row(place, array("i", ids), length, prompt.images, names)
-
-    def whole(self, row: _Row) -> _Row:
-        """Return the row with the ids of each picture repeated as often as the model needs."""
-        counts = map(self._num_tokens, row.images)
-        repeats = (next(counts, 1) if token == self.image_token else 1 for token in row.ids)
-        return replace(row, ids=[token for token, count in zip(row.ids, repeats, strict=True) for _ in range(count)])
+        return prompt_ids(prompt, self.tokenizer, self.template, image_token_id=image, image_tokens=1)
 
     def pixels(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
         """Return {"pixel_values": (num_images, 3, H, W)} for the pictures of the rows in order; {} without pictures.
@@ -354,20 +380,46 @@ def _cut(answers: list[list[int]], decided: Decided | None) -> list[list[int]]:
     return [answer[: lengths.get(row, len(answer))] for row, answer in enumerate(answers)]
 
 
-def _batches(rows: Sequence[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Yield batches of rows with the same number of pictures, grouped by picture and then by length."""
-    longest: dict[tuple[str | int, ...], int] = {}
-    for row in rows:
-        longest[row.picture] = max(longest.get(row.picture, 0), row.length)
+def _batches(prompts: Sequence[Prompt], length: Callable[[Prompt], int], batch_size: int) -> Iterator[list[int]]:
+    """Yield batches of places with the same number of pictures, grouped by picture and then by length.
 
-    def order(row: _Row) -> tuple[int, int, str, int]:
-        return len(row.picture), longest[row.picture], str(row.picture), row.length
+    Longest first: a batch too large for memory fails at once, and the remaining time is not underestimated.
+    """
+    lengths, counts, names = array("l"), array("l"), array("q")
+    for prompt in prompts:
+        lengths.append(length(prompt))
+        counts.append(len(prompt.images))
+        names.append(hash(_picture_name(prompt)))
+    of_prompt = np.array(lengths), np.array(counts)
+    _, first, picture = np.unique(np.array(names, dtype=np.int64), return_index=True, return_inverse=True)
+    longest = np.zeros(len(first), dtype=np.int64)
+    np.maximum.at(longest, picture, of_prompt[0])
+    # Pictures: more first, then longer first, then by name.
+    pictures = np.lexsort((-longest, -of_prompt[1][first]))
+    is_new = np.diff(longest[pictures], prepend=-1) | np.diff(of_prompt[1][first][pictures], prepend=-1)
+    rank = np.empty(len(first), dtype=np.int64)
+    for start, equal in _runs(pictures, np.flatnonzero(is_new)):
+        named = sorted(equal.tolist(), key=lambda number: str(_picture_name(prompts[int(first[number])])), reverse=True)
+        rank[named] = np.arange(start, start + len(named))
+    order = np.lexsort((-of_prompt[0], rank[picture]))
+    yield from _in_batches(order, of_prompt[1][order], batch_size)
 
-    # Longest first: a batch too large for memory fails at once, and the remaining time is not underestimated.
-    for _, group in groupby(sorted(rows, key=order, reverse=True), key=lambda row: len(row.picture)):
-        members = list(group)
-        for start in range(0, len(members), batch_size):
-            yield members[start : start + batch_size]
+
+def _in_batches(order: NDArray[np.int64], kinds: NDArray[Any], batch_size: int) -> Iterator[list[int]]:
+    """Yield the places of `order` in batches of one kind each; equal `kinds` follow each other."""
+    for _, group in _runs(order, np.flatnonzero(np.diff(kinds, prepend=kinds[:1] - 1))):
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size].tolist()
+
+
+def _runs(values: NDArray[Any], starts: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Yield (start, values from there to the next start)."""
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(values)], strict=True):
+        yield start, values[start:end]
+
+
+def _picture_name(prompt: Prompt) -> tuple[str | int, ...]:
+    return tuple(str(image) if isinstance(image, str | Path) else id(image) for image in prompt.images)
 
 
 def _answer(

@@ -53,7 +53,7 @@ class LayerReport:
     - `drift`: ||W_0 - W||_F / ||W||_F for the weight W_0 at step 0; 0 in the anchored form.
     - `protected`: the number of singular directions or of input directions that the update is orthogonal to.
     - `kept`: the share of ||A0||_F^2 that is left outside the protected inputs; None if they are not protected. The
-      singular values and the energy are then those of the projected factors.
+      singular values and the energy then describe the projected factors.
     - `seconds`: the time of the decomposition.
     """
 
@@ -225,7 +225,7 @@ def _from_function(W: Tensor, seed: int, target: Target, cache: Path | None) -> 
     A0, B0 = start(W, target.rank, target.scaling, torch.Generator().manual_seed(seed))
     shapes = (target.rank, W.shape[1]), (W.shape[0], target.rank)
     assert (A0.shape, B0.shape) == shapes, f"{target.method} must return A0 and B0 of shapes {shapes}"
-    Q, R = torch.linalg.qr(B0)  # the singular values of B0 A0 are those of the small matrix R A0 (r, in)
+    Q, R = torch.linalg.qr(B0)  # B0 A0 and the small matrix R A0 (r, in) have the same singular values
     U, S, Vh = torch.linalg.svd(target.scaling * R @ A0, full_matrices=False)
     triplets = replace(of_weight, U=Q @ U, S=S, Vh=Vh, excess=0.0, method=target.method)
     return A0.contiguous(), B0.contiguous(), triplets

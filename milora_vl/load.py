@@ -27,6 +27,7 @@ def load_model(
     *,
     adapter: str | Path | None = None,
     scale: float = 1.0,
+    base: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     quantization: Quantization | BitsAndBytesConfig | None = None,
@@ -38,6 +39,7 @@ def load_model(
     only a projector (`mm_projector.safetensors`).
     scale: size of the finished update, a number from 0; 0.5 is half of it, 0 the base model. Modules trained in full
     become W + scale (W' - W).
+    base: name, hub id or folder of the base of a model that trained in full, which `scale` needs.
     dtype: default float32 on a CPU, else as saved. device: default the CPU.
     quantization: 4bit, 8bit, or settings of bitsandbytes.
 
@@ -52,18 +54,20 @@ def load_model(
     name = str(name_or_path)
     if adapter is None and holds_adapter(Path(name)):
         name, adapter = base_of(Path(name)), name
-    if adapter is None and scale != 1:
+    if adapter is None and base is None and scale != 1:
         raise UserError(
-            "needs an adapter, whose update it scales",
+            "needs an update to scale: an adapter, or a fully trained model and its base",
             code="flag-needs-another",
             where="--scale",
-            hint="add:  --adapter FOLDER",
+            hint="add:  --adapter FOLDER   or   --base MODEL",
         )
     device = torch.device(device or "cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else None)
     model, processor = load_weights(name, dtype, quantization=quantization, device=device), load_processor(name)
     if adapter is not None:
         model = _with_adapter(model, Path(adapter), scale)
+    elif base is not None and scale != 1:
+        update_since(base, model).set(scale)
     if quantization is None:
         model = model.to(device)
     return model.eval(), processor
@@ -74,10 +78,16 @@ def load_by_flags(
 ) -> tuple[nn.Module, Any]:
     """Load a model as `load_model` does, by the values of --model, --adapter, --dtype, --device and --scale.
 
-    Without a device, the model goes to the first GPU, or to the CPU if there is none.
+    Without a device, the model goes to the first GPU, or to the CPU without one.
     """
     place = device_named(device)
     return load_model(name, adapter=adapter, scale=scale, dtype=dtype_named(dtype, place), device=place)
+
+
+def update_since(base: str, model: nn.Module) -> Update:
+    """Return the update of a model that trained in full, whose size can be set. Raises UserError for another base."""
+    weight = next(model.parameters())
+    return Update(model, load_weights(base, weight.dtype, device=weight.device).state_dict())
 
 
 def _with_adapter(model: nn.Module, folder: Path, scale: float) -> nn.Module:

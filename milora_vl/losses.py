@@ -136,7 +136,7 @@ def _chunked_loss(run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], 
     (output, hidden), *more = calls
     assert not more, f"{type(inner).__name__} is called more than once by its model"
     # ZeRO-3 reduces a gradient when autograd accumulates it in the weight. `torch.autograd.grad` would bypass that.
-    # FSDP2 ends the step's backward with the first one that passes through a sharded module.
+    # FSDP2 ends the backward of a step at the first backward that passes through a sharded module.
     by_autograd = (head and is_deepspeed_zero3_enabled()) or is_fsdp
     if is_empty or not torch.is_grad_enabled() or by_autograd:
         pairs = zip(hidden.split(sizes), targets, strict=True)
@@ -152,9 +152,9 @@ class GradientsAtOnce(torch.autograd.Function):
 
         loss = sum_c loss_c(h_c, w)        d loss / d h_c = d loss_c / d h_c        d loss / d w = sum_c d loss_c / d w
 
-    Each chunk contributes on its own, so its logits (chunk, vocabulary) can be dropped before those of the next chunk
-    exist. Backward receives the gradient of the sum, one number, and only scales what is saved: whatever divides the
-    loss later (accumulation, the number of tokens) is a factor.
+    Each chunk contributes on its own, so its logits (chunk, vocabulary) can be dropped before the next chunk makes its
+    logits. Backward receives the gradient of the sum, one number, and multiplies the saved gradients by it: gradient
+    accumulation and the number of tokens only scale the loss.
 
     >>> w, h = torch.tensor([[1.0, 2.0], [0.0, 1.0]], requires_grad=True), torch.ones(3, 2, requires_grad=True)
     >>> targets = torch.tensor([0, 1, 0])
@@ -186,7 +186,7 @@ class GradientsAtOnce(torch.autograd.Function):
                 buffer = logits.new_empty((max(sizes), logits.shape[-1]), dtype=torch.float32)
             loss, of_logits = _loss_and_gradient(logits.detach(), target, buffer[: len(target)])
             of_piece, *of_head = torch.autograd.grad(logits, (piece, *head), of_logits, allow_unused=True)
-            del logits  # before those of the next chunk exist
+            del logits  # before the next chunk makes its logits
             out.copy_(of_piece)
             pairs = zip(grad_head, of_head, strict=True)
             grad_head = [a if b is None else b if a is None else a.add_(b) for a, b in pairs]
@@ -241,7 +241,7 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, buffer: Tensor) -> tuple
     """Return the summed cross-entropy, and its gradient softmax(logits) - one-hot(targets) in the dtype of `logits`.
 
     `logits` is (positions, vocabulary), and every position has a target. `buffer`, of the same shape in float32, is
-    overwritten. The numbers are those of `_cross_entropy` and autograd.
+    overwritten. `_cross_entropy` and autograd give the same numbers.
     """
     targets = targets.to(logits.device)
     torch.log_softmax(logits.float(), dim=-1, out=buffer)

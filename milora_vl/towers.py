@@ -208,7 +208,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def image_token_of(model: nn.Module) -> int | None:
-    """Return the id of the token that stands for picture positions in `input_ids`, or None without one."""
+    """Return the id of the token that marks picture positions in `input_ids`, or None without one."""
     config = getattr(model, "config", None)
     ids = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
     return next((int(token) for token in ids if isinstance(token, int)), None)

@@ -88,13 +88,13 @@ def templates_compiled_once() -> Iterator[None]:
 
 @pytest.fixture
 def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that our code starts (evaluations, dry runs, the cells of a sweep) need not wait for imports."""
+    """Programs that our code starts (an evaluation, a step of the demo, a cell of a sweep) start without imports."""
+    from milora_vl import demo
     from milora_vl.forgetting import job
-    from milora_vl.plan import evaluation
-    from milora_vl.sweep import __main__ as sweep
     from milora_vl.sweep import runner
+    from milora_vl.train import evaluation
 
-    for module in (job, evaluation, sweep, runner):
+    for module in (demo, job, evaluation, runner):
         monkeypatch.setattr(module, "subprocess", programs.ForkedSubprocess)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from milora_data.errors import MALFORMED, DataError
+from milora_data.picture_template import PictureTemplate
 from milora_data.records import IMAGE, Turn
-from milora_data.templates import OWN, TEMPLATES, Segment, render, split_turns, template_name
+from milora_data.templates import OWN, TEMPLATES, Segment, no_tools, render, split_turns, template_name
 from milora_data.tokens import TokenizerTraits, eos_text, own_template, tokenizer_traits
 
 _PLACEHOLDER = "\ue000{}\ue001"  # characters of Unicode's private use area: no template handles them specially
@@ -21,17 +23,29 @@ _PLACEHOLDERS = re.compile("\ue000([0-9]+)\ue001")
 
 
 def segments_of(
-    turns: Sequence[Turn], template: str, tokenizer: Any, *, prompt: bool = False, traits: TokenizerTraits | None = None
+    turns: Sequence[Turn],
+    template: str,
+    tokenizer: Any,
+    *,
+    prompt: bool = False,
+    traits: TokenizerTraits | None = None,
+    tools: Sequence[Any] = (),
 ) -> tuple[list[int], list[Segment]]:
     """Return the ids before the conversation (BOS, or none) and its segments, rendered for `tokenizer`.
 
-    With `prompt`, they end where the next answer begins. Raises `DataError` for turns that the template refuses.
+    With `prompt`, they end where the next answer begins. Only a chat template writes `tools`, their calls and results.
+    Raises `DataError` for turns that the template refuses.
     """
     name = template_name(template)
     bos = tokenizer_traits(tokenizer).bos if traits is None else traits.bos
     text = str(tokenizer.bos_token) if bos else ""
+    with_tools = bool(tools) or any(turn.role == "tool" or turn.call for turn in turns)
+    if with_tools and name != OWN:
+        raise no_tools()
     if name == OWN:
-        segments = own_segments(turns, tokenizer, prompt=prompt)
+        segments = (
+            tool_segments(turns, tools, tokenizer) if with_tools else own_segments(turns, tokenizer, prompt=prompt)
+        )
         return (bos if segments and bos and _processor_adds(text, segments[0].text, tokenizer) else []), segments
     return bos, render(turns, TEMPLATES[name], eos_text(tokenizer), bos=text, prompt=prompt)
 
@@ -87,6 +101,29 @@ def own_segments(turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False)
     if not has_token and not prompt and kept and kept[-1].role == "assistant":
         segments.append(Segment(eos_text(tokenizer), supervised=True))
     return [segment for segment in segments if segment.text]
+
+
+def tool_segments(turns: Sequence[Turn], tools: Sequence[Any], tokenizer: Any) -> list[Segment]:
+    """Return the segments of a conversation with tools in the tokenizer's own chat template.
+
+    Supervised are the assistant's texts and calls with the token that ends each of them.
+    Raises `UserError` without a chat template, and `DataError` if it refuses the turns or does not write the tools.
+    """
+    rendered = _template_with_tools(tokenizer, own_template(tokenizer)).render(turns, tools=tools)
+    if IMAGE in rendered.text:
+        raise DataError(
+            f'a tool, a call or a result contains "{IMAGE}", which stands for a picture', code="record-tools-picture"
+        )
+    segments, at = [], 0
+    for start, end in [*rendered.supervised, (len(rendered.text), len(rendered.text))]:
+        segments += [Segment(rendered.text[at:start], supervised=False), Segment(rendered.text[start:end], True)]
+        at = end
+    return [segment for segment in segments if segment.text]
+
+
+@lru_cache(maxsize=4)
+def _template_with_tools(tokenizer: Any, template: str) -> PictureTemplate:
+    return PictureTemplate(template, tokenizer)  # it runs the template several times, to learn its form
 
 
 class _ChatTemplate:

@@ -22,7 +22,7 @@ from typing import Any
 
 from milora_data.conversation import segments_of
 from milora_data.errors import DataError, with_context
-from milora_data.records import IMAGE, Record, Turn, parse_record, uses_tools
+from milora_data.records import IMAGE, Record, Turn, parse_record, tools_of, uses_tools
 from milora_data.templates import Segment, no_tools, no_videos, place_images
 from milora_data.tokens import IGNORE, TokenizerTraits, tokenizer_traits
 from milora_data.words import words_of
@@ -71,13 +71,13 @@ def encode(
     """
     record = record if isinstance(record, Record) else parse_record(record)
     try:
-        if uses_tools(record):
+        if uses_tools(record) and record.images:
             raise no_tools()
         if record.videos:
             raise no_videos("this model")
         turns = place_images(record.turns, len(record.images))
         traits = tokenizer_traits(tokenizer)
-        bos, segments = segments_of(turns, template, tokenizer, traits=traits)
+        bos, segments = segments_of(turns, template, tokenizer, traits=traits, tools=tools_of(record))
         encoded = _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
             cut = f": max_length {max_length} cuts off the last {encoded.num_cut} tokens" if encoded.num_cut else ""

@@ -25,7 +25,7 @@ from milora_data.tokens import eos_text
 # Characters of Unicode's private use area: no template handles them specially.
 _PLACEHOLDER = "\ue000{}\ue001"
 _PLACEHOLDERS = re.compile("\ue000[0-9]+\ue001")
-# It stands for a video in the texts of turns.
+# The mark of a video in the texts of turns.
 VIDEO_MARK = "\ue002"
 # A picture and the line break that belongs to its marker: LLaVA's records have "<image>\ntext" or "text\n<image>".
 _MARKERS = re.compile(f"({IMAGE}|{VIDEO_MARK})\n|\n?({IMAGE}|{VIDEO_MARK})")
@@ -36,8 +36,8 @@ Part = Mapping[str, str]
 class Rendered(NamedTuple):
     """A conversation as the processor reads it: each picture is the template's placeholder.
 
-    `supervised` has the ranges of characters (start, end) on which the loss is computed. For a processor with a plain
-    prompt, `suffix` is the answer, all of which is supervised; it is None otherwise.
+    `supervised` has the ranges of characters (start, end) on which the loss is computed. With a plain prompt,
+    `suffix` is the whole answer, and all of it is supervised; other prompts have no suffix (None).
     """
 
     text: str
@@ -292,7 +292,7 @@ class PictureTemplate:
         if turn.role == "tool" and self._tools is not None and not self._tools.in_parts and len(parts) == 1:
             return turn.text
         if self.in_parts or any(part["type"] != "text" for part in parts):
-            # The position of an answer is that of its text, so an answer of pictures alone gets an empty one.
+            # The text of an answer gives its position, so an answer of pictures alone gets an empty text.
             needs_text = turn.role == "assistant" and not any("text" in part for part in parts)
             return [*parts, {"type": "text", "text": ""}] if needs_text else parts
         return turn.text

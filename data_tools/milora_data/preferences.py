@@ -25,7 +25,7 @@ class PreferenceCollator:
     """Collates pairs into the batch that TRL's `DPOTrainer` reads; pass it as `data_collator`.
 
     `__call__` takes the dicts of `pair_of`. It returns input_ids, attention_mask and completion_mask, each (2 x pairs,
-    length): the rows of all preferred answers, then those of all rejected ones. Other tensors are those of `collate`.
+    length): the rows of all preferred answers, then the rows of all rejected ones. `collate` makes the other tensors.
 
     Raises UserError for a collator that skips records, because a pair must stay a pair.
     """

@@ -57,7 +57,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
     `__call__` returns input_ids, attention_mask and labels (batch, length), padded on the right, and every other tensor
     that the processor returns. Labels of unsupervised tokens are -100. Records without pictures may be mixed in.
     A record beyond `max_length` is cut at its end, never within a picture. `RecordCollator` explains `bad_images` and
-    `substitutes`; a picture that the processor refuses counts as one that cannot be read.
+    `substitutes`; a picture that the processor refuses counts as unreadable.
 
     Raises `UserError` for a processor without a chat template or a documented plain prompt, and for a version of
     transformers whose processors do not return the places of pictures.
@@ -104,7 +104,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         return sum(len(self.inputs.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
 
     def segments(self, record: Record) -> list[Segment]:
-        """Return the text of a record in pieces, supervised or not; `<image>` stands for each picture."""
+        """Return the text of a record in pieces, supervised or not, with `<image>` in place of each picture."""
         rendered, end, pieces = self._rendered(record), 0, []
         for start, stop in rendered.supervised:
             pieces += [Segment(rendered.text[end:start], False), Segment(rendered.text[start:stop], True)]
@@ -168,7 +168,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             return self._replaced(error)
 
     def _replaced(self, error: ImageError, like: Any = None) -> Any:
-        """Return a plain picture in place of one that cannot be used, or raise its error, as `bad_images` says.
+        """Return a plain picture in place of an unusable one, or raise its error, as `bad_images` says.
 
         `like` is a picture of the size that it needs.
         """
@@ -298,7 +298,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
 class _Row:
     """One row of a batch: its sample, the characters of each token (length, 2) in the expanded text, and its pictures.
 
-    `spans` has for each picture the characters of its placeholder in the sample's text, and of what replaces it.
+    `spans` has two ranges of characters for each picture: its placeholder, and the text that replaces it.
     """
 
     sample: PictureSample

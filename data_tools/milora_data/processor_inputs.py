@@ -14,7 +14,7 @@ from milora_data.templates import no_videos
 # What processors raise for pictures and texts that they do not take.
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
 PLACES = "places_of_pictures"
-BLANK = (64, 64)  # height and width of a picture that stands for one without pixels
+BLANK = (64, 64)  # height and width of the picture that replaces one without pixels
 
 
 class Frames(NamedTuple):
@@ -30,7 +30,7 @@ class Frames(NamedTuple):
 
 
 def _video_token(processor: Any) -> str | None:
-    """Return the token that stands for a video in texts; None for a processor that takes no videos."""
+    """Return the token of a video in texts; None for a processor that takes no videos."""
     try:
         return str(processor.video_token) if processor.video_processor is not None else None
     except AttributeError:
@@ -69,8 +69,8 @@ class ProcessorInputs:
         """Return the processor's tensors for texts with their pictures (PIL) and videos.
 
         `with_places` adds offset_mapping (batch, length, 2), the characters of each token in the text with expanded
-        placeholders, and PLACES: per text and picture the characters of the placeholder (start, end), and of what
-        replaces it.
+        placeholders, and PLACES: per text and picture two ranges of characters (start, end), of the placeholder and of
+        its replacement.
         """
         texts = [one.text for one in rendered]
         options: dict[str, Any] = {

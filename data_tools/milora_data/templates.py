@@ -245,7 +245,8 @@ def no_tools() -> DataError:
     return DataError(
         "this template writes no tools, their calls and their results",
         code="record-tools",
-        hint="vision-language models whose own chat template writes tools train on such records (docs/data-format.md)",
+        hint="use a chat template that writes tools: that of a text model (--template chat_template) or of a\n"
+        "vision-language model other than LLaVA (docs/data-format.md)",
     )
 
 

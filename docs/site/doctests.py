@@ -1,4 +1,4 @@
-"""For the documentation site: examples in docstrings (`>>>`) stand there as code, not as prose."""
+"""For the documentation site: it shows examples in docstrings (`>>>`) as code, not as prose."""
 
 from __future__ import annotations
 

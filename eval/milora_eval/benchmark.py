@@ -6,8 +6,10 @@ Items carry everything that scoring needs, so stored answers can be scored again
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,6 +129,10 @@ class Benchmark:
         """Read the items from a folder. Raises MissingData (a UserError) if a file is missing."""
         raise NotImplementedError(f"benchmark {type(self).__name__} has no method load(data_dir)")
 
+    def stream(self, data_dir: Path) -> Iterator[Item]:
+        """Yield the items of `load`. A benchmark whose file may hold a million questions reads one at a time here."""
+        yield from self.load(data_dir)
+
     def prompt(self, item: Item) -> tuple[Turn, ...]:
         """Return the conversation to show the model; its last turn is the user's."""
         return item.turns
@@ -197,34 +203,32 @@ def means(answers: Iterable[Answer], name: str, *, detail: bool = False) -> list
 
 
 class Tally:
-    """Values with their types and groups, stored as plain numbers."""
+    """Values with their types and groups, 24 bytes of each."""
 
     def __init__(self) -> None:
-        from array import array
-
-        self.values, self.kinds, self.groups = array("d"), array("l"), array("l")
+        self._values, self._kind_numbers, self._groups = array("d"), array("q"), array("q")
         self._kinds: dict[str, int] = {}
-        self._groups: dict[str, int] = {}
 
     def add(self, value: float, kind: str, group: str) -> None:
         """Add one value."""
-        self.values.append(value)
-        self.kinds.append(self._kinds.setdefault(kind, len(self._kinds)))
-        self.groups.append(self._groups.setdefault(group, len(self._groups)))
+        self._values.append(value)
+        self._kind_numbers.append(self._kinds.setdefault(kind, len(self._kinds)))
+        self._groups.append(hash(group))
 
     def metrics(self, name: str, *, detail: bool = False) -> list[Metric]:
         """Return the mean of all values as `name`, then of each type if there are several; [] for no values."""
-        if not self.values:
+        if not self._values:
             return []
-        metrics = [_mean_metric(name, self.values, self.groups)]
+        metrics = [_mean_metric(name, self._values, self._groups)]
         if len(self._kinds) > 1:
             for kind, number in sorted(self._kinds.items()):
-                positions = [i for i, other in enumerate(self.kinds) if other == number]
-                values, groups = [self.values[i] for i in positions], [self.groups[i] for i in positions]
+                is_kind = [other == number for other in self._kind_numbers]
+                values = array("d", compress(self._values, is_kind))
+                groups = array("q", compress(self._groups, is_kind))
                 metrics.append(_mean_metric(kind, values, groups, detail=detail))
         return metrics
 
 
-def _mean_metric(name: str, values: Any, groups: Any, *, detail: bool = False) -> Metric:
+def _mean_metric(name: str, values: array[float], groups: array[int], *, detail: bool = False) -> Metric:
     stderr = clustered_stderr(values, groups)
     return Metric(name, mean(values), stderr, len(values), mean_of="items", detail=detail)

@@ -8,7 +8,7 @@ import csv
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,18 @@ def find(benchmark: Benchmark, data_dir: Path, names: str) -> Path:
     )
 
 
-def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
-    """Return the items of a benchmark. Raises DataError if its official files do not have the published format.
+def load_items(benchmark: Benchmark, data_dir: Path) -> Iterator[Item]:
+    """Yield the items of a benchmark. Raises DataError if its official files do not have the published format.
 
     Exceptions of a user's own benchmark class are not caught: the traceback shows their place.
     """
     if not type(benchmark).__module__.startswith("milora_eval."):
-        return benchmark.load(data_dir)
+        yield from benchmark.stream(data_dir)
+        return
     try:
-        items = benchmark.load(data_dir)
-        _require_inside(benchmark, items, data_dir)
-        return items
+        for item in benchmark.stream(data_dir):
+            _require_inside(benchmark, item, data_dir)
+            yield item
     except UserError:
         raise
     except (*MALFORMED, SyntaxError, csv.Error) as error:
@@ -66,23 +67,22 @@ def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
         ) from None
 
 
-def _require_inside(benchmark: Benchmark, items: Sequence[Item], data_dir: Path) -> None:
+def _require_inside(benchmark: Benchmark, item: Item, data_dir: Path) -> None:
     """Raise DataError if a file of a benchmark names a picture outside of the data folder. `OwnData` checks its own."""
-    if benchmark.origin.startswith("data:"):
+    if benchmark.origin.startswith("data:") or not item.images:
         return
     # The folder of a benchmark is often a subfolder of the data folder, and shares pictures with others.
     allowed = tuple(
         os.path.normpath(folder.absolute()) + os.sep for folder in (data_dir.absolute().parent, cache_dir())
     )
-    for item in items:
-        for name in item.images:
-            if not os.path.normpath(Path(name).absolute()).startswith(allowed):
-                raise DataError(
-                    f"the picture {name!r:.120} is outside of the data folder",
-                    code="image-outside-folder",
-                    where=f"benchmark {benchmark.name}, question {item.id!r:.60}",
-                    hint="download the files again from the source of the benchmark",
-                )
+    for name in item.images:
+        if not os.path.normpath(Path(name).absolute()).startswith(allowed):
+            raise DataError(
+                f"the picture {name!r:.120} is outside of the data folder",
+                code="image-outside-folder",
+                where=f"benchmark {benchmark.name}, question {item.id!r:.60}",
+                hint="download the files again from the source of the benchmark",
+            )
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """A small suite on a model that is training: its scores for the log, without files.
 
-`milora_vl.plan.evaluation.during` imports this module by its name; milora_vl does not import milora_eval.
+`milora_vl.train.evaluation.suites_of` imports this module by its name; milora_vl does not import milora_eval.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Suites:
         """
         entries: dict[str, float] = {}
         for plan, items in self._planned:
-            # Answers of one step must not be found at the next one, so they go to a folder of their own.
+            # The next step must not find these answers, so they go to a temporary folder.
             with tempfile.TemporaryDirectory() as scratch, redirect_stderr(io.StringIO()):
                 results = evaluate(model, processor, plan, items, scratch)
             assert results is not None  # a single shard is always complete

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from milora_data.templates import OWN, template_name
 from milora_data.tokens import own_template
 from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
-from milora_eval.answers.questions import EvaluationPlan, Items, questions, read_items
+from milora_eval.answers.questions import EvaluationPlan, Items, Questions, read_items
 from milora_eval.answers.runner import Outcome, ask, audit, finish
 from milora_eval.answers.store import alone
 from milora_eval.benchmark import Benchmark
@@ -71,7 +71,7 @@ def evaluate(model: Any, processor: Any, plan: EvaluationPlan, items: Items, out
     keys = settings(model, processor, plan.adapter, plan.template, plan.image_aspect_ratio)
     plan = replace(plan, settings=keys if plan.scale == 1 else keys | {"scale": plan.scale})
     folder = results_folder(output_dir, plan.suite, plan.which)
-    asked = questions(plan, items)
+    asked = Questions(plan, items)
     outcome = ask(model, processor, plan, asked, folder)
     with nullcontext() if plan.shard[1] == 1 else alone(folder):
         if not finish(plan, asked, folder):

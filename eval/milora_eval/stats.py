@@ -7,6 +7,7 @@ cross terms within a cluster.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -67,13 +68,13 @@ def stratified_stderr(
         return None
     centre = {name: mean(part) for name, part in parts.items()}
     naive = math.fsum((mean_stderr(part) or 0.0) ** 2 for part in parts.values()) / len(parts) ** 2
-    sums: dict[Hashable, float] = defaultdict(float)
-    squares: dict[Hashable, float] = defaultdict(float)
-    for value, stratum, cluster in zip(values, strata, clusters, strict=True):
-        term = (value - centre[stratum]) / (len(parts) * len(parts[stratum]))
-        sums[cluster] += term
-        squares[cluster] += term**2
-    crossed = math.fsum(sums[cluster] ** 2 - squares[cluster] for cluster in sums)
+    numbers = _numbered(clusters)
+    sums, squares = np.zeros(1 + max(numbers)), np.zeros(1 + max(numbers))
+    pairs = zip(values, strata, strict=True)
+    terms = array("d", ((value - centre[name]) / (len(parts) * len(parts[name])) for value, name in pairs))
+    np.add.at(sums, numbers, terms)
+    np.add.at(squares, numbers, array("d", (term**2 for term in terms)))
+    crossed = math.fsum(each**2 - square for each, square in zip(sums.flat, squares.flat, strict=True))
     return math.sqrt(max(naive + crossed, 0.0))
 
 
@@ -207,10 +208,10 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
-def _parts(values: Sequence[float], strata: Sequence[Hashable]) -> dict[Hashable, list[float]]:
-    parts: dict[Hashable, list[float]] = {}
+def _parts(values: Sequence[float], strata: Sequence[Hashable]) -> dict[Hashable, array[float]]:
+    parts: dict[Hashable, array[float]] = {}
     for value, stratum in zip(values, strata, strict=True):
-        parts.setdefault(stratum, []).append(value)
+        parts.setdefault(stratum, array("d")).append(value)
     return parts
 
 
@@ -233,6 +234,9 @@ def _bootstrap(
     return draws
 
 
-def _numbered(names: Sequence[Hashable]) -> list[int]:
+def _numbered(names: Sequence[Hashable]) -> array[int]:
+    """Return a number from 0 for each name, equal for equal names."""
+    if isinstance(names, array):  # numbers already: without an object for each
+        return array("q", np.unique(np.asarray(names), return_inverse=True)[1].astype(np.int64).tobytes())
     numbers: dict[Hashable, int] = {}
-    return [numbers.setdefault(name, len(numbers)) for name in names]
+    return array("q", (numbers.setdefault(name, len(numbers)) for name in names))

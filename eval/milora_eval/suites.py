@@ -147,7 +147,7 @@ def find_benchmark(name: str) -> Benchmark:
 def stored_benchmark(name: str) -> Benchmark:
     """Return the benchmark that stored answers name, as `find_benchmark` does, without running code that they choose.
 
-    Raises UserError if the name is that of a module or file which this process has not imported before.
+    Raises UserError if the name is a module or a file that this process has not imported before.
     """
     spec = name.partition("@")[0]
     module = BENCHMARKS.get(spec, spec).partition(":")[0]
@@ -198,6 +198,24 @@ def has_files(benchmark: Benchmark, data_dir: Path) -> bool:
     """Return whether all files that the benchmark reads exist."""
     folder = folder_of(benchmark, data_dir)
     return all(any((folder / name).exists() for name in names.split("|")) for names in benchmark.files)
+
+
+def listing(data_dir: Path | None) -> dict[str, Any]:
+    """Return suites and benchmarks as JSON data; `found` is null without a data folder."""
+    suites = {name: {"benchmarks": suite.benchmarks, "about": suite.about} for name, suite in SUITES.items()}
+    return {"suites": suites, "benchmarks": [_about(find_benchmark(name), data_dir) for name in BENCHMARKS]}
+
+
+def _about(benchmark: Benchmark, data_dir: Path | None) -> dict[str, Any]:
+    return {
+        "name": benchmark.name,
+        "version": benchmark.version,
+        "protocol": benchmark.protocol,
+        "protocols": list(benchmark.protocols),
+        "split": benchmark.split,
+        "files": list(benchmark.files),
+        "found": None if data_dir is None else has_files(benchmark, data_dir),
+    }
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -44,7 +44,7 @@ def require_scale(scale: object) -> None:
 def scaled(adapter: PlainAdapter, scale: float, base: nn.Module | None) -> PlainAdapter:
     """Return the adapter with its update times `scale`. `base` is the base model, needed for modules trained in full.
 
-    The stored factors stay as they are; alpha changes, in adapter_config.json and in milora.json.
+    The stored factors do not change; alpha does, in adapter_config.json and in milora.json.
     """
     factors = {path: replace(low, scaling=scale * low.scaling) for path, low in adapter.factors.items()}
     whole = _whole([adapter], [scale], base) if adapter.whole else {}

@@ -18,7 +18,7 @@ class Update:
     """The update of a trained model: its LoRA layers, and the weights trained in full with their values before.
 
     `before` gives these values by name for a model without an adapter (a whole model, or one with another projector);
-    an adapter carries them itself.
+    an adapter carries them itself. Raises UserError if they come from another kind of model.
     """
 
     def __init__(self, model: nn.Module, before: Mapping[str, Tensor] | None = None) -> None:
@@ -30,6 +30,7 @@ class Update:
             self._whole = [(now, now.clone(), W) for now, W in _saved_modules(model)]
         elif before is not None:
             state = model.state_dict()
+            _require_same_shapes(state, before)
             pairs = [(state[name], W) for name, W in before.items() if name in state]
             self._whole = [(now, now.clone(), W) for now, W in pairs if not torch.equal(now, W.to(now))]
 
@@ -41,6 +42,18 @@ class Update:
                 layer.set_scale(name, scale)
         for now, trained, W in self._whole:
             now.copy_(trained if scale == 1 else interpolated(W, [(trained, scale)]))
+
+
+def _require_same_shapes(state: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    for name, W in before.items():
+        found = tuple(state[name].shape) if name in state else "nothing"
+        if found != tuple(W.shape):
+            raise UserError(
+                f"the base is another kind of model: its {name} is {tuple(W.shape)}, that of the trained model {found}",
+                code="base-differs",
+                where="--base",
+                hint="name the model that the training started from",
+            )
 
 
 def _saved_modules(model: PeftModel) -> Iterator[tuple[Tensor, Tensor]]:

@@ -103,7 +103,8 @@ def find_inputs(
 def _split(batches: Sequence[Batch], image_token: int | None) -> tuple[list[Batch], list[Batch]]:
     """Return the batches for C and those that are held out: the last of each eight, or the last of two to seven.
 
-    Batches with and without pictures are split separately; a kind with one batch gives up rows of it instead.
+    Batches with and without pictures are split separately. If there is only one batch of a kind, some of its rows are
+    held out instead.
     """
     fit: list[Batch] = []
     held: list[Batch] = []
@@ -202,7 +203,7 @@ def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Hook], ends: 
 
 
 def _like(value: Any, weight: Tensor) -> Any:
-    """Return a tensor on the device of the model, pixels in its data type too; other values as they are."""
+    """Return a tensor on the device of the model, pixels in its data type too; other values are unchanged."""
     if not isinstance(value, Tensor):
         return value
     return value.to(weight) if value.is_floating_point() else value.to(weight.device)

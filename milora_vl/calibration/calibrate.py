@@ -30,7 +30,7 @@ def protected_inputs(
     cache_dir: str | Path | None = None,
     is_shown: bool = False,
 ) -> ProtectedInputs | None:
-    """Return the protected inputs of all targets whose rule has `protect: {inputs: p}`; None if there is none.
+    """Return the protected inputs of all targets whose rule has `protect: {inputs: p}`, or None without such rules.
 
     `batches` holds arguments of the model's forward. `is_shown` shows a progress bar on stderr. Warns about layers that
     protect almost nothing, and about too little data. Raises CalibrationError as `find_inputs` and `checked_batches`,

@@ -2,7 +2,7 @@
 
 Padding does not count. The first position of a row does: it is an attention sink, which all later positions read, so an
 update that moves it changes every text. `activations.LARGEST` limits its energy. Text and picture positions weigh half
-each in total; the mean weight is 1, as that of positions of batches without `input_ids`.
+each in total. The mean weight is 1; in batches without `input_ids`, every position has weight 1.
 """
 
 from __future__ import annotations

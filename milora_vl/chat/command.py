@@ -34,6 +34,7 @@ examples:
         option("--image", type=Path, action="append", help="picture of the question; repeat it for several"),
     ),
     settings=(
+        shared("base"),
         shared("scale"),
         flag("--compare", "show the base model's answer too"),
         option(
@@ -88,6 +89,13 @@ def _check(options: argparse.Namespace) -> None:
         hint = "add a question, or remove the flag"
         raise UserError("json needs a question to answer", code="flag-needs-another", where="--format", hint=hint)
     adapter = options.adapter
+    if options.base and (adapter or holds_adapter(Path(options.model))):
+        raise UserError(
+            "this flag is for a fully trained --model; the base of an adapter is its --model",
+            code="flag-conflict",
+            where="--base",
+            hint="remove it",
+        )
     if adapter and not (holds_adapter(adapter) or holds_projector_alone(adapter)):
         newest = newest_of_unfinished(adapter, "milora_vl.chat", "--model", options.model, "--adapter")
         raise UserError(
@@ -98,10 +106,11 @@ def _check(options: argparse.Namespace) -> None:
             or "expected a folder with adapter_config.json, for example the output_dir of a run\n"
             "make one: python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo",
         )
-    if options.compare and not holds_adapter(adapter or Path(options.model)):
+    if options.compare and not (options.base or holds_adapter(adapter or Path(options.model))):
         raise UserError(
-            "needs an adapter: it shows the answers with and without it",
+            "needs an adapter, or a fully trained model and its base: it shows the answers of both",
             code="flag-needs-another",
             where="--compare",
-            hint=newest_of_unfinished(Path(options.model), "--model").removeprefix("\n") or "add:  --adapter FOLDER",
+            hint=newest_of_unfinished(Path(options.model), "--model").removeprefix("\n")
+            or "add:  --adapter FOLDER   or   --base MODEL",
         )

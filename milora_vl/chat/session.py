@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,12 @@ from milora_data.command.cli import report, suggest
 from milora_data.errors import UserError
 from milora_data.images.pixels import AspectRatio
 from milora_data.records import IMAGE, Turn
+from milora_vl.adapters.scale import Update
 from milora_vl.chat.picture import open_picture
 from milora_vl.chat.web import serve
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.generate import Prompt, generate
-from milora_vl.load import load_by_flags
+from milora_vl.load import load_by_flags, update_since
 from milora_vl.models.loading import split_processor
 from milora_vl.recipe.prompts import prompts_of
 
@@ -66,8 +67,13 @@ class Chat:
         max_new_tokens: int,
         compare: bool,
         image_aspect_ratio: AspectRatio = "pad",
+        update: Update | None = None,
+        scale: float = 1.0,
     ) -> None:
+        """Start a conversation. `update` is the update of a model without an adapter, and `scale` its size."""
         self.model = model
+        self.update = update
+        self.scale = scale
         self.processor = processor
         self.template = template
         self.image_aspect_ratio = image_aspect_ratio
@@ -79,12 +85,17 @@ class Chat:
     def load(cls, options: argparse.Namespace) -> Chat:
         """Load the model and adapter of the command line.
 
-        Raises UserError if `--compare` is set and the adapter cannot be switched off.
+        Raises UserError if `--compare` is set and the adapter cannot be switched off, and for another kind of base.
         """
         prompts = prompts_of(options.model, options.adapter, options.template)
-        model, processor = load_by_flags(options.model, options.adapter, options.dtype, options.device, options.scale)
+        update = None
+        size = 1.0 if options.base else options.scale  # the update of a fully trained model gets its size below
+        model, processor = load_by_flags(options.model, options.adapter, options.dtype, options.device, size)
         prompts.limit(processor)
-        if options.compare and not can_recover_base(model):
+        if options.base:
+            update = update_since(options.base, model)
+            update.set(options.scale)
+        if options.compare and update is None and not can_recover_base(model):
             raise UserError(
                 f"{options.adapter} cannot be switched off: it trained biases, or only a projector",
                 code="compare-no-base",
@@ -98,6 +109,8 @@ class Chat:
             image_aspect_ratio=prompts.image_aspect_ratio,
             max_new_tokens=options.max_new_tokens,
             compare=options.compare,
+            update=update,
+            scale=options.scale,
         )
 
     def start(self, pictures: Sequence[Image.Image]) -> None:
@@ -136,7 +149,7 @@ class Chat:
     def reply(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], streamer: Any, *, base: bool) -> str:
         """Return the answer to the last turn, from the base model if `base`. `streamer` gets each new token."""
         prompt = Prompt(tuple(turns), tuple(pictures))
-        with self.model.disable_adapter() if base else nullcontext():
+        with self._base_model() if base else nullcontext():
             (answer,) = generate(
                 self.model,
                 self.processor,
@@ -147,6 +160,19 @@ class Chat:
                 streamer=streamer,
             )
         return answer
+
+    @contextmanager
+    def _base_model(self) -> Iterator[None]:
+        """Make the model the base model while the context lasts."""
+        if self.update is None:
+            with self.model.disable_adapter():
+                yield
+            return
+        self.update.set(0)
+        try:
+            yield
+        finally:
+            self.update.set(self.scale)
 
     def _write_reply(self, label: str, *, base: bool) -> str:
         sys.stdout.write(label)

@@ -39,19 +39,22 @@ ROUNDING = 1e-4  # float32 training leaves at most this overlap; half precision 
 class Directions:
     """The protected directions of one side: `basis` (n, k) is orthonormal, or holds the ids (k,) of embedded tokens.
 
-    Layers that read the same input share one object, and so its memory.
+    Layers that read the same input share one object, and so its memory. The basis moves to the device of the factors,
+    unless it `stays`: then only a copy goes there, for the time of one product.
     """
 
     basis: Tensor
+    stays: bool = False
 
     def component(self, rows: Tensor) -> Tensor:
         """Return the component of each row of (m, n) in these directions, in float32 or float64."""
-        if self.basis.device != rows.device:
-            self.basis = self.basis.to(rows.device)
+        basis = self.basis.to(rows.device)
+        if not self.stays:
+            self.basis = basis
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if self.basis.dim() == 1:
-            return torch.zeros_like(rows).index_copy_(1, self.basis, rows[:, self.basis])
-        basis = self.basis.to(rows.dtype)
+        if basis.dim() == 1:
+            return torch.zeros_like(rows).index_copy_(1, basis, rows[:, basis])
+        basis = basis.to(rows.dtype)
         return (rows @ basis) @ basis.T
 
 
@@ -151,12 +154,16 @@ def find_protected(
     """
     protecting = [t for t in targets if t.protect is not None]
     directions = _singular_directions(model, protecting, cache_dir, progress)
-    shared = [] if inputs is None else [Directions(basis.V) for basis in inputs.bases]
+    shared: dict[tuple[int, bool], Directions] = {}
     for target in protecting:
         if target.protect is not None and target.protect.inputs is not None:
             assert inputs is not None
-            basis, V = inputs.of(target.path), shared[inputs.numbers[target.path]]
-            directions[target.path] = Protected(target.path, target.protect, V, None, basis.share, basis.held_out)
+            basis, offload = inputs.of(target.path), target.protect.offload
+            key = (inputs.numbers[target.path], offload)
+            if key not in shared:
+                shared[key] = Directions(basis.V.cpu() if offload else basis.V, stays=offload)
+            found = Protected(target.path, target.protect, shared[key], None, basis.share, basis.held_out)
+            directions[target.path] = found
     return {target.path: directions[target.path] for target in protecting}
 
 

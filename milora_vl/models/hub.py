@@ -141,11 +141,16 @@ def config_of(name: str) -> Any:
         whole, part, differing = PART_OF[name]
         inner = config_of(whole).to_dict()[part] | differing
         return AutoConfig.for_model(inner.pop("model_type"), **inner)
-    packaged = files("milora_vl") / "configs" / f"{SAME_WEIGHTS.get(name, name)}.json"
-    if packaged.is_file():
-        content = json.loads(packaged.read_text(encoding="utf-8"))
+    content = _packaged_config(name)
+    if content is not None:
         return AutoConfig.for_model(content.pop("model_type"), **content)
     return _read(AutoConfig.from_pretrained, source_of(name), name)
+
+
+def _packaged_config(name: str) -> dict[str, Any] | None:
+    """Return the content of a named model's config in this package, or None."""
+    file = files("milora_vl") / "configs" / f"{SAME_WEIGHTS.get(name, name)}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def read_pretrained(load: Any, name: str, **arguments: Any) -> Any:
@@ -224,12 +229,16 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
                 f"cannot read the model: {first_line(error)}", code="model-unreadable", where=source
             ) from None
         raise UserError(
-            f"the weights of {name} are not here, and the model hub does not answer",
+            f"{name} is not on this machine, and the model hub does not answer",
             code="model-not-available",
             hint=f"searched:    {source}, in the local cache and on the hub\n"
             f"error:       {first_line(error)}\n"
-            f"try:         hf download {source}      (on a machine with a network), or name a folder that holds it\n"
-            f"without:     python -m milora_vl.train --model {name} --dry-run      needs no weights",
+            f"try:         hf download {source}      (on a machine with a network), or name a folder that holds it"
+            + (
+                ""
+                if _packaged_config(name) is None
+                else f"\nwithout:     python -m milora_vl.train --model {name} --dry-run      needs only its config"
+            ),
         ) from None
 
 

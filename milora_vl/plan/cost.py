@@ -106,9 +106,11 @@ def calibration_lines(targets: Sequence[Target], work: Workload, here: float | N
     if not inputs:
         return []
     share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
+    on_cpu = all(target.protect is not None and target.protect.offload for target in inputs)
     lines = [
         f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many), "
         f"{sum(4 * t.shape[1] * expected_directions(t) for t in inputs) / GIB:.2g} GiB"
+        + (" of CPU memory" if on_cpu else "")
     ]
     if here is not None:
         seconds = calibration_flops(targets, work.total) / here
@@ -118,18 +120,32 @@ def calibration_lines(targets: Sequence[Target], work: Workload, here: float | N
 
 
 def activations(config: Any, base: nn.Module, targets: Sequence[Target], shape: Shape) -> float:
-    """Return the peak bytes of a micro-step: a simulation of few layers, extrapolated to all layers."""
-    text = config.get_text_config()
-    layers, towers = text.num_hidden_layers, find_towers(base)
-    peaks = []
-    for few in (min(count, layers) for count in FEW):
+    """Return the peak bytes of a micro-step: simulations of few layers, extrapolated to all layers.
+
+    The peak grows linearly with the number of layers of the language model and of a frozen vision tower. A vision
+    tower that trains is simulated whole.
+    """
+    text, towers = config.get_text_config(), find_towers(base)
+    layers = text.num_hidden_layers
+    tower = config.to_dict().get("vision_config", {}).get("num_hidden_layers", 0) if shape.pictures else 0
+    shortens_tower = tower > FEW[1] and not any(target.tower == "vision" for target in targets)
+
+    def peak(language: int, vision: int) -> int:
         small = copy.deepcopy(config)
-        small.get_text_config().num_hidden_layers = few
+        small.get_text_config().num_hidden_layers = language
         if small.get_text_config().to_dict().get("layer_types"):
-            small.get_text_config().layer_types = text.layer_types[:few]
-        kept = [t for t in targets if t.tower != "language" or (towers.block_of(t.path) or 0) < few]
-        peaks.append(simulate(small, kept, shape).activations)
-    return peaks[1] + (peaks[1] - peaks[0]) * (layers - FEW[1])
+            small.get_text_config().layer_types = text.layer_types[:language]
+        if shortens_tower:
+            small.vision_config.num_hidden_layers = vision
+        kept = [t for t in targets if t.tower != "language" or (towers.block_of(t.path) or 0) < language]
+        return simulate(small, kept, shape).activations
+
+    fewer, few = (min(count, layers) for count in FEW)
+    most = peak(few, FEW[1])
+    total = most + (most - peak(fewer, FEW[1])) * (layers - FEW[1])
+    if shortens_tower:
+        total += (most - peak(few, FEW[0])) * (tower - FEW[1])
+    return total
 
 
 def shape_of(config: Any, work: Workload, counts: Counts, *, checkpointing: bool) -> Shape:

@@ -131,8 +131,15 @@ def _missing(recipe: Recipe) -> list[UserError]:
         try:
             check()
         except UserError as error:
-            errors.append(error)
+            # The plan of a named model needs only its config; data() says that the processor is not here.
+            if not (_is_absent(error) and base_model.prepares_with_processor(recipe.model)):
+                errors.append(error)
     return errors
+
+
+def _is_absent(error: UserError) -> bool:
+    """Return whether the error says that files are not on this machine and the hub does not answer."""
+    return error.problems[0].code == "model-not-available"
 
 
 def _template(recipe: Recipe) -> None:
@@ -223,7 +230,13 @@ def _with_processor(
     screen: Screen, recipe: Recipe, read: run_data.RunData, first: Sequence[Record]
 ) -> first_batch.Counts:
     """Show the records of a model whose processor prepares the pictures. Return the tokens per record."""
-    processor = load_processor(recipe.model)
+    try:
+        processor = load_processor(recipe.model)
+    except UserError as error:
+        if not _is_absent(error):
+            raise
+        found = f"{read.describe()}, not checked: the processor of {recipe.model} is not on this machine"
+        return _assumed(screen, recipe, found)
     limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
     collate = ProcessorCollator(processor, image_folder=recipe.data.image_folder, max_length=recipe.data.max_length)
     counts = first_batch.count_with_processor(first, collate)

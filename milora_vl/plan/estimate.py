@@ -173,8 +173,12 @@ def distinct_inputs(targets: Sequence[Target]) -> list[Target]:
 
 
 def protected_input_bytes(targets: Sequence[Target], base_bytes: float) -> float:
-    """Return about the bytes of the directions of protected inputs, and of the anchors A0 that they keep in float32."""
-    directions = sum(4 * t.shape[1] * expected_directions(t) for t in distinct_inputs(targets))
+    """Return about the bytes of the directions of protected inputs, and of the anchors A0 that they keep in float32.
+
+    Directions that stay in CPU memory (`offload`) take none on the device.
+    """
+    inputs = [t for t in distinct_inputs(targets) if t.protect is not None and not t.protect.offload]
+    directions = sum(4 * t.shape[1] * expected_directions(t) for t in inputs)
     protecting = [t for t in targets if t.protect is not None and t.protect.inputs is not None and t.has_anchor]
     return directions + sum((4 - base_bytes) * (t.rank or 0) * t.shape[1] for t in protecting)
 

@@ -1,23 +1,16 @@
-"""The `eval:` section of a recipe: `python -m milora_eval run` in a separate process, after training.
+"""The `eval:` section of a recipe: what a run checks before it starts, and the commands after it.
 
-This is the only place where training reaches the evaluators. `during` imports them by name, for scores during training.
+`check` imports the evaluators by name: milora_vl does not import milora_eval.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, Protocol
 
 from milora_data.command.cli import suggest
 from milora_data.errors import UserError
-from milora_data.templates import OWN
-from milora_vl.recipe.base_model import prepares_with_processor
-from milora_vl.recipe.schema import EvalConfig, Recipe
+from milora_vl.recipe.schema import EvalConfig
 
 
 def commands(config: EvalConfig, *, model: str, output_dir: Path) -> list[list[str]]:
@@ -37,31 +30,6 @@ def commands(config: EvalConfig, *, model: str, output_dir: Path) -> list[list[s
     ]
 
 
-class Scored(Protocol):
-    """Suites whose questions are read; `measure` asks them."""
-
-    def measure(self, model: Any, processor: Any) -> dict[str, float]:
-        """Return `eval_suite_BENCHMARK` and its standard error for each benchmark."""
-
-
-def during(recipe: Recipe) -> Scored | None:
-    """Return the suites to score during training, None if the recipe asks for none.
-
-    Raises UserError for missing data.
-    """
-    config = recipe.eval
-    if config.suite_every is None:
-        return None
-    scored: Scored = importlib.import_module("milora_eval.during").Suites(
-        config.suites,
-        config.data,
-        config.suite_limit,
-        template=OWN if prepares_with_processor(recipe.model) else recipe.template or "vicuna_v1",
-        image_aspect_ratio=recipe.data.image_aspect_ratio or "pad",
-    )
-    return scored
-
-
 def check(config: EvalConfig) -> None:
     """Raise UserError for errors that would appear only after training: an unknown suite or missing files."""
     if config.suite_every is not None and not config.suites:
@@ -73,7 +41,7 @@ def check(config: EvalConfig) -> None:
         )
     for suite in config.suites:
         data = config.data or f"data/{suite}"
-        listed = _listed(data)
+        listed = importlib.import_module("milora_eval.suites").listing(Path(data) if Path(data).is_dir() else None)
         if suite not in listed["suites"]:
             near = suggest(suite, listed["suites"])
             known = ", ".join(listed["suites"])
@@ -93,21 +61,3 @@ def check(config: EvalConfig) -> None:
                 where="eval.data",
                 hint=f"see: python -m milora_eval ls --data {data}",
             )
-
-
-def run(command: list[str]) -> bool:
-    """Run a command with its output on stderr. Return whether it succeeded."""
-    return subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode == 0
-
-
-@functools.cache  # one process per folder; the callers only read the result
-def _listed(data: str) -> dict[str, Any]:
-    where = ["--data", data] if Path(data).is_dir() else []
-    command = [sys.executable, "-m", "milora_eval", "ls", *where, "--format", "json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise UserError(
-            "cannot list the suites of milora_eval", code="eval-list-failed", hint=done.stderr.strip()[:300]
-        )
-    listed: dict[str, Any] = json.loads(done.stdout)
-    return listed

@@ -1,18 +1,12 @@
-"""Set up DeepSpeed, FSDP2 and signals for processes that torchrun, accelerate or deepspeed start."""
+"""Settings of DeepSpeed, FSDP2 and launchers: checked, completed, and refused where they are not supported."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from milora_data.errors import Problem, UserError
 from milora_data.json_text import parse_json
@@ -143,49 +137,5 @@ def require_processes_for_fsdp(train: Mapping[str, Any]) -> None:
         )
 
 
-def before_arguments(train: Mapping[str, Any]) -> None:
-    """Prepare what TrainingArguments initializes: the variables of DeepSpeed, and the timeout of processes on CPUs.
-
-    Without a launcher DeepSpeed would look for MPI. On CPUs Hugging Face ignores `--ddp_timeout`.
-    """
-    if train.get("use_cpu"):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if train.get("ddp_timeout") and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-            timeout = timedelta(seconds=train["ddp_timeout"])
-            dist.init_process_group(train.get("ddp_backend") or "gloo", timeout=timeout)
-    if train.get("deepspeed") and "WORLD_SIZE" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}.items():
-            os.environ.setdefault(name, value)
-
-
-def after_arguments(train: Mapping[str, Any]) -> None:
-    """Initialize DeepSpeed in the process group of TrainingArguments: HF skips that on CPUs, and ZeRO-3 needs it."""
-    if train.get("deepspeed"):
-        import deepspeed
-
-        if train.get("use_cpu"):
-            # DeepSpeed would compile an inference kernel. If it is killed while compiling, it leaves a stale lock file
-            # that blocks later runs.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(verbose=False)
-
-
-@contextmanager
-def calls_on_sigterm(callback: Callable[..., object]) -> Iterator[None]:
-    """Inside this context SIGTERM calls `callback` instead of ending the process."""
-    before = signal.signal(signal.SIGTERM, callback)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

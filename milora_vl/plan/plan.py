@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from milora_vl.plan import hub, requirements, run_folder, training_args
+from milora_vl.plan import requirements, run_folder, training_args
 from milora_vl.plan.resuming import Resumed
 from milora_vl.plan.run_folder import RunFolder
 from milora_vl.recipe import settings
@@ -36,7 +36,7 @@ def make_plan(request: Request, *, processes: int) -> Plan:
     Raises RecipeError where the rules do not fit the model, UserError for other mistakes.
     """
     chosen = settings.resolve(request)
-    recipe, token = hub.without_token(chosen.recipe)
+    recipe, token = run_folder.without_token(chosen.recipe)
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
     folder = run_folder.choose(path, request.resume)
     if isinstance(config := recipe.train.get("deepspeed"), str) and config:  # --deepspeed= switches it off

@@ -15,9 +15,9 @@ from milora_data.errors import Problem, UserError
 from milora_data.json_text import parse_json
 from milora_vl import checkpoints
 from milora_vl.checkpoints import is_sharded, num_processes, step_of, zero_stage
-from milora_vl.plan import hub, training_args
+from milora_vl.plan import training_args
 from milora_vl.plan.run_data import RunData
-from milora_vl.plan.run_folder import RunFolder
+from milora_vl.plan.run_folder import RunFolder, without_token
 from milora_vl.recipe import base_model, policy_edits
 from milora_vl.recipe.changes import Change, Side, because_of_schedule, changes, schedule_has_end
 from milora_vl.recipe.schema import Recipe, RecipeError, load
@@ -39,7 +39,7 @@ class Resumed:
             return
         self.environment = checkpoints.read_environment(self.folder)
         try:
-            self.recipe, _ = hub.without_token(load(self.folder / "recipe.yaml"))
+            self.recipe, _ = without_token(load(self.folder / "recipe.yaml"))
         except RecipeError as error:
             unreadable = Problem("its recipe is not valid", "resume-recipe", str(self.folder), NEW_RUN)
             raise UserError(problems=[unreadable, *error.problems]) from None

@@ -7,14 +7,10 @@ README.md; see docs for their formats.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from milora_data.command import atomic_write
 from milora_data.command.output import require_folder
@@ -23,13 +19,8 @@ from milora_vl import checkpoints
 from milora_vl.plan.run_lock import require_free
 from milora_vl.recipe.schema import Recipe
 
-if TYPE_CHECKING:
-    from milora_vl.plan.run_data import RunData
-
 ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden
 OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html")
-GIT_TIMEOUT = 10  # seconds
-PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,26 +81,11 @@ def choose(path: Path, resume: str | None) -> RunFolder:
     return RunFolder(path, checkpoint, tuple(skipped))
 
 
-def describe_environment(
-    recipe: Recipe, command: Sequence[str], *, base: str, device: str, data: RunData, dtype: str, processes: int
-) -> dict[str, Any]:
-    """Return environment.json for the start of a run; `dtype` is the dtype of the frozen weights."""
-    return {
-        "command": list(command),
-        "versions": {"python": sys.version.split()[0], **_versions()},
-        "git": _git_state(),
-        "device": device,
-        "processes": processes,
-        "dtype": dtype,
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "finished": None,
-        "seconds": 0.0,
-        "seed": recipe.train.get("seed", 42),
-        "model": recipe.model,
-        "base": base,
-        "data": data.counts(),
-        "records": data.fingerprint,
-    }
+def without_token(recipe: Recipe) -> tuple[Recipe, str | None]:
+    """Return the recipe without its hub_token, and the token: run folders are shared, so they must not hold it."""
+    train = dict(recipe.train)
+    token = train.pop("hub_token", None)
+    return recipe.model_copy(update={"train": train}), token
 
 
 def _refuse_to_overwrite(path: Path) -> None:
@@ -157,28 +133,3 @@ def _require_complete(folder: Path) -> Path:
             where="--resume_from_checkpoint",
         )
     return folder
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _git_state() -> dict[str, Any] | None:
-    source = Path(__file__).parent
-    try:
-        commit = _git("-C", str(source), "rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(_git("-C", str(source), "status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, or a timeout
-        return None
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT
-    ).stdout.strip()

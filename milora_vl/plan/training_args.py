@@ -1,24 +1,20 @@
-"""HF's TrainingArguments from a recipe: names of the installed version, packaged DeepSpeed files, forced values."""
+"""The `train:` section of a recipe as HF's TrainingArguments take it: derived and forced values, and refused ones."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import llava_recipes
 from milora_data.command.cli import did_you_mean, suggest
-from milora_data.errors import UserError, first_line
-from milora_vl.models.devices import fastest_dtype, train_device
-from milora_vl.plan import cpu_load, launch
-from milora_vl.recipe import hf_arguments
+from milora_data.errors import UserError
+from milora_vl.models.devices import train_device
+from milora_vl.plan import launch
 from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 # The collator needs every field of a record, our loss needs the labels, and the log must show a NaN.
 FORCED = {
@@ -33,38 +29,6 @@ OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
 NO_EFFECT = ("do_eval", "do_predict", "batch_eval_metrics", "include_for_metrics")
 
 
-def make(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]]:
-    """Return the arguments, and warnings about settings without effect. Raises UserError if HF rejects a value."""
-    import dataclasses
-
-    from transformers import TrainingArguments
-
-    train, warnings = prepared(recipe)
-    device = train_device(train)
-    if train.get("bf16") and device.type == "cpu" and fastest_dtype(device) != torch.bfloat16:
-        warnings.append("bf16 is emulated by this CPU, which is slow (faster: --dtype float32 --bf16 False)")
-    fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
-    arguments, absent = hf_arguments.for_installed(train, fields)
-    if absent:
-        warnings.append(f"the installed transformers does not support {', '.join(absent)}: no effect")
-    launch.require_processes_for_fsdp(train)
-    try:
-        launch.before_arguments(train)
-        args = TrainingArguments(output_dir=str(output_dir), **arguments)
-        launch.after_arguments(train)
-    except (ValueError, ImportError, TypeError) as error:
-        raise UserError(str(error), code="train-arguments", where="train") from None
-    if args.n_gpu > 1:
-        # torch's DataParallel would separate the images of a batch from its records.
-        warnings.append(
-            f"this run uses one of {args.n_gpu} GPUs; to use all: "
-            f"torchrun --nproc_per_node {args.n_gpu} -m milora_vl.train ..."
-        )
-        args._n_gpu = 1
-    _require_optimizer(args)
-    return args, [*warnings, *cpu_load.warnings(args.device.type, args.world_size)]
-
-
 def _require_rates_per_rule(optimizer: str) -> None:
     """Raise UserError for an optimizer that cannot have a learning rate per rule."""
     if optimizer.startswith(OWN_GROUPS):
@@ -74,23 +38,6 @@ def _require_rates_per_rule(optimizer: str) -> None:
             where="--optim",
             hint="use --optim adamw_torch",
         )
-
-
-def _require_optimizer(args: TrainingArguments) -> None:
-    """Raise UserError for an optimizer that the Trainer cannot create."""
-    from transformers import Trainer
-    from transformers.training_args import OptimizerNames
-
-    name = OptimizerNames(args.optim).value
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"{name}: {first_line(error)}",
-            code="optimizer-unsupported",
-            where="--optim",
-            hint="use --optim adamw_torch",
-        ) from None
 
 
 def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
@@ -179,11 +126,6 @@ def deepspeed_config(name: str) -> Any:
     )
 
 
-def zero_stage(args: TrainingArguments) -> int:
-    """Return the ZeRO stage of a run, 0 without DeepSpeed."""
-    return int(args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)) if args.deepspeed else 0
-
-
 def base_dtype(recipe: Recipe, train: dict[str, Any]) -> torch.dtype:
     """Return the dtype of the frozen weights: --dtype, else the half precision of a run on a GPU, else float32."""
     if recipe.dtype != "auto":
@@ -193,21 +135,6 @@ def base_dtype(recipe: Recipe, train: dict[str, Any]) -> torch.dtype:
     if train.get("bf16"):
         return torch.bfloat16
     return torch.float16 if train.get("fp16") else torch.float32
-
-
-def trained_dtype(args: TrainingArguments) -> torch.dtype:
-    """Return the dtype of trained weights: float32, because half precision loses the steps of Adam.
-
-    DeepSpeed in half precision keeps float32 copies and does not autocast, so all weights use its precision.
-    """
-    if args.deepspeed and args.hf_deepspeed_config.is_true("bf16.enabled"):
-        return torch.bfloat16
-    return torch.float16 if args.deepspeed and args.hf_deepspeed_config.is_true("fp16.enabled") else torch.float32
-
-
-def load_device(args: TrainingArguments) -> torch.device:
-    """Return the device to load and decompose the model on: the training device, or the CPU if it is sharded."""
-    return torch.device("cpu") if args.deepspeed or args.fsdp else args.device
 
 
 def _may_be_unused(modules: str) -> bool:

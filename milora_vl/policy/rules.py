@@ -80,7 +80,8 @@ class Protect(RulePart):
 
     `inputs` keeps the update orthogonal to the input directions that hold this share of the layer's activation energy
     on calibration text: V (in, k) holds the first eigenvectors of C = E[x x'], and A V = 0 at the start and after every
-    optimizer step. Inputs along V then pass the layer unchanged. `max` is a limit for k.
+    optimizer step. Inputs along V then pass the layer unchanged. `max` is a limit for k. With `offload`, V stays in
+    CPU memory, and each projection copies the V of one layer to the device.
 
     `top` keeps the update orthogonal to the first `top` singular directions of the weight, on both sides. V (in, k) and
     U (out, k) are the first k right and left singular vectors of the base weight. `by` is one of:
@@ -100,6 +101,7 @@ class Protect(RulePart):
     weight: Number | None = Field(default=None, gt=0, description="a number above 0")
     inputs: Number | None = Field(default=None, gt=0, lt=1, description="a share above 0, below 1")
     max: int | None = Field(default=None, gt=0, description="a positive number of directions")
+    offload: bool = Field(default=False, description="true or false")
 
     @model_validator(mode="after")
     def _has_one_kind(self) -> Protect:
@@ -113,6 +115,10 @@ class Protect(RulePart):
         if self.inputs is None and self.max is not None:
             raise PolicyError(
                 "only inputs uses it", code="policy-protect", where=".max", hint="top is the number of directions"
+            )
+        if self.inputs is None and self.offload:
+            raise PolicyError(
+                "only inputs uses it", code="policy-protect", where=".offload", hint="a smaller top needs less memory"
             )
         if self.inputs is not None and self.by != "projection":
             raise PolicyError(

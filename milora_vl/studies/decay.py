@@ -2,8 +2,8 @@
 
 The help of a layer is the decrease of the validation loss from training its adapter alone, relative to the arm `none`,
 which trains only the parts that all arms share. The relation need not be linear, so rank correlation is used. It is
-computed for all layers and for each kind of layer (its name): kinds differ in both variables, which can by itself
-cause a correlation over all layers.
+computed for all layers and for each kind of layer (its name): kinds differ in both variables, and this alone
+can cause a correlation over all layers.
 """
 
 from __future__ import annotations

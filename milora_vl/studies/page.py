@@ -8,21 +8,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from milora_data.command.atomic_write import write_text
 from milora_data.errors import UserError
-from milora_vl.report.plots import PlotStyle, draw, png, write_csv
+from milora_vl.report.plots import PlotStyle, draw, png, styled, write_csv
 from milora_vl.report.tables import Table
-from milora_vl.studies import decay, plots
+from milora_vl.studies import decay
 from milora_vl.studies.runner import Folder, all_cells, finished
 from milora_vl.studies.study import Study, chosen, read_study
 from milora_vl.studies.tasks import load_task, task_class
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import at_common_loss, curves_of
-from milora_vl.sweep.plots import Panel, curves_figure, scores_figure
+from milora_vl.sweep.plots import Panel, colour_of, curves_figure, mark_of, scores_figure
 from milora_vl.sweep.results import Arm, Result, arms, mean_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _CURVES = "forgetting over validation loss"
 # Optional columns of cells.csv, with their headings.
@@ -74,7 +77,26 @@ def _write_layers(folder: Folder, results: Mapping[Cell, Result]) -> None:
     for name, rows in (("layers", layers), ("correlations", decay.correlations(layers))):
         write_csv(folder.path / f"{name}.csv", list(asdict(rows[0])), [list(asdict(row).values()) for row in rows])
     caption = "Help over decay, one point per layer."
-    draw(folder.path, "layers", partial(plots.layers_figure, layers), caption, with_pdf=True)
+    draw(folder.path, "layers", partial(layers_figure, layers), caption, with_pdf=True)
+
+
+def layers_figure(layers: Sequence[decay.Layer], style: PlotStyle) -> Figure:
+    """Draw how much each layer's adapter helps over the decay of its spectrum, with one marker per kind of layer."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(layer.kind for layer in layers))
+    with styled(style):
+        figure = Figure(figsize=(style.width, 4.2), layout="constrained")
+        axis = figure.subplots()
+        for place, kind in enumerate(kinds):
+            of_kind = [layer for layer in layers if layer.kind == kind]
+            axis.plot(
+                [layer.decay for layer in of_kind], [layer.help for layer in of_kind], ls="", ms=7,
+                marker=mark_of(place), color=colour_of(place, style), label=kind,
+            )  # fmt: skip
+        axis.set(xlabel="decay exponent of the spectrum", ylabel="validation loss saved by the layer’s adapter alone")
+        figure.legend(loc="outside upper left", ncols=2 if style.narrow else 4, handletextpad=0.2)
+    return figure
 
 
 def table(study: Study, results: Mapping[Cell, Result]) -> Table:
@@ -165,7 +187,7 @@ def _draw_curves(name: str, study: Study, reference: str, docs: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """The cells of one task of a question, from `docs`: those of the seeds that ran with several rates."""
+    """The cells of one task of a question, from `docs`. Seeds that ran with one rate are left out."""
 
     study: Study
     reference: str

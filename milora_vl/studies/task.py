@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from milora_data.errors import UserError
@@ -45,8 +46,22 @@ class Task(Protocol):
         ...
 
     def calibration(self) -> Sequence[Mapping[str, Tensor]]:
-        """Return batches for rules that protect inputs: arguments of the model's forward, never those of `measure`."""
+        """Return batches for rules that protect inputs: arguments of the model's forward. `measure` uses other data."""
         ...
+
+
+def shuffled(num_records: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Yield an endless stream of `batch_size` record indices; the incomplete last batch of an epoch is dropped.
+
+    >>> next(shuffled(4, 4, seed=0)) == next(shuffled(4, 4, seed=0))
+    True
+    """
+    assert batch_size <= num_records
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order: list[int] = torch.randperm(num_records, generator=generator).tolist()
+        for start in range(0, num_records - batch_size + 1, batch_size):
+            yield order[start : start + batch_size]
 
 
 def no_calibration(task: str) -> UserError:

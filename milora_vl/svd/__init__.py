@@ -4,8 +4,7 @@ This package needs torch alone. `decompose` chooses the algorithm: `decompositio
 `extremal.py` computes a few components at one end of the spectrum, much faster and with an error bound.
 """
 
-from milora_vl.svd.decomposition import Method, Part, decompose, frobenius
+from milora_vl.svd.decomposition import Method, Part, decompose, frobenius, singular_values
 from milora_vl.svd.factors import Factors
-from milora_vl.svd.spectrum import singular_values
 
 __all__ = ["Factors", "Method", "Part", "decompose", "frobenius", "singular_values"]

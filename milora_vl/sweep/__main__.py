@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from milora_data.command.atomic_write import read_json, write_json
@@ -24,6 +25,9 @@ from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Evaluation, Sweep, alone, run_cells
+from milora_vl.train.command import main as train
+
+COSTS = ("warning", "memory", "time", "factors")  # lines of a dry run that a plan shows
 
 
 def _words(text: str) -> list[str]:
@@ -261,14 +265,16 @@ def _estimate(sweep: Sweep, cell: Cell, left: int, jobs: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"{cell.name}.yaml")
         file.write_text(recipe_of(sweep.recipe, cell).to_yaml(), encoding="utf-8")
-        command = [sys.executable, "-m", "milora_vl.train", "--recipe", str(file), "--dry-run"]
-        command += ["--output_dir", str(Path(folder, cell.name))]  # the real folder may hold a run to resume
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        # The dry run is a separate process: its text is shown as the hint.
-        hint = done.stderr.removeprefix("error: ").replace(f"{folder}/", "").strip()
-        raise UserError("a cell cannot run:", code="sweep-cell-cannot-run", hint=hint)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("warning", "memory", "time", "factors"))]
+        # The real output folder may hold a run to resume.
+        arguments = ["--recipe", str(file), "--dry-run", "--output_dir", str(Path(folder, cell.name))]
+        printed = io.StringIO()
+        try:
+            with redirect_stdout(printed), redirect_stderr(io.StringIO()):
+                train(arguments)
+        except UserError as error:
+            hint = str(error).replace(f"{folder}/", "").strip()
+            raise UserError("a cell cannot run:", code="sweep-cell-cannot-run", hint=hint) from None
+    lines = [line for line in printed.getvalue().splitlines() if line.startswith(COSTS)]
     words = f" of training one of {amount(left, 'cell')}, {jobs} at a time (measured after the first cell):\n  "
     return words + "\n  ".join(lines)
 

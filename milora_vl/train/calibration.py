@@ -39,14 +39,14 @@ from milora_vl.plan.screen import Screen
 from milora_vl.policy import Target
 from milora_vl.recipe.schema import Recipe
 from milora_vl.towers import find_towers
-from milora_vl.train import run_files
+from milora_vl.train import collators
 from milora_vl.weights.distributed import gather, rank_and_world_size
 from milora_vl.weights.matrices import gathered_in_forward
 
 LENGTH = 192  # tokens of a text
 ROWS = 8  # rows of a batch
 WRITTEN_AT_ONCE = 32
-HELD_OUT_TEXTS = 8  # beyond those of the recipe; after 48 texts they are the batch that checks the shares
+HELD_OUT_TEXTS = 8  # more than the recipe asks for; after 48 texts they are the batch that checks the shares
 CAPTION_TOKENS = 32
 QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
 MOST_TOKENS = 65_536  # of text files
@@ -80,7 +80,7 @@ def batches(
 ) -> list[Mapping[str, Tensor]] | None:
     """Return the calibration batches of a run, arguments of the model's forward; None if no rule protects inputs.
 
-    `records` are those of the training. All processes get the texts of the first one. Raises UserError for a model that
+    `records` are the training records. All processes get the texts of the first one. Raises UserError for a model that
     cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
     """
     if not any(target.protect is not None and target.protect.inputs is not None for target in targets):
@@ -89,7 +89,7 @@ def batches(
     rows = _text_rows(sources)
     if settings.num_samples:
         rows += _written_rows(sources, settings.num_samples)
-    collate = run_files.collator(recipe, base, processor)
+    collate = collators.collator(recipe, base, processor)
     found: list[Mapping[str, Tensor]] = [batch.inputs for batch in padded_batches(rows, ROWS, sources.tokenizer)]
     if settings.num_pictures and find_towers(base).vision is not None:
         pictured = with_pictures(records, settings.num_pictures)
@@ -104,7 +104,7 @@ def batches(
             raise _empty("there are no records to calibrate with", f"calibration.data {settings.data}")
         for record in own:
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), f"calibration.data {record.source}")
-        collate = run_files.collator(_with_images_of(recipe, settings.image_folder), base, processor)
+        collate = collators.collator(_with_images_of(recipe, settings.image_folder), base, processor)
         found += _collated(collate, own)
     if not found:
         raise _empty("there is no text and no picture to calibrate with", "calibration")
@@ -181,7 +181,7 @@ def with_pictures(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> list[Record]:
-    """Return records with the pictures of `records`, which lie in `folder`, and captions of the base model."""
+    """Return records with the pictures of `records`, from `folder`, and captions of the base model."""
     recipe = sources.recipe
     turn = Turn("user", f"{IMAGE}\n{QUESTION}")
     pictures = [tuple(place_of(folder, name) for name in record.images) for record in records]

@@ -66,7 +66,7 @@ class Meter:
 def tower_norms(named: Iterable[tuple[str, nn.Parameter]], tower_of: Mapping[str, str]) -> dict[str, Tensor]:
     """Return the squared gradient norm by tower; `tower_of` maps parameter names. Empty under ZeRO.
 
-    Under FSDP2 the squares are those of the shards of this process.
+    Under FSDP2 each process sums the squares of its own shards.
     """
     squares: dict[str, list[Tensor]] = {}
     for name, parameter in named:

@@ -22,24 +22,36 @@ from milora_data.collate import ImageTextCollator
 from milora_data.errors import UserError
 from milora_vl import checkpoints
 from milora_vl.checkpoints import step_of
-from milora_vl.plan import evaluation, hub, resuming, run_data, run_folder, training_args
+from milora_vl.plan import evaluation, resuming, run_data
 from milora_vl.plan.batching import Batching
-from milora_vl.plan.launch import calls_on_sigterm
 from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder
 from milora_vl.plan.screen import Screen, policy_rows, protection_lines, trainable_line
+from milora_vl.plan.training_args import base_dtype
 from milora_vl.recipe import base_model, on_model, rates
 from milora_vl.recipe.arguments import Request
 from milora_vl.recipe.schema import Recipe
-from milora_vl.train import calibration, failures, features, header, model, run_files, streaming
+from milora_vl.train import (
+    calibration,
+    collators,
+    failures,
+    features,
+    header,
+    hub,
+    model,
+    process,
+    run_files,
+    streaming,
+)
+from milora_vl.train.cpu_load import FreeCores, may_choose_threads
+from milora_vl.train.evaluation import Scored, SuiteCallback, run_command, suites_of
 from milora_vl.train.finalize import show_results, write_pages
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.model import Built
 from milora_vl.train.opening import AtFirstStep, Opening
 from milora_vl.train.spectrum import layer_spectra
-from milora_vl.train.suites import SuiteCallback
-from milora_vl.train.trainer import MiloraTrainer
+from milora_vl.train.trainer import FollowFreeCores, MiloraTrainer, calls_on_sigterm
 from milora_vl.weights.distributed import gather
 
 if TYPE_CHECKING:
@@ -59,6 +71,7 @@ def train(request: Request) -> int:
         return 0
     hub.check(plan.recipe.train, plan.folder.path, plan.hub_token)
     inputs = read_inputs(plan, screen)
+    cores = free_cores(inputs, screen)
     check_evaluation_and_base(plan.recipe)
     loaded = load(plan, inputs, screen)
     rows = group_rows(plan, loaded, inputs, screen)
@@ -67,6 +80,8 @@ def train(request: Request) -> int:
     opening = describe(plan, inputs, loaded, rows, adapted, screen)
     try:
         trainer = make_trainer(plan, inputs, loaded, rows, adapted, opening)
+        if cores is not None:
+            trainer.add_callback(FollowFreeCores(cores, screen.warn))
         run_steps(plan, rows, trainer, opening)
         trained = save_weights(plan, rows, trainer, opening, start)
     finally:
@@ -93,11 +108,11 @@ def read_inputs(plan: Plan, screen: Screen) -> Inputs:
     with screen.step(f"reading {run_data.describe(recipe.data)}"):
         data = run_data.read(recipe.data)
     plan.resumed.require_same_records(data)
-    args, warnings = training_args.make(recipe, plan.folder.path)
+    args, warnings = process.training_arguments(recipe, plan.folder.path)
     resuming.require_same_checkpoint(plan.folder.path, gather(None if checkpoint is None else checkpoint.name))
     batching = count_steps(plan, args, None if recipe.data.streaming else len(data.train))
     if checkpoint is not None:
-        stage = training_args.zero_stage(args)
+        stage = process.zero_stage(args)
         warnings += resuming.check(checkpoint, processes=args.world_size, stage=stage)
     for warning in [*data.warnings(), *warnings, *header.warnings(args, batching)]:
         screen.warn(warning)
@@ -120,6 +135,16 @@ def count_steps(plan: Plan, args: TrainingArguments, num_items: int | None) -> B
     return batching
 
 
+def free_cores(inputs: Inputs, screen: Screen) -> FreeCores | None:
+    """Leave cores that other programs use; return None on a GPU, in several processes, or if the user sets threads."""
+    if not may_choose_threads(inputs.args.device.type, inputs.args.world_size):
+        return None
+    cores = FreeCores()
+    if cores.threads < cores.most:
+        screen.warn(cores.describe())
+    return cores
+
+
 def check_evaluation_and_base(recipe: Recipe) -> None:
     """Find mistakes now that would otherwise stop the loading of the model or the evaluation after the training."""
     evaluation.check(recipe.eval)
@@ -135,7 +160,7 @@ class Loaded:
     processor: Any
     dtype: torch.dtype  # of the frozen weights
     probe: Probe | None  # the base's predictions, for forgetting during training
-    suites: evaluation.Scored | None  # questions, for scores during training
+    suites: Scored | None  # questions, for scores during training
 
 
 def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
@@ -145,10 +170,10 @@ def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
         recipe, line = base_model.resolved(plan.recipe)
     if line:
         screen.say(line)
-    dtype = training_args.base_dtype(recipe, recipe.train)
-    suites = evaluation.during(recipe)
+    dtype = base_dtype(recipe, recipe.train)
+    suites = suites_of(recipe)
     with screen.step(f"loading {recipe.model}"):
-        device = training_args.load_device(args)
+        device = process.load_device(args)
         base, processor = model.load_base(recipe, dtype, device, inputs.data.train)
     recipe = on_model.rules_for(recipe, base, implicit=plan.settings.implicit_policy)
     for warning in on_model.model_warnings(recipe, base, processor):
@@ -172,14 +197,14 @@ class Rows:
 def group_rows(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Rows:
     """Return what the loader draws from: records, with lengths to group them by, packs of records, or a stream."""
     recipe, records = loaded.recipe, inputs.data.train
-    lengths = run_files.lengths(recipe, loaded.base, loaded.processor, records)
+    lengths = collators.lengths(recipe, loaded.base, loaded.processor, records)
     if recipe.data.packing:
         assert lengths is not None
-        packs, line = run_files.packed(recipe, records, lengths)
+        packs, line = collators.packed(recipe, records, lengths)
         screen.say(line)
         return Rows(packs, None, count_steps(plan, inputs.args, len(packs)))
     if recipe.data.streaming:
-        inputs.args.ignore_data_skip = True  # a resumed stream skips by itself what it has read
+        inputs.args.ignore_data_skip = True  # a resumed stream itself skips the records that it has read
         return Rows(streaming.stream_of(recipe, inputs.args), lengths, inputs.batching)
     return Rows(records, lengths, inputs.batching)
 
@@ -210,14 +235,14 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
         batches = calibration.batches(recipe, loaded.base, loaded.processor, targets, inputs.data.train, screen)
     set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
     with screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
-        built = model.build(recipe, loaded.base, targets, checkpoint, batches, training_args.trained_dtype(args))
+        built = model.build(recipe, loaded.base, targets, checkpoint, batches, process.trained_dtype(args))
     if args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
     return Adapted(built, spectra)
 
 
 def describes_start(folder: RunFolder) -> bool:
-    """Return whether the run writes policy.json and spectrum.json; a resumed run has those of its start."""
+    """Return whether the run writes policy.json and spectrum.json; a resumed run has them already."""
     return folder.checkpoint is None or not (folder.path / "policy.json").is_file()
 
 
@@ -234,9 +259,9 @@ def describe(plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Ad
             screen.say(line)
     if plan.resumed.changes:
         screen.say(f"changed since {folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
-    environment = run_folder.describe_environment(
+    environment = run_files.describe_environment(
         recipe,
-        ["python", "-m", "milora_vl.train", *hub.hidden_token(plan.request.words)],
+        ["python", "-m", "milora_vl.train", *run_files.hidden_token(plan.request.words)],
         base=run_files.base_name(loaded.base) or recipe.model,
         device=run_files.device_name(inputs.args.device),
         data=inputs.data,
@@ -271,7 +296,7 @@ def make_trainer(
 ) -> MiloraTrainer:
     """Return the trainer with its collator and callbacks."""
     recipe, data = loaded.recipe, inputs.data
-    collator = run_files.collator(recipe, loaded.base, loaded.processor, data.train[:100])
+    collator = collators.collator(recipe, loaded.base, loaded.processor, data.train[:100])
     if recipe.data.feature_cache:
         records = [*data.train, *(data.evaluation or ())]
         cache = Path(recipe.data.feature_cache)
@@ -338,7 +363,7 @@ def run_loop(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening) -
             hint="to resume, repeat the command with  --resume_from_checkpoint auto",
             exit_code=128 + signal.SIGTERM,
         )
-    for warning in run_files.warnings_of(trainer.data_collator):  # type: ignore[arg-type]
+    for warning in collators.warnings_of(trainer.data_collator):  # type: ignore[arg-type]
         screen.warn(warning)
 
 
@@ -381,7 +406,7 @@ def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Openin
 
 
 def evaluate(trained: Trained, screen: Screen) -> list[str]:
-    """Start the evaluation that the recipe asks for, in processes of their own. Returns the commands that failed."""
+    """Start each evaluation that the recipe asks for as a separate process. Returns the commands that failed."""
     commands = evaluation.commands(trained.recipe.eval, model=trained.recipe.model, output_dir=trained.folder.path)
     if not commands or not trained.args.should_save:
         return []
@@ -390,7 +415,7 @@ def evaluate(trained: Trained, screen: Screen) -> list[str]:
     failed = []
     for command in commands:
         screen.say("python " + " ".join(command))
-        if not evaluation.run(command):
+        if not run_command(command):
             failed.append("python " + " ".join(command))
     return failed
 

@@ -1,9 +1,13 @@
-"""What a run needs besides the model: collator, token counts, packed rows, chat template, policy.json."""
+"""What the files of a run contain: environment.json, policy.json, protection.json and the chat template."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,109 +16,57 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_model_param_count
 
-from milora_data.collate import ImageTextCollator
-from milora_data.lengths import encoded_lengths
-from milora_data.pack import PackedRecords, fill, pack
-from milora_data.processor_collate import ProcessorCollator
-from milora_data.record_collator import RecordCollator
-from milora_data.records import Record
 from milora_data.templates import OWN, render_chat_template
 from milora_data.tokens import remember_legacy
 from milora_vl.lora.peft_model import MiloraMixin
 from milora_vl.models import loading
-from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of, uses_processor
+from milora_vl.plan.run_data import RunData
 from milora_vl.recipe.schema import Recipe
-from milora_vl.towers import find_towers
 from milora_vl.train.model import Built
 
-# The events that the collator counts, as text.
-WHAT_HAPPENED = {
-    "skipped": "a record was skipped because one of its pictures is missing or broken",
-    "replaced": "a missing or broken picture was replaced by a plain one",
-    "unlearnable": "a record was skipped because --max_length cuts off all of its answers",
-    "cut": "a record was cut to --max_length",
-    "broken": "a broken record was skipped (python -m milora_data check)",
-}
+GIT_TIMEOUT = 10  # seconds
+PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
+TOKEN_FLAGS = ("--hub_token", "--push_to_hub_token")
 
 
-def collator(
-    recipe: Recipe, base: nn.Module, processor: Any, substitutes: Sequence[Record] = ()
-) -> ImageTextCollator | ProcessorCollator:
-    """Return the collator for this model: the fast one for LLaVA and text, else the one with the model's processor.
+def describe_environment(
+    recipe: Recipe, command: Sequence[str], *, base: str, device: str, data: RunData, dtype: str, processes: int
+) -> dict[str, Any]:
+    """Return environment.json for the start of a run; `dtype` is the dtype of the frozen weights."""
+    return {
+        "command": list(command),
+        "versions": {"python": sys.version.split()[0], **_versions()},
+        "git": _git_state(),
+        "device": device,
+        "processes": processes,
+        "dtype": dtype,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "finished": None,
+        "seconds": 0.0,
+        "seed": recipe.train.get("seed", 42),
+        "model": recipe.model,
+        "base": base,
+        "data": data.counts(),
+        "records": data.fingerprint,
+    }
 
-    It accepts no pictures for a text-only model.
+
+def hidden_token(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with tokens replaced by TOKEN.
+
+    >>> hidden_token(["--hub_token", "hf_x", "--hub-token=hf_x", "--seed", "1"])
+    ['--hub_token', 'TOKEN', '--hub-token=TOKEN', '--seed', '1']
     """
-    if uses_processor(base.config):
-        return ProcessorCollator(
-            processor,
-            image_folder=recipe.data.image_folder,
-            max_length=recipe.data.max_length,
-            bad_images=recipe.data.bad_images,
-            substitutes=substitutes,
-        )
-    tokenizer, image_processor = loading.split_processor(processor)
-    reads_pictures = find_towers(base).vision is not None
-    return ImageTextCollator(
-        tokenizer,
-        image_processor,
-        template=recipe.template,
-        image_tokens=image_tokens(base.config) if reads_pictures else 0,
-        image_token_id=image_token_id(base.config) if reads_pictures else -1,
-        image_folder=recipe.data.image_folder,
-        max_length=recipe.data.max_length,
-        image_aspect_ratio=recipe.data.image_aspect_ratio,
-        bad_images=recipe.data.bad_images,
-        jpeg_decoding=recipe.data.jpeg_decoding,
-        packing="flat" if recipe.attn_implementation == "flash_attention_2" else "rows",
-        substitutes=substitutes,
-        tiling=tiling_of(base.config),
-    )
-
-
-def warnings_of(collator: RecordCollator[Any]) -> list[str]:
-    """Return one warning for each kind of event that the collator counted during training."""
-    return [
-        f"{count:,} times while training: {WHAT_HAPPENED[event]}" for event, count in collator.counts().items() if count
-    ]
-
-
-def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[Record]) -> list[int] | None:
-    """Return the number of tokens per record if the recipe packs records or groups them by length, else None."""
-    if not (recipe.data.packing or recipe.train.get("train_sampling_strategy") == "group_by_length"):
-        return None
-    if uses_processor(base.config):
-        collate = collator(recipe, base, processor)
-        assert isinstance(collate, ProcessorCollator)
-        return collate.lengths(records)
-    return encoded_lengths(
-        records,
-        loading.split_processor(processor)[0],
-        template=recipe.template,
-        image_tokens=image_tokens(base.config) if find_towers(base).vision is not None else 0,
-        max_length=recipe.data.max_length,
-        tiling=tiling_of(base.config),
-        image_folder=recipe.data.image_folder,
-        beside=Path(recipe.data.path) if isinstance(recipe.data.path, str) else None,
-    )
-
-
-def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) -> tuple[PackedRecords, str]:
-    """Pack the records into rows of 2 x max_length tokens, ordered by the data seed. Also return a summary line."""
-    capacity = 2 * recipe.data.max_length
-    seed = recipe.train.get("data_seed")
-    rows = pack(lengths, capacity, recipe.train.get("seed", 42) if seed is None else seed)
-    share = fill(rows, lengths, capacity)
-    return PackedRecords(records, rows), f"packed into {len(rows):,} rows of {capacity:,} tokens, {share:.1%} full"
-
-
-def set_chat_template(processor: Any, template: str) -> None:
-    """Set the chat template of processor and tokenizer, so that it renders exactly the prompt of training."""
-    tokenizer, image_processor = loading.split_processor(processor)
-    remember_legacy(tokenizer)
-    if template != OWN:
-        tokenizer.chat_template = render_chat_template(template, tokenizer, bos=image_processor is None)
-    if image_processor is not None:
-        processor.chat_template = tokenizer.chat_template
+    out = list(words)
+    for place, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if name.replace("-", "_").replace("__", "--", 1) not in TOKEN_FLAGS:
+            continue
+        if equals:
+            out[place] = f"{name}=TOKEN"
+        elif place + 1 < len(words):
+            out[place + 1] = "TOKEN"
+    return out
 
 
 def policy_json(built: Built) -> dict[str, Any]:
@@ -155,3 +107,38 @@ def base_name(base: nn.Module) -> str:
 def device_name(device: torch.device) -> str:
     """Return `cpu`, or the name of the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def set_chat_template(processor: Any, template: str) -> None:
+    """Set the chat template of processor and tokenizer, so that it renders exactly the prompt of training."""
+    tokenizer, image_processor = loading.split_processor(processor)
+    remember_legacy(tokenizer)
+    if template != OWN:
+        tokenizer.chat_template = render_chat_template(template, tokenizer, bos=image_processor is None)
+    if image_processor is not None:
+        processor.chat_template = tokenizer.chat_template
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git_state() -> dict[str, Any] | None:
+    source = Path(__file__).parent
+    try:
+        commit = _git("-C", str(source), "rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git("-C", str(source), "status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, or a timeout
+        return None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT
+    ).stdout.strip()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -44,9 +46,10 @@ from milora_vl.param_groups import parameter_groups, target_path
 from milora_vl.policy import Target
 from milora_vl.recipe import protection
 from milora_vl.train import fsdp, streaming
+from milora_vl.train.cpu_load import FreeCores
+from milora_vl.train.evaluation import SuiteCallback
 from milora_vl.train.meter import Meter, group_rates, tower_norms
 from milora_vl.train.progress import Bars, Lines
-from milora_vl.train.suites import SuiteCallback
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,7 +76,7 @@ class LogBeforeSave(TrainerCallback):
 class IntervalsOfThisRun(TrainerCallback):
     """Log, evaluate and save as often as this command says.
 
-    HF's Trainer takes these intervals from the checkpoint when it resumes, whatever the flags are.
+    HF's Trainer takes these intervals from the checkpoint when it resumes, and ignores the flags.
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -114,7 +117,7 @@ class TowerNorms(TrainerCallback):
         return {f"grad_norm/{tower}": norm for tower, norm in norms.items()} | self.rates
 
     def add_shards(self, accelerator: Accelerator) -> None:
-        """Add the squares of all processes, of which each has measured its shards of the gradients."""
+        """Add the squares of all processes; each has measured its own shards of the gradients."""
         self.squares = {tower: accelerator.reduce(square) for tower, square in self.squares.items()}
 
 
@@ -139,6 +142,28 @@ class StopOnSignal(TrainerCallback):
             self.accelerator.set_trigger()
         if self.accelerator.check_trigger() if args.world_size > 1 else self.heard:
             self.stopped = control.should_save = control.should_log = control.should_training_stop = True
+
+
+@contextmanager
+def calls_on_sigterm(callback: Callable[..., object]) -> Iterator[None]:
+    """Inside this context SIGTERM calls `callback` instead of ending the process."""
+    before = signal.signal(signal.SIGTERM, callback)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class FollowFreeCores(TrainerCallback):
+    """Between steps, use as many threads as other programs leave cores free."""
+
+    def __init__(self, cores: FreeCores, say: Callable[[str], None]) -> None:
+        self.cores, self.say = cores, say
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure from time to time."""
+        if self.cores.follow():
+            self.say(self.cores.describe())
 
 
 def with_timeout(loader: Any) -> Any:

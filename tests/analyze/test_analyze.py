@@ -19,6 +19,7 @@ from milora_vl.analyze.job import plan, rows_of
 from milora_vl.analyze.page import lede
 from milora_vl.analyze.weights import Weights, open_weights
 from support.adapter_cases import move
+from support.problems import raises_code
 from support.versions import needs_mica
 
 Made = tuple[Any, Any]
@@ -132,7 +133,7 @@ def test_what_was_interrupted_goes_on(base: Path, tmp_path: Path, capsys: pytest
     again = file.read_text().splitlines(keepends=True)
     assert again[:3] == whole[:3]
     assert [json.loads(line)["sigma"] for line in again[1:]] == [json.loads(line)["sigma"] for line in whole[1:]]
-    with pytest.raises(UserError, match="another analysis"):
+    with raises_code("output-exists", message="another analysis"):
         run(5)
 
 
@@ -166,7 +167,7 @@ def test_a_wrong_base_and_a_place_without_files_are_refused(
     model.save_pretrained(str(tmp_path / "adapter"))
     other = disturbed(tiny_llava()[0])
     other.save_pretrained(str(tmp_path / "other"))
-    with pytest.raises(UserError, match="not the base model"):
+    with raises_code("adapter-wrong-base", where="--base"):
         main([str(tmp_path / "adapter"), "--base", str(tmp_path / "other")])
     (tmp_path / "adapter" / "recipe.yaml").write_text("model: tiny\n")
     flags = ["--base", str(tmp_path / "other"), "--allow-base-mismatch"]
@@ -177,9 +178,9 @@ def test_a_wrong_base_and_a_place_without_files_are_refused(
     assert error.value.first.code == "model-unknown"
     with pytest.raises(UserError, match="--output_dir: .* is a model, not the folder of a training"):
         main(["tiny"])
-    with pytest.raises(UserError, match="no layer matches"):
+    with raises_code("analysis-no-match", where="--modules", message="no layer matches"):
         main(["tiny", "--modules", "nothing", "--output_dir", str(tmp_path / "x")])
-    with pytest.raises(UserError, match="changes no matrix"):
+    with raises_code("analysis-no-change", message="changes no matrix"):
         main([str(base), "--base", str(base)])
 
 

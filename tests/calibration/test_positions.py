@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from milora_vl.calibration.positions import positions_of
-from support.adapter_cases import raises_code
+from support.problems import raises_code
 
 
 def test_padding_does_not_count_and_text_and_pictures_weigh_half_each() -> None:

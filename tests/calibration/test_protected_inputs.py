@@ -20,8 +20,9 @@ from milora_vl import apply_milora, keep_protected, load_adapter, merge, restore
 from milora_vl.calibration.bases import first_directions, first_tokens
 from milora_vl.calibration.files import file_name
 from milora_vl.lora.install import lora_layer
-from support.adapter_cases import Pictures, one_rule, picture_batch, raises_code, tiny_gpt2, token_batch
+from support.adapter_cases import Pictures, one_rule, picture_batch, tiny_gpt2, token_batch
 from support.calibrated import leaks, llava_batches, picture_batches, text_batches
+from support.problems import raises_code
 
 METHODS = ["milora", "pissa", "random", "middle", "lora"]
 IDS = token_batch(200)
@@ -180,6 +181,18 @@ def test_projected_factors_are_the_free_ones_without_their_protected_part(tiny_l
     ]  # the second half of A' holds A0
     assert torch.allclose(start[0] - start[0] @ V @ V.T, start[1], atol=1e-6)
     assert float((start[1] @ V).norm()) < 1e-6
+
+
+def test_directions_that_are_offloaded_train_the_same_and_never_stay_on_the_device(tiny_llama, tmp_path: Path) -> None:
+    states = []
+    for offload in (False, True):
+        model = apply_milora(tiny_llama()[0], protecting(protect={"inputs": 0.6, "offload": offload}), calibration=TEXT)
+        train(model)
+        states.append(model.state_dict())
+        protected = model.protections["default"][Q]
+        protected.inputs.component(torch.empty(2, len(protected.V), device="meta"))
+        assert protected.V.device.type == ("cpu" if offload else "meta")
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_the_directions_are_stored_once_and_checkpoints_refer_to_them(tiny_llama, tmp_path: Path) -> None:

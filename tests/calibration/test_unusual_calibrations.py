@@ -19,8 +19,9 @@ from milora_vl.plan.screen import Screen
 from milora_vl.policy import Policy
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train import calibration
-from support.adapter_cases import llava_batch, one_rule, raises_code, token_batch
+from support.adapter_cases import llava_batch, one_rule, token_batch
 from support.calibrated import text_batches
+from support.problems import raises_code
 
 RULES = one_rule(rank=2, protect={"inputs": 0.5})
 NOISE = torch.Generator().manual_seed(0)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from milora_data.errors import UserError
@@ -15,6 +16,7 @@ from milora_vl.chat.session import WordStreamer
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
 from support.adapter_cases import move
+from support.problems import raises_code
 
 Captured = pytest.CaptureFixture[str]
 
@@ -129,13 +131,54 @@ def test_prompt_and_pictures_are_those_of_the_training_also_with_a_checkpoint_of
     assert len(set(said.values())) == 3
 
 
+@pytest.fixture(scope="module")
+def trained_in_full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with other weights, as a full training saves it."""
+    folder = tmp_path_factory.mktemp("full")
+    model, processor = load_model("tiny")
+    with torch.no_grad():
+        for weight in model.model.language_model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_trained_in_full_is_compared_with_its_base(
+    trained_in_full: Path, picture: Path, capsys: Captured
+) -> None:
+    words = ["--model", str(trained_in_full), "--base", "tiny", "--image", str(picture), "--max_new_tokens", "8"]
+    assert chat.main([*words, "--compare", "What is it?"]) == 0
+    base = answer("What is it?", picture)
+    model, processor = load_model(trained_in_full)
+    prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (picture,))
+    (tuned,) = generate(model, processor, [prompt], max_new_tokens=8)
+    assert base != tuned
+    assert capsys.readouterr().out == f"base   {base}\ntuned  {tuned}\n"
+    chat.main([*words, "--scale", "0", "What is it?"])
+    assert capsys.readouterr().out == f"{base}\n"
+    half, _ = load_model(trained_in_full, base="tiny", scale=0.5)
+    (expected,) = generate(half, processor, [prompt], max_new_tokens=8)
+    chat.main([*words, "--scale", "0.5", "What is it?"])
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_a_base_of_another_kind_or_beside_an_adapter_is_refused(trained_in_full: Path, adapter: Path) -> None:
+    with pytest.raises(UserError) as error:
+        chat.main(["--model", str(trained_in_full), "--base", "tiny-text", "--scale", "0.5", "What?"])
+    assert error.value.problems[0].code == "base-differs"
+    with pytest.raises(UserError) as error:
+        ask("--adapter", adapter, "--base", "tiny", "What?")
+    assert (error.value.problems[0].code, error.value.problems[0].where) == ("flag-conflict", "--base")
+
+
 def test_an_adapter_that_cannot_be_switched_off_is_not_compared(tmp_path: Path) -> None:
     """PEFT trains the biases of the base itself: they stay."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(target_modules=["q_proj"], bias="lora_only")
     get_peft_model(load_model("tiny")[0], config).save_pretrained(str(tmp_path))
-    with pytest.raises(UserError, match="cannot be switched off"):
+    with raises_code("compare-no-base", where="--compare", message="cannot be switched off"):
         ask("--adapter", tmp_path, "--compare", "What?")
 
 
@@ -160,5 +203,5 @@ def test_mistakes_are_a_few_clear_lines(words: list[str], said: str, picture: Pa
 
 
 def test_a_text_only_model_says_that_it_cannot_see(picture: Path) -> None:
-    with pytest.raises(UserError, match="reads only text"):
+    with raises_code("model-reads-only-text", message="reads only text"):
         chat.main(["--model", "tiny-text", "--image", str(picture), "What?"])

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_data.images.files import load_image
 from milora_data.records import Turn
 from milora_vl.chat.command import main
@@ -18,6 +17,7 @@ from milora_vl.chat.web import answers, free_port, page
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
 from support.adapter_cases import move
+from support.problems import raises_code
 
 Options = argparse.Namespace
 
@@ -32,6 +32,7 @@ def options() -> Options:
         dtype="float32",
         max_new_tokens=6,
         compare=False,
+        base=None,
         scale=1.0,
     )
 
@@ -94,18 +95,17 @@ def test_a_port_is_found_or_refused() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(UserError, match="Address already in use") as error:
+        with raises_code("port-taken", where="--port", message="Address already in use") as error:
             free_port(taken.getsockname()[1])
     assert (error.value.problems[0].code, error.value.problems[0].where) == ("port-taken", "--port")
-    with pytest.raises(UserError, match="from 0") as error:
+    with raises_code("port-invalid", where="--port", message="from 0"):
         free_port(99999)
-    assert error.value.problems[0].code == "port-invalid"
 
 
 def test_an_error_of_the_model_reaches_the_page(options: Options) -> None:
     chat = Chat.load(options)
     chat.template = "nonsense"
-    with pytest.raises(UserError, match="template"):
+    with raises_code("template-unknown", message="template"):
         list(answers(chat, "What?", [], [], [[]]))
 
 
@@ -118,5 +118,5 @@ def test_the_page_is_built(options: Options) -> None:
 
 
 def test_mistakes_are_found_before_the_model_loads() -> None:
-    with pytest.raises(UserError, match="takes no question"):
+    with raises_code("flag-conflict", where="--web", message="takes no question"):
         main(["--model", "tiny", "--web", "What?"])

@@ -22,9 +22,9 @@ from milora_data.command.cli import CommandParser, Help, run
 from milora_data.command.flags import SHARED
 from milora_data.errors import UserError
 from milora_vl.__main__ import MENU, main
-from support import fake_run
-from support.adapter_cases import raises_code
+from support import fake_run, programs
 from support.command_parsers import parser_of
+from support.problems import raises_code
 from support.stored_answers import write_answers
 
 INNER = {name: import_module(MENU.modules[name]).MENU for name in MENU.menus}
@@ -199,11 +199,16 @@ def test_plans_and_lists_are_json_too(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 # In a process of its own, as the console script runs them: pytest would show warnings in its own way.
-SESSION = """
+SESSION = f"""
 import sys
 from milora_data.command.cli import silence_dependencies
 from milora_vl.__main__ import main
 silence_dependencies()
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from support import quick_plots
+quick_plots.replace()
+"""
+SESSION += """
 data, run = sys.argv[1:]
 picture = f"{data}/images/0.png"
 words = ["--recipe", "tiny-test", "--data_path", f"{data}/train.json", "--image_folder", f"{data}/images"]
@@ -222,10 +227,8 @@ for command in (
 
 def test_a_normal_session_says_what_is_next_and_nothing_of_our_dependencies(tiny_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-c", SESSION, str(tiny_data), str(run)], capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = programs.run(["-c", SESSION, str(tiny_data), str(run)], cwd=tmp_path, env=env, first_import=True)
     assert done.returncode == 0, done.stderr
     parts = dict(part.split("\n", 1) for part in done.stderr.split("== ")[1:])
     assert {name for name, text in parts.items() if "\nnext" not in f"\n{text}"} == set()

@@ -10,8 +10,8 @@ import pytest
 
 import llava_recipes
 from milora_vl.demo import main
-from support.adapter_cases import raises_code
 from support.eval_questions import write_questions
+from support.problems import raises_code
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_the_demo_trains_evaluates_and_continues_where_it_stopped(place: Path, c
     assert (place / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime == before
 
 
-def test_a_step_that_fails_stops_the_demo(place: Path, capfd) -> None:
+def test_a_step_that_fails_stops_the_demo(place: Path, capfd, forked_programs: None) -> None:
     with raises_code("demo-step-failed", message="milora_vl.train failed", hint="it continues with this step"):
         main(["--recipe", "no-such-recipe"])
     assert "no-such-recipe" in capfd.readouterr().err

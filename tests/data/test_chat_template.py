@@ -12,7 +12,6 @@ from PIL import Image
 
 from milora_data.collate import ImageTextCollator
 from milora_data.encode import IGNORE, encode, encode_prompt
-from milora_data.errors import UserError
 from milora_data.lengths import encoded_lengths
 from milora_data.records import Turn, parse_record
 from milora_vl import load_model
@@ -20,6 +19,7 @@ from milora_vl.generate import Prompt, generate, prompt_ids
 from milora_vl.models.loading import load_processor
 from support.chat_models import MARKED, SMOLLM2, TINY, record, write_picture_model, write_text_model
 from support.conversations import BYTE_BPE
+from support.problems import raises_code
 from support.versions import RIGHT_ASSISTANT_MASKS
 
 CONVERSATIONS: list[list[tuple[str, str]]] = [
@@ -89,7 +89,7 @@ def test_of_several_templates_the_default_one_is_taken() -> None:
         encode(record(CONVERSATIONS[0]), each, template="chat_template", image_token_id=-1) for each in (several, one)
     ]
     assert made[0] == made[1]
-    with pytest.raises(UserError, match="no chat template"):
+    with raises_code("template-missing", message="no chat template"):
         ImageTextCollator(with_template(BYTE_BPE, {"tools": SMOLLM2}), template="chat_template")
 
 
@@ -99,7 +99,7 @@ def test_the_collator_takes_it_and_refuses_a_tokenizer_without_one() -> None:
     learnt = [tokenizer.decode(row[row != IGNORE]) for row in batch["labels"]]
     ends = ["".join(text + "<|im_end|>" for role, text in turns if role == "assistant") for turns in CONVERSATIONS]
     assert learnt == ends
-    with pytest.raises(UserError, match="no chat template"):
+    with raises_code("template-missing"):
         ImageTextCollator(BYTE_BPE, template="chat_template")
 
 

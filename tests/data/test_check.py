@@ -17,7 +17,7 @@ from milora_data.errors import DataError, UserError
 from milora_data.images.files import place_of
 from milora_data.records import Record
 from milora_data.sources import load_records, within
-from support.adapter_cases import raises_code
+from support.problems import raises_code
 
 H, G = "human", "gpt"
 
@@ -173,7 +173,7 @@ def test_fix_writes_the_usable_records_repaired(
     assert [turn["value"] for turn in kept[0]["conversations"]] == ["<image>\na", "b"]
     assert len(kept) == 8
     assert all(len(conversation) == 2 for conversation in by_answers.values())
-    with pytest.raises(UserError, match="exists already"):
+    with raises_code("output-exists"):
         main([*arguments, "--fix", str(out)])
 
 
@@ -220,7 +220,7 @@ def test_a_picture_outside_the_folder_is_never_read(
     words = [str(path), "--image_folder", str(images)]
     assert main(["check", *words, "--format", "json"]) == 1
     assert f"{name} (outside the image folder)" in capsys.readouterr().out
-    with pytest.raises(MissingImages, match="1 lead out of that folder and are never read"):
+    with raises_code("data-missing-pictures", hint="1 lead out of that folder and are never read", kind=MissingImages):
         check_for_training(path, images)
     assert main(["show", *words, "--html", str(tiny_data / "page.html")]) == 0
     assert "data:image" not in (tiny_data / "page.html").read_text()
@@ -246,7 +246,7 @@ def test_a_source_of_a_mixture_cannot_leave_its_own_folder(tiny_data: Path) -> N
 def test_training_is_told_where_the_pictures_are(tiny_data: Path) -> None:
     with pytest.raises(MissingImages, match=f"--image_folder {tiny_data / 'images'}"):
         check_for_training(tiny_data / "train.json", tiny_data)
-    with pytest.raises(DataError, match="no such image folder: none"):
+    with raises_code("path-missing", message="no such image folder: none", kind=DataError):
         check_for_training(tiny_data / "train.json", "none")
 
 
@@ -282,7 +282,7 @@ def test_check_says_what_to_type_next(tiny_data: Path, capsys: pytest.CaptureFix
     (tiny_data / "images" / "0.png").write_bytes(b"no picture")
     assert main(["check", data, "--image_folder", images]) == 1
     assert f"next: python -m milora_data check {data} --image_folder {images} --fix OUT" in capsys.readouterr().err
-    with pytest.raises(UserError, match="this is a picture"):
+    with raises_code("data-picture-file", message="this is a picture"):
         main(["check", str(tiny_data / "images" / "1.png")])
     leads_out = tiny_data / "out.json"
     leads_out.write_text(json.dumps([turns((H, "<image>\na"), (G, "b")) | {"image": "../../passwd.png"}]))

@@ -16,9 +16,10 @@ from transformers import Trainer, TrainingArguments
 
 from milora_data.collate import ImageTextCollator
 from milora_data.encode import IGNORE, encode
-from milora_data.errors import DataError, UserError
+from milora_data.errors import DataError
 from milora_data.images.files import ImageError
 from milora_data.sources import load_records
+from support.problems import raises_code
 from support.questions import TOKENS, image_id, question
 
 
@@ -138,7 +139,7 @@ def test_a_text_only_model_gets_no_pixels_and_refuses_pictures(make: Callable[..
     collator = make()
     collator.image_processor = None
     assert set(collator([question("Hi")])) == {"input_ids", "attention_mask", "labels"}
-    with pytest.raises(DataError, match="reads only text"):
+    with raises_code("model-reads-only-text", kind=DataError):
         collator([question("<image>", image="0.png")])
 
 
@@ -199,7 +200,7 @@ def test_a_bad_picture_can_be_skipped_or_replaced(
 
 def test_a_batch_of_bad_records_repeats_the_last_good_one(make: Callable[..., Any], bad: list[dict[str, Any]]) -> None:
     collator = make(bad_images="skip")
-    with pytest.raises(DataError, match="every record of the first batch"):
+    with raises_code("collate-empty-batch", message="every record of the first batch", kind=DataError):
         collator(bad[1:])
     good = collator(bad[:1])
     again = collator(bad[1:])
@@ -232,7 +233,7 @@ def test_the_picture_token_is_the_tokenizers_own_unless_given(
 
     _, processor = model_and_processor
     assert make(image_token_id=None).image_token_id == image_id(processor)
-    with pytest.raises(UserError, match=r"no <image> token(.|\n)*image_token_id"):
+    with raises_code("tokenizer-no-image-token", message="no <image> token", hint="image_token_id"):
         ImageTextCollator(llama_tokenizer("new"), processor.image_processor)
 
 

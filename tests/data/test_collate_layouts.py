@@ -14,6 +14,7 @@ from milora_data.collate import ImageTextCollator
 from milora_data.encode import IGNORE
 from milora_data.errors import DataError
 from support.llava_oracle import llava_train, original_llava
+from support.problems import raises_code
 from support.questions import TOKENS, image_id, question
 
 
@@ -50,9 +51,10 @@ def test_a_text_with_the_picture_token_in_it_is_named(parts: Any) -> None:
     _, processor, options = parts
     collator = ImageTextCollator(processor.tokenizer, processor.image_processor, **options)
     collator.image_token_id = processor.tokenizer("?", add_special_tokens=False).input_ids[0]
-    with pytest.raises(DataError, match="1 picture tokens, but 0 pictures take 0") as error:
+    with raises_code(
+        "record-image-token-in-text", message="1 picture tokens, but 0 pictures take 0", kind=DataError
+    ) as error:
         collator([question("What is it?")])
-    assert error.value.first.code == "record-image-token-in-text"
     assert error.value.first.where == "What is it?"
 
 

@@ -15,6 +15,7 @@ from milora_data.errors import DataError, UserError
 from milora_data.sources import Source, load_records, mixed_records
 from milora_eval.benchmarks.refcoco import RefCOCO
 from support import official_data
+from support.problems import raises_code
 
 SHORT = "\nAnswer the question using a single word or phrase."
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -176,7 +177,9 @@ def test_pictures_can_be_named_by_a_pattern(tmp_path: Path) -> None:
     made = convert("vqav2", VQA, tmp_path, "--image_pattern", "coco/train2017/{:012d}.jpg")
     assert made[0]["image"] == "coco/train2017/000000000009.jpg"
     (tmp_path / "x").mkdir()
-    with pytest.raises(DataError, match="--image_pattern {:d}.jpg does not fit the picture 'n5'"):
+    with raises_code(
+        "convert-image-pattern", message="--image_pattern {:d}.jpg does not fit the picture 'n5'", kind=DataError
+    ):
         convert(
             "gqa",
             CASES["gqa"][0],
@@ -218,7 +221,7 @@ def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "refs.p").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     (tmp_path / "i.json").write_text(json.dumps(INSTANCES))
     files = [str(tmp_path / "refs.p"), str(tmp_path / "i.json")]
-    with pytest.raises(DataError, match="data alone"):
+    with raises_code("data-unsafe-pickle", message="data alone", kind=DataError):
         main(["convert", "--from", "refcoco", *files, "--output_dir", str(tmp_path / "out")])
 
 

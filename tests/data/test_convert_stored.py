@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.errors import UserError
 from milora_data.images.files import StoredPicture, load_image
 from milora_data.sources import load_records
+from support.problems import raises_code
 
 
 def png(colour: str) -> bytes:
@@ -47,7 +47,7 @@ def test_what_exists_is_said_before_any_picture_is_written(parquet: Path, tmp_pa
     out = tmp_path / "out"
     out.mkdir()
     (out / "eval.json").write_text("mine")
-    with pytest.raises(UserError, match=r"eval\.json exists already\nnothing was written"):
+    with raises_code("output-exists", message="eval.json exists already", hint="nothing was written"):
         main(["convert", "--from", "hub", str(parquet), "--hold_out", "1", "--output_dir", str(out)])
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [("eval.json", "mine")]
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from milora_data.__main__ import main
-from milora_data.errors import UserError
+from support.problems import raises_code
 
 
 def ask(image: str, question: str = "What?") -> dict[str, Any]:
@@ -65,5 +65,5 @@ def test_leakage_into_the_training_is_counted(folder: Path, capsys: pytest.Captu
     assert exact["with_an_equal_picture_in_the_training"] == 1
     assert main(["stats", str(folder / "train.json"), *against, "--copies", "exact"]) == 0
     assert "0.png = u.png" in capsys.readouterr().out
-    with pytest.raises(UserError, match="needs --against"):
+    with raises_code("flag-needs-another", message="needs --against"):
         stats(folder, capsys, "--against_image_folder", str(folder))

@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from milora_data.encode import IGNORE, NoSupervisedTokens, encode, encode_prompt
-from milora_data.errors import DataError, UserError
+from milora_data.errors import DataError
 from milora_data.records import IMAGE, Turn, parse_record
 from milora_data.templates import TEMPLATES
 from milora_data.words import words_of
 from support.conversations import KINDS, answers, as_llava, conversations, record, supervised_text, texts
 from support.llava_oracle import byte_bpe, llama_tokenizer, llava_ids
+from support.problems import raises_code
 
 CONVERSATIONS = json.loads((Path(__file__).parents[1] / "reference" / "conversations.json").read_text(encoding="utf-8"))
 IMG = 32000
@@ -121,7 +122,7 @@ def test_each_picture_gets_its_own_number_of_tokens() -> None:
     first = made.input_ids.index(IMG)
     assert made.input_ids[first : first + 3] == [IMG, IMG, made.input_ids[first + 2]] != [IMG] * 3
     assert tokenizer.decode(made.input_ids[:first]).endswith("USER: First ")
-    with pytest.raises(DataError, match="3 counts for 2 pictures"):
+    with raises_code("image-token-counts", message="3 counts for 2 pictures", kind=DataError):
         encode(value, tokenizer, image_token_id=IMG, image_tokens=[1, 1, 1])
 
 
@@ -165,7 +166,7 @@ def test_cutting_keeps_a_prefix_and_never_a_part_of_a_picture() -> None:
 def test_a_record_with_nothing_left_to_learn_is_an_error() -> None:
     tokenizer = llama_tokenizer("new")
     value = parse_record(record("<image>\nWhat is it?", "A cat.", images=1), source="a.jsonl:4")
-    with pytest.raises(NoSupervisedTokens, match="max_length 20 cuts off") as error:
+    with raises_code("record-no-answer", message="max_length 20 cuts off", kind=NoSupervisedTokens) as error:
         encode(value, tokenizer, image_token_id=IMG, image_tokens=10, max_length=20)
     assert (error.value.first.code, error.value.first.where) == ("record-no-answer", "a.jsonl:4")
     with pytest.raises(NoSupervisedTokens):
@@ -195,7 +196,7 @@ def test_a_system_turn_replaces_the_templates_own() -> None:
 
 
 def test_a_prompt_must_end_with_a_question() -> None:
-    with pytest.raises(DataError, match="last turn must be a question"):
+    with raises_code("record-turn-order", message="the last turn must be a question", kind=DataError):
         encode_prompt([], llama_tokenizer("new"), image_token_id=IMG)
 
 
@@ -214,10 +215,10 @@ def test_what_earlier_calls_left_in_the_tokenizer_does_not_matter() -> None:
 
 def test_mistakes_with_tokenizer_and_template_are_explained() -> None:
     tokenizer = copy.deepcopy(byte_bpe())
-    with pytest.raises(UserError, match=r'unknown template "vicuna"(.|\n)*did you mean vicuna_v1'):
+    with raises_code("template-unknown", message='unknown template "vicuna"', hint="did you mean vicuna_v1"):
         encode(record("a", "b"), tokenizer, template="vicuna", image_token_id=IMG)
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match="no end-of-sequence token"):
+    with raises_code("tokenizer-no-eos", message="no end-of-sequence token"):
         encode(record("a", "b"), tokenizer, image_token_id=IMG)
 
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from milora_data.batches import Row, joined
 from milora_data.collate import ImageTextCollator
 from milora_data.encode import IGNORE
-from milora_data.errors import UserError
 from milora_data.lengths import encoded_lengths
 from milora_data.pack import PackedRecords, fill, pack
 from milora_data.sources import load_records
 from milora_vl.recipe.schema import Recipe
-from milora_vl.train import run_files
+from milora_vl.train import collators
+from support.problems import raises_code
 from support.questions import TOKENS, image_id, question
 
 
@@ -130,7 +130,7 @@ def test_lengths_are_those_of_batches_and_are_kept(
 def test_llavas_own_classes_cannot_take_packs(parts: Any) -> None:
     _, processor, options = parts
     collator = ImageTextCollator(processor.tokenizer, processor.image_processor, layout="llava", **options)
-    with pytest.raises(UserError, match="cannot take packed records"):
+    with raises_code("collate-unsupported-layout", message="cannot take packed records"):
         collator([[question("a"), question("b")]])
 
 
@@ -138,4 +138,4 @@ def test_rows_are_drawn_with_the_seed_of_the_data_also_if_it_is_0() -> None:
     lengths = [100] * 60
     for train, seed in (({"data_seed": 0}, 0), ({"data_seed": 3, "seed": 5}, 3), ({"seed": 5}, 5), ({}, 42)):
         recipe = Recipe.parse({"model": "tiny", "data": {"packing": True, "max_length": 200}, "train": train})
-        assert run_files.packed(recipe, [], lengths)[0].rows == pack(lengths, 400, seed)
+        assert collators.packed(recipe, [], lengths)[0].rows == pack(lengths, 400, seed)

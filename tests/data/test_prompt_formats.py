@@ -12,12 +12,13 @@ from transformers import AddedToken
 
 from milora_data.conversation import segments_of
 from milora_data.encode import IGNORE, encode, encode_prompt
-from milora_data.errors import DataError, UserError
+from milora_data.errors import DataError
 from milora_data.records import Turn
 from milora_data.templates import TEMPLATES, get_template, render_chat_template, template_name
 from milora_vl.generate import Prompt, prompt_ids
 from support.conversations import BYTE_BPE, KINDS, MARKS, as_llava, conversations, record, supervised_text
 from support.llava_oracle import llama_tokenizer, llava_ids, llava_train
+from support.problems import raises_code
 from support.versions import RIGHT_ASSISTANT_MASKS
 
 IMG = 32000
@@ -211,11 +212,11 @@ _own: dict[str, Any] = {}
 
 
 def test_mistakes_with_a_tokenizers_own_template() -> None:
-    with pytest.raises(UserError, match="no chat template"):
+    with raises_code("template-missing"):
         encode(record("a", "b"), BYTE_BPE, template="chat_template", image_token_id=IMG)
     tokenizer = copy.deepcopy(BYTE_BPE)
     tokenizer.chat_template = "{{ raise_exception('only cats may speak') }}"
-    with pytest.raises(DataError, match="only cats") as error:
+    with raises_code("chat-template-refuses", message="only cats", kind=DataError) as error:
         encode(record("a", "b"), tokenizer, template="chat_template", image_token_id=IMG)
     assert (error.value.first.code, error.value.first.where) == ("chat-template-refuses", "record 'r'")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | replace('b', 'c') }}{% endfor %}"

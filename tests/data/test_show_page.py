@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from milora_data.__main__ import main
-from milora_data.errors import UserError
+from support.problems import raises_code
 
 
 def test_the_page_holds_pictures_and_marks_what_is_learnt(tiny_data: Path, tmp_path: Path) -> None:
@@ -30,5 +28,5 @@ def test_the_page_holds_pictures_and_marks_what_is_learnt(tiny_data: Path, tmp_p
     assert "<mark> &lt;b&gt;Yes&lt;/b&gt;&lt;/s&gt;</mark>" in page
     assert "<p>Pictures by &lt;me&gt;, licence CC BY 4.0.</p>" in page
     assert "http" not in page.replace("http-equiv", "")
-    with pytest.raises(UserError, match="exists already"):
+    with raises_code("output-exists"):
         main([*arguments, "--html", str(out)])

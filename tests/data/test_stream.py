@@ -16,12 +16,13 @@ from PIL import Image
 
 from milora_data.__main__ import main as command
 from milora_data.collate import ImageTextCollator
-from milora_data.errors import DataError, UserError
+from milora_data.errors import DataError
 from milora_data.formats.jsonfile import parts_of, read_objects, read_part
 from milora_data.images.files import StoredPicture
 from milora_data.records import Record
 from milora_data.sources import Source
 from milora_data.stream import record_stream
+from support.problems import raises_code
 
 loaders = pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)
 
@@ -177,7 +178,7 @@ def test_a_set_of_the_hub_that_breaks_off_is_told(tmp_path: Path, capsys: Any, t
         list(islice(record_stream(f"hub:{tmp_path}/hub", shuffle_buffer=0), 20))
     stream = record_stream(f"hub:{tmp_path}/hub", shuffle_buffer=0, num_workers=1)
     collator = ImageTextCollator(tiny_llama()[1], bad_images="skip")  # what ends a stream is not skipped
-    with pytest.raises(UserError, match="cannot be read from here on") as error:
+    with raises_code("data-unreadable") as error:
         list(islice(loaders.StatefulDataLoader(stream, batch_size=2, num_workers=1, collate_fn=collator), 20))
     assert (error.value.first.code, error.value.first.where[:20]) == ("data-unreadable", "a source of the hub,")
     assert command(["check", f"hub:{tmp_path}/hub"]) == 1
@@ -185,10 +186,10 @@ def test_a_set_of_the_hub_that_breaks_off_is_told(tmp_path: Path, capsys: Any, t
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
+    with raises_code("data-missing-file"):
         record_stream(tmp_path / "a.jsonl")
-    with pytest.raises(UserError, match="no source has a weight"):
+    with raises_code("mixture-weight", message="no source has a weight"):
         record_stream([Source("a.jsonl", 0.0)])
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UserError, match="no records"):
+    with raises_code("data-no-records", message="no records"):
         record_stream(tmp_path / "empty.jsonl")

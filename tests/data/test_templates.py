@@ -12,11 +12,12 @@ from PIL import Image
 from transformers import AddedToken, AutoProcessor, AutoTokenizer, LlavaProcessor
 
 from milora_data.encode import IGNORE, encode, encode_prompt
-from milora_data.errors import DataError, UserError
+from milora_data.errors import DataError
 from milora_data.records import ROLES, Turn
 from milora_data.templates import TEMPLATES, place_images, render, render_chat_template
 from milora_data.tokens import remember_legacy
 from support.llava_oracle import byte_bpe, llama_tokenizer
+from support.problems import raises_code
 from support.versions import RIGHT_ASSISTANT_MASKS, TRANSFORMERS_5
 
 CONVERSATIONS = json.loads((Path(__file__).parents[1] / "reference" / "conversations.json").read_text(encoding="utf-8"))
@@ -150,7 +151,7 @@ def test_the_chat_template_refuses_turns_out_of_order(processor: Any) -> None:
 def test_a_picture_token_that_eats_blanks_is_refused() -> None:
     tokenizer = copy.deepcopy(llama_tokenizer("new"))
     tokenizer.add_tokens([AddedToken("<image>", special=True, lstrip=True, rstrip=True)], special_tokens=True)
-    with pytest.raises(UserError, match=r"changes the text around it(.|\n)*AddedToken"):
+    with raises_code("tokenizer-token-strips-text", message="changes the text around it", hint="AddedToken"):
         render_chat_template("vicuna_v1", tokenizer)
 
 
@@ -182,11 +183,11 @@ def test_several_pictures_stay_where_they_are_if_each_has_a_file() -> None:
     turn = Turn("user", "Left: <image>\nRight: <image>\nSame?")
     assert place_images([turn], 2) == [turn]
     assert place_images([turn], 1) == [Turn("user", "<image>\nLeft: \nRight: \nSame?")]
-    with pytest.raises(DataError, match="2 <image> in the conversation, but 3 pictures"):
+    with raises_code("record-image-count", message="2 <image> in the conversation, but 3 pictures", kind=DataError):
         place_images([turn], 3)
 
 
 @pytest.mark.parametrize("turns", [[("user", "Text only.")], [("user", "<image>"), ("assistant", "a"), ("user", "b")]])
 def test_plain_takes_a_picture_and_a_caption_only(turns: list[tuple[Any, str]]) -> None:
-    with pytest.raises(DataError, match="the caption"):
+    with raises_code("record-not-a-caption", message="the caption", kind=DataError):
         render([Turn(role, text) for role, text in turns], TEMPLATES["plain"], "</s>")

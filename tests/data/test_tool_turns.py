@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from milora_data.processor_collate import ProcessorCollator
 from milora_data.records import parse_record
 from milora_data.sources import load_records
 from milora_vl.tiny import tiny_tokenizer
+from support.conversations import BYTE_BPE
+from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_families import parts, processor_of
 from support.vlm_runs import write_pictures
@@ -180,11 +183,55 @@ def test_what_is_no_call_or_result_is_named(change: Any, code: str, pictures: Pa
     assert (error.value.first.code, error.value.first.where) == (code, "data.json:3")
 
 
+def text_only(value: dict[str, Any]) -> dict[str, Any]:
+    messages = json.loads(json.dumps(value["messages"]))
+    messages[0]["content"] = "Which colour is it?"
+    return {**value, "messages": messages}
+
+
+@pytest.mark.parametrize(("form", "options"), [(QWEN, {}), (QWEN, {"several": True, "text": "I look."}), (LLAMA, {})])
+def test_text_models_train_on_tools_of_their_chat_template(form: str, options: dict[str, Any]) -> None:
+    """Text and supervised part equal those of transformers with marks in the template.
+
+    So do the ids, except that an answer is tokenized apart from the request for it, as at inference: a request that
+    ends with line breaks gives other tokens where a brace follows.
+    """
+    tokenizer = copy.deepcopy(BYTE_BPE)
+    tokenizer.chat_template = form.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    value = text_only(dialogue(**options))
+    batch = ImageTextCollator(tokenizer, template="chat_template")([value])
+    messages = json.loads(json.dumps(value["messages"]))
+    for message in messages:
+        for one in message.get("tool_calls", []):
+            one["function"]["arguments"] = json.loads(one["function"]["arguments"])
+        if message["role"] != "tool":
+            message["content"] = [{"type": "text", "text": message["content"] or ""}]
+    marked = tokenizer.apply_chat_template(
+        messages, chat_template=form, tools=TOOLS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    expected = [i if kept else -100 for i, kept in zip(marked["input_ids"], marked["assistant_masks"], strict=True)]
+    if form == QWEN:
+        assert (ids, labels) == (marked["input_ids"], expected)
+    assert tokenizer.decode(ids) == tokenizer.decode(marked["input_ids"])
+    assert tokenizer.decode([i for i in labels if i >= 0]) == tokenizer.decode([i for i in expected if i >= 0])
+
+
+def test_a_tool_that_names_a_picture_marker_is_refused() -> None:
+    """The marker would become tokens of a picture."""
+    tokenizer = copy.deepcopy(BYTE_BPE)
+    tokenizer.chat_template = QWEN.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    value = text_only(dialogue())
+    value["tools"] = [{"type": "function", "function": {"name": "zoom", "description": "Into <image>."}}]
+    with pytest.raises(DataError) as error:
+        ImageTextCollator(tokenizer, template="chat_template")([value])
+    assert error.value.first.code == "record-tools-picture"
+
+
 def test_templates_that_do_not_write_tools_refuse_them(pictures: Path) -> None:
-    with pytest.raises(DataError, match="not write lists of tools and calls of tools") as error:
+    with raises_code("chat-template-no-tools", message="not write lists of tools and calls of tools", kind=DataError):
         collator("qwen2_5_vl", pictures)([dialogue()])
-    assert error.value.first.code == "chat-template-no-tools"
-    with pytest.raises(DataError, match="only single tool-calls"):
+    with raises_code("chat-template-refuses", kind=DataError):
         collator("mllama", pictures)([dialogue(several=True)])
     fast = ImageTextCollator(tiny_tokenizer(), image_tokens=4, image_folder=pictures)
     tools_alone = {"tools": TOOLS, "messages": [dialogue()["messages"][0], {"role": "assistant", "content": "Red."}]}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from milora_vl import generate, smol_llava
+from milora_vl.tiny import tiny_llama
 from support import documented_files
 from support.documented import PAGES, ROOT, SHELLS, Block, Command, blocks, commands, is_command, name_of, new_side
 from support.documented_run import flags_of, in_one, in_two, launch_of, run_here, run_outside, run_together, substituted
@@ -116,9 +117,25 @@ def here(command: Command) -> None:
         run_here(in_one(text) if launch_of(text) else text, TYPED)
 
 
+def repeats(command: Command, seen: set[str]) -> bool:
+    """Return whether earlier trainings of the paper's page have shown this recipe and this method.
+
+    `-m slow` runs them all, and tests/docs/test_reproduce.py resolves the flags of each to the layers that it trains.
+    """
+    recipe = re.search(r"milora_vl\.train --recipe (\S+)", command.text)
+    if command.page != "docs/reproduce.md" or recipe is None:
+        return False
+    method = re.search(r"--method \S+", command.text)
+    shown = {recipe[1], method[0] if method else "--method milora"}
+    is_repeated = shown <= seen
+    seen |= shown
+    return is_repeated
+
+
 @pytest.mark.parametrize("page", [name for name in NAMES if commands(name)])
 def test_the_commands_of_a_page_run(page: str, place: Path) -> None:
-    run_page(page, lambda command: None if row_of(SLOW, command.text) else here(command))
+    seen: set[str] = set()
+    run_page(page, lambda command: None if row_of(SLOW, command.text) or repeats(command, seen) else here(command))
 
 
 @pytest.mark.parametrize(
@@ -132,13 +149,13 @@ def test_flags_of_a_slow_command_exist(command: Command) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name in NAMES if any(map(is_slow, commands(name)))])
 def test_slow_and_launched_commands_of_a_page_run_as_typed(page: str, place: Path) -> None:
-    """The first command of each launcher and recipe starts two processes; the others run in one."""
+    """The first command of each launcher starts two processes, and so does FSDP2; the others run in one."""
     launched = set()
 
     def run(command: Command) -> None:
         text = substituted(command.text)
         how = launch_of(text)
-        if not is_slow(command) or how in launched:
+        if not is_slow(command) or (how in launched and " --fsdp" not in text):
             here(command)
         elif how:
             launched.add(how)
@@ -153,23 +170,25 @@ def test_slow_and_launched_commands_of_a_page_run_as_typed(page: str, place: Pat
 
 
 @pytest.fixture
-def two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SmolLM2 with two of its thirty blocks: to decompose all of them says nothing more about a snippet."""
-    whole = smol_llava.language_model
-
-    def shortened() -> tuple[Any, Any]:
-        model, tokenizer = whole()
-        del model.model.layers[2:]
-        model.config.num_hidden_layers = 2
-        return model, tokenizer
-
-    monkeypatch.setattr(smol_llava, "language_model", shortened)
+def small_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny Llama in place of SmolLM2, whose file takes ten seconds to read; tests/models/test_smol_llava.py does."""
+    monkeypatch.setattr(smol_llava, "language_model", tiny_llama)
 
 
-@pytest.mark.usefixtures("two_blocks")
+@pytest.mark.usefixtures("small_language_model")
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_a_snippet_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    run_snippet(block, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [block for block in blocks("python") if "language_model()" in block.text], ids=str)
+def test_a_snippet_runs_with_its_language_model(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_snippet(block, tmp_path, monkeypatch)
+
+
+def run_snippet(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
 
 

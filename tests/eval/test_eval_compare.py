@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_eval.answers.lines import to_line
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.scores.compare import compare, num_common
 from milora_eval.scores.table import Table, show
 from support.eval_questions import write_questions
+from support.problems import raises_code
 
 
 @pytest.fixture
@@ -51,9 +51,8 @@ def test_only_common_items_are_compared(data: Path) -> None:
 
 def test_nothing_in_common_is_an_error(data: Path) -> None:
     lines = answered(data, set())
-    with pytest.raises(UserError, match="no item in common") as raised:
+    with raises_code("eval-nothing-in-common", message="no item in common"):
         compare(lines[:3], lines[5:])
-    assert raised.value.problems[0].code == "eval-nothing-in-common"
 
 
 def test_names_with_brackets_and_colons_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,12 @@ from milora_data.records import Turn
 from milora_eval.answers.runner import _ends_early
 from milora_eval.benchmark import Answer, Item
 from milora_eval.benchmarks.emoji import Emoji
+from milora_eval.benchmarks.own_data import METRICS, OwnData
 from milora_eval.benchmarks.pope import POPE
 from milora_eval.rules.mme import mme_answer, mme_is_decided
 from milora_eval.rules.pope import pope_answer, pope_is_decided
 from milora_eval.rules.scienceqa import scienceqa_is_decided, scienceqa_letter
+from milora_eval.rules.short_rules import seed_correct, seed_is_decided
 from milora_vl.generate import Prompt, generate
 
 VECTORS = json.loads((Path(__file__).parents[1] / "reference" / "eval-vectors.json").read_text(encoding="utf-8"))
@@ -35,8 +37,13 @@ def cut(text: str, is_decided: Callable[[str], bool]) -> str:
 
 @pytest.mark.parametrize(
     "rule",
-    [(pope_is_decided, pope_answer), (mme_is_decided, mme_answer), (scienceqa_is_decided, scienceqa_letter)],
-    ids=["pope", "mme", "scienceqa"],
+    [
+        (pope_is_decided, pope_answer),
+        (mme_is_decided, mme_answer),
+        (scienceqa_is_decided, scienceqa_letter),
+        (lambda text: seed_is_decided(text, "B"), lambda text: seed_correct(text, "B")),
+    ],
+    ids=["pope", "mme", "scienceqa", "seed-bench"],
 )
 def test_recorded_answers_keep_their_result(rule: Rule) -> None:
     is_decided, read = rule
@@ -63,6 +70,18 @@ def test_emoji_answers_keep_their_score_and_the_lenient_mean(kind: str) -> None:
         assert numbers[0] == numbers[1], whole
         shorter += len(early) < len(whole)
     assert shorter > 100
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_answers_to_own_questions_keep_their_score(metric: str) -> None:
+    own, shorter = OwnData("data:mine"), 0
+    for right in ("yes", "no", "B"):
+        item = Item("1", (Turn("user", "Is it?"),), answers=(right,) * 10, meta={"metric": metric})
+        for text in map(str.strip, (*RECORDED, *MADE)):
+            early = cut(text, lambda start, item=item: own.is_decided(item, start))
+            assert own.score(item, early) == own.score(item, text), text
+            shorter += len(early) < len(text)
+    assert (shorter > 100) == (metric == "yes_no")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -10,6 +10,7 @@ import pytest
 from milora_eval.benchmark import Answer, MissingData
 from milora_eval.benchmarks.emoji import Emoji
 from support.eval_questions import record, write_questions
+from support.problems import raises_code
 
 
 @pytest.fixture
@@ -81,7 +82,9 @@ def test_letters_are_said_to_stay_low(data: Path) -> None:
 
 
 def test_a_missing_data_set_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(MissingData, match=r"python -m milora_data emoji --output_dir .*nowhere"):
+    with raises_code(
+        "eval-missing-files", message="nowhere", hint="python -m milora_data emoji --output_dir ", kind=MissingData
+    ):
         Emoji().load(tmp_path / "nowhere")
 
 

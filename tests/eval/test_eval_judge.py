@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_eval.__main__ import main
 from milora_eval.answers.lines import to_line
 from milora_eval.answers.store import Store
@@ -19,6 +18,7 @@ from milora_eval.benchmark import Item
 from milora_eval.scores.results import numbers, read_results, write_results
 from milora_eval.suites import find_benchmark, folder_of
 from support import official_data
+from support.problems import raises_code
 
 
 class Judge(BaseHTTPRequestHandler):
@@ -69,7 +69,7 @@ def headline(folder: Path) -> dict[str, Any]:
 def test_grades_come_from_a_server_and_are_kept(server: str, tmp_path: Path) -> None:
     folder = stored("mm-vet", tmp_path)
     Judge.replies = ["0.5", " 1.0\n"]
-    with pytest.raises(UserError, match="503") as caught:
+    with raises_code("judge-no-answer", message="503") as caught:
         main(["judge", str(folder), "--endpoint", server])
     assert caught.value.exit_code == 1
     Judge.replies = ["0.0"]
@@ -143,10 +143,8 @@ def test_a_judgement_belongs_to_the_answer_it_was_made_for(tmp_path: Path) -> No
 def test_a_partial_or_strange_file_is_said(tmp_path: Path) -> None:
     folder = stored("mm-vet", tmp_path)
     (tmp_path / "grades.json").write_text(json.dumps({"v1_0": "1.0"}))
-    with pytest.raises(UserError, match="2 answers have no judgement yet") as raised:
+    with raises_code("judge-incomplete", message="2 answers have no judgement yet"):
         main(["judge", str(folder), "--file", str(tmp_path / "grades.json")])
-    assert raised.value.problems[0].code == "judge-incomplete"
     (tmp_path / "grades.json").write_text(json.dumps({"v1_7": "1.0"}))
-    with pytest.raises(UserError, match='the id "v1_7"') as raised:
+    with raises_code("judge-unknown-id", message='the id "v1_7"'):
         main(["judge", str(folder), "--file", str(tmp_path / "grades.json")])
-    assert raised.value.problems[0].code == "judge-unknown-id"

@@ -12,6 +12,7 @@ import pytest
 from milora_data.errors import UserError
 from milora_eval.__main__ import main
 from support.drawn import draw
+from support.problems import raises_code
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "add-a-benchmark.md"
 
@@ -100,7 +101,7 @@ def test_a_mistake_in_the_file_is_named(content: Any, words: list[str], tmp_path
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no file .*nothing\.json"):
+    with raises_code("data-missing-file", message="nothing.json"):
         evaluate("nothing.json", tmp_path)
     with pytest.raises(UserError, match=r"no file .*nothing\.py"):
         evaluate("nothing.py", tmp_path)

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_data.records import Turn
 from milora_eval.__main__ import main
 from milora_eval.answers.likelihood import loglikelihoods
@@ -30,6 +29,7 @@ from milora_eval.vlmevalkit import milora_vlm, read_predictions, register, write
 from milora_vl.generate import Prompt, generate
 from support import official_data
 from support.drawn import dump_lines, encoded
+from support.problems import raises_code
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
 Made = tuple[Any, Any]
@@ -119,9 +119,9 @@ def test_lmms_eval_finds_the_model_by_its_entry_point(adapter: Path, tmp_path: P
 
 
 def test_a_harness_that_is_not_installed_is_said() -> None:
-    with pytest.raises(UserError, match=r"not installed.*\n.*pip install"):
+    with raises_code("package-missing", message="not installed", hint="pip install"):
         lm_eval_main(["--model", "tiny", "--tasks", "x"])
-    with pytest.raises(UserError, match="VLMEvalKit is not installed"):
+    with raises_code("package-missing", message="VLMEvalKit is not installed"):
         register("mine", "tiny")
 
 
@@ -152,7 +152,7 @@ def test_vlmevalkits_predictions_are_written_and_scored(tmp_path: Path, capsys: 
 def test_a_table_without_openpyxl_is_told_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     (tmp_path / "theirs.xlsx").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"milora-vl\[eval\]"):
+    with raises_code("package-missing", hint="milora-vl[eval]"):
         read_predictions(tmp_path / "theirs.xlsx")
 
 
@@ -169,7 +169,7 @@ def test_vlmevalkit_builds_a_registered_model_with_its_own_keyword(monkeypatch: 
     register("mine-Qwen2-VL", "tiny")
     build = config.supported_VLM["mine-Qwen2-VL"]
     assert build() and build(use_vllm=False)  # noqa: PT018 - run.py calls it with or without the keyword, by the name
-    with pytest.raises(UserError, match="not with vLLM"):
+    with raises_code("flag-conflict", where="--use-vllm"):
         build(use_vllm=True)
 
 

@@ -127,7 +127,7 @@ def test_what_a_script_stumbles_over_is_what_comes_first() -> None:
 
 def test_commonsense_answers_end_where_the_next_response_begins(data: Path) -> None:
     benchmark = find_benchmark("boolq")
-    item = load_items(benchmark, folder_of(benchmark, data))[0]
+    item = items_of("boolq", data)[0]
     assert benchmark.score(item, "the correct answer is true\n### Response: false") == 1.0
     assert benchmark.score(item, "hm ### Response: the correct answer is true") == 0.0
 
@@ -197,10 +197,10 @@ def test_files_of_another_form_are_a_message(data: Path, tmp_path: Path) -> None
     official_data.gqa(tmp_path)
     (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"text": "Why?"}}')
     with pytest.raises(UserError, match=r"benchmark gqa: .* published format: no 'question'"):
-        load_items(find_benchmark("gqa"), tmp_path)
+        list(load_items(find_benchmark("gqa"), tmp_path))
     (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "two"}\n')
     with pytest.raises(UserError, match=r"benchmark gsm8k: .* published format: could not convert"):
-        load_items(find_benchmark("gsm8k"), tmp_path)
+        list(load_items(find_benchmark("gsm8k"), tmp_path))
 
 
 def write(folder: Path, lines: list[dict[str, Any]]) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_eval import evaluate as evaluation
 from milora_eval import run
 from milora_eval.answers import runner
 from milora_eval.answers.store import read_lines
 from milora_eval.scores.results import read_results, write_results
 from support.eval_questions import write_questions
+from support.problems import raises_code
 from support.programs import Program
 
 Made = tuple[Any, Any]
@@ -210,7 +210,6 @@ def test_missing_pictures_are_counted_before_anything_is_asked(model: Made, tmp_
     data = write_questions(tmp_path / "emoji")
     (data / "images" / "red.png").unlink()
     (data / "images" / "blue.png").unlink()
-    with pytest.raises(UserError, match="2 pictures of benchmark emoji are missing") as raised:
+    with raises_code("benchmark-missing-pictures", message="2 pictures of benchmark emoji are missing"):
         evaluate(model, data, tmp_path / "out")
-    assert raised.value.problems[0].code == "benchmark-missing-pictures"
     assert not (tmp_path / "out").exists()

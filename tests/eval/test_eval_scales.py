@@ -11,8 +11,9 @@ import pytest
 from milora_eval.__main__ import main
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.export import export
-from support.adapter_cases import move, raises_code
+from support.adapter_cases import move
 from support.eval_questions import write_questions
+from support.problems import raises_code
 
 
 @pytest.fixture(scope="module")

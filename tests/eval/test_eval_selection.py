@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from milora_data.errors import UserError
-from milora_eval.answers.selection import parse_shard, select, take_shard
+from milora_eval.answers.selection import group_order, parse_shard, select, shard_places
 from milora_eval.benchmark import Item
+from support.problems import raises_code
 
 ITEMS = [Item(f"{kind}-{picture}", (), group=f"{picture}.png") for kind in "abc" for picture in range(20)]
 
@@ -31,7 +32,9 @@ def test_pictures_come_with_all_their_questions() -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 20, 31])
 def test_every_item_is_in_one_shard(count: int) -> None:
-    parts = [take_shard(ITEMS, (number, count)) for number in range(1, count + 1)]
+    orders = np.array([group_order(item.group) for item in ITEMS], dtype=np.uint64)
+    shards = [shard_places(orders, (number, count)) for number in range(1, count + 1)]
+    parts = [[ITEMS[place] for place in places] for places in shards]
     assert sorted(item.id for part in parts for item in part) == sorted(item.id for item in ITEMS)
     groups = [{item.group for item in part} for part in parts]
     assert sum(len(group) for group in groups) == 20
@@ -39,6 +42,5 @@ def test_every_item_is_in_one_shard(count: int) -> None:
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/3", ""])
 def test_a_shard_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="i/n") as raised:
+    with raises_code("flag-value", where="--shard", message="i/n"):
         parse_shard(text)
-    assert raised.value.problems[0].code == "flag-value"

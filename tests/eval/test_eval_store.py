@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from milora_eval.answers.store import Store, read_lines
 
 
@@ -11,11 +13,16 @@ def lines(*keys: str) -> list[dict[str, str]]:
     return [{"key": key, "benchmark": "pope", "id": key, "prediction": f"answer {key}"} for key in keys]
 
 
+def stored(folder: Path) -> dict[str, str]:
+    with Store(folder).known() as known:
+        return dict(known)
+
+
 def test_appended_lines_are_there_at_once(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.append(lines("a", "b"))
     store.append(lines("c"))
-    assert list(Store(tmp_path).known()) == ["a", "b", "c"]
+    assert sorted(stored(tmp_path)) == ["a", "b", "c"]
 
 
 def test_a_line_cut_off_by_a_kill_is_asked_again(tmp_path: Path) -> None:
@@ -23,7 +30,7 @@ def test_a_line_cut_off_by_a_kill_is_asked_again(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     path.write_bytes(path.read_bytes()[:-7])
     store = Store(tmp_path)
-    assert list(store.known()) == ["a"]
+    assert sorted(stored(tmp_path)) == ["a"]
     store.open()
     store.append(lines("b"))
     assert read_lines(path) == lines("a", "b")
@@ -35,7 +42,7 @@ def test_a_finished_file_has_exactly_the_asked_answers_in_order(tmp_path: Path) 
     store.finish(lines("a", "b", "c"))
     assert read_lines(tmp_path / "predictions.jsonl") == lines("a", "b", "c")
     assert read_lines(tmp_path / "spare.jsonl") == lines("old")
-    assert set(store.known()) == {"a", "b", "c", "old"}
+    assert set(stored(tmp_path)) == {"a", "b", "c", "old"}
 
 
 def test_spare_answers_come_back_when_they_are_asked_for(tmp_path: Path) -> None:
@@ -44,13 +51,33 @@ def test_spare_answers_come_back_when_they_are_asked_for(tmp_path: Path) -> None
     store.finish(lines("a"))
     store.finish(lines("a", "b", "c"))
     assert read_lines(tmp_path / "predictions.jsonl") == lines("a", "b", "c")
-    assert set(store.known()) == {"a", "b", "c"}
+    assert set(stored(tmp_path)) == {"a", "b", "c"}
 
 
 def test_shards_write_side_by_side_and_end_in_one_file(tmp_path: Path) -> None:
     first, second = Store(tmp_path, (1, 2)), Store(tmp_path, (2, 2))
     first.append(lines("a"))
     second.append(lines("b"))
-    assert set(first.known()) == {"a", "b"}
+    assert set(stored(tmp_path)) == {"a", "b"}
     second.finish(lines("a", "b"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.jsonl"]
+
+
+def test_the_last_of_equal_keys_counts_and_keys_may_be_any_text(tmp_path: Path) -> None:
+    key = "0123456789abcdef"
+    store = Store(tmp_path)
+    store.append(
+        [*lines(key, "my own key"), {"key": key, "benchmark": "pope", "id": "2", "prediction": "new\u2028line"}]
+    )
+    with store.known() as known:
+        assert dict(known) == {key: "new\u2028line", "my own key": "answer my own key"}
+        assert known.get("another") is None
+        assert known.holds(np.array([int(key, 16), 5], dtype=np.uint64)).tolist() == [True, False]
+
+
+def test_answers_stay_readable_while_another_shard_replaces_their_file(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.append(lines("a", "b"))
+    with store.known() as known:
+        Store(tmp_path).finish(lines("b"))
+        assert dict(known) == {"a": "answer a", "b": "answer b"}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_eval.__main__ import main
+from support.problems import raises_code
 from support.stored_answers import write_answers
 
 
@@ -51,8 +51,7 @@ def test_a_limit_and_a_lost_picture(tmp_path: Path) -> None:
     assert main(["view", str(base), "--output", str(page), "--limit", "2"]) == 0
     assert len(content(page)["rows"]) == 2
     assert "2 of 6 questions" in page.read_text()
-    with pytest.raises(UserError, match="exists already") as raised:
+    with raises_code("output-exists"):
         main(["view", str(base), "--output", str(page)])
-    assert raised.value.problems[0].code == "output-exists"
     assert main(["view", str(base), "--output", str(tmp_path / "all.html")]) == 0
     assert content(tmp_path / "all.html")["pictures"].count("") == 1

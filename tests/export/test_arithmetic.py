@@ -16,8 +16,9 @@ from transformers import AutoModelForImageTextToText
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.adapters.scale import Update
 from milora_vl.export import export, main
-from support.adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule, raises_code
+from support.adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule
 from support.calibrated import text_batches
+from support.problems import raises_code
 
 Factory = Callable[..., tuple[Any, Any]]
 

@@ -21,6 +21,7 @@ from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.export import export, main
 from milora_vl.models.loading import load_processor
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
+from support.problems import raises_code
 
 Factory = Callable[..., tuple[Any, Any]]
 Q = "model.language_model.layers.0.self_attn.q_proj"
@@ -173,7 +174,7 @@ def test_a_plain_peft_folder_becomes_ours(run) -> None:
     ours = load_adapter(fresh(run.root), run.root / "ours")
     assert torch.allclose(logits(ours, fresh(run.root)), expected, atol=1e-5)
     assert [(t.path, t.method, t.rank) for t in ours.milora_targets] == [(Q, "lora", 3)]
-    with pytest.raises(UserError, match="no initial factors"):
+    with raises_code("export-needs-initial-factors", where="--to", message="no initial factors"):
         export(run.root / "plain", "residual", run.root / "residual")
 
 
@@ -213,7 +214,7 @@ def test_a_residual_of_another_base_is_refused(run, tiny_llava: Factory) -> None
     with pytest.raises(UserError) as error:
         export(run.root / "trained", "adapter", run.root / "ours", residual=residual, base=tiny_llava(seed=1)[0])
     assert error.value.problems[0].code == "adapter-wrong-base"
-    with pytest.raises(UserError, match="base model of the residual is unknown"):
+    with raises_code("adapter-no-base-name", where="--base", message="base model of the residual is unknown"):
         export(run.root / "trained", "adapter", run.root / "ours", residual=residual)
 
 
@@ -221,16 +222,16 @@ def test_unconverted_starts_of_peft_are_refused_where_they_would_be_wrong(run) -
     config = LoraConfig(r=4, target_modules=[Q], init_lora_weights="pissa")
     model = get_peft_model(fresh(run.root), config)
     model.save_pretrained(run.root / "plain")
-    with pytest.raises(UserError, match=r"--initial FOLDER"):
+    with raises_code("adapter-no-initial-factors", hint="--initial FOLDER"):
         export(run.root / "plain", "rank-2", run.root / "out")
     assert not (run.root / "out").exists()
 
 
 def test_another_base_is_refused(run, tiny_llava: Factory) -> None:
     for form in ("merged", "residual"):
-        with pytest.raises(UserError, match="not the base model that the adapter was made for"):
+        with raises_code("adapter-wrong-base"):
             export(run.root / "adapter", form, run.root / "out", base=tiny_llava(seed=1)[0])
-    with pytest.raises(UserError, match="not the base model that the adapter was made for"):
+    with raises_code("adapter-wrong-base"):
         export(run.root / "adapter", "rank-2", run.root / "out", base=tiny_llava(seed=1)[0], with_base=True)
     assert {path.name for path in run.root.iterdir()} == {"base", "adapter"}
 
@@ -278,7 +279,7 @@ def test_damaged_files_are_refused_by_name(run, form: str) -> None:
     weights.write_bytes(whole)
     base = run.root / "base" / "model.safetensors"
     base.write_bytes(base.read_bytes()[:3000])
-    with pytest.raises(UserError, match="cannot read the model"):
+    with raises_code("model-unreadable", message="cannot read the model"):
         export(run.root / "adapter", "merged", run.root / "out")
 
 
@@ -289,7 +290,7 @@ def test_a_base_without_its_tokenizer_costs_no_export(run, tiny_llama: Factory, 
     assert not (run.root / "merged" / "tokenizer_config.json").exists()
     assert "no processor written: cannot read the model" in capsys.readouterr().err
     tiny_llama()[0].save_pretrained(run.root / "text")
-    with pytest.raises(UserError, match="cannot read the model"):
+    with raises_code("model-unreadable"):
         load_processor(run.root / "text")
 
 
@@ -324,9 +325,8 @@ def test_what_is_more_than_pairs_of_factors_is_refused_by_name(run, more: dict[s
         with pytest.raises(UserError, match=message):
             export(run.root / "plain", form, run.root / "out", base=run.root / "base")
     if {"alora_invocation_tokens", "lora_bias"} & more.keys():
-        with pytest.raises(UserError, match="PEFT cannot merge") as error:
+        with raises_code("adapter-not-mergeable", message="PEFT cannot merge"):
             export(run.root / "plain", "merged", run.root / "out")
-        assert error.value.problems[0].code == "adapter-not-mergeable"
     assert not (run.root / "out").exists()
 
 

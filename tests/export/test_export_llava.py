@@ -15,12 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from milora_data.errors import UserError
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.adapters.llava import KNOWN_KEYS
 from milora_vl.export import export
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move
 from support.llava_oracle import llava_train, original_llava
+from support.problems import raises_code
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 Factory = Callable[..., tuple[Any, Any]]
@@ -155,15 +155,15 @@ def test_a_lora_run_of_llava_gives_the_same_logits_here(both) -> None:
 
 def test_what_llavas_loader_could_not_read_is_refused(both) -> None:
     trained(both)
-    with pytest.raises(UserError, match="needs the name of the CLIP model"):
+    with raises_code("flag-required", where="--vision_tower"):
         export(both.root / "adapter", "llava", both.root / "out")
     model = apply_milora(load_model(both.root / "hf")[0], [{"modules": "vision", "method": "milora", "rank": 2}])
     save_adapter(model, both.root / "seeing")
-    with pytest.raises(UserError, match=r"vision.layers.0.*does not support this module"):
+    with raises_code("export-llava-module", where="vision.layers.0", message="does not support this module"):
         export(both.root / "seeing", "llava", both.root / "out", vision_tower=both.clip)
     model = apply_milora(load_model("tiny-text")[0], [{"modules": "language", "method": "milora", "rank": 2}])
     save_adapter(model, both.root / "text")
-    with pytest.raises(UserError, match="this base is llama"):
+    with raises_code("export-llava-base", message="this base is llama"):
         export(both.root / "text", "llava", both.root / "out")
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.export import export, main
 from milora_vl.export.gguf.modelfile import modelfile
-from support.adapter_cases import move, raises_code
+from support.adapter_cases import move
 from support.gguf_models import KINDS, WORDS, LlamaCpp, text_model, tokenizer_of
+from support.problems import raises_code
 
 gguf = pytest.importorskip("gguf")
 RULES = "[{modules: language, method: milora, rank: 4}]"

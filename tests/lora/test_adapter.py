@@ -6,7 +6,8 @@ from torch import nn
 
 from milora_vl import apply_milora, merge
 from milora_vl.policy import Policy, PolicyError
-from support.adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule, raises_code, token_batch
+from support.adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule, token_batch
+from support.problems import raises_code
 
 
 def test_the_result_reports_every_decomposed_weight_and_every_target(tiny_llava) -> None:

@@ -17,10 +17,10 @@ from support.adapter_cases import (
     move,
     one_rule,
     picture_batch,
-    raises_code,
     token_batch,
     train_steps,
 )
+from support.problems import raises_code
 
 
 @pytest.fixture

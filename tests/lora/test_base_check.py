@@ -9,7 +9,8 @@ from torch import nn
 from milora_vl.adapter import apply_milora
 from milora_vl.lora.base_check import fitted, require_same_kind
 from milora_vl.lora.sidecar import Sidecar
-from support.adapter_cases import LLAVA_POLICY, one_rule, raises_code
+from support.adapter_cases import LLAVA_POLICY, one_rule
+from support.problems import raises_code
 
 
 def sidecar_of(model: nn.Module, rules) -> Sidecar:

@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.export import export
-from support.adapter_cases import llava_batch, move, raises_code
+from support.adapter_cases import llava_batch, move
+from support.problems import raises_code
 from support.versions import TORCH
 
 POLICY = "[{modules: language, method: milora, rank: 2}, {modules: projector, method: full, learning_rate: 1.0e-3}]"

@@ -19,6 +19,7 @@ from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.export import export
 from support import official_data
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
+from support.problems import raises_code
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
 Factory = Callable[..., tuple[Any, Any]]
@@ -84,7 +85,7 @@ def test_a_residual_of_another_base_is_refused(root: Path, tiny_llava: Factory) 
 def test_factors_without_their_residual_are_refused(root: Path) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
     get_peft_model(load_model(root / "base")[0], config).save_pretrained(root / "plain")
-    with pytest.raises(UserError, match="was trained on a residual base") as error:
+    with raises_code("adapter-no-initial-factors", message="was trained on a residual base") as error:
         load_model(root / "base", adapter=root / "plain")
     assert "python -m milora_vl.export" in str(error.value)
 

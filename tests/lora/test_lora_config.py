@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl.adapter import apply_milora
-from support.adapter_cases import LLAVA_POLICY, one_rule, raises_code, tiny_gpt2
+from support.adapter_cases import LLAVA_POLICY, one_rule, tiny_gpt2
+from support.problems import raises_code
 
 
 def test_full_paths_are_adapted_and_nothing_of_the_vision_tower(tiny_llava) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from milora_vl import apply_milora, save_adapter
 from milora_vl.lora.install import has_halves, lora_layer
-from support.adapter_cases import LLAVA_POLICY, anchors, move, one_rule, raises_code, token_batch, train_steps
+from support.adapter_cases import LLAVA_POLICY, anchors, move, one_rule, token_batch, train_steps
+from support.problems import raises_code
 
 
 @pytest.fixture

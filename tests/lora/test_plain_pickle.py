@@ -10,6 +10,7 @@ import pytest
 
 from milora_data.errors import DataError
 from milora_data.formats.plain_pickle import read_plain_pickle
+from support.problems import raises_code
 
 
 class Hostile:
@@ -34,10 +35,10 @@ def test_code_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02]q", b"\x80\x02."])
 def test_what_is_no_pickle_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "refs.p").write_bytes(content)
-    with pytest.raises(DataError, match=r"refs\.p: cannot be read"):
+    with raises_code("data-unsafe-pickle", where="refs.p", message="cannot be read", kind=DataError):
         read_plain_pickle(tmp_path / "refs.p")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"refs\.p"):
+    with raises_code("data-missing-file", where="refs.p", kind=DataError):
         read_plain_pickle(tmp_path / "refs.p")

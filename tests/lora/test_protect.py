@@ -19,7 +19,8 @@ from milora_vl.lora.install import anchors_of, base_layer, lora_layer, trained_f
 from milora_vl.lora.protection import Directions, Protected
 from milora_vl.policy.rules import Protect
 from milora_vl.weights.matrices import as_matrix
-from support.adapter_cases import Pictures, move, one_rule, picture_batch, raises_code, tiny_gpt2, token_batch
+from support.adapter_cases import Pictures, move, one_rule, picture_batch, tiny_gpt2, token_batch
+from support.problems import raises_code
 from support.protected import FORMS, HARD, TOP, form_name, overlaps
 
 METHODS = ["milora", "lora"]

@@ -14,8 +14,9 @@ from milora_vl import apply_milora, keep_protected, load_adapter, load_model, sa
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.command import main
 from milora_vl.train.model import load_base
-from support.adapter_cases import LLAVA_POLICY, llava_batch, raises_code, train_steps
+from support.adapter_cases import LLAVA_POLICY, llava_batch, train_steps
 from support.calibrated import leaks, llava_batches
+from support.problems import raises_code
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -9,16 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from milora_vl import apply_milora, load_adapter, reinit_peft, restore_split, save_adapter
-from support.adapter_cases import (
-    LLAVA_POLICY,
-    anchors,
-    llava_batch,
-    move,
-    one_rule,
-    raises_code,
-    token_batch,
-    train_steps,
-)
+from support.adapter_cases import LLAVA_POLICY, anchors, llava_batch, move, one_rule, token_batch, train_steps
+from support.problems import raises_code
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -13,7 +13,8 @@ from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.install import lora_layer
 from milora_vl.lora.layers import ResidualA
-from support.adapter_cases import Pictures, move, one_rule, raises_code, token_batch, train_steps
+from support.adapter_cases import Pictures, move, one_rule, token_batch, train_steps
+from support.problems import raises_code
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -14,7 +14,8 @@ from torch import nn
 from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.lora import atomic_write
 from milora_vl.lora.install import joined_state, lora_layer
-from support.adapter_cases import anchors, llava_batch, move, one_rule, raises_code, token_batch, train_steps
+from support.adapter_cases import anchors, llava_batch, move, one_rule, token_batch, train_steps
+from support.problems import raises_code
 from support.versions import TORCH
 
 Q = "model.layers.0.self_attn.q_proj"

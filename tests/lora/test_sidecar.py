@@ -11,7 +11,7 @@ from milora_vl.lora.errors import AdapterError
 from milora_vl.lora.sidecar import ANCHORS_FILE, FILE_NAME, Sidecar, locate, read_sidecar
 from milora_vl.policy.rules import FloorSigma, Target
 from milora_vl.weights.fingerprint import sketch
-from support.adapter_cases import raises_code
+from support.problems import raises_code
 
 PATH = "model.language_model.layers.0.mlp.up_proj"
 TARGETS = [

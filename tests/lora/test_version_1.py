@@ -12,16 +12,8 @@ from torch import nn
 
 from milora_vl import apply_milora, load_adapter, restore_split, save_adapter
 from milora_vl.lora.sidecar import ANCHORS_FILE, read_sidecar
-from support.adapter_cases import (
-    Pictures,
-    anchors,
-    move,
-    one_rule,
-    picture_batch,
-    raises_code,
-    token_batch,
-    train_steps,
-)
+from support.adapter_cases import Pictures, anchors, move, one_rule, picture_batch, token_batch, train_steps
+from support.problems import raises_code
 from support.version_1 import to_version_1
 
 IDS = token_batch(200)

@@ -11,7 +11,8 @@ import pytest
 from milora_data.collate import ImageTextCollator
 from milora_data.errors import UserError
 from milora_vl import apply_milora, load_adapter, save_adapter
-from support.adapter_cases import one_rule, raises_code
+from support.adapter_cases import one_rule
+from support.problems import raises_code
 
 
 def test_the_name_of_a_model_is_no_model(tmp_path: Path) -> None:

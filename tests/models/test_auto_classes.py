@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from milora_data.errors import UserError
 from milora_vl import apply_milora, compose, load_model, save_adapter
 from milora_vl.export import export, main
 from support.adapter_cases import move
+from support.problems import raises_code
 from support.programs import run as run_program
 
 POLICY = "[{modules: language, method: milora, rank: 2}, {modules: projector, method: full, learning_rate: 1.0e-3}]"
@@ -77,9 +75,9 @@ def loaded(
 ) -> torch.Tensor:
     code = LOAD.format(first=first, last=last, options=options, ids=INPUTS["input_ids"], then=then)
     words, modules = [code, str(folder), str(root)], str(root / "modules")
-    if first == "import milora_vl" and options == "{}":  # before transformers, which a fork has imported
+    if first == "import milora_vl" and options == "{}":
         env = {**os.environ, "HF_MODULES_CACHE": modules}
-        done = subprocess.run([sys.executable, "-c", *words], capture_output=True, text=True, cwd=root, env=env)
+        done = run_program(["-c", *words], cwd=root, env=env, first_import=True)
     else:
         place = f"from transformers import dynamic_module_utils as utils\nutils.HF_MODULES_CACHE = {modules!r}\n"
         done = run_program(["-c", place + words[0], *words[1:]], cwd=root)
@@ -100,8 +98,9 @@ def test_importing_the_package_makes_a_merged_model_loadable(made: SimpleNamespa
     "module", ["models.timm_tower_config", "models.timm_tower", "models.timm_llava", "export.base"]
 )
 def test_each_module_can_be_the_first_to_import_transformers(module: str) -> None:
-    code = f"import milora_vl.{module}; from transformers import AutoConfig; AutoConfig.for_model('milora_timm_tower')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    first = f"import sys; assert 'transformers' not in sys.modules; import milora_vl.{module}"
+    code = f"{first}; from transformers import AutoConfig; AutoConfig.for_model('milora_timm_tower')"
+    done = run_program(["-c", code], first_import=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -137,10 +136,10 @@ def test_a_base_beside_an_adapter_and_a_residual_one_get_the_code_too(made: Simp
 
 
 def test_code_that_nothing_needs_is_refused(made: SimpleNamespace, tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a full model, which --to rank-4 does not write"):
+    with raises_code("flag-no-effect", where="--remote_code", message="a full model, which --to rank-4 does not write"):
         export(made.root / "adapter", "rank-4", tmp_path / "out", remote_code=True)
     save_adapter(apply_milora(load_model(tiny_folder)[0], POLICY), tmp_path / "adapter")
-    with pytest.raises(UserError, match="loads in plain transformers\nremove the flag"):
+    with raises_code("flag-no-effect", where="--remote_code", message="loads in plain transformers"):
         export(tmp_path / "adapter", "merged", tmp_path / "out", remote_code=True)
     assert not (tmp_path / "out").exists()
     assert export(tmp_path / "adapter", "merged", tmp_path / "out").loads_with == "transformers"

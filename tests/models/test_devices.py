@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from milora_vl.models.devices import device_named, dtype_named, fastest_dtype
-from milora_vl.plan import cpu_load, training_args
+from milora_vl.plan import training_args
 from milora_vl.recipe import arguments, settings
 from milora_vl.recipe.schema import Recipe
+from milora_vl.train import process
 
 CPU = torch.device("cpu")
 
@@ -45,23 +46,9 @@ def test_the_fastest_dtype_of_a_recipe_is_settled_for_this_machine(
 def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.parse({"model": "tiny", "train": {"bf16": True, "use_cpu": True}})
     has_units(monkeypatch, False)
-    assert any("bf16 is emulated" in warning for warning in training_args.make(recipe, tmp_path)[1])
+    assert any("bf16 is emulated" in warning for warning in process.training_arguments(recipe, tmp_path)[1])
     has_units(monkeypatch, True)
-    assert not any("bf16" in warning for warning in training_args.make(recipe, tmp_path)[1])
-
-
-def test_cores_that_others_use_are_told_before_a_training_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(cpu_load.psutil, "cpu_percent", lambda seconds, percpu: [100.0, 90.0, 80.0, 90.0, 0.0, 0.0])
-    monkeypatch.setattr(cpu_load.psutil.Process, "cpu_affinity", lambda self: [0, 1, 2, 3])
-    assert "other programs use 3.6 of 4 cores" in cpu_load.warnings("cpu", 1)[0]
-    assert not cpu_load.warnings("cuda", 1)
-    assert not cpu_load.warnings("cpu", 2)  # torchrun gives each process one thread
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert not cpu_load.warnings("cpu", 1)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(cpu_load.psutil, "cpu_percent", lambda seconds, percpu: [30.0, 30.0, 30.0, 30.0, 100.0, 100.0])
-    assert not cpu_load.warnings("cpu", 1)
+    assert not any("bf16" in warning for warning in process.training_arguments(recipe, tmp_path)[1])
 
 
 def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from milora_data.errors import UserError
 from milora_vl.train.command import main
+from support.problems import raises_code
 
 
 def test_llava_7b_has_the_known_counts(capsys: Any) -> None:
@@ -39,7 +40,7 @@ def test_a_plan_is_made_for_devices_that_are_not_here(capsys: Any) -> None:
         "  torchrun --nnodes 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 --nproc_per_node 8 -m "
     )
     assert start.rstrip().endswith("--image_folder FOLDER --gradient_checkpointing True --output_dir FOLDER")
-    with pytest.raises(UserError, match="only with --dry-run"):
+    with raises_code("flag-conflict", where="--devices", message="only with --dry-run"):
         main([*words[:-1], "--devices", "4"])
 
 
@@ -52,6 +53,22 @@ def test_the_first_batch_is_shown_with_its_targets(tiny_data: Path, tmp_path: Pa
     assert "236 tokens per record, 13 of them supervised" in shown  # counted: the tokenizer is at hand
     assert "steps  10 " in shown
     assert not (tmp_path / "r").exists()
+
+
+def test_a_named_model_of_another_family_is_planned_without_its_processor(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Without a network: the plan says that the records were not checked, and a training stops before any weights."""
+    monkeypatch.setattr("milora_vl.models.hub.hub_is_known", lambda: False)
+    words = ["--model", "smolvlm2-500m", "--data_path", str(tiny_data / "train.json"), "--dry-run"]
+    assert main([*words, "--image_folder", str(tiny_data / "images")]) == 0
+    shown = capsys.readouterr().out
+    assert "not checked: the processor of smolvlm2-500m is not on this machine" in shown
+    assert "counts below assume records" in shown
+    assert "all params: " in shown
+    with pytest.raises(UserError) as error:
+        main([*words[:-1], "--image_folder", str(tiny_data / "images")])
+    assert error.value.problems[0].code == "model-not-available"
 
 
 def write_numbers(folder: Path, count: int) -> Path:
@@ -127,12 +144,12 @@ def test_rules_that_do_not_fit_and_data_that_is_not_there_are_both_told_of() -> 
 def test_an_evaluation_without_its_files_is_told_of(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: tiny\neval: {{suites: [emoji], data: {tmp_path}}}\n")
-    with pytest.raises(UserError, match="the files of suite 'emoji' are not in"):
+    with raises_code("eval-missing-files", where="eval.data", message="the files of suite 'emoji' are not in"):
         main(["--recipe", str(recipe), "--rank", "4", "--dry-run"])
 
 
 def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
-    with pytest.raises(UserError, match="llava_v1_5_mix665k"):
+    with raises_code("data-missing-file", where="llava_v1_5_mix665k"):
         main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
     shown = capsys.readouterr().out
     assert "319,815,680" in shown

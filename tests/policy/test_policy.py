@@ -91,3 +91,6 @@ def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() 
     assert set(found) <= set(applied.value.problems)
     with pytest.raises(PolicyError, match=r"\.top: expected a positive number of directions, got 0"):
         Protect(top=0)
+    with pytest.raises(PolicyError) as of_weights:
+        Protect(top=1, offload=True)
+    assert (of_weights.value.problems[0].where, of_weights.value.problems[0].code) == (".offload", "policy-protect")

@@ -7,6 +7,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from milora_vl.policy.selectors import Selector, SelectorError
 from milora_vl.towers import find_towers
 from support.adapter_cases import tiny_gpt2
+from support.problems import raises_code
 from support.versions import TRANSFORMERS_5
 
 LM = "model.language_model.layers"
@@ -68,7 +69,7 @@ def test_norms_count_only_for_rules_on_whole_modules_or_when_planned(selector: S
     norm = "model.language_model.norm"
     assert selector.match(norm, whole_modules=True) == [norm]
     assert selector.match(norm, whole_modules=False, planned=[norm]) == [norm]
-    with pytest.raises(SelectorError, match="LlamaRMSNorm, which adapters do not support"):
+    with raises_code("policy-no-match", hint="LlamaRMSNorm, which adapters do not support", kind=SelectorError):
         selector.match(norm, whole_modules=False)
 
 
@@ -106,7 +107,9 @@ def test_an_unknown_multimodal_layout_is_named_by_glob_alone() -> None:
     model = nn.Module()
     model.visual, model.text = nn.Linear(2, 2), nn.Linear(2, 2)
     selector = Selector(model, find_towers(model))
-    with pytest.raises(SelectorError, match="no known layout: select its modules by full path or glob"):
+    with raises_code(
+        "policy-no-match", hint="no known layout: select its modules by full path or glob", kind=SelectorError
+    ):
         selector.match("language", whole_modules=False)
     assert selector.match("text", whole_modules=False) == ["text"]
 

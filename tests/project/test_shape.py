@@ -32,7 +32,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/models/timm_tower_config.py:TimmTowerConfig.__init__": "PretrainedConfig's constructor",
     "milora_vl/policy/rules.py:RulePart.__init__": "BaseModel's constructor",
     "milora_vl/train/forgetting.py:ForgettingCallback.on_step_end": "TrainerCallback's hook",
-    "milora_vl/train/suites.py:SuiteCallback.on_step_end": "TrainerCallback's hook",
+    "milora_vl/train/evaluation.py:SuiteCallback.on_step_end": "TrainerCallback's hook",
     "milora_vl/models/hub.py:read_pretrained": "from_pretrained's keywords, passed on to it",
     "milora_vl/train/opening.py:AtFirstStep.on_step_begin": "TrainerCallback's hook",
     "milora_vl/train/progress.py:Bars.on_log": "TrainerCallback's hook",
@@ -48,6 +48,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/train/trainer.py:ProjectShards.on_optimizer_step": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:IntervalsOfThisRun.on_train_begin": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:LogBeforeSave.on_step_end": "TrainerCallback's hook",
+    "milora_vl/train/trainer.py:FollowFreeCores.on_step_end": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:StopOnSignal.on_step_end": "TrainerCallback's hook",
 }
 # file -> why it asks an object for a name it may not have.

@@ -7,7 +7,7 @@ import pytest
 from milora_data.command.cli import parser, positive
 from milora_data.command.flags import Command, shared
 from milora_data.errors import UserError
-from support.adapter_cases import raises_code
+from support.problems import raises_code
 
 
 def test_a_mistyped_flag_is_named_where_the_right_one_is_missing() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 import llava_recipes
-from milora_data.errors import UserError
 from milora_vl.recipe import yaml_file
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.command import main
+from support.problems import raises_code
 
 
 def printed(capsys: Any, *words: str) -> str:
@@ -37,7 +37,7 @@ def test_a_printed_recipe_is_the_recipe_with_every_key(name: str, capsys: Any) -
 
 
 def test_print_recipe_wants_a_name() -> None:
-    with pytest.raises(UserError, match="expected the name of a recipe"):
+    with raises_code("flag-required", where="--print-recipe"):
         main(["--print-recipe"])
-    with pytest.raises(UserError, match="did you mean tiny-test"):
+    with raises_code("recipe-unknown", hint="did you mean tiny-test"):
         main(["--print-recipe", "tiny"])

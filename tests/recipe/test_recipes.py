@@ -79,6 +79,23 @@ def test_the_papers_text_models_have_their_sizes_without_a_network(name: str, pa
     assert "vision_config" not in config.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("qwen2.5-vl-3b", 3_754_622_976), ("qwen2.5-vl-7b", 8_292_166_656), ("qwen3-vl-4b", 4_437_815_808),
+        ("qwen3-vl-8b", 8_767_123_696), ("smolvlm2-500m", 507_482_304), ("smolvlm2-2.2b", 2_246_784_880),
+        ("internvl3-2b", 2_088_957_440), ("gemma-3-4b", 4_300_079_472),
+    ],
+)  # fmt: skip
+def test_vision_language_models_have_their_published_sizes_without_a_network(name: str, parameters: int) -> None:
+    """As the weight files on the hub count them."""
+    config = loading.config_of(name)
+    model = loading.meta_model(config)
+    assert dry_run.count(model) == parameters
+    chosen = settings.resolve(arguments.parse(["--model", name])).recipe
+    assert {target.tower for target in on_model.targets_of(chosen, model)} == {"language", "projector"}
+
+
 def test_the_papers_recipe_is_that_of_table_11() -> None:
     chosen = recipe("milora-llava-1.5-7b")
     assert chosen.policy == [

@@ -11,6 +11,7 @@ from milora_vl.plan.training_args import prepared
 from milora_vl.recipe.arguments import parse
 from milora_vl.recipe.settings import Settings, require_fit, resolve
 from milora_vl.train.command import main as train
+from support.problems import raises_code
 
 # scripts/v1_5/finetune_lora.sh of haotian-liu/LLaVA, without its launcher.
 FINETUNE_LORA = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed zero3
@@ -268,7 +269,9 @@ def test_rules_that_do_not_fit_the_model_are_told_with_their_line_before_anythin
     with pytest.raises(UserError, match=r"--rank: 4000 is larger"):
         require_fit(too_large, resolve(too_large).recipe)
     unsaid = parse(["--model", "tiny"])
-    with pytest.raises(UserError, match=r"^the default rank 128 is too large.*\nuse --rank 32, or less$"):
+    with raises_code(
+        "policy-rank-too-large", message="the default rank 128 is too large", hint="use --rank 32, or less"
+    ):
         require_fit(unsaid, resolve(unsaid).recipe)
 
 
@@ -337,7 +340,7 @@ def test_an_evaluation_that_is_asked_for_is_not_left_out(flag: str, tmp_path: Pa
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE_WITH_EVALUATION)
     made = settings(f"--recipe {recipe} --data_path mine.json {flag}")
-    with pytest.raises(UserError, match="--eval_data_path"):
+    with raises_code("eval-no-records", where="train.eval_strategy", hint="--eval_data_path"):
         prepared(made.recipe)
 
 

@@ -42,6 +42,7 @@ from support.fuzz_targets import (
     xlsx,
     zip_with_pickle,
 )
+from support.problems import raises_code
 
 SLOW = ("run folders", "check and stats", "adapter folders")  # left to the script
 LIMIT = 300 << 20  # bytes that a bomb may take
@@ -128,7 +129,7 @@ def saved(kind: str, size: tuple[int, int], **options: Any) -> bytes:
 def test_a_small_picture_file_takes_little_memory(content: Callable[[], bytes], tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(content())
     before = peak()
-    with pytest.raises(ImageError, match="megapixels in a file of"):
+    with raises_code("image-unreadable", message="megapixels in a file of", kind=ImageError):
         load_image(tmp_path / "a.png")
     assert peak() - before < LIMIT
 
@@ -144,7 +145,7 @@ def test_a_picture_is_never_decoded_by_another_program(tmp_path: Path) -> None:
     saved_eps = io.BytesIO()
     Image.new("L", (8, 8)).save(saved_eps, "EPS")
     (tmp_path / "a.jpg").write_bytes(saved_eps.getvalue())
-    with pytest.raises(ImageError, match="not a picture"):
+    with raises_code("image-unreadable", message="not a picture", kind=ImageError):
         load_image(tmp_path / "a.jpg")
 
 
@@ -166,7 +167,7 @@ def test_an_excel_table_that_expands_is_refused(tmp_path: Path) -> None:
     assert len(content) < 200_000
     (tmp_path / "a.xlsx").write_bytes(content)
     before = peak()
-    with pytest.raises(DataError, match="would expand to"):
+    with raises_code("data-unreadable", message="would expand to", kind=DataError):
         read_xlsx(tmp_path / "a.xlsx")
     assert peak() - before < LIMIT
 
@@ -195,7 +196,7 @@ def test_no_pickle_runs_code_or_fills_the_memory(tmp_path: Path) -> None:
     for number, content in enumerate((pickle.dumps([Command()]), b"Nr\xff\xff\xff\x7f.")):
         (tmp_path / f"{number}.p").write_bytes(content)
         before = peak()
-        with pytest.raises(DataError, match=r"not data alone|fill the memory"):
+        with raises_code("data-unsafe-pickle", kind=DataError):
             read_plain_pickle(tmp_path / f"{number}.p")
         assert peak() - before < LIMIT
 
@@ -235,6 +236,6 @@ def test_an_adapter_config_imports_no_module(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config |= {"megatron_config": {}, "megatron_core": "antigravity"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="would be imported"):
+    with raises_code("adapter-unsupported-kind", message="would be imported"):
         load_adapter(small_base(), tmp_path)
     assert "antigravity" not in sys.modules

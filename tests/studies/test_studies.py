@@ -22,6 +22,7 @@ from milora_vl.studies.runner import Folder, all_cells, finished, run_study
 from milora_vl.studies.study import Study, chosen, parse_study, read_study
 from milora_vl.studies.update import Updates
 from milora_vl.sweep.cells import Cell
+from support.problems import raises_code
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "studies"
 RULES = [{"modules": "convs.*", "method": "milora", "rank": 4}]
@@ -136,9 +137,8 @@ def test_a_killed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(runner, "as_completed", killed)
     folder = Folder(tmp_path, read_study("elsewhere.digits-rnn"))
-    with pytest.raises(UserError, match=r"memory ran out(.|\n)*--jobs 1") as raised:
+    with raises_code("study-worker-killed", message="memory ran out", hint="--jobs 1"):
         run_study(folder, 2, retry=False, on_done=lambda *_: None)
-    assert raised.value.problems[0].code == "study-worker-killed"
 
 
 def test_an_arm_that_has_changed_is_trained_anew(studies: Path) -> None:
@@ -183,9 +183,8 @@ def test_a_wrong_study_is_refused(changes: dict[str, Any], said: str) -> None:
 
 def test_a_question_means_all_its_tasks() -> None:
     assert chosen("components") == [n for n in llava_recipes.names("study") if n.startswith("components.")]
-    with pytest.raises(UserError, match=r"did you mean components") as raised:
+    with raises_code("study-unknown", hint="did you mean components"):
         chosen("componets")
-    assert raised.value.problems[0].code == "study-unknown"
 
 
 def test_the_list_of_studies(capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,9 +243,8 @@ def test_a_study_of_layers_whose_cells_failed_is_shown_without_them(tmp_path: Pa
     written, _ = page.write(folder, "python -m milora_vl.studies decay")
     assert "out of memory" in written.read_text(encoding="utf-8")
     (tmp_path / "decay.md").write_text("<!-- results: decay.digits-cnn -->\n<!-- end -->\n", encoding="utf-8")
-    with pytest.raises(UserError, match="has no layers.csv: cells have failed") as raised:
+    with raises_code("study-incomplete", message="has no layers.csv: cells have failed"):
         page.document("decay.digits-cnn", folder, tmp_path)
-    assert raised.value.problems[0].code == "study-incomplete"
 
 
 def test_ranks_with_ties() -> None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
 from torch import Tensor, nn
-
-from milora_data.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,17 +17,6 @@ LLAVA_POLICY = [
     {"modules": "language.layers[0].q_proj", "method": "lora", "rank": 4, "alpha": 8},
     {"modules": "projector", "method": "full", "learning_rate": 2e-5},
 ]
-
-
-@contextmanager
-def raises_code(code: str, where: str = "", message: str = "", hint: str = "") -> Iterator[None]:
-    """Expect a UserError with one problem of this code; `where`, `message` and `hint` are parts of it."""
-    with pytest.raises(UserError) as error:
-        yield
-    assert [problem.code for problem in error.value.problems] == [code], str(error.value)
-    assert where in error.value.problems[0].where
-    assert message in error.value.problems[0].message
-    assert hint in error.value.problems[0].hint
 
 
 def one_rule(**fields: object) -> list[dict[str, object]]:

@@ -92,6 +92,7 @@ SLOW: dict[str, str] = {
     r"python -m milora_vl\.integrations\.llava ": "LLaVA's own training",
     r"python -m milora_vl\.studies decay ": "its plan reads every matrix of three models",
     r"milora demo": "four programs, one after another",
+    r"torchrun .* --fsdp": "FSDP2 needs several processes",
     r"python -m milora_data emoji ": "draws the whole set, as tests/data/test_emoji.py does",
 }
 # Regular expression -> what must be fixed before the commands that match can work. A row that works is no failure.

@@ -15,6 +15,7 @@ import os
 import runpy
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,26 @@ PRELOADED = (
     "rich.progress",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
+)
+# What transformers imports in its turn, for programs that must be the first to import transformers.
+WITHOUT_TRANSFORMERS = (
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "torch.onnx",
+    "torchvision",
+    "scipy.stats",
+    "sympy",
+    "huggingface_hub.hf_api",
+    "torch.distributed.fsdp",
+    "filelock",
+    "tokenizers",
+    "safetensors.torch",
+    "PIL.Image",
+    "jinja2",
+    "yaml",
+    "regex",
+    "pydantic",
 )
 
 
@@ -91,8 +112,8 @@ def become(request: dict[str, Any], given: list[int]) -> None:
         runpy.run_module(first, run_name="__main__", alter_sys=True)
 
 
-def preload() -> None:
-    for name in PRELOADED:
+def preload(names: Sequence[str]) -> None:
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError:
@@ -102,5 +123,5 @@ def preload() -> None:
 
 
 if __name__ == "__main__":
-    preload()
+    preload(WITHOUT_TRANSFORMERS if sys.argv[2] == "torch" else PRELOADED)
     serve(socket.socket(fileno=int(sys.argv[1])))

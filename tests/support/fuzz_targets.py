@@ -628,7 +628,7 @@ def _official(folder: Path, drawn: tuple[str, str, bytes]) -> None:
     for file, valid in official(name).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(content if file == spoiled_file else valid)
-    load_items(find_benchmark(OFFICIAL[name]), folder)
+    list(load_items(find_benchmark(OFFICIAL[name]), folder))
 
 
 def _judgements(folder: Path, content: bytes) -> None:

@@ -29,10 +29,10 @@ seconds_of_ended = 0.0  # CPU time of all programs that have ended
 
 
 class _Server:
-    def __init__(self) -> None:
+    def __init__(self, preloaded: str) -> None:
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         script = str(Path(__file__).with_name("fork_server.py"))
-        words = [sys.executable, script, str(theirs.fileno())]
+        words = [sys.executable, script, str(theirs.fileno()), preloaded]
         nowhere = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=ENVIRONMENT, **nowhere)
         theirs.close()
@@ -50,8 +50,8 @@ class _Server:
 
 
 @cache
-def _server() -> _Server:
-    return _Server()
+def _server(preloaded: str) -> _Server:
+    return _Server(preloaded)
 
 
 class Program:
@@ -66,7 +66,9 @@ class Program:
         stdout: IO[Any] | None = None,
         stderr: IO[Any] | None = None,
         new_session: bool = False,
+        first_import: bool = False,
     ) -> None:
+        self.server = _server("torch" if first_import else "all")
         self.returncode: int | None = None
         request = {
             "words": list(words),
@@ -76,7 +78,7 @@ class Program:
         }
         with Path(os.devnull).open("r+b") as nothing:
             files = [nothing.fileno(), (stdout or nothing).fileno(), (stderr or nothing).fileno()]
-            self.pid: int = _server().ask(request, files)
+            self.pid: int = self.server.ask(request, files)
 
     def poll(self) -> int | None:
         """Return the exit code, None while the program runs."""
@@ -101,7 +103,7 @@ class Program:
     def _ended(self, flags: int) -> int | None:
         global seconds_of_ended
         if self.returncode is None:
-            self.returncode, used = _server().ask({"wait": self.pid, "flags": flags})
+            self.returncode, used = self.server.ask({"wait": self.pid, "flags": flags})
             seconds_of_ended += used
         return self.returncode
 
@@ -153,11 +155,17 @@ def run(
     cwd: Path | str | None = None,
     env: Mapping[str, str] | None = None,
     together: bool = False,
+    first_import: bool = False,
     timeout: float = 600.0,
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python with these words and return what it printed: with `together`, stderr is in stdout as well."""
+    """Run Python with these words and return what it printed: with `together`, stderr is in stdout as well.
+
+    With `first_import`, the program is the first to import transformers and PEFT; only torch is there.
+    """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        program = Program(words, cwd=cwd, env=env, stdout=out, stderr=out if together else err)
+        program = Program(
+            words, cwd=cwd, env=env, stdout=out, stderr=out if together else err, first_import=first_import
+        )
         code = program.wait(timeout)
         for file in (out, err):
             file.seek(0)

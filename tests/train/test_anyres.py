@@ -14,7 +14,6 @@ from PIL import Image
 
 from milora_data.anyres import Tiling
 from milora_data.collate import ImageTextCollator
-from milora_data.errors import UserError
 from milora_data.images.files import picture_size
 from milora_data.images.pixels import PixelMaker
 from milora_data.lengths import encoded_lengths
@@ -25,6 +24,7 @@ from milora_vl.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_tokens, tiling_of
 from milora_vl.models.loading import config_of
 from milora_vl.train.command import main
+from support.problems import raises_code
 from support.tiny_next import GRIDS, saved, tiny_next
 from support.train_runs import losses, training
 from support.versions import TRANSFORMERS_5
@@ -201,13 +201,13 @@ def test_it_trains_and_answers(tiny_data: Path, tmp_path: Path, capfd: Any) -> N
 
 
 def test_the_treatment_of_pictures_must_fit_the_model(tiny_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="sees a picture once"):
+    with raises_code("image-aspect-ratio", where="data.image_aspect_ratio", message="sees a picture once"):
         main(training(tiny_data, tmp_path / "run", "--rank", "4", "--image_aspect_ratio", "anyres"))
     folder = saved(tmp_path / "next")
     draft = ["--image_aspect_ratio", "anyres", "--jpeg_decoding", "draft"]
-    with pytest.raises(UserError, match="tiles need them in full size"):
+    with raises_code("image-draft-tiles", where="data.jpeg_decoding", message="tiles need them in full size"):
         main(training(tiny_data, tmp_path / "run", "--model", str(folder), "--rank", "4", *draft))
-    with pytest.raises(UserError, match="tiles its pictures"):
+    with raises_code("image-aspect-ratio", where="data.image_aspect_ratio"):
         main(
             training(
                 tiny_data, tmp_path / "run", "--model", str(folder), "--rank", "4", "--image_aspect_ratio", "plain"

@@ -27,16 +27,17 @@ from milora_vl.models import loading
 from milora_vl.models.image_tokens import image_token_id, image_tokens
 from milora_vl.recipe.arguments import parse
 from milora_vl.recipe.settings import resolve
-from milora_vl.train import run_files
+from milora_vl.train import collators
 from milora_vl.train.command import main
 from support.chat_models import LLAVA_HF, TINY, record, write_picture_model, write_text_model
+from support.problems import raises_code
 from support.train_runs import losses, training
 
 
 def test_show_takes_it_with_a_tokenizer(text_model: Path, text_data: Path, capsys: Any) -> None:
     assert data_main(["show", str(text_data), "--template", "chat_template", "--tokenizer", str(text_model)]) == 0
     assert "[[One.</s>]]" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--tokenizer"):
+    with raises_code("template-needs-tokenizer", hint="--tokenizer"):
         data_main(["show", str(text_data), "--template", "chat_template"])
 
 
@@ -88,10 +89,10 @@ def test_a_run_learns_and_counts_in_the_template_of_its_recipe(
     model, tokenizer = load_model(text_model)
     record = next(iter(load_records(text_data)))
     expected = encode(record, tokenizer, template="chat_template", image_token_id=-1)
-    batch = run_files.collator(recipe, model, tokenizer)([record])
+    batch = collators.collator(recipe, model, tokenizer)([record])
     assert batch["input_ids"][0].tolist() == expected.input_ids
     assert batch["labels"][0].tolist() == expected.labels
-    assert run_files.lengths(recipe, model, tokenizer, [record]) == ([len(expected.input_ids)] if flags else None)
+    assert collators.lengths(recipe, model, tokenizer, [record]) == ([len(expected.input_ids)] if flags else None)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_a_template_that_refuses_the_records_is_found_before_weights_load(
 ) -> None:
     model = shutil.copytree(text_model, tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ raise_exception('only cats may speak') }}")
-    with pytest.raises(DataError, match=r"text.json:1.*only cats"):
+    with raises_code("chat-template-refuses", where="text.json:1", kind=DataError):
         main(text_words(model, text_data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

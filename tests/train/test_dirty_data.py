@@ -14,6 +14,7 @@ from milora_data.errors import UserError
 from milora_data.sources import load_records
 from milora_vl.train.command import main
 from support import dirty_data
+from support.problems import raises_code
 from support.train_runs import training
 
 
@@ -69,7 +70,7 @@ def test_training_survives_it_and_says_what_it_cost(
 
 
 def test_by_default_training_says_what_is_wrong_before_it_starts(dirty: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="train.jsonl"):
+    with raises_code("data-not-utf8", where="train.jsonl"):
         main(training(dirty.parent, tmp_path / "run", "--data_path", str(dirty), "--rank", "4"))
     assert not (tmp_path / "run").exists()
 

@@ -17,6 +17,7 @@ from milora_data.sources import load_records
 from milora_eval.benchmarks.own_data import OwnData
 from milora_vl.train.command import main as train
 from support.drawn import dump, dump_lines, encoded
+from support.problems import raises_code
 from support.train_runs import losses, training
 
 
@@ -118,7 +119,7 @@ def test_a_folder_of_pictures_that_is_there_is_left_alone(tmp_path: Path) -> Non
     dump_lines(data, [asked(url("red"))])
     (out / "images").mkdir(parents=True)
     (out / "images" / "mine.png").write_bytes(b"mine")
-    with pytest.raises(UserError, match="images exists already"):
+    with raises_code("output-exists"):
         convert(data, out)
     assert [path.name for path in out.iterdir()] == ["images"]
     assert [path.name for path in (out / "images").iterdir()] == ["mine.png"]
@@ -226,6 +227,6 @@ def test_a_conversion_leaves_out_pictures_of_the_web(kind: str, place: str, tmp_
 def test_a_part_of_another_kind_is_named_and_not_quoted(tmp_path: Path) -> None:
     part = {"type": "input_audio", "input_audio": {"data": 1000 * "A"}}
     dump_lines(tmp_path / "m.jsonl", [{"messages": [{"role": "user", "content": [part]}]}])
-    with pytest.raises(DataError, match="input_audio") as caught:
+    with raises_code("messages-unsupported-part", message="input_audio", kind=DataError) as caught:
         convert(tmp_path / "m.jsonl", tmp_path / "out")
     assert "AAA" not in str(caught.value)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_vl.plan.evaluation import check, commands
 from milora_vl.recipe.schema import EvalConfig
 from milora_vl.train import run
 from milora_vl.train.command import main
+from support.problems import raises_code
 from support.train_runs import training
 
 
@@ -24,9 +24,9 @@ def test_nothing_asked_nothing_checked() -> None:
 
 
 def test_unknown_suites_and_missing_files_are_found_early(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="did you mean emoji"):
+    with raises_code("eval-unknown-suite", where="eval.suites", hint="did you mean emoji"):
         check(EvalConfig(suites=["emojis"]))
-    with pytest.raises(UserError, match=r"are not in .* \(test.json"):
+    with raises_code("eval-missing-files", where="eval.data", message="(test.json"):
         check(EvalConfig(suites=["emoji"], data=str(tmp_path)))
 
 

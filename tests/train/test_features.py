@@ -13,6 +13,7 @@ from PIL import Image
 from milora_data.errors import UserError
 from milora_data.images.features import FeatureReader
 from milora_vl.train.command import main
+from support.problems import raises_code
 from support.tiny_next import saved
 from support.train_runs import losses, training
 
@@ -49,9 +50,8 @@ def test_the_losses_are_those_without_it(model: str, tiny_data: Path, tmp_path: 
 
 def test_zero3_is_refused_because_it_cuts_up_the_tower(tiny_data: Path, tmp_path: Path) -> None:
     extra = ["--rank", "4", "--feature_cache", str(tmp_path / "cache"), "--deepspeed", "zero3", "--dry-run"]
-    with pytest.raises(UserError, match="--deepspeed zero2") as error:
+    with raises_code("feature-cache-zero3", where="data.feature_cache", hint="--deepspeed zero2"):
         main(training(tiny_data, tmp_path / "run", *extra))
-    assert error.value.problems[0].code == "feature-cache-zero3"
 
 
 def test_it_goes_on_where_it_was_stopped_and_bad_pictures_are_left_to_their_policy(
@@ -87,9 +87,8 @@ def test_entries_that_are_cut_off_are_made_anew_and_a_folder_that_cannot_be_is_t
     assert [path.read_bytes() for path in made] == whole
     assert losses(tmp_path / "again") == losses(tmp_path / "first")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Not a directory") as error:
+    with raises_code("path-not-writable", where="data.feature_cache", message="Not a directory"):
         main(training(tiny_data, tmp_path / "third", *run, str(tmp_path / "file")))
-    assert error.value.problems[0].code == "path-not-writable"
 
 
 def test_stored_pictures_of_one_name_have_entries_of_their_own(tiny_data: Path, tmp_path: Path) -> None:
@@ -115,13 +114,17 @@ def test_another_transform_or_precision_has_entries_of_its_own(tiny_data: Path, 
 def test_what_it_cannot_do_is_told(tiny_data: Path, tmp_path: Path) -> None:
     extra = ["--feature_cache", str(tmp_path / "cache")]
     policy = "[{modules: language, method: milora, rank: 4}, {modules: vision, method: milora, rank: 2}]"
-    with pytest.raises(UserError, match=r"the vision tower trains \(model.vision_tower") as error:
+    with raises_code(
+        "feature-cache-trained-tower", where="data.feature_cache", message="the vision tower trains (model.vision_tower"
+    ) as error:
         main(training(tiny_data, tmp_path / "run", "--policy", policy, *extra))
     problem = error.value.problems[0]
     assert (problem.code, problem.where) == ("feature-cache-trained-tower", "data.feature_cache")
     text = [record for record in json.loads((tiny_data / "train.json").read_text()) if "image" not in record]
     (tiny_data / "train.json").write_text(json.dumps(text))
-    with pytest.raises(UserError, match="supports LLaVA 1.5 and 1.6 only"):
+    with raises_code(
+        "feature-cache-unsupported-model", where="data.feature_cache", message="supports LLaVA 1.5 and 1.6 only"
+    ):
         main(training(tiny_data, tmp_path / "text", "--model", "tiny-text", "--rank", "4", *extra))
     with pytest.raises(UserError, match="--feature_cache: needs all images before training"):
         main(training(tiny_data, tmp_path / "stream", "--rank", "4", "--streaming", *extra))
@@ -132,5 +135,5 @@ def test_a_picture_that_changed_while_training_is_told(tiny_llava: Any, tiny_dat
     from milora_data.images.pixels import PixelMaker
 
     reader = FeatureReader(tmp_path, PixelMaker(tiny_llava()[1].image_processor))
-    with pytest.raises(UserError, match="changed, or added"):
+    with raises_code("feature-cache-stale", message="changed, or added"):
         reader.read(tiny_data / "images" / "0.png")

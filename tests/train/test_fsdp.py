@@ -19,6 +19,7 @@ from milora_vl.plan import launch
 from milora_vl.tiny import tiny_llava, tiny_tokenizer
 from milora_vl.train.command import main
 from support.launched import ENVIRONMENT, FSDP, train_in_two
+from support.problems import raises_code
 from support.train_runs import losses, training
 
 RESUME = ["--resume_from_checkpoint", "true"]
@@ -156,13 +157,12 @@ def test_the_words_of_hugging_face_choose_the_strategy() -> None:
 
 @pytest.mark.parametrize("more", [["--fp16"], ["--deepspeed", "zero2"], ["--torch_compile"]])
 def test_arguments_that_fsdp_does_not_support_are_refused(more: list[str], tiny_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not work together with"):
+    with raises_code("launch-fsdp", where="--fsdp", message="does not work together with"):
         main(training(tiny_data, tmp_path / "run", "--rank", "4", *FSDP, *more))
     assert not (tmp_path / "run").exists()
 
 
 def test_one_process_has_nothing_to_shard(tiny_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="needs several processes") as caught:
+    with raises_code("launch-fsdp", where="--fsdp"):
         main(training(tiny_data, tmp_path / "run", "--rank", "4", *FSDP))
-    assert caught.value.problems[0].code == "launch-fsdp"
     assert not (tmp_path / "run").exists()

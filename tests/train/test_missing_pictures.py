@@ -17,6 +17,7 @@ from milora_data.images.files import ImageError, load_image, picture_size
 from milora_data.sources import mixed_records, read_sources
 from milora_vl.train.command import main
 from support.drawn import dump
+from support.problems import raises_code
 from support.train_runs import training
 
 
@@ -30,13 +31,18 @@ def with_empty(tiny_data: Path) -> Path:
 
 
 def test_empty_files_stop_a_training_before_its_model_loads(with_empty: Path, tmp_path: Path, capfd: Any) -> None:
-    with pytest.raises(MissingImages, match=r"3 of 8 pictures are missing or empty(.|\n)*2 are empty files"):
+    with raises_code(
+        "data-missing-pictures",
+        message="3 of 8 pictures are missing or empty",
+        hint="2 are empty files",
+        kind=MissingImages,
+    ):
         main(training(with_empty, tmp_path / "run", "--rank", "4"))
     assert "loading" not in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="2 are empty files"):
+    with raises_code("data-missing-pictures", hint="2 are empty files"):
         main(training(with_empty, tmp_path / "run", "--rank", "4", "--dry-run"))
-    with pytest.raises(UserError, match="2 are empty files"):
+    with raises_code("data-missing-pictures", hint="2 are empty files"):
         main(training(with_empty, tmp_path / "run", "--rank", "4", "--streaming"))
 
 

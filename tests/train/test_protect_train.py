@@ -61,7 +61,7 @@ def test_the_run_folder_tells_of_it(
     assert "outside top 4" in shown
     assert "penalty 30" in shown
     policy = read_json(run, "policy.json")
-    assert [target["protect"] for target in policy["targets"] if target["rank"]] == [form] * 14
+    assert [target["protect"] for target in policy["targets"] if target["rank"]] == [form | {"offload": False}] * 14
     assert len(policy["protected"]) == 14
     assert policy["protected"][0]["bytes"] == 4 * TOP * (64 + 64)
     assert 0 < policy["protected"][0]["energy"] < 1

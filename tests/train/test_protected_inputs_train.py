@@ -25,9 +25,9 @@ from milora_vl.report.tables import protection_table
 from milora_vl.tiny import tiny_llava
 from milora_vl.train import calibration
 from milora_vl.train.command import main
-from support.adapter_cases import raises_code
 from support.calibrated import leaks
 from support.launched import KINDS, needs_deepspeed, train_in_two
+from support.problems import raises_code
 from support.train_runs import losses, read_json, training
 
 RULES = [

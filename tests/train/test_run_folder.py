@@ -12,8 +12,9 @@ import pytest
 from milora_data.errors import UserError
 from milora_vl.checkpoints import is_finished
 from milora_vl.plan.run_data import RunData
-from milora_vl.plan.run_folder import RunFolder, choose, default_path, describe_environment
+from milora_vl.plan.run_folder import RunFolder, choose, default_path
 from milora_vl.recipe.schema import Recipe
+from milora_vl.train.run_files import describe_environment
 from support.checkpoint_files import write_checkpoint
 
 
@@ -93,7 +94,7 @@ def test_a_git_that_does_not_answer_does_not_end_the_run(tmp_path: Path, monkeyp
     (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 9\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("milora_vl.plan.run_folder.GIT_TIMEOUT", 0.2)
+    monkeypatch.setattr("milora_vl.train.run_files.GIT_TIMEOUT", 0.2)
     described = describe_environment(
         Recipe.parse({"model": "tiny"}), [], base="tiny", device="cpu", data=RunData([], None), dtype="", processes=1
     )

@@ -24,6 +24,7 @@ from milora_vl.plan.run_lock import FILE, RunLock, require_free
 from milora_vl.train import failures, trainer
 from milora_vl.train.command import main
 from support.checkpoint_files import write_checkpoint
+from support.problems import raises_code
 from support.train_runs import file_contents, losses, training
 
 HOLDER = """
@@ -50,7 +51,7 @@ def test_a_second_training_in_the_folder_is_refused_and_changes_nothing(tiny_dat
             with pytest.raises(UserError, match=f"process {holder.pid} on") as raised:
                 main([*words, *resume])
             assert raised.value.first.code == "run-in-use"
-        with pytest.raises(UserError, match="another training runs"):
+        with raises_code("run-in-use", message="another training runs"):
             RunLock().take(run)  # if both found the folder free when they started
         assert file_contents(run) == before
         holder.send_signal(signal.SIGKILL)
@@ -116,7 +117,7 @@ def test_the_checksums_of_a_real_checkpoint_hold_all_its_files(tiny_data: Path, 
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 255
     weights.write_bytes(content)
-    with pytest.raises(UserError, match=r"optimizer\.pt has changed"):
+    with raises_code("checkpoint-incomplete", where="--resume_from_checkpoint", message="optimizer.pt has changed"):
         main(training(tiny_data, run, "--rank", "4", "--max_steps", "2", "--resume_from_checkpoint", str(folder)))
 
 

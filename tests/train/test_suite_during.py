@@ -14,8 +14,8 @@ from milora_vl import load_model
 from milora_vl.plan.evaluation import check
 from milora_vl.recipe.schema import EvalConfig
 from milora_vl.train.command import main
-from support.adapter_cases import raises_code
 from support.eval_questions import write_questions
+from support.problems import raises_code
 from support.train_runs import training
 from support.vlm_runs import write_model, write_pictures, write_records
 

@@ -16,6 +16,7 @@ from milora_data.errors import UserError
 from milora_vl.policy import ranks
 from milora_vl.train.command import main
 from support.drawn import write_tiny_data
+from support.problems import raises_code
 from support.programs import run as run_program
 from support.train_runs import METHODS, WEIGHTS, losses, read_json, training
 from support.versions import TRANSFORMERS_5
@@ -64,7 +65,7 @@ def test_factors_are_computed_once_for_several_runs(tiny_data: Path, tmp_path: P
     first, second = (load_file(tmp_path / run / "adapter_model.safetensors") for run in "ab")
     # The lower half of each is the anchor.
     assert all(torch.equal(w[4:], second[name][4:]) for name, w in first.items() if "lora_A" in name)
-    with pytest.raises(UserError, match="--factor_cache: .* is a file, not a folder"):
+    with raises_code("path-not-a-folder", where="--factor_cache"):
         main(training(tiny_data, tmp_path / "c", "--rank", "4", "--factor_cache", str(tiny_data / "train.json")))
 
 
@@ -82,7 +83,7 @@ def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(p
     (checkpoint / "checksums.json").unlink()  # it finds the loss too, before the model is loaded
     shutil.copy(plain_run / "recipe.yaml", tmp_path)
     more = ["--rank", "4", "--resume_from_checkpoint", str(checkpoint)]
-    with pytest.raises(UserError, match=r"milora.json is missing") as error:
+    with raises_code("checkpoint-incomplete", message="milora.json is missing") as error:
         main(training(plain_run.parent / "data", tmp_path / "again", *more))
     problem = error.value.problems[0]
     assert (problem.code, problem.where) == ("checkpoint-incomplete", str(checkpoint))
@@ -264,7 +265,7 @@ def test_batches_of_similar_length_come_in_the_same_order_in_a_resumed_run(
 
 
 def test_a_misspelt_model_is_told_before_the_data_is_read(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
-    with pytest.raises(UserError, match="did you mean: smol-llava"):
+    with raises_code("model-unknown", hint="did you mean: smol-llava"):
         main(["--model", "Smol-lava", "--data_path", str(tiny_data / "none.json"), "--output_dir", str(tmp_path / "r")])
     assert "reading" not in capfd.readouterr().err
 

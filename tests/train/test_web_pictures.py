@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from milora_data.errors import DataError, UserError
+from milora_data.errors import DataError
 from milora_data.images import download
 from milora_data.images.files import ImageError, WebPicture, load_image
 from milora_vl.train.command import main as train
 from support.drawn import dump_lines, encoded
+from support.problems import raises_code
 from support.train_runs import losses, training
 
 
@@ -78,7 +79,7 @@ def test_they_are_refused_unless_asked_for_and_downloaded_once(how: list[str], s
         pytest.importorskip("torchdata")
     data = tmp_path / "data.jsonl"
     dump_lines(data, [asked(f"{server}/red.png?token=secret"), asked(f"{server}/moved.png")] * 2)
-    with pytest.raises(DataError, match="--web_pictures download") as error:
+    with raises_code("data-missing-pictures", hint="--web_pictures download", kind=DataError) as error:
         train(training(tmp_path, tmp_path / "refused", *words(data, *how)))
     assert "secret" not in str(error.value)
     assert Pictures.asked == []
@@ -115,6 +116,6 @@ def test_a_broken_one_follows_the_policy_for_pictures(server: str, tmp_path: Pat
     data = tmp_path / "data.jsonl"
     dump_lines(data, [asked(f"{server}/red.png"), asked(f"{server}/gone.png")] * 2)
     more = words(data, "--web_pictures", "download")
-    with pytest.raises(UserError, match="gone.png"):
+    with raises_code("image-unreadable", where="gone.png"):
         train(training(tmp_path, tmp_path / "raised", *more))
     assert train(training(tmp_path, tmp_path / "skipped", *more, "--bad_images", "skip")) == 0

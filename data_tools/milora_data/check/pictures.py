@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class MissingImages(DataError):
     """Records name pictures that are missing or empty; the message has their number and the first few.
 
-    The place is that of the first record with such a picture.
+    The place names the first record with such a picture.
 
     `used` is the result of `uses` for all pictures.
     """

@@ -37,7 +37,7 @@ def suggest(word: str, candidates: Iterable[str]) -> list[str]:
 
 
 def did_you_mean(names: Sequence[str]) -> str:
-    """Return a hint that names similar words, or an empty string if there are none.
+    """Return a hint that names similar words, or an empty string without such words.
 
     >>> did_you_mean(["--model", "--modules"]), did_you_mean([])
     ('did you mean --model or --modules?', '')

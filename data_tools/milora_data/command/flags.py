@@ -86,7 +86,7 @@ Choice = tuple[Option, ...]
 
 
 def option(*names: str, **keywords: Any) -> Option:
-    """Return an option; the arguments are those of argparse's `add_argument`."""
+    """Return an option; it takes the arguments of argparse's `add_argument`."""
     return Option(names, keywords)
 
 

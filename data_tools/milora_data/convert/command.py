@@ -143,7 +143,7 @@ def _read(kind: str, sources: Sequence[Any], options: Options) -> Records:
 
 
 def _llava(sources: Sequence[Path], options: Options) -> Records:
-    """Records in LLaVA's form or in that of `messages`, as every reader of records takes them."""
+    """Records in LLaVA's form or in the form of `messages`, as every reader of records takes them."""
     return _with_stored_pictures(sources, options, _checked)
 
 

@@ -255,9 +255,9 @@ def main_colour(code: str) -> str | None:
     words, colours = _palette()
     nearest = ((pixels[:, None, :] - colours[None]) ** 2).sum(-1).argmin(1)
     counts: dict[str, int] = {}
-    for index in nearest:
-        if words[index] != "black":
-            counts[words[index]] = counts.get(words[index], 0) + 1
+    for word, number in zip(words, np.bincount(nearest, minlength=len(words)).tolist(), strict=True):
+        if word != "black" and number:
+            counts[word] = counts.get(word, 0) + number
     if sum(counts.values()) < 0.03 * 72 * 72:
         return None
     ranked = sorted(counts.items(), key=lambda item: -item[1])

@@ -110,7 +110,7 @@ def write_objects(path: Path, objects: Iterable[object]) -> int:
                 file.write(json.dumps(value, ensure_ascii=False) + ("\n" if lines else ""))
             file.write("" if lines else "\n]\n" if count else "[]\n")
     except BaseException:
-        part.unlink(missing_ok=True)  # its folder may be one that cannot be written to
+        part.unlink(missing_ok=True)  # its folder may be read-only
         raise
     part.rename(path)
     return count

@@ -27,7 +27,7 @@ def downloaded(address: str) -> Path:
         return place
     try:
         content = _content(address)
-    except (HTTPException, ValueError) as error:  # a broken answer, an address that is none
+    except (HTTPException, ValueError) as error:  # a broken answer, or not an address
         raise OSError(f"the download failed: {error}") from None
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_name(f".{place.name}.{os.getpid()}")

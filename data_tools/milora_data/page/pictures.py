@@ -1,10 +1,11 @@
-"""Pictures that are small enough to be embedded in a page."""
+"""Pictures that are small enough to be embedded in a page, and the lines that credit their authors."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,3 +56,11 @@ def fitting(pictures: Sequence[bytes | None], budget: int) -> list[str]:
         side = max(_LEAST, side * 3 // 4)
         resized = [small(Image.open(io.BytesIO(one)), side) if one else None for one in pictures]
     return [data_uri(one, "image/jpeg") if one else "" for one in resized]
+
+
+def credit_lines(folders: Iterable[Path]) -> list[str]:
+    """Return the lines that mention a licence in the README.md of each folder, without repeats."""
+    readmes = dict.fromkeys((folder / "README.md").resolve() for folder in folders)
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in readmes if file.is_file())
+    lines = (line.strip(" *-").replace("`", "") for text in texts for line in text.splitlines())
+    return list(dict.fromkeys(line for line in lines if re.search(r"\blicen[cs]e\b", line, re.IGNORECASE)))

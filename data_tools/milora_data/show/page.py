@@ -9,8 +9,7 @@ from pathlib import Path
 from milora_data.command.cli import amount
 from milora_data.errors import UserError
 from milora_data.images.files import ImageError, load_image, place_of
-from milora_data.page.credits import credit_lines
-from milora_data.page.pictures import fitting, small
+from milora_data.page.pictures import credit_lines, fitting, small
 from milora_data.page.render import MAX_BYTES, render, write
 from milora_data.records import Record
 from milora_data.show.preview import COUNTS, Piece

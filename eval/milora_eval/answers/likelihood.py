@@ -30,7 +30,7 @@ def loglikelihoods(
 
 @torch.inference_mode()
 def _one(reader: Reader, prompt: Prompt, answer: str) -> tuple[float, bool]:
-    row = reader.whole(reader.row(0, prompt))
+    row = reader.row(prompt)
     after = reader.tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not after:
         return 0.0, True

@@ -64,7 +64,7 @@ def expected_of(benchmark: Benchmark, what: str) -> AbstractContextManager[None]
     )
 
 
-# Types of the values that scoring reads; None also stands for a missing key.
+# Types of the values that scoring reads; None also means a missing key.
 _TEXT, _NO_TEXT = (str,), (str, NoneType)
 _TYPES: dict[str, tuple[type, ...]] = {
     "id": _TEXT,
@@ -83,7 +83,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def require_line(line: Mapping[str, Any]) -> None:
-    """Raise UserError if a stored line is not one that `to_line` makes."""
+    """Raise UserError if `to_line` would not make such a line."""
     wrong = next((key for key, types in _TYPES.items() if not isinstance(line.get(key), types)), None)
     texts = [*(line.get("answers") or ()), *(line.get("more_images") or ())] if wrong is None else []
     if wrong is None and not all(isinstance(text, str) for text in texts):

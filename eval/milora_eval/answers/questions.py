@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from milora_data.errors import UserError
 from milora_eval.answers.identity import answer_key
-from milora_eval.answers.selection import select
+from milora_eval.answers.item_file import ItemFile
+from milora_eval.answers.selection import Orders, selected
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_eval.data_files import load_items
 from milora_eval.suites import folder_of
 
-Items = dict[str, list[Item]]
+Items = dict[str, ItemFile]
 """The items of each benchmark, by its name."""
 
 
@@ -62,11 +68,11 @@ def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | Non
     missing: dict[str, MissingData] = {}
     for benchmark in benchmarks:
         try:
-            loaded = load_items(benchmark, folder_of(benchmark, data_dir))
+            loaded = ItemFile(load_items(benchmark, folder_of(benchmark, data_dir)))
         except MissingData as error:
             missing[benchmark.name] = error
             continue
-        items = select(loaded, limit)
+        items = loaded if limit is None else loaded.take(selected(loaded.orders, limit))
         if not items:
             raise UserError(
                 f"no questions in the data of benchmark {benchmark.name} in {data_dir}", code="benchmark-empty"
@@ -86,13 +92,40 @@ def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | Non
     return result
 
 
-def questions(plan: EvaluationPlan, items: Items) -> list[Question]:
-    """Return the items of the plan's benchmarks, each with the key of its answer."""
-    return [
-        Question(benchmark, item, answer_key(plan.settings, benchmark, item))
-        for benchmark in plan.benchmarks
-        for item in items[benchmark.name]
-    ]
+class Questions(Sequence[Question]):
+    """The items of the plan's benchmarks, each with the key of its answer.
+
+    A question is read when it is asked for: a million of them take the memory of two numbers each, `keys` and `orders`.
+    """
+
+    def __init__(self, plan: EvaluationPlan, items: Items) -> None:
+        self._parts = [(benchmark, items[benchmark.name]) for benchmark in plan.benchmarks]
+        self._firsts = [0, *accumulate(len(part) for _, part in self._parts)]
+        keys = (int(answer_key(plan.settings, one, item), 16) for one, part in self._parts for item in part)
+        self.keys: NDArray[np.uint64] = np.fromiter(keys, np.uint64, len(self))
+        self.orders: Orders = np.concatenate([part.orders for _, part in self._parts])
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    @overload
+    def __getitem__(self, place: int) -> Question: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Question]: ...
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        number = bisect_right(self._firsts, place) - 1
+        benchmark, items = self._parts[number]
+        return Question(benchmark, items[place - self._firsts[number]], f"{int(self.keys[place]):016x}")
+
+    def by_benchmark(self, places: NDArray[np.int64]) -> Iterator[tuple[Benchmark, NDArray[np.int64]]]:
+        """Yield each benchmark with its own part of `places`, which ascend."""
+        ends = np.searchsorted(places, self._firsts)
+        for (benchmark, _), start, end in zip(self._parts, ends, ends[1:], strict=False):
+            yield benchmark, places[start:end]
 
 
 def _check_names(benchmarks: Sequence[Benchmark]) -> None:
@@ -107,22 +140,28 @@ def _check_names(benchmarks: Sequence[Benchmark]) -> None:
         seen.add(benchmark.name)
 
 
-def _check_ids(benchmark: Benchmark, items: Sequence[Item]) -> None:
+def _check_ids(benchmark: Benchmark, items: ItemFile) -> None:
+    hashes, counts = np.unique(items.id_hashes, return_counts=True)
     seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
+    for place in np.flatnonzero(np.isin(items.id_hashes, hashes[counts > 1])).tolist():
+        if items[place].id in seen:
             raise UserError(
-                f'the id "{item.id}" appears twice in the questions',
+                f'the id "{items[place].id}" appears twice in the questions',
                 code="benchmark-duplicate-id",
                 where=f"benchmark {benchmark.name}",
             )
-        seen.add(item.id)
+        seen.add(items[place].id)
 
 
-def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:
-    missing = sorted({image for item in items for image in item.images if not Path(image).is_file()})
+def _check_pictures(benchmark: Benchmark, items: ItemFile) -> None:
+    missing: set[str] = set()
+    before: tuple[str, ...] = ()
+    for item in items:
+        if item.images != before:  # questions about one picture usually follow each other
+            missing.update(image for image in item.images if not Path(image).is_file())
+        before = item.images
     if missing:
-        shown = [*missing[:3], *(["..."] if len(missing) > 3 else [])]
+        shown = [*sorted(missing)[:3], *(["..."] if len(missing) > 3 else [])]
         folders = [names.removesuffix("|.") for names in benchmark.files if names.endswith("|.")]
         shown += [f"put their folder next to the questions: {names.replace('|', ' or ')}" for names in folders]
         raise UserError(

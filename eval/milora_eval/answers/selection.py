@@ -5,8 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from milora_data.errors import UserError
 from milora_eval.benchmark import Item
+
+Orders = NDArray[np.uint64]
+"""(items,): the `group_order` of each item."""
+
+
+def group_order(group: str) -> int:
+    """Return the place of a group (a picture) among all groups: 64 bits of a hash of its name."""
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
 
 
 def select(items: Sequence[Item], limit: int | None) -> list[Item]:
@@ -14,18 +25,21 @@ def select(items: Sequence[Item], limit: int | None) -> list[Item]:
 
     The order in which pictures are chosen depends on their names alone. A picture brings all its questions.
     """
-    if limit is None or limit >= len(items):
-        return list(items)
-    kept = set(sorted(range(len(items)), key=lambda place: (_order(items[place].group), place))[:limit])
-    return [item for place, item in enumerate(items) if place in kept]
+    orders = np.fromiter((group_order(item.group) for item in items), np.uint64, len(items))
+    return [items[place] for place in selected(orders, limit).tolist()]
 
 
-def take_shard(items: Sequence[Item], shard: tuple[int, int]) -> list[Item]:
-    """Return the items of shard `number` (from 1) of `count`. Every item is in one shard; a shard may be empty."""
+def selected(orders: Orders, limit: int | None) -> NDArray[np.int64]:
+    """Return the places that `select` chooses, in ascending order."""
+    if limit is None or limit >= len(orders):
+        return np.arange(len(orders))
+    return np.sort(np.argsort(orders, kind="stable")[:limit])
+
+
+def shard_places(orders: Orders, shard: tuple[int, int]) -> NDArray[np.int64]:
+    """Return the places of shard `number` (from 1) of `count`. Every item is in one shard; a shard may be empty."""
     number, count = shard
-    groups = sorted({item.group for item in items}, key=_order)
-    chosen = set(groups[number - 1 :: count])
-    return [item for item in items if item.group in chosen]
+    return np.flatnonzero(np.isin(orders, np.unique(orders)[number - 1 :: count]))
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -43,7 +57,3 @@ def parse_shard(text: str) -> tuple[int, int]:
         where="--shard",
         hint="for example: --shard 1/4, --shard 2/4, ...",
     )
-
-
-def _order(group: str) -> str:
-    return hashlib.sha256(group.encode()).hexdigest()

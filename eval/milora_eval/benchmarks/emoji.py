@@ -54,7 +54,7 @@ class Emoji(Benchmark):
         return float(exact_match(text, item.answers))
 
     def is_decided(self, item: Item, text: str) -> bool:
-        """Return whether neither the score nor the lenient mean can change.
+        """Return whether the score and the lenient mean are final.
 
         No continuation is accepted, and the first line has ended or mentions an accepted answer before its last word.
         """

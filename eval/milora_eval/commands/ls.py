@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from milora_data.command.cli import next_step
 from milora_data.command.flags import Command, shared
 from milora_data.errors import UserError
-from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, has_files
+from milora_eval.suites import SUITES, listing
 
 COMMAND = Command(
     "milora_eval ls",
@@ -31,12 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = COMMAND.parse(argv)
     if options.data and not options.data.is_dir():
         raise UserError(f"no folder {options.data}", code="path-not-a-folder", where="--data")
-    benchmarks = [_about(name, options.data) for name in BENCHMARKS]
+    listed = listing(options.data)
     if options.format == "json":
-        suites = {name: {"benchmarks": suite.benchmarks, "about": suite.about} for name, suite in SUITES.items()}
-        sys.stdout.write(json.dumps({"suites": suites, "benchmarks": benchmarks}, indent=1) + "\n")
+        sys.stdout.write(json.dumps(listed, indent=1) + "\n")
     else:
-        _print(benchmarks)
+        _print(listed["benchmarks"])
     data = options.data or "FOLDER"
     next_step("milora_eval", "run", "--model", "MODEL", "--suite", "quick", "--data", data, "--output_dir", "FOLDER")
     return 0
@@ -52,16 +50,3 @@ def _print(benchmarks: Sequence[dict[str, Any]]) -> None:
         files = ", ".join(name.partition("|")[0] for name in entry["files"])
         rules = " or ".join(entry["protocols"])
         sys.stdout.write(f"  {entry['name']:14} {status}{entry['split']}, {rules}: {files}\n")
-
-
-def _about(name: str, data: Path | None) -> dict[str, Any]:
-    benchmark = find_benchmark(name)
-    return {
-        "name": name,
-        "version": benchmark.version,
-        "protocol": benchmark.protocol,
-        "protocols": list(benchmark.protocols),
-        "split": benchmark.split,
-        "files": list(benchmark.files),
-        "found": None if data is None else has_files(benchmark, data),
-    }

@@ -148,7 +148,7 @@ def planned(options: argparse.Namespace, target: EvalTarget) -> tuple[Evaluation
 def _items_that_exist(benchmarks: Sequence[Benchmark], data: Path, limit: int | None) -> Items:
     """Read the items of the benchmarks whose files exist; unrelated files with the same names (test.json) are skipped.
 
-    Raises UserError if there are none.
+    Raises UserError without such a benchmark.
     """
     items: Items = {}
     for benchmark in benchmarks:

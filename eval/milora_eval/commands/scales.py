@@ -32,8 +32,8 @@ COMMAND = Command(
     "milora_eval scales",
     "Evaluate a trained model at several sizes of its update, and plot the score over what is forgotten.",
     f"""\
-Scale 1 is the trained model, 0 its base. Answers are stored like those of `run`, so the command resumes where it was
-stopped, and another list asks only what is new. Default scales: {DEFAULT}
+Scale 1 is the trained model, 0 its base. Answers are stored as `run` stores them, so the command resumes where it was
+stopped, and another list of scales asks only new questions. Default scales: {DEFAULT}
 
 examples:
   python -m milora_eval scales --model smol-llava --adapter runs/demo --suite emoji --data data/emoji --limit 200 \\

@@ -109,7 +109,7 @@ def _score_file(options: argparse.Namespace, path: Path) -> int:
 
 def _results(benchmark: Benchmark, path: Path, options: argparse.Namespace, folder: Path) -> Results:
     data = folder_of(benchmark, options.data)
-    items = select(load_items(benchmark, data), options.limit)
+    items = select(list(load_items(benchmark, data)), options.limit)
     texts = join(benchmark, items, _rows(path), path)
     keys = {item.id: digest([str(path), item.id]) for item in items}
     write_lines(folder / PREDICTIONS, (to_line(benchmark, item, texts[item.id], keys[item.id], data) for item in items))

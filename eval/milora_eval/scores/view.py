@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_data.page.credits import credit_lines
-from milora_data.page.pictures import fitting, thumbnail
+from milora_data.page.pictures import credit_lines, fitting, thumbnail
 from milora_data.page.render import MAX_BYTES, render
 from milora_eval.answers.lines import to_answer, to_item
 from milora_eval.answers.selection import select

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from milora_vl.studies.linear_gru import LinearGru
-from milora_vl.studies.order import shuffled
-from milora_vl.studies.task import Measured, no_calibration
+from milora_vl.studies.task import Measured, no_calibration, shuffled
 
 NUM_TRAIN, NUM_VALIDATION = 1000, 300  # the other 497 digits are the test set
 BASE_BATCH, BASE_RATE, BASE_SEED = 64, 3e-3, 0
@@ -73,7 +72,7 @@ class _Digits(ABC):
         return cross_entropy(model(pictures), labels)
 
     def calibration(self) -> NoReturn:
-        """Raise UserError: the pictures that measure forgetting are the only ones beside those of the task."""
+        """Raise UserError: the task and the measurement of forgetting use all pictures."""
         raise no_calibration("digits")
 
     def measure(self, model: nn.Module) -> Measured:

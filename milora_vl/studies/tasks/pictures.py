@@ -22,8 +22,7 @@ from torch.nn.functional import cross_entropy, interpolate, kl_div
 from milora_data.assets import fetch
 from milora_data.emoji.catalogue import catalogue, on_background, render
 from milora_vl.models.smol_llava import TOWER_WEIGHTS
-from milora_vl.studies.order import shuffled
-from milora_vl.studies.task import Measured
+from milora_vl.studies.task import Measured, shuffled
 
 TURNS = 4
 SIZE = 96  # pixels a side; the weights are from 224, the network takes any

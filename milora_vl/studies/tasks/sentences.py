@@ -18,13 +18,12 @@ from torch.nn.functional import cross_entropy, normalize
 
 from milora_data.assets import fetch
 from milora_vl.forgetting import general_text
-from milora_vl.studies.order import shuffled
-from milora_vl.studies.task import Measured
+from milora_vl.studies.task import Measured, shuffled
 from milora_vl.studies.tasks.topics import named_topics
 
 NUM_VALIDATION, NUM_TEST = 160, 400
 NUM_SENTENCES, MAX_WORDS = 120, 16
-NUM_CALIBRATION = 256  # sentences, none of which is measured
+NUM_CALIBRATION = 256  # sentences, which no measurement uses
 Tokens = dict[str, Tensor]
 
 

@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milora_data.errors import UserError, first_line
 from milora_vl.models.hub import hub_is_known
-from milora_vl.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-TOKEN_FLAGS = ("--hub_token", "--push_to_hub_token")
 NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*")
 WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf upload REPOSITORY FOLDER"
-
-
-def without_token(recipe: Recipe) -> tuple[Recipe, str | None]:
-    """Return the recipe without its hub_token, and the token: run folders are shared, so they must not hold it."""
-    train = dict(recipe.train)
-    token = train.pop("hub_token", None)
-    return recipe.model_copy(update={"train": train}), token
-
-
-def hidden_token(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with tokens replaced by TOKEN.
-
-    >>> hidden_token(["--hub_token", "hf_x", "--hub-token=hf_x", "--seed", "1"])
-    ['--hub_token', 'TOKEN', '--hub-token=TOKEN', '--seed', '1']
-    """
-    out = list(words)
-    for place, word in enumerate(words):
-        name, equals, _ = word.partition("=")
-        if name.replace("-", "_").replace("__", "--", 1) not in TOKEN_FLAGS:
-            continue
-        if equals:
-            out[place] = f"{name}=TOKEN"
-        elif place + 1 < len(words):
-            out[place + 1] = "TOKEN"
-    return out
 
 
 def check(train: Mapping[str, Any], output_dir: Path, token: str | None) -> None:

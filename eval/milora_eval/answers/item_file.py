@@ -1,0 +1,71 @@
+"""Items on disk: memory holds three numbers of each, so a million questions take little of it."""
+
+from __future__ import annotations
+
+import pickle
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from tempfile import SpooledTemporaryFile
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from milora_eval.answers.selection import group_order
+from milora_eval.benchmark import Item
+
+IN_MEMORY = 8 << 20  # bytes of items that need no file; at least 1
+RECENT = 1024  # items that stay in memory: the items of a batch are read at each of its tokens
+
+
+class ItemFile(Sequence[Item]):
+    """A sequence of items in a temporary file without a name, which the system removes when the process ends.
+
+    `orders` are the places of the items' groups in the order in which pictures are selected, `id_hashes` the hashes
+    of their ids.
+    """
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        """Write `items`. A folder for large files is set by TMPDIR."""
+        self._file = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115, it is open as long as its items
+        starts, orders, hashes = array("Q"), array("Q"), array("q")
+        for item in items:
+            starts.append(self._file.tell())
+            orders.append(group_order(item.group))
+            hashes.append(hash(item.id))
+            pickle.dump(item, self._file, pickle.HIGHEST_PROTOCOL)
+        self._starts = np.array(starts, dtype=np.uint64)
+        self.orders = np.array(orders, dtype=np.uint64)
+        self.id_hashes = np.array(hashes, dtype=np.int64)
+        self._recent = lru_cache(RECENT)(self._read)
+
+    def take(self, places: NDArray[np.int64]) -> ItemFile:
+        """Return the items at `places`, from the same file."""
+        taken = object.__new__(ItemFile)
+        taken._file = self._file
+        taken._starts, taken.orders = self._starts[places], self.orders[places]
+        taken.id_hashes = self.id_hashes[places]
+        taken._recent = lru_cache(RECENT)(taken._read)
+        return taken
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Item]: ...
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        return self._recent(int(self._starts[place]))
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self._read(int(start)) for start in self._starts)
+
+    def _read(self, start: int) -> Item:
+        self._file.seek(start)
+        item = pickle.load(self._file)
+        assert isinstance(item, Item)
+        return item

@@ -1,0 +1,99 @@
+"""From records to the batches of this model: the collator, the lengths of records, and packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from milora_data.collate import ImageTextCollator
+from milora_data.lengths import encoded_lengths
+from milora_data.pack import PackedRecords, fill, pack
+from milora_data.processor_collate import ProcessorCollator
+from milora_data.record_collator import RecordCollator
+from milora_data.records import Record
+from milora_vl.models import loading
+from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of, uses_processor
+from milora_vl.recipe.schema import Recipe
+from milora_vl.towers import find_towers
+
+# The events that the collator counts, as text.
+WHAT_HAPPENED = {
+    "skipped": "a record was skipped because one of its pictures is missing or broken",
+    "replaced": "a missing or broken picture was replaced by a plain one",
+    "unlearnable": "a record was skipped because --max_length cuts off all of its answers",
+    "cut": "a record was cut to --max_length",
+    "broken": "a broken record was skipped (python -m milora_data check)",
+}
+
+
+def collator(
+    recipe: Recipe, base: nn.Module, processor: Any, substitutes: Sequence[Record] = ()
+) -> ImageTextCollator | ProcessorCollator:
+    """Return the collator for this model: the fast one for LLaVA and text, else the one with the model's processor.
+
+    It accepts no pictures for a text-only model.
+    """
+    if uses_processor(base.config):
+        return ProcessorCollator(
+            processor,
+            image_folder=recipe.data.image_folder,
+            max_length=recipe.data.max_length,
+            bad_images=recipe.data.bad_images,
+            substitutes=substitutes,
+        )
+    tokenizer, image_processor = loading.split_processor(processor)
+    reads_pictures = find_towers(base).vision is not None
+    return ImageTextCollator(
+        tokenizer,
+        image_processor,
+        template=recipe.template,
+        image_tokens=image_tokens(base.config) if reads_pictures else 0,
+        image_token_id=image_token_id(base.config) if reads_pictures else -1,
+        image_folder=recipe.data.image_folder,
+        max_length=recipe.data.max_length,
+        image_aspect_ratio=recipe.data.image_aspect_ratio,
+        bad_images=recipe.data.bad_images,
+        jpeg_decoding=recipe.data.jpeg_decoding,
+        packing="flat" if recipe.attn_implementation == "flash_attention_2" else "rows",
+        substitutes=substitutes,
+        tiling=tiling_of(base.config),
+    )
+
+
+def warnings_of(collator: RecordCollator[Any]) -> list[str]:
+    """Return one warning for each kind of event that the collator counted during training."""
+    return [
+        f"{count:,} times while training: {WHAT_HAPPENED[event]}" for event, count in collator.counts().items() if count
+    ]
+
+
+def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[Record]) -> list[int] | None:
+    """Return the number of tokens per record if the recipe packs records or groups them by length, else None."""
+    if not (recipe.data.packing or recipe.train.get("train_sampling_strategy") == "group_by_length"):
+        return None
+    if uses_processor(base.config):
+        collate = collator(recipe, base, processor)
+        assert isinstance(collate, ProcessorCollator)
+        return collate.lengths(records)
+    return encoded_lengths(
+        records,
+        loading.split_processor(processor)[0],
+        template=recipe.template,
+        image_tokens=image_tokens(base.config) if find_towers(base).vision is not None else 0,
+        max_length=recipe.data.max_length,
+        tiling=tiling_of(base.config),
+        image_folder=recipe.data.image_folder,
+        beside=Path(recipe.data.path) if isinstance(recipe.data.path, str) else None,
+    )
+
+
+def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) -> tuple[PackedRecords, str]:
+    """Pack the records into rows of 2 x max_length tokens, ordered by the data seed. Also return a summary line."""
+    capacity = 2 * recipe.data.max_length
+    seed = recipe.train.get("data_seed")
+    rows = pack(lengths, capacity, recipe.train.get("seed", 42) if seed is None else seed)
+    share = fill(rows, lengths, capacity)
+    return PackedRecords(records, rows), f"packed into {len(rows):,} rows of {capacity:,} tokens, {share:.1%} full"

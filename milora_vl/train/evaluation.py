@@ -1,0 +1,72 @@
+"""Evaluation during a training (`--eval_suite_every N`) and after it (the `eval:` section of a recipe).
+
+During the training, a small suite is scored on the training model. The log gets `eval_suite_BENCHMARK` and its standard
+error, in percent or points as in tables. After it, `python -m milora_eval run` starts in a separate process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from typing import Any, Protocol
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from milora_data.templates import OWN
+from milora_vl.recipe.base_model import prepares_with_processor
+from milora_vl.recipe.schema import Recipe
+
+
+class Scored(Protocol):
+    """Suites whose questions are read; `measure` asks them."""
+
+    def measure(self, model: Any, processor: Any) -> dict[str, float]:
+        """Return `eval_suite_BENCHMARK` and its standard error for each benchmark."""
+
+
+def suites_of(recipe: Recipe) -> Scored | None:
+    """Return the suites to score during training, None if the recipe asks for none.
+
+    Raises UserError for missing data.
+    """
+    config = recipe.eval
+    if config.suite_every is None:
+        return None
+    scored: Scored = importlib.import_module("milora_eval.during").Suites(
+        config.suites,
+        config.data,
+        config.suite_limit,
+        template=OWN if prepares_with_processor(recipe.model) else recipe.template or "vicuna_v1",
+        image_aspect_ratio=recipe.data.image_aspect_ratio or "pad",
+    )
+    return scored
+
+
+class SuiteCallback(TrainerCallback):
+    """Measure the scores every `every` steps and at the last step. All processes measure; the trainer logs once."""
+
+    def __init__(self, suites: Scored, every: int, trainer: Any, processor: Any) -> None:
+        self.suites, self.every, self.trainer, self.processor = suites, every, trainer, processor
+        self._step, self._scores = -1, dict[str, float]()
+
+    def scores(self) -> dict[str, float]:
+        """Return the scores of the current step, measured once."""
+        trainer = self.trainer
+        if self._step != trainer.state.global_step:
+            with trainer.compute_loss_context_manager():
+                self._scores = self.suites.measure(trainer.model, self.processor)
+            self._step = trainer.state.global_step
+        return dict(self._scores)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure if this step is due."""
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            due = control.should_log
+            self.trainer.log(self.scores())
+            control.should_log = due  # HF resets should_log at any log line, also before the loss is logged
+
+
+def run_command(command: list[str]) -> bool:
+    """Run a command with its output on stderr. Return whether it succeeded."""
+    return subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode == 0

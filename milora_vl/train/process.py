@@ -1,0 +1,125 @@
+"""HF's TrainingArguments for this process: its environment, its device and DeepSpeed's process group."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from milora_data.errors import UserError, first_line
+from milora_vl.models.devices import fastest_dtype, train_device
+from milora_vl.plan.launch import require_processes_for_fsdp
+from milora_vl.plan.training_args import prepared
+from milora_vl.recipe import hf_arguments
+from milora_vl.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def training_arguments(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]]:
+    """Return the arguments, and warnings about settings without effect. Raises UserError if HF rejects a value."""
+    from transformers import TrainingArguments
+
+    train, warnings = prepared(recipe)
+    device = train_device(train)
+    if train.get("bf16") and device.type == "cpu" and fastest_dtype(device) != torch.bfloat16:
+        warnings.append("bf16 is emulated by this CPU, which is slow (faster: --dtype float32 --bf16 False)")
+    fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
+    arguments, absent = hf_arguments.for_installed(train, fields)
+    if absent:
+        warnings.append(f"the installed transformers does not support {', '.join(absent)}: no effect")
+    require_processes_for_fsdp(train)
+    try:
+        _prepare_processes(train)
+        args = TrainingArguments(output_dir=str(output_dir), **arguments)
+        _start_deepspeed(train)
+    except (ValueError, ImportError, TypeError) as error:
+        raise UserError(str(error), code="train-arguments", where="train") from None
+    if args.n_gpu > 1:
+        # torch's DataParallel would separate the images of a batch from its records.
+        warnings.append(
+            f"this run uses one of {args.n_gpu} GPUs; to use all: "
+            f"torchrun --nproc_per_node {args.n_gpu} -m milora_vl.train ..."
+        )
+        args._n_gpu = 1
+    _require_optimizer(args)
+    return args, warnings
+
+
+def zero_stage(args: TrainingArguments) -> int:
+    """Return the ZeRO stage of a run, 0 without DeepSpeed."""
+    return int(args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)) if args.deepspeed else 0
+
+
+def trained_dtype(args: TrainingArguments) -> torch.dtype:
+    """Return the dtype of trained weights: float32, because half precision loses the steps of Adam.
+
+    DeepSpeed in half precision keeps float32 copies and does not autocast, so all weights use its precision.
+    """
+    if args.deepspeed and args.hf_deepspeed_config.is_true("bf16.enabled"):
+        return torch.bfloat16
+    return torch.float16 if args.deepspeed and args.hf_deepspeed_config.is_true("fp16.enabled") else torch.float32
+
+
+def load_device(args: TrainingArguments) -> torch.device:
+    """Return the device to load and decompose the model on: the training device, or the CPU if it is sharded."""
+    return torch.device("cpu") if args.deepspeed or args.fsdp else args.device
+
+
+def _require_optimizer(args: TrainingArguments) -> None:
+    """Raise UserError for an optimizer that the Trainer cannot create."""
+    from transformers import Trainer
+    from transformers.training_args import OptimizerNames
+
+    name = OptimizerNames(args.optim).value
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{name}: {first_line(error)}",
+            code="optimizer-unsupported",
+            where="--optim",
+            hint="use --optim adamw_torch",
+        ) from None
+
+
+def _prepare_processes(train: Mapping[str, Any]) -> None:
+    """Prepare what TrainingArguments initializes: the variables of DeepSpeed, and the timeout of processes on CPUs.
+
+    Without a launcher DeepSpeed would look for MPI. On CPUs Hugging Face ignores `--ddp_timeout`.
+    """
+    if train.get("use_cpu"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if train.get("ddp_timeout") and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            timeout = timedelta(seconds=train["ddp_timeout"])
+            dist.init_process_group(train.get("ddp_backend") or "gloo", timeout=timeout)
+    if train.get("deepspeed") and "WORLD_SIZE" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}.items():
+            os.environ.setdefault(name, value)
+
+
+def _start_deepspeed(train: Mapping[str, Any]) -> None:
+    """Initialize DeepSpeed in the process group of TrainingArguments: HF skips that on CPUs, and ZeRO-3 needs it."""
+    if train.get("deepspeed"):
+        import deepspeed
+
+        if train.get("use_cpu"):
+            # DeepSpeed would compile an inference kernel. If it is killed while compiling, it leaves a stale lock file
+            # that blocks later runs.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,23 @@
+"""What an error says as data: its code and its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from milora_data.errors import UserError
+
+
+@contextmanager
+def raises_code(
+    code: str, where: str = "", message: str = "", hint: str = "", kind: type[UserError] = UserError
+) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """Expect an error with one problem of this code; `where`, `message` and `hint` are parts of it."""
+    with pytest.raises(kind) as error:
+        yield error
+    assert [problem.code for problem in error.value.problems] == [code], str(error.value)
+    assert where in error.value.problems[0].where
+    assert message in error.value.problems[0].message
+    assert hint in error.value.problems[0].hint
