@@ -38,7 +38,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> tuple[TrainingArgume
         warnings.append(f"the installed transformers does not support {', '.join(absent)}: no effect")
     require_processes_for_fsdp(train)
     try:
-        _before_arguments(train)
+        _prepare_processes(train)
         args = TrainingArguments(output_dir=str(output_dir), **arguments)
         _start_deepspeed(train)
     except (ValueError, ImportError, TypeError) as error:
@@ -91,7 +91,7 @@ def _require_optimizer(args: TrainingArguments) -> None:
         ) from None
 
 
-def _before_arguments(train: Mapping[str, Any]) -> None:
+def _prepare_processes(train: Mapping[str, Any]) -> None:
     """Prepare what TrainingArguments initializes: the variables of DeepSpeed, and the timeout of processes on CPUs.
 
     Without a launcher DeepSpeed would look for MPI. On CPUs Hugging Face ignores `--ddp_timeout`.
