@@ -1,9 +1,10 @@
-"""Run every benchmark, one at a time, each in its own process: `make bench`.
+"""Run every benchmark, one at a time, each in its own process: `make bench-full`.
 
-python benchmarks/all.py [--only NAME ...] [--quick] [--missing] [--page]
+python benchmarks/all.py [--full] [--only NAME ...] [--quick] [--missing] [--page]
 
 Each result is written to benchmarks/results.json with a description of the machine; docs/performance.md shows them.
---only measures some parts again and keeps the others; --quick measures the parts that take a few minutes;
+Without --full, the parts that take an hour are left out (`make bench`): a 7B at full size, and killed trainings.
+--only measures some parts again and keeps the others; --quick measures the headline rows (`make bench-quick`);
 --missing measures the parts without a result;
 --page only writes the page.
 """
@@ -29,6 +30,7 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "performan
 DEMO = "--recipe smol-llava-demo --max_steps 60 --logging_steps 1 --save_steps 5 --save_total_limit 3"
 PARTS = {
     "imports": "imports.py",
+    "first_step": "imports.py --first_step",
     "svd": "svd.py headline",
     "svd_families": "svd.py families",
     "svd_ranks": "svd.py ranks",
@@ -36,6 +38,7 @@ PARTS = {
     "svd_llama": "svd.py llama --size 7b 13b --plot docs/decomposition.png",
     "smollm2": "init_model.py",
     "cache_7b": "init_model.py --model 7b-block --rank 128",
+    "read_ahead": "read_ahead.py",
     "step": "step.py",
     "step_bf16": "step.py --dtype bfloat16",
     "step_bf16_checkpointing": "step.py --dtype bfloat16 --checkpointing",
@@ -52,14 +55,17 @@ PARTS = {
     "kills_ddp": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True",
     "kills_zero3": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True --deepspeed zero3",
 }
-QUICK = ("imports", "smollm2", "step_bf16", "step_bf16_checkpointing", "step_bf16_autocast", "loss", "whole_training")
+LONG = ("full_size", "kills", "kills_ddp", "kills_zero3")  # an hour
+QUICK = ("smollm2", "step_bf16", "loss", "whole_training")
 
 
 def main() -> int:
     """Measure, write the results and the page; return 1 if a script failed."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME")
-    options.add_argument("--quick", action="store_const", dest="only", const=QUICK, help="the parts of a few minutes")
+    usual = [name for name in PARTS if name not in LONG]
+    options.add_argument("--only", nargs="+", choices=PARTS, default=usual, metavar="NAME")
+    options.add_argument("--full", action="store_const", dest="only", const=list(PARTS), help="all parts")
+    options.add_argument("--quick", action="store_const", dest="only", const=QUICK, help="the headline rows")
     options.add_argument("--missing", action="store_true", help="skip the parts that have a result")
     options.add_argument("--page", action="store_true", help="write docs/performance.md from the stored results")
     chosen = options.parse_args()

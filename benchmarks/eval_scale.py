@@ -1,6 +1,6 @@
 """Memory of `milora_eval run` on many questions, beyond the model: reading, ordering, asking, scoring.
 
-python benchmarks/eval_scale.py [--questions 1000000]   prints a JSON line
+python benchmarks/eval_scale.py [--questions 200000]   prints a JSON line, with a tenth of the questions beside it
 
 The model is tiny. A first process stops after its first batch, so it has read and ordered all questions. A second one
 finds recorded answers to all questions but 64, asks those and scores all. Both report by how much their resident
@@ -41,33 +41,36 @@ class _Enough(Exception):
 
 
 def main() -> None:
-    """Write the questions, run both processes, print the memory and the seconds of each."""
+    """Measure both numbers of questions, and print what a million would take if memory grows in proportion."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--questions", type=int, default=1_000_000)
+    options.add_argument("--questions", type=int, default=200_000)
     options.add_argument("--part", choices=("record", "order", "run"), help=argparse.SUPPRESS)
     options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.part is not None:
         print(json.dumps({"record": record, "order": order, "run": answer}[chosen.part](chosen.folder)))
         return
-    # Not in TMPDIR, which may be memory.
-    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".eval_scale") as folder:
-        write_questions(Path(folder), chosen.questions)
+    sizes = chosen.questions // 10, chosen.questions
+    small, large = (measure(size) for size in sizes)
+    peaks = [max(measured["order"]["mb"], measured["run"]["mb"]) for measured in (small, large)]
+    each = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
+    result = {
+        "questions": chosen.questions,
+        **{f"{part}_mb": large[part]["mb"] for part in ("order", "run")},
+        **{f"{part}_s": large[part]["seconds"] for part in ("order", "run")},
+        "peak_mb_of_a_tenth": peaks[0],
+        "peak_mb": peaks[1],
+        "million_mb": round(peaks[1] + each * (1_000_000 - chosen.questions)),
+    }
+    print(json.dumps(result))
+
+
+def measure(count: int) -> dict[str, Any]:
+    """Return the memory and the seconds of both runs on `count` questions."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_questions(Path(folder), count)
         command = [sys.executable, __file__, "--folder", folder, "--part"]
-        measured = {part: _output([*command, part]) for part in ("order", "record", "run")}
-    ordered, ran = measured["order"], measured["run"]
-    print(
-        json.dumps(
-            {
-                "questions": chosen.questions,
-                "order_mb": ordered["mb"],
-                "order_s": ordered["seconds"],
-                "run_mb": ran["mb"],
-                "run_s": ran["seconds"],
-                "peak_mb": max(ordered["mb"], ran["mb"]),
-            }
-        )
-    )
+        return {part: _output([*command, part]) for part in ("order", "record", "run")}
 
 
 def write_questions(folder: Path, count: int) -> None:

@@ -69,6 +69,10 @@ GOALS = (
     Goal("factors from the cache, 7B shapes, float32", "the first time", "cache_7b", _cached, 1 / 20, at_most=True),
     Goal("factors of SmolLM2, 210 layers, r = 32", "", "smollm2", lambda r: _way(r, "milora_vl"), 8, " s", True),
     Goal("the same from the cache", "", "smollm2", lambda r: _way(r, "milora_vl, from its cache"), 1, " s", True),
+    Goal(
+        "wait for weights on the disk, one read ahead", "each read in turn", "read_ahead",
+        lambda r: r["ahead"] / r["in turn"], 0.1, at_most=True,
+    ),
     Goal("training step, anchored, 4096², r = 128, float32", LORA, "step", _anchored, 1.089, at_most=True),
     Goal("training step, anchored, bfloat16", LORA, "step_bf16", _anchored, 1.06, at_most=True),
     Goal(
@@ -106,6 +110,7 @@ GOALS = (
     Goal("a 7B in bfloat16, r = 16: factors and one step", "", "full_size", _highest, 24, " GB", True),
     Goal("its step's memory, planned over measured, off by", "", "full_size", _off, 0.1, at_most=True),
     Goal("`import milora_vl`", "`import torch`", "imports", lambda r: r["added"], 0.2, " s more", True),
+    Goal("`milora train` on `tiny` to its first step", "", "first_step", lambda r: r["first_step"], 6, " s", True),
     Goal("the slowest --help", "", "imports", lambda r: max(r["help"].values()), 1.5, " s", True),
 )  # fmt: skip
 

@@ -385,27 +385,28 @@ def _batches(prompts: Sequence[Prompt], length: Callable[[Prompt], int], batch_s
 
     Longest first: a batch too large for memory fails at once, and the remaining time is not underestimated.
     """
-    lengths, counts, names = array("l"), array("l"), array("q")
+    numbers, names = (array("i"), array("i")), array("q")  # length and number of pictures; hash of the pictures
     for prompt in prompts:
-        lengths.append(length(prompt))
-        counts.append(len(prompt.images))
+        numbers[0].append(length(prompt))
+        numbers[1].append(len(prompt.images))
         names.append(hash(_picture_name(prompt)))
-    of_prompt = np.array(lengths), np.array(counts)
-    _, first, picture = np.unique(np.array(names, dtype=np.int64), return_index=True, return_inverse=True)
-    longest = np.zeros(len(first), dtype=np.int64)
-    np.maximum.at(longest, picture, of_prompt[0])
+    lengths, counts = (np.frombuffer(column, np.int32) for column in numbers)
+    _, first, picture = np.unique(np.frombuffer(names, np.int64), return_index=True, return_inverse=True)
+    picture = picture.astype(np.int32)
+    longest = np.zeros(len(first), dtype=np.int32)
+    np.maximum.at(longest, picture, lengths)
     # Pictures: more first, then longer first, then by name.
-    pictures = np.lexsort((-longest, -of_prompt[1][first]))
-    is_new = np.diff(longest[pictures], prepend=-1) | np.diff(of_prompt[1][first][pictures], prepend=-1)
-    rank = np.empty(len(first), dtype=np.int64)
+    pictures = np.lexsort((-longest, -counts[first]))
+    is_new = np.diff(longest[pictures], prepend=-1) | np.diff(counts[first][pictures], prepend=-1)
+    rank = np.empty(len(first), dtype=np.int32)
     for start, equal in _runs(pictures, np.flatnonzero(is_new)):
         named = sorted(equal.tolist(), key=lambda number: str(_picture_name(prompts[int(first[number])])), reverse=True)
         rank[named] = np.arange(start, start + len(named))
-    order = np.lexsort((-of_prompt[0], rank[picture]))
-    yield from _in_batches(order, of_prompt[1][order], batch_size)
+    order = np.lexsort((-lengths, rank[picture])).astype(np.int32)
+    yield from _in_batches(order, counts[order], batch_size)
 
 
-def _in_batches(order: NDArray[np.int64], kinds: NDArray[Any], batch_size: int) -> Iterator[list[int]]:
+def _in_batches(order: NDArray[Any], kinds: NDArray[Any], batch_size: int) -> Iterator[list[int]]:
     """Yield the places of `order` in batches of one kind each; equal `kinds` follow each other."""
     for _, group in _runs(order, np.flatnonzero(np.diff(kinds, prepend=kinds[:1] - 1))):
         for start in range(0, len(group), batch_size):

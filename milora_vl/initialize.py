@@ -38,6 +38,7 @@ from milora_vl.weights.distributed import assign_work, broadcast, gather, rank_a
 from milora_vl.weights.factor_cache import cache_key, cached_singular_values, read_factors, write_factors
 from milora_vl.weights.fingerprint import Sketch, sketch
 from milora_vl.weights.matrices import factor_dtype, read_matrix
+from milora_vl.weights.read_ahead import one_ahead
 
 Progress = bool | Literal["lines"]
 
@@ -128,7 +129,9 @@ def initialize(
     rank, _ = rank_and_world_size()
     by_path: dict[str, Initial] = {}
     with matrix_bar("decomposing", len(wanted), is_shown=bool(progress) and rank == 0) as bar:
-        for batch in assign_work([(_cost(target), target) for target in wanted]):
+        batches = assign_work([(_cost(target), target) for target in wanted])
+        modules = [model.get_submodule(batch[rank].path) if rank < len(batch) else None for batch in batches]
+        for batch in one_ahead(list(zip(batches, modules, strict=True))):
             for initial in _decompose_batch(model, batch, cache):
                 by_path[initial.report.path] = initial
                 if progress == "lines" and rank == 0:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,5 @@ def _save(path: Path, counts: np.ndarray) -> None:
         part.replace(path)
     except OSError as error:
         log.info("the lengths are not cached: %s", error)
+        with suppress(OSError):  # on a read-only disk nothing was written
+            part.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from milora_data.command.cli import amount
 
@@ -69,7 +70,7 @@ def stratified_stderr(
     centre = {name: mean(part) for name, part in parts.items()}
     naive = math.fsum((mean_stderr(part) or 0.0) ** 2 for part in parts.values()) / len(parts) ** 2
     numbers = _numbered(clusters)
-    sums, squares = np.zeros(1 + max(numbers)), np.zeros(1 + max(numbers))
+    sums, squares = np.zeros(1 + numbers.max()), np.zeros(1 + numbers.max())
     pairs = zip(values, strata, strict=True)
     terms = array("d", ((value - centre[name]) / (len(parts) * len(parts[name])) for value, name in pairs))
     np.add.at(sums, numbers, terms)
@@ -222,7 +223,7 @@ def _bootstrap(
     if not values:
         return []
     rows, columns = _numbered(clusters), _numbered(strata)
-    shape = (max(rows) + 1, max(columns) + 1)
+    shape = (int(rows.max()) + 1, int(columns.max()) + 1)
     totals, counts = np.zeros(shape), np.zeros(shape)
     np.add.at(totals, (rows, columns), np.asarray(values, dtype=float))
     np.add.at(counts, (rows, columns), 1.0)
@@ -234,9 +235,9 @@ def _bootstrap(
     return draws
 
 
-def _numbered(names: Sequence[Hashable]) -> array[int]:
+def _numbered(names: Sequence[Hashable]) -> NDArray[np.int64]:
     """Return a number from 0 for each name, equal for equal names."""
     if isinstance(names, array):  # numbers already: without an object for each
-        return array("q", np.unique(np.asarray(names), return_inverse=True)[1].astype(np.int64).tobytes())
+        return np.unique(np.asarray(names), return_inverse=True)[1]
     numbers: dict[Hashable, int] = {}
-    return array("q", (numbers.setdefault(name, len(numbers)) for name in names))
+    return np.fromiter((numbers.setdefault(name, len(numbers)) for name in names), np.int64, len(names))

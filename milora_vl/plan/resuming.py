@@ -182,6 +182,21 @@ def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:
         )
 
 
+def require_same_checkpoint(run: Path, names: Sequence[str | None]) -> None:
+    """Raise UserError if processes would resume from different checkpoints; `names` has one for each rank.
+
+    A machine that does not see the output folder of the first one would start again while the others resume.
+    """
+    if len(set(names)) > 1:
+        found = ", ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(names[:8]))
+        raise UserError(
+            f"the processes find different checkpoints ({found})",
+            code="resume-other-checkpoints",
+            where=str(run),
+            hint="all machines must see the same output folder, for example on a network drive",
+        )
+
+
 def check(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
     """Return warnings about differences from an uninterrupted run.
 

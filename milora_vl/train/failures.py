@@ -29,6 +29,7 @@ NOT_WRITTEN = (
 )
 WORKER_DIED = ("DataLoader worker", "exited unexpectedly")
 LOADER_HANGS = "DataLoader timed out"
+SILENT = ("Timed out waiting", "Watchdog caught collective operation timeout")
 OTHER_DIED = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Socket closed")
 
 
@@ -73,6 +74,9 @@ def _explain(text: str, args: TrainingArguments) -> Problem | None:
     if any(phrase in text for phrase in NOT_WRITTEN):
         hint = f"free some space, or set --save_total_limit\n{RESUME}"
         return Problem(f"cannot write: {first}", "disk-full", str(args.output_dir), hint)
+    if args.world_size > 1 and any(phrase in text for phrase in SILENT):
+        hint = f"its machine or the network is lost, or it hangs; --ddp_timeout sets how long the others wait\n{RESUME}"
+        return Problem(f"another process of this run does not answer ({first[:200]})", "run-process-silent", hint=hint)
     if args.world_size > 1 and any(phrase in text for phrase in OTHER_DIED):
         hint = f"its own message gives the reason\n{RESUME}"
         return Problem(f"another process of this run has ended ({first[:200]})", "run-process-died", hint=hint)

@@ -6,10 +6,12 @@ import dataclasses
 import os
 import socket
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from milora_data.errors import UserError, first_line
 from milora_vl.models.devices import fastest_dtype, train_device
@@ -36,7 +38,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> tuple[TrainingArgume
         warnings.append(f"the installed transformers does not support {', '.join(absent)}: no effect")
     require_processes_for_fsdp(train)
     try:
-        _set_deepspeed_environment(train)
+        _prepare_processes(train)
         args = TrainingArguments(output_dir=str(output_dir), **arguments)
         _start_deepspeed(train)
     except (ValueError, ImportError, TypeError) as error:
@@ -89,10 +91,16 @@ def _require_optimizer(args: TrainingArguments) -> None:
         ) from None
 
 
-def _set_deepspeed_environment(train: Mapping[str, Any]) -> None:
-    """Set the environment variables of DeepSpeed; without a launcher it would look for MPI."""
+def _prepare_processes(train: Mapping[str, Any]) -> None:
+    """Prepare what TrainingArguments initializes: the variables of DeepSpeed, and the timeout of processes on CPUs.
+
+    Without a launcher DeepSpeed would look for MPI. On CPUs Hugging Face ignores `--ddp_timeout`.
+    """
     if train.get("use_cpu"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if train.get("ddp_timeout") and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            timeout = timedelta(seconds=train["ddp_timeout"])
+            dist.init_process_group(train.get("ddp_backend") or "gloo", timeout=timeout)
     if train.get("deepspeed") and "WORLD_SIZE" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}.items():

@@ -52,6 +52,7 @@ from milora_vl.train.model import Built
 from milora_vl.train.opening import AtFirstStep, Opening
 from milora_vl.train.spectrum import layer_spectra
 from milora_vl.train.trainer import FollowFreeCores, MiloraTrainer, calls_on_sigterm
+from milora_vl.weights.distributed import gather
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -108,6 +109,7 @@ def read_inputs(plan: Plan, screen: Screen) -> Inputs:
         data = run_data.read(recipe.data)
     plan.resumed.require_same_records(data)
     args, warnings = process.training_arguments(recipe, plan.folder.path)
+    resuming.require_same_checkpoint(plan.folder.path, gather(None if checkpoint is None else checkpoint.name))
     batching = count_steps(plan, args, None if recipe.data.streaming else len(data.train))
     if checkpoint is not None:
         stage = process.zero_stage(args)

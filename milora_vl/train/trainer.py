@@ -9,6 +9,7 @@ import math
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ from milora_data.sampler import LengthGroupedSampler
 from milora_data.stream import RecordStream
 from milora_data.tokens import IGNORE
 from milora_vl.adapter_folders import PROJECTOR_FILES
-from milora_vl.checkpoints import write_checksums
+from milora_vl.checkpoints import num_processes, write_checksums
 from milora_vl.lora.install import base_model_of
 from milora_vl.lora.keep_protected import FsdpProjection, ShardedProjection, keep_protected
 from milora_vl.lora.peft_model import MiloraMixin
@@ -394,6 +395,12 @@ class MiloraTrainer(Trainer):
             streaming.keep(self._stream, Path(output_dir), self.args)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if (number := num_processes(Path(output_dir))) < self.args.world_size:
+                warnings.warn(
+                    f"{output_dir} has the random states of {number} of {self.args.world_size} processes: resuming "
+                    "needs an output folder that all machines see",
+                    stacklevel=1,  # a warning of this file, which the command shows
+                )
             write_checksums(Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -16,6 +16,7 @@ from milora_data.errors import DataError
 from milora_data.records import IMAGE, Turn, parse_record
 from milora_data.templates import TEMPLATES
 from milora_data.words import words_of
+from milora_vl.tiny import tiny_tokenizer
 from support.conversations import KINDS, answers, as_llava, conversations, record, supervised_text, texts
 from support.llava_oracle import byte_bpe, llama_tokenizer, llava_ids
 from support.problems import raises_code
@@ -89,6 +90,7 @@ def test_an_empty_answer_teaches_its_end_and_spoils_nothing(kind: str) -> None:
     assert supervised_text(made, tokenizer) == "</s> Now I speak.</s>"
 
 
+TINY = tiny_tokenizer()
 anything = st.text(max_size=40).filter(
     lambda text: text.encode("utf-8", "replace").decode() == text and IMAGE not in text
 )
@@ -96,13 +98,12 @@ anything = st.text(max_size=40).filter(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(turns=st.lists(st.tuples(anything, anything), min_size=1, max_size=3))
-def test_what_is_learnt_is_the_answers_and_nothing_else(tiny_llama: Any, turns: list[tuple[str, str]]) -> None:
-    _, tiny = tiny_llama()
-    for tokenizer, eos in ((tiny, "</s>"), (byte_bpe(), "<|im_end|>")):
+def test_what_is_learnt_is_the_answers_and_nothing_else(turns: list[tuple[str, str]]) -> None:
+    for tokenizer, eos in ((TINY, "</s>"), (byte_bpe(), "<|im_end|>")):
         made = encode(record(*[text for turn in turns for text in turn]), tokenizer, image_token_id=IMG)
         assert supervised_text(made, tokenizer) == "".join(f" {answer}{eos}" for _, answer in turns)
         text = SYSTEM + "".join(f"USER: {question} ASSISTANT: {answer}{eos}" for question, answer in turns)
-        assert tokenizer.decode(made.input_ids) == ("<s>" if tokenizer is tiny else "") + text
+        assert tokenizer.decode(made.input_ids) == ("<s>" if tokenizer is TINY else "") + text
 
 
 def test_bos_stands_only_where_the_tokenizer_adds_one() -> None:

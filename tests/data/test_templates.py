@@ -40,8 +40,8 @@ def with_image_token(tokenizer: Any) -> Any:
     return tokenizer
 
 
-@pytest.fixture(params=["legacy", "new", "prepend", "byte BPE", "tiny"])
-def processor(request: pytest.FixtureRequest, tiny_llava: Any, tmp_path: Path) -> Any:
+@pytest.fixture(scope="module", params=["legacy", "new", "prepend", "byte BPE", "tiny"])
+def processor(request: pytest.FixtureRequest, tiny_llava: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A LLaVA processor with our chat template, as it comes back from a saved folder."""
     _, tiny = tiny_llava()
     known = {"byte BPE": byte_bpe, "tiny": lambda: tiny.tokenizer}
@@ -55,8 +55,9 @@ def processor(request: pytest.FixtureRequest, tiny_llava: Any, tmp_path: Path) -
     )
     made.chat_template = render_chat_template("vicuna_v1", tokenizer)
     remember_legacy(tokenizer)
-    made.save_pretrained(tmp_path)
-    return AutoProcessor.from_pretrained(tmp_path)
+    folder = tmp_path_factory.mktemp("processor")
+    made.save_pretrained(folder)
+    return AutoProcessor.from_pretrained(folder)
 
 
 def messages(record: dict[str, Any]) -> list[dict[str, Any]]:

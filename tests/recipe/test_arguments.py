@@ -7,6 +7,7 @@ import pytest
 from milora_data.errors import UserError
 from milora_vl.recipe import arguments
 from milora_vl.recipe.arguments import parse
+from support.problems import raises_code
 
 
 def test_dashes_and_underscores_are_alike() -> None:
@@ -38,28 +39,28 @@ def test_learning_rate_is_for_the_rules_and_for_hf() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "code", "says"),
     [
-        (["--lerning_rate", "1"], "--learning_rate"),
-        (["--bf16", "maybe"], "true or false"),
-        (["--rank", "much"], "a whole number"),
-        (["--seed", "x"], "--seed: expected a whole number, got 'x'"),
-        (["--method", "milra"], "did you mean milora"),
-        (["--eval_strategy", "sometimes"], "expected one of no, steps, epoch"),
-        (["--device", "tpu"], "expected cpu or cuda"),
-        (["--optim", "adamw_trch"], "did you mean adamw_torch?"),
-        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size: must be at least 1, got '0'"),
-        (["--num_train_epochs", "-2"], "must be above 0"),
-        (["--max_steps", "0"], "must be at least 1, or -1 to train by epochs"),
-        (["--adam_beta1", "2"], "must be below 1"),
-        (["--dry-run", "--devices", "0"], "--devices: must be above 0, got 0"),
-        (["--dry-run", "--gpu_memory", "-3"], "--gpu_memory: must be above 0"),
+        (["--lerning_rate", "1"], "command-line", "did you mean --learning_rate"),
+        (["--bf16", "maybe"], "command-line", "true or false"),
+        (["--rank", "much"], "command-line", "a whole number"),
+        (["--seed", "x"], "flag-value", "a whole number, got 'x'"),
+        (["--method", "milra"], "flag-value", "did you mean milora"),
+        (["--eval_strategy", "sometimes"], "flag-value", "no, steps, epoch"),
+        (["--device", "tpu"], "flag-value", "cpu or cuda"),
+        (["--optim", "adamw_trch"], "flag-value", "did you mean adamw_torch?"),
+        (["--per_device_train_batch_size", "0"], "flag-value", "at least 1, got '0'"),
+        (["--num_train_epochs", "-2"], "flag-value", "above 0"),
+        (["--max_steps", "0"], "flag-value", "at least 1, or -1 to train by epochs"),
+        (["--adam_beta1", "2"], "flag-value", "below 1"),
+        (["--devices", "0", "--dry-run"], "flag-value", "above 0, got 0"),
+        (["--gpu_memory", "-3", "--dry-run"], "flag-value", "above 0"),
     ],
 )
-def test_mistakes_are_explained(words: list[str], message: str) -> None:
-    with pytest.raises(UserError) as error:
+def test_a_mistake_is_named_by_its_code_its_flag_and_the_value(words: list[str], code: str, says: str) -> None:
+    with raises_code(code, where=words[0]) as error:
         parse(words)
-    assert message in str(error.value)
+    assert says in str(error.value)
     assert error.value.exit_code == 2
 
 

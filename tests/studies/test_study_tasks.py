@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import llava_recipes
+from milora_data.emoji.catalogue import catalogue
 from milora_vl import Policy, apply_milora
 from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
@@ -18,7 +19,7 @@ from milora_vl.studies.linear_gru import LinearGru
 from milora_vl.studies.starts import replace_anchors, starting_factors
 from milora_vl.studies.study import Study, read_study
 from milora_vl.studies.task import Task
-from milora_vl.studies.tasks import TASKS, load_task
+from milora_vl.studies.tasks import TASKS, load_task, pictures
 from milora_vl.studies.tasks.digits import DigitsCnn, DigitsRnn, DigitsVit
 from milora_vl.studies.tasks.smollm2 import NamedTopics
 from milora_vl.studies.train import run_cell
@@ -41,7 +42,9 @@ small = pytest.mark.parametrize("name", STUDIES)
 def task(name: str) -> Any:
     if name == "smollm2":
         return NamedTopics("tiny-text")  # the same task on a tiny network
-    made: Any = DIGITS[name](base_steps=60) if name in DIGITS else load_task(name)
+    with pytest.MonkeyPatch.context() as patch:  # a third of the emoji
+        patch.setattr(pictures, "catalogue", lambda: catalogue()[::3])
+        made: Any = DIGITS[name](base_steps=60) if name in DIGITS else load_task(name)
     if name == "lite0":  # fewer pictures in four rotations, to save time
         count = len(made.test)
         made.test, made.validation = made.test[:50], made.validation[:20]

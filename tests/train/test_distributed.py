@@ -99,6 +99,7 @@ def test_launchers_take_the_same_command_line(launcher: str, tmp_path: Path, tin
 
 
 SRUN = """#!/bin/bash
+shift  # --kill-on-bad-exit=1
 "$@" & first=$!
 "$@" & second=$!
 wait $first && wait $second

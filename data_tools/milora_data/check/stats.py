@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from milora_data.check.command import image_folder
 from milora_data.check.duplicates import duplicate_statistics, leakage
 from milora_data.command.cli import count, next_step
 from milora_data.command.flags import DATA, Command, option, shared
+from milora_data.compact import CompactRecords
 from milora_data.encode import encode
 from milora_data.errors import DataError, UserError, no_records, with_context
 from milora_data.records import IMAGE, Record
@@ -85,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _read(path: Path) -> list[Record]:
+def _read(path: Path) -> CompactRecords:
     try:
-        return list(load_records(path))
+        return CompactRecords(load_records(path))
     except DataError as error:
         if not path.is_file():  # it has a hint
             raise
@@ -97,21 +99,35 @@ def _read(path: Path) -> list[Record]:
 
 def statistics(records: Sequence[Record]) -> dict[str, Any]:
     """Return counts and distributions of `records`; lists start with the most frequent item."""
-    answers = [turn.text for record in records for turn in record.turns if turn.role == "assistant"]
-    questions = [turn.text for record in records for turn in record.turns if turn.role == "user"]
-    pictures = [name for record in records for name in record.images]
+    answers, types, pictures = Counter[str](), Counter[str](), Counter[str]()
+    with_pictures = 0
+    questions, question_words, answer_words = array("q"), array("q"), array("q")
+    for record in records:  # once, because each may be unpickled
+        with_pictures += bool(record.images)
+        pictures.update(record.images)
+        if "type" in record.extra:
+            types[str(record.extra["type"])] += 1
+        asked = [turn.text for turn in record.turns if turn.role == "user"]
+        answered = [turn.text for turn in record.turns if turn.role == "assistant"]
+        answers.update(answered)
+        questions.append(len(asked))
+        question_words.extend(len(text.replace(IMAGE, "").split()) for text in asked)
+        answer_words.extend(len(text.split()) for text in answered)
+    folders = Counter[str]()
+    for name, number in pictures.items():
+        folders[str(Path(name).parent)] += number
     return {
         "records": len(records),
-        "with_pictures": sum(bool(record.images) for record in records),
-        "text_only": sum(not record.images for record in records),
-        "pictures": len(pictures),
-        "picture_files": len(set(pictures)),
-        "questions_per_record": spread([sum(turn.role == "user" for turn in record.turns) for record in records]),
-        "words_per_question": spread([len(text.replace(IMAGE, "").split()) for text in questions]),
-        "words_per_answer": spread([len(text.split()) for text in answers]),
-        "most_frequent_answers": _ranking(answers),
-        "picture_folders": _ranking(str(Path(name).parent) for name in pictures),
-        "types": _ranking(str(record.extra["type"]) for record in records if "type" in record.extra),
+        "with_pictures": with_pictures,
+        "text_only": len(records) - with_pictures,
+        "pictures": pictures.total(),
+        "picture_files": len(pictures),
+        "questions_per_record": spread(questions),
+        "words_per_question": spread(question_words),
+        "words_per_answer": spread(answer_words),
+        "most_frequent_answers": answers.most_common(),
+        "picture_folders": folders.most_common(),
+        "types": types.most_common(),
     }
 
 
@@ -167,10 +183,6 @@ def as_text(content: dict[str, Any], limit: int) -> str:
             lines += ["", title, *(f"  {count:>9,}  {_short(text)}" for text, count in value[:limit])]
             lines += [f"             ... and {len(value) - limit:,} more"] * (len(value) > limit)
     return "\n".join(lines) + "\n"
-
-
-def _ranking(words: Iterable[str]) -> list[tuple[str, int]]:
-    return Counter(words).most_common()
 
 
 def _short(text: str) -> str:

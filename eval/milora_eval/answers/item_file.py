@@ -35,9 +35,8 @@ class ItemFile(Sequence[Item]):
             orders.append(group_order(item.group))
             hashes.append(hash(item.id))
             pickle.dump(item, self._file, pickle.HIGHEST_PROTOCOL)
-        self._starts = np.array(starts, dtype=np.uint64)
-        self.orders = np.array(orders, dtype=np.uint64)
-        self.id_hashes = np.array(hashes, dtype=np.int64)
+        self._starts, self.orders = np.frombuffer(starts, np.uint64), np.frombuffer(orders, np.uint64)
+        self.id_hashes = np.frombuffer(hashes, np.int64)
         self._recent = lru_cache(RECENT)(self._read)
 
     def take(self, places: NDArray[np.int64]) -> ItemFile:
@@ -48,6 +47,10 @@ class ItemFile(Sequence[Item]):
         taken.id_hashes = self.id_hashes[places]
         taken._recent = lru_cache(RECENT)(taken._read)
         return taken
+
+    def forget_ids(self) -> None:
+        """Free the hashes of the ids."""
+        self.id_hashes = self.id_hashes[:0]
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -151,6 +151,7 @@ def _check_ids(benchmark: Benchmark, items: ItemFile) -> None:
                 where=f"benchmark {benchmark.name}",
             )
         seen.add(items[place].id)
+    items.forget_ids()
 
 
 def _check_pictures(benchmark: Benchmark, items: ItemFile) -> None:
