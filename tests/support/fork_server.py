@@ -13,11 +13,13 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 TESTS = Path(__file__).parents[1]
 # What a training imports; modules that a machine lacks, or that a program does not need, are no error.
@@ -64,7 +66,7 @@ WITHOUT_TRANSFORMERS = (
 
 
 def serve(channel: socket.socket) -> None:
-    """Answer until the other end is closed. Returns in the process of a program, too: it ends as Python ends."""
+    """Answer until the other end is closed."""
     answer: Any
     while True:
         message, given, _, _ = socket.recv_fds(channel, 1 << 20, 3)
@@ -79,15 +81,51 @@ def serve(channel: socket.socket) -> None:
             answer = os.fork()
             if answer == 0:
                 channel.close()
-                become(request, given)
-                return
+                code = run(request, given)
+                if "WORLD_SIZE" not in request["env"]:  # the threads of a process group need Python's own end
+                    end(code)
+                atexit.register(gc.unfreeze)  # else extension modules report the frozen objects as leaks
+                sys.exit(code)
             for number in given:
                 os.close(number)
         channel.send(json.dumps(answer).encode())
 
 
+def run(request: dict[str, Any], given: list[int]) -> int:
+    """Be the program, and return its exit code as Python does."""
+    try:
+        become(request, given)
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())
+        return -signal.SIGINT
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def end(code: int) -> NoReturn:
+    """End as Python does, without the release of all modules and objects, which takes more than a second."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # a closed pipe
+            code = code or 120
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code & 0xFF)
+
+
 def become(request: dict[str, Any], given: list[int]) -> None:
-    """Be the program: its files, folder, environment and arguments, then its code."""
+    """Take the place of the program: its files, folder, environment and arguments, then its code."""
     for target, number in enumerate(given):
         os.dup2(number, target)
         os.close(number)
@@ -96,7 +134,6 @@ def become(request: dict[str, Any], given: list[int]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    atexit.register(gc.unfreeze)  # else extension modules report the frozen objects as leaks when Python ends
     first, *rest = request["words"]
     sys.path[0] = str(TESTS)
     if first.startswith("milora_") or first.endswith(".py"):
