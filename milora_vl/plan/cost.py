@@ -35,6 +35,7 @@ from milora_vl.plan.estimate import (
     svd_flops,
 )
 from milora_vl.plan.first_batch import Counts
+from milora_vl.plan.launch import fsdp_strategy
 from milora_vl.plan.screen import trained_sizes
 from milora_vl.plan.simulate import Shape, simulate
 from milora_vl.policy import Target
@@ -75,7 +76,7 @@ def costs_of(
         lean = workload_of(train | frugal, config, base, targets, counts, batching, packed_bytes)
     sizes, leanest = memory(work), sum(memory(lean).values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
-    stage = f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
+    stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
     devices = f"{work.devices} device{'s' if work.devices > 1 else ''}"
     whole = f"memory about {sum(sizes.values()) / GIB:.1f} GiB per device ({stage}, {devices})"
     out = [f"{whole}: {parts}" if parts else whole]
@@ -187,6 +188,7 @@ def workload_of(
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     half = bool(train.get("bf16") or train.get("fp16"))
     zero = (train.get("deepspeed") or {}).get("zero_optimization", {})
+    fsdp = fsdp_strategy(train["fsdp"]) if train.get("fsdp") else None
     anchor = 2.0 if half and packed_bytes is None else 4.0
     work = Workload(
         total=sum(p.numel() for p in base.parameters()),
@@ -197,7 +199,8 @@ def workload_of(
         base_bytes=2.0 if half else 4.0,
         packable=0 if not adapters else sum(_numel(base.get_submodule(path)) for path in quantized_layers(base)),
         packed_bytes=packed_bytes,
-        stage=3 if train.get("fsdp") else int(zero.get("stage", 0)),
+        stage=3 if fsdp else int(zero.get("stage", 0)),
+        fsdp=fsdp,
         devices=batching.num_devices,
         records=batching.per_device,
         tokens=int(counts.tokens),
@@ -210,7 +213,10 @@ def workload_of(
         offload_weights=_offloads(zero, "offload_param"),
     )
     shape = shape_of(config, work, counts, checkpointing=work.checkpointing)
-    return replace(work, activations=activations(config, base, targets, shape))
+    step = activations(config, base, targets, shape)
+    if fsdp:  # its loss keeps the logits of the supervised positions in float32, and their gradients
+        step += 2 * 4 * shape.supervised * config.get_text_config().vocab_size
+    return replace(work, activations=step)
 
 
 def _numel(module: nn.Module) -> int:

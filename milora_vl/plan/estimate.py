@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -24,7 +25,7 @@ LIVE = 1_000_000_000  # stage3_max_live_parameters, sub_group_size: parameters g
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Input of the estimates. `stage` is the ZeRO stage, 0 without DeepSpeed."""
+    """Input of the estimates. `stage` is the ZeRO stage, 0 without DeepSpeed; FSDP2 shards what stage 3 shards."""
 
     total: int  # parameters of the base model
     adapters: int  # trained parameters in adapters
@@ -35,6 +36,7 @@ class Workload:
     packable: int = 0  # frozen parameters that quantisation packs
     packed_bytes: float | None = None  # per packed parameter; None: not quantised
     stage: int
+    fsdp: Literal["full_shard", "shard_grad_op"] | None = None
     devices: int
     records: int  # per device and micro-step
     tokens: int  # of one record, image tokens included
@@ -53,11 +55,16 @@ class Workload:
 
 
 def memory(work: Workload) -> dict[str, float]:
-    """Return bytes per device, by purpose. DeepSpeed in bf16 keeps 16-bit trained weights and a float32 copy."""
+    """Return bytes per device, by purpose.
+
+    DeepSpeed in bf16 keeps 16-bit trained weights and a float32 copy; FSDP2 trains float32 weights. With
+    `shard_grad_op` it keeps all gathered weights from the forward to the backward.
+    """
     share = work.devices if work.stage == 3 else 1
     grads = work.devices if work.stage >= 2 else 1
     states = work.devices if work.stage >= 1 else 1
-    narrow = 2 if work.stage and work.half else 4
+    narrow = 2 if work.stage and work.half and work.fsdp is None else 4
+    gathered = work.total if work.fsdp == "shard_grad_op" else min(LIVE, work.total)
     master = 4 if narrow == 2 else 0
     on_device, weights_here = not work.offload_optimizer, not work.offload_weights
     # The optimizer step of DeepSpeed casts gradients to float32, after activations are freed; ZeRO-3 casts in parts.
@@ -72,7 +79,7 @@ def memory(work: Workload) -> dict[str, float]:
         "gradients": work.trained * narrow / grads,
         "buckets of DDP": work.trained * narrow * (work.stage == 0 and work.devices > 1),
         "optimizer": work.trained * (work.optimizer_bytes + master) / states * on_device,
-        "gathered layers": min(LIVE, work.total) * work.base_bytes * (work.stage == 3 and work.devices > 1),
+        "gathered layers": gathered * work.base_bytes * (work.stage == 3 and work.devices > 1),
         working: max(work.activations, copies),
     }
     return {name: size for name, size in sizes.items() if size}

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from milora_data.errors import Problem, UserError
 from milora_data.json_text import parse_json
@@ -16,8 +16,9 @@ FOREIGN_FSDP = Problem(
     "launch-accelerate-fsdp",
     hint="pass --fsdp to this command\nand let accelerate only start the processes: distributed_type: MULTI_GPU",
 )
+Strategy = Literal["full_shard", "shard_grad_op"]
 # --fsdp: whether the weights of a layer are freed between its forward and its backward.
-RESHARDS = {"full_shard": True, "shard_grad_op": False}
+RESHARDS: dict[Strategy, bool] = {"full_shard": True, "shard_grad_op": False}
 # Keys of fsdp_config that may be set, and keys that are refused unless they have this value.
 FSDP_KEYS = ("reshard_after_forward", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "min_num_params")
 FSDP_VALUES: dict[str, tuple[Any, str]] = {
@@ -42,6 +43,10 @@ def check(train: Mapping[str, Any]) -> None:
     if train.get("fsdp"):
         fsdp_settings(train["fsdp"], train.get("fsdp_config"))
         _require_fsdp_alone(train)
+    elif train.get("fsdp_config"):
+        raise UserError(
+            "no effect without --fsdp", code="launch-fsdp", where="--fsdp_config", hint="add --fsdp, or remove it"
+        )
     elif _is_on("ACCELERATE_USE_FSDP"):
         raise UserError(problems=[FOREIGN_FSDP])
     if not train.get("deepspeed") and _is_on("ACCELERATE_USE_DEEPSPEED"):
@@ -95,12 +100,7 @@ def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict
             raise _fsdp_error(f"{config} is not a JSON file: {error}", "correct the file") from None
     if not isinstance(content, Mapping):
         raise _fsdp_error(f"expected a JSON object, found {type(content).__name__}", "correct --fsdp_config")
-    words = [word for word in str(strategy).replace(",", " ").split() if word != "auto_wrap"]
-    if words and words[0].lower() in ("yes", "true", "1"):
-        words[0] = "full_shard"
-    if len(words) != 1 or words[0] not in RESHARDS:
-        raise _fsdp_error(f"expected {' or '.join(RESHARDS)}, got {strategy!r}", "use  --fsdp full_shard")
-    settings: dict[str, Any] = {"version": 2, "reshard_after_forward": RESHARDS[words[0]]}
+    settings: dict[str, Any] = {"version": 2, "reshard_after_forward": RESHARDS[fsdp_strategy(strategy)]}
     for name, value in content.items():
         key = str(name).removeprefix("fsdp_")
         if key in FSDP_VALUES and str(value).lower() != str(FSDP_VALUES[key][0]).lower():
@@ -109,6 +109,18 @@ def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict
             raise _fsdp_error(f"unknown or unsupported key {name}", f"known keys: {', '.join(FSDP_KEYS)}")
         settings[key] = value
     return settings
+
+
+def fsdp_strategy(value: str | bool) -> Strategy:
+    """Return the strategy that a value of --fsdp names. Raises UserError for another one."""
+    words = [word for word in str(value).replace(",", " ").split() if word != "auto_wrap"]
+    if words and words[0].lower() in ("yes", "true", "1"):
+        words[0] = "full_shard"
+    if words == ["full_shard"]:
+        return "full_shard"
+    if words == ["shard_grad_op"]:
+        return "shard_grad_op"
+    raise _fsdp_error(f"expected {' or '.join(RESHARDS)}, got {value!r}", "use  --fsdp full_shard")
 
 
 def _require_fsdp_alone(train: Mapping[str, Any]) -> None:

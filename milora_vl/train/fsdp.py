@@ -15,9 +15,50 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import get_mixed_precision_context_manager
 from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from milora_data.errors import UserError
+from milora_vl.lora.install import base_model_of
+from milora_vl.towers import find_towers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+def enable_on_cpus(args: TrainingArguments, state: AcceleratorState) -> None:
+    """Make accelerate shard on CPUs too. By itself it enables FSDP on GPUs alone, and trains with DDP on CPUs."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    if args.fsdp_plugin_args is not None and state.distributed_type == DistributedType.MULTI_CPU:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+        state.distributed_type = DistributedType.FSDP
+
+
+def refuse_full_training_of_text(model: nn.Module) -> None:
+    """Raise UserError for a text model whose layers train in full: torch 2.13 ends the process with a fault on CPUs."""
+    if find_towers(model).vision is None:
+        raise UserError(
+            "FSDP2 trains adapters of a text model, not its layers in full",
+            code="launch-fsdp",
+            where="--fsdp",
+            hint="use --deepspeed zero3, or an adapter",
+        )
+
+
+class RequireShards(TrainerCallback):
+    """Raise RuntimeError if the training starts with whole weights: it would be DDP under another name."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Look at every parameter; FSDP2 makes DTensors of all of them."""
+        from torch.distributed.tensor import DTensor
+
+        whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+        if whole:
+            raise RuntimeError(f"FSDP2 has not sharded {len(whole)} parameters, such as {whole[0]}")
 
 
 def prepare(accelerator: Accelerator, model: nn.Module) -> None:
@@ -29,7 +70,14 @@ def prepare(accelerator: Accelerator, model: nn.Module) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate sets it, and the next run of this process would read it
-    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    plugin = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    if plugin.transformer_cls_names_to_wrap is None:
+        # transformers lists kinds of layers that this model may lack, such as CLIP's text embeddings; accelerate then
+        # raises.
+        present = {type(module).__name__ for module in model.modules()}
+        whole = getattr(base_model_of(model), "_no_split_modules", None) or ()
+        plugin.transformer_cls_names_to_wrap = sorted(present & set(whole))
     if accelerator.native_amp:  # accelerate adds autocast to the forward of other wrappers, and not of this one
         autocast = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
         model.forward = autocast(model.forward)  # type: ignore[method-assign]

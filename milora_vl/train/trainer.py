@@ -245,11 +245,21 @@ class MiloraTrainer(Trainer):
                 self.add_callback(ConvertVersion1(model))
         self.keeps_best = False  # the files of the best checkpoint are the result
         if self.is_fsdp_enabled:
+            if saves == "full":
+                fsdp.refuse_full_training_of_text(model)
             fsdp.prepare(self.accelerator, model)
+            self.add_callback(fsdp.RequireShards())
             if resume_from is not None and saves != "adapter":  # later the model is sharded
                 self._restore(resume_from)
         self._failed_pushes: list[str] = []
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator as HF does; FSDP2 runs on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            fsdp.enable_on_cpus(self.args, self.accelerator.state)
+            self.is_fsdp_enabled = self.accelerator.state.fsdp_plugin is not None
 
     def trained(self) -> nn.Module:
         """Return the model without wrappers."""

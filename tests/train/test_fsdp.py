@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from milora_data.errors import UserError
 from milora_vl.plan import launch
-from milora_vl.tiny import tiny_llava, tiny_tokenizer
+from milora_vl.tiny import tiny_llama, tiny_llava, tiny_tokenizer
+from milora_vl.train import fsdp
 from milora_vl.train.command import main
 from support.launched import ENVIRONMENT, FSDP, train_in_two
 from support.problems import raises_code
@@ -96,7 +96,7 @@ def test_the_head_of_a_text_model_trains_under_fsdp(tied: bool, tiny_data: Path,
         for i in range(24)
     ]  # fmt: skip
     (tiny_data / "train.json").write_text(json.dumps(records))
-    methods = {"full": ["--method", "full"], "milora": ["--rank", "4", "--dropout", "0"]}
+    methods = {"milora": ["--rank", "4", "--dropout", "0"]}
     extra = ["--model", str(tmp_path / "base"), "--template", "vicuna_v1", "--max_steps", "4"]
     evaluation = ["--eval_data_path", str(tiny_data / "train.json"), "--eval_strategy", "steps", "--eval_steps", "2"]
     two = [*extra, *evaluation, "--per_device_train_batch_size", "2", *FSDP]
@@ -106,9 +106,6 @@ def test_the_head_of_a_text_model_trains_under_fsdp(tied: bool, tiny_data: Path,
     for name, words in methods.items():
         assert main(training(tiny_data, tmp_path / f"one-{name}", *extra, *evaluation, *words)) == 0
         assert difference(tmp_path / f"one-{name}", tmp_path / name) <= 1e-5
-    first, second = (load_file(tmp_path / run / "model.safetensors") for run in ("one-full", "full"))
-    assert first.keys() == second.keys()
-    AutoModelForCausalLM.from_pretrained(tmp_path / "full")
 
 
 @pytest.mark.slow
@@ -155,11 +152,24 @@ def test_the_words_of_hugging_face_choose_the_strategy() -> None:
     assert settings["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
 
 
+def test_a_configuration_without_fsdp_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        main(training(tiny_data, tmp_path / "run", "--fsdp_config", '{"version": 2}'))
+    assert (error.value.problems[0].code, error.value.problems[0].where) == ("launch-fsdp", "--fsdp_config")
+
+
 @pytest.mark.parametrize("more", [["--fp16"], ["--deepspeed", "zero2"], ["--torch_compile"]])
 def test_arguments_that_fsdp_does_not_support_are_refused(more: list[str], tiny_data: Path, tmp_path: Path) -> None:
     with raises_code("launch-fsdp", where="--fsdp", message="does not work together with"):
         main(training(tiny_data, tmp_path / "run", "--rank", "4", *FSDP, *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_text_model_that_trains_in_full_is_refused() -> None:
+    with pytest.raises(UserError) as error:
+        fsdp.refuse_full_training_of_text(tiny_llama()[0])
+    assert error.value.problems[0].code == "launch-fsdp"
+    fsdp.refuse_full_training_of_text(tiny_llava()[0])
 
 
 def test_one_process_has_nothing_to_shard(tiny_data: Path, tmp_path: Path) -> None:
