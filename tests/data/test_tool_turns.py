@@ -14,6 +14,7 @@ from PIL import Image
 from milora_data.__main__ import main
 from milora_data.collate import ImageTextCollator
 from milora_data.errors import DataError
+from milora_data.lengths import encoded_lengths
 from milora_data.processor_collate import ProcessorCollator
 from milora_data.records import parse_record
 from milora_data.sources import load_records
@@ -217,14 +218,33 @@ def test_text_models_train_on_tools_of_their_chat_template(form: str, options: d
     assert tokenizer.decode([i for i in labels if i >= 0]) == tokenizer.decode([i for i in expected if i >= 0])
 
 
-def test_a_tool_that_names_a_picture_marker_is_refused() -> None:
-    """The marker would become tokens of a picture."""
+def text_tokenizer() -> Any:
     tokenizer = copy.deepcopy(BYTE_BPE)
     tokenizer.chat_template = QWEN.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    return tokenizer
+
+
+def test_kept_lengths_are_of_the_same_tools_and_calls(tmp_path: Path) -> None:
+    first, other_call, other_tools = (text_only(dialogue()) for _ in range(3))
+    other_call["messages"][1]["tool_calls"][0]["function"]["arguments"] = json.dumps({"box": list(range(20))})
+    other_tools["tools"] = [*TOOLS, *TOOLS]
+    tokenizer, lengths = text_tokenizer(), []
+    for value in (first, other_call, other_tools):
+        kept = [
+            encoded_lengths([parse_record(value)], tokenizer, template="chat_template", image_tokens=0, beside=beside)
+            for beside in (tmp_path / "data.json", None)
+        ]
+        assert kept[0] == kept[1]
+        lengths += kept[0]
+    assert len(set(lengths)) == 3
+
+
+def test_a_tool_that_names_a_picture_marker_is_refused() -> None:
+    """The marker would become tokens of a picture."""
     value = text_only(dialogue())
     value["tools"] = [{"type": "function", "function": {"name": "zoom", "description": "Into <image>."}}]
     with pytest.raises(DataError) as error:
-        ImageTextCollator(tokenizer, template="chat_template")([value])
+        ImageTextCollator(text_tokenizer(), template="chat_template")([value])
     assert error.value.first.code == "record-tools-picture"
 
 
