@@ -18,6 +18,7 @@ from milora_data.lengths import encoded_lengths
 from milora_data.processor_collate import ProcessorCollator
 from milora_data.records import parse_record
 from milora_data.sources import load_records
+from milora_vl.plan import first_batch
 from milora_vl.tiny import tiny_tokenizer
 from support.conversations import BYTE_BPE
 from support.problems import raises_code
@@ -237,6 +238,12 @@ def test_kept_lengths_are_of_the_same_tools_and_calls(tmp_path: Path) -> None:
         assert kept[0] == kept[1]
         lengths += kept[0]
     assert len(set(lengths)) == 3
+
+
+def test_a_plan_shows_the_tools_of_the_first_records() -> None:
+    records = [parse_record(text_only(dialogue()))]
+    shown = first_batch.lines(records, template="chat_template", image_tokens=0, tokenizer=text_tokenizer())
+    assert '"description": "Zoom."' in "".join(shown)
 
 
 def test_a_tool_that_names_a_picture_marker_is_refused() -> None:
