@@ -44,7 +44,9 @@ def segments_of(
         raise no_tools()
     if name == OWN:
         segments = (
-            tool_segments(turns, tools, tokenizer) if with_tools else own_segments(turns, tokenizer, prompt=prompt)
+            tool_segments(turns, tools, tokenizer, prompt=prompt)
+            if with_tools
+            else own_segments(turns, tokenizer, prompt=prompt)
         )
         return (bos if segments and bos and _processor_adds(text, segments[0].text, tokenizer) else []), segments
     return bos, render(turns, TEMPLATES[name], eos_text(tokenizer), bos=text, prompt=prompt)
@@ -103,13 +105,15 @@ def own_segments(turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False)
     return [segment for segment in segments if segment.text]
 
 
-def tool_segments(turns: Sequence[Turn], tools: Sequence[Any], tokenizer: Any) -> list[Segment]:
+def tool_segments(
+    turns: Sequence[Turn], tools: Sequence[Any], tokenizer: Any, *, prompt: bool = False
+) -> list[Segment]:
     """Return the segments of a conversation with tools in the tokenizer's own chat template.
 
-    Supervised are the assistant's texts and calls with the token that ends each of them.
+    Supervised are the assistant's texts and calls with the token that ends each of them; with `prompt`, nothing.
     Raises `UserError` without a chat template, and `DataError` if it refuses the turns or does not write the tools.
     """
-    rendered = _template_with_tools(tokenizer, own_template(tokenizer)).render(turns, tools=tools)
+    rendered = _template_with_tools(tokenizer, own_template(tokenizer)).render(turns, prompt=prompt, tools=tools)
     if IMAGE in rendered.text:
         raise DataError(
             f'a tool, a call or a result contains "{IMAGE}", which stands for a picture', code="record-tools-picture"

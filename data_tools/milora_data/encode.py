@@ -104,12 +104,14 @@ def encode_prompt(
     record = record_or_turns if isinstance(record_or_turns, Record) else Record("", (), tuple(record_or_turns))
     turns = list(record.turns[:-1] if record.turns and record.turns[-1].role == "assistant" else record.turns)
     where = record.source or "prompt"
-    if not turns or turns[-1].role != "user":
-        raise DataError("the last turn must be a question", code="record-turn-order", where=where)
+    if not turns or turns[-1].role not in ("user", "tool"):
+        raise DataError("the last turn must be a question or a tool's result", code="record-turn-order", where=where)
     num_images = len(record.images) if record is record_or_turns else None
     try:
-        traits = tokenizer_traits(tokenizer)
-        bos, segments = segments_of(place_images(turns, num_images), template, tokenizer, prompt=True, traits=traits)
+        if uses_tools(record) and record.images:
+            raise no_tools()
+        traits, turns = tokenizer_traits(tokenizer), place_images(turns, num_images)
+        bos, segments = segments_of(turns, template, tokenizer, prompt=True, traits=traits, tools=tools_of(record))
     except DataError as error:
         raise with_context(error, where) from None
     return _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens).input_ids

@@ -88,8 +88,11 @@ def _key(records: Sequence[Record], tokenizer: Any, template: str, tiling: Tilin
         key.update(own_template(tokenizer).encode())
     key.update(f"{template}\0{fast_backend(tokenizer).to_str()}\0{tokenizer.eos_token}\0".encode())
     for record in records:
-        text = "\0".join([str(len(record.images)), *(f"{turn.role}\1{turn.text}" for turn in record.turns)])
-        key.update(text.encode("utf-8", "surrogatepass"))
+        parts = [str(len(record.images))]
+        parts += (f"{turn.role}\1{turn.text}" + (f"\1{turn.call}" if turn.call else "") for turn in record.turns)
+        if tools := record.extra.get("tools"):
+            parts.append(f"tools\1{tools!r}")
+        key.update("\0".join(parts).encode("utf-8", "surrogatepass"))
         if tiling is not None:
             states = (f"{name}\1{_state(place_of(folder, name))}" for name in record.images)
             key.update("\0".join(states).encode("utf-8", "surrogatepass"))

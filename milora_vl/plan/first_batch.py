@@ -9,7 +9,7 @@ from typing import Any
 from milora_data.conversation import segments_of
 from milora_data.encode import encode
 from milora_data.processor_collate import ProcessorCollator
-from milora_data.records import IMAGE, Record, Turn
+from milora_data.records import IMAGE, Record, tools_of
 from milora_data.templates import Segment, get_template, place_images, render
 from milora_data.tokens import IGNORE
 
@@ -71,7 +71,7 @@ def lines(records: Sequence[Record], *, template: str, image_tokens: int, tokeni
     """Return the first records as text, one line per segment: `>` marks supervised text, `.` other text."""
 
     def segments(record: Record) -> list[Segment]:
-        return _segments(place_images(record.turns, len(record.images)), template, tokenizer)
+        return _segments(record, template, tokenizer)
 
     return _shown_records(records, segments, f"<image x {image_tokens}>")
 
@@ -106,17 +106,17 @@ def _count_one(
             record, tokenizer, template=template, image_token_id=-1, image_tokens=image_tokens, max_length=max_length
         )
         return len(encoded.input_ids), sum(label != IGNORE for label in encoded.labels)
-    turns = place_images(record.turns, len(record.images))
-    segments = _segments(turns, template, None)
+    segments = _segments(record, template, None)
     supervised = sum(len(s.text) // CHARACTERS_PER_TOKEN + 1 for s in segments if s.supervised)
     context = sum(len(s.text.replace(IMAGE, "")) // CHARACTERS_PER_TOKEN + 1 for s in segments if not s.supervised)
     return min(context + supervised + image_tokens * len(record.images), max_length), supervised
 
 
-def _segments(turns: Sequence[Turn], template: str, tokenizer: Any | None) -> list[Segment]:
+def _segments(record: Record, template: str, tokenizer: Any | None) -> list[Segment]:
+    turns = place_images(record.turns, len(record.images))
     if tokenizer is None:
         return render(turns, get_template(template), "</s>", bos="<s>")
-    return segments_of(turns, template, tokenizer)[1]
+    return segments_of(turns, template, tokenizer, tools=tools_of(record))[1]
 
 
 def _shown(text: str, picture: str) -> str:

@@ -20,7 +20,7 @@ from milora_data.command.cli import amount, command_line
 from milora_data.compact import CompactRecords
 from milora_data.errors import DataError, Problem, UserError, no_records
 from milora_data.formats.jsonfile import missing_file
-from milora_data.records import Record, tools_of
+from milora_data.records import Record, tools_of, uses_tools
 from milora_data.sources import Source, from_web, is_json, load_records, mixed_records
 from milora_data.stream import record_stream
 from milora_vl.recipe.schema import DataConfig, SourceConfig
@@ -39,6 +39,7 @@ class RunData:
     broken: tuple[Finding, ...] = ()  # invalid records, if --bad_images is not raise
     streamed: bool = False  # `train` holds the first records of a stream
     fingerprint: str = ""  # of the contents and the order of `train`, independent of paths
+    tools_at: str = ""  # place of the first record that uses tools
 
     @property
     def num_with_images(self) -> int:
@@ -90,6 +91,7 @@ def read(config: DataConfig) -> RunData:
         skipped=train.skipped + held_out.skipped,
         unlearnable=train.unlearnable + held_out.unlearnable,
         broken=train.broken + held_out.broken,
+        tools_at=train.tools_at or held_out.tools_at,
     )
 
 
@@ -130,6 +132,7 @@ def _inspect_stream(config: DataConfig) -> RunData:
         broken=tuple(report.findings),
         streamed=True,
         fingerprint=fingerprint(records),
+        tools_at=_tools_at(records),
     )
 
 
@@ -183,6 +186,7 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
         len(records) - skipped - len(kept),
         tuple(report.findings),
         fingerprint=fingerprint(kept),
+        tools_at=_tools_at(kept),
     )
 
 
@@ -201,6 +205,10 @@ def fingerprint(records: Iterable[Record]) -> str:
             parts.append(json.dumps(tools_of(record), ensure_ascii=False))
         digest.update("\0".join([*parts, ""]).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def _tools_at(records: Iterable[Record]) -> str:
+    return next((record.source or f"record {record.id!r}" for record in records if uses_tools(record)), "")
 
 
 def _with_hint(error: DataError, path: str) -> list[Problem]:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from milora_data.collate import ImageTextCollator
-from milora_data.errors import UserError
+from milora_data.errors import UserError, with_context
+from milora_data.templates import OWN, no_tools
 from milora_vl import checkpoints
 from milora_vl.checkpoints import step_of
 from milora_vl.plan import evaluation, resuming, run_data
@@ -73,6 +74,7 @@ def train(request: Request) -> int:
     inputs = read_inputs(plan, screen)
     cores = free_cores(inputs, screen)
     check_evaluation_and_base(plan.recipe)
+    require_template_for_tools(plan.recipe, inputs.data)
     loaded = load(plan, inputs, screen)
     rows = group_rows(plan, loaded, inputs, screen)
     adapted = adapt(plan, loaded, inputs, screen)
@@ -149,6 +151,13 @@ def check_evaluation_and_base(recipe: Recipe) -> None:
     """Find mistakes now that would otherwise stop the loading of the model or the evaluation after the training."""
     evaluation.check(recipe.eval)
     base_model.check(recipe)
+
+
+def require_template_for_tools(recipe: Recipe, data: RunData) -> None:
+    """Raise DataError if a record uses tools and the model's own chat template, which may write them, is not used."""
+    own = recipe.template == OWN or base_model.prepares_with_processor(recipe.model)
+    if data.tools_at and not own and recipe.data.bad_images == "raise":
+        raise with_context(no_tools(), data.tools_at)
 
 
 @dataclass(frozen=True, slots=True)

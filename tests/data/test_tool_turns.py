@@ -13,10 +13,13 @@ from PIL import Image
 
 from milora_data.__main__ import main
 from milora_data.collate import ImageTextCollator
+from milora_data.encode import encode, encode_prompt
 from milora_data.errors import DataError
+from milora_data.lengths import encoded_lengths
 from milora_data.processor_collate import ProcessorCollator
 from milora_data.records import parse_record
 from milora_data.sources import load_records
+from milora_vl.plan import first_batch
 from milora_vl.tiny import tiny_tokenizer
 from support.conversations import BYTE_BPE
 from support.problems import raises_code
@@ -189,6 +192,17 @@ def text_only(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "messages": messages}
 
 
+def in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of texts as the templates take them: contents in parts, arguments as objects."""
+    made = copy.deepcopy(messages)
+    for message in made:
+        for one in message.get("tool_calls", []):
+            one["function"]["arguments"] = json.loads(one["function"]["arguments"])
+        if message["role"] != "tool":
+            message["content"] = [{"type": "text", "text": message["content"] or ""}]
+    return made
+
+
 @pytest.mark.parametrize(("form", "options"), [(QWEN, {}), (QWEN, {"several": True, "text": "I look."}), (LLAMA, {})])
 def test_text_models_train_on_tools_of_their_chat_template(form: str, options: dict[str, Any]) -> None:
     """Text and supervised part equal those of transformers with marks in the template.
@@ -200,12 +214,7 @@ def test_text_models_train_on_tools_of_their_chat_template(form: str, options: d
     tokenizer.chat_template = form.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     value = text_only(dialogue(**options))
     batch = ImageTextCollator(tokenizer, template="chat_template")([value])
-    messages = json.loads(json.dumps(value["messages"]))
-    for message in messages:
-        for one in message.get("tool_calls", []):
-            one["function"]["arguments"] = json.loads(one["function"]["arguments"])
-        if message["role"] != "tool":
-            message["content"] = [{"type": "text", "text": message["content"] or ""}]
+    messages = in_parts(value["messages"])
     marked = tokenizer.apply_chat_template(
         messages, chat_template=form, tools=TOOLS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -217,14 +226,52 @@ def test_text_models_train_on_tools_of_their_chat_template(form: str, options: d
     assert tokenizer.decode([i for i in labels if i >= 0]) == tokenizer.decode([i for i in expected if i >= 0])
 
 
-def test_a_tool_that_names_a_picture_marker_is_refused() -> None:
-    """The marker would become tokens of a picture."""
+def text_tokenizer() -> Any:
     tokenizer = copy.deepcopy(BYTE_BPE)
     tokenizer.chat_template = QWEN.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    return tokenizer
+
+
+def test_kept_lengths_are_of_the_same_tools_and_calls(tmp_path: Path) -> None:
+    first, other_call, other_tools = (text_only(dialogue()) for _ in range(3))
+    other_call["messages"][1]["tool_calls"][0]["function"]["arguments"] = json.dumps({"box": list(range(20))})
+    other_tools["tools"] = [*TOOLS, *TOOLS]
+    tokenizer, lengths = text_tokenizer(), []
+    for value in (first, other_call, other_tools):
+        kept = [
+            encoded_lengths([parse_record(value)], tokenizer, template="chat_template", image_tokens=0, beside=beside)
+            for beside in (tmp_path / "data.json", None)
+        ]
+        assert kept[0] == kept[1]
+        lengths += kept[0]
+    assert len(set(lengths)) == 3
+
+
+@pytest.mark.parametrize("kept", [2, 4, 6])
+def test_a_prompt_offers_the_tools_and_ends_where_the_next_answer_begins(kept: int) -> None:
+    tokenizer, value = text_tokenizer(), text_only(dialogue())
+    value["messages"] = value["messages"][:kept]  # up to and including the call, the answer, and the last answer
+    settings: dict[str, Any] = {"template": "chat_template", "image_token_id": -1}
+    prompt = encode_prompt(parse_record(value), tokenizer, **settings)
+    expected = tokenizer.apply_chat_template(
+        in_parts(value["messages"][:-1]), tools=TOOLS, tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    assert prompt == expected["input_ids"]
+    assert encode(parse_record(value), tokenizer, **settings).input_ids[: len(prompt)] == prompt
+
+
+def test_a_plan_shows_the_tools_of_the_first_records() -> None:
+    records = [parse_record(text_only(dialogue()))]
+    shown = first_batch.lines(records, template="chat_template", image_tokens=0, tokenizer=text_tokenizer())
+    assert '"description": "Zoom."' in "".join(shown)
+
+
+def test_a_tool_that_names_a_picture_marker_is_refused() -> None:
+    """The marker would become tokens of a picture."""
     value = text_only(dialogue())
     value["tools"] = [{"type": "function", "function": {"name": "zoom", "description": "Into <image>."}}]
     with pytest.raises(DataError) as error:
-        ImageTextCollator(tokenizer, template="chat_template")([value])
+        ImageTextCollator(text_tokenizer(), template="chat_template")([value])
     assert error.value.first.code == "record-tools-picture"
 
 

@@ -34,9 +34,11 @@ def duplicate_statistics(records: Sequence[Record], folder: Path, how: Hashing |
 
 
 def _content(record: Record) -> bytes:
-    """Return 16 bytes that differ for different pictures or turns; a million records need 100 MB."""
-    digest = hashlib.blake2b(repr((record.images, record.turns)).encode(errors="surrogatepass"), digest_size=16)
-    for picture in record.images:
+    """Return 16 bytes that differ for different pictures, videos, turns or tools; a million records need 100 MB."""
+    calls = [turn.call for turn in record.turns]  # the repr of a turn leaves its call out
+    parts = (record.images, record.videos, record.turns, calls, record.extra.get("tools"))
+    digest = hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16)
+    for picture in record.files:
         if isinstance(picture, StoredPicture):
             digest.update(picture.content)
     return digest.digest()
