@@ -154,7 +154,7 @@ def test_the_words_of_hugging_face_choose_the_strategy() -> None:
 
 def test_a_configuration_without_fsdp_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        main(training(tiny_data, tmp_path / "run", "--fsdp_config", '{"version": 2}'))
+        main(training(tiny_data, tmp_path / "run", "--rank", "4", "--fsdp_config", '{"version": 2}'))
     assert (error.value.problems[0].code, error.value.problems[0].where) == ("launch-fsdp", "--fsdp_config")
 
 
