@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
+import numpy as np
 import pytest
 
 from milora_data.records import Turn
@@ -57,6 +60,33 @@ def test_items_come_back_from_their_file(in_memory: int, monkeypatch: pytest.Mon
     some = stored.take(selected(stored.orders, 20))
     assert list(some) == select(whole, 20)
     assert list(some.take(selected(some.orders, 5))) == select(whole, 5)
+
+
+@pytest.mark.parametrize("in_memory", [1, 1 << 20])
+def test_the_file_of_items_is_closed(in_memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+
+    def spooled(**options: Any) -> Any:
+        opened.append(SpooledTemporaryFile(**options))  # noqa: SIM115
+        return opened[-1]
+
+    def broken() -> Iterator[Item]:
+        yield from items(3)
+        raise ValueError("row 4")
+
+    monkeypatch.setattr(item_file, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(item_file, "SpooledTemporaryFile", spooled)
+    with pytest.raises(ValueError, match="row 4"):
+        ItemFile(broken())
+    assert opened.pop().closed
+
+    some = ItemFile(items(20)).take(np.arange(3))
+    gc.collect()
+    assert not opened[0].closed
+    assert list(some) == items(3)
+    del some
+    gc.collect()
+    assert opened[0].closed
 
 
 def test_a_question_takes_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
