@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import random
+import resource
+import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from milora_eval.answers.store import Store
 from milora_eval.benchmark import Answer, Item, means
 from milora_eval.benchmarks.own_data import OwnData
 from milora_vl.generate import Prompt, _batches
+from support.problems import raises_code
 
 
 def items(count: int) -> list[Item]:
@@ -87,6 +90,28 @@ def test_the_file_of_items_is_closed(in_memory: int, monkeypatch: pytest.MonkeyP
     del some
     gc.collect()
     assert opened[0].closed
+
+
+@pytest.mark.parametrize("cause", ["full disk", "limit of file sizes", "no folder"])
+@pytest.mark.parametrize("count", [3, 300], ids=["buffered", "large"])
+def test_a_full_temporary_folder_is_named(
+    cause: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(item_file, "IN_MEMORY", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if cause == "full disk":
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("w+b"))  # noqa: SIM115
+    elif cause == "no folder":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with raises_code("disk-full", hint="export TMPDIR=FOLDER") as error:
+            ItemFile(items(count))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"temporary folder {tmp_path}" in str(error.value)
 
 
 def test_a_question_takes_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

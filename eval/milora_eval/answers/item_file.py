@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
+import tempfile
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,11 +17,14 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from milora_data.errors import UserError
 from milora_eval.answers.selection import group_order
 from milora_eval.benchmark import Item
 
 IN_MEMORY = 8 << 20  # bytes of items that need no file; at least 1
 RECENT = 1024  # items that stay in memory: the items of a batch are read at each of its tokens
+# a full disk, a quota, a limit of the size of files, and no folder at all that takes a file
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOENT)
 
 
 class _Open:
@@ -27,6 +33,25 @@ class _Open:
     def __init__(self) -> None:
         self.file = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115
         self.close = weakref.finalize(self, _close, self.file)
+
+    def write(self, item: Item | None = None) -> None:
+        """Write an item; without one, everything that a buffer still holds."""
+        try:
+            if item is None:
+                self.file.flush()
+            else:
+                pickle.dump(item, self.file, pickle.HIGHEST_PROTOCOL)
+        except OSError as error:
+            if error.errno not in NOT_WRITTEN:
+                raise
+            folder = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")
+            raise UserError(
+                f"the questions cannot be written to the temporary folder {folder}: {error.strerror}",
+                code="disk-full",
+                where="TMPDIR",
+                hint="free some space, or name a folder on another disk:  export TMPDIR=FOLDER",
+                exit_code=1,
+            ) from None
 
 
 def _close(file: Any) -> None:
@@ -42,7 +67,7 @@ class ItemFile(Sequence[Item]):
     """
 
     def __init__(self, items: Iterable[Item]) -> None:
-        """Write `items`. A folder for large files is set by TMPDIR."""
+        """Write `items`. A folder for large files is set by TMPDIR. Raises UserError if it is full."""
         self._open = _Open()
         starts, orders, hashes = array("Q"), array("Q"), array("q")
         try:
@@ -50,7 +75,8 @@ class ItemFile(Sequence[Item]):
                 starts.append(self._open.file.tell())
                 orders.append(group_order(item.group))
                 hashes.append(hash(item.id))
-                pickle.dump(item, self._open.file, pickle.HIGHEST_PROTOCOL)
+                self._open.write(item)
+            self._open.write()
         except BaseException:
             self._open.close()
             raise
