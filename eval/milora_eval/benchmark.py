@@ -149,6 +149,13 @@ class Benchmark:
         """
         return False
 
+    def rule_inputs(self, item: Item) -> Any:
+        """Return what `is_decided` reads of the item; an answer that ended early is reused only while it is the same.
+
+        None: no answer to this item ends early.
+        """
+        return [item.answers, item.kind, item.meta]
+
     def grade(self, item: Item, judgement: str) -> float | None:
         """Return the value of an answer from the judge's text."""
         return None
@@ -183,6 +190,14 @@ class Benchmark:
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write validated files for the benchmark's server or official script; return them (default: none)."""
         return []
+
+
+def ends_early(kind: type[Benchmark]) -> bool:
+    """Return whether `is_decided` fits the scores: no subclass of its class changes how answers are scored."""
+    own = next(base for base in kind.__mro__ if "is_decided" in vars(base))
+    below = kind.__mro__[: kind.__mro__.index(own)]
+    scores = {"score", "grade", "summarise"}
+    return own is not Benchmark and not any(scores & vars(base).keys() for base in below)
 
 
 def plain_text(item: Item) -> str:

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from milora_data.records import Turn
-from milora_eval.answers.runner import _ends_early
-from milora_eval.benchmark import Answer, Item
+from milora_eval.answers.identity import answer_key
+from milora_eval.benchmark import Answer, Benchmark, Item, ends_early
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.benchmarks.own_data import METRICS, OwnData
 from milora_eval.benchmarks.pope import POPE
+from milora_eval.benchmarks.seed_bench import SEEDBench
 from milora_eval.rules.mme import mme_answer, mme_is_decided
 from milora_eval.rules.pope import pope_answer, pope_is_decided
 from milora_eval.rules.scienceqa import scienceqa_is_decided, scienceqa_letter
@@ -105,5 +106,20 @@ def test_a_class_with_its_own_scores_reads_whole_answers() -> None:
         def score(self, item: Item, text: str) -> float | None:
             return float("because" in text)
 
-    assert _ends_early(POPE)
-    assert not _ends_early(Why)
+    assert ends_early(POPE)
+    assert not ends_early(Why)
+
+
+def test_a_cut_answer_is_not_reused_for_another_rule() -> None:
+    def key(benchmark: Benchmark, metric: str = "exact", right: str = "A", kind: str = "") -> str:
+        item = Item("1", (Turn("user", "Is it?"),), answers=(right,), kind=kind, meta={"metric": metric})
+        return answer_key({}, benchmark, item)
+
+    own, seed = OwnData("data:mine"), SEEDBench()
+    whole = {key(own, metric, right) for metric in METRICS for right in "AB" if metric != "yes_no"}
+    assert whole == {"a140d033f41a3d3a"}  # the key of earlier versions
+    assert key(own, "yes_no", "yes") not in whole
+    assert key(own, "yes_no", "yes") == key(own, "yes_no", "no")
+    assert key(seed, right="A") == key(seed, right="A", kind="other") != key(seed, right="B")
+    assert key(Emoji(), kind="choice_letter") != key(Emoji(), kind="choice")
+    assert key(POPE(), kind="random") == key(POPE(), kind="popular")  # its sets share questions

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import resource
+import tempfile
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
+import numpy as np
 import pytest
 
 from milora_data.records import Turn
@@ -20,6 +25,7 @@ from milora_eval.answers.store import Store
 from milora_eval.benchmark import Answer, Item, means
 from milora_eval.benchmarks.own_data import OwnData
 from milora_vl.generate import Prompt, _batches
+from support.problems import raises_code
 
 
 def items(count: int) -> list[Item]:
@@ -57,6 +63,55 @@ def test_items_come_back_from_their_file(in_memory: int, monkeypatch: pytest.Mon
     some = stored.take(selected(stored.orders, 20))
     assert list(some) == select(whole, 20)
     assert list(some.take(selected(some.orders, 5))) == select(whole, 5)
+
+
+@pytest.mark.parametrize("in_memory", [1, 1 << 20])
+def test_the_file_of_items_is_closed(in_memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+
+    def spooled(**options: Any) -> Any:
+        opened.append(SpooledTemporaryFile(**options))  # noqa: SIM115
+        return opened[-1]
+
+    def broken() -> Iterator[Item]:
+        yield from items(3)
+        raise ValueError("row 4")
+
+    monkeypatch.setattr(item_file, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(item_file, "SpooledTemporaryFile", spooled)
+    with pytest.raises(ValueError, match="row 4"):
+        ItemFile(broken())
+    assert opened.pop().closed
+
+    some = ItemFile(items(20)).take(np.arange(3))
+    gc.collect()
+    assert not opened[0].closed
+    assert list(some) == items(3)
+    del some
+    gc.collect()
+    assert opened[0].closed
+
+
+@pytest.mark.parametrize("cause", ["full disk", "limit of file sizes", "no folder"])
+@pytest.mark.parametrize("count", [3, 300], ids=["buffered", "large"])
+def test_a_full_temporary_folder_is_named(
+    cause: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(item_file, "IN_MEMORY", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if cause == "full disk":
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("w+b"))  # noqa: SIM115
+    elif cause == "no folder":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with raises_code("disk-full", hint="export TMPDIR=FOLDER") as error:
+            ItemFile(items(count))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"temporary folder {tmp_path}" in str(error.value)
 
 
 def test_a_question_takes_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from milora_eval.answers.lines import to_line
 from milora_eval.answers.questions import EvaluationPlan, Question, Questions
 from milora_eval.answers.selection import selected, shard_places
 from milora_eval.answers.store import Line, Store
-from milora_eval.benchmark import Benchmark
+from milora_eval.benchmark import ends_early
 from milora_eval.suites import folder_of
 from milora_vl.generate import Prompt, generate_batches
 
@@ -143,18 +143,10 @@ def _run_model(
             batch_size=batch_size,
             image_aspect_ratio=plan.image_aspect_ratio,
             share_pictures=share_pictures,
-            is_decided=is_decided if _ends_early(type(benchmark)) else None,
+            is_decided=is_decided if ends_early(type(benchmark)) else None,
         )
 
 
 def _line(plan: EvaluationPlan, question: Question, text: str) -> Line:
     folder = folder_of(question.benchmark, plan.data_dir)
     return to_line(question.benchmark, question.item, text, question.key, folder)
-
-
-def _ends_early(kind: type[Benchmark]) -> bool:
-    """Return whether `is_decided` fits the scores: no subclass of its class changes how answers are scored."""
-    own = next(base for base in kind.__mro__ if "is_decided" in vars(base))
-    below = kind.__mro__[: kind.__mro__.index(own)]
-    scores = {"score", "grade", "summarise"}
-    return own is not Benchmark and not any(scores & vars(base).keys() for base in below)

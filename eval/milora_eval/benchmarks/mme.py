@@ -45,6 +45,10 @@ class MME(Benchmark):
         """Return whether the characters that the rule reads are complete."""
         return mme_is_decided(text)
 
+    def rule_inputs(self, item: Item) -> tuple[()]:
+        """Return nothing: the text alone decides."""
+        return ()
+
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the two sums and the points of each subtask; a picture counts only if both answers exist."""
         by_task: dict[str, dict[str, list[Answer]]] = defaultdict(lambda: defaultdict(list))

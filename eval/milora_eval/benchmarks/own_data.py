@@ -93,6 +93,10 @@ class OwnData(Benchmark):
         """Return whether an answer of the metric `yes_no` can no longer change between yes and no."""
         return item.meta["metric"] == "yes_no" and pope_is_decided(text)
 
+    def rule_inputs(self, item: Item) -> str | None:
+        """Return the metric `yes_no`; answers of other metrics are whole."""
+        return "yes_no" if item.meta["metric"] == "yes_no" else None
+
 
 def _rows(path: Path) -> tuple[Callable[[], Iterable[Any]], str]:
     """Return a function that reads the rows from their start, and the metric of the file."""

@@ -66,6 +66,10 @@ class POPE(Benchmark):
         """Return whether the answer can no longer change between yes and no."""
         return pope_is_decided(text)
 
+    def rule_inputs(self, item: Item) -> tuple[()]:
+        """Return nothing: the text alone decides."""
+        return ()
+
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the mean F1, then F1, accuracy, precision, recall and the share of yes of each set."""
         predicted: dict[str, list[str]] = defaultdict(list)

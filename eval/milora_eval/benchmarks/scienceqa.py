@@ -44,6 +44,10 @@ class ScienceQA(Benchmark):
         """Return whether the letter can no longer change."""
         return scienceqa_is_decided(text)
 
+    def rule_inputs(self, item: Item) -> tuple[()]:
+        """Return nothing: the text alone decides."""
+        return ()
+
     def llava_question(self, item: Item) -> dict[str, Any]:
         """Return the prompt with its `<image>`, from which eval_science_qa.py detects questions with a picture."""
         return super().llava_question(item) | {"text": item.question}

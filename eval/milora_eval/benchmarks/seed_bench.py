@@ -54,6 +54,10 @@ class SEEDBench(Benchmark):
         """Return whether the answer is already another text than the right letter."""
         return seed_is_decided(text, item.answers[0])
 
+    def rule_inputs(self, item: Item) -> str:
+        """Return the right letter."""
+        return item.answers[0]
+
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the accuracy: overall, for pictures and videos, and per type as details."""
         types = Tally()
