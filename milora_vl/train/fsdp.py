@@ -76,8 +76,8 @@ def prepare(accelerator: Accelerator, model: nn.Module) -> None:
         # transformers lists kinds of layers that this model may lack, such as CLIP's text embeddings; accelerate then
         # raises.
         present = {type(module).__name__ for module in model.modules()}
-        whole = getattr(base_model_of(model), "_no_split_modules", None) or ()
-        plugin.transformer_cls_names_to_wrap = sorted(present & set(whole))
+        base: Any = base_model_of(model)
+        plugin.transformer_cls_names_to_wrap = sorted(present & set(base._no_split_modules or ()))
     if accelerator.native_amp:  # accelerate adds autocast to the forward of other wrappers, and not of this one
         autocast = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
         model.forward = autocast(model.forward)  # type: ignore[method-assign]

@@ -31,6 +31,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/models/timm_llava.py:TimmLlavaConfig.__init__": "LlavaConfig's constructor",
     "milora_vl/models/timm_tower_config.py:TimmTowerConfig.__init__": "PretrainedConfig's constructor",
     "milora_vl/policy/rules.py:RulePart.__init__": "BaseModel's constructor",
+    "milora_vl/train/fsdp.py:RequireShards.on_train_begin": "TrainerCallback's hook",
     "milora_vl/train/forgetting.py:ForgettingCallback.on_step_end": "TrainerCallback's hook",
     "milora_vl/train/evaluation.py:SuiteCallback.on_step_end": "TrainerCallback's hook",
     "milora_vl/models/hub.py:read_pretrained": "from_pretrained's keywords, passed on to it",
