@@ -87,6 +87,8 @@ class FreeCores:
             except psutil.Error:  # it has just ended
                 continue
             own += times.user + times.system
+            if process is self.process:  # children that have ended, such as the loader processes of an epoch
+                own += times.children_user + times.children_system
         return _Times(time.monotonic(), busy, own)
 
 
