@@ -35,7 +35,7 @@ from milora_vl.plan.estimate import (
     svd_flops,
 )
 from milora_vl.plan.first_batch import Counts
-from milora_vl.plan.launch import fsdp_strategy
+from milora_vl.plan.launch import strategy_of
 from milora_vl.plan.screen import trained_sizes
 from milora_vl.plan.simulate import Shape, simulate
 from milora_vl.policy import Target
@@ -188,7 +188,7 @@ def workload_of(
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     half = bool(train.get("bf16") or train.get("fp16"))
     zero = (train.get("deepspeed") or {}).get("zero_optimization", {})
-    fsdp = fsdp_strategy(train["fsdp"]) if train.get("fsdp") else None
+    fsdp = strategy_of(train["fsdp_config"]) if train.get("fsdp") else None
     anchor = 2.0 if half and packed_bytes is None else 4.0
     work = Workload(
         total=sum(p.numel() for p in base.parameters()),

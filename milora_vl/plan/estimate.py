@@ -11,11 +11,11 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from milora_vl.calibration.activations import PASS_BYTES
+from milora_vl.plan.launch import Strategy
 from milora_vl.policy import Target
 
 GIB = 1024**3
@@ -36,7 +36,7 @@ class Workload:
     packable: int = 0  # frozen parameters that quantisation packs
     packed_bytes: float | None = None  # per packed parameter; None: not quantised
     stage: int
-    fsdp: Literal["full_shard", "shard_grad_op"] | None = None
+    fsdp: Strategy | None = None
     devices: int
     records: int  # per device and micro-step
     tokens: int  # of one record, image tokens included

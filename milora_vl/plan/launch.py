@@ -100,7 +100,7 @@ def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict
             raise _fsdp_error(f"{config} is not a JSON file: {error}", "correct the file") from None
     if not isinstance(content, Mapping):
         raise _fsdp_error(f"expected a JSON object, found {type(content).__name__}", "correct --fsdp_config")
-    settings: dict[str, Any] = {"version": 2, "reshard_after_forward": RESHARDS[fsdp_strategy(strategy)]}
+    settings: dict[str, Any] = {"version": 2, "reshard_after_forward": RESHARDS[_strategy(strategy)]}
     for name, value in content.items():
         key = str(name).removeprefix("fsdp_")
         if key in FSDP_VALUES and str(value).lower() != str(FSDP_VALUES[key][0]).lower():
@@ -111,7 +111,12 @@ def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict
     return settings
 
 
-def fsdp_strategy(value: str | bool) -> Strategy:
+def strategy_of(settings: Mapping[str, Any]) -> Strategy:
+    """Return the strategy that settings of `fsdp_settings` mean."""
+    return "full_shard" if str(settings["reshard_after_forward"]).lower() == "true" else "shard_grad_op"
+
+
+def _strategy(value: str | bool) -> Strategy:
     """Return the strategy that a value of --fsdp names. Raises UserError for another one."""
     words = [word for word in str(value).replace(",", " ").split() if word != "auto_wrap"]
     if words and words[0].lower() in ("yes", "true", "1"):

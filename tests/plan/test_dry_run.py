@@ -71,6 +71,23 @@ def test_a_named_model_of_another_family_is_planned_without_its_processor(
     assert error.value.problems[0].code == "model-not-available"
 
 
+def test_fsdp_is_planned_as_it_trains(capsys: Any) -> None:
+    """Its weights train in float32, and `shard_grad_op` keeps all gathered weights until the backward."""
+    memory = {}
+    for words in (["--deepspeed", "zero3"], ["--fsdp"], ["--fsdp=shard_grad_op"]):
+        assert main(["--model", "llava-1.5-7b", "--bf16", "--dry-run", "--devices", "4", *words]) == 0
+        shown = capsys.readouterr().out
+        kind, size = re.search(r"trained weights ([\d.]+)", shown), re.search(r"gathered layers ([\d.]+)", shown)
+        assert kind is not None
+        assert size is not None
+        memory[words[0]] = shown, float(kind[1]), float(size[1])
+    assert "(FSDP2, 4 devices)" in memory["--fsdp"][0]
+    assert memory["--fsdp"][1] > memory["--deepspeed"][1]
+    assert memory["--fsdp=shard_grad_op"][2] > 6 * memory["--fsdp"][2]
+    assert main(["--model", "tiny-text", "--rank", "4", "--dry-run", "--fsdp=full_shard"]) == 0
+    assert "torchrun --nproc_per_node 2 -m milora_vl.train" in capsys.readouterr().out
+
+
 def write_numbers(folder: Path, count: int) -> Path:
     """Records of text that are all about equally long."""
     turns = [[{"from": "human", "value": f"What is {n}?"}, {"from": "gpt", "value": f"{n}."}] for n in range(count)]
