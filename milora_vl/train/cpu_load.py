@@ -75,7 +75,7 @@ class FreeCores:
         now, before = self._times(), self.before
         self.before = now
         used = (now.busy - before.busy) - (now.own - before.own)
-        return max(0.0, used / (now.clock - before.clock))
+        return min(max(0.0, used / (now.clock - before.clock)), float(len(self.cores)))
 
     def _times(self) -> _Times:
         by_core = psutil.cpu_times(percpu=True)

@@ -7,27 +7,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
 
 from milora_vl.train import cpu_load
 from milora_vl.train.cpu_load import INTERVAL, FreeCores, _Times, may_choose_threads, threads_for
 
-BUSY = """
-import os, subprocess, sys
-cores = sorted(os.sched_getaffinity(0))[:2]
-os.sched_setaffinity(0, cores)  # before torch counts them
-other = subprocess.Popen(["taskset", "-c", str(cores[0]), sys.executable, "-c", "while True: pass"])
+MEASURE = """
+import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # before torch counts the cores
 import torch
 from milora_vl.train.cpu_load import FreeCores, may_choose_threads
-try:
-    before = torch.get_num_threads()
-    if may_choose_threads("cpu", 1):
-        print(FreeCores().describe())
-    print(before, torch.get_num_threads())
-finally:
-    other.kill()
-    other.wait()
+before = torch.get_num_threads()
+if may_choose_threads("cpu", 1):
+    print(FreeCores().describe())
+print(before, torch.get_num_threads())
 """
 
 
@@ -42,8 +37,14 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_busy_core_is_left_to_the_other_program_unless_the_user_sets_threads(variable: str | None) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in cpu_load.VARIABLES}
     environment |= {variable: "2"} if variable else {}
-    command = [sys.executable, "-c", BUSY]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    core = str(min(os.sched_getaffinity(0)))
+    other = subprocess.Popen(["taskset", "-c", core, sys.executable, "-c", "while True: pass"])  # not its child
+    try:
+        command = [sys.executable, "-c", MEASURE]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    finally:
+        other.kill()
+        other.wait()
     *said, numbers = done.stdout.splitlines()
     before, after = map(int, numbers.split())
     if variable:
@@ -51,6 +52,22 @@ def test_a_busy_core_is_left_to_the_other_program_unless_the_user_sets_threads(v
     elif before == 2:  # 1 if both are one physical core
         assert after == 1
         assert "of 2 cores: this run computes with 1 thread (" in said[0]
+
+
+def test_the_time_of_own_processes_is_own_while_they_run_and_after_they_end() -> None:
+    """Else the loader processes of an epoch would look like other programs when they end."""
+    cores = FreeCores.__new__(FreeCores)
+    cores.process, cores.cores = psutil.Process(), [0]
+    before = cores._times().own
+    worker = subprocess.Popen(
+        [sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass\nprint(1, flush=True)\ninput()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert worker.stdout is not None
+    worker.stdout.readline()
+    assert cores._times().own - before > 0.4
+    worker.communicate(b"\n")
+    assert cores._times().own - before > 0.4
 
 
 def test_the_threads_are_ours_to_choose_only_as_torch_starts(
