@@ -244,11 +244,12 @@ class MiloraTrainer(Trainer):
             if resume_from is not None and needs_conversion(resume_from):
                 self.add_callback(ConvertVersion1(model))
         self.keeps_best = False  # the files of the best checkpoint are the result
+        if self.args.fsdp:
+            self.add_callback(fsdp.RequireShards())
         if self.is_fsdp_enabled:
             if saves == "full":
                 fsdp.refuse_full_training_of_text(model)
             fsdp.prepare(self.accelerator, model)
-            self.add_callback(fsdp.RequireShards())
             if resume_from is not None and saves != "adapter":  # later the model is sharded
                 self._restore(resume_from)
         self._failed_pushes: list[str] = []
