@@ -54,6 +54,13 @@ def load_model(
     name = str(name_or_path)
     if adapter is None and holds_adapter(Path(name)):
         name, adapter = base_of(Path(name)), name
+    if adapter is not None and base is not None:
+        raise UserError(
+            "the base of an adapter is the model itself; base is for a model that trained in full",
+            code="flag-conflict",
+            where="--base",
+            hint="remove it",
+        )
     if adapter is None and base is None and scale != 1:
         raise UserError(
             "needs an update to scale: an adapter, or a fully trained model and its base",

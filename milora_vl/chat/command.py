@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session.run(options, pictures)
     if options.web or options.question is None:
         return 0
-    tuned = ("--adapter", options.adapter) if options.adapter else ()
+    tuned = ("--adapter", options.adapter) if options.adapter else ("--base", options.base) if options.base else ()
     words = ("--suite", "quick", "--data", "FOLDER", "--output_dir", options.adapter or "FOLDER")
     next_step("milora_eval", "run", "--model", options.model, *tuned, *words)
     return 0

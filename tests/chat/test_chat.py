@@ -170,6 +170,9 @@ def test_a_base_of_another_kind_or_beside_an_adapter_is_refused(trained_in_full:
     with pytest.raises(UserError) as error:
         ask("--adapter", adapter, "--base", "tiny", "What?")
     assert (error.value.problems[0].code, error.value.problems[0].where) == ("flag-conflict", "--base")
+    with pytest.raises(UserError) as error:
+        load_model("tiny", adapter=adapter, base="tiny")
+    assert error.value.problems[0].code == "flag-conflict"
 
 
 def test_an_adapter_that_cannot_be_switched_off_is_not_compared(tmp_path: Path) -> None:
