@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
 def enable_on_cpus(args: TrainingArguments, state: AcceleratorState) -> None:
     """Make accelerate shard on CPUs too. By itself it enables FSDP on GPUs alone, and trains with DDP on CPUs."""
+    from accelerate.state import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     if args.fsdp_plugin_args is not None and state.distributed_type == DistributedType.MULTI_CPU:
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
-        state.distributed_type = DistributedType.FSDP
+        # Every new AcceleratorState takes its type from here; accelerate itself writes it like this on GPUs.
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
 def refuse_full_training_of_text(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from milora_data.errors import UserError
@@ -106,6 +107,19 @@ def test_the_head_of_a_text_model_trains_under_fsdp(tied: bool, tiny_data: Path,
     for name, words in methods.items():
         assert main(training(tiny_data, tmp_path / f"one-{name}", *extra, *evaluation, *words)) == 0
         assert difference(tmp_path / f"one-{name}", tmp_path / name) <= 1e-5
+
+
+@pytest.mark.slow
+def test_float32_adapters_train_on_a_bfloat16_base_under_autocast(
+    tiny_data: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    words = ["--model", str(tiny_folder), "--rank", "4", "--dropout", "0", "--bf16", "True", "--dtype", "bfloat16"]
+    assert main(training(tiny_data, tmp_path / "one", *words)) == 0
+    train_in_two([training(tiny_data, tmp_path / "two", *words, "--per_device_train_batch_size", "2", *FSDP)], tmp_path)
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-3
+    adapters = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("one", "two")]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert {tensor.dtype for tensor in adapters[1].values()} == {torch.float32}
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_shards_are_protected_by_projection_and_resume(tiny_data: Path, tiny_fol
     extra = ["--policy", rules(FORMS[0]).replace("0.1", "0.0"), "--model", str(tiny_folder)]
     assert main(training(tiny_data, tmp_path / "one", *extra)) == 0
     lines = []
-    for kind in ("zero2", "zero3", "fsdp"):
+    for kind in ("fsdp", "zero2", "zero3"):  # DeepSpeed leaves a variable in the process, which FSDP refuses
         line = training(tiny_data, tmp_path / kind, *extra, *KINDS[kind], "--per_device_train_batch_size", "2")
         lines += [line, ["cut", str(tmp_path / kind)], [*line, "--resume_from_checkpoint", "true"]]
     train_in_two(lines, tmp_path)
