@@ -53,7 +53,7 @@ test-extras: $(INSTALLED)  ## Run the tests of optional packages, which `test` s
 	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python --no-deps llava-torch
 	.venv-extras/bin/python -m pytest -n $(JOBS) -m "not gpu" $(EXTRAS_TESTS) $(PYTEST_ARGS)
 
-mutations: $(INSTALLED)  ## Break the core in some forty places, one at a time: tests must notice each (half an hour)
+mutations: $(INSTALLED)  ## Break the core in some sixty places, one at a time: tests must notice each (ten minutes)
 	$(BIN)/python tests/mutations.py --jobs $(JOBS)
 
 check: $(INSTALLED)  ## Check lint, format, types, imports, spelling, style, pages and site; fail after all have run

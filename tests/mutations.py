@@ -58,6 +58,8 @@ TRAINER = "milora_vl/train/trainer.py"
 CHECKPOINTS = "milora_vl/checkpoints.py"
 RESOLVE = "milora_vl/policy/resolve.py"
 MEASURE = "milora_vl/forgetting/measure.py"
+PROTECTION = "milora_vl/lora/protection.py"
+PROCESSOR_COLLATE = "data_tools/milora_data/processor_collate.py"
 
 MUTATIONS = (
     # Singular triplets.
@@ -315,7 +317,7 @@ MUTATIONS = (
     ),
     Mutation(
         CHECKPOINTS,
-        "return file.stat().st_size < 8 + length + max(ends, default=0)",
+        "return size < 8 + length + max(ends, default=0)",
         "return False",
         "a truncated checkpoint is not resumed",
         ("train/test_checkpoints.py",),
@@ -365,10 +367,111 @@ MUTATIONS = (
     ),
     Mutation(
         "eval/milora_eval/stats.py",
-        "crossed = math.fsum(sums[cluster] ** 2 - squares[cluster] for cluster in sums)",
+        "crossed = math.fsum(each**2 - square for each, square in zip(sums.flat, squares.flat, strict=True))",
         "crossed = 0.0",
         "standard errors are clustered by picture",
         ("eval/test_eval_stats.py",),
+    ),
+    # Protected inputs.
+    Mutation(
+        PROTECTION,
+        "return factor.detach() - self.inside(factor, axis)",
+        "return factor.detach()",
+        "anchors start outside of the protected directions",
+        ("lora/test_protect.py", "calibration/test_protected_inputs.py"),
+    ),
+    Mutation(
+        PROTECTION,
+        "factor.sub_(share * self.inside(factor, axis))",
+        "pass",
+        "every step removes the protected directions",
+        ("lora/test_protect.py", "calibration/test_protected_inputs.py"),
+    ),
+    Mutation(
+        "milora_vl/lora/projection_hooks.py",
+        "protected.is_kept = id(protected) in projected",
+        "protected.is_kept = True",
+        "a step of an optimizer that protects nothing is noticed",
+        ("lora/test_protect.py",),
+    ),
+    Mutation(
+        "milora_vl/calibration/bases.py",
+        "count = min(int((held < share).sum()) + 1, len(held), limit or len(held))",
+        "count = min(int((held < share).sum()), len(held), limit or len(held))",
+        "the protected directions hold the wanted share",
+        ("calibration",),
+    ),
+    Mutation(
+        "milora_vl/calibration/positions.py",
+        "return real & ~is_picture, real & is_picture",
+        "return torch.ones_like(real) & ~is_picture, torch.ones_like(real) & is_picture",
+        "padding does not count in a calibration",
+        ("calibration",),
+    ),
+    Mutation(
+        "milora_vl/calibration/activations.py",
+        "(held if number % HELD_OUT == 0 or is_last else fit).append(batch)",
+        "fit.append(batch)",
+        "the share is checked on text that the calibration did not see",
+        ("calibration",),
+    ),
+    # The collator of all families.
+    Mutation(
+        PROCESSOR_COLLATE,
+        "        for _, _, start, stop in self.spans:\n            flags[start:stop] = 0\n",
+        "",
+        "no token of a picture is learned",
+        ("data/test_processor_collate.py",),
+    ),
+    Mutation(
+        PROCESSOR_COLLATE,
+        "images = sample.images[: self.inputs.num_placeholders(text)]",
+        "images = sample.images",
+        "a record that max_length cuts keeps the pictures of its text, and no other",
+        ("data/test_processor_collate.py",),
+    ),
+    Mutation(
+        "data_tools/milora_data/picture_template.py",
+        "ranges.append((start, places[last][1] + (ends.end() if ends else 0)))",
+        "ranges.append((start, places[last][1]))",
+        "the token that ends an answer is learned (all families)",
+        ("data/test_processor_collate.py",),
+    ),
+    Mutation(
+        "data_tools/milora_data/processor_inputs.py",
+        "return not (bos and text.startswith(bos))",
+        "return True",
+        "a template that writes the BOS gets no second one",
+        ("data/test_processor_collate.py",),
+    ),
+    # Plan, processes, secrets.
+    Mutation(
+        "milora_vl/plan/launch.py",
+        'return "full_shard" if str(settings["reshard_after_forward"]).lower() == "true" else "shard_grad_op"',
+        'return "full_shard"',
+        "the plan of shard_grad_op counts gathered weights",
+        ("plan",),
+    ),
+    Mutation(
+        "milora_vl/plan/run_lock.py",
+        "raise in_use(folder, holder) from None",
+        "return",
+        "two trainings cannot write into one folder",
+        ("train/test_run_lock.py",),
+    ),
+    Mutation(
+        "data_tools/milora_data/secret_text.py",
+        "text = text.replace(secret, HIDDEN)",
+        "pass",
+        "secrets of the environment are not printed",
+        ("robust/test_secrets.py",),
+    ),
+    Mutation(
+        "eval/milora_eval/answers/identity.py",
+        "turns, pictures, *_early_end(benchmark, item)])",
+        "turns, pictures])",
+        "an answer that ended early is not reused for another rule",
+        ("eval/test_eval_decided.py", "eval/test_eval_identity.py"),
     ),
     # Forgetting.
     Mutation(

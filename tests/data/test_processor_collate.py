@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from milora_data.errors import DataError, UserError
 from milora_data.images.files import ImageError, StoredPicture
@@ -87,6 +88,25 @@ def test_ids_masks_and_tensors_equal_those_of_transformers(name: str, make: Any,
     assert list(batch)[:3] == ["input_ids", "attention_mask", "labels"]
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mllama"])
+def test_a_template_that_writes_the_bos_gets_no_second_one(name: str, pictures: Path) -> None:
+    """The published tokenizers of these families put a BOS before every text by themselves."""
+    processor = processor_of(name)
+    bos = processor.tokenizer.bos_token
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, processor.tokenizer.bos_token_id)]
+    )
+    assert processor.tokenizer("a")["input_ids"].count(processor.tokenizer.bos_token_id) == 1
+    collator = ProcessorCollator(processor, image_folder=pictures)
+    expected = processor.apply_chat_template(
+        messages(QUESTION, pictures), tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    batch = collator([QUESTION])
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert supervised(collator, batch) == ["A cat." + str(collator.inputs.format.end)]
+    assert collator.num_tokens(parse_record(QUESTION)) == batch["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("name", ALL)
