@@ -43,6 +43,7 @@ from milora_vl.tiny import tiny_tokenizer
 from milora_vl.towers import find_towers
 
 
+@settings.at_their_places
 def show(request: Request) -> int:
     """Print the plan of a run and return 0. Raises UserError with everything that would stop the run.
 

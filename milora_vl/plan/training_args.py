@@ -70,7 +70,7 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
             raise UserError(
                 "ZeRO-3 cannot shard a quantised base",
                 code="quantization-zero3",
-                where=f"quantization {recipe.quantization}",
+                where="quantization",
                 hint="use --deepspeed zero2, as LLaVA's finetune_qlora.sh does",
             )
     if train.get("fsdp"):
@@ -80,7 +80,7 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
             raise UserError(
                 "FSDP2 does not shard a quantised base",
                 code="quantization-fsdp",
-                where=f"quantization {recipe.quantization}",
+                where="quantization",
                 hint="start the processes without --fsdp (DDP), or use --deepspeed zero2",
             )
     if recipe.dtype in ("bfloat16", "float16"):
