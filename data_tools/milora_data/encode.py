@@ -81,7 +81,11 @@ def encode(
         encoded = _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
             cut = f": max_length {max_length} cuts off the last {encoded.num_cut} tokens" if encoded.num_cut else ""
-            raise NoSupervisedTokens(f"this record has no supervised answer{cut}", code="record-no-answer")
+            raise NoSupervisedTokens(
+                f"this record has no supervised answer{cut}",
+                code="record-no-answer",
+                hint="a larger --max_length keeps it" if cut else "",
+            )
     except DataError as error:
         raise with_context(error, record.source or f"record {record.id!r}") from None
     return encoded

@@ -21,7 +21,10 @@ BATCH_SIZE = 16
 
 
 class Suites:
-    """Benchmarks whose items are read once, when this is created. Raises UserError for missing data."""
+    """Benchmarks whose items are read once, when this is created. Raises UserError for missing data.
+
+    `names` has the names of the benchmarks; `measure` returns a score `eval_suite_NAME` for each.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class Suites:
                 batch_size=BATCH_SIZE,
             )
             self._planned.append((plan, read_items(benchmarks, folder, limit)))
+        self.names = tuple(benchmark.name for plan, _ in self._planned for benchmark in plan.benchmarks)
 
     def measure(self, model: Any, processor: Any) -> dict[str, float]:
         """Return the headline of each benchmark and its standard error, for example `eval_suite_emoji`.

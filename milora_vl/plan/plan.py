@@ -42,6 +42,7 @@ def make_plan(request: Request, *, processes: int) -> Plan:
     if isinstance(config := recipe.train.get("deepspeed"), str) and config:  # --deepspeed= switches it off
         training_args.deepspeed_config(config)
     requirements.check(recipe.train, recipe.quantization, recipe.attn_implementation)
+    training_args.require_valid(recipe)
     resumed = Resumed(folder, request.resume)
     resumed.compare(recipe, implicit_policy=chosen.implicit_policy, processes=processes)
     settings.require_fit(request, recipe)

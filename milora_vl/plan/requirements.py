@@ -22,6 +22,8 @@ TRACKERS: dict[str, tuple[str, ...]] = {
     "dvclive": ("dvclive",),
     "codecarbon": ("codecarbon",),
 }
+# Other names of Hugging Face; each tracker then says itself what it lacks.
+OTHER_TRACKERS = ("all", "none", "azure_ml", "dagshub", "flyte", "kubeflow")
 ATTENTION = {"flash_attention_2": ("flash_attn", "flash-attn")}
 QUANT = 'pip install "milora-vl[quant]"'
 
@@ -30,10 +32,13 @@ def check(train: Mapping[str, Any], quantization: str, attn_implementation: str)
     """Raise UserError for the first missing package, with the command to install it or an alternative."""
     named = train.get("report_to") or []
     for name in [named] if isinstance(named, str) else named:
-        near = [] if name in TRACKERS else suggest(name, TRACKERS)
-        if near:
+        if name not in TRACKERS and name not in OTHER_TRACKERS:
             raise UserError(
-                f"unknown tracker {name}", code="flag-value", where="--report_to", hint=did_you_mean(near[:1])
+                f"unknown tracker {name}",
+                code="flag-value",
+                where="--report_to",
+                hint=did_you_mean(suggest(name, TRACKERS)[:1])
+                or f"use one of {', '.join([*TRACKERS, *OTHER_TRACKERS])}; report.html shows the losses too",
             )
         if name in TRACKERS and not any(map(_is_installed, TRACKERS[name])):
             raise UserError(
@@ -42,6 +47,13 @@ def check(train: Mapping[str, Any], quantization: str, attn_implementation: str)
                 where="--report_to",
                 hint=f"pip install {TRACKERS[name][0]}, or --report_to none: report.html shows the losses",
             )
+    if train.get("use_liger_kernel") and not _is_installed("liger_kernel"):
+        raise UserError(
+            "the package liger-kernel is not installed",
+            code="package-missing",
+            where="--use_liger_kernel",
+            hint="pip install liger-kernel, or remove the flag",
+        )
     optim = str(train.get("optim") or "")
     if needs_bitsandbytes(optim) and not _is_installed("bitsandbytes"):
         raise UserError(

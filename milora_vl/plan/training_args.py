@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
 
 import llava_recipes
 from milora_data.command.cli import did_you_mean, suggest
-from milora_data.errors import UserError
+from milora_data.errors import UserError, first_line
 from milora_vl.models.devices import train_device
 from milora_vl.plan import launch
+from milora_vl.recipe import hf_arguments
 from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.schema import Recipe
 
@@ -27,6 +36,13 @@ FORCED = {
 OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
 # Flags of example scripts without effect: the command trains, and evaluates if the recipe has held-out records.
 NO_EFFECT = ("do_eval", "do_predict", "batch_eval_metrics", "include_for_metrics")
+# What depends on the processes and the device of the run: a plan is made on any machine.
+OF_THE_MACHINE = (
+    "deepspeed", "fsdp", "fsdp_config", "use_cpu", "bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode", "push_to_hub", "hub_token",
+)  # fmt: skip
+# Keywords of torch.utils.checkpoint.checkpoint that are no functions.
+CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 
 def _require_rates_per_rule(optimizer: str) -> None:
@@ -111,6 +127,139 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     return train, warnings
 
 
+class _Unstarted(TrainingArguments):
+    """TrainingArguments that open no process group and choose no device."""
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        self._n_gpu = 0
+        return torch.device("cpu")
+
+
+def require_valid(recipe: Recipe) -> None:
+    """Raise UserError for settings that Hugging Face would refuse once a training starts: values, scheduler, optimizer.
+
+    It starts no process and writes nothing.
+    """
+    train, _ = prepared(recipe)
+    arguments, _ = hf_arguments.for_installed(
+        {name: value for name, value in train.items() if name not in OF_THE_MACHINE}, accepted_fields()
+    )
+    with refused(train):
+        args = _Unstarted(output_dir="not-used", use_cpu=True, **arguments)
+    _require_optimizer(args, train)
+    weight = torch.zeros(1, requires_grad=True)
+    with refused(train, "lr_scheduler_kwargs" if train.get("lr_scheduler_kwargs") else "lr_scheduler_type"):
+        get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([weight], lr=0.1),
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=train.get("lr_scheduler_kwargs") or {},
+        )
+    _require_metric(train, recipe)
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        unknown = sorted(set(train.get(name) or ()) - set(CHECKPOINTING))
+        if unknown:
+            raise UserError(
+                f"unknown key {unknown[0]}; expected one of {', '.join(CHECKPOINTING)}",
+                code="train-arguments",
+                where=f"train.{name}",
+                hint='for example  {"use_reentrant": false}',
+            )
+    backend, backends = train.get("torch_compile_backend"), [name.lower() for name in DynamoBackend.list()]
+    if backend and str(backend).lower() not in backends:
+        raise UserError(
+            f"unknown backend {backend}; expected one of {', '.join(backends)}",
+            code="train-arguments",
+            where="train.torch_compile_backend",
+            hint="use inductor, torch's own",
+        )
+
+
+def accepted_fields() -> dict[str, Any]:
+    """Return the fields of the installed TrainingArguments, by name."""
+    return {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+@contextmanager
+def refused(train: Mapping[str, Any], name: str = "") -> Iterator[None]:
+    """Turn errors of Hugging Face about training arguments into a UserError at the setting that the error names.
+
+    `name` is the setting if the error names none.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError, NotImplementedError, OSError) as error:
+        name = _named_in(str(error), train) or name
+        raise UserError(
+            " ".join(str(error).split())[:300],
+            code="train-arguments",
+            where=f"train.{name}" if name else "train",
+            hint=f"correct {name}, or leave it out" if name else "python -m milora_vl.train --help  lists all flags",
+        ) from None
+
+
+def _named_in(text: str, train: Mapping[str, Any]) -> str:
+    """Return the setting that a text of Hugging Face names first: one that the user has set, else any."""
+    lowered = text.lower()
+    for names in (train, hf_arguments.flags()):
+        found = {}
+        for name in names:
+            spelled = re.search(rf"\b{name}\b|\b{name.replace('_', '')}\b", lowered)
+            if spelled and "_" in name:  # short names such as `seed` are words of the text, too
+                found[name] = spelled.start()
+        if found:
+            return min(found, key=lambda name: found[name])
+    return ""
+
+
+def _require_optimizer(args: TrainingArguments, train: Mapping[str, Any]) -> None:
+    """Raise UserError for an optimizer that the Trainer cannot create, and for arguments that it does not use."""
+    name = OptimizerNames(args.optim).value
+    words = train.get("optim_args")
+    if words and any(not re.fullmatch(r"\s*\w+=[^=]+", word) for word in str(words).split(",")):
+        raise UserError(
+            f"expected KEY=VALUE,KEY=VALUE, got {words!r}",
+            code="train-arguments",
+            where="train.optim_args",
+            hint="for example  --optim_args betas=0.9",
+        )
+    try:
+        _, used = Trainer.get_optimizer_cls_and_kwargs(args)
+        _, unused = (
+            Trainer.get_optimizer_cls_and_kwargs(dataclasses.replace(args, optim_args=None)) if words else (0, 0)
+        )
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{name}: {first_line(error)}",
+            code="optimizer-unsupported",
+            where="--optim",
+            hint="use --optim adamw_torch",
+        ) from None
+    if words and used == unused:
+        raise UserError(
+            f"{name} does not use {words}",
+            code="train-arguments",
+            where="train.optim_args",
+            hint="remove --optim_args; --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay set AdamW",
+        )
+
+
+def _require_metric(train: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raise UserError for a metric of the best checkpoint that no evaluation of this run measures."""
+    metric = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    if metric != "loss" and not (metric.startswith("suite_") and recipe.eval.suite_every):
+        raise UserError(
+            f"{metric} is not measured during a training",
+            code="metric-unknown",
+            where="train.metric_for_best_model",
+            hint="use loss, or  suite_BENCHMARK  with --eval_suite_every N",
+        )
+
+
 def deepspeed_config(name: str) -> Any:
     """Return the configuration of a packaged name (zero2, zero3, zero3_offload), or the path of a file unchanged."""
     if name in llava_recipes.names("deepspeed"):
@@ -142,6 +291,15 @@ def _may_be_unused(modules: str) -> bool:
 
 
 def _evaluation(train: dict[str, Any], recipe: Recipe) -> None:
+    if train.get("save_strategy") == "best":
+        train.setdefault("metric_for_best_model", "loss")
+        if recipe.data.eval_path is None:
+            raise UserError(
+                "the best checkpoint is chosen by held-out records",
+                code="eval-no-records",
+                where="train.save_strategy",
+                hint="set data.eval_path or --eval_data_path",
+            )
     if recipe.data.eval_path is None:
         if train.get("eval_strategy", "no") != "no":
             raise UserError(
@@ -150,6 +308,13 @@ def _evaluation(train: dict[str, Any], recipe: Recipe) -> None:
                 where="train.eval_strategy",
                 hint="set data.eval_path or --eval_data_path",
             )
+    elif train.get("eval_strategy") == "steps" and train.get("eval_steps") == 0:
+        raise UserError(
+            "must be above 0 to evaluate by steps, got 0",
+            code="flag-value",
+            where="train.eval_steps",
+            hint="--eval_strategy no  evaluates nothing",
+        )
     elif "eval_strategy" not in train:
         # load_best_model_at_end compares checkpoints, so each of them needs an evaluation.
         by_steps = train.get("load_best_model_at_end") and train.get("save_strategy", "steps") == "steps"

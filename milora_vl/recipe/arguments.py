@@ -13,7 +13,7 @@ from typing import Any
 
 from milora_data.command import cli
 from milora_data.command.flags import RECORDS
-from milora_data.errors import UserError
+from milora_data.errors import Problem, UserError
 from milora_vl.recipe import hf_arguments, llava_flags
 from milora_vl.recipe.policy_edits import METHODS, PolicyEdits
 
@@ -164,6 +164,7 @@ class Request:
     devices: int | None = None  # for a plan
     gpu_memory: float | None = None  # GiB per device, for a plan
     words: tuple[str, ...] = field(default=(), compare=False)  # the command line as typed
+    problems: tuple[Problem, ...] = ()  # of values that are left out; `settings.resolve` raises them with its own
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -195,22 +196,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> Request:
-    """Return the request in `argv` (default: the command line of the process). Raises UserError for an invalid flag."""
+    """Return the request in `argv` (default: the command line of the process).
+
+    Values that are wrong by themselves are in its `problems`; raises UserError for flags that exclude each other.
+    """
     arguments = vars(build_parser().parse_args(argv))
     sections: dict[str, dict[str, Any]] = {"run": {}, "recipe": {}, "policy": {}, "llava": {}, "hf": {}}
     for dest, value in arguments.items():
         section, _, name = dest.partition(".")
         sections[section][name] = value
-    run, train = sections["run"], _train_flags(sections["hf"], sections["run"])
-    edits = PolicyEdits(learning_rate=train.get("learning_rate"), **sections["policy"])
-    if edits.method not in (None, *METHODS):
-        near = cli.did_you_mean(cli.suggest(str(edits.method), METHODS))
-        raise UserError(
-            f"expected {', '.join(METHODS)}, got {edits.method!r}",
-            code="flag-value",
-            where="--method",
-            hint=near or f"for example  --method {METHODS[0]}",
+    problems: list[Problem] = []
+    run, train = sections["run"], _train_flags(sections["hf"], sections["run"], problems)
+    method = sections["policy"].get("method")
+    if method not in (None, *METHODS):
+        near = cli.did_you_mean(cli.suggest(str(method), METHODS))
+        problems.append(
+            Problem(
+                f"expected {', '.join(METHODS)}, got {method!r}",
+                "flag-value",
+                "--method",
+                near or f"for example  --method {METHODS[0]}",
+            )
         )
+        del sections["policy"]["method"]
+    edits = PolicyEdits(learning_rate=train.get("learning_rate"), **sections["policy"])
     overrides = _nested({name: _alias(name, value) for name, value in sections["recipe"].items()})
     if train:
         overrides["train"] = train
@@ -224,7 +233,7 @@ def parse(argv: Sequence[str] | None) -> Request:
         )
     for name in planned:
         if run[name] <= 0:
-            raise UserError(f"must be above 0, got {run[name]}", code="flag-value", where=f"--{name}")
+            problems.append(Problem(f"must be above 0, got {run[name]}", "flag-value", f"--{name}"))
     if run.get("format", "human") not in FORMATS:
         message = f"expected {' or '.join(FORMATS)}, got {run['format']!r}"
         raise UserError(message, code="flag-value", where="--format", hint="json is for programs, human for people")
@@ -243,6 +252,7 @@ def parse(argv: Sequence[str] | None) -> Request:
         gpu_memory=run.get("gpu_memory"),
         argument=str(run.get("print_recipe", "")),
         words=tuple(sys.argv[1:] if argv is None else argv),
+        problems=tuple(problems),
     )
 
 
@@ -279,13 +289,14 @@ def _named(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]
     return checked
 
 
-def _train_flags(flags: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+def _train_flags(flags: dict[str, Any], run: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """Return the values of Hugging Face's flags in their types; those that are wrong go to `problems`."""
     train = {}
     for name, value in flags.items():
         try:
             train[name] = hf_arguments.coerce(name, value)
-        except ValueError as error:
-            raise UserError(str(error), code="flag-value", where=f"--{name}") from None
+        except hf_arguments.WrongValue as error:
+            problems.append(Problem(str(error), "flag-value", f"--{name}", error.hint))
     if run.get("device") == "cpu":
         train["use_cpu"] = True
     elif run.get("device") not in (None, "cuda"):

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from milora_data.command.cli import suggest
+from milora_data.command.cli import did_you_mean, suggest
 
 TRUE, FALSE = ("true", "t", "yes", "y", "1", "on"), ("false", "f", "no", "n", "0", "off")
 RENAMED = {
@@ -45,6 +45,17 @@ HELP = {
     "save_safetensors": "no effect: always on",
     "fsdp_config": "settings of FSDP2: a JSON object or file with reshard_after_forward, transformer_layer_cls_to_wrap",
 }
+# Values of flags that Hugging Face checks only when a training starts.
+CHOICES = {
+    **dict.fromkeys(
+        ("log_level", "log_level_replica"), ("debug", "info", "warning", "error", "critical", "passive", "detail")
+    ),
+    "debug": ("underflow_overflow", "tpu_metrics_debug"),
+    "ddp_backend": ("nccl", "gloo", "mpi", "ucc", "ccl", "hccl", "cncl", "mccl", "xccl"),
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+}
+# Mappings that may be the name of a file, too.
+FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 # The Trainer accepts smaller values, then fails during training or ignores them.
 AT_LEAST = {
     "per_device_train_batch_size": 1,
@@ -64,6 +75,14 @@ AT_LEAST = {
     "seed": 0,
     "data_seed": 0,
 }
+
+
+class WrongValue(ValueError):
+    """A value that a flag does not take: what is wrong, and a hint."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +129,7 @@ def boolean(text: str) -> bool:
 def coerce(name: str, value: Any) -> Any:
     """Return the value of flag `name`, from YAML or the command line, in the type of the flag.
 
-    Raises ValueError, with what is expected, for an invalid value.
+    Raises WrongValue, with what is expected, for an invalid value.
     """
     flag = flags()[name]
     if value is None or (isinstance(value, str) and value == "None"):
@@ -120,13 +139,16 @@ def coerce(name: str, value: Any) -> Any:
     try:
         converted = CONVERT[flag.type](value)
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"expected {EXPECTED[flag.type]}, got {value!r}") from None
-    if flag.choices and converted not in flag.choices:
-        near = suggest(str(converted), flag.choices)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"got {value!r}, expected one of {', '.join(flag.choices)}{hint}")
+        raise WrongValue(f"expected {EXPECTED[flag.type]}, got {value!r}") from None
+    choices = flag.choices or CHOICES.get(name, ())
+    for one in (converted if flag.type == "list" else [converted]) if choices else ():
+        if one not in choices:
+            near = did_you_mean(suggest(str(one), choices)[:1])
+            raise WrongValue(f"got {one!r}, expected one of {', '.join(choices)}", near)
+    if flag.type == "dict" and isinstance(converted, str) and name not in FILES:
+        raise WrongValue(f"expected a mapping or JSON text, got {value!r}", 'for example  {"key": 1}')
     if (wrong := _out_of_range(name, converted)) is not None:
-        raise ValueError(f"{wrong}, got {value!r}")
+        raise WrongValue(f"{wrong}, got {value!r}")
     return converted
 
 

@@ -200,8 +200,8 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
             continue
         try:
             pair = hf_arguments.canonical(name, hf_arguments.coerce(name, value))
-        except ValueError as error:
-            problems.append(Problem(str(error), "recipe-value", path))
+        except hf_arguments.WrongValue as error:
+            problems.append(Problem(str(error), "recipe-value", path, error.hint))
             continue
         if pair is None:
             continue

@@ -44,14 +44,21 @@ class Settings:
 def resolve(request: Request) -> Settings:
     """Merge recipe, flags and LLaVA's flags. Raises UserError with all problems in them."""
     try:
-        return _resolve(request)
+        chosen = _resolve(request)
     except RecipeError as error:
         source, lines, problems = problems_on_model(request, _config_named(request))
         known = set(error.dotted)
         new = located([p for p in problems if p not in known], source, lines)
         of_flags = at_flags(_problems_of_flags(request), request)
         new += located([p for p in of_flags if p not in known], "the command line", {})
-        raise UserError(problems=[*error.problems, *new], source=error.source) from None
+        raise UserError(problems=[*request.problems, *error.problems, *new], source=error.source) from None
+    except UserError as error:
+        if not request.problems:
+            raise
+        raise UserError(problems=[*request.problems, *error.problems]) from None
+    if request.problems:
+        raise UserError(problems=request.problems)
+    return chosen
 
 
 def require_fit(request: Request, recipe: Recipe) -> None:

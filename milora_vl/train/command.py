@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from milora_data.errors import UserError
 from milora_vl.recipe import arguments
 
 
@@ -16,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if request.action in ("print_recipe", "list_models", "list_recipes"):
         from milora_vl.recipe import listings
 
+        if request.problems:
+            raise UserError(problems=request.problems)
         return listings.show(request)
     if request.action == "dry_run":
         from milora_vl.plan import dry_run

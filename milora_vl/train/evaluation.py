@@ -13,13 +13,16 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from milora_data.errors import UserError
 from milora_data.templates import OWN
 from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.schema import Recipe
 
 
 class Scored(Protocol):
-    """Suites whose questions are read; `measure` asks them."""
+    """Suites whose questions are read; `measure` asks them. `names` has the benchmarks."""
+
+    names: tuple[str, ...]
 
     def measure(self, model: Any, processor: Any) -> dict[str, float]:
         """Return `eval_suite_BENCHMARK` and its standard error for each benchmark."""
@@ -28,7 +31,7 @@ class Scored(Protocol):
 def suites_of(recipe: Recipe) -> Scored | None:
     """Return the suites to score during training, None if the recipe asks for none.
 
-    Raises UserError for missing data.
+    Raises UserError for missing data, and for a metric of the best checkpoint that no suite measures.
     """
     config = recipe.eval
     if config.suite_every is None:
@@ -40,6 +43,14 @@ def suites_of(recipe: Recipe) -> Scored | None:
         template=OWN if prepares_with_processor(recipe.model) else recipe.template or "vicuna_v1",
         image_aspect_ratio=recipe.data.image_aspect_ratio or "pad",
     )
+    metric = str(recipe.train.get("metric_for_best_model") or "").removeprefix("eval_")
+    if metric.startswith("suite_") and metric.removeprefix("suite_") not in scored.names:
+        raise UserError(
+            f"{metric} is not measured: the suites have {', '.join(scored.names)}",
+            code="metric-unknown",
+            where="train.metric_for_best_model",
+            hint=f"for example  suite_{scored.names[0]}",
+        )
     return scored
 
 

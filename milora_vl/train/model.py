@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_data.errors import UserError, first_line
+from milora_data.encode import NoSupervisedTokens, encode
+from milora_data.errors import DataError, UserError, first_line, with_context
 from milora_data.processor_inputs import ProcessorInputs
 from milora_data.records import Record
 from milora_data.templates import OWN
@@ -21,6 +22,7 @@ from milora_vl.adapter_io import load_adapter
 from milora_vl.initialize import LayerReport
 from milora_vl.load import load_model
 from milora_vl.lora.sidecar import FILE_NAME
+from milora_vl.models.image_tokens import image_tokens
 from milora_vl.models.loading import load_processor, meta_model, split_processor
 from milora_vl.models.processors import limit_pixels
 from milora_vl.models.projector import load_projector
@@ -32,6 +34,7 @@ from milora_vl.recipe.on_model import require_template
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.trainer import Saves
 
+FIRST = 100  # records that are checked before the model loads
 WEIGHTS_FILE: dict[Saves, str] = {"adapter": ADAPTER_FILES[0], "projector": PROJECTOR_FILES[0]}
 
 
@@ -52,21 +55,47 @@ def load_base(
 ) -> tuple[nn.Module, Any]:
     """Load the base model and its processor, and the projector from the recipe's `projector_weights`.
 
-    Raises UserError, before weights load, if the model has no chat template or it rejects the first records, and if
-    `records` are of kinds that its processor cannot put into one batch.
+    Raises UserError, before weights load, if the model has no chat template or it rejects the first records, if
+    `records` are of kinds that its processor cannot put into one batch, and if none of the first ones has an answer.
     """
-
+    first = records[:FIRST]
     if prepares_with_processor(recipe.model):
         _require_one_kind(recipe, load_processor(recipe.model), records)
-    elif recipe.template == OWN:
-        checked = records[:100] if recipe.data.bad_images == "raise" else ()
-        require_template(recipe, split_processor(load_processor(recipe.model))[0], checked)
+    else:
+        tokenizer = split_processor(load_processor(recipe.model))[0]
+        if recipe.template == OWN:
+            require_template(recipe, tokenizer, first if recipe.data.bad_images == "raise" else ())
+        _require_answers(recipe, tokenizer, first)
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
     limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
     _set_attention(model, recipe.attn_implementation)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))
     return model, processor
+
+
+def _require_answers(recipe: Recipe, tokenizer: Any, records: Sequence[Record]) -> None:
+    """Raise DataError if no record has a supervised token, for example because `max_length` cuts off all answers."""
+    config = config_for(recipe)
+    unanswered = None
+    for record in records:
+        try:
+            encode(
+                record,
+                tokenizer,
+                template=recipe.template or "vicuna_v1",
+                image_token_id=-1,
+                image_tokens=image_tokens(config) if "vision_config" in config.to_dict() else 0,
+                max_length=recipe.data.max_length,
+            )
+        except NoSupervisedTokens as error:
+            unanswered = unanswered or error
+        except DataError:  # the collator reports it, or leaves the record out, as `bad_images` says
+            return
+        else:
+            return
+    if unanswered is not None:
+        raise with_context(unanswered, hint=f"the same holds for the {len(records):,} first records")
 
 
 def _require_one_kind(recipe: Recipe, processor: Any, records: Sequence[Record]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 from collections.abc import Mapping
@@ -13,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from milora_data.errors import UserError, first_line
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.plan.launch import require_processes_for_fsdp
-from milora_vl.plan.training_args import prepared
+from milora_vl.plan.training_args import accepted_fields, prepared, refused
 from milora_vl.recipe import hf_arguments
 from milora_vl.recipe.schema import Recipe
 
@@ -32,17 +30,14 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> tuple[TrainingArgume
     device = train_device(train)
     if train.get("bf16") and device.type == "cpu" and fastest_dtype(device) != torch.bfloat16:
         warnings.append("bf16 is emulated by this CPU, which is slow (faster: --dtype float32 --bf16 False)")
-    fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
-    arguments, absent = hf_arguments.for_installed(train, fields)
+    arguments, absent = hf_arguments.for_installed(train, accepted_fields())
     if absent:
         warnings.append(f"the installed transformers does not support {', '.join(absent)}: no effect")
     require_processes_for_fsdp(train)
-    try:
+    with refused(train):
         _prepare_processes(train)
         args = TrainingArguments(output_dir=str(output_dir), **arguments)
         _start_deepspeed(train)
-    except (ValueError, ImportError, TypeError) as error:
-        raise UserError(str(error), code="train-arguments", where="train") from None
     if args.n_gpu > 1:
         # torch's DataParallel would separate the images of a batch from its records.
         warnings.append(
@@ -50,7 +45,6 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> tuple[TrainingArgume
             f"torchrun --nproc_per_node {args.n_gpu} -m milora_vl.train ..."
         )
         args._n_gpu = 1
-    _require_optimizer(args)
     return args, warnings
 
 
@@ -72,23 +66,6 @@ def trained_dtype(args: TrainingArguments) -> torch.dtype:
 def load_device(args: TrainingArguments) -> torch.device:
     """Return the device to load and decompose the model on: the training device, or the CPU if it is sharded."""
     return torch.device("cpu") if args.deepspeed or args.fsdp else args.device
-
-
-def _require_optimizer(args: TrainingArguments) -> None:
-    """Raise UserError for an optimizer that the Trainer cannot create."""
-    from transformers import Trainer
-    from transformers.training_args import OptimizerNames
-
-    name = OptimizerNames(args.optim).value
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"{name}: {first_line(error)}",
-            code="optimizer-unsupported",
-            where="--optim",
-            hint="use --optim adamw_torch",
-        ) from None
 
 
 def _prepare_processes(train: Mapping[str, Any]) -> None:

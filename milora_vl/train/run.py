@@ -2,7 +2,7 @@
 
 request -> plan -> inputs -> loaded base -> ordered rows -> adapted model -> trained files -> report.
 
-Everything that can be wrong is found before the model loads; nothing is written before the first step begins.
+What can be wrong is found before the model loads. Only caches are written before the first step begins.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder
 from milora_vl.plan.screen import Screen, policy_rows, protection_lines, trainable_line
-from milora_vl.plan.training_args import base_dtype
+from milora_vl.plan.training_args import base_dtype, refused
 from milora_vl.recipe import base_model, on_model, rates
 from milora_vl.recipe.arguments import Request
 from milora_vl.recipe.schema import Recipe
@@ -314,19 +314,20 @@ def make_trainer(
         assert isinstance(collator, ImageTextCollator)  # the plan refuses the cache for other models
         collator.features = features.prepare(cache, loaded.base, collator, records, inputs.args, opening.screen)
     hub.open_repository(inputs.args)
-    trainer = MiloraTrainer(
-        adapted.built.model,
-        inputs.args,
-        targets=adapted.built.targets,
-        saves=adapted.built.saves,
-        data_collator=collator,
-        train_dataset=rows.items,
-        eval_dataset=data.evaluation,
-        processing_class=loaded.processor,
-        lengths=rows.lengths,
-        kinds=None if rows.lengths is None else [bool(record.images) for record in data.train],
-        resume_from=plan.folder.checkpoint,
-    )
+    with refused(recipe.train):  # what no check of the plan knows
+        trainer = MiloraTrainer(
+            adapted.built.model,
+            inputs.args,
+            targets=adapted.built.targets,
+            saves=adapted.built.saves,
+            data_collator=collator,
+            train_dataset=rows.items,
+            eval_dataset=data.evaluation,
+            processing_class=loaded.processor,
+            lengths=rows.lengths,
+            kinds=None if rows.lengths is None else [bool(record.images) for record in data.train],
+            resume_from=plan.folder.checkpoint,
+        )
     trainer.add_callback(AtFirstStep(opening.begin))
     if loaded.probe is not None and recipe.eval.forgetting_every:
         trainer.add_callback(ForgettingCallback(loaded.probe, recipe.eval.forgetting_every, trainer))

@@ -25,3 +25,17 @@ def test_every_package_and_module_is_in_the_table() -> None:
     cells = [row.split("|")[1] for row in table.splitlines()[2:]]
     named = {path.removeprefix("milora_vl/") for cell in cells for path in re.findall(r"`([^`]+)`", cell)}
     assert (packages | modules) - named == set()
+
+
+def test_the_rows_have_the_order_of_the_layers() -> None:
+    """The page says that a module imports only lower rows; import-linter checks the layers of pyproject.toml."""
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    layers = re.findall(
+        r'^    "([^"]+)",$', pyproject.partition('containers = ["milora_vl"]')[2].partition("]\n\n")[0], re.M
+    )
+    level = {module.strip(): number for number, layer in enumerate(layers) for module in layer.split(":")}
+    rows = [line for line in PAGE.splitlines() if line.startswith("| `milora_vl/")]
+    listed = [re.findall(r"`milora_vl/(\w+)(?:\.py)?`", row.split("|")[1]) for row in rows]
+    levels = [level[name] for names in listed for name in names if name in level]
+    assert levels == sorted(levels)
+    assert len(levels) >= len(level) - 1  # __main__ has no row

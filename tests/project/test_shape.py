@@ -221,7 +221,7 @@ def test_only_one_module_knows_the_files_of_an_adapter() -> None:
 QUICK_HELP = "--help answers before torch is imported"
 INNER_IMPORTS: dict[str, tuple[int, str]] = {
     "data_tools/milora_data/__init__.py": (1, "the collator needs torch"),
-    "eval/milora_eval/commands/run.py": (1, QUICK_HELP),
+    "eval/milora_eval/commands/run.py": (2, QUICK_HELP),
     "eval/milora_eval/commands/scales.py": (1, QUICK_HELP),
     "eval/milora_eval/lm_eval.py": (2, QUICK_HELP),
     "eval/milora_eval/vlmevalkit.py": (2, "tables are read and written without torch"),
@@ -238,6 +238,16 @@ INNER_IMPORTS: dict[str, tuple[int, str]] = {
     "milora_vl/sweep/__main__.py": (1, QUICK_HELP),
     "milora_vl/train/command.py": (3, QUICK_HELP),
 }
+
+
+# Files of milora_vl that load the package above it by its name, if a recipe asks for scores.
+UPWARD = {"milora_vl/plan/evaluation.py", "milora_vl/train/evaluation.py"}
+
+
+def test_only_the_listed_files_load_evaluators_by_name() -> None:
+    sources = [path for path in ours() if name(path).startswith("milora_vl/")]
+    found = {name(path) for path in sources if 'import_module("milora_eval' in path.read_text(encoding="utf-8")}
+    assert found == UPWARD
 
 
 def inner_imports(path: Path) -> int:

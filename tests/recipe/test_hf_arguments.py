@@ -66,3 +66,20 @@ def test_an_older_transformers_gets_its_own_names() -> None:
 )
 def test_values_are_read_as_their_types(name: str, value: object, expected: object) -> None:
     assert hf_arguments.coerce(name, value) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("log_level", "wrning", "warning"),
+        ("ddp_backend", "ncl", "nccl"),
+        ("debug", "foo", ""),
+        ("lr_scheduler_kwargs", "nonsense", "example"),
+        ("lr_scheduler_kwargs", "{1", ""),
+        ("logging_steps", "-1", ""),
+    ],
+)
+def test_values_that_hugging_face_checks_late_are_refused_at_once(name: str, value: str, hint: str) -> None:
+    with pytest.raises(hf_arguments.WrongValue) as error:
+        hf_arguments.coerce(name, value)
+    assert hint in error.value.hint

@@ -21,7 +21,6 @@ from milora_eval.scores.results import read_results
 from milora_eval.scores.table import FORMATS, show, write_table
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
 from milora_vl.adapter_folders import holds_adapter
-from milora_vl.recipe.prompts import prompts_of
 from milora_vl.report.model_card import update_scores
 from milora_vl.report.regenerate import regenerate_report
 
@@ -132,6 +131,8 @@ def planned(options: argparse.Namespace, target: EvalTarget) -> tuple[Evaluation
     benchmarks = [find_benchmark(entry) for entry in names]
     items = _items_that_exist(benchmarks, data, limit) if partial else read_items(benchmarks, data, limit)
     benchmarks = [benchmark for benchmark in benchmarks if benchmark.name in items]
+    from milora_vl.recipe.prompts import prompts_of
+
     prompts = prompts_of(target.model, target.adapter, options.template)
     plan = EvaluationPlan(
         suite=name or "+".join(benchmark.name for benchmark in benchmarks),
