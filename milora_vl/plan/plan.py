@@ -46,5 +46,4 @@ def make_plan(request: Request, *, processes: int) -> Plan:
     resumed = Resumed(folder, request.resume)
     resumed.compare(recipe, implicit_policy=chosen.implicit_policy, processes=processes)
     settings.require_fit(request, recipe)
-    training_args.prepared(recipe)  # its values need no data, so its errors come before the records are read
     return Plan(request, chosen, recipe, token, folder, resumed, tuple(chosen.notes), tuple(chosen.warnings))
