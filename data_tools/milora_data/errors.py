@@ -131,6 +131,16 @@ def with_problems(error: ErrorT, problems: Sequence[Problem]) -> ErrorT:
     return copied
 
 
+@contextmanager
+def at_flag(flag: str) -> Iterator[None]:
+    """Give the problems of the block that have no place this one: a flag, whose value code without flags rejects."""
+    try:
+        yield
+    except UserError as error:
+        placed = [problem if problem.where else replace(problem, where=flag) for problem in error.problems]
+        raise with_problems(error, placed) from error
+
+
 class DataError(UserError):
     """A mistake in a data set; `where` is the file and, if known, the line."""
 

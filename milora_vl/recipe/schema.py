@@ -287,9 +287,9 @@ def is_key(place: str) -> bool:
     field = Recipe.model_fields.get(name)
     if field is None:
         return False
-    is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Strict)
-    if is_section:
-        return key.partition("[")[0].partition(".")[0] in field.annotation.model_fields
+    section = field.annotation
+    if isinstance(section, type) and issubclass(section, Strict):
+        return key.partition("[")[0].partition(".")[0] in section.model_fields
     return not key and name != "model"
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import llava_recipes
 from milora_data.command.cli import beside, suggest
-from milora_data.errors import Problem, UserError, with_problems
+from milora_data.errors import Problem, UserError, at_flag, with_problems
 from milora_data.templates import OWN
 from milora_vl import checkpoints
 from milora_vl.models import loading
@@ -68,7 +68,8 @@ def require_fit(request: Request, recipe: Recipe) -> None:
     """
 
     try:
-        config = base_model.config_for(recipe)
+        with at_flag("--model"):
+            config = base_model.config_for(recipe)
     except UnknownModelError:
         raise
     except UserError:
@@ -245,6 +246,7 @@ def _resolve(request: Request) -> Settings:
         raise UserError(
             "no model: set --model NAME, or use a --recipe that names one",
             code="recipe-no-model",
+            where="--model",
             hint=f"see: {PROG} --list-models",
         )
     if recipe.dtype == "fastest":  # save the dtype itself: the fastest dtype differs by machine
@@ -286,8 +288,8 @@ def _sets(request: Request, path: str) -> bool:
     return name in (request.overrides.get(section[0], {}) if section else request.overrides)
 
 
-def read_recipe(name: str | None) -> tuple[dict[str, Any], dict[str, int], str]:
-    """Return content, lines and label of a recipe by name or path; empty without a name."""
+def read_recipe(name: str | None, flag: str = "--recipe") -> tuple[dict[str, Any], dict[str, int], str]:
+    """Return content, lines and label of a recipe by name or path; empty without a name. `flag` has the name."""
     if name is None:
         return {}, {}, "the command line"
     if name in llava_recipes.names():
@@ -298,9 +300,13 @@ def read_recipe(name: str | None) -> tuple[dict[str, Any], dict[str, int], str]:
         return (*yaml_file.read_file(path), str(path))
     near = suggest(name, llava_recipes.names())
     hint = f"did you mean {' or '.join(near)}?" if near else f"recipes: {', '.join(llava_recipes.names())}"
+    found = "no packaged recipe and no file has this name"
+    if Path(name).is_dir():
+        found = "this is a folder without a recipe.yaml"
     raise UserError(
-        f"unknown recipe {name!r}: no packaged recipe and no file has this name",
+        f"unknown recipe {name!r}: {found}",
         code="recipe-unknown",
+        where=flag,
         hint=f"{hint}\nsee: {PROG} --list-recipes",
     )
 

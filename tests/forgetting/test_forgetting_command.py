@@ -73,7 +73,7 @@ def test_another_probe_joins_and_another_seed_begins_anew(adapter: Path, tmp_pat
     ("flags", "words"),
     [
         (["--model", "tiny"], "nothing to compare"),
-        (["--model", "tiny", "--adapter", "A", "--base", "tiny"], "--base: only applies to"),
+        (["--model", "tiny", "--adapter", "A", "--base", "tiny"], "--base: this flag is for a fully trained"),
         (["--model", "tiny", "--adapter", "A", "--on", "texts"], "expected some of"),
         (["--model", "tiny", "--adapter", "A", "--text", "no.txt"], "no.txt: no such file"),
         (["--model", "tiny", "--adapter", "A", "--text", "A/adapter_model.safetensors"], "codec"),

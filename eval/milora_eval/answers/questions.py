@@ -168,5 +168,6 @@ def _check_pictures(benchmark: Benchmark, items: ItemFile) -> None:
         raise UserError(
             f"{len(missing)} pictures of benchmark {benchmark.name} are missing",
             code="benchmark-missing-pictures",
-            hint="\n".join(shown),
+            where="--data",
+            hint="\n".join([*shown, "or name the folder with the pictures:  --data FOLDER"]),
         )
