@@ -111,10 +111,8 @@ def open_hub(source: str) -> Any:
     import datasets
 
     name, _, split = source.removeprefix(HUB).partition(":")
-    is_local = Path(name).is_dir()
-    if not (
-        is_local or datasets.config.HF_DATASETS_OFFLINE or hub_is_known()
-    ):  # the client would retry for half a minute
+    is_here = Path(name).is_dir() or datasets.config.HF_DATASETS_OFFLINE
+    if not is_here and not hub_is_known():  # the client would retry for half a minute
         raise UserError(
             "the hub does not answer: its host is not known here",
             code="hub-unreadable",
