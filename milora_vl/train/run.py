@@ -181,7 +181,7 @@ def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
         recipe, line = base_model.resolved(plan.recipe)
     if line:
         screen.say(line)
-    dtype = base_dtype(recipe, recipe.train)
+    dtype = base_dtype(recipe)
     suites = suites_of(recipe)
     with screen.step(f"loading {recipe.model}"):
         device = process.load_device(args)
