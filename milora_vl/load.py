@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone
+from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone, require_no_base
 from milora_vl.adapters.arithmetic import require_scale
 from milora_vl.adapters.load_any import load_any, require_scalable
 from milora_vl.adapters.scale import Update
@@ -53,15 +53,9 @@ def load_model(
     """
     require_scale(scale)
     name = str(name_or_path)
+    require_no_base(name, adapter, base)
     if adapter is None and holds_adapter(Path(name)):
         name, adapter = base_of(Path(name)), name
-    if adapter is not None and base is not None:
-        raise UserError(
-            "the base of an adapter is the model itself; base is for a model that trained in full",
-            code="flag-conflict",
-            where="--base",
-            hint="remove it",
-        )
     if adapter is None and base is None and scale != 1:
         raise UserError(
             "needs an update to scale: an adapter, or a fully trained model and its base",

@@ -36,7 +36,7 @@ class RecipeError(UserError):
     """
 
     def __init__(self, source: str, problems: Iterable[Problem], lines: Mapping[str, int] | None = None) -> None:
-        self.source, self.dotted = source, tuple(problems)
+        self.dotted = tuple(problems)
         super().__init__(problems=located(self.dotted, source, lines or {}), source=source)
 
 
@@ -270,6 +270,28 @@ def load(path: Path) -> Recipe:
     """Return the recipe in a YAML file."""
     content, lines = yaml_file.read_file(path)
     return Recipe.parse(content, str(path), lines)
+
+
+def is_key(place: str) -> bool:
+    """Return whether the place of a problem is a key of recipes, and not a file, a flag or a module.
+
+    A single word is a key only if it is no section and not `model`: folders often have these names.
+
+    >>> [is_key(place) for place in ("data.packing", "policy[0].rank", "template", "train.bf16", "train.json", "data")]
+    [True, True, True, True, False, False]
+    """
+    name, _, key = place.partition(".")
+    if name.partition("[")[0] == "policy":
+        return place == "policy" or name.endswith("]")
+    if name == "train":
+        return key in hf_arguments.flags()
+    field = Recipe.model_fields.get(name)
+    if field is None:
+        return False
+    section = field.annotation
+    if isinstance(section, type) and issubclass(section, Strict):
+        return key.partition("[")[0].partition(".")[0] in section.model_fields
+    return not key and name != "model"
 
 
 def located(problems: Iterable[Problem], source: str, lines: Mapping[str, int]) -> list[Problem]:
