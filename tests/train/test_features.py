@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from milora_data.errors import UserError
 from milora_data.images.features import FeatureReader
 from milora_vl.train.command import main
 from support.launched import FSDP, train_in_two
@@ -140,7 +139,7 @@ def test_what_it_cannot_do_is_told(tiny_data: Path, tmp_path: Path) -> None:
         "feature-cache-unsupported-model", where="data.feature_cache", message="supports LLaVA 1.5 and 1.6 only"
     ):
         main(training(tiny_data, tmp_path / "text", "--model", "tiny-text", "--rank", "4", *extra))
-    with pytest.raises(UserError, match="--feature_cache: needs all images before training"):
+    with raises_code("recipe-streaming", where="--feature_cache", message="needs all images before training"):
         main(training(tiny_data, tmp_path / "stream", "--rank", "4", "--streaming", *extra))
     assert not (tmp_path / "cache").exists()
 
