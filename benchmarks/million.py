@@ -31,7 +31,7 @@ PICTURES = 300
 SHARDS = 200
 STEPS, KILLED_AT, SAVED_EVERY = 200, 150, 50
 WORDS = "a small red house stands beside the old tree near a river where children play with their dog".split()
-KINDS = ("check", "stats", "train", "workers", "check-shards", "train-shards")
+KINDS = ("check", "stats", "train", "workers", "packed", "check-shards", "train-shards")
 
 
 def main() -> int:
@@ -65,6 +65,9 @@ def measured(kind: str, folder: Path) -> dict[str, Any]:
         return watched(["-m", "milora_data", "check", shards], folder / "check-shards.log")
     if kind == "train-shards":
         return training(folder, kind, ["--data_path", shards, "--streaming"])
+    if kind == "packed":
+        packing = ["--packing", "--max_length", "256"]
+        return training(folder, kind, ["--data_path", data, "--image_folder", pictures, *packing])
     grouped = ["--data_path", data, "--image_folder", pictures, "--group_by_length", "True"]
     if kind == "workers":
         return training(folder, kind, [*grouped, "--dataloader_num_workers", "2"])

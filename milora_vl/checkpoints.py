@@ -7,7 +7,9 @@ is incomplete if its process was killed while writing it.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -53,6 +55,37 @@ def checkpoints(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, complete or not, in order of their steps."""
     folders = [folder for folder in run.glob("checkpoint-*") if folder.is_dir() and step_of(folder) >= 0]
     return sorted(folders, key=step_of)
+
+
+def remove_oldest(run: Path, step: int, limit: int | None, best: str | None) -> None:
+    """Remove old checkpoints until `limit` are left (None or 0: all stay); those of `step` and `best` always stay.
+
+    The steps tell their age, and steps above the present one are of an earlier attempt. HF's Trainer goes by the time
+    of change instead: after the clock went backwards it would remove the checkpoint that was just written.
+    """
+    if not limit:
+        return
+    oldest_first = sorted(checkpoints(run), key=lambda folder: (step_of(folder) <= step, step_of(folder)))
+    kept = {folder for folder in oldest_first if step_of(folder) == step or (best and folder == Path(best))}
+    others = [folder for folder in oldest_first if folder not in kept]
+    unneeded = others[: max(len(oldest_first) - max(limit, len(kept)), 0)]
+    if unneeded:
+        _sync(run / f"checkpoint-{step}")
+    for folder in unneeded:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Wait until a checkpoint has reached the disk: a power failure may come after the ones before it are removed."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system cannot sync
+                raise
+        finally:
+            os.close(number)
 
 
 def newest_checkpoint(run: Path) -> Path | None:

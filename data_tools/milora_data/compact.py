@@ -1,7 +1,8 @@
 """Records in little memory: stored as bytes, and unpickled when they are read.
 
 A list of a million objects is copied page by page into each loader process, because reading an object changes its
-reference count. The bytes and two arrays of offsets are shared by all processes.
+reference count. The bytes and two arrays of offsets are shared by all processes. Make them from an iterator: then the
+objects never exist together.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class CompactRecords(Sequence[Record]):
     def __init__(self, records: Iterable[Record]) -> None:
         content = bytearray()
         self._starts, self._ends = array("q"), array("q")
+        self._content = content
         last, start = None, 0
         for record in records:
             if record is not last:
@@ -32,7 +34,15 @@ class CompactRecords(Sequence[Record]):
                 content += pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
             self._starts.append(start)
             self._ends.append(len(content))
-        self._content = bytes(content)
+
+    def only(self, places: Iterable[int]) -> CompactRecords:
+        """Return the records at these places, in this order; they share their bytes with this sequence."""
+        chosen = CompactRecords(())
+        chosen._content = self._content
+        for place in places:
+            chosen._starts.append(self._starts[place])
+            chosen._ends.append(self._ends[place])
+        return chosen
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -49,7 +49,8 @@ def encoded_lengths(
         if cache is not None:
             _save(cache, np.stack([texts, pictures]))
     lengths = texts + (pictures if tiling else image_tokens * pictures)
-    return list(map(int, lengths if max_length is None else np.minimum(lengths, max_length)))
+    cut: list[int] = (lengths if max_length is None else np.minimum(lengths, max_length)).tolist()
+    return cut
 
 
 def _counted(
@@ -66,15 +67,14 @@ def _counted(
         except NoSupervisedTokens:
             continue  # the collator skips it
         counts[0, number] = len(encoded.input_ids)
-        counts[1, number] = sum(
-            _num_tokens(place_of(folder, name), tiling) for name in record.images[: encoded.num_images]
-        )
+        counts[1, number] = encoded.num_images
+        if tiling is not None:
+            pictures = record.images[: encoded.num_images]
+            counts[1, number] = sum(_num_tokens(place_of(folder, name), tiling) for name in pictures)
     return counts[0], counts[1]
 
 
-def _num_tokens(picture: str | Path, tiling: Tiling | None) -> int:
-    if tiling is None:
-        return 1
+def _num_tokens(picture: str | Path, tiling: Tiling) -> int:
     try:
         return tiling.num_tokens(*picture_size(picture))
     except ImageError:  # the collator skips the record, or replaces the picture by a plain one

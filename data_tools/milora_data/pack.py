@@ -68,13 +68,24 @@ def fill(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -
 
 
 class PackedRecords(Dataset[list[Record]]):
-    """A data set of rows: each item is the list of records that share a row."""
+    """A data set of rows: each item is the list of records that share a row.
+
+    The rows are two arrays, which loader processes share; they would copy lists when they read them.
+    """
 
     def __init__(self, records: Sequence[Record], rows: Sequence[Sequence[int]]) -> None:
-        self.records, self.rows = records, rows
+        self.records = records
+        self._indices = np.fromiter((index for row in rows for index in row), dtype=np.int64)
+        self._ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._ends)
 
     def __getitem__(self, number: int) -> list[Record]:
-        return [self.records[index] for index in self.rows[number]]
+        return [self.records[index] for index in self.indices(number)]
+
+    def indices(self, number: int) -> list[int]:
+        """Return the places of the records of a row."""
+        start = 0 if number == 0 else self._ends[number - 1]
+        places: list[int] = self._indices[start : self._ends[number]].tolist()
+        return places

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-CHUNKS_PER_POOL = 50  # batches that are sorted together: enough for similar lengths, and still well shuffled
+BATCHES_PER_POOL = 50  # batches that are sorted together: enough for similar lengths, and still well shuffled
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -28,8 +29,11 @@ class LengthGroupedSampler(Sampler[int]):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if kinds is not None and len(kinds) != len(lengths):
             raise ValueError(f"{len(kinds)} kinds for {len(lengths)} lengths")
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
-        self.kinds = kinds
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        numbers: dict[object, int] = {}
+        numbered = None if kinds is None else (numbers.setdefault(kind, len(numbers)) for kind in kinds)
+        self._kinds = None if numbered is None else np.fromiter(numbered, dtype=np.int64)
         self._done = 0
 
     def __len__(self) -> int:
@@ -57,25 +61,29 @@ class LengthGroupedSampler(Sampler[int]):
     def order(self, epoch: int) -> list[int]:
         """Return the indices of an epoch."""
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
-        indices = torch.randperm(len(self.lengths), generator=generator).tolist()
-        batches: list[list[int]] = []
-        incomplete: list[int] = []
+        indices = torch.randperm(len(self.lengths), generator=generator).numpy()
+        pools: list[np.ndarray] = []  # (num_batches, batch_size) each
+        incomplete: list[np.ndarray] = []
+        per_pool = self.batch_size * BATCHES_PER_POOL
         for group in self._groups(indices):
-            for start in range(0, len(group), self.batch_size * CHUNKS_PER_POOL):
-                together = sorted(group[start : start + self.batch_size * CHUNKS_PER_POOL], key=self._negative_length)
-                batches += [together[i : i + self.batch_size] for i in range(0, len(together), self.batch_size)]
-            if batches and len(batches[-1]) < self.batch_size:
-                incomplete += batches.pop()  # records of incomplete batches come last
-        order = torch.randperm(len(batches), generator=generator).tolist()
-        return [index for number in order for index in batches[number]] + sorted(incomplete, key=self._negative_length)
+            for start in range(0, len(group), per_pool):
+                together = self._longest_first(group[start : start + per_pool])
+                full = len(together) - len(together) % self.batch_size
+                pools.append(together[:full].reshape(-1, self.batch_size))
+                incomplete.append(together[full:])  # records of incomplete batches come last
+        batches = np.concatenate([np.empty((0, self.batch_size), dtype=np.int64), *pools])
+        shuffled = batches[torch.randperm(len(batches), generator=generator).numpy()]
+        last = self._longest_first(np.concatenate([np.empty(0, dtype=np.int64), *incomplete]))
+        order: list[int] = np.concatenate([shuffled.ravel(), last]).tolist()
+        return order
 
-    def _groups(self, indices: Sequence[int]) -> list[list[int]]:
-        if self.kinds is None:
-            return [list(indices)]
-        groups: dict[object, list[int]] = {}
-        for index in indices:
-            groups.setdefault(self.kinds[index], []).append(index)
-        return list(groups.values())
+    def _groups(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Return the indices of each kind; kinds are in the order of their first index."""
+        if self._kinds is None:
+            return [indices]
+        kinds = self._kinds[indices]
+        present, first = np.unique(kinds, return_index=True)
+        return [indices[kinds == kind] for kind in present[np.argsort(first)]]
 
-    def _negative_length(self, index: int) -> int:
-        return -self.lengths[index]
+    def _longest_first(self, indices: np.ndarray) -> np.ndarray:
+        return indices[np.argsort(-self.lengths[indices], kind="stable")]

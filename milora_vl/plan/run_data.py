@@ -40,11 +40,12 @@ class RunData:
     streamed: bool = False  # `train` holds the first records of a stream
     fingerprint: str = ""  # of the contents and the order of `train`, independent of paths
     tools_at: str = ""  # place of the first record that uses tools
+    with_images: bytes = b""  # 1 for each record of `train` with an image, 0 for each other
 
     @property
     def num_with_images(self) -> int:
         """Return the number of training records with an image."""
-        return sum(bool(record.images) for record in self.train)
+        return sum(self.with_images)
 
     def describe(self) -> str:
         """Return the data as the header shows it."""
@@ -126,13 +127,15 @@ def _inspect_stream(config: DataConfig) -> RunData:
     if not records:
         raise errors[0] if errors else UserError(problems=[_no_records(describe(config), report)])
     check_for_training(records, config.image_folder, config.bad_images)
+    seen = _Seen()
     return RunData(
-        CompactRecords(records),
+        CompactRecords(seen.passing(records)),
         None,
         broken=tuple(report.findings),
         streamed=True,
-        fingerprint=fingerprint(records),
-        tools_at=_tools_at(records),
+        fingerprint=seen.fingerprint(),
+        tools_at=seen.tools_at,
+        with_images=bytes(seen.with_images),
     )
 
 
@@ -154,8 +157,9 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
         stream = map(from_web, stream)
     if config.bad_images != "raise":
         stream = _usable(stream, report)
+    seen = _Seen()
     try:
-        records = list(islice(stream, config.limit))
+        records = CompactRecords(seen.passing(islice(stream, config.limit)))
     except DataError as error:
         if not Path(name).is_file():  # it already has a hint
             raise
@@ -163,47 +167,78 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
     if not records:
         raise UserError(problems=[_no_records(name, report)])
     counts = check_for_training(records, config.image_folder, config.bad_images)
-    kept = records
+    missing: set[str] = set()
     if config.bad_images == "skip" and counts["missing_pictures"]:
-        missing = set(find_missing(uses(records), Path(config.image_folder or "")))
-        kept = [record for record in records if missing.isdisjoint(record.files)]
-    skipped = len(records) - len(kept)
-    if counts["unlearnable"]:
-        kept = [record for record in kept if all(finding.kind != "no_answer" for finding in examine(record))]
+        missing.update(find_missing(uses(records), Path(config.image_folder or "")))
+    kept, skipped = records, 0
+    if missing or counts["unlearnable"]:
+        complete = [place for place, record in enumerate(records) if missing.isdisjoint(record.files)]
+        skipped = len(records) - len(complete)
+        kept = records.only(place for place in complete if _is_learnable(records[place]))
+        seen = _Seen()
+        for record in kept:
+            seen.add(record)
     if not kept:
         reasons = Counter(KINDS[finding.kind].title for finding in report.findings)
         reasons.update({KINDS["missing_picture"].title: skipped, KINDS["no_answer"].title: len(records) - skipped})
         raise UserError(problems=[_all_left_out(name, reasons)])
     return RunData(
-        CompactRecords(kept),
+        kept,
         None,
         skipped,
         len(records) - skipped - len(kept),
         tuple(report.findings),
-        fingerprint=fingerprint(kept),
-        tools_at=_tools_at(kept),
+        fingerprint=seen.fingerprint(),
+        tools_at=seen.tools_at,
+        with_images=bytes(seen.with_images),
     )
 
 
-def fingerprint(records: Iterable[Record]) -> str:
-    """Return a hash of the turns and the image names of all records, in their order.
+def _is_learnable(record: Record) -> bool:
+    return all(finding.kind != "no_answer" for finding in examine(record))
 
-    >>> fingerprint([Record("a", (), (), "train.json:1")]) == fingerprint([Record("a", (), (), "moved.json:1")])
+
+class _Seen:
+    """What a run has to know about all of its records, collected while they pass: there may be millions."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+        self.tools_at = ""
+        self.with_images = bytearray()
+
+    def passing(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Yield the records, and add each of them."""
+        for record in records:
+            self.add(record)
+            yield record
+
+    def add(self, record: Record) -> None:
+        """Add a record. One whose tools are broken is left out: `check_for_training`, which comes next, reports it."""
+        self.with_images.append(bool(record.images))
+        try:
+            self._digest.update(_identity(record))
+            if not self.tools_at and uses_tools(record):
+                self.tools_at = record.source or f"record {record.id!r}"
+        except DataError:
+            return
+
+    def fingerprint(self) -> str:
+        """Return a hash of the contents and the order of the records."""
+        return self._digest.hexdigest()
+
+
+def _identity(record: Record) -> bytes:
+    """Return the turns and the image names of a record, without its place.
+
+    >>> _identity(Record("a", (), (), "train.json:1")) == _identity(Record("a", (), (), "moved.json:1"))
     True
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for record in records:
-        parts = [*record.files, ""]
-        for turn in record.turns:
-            parts += (turn.role, turn.text, *filter(None, [turn.call]))
-        if record.extra.get("tools"):
-            parts.append(json.dumps(tools_of(record), ensure_ascii=False))
-        digest.update("\0".join([*parts, ""]).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def _tools_at(records: Iterable[Record]) -> str:
-    return next((record.source or f"record {record.id!r}" for record in records if uses_tools(record)), "")
+    parts = [*record.files, ""]
+    for turn in record.turns:
+        parts += (turn.role, turn.text, *filter(None, [turn.call]))
+    if record.extra.get("tools"):
+        parts.append(json.dumps(tools_of(record), ensure_ascii=False))
+    return "\0".join([*parts, ""]).encode("utf-8", "surrogatepass")
 
 
 def _with_hint(error: DataError, path: str) -> list[Problem]:

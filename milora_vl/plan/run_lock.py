@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from milora_data.errors import UserError
@@ -43,11 +44,12 @@ class RunLock:
         self._held = number, file
 
     def release(self) -> None:
-        """Remove the lock, if this process holds it."""
+        """Remove the lock, if this process holds it. A file that stays, on a disk that is lost, locks nobody out."""
         if self._held is not None:
             number, file = self._held
             self._held = None
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
             os.close(number)
 
 

@@ -26,6 +26,7 @@ from milora_data.records import Record
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.plan.screen import Screen
 from milora_vl.towers import find_towers
+from milora_vl.train.failures import NOT_WRITTEN
 
 VERSION = 1  # increase it when the same tower and picture may give other features
 BATCH = 16  # pictures
@@ -57,8 +58,12 @@ def prepare(
         try:
             _fill(reader, compute, pictures, args, screen)
         except (OSError, SafetensorError) as error:
+            is_full = any(phrase in str(error) for phrase in NOT_WRITTEN)
             raise UserError(
-                f"{folder} cannot be written to: {error}", code="path-not-writable", where="data.feature_cache"
+                f"{folder} cannot be written to: {error}",
+                code="disk-full" if is_full else "path-not-writable",
+                where="data.feature_cache",
+                hint="free some space, then repeat the command: complete features are kept" if is_full else "",
             ) from None
     replay(tower, layers)
     return reader

@@ -325,7 +325,7 @@ def make_trainer(
             eval_dataset=data.evaluation,
             processing_class=loaded.processor,
             lengths=rows.lengths,
-            kinds=None if rows.lengths is None else [bool(record.images) for record in data.train],
+            kinds=None if rows.lengths is None else data.with_images,
             resume_from=plan.folder.checkpoint,
         )
     trainer.add_callback(AtFirstStep(opening.begin))

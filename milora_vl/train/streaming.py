@@ -53,6 +53,8 @@ def loader(
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.to_dict().get("dataloader_multiprocessing_context"),  # not in transformers 4
+            # A loader draws a seed when it starts. A resumed run has drawn it before its random states were saved.
+            generator=None if checkpoint is None else torch.Generator(),
         )
     if checkpoint is not None:
         result.load_state_dict(_stored_position(checkpoint, _shape(args), args.process_index))

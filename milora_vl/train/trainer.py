@@ -9,6 +9,7 @@ import math
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from milora_data.sampler import LengthGroupedSampler
 from milora_data.stream import RecordStream
 from milora_data.tokens import IGNORE
 from milora_vl.adapter_folders import PROJECTOR_FILES
-from milora_vl.checkpoints import num_processes, write_checksums
+from milora_vl.checkpoints import num_processes, remove_oldest, write_checksums
 from milora_vl.lora.install import base_model_of
 from milora_vl.lora.keep_protected import FsdpProjection, ShardedProjection, keep_protected
 from milora_vl.lora.peft_model import MiloraMixin
@@ -93,6 +94,32 @@ class ConvertVersion1(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Trainer's hook after the optimizer of a checkpoint is loaded."""
         convert_shards(self.model, self.model.sidecars)
+
+
+class Durations(TrainerCallback):
+    """Durations by a clock that never goes backwards. HF's Trainer takes the time of day, which can."""
+
+    def __init__(self) -> None:
+        self.began: dict[str, float] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer's hook before the first step."""
+        self.begin("train")
+
+    def begin(self, prefix: str) -> None:
+        """Start the time of `train`, or of an evaluation."""
+        self.began[prefix] = time.monotonic()
+
+    def corrected(self, logs: dict[str, float]) -> dict[str, float]:
+        """Return the entries with their durations and rates by this clock."""
+        for prefix, began in self.began.items():
+            if f"{prefix}_runtime" in logs:
+                seconds = max(time.monotonic() - began, 1e-9)
+                said = logs[f"{prefix}_runtime"]
+                rates = [f"{prefix}_{unit}_per_second" for unit in ("samples", "steps", "tokens")]
+                logs |= {rate: round(logs[rate] * said / seconds, 3) for rate in rates if rate in logs}
+                logs[f"{prefix}_runtime"] = round(seconds, 4)
+        return logs
 
 
 class TowerNorms(TrainerCallback):
@@ -220,6 +247,8 @@ class MiloraTrainer(Trainer):
             callbacks=[stop := StopOnSignal(), LogBeforeSave(), IntervalsOfThisRun()],
         )
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
+        self.durations = Durations()
+        self.add_callback(self.durations)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
         protecting = {target.protect.by for target in targets if target.protect is not None}
@@ -364,6 +393,7 @@ class MiloraTrainer(Trainer):
         It keeps the random state: later dropout is the same whether or not a resumed run evaluates again.
         """
         self._eval_sums.zero_()
+        self.durations.begin(metric_key_prefix)
         with torch.random.fork_rng():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -389,7 +419,7 @@ class MiloraTrainer(Trainer):
             if self.is_fsdp_enabled:
                 self.norms.add_shards(self.accelerator)
             logs |= self.meter.take(totals.tolist()) | self.norms.entries(logs.get("grad_norm", 0.0))
-        super().log(logs, start_time)
+        super().log(self.durations.corrected(logs), start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(
                 f"the loss is {logs['loss']}",
@@ -398,6 +428,17 @@ class MiloraTrainer(Trainer):
                 hint="start a new run with a lower --learning_rate, or with --bf16 instead of --fp16",
                 exit_code=1,
             )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save as HF does, and remove old checkpoints by their steps."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            step, best = self.state.global_step, self.state.best_model_checkpoint
+            remove_oldest(Path(str(self.args.output_dir)), step, limit, best)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save as HF does, then wait: trainer_state.json, written next, marks all files as complete."""

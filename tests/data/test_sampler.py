@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from itertools import islice
 
 import pytest
@@ -90,3 +91,17 @@ def test_kinds_are_not_mixed_but_at_the_end() -> None:
     assert padding(order, 8) < 0.15 * padding(list(range(1000)), 8)
     with pytest.raises(ValueError, match="2 kinds for 3 lengths"):
         LengthGroupedSampler([1, 2, 3], 2, kinds=[True, False])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        (None, "df928a11916a6fb24b8104a75435d2a2"),
+        ([number % 3 for number in range(1000)], "98819f99f05c69c2e57e4be7df3f4f32"),
+    ],
+)
+def test_the_order_is_that_of_earlier_versions(kinds: list[int] | None, expected: str) -> None:
+    """Runs resume in the order in which they began."""
+    sampler = LengthGroupedSampler(LENGTHS, 7, 3, kinds=kinds)
+    sampler.set_epoch(2)
+    assert hashlib.md5(repr(list(sampler)).encode()).hexdigest() == expected

@@ -47,6 +47,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/train/features.py:replay.<locals>.forward": "LLaVA passes every vision tower the same keywords",
     "milora_vl/train/trainer.py:ConvertVersion1.on_train_begin": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:ProjectShards.on_optimizer_step": "TrainerCallback's hook",
+    "milora_vl/train/trainer.py:Durations.on_train_begin": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:IntervalsOfThisRun.on_train_begin": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:LogBeforeSave.on_step_end": "TrainerCallback's hook",
     "milora_vl/train/trainer.py:FollowFreeCores.on_step_end": "TrainerCallback's hook",

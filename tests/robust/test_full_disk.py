@@ -6,14 +6,21 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from milora_data.lengths import encoded_lengths
 from milora_data.records import Record, Turn
+from milora_eval import run as evaluate
+from milora_eval.answers.store import read_lines
 from milora_vl.tiny import tiny_tokenizer
+from milora_vl.train.command import main as train
+from support.eval_questions import write_questions
 from support.fake_run import make_run
+from support.problems import raises_code
 from support.programs import run
+from support.train_runs import losses, training
 
 Disk = Callable[..., Path]
 
@@ -66,3 +73,53 @@ def test_a_report_that_does_not_fit_keeps_the_old_one(small_disk: Disk, tmp_path
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
     assert (disk / "report.html").read_text() == "old"
+
+
+def test_features_that_do_not_fit_are_told_and_the_complete_ones_are_used(
+    small_disk: Disk, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The announced size, in bytes, fits; the file system needs a page for each file."""
+    words = ["--rank", "4", "--dropout", "0", "--max_steps", "2"]
+    assert train(training(tiny_data, tmp_path / "whole", *words, "--feature_cache", str(tmp_path / "cache"))) == 0
+    files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    pages = [-(-file.stat().st_size // 4096) for file in files]
+    disk = small_disk(4096 * (sum(pages) - 2 * max(pages)))
+    cached = [*words, "--feature_cache", str(disk)]
+    with raises_code("disk-full", where="data.feature_cache"):
+        train(training(tiny_data, tmp_path / "run", *cached))
+    assert not (tmp_path / "run").exists()
+    left = [file for file in disk.rglob("*") if file.is_file()]
+    assert 0 < len(left) < len(files)
+    assert {file.suffix for file in left} == {".safetensors"}  # no partial file
+    kept = {file: file.stat().st_mtime_ns for file in left}
+    subprocess.run(["mount", "-o", "remount,size=1000000", str(disk)], check=True)
+    assert train(training(tiny_data, tmp_path / "run", *cached)) == 0
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_an_evaluation_on_a_full_disk_goes_on_without_losing_or_doubling_an_answer(
+    small_disk: Disk, tmp_path: Path, tiny_llava: Callable[..., tuple[Any, Any]]
+) -> None:
+    data, model = write_questions(tmp_path / "emoji"), tiny_llava()
+
+    def answers(folder: Path) -> list[dict[str, Any]]:
+        return read_lines(folder / "eval" / "emoji" / "final" / "predictions.jsonl")
+
+    assert evaluate(*model, ["emoji"], data_dir=data, output_dir=tmp_path, batch_size=4) is not None
+    disk = small_disk(8192)
+    asked = 0
+    for size in (8192, 12288, 16384):  # the last is enough for the answers, but not for their complete file
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+        with pytest.raises(OSError, match="No space left on device"):
+            evaluate(*model, ["emoji"], data_dir=data, output_dir=disk, batch_size=4)
+        kept = {line["key"]: line for line in answers(disk)}
+        assert len(kept) == len(answers(disk)) >= asked
+        assert all(line in answers(tmp_path) for line in kept.values())
+        asked = len(kept)
+    assert asked > 0
+    subprocess.run(["mount", "-o", "remount,size=1000000", str(disk)], check=True)
+    results = evaluate(*model, ["emoji"], data_dir=data, output_dir=disk, batch_size=4)
+    assert results is not None
+    assert results["asked"] < 22
+    assert answers(disk) == answers(tmp_path)

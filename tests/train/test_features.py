@@ -12,6 +12,7 @@ from PIL import Image
 
 from milora_data.images.features import FeatureReader
 from milora_vl.train.command import main
+from support.launched import FSDP, train_in_two
 from support.problems import raises_code
 from support.tiny_next import saved
 from support.train_runs import losses, training
@@ -51,6 +52,19 @@ def test_zero3_is_refused_because_it_cuts_up_the_tower(tiny_data: Path, tmp_path
     extra = ["--rank", "4", "--feature_cache", str(tmp_path / "cache"), "--deepspeed", "zero3", "--dry-run"]
     with raises_code("feature-cache-zero3", where="--feature_cache", hint="--deepspeed zero2"):
         main(training(tiny_data, tmp_path / "run", *extra))
+
+
+@pytest.mark.slow
+def test_two_processes_under_fsdp_use_it(tiny_data: Path, tmp_path: Path) -> None:
+    """The features are computed before the tower is cut up; afterwards its shards are never used."""
+    cached = [*CACHED, "--feature_cache", str(tmp_path / "cache")]
+    two = [*cached, "--per_device_train_batch_size", "2", *FSDP]
+    train_in_two([training(tiny_data, tmp_path / run, *two) for run in ("first", "again")], tmp_path)
+    assert len(entries(tmp_path / "cache")) == 1 + 8
+    assert main(training(tiny_data, tmp_path / "without", *CACHED)) == 0
+    whole = [loss for _, loss in losses(tmp_path / "without")]
+    for run in ("first", "again"):
+        assert [loss for _, loss in losses(tmp_path / run)] == pytest.approx(whole, rel=1e-5, abs=1e-5)
 
 
 def test_it_goes_on_where_it_was_stopped_and_bad_pictures_are_left_to_their_policy(

@@ -27,7 +27,7 @@ def test_it_resumes_in_the_middle_of_an_epoch(
     workers: str, buffer: str, tiny_data: Path, tmp_path: Path, capfd: Any
 ) -> None:
     lengthen_data(tiny_data, 50)
-    extra = ["--rank", "4", "--dropout", "0", "--streaming", "--shuffle_buffer", buffer, "--save_steps", "3"]
+    extra = ["--rank", "4", "--dropout", "0.1", "--streaming", "--shuffle_buffer", buffer, "--save_steps", "3"]
     extra += ["--dataloader_num_workers", workers, "--gradient_accumulation_steps", "2"]
     assert main(training(tiny_data, tmp_path / "whole", *extra)) == 0
     said = capfd.readouterr().err

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from milora_data.check.findings import Finding, examine
-from milora_data.check.pictures import MissingImages, elsewhere, find_faults, find_missing, is_empty, uses
+from milora_data.check.pictures import MissingImages, add_use, elsewhere, find_faults, find_missing, is_empty
 from milora_data.check.repair import write_repaired
 from milora_data.check.report import Report, as_json, as_text
 from milora_data.command import cli
@@ -250,20 +250,26 @@ def check_for_training(
     folder = Path(image_folder or "")
     if not folder.is_dir():
         raise DataError(problems=[no_folder(folder)])
-    records = list(load_records(data) if isinstance(data, str | Path) else data)
-    if not records:
+    number = with_pictures = 0
+    errors: list[Finding] = []
+    used: dict[str, list[str]] = {}
+    for record in load_records(data) if isinstance(data, str | Path) else data:  # once: there may be millions
+        number += 1
+        with_pictures += bool(record.images)
+        errors += [finding for finding in examine(record) if finding.severity == "error"]
+        for name in record.files:
+            add_use(used, name, record.source)
+    if not number:
         raise DataError(problems=[no_records(path or "the data")])
-    errors = [finding for record in records for finding in examine(record) if finding.severity == "error"]
     unlearnable = [finding for finding in errors if finding.kind == "no_answer"]
     if len(errors) > len(unlearnable):
         raise _broken([finding for finding in errors if finding.kind != "no_answer"])
-    used = uses(records)
     missing = find_missing(used, folder)
     if missing and bad_images == "raise":
         raise MissingImages(missing, used, folder, elsewhere(missing, folder, path.parent if path else None))
     return {
-        "records": len(records),
-        "with_pictures": sum(bool(record.images) for record in records),
+        "records": number,
+        "with_pictures": with_pictures,
         "missing_pictures": len(missing),
         "unlearnable": len(unlearnable),
     }

@@ -67,12 +67,19 @@ class MissingImages(DataError):
 
 
 def uses(records: Iterable[Record]) -> dict[str, list[str]]:
-    """Return, for each picture name in the order of first use, the sources of the records that name it."""
+    """Return, for each picture name in the order of first use, the first record of each file that names it."""
     sources: dict[str, list[str]] = {}
     for record in records:
         for name in record.files:
-            sources.setdefault(name, []).append(record.source)
+            add_use(sources, name, record.source)
     return sources
+
+
+def add_use(sources: dict[str, list[str]], name: str, source: str) -> None:
+    """Add to `sources` that the record at `source` names a picture: one record per file, in little memory."""
+    known = sources.setdefault(name, [])
+    if not known or known[-1].rpartition(":")[0] != source.rpartition(":")[0]:
+        known.append(source)
 
 
 def find_missing(names: Iterable[str], folder: Path) -> list[str]:

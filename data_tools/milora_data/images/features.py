@@ -88,14 +88,17 @@ class FeatureReader:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def write(self, entry: Path, features: Features) -> None:
-        """Store the features of one picture atomically."""
+        """Store the features of one picture atomically; on a full disk no part of them stays."""
         from safetensors.torch import save_file
 
         entry.parent.mkdir(parents=True, exist_ok=True)
         part = entry.with_name(f"{entry.name}.{uuid4().hex}.part")
         size = torch.tensor([features.height, features.width])
-        save_file({"values": features.values.cpu().contiguous(), "size": size}, part)
-        part.replace(entry)
+        try:
+            save_file({"values": features.values.cpu().contiguous(), "size": size}, part)
+            part.replace(entry)
+        finally:
+            part.unlink(missing_ok=True)
 
     def _load(self, entry: Path) -> Features:
         from safetensors.torch import load_file
