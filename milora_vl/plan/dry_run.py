@@ -336,7 +336,7 @@ def command(request: Request) -> str:
         name, is_value = word.replace("_", "-").split("=")[0], not word.startswith("-")
         if name not in planned and not (is_value and before.replace("_", "-") in planned):
             words.append(word)
-    fewest = 2 if any(word.partition("=")[0] == "--fsdp" for word in words) else 1  # FSDP2 needs several processes
+    fewest = 2 if request.overrides.get("train", {}).get("fsdp") else 1  # FSDP2 needs several processes
     return f"{_launcher(max(request.devices or 1, fewest))} {shlex.join(words)}"
 
 

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+import llava_recipes
 from milora_data.errors import Problem, UserError
 from milora_data.templates import template_name
 from milora_vl.policy import Policy, PolicyError
@@ -294,7 +295,10 @@ def is_key(place: str) -> bool:
 
 
 def located(problems: Iterable[Problem], source: str, lines: Mapping[str, int]) -> list[Problem]:
-    """Return the problems with file and line before their dotted paths; flags stay as they are."""
+    """Return the problems with file and line before their dotted paths; flags stay as they are.
+
+    The last problem in a packaged recipe has a hint how to make a copy, which a user can edit.
+    """
     placed = []
     for problem in problems:
         if problem.where.startswith("--"):
@@ -302,4 +306,8 @@ def located(problems: Iterable[Problem], source: str, lines: Mapping[str, int]) 
             continue
         line = f":{lines[problem.where]}" if problem.where in lines else ""
         placed.append(problem.inside(f"{source}{line}: ") if problem.where else problem)
+    name = source.removeprefix("recipe ")
+    if placed and placed[-1].where.startswith(source) and name in llava_recipes.names() and name != source:
+        copy = f"make a copy to edit:  python -m milora_vl.train --print-recipe {name} > mine.yaml"
+        placed[-1] = replace(placed[-1], hint="\n".join(filter(None, (placed[-1].hint, copy))))
     return placed
