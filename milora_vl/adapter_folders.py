@@ -139,7 +139,8 @@ def base_of(folder: Path) -> str:
     try:
         name = parse_json(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(file)) from None
+        hint = "copy the folder again, or use a checkpoint of the run"
+        raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(file), hint=hint) from None
     if not name:
         raise UserError(
             "the file names no base model",

@@ -31,7 +31,7 @@ from milora_vl.lora.peft_model import restore
 from milora_vl.lora.residual import make_residual
 from milora_vl.lora.sidecar import FILE_NAME, Sidecar, read_sidecar, require_weights
 from milora_vl.towers import is_wrapped_by_peft
-from milora_vl.weights.torch_files import UNREAD, read_pickled, unreadable
+from milora_vl.weights.torch_files import AGAIN, UNREAD, read_pickled, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,9 @@ def require_adapter(folder: Path) -> None:
     try:
         config = parse_json(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise AdapterError(f"not valid JSON: {error}", code="adapter-damaged-file", where=str(config_file)) from error
+        raise AdapterError(
+            f"not valid JSON: {error}", code="adapter-damaged-file", where=str(config_file), hint=AGAIN
+        ) from error
     if not isinstance(config, dict):
         message = f"expected a mapping, got a {type(config).__name__}"
         raise AdapterError(message, code="adapter-damaged-file", where=str(config_file))

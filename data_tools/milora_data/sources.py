@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from milora_data.command.cli import beside
 from milora_data.command.web import url_problem, web_address
 from milora_data.errors import DataError, UserError
 from milora_data.formats.jsonfile import not_utf8, read_objects
@@ -63,7 +64,7 @@ def read_sources(path: Path) -> tuple[list[Source], int]:
         problem = url_problem(path)
         if problem is not None:
             raise DataError(problems=[problem])
-        raise DataError("no such file", code="data-missing-file", where=str(path))
+        raise DataError("no such file", code="data-missing-file", where=str(path), hint=beside(path))
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

@@ -23,7 +23,7 @@ from milora_vl.lora.sidecar import locate
 from milora_vl.models.parts import TOWER_NAME
 from milora_vl.models.timm_tower_config import TimmTowerConfig
 from milora_vl.towers import Towers
-from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
+from milora_vl.weights.torch_files import UNREAD, read_pickled, unread
 
 # Keys of LoraConfig in the PEFT of LLaVA's pins (transformers 4.37.2, accelerate 0.21), which rejects other keys.
 KNOWN_KEYS = frozenset(
@@ -138,7 +138,7 @@ def read_llava(folder: Path) -> PlainAdapter:
     try:
         stored = read_pickled(folder / NON_LORA)
     except UNREAD as error:
-        raise UserError(why_unread(folder / NON_LORA, error), code="weights-unreadable") from None
+        raise unread(folder / NON_LORA, error) from None
     # Older runs wrote `base_model.model.`, merged ones `model.`; LLaVA's loader also strips both.
     whole = {re.sub(r"^base_model\.model\.", "", name): tensor for name, tensor in stored.items()}
     return replace(adapter, whole={**adapter.whole, **whole})

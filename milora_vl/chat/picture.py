@@ -19,5 +19,6 @@ def open_picture(path: Path) -> Image.Image:
     if path.is_file() or url_problem(path):
         return load_image(path)
     if path.is_dir():
-        raise UserError("this is a folder; expected a picture", code="image-missing", where=str(path))
+        hint = "name one picture; repeat --image for several"
+        raise UserError("this is a folder; expected a picture", code="image-missing", where=str(path), hint=hint)
     raise UserError("no such picture", code="image-missing", where=str(path), hint=beside(path))

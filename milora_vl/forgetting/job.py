@@ -122,7 +122,13 @@ class Job:
         ]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
-            raise UserError(f"the evaluation of {suite} failed (see above)", code="evaluation-failed", exit_code=1)
+            raise UserError(
+                f"the evaluation of {suite} failed (see above)",
+                code="evaluation-failed",
+                where="--suite",
+                hint="correct what it reports, then repeat the command",
+                exit_code=1,
+            )
         sides = json.loads(done.stdout)
         after = next(side for which, side in sides.items() if which != "base")
         changes = score_changes(sides["base"], after)
@@ -171,7 +177,8 @@ class Job:
     def _records(self) -> list[Any]:
         records = [r for r in load_records(str(self.data_path)) if any(turn.role == "user" for turn in r.turns)]
         if not records:
-            raise UserError("contains no question", code="data-no-question", where=str(self.data_path))
+            hint = "name records with a turn of the user, as for a training"
+            raise UserError("contains no question", code="data-no-question", where=str(self.data_path), hint=hint)
         return records
 
     @property

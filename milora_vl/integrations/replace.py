@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-from milora_data.command.cli import run
+from milora_data.command.cli import beside, run
 from milora_data.command.flags import Command, option
 from milora_data.errors import UserError
 
@@ -64,7 +64,7 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", form: Form = "a
 def launch(script: Path, arguments: Sequence[str]) -> None:
     """Run a script in this process as `python script arguments` does. Raises UserError if the script is missing."""
     if not script.is_file():
-        raise UserError("no such script", code="script-missing", where=str(script))
+        raise UserError("no such script", code="script-missing", where=str(script), hint=beside(script))
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")

@@ -220,12 +220,10 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
         ImportError,
         TypeError,
     ) as error:  # truncated, unknown type, no tokenizer
-        raise UserError(f"cannot read the model: {first_line(error)}", code="model-unreadable", where=source) from None
+        raise _unreadable(source, error) from None
     except OSError as error:
         if local:
-            raise UserError(
-                f"cannot read the model: {first_line(error)}", code="model-unreadable", where=source
-            ) from None
+            raise _unreadable(source, error) from None
         raise UserError(
             f"{name} is not on this machine, and the model hub does not answer",
             code="model-not-available",
@@ -238,3 +236,12 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
                 else f"\nwithout:     python -m milora_vl.train --model {name} --dry-run      needs only its config"
             ),
         ) from None
+
+
+def _unreadable(source: str, error: Exception) -> UserError:
+    return UserError(
+        f"cannot read the model: {first_line(error)}",
+        code="model-unreadable",
+        where=source,
+        hint="copy or download its files again; a model needs config.json, its weights and its tokenizer",
+    )

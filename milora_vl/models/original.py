@@ -17,7 +17,7 @@ from torch import Tensor
 from milora_data.errors import UserError
 from milora_data.json_text import parse_json
 from milora_vl.adapter_folders import has_config
-from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
+from milora_vl.weights.torch_files import UNREAD, read_pickled, unread
 
 MARK = "mm_vision_tower"
 PROJECTOR = re.compile(r"^model\.mm_projector\.(.+)")
@@ -116,5 +116,5 @@ def _weight_files(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Ten
         try:
             state = read_pickled(file, mmap=True)
         except UNREAD as error:
-            raise UserError(why_unread(file, error), code="weights-unreadable") from None
+            raise unread(file, error) from None
         yield list(state), lambda key, state=state: state[key].clone()  # type: ignore[misc]

@@ -18,7 +18,7 @@ from milora_vl.adapter_folders import PROJECTOR_FILES, holds_projector_alone, ne
 from milora_vl.checkpoints import newest_checkpoint
 from milora_vl.models import original
 from milora_vl.towers import find_towers
-from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
+from milora_vl.weights.torch_files import UNREAD, read_pickled, unread
 
 PREFIX = "multi_modal_projector."
 _OURS = re.compile(r"(?:^|.*\.)multi_modal_projector\.(.+)")
@@ -84,10 +84,13 @@ def read_projector(source: Path) -> dict[str, Tensor]:
     try:
         state = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
     except (SafetensorError, *UNREAD) as error:
-        raise UserError(why_unread(file, error), code="weights-unreadable") from None
+        raise unread(file, error) from None
     if not isinstance(state, dict):
         raise UserError(
-            f"expected weights by name, found a {type(state).__name__}", code="projector-file", where=str(file)
+            f"expected weights by name, found a {type(state).__name__}",
+            code="projector-file",
+            where=str(file),
+            hint="name mm_projector.bin of LLaVA, or mm_projector.safetensors of a run",
         )
     weights = {_inner(name): t for name, t in state.items() if _OURS.match(name) or _LLAVA.match(name)}
     if not weights:
@@ -95,6 +98,7 @@ def read_projector(source: Path) -> dict[str, Tensor]:
             f"no projector weights in this file; found: {', '.join(list(state)[:3])}, ...",
             code="projector-file",
             where=str(file),
+            hint="name mm_projector.bin of LLaVA, or mm_projector.safetensors of a run",
         )
     if "weight" in weights:
         raise UserError(

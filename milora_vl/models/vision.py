@@ -17,7 +17,7 @@ from milora_data.hub_host import hub_is_known
 from milora_vl.models import hub
 from milora_vl.models.names import BUILT_IN_MODELS
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, as_map
-from milora_vl.weights.torch_files import UNREAD, read_pickled, why_unread
+from milora_vl.weights.torch_files import UNREAD, read_pickled, unread
 
 TIMM = "timm/"
 RANDOM = "random"
@@ -146,7 +146,7 @@ def _timm_state(architecture: str, weights: str | None) -> Any:
         try:
             state = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
         except (SafetensorError, *UNREAD) as error:
-            raise UserError(why_unread(file, error), code="weights-unreadable") from None
+            raise unread(file, error) from None
         expected = timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
         missing = [key for key in expected if key not in state]
         if missing:

@@ -75,6 +75,7 @@ def deepspeed_settings(config: Mapping[str, Any] | str) -> tuple[dict[str, Any],
             f"expected a JSON object with zero_optimization, ..., found {type(content).__name__} in {config}",
             code="deepspeed-settings",
             where="--deepspeed",
+            hint="use zero2, zero3 or zero3_offload, or correct the file",
         )
     settings, warnings = parse_json(json.dumps(content)), []
     for block, flags in {"optimizer": "--optim and the policy", "scheduler": "--lr_scheduler_type"}.items():

@@ -46,7 +46,12 @@ def default_path(recipe: Recipe, now: datetime) -> Path:
     Raises UserError for a run with several processes: each would name a folder by its clock.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("a run on several devices needs --output_dir", code="flag-required", where="--output_dir")
+        raise UserError(
+            "a run on several devices needs --output_dir",
+            code="flag-required",
+            where="--output_dir",
+            hint="add:  --output_dir FOLDER",
+        )
     first = (recipe.policy or [{}])[0]
     rank = first.get("rank")
     method = str(first.get("method", "milora")) + (f"-r{rank}" if isinstance(rank, int) else "")

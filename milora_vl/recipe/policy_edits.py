@@ -122,6 +122,11 @@ def _of_projector(rule: RuleDict) -> bool:
 def _set_projector_rate(rules: Sequence[RuleDict], rate: float) -> None:
     chosen = [rule for rule in rules if _of_projector(rule)]
     if not chosen:
-        raise UserError("no rule of the policy trains the projector", code="flag-no-effect", where="--mm_projector_lr")
+        raise UserError(
+            "no rule of the policy trains the projector",
+            code="flag-no-effect",
+            where="--mm_projector_lr",
+            hint="remove the flag, or add a rule for modules: projector",
+        )
     for rule in chosen:
         rule["learning_rate"] = rate

@@ -355,7 +355,9 @@ def _read_policy(text: str) -> tuple[list[dict[str, Any]], str]:
     try:
         body = Path(text).read_text(encoding="utf-8") if is_file else text
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=text) from None
+        raise UserError(
+            f"cannot read the file: {error}", code="file-unreadable", where=text, hint=yaml_file.TEXT
+        ) from None
     if not is_file and text.endswith((".yaml", ".yml")):
         raise UserError(f"no such file: {text}", code="path-missing", where="--policy", hint=beside(Path(text)))
     indented = "\n".join("  " + line for line in body.splitlines())

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 
 
+TEXT = "expected a YAML file, as text in UTF-8"
+
+
 class _Loader(yaml.SafeLoader):
     """Loader that reads `2e-5` as a number and 2026-11-25 as text.
 
@@ -52,7 +55,10 @@ def read(text: str, source: str, *, above: int = 0) -> tuple[dict[str, Any], dic
             require_small(node)
         if not isinstance(node, yaml.MappingNode):
             raise UserError(
-                "expected a mapping of keys (model, data, policy, train, ...)", code="yaml-not-a-mapping", where=source
+                "expected a mapping of keys (model, data, policy, train, ...)",
+                code="yaml-not-a-mapping",
+                where=source,
+                hint="a recipe starts with, for example,  model: llava-1.5-7b",
             )
         _walk(node, "", lines, source)
         with errors_as_one():
@@ -67,7 +73,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         return read(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(path)) from None
+        raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(path), hint=TEXT) from None
 
 
 def _walk(node: yaml.Node, path: str, lines: dict[str, int], source: str) -> None:
@@ -79,6 +85,7 @@ def _walk(node: yaml.Node, path: str, lines: dict[str, int], source: str) -> Non
                     f"duplicate key {inner} (first on line {lines[inner]})",
                     code="yaml-duplicate-key",
                     where=f"{source}:{key.start_mark.line + 1}",
+                    hint="remove one of both",
                 )
             lines[inner] = key.start_mark.line + 1
             _walk(value, inner, lines, source)

@@ -211,7 +211,12 @@ def _lock(file: Path, *, wait: bool) -> Iterator[int]:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"another sweep is running in {file.parent}", code="sweep-already-running") from None
+            raise UserError(
+                f"another sweep is running in {file.parent}",
+                code="sweep-already-running",
+                where="--output_dir",
+                hint="wait until it has finished, or use another folder",
+            ) from None
         yield opened.fileno()
 
 

@@ -6,6 +6,7 @@ import errno
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,7 +15,7 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 
-from milora_data.errors import MALFORMED, Problem
+from milora_data.errors import MALFORMED, Problem, UserError
 from milora_data.pickle_text import Instructions, scan
 
 UNREAD = (UnpicklingError, RuntimeError, EOFError)
@@ -84,23 +85,31 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(inner)
 
 
+AGAIN = "copy or download the file again, or use a checkpoint of the run"
+
+
 def unreadable(file: Path | str, error: BaseException) -> Problem:
     """Return the problem that one of UNREAD means. PyTorch's own text advises to load the file without a check.
 
     >>> error = UnpicklingError("Weights only load failed. ... Unsupported global: GLOBAL os.system was")
-    >>> print(unreadable("a.bin", error))
-    a.bin: holds more than tensors (os.system), so reading it could run code: it was not read
+    >>> unreadable("a.bin", error).message
+    'holds more than tensors (os.system), so reading it could run code: it was not read'
     """
     text = str(error)  # PyTorch gives no other access to the name of the refused class
     refused = re.search(r"GLOBAL (\S+)", text)
     if refused is not None:
         message = f"holds more than tensors ({refused[1]}), so reading it could run code: it was not read"
-        return Problem(message, "weight-unsafe-file", str(file))
+        return Problem(message, "weight-unsafe-file", str(file), "use a .safetensors file, which holds only tensors")
     is_useful = bool(text) and not text.startswith("Weights only load failed")
     reason = text.splitlines()[0] if is_useful else "no file of weights"
-    return Problem(f"cannot be read (cut off?): {reason}", "weight-damaged-file", str(file))
+    return Problem(f"cannot be read (cut off?): {reason}", "weight-damaged-file", str(file), AGAIN)
 
 
 def why_unread(file: Path | str, error: BaseException) -> str:
-    """Return the text of `unreadable`."""
-    return str(unreadable(file, error))
+    """Return the text of `unreadable`, without its hint."""
+    return str(replace(unreadable(file, error), hint=""))
+
+
+def unread(file: Path, error: BaseException) -> UserError:
+    """Return the error of weights of another program that cannot be read."""
+    return UserError(problems=[replace(unreadable(file, error), code="weights-unreadable")])

@@ -160,7 +160,7 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
         (["--benchmarks", "no_module:Thing"], ["cannot import", "module:Class"]),
         (["--suite", "emoji", "--data", "nowhere"], ["nowhere", "python -m milora_data emoji --output_dir nowhere"]),
         (["--suite", "quick", "--data", "nowhere"], ["no benchmark's files", "milora_eval ls"]),
-        (["--suite", "emoji", "--adapter", "nowhere"], ["no adapter", "nowhere", "milora_vl.train"]),
+        (["--suite", "emoji", "--adapter", "nowhere"], ["--adapter: no such adapter folder", "nowhere", "adapter_config.json"]),
         (["--suite", "emoji", "--with_base"], ["--with_base", "--adapter"]),
         (["--suite", "emoji", "--shard", "3/2"], ["--shard: ", "3/2", "1/4"]),
         (["--suite", "emoji", "--limit", "-2"], ["--limit", "negative"]),
@@ -189,7 +189,7 @@ def test_a_mistake_is_a_few_lines_with_the_way_out(
 
 def test_a_misspelt_adapter_names_its_neighbours(adapter: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "llava-lora-a").symlink_to(adapter)
-    with raises_code("adapter-missing", says=r"no folder .*llava-lora-b\nthere are: .*llava-lora-a"):
+    with raises_code("adapter-no-folder", where="--adapter", message="llava-lora-b", hint="llava-lora-a?"):
         main(arguments(tmp_path / "llava-lora-b", data, tmp_path))
 
 
@@ -233,7 +233,7 @@ def test_suites_are_listed_by_name(data: Path, capsys: pytest.CaptureFixture[str
     assert "emoji" in shown
     assert "quick" in shown
     assert "found" in shown
-    with raises_code("path-not-a-folder", where="--data", message="no folder nowhere"):
+    with raises_code("path-missing", where="--data", message="no such folder: nowhere"):
         main(["ls", "--data", "nowhere"])
 
 

@@ -260,7 +260,7 @@ def test_the_command(run, capsys, monkeypatch) -> None:
     }.items():
         with pytest.raises(UserError, match=message):
             main([str(run.root / "adapter"), *arguments])
-    with raises_code("adapter-missing", says="no adapter in this folder\nfound:"):
+    with raises_code("adapter-missing", says="no adapter in this folder\nfound "):
         main([str(run.root / "base"), "--to", "merged", "--output_dir", str(run.root / "x")])
 
 

@@ -356,6 +356,7 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     except Exception as error:  # safetensors raises its own exception class for a full disk
         if "No space left" not in str(error):
             raise
-        report(UserError(f"a file cannot be written: {str(error).splitlines()[0]}", code="disk-full"))
+        hint = "free some space, or use another disk"
+        report(UserError(f"a file cannot be written: {str(error).splitlines()[0]}", code="disk-full", hint=hint))
         code = 1
     sys.exit(code)

@@ -51,7 +51,9 @@ class Menu:
         kind = self.word.lower()
         if not arguments:
             sys.stderr.write(self.usage() + "\n")
-            raise UserError(f"no {kind} given", code="command-missing")
+            raise UserError(
+                f"no {kind} given", code="command-missing", hint=f"expected one of: {', '.join(self.modules)}"
+            )
         name = arguments[0]
         if name in ("-h", "--help"):
             sys.stdout.write(self.usage())

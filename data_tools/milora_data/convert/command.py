@@ -125,6 +125,8 @@ def _check_flags(chosen: argparse.Namespace) -> None:
         raise UserError(
             "--from folder takes one folder, to which the names of the pictures are relative",
             code="convert-several-folders",
+            where="--from",
+            hint="convert one folder at a time",
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import amount
+from milora_data.command.cli import amount, beside
 from milora_data.errors import DataError
 from milora_data.formats.jsonfile import not_utf8, read_json
 from milora_data.formats.tables import read_rows
@@ -27,7 +27,7 @@ def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
     names a missing file.
     """
     if not folder.is_dir():
-        raise DataError("no such folder", code="path-missing", where=str(folder))
+        raise DataError("no such folder", code="path-missing", where=str(folder), hint=beside(folder))
     # Hidden files are system files, such as .DS_Store, or ._a.jpg beside a.jpg.
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.name.startswith("."))
     pictures = [name for name in files if Path(name).suffix.lower() in SUFFIXES]

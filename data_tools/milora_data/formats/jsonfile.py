@@ -43,7 +43,10 @@ def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             yield from _Reader(path, file, on_error).objects()
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", code="data-unreadable", where=str(path)) from None
+        hint = "change its permissions, or copy it again"
+        raise DataError(
+            f"cannot be read: {error.strerror}", code="data-unreadable", where=str(path), hint=hint
+        ) from None
 
 
 class Part(NamedTuple):

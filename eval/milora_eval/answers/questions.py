@@ -75,7 +75,10 @@ def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | Non
         items = loaded if limit is None else loaded.take(selected(loaded.orders, limit))
         if not items:
             raise UserError(
-                f"no questions in the data of benchmark {benchmark.name} in {data_dir}", code="benchmark-empty"
+                f"no questions in the data of benchmark {benchmark.name} in {data_dir}",
+                code="benchmark-empty",
+                where="--data",
+                hint="download the files of the benchmark again; python -m milora_eval ls  lists them",
             )
         _check_ids(benchmark, items)
         _check_pictures(benchmark, items)
