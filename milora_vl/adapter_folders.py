@@ -78,16 +78,16 @@ def not_a_folder(folder: Path, flag: str = "") -> Problem | None:
     if folder.is_dir():
         return None
     named = f": {folder}" if flag else ""
-    code, where = "adapter-no-folder", flag or str(folder)
+    where = flag or str(folder)
     if folder.exists():
         has_adapter = holds_adapter(folder.parent)
         hint = f"use its folder: {folder.parent}" if has_adapter else EXPECTED
-        return Problem(f"this is a file, but an adapter is a folder{named}", code, where, hint)
+        return Problem(f"this is a file, but an adapter is a folder{named}", "adapter-no-folder", where, hint)
     beside = [path for path in sorted(folder.parent.glob("*")) if path.is_dir() and holds_adapter(path)]
     near = suggest(folder.name, [path.name for path in beside])
     hint = did_you_mean([str(folder.parent / name) for name in near])
     others = f"adapters beside it: {', '.join(map(str, beside[:3]))}" if beside else EXPECTED
-    return Problem(f"no such adapter folder{named}", code, where, hint or others)
+    return Problem(f"no such adapter folder{named}", "adapter-no-folder", where, hint or others)
 
 
 def no_adapter_in(folder: Path, flag: str, *call: object) -> Problem:
@@ -106,7 +106,7 @@ def no_adapter_in(folder: Path, flag: str, *call: object) -> Problem:
         return Problem(only, "adapter-missing", where, f"use one:  {', '.join(inside[:6])}")
     names = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
     hint = f"found {names}; {EXPECTED}"
-    if (folder / "config.json").is_file():
+    if flag and (folder / "config.json").is_file():
         hint = f"the folder holds a whole model: for one that trained in full, use  --model {folder} --base MODEL"
     return Problem(message, "adapter-missing", where, hint)
 

@@ -112,4 +112,5 @@ def why_unread(file: Path | str, error: BaseException) -> str:
 
 def unread(file: Path, error: BaseException) -> UserError:
     """Return the error of weights of another program that cannot be read."""
-    return UserError(problems=[replace(unreadable(file, error), code="weights-unreadable")])
+    problem = unreadable(file, error)
+    return UserError(problem.message, code="weights-unreadable", where=problem.where, hint=problem.hint)

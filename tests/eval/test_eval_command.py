@@ -160,10 +160,7 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
         (["--benchmarks", "no_module:Thing"], ["cannot import", "module:Class"]),
         (["--suite", "emoji", "--data", "nowhere"], ["nowhere", "python -m milora_data emoji --output_dir nowhere"]),
         (["--suite", "quick", "--data", "nowhere"], ["no benchmark's files", "milora_eval ls"]),
-        (
-            ["--suite", "emoji", "--adapter", "nowhere"],
-            ["--adapter: no such adapter folder", "nowhere", "adapter_config.json"],
-        ),
+        (["--suite", "emoji", "--adapter", "nowhere"], ["--adapter: no such adapter folder", "adapter_config"]),
         (["--suite", "emoji", "--with_base"], ["--with_base", "--adapter"]),
         (["--suite", "emoji", "--shard", "3/2"], ["--shard: ", "3/2", "1/4"]),
         (["--suite", "emoji", "--limit", "-2"], ["--limit", "negative"]),

@@ -70,7 +70,6 @@ HOLDERS = {
     "data_tools/milora_data/errors.py",
     "data_tools/milora_data/formats/jsonfile.py",
     "data_tools/milora_data/images/files.py",
-    "milora_vl/adapters/source.py",
     "milora_vl/recipe/on_model.py",
     "milora_vl/strict.py",
 }

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from milora_data.errors import UserError
 from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep import page
 from milora_vl.sweep.__main__ import _remember as remember
@@ -232,8 +233,9 @@ def test_mistakes_are_told_before_anything_runs(
     (tmp_path / "images").mkdir()
     given = ["--recipe", str(tmp_path / "r.yaml"), "--methods", "milora", "--lrs", "1e-3", "--data", str(tmp_path)]
     given += flags
-    with raises_code(code, says=words):
+    with pytest.raises(UserError, match=words) as error:
         main([*given, "--output_dir", str(tmp_path / "out")])
+    assert error.value.first.code == code
     assert not (tmp_path / "out").exists()
 
 
