@@ -176,7 +176,7 @@ def test_a_wrong_base_and_a_place_without_files_are_refused(
     with pytest.raises(UserError) as error:
         main(["nothing"])
     assert error.value.first.code == "model-unknown"
-    with pytest.raises(UserError, match="--output_dir: .* is a model, not the folder of a training"):
+    with raises_code("flag-required", says="--output_dir: .* is a model, not the folder of a training"):
         main(["tiny"])
     with raises_code("analysis-no-match", where="--modules", message="no layer matches"):
         main(["tiny", "--modules", "nothing", "--output_dir", str(tmp_path / "x")])

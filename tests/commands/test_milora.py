@@ -9,13 +9,16 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_vl.__main__ import MENU, main
+from support.problems import raises_code
 
 
-@pytest.mark.parametrize(("words", "said"), [([], "no program given"), (["trian"], "did you mean train")])
-def test_a_wrong_name_is_helped(words: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [([], "command-missing", "no program given"), (["trian"], "command-unknown", "did you mean train")],
+)
+def test_a_wrong_name_is_helped(words: list[str], code: str, said: str) -> None:
+    with raises_code(code, says=said):
         main(words)
 
 

@@ -244,7 +244,7 @@ def test_a_source_of_a_mixture_cannot_leave_its_own_folder(tiny_data: Path) -> N
 
 
 def test_training_is_told_where_the_pictures_are(tiny_data: Path) -> None:
-    with pytest.raises(MissingImages, match=f"--image_folder {tiny_data / 'images'}"):
+    with raises_code("data-missing-pictures", says=f"--image_folder {tiny_data / 'images'}", kind=MissingImages):
         check_for_training(tiny_data / "train.json", tiny_data)
     with raises_code("path-missing", message="no such image folder: none", kind=DataError):
         check_for_training(tiny_data / "train.json", "none")
@@ -308,8 +308,8 @@ def test_in_a_list_without_line_breaks_each_record_has_a_place_of_its_own(
 
 def test_nothing_is_written_where_nothing_is_usable(write: Callable[..., Path], tiny_data: Path) -> None:
     path, out = write(BROKEN["missing_picture"][1]), tiny_data / "clean.json"
-    with pytest.raises(
-        UserError, match=r"no record of .* is usable; nothing was written\n  1 left out: missing picture"
+    with raises_code(
+        "data-no-usable-record", says=r"no record of .* is usable; nothing was written\n  1 left out: missing picture"
     ):
         main(["check", str(path), "--image_folder", str(tiny_data / "images"), "--fix", str(out)])
     assert not out.exists()

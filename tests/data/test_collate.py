@@ -179,7 +179,7 @@ def bad(tiny_data: Path) -> list[dict[str, Any]]:
 
 
 def test_a_bad_picture_stops_with_its_file_by_default(make: Callable[..., Any], bad: list[dict[str, Any]]) -> None:
-    with pytest.raises(ImageError, match=r"cut.png: cannot read(.|\n)*--bad_images skip"):
+    with raises_code("image-unreadable", says=r"cut.png: cannot read(.|\n)*--bad_images skip", kind=ImageError):
         make()(bad)
 
 

@@ -140,7 +140,7 @@ def test_a_file_of_another_kind_is_said_to_be_one(kind: str, tmp_path: Path) -> 
     (tmp_path / "other.json").write_text('[{"something": "else"}]')
     with pytest.raises(DataError, match=r"other.json|expected"):
         main(["convert", "--from", kind, str(tmp_path / "other.json"), "--output_dir", str(tmp_path / "out")])
-    with pytest.raises(DataError, match="none.json: no such file"):
+    with raises_code("data-missing-file", where="none.json", message="no such file", kind=DataError):
         main(["convert", "--from", kind, str(tmp_path / "none.json"), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "data.json").exists()
 
@@ -155,7 +155,11 @@ def test_instructions_have_other_names_and_inputs_too(tmp_path: Path) -> None:
     assert [turn["value"] for turn in second["conversations"]] == ["Translate.\nHund", "dog"]
     assert second["id"] == "mine"
     (tmp_path / "n.json").write_text('[{"instruction": "a", "output": 3}]')
-    with pytest.raises(DataError, match=r"n.json:1: expected .*instruction and output or query and response; it has"):
+    with raises_code(
+        "table-missing-columns",
+        says=r"n.json:1: expected .*instruction and output or query and response; it has",
+        kind=DataError,
+    ):
         main(["convert", "--from", "alpaca", str(tmp_path / "n.json"), "--output_dir", str(tmp_path / "x")])
 
 
@@ -169,7 +173,7 @@ def test_held_out_are_the_records_that_llm_adapters_holds_out(tmp_path: Path) ->
     theirs = datasets.Dataset.from_list(rows).train_test_split(test_size=12, shuffle=True, seed=42)
     assert {record["conversations"][0]["value"] for record in held} == set(theirs["test"]["query"])
     assert {record["conversations"][0]["value"] for record in kept} == set(theirs["train"]["query"])
-    with pytest.raises(DataError, match="--hold_out: 200 of 200 records leave none"):
+    with raises_code("hold-out-too-large", where="--hold_out", message="200 of 200 records leave none", kind=DataError):
         convert("alpaca", {"i.json": rows}, tmp_path / "out", "--hold_out", "200")
 
 
@@ -190,7 +194,9 @@ def test_pictures_can_be_named_by_a_pattern(tmp_path: Path) -> None:
 
 
 def test_a_flag_without_effect_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--split: only applies to --from ocrvqa, scienceqa, refcoco, not to gqa"):
+    with raises_code(
+        "flag-no-effect", where="--split", message="only applies to --from ocrvqa, scienceqa, refcoco, not to gqa"
+    ):
         convert("gqa", CASES["gqa"][0], tmp_path, "--split", "val")
 
 
@@ -205,8 +211,8 @@ def test_the_boxes_of_refcoco_are_those_that_its_benchmark_expects(tmp_path: Pat
 
 
 def test_files_without_a_record_for_us_are_no_data_set(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"problems\.json: no record of split minival \(--split\)(.|\n)*nothing was written"
+    with raises_code(
+        "convert-no-records", says=r"problems\.json: no record of split minival \(--split\)(.|\n)*nothing was written"
     ):
         convert("scienceqa", {"problems.json": {"1": {"split": "train"}}}, tmp_path, "--split", "minival")
     assert not (tmp_path / "out").exists()
@@ -235,7 +241,9 @@ def test_tables_have_columns_of_many_names(tmp_path: Path) -> None:
     assert (first.images, first.turns[0].text, first.turns[1].text) == (("a.png",), "<image>\nWhat,\nhere?", "That")
     assert not second.images
     (tmp_path / "b.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(DataError, match=r"b.csv:2: no question with an answer(.|\n)*columns: x, y"):
+    with raises_code(
+        "table-missing-columns", says=r"b.csv:2: no question with an answer(.|\n)*columns: x, y", kind=DataError
+    ):
         main(["convert", "--from", "csv", str(tmp_path / "b.csv"), "--output_dir", str(tmp_path / "out2")])
 
 
@@ -245,7 +253,7 @@ def test_messages_are_read_where_records_are(tmp_path: Path) -> None:
     (record,) = load_records(tmp_path / "m.jsonl")
     assert [turn.text for turn in record.turns] == ["Hi", "Ho"]
     (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [{"role": "cat", "content": "Miau"}]}))
-    with pytest.raises(DataError, match=r"m.jsonl:1: message 1: unknown role 'cat'"):
+    with raises_code("record-unknown-role", where="m.jsonl:1", message="message 1: unknown role 'cat'", kind=DataError):
         list(load_records(tmp_path / "m.jsonl"))
 
 

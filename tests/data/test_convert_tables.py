@@ -13,6 +13,7 @@ from milora_data.__main__ import main
 from milora_data.errors import DataError
 from milora_data.formats.captions import caption_records
 from milora_data.sources import load_records
+from support.problems import raises_code
 
 
 def convert_file(path: Path, kind: str, out: Path) -> list[Any]:
@@ -33,7 +34,9 @@ def test_alpacas_input_follows_its_instruction(kind: str, tmp_path: Path) -> Non
         ("system", "Be short."), ("user", "A?"), ("assistant", "B"), ("user", "Say hi."), ("assistant", "Hi"),
     ]  # fmt: skip
     (tmp_path / "b.json").write_text(json.dumps([rows[1] | {"history": ["A?"]}]))
-    with pytest.raises(DataError, match=r"b.json:1: history must be a list of pairs"):
+    with raises_code(
+        "instructions-history", where="b.json:1", message="history must be a list of pairs", kind=DataError
+    ):
         main(["convert", "--from", kind, str(tmp_path / "b.json"), "--output_dir", str(tmp_path / "out2")])
 
 
@@ -56,7 +59,7 @@ def test_a_table_of_captions_comes_in_many_forms(name: str, text: str, tmp_path:
 
 def test_a_table_in_another_encoding_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("file,caption\nä.jpg,Grün\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a.csv: not UTF-8(.|\n)*iconv -f WINDOWS-1252"):
+    with raises_code("data-not-utf8", says=r"a.csv: not UTF-8(.|\n)*iconv -f WINDOWS-1252", kind=DataError):
         convert_file(tmp_path / "a.csv", "table", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -64,7 +67,7 @@ def test_a_table_in_another_encoding_is_said_to_be_one(tmp_path: Path) -> None:
 def test_captions_in_another_encoding_are_said_to_be_so(tmp_path: Path) -> None:
     Image.new("RGB", (20, 10), "red").save(tmp_path / "a.jpg")
     (tmp_path / "captions.json").write_bytes('{"a.jpg": "Grün"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"captions.json: not UTF-8 \(byte 0xfc\)"):
+    with raises_code("data-not-utf8", where="captions.json", message="not UTF-8 (byte 0xfc)", kind=DataError):
         convert_file(tmp_path, "folder", tmp_path / "out")
 
 
@@ -85,7 +88,7 @@ def test_a_folder_says_what_of_it_is_left_out(tmp_path: Path, capsys: pytest.Cap
     assert "left out: 2 captions without a picture: lonely.txt, phone.txt\n" in said
     assert f"next: python -m milora_data check {tmp_path}/out/data.json --image_folder '{folder}'\n" in said
     (folder / "ä b.txt").write_bytes("Grün".encode("latin-1"))
-    with pytest.raises(DataError, match=r"ä b.txt: not UTF-8 \(byte 0xfc\)"):
+    with raises_code("data-not-utf8", where="ä b.txt", message="not UTF-8 (byte 0xfc)", kind=DataError):
         convert_file(folder, "folder", tmp_path / "out2")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from milora_data.__main__ import main
 from milora_data.command.cli import as_typed, parser, suggest
-from milora_data.errors import DataError, UserError
+from milora_data.errors import DataError
 from milora_data.records import parse_record
 from milora_data.show.preview import text_pieces, token_pieces
 from milora_data.sources import load_records
@@ -56,7 +56,7 @@ def test_flags_take_dashes_and_underscores_and_no_guesses() -> None:
     options.add_argument("--dry-run", action="store_true")
     chosen = options.parse_args(["--output-dir=a_b-c", "--dry_run"])
     assert (chosen.output_dir, chosen.dry_run) == ("a_b-c", True)
-    with pytest.raises(UserError, match=r"--output: unknown argument(.|\n)*did you mean --output_dir"):
+    with raises_code("command-line", says=r"--output: unknown argument(.|\n)*did you mean --output_dir"):
         options.parse_args(["--output", "x"])
     with raises_code("command-line", where="--output_dir"):
         options.parse_args(["--output_dir"])
@@ -312,7 +312,7 @@ def test_a_command_typed_as_milora_is_answered_with_milora(monkeypatch: pytest.M
 
 
 def test_a_folder_of_pictures_is_told_how_it_becomes_records(tiny_data: Path) -> None:
-    with pytest.raises(UserError, match=r"a folder(.|\n)*milora_data convert --from folder .*images --output_dir OUT"):
+    with raises_code("data-folder", says=r"a folder(.|\n)*milora_data convert --from folder .*images --output_dir OUT"):
         main(["check", str(tiny_data / "images")])
 
 

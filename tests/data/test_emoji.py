@@ -15,7 +15,6 @@ from milora_data.assets import ASSETS, fetch
 from milora_data.emoji import catalogue, command, questions
 from milora_data.emoji.catalogue import KINDS, Emoji
 from milora_data.emoji.questions import TYPES, Pool, a
-from milora_data.errors import UserError
 from support.problems import raises_code
 
 
@@ -160,15 +159,15 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["--per_type", "-3"], "must not be negative, got -3"),
-        (["--per_type", "0"], "must be at least 1"),
-        (["--output_dir", __file__], "a file, not a folder"),
+        (["--per_type", "-3"], "command-line", "must not be negative, got -3"),
+        (["--per_type", "0"], "command-line", "must be at least 1"),
+        (["--output_dir", __file__], "path-not-a-folder", "a file, not a folder"),
     ],
 )
-def test_a_mistake_is_told(arguments, message):
-    with pytest.raises(UserError, match=message):
+def test_a_mistake_is_told(arguments, code: str, message):
+    with raises_code(code, says=message):
         command.main(arguments)
 
 

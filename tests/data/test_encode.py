@@ -135,8 +135,10 @@ def test_pictures_that_llava_would_make_one_are_one_where_the_record_has_one() -
 @pytest.mark.parametrize(("text", "images"), [("no placeholder", 1), ("<image> here", 0), ("<image><image>", 3)])
 def test_a_picture_too_many_or_too_few_is_named_with_file_and_line(text: str, images: int) -> None:
     value = parse_record(record(text, "Yes.", images=images), source="train.json:17")
-    with pytest.raises(
-        DataError, match=rf"^train\.json:17: \d <image> in the conversation, but {images} picture"
+    with raises_code(
+        "record-image-count",
+        says=f"^train\\.json:17: \\d <image> in the conversation, but {images} picture",
+        kind=DataError,
     ) as error:
         encode(value, llama_tokenizer("new"), image_token_id=IMG)
     assert (error.value.first.code, error.value.first.where) == ("record-image-count", "train.json:17")
@@ -144,7 +146,9 @@ def test_a_picture_too_many_or_too_few_is_named_with_file_and_line(text: str, im
 
 def test_turns_out_of_order_are_named_with_file_and_line() -> None:
     value = {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}
-    with pytest.raises(DataError, match=r"^x\.json:3: turn 2 is from user, expected assistant") as error:
+    with raises_code(
+        "record-turn-order", says=r"^x\.json:3: turn 2 is from user, expected assistant", kind=DataError
+    ) as error:
         encode(parse_record(value, source="x.json:3"), llama_tokenizer("new"), image_token_id=IMG)
     assert (error.value.first.code, error.value.first.where) == ("record-turn-order", "x.json:3")
 

@@ -19,6 +19,7 @@ from milora_data.record_collator import RecordCollator
 from milora_data.records import Turn
 from milora_vl import apply_milora
 from support.adapter_cases import one_rule
+from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_families import model_of, processor_of
 from support.vlm_runs import write_pictures
@@ -150,7 +151,7 @@ def test_every_form_of_a_pair_gives_the_same_records() -> None:
     ],
 )
 def test_what_is_no_pair_is_named(value: dict[str, Any], text: str) -> None:
-    with pytest.raises(DataError, match=text) as error:
+    with raises_code("preference-format", says=text, kind=DataError) as error:
         pair_of(value, source="pairs.json:3")
     assert error.value.first.code == "preference-format"
     assert error.value.first.where == "pairs.json:3"

@@ -116,7 +116,7 @@ def test_the_excerpt_of_a_long_line_is_short(tmp_path: Path) -> None:
 def test_what_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'[\n{"a": "ok"},\n{"a": "caf\xe9"}]')
-    with pytest.raises(DataError, match=r"a\.json:3: not UTF-8 \(byte 0xe9 at column 11\)"):
+    with raises_code("data-not-utf8", where="a.json:3", message="not UTF-8 (byte 0xe9 at column 11)", kind=DataError):
         list(read_objects(path))
 
 

@@ -174,7 +174,11 @@ def test_a_shard_that_breaks_off_costs_what_is_behind_and_says_where(workers: in
 def test_a_set_of_the_hub_that_breaks_off_is_told(tmp_path: Path, capsys: Any, tiny_llama: Callable[..., Any]) -> None:
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "train.jsonl").write_text("\n".join([json.dumps(ask("x"))] * 9 + ["{"]))
-    with pytest.raises(DataError, match=r"a source of the hub, after \d records: cannot be read from here on: JSON"):
+    with raises_code(
+        "data-unreadable",
+        says=r"a source of the hub, after \d records: cannot be read from here on: JSON",
+        kind=DataError,
+    ):
         list(islice(record_stream(f"hub:{tmp_path}/hub", shuffle_buffer=0), 20))
     stream = record_stream(f"hub:{tmp_path}/hub", shuffle_buffer=0, num_workers=1)
     collator = ImageTextCollator(tiny_llama()[1], bad_images="skip")  # what ends a stream is not skipped

@@ -165,7 +165,7 @@ def test_max_length_drops_a_video_as_a_whole(pictures: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pixtral", "gemma3", "idefics3", "mllama"])
 def test_families_without_video_refuse_it_by_name(name: str, pictures: Path) -> None:
-    with pytest.raises(DataError, match=r"Processor takes no videos|writes 0 of 1 videos") as error:
+    with raises_code("record-videos", says=r"Processor takes no videos|writes 0 of 1 videos", kind=DataError) as error:
         collator(name, pictures)([asked(CLIP, "What?")])
     assert error.value.first.code in ("record-videos", "chat-template-no-pictures")
     fast = ImageTextCollator(tiny_tokenizer(), image_tokens=4, image_folder=pictures)

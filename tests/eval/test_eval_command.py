@@ -189,7 +189,7 @@ def test_a_mistake_is_a_few_lines_with_the_way_out(
 
 def test_a_misspelt_adapter_names_its_neighbours(adapter: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "llava-lora-a").symlink_to(adapter)
-    with pytest.raises(UserError, match=r"no folder .*llava-lora-b\nthere are: .*llava-lora-a"):
+    with raises_code("adapter-missing", says=r"no folder .*llava-lora-b\nthere are: .*llava-lora-a"):
         main(arguments(tmp_path / "llava-lora-b", data, tmp_path))
 
 

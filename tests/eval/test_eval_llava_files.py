@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_eval.__main__ import main
 from milora_eval.benchmark import Answer, Item
 from milora_eval.benchmarks.llava_prompts import SHORT
@@ -77,10 +76,10 @@ def test_a_missing_and_a_doubled_id_are_named(name: str, data: Path, tmp_path: P
     items = benchmark.load(folder_of(benchmark, data))
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     gone = next(item for item in items if benchmark.llava_key(rows[0]) in benchmark.llava_keys(item))
-    with pytest.raises(UserError, match=re.escape(f'missing ids: "{gone.id}"')) as raised:
+    with raises_code("predictions-missing-ids", says=re.escape(f'missing ids: "{gone.id}"')) as raised:
         join(benchmark, items, rows[1:], path)
     assert raised.value.problems[0].code == "predictions-missing-ids"
-    with pytest.raises(UserError, match=re.escape(f'two answers for the id "{gone.id}"')) as raised:
+    with raises_code("predictions-duplicate-id", says=re.escape(f'two answers for the id "{gone.id}"')) as raised:
         join(benchmark, items, [*rows, rows[0]], path)
     assert raised.value.problems[0].code == "predictions-duplicate-id"
     stranger = rows[0] | {"question_id": "987654321", "prompt": f"Who?{SHORT}"}
@@ -138,7 +137,7 @@ def test_llavas_scienceqa_script_agrees(data: Path, tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_answers_file_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "wrong.jsonl").write_text('{"id": 3}\n')
-    with pytest.raises(UserError, match=r"wrong\.jsonl:1: expected .*question_id"):
+    with raises_code("predictions-format", says=r"wrong\.jsonl:1: expected .*question_id"):
         main(["score", str(tmp_path / "wrong.jsonl"), "--benchmark", "gqa", "--data", str(data)])
     with raises_code("flag-required", message="--benchmark NAME and --data DIR"):
         main(["score", str(tmp_path / "wrong.jsonl")])

@@ -103,7 +103,7 @@ def test_a_mistake_in_the_file_is_named(content: Any, words: list[str], tmp_path
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
     with raises_code("data-missing-file", message="nothing.json"):
         evaluate("nothing.json", tmp_path)
-    with pytest.raises(UserError, match=r"no file .*nothing\.py"):
+    with raises_code("eval-benchmark-import", says=r"no file .*nothing\.py"):
         evaluate("nothing.py", tmp_path)
 
 

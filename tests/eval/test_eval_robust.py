@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milora_data.errors import UserError
 from milora_eval.__main__ import main
 from milora_eval.answers.lines import to_answer, to_line
 from milora_eval.answers.store import Store, read_lines
@@ -26,6 +25,7 @@ from milora_eval.scores.exports import export
 from milora_eval.scores.results import numbers, read_results, score, write_results
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
 from support import official_data
+from support.problems import raises_code
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
 OFFICIAL = [name for name in BENCHMARKS if name != "emoji"]
@@ -160,7 +160,7 @@ def test_shuffled_predictions_score_the_same(data: Path, tmp_path: Path) -> None
 def test_a_doubled_id_is_named(data: Path, tmp_path: Path) -> None:
     lines = stored(data, tmp_path)
     write(tmp_path, [*lines, lines[2]])
-    with pytest.raises(UserError, match=f'two answers for the id "{lines[2]["id"]}"') as raised:
+    with raises_code("predictions-duplicate-id", says=f'''two answers for the id "{lines[2]["id"]}"''') as raised:
         score(tmp_path)
     assert raised.value.problems[0].code == "predictions-duplicate-id"
 
@@ -168,7 +168,7 @@ def test_a_doubled_id_is_named(data: Path, tmp_path: Path) -> None:
 def test_a_missing_id_is_named(data: Path, tmp_path: Path) -> None:
     lines = stored(data, tmp_path)
     write(tmp_path, lines[:2] + lines[3:])
-    with pytest.raises(UserError, match=f'missing: gqa "{lines[2]["id"]}"') as raised:
+    with raises_code("predictions-missing-ids", says=f'''missing: gqa "{lines[2]["id"]}"''') as raised:
         score(tmp_path)
     assert raised.value.problems[0].code == "predictions-missing-ids"
 
@@ -196,10 +196,10 @@ def test_files_for_others_are_written_without_holding_the_answers(data: Path, tm
 def test_files_of_another_form_are_a_message(data: Path, tmp_path: Path) -> None:
     official_data.gqa(tmp_path)
     (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"text": "Why?"}}')
-    with pytest.raises(UserError, match=r"benchmark gqa: .* published format: no 'question'"):
+    with raises_code("benchmark-file-format", says=r"benchmark gqa: .* published format: no 'question'"):
         list(load_items(find_benchmark("gqa"), tmp_path))
     (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "two"}\n')
-    with pytest.raises(UserError, match=r"benchmark gsm8k: .* published format: could not convert"):
+    with raises_code("benchmark-file-format", says=r"benchmark gsm8k: .* published format: could not convert"):
         list(load_items(find_benchmark("gsm8k"), tmp_path))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_eval import stats
 from milora_eval.__main__ import main
 from milora_eval.answers.lines import to_line
@@ -172,5 +171,5 @@ def test_a_protocol_is_chosen_for_all_that_have_it(data: Path, tmp_path: Path) -
     assert entries[0]["reference"] == "gqa@official"
     with raises_code("eval-unknown-protocol", where="--protocol", message="none of these benchmarks has the protocol"):
         main(["run", "--model", "tiny", "--benchmarks", "scienceqa", *flags])
-    with pytest.raises(UserError, match='gqa has no protocol "officia".*\n.*did you mean official'):
+    with raises_code("eval-unknown-protocol", says='gqa has no protocol "officia".*\n.*did you mean official'):
         main(["run", "--model", "tiny", "--benchmarks", "gqa@officia", *flags[:-2]])

@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from milora_data.errors import UserError
 from milora_vl import load_model
 from milora_vl.analyze.job import plan, rows_of
 from milora_vl.forgetting.__main__ import main as forgetting
@@ -87,17 +86,21 @@ def edited(folder: Path, **fields: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "code", "words"),
     [
-        ({"init_lora_weights": "pissa"}, "milora_vl.export .* --to adapter --initial FOLDER"),
-        ({"alora_invocation_tokens": [1]}, "an activated LoRA"),
-        ({"base_model_name_or_path": None}, "add:  --base NAME-OR-FOLDER"),
+        (
+            {"init_lora_weights": "pissa"},
+            "adapter-no-initial-factors",
+            "milora_vl.export .* --to adapter --initial FOLDER",
+        ),
+        ({"alora_invocation_tokens": [1]}, "adapter-unsupported-kind", "an activated LoRA"),
+        ({"base_model_name_or_path": None}, "adapter-no-base-name", "add:  --base NAME-OR-FOLDER"),
     ],
 )
-def test_what_cannot_be_analysed_is_said(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_what_cannot_be_analysed_is_said(fields: dict[str, Any], code: str, words: str, tmp_path: Path) -> None:
     trained("tiny-text", tmp_path, target_modules=["q_proj"])
     edited(tmp_path, **fields)
-    with pytest.raises(UserError, match=words):
+    with raises_code(code, says=words):
         analysed(tmp_path)
 
 

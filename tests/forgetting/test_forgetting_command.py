@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_vl import Policy, apply_milora, load_model
 from milora_vl.forgetting.__main__ import main
 from milora_vl.forgetting.job import score_changes
 from support.adapter_cases import move
+from support.problems import raises_code
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +70,38 @@ def test_another_probe_joins_and_another_seed_begins_anew(adapter: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "code", "words"),
     [
-        (["--model", "tiny"], "nothing to compare"),
-        (["--model", "tiny", "--adapter", "A", "--base", "tiny"], "--base: only applies to"),
-        (["--model", "tiny", "--adapter", "A", "--on", "texts"], "expected some of"),
-        (["--model", "tiny", "--adapter", "A", "--text", "no.txt"], "no.txt: no such file"),
-        (["--model", "tiny", "--adapter", "A", "--text", "A/adapter_model.safetensors"], "codec"),
-        (["--model", "tiny-text", "--adapter", "A", "--on", "pictures"], "reads only text"),
-        (["--model", "tiny", "--adapter", "A", "--on", "samples", "--text", "a.txt"], "--text: only applies with"),
-        (["--model", "tiny", "--adapter", "A", "--data", "."], "--data: only applies with --suite"),
-        (["--model", "tiny", "--adapter", "A", "--image_folder", "."], "only applies with --data_path"),
-        (["--model", "tiny", "--adapter", "A", "--on", "text", "--limit", "3"], "--limit: only applies with"),
+        (["--model", "tiny"], "forgetting-no-base", "nothing to compare"),
+        (["--model", "tiny", "--adapter", "A", "--base", "tiny"], "flag-conflict", "--base: this flag is for"),
+        (["--model", "tiny", "--adapter", "A", "--on", "texts"], "command-line", "expected some of"),
+        (["--model", "tiny", "--adapter", "A", "--text", "no.txt"], "data-missing-file", "no.txt: no such file"),
+        (
+            ["--model", "tiny", "--adapter", "A", "--text", "A/adapter_model.safetensors"],
+            "forgetting-not-measurable",
+            "codec",
+        ),
+        (["--model", "tiny-text", "--adapter", "A", "--on", "pictures"], "model-reads-only-text", "reads only text"),
+        (
+            ["--model", "tiny", "--adapter", "A", "--on", "samples", "--text", "a.txt"],
+            "flag-no-effect",
+            "--text: only applies with",
+        ),
+        (["--model", "tiny", "--adapter", "A", "--data", "."], "flag-no-effect", "--data: only applies with --suite"),
+        (
+            ["--model", "tiny", "--adapter", "A", "--image_folder", "."],
+            "flag-no-effect",
+            "only applies with --data_path",
+        ),
+        (
+            ["--model", "tiny", "--adapter", "A", "--on", "text", "--limit", "3"],
+            "flag-no-effect",
+            "--limit: only applies with",
+        ),
     ],
 )
-def test_mistakes_are_said(adapter: Path, flags: list[str], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_mistakes_are_said(adapter: Path, flags: list[str], code: str, words: str) -> None:
+    with raises_code(code, says=words):
         main([str(adapter) + flag[1:] if flag.startswith("A") else flag for flag in flags])
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from milora_vl import Policy, apply_milora, load_adapter, save_adapter
 from milora_vl.policy import PolicyError
 from support.adapter_cases import anchors, one_rule, tiny_gpt2, token_batch, train_steps
+from support.problems import raises_code
 from support.versions import PEFT, needs_mica
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -126,7 +127,9 @@ def test_a_budget_goes_to_the_smallest_shares_first(rank, expected: list[int]) -
 def test_a_budget_covers_the_modules_whose_rank_it_decides() -> None:
     rules = [{"modules": "language", "method": "milora", "rank": {"budget": 44}}, {"modules": "b", "rank": 7}]
     assert [t.rank for t in Policy.parse(rules).resolve(Spectra())] == [1, 7, 1]
-    with pytest.raises(PolicyError, match=r"policy\[0\].rank.budget: 65 parameters are too few.*needs 66"):
+    with raises_code(
+        "policy-rank", says=r"policy\[0\].rank.budget: 65 parameters are too few.*needs 66", kind=PolicyError
+    ):
         Policy.parse([{"modules": "language", "method": "milora", "rank": {"budget": 65}}]).resolve(Spectra())
     with torch.device("meta"):
         bare = nn.Sequential(nn.Linear(10, 12), nn.Linear(10, 12))

@@ -11,6 +11,7 @@ from milora_vl.initialize import Initial, initialize
 from milora_vl.policy import Policy, PolicyError
 from milora_vl.svd import decompose
 from support.adapter_cases import one_rule, tiny_gpt2
+from support.problems import raises_code
 
 
 def initial(model: nn.Module, rules, **options) -> dict[str, Initial]:
@@ -89,7 +90,9 @@ def test_another_seed_draws_other_random_components() -> None:
     drawn = [initial(model, one_rule(method="random", rank=4, seed=seed)) for seed in (0, 1, 1)]
     assert not any(torch.equal(drawn[0][path].A0, drawn[1][path].A0) for path in ("0", "1"))
     assert torch.equal(drawn[1]["0"].A0, drawn[2]["0"].A0)
-    with pytest.raises(PolicyError, match=r"policy\[0\]\.seed: method milora cannot use it"):
+    with raises_code(
+        "policy-unused-field", where="policy[0].seed", message="method milora cannot use it", kind=PolicyError
+    ):
         initial(model, one_rule(rank=4, seed=1))
 
 
@@ -97,7 +100,7 @@ def test_another_seed_draws_other_random_components() -> None:
 def test_broken_weights_are_refused_with_their_module(value: float, message: str) -> None:
     broken = W.clone()
     broken[0, 0] = value
-    with pytest.raises(ValueError, match=message):
+    with raises_code("weight-decomposition", says=message, kind=ValueError):
         initial(linear(broken), one_rule())
 
 

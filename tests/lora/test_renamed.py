@@ -14,6 +14,7 @@ from milora_vl.adapter_io import renamed_key
 from milora_vl.lora.errors import AdapterError
 from support.adapter_cases import LLAVA_POLICY, anchors, move, token_batch, train_steps
 from support.llava_oracle import original_llava
+from support.problems import raises_code
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_weights_that_milora_json_does_not_tell_of_are_refused(adapted) -> None:
     weights = load_file(file)
     weights["base_model.model.else.weight"] = weights.pop(next(key for key in weights if key.endswith("linear_2.bias")))
     save_file(weights, file)
-    with pytest.raises(AdapterError, match=r"do not match milora.json: .* \(2 differ\)"):
+    with raises_code("adapter-unlisted-weights", says=r"do not match milora.json: .* \(2 differ\)", kind=AdapterError):
         load_adapter(adapted.other, adapted.folder)
 
 

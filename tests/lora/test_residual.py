@@ -114,6 +114,6 @@ def test_what_would_show_the_changed_base_is_refused(tiny_llama) -> None:
 )
 def test_layers_and_fields_it_is_wrong_for_are_refused(model: nn.Module, fields, message: str) -> None:
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(AdapterError, match=message):
+    with raises_code("adapter-residual-layer", says=message, kind=AdapterError):
         residual(model, **fields)
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())

@@ -63,30 +63,32 @@ def test_no_file_is_no_sidecar(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "code", "message"),
     [
-        ('{"format_version": 99}', "has format 99, .* up to 2"),
-        ("{", "is damaged"),
-        ('{"format_version": 1, "form": "anchored"}', "is damaged .*modules"),
-        ('{"format_version": 1, "form": "anchored", "modules": {"a": {}}}', "is damaged"),
-        ('{"format_version": 1, "form": "anchored", "modules": []}', "is damaged"),
-        ('{"format_version": 1, "form": "odd", "modules": {}}', "is damaged .*form 'odd'"),
+        ('{"format_version": 99}', "adapter-newer-format", "has format 99, .* up to 2"),
+        ("{", "adapter-damaged-file", "is damaged"),
+        ('{"format_version": 1, "form": "anchored"}', "adapter-damaged-file", "is damaged .*modules"),
+        ('{"format_version": 1, "form": "anchored", "modules": {"a": {}}}', "adapter-damaged-file", "is damaged"),
+        ('{"format_version": 1, "form": "anchored", "modules": []}', "adapter-damaged-file", "is damaged"),
+        ('{"format_version": 1, "form": "odd", "modules": {}}', "adapter-damaged-file", "is damaged .*form 'odd'"),
         (
             '{"format_version": 1, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
             '"shape": [2, 2], "method": "odd"}}}',
+            "adapter-damaged-file",
             "method 'odd'",
         ),
         (
             '{"format_version": 1, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
             '"method": "milora", "shape": [2, 2], "report": {"shape": [2, 2, 2]}}}}',
+            "adapter-damaged-file",
             "is damaged .*too many values",
         ),
-        ("[]", "is damaged"),
+        ("[]", "adapter-damaged-file", "is damaged"),
     ],
 )
-def test_a_file_that_cannot_be_read_says_what_to_do(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_cannot_be_read_says_what_to_do(tmp_path: Path, text: str, code: str, message: str) -> None:
     (tmp_path / FILE_NAME).write_text(text, encoding="utf-8")
-    with pytest.raises(AdapterError, match=message) as error:
+    with raises_code(code, says=message, kind=AdapterError) as error:
         read_sidecar(tmp_path)
     assert error.value.problems[0].where == str(tmp_path / FILE_NAME)
 

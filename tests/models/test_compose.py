@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from milora_data.errors import UserError
 from milora_vl import chat, compose, train
 from milora_vl.models.vision import tower_config
 from milora_vl.tiny import tiny_tokenizer
+from support.problems import raises_code
 
 WIDTHS: dict[str, int] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -71,7 +71,7 @@ def test_both_stages_and_what_comes_out(
     assert compose.main([*parts, "--output_dir", str(base)]) == 0
     config = json.loads((base / "config.json").read_text())
     assert config["image_seq_length"] == tokens
-    with pytest.raises(UserError, match="exists; it is not overwritten"):
+    with raises_code("output-exists", message="exists; it is not overwritten"):
         compose.main([*parts, "--output_dir", str(base)])
 
     records = [record for record in json.loads((tiny_data / "train.json").read_text()) if "image" in record]
@@ -133,21 +133,38 @@ def test_timms_features_become_tokens_in_their_places(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "message"),
+    ("parts", "code", "message"),
     [
-        (["--vision", "timm/vit_tyni", "--language", "tiny-text"], "timm has no model 'vit_tyni'\nsimilar: vit"),
-        (["--vision", "./nowhere", "--language", "tiny-text"], "./nowhere: no such folder"),
-        (["--vision", "tiny", "--language", "tiny-text"], "tiny: a built-in model has no vision tower"),
-        (["--vision", "timm/test_vit", "--language", "tiny"], "tiny: this is already a vision-language model"),
+        (
+            ["--vision", "timm/vit_tyni", "--language", "tiny-text"],
+            "vision-tower-unknown",
+            "timm has no model 'vit_tyni'\nsimilar: vit",
+        ),
+        (["--vision", "./nowhere", "--language", "tiny-text"], "path-missing", "./nowhere: no such folder"),
+        (
+            ["--vision", "tiny", "--language", "tiny-text"],
+            "vision-tower-unusable",
+            "tiny: a built-in model has no vision tower",
+        ),
+        (
+            ["--vision", "timm/test_vit", "--language", "tiny"],
+            "compose-not-text-only",
+            "tiny: this is already a vision-language model",
+        ),
         (
             ["--vision", "timm/test_vit", "--language", "tiny-text", "--projector", "none.bin"],
+            "projector-file",
             "none.bin: no projector weights",
         ),
-        (["--vision", "tiny-text", "--language", "tiny-text"], "tiny-text: not a vision tower: llama"),
+        (
+            ["--vision", "tiny-text", "--language", "tiny-text"],
+            "vision-tower-unusable",
+            "tiny-text: not a vision tower: llama",
+        ),
     ],
 )
-def test_parts_that_do_not_fit_are_named(parts: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
+def test_parts_that_do_not_fit_are_named(parts: list[str], code: str, message: str, tmp_path: Path) -> None:
+    with raises_code(code, says=message):
         compose.main([*parts, "--vision_weights", "random", "--output_dir", str(tmp_path / "base")])
     assert not (tmp_path / "base").exists()
 
@@ -191,7 +208,7 @@ def test_an_export_for_llava_knows_the_tower_that_its_base_was_composed_of(tmp_p
     assert config["mm_vision_tower"] == str(tmp_path / "tower")
     assert (config["mm_vision_select_layer"], config["mm_vision_select_feature"]) == (-2, "patch")
     (tmp_path / "tower").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=f"composed of {tmp_path}/tower, which is not there\nadd  --vision_tower"):
+    with raises_code("flag-required", says=f"composed of {tmp_path}/tower, which is not there\nadd  --vision_tower"):
         export(adapter, "llava", tmp_path / "again")
     export(adapter, "llava", tmp_path / "again", vision_tower=str(tmp_path / "elsewhere"))
     export(adapter, "merged", tmp_path / "merged")
@@ -203,6 +220,6 @@ def test_an_export_for_llava_knows_the_tower_that_its_base_was_composed_of(tmp_p
 def test_an_export_for_llava_refuses_a_tower_that_is_no_clip(kind: str, named: str, tmp_path: Path) -> None:
     from milora_vl.export import export
 
-    with pytest.raises(UserError, match=f"loads only CLIP vision towers, this base has .*{named}"):
+    with raises_code("export-llava-base", says=f"loads only CLIP vision towers, this base has .*{named}"):
         export(adapter_on(kind, tmp_path), "llava", tmp_path / "llava-lora")
     assert not (tmp_path / "llava-lora").exists()

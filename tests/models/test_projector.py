@@ -77,5 +77,5 @@ def test_files_that_are_no_projector_are_told(tmp_path: Path) -> None:
 def test_an_adapter_config_that_is_cut_off_is_told(tmp_path: Path) -> None:
     for text in ('{"base', "[]"):
         (tmp_path / "adapter_config.json").write_text(text)
-        with pytest.raises(UserError, match=r"adapter_config.json: cannot read"):
+        with raises_code("file-unreadable", where="adapter_config.json", message="cannot read"):
             load_model(tmp_path)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from milora_data.errors import UserError
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.adapter_folders import NON_LORA
 from milora_vl.adapter_io import AdapterError, require_adapter
@@ -26,6 +25,7 @@ from milora_vl.models.projector import read_projector
 from milora_vl.train import failures
 from milora_vl.weights.torch_files import read_pickled, why_unread
 from support.adapter_cases import one_rule
+from support.problems import raises_code
 
 SAID = r"holds more than tensors \((posix|nt)\.system\), so reading it could run code: it was not read"
 
@@ -59,24 +59,24 @@ def adapter(tiny_llama: Callable[..., Any], tmp_path: Path) -> Path:
 @pytest.mark.parametrize("write", [zipped, bare])
 def test_code_in_the_place_of_weights_is_named_and_never_run(write: Callable[[Path], None], adapter: Path) -> None:
     write(Path("projector.bin"))
-    with pytest.raises(UserError, match=SAID):
+    with raises_code("weights-unreadable", says=SAID):
         read_projector(Path("projector.bin"))
     write(adapter / NON_LORA)
-    with pytest.raises(UserError, match=SAID):
+    with raises_code("weights-unreadable", says=SAID):
         read_llava(adapter)
     write(Path("pytorch_model.bin"))
-    with pytest.raises(UserError, match=SAID):
+    with raises_code("weights-unreadable", says=SAID):
         next(iter(original._weight_files(Path())))
     (adapter / "adapter_model.safetensors").unlink()
     write(adapter / "adapter_model.bin")
-    with pytest.raises(AdapterError, match=SAID):
+    with raises_code("weight-unsafe-file", says=SAID, kind=AdapterError):
         require_adapter(adapter)
 
 
 def test_code_in_the_states_of_a_checkpoint_ends_a_run_in_a_line(tmp_path: Path) -> None:
     zipped(Path("optimizer.pt"))
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(UserError, match="a file of the checkpoint: " + SAID), failures.explained(arguments):
+    with raises_code("checkpoint-unreadable", says="a file of the checkpoint: " + SAID), failures.explained(arguments):
         read_pickled(Path("optimizer.pt"))
 
 
@@ -84,7 +84,9 @@ def test_code_in_the_states_of_a_checkpoint_ends_a_run_in_a_line(tmp_path: Path)
 def test_a_file_that_is_cut_off_gets_no_advice_to_read_it_all_the_same(content: bytes, adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(content)
-    with pytest.raises(AdapterError, match=r"adapter_model\.bin: cannot be read \(cut off\?\): .") as error:
+    with raises_code(
+        "weight-damaged-file", says=r"adapter_model\.bin: cannot be read \(cut off\?\): .", kind=AdapterError
+    ) as error:
         require_adapter(adapter)
     assert "weights_only" not in str(error.value)
     assert why_unread("a", EOFError()).endswith(": no file of weights")
@@ -99,6 +101,6 @@ def test_a_model_that_brings_code_is_refused_without_a_question(
     (tmp_path / "model" / "own.py").write_text("open('harmed', 'w').close()\nclass Own: pass\n")
     for load in (load_model, config_of):
         monkeypatch.setattr(sys, "stdin", StringIO("y\ny\ny\n"))
-        with pytest.raises(UserError, match=r".*model: cannot read the model: .*custom code"):
+        with raises_code("model-unreadable", says=r".*model: cannot read the model: .*custom code"):
             load(str(tmp_path / "model"))
     assert capsys.readouterr().out == ""

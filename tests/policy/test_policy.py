@@ -7,6 +7,7 @@ from milora_data.errors import Problem
 from milora_vl import apply_milora
 from milora_vl.policy import FloorSigma, Policy, PolicyError, Protect, Rule, SpectralRank
 from milora_vl.recipe.schema import Recipe, RecipeError
+from support.problems import raises_code
 
 YAML = """
 - {modules: language, method: milora, rank: 128, alpha: 128, dropout: 0.05, learning_rate: 2.0e-4}
@@ -43,25 +44,27 @@ def test_all_problems_come_together_with_their_dotted_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "code", "message"),
     [
-        ("modules: language", "expected a list of rules, got dict"),
-        ("[", "not valid YAML"),
-        ("language", "expected a list of rules, got str"),
-        ([], "no rules, so nothing would train"),
+        ("modules: language", "policy-value", "expected a list of rules, got dict"),
+        ("[", "yaml-syntax", "not valid YAML"),
+        ("language", "policy-value", "expected a list of rules, got str"),
+        ([], "policy-empty", "no rules, so nothing would train"),
         (
             [{"modules": "language", "rank": {"budget": 0.5}}],
+            "policy-rank",
             r"policy\[0\].rank.budget: expected a number of parameters, got 0.5",
         ),
         (
             [{"modules": "language", "rank": {"energie": 0.1}}],
+            "policy-unknown-key",
             r"policy\[0\].rank.energie: unknown key\ndid you mean",
         ),
-        ([{"modules": "language", "lr": 1}], "unknown key\nknown keys: modules, method"),
+        ([{"modules": "language", "lr": 1}], "policy-unknown-key", "unknown key\nknown keys: modules, method"),
     ],
 )
-def test_what_is_no_policy_is_refused(source, message: str) -> None:
-    with pytest.raises(PolicyError, match=message):
+def test_what_is_no_policy_is_refused(source, code: str, message: str) -> None:
+    with raises_code(code, says=message, kind=PolicyError):
         Policy.parse(source)
 
 
@@ -89,7 +92,9 @@ def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() 
     with pytest.raises(PolicyError) as applied:
         apply_milora(nn.Sequential(nn.Linear(4, 4)), [wrong])
     assert set(found) <= set(applied.value.problems)
-    with pytest.raises(PolicyError, match=r"\.top: expected a positive number of directions, got 0"):
+    with raises_code(
+        "policy-value", where=".top", message="expected a positive number of directions, got 0", kind=PolicyError
+    ):
         Protect(top=0)
     with pytest.raises(PolicyError) as of_weights:
         Protect(top=1, offload=True)

@@ -12,6 +12,7 @@ from milora_vl import apply_milora
 from milora_vl.policy import Policy, PolicyError
 from milora_vl.policy.rules import Protect
 from support.adapter_cases import one_rule
+from support.problems import raises_code
 
 
 def test_a_policy_with_it_is_read_and_written() -> None:
@@ -48,7 +49,9 @@ def test_what_is_no_protection_is_refused(protect: Any, message: str) -> None:
 def test_methods_that_cannot_stay_outside_are_refused(tiny_llama, method: str) -> None:
     rule = {"modules": "language", "method": method, "protect": {"top": 3}}
     rule |= {} if method in ("full", "frozen") else {"rank": 2}
-    with pytest.raises(PolicyError, match=rf"policy\[0\]\.protect: method {method} cannot use it"):
+    with raises_code(
+        "policy-unused-field", says=f"policy\\[0\\]\\.protect: method {method} cannot use it", kind=PolicyError
+    ):
         apply_milora(tiny_llama()[0], [rule])
 
 
@@ -56,7 +59,9 @@ def test_methods_that_cannot_stay_outside_are_refused(tiny_llama, method: str) -
 def test_methods_that_cannot_protect_inputs_are_refused(tiny_llama, method: str) -> None:
     rule = {"modules": "language", "method": method, "protect": {"inputs": 0.5}}
     rule |= {} if method in ("full", "frozen") else {"rank": 2}
-    with pytest.raises(PolicyError, match=rf"policy\[0\]\.protect: method {method} cannot use it"):
+    with raises_code(
+        "policy-unused-field", says=f"policy\\[0\\]\\.protect: method {method} cannot use it", kind=PolicyError
+    ):
         apply_milora(tiny_llama()[0], [rule])
 
 
@@ -69,7 +74,12 @@ def test_a_later_method_drops_what_it_cannot_protect() -> None:
 
 
 def test_more_directions_than_a_matrix_has_are_refused(tiny_llama) -> None:
-    with pytest.raises(PolicyError, match=r"protect: top 20 and rank 13 are more directions than the 32 of shape"):
+    with raises_code(
+        "policy-protect",
+        where="protect",
+        message="top 20 and rank 13 are more directions than the 32 of shape",
+        kind=PolicyError,
+    ):
         apply_milora(tiny_llama()[0], one_rule(rank=13, protect={"top": 20}))
     with torch.device("meta"):
         bare = nn.Sequential(nn.Linear(10, 12))

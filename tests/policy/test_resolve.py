@@ -6,6 +6,7 @@ from torch import nn
 
 from milora_vl.policy import Policy, PolicyError, Target
 from support.adapter_cases import LLAVA_POLICY
+from support.problems import raises_code
 
 LM = "model.language_model.layers"
 
@@ -192,7 +193,7 @@ def test_a_weight_shared_with_another_module_is_refused(tiny_llama) -> None:
     ],
 )
 def test_convolutions_that_peft_gets_wrong_are_refused_by_name(layer: nn.Module, message: str) -> None:
-    with pytest.raises(PolicyError, match=f"{message}.*: 0\n"):
+    with raises_code("policy-no-adapter", says=f"{message}.*: 0\n", kind=PolicyError):
         Policy.parse([{"modules": "0", "method": "milora", "rank": 2}]).resolve(nn.Sequential(layer))
 
 

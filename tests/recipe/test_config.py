@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from milora_data.errors import UserError
 from milora_vl.recipe import schema, yaml_file
 from milora_vl.recipe.schema import Recipe, RecipeError
+from support.problems import raises_code
 
 
 def problems(content: dict) -> str:
@@ -126,7 +127,7 @@ def test_broken_yaml_is_named_with_its_line(text: str, message: str) -> None:
 
 
 def test_a_key_that_is_a_number_is_unknown() -> None:
-    with pytest.raises(UserError, match=r"train\.1: unknown key"):
+    with raises_code("recipe-unknown-key", where="train.1", message="unknown key"):
         Recipe.parse({"train": {1: 2}})
 
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 import llava_recipes
-from milora_data.errors import UserError
 from milora_vl.models.loading import config_of
 from milora_vl.train.command import main
 from support.launched import needs_deepspeed
+from support.problems import raises_code
 
 SCRIPTS: dict[str, dict[str, str]] = json.loads(
     (Path(__file__).parents[1] / "reference" / "llava_scripts.json").read_text(encoding="utf-8")
@@ -154,10 +154,10 @@ def test_a_script_that_starts_from_parts_resumes_with_the_same_words(parts: dict
     shutil.rmtree(run / "checkpoint-2")
     (run / "adapter_model.safetensors").unlink()
     chosen["resume_from_checkpoint"] = "true"
-    with pytest.raises(UserError, match=r"policy\[0\].rank +4 +2\n"):
+    with raises_code("resume-other-settings", says=r"policy\[0\].rank +4 +2\n"):
         tiny_run(script, place, **chosen, lora_r="2")
     tower = shutil.copytree(parts["vision_tower"], place / "other-clip")
-    with pytest.raises(UserError, match=r"(?s)model .*parts.vision_tower +none"):
+    with raises_code("resume-other-settings", says=r"(?s)model .*parts.vision_tower +none"):
         tiny_run(script, place, **{**chosen, "vision_tower": str(tower)})
     tiny_run(script, place, **chosen)
     assert (run / "adapter_model.safetensors").is_file()
@@ -212,18 +212,26 @@ def test_full_training_from_parts(parts: dict[str, str], place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("changed", "code", "message"),
     [
-        ({"deepspeed": "./scripts/zero9.json"}, r"--deepspeed: .*zero9.json(.|\n)*did you mean zero"),
-        ({"report_to": "wandb"}, r"--report_to: wandb needs the package wandb"),
-        ({"report_to": "tensorbord"}, r"--report_to: unknown tracker tensorbord\ndid you mean tensorboard\?"),
-        ({"pretrain_mm_mlp_adapter": "none.bin"}, r"none.bin: no projector weights"),
-        ({"mm_projector_type": "linear"}, r"only mlp2x_gelu"),
-        ({"vision_tower": "./nowhere"}, r"nowhere"),
+        (
+            {"deepspeed": "./scripts/zero9.json"},
+            "deepspeed-unknown",
+            r"--deepspeed: .*zero9.json(.|\n)*did you mean zero",
+        ),
+        ({"report_to": "wandb"}, "package-missing", r"--report_to: wandb needs the package wandb"),
+        (
+            {"report_to": "tensorbord"},
+            "flag-value",
+            r"--report_to: unknown tracker tensorbord\ndid you mean tensorboard\?",
+        ),
+        ({"pretrain_mm_mlp_adapter": "none.bin"}, "projector-file", r"none.bin: no projector weights"),
+        ({"mm_projector_type": "linear"}, "flag-unsupported", r"only mlp2x_gelu"),
+        ({"vision_tower": "./nowhere"}, "model-unknown", r"nowhere"),
     ],
 )
 def test_what_is_not_there_is_told_before_anything_loads(
-    changed: dict[str, str], message: str, parts: dict[str, str], place: Path
+    changed: dict[str, str], code: str, message: str, parts: dict[str, str], place: Path
 ) -> None:
     if "report_to" in changed:
         import importlib.util
@@ -231,5 +239,5 @@ def test_what_is_not_there_is_told_before_anything_loads(
         if importlib.util.find_spec("wandb"):
             pytest.skip("wandb is installed")
     chosen = {"pretrain_mm_mlp_adapter": "", "use_cpu": "True", "lora_r": "4", **parts, **changed}
-    with pytest.raises(UserError, match=message):
+    with raises_code(code, says=message):
         main(words("scripts/v1_5/finetune_lora.sh", place, **chosen))

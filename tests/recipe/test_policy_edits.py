@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_vl.recipe.policy_edits import DEFAULT_RULES, PolicyEdits, edited
+from support.problems import raises_code
 
 PROJECTOR = {"modules": "projector", "method": "full", "learning_rate": 2e-5}
 RULES = [
@@ -68,14 +68,19 @@ def test_learning_rates_go_where_they_belong() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "edits", "message"),
+    ("rules", "edits", "code", "message"),
     [
-        (RULES, PolicyEdits(method="full", rank=8), "--rank: no effect with --method full"),
-        ([PROJECTOR], PolicyEdits(method="milora"), "no rule of the recipe makes an adapter"),
-        ([PROJECTOR], PolicyEdits(alpha=1), "--alpha: no rule"),
-        (RULES[:1], PolicyEdits(projector_learning_rate=1e-4), "no rule of the policy trains the projector"),
+        (RULES, PolicyEdits(method="full", rank=8), "flag-no-effect", "--rank: no effect with --method full"),
+        ([PROJECTOR], PolicyEdits(method="milora"), "policy-no-adapter-rule", "no rule of the recipe makes an adapter"),
+        ([PROJECTOR], PolicyEdits(alpha=1), "policy-no-adapter-rule", "--alpha: no rule"),
+        (
+            RULES[:1],
+            PolicyEdits(projector_learning_rate=1e-4),
+            "flag-no-effect",
+            "no rule of the policy trains the projector",
+        ),
     ],
 )
-def test_a_flag_without_use_is_an_error(rules: list, edits: PolicyEdits, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_a_flag_without_use_is_an_error(rules: list, edits: PolicyEdits, code: str, message: str) -> None:
+    with raises_code(code, says=message):
         edited(rules, edits)

@@ -18,6 +18,7 @@ from milora_data.images.files import ImageError, load_image
 from milora_eval.__main__ import main as evaluate
 from milora_vl import chat, export, train
 from milora_vl.forgetting.__main__ import main as forget
+from support.problems import raises_code
 
 PICTURE, DATA, FOLDER = (f"https://example.org/a/{name}" for name in ("cat.png", "data.json", "pictures"))
 Command = Callable[[list[str]], int]
@@ -47,7 +48,7 @@ def test_commands_refuse_it(command: Command, words: str, tmp_path: Path, monkey
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     record = {"id": "a", "image": "a.png", "conversations": turns}
     (tmp_path / "x.json").write_text(json.dumps([record]), encoding="utf-8")
-    with pytest.raises(UserError, match="is a web address; only files on this machine are read") as error:
+    with raises_code("path-web-address", message="is a web address; only files on this machine are read") as error:
         command(shlex.split(words))
     (address,) = [word for word in shlex.split(words) if word.startswith("https")]
     assert str(url_problem(address)) in str(error.value)
@@ -57,13 +58,13 @@ def test_commands_refuse_it(command: Command, words: str, tmp_path: Path, monkey
 
 @pytest.mark.parametrize("end", ["json", "yaml", "parquet", "tar"])
 def test_reading_records_refuses_it(end: str) -> None:
-    with pytest.raises(UserError, match=rf"^https://example.org/a.{end} is a web address"):
+    with raises_code("path-web-address", says=f"^https://example.org/a.{end} is a web address"):
         next(iter(load_records(f"https://example.org/a.{end}")))
 
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_reading_a_picture_refuses_it(kind: type) -> None:
-    with pytest.raises(ImageError, match=f"curl -L -o cat.png {PICTURE}\n"):
+    with raises_code("path-web-address", says=f"curl -L -o cat.png {PICTURE}\n", kind=ImageError):
         load_image(kind(PICTURE))
 
 

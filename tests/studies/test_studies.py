@@ -168,16 +168,16 @@ def test_arms_may_have_rates_training_and_policy_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "code", "said"),
     [
-        ({"stepz": 3}, "stepz"),
-        ({"arms": {"a": {"rnak": 3}}}, "arm a.*rnak"),
-        ({"arms": {"a": {"train": {"lr": 1}}}}, "lr"),
-        ({"seeds": 0}, "seeds"),
+        ({"stepz": 3}, "study-unknown-key", "stepz"),
+        ({"arms": {"a": {"rnak": 3}}}, "policy-unknown-key", "arm a.*rnak"),
+        ({"arms": {"a": {"train": {"lr": 1}}}}, "study-unknown-key", "lr"),
+        ({"seeds": 0}, "study-value", "seeds"),
     ],
 )
-def test_a_wrong_study_is_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_wrong_study_is_refused(changes: dict[str, Any], code: str, said: str) -> None:
+    with raises_code(code, says=said):
         small(**changes)
 
 
@@ -194,7 +194,7 @@ def test_the_list_of_studies(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_missing_data_is_told_before_any_worker_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"python -m milora_data emoji"):
+    with raises_code("data-missing-file", hint="python -m milora_data emoji"):
         command.main(["components.smol-llava"])
 
 

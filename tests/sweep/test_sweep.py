@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 
-from milora_data.errors import UserError
 from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep import page
 from milora_vl.sweep.__main__ import _remember as remember
@@ -211,29 +210,29 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
 
 @pytest.mark.usefixtures("forked_programs")
 @pytest.mark.parametrize(
-    ("change", "flags", "words"),
+    ("change", "flags", "code", "words"),
     [
-        ({}, ["--methods", "mlora"], "did you mean milora"),
-        ({}, ["--lrs", "0"], "must be positive"),
-        ({}, ["--lrs", "fast"], "expected numbers"),
-        ({"data": {"path": "train.json"}}, [], "held-out records"),
-        ({"data": {"eval_path": "val.json"}}, [], "data.path"),
-        ({"sweep": {}}, [], "sweep.suite"),
-        ({"sweep": {"suite": "emoji", "train": {"max_step": 3}}}, [], "max_step"),
-        ({}, ["--plan"], "train.json"),
-        ({}, ["--suite", "emojis"], "emoji"),
-        ({}, ["--data", "nowhere"], "not in nowhere"),
+        ({}, ["--methods", "mlora"], "sweep-unknown-method", "did you mean milora"),
+        ({}, ["--lrs", "0"], "command-line", "must be positive"),
+        ({}, ["--lrs", "fast"], "command-line", "expected numbers"),
+        ({"data": {"path": "train.json"}}, [], "sweep-recipe-incomplete", "held-out records"),
+        ({"data": {"eval_path": "val.json"}}, [], "sweep-recipe-incomplete", "data.path"),
+        ({"sweep": {}}, [], "sweep-recipe-incomplete", "sweep.suite"),
+        ({"sweep": {"suite": "emoji", "train": {"max_step": 3}}}, [], "recipe-unknown-key", "max_step"),
+        ({}, ["--plan"], "sweep-cell-cannot-run", "train.json"),
+        ({}, ["--suite", "emojis"], "eval-unknown-suite", "emoji"),
+        ({}, ["--data", "nowhere"], "eval-missing-files", "not in nowhere"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
-    change: dict[str, Any], flags: list[str], words: str, tmp_path: Path
+    change: dict[str, Any], flags: list[str], code: str, words: str, tmp_path: Path
 ) -> None:
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**RECIPE, **change}))
     (tmp_path / "test.json").write_text("[]")
     (tmp_path / "images").mkdir()
     given = ["--recipe", str(tmp_path / "r.yaml"), "--methods", "milora", "--lrs", "1e-3", "--data", str(tmp_path)]
     given += flags
-    with pytest.raises(UserError, match=words):
+    with raises_code(code, says=words):
         main([*given, "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -281,16 +280,18 @@ def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "words"),
+    ("name", "fields", "code", "words"),
     [
-        ("whole", {"method": "full", "protect": {"top": 4}}, "protect: no effect"),
-        ("whole", {"method": "full", "weight_deca": 0.1}, "weight_deca: no effect"),
-        ("a/b", {"method": "lora"}, "cannot hold a /"),
+        ("whole", {"method": "full", "protect": {"top": 4}}, "policy-unused-field", "protect: no effect"),
+        ("whole", {"method": "full", "weight_deca": 0.1}, "policy-unused-field", "weight_deca: no effect"),
+        ("a/b", {"method": "lora"}, "sweep-variant-name", "cannot hold a /"),
     ],
 )
-def test_variants_that_would_be_ignored_or_cannot_be_kept(name: str, fields: dict[str, Any], words: str) -> None:
+def test_variants_that_would_be_ignored_or_cannot_be_kept(
+    name: str, fields: dict[str, Any], code: str, words: str
+) -> None:
     recipe = Recipe.parse({**RECIPE, "sweep": {"suite": "emoji", "variants": {name: fields}}})
-    with pytest.raises(UserError, match=words):
+    with raises_code(code, says=words):
         recipe_of(recipe, Cell(name, 1e-3, None, 7))
 
 

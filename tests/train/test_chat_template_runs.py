@@ -154,7 +154,7 @@ def test_a_tokenizer_without_one_is_refused_before_weights_load(
             UserError, match=f"--template: chat_template does not work: {model} has no chat template(.|\n)*vicuna_v1"
         ):
             main([*flags, *more])
-    with pytest.raises(UserError, match=f"--template: chat_template does not work: {model} has no chat template"):
+    with raises_code("template-missing", says=f"--template: chat_template does not work: {model} has no chat template"):
         main(["--model", model, "--template", "chat_template", "--rank", "4", "--dry-run"])
     assert not (tmp_path / "run").exists()
 

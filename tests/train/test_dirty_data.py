@@ -10,7 +10,6 @@ import pytest
 
 from milora_data.__main__ import main as data_main
 from milora_data.check.command import check_for_training, scan
-from milora_data.errors import UserError
 from milora_data.sources import load_records
 from milora_vl.train.command import main
 from support import dirty_data
@@ -81,12 +80,12 @@ def test_bytes_that_are_not_utf8_cost_their_record_of_a_list(tmp_path: Path) -> 
     path.write_bytes(b"[" + b",\n".join([good, good.replace(b"Yes", b"Ou\xef"), good.replace(b"Yes", b"No")]) + b"]")
     assert data_main(["check", str(path), "--fix", str(out)]) == 1
     assert [record.turns[1].text for record in load_records(out)] == ["Yes.", "No."]
-    with pytest.raises(UserError, match=r"train.json:2: not UTF-8 \(byte 0xef"):
+    with raises_code("data-not-utf8", where="train.json:2", message="not UTF-8 (byte 0xef"):
         list(load_records(path))
 
 
 def test_a_finding_is_understood_alone(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(dirty_data.ask("Half \ud83d?", "Yes.")) + "\n")
-    with pytest.raises(UserError, match=r"train.jsonl:1: text that is not valid Unicode .*: turn 1"):
+    with raises_code("data-broken-records", says=r"train.jsonl:1: text that is not valid Unicode .*: turn 1"):
         check_for_training(path)

@@ -109,7 +109,7 @@ def test_a_record_with_a_broken_one_is_left_out_by_file_and_line(fault: str, tmp
     content = json.loads(captured.out)
     assert (content["records"], content["left_out"]) == (2, 1)
     dump_lines(data, [asked(BROKEN[fault])])
-    with pytest.raises(UserError, match=f"no record (.|\n)*{data}:1: "):
+    with raises_code("convert-no-records", says=f"no record (.|\n)*{data}:1: "):
         convert(data, tmp_path / "none")
     assert not (tmp_path / "none" / "images").exists()
 
@@ -191,19 +191,23 @@ def test_check_counts_them_and_offers_the_command(tmp_path: Path, capsys: Any) -
 def test_questions_of_a_benchmark_get_the_command_too(kind: str, tmp_path: Path) -> None:
     row = {"image": url("red") * 9, "question": "What colour?", "answer": "Red."}
     dump(tmp_path / "mine.json", [in_llavas(url("red") * 9) if kind == "llava" else row])
-    with pytest.raises(DataError, match=f"question 1: .*base64(.|\n)*convert --from {kind} .*mine.json"):
+    with raises_code(
+        "image-embedded", says=f"question 1: .*base64(.|\n)*convert --from {kind} .*mine.json", kind=DataError
+    ):
         OwnData(str(tmp_path / "mine.json")).load(tmp_path)
 
 
 def test_pictures_of_the_web_are_said_not_to_be_fetched(tmp_path: Path, capsys: Any) -> None:
     address = "https://example.org/pictures/cat.png?token=" + 200 * "x"
     dump_lines(tmp_path / "m.jsonl", [asked(address)])
-    with pytest.raises(UserError, match=r"m.jsonl:1: .*https://example.org/pictures/cat.png(.|\n)*download") as caught:
+    with raises_code(
+        "convert-no-records", says=r"m.jsonl:1: .*https://example.org/pictures/cat.png(.|\n)*download"
+    ) as caught:
         convert(tmp_path / "m.jsonl", tmp_path / "out")
     assert "xxx" not in str(caught.value)
     dump_lines(tmp_path / "l.jsonl", [in_llavas(address)])
     flags = ["--rank", "4", "--data_path", str(tmp_path / "l.jsonl"), "--image_folder", str(tmp_path)]
-    with pytest.raises(DataError, match="web address(.|\n)*download") as caught:
+    with raises_code("data-missing-pictures", says="web address(.|\n)*download", kind=DataError) as caught:
         train(training(tmp_path, tmp_path / "run", *flags))
     assert "xxx" not in str(caught.value)
     assert main(["check", str(tmp_path / "l.jsonl")]) == 1

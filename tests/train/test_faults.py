@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from milora_data.errors import UserError
 from milora_vl.checkpoints import num_processes, why_incomplete, zero_stage
 from milora_vl.plan import launch, resuming
 from milora_vl.train import failures
@@ -145,7 +144,7 @@ def test_a_sharded_checkpoint_needs_all_its_shards(stage: int, tmp_path: Path) -
 def test_other_processes_or_another_stage_are_refused_or_told(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "a", 2, 3)
     assert resuming.check(folder, processes=2, stage=3) == []
-    with pytest.raises(UserError, match=r"2 parts.*now there are 4 processes\n.*start 2 processes"):
+    with raises_code("resume-other-processes", says=r"2 parts.*now there are 4 processes\n.*start 2 processes"):
         resuming.check(folder, processes=4, stage=3)
     for stage in (0, 1, 2):
         with raises_code("resume-other-zero-stage", hint="--deepspeed zero3"):
@@ -181,5 +180,5 @@ def test_an_optimizer_in_deepspeeds_file_gives_way_to_the_rules_and_that_is_said
         "deepspeed: its scheduler has no effect; use --lr_scheduler_type",
     ]
     file.write_text("{")
-    with pytest.raises(UserError, match=r"zero3.json is not a JSON file: .*line 1"):
+    with raises_code("deepspeed-settings", says=r"zero3.json is not a JSON file: .*line 1"):
         launch.deepspeed_settings(str(file))

@@ -12,7 +12,6 @@ from PIL import Image
 from milora_data.__main__ import main as data_main
 from milora_data.check.command import check_for_training, scan
 from milora_data.check.pictures import MissingImages
-from milora_data.errors import UserError
 from milora_data.images.files import ImageError, load_image, picture_size
 from milora_data.sources import mixed_records, read_sources
 from milora_vl.train.command import main
@@ -71,12 +70,18 @@ def test_check_finds_empty_files_with_and_without_decoding(how: Any, with_empty:
 
 
 def test_the_message_names_the_files_of_records(tiny_data: Path) -> None:
-    with pytest.raises(MissingImages, match=f"{tiny_data / 'val.json'}:1.*: 4 of 4 pictures are missing"):
+    with raises_code(
+        "data-missing-pictures", says=f"{tiny_data / 'val.json'}:1.*: 4 of 4 pictures are missing", kind=MissingImages
+    ):
         check_for_training(tiny_data / "val.json", tiny_data)
     mixture = [{"path": name, "image_folder": "elsewhere"} for name in ("train.json", "val.json")]
     dump(tiny_data / "mix.yaml", {"sources": mixture})
     mixed = list(mixed_records(*read_sources(tiny_data / "mix.yaml")))
-    with pytest.raises(MissingImages, match=f"files name them: {tiny_data / 'train.json'}, {tiny_data / 'val.json'}"):
+    with raises_code(
+        "data-missing-pictures",
+        says=f"files name them: {tiny_data / 'train.json'}, {tiny_data / 'val.json'}",
+        kind=MissingImages,
+    ):
         check_for_training(mixed, tiny_data)
 
 
@@ -89,12 +94,14 @@ def large(path: Path) -> Path:
 def test_a_picture_that_is_too_large_is_refused_in_our_words(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
     name = large(tiny_data / "images" / "0.png")
     for read in (load_image, picture_size):
-        with pytest.raises(ImageError, match=r"400 megapixels, .* 178 (.|\n)*smaller") as caught:
+        with raises_code("image-unreadable", says=r"400 megapixels, .* 178 (.|\n)*smaller", kind=ImageError) as caught:
             read(name)
         assert "bomb" not in str(caught.value)
     assert data_main(["check", str(tiny_data / "train.json")]) == 1
     shown = capsys.readouterr().out
     assert "0.png: it has 400 megapixels" in shown
     assert "bomb" not in shown
-    with pytest.raises(UserError, match=r"400 megapixels(.|\n)*needed by .*train.json:1, record 1; --bad_images skip"):
+    with raises_code(
+        "image-unreadable", says=r"400 megapixels(.|\n)*needed by .*train.json:1, record 1; --bad_images skip"
+    ):
         main(training(tiny_data, tmp_path / "run", "--rank", "4"))

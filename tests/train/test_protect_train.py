@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from milora_data.errors import UserError
 from milora_vl import load_adapter
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.cost import workload_of
@@ -24,6 +23,7 @@ from milora_vl.report.tables import policy_table
 from milora_vl.tiny import tiny_llava
 from milora_vl.train.command import main
 from support.launched import KINDS, needs_deepspeed, train_in_two
+from support.problems import raises_code
 from support.protected import FORMS, HARD, TOP, overlaps
 from support.train_runs import losses, read_json, training
 
@@ -103,7 +103,7 @@ def test_the_plan_counts_its_memory(tiny_llama) -> None:
 def test_shards_are_refused_before_anything_is_written(
     form: Any, flag: list[str], message: str, tiny_data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with raises_code("protect-sharded", says=message):
         main(training(tiny_data, tmp_path / "run", "--policy", rules(form), *flag))
     assert not (tmp_path / "run").exists()
 
@@ -129,5 +129,7 @@ def test_flags_keep_it_where_the_method_can_use_it(tiny_llava) -> None:
     changed = {method: edited(given, PolicyEdits(method=method)) for method in ("lora", "dora", "full")}
     assert changed["lora"][0]["protect"] == FORMS[0]
     assert "protect" not in changed["full"][0]
-    with pytest.raises(PolicyError, match=r"policy\[0\]\.protect: method dora cannot use it"):
+    with raises_code(
+        "policy-unused-field", where="policy[0].protect", message="method dora cannot use it", kind=PolicyError
+    ):
         Policy.parse_and_resolve(changed["dora"], tiny_llava()[0])

@@ -48,7 +48,7 @@ def test_a_second_training_in_the_folder_is_refused_and_changes_nothing(tiny_dat
         assert holder.stdout.readline() == "held\n"
         before = file_contents(run)
         for resume in ([], ["--resume_from_checkpoint", "auto"]):
-            with pytest.raises(UserError, match=f"process {holder.pid} on") as raised:
+            with raises_code("run-in-use", says=f"process {holder.pid} on") as raised:
                 main([*words, *resume])
             assert raised.value.first.code == "run-in-use"
         with raises_code("run-in-use", message="another training runs"):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_vl.plan import resuming
 from support.launched import ENVIRONMENT, free_port
+from support.problems import raises_code
 from support.programs import Program
 from support.train_runs import losses, training
 
@@ -73,6 +73,6 @@ def test_the_others_report_a_process_that_does_not_answer(tiny_data: Path, tmp_p
 
 def test_machines_that_find_different_checkpoints_do_not_resume() -> None:
     resuming.require_same_checkpoint(Path("run"), ["checkpoint-2", "checkpoint-2"])
-    with pytest.raises(UserError, match="rank 0: checkpoint-2, rank 1: none") as caught:
+    with raises_code("resume-other-checkpoints", message="rank 0: checkpoint-2, rank 1: none") as caught:
         resuming.require_same_checkpoint(Path("run"), ["checkpoint-2", None])
     assert caught.value.problems[0].code == "resume-other-checkpoints"

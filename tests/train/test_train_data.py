@@ -17,6 +17,7 @@ from milora_data.records import Record
 from milora_vl.plan import run_data
 from milora_vl.recipe.schema import DataConfig
 from milora_vl.train.command import main
+from support.problems import raises_code
 from support.train_runs import lengthen_data, losses, training
 
 
@@ -102,7 +103,7 @@ def test_records_that_are_none_cost_themselves_alone_in_a_mixture_too(
     assert main(training(tiny_data, tmp_path / "run", *extra, "--bad_images", "skip")) == 0
     assert "3 broken records skipped" in capfd.readouterr().err
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["data"]["train"] == 12
-    with pytest.raises(UserError, match=r"dirty.jsonl:1: "):
+    with raises_code("record-no-conversations", where="dirty.jsonl:1"):
         main(training(tiny_data, tmp_path / "raise", *extra))
 
 
@@ -119,7 +120,7 @@ def test_a_stream_without_a_usable_record_says_why(tiny_data: Path, tmp_path: Pa
     turns = [{"from": "human", "value": "<image>\n<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     records = [{"id": str(n), "image": ["0.png", "1.png", "2.png"], "conversations": turns} for n in range(5)]
     (tiny_data / "train.json").write_text(json.dumps(records))
-    with pytest.raises(UserError, match="number of <image> differs|2 <image>") as error:
+    with raises_code("data-all-records-left-out", says="number of <image> differs|2 <image>") as error:
         main(training(tiny_data, tmp_path / "run", "--rank", "4", "--streaming", "--bad_images", "skip"))
     assert error.value.problems[0].code == "data-all-records-left-out"
 

@@ -13,6 +13,7 @@ from milora_data.errors import UserError
 from milora_vl.train.command import main
 from support import dirty_data
 from support.launched import launched
+from support.problems import raises_code
 from support.train_runs import lengthen_data, losses, training
 
 pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)
@@ -37,7 +38,7 @@ def test_it_resumes_in_the_middle_of_an_epoch(
     half = training(tiny_data, tmp_path / "half", *extra)
     assert main([*half, "--resume_from_checkpoint", str(tmp_path / "half" / "checkpoint-3")]) == 0
     assert losses(tmp_path / "half") == losses(tmp_path / "whole")
-    with pytest.raises(UserError, match="dataloader_num_workers"):
+    with raises_code("resume-other-settings", message="dataloader_num_workers"):
         main([*half, "--dataloader_num_workers", "1", "--max_steps", "9", "--resume_from_checkpoint", "true"])
 
 
@@ -62,7 +63,7 @@ def test_dirt_in_a_stream_costs_no_run_and_is_counted(policy: str, tmp_path: Pat
 
 def test_by_default_the_first_broken_record_is_told_before_the_model_loads(tmp_path: Path) -> None:
     path = dirty_data.make(tmp_path / "dirty")
-    with pytest.raises(UserError, match=r"train.jsonl:\d+"):
+    with raises_code("json-syntax", says=r"train.jsonl:\d+"):
         main(training(path.parent, tmp_path / "run", "--data_path", str(path), "--rank", "4", "--streaming"))
     assert not (tmp_path / "run").exists()
 

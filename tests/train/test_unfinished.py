@@ -27,6 +27,7 @@ from milora_vl.forgetting.__main__ import main as forget
 from milora_vl.lora.errors import AdapterError
 from milora_vl.models.projector import projector_file, save_projector
 from support.adapter_cases import move
+from support.problems import raises_code
 
 CHAT, FORGETTING = "python -m milora_vl.chat", "python -m milora_vl.forgetting"
 Command = Callable[[list[str]], int]
@@ -73,7 +74,7 @@ def test_commands_name_the_newest_checkpoint(run: Path, command: Command, words:
 
 def test_a_checkpoint_of_a_full_training_is_no_adapter(run: Path) -> None:
     load_model("tiny")[0].save_pretrained(run / "checkpoint-12")
-    with pytest.raises(UserError, match="use it:    --model run/checkpoint-12\n"):
+    with raises_code("adapter-missing", hint="use it:    --model run/checkpoint-12\n"):
         chat.main(["--model", "tiny", "--adapter", str(run), "hi"])
 
 
@@ -96,7 +97,7 @@ def test_an_export_of_a_checkpoint_lies_where_no_later_save_deletes_it(run: Path
 
 
 def test_loading_a_run_that_has_not_finished_names_the_newest_checkpoint_by_its_number(run: Path) -> None:
-    with pytest.raises(AdapterError, match=r"did you mean run/checkpoint-10\?"):
+    with raises_code("adapter-missing-file", hint="did you mean run/checkpoint-10?", kind=AdapterError):
         load_adapter(load_model("tiny")[0], run)
 
 
@@ -106,9 +107,9 @@ def test_a_finished_run_is_no_unfinished_one(run: Path) -> None:
 
 
 def test_a_projector_is_looked_for_in_the_checkpoints_of_its_run(run: Path) -> None:
-    with pytest.raises(UserError, match="run: no projector weights") as error:
+    with raises_code("projector-file", where="run", message="no projector weights") as error:
         projector_file(run)
     assert "checkpoint" not in str(error.value)
     save_projector(load_model("tiny")[0], run / "checkpoint-11")
-    with pytest.raises(UserError, match="use it:    --projector_weights run/checkpoint-11"):
+    with raises_code("projector-file", hint="use it:    --projector_weights run/checkpoint-11"):
         projector_file(run)

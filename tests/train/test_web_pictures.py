@@ -106,7 +106,7 @@ def test_what_is_no_picture_is_an_error_of_that_picture(
 ) -> None:
     monkeypatch.setattr(download, "MOST_BYTES", 4000)
     monkeypatch.setattr(download, "MOST_SECONDS", 0.3)
-    with pytest.raises(ImageError, match=reason) as error:
+    with raises_code("image-unreadable", says=reason, kind=ImageError) as error:
         load_image(WebPicture(f"{server}/{name}?token=secret"))
     assert error.value.first.code == "image-unreadable"
     assert error.value.first.where == f"{server}/{name}"
