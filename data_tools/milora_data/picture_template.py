@@ -28,7 +28,7 @@ from milora_data.tokens import eos_text
 _PLACEHOLDER = "\ue000{}\ue001"
 _PLACEHOLDERS = re.compile("\ue000[0-9]+\ue001")
 # The mark of a video in the texts of turns.
-VIDEO_MARK = "\ue002"
+VIDEO_MARK = "\ue000video\ue001"
 _MOST_FORMS = 1024  # of conversations, whose template text is kept
 # A picture and the line break that belongs to its marker: LLaVA's records have "<image>\ntext" or "text\n<image>".
 _MARKERS = re.compile(f"({IMAGE}|{VIDEO_MARK})\n|\n?({IMAGE}|{VIDEO_MARK})")

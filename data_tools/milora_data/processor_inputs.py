@@ -37,6 +37,16 @@ def _video_token(processor: Any) -> str | None:
         return None
 
 
+def _tokens_of_pictures(processor: Any) -> set[str]:
+    """Return the tokens that a processor or its tokenizer names as that of a picture: in texts, and in ids."""
+    tokenizer, named = processor.tokenizer, {str(processor.image_token)}
+    if "image_token" in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        named.add(str(tokenizer.image_token))
+    if "image_token_id" in dir(processor):
+        named.add(str(tokenizer.convert_ids_to_tokens(processor.image_token_id)))
+    return named
+
+
 class ProcessorInputs:
     """The inputs of a model for texts with pictures, as its processor makes them."""
 
@@ -53,6 +63,7 @@ class ProcessorInputs:
         self.format = prompt_format(processor)
         self.placeholder = str(processor.image_token)
         self.video_placeholder = _video_token(processor)
+        self.expanded = _tokens_of_pictures(processor) - {self.placeholder, str(self.video_placeholder)}
         self._counts: dict[tuple[int, int], int] = {}
         self._video_counts: dict[tuple[int, float | None, int, int], int] = {}
 
@@ -160,6 +171,11 @@ class ProcessorInputs:
                 code="chat-template-no-pictures",
                 hint="it may take pictures only in turns of the user",
             )
+        for token in self.expanded:
+            if token in text:
+                raise DataError(
+                    f"a text contains the token of a part of a picture ({token})", code="record-image-token-in-text"
+                )
 
     def num_text_tokens(self, rendered: Rendered) -> int:
         """Return the number of tokens of a text without its pictures."""

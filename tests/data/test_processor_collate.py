@@ -201,9 +201,10 @@ ANSWERS: dict[str, Callable[[str], str]] = {
 }
 SPECIAL = ["<|im_end|>", "<|im_start|>user\n", "<end_of_turn>", "<end_of_utterance>", "[INST]", "</s>", "<s>", "<pad>"]
 BLANKS = ["", " ", "\n", "\u3000", " two  words \n", "\n\n* a\n", "\t"]
+UNUSUAL = ["漢字🙂", "e\u0301", "\u202eab", "{{ x }}", "{% if %}", "\\n", "\ue002", "\ue0000\ue001"]
 TEXTS = st.one_of(
     st.text(max_size=12),
-    st.sampled_from([*SPECIAL, *BLANKS, "漢字🙂", "e\u0301", "\u202eab", "{{ x }}", "{% if %}", "\\n"]),
+    st.sampled_from([*SPECIAL, *BLANKS, *UNUSUAL]),
     st.tuples(st.sampled_from(SPECIAL), st.text(max_size=3)).map("".join),
 ).filter(lambda text: "<image>" not in text and not any("\ud800" <= char <= "\udfff" for char in text))
 SIDE = st.integers(8, 70)
@@ -334,6 +335,14 @@ def test_a_record_that_does_not_fit_is_named(turns: Any, images: list[str], code
     with pytest.raises(DataError) as error:
         collator.num_tokens(value)
     assert (error.value.first.code, error.value.first.where) == (code, "data.json:7")
+
+
+@pytest.mark.parametrize(("name", "token"), [("gemma3", "<image_soft_token>"), ("aya_vision", "<|IMG_PATCH|>")])
+def test_a_text_with_the_token_of_an_expanded_picture_is_refused(name: str, token: str, make: Any) -> None:
+    """The model would count it as a part of a picture."""
+    for images, question in ((["0.png"], f"<image>\nA {token}?"), ([], f"A {token}?")):
+        with raises_code("record-image-token-in-text", message=token, kind=DataError):
+            make(name)([record([("human", question), ("gpt", "B")], images)])
 
 
 def test_a_processor_without_a_chat_template_is_refused() -> None:
