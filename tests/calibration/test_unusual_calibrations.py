@@ -230,7 +230,7 @@ def of_run(base: nn.Module, processor: Any, folder: Path, **keys: Any) -> Any:
 def test_a_run_says_what_has_no_effect_and_what_is_empty(tiny_llama: Any, tmp_path: Path, capfd: Any) -> None:
     base, tokenizer = tiny_llama()
     (tmp_path / "empty.json").write_text("[]")
-    with raises_code("calibration-empty", where="empty.json", hint="name files with text"):
+    with raises_code("calibration-empty", where="calibration.data", message="empty.json", hint="name files with text"):
         of_run(base, tokenizer, tmp_path, data=str(tmp_path / "empty.json"))
     with raises_code("calibration-empty", hint="the base model then writes"):
         of_run(base, tokenizer, tmp_path, samples=0, pictures=3)

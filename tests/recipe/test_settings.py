@@ -155,7 +155,7 @@ def test_a_frozen_projector_alone_leaves_the_default_adapters() -> None:
         ("--recipe tiny-test --lora_enable True", "flag-conflict", "--lora_enable", "the recipe"),
         ("--lora_enable True --mm_use_im_start_end True", "flag-unsupported", "--mm_use_im_start_end", "got True"),
         ("--lora_enable True --bits 5", "flag-value", "--bits", "expected 16, 8 or 4, got 5"),
-        ("--recipe tniy-test", "recipe-unknown", "", "did you mean tiny-test"),
+        ("--recipe tniy-test", "recipe-unknown", "--recipe", "did you mean tiny-test"),
         ("--policy none.yaml", "path-missing", "--policy", "none.yaml"),
         ("--model tiny --rank 4 --learning_rate nan", "flag-value", "--learning_rate", "expected a number, got 'nan'"),
         ("--model tiny --rank 4 --max_steps inf", "flag-value", "--max_steps", "expected a whole number, got 'inf'"),

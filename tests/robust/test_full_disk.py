@@ -85,7 +85,7 @@ def test_features_that_do_not_fit_are_told_and_the_complete_ones_are_used(
     pages = [-(-file.stat().st_size // 4096) for file in files]
     disk = small_disk(4096 * (sum(pages) - 2 * max(pages)))
     cached = [*words, "--feature_cache", str(disk)]
-    with raises_code("disk-full", where="data.feature_cache"):
+    with raises_code("disk-full", where="--feature_cache"):
         train(training(tiny_data, tmp_path / "run", *cached))
     assert not (tmp_path / "run").exists()
     left = [file for file in disk.rglob("*") if file.is_file()]

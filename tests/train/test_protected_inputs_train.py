@@ -140,7 +140,7 @@ def test_the_calibration_shares_no_text_with_the_probe_of_forgetting(tiny_data: 
         assert calibration.shares_probe_text(book)
         part = " ".join(book.split()[100 * number : 100 * number + 40])
         (tmp_path / "copied.txt").write_text(f"Once upon a time. {part}")
-        with raises_code("calibration-probe-text", where="copied.txt"):
+        with raises_code("calibration-probe-text", where="calibration.text", message="copied.txt"):
             calibrated(recipe(tiny_data, text=[str(tmp_path / "copied.txt")]))
     questions = {turn.text for record in drawn_questions(tmp_path / "drawn") for turn in record.turns}
     assert not any(calibration.QUESTION in question for question in questions)
