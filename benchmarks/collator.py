@@ -1,19 +1,28 @@
 """Records per second of `ProcessorCollator` and of TRL's collator, with one processor and the same files.
 
-python benchmarks/collator.py [--records 32] [--repeats 3]    prints a JSON line; needs trl, which is not an extra
+python benchmarks/collator.py [--records 16] [--repeats 3]    prints a JSON line; needs trl, which is not an extra
 
 The processor is Qwen2.5-VL's with its published chat template, which TRL ships, and SmolLM2's tokenizer with Qwen's
 special tokens. Both collators read the same JPEG files, in turns; labels are compared before. TRL supervises the line
 break after an answer too, which ours does not.
+
+Each runs in a process of its own with one thread, as in a loader process: there, our collator keeps freed memory.
+`trl_kept` is TRL's collator in such a process. `floor` reads the pictures and calls the processor once, with texts that
+are already written: no collator that uses the processor can be faster. Seconds are processor time, which another
+program on the machine disturbs little.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -23,7 +32,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
+from milora_data.memory import keep_freed_memory
 from milora_data.processor_collate import ProcessorCollator
+from milora_data.records import parse_record
 from milora_vl.models import loading
 
 TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -31,52 +42,100 @@ TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|
 ANSWER = "The picture shows a street with parked cars, two people with umbrellas, and a shop on the corner. "
 SIZES = ((224, 224), (640, 480))
 BATCH = 8
+collate: Callable[[list[dict[str, Any]]], Any]  # of this process
+
+
+WAYS = ("ours", "trl", "trl_kept", "floor")
 
 
 def main() -> None:
     """Measure and print the figures."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--records", type=int, default=32)
+    options.add_argument("--records", type=int, default=16)
     options.add_argument("--repeats", type=int, default=3)
     chosen = options.parse_args()
-    torch.set_num_threads(1)  # as in a loader process
     with tempfile.TemporaryDirectory() as folder:
+        write_pictures(Path(folder))
         print(json.dumps(measured(Path(folder), chosen.records, chosen.repeats)))
 
 
-def measured(folder: Path, count: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Return records per second of both collators, and their ratio, by kind of record."""
-    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
-
-    templates = files("trl") / "chat_templates"
-    processor = qwen_processor((templates / "qwen2_5_vl.jinja").read_text(encoding="utf-8"))
-    theirs = DataCollatorForVisionLanguageModeling(
-        processor,
-        assistant_only_loss=True,
-        chat_template=(templates / "qwen2_5_vl_training.jinja").read_text(encoding="utf-8"),
-    )
-    ours = ProcessorCollator(processor, image_folder=folder)
+def write_pictures(folder: Path) -> None:
+    """Write one JPEG file of each size."""
     for width, height in SIZES:
         noise = Image.effect_noise((width // 8, height // 8), 60).convert("RGB")
         noise.resize((width, height)).save(folder / f"{width}.jpg", quality=90)
+
+
+def measured(folder: Path, count: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Return records per second of each way, and the ratio of both collators, by kind of record."""
     kinds = {
         "224 x 224 pixels, 1 answer": [record(1, "224.jpg")] * count,
         "640 x 480 pixels, 1 answer": [record(1, "640.jpg")] * count,
         "640 x 480 pixels, 10 long answers": [record(10, "640.jpg")] * count,
+        "text, 1 answer": [record(1, None)] * count,
         "text, 10 long answers": [record(10, None)] * count,
     }
-    results = {}
-    for kind, values in kinds.items():
-        require_same(ours(values[:BATCH]), theirs([opened(folder, value) for value in values[:BATCH]]), processor)
-        batches = [values[start : start + BATCH] for start in range(0, count, BATCH)]
-        read = [
-            lambda batch: ours(batch),
-            lambda batch: theirs([opened(folder, value) for value in batch]),
-        ]
-        pairs = [[timed(collate, batches) for collate in read] for _ in range(repeats)]
-        fast, slow = (median(seconds) for seconds in zip(*pairs, strict=True))
-        results[kind] = {"ours": count / fast, "trl": count / slow, "ratio": slow / fast}
+    new = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        processes = {
+            way: stack.enter_context(ProcessPoolExecutor(1, new, initializer=prepare, initargs=(way, folder)))
+            for way in WAYS
+        }
+        processes["ours"].submit(require_same, folder, [values[:BATCH] for values in kinds.values()]).result()
+        results = {}
+        for kind, values in kinds.items():
+            runs = [[processes[way].submit(timed, values).result() for way in WAYS] for _ in range(repeats + 1)]
+            seconds = dict(
+                zip(WAYS, map(median, zip(*runs[1:], strict=True)), strict=True)
+            )  # the first has the warm-up
+            rates = {way: round(count / value, 1) for way, value in seconds.items()}
+            results[kind] = rates | {"ratio": round(seconds["trl"] / seconds["ours"], 2)}
     return results
+
+
+def prepare(way: str, folder: Path) -> None:
+    """Make the function that collates a batch in this process."""
+    global collate
+    torch.set_num_threads(1)
+    if way != "trl":
+        keep_freed_memory()
+    if way == "ours":
+        collate = ProcessorCollator(trl_processor(), image_folder=folder)
+    elif way == "floor":
+        bare = ProcessorCollator(trl_processor())
+        text = cache(lambda value: bare.inputs.format.render(parse_record(json.loads(value)).turns).text)
+        collate = lambda batch: processed(bare.inputs.processor, text, folder, batch)  # noqa: E731 - one of three
+    else:
+        theirs = trl_collator()
+        collate = lambda batch: theirs([opened(folder, value) for value in batch])  # noqa: E731
+
+
+def processed(processor: Any, text: Callable[[str], str], folder: Path, batch: list[dict[str, Any]]) -> object:
+    """Read the pictures of a batch and call the processor on them and the texts."""
+    images = [opened(folder, value)["images"] for value in batch]
+    texts = [text(json.dumps(value)) for value in batch]
+    return processor(text=texts, images=images if any(images) else None, padding=True, return_tensors="pt")
+
+
+def timed(values: list[dict[str, Any]]) -> float:
+    """Return the seconds of this process for all records, in batches."""
+    start = time.process_time()
+    for first in range(0, len(values), BATCH):
+        collate(values[first : first + BATCH])
+    return time.process_time() - start
+
+
+def trl_collator() -> Any:
+    """Return TRL's collator, which supervises the answers alone."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    template = (files("trl") / "chat_templates" / "qwen2_5_vl_training.jinja").read_text(encoding="utf-8")
+    return DataCollatorForVisionLanguageModeling(trl_processor(), assistant_only_loss=True, chat_template=template)
+
+
+def trl_processor() -> Any:
+    """Return the processor with the published chat template."""
+    return qwen_processor((files("trl") / "chat_templates" / "qwen2_5_vl.jinja").read_text(encoding="utf-8"))
 
 
 def qwen_processor(template: str) -> Any:
@@ -105,21 +164,16 @@ def opened(folder: Path, value: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [dict(turn) for turn in value["messages"]], "images": pictures}
 
 
-def require_same(ours: dict[str, Any], theirs: dict[str, Any], processor: Any) -> None:
-    """Compare all tensors; in labels, TRL's line break after each answer does not count."""
-    for name, tensor in theirs.items():
-        if name != "labels":
-            assert torch.equal(ours[name], tensor), name
-    differing = theirs["labels"][ours["labels"] != theirs["labels"]]
-    assert set(differing.tolist()) <= {processor.tokenizer.convert_tokens_to_ids("Ċ")}
-
-
-def timed(collate: Callable[[Any], object], batches: list[Any]) -> float:
-    """Return the seconds that a collator takes for all batches."""
-    start = time.perf_counter()
+def require_same(folder: Path, batches: list[list[dict[str, Any]]]) -> None:
+    """Compare all tensors of both collators; in labels, TRL's line break after each answer does not count."""
+    trl = trl_collator()
     for batch in batches:
-        collate(batch)
-    return time.perf_counter() - start
+        ours, theirs = collate(batch), trl([opened(folder, value) for value in batch])
+        for name, tensor in theirs.items():
+            if name != "labels":
+                assert torch.equal(ours[name], tensor), name
+        differing = theirs["labels"][ours["labels"] != theirs["labels"]]
+        assert set(differing.tolist()) <= {trl.processor.tokenizer.convert_tokens_to_ids("Ċ")}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from milora_data.errors import UserError
+from milora_data.command.cli import did_you_mean, suggest
+from milora_data.errors import Problem, UserError
 from milora_data.json_text import parse_json
 from milora_vl.checkpoints import holds_weights, newest_checkpoint, step_of
 
@@ -16,6 +17,7 @@ CONFIG = "adapter_config.json"  # of PEFT, also in LLaVA's folders
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA = "non_lora_trainables.bin"  # of LLaVA: what it trained beside the LoRA
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+EXPECTED = f"expected a folder with {CONFIG}, for example the output_dir of a run"
 
 
 def has_config(folder: Path) -> bool:
@@ -46,6 +48,67 @@ def holds_residual(folder: Path) -> bool:
 def holds_projector_alone(folder: Path) -> bool:
     """Return whether `folder` holds a projector and no adapter."""
     return not has_config(folder) and any((folder / name).is_file() for name in PROJECTOR_FILES)
+
+
+def require_adapter(folder: Path, flag: str, *call: object) -> None:
+    """Raise UserError, at `flag`, unless `folder` holds an adapter of any origin, or a projector.
+
+    `call` comes before the newest checkpoint of an unfinished run in the command that the hint suggests.
+    """
+    problem = not_a_folder(folder, flag)
+    if problem is None and not (holds_adapter(folder) or holds_projector_alone(folder) or holds_residual(folder)):
+        problem = no_adapter_in(folder, flag, *call)
+    if problem is not None:
+        raise UserError(problems=[problem])
+
+
+def require_no_base(model: str, adapter: object, base: str | None) -> None:
+    """Raise UserError for the flag --base beside an adapter, whose base is --model."""
+    if base is not None and (adapter is not None or holds_adapter(Path(model))):
+        raise UserError(
+            "this flag is for a fully trained --model; the base of an adapter is its --model",
+            code="flag-conflict",
+            where="--base",
+            hint="remove it",
+        )
+
+
+def not_a_folder(folder: Path, flag: str = "") -> Problem | None:
+    """Return the problem of the name of an adapter that is no folder, at `flag` (default: at the folder)."""
+    if folder.is_dir():
+        return None
+    named = f": {folder}" if flag else ""
+    code, where = "adapter-no-folder", flag or str(folder)
+    if folder.exists():
+        has_adapter = holds_adapter(folder.parent)
+        hint = f"use its folder: {folder.parent}" if has_adapter else EXPECTED
+        return Problem(f"this is a file, but an adapter is a folder{named}", code, where, hint)
+    beside = [path for path in sorted(folder.parent.glob("*")) if path.is_dir() and holds_adapter(path)]
+    near = suggest(folder.name, [path.name for path in beside])
+    hint = did_you_mean([str(folder.parent / name) for name in near])
+    others = f"adapters beside it: {', '.join(map(str, beside[:3]))}" if beside else EXPECTED
+    return Problem(f"no such adapter folder{named}", code, where, hint or others)
+
+
+def no_adapter_in(folder: Path, flag: str, *call: object) -> Problem:
+    """Return the problem of an existing folder without an adapter, with a hint about what it holds.
+
+    `flag` and `call` are as in `require_adapter`; an empty flag means the folder itself.
+    """
+    where, named = flag or str(folder), f": {folder}" if flag else ""
+    message = f"no adapter in this folder{named}"
+    newest = newest_of_unfinished(folder, *call)
+    inside = [str(path) for path in adapters_inside(folder)]
+    if newest:
+        return Problem(message, "adapter-missing", where, newest.lstrip())
+    if inside:
+        only = f"no adapter in this folder, only in subfolders{named}"
+        return Problem(only, "adapter-missing", where, f"use one:  {', '.join(inside[:6])}")
+    names = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+    hint = f"found {names}; {EXPECTED}"
+    if (folder / "config.json").is_file():
+        hint = f"the folder holds a whole model: for one that trained in full, use  --model {folder} --base MODEL"
+    return Problem(message, "adapter-missing", where, hint)
 
 
 def newest_of_unfinished(folder: Path, *call: object) -> str:

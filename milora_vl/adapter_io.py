@@ -21,7 +21,7 @@ from torch import nn
 
 from milora_data.errors import expected_format
 from milora_data.json_text import parse_json
-from milora_vl.adapter_folders import ADAPTER_FILES, CONFIG
+from milora_vl.adapter_folders import ADAPTER_FILES, CONFIG, not_a_folder
 from milora_vl.checkpoints import newest_checkpoint
 from milora_vl.lora.base_check import fitted
 from milora_vl.lora.config import quiet_peft
@@ -144,9 +144,9 @@ def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:
 
 def require_adapter(folder: Path) -> None:
     """Raise AdapterError unless the folder contains an adapter with readable config and weights."""
-    if not folder.is_dir():
-        reason = "this is a file, but an adapter is a folder" if folder.exists() else "no such adapter folder"
-        raise AdapterError(reason, code="adapter-no-folder", where=str(folder))
+    problem = not_a_folder(folder)
+    if problem is not None:
+        raise AdapterError(problems=[problem])
     names = sorted(entry.name for entry in folder.iterdir())
     if CONFIG not in names or not set(ADAPTER_FILES) & set(names):
         missing = CONFIG if CONFIG not in names else ADAPTER_FILES[0]

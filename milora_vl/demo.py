@@ -18,6 +18,13 @@ from milora_data.errors import UserError
 from milora_vl.adapter_folders import holds_adapter
 
 DATA = Path("data/emoji")  # where the recipe reads it
+ABOUT = (  # what each step does, in the order of `_steps`
+    "Draw pictures of emojis and write questions about them.",
+    "Fine-tune. First the model is built, and it describes pictures to find what it must not forget; then it trains.",
+    "Ask the base and the tuned model the test questions, and measure what the tuned one forgot.",
+    "Ask the tuned model about one picture.",
+    "Write the report.",
+)
 COMMAND = Command(
     "milora_vl.demo",
     "Fine-tune a small LLaVA on a CPU, evaluate it before and after, and write a report.",
@@ -55,11 +62,20 @@ class Step:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps that are not done yet. Return 1 if one of them fails, after its own message."""
     options = COMMAND.parse(argv)
-    for step in _steps(options.recipe, options.output_dir, quick=options.quick):
+    time = "a few minutes" if options.quick else "about ten minutes"
+    sys.stderr.write(
+        f"{len(ABOUT)} steps, {time} on two free cores, and the first time 140 MB to download.\n"
+        "Ctrl-C stops; the same command continues.\n"
+    )
+    steps = _steps(options.recipe, options.output_dir, quick=options.quick)
+    for number, (about, step) in enumerate(zip(ABOUT, steps, strict=True), start=1):
         module, *words = step.words
-        sys.stderr.write(as_typed(f"\n{'done already:' if step.is_done else '$'} {command_line(module, *words)}\n"))
+        done = ": done already" if step.is_done else ""
+        sys.stderr.write(f"\n[{number}/{len(ABOUT)}] {about}{done}\n")
+        sys.stderr.write(as_typed(f"{'done already:' if step.is_done else '$'} {command_line(module, *words)}\n"))
         if step.is_done:
             continue
+        sys.stderr.flush()
         shown = sys.stderr if options.format == "json" else None  # stdout then has the result alone
         code = subprocess.run([sys.executable, "-m", module, *words], stdout=shown).returncode
         if code != 0:

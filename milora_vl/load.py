@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone
+from milora_vl.adapter_folders import base_of, holds_adapter, holds_projector_alone, require_no_base
 from milora_vl.adapters.arithmetic import require_scale
 from milora_vl.adapters.load_any import load_any, require_scalable
 from milora_vl.adapters.scale import Update
 from milora_vl.models.devices import device_named, dtype_named
 from milora_vl.models.loading import load_processor, load_weights
+from milora_vl.models.names import named_by
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import Quantization
 
@@ -52,15 +53,9 @@ def load_model(
     """
     require_scale(scale)
     name = str(name_or_path)
+    require_no_base(name, adapter, base)
     if adapter is None and holds_adapter(Path(name)):
         name, adapter = base_of(Path(name)), name
-    if adapter is not None and base is not None:
-        raise UserError(
-            "the base of an adapter is the model itself; base is for a model that trained in full",
-            code="flag-conflict",
-            where="--base",
-            hint="remove it",
-        )
     if adapter is None and base is None and scale != 1:
         raise UserError(
             "needs an update to scale: an adapter, or a fully trained model and its base",
@@ -88,13 +83,15 @@ def load_by_flags(
     Without a device, the model goes to the first GPU, or to the CPU without one.
     """
     place = device_named(device)
-    return load_model(name, adapter=adapter, scale=scale, dtype=dtype_named(dtype, place), device=place)
+    with named_by("--model"):
+        return load_model(name, adapter=adapter, scale=scale, dtype=dtype_named(dtype, place), device=place)
 
 
 def update_since(base: str, model: nn.Module) -> Update:
     """Return the update of a model that trained in full, whose size can be set. Raises UserError for another base."""
     weight = next(model.parameters())
-    return Update(model, load_weights(base, weight.dtype, device=weight.device).state_dict())
+    with named_by("--base"):
+        return Update(model, load_weights(base, weight.dtype, device=weight.device).state_dict())
 
 
 def _with_adapter(model: nn.Module, folder: Path, scale: float) -> nn.Module:

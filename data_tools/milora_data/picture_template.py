@@ -1,8 +1,9 @@
 """Conversations with pictures in a model's own chat template, and the characters that are supervised.
 
-A chat template is a Jinja program that returns one text and does not mark the answers. It runs twice per record: with
-placeholders as answers, and with the real answers. The text between the placeholders is the template's; the answers
-are between these stretches in the second text. A wrong loss mask is therefore an error and never silent.
+A chat template is a Jinja program that returns one text and does not mark the answers. It runs with the texts of a
+record, and once per form of conversation with placeholders as texts. The text between the placeholders is the
+template's; the answers are between these stretches in the first text. A wrong loss mask is therefore an error and never
+silent.
 
 What the template writes around an answer is measured once, with one question and one answer: the text that asks for an
 answer, and the special token that ends it.
@@ -15,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 from milora_data.errors import MALFORMED, DataError, UserError
@@ -27,6 +29,7 @@ _PLACEHOLDER = "\ue000{}\ue001"
 _PLACEHOLDERS = re.compile("\ue000[0-9]+\ue001")
 # The mark of a video in the texts of turns.
 VIDEO_MARK = "\ue002"
+_MOST_FORMS = 1024  # of conversations, whose template text is kept
 # A picture and the line break that belongs to its marker: LLaVA's records have "<image>\ntext" or "text\n<image>".
 _MARKERS = re.compile(f"({IMAGE}|{VIDEO_MARK})\n|\n?({IMAGE}|{VIDEO_MARK})")
 
@@ -154,6 +157,7 @@ class PictureTemplate:
         self.in_parts = True  # texts are lists of parts; some templates want a plain text where there is no picture
         self.frame, self.end = self._measured()
         self._tools: _ToolForm | None = None  # measured with the first record that has tools
+        self._gaps_of_form: dict[object, list[str]] = {}
 
     def render(self, turns: Sequence[Turn], *, prompt: bool = False, tools: Sequence[Any] = ()) -> Rendered:
         """Return the text of a conversation and its supervised ranges; with `prompt`, up to where an answer begins.
@@ -178,17 +182,16 @@ class PictureTemplate:
             for number, turn in enumerate(kept)
             if turn.call and turn.role == "assistant"
         ]
-        answers = [number for number, turn in enumerate(kept) if turn.role == "assistant" and not turn.call]
-        if not answers:
+        if all(turn.role != "assistant" or turn.call for turn in kept):
             return Rendered(text, tuple(called))
-        texts, gaps = self._gaps(kept, contents, answers, tools)
-        places = _places(text, [piece for pieces in texts for piece in pieces], gaps)
+        masked, places, gaps = self._located(text, kept, contents, tools)
         ranges, first = [], 0
-        for pieces in texts:
-            last = first + len(pieces) - 1
-            start = places[first][0] - self._written_by_model(gaps[first])
-            ends = re.match(self.frame.end, gaps[last + 1])
-            ranges.append((start, places[last][1] + (ends.end() if ends else 0)))
+        for number in masked:
+            last = first + len(_texts(contents[number])) - 1
+            if kept[number].role == "assistant":
+                start = places[first][0] - self._written_by_model(gaps[first])
+                ends = re.match(self.frame.end, gaps[last + 1])
+                ranges.append((start, places[last][1] + (ends.end() if ends else 0)))
             first = last + 1
         if ranges and not self.frame.closes and kept[-1].role == "assistant":
             start = ranges[-1][0]
@@ -254,30 +257,61 @@ class PictureTemplate:
             forms.append(_ToolForm(frozenset(names[mark] for mark in names if mark in text), in_parts))
         return max(forms, key=lambda form: len(form.written))
 
-    def _gaps(
-        self, turns: Sequence[Turn], contents: Sequence[Any], answers: Sequence[int], tools: Sequence[Any] = ()
-    ) -> tuple[list[list[str]], list[str]]:
-        """Return the texts of each answer, and what the template writes before, between and after all of them."""
-        texts, masked, number = [], list(contents), 0
-        for place in answers:
-            content = contents[place]
-            pieces = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
-            marks = [_PLACEHOLDER.format(number + offset) for offset in range(len(pieces))]
-            number += len(pieces)
-            texts.append(pieces)
-            left = iter(marks)
-            masked[place] = (
-                marks[0]
-                if isinstance(content, str)
-                else [{**part, "text": next(left)} if "text" in part else part for part in content]
+    def _located(
+        self, text: str, turns: Sequence[Turn], contents: Sequence[Any], tools: Sequence[Any]
+    ) -> tuple[Sequence[int], list[tuple[int, int]], Sequence[str]]:
+        """Return the numbers of some turns, with all answers; the places of their texts in `text`, and what is around.
+
+        What the template writes around all texts is kept for conversations of the same form. Where it depends on a
+        text, the template runs again for this conversation, with placeholders as answers alone.
+        """
+        if not tools and not any(turn.call or turn.role == "tool" for turn in turns):
+            form = tuple(
+                (turn.role, None if isinstance(content, str) else tuple(part["type"] for part in content))
+                for turn, content in zip(turns, contents, strict=True)
             )
-        gaps = _PLACEHOLDERS.split(self._run(turns, masked, False, tools))
-        if len(gaps) != number + 1:
+            everything = range(len(turns))
+            if form not in self._gaps_of_form:
+                if len(self._gaps_of_form) >= _MOST_FORMS:
+                    self._gaps_of_form.clear()
+                try:
+                    self._gaps_of_form[form] = self._gaps(turns, contents, everything)
+                except DataError:  # the template reads the texts
+                    self._gaps_of_form[form] = []
+            gaps = self._gaps_of_form[form]
+            places = _places(text, [piece for content in contents for piece in _texts(content)], gaps)
+            if places is not None:
+                return everything, places, gaps
+        answers = [number for number, turn in enumerate(turns) if turn.role == "assistant" and not turn.call]
+        gaps = self._gaps(turns, contents, answers, tools)
+        pieces = [piece for number in answers for piece in _texts(contents[number])]
+        if len(gaps) != len(pieces) + 1:
             raise DataError(
                 "the model's chat template omits or repeats an answer of this record",
                 code="chat-template-rewrites-text",
             )
-        return texts, gaps
+        places = _places(text, pieces, gaps)
+        if places is None:
+            raise DataError(
+                "the model's chat template rewrites an answer of this record, so the supervised part is unknown",
+                code="chat-template-rewrites-text",
+            )
+        return answers, places, gaps
+
+    def _gaps(
+        self, turns: Sequence[Turn], contents: Sequence[Any], masked: Sequence[int], tools: Sequence[Any] = ()
+    ) -> list[str]:
+        """Return what the template writes before, between and after the texts of the turns `masked`."""
+        marks = map(_PLACEHOLDER.format, count())
+        shown = list(contents)
+        for number in masked:
+            content = contents[number]
+            shown[number] = (
+                next(marks)
+                if isinstance(content, str)
+                else [{**part, "text": next(marks)} if "text" in part else part for part in content]
+            )
+        return _PLACEHOLDERS.split(self._run(turns, shown, False, tools))
 
     def _written_by_model(self, gap: str) -> int:
         """Return how many characters at the end of a gap the model has to write before an answer."""
@@ -356,25 +390,27 @@ class PictureTemplate:
         return _Frame(request, lead, re.escape(end), match is not None), end.strip() if match else None
 
 
-def _places(text: str, pieces: Sequence[str], gaps: Sequence[str]) -> list[tuple[int, int]]:
+def _texts(content: Any) -> list[str]:
+    """Return the texts of the content of a message."""
+    return [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+
+
+def _places(text: str, pieces: Sequence[str], gaps: Sequence[str]) -> list[tuple[int, int]] | None:
     """Return where the pieces are in a text that is made of gaps and, between them, the pieces or their stripped form.
+
+    None if the text is something else.
 
     >>> _places("USER: a ASSISTANT: b</s>", [" b\\n"], ["USER: a ASSISTANT: ", "</s>"])
     [(19, 20)]
     """
-    places = []
-    at = len(gaps[0]) if text.startswith(gaps[0]) else -1
+    if len(gaps) != len(pieces) + 1 or not text.startswith(gaps[0]):
+        return None
+    places, at = [], len(gaps[0])
     for piece, gap in zip(pieces, gaps[1:], strict=True):
         forms = dict.fromkeys((piece, piece.rstrip(), piece.lstrip(), piece.strip()))
-        fitting = next((form for form in forms if at >= 0 and text.startswith(form + gap, at)), None)
+        fitting = next((form for form in forms if text.startswith(form + gap, at)), None)
         if fitting is None:
-            at = -1
-            break
+            return None
         places.append((at, at + len(fitting)))
         at += len(fitting) + len(gap)
-    if at != len(text):
-        raise DataError(
-            "the model's chat template rewrites an answer of this record, so the supervised part is unknown",
-            code="chat-template-rewrites-text",
-        )
-    return places
+    return places if at == len(text) else None

@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 from milora_data.encode import NoSupervisedTokens
 from milora_data.errors import DataError, UserError, with_context
 from milora_data.images.files import ImageError, ImagePolicy
+from milora_data.memory import keep_freed_memory
 from milora_data.records import Record, parse_record
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class FailedBatch(ExceptionWrapper):
 class RecordCollator(ABC, Generic[Sample]):
     """Makes a batch of records; a subclass reads one record as a `Sample` and makes the batch of several.
 
-    In a loader process, an error becomes a `FailedBatch`; the loader raises the error in the main process.
+    In a loader process, an error becomes a `FailedBatch`; the loader raises the error in the main process. The process
+    keeps the memory that batches free.
 
     `bad_images` decides what happens to a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
     plain one. Records without supervised tokens are skipped. Broken records (a stream yields a `DataError` in their
@@ -60,11 +62,12 @@ class RecordCollator(ABC, Generic[Sample]):
 
     def __call__(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         """Return the batch of `records`; raises `DataError` with file and line."""
+        if get_worker_info() is None:
+            return self._collated(records)
+        keep_freed_memory()
         try:
             return self._collated(records)
         except UserError as error:
-            if get_worker_info() is None:
-                raise
             return FailedBatch(error)  # type: ignore[return-value]  # the loader raises it
 
     def counts(self) -> dict[str, int]:

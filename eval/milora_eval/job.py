@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from milora_data.errors import at_flag
 from milora_eval.answers.questions import EvaluationPlan, Items
 from milora_eval.answers.target import EvalTarget
 from milora_eval.evaluate import add_forgetting, evaluate, results_folder
@@ -24,12 +25,14 @@ def run(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPlan, i
     """Evaluate the tuned model and, if asked, its base; return their results folders, None while shards are missing."""
     model: Any
     scale = target.scale if target.adapter is not None else 1.0  # of a fully trained model: below, with its base
-    model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device, scale)
+    with at_flag("--model"):
+        model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device, scale)
     prompts_of(target.model, target.adapter).limit(processor)
     base: Any = None
     base_name = target.base or target.model
     if (target.base or options.with_base or isinstance(model, PeftModel)) and not can_recover_base(model):
-        base, _ = load_by_flags(base_name, None, options.dtype, options.device)
+        with at_flag("--base" if target.base else "--model"):
+            base, _ = load_by_flags(base_name, None, options.dtype, options.device)
     if target.adapter is None and target.scale != 1:
         Update(model, base.state_dict()).set(target.scale)
     done = []

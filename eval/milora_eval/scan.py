@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milora_data.command.atomic_write import write_json
+from milora_data.errors import at_flag
 from milora_eval.answers.questions import EvaluationPlan, Items
 from milora_eval.answers.target import EvalTarget, named
 from milora_eval.benchmark import Metric
@@ -41,10 +42,12 @@ class Point:
 def scan(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPlan, items: Items) -> list[Point]:
     """Evaluate every scale, from small to large. Raises UserError if the update has no scale."""
     model: Any
-    model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device)
+    with at_flag("--model"):
+        model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device)
     base: Any = None
     if not can_recover_base(model):
-        base, _ = load_by_flags(target.base or target.model, None, options.dtype, options.device)
+        with at_flag("--base" if target.base else "--model"):
+            base, _ = load_by_flags(target.base or target.model, None, options.dtype, options.device)
     elif target.adapter is not None:
         require_scalable(model.get_base_model(), target.adapter)
     update = Update(model, None if base is None else base.state_dict())

@@ -158,6 +158,12 @@ def config_for_llava(base: Any, vision_tower: str | None) -> dict[str, Any]:
             code="export-llava-base",
             hint="use --to adapter, merged or rank-r",
         )
+    if not isinstance(base.vision_feature_layer, int):
+        raise UserError(
+            f"LLaVA reads the features of one layer of the tower, this base joins {base.vision_feature_layer}",
+            code="export-llava-base",
+            hint="use --to adapter, merged or rank-r",
+        )
     text, vision = base.text_config.to_dict(), base.vision_config.to_dict()
     vision_tower = _vision_tower(base, vision, vision_tower)
     fields = {key: text[key] for key in _LLAMA_FIELDS if text.get(key) is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +11,13 @@ from milora_data.errors import Problem, UserError
 from milora_data.json_text import parse_json
 from milora_vl.adapter_folders import (
     CONFIG,
+    EXPECTED,
     adapters_inside,
     has_config,
     holds_llava_adapter,
     holds_projector_alone,
-    newest_of_unfinished,
+    no_adapter_in,
+    not_a_folder,
 )
 from milora_vl.adapter_io import require_adapter
 from milora_vl.lora.sidecar import FILE_NAME
@@ -42,8 +44,9 @@ def find_source(folder: Path, residual: Path | None = None, initial: Path | None
 
     Raises UserError if the folder has no adapter, and AdapterError if files cannot be read.
     """
-    if not folder.is_dir():
-        raise UserError("no such folder", code="path-missing", where=str(folder), hint=beside(folder))
+    problem = not_a_folder(folder)
+    if problem is not None:
+        raise UserError(problems=[problem])
     for path in (residual, initial):
         if path is not None and not path.is_dir():
             raise UserError("no such folder", code="path-missing", where=str(path), hint=beside(path))
@@ -118,26 +121,16 @@ def _initial_of(folders: list[Path], trained: Path | None) -> Path | None:
 
 
 def _no_adapter(folder: Path) -> Problem:
-    """Return the problem of a folder without an adapter, with a hint about what it holds."""
-    code, where = "adapter-missing", str(folder)
-    newest = newest_of_unfinished(folder, "milora_vl.export", "--to", "FORM")
-    if newest:
-        return Problem("no adapter in this folder", code, where, newest.lstrip())
-    inside = [str(path) for path in adapters_inside(folder)]
-    if inside:
-        return Problem(
-            "no adapter in this folder, only in subfolders", code, where, f"use one:  {', '.join(inside[:6])}"
-        )
-    names = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+    """Return the problem of a folder that this package converts no adapter from."""
     if holds_projector_alone(folder):
         return Problem(
-            "the folder holds a projector but no adapter", code, where, f"use it:  --model BASE --adapter {folder}"
+            "the folder holds a projector but no adapter",
+            "adapter-missing",
+            str(folder),
+            f"use it:  --model BASE --adapter {folder}",
         )
-    return Problem(
-        "no adapter in this folder",
-        code,
-        where,
-        f"found:     {names}\n"
-        "expected:  adapter_config.json and adapter_model.safetensors (ours, PEFT's or LLaVA's),\n"
-        f"           or a residual base with an adapter in one of {', '.join((OFFICIAL_NAME, *INITIAL_NAMES))}",
-    )
+    problem = no_adapter_in(folder, "", "milora_vl.export", "--to", "FORM")
+    if EXPECTED not in problem.hint:
+        return problem
+    residual = f"or of a residual base with an adapter in one of {', '.join((OFFICIAL_NAME, *INITIAL_NAMES))}"
+    return replace(problem, hint=f"{problem.hint}\n{residual}")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from milora_data.command.cli import count, next_step, positive
 from milora_data.command.flags import Command, flag, option, shared
-from milora_data.errors import UserError
+from milora_data.errors import UserError, at_flag
 from milora_data.templates import template_name
-from milora_vl.adapter_folders import holds_adapter, holds_projector_alone, newest_of_unfinished
+from milora_vl.adapter_folders import holds_adapter, newest_of_unfinished, require_adapter, require_no_base
 from milora_vl.chat.picture import open_picture
 
 COMMAND = Command(
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(options: argparse.Namespace) -> None:
     """Check the options before the model loads. Raises UserError for options that do not fit together."""
     if options.template:
-        template_name(options.template)
+        with at_flag("--template"):
+            template_name(options.template)
     if options.web and options.question is not None:
         raise UserError(
             "takes no question on the command line",
@@ -89,23 +90,9 @@ def _check(options: argparse.Namespace) -> None:
         hint = "add a question, or remove the flag"
         raise UserError("json needs a question to answer", code="flag-needs-another", where="--format", hint=hint)
     adapter = options.adapter
-    if options.base and (adapter or holds_adapter(Path(options.model))):
-        raise UserError(
-            "this flag is for a fully trained --model; the base of an adapter is its --model",
-            code="flag-conflict",
-            where="--base",
-            hint="remove it",
-        )
-    if adapter and not (holds_adapter(adapter) or holds_projector_alone(adapter)):
-        newest = newest_of_unfinished(adapter, "milora_vl.chat", "--model", options.model, "--adapter")
-        raise UserError(
-            f"{adapter}: {'no such folder' if not adapter.is_dir() else 'contains no adapter'}",
-            code="adapter-missing",
-            where="--adapter",
-            hint=newest.removeprefix("\n")
-            or "expected a folder with adapter_config.json, for example the output_dir of a run\n"
-            "make one: python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo",
-        )
+    require_no_base(options.model, adapter, options.base)
+    if adapter:
+        require_adapter(adapter, "--adapter", "milora_vl.chat", "--model", options.model, "--adapter")
     if options.compare and not (options.base or holds_adapter(adapter or Path(options.model))):
         raise UserError(
             "needs an adapter, or a fully trained model and its base: it shows the answers of both",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TextStreamer
 
 from milora_data.command.cli import report, suggest
-from milora_data.errors import UserError
+from milora_data.errors import UserError, at_flag
 from milora_data.images.pixels import AspectRatio
 from milora_data.records import IMAGE, Turn
 from milora_vl.adapters.scale import Update
@@ -90,10 +90,12 @@ class Chat:
         prompts = prompts_of(options.model, options.adapter, options.template)
         update = None
         size = 1.0 if options.base else options.scale  # the update of a fully trained model gets its size below
-        model, processor = load_by_flags(options.model, options.adapter, options.dtype, options.device, size)
+        with at_flag("--model"):
+            model, processor = load_by_flags(options.model, options.adapter, options.dtype, options.device, size)
         prompts.limit(processor)
         if options.base:
-            update = update_since(options.base, model)
+            with at_flag("--base"):
+                update = update_since(options.base, model)
             update.set(options.scale)
         if options.compare and update is None and not can_recover_base(model):
             raise UserError(

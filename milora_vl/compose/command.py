@@ -13,7 +13,7 @@ from pathlib import Path
 
 from milora_data.command import cli
 from milora_data.command.flags import Command, option, shared
-from milora_data.errors import UserError
+from milora_data.errors import UserError, at_flag
 
 NAME = "milora_vl.compose"
 COMMAND = Command(
@@ -54,7 +54,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compose the parts, write the model and return the exit code. Raises UserError if the parts do not fit."""
     args = COMMAND.parse(argv)
-    from milora_vl.models import parts
+    from milora_vl.models import parts, vision
 
     folder: Path = args.output_dir
     if folder.exists():
@@ -68,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.language, args.vision, args.projector, args.select_layer, args.select_feature, args.vision_weights
     )
     parts.require_parts(chosen)
+    with at_flag("--language"):
+        parts.language_config(args.language)
+    with at_flag("--vision"):
+        vision.tower_config(args.vision)
     parts.write(chosen, folder)
     as_json = json.dumps({"folder": str(folder), "parts": chosen.describe()}, ensure_ascii=False)
     sys.stdout.write((as_json if args.format == "json" else f"{folder}: {chosen.describe()}") + "\n")

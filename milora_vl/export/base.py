@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from milora_data.errors import UserError
 from milora_vl.models import loading
+from milora_vl.models.names import named_by
 from milora_vl.models.timm_tower_config import TimmTowerConfig
 
 # The code of a model with a timm tower, and the class that transformers loads from it with trust_remote_code=True.
 CODE_FILES = ("timm_llava.py", "timm_tower.py", "timm_tower_config.py")
+PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 AUTO_MAP = {"AutoConfig": "timm_llava.TimmLlavaConfig"}
 
 
@@ -55,7 +58,10 @@ class Base:
     @cached_property
     def config(self) -> Any:
         """Return the HF config without loading weights."""
-        return self._source.config if isinstance(self._source, nn.Module) else loading.config_of(self.name)
+        if isinstance(self._source, nn.Module):
+            return self._source.config
+        with named_by("--base"):
+            return loading.config_of(self.name)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -65,7 +71,8 @@ class Base:
         dtype, saved = self._dtype, self.config.dtype
         if dtype is not None and self._is_rounded_later and isinstance(saved, torch.dtype):
             dtype = torch.promote_types(dtype, saved)
-        return loading.load_weights(self.name, dtype)
+        with named_by("--base"):
+            return loading.load_weights(self.name, dtype)
 
     def processor(self) -> Any:
         """Return the processor (the tokenizer of a text-only model); None for a loaded model. Needs no weights."""
@@ -95,6 +102,38 @@ def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> No
     for part in model.config.sub_configs if dtype is not None else ():
         getattr(model.config, part).dtype = dtype
     model.save_pretrained(folder, max_shard_size="5GB")
+    _name_tower_as_published(model.config, folder)
+
+
+PUBLISHED, CURRENT = "vision_tower.vision_model.", "vision_tower."
+
+
+def _name_tower_as_published(config: Any, folder: Path) -> None:
+    """Name the weights of a CLIP or SigLIP tower as published LLaVAs do; servers and transformers 4 need these names.
+
+    Transformers 5 drops `vision_model.` from the names of a model that was not loaded with it. It reads both names.
+    """
+    vision = config.to_dict().get("vision_config") or {}
+    if config.model_type not in ("llava", "llava_next") or vision.get("model_type") not in PREFIXED_TOWERS:
+        return
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(shard)
+        if any(map(_lacks_prefix, tensors)):
+            renamed = {_published(name): tensor for name, tensor in tensors.items()}
+            save_file(renamed, shard, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["weight_map"] = {_published(name): file for name, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _lacks_prefix(name: str) -> bool:
+    return name.startswith(CURRENT) and not name.startswith(PUBLISHED)
+
+
+def _published(name: str) -> str:
+    return name.replace(CURRENT, PUBLISHED, 1) if _lacks_prefix(name) else name
 
 
 # Files that tokenizers, image processors and processors of transformers write.

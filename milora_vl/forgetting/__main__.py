@@ -11,7 +11,7 @@ from pathlib import Path
 from milora_data.command.cli import next_step, positive, run
 from milora_data.command.flags import Command, option, shared
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import newest_of_unfinished
+from milora_vl.adapter_folders import newest_of_unfinished, require_adapter
 from milora_vl.report.regenerate import regenerate_report
 
 PROBES = ("text", "samples", "pictures")
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if forgetting cannot be measured."""
     options = COMMAND.parse(argv)
     _refuse_unused(options)
-    _refuse_unfinished(options)
+    _require_trained(options)
     folder = options.output_dir or _tuned_folder(options)
     from milora_vl.forgetting import job
 
@@ -123,25 +123,20 @@ def _refuse_unused(options: argparse.Namespace) -> None:
             raise UserError(f"only applies with {use}", code="flag-no-effect", where=f"--{flag}")
 
 
-def _refuse_unfinished(options: argparse.Namespace) -> None:
-    """Raise UserError for a run that has only checkpoints, before anything loads."""
-    folder = options.adapter or Path(options.model)
+def _require_trained(options: argparse.Namespace) -> None:
+    """Raise UserError, before anything loads, for a folder without an adapter, or a run that has only checkpoints."""
+    if options.adapter is not None:
+        require_adapter(options.adapter, "--adapter", "milora_vl.forgetting", "--model", options.model, "--adapter")
+        return
+    folder = Path(options.model)
     base = ("--base", options.base) if options.base else ()
-    words = ("--model", options.model, "--adapter") if options.adapter else (*base, "--model")
-    newest = newest_of_unfinished(folder, "milora_vl.forgetting", *words)
+    newest = newest_of_unfinished(folder, "milora_vl.forgetting", *base, "--model")
     if newest:
         hint = newest.removeprefix("\n")
         raise UserError("contains no finished training", code="adapter-missing", where=str(folder), hint=hint)
 
 
 def _tuned_folder(options: argparse.Namespace) -> Path:
-    if options.adapter is not None and not options.adapter.is_dir():
-        raise UserError(
-            f"{options.adapter}: no such folder",
-            code="adapter-missing",
-            where="--adapter",
-            hint="expected the folder of an adapter or the output_dir of a run",
-        )
     folder: Path = options.adapter or Path(options.model)
     if not folder.is_dir():
         raise UserError(

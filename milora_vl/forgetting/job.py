@@ -14,9 +14,10 @@ from typing import Any
 
 from milora_data import load_records
 from milora_data.command.atomic_write import read_json, write_json
-from milora_data.errors import UserError
+from milora_data.command.cli import beside
+from milora_data.errors import UserError, at_flag
 from milora_data.formats.saved import is_saved
-from milora_vl.adapter_folders import CONFIG, base_of, holds_adapter
+from milora_vl.adapter_folders import CONFIG, base_of, holds_adapter, require_no_base
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.forgetting.measure import can_recover_base, compare_on, measure_forgetting
 from milora_vl.forgetting.text import sampled_batches
@@ -63,15 +64,11 @@ class Job:
                 code="forgetting-no-base",
                 hint="add:  --adapter FOLDER, or --base MODEL for a fully trained --model",
             )
-        if self.adapter is not None and self.base is not None:
-            raise UserError(
-                "only applies to a fully trained --model; the base model of an adapter is its --model",
-                code="flag-no-effect",
-                where="--base",
-            )
+        require_no_base(self.model, self.adapter, self.base)
         missing = [path for path in (*(self.texts or ()), self.data_path) if path is not None and not _exists(path)]
         if missing:
-            raise UserError("no such file", code="data-missing-file", where=str(missing[0]))
+            path, flag = missing[0], "--data_path" if missing[0] == self.data_path else "--text"
+            raise UserError(f"{path}: no such file", code="data-missing-file", where=flag, hint=beside(path))
         measures: dict[str, Callable[[], Any]] = {
             "text": self._text, "samples": self._samples, "pictures": self._pictures
         }  # fmt: skip
@@ -201,7 +198,8 @@ class Job:
         return self._load(self.base or self.model, None)  # a projector, the full model or biases trained
 
     def _load(self, name: str, adapter: Path | None) -> Any:
-        return load_by_flags(name, adapter, self.dtype, self.device)[0]
+        with at_flag("--base" if name == self.base else "--model"):
+            return load_by_flags(name, adapter, self.dtype, self.device)[0]
 
 
 def _exists(path: Path) -> bool:

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import copy
 import json
-import socket
 import sys
 from contextlib import nullcontext
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from torch import nn
 
 from milora_data.command.cli import suggest
 from milora_data.errors import UserError, first_line
+from milora_data.hub_host import hub_is_known
 from milora_data.tokens import share_template
 from milora_vl import tiny
 from milora_vl.adapter_folders import newest_of_unfinished
@@ -240,16 +238,3 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
                 else f"\nwithout:     python -m milora_vl.train --model {name} --dry-run      needs only its config"
             ),
         ) from None
-
-
-def hub_is_known() -> bool:
-    """Return whether the host of the hub resolves; without a network the client would retry for half a minute."""
-    from huggingface_hub.constants import ENDPOINT
-
-    if getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True

@@ -58,7 +58,13 @@ def extra_tokens(config: Any) -> int:
     vision = config.vision_config
     if vision.model_type in EXTRA_TOKENS or config.model_type != "llava":
         return EXTRA_TOKENS.get(vision.model_type, 0)
-    return count_tokens(vision, config.vision_feature_layer) - _patches(config)
+    return count_tokens(vision, layers_of(config)[0]) - _patches(config)
+
+
+def layers_of(config: Any) -> list[int]:
+    """Return the layers of the tower whose features the projector reads: one, or several that are joined."""
+    layers = config.to_dict().get("vision_feature_layer", -1)
+    return [layers] if isinstance(layers, int) else list(layers)
 
 
 def complete_processor(processor: Any, config: Any) -> None:

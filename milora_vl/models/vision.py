@@ -13,6 +13,7 @@ from torch import Tensor
 
 from milora_data.command.cli import beside
 from milora_data.errors import UserError, first_line
+from milora_data.hub_host import hub_is_known
 from milora_vl.models import hub
 from milora_vl.models.names import BUILT_IN_MODELS
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, as_map
@@ -155,11 +156,29 @@ def _timm_state(architecture: str, weights: str | None) -> Any:
                 where=str(weights),
             )
         return {key: state[key] for key in expected}
+    settings = timm.get_pretrained_cfg(architecture)
+    if not hub_is_known() and not _is_cached(settings):  # the client would retry for a minute
+        raise _no_weights(architecture, "the host of the hub is not known here")
     try:
         return timm.create_model(architecture, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # timm and the hub client raise many classes
-        raise UserError(
-            f"the weights of timm's {architecture} are not here, and the hub does not answer",
-            code="model-not-available",
-            hint=f"error: {first_line(error)}\nuse --vision_weights FILE, or --vision_weights random for tests",
-        ) from None
+        raise _no_weights(architecture, first_line(error)) from None
+
+
+def _is_cached(settings: Any) -> bool:
+    """Return whether the weights of timm's settings are in the cache, or come from elsewhere than the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if settings is None or not settings.hf_hub_id:
+        return True
+    names = ("model.safetensors", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(settings.hf_hub_id, name), str) for name in names)
+
+
+def _no_weights(architecture: str, reason: str) -> UserError:
+    return UserError(
+        f"the weights of timm's {architecture} are not here, and the hub does not answer",
+        code="model-not-available",
+        where=f"timm/{architecture}",
+        hint=f"error: {reason}\nuse --vision_weights FILE, or --vision_weights random for tests",
+    )

@@ -6,12 +6,14 @@ with its targets, and estimates memory and time. The plan goes to stdout.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from milora_vl.models.quantized import bytes_per_number
 from milora_vl.models.smol_llava import folder_of
 from milora_vl.plan import evaluation, first_batch, run_data, training_args
 from milora_vl.plan.batching import Batching
-from milora_vl.plan.cost import MIX665K, costs_of
+from milora_vl.plan.cost import MIX665K, Costs, costs_of
 from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_text, trained_sizes
 from milora_vl.policy import Target
@@ -43,12 +45,40 @@ from milora_vl.tiny import tiny_tokenizer
 from milora_vl.towers import find_towers
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a run will do: its recipe and targets, its steps (unknown without data), its costs and warnings."""
+
+    recipe: Recipe
+    base: nn.Module
+    targets: list[Target]
+    path: Path
+    num_records: int | None
+    batching: Batching
+    has_steps: bool
+    costs: Costs
+    warnings: list[str]
+
+
+@settings.at_their_places
 def show(request: Request) -> int:
     """Print the plan of a run and return 0. Raises UserError with everything that would stop the run.
 
     With --format json the plan goes to stderr and a JSON summary to stdout.
     """
     screen = Screen(sys.stdout if request.format == "human" else sys.stderr)
+    _show_next(work_out(request, screen), request, screen)
+    return 0
+
+
+@settings.at_their_places
+def outlook(request: Request) -> Outlook:
+    """Return what a run will do, and print nothing. Raises UserError with everything that would stop the run."""
+    return work_out(request, Screen(io.StringIO()))
+
+
+def work_out(request: Request, screen: Screen) -> Outlook:
+    """Show the plan of a run and return it. Raises UserError with everything that would stop the run."""
     plan = _plan_or_all_problems(request)
     config = base_model.config_for(plan.recipe)
     base = meta_model(config)
@@ -83,6 +113,12 @@ def show(request: Request) -> int:
     screen.say("\n".join(costs.lines))
     if problems:
         raise UserError(problems=[problem for error in problems for problem in error.problems])
+    return Outlook(recipe, base, targets, path, num_records, batching, has_steps, costs, [*plan.warnings, *warnings])
+
+
+def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
+    """Show the command that starts the run, and with --format json print the summary."""
+    recipe, base, batching, costs = run.recipe, run.base, run.batching, run.costs
     start = command(request) + ("" if recipe.data.path else _words_for_data(base))
     start += f" {costs.change}" if costs.change else ""
     if batching.num_devices > 1 and request.output_dir is None:
@@ -92,12 +128,12 @@ def show(request: Request) -> int:
     screen.say(as_typed(f"\n{title}:\n  {start}"))
     if request.format == "json":
         content = {
-            "model": recipe.model, "parameters": count(base), **_trained(base, targets), "records": num_records,
-            "batch": batching.total, "steps": batching.steps if has_steps else None, "cost": costs.lines,
-            "output_dir": str(path), "next": start,
+            "model": recipe.model, "parameters": count(base), **_trained(base, run.targets),
+            "records": run.num_records, "batch": batching.total,
+            "steps": batching.steps if run.has_steps else None, "cost": costs.lines,
+            "output_dir": str(run.path), "next": start,
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
-    return 0
 
 
 def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batching:
@@ -250,7 +286,8 @@ def _with_processor(
 def _assumed(screen: Screen, recipe: Recipe, why: str) -> first_batch.Counts:
     """Return assumed tokens per record (as in LLaVA's mix665k, within --max_length) if no record can be read."""
     counts = MIX665K.within(recipe.data.max_length)
-    screen.say(f"\ndata   {why}; counts below assume records of {counts.tokens:,} tokens (LLaVA's mix665k)")
+    source = "LLaVA's mix665k" if counts == MIX665K else f"LLaVA's mix665k, cut to --max_length {counts.tokens:,}"
+    screen.say(f"\ndata   {why}; counts below assume records of {counts.tokens:,} tokens ({source})")
     return _packed(screen, recipe, counts) if recipe.data.packing else counts
 
 
@@ -299,7 +336,7 @@ def command(request: Request) -> str:
         name, is_value = word.replace("_", "-").split("=")[0], not word.startswith("-")
         if name not in planned and not (is_value and before.replace("_", "-") in planned):
             words.append(word)
-    fewest = 2 if any(word.partition("=")[0] == "--fsdp" for word in words) else 1  # FSDP2 needs several processes
+    fewest = 2 if request.overrides.get("train", {}).get("fsdp") else 1  # FSDP2 needs several processes
     return f"{_launcher(max(request.devices or 1, fewest))} {shlex.join(words)}"
 
 

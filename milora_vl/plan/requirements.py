@@ -59,14 +59,14 @@ def check(train: Mapping[str, Any], quantization: str, attn_implementation: str)
         raise UserError(
             f"{optim} needs the package bitsandbytes, which is not installed",
             code="package-missing",
-            where="--optim",
+            where="train.optim",
             hint=f"{QUANT}, or --optim adamw_torch",
         )
     if quantization != "none" and not _is_installed("bitsandbytes"):
         raise UserError(
             "the package bitsandbytes is not installed",
             code="package-missing",
-            where=f"quantization {quantization}",
+            where="quantization",
             hint=QUANT,
         )
     if attn_implementation in ATTENTION and not _is_installed(ATTENTION[attn_implementation][0]):
@@ -74,7 +74,7 @@ def check(train: Mapping[str, Any], quantization: str, attn_implementation: str)
         raise UserError(
             f"{attn_implementation} needs the package {package}, which is not installed",
             code="package-missing",
-            where="--attn_implementation",
+            where="attn_implementation",
             hint=f"pip install {package}, or --attn_implementation sdpa",
         )
 

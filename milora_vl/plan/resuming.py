@@ -229,7 +229,7 @@ def check(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
 
 
 def _dtype(recipe: Recipe) -> str:
-    return str(training_args.base_dtype(recipe, recipe.train)).removeprefix("torch.")
+    return str(training_args.base_dtype(recipe)).removeprefix("torch.")
 
 
 def _with(stage: int) -> str:

@@ -141,23 +141,18 @@ def _inspect_stream(config: DataConfig) -> RunData:
 
 def sources_of(path: str | list[SourceConfig]) -> str | list[Source]:
     """Return the sources of a recipe in the form that `milora_data` takes."""
-    if isinstance(path, str):
-        return path
-    return _sources(path)
+    return path if isinstance(path, str) else _weighted(path)
 
 
-def _sources(path: list[SourceConfig]) -> list[Source]:
-    return [Source(source.path, source.weight, source.image_folder) for source in path]
+def _weighted(sources: list[SourceConfig]) -> list[Source]:
+    return [Source(source.path, source.weight, source.image_folder) for source in sources]
 
 
 def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
     report = Report(str(path), str(config.image_folder))
-    read = load_records if config.bad_images == "raise" else partial(readable, report=report)
-    if isinstance(path, list):
-        stream = mixed_records(_sources(path), read=read)
-        path = describe(config)
-    else:
-        stream = read(path)
+    reader = load_records if config.bad_images == "raise" else partial(readable, report=report)
+    name = path if isinstance(path, str) else describe(config)
+    stream = reader(path) if isinstance(path, str) else mixed_records(_weighted(path), read=reader)
     if config.web_pictures == "download":
         stream = map(from_web, stream)
     if config.bad_images != "raise":
@@ -166,11 +161,11 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
     try:
         records = CompactRecords(seen.passing(islice(stream, config.limit)))
     except DataError as error:
-        if not Path(path).is_file():  # it already has a hint
+        if not Path(name).is_file():  # it already has a hint
             raise
-        raise DataError(problems=_with_hint(error, path)) from None
+        raise DataError(problems=_with_hint(error, name)) from None
     if not records:
-        raise UserError(problems=[_no_records(path, report)])
+        raise UserError(problems=[_no_records(name, report)])
     counts = check_for_training(records, config.image_folder, config.bad_images)
     missing: set[str] = set()
     if config.bad_images == "skip" and counts["missing_pictures"]:
@@ -186,7 +181,7 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
     if not kept:
         reasons = Counter(KINDS[finding.kind].title for finding in report.findings)
         reasons.update({KINDS["missing_picture"].title: skipped, KINDS["no_answer"].title: len(records) - skipped})
-        raise UserError(problems=[_all_left_out(path, reasons)])
+        raise UserError(problems=[_all_left_out(name, reasons)])
     return RunData(
         kept,
         None,

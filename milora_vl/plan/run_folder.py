@@ -126,10 +126,20 @@ def _require_complete(folder: Path) -> Path:
             hint="expected true, auto or a checkpoint folder",
         )
     reason = checkpoints.why_incomplete(folder)
+    inside = [path.name for path in checkpoints.checkpoints(folder)]
+    if reason and inside and checkpoints.step_of(folder) < 0:
+        newest, _ = checkpoints.latest(folder)
+        raise UserError(
+            f"{folder} is the folder of a run, not a checkpoint; it holds {', '.join(inside[-3:])}",
+            code="resume-run-folder",
+            where="--resume_from_checkpoint",
+            hint=f"use  --resume_from_checkpoint {newest}" if newest else "none of its checkpoints is complete",
+        )
     if reason:
         raise UserError(
             f"cannot resume from {folder}: {reason}",
             code="checkpoint-incomplete",
             where="--resume_from_checkpoint",
+            hint="use another checkpoint, or  --resume_from_checkpoint auto  for the newest complete one",
         )
     return folder

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from milora_vl.lora.config import make_lora
 from milora_vl.lora.install import install, lora_layer, set_dropout
 from milora_vl.losses import CHUNK, GradientsAtOnce, inner_model
+from milora_vl.models.image_tokens import layers_of
 from milora_vl.policy import Target
 from milora_vl.towers import find_towers
 from milora_vl.weights.matrices import factor_dtype
@@ -192,7 +193,9 @@ def _with_pictures(base: Any, embeds: Tensor, shape: Shape) -> Tensor:
     pixels = torch.zeros(shape.pictures, 3, vision.image_size, vision.image_size, dtype=shape.base_dtype)
     towers = find_towers(base)
     tower, projector = (base.get_submodule(path) for path in (towers.vision, towers.projector))
-    features = tower(pixels, output_hidden_states=True).hidden_states[-1][:, : shape.image_tokens]
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    num_layers = len(layers_of(base.config))  # their features are joined, and all layers have the same shape
+    features = torch.cat([states[-1][:, : shape.image_tokens]] * num_layers, dim=-1)
     features = projector(features).flatten(0, 1).to(embeds.dtype)
     flat = embeds.flatten(0, 1)
     rows = torch.zeros(min(len(features), len(flat)), dtype=torch.long)

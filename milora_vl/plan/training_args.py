@@ -86,7 +86,7 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
             raise UserError(
                 "ZeRO-3 cannot shard a quantised base",
                 code="quantization-zero3",
-                where=f"quantization {recipe.quantization}",
+                where="quantization",
                 hint="use --deepspeed zero2, as LLaVA's finetune_qlora.sh does",
             )
     if train.get("fsdp"):
@@ -96,7 +96,7 @@ def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
             raise UserError(
                 "FSDP2 does not shard a quantised base",
                 code="quantization-fsdp",
-                where=f"quantization {recipe.quantization}",
+                where="quantization",
                 hint="start the processes without --fsdp (DDP), or use --deepspeed zero2",
             )
     if recipe.dtype in ("bfloat16", "float16"):
@@ -275,15 +275,15 @@ def deepspeed_config(name: str) -> Any:
     )
 
 
-def base_dtype(recipe: Recipe, train: dict[str, Any]) -> torch.dtype:
+def base_dtype(recipe: Recipe) -> torch.dtype:
     """Return the dtype of the frozen weights: --dtype, else the half precision of a run on a GPU, else float32."""
     if recipe.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
-    if train_device(train).type != "cuda":
+    if train_device(recipe.train).type != "cuda":
         return torch.float32
-    if train.get("bf16"):
+    if recipe.train.get("bf16"):
         return torch.bfloat16
-    return torch.float16 if train.get("fp16") else torch.float32
+    return torch.float16 if recipe.train.get("fp16") else torch.float32
 
 
 def _may_be_unused(modules: str) -> bool:

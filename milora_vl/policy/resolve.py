@@ -115,14 +115,25 @@ def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[Pr
         for method, name in product(sorted(methods), named):
             if not _is_used(method, name, named[name]):
                 where = f"policy[{number}].{name}"
-                problems.append(Problem(f"method {method} cannot use it", "policy-unused-field", where))
+                hint = _to_use(method, name, named[name])
+                problems.append(Problem(f"method {method} cannot use it", "policy-unused-field", where, hint))
     return plans
 
 
 def _is_used(method: str, name: str, value: Any) -> bool:
-    """Return True if the method uses the field; `protect` counts as protect.top or protect.inputs."""
-    field_name = f"protect.{value.kind}" if isinstance(value, Protect) else name
-    return field_name == "method" or field_name in METHODS[method].fields
+    """Return True if the method uses the field."""
+    return name == "method" or _field_name(name, value) in METHODS[method].fields
+
+
+def _field_name(name: str, value: Any) -> str:
+    """Return the name of a field in `Method.fields`: `protect` counts as protect.top or protect.inputs."""
+    return f"protect.{value.kind}" if isinstance(value, Protect) else name
+
+
+def _to_use(method: str, name: str, value: Any) -> str:
+    """Return what to do about a field that the method cannot use."""
+    using = [other for other, row in METHODS.items() if _field_name(name, value) in row.fields]
+    return f"remove {name} from the rule" + (f", or use a method that has it: {', '.join(using)}" if using else "")
 
 
 def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule | None]) -> list[Problem]:

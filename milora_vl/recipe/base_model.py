@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from milora_data.command.output import require_folder
 from milora_data.errors import UserError
 from milora_data.templates import OWN
 from milora_vl.models import loading
@@ -43,13 +44,9 @@ def config_for(recipe: Recipe) -> Any:
 def check(recipe: Recipe) -> None:
     """Raise UserError, before any weights load, if a part is missing or pictures cannot be prepared for the model."""
 
-    if recipe.factor_cache and Path(recipe.factor_cache).exists() and not Path(recipe.factor_cache).is_dir():
-        raise UserError(
-            f"{recipe.factor_cache} is a file, not a folder",
-            code="path-not-a-folder",
-            where="--factor_cache",
-            hint="use another folder",
-        )
+    for key, cache in (("factor_cache", recipe.factor_cache), ("data.feature_cache", recipe.data.feature_cache)):
+        if cache:
+            require_folder(Path(cache), key)
     if prepares_with_processor(recipe.model):
         processor = loading.load_processor(recipe.model)
         limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)

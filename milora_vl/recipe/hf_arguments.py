@@ -136,6 +136,8 @@ def coerce(name: str, value: Any) -> Any:
         return None
     if isinstance(value, bool) and flag.type == "str":  # YAML 1.1 reads a bare `no` as false
         value = "yes" if value else "no"
+    if name == "fsdp" and str(value).lower() in ("", *FALSE):
+        return None
     try:
         converted = CONVERT[flag.type](value)
     except (ValueError, TypeError, OverflowError):

@@ -61,7 +61,7 @@ def _recipe(request: Request) -> tuple[str, Recipe]:
             where="--print-recipe",
             hint=f"see: {PROG} --list-recipes",
         )
-    content, lines, source = settings.read_recipe(name)
+    content, lines, source = settings.read_recipe(name, "--print_recipe" if request.argument else "--recipe")
     return name, Recipe.parse(content, source, lines)
 
 

@@ -167,7 +167,7 @@ def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] =
         raise UserError(
             f"{OWN} does not work: {recipe.model} has no chat template",
             code="template-missing",
-            where="--template",
+            where="template",
             hint=f"use another template, one of: {known}",
         ) from None
     for record in records:
@@ -214,6 +214,6 @@ def require_float_weights(recipe: Recipe, config: Any) -> None:
         raise UserError(
             f"{amount(len(packed), 'quantised module')} would train in full, first {packed[0]}",
             code="quantization-full-training",
-            where=f"quantization {recipe.quantization}",
+            where="quantization",
             hint="train an adapter on quantised weights: --lora_enable True, or --method milora",
         )

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+import llava_recipes
 from milora_data.errors import Problem, UserError
 from milora_data.templates import template_name
 from milora_vl.policy import Policy, PolicyError
@@ -35,7 +36,7 @@ class RecipeError(UserError):
     """
 
     def __init__(self, source: str, problems: Iterable[Problem], lines: Mapping[str, int] | None = None) -> None:
-        self.source, self.dotted = source, tuple(problems)
+        self.dotted = tuple(problems)
         super().__init__(problems=located(self.dotted, source, lines or {}), source=source)
 
 
@@ -271,8 +272,33 @@ def load(path: Path) -> Recipe:
     return Recipe.parse(content, str(path), lines)
 
 
+def is_key(place: str) -> bool:
+    """Return whether the place of a problem is a key of recipes, and not a file, a flag or a module.
+
+    A single word is a key only if it is no section and not `model`: folders often have these names.
+
+    >>> [is_key(place) for place in ("data.packing", "policy[0].rank", "template", "train.bf16", "train.json", "data")]
+    [True, True, True, True, False, False]
+    """
+    name, _, key = place.partition(".")
+    if name.partition("[")[0] == "policy":
+        return place == "policy" or name.endswith("]")
+    if name == "train":
+        return key in hf_arguments.flags()
+    field = Recipe.model_fields.get(name)
+    if field is None:
+        return False
+    section = field.annotation
+    if isinstance(section, type) and issubclass(section, Strict):
+        return key.partition("[")[0].partition(".")[0] in section.model_fields
+    return not key and name != "model"
+
+
 def located(problems: Iterable[Problem], source: str, lines: Mapping[str, int]) -> list[Problem]:
-    """Return the problems with file and line before their dotted paths; flags stay as they are."""
+    """Return the problems with file and line before their dotted paths; flags stay as they are.
+
+    The last problem in a packaged recipe has a hint how to make a copy, which a user can edit.
+    """
     placed = []
     for problem in problems:
         if problem.where.startswith("--"):
@@ -280,4 +306,8 @@ def located(problems: Iterable[Problem], source: str, lines: Mapping[str, int]) 
             continue
         line = f":{lines[problem.where]}" if problem.where in lines else ""
         placed.append(problem.inside(f"{source}{line}: ") if problem.where else problem)
+    name = source.removeprefix("recipe ")
+    if placed and placed[-1].where.startswith(source) and name in llava_recipes.names() and name != source:
+        copy = f"make a copy to edit:  python -m milora_vl.train --print-recipe {name} > mine.yaml"
+        placed[-1] = replace(placed[-1], hint="\n".join(filter(None, (placed[-1].hint, copy))))
     return placed

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import llava_recipes
 from milora_data.command.cli import beside, suggest
-from milora_data.errors import Problem, UserError
+from milora_data.errors import Problem, UserError, at_flag, with_problems
 from milora_data.templates import OWN
 from milora_vl import checkpoints
 from milora_vl.models import loading
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.models.names import UnknownModelError
-from milora_vl.recipe import base_model, llava_flags, protection, yaml_file
+from milora_vl.recipe import base_model, hf_arguments, llava_flags, protection, yaml_file
 from milora_vl.recipe.arguments import PROG, RECIPE_FLAGS, Request
 from milora_vl.recipe.changes import resolved_paths
-from milora_vl.recipe.hf_arguments import overridden
+from milora_vl.recipe.hf_arguments import RENAMED, overridden
 from milora_vl.recipe.on_model import of_default_rank, problems_on, require_float_weights, require_pictures
 from milora_vl.recipe.policy_edits import ADAPTERS, edited
-from milora_vl.recipe.schema import Recipe, RecipeError, located, policy_problems
+from milora_vl.recipe.schema import Recipe, RecipeError, is_key, located, policy_problems
 
+ResultT = TypeVar("ResultT")
 DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
 
 
@@ -66,7 +68,8 @@ def require_fit(request: Request, recipe: Recipe) -> None:
     """
 
     try:
-        config = base_model.config_for(recipe)
+        with at_flag("--model"):
+            config = base_model.config_for(recipe)
     except UnknownModelError:
         raise
     except UserError:
@@ -112,14 +115,62 @@ def problems_on_model(request: Request, config: Any) -> tuple[str, dict[str, int
     return source, lines, at_flags(problems, request)
 
 
+def at_their_places(action: Callable[[Request], ResultT]) -> Callable[[Request], ResultT]:
+    """Return the action with errors that name the place where the user sets a key, instead of the key alone.
+
+    The place is the flag of the command line that has set the key, else the line of the recipe. Code that checks a
+    recipe knows only the keys; every step of a run can find a mistake in them, so the whole action is covered.
+    """
+
+    @wraps(action)
+    def placed(request: Request) -> ResultT:
+        try:
+            return action(request)
+        except UserError as error:
+            raise with_problems(error, _at_places(error.problems, request)) from error
+
+    return placed
+
+
+def _at_places(problems: Sequence[Problem], request: Request) -> list[Problem]:
+    """Return the problems; the place of each that has a key of the recipe is a flag, or a line of the recipe."""
+    flags = {f"train.{name}": f"--{name}" for name in hf_arguments.flags()}
+    flags |= {path: f"--{name}" for name, (path, *_) in RECIPE_FLAGS.items()}
+    keys = {flag: key for key, flag in flags.items()}
+    _, lines, source = read_recipe(request.recipe)
+    lines = {_canonical(key): line for key, line in lines.items()} | lines
+    moved = []
+    for problem in at_flags(problems, request):
+        key = problem.where if is_key(problem.where) else keys.get(problem.where, "")
+        is_typed = problem.where.startswith("--") and _sets(request, key)
+        if key in lines and not is_typed:
+            moved += located([replace(problem, where=key)], source, lines)
+        elif is_key(problem.where) and request.recipe is None:
+            moved.append(replace(problem, where=flags.get(key, key)))
+        else:
+            moved += located([problem], source, lines) if is_key(problem.where) else [problem]
+    return moved
+
+
+def _canonical(key: str) -> str:
+    section, _, name = key.partition(".")
+    return f"train.{RENAMED.get(name, name)}" if section == "train" else key
+
+
 def at_flags(problems: Sequence[Problem], request: Request) -> list[Problem]:
     """Return the problems with the flag of the command line as the place of each value that a flag has set.
 
     A flag changes several rules, so it may have the same problem several times: one stays. An alpha that follows from
     --rank has no problem of its own.
     """
-    flags = {f"train.{name}": name for name in request.overrides.get("train", {})}
+    typed = request.overrides.get("train", {})
+    flags = {_canonical(f"train.{name}"): name for name in typed} | {f"train.{name}": name for name in typed}
     flags |= {path: name for name, (path, *_) in RECIPE_FLAGS.items() if _sets(request, path)}
+    flags |= {f"parts.{key}": name for name, key in llava_flags.PARTS.items() if name in request.llava}
+    if request.llava.get("bits") is not None:
+        flags["quantization"] = "bits"
+    if request.policy is not None:
+        flags["policy"] = "policy"
     of_rules = _rule_flags(request)
     places = {problem.where for problem in problems}
     moved = []
@@ -195,6 +246,7 @@ def _resolve(request: Request) -> Settings:
         raise UserError(
             "no model: set --model NAME, or use a --recipe that names one",
             code="recipe-no-model",
+            where="--model",
             hint=f"see: {PROG} --list-models",
         )
     if recipe.dtype == "fastest":  # save the dtype itself: the fastest dtype differs by machine
@@ -236,8 +288,8 @@ def _sets(request: Request, path: str) -> bool:
     return name in (request.overrides.get(section[0], {}) if section else request.overrides)
 
 
-def read_recipe(name: str | None) -> tuple[dict[str, Any], dict[str, int], str]:
-    """Return content, lines and label of a recipe by name or path; empty without a name."""
+def read_recipe(name: str | None, flag: str = "--recipe") -> tuple[dict[str, Any], dict[str, int], str]:
+    """Return content, lines and label of a recipe by name or path; empty without a name. `flag` has the name."""
     if name is None:
         return {}, {}, "the command line"
     if name in llava_recipes.names():
@@ -248,9 +300,13 @@ def read_recipe(name: str | None) -> tuple[dict[str, Any], dict[str, int], str]:
         return (*yaml_file.read_file(path), str(path))
     near = suggest(name, llava_recipes.names())
     hint = f"did you mean {' or '.join(near)}?" if near else f"recipes: {', '.join(llava_recipes.names())}"
+    found = "no packaged recipe and no file has this name"
+    if Path(name).is_dir():
+        found = "this is a folder without a recipe.yaml"
     raise UserError(
-        f"unknown recipe {name!r}: no packaged recipe and no file has this name",
+        f"unknown recipe {name!r}: {found}",
         code="recipe-unknown",
+        where=flag,
         hint=f"{hint}\nsee: {PROG} --list-recipes",
     )
 

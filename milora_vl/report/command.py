@@ -29,9 +29,8 @@ COMMAND = Command(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if the folder is not a run."""
     chosen = COMMAND.parse(argv)
-    hint = "restore the files of the run, or move the damaged one away for a report without it"
     message = "a file does not have the format that a training writes"
-    with expected_format(message, code="run-folder-damaged", where=str(chosen.run), hint=hint):
+    with expected_format(message, code="run-folder-damaged", where=str(chosen.run), hint=run_page.RESTORE):
         content = run_page.read_run(chosen.run)
         page, summary = write_page(content), wording.summary(content)
     sys.stderr.write(summary + "\n")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.errors import UserError
+from milora_data.errors import UserError, expected_format
 from milora_data.json_text import parse_json
 from milora_data.yaml_text import parse_yaml
 
 Json = Mapping[str, Any]
+RESTORE = "restore the files of the run, or move the damaged one away for a report without it"
 _KNOWN = ("recipe.yaml", "environment.json", "policy.json", "trainer_state.json", "spectrum.json", "eval")
 
 
@@ -146,18 +148,40 @@ def read_run(folder: Path) -> Run:
             hint=f"expected the output_dir of a training, with {', '.join(_KNOWN[:4])}, ...\n"
             "make one:  python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo",
         )
-    state = _json(folder / "trainer_state.json", {})
     return Run(
         folder=folder,
         recipe=_yaml(folder / "recipe.yaml"),
         environment=_json(folder / "environment.json", {}),
         policy=_json(folder / "policy.json", {}),
-        layers=tuple(_layer(entry) for entry in _json(folder / "spectrum.json", [])),
-        history=tuple(state.get("log_history", ())),
+        layers=_layers(folder / "spectrum.json"),
+        history=_history(folder / "trainer_state.json"),
         comparisons=tuple(_comparisons(folder / "eval")),
         forgetting=_json(folder / "forgetting.json", {}),
         protection=_json(folder / "protection.json", {}),
     )
+
+
+def _history(path: Path) -> tuple[Json, ...]:
+    """Return the log of a training. Raises UserError if it is no list of mappings."""
+    history = _json(path, {}).get("log_history", [])
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise _damaged(path, f"log_history is no list of mappings: {str(history)[:60]}")
+    return tuple(history)
+
+
+def _layers(path: Path) -> tuple[Layer, ...]:
+    with _content_of(path):
+        return tuple(_layer(entry) for entry in _json(path, []))
+
+
+def _damaged(path: Path, message: str) -> UserError:
+    return UserError(message, code="run-folder-damaged", where=str(path), hint=RESTORE)
+
+
+def _content_of(path: Path) -> AbstractContextManager[None]:
+    """Raise UserError, at the file, for content of another structure in the block."""
+    message = "the file does not have the format that a training writes"
+    return expected_format(message, code="run-folder-damaged", where=str(path), hint=RESTORE)
 
 
 def _comparisons(folder: Path) -> Iterator[Comparison]:
@@ -190,12 +214,13 @@ def _scores(before: Evaluation | None, after: Evaluation | None) -> tuple[Score,
 
 def _evaluation(folder: Path) -> Evaluation:
     results = _json(folder / "results.json", {})
-    metrics = [
-        (str(benchmark["name"]), Metric(**{key: value for key, value in metric.items() if key in Metric.__slots__}))
-        for benchmark in results.get("benchmarks", ())
-        for metric in benchmark["metrics"]
-        if not metric.get("detail")
-    ]
+    with _content_of(folder / "results.json"):
+        metrics = [
+            (str(benchmark["name"]), Metric(**{key: value for key, value in metric.items() if key in Metric.__slots__}))
+            for benchmark in results.get("benchmarks", ())
+            for metric in benchmark["metrics"]
+            if not metric.get("detail")
+        ]
     return Evaluation(folder.parent.name, folder.name, results, tuple(metrics), tuple(_lines(folder)))
 
 
@@ -226,10 +251,14 @@ def _json(path: Path, default: Any) -> Any:
     if not path.exists():
         return default
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         hint = "move it away for a report without it"
         raise UserError(f"is not valid JSON: {error}", code="json-syntax", where=str(path), hint=hint) from error
+    if not isinstance(content, type(default)):
+        expected = "a list" if isinstance(default, list) else "an object"
+        raise _damaged(path, f"expected {expected}, found {str(content)[:60]}")
+    return content
 
 
 def _yaml(path: Path) -> Json:

@@ -152,23 +152,33 @@ class Search:
         return Result(*refined, excess) if abs(after - before) <= self.floor + 1e-6 * before else None
 
     def _with_left_vectors(self, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Remove rounding errors from U, with the newest factor, or with a safe one if S is almost zero."""
-        inverse, near = self._inverse(self.newest, is_safe=False), self._inverse(self.plain, is_safe=True)
-        clean = None
+        """Remove rounding errors from U, with the newest factor, or with a safe one if S is almost zero.
+
+        A safe factor is of H plus a multiple of I above the rounding of H: solving with it amplifies no rounding.
+        """
         safe = max(self.noise, (SAFE * self.sigma_max) ** 2)
-        if inverse is not None and self.newest is not None and self.newest[1] >= safe:
-            clean = refine_left_vectors(self.W, U, S, V, self.sigma_max, inverse, self.generator)
-        if clean is None:
-            near = self._inverse(self._factor([-safe * 8**k for k in range(5)]), is_safe=True)
-            if near is None:
+        clean = self._refined_by_newest(U, S, V, safe)
+        if clean is not None:
+            safe_inverse = self._inverse(self.plain, is_safe=True)
+        else:
+            safe_inverse = self._inverse(self._factor([-safe * 8**k for k in range(5)]), is_safe=True)
+            if safe_inverse is None:
                 return None
-            clean = refine_left_vectors(self.W, U, S, V, self.sigma_max, near, self.generator)
+            clean = refine_left_vectors(self.W, U, S, V, self.sigma_max, safe_inverse, self.generator)
             assert clean is not None
             if float(torch.linalg.vector_norm(self.W.T @ clean - V * S)) > 0.01 * self.norm:
                 return None
-        if self.is_transposed:
-            return transpose(self.W, clean, V, near, self.floor) if near is not None else None
-        return clean, S, V
+        if not self.is_transposed:
+            return clean, S, V
+        # Left and right vectors change their roles: the inverse then removes what U has outside the right ones.
+        return None if safe_inverse is None else transpose(self.W, clean, V, safe_inverse, self.floor)
+
+    def _refined_by_newest(self, U: Tensor, S: Tensor, V: Tensor, safe: float) -> Tensor | None:
+        """Return U without rounding errors; None if the newest factor has a shift below `safe`, or does not help."""
+        inverse = self._inverse(self.newest, is_safe=False)
+        if inverse is None or self.newest is None or self.newest[1] < safe:
+            return None
+        return refine_left_vectors(self.W, U, S, V, self.sigma_max, inverse, self.generator)
 
     def _inverse(self, factored: tuple[Cholesky, float] | None, *, is_safe: bool) -> Inverse | None:
         return None if factored is None else Inverse(lambda P: self._solve(factored[0], P), is_safe)

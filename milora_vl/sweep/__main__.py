@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import shlex
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from milora_data.command.atomic_write import read_json, write_json
@@ -25,9 +22,6 @@ from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Evaluation, Sweep, alone, run_cells
-from milora_vl.train.command import main as train
-
-COSTS = ("warning", "memory", "time", "factors")  # lines of a dry run that a plan shows
 
 
 def _words(text: str) -> list[str]:
@@ -98,7 +92,9 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Raises UserError if the recipe or the flags are not usable."""
     options = COMMAND.parse(argv)
-    recipe = _recipe(options.recipe)
+    from milora_vl.sweep import first_cell
+
+    recipe = first_cell.recipe_named(options.recipe)
     evaluation = Evaluation(
         options.suite or recipe.sweep.suite or next(iter(recipe.eval.suites), ""),
         options.data or recipe.sweep.data or recipe.eval.data,
@@ -109,7 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = Sweep(folder, recipe, evaluation)
     jobs = options.jobs or _jobs(len(cells))
     _same_sweep(sweep)
-    _show_plan(sweep, cells, jobs, retry=options.retry)
+    left = _show_plan(sweep, cells, jobs, retry=options.retry)
+    if left:
+        cost = _time_left(sweep, cells, left, jobs) or first_cell.cost(recipe, cells[0], left, jobs)
+        sys.stderr.write(f"cost{cost}\n")
     if options.plan:
         return 0
     words = shlex.join(sys.argv[1:] if argv is None else argv)
@@ -139,13 +138,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         next_step("milora_vl.report", folder / "cells" / cells[0].name)
     return 1 if failed else 0
-
-
-def _recipe(name: str) -> Recipe:
-    from milora_vl.recipe.settings import read_recipe
-
-    content, lines, source = read_recipe(name)
-    return Recipe.parse(content, source, lines)
 
 
 def _checked_cells(options: argparse.Namespace, recipe: Recipe, evaluation: Evaluation) -> list[Cell]:
@@ -192,6 +184,7 @@ def _check_suite(evaluation: Evaluation) -> None:
         raise UserError(
             f"the files of suite {evaluation.suite} are not in {data}",
             code="eval-missing-files",
+            where="--data",
             hint=f"see: python -m milora_eval ls --data {data}",
         )
 
@@ -211,6 +204,7 @@ def _same_sweep(sweep: Sweep) -> None:
         raise UserError(
             f"{sweep.folder} holds a sweep of another recipe or suite; nothing is overwritten",
             code="sweep-other-recipe",
+            where="--output_dir",
             hint="choose another folder:  --output_dir ANOTHER",
         )
     before = known.get("variants", {})
@@ -237,7 +231,8 @@ def _key(sweep: Sweep) -> str:
     return hashlib.sha256(json.dumps([shared, repr(sweep.evaluation)], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -> None:
+def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -> int:
+    """Show how many cells are done and how many are left; return the number that is left."""
     done = [cell for cell in cells if sweep.result(cell)]
     failed = [cell for cell in cells if sweep.failure(cell)]
     left = len(cells) - len(done) - (0 if retry else len(failed))
@@ -247,8 +242,7 @@ def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -
     sys.stderr.write(f"{counts}\n{sweep.folder}\n")
     if not left:
         sys.stderr.write("nothing is left to run\n")
-        return
-    sys.stderr.write(f"cost{_time_left(sweep, cells, left, jobs) or _estimate(sweep, cells[0], left, jobs)}\n")
+    return left
 
 
 def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str:
@@ -258,25 +252,6 @@ def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str
         return ""
     each = statistics.median(seconds)
     return f", about {each / 60:.1f} minutes each, {each * -(-left // jobs) / 60:.0f} in all"
-
-
-def _estimate(sweep: Sweep, cell: Cell, left: int, jobs: int) -> str:
-    """Return the cost of one cell from `milora_vl.train --dry-run`. Raises UserError if the cell cannot run."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, f"{cell.name}.yaml")
-        file.write_text(recipe_of(sweep.recipe, cell).to_yaml(), encoding="utf-8")
-        # The real output folder may hold a run to resume.
-        arguments = ["--recipe", str(file), "--dry-run", "--output_dir", str(Path(folder, cell.name))]
-        printed = io.StringIO()
-        try:
-            with redirect_stdout(printed), redirect_stderr(io.StringIO()):
-                train(arguments)
-        except UserError as error:
-            hint = str(error).replace(f"{folder}/", "").strip()
-            raise UserError("a cell cannot run:", code="sweep-cell-cannot-run", hint=hint) from None
-    lines = [line for line in printed.getvalue().splitlines() if line.startswith(COSTS)]
-    words = f" of training one of {amount(left, 'cell')}, {jobs} at a time (measured after the first cell):\n  "
-    return words + "\n  ".join(lines)
 
 
 if __name__ == "__main__":

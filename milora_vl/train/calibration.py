@@ -25,7 +25,7 @@ from transformers import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.assets import cache_dir
-from milora_data.errors import UserError
+from milora_data.errors import UserError, first_line
 from milora_data.images.files import content_of, place_of
 from milora_data.json_text import parse_json
 from milora_data.record_collator import RecordCollator
@@ -101,9 +101,9 @@ def batches(
     if settings.data is not None:
         own = list(islice(load_records(settings.data), MOST_RECORDS))
         if not own:
-            raise _empty("there are no records to calibrate with", f"calibration.data {settings.data}")
+            raise _empty(f"{settings.data} has no records to calibrate with", "calibration.data")
         for record in own:
-            _refuse_probe_text(" ".join(turn.text for turn in record.turns), f"calibration.data {record.source}")
+            _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, "calibration.data")
         collate = collators.collator(_with_images_of(recipe, settings.image_folder), base, processor)
         found += _collated(collate, own)
     if not found:
@@ -132,12 +132,15 @@ def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
             texts[name] = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"cannot read the file: {error}", code="file-unreadable", where=f"calibration.text {name}"
+                f"cannot read {name}: {first_line(error)}",
+                code="file-unreadable",
+                where="calibration.text",
+                hint="name a file with text in UTF-8",
             ) from None
     if not texts:
         return []
     for name, text in texts.items():
-        _refuse_probe_text(text, f"calibration.text {name}")
+        _refuse_probe_text(text, name, "calibration.text")
     try:
         return text_blocks(texts, sources.tokenizer, num_tokens=MOST_TOKENS, block_length=LENGTH)
     except ValueError:
@@ -231,10 +234,10 @@ def shares_probe_text(text: str) -> bool:
     return not _probe_grams().isdisjoint(_grams(text))
 
 
-def _refuse_probe_text(text: str, where: str) -> None:
+def _refuse_probe_text(text: str, source: str, where: str) -> None:
     if shares_probe_text(text):
         raise UserError(
-            "contains text of the probe that measures forgetting, so the measure would be biased",
+            f"{source} contains text of the probe that measures forgetting, so the measure would be biased",
             code="calibration-probe-text",
             where=where,
             hint="use another text",

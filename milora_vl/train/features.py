@@ -23,6 +23,7 @@ from milora_data.images.features import PLAIN, FeatureReader, Features
 from milora_data.images.files import ImageError, place_of
 from milora_data.images.pixels import PixelMaker
 from milora_data.records import Record
+from milora_vl.models.image_tokens import layers_of
 from milora_vl.plan.screen import Screen
 from milora_vl.towers import find_towers
 from milora_vl.train.failures import NOT_WRITTEN
@@ -48,8 +49,7 @@ def prepare(
 
     assert isinstance(base, PreTrainedModel)
     tower = base.get_submodule(str(find_towers(base).vision))
-    layers: Any = base.config.vision_feature_layer
-    layers = [layers] if isinstance(layers, int) else list(layers)
+    layers = layers_of(base.config)
     names = dict.fromkeys(name for record in records for name in record.images)
     pictures = [place_of(collator.image_folder, name) for name in names]
     maker = collator.maker()

@@ -33,6 +33,7 @@ from milora_vl.plan.training_args import base_dtype, refused
 from milora_vl.recipe import base_model, on_model, rates
 from milora_vl.recipe.arguments import Request
 from milora_vl.recipe.schema import Recipe
+from milora_vl.recipe.settings import at_their_places
 from milora_vl.train import (
     calibration,
     collators,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
+@at_their_places
 def train(request: Request) -> int:
     """Run a training from its request to its report. Returns the exit code."""
     start, screen = time.monotonic(), Screen()
@@ -71,9 +73,9 @@ def train(request: Request) -> int:
         screen.say(f"{plan.folder.path} is finished; nothing to resume")
         return 0
     hub.check(plan.recipe.train, plan.folder.path, plan.hub_token)
+    check_evaluation_and_base(plan.recipe)
     inputs = read_inputs(plan, screen)
     cores = free_cores(inputs, screen)
-    check_evaluation_and_base(plan.recipe)
     require_template_for_tools(plan.recipe, inputs.data)
     loaded = load(plan, inputs, screen)
     rows = group_rows(plan, loaded, inputs, screen)
@@ -179,7 +181,7 @@ def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
         recipe, line = base_model.resolved(plan.recipe)
     if line:
         screen.say(line)
-    dtype = base_dtype(recipe, recipe.train)
+    dtype = base_dtype(recipe)
     suites = suites_of(recipe)
     with screen.step(f"loading {recipe.model}"):
         device = process.load_device(args)

@@ -189,8 +189,8 @@ def test_an_adapter_that_cannot_be_switched_off_is_not_compared(tmp_path: Path) 
     ("words", "said"),
     [
         (["--image", "{images}/00.png", "What?"], "0.png"),
-        (["--adapter", "{images}", "What?"], "contains no adapter"),
-        (["--adapter", "nowhere", "What?"], "no such folder"),
+        (["--adapter", "{images}", "What?"], "no adapter in this folder"),
+        (["--adapter", "nowhere", "What?"], "no such adapter folder"),
         (["--compare", "What?"], "needs an adapter"),
         (["--template", "vicuna", "What?"], "vicuna_v1"),
         (["--imgae", "x.png", "What?"], "--image"),

@@ -33,6 +33,7 @@ def test_the_demo_trains_evaluates_and_continues_where_it_stopped(place: Path, c
     out, err = capfd.readouterr()
     assert "report: runs/demo/report.html" in out
     assert "done already: python -m milora_data emoji" in err
+    assert "[5/5] Write the report." in err
     results = json.loads((place / "runs" / "demo" / "eval" / "emoji" / "final" / "results.json").read_text())
     assert results["limit"] == 64
     before = (place / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime
@@ -45,4 +46,7 @@ def test_the_demo_trains_evaluates_and_continues_where_it_stopped(place: Path, c
 def test_a_step_that_fails_stops_the_demo(place: Path, capfd, forked_programs: None) -> None:
     with raises_code("demo-step-failed", message="milora_vl.train failed", hint="it continues with this step"):
         main(["--recipe", "no-such-recipe"])
-    assert "no-such-recipe" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "no-such-recipe" in err
+    assert err.startswith("5 steps, about ten minutes on two free cores")  # before anything is imported or downloaded
+    assert "[2/5] Fine-tune." in err

@@ -359,6 +359,23 @@ def test_a_template_that_rewrites_answers_is_an_error(make: Any) -> None:
     assert error.value.first.code == "chat-template-rewrites-text"
 
 
+def test_what_a_template_writes_for_other_texts_is_not_reused_for_this_one(make: Any) -> None:
+    """The template is run with placeholders once per form of conversation; here it depends on the texts."""
+    processor = processor_of("qwen2_5_vl")
+    processor.chat_template = processor.chat_template.replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if m.content[0].text | length > 8 %}<|im_start|>long<|im_end|>{% endif %}",
+    )
+    collator = ProcessorCollator(processor)
+    turns = [("human", "A?"), ("gpt", "B"), ("human", "A longer question?"), ("gpt", "C")]
+    short, long, again = ([*turns[:2]], turns, [turns[2], turns[1], *turns[:2]])
+    for exchange in (short, long, again, long):
+        batch = collator([record(exchange, [])])
+        answers = [text for who, text in exchange if who == "gpt"]
+        assert supervised(collator, batch) == ["".join(f"{answer}<|im_end|>" for answer in answers)]
+        assert ("long" in collator.inputs.tokenizer.decode(batch["input_ids"][0])) == (exchange is not short)
+
+
 def test_a_template_that_writes_no_pictures_is_an_error(pictures: Path) -> None:
     processor = processor_of("qwen2_5_vl")
     processor.chat_template = processor.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "")

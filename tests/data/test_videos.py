@@ -191,6 +191,12 @@ def test_what_is_no_video_is_named(value: dict[str, Any], code: str, pictures: P
     assert "token=x" not in str(error.value)
 
 
+def test_a_video_file_is_named_with_the_command_that_makes_frames() -> None:
+    with raises_code("video-file", message="got the file 'clips/a.mp4'", kind=DataError) as error:
+        parse_record(asked({"type": "video", "video": "clips/a.mp4"}, "What?"))
+    assert "ffmpeg -i VIDEO" in error.value.first.hint
+
+
 def test_a_missing_frame_is_replaced_or_its_record_skipped(pictures: Path) -> None:
     value = asked({"type": "video", "video": ["f0.png", "none.png"]}, "What?")
     with pytest.raises(ImageError):

@@ -256,7 +256,7 @@ def test_the_command(run, capsys, monkeypatch) -> None:
         ("--to", "rank-2"): "exists and is not empty",
         ("--to", "mergd"): r"unknown form(.|\n)*did you mean merged\?",
         ("--to", "merged", "--with_base"): "only applies to --to adapter, rank-N and gguf-lora",
-        ("--to", "merged", "--base", str(run.root / "nowhere" / "x")): "unknown model",
+        ("--to", "merged", "--base", str(run.root / "nowhere" / "x")): "--base: unknown model",
     }.items():
         with pytest.raises(UserError, match=message):
             main([str(run.root / "adapter"), *arguments])
@@ -359,3 +359,19 @@ def test_each_form_says_how_to_use_it(run, capsys) -> None:
     }.items():
         assert main([str(run.root / "adapter"), "--to", form, "--format", "human"]) == 0
         assert words in capsys.readouterr().err
+
+
+def test_a_written_model_has_the_names_of_published_llavas(run) -> None:
+    """vLLM and transformers 4 read no others; transformers 5 saves a new model without `vision_model`."""
+    export(run.root / "adapter", "merged", run.root / "merged")
+    names = [name for name in load_file(run.root / "merged" / "model.safetensors") if name.startswith("vision_tower.")]
+    assert names
+    assert all(name.startswith("vision_tower.vision_model.") for name in names)
+
+
+def test_a_tower_whose_layers_are_joined_is_refused_for_llava(run) -> None:
+    base = fresh(run.root)
+    config: Any = base.config
+    config.vision_feature_layer = [-2, -1]
+    with raises_code("export-llava-base", message="joins"):
+        export(run.root / "adapter", "llava", run.root / "llava-lora", base=base, vision_tower="clip")

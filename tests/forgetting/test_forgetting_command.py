@@ -73,7 +73,7 @@ def test_another_probe_joins_and_another_seed_begins_anew(adapter: Path, tmp_pat
     ("flags", "code", "words"),
     [
         (["--model", "tiny"], "forgetting-no-base", "nothing to compare"),
-        (["--model", "tiny", "--adapter", "A", "--base", "tiny"], "flag-no-effect", "--base: only applies to"),
+        (["--model", "tiny", "--adapter", "A", "--base", "tiny"], "flag-conflict", "--base: this flag is for"),
         (["--model", "tiny", "--adapter", "A", "--on", "texts"], "command-line", "expected some of"),
         (["--model", "tiny", "--adapter", "A", "--text", "no.txt"], "data-missing-file", "no.txt: no such file"),
         (

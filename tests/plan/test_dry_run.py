@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlavaForConditionalGeneration
 
 from milora_data.errors import UserError
+from milora_vl.tiny import tiny_llava
 from milora_vl.train.command import main
 from support.problems import raises_code
 
@@ -219,3 +221,21 @@ def test_a_plan_refuses_what_the_run_would_refuse(words: str, code: str) -> None
     with pytest.raises(UserError) as error:
         main(["--model", "tiny", *shlex.split(words), "--dry-run"])
     assert [problem.code for problem in error.value.problems] == [code]
+
+
+def test_a_method_that_cannot_protect_names_what_to_change_in_a_copy_of_the_recipe() -> None:
+    with pytest.raises(UserError) as error:
+        main(["--recipe", "smol-llava-demo", "--method", "dora", "--dry-run"])
+    assert error.value.first.code == "policy-unused-field"
+    assert "remove protect from the rule" in error.value.first.hint
+    assert "--print-recipe smol-llava-demo > mine.yaml" in error.value.first.hint
+
+
+def test_a_tower_whose_layers_are_joined_is_planned(tmp_path: Path, capsys: Any) -> None:
+    model, processor = tiny_llava()
+    config: Any = model.config
+    config.vision_feature_layer = [-2, -1]
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "joined")
+    processor.save_pretrained(tmp_path / "joined")
+    assert main(["--model", str(tmp_path / "joined"), "--rank", "4", "--dry-run"]) == 0
+    assert "memory" in capsys.readouterr().out

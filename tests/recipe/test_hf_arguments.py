@@ -62,6 +62,9 @@ def test_an_older_transformers_gets_its_own_names() -> None:
         ("lr_scheduler_kwargs", '{"min_lr": 1}', {"min_lr": 1}),
         ("eval_steps", "None", None),
         ("tf32", "False", False),
+        ("fsdp", "false", None),  # off, as in transformers
+        ("fsdp", False, None),
+        ("fsdp", "", None),
     ],
 )
 def test_values_are_read_as_their_types(name: str, value: object, expected: object) -> None:

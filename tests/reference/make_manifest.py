@@ -1,6 +1,7 @@
-"""Rewrite tests/reference/manifest.json: what users and their code rely on.  python tests/reference/make_manifest.py
+"""Extend tests/reference/manifest.json: what users and their code rely on.  python tests/reference/make_manifest.py
 
-It may grow. What is in it may only go with a deprecation, so run this when something is added.
+What is in it stays: this only adds, so run it when something is added. What may go, with a deprecation, is removed by
+hand.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import io
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +22,36 @@ ROOT = Path(__file__).resolve().parents[2]
 TARGET = Path(__file__).with_name("manifest.json")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = [
-    *(f"milora_vl.{name}" for name in "train compose report sweep studies chat export forgetting analyze".split()),
+    *(f"milora_vl.{name}" for name in "train compose report sweep studies chat export forgetting analyze demo".split()),
     "milora_vl.integrations.llava",
     "milora_vl.integrations.replace",
     *(f"milora_data {name}" for name in "check convert show stats emoji".split()),
-    *(f"milora_eval {name}" for name in "run ls score judge compare view".split()),
+    *(f"milora_eval {name}" for name in "run ls score scales judge compare view".split()),
     "milora_eval.lm_eval",
 ]
 
 
 def flags(command: str) -> list[str]:
-    """The long flags in the help of a command."""
+    """The long flags in the help of a command, also those of its examples."""
+    return _flags_in(_help(command))
+
+
+def declared(command: str) -> list[str]:
+    """The long flags that a command declares: those at the start of a line of its help."""
+    return _flags_in("\n".join(line for line in _help(command).splitlines() if line.lstrip().startswith("-")))
+
+
+def _help(command: str) -> str:
     module, *rest = command.split()
     words = [module.removeprefix("milora_"), *rest] if rest else [module.rpartition(".")[2]]
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         milora([*words, "--help"])
-    return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", shown.getvalue())))
+    return shown.getvalue()
+
+
+def _flags_in(text: str) -> list[str]:
+    return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)))
 
 
 def keys(model: Any, prefix: str = "") -> list[str]:
@@ -60,7 +75,15 @@ def imports() -> list[str]:
             found |= {f"{module}:{name.strip()}" for name in names.split(",")}
         for path in re.findall(r"^::: ((?:milora_vl|milora_data|milora_eval)[\w.]*)\.(\w+)$", text, re.MULTILINE):
             found.add(":".join(path))
-    return sorted(found)
+    return sorted(name for name in found if _exists(name.partition(":")[0]))
+
+
+def _exists(module: str) -> bool:
+    """Whether a module is ours, and not the example of one that a reader writes."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def manifest_of_keys() -> dict[str, list[str]]:
@@ -70,8 +93,16 @@ def manifest_of_keys() -> dict[str, list[str]]:
 
 def manifest() -> dict[str, Any]:
     """All of it."""
-    return {"flags": {command: flags(command) for command in COMMANDS}, **manifest_of_keys(), "imports": imports()}
+    return {"flags": {command: declared(command) for command in COMMANDS}, **manifest_of_keys(), "imports": imports()}
+
+
+def extended(old: Any, new: Any) -> Any:
+    """Return the old manifest with everything of the new one that it lacks."""
+    if isinstance(new, dict):
+        return old | {key: extended(old.get(key, type(value)()), value) for key, value in new.items()}
+    return [*old, *(entry for entry in new if entry not in old)]
 
 
 if __name__ == "__main__":
-    TARGET.write_text(json.dumps(manifest(), indent=1) + "\n", encoding="utf-8")
+    before = json.loads(TARGET.read_text(encoding="utf-8"))
+    TARGET.write_text(json.dumps(extended(before, manifest()), indent=1) + "\n", encoding="utf-8")

@@ -50,7 +50,7 @@ def test_the_losses_are_those_without_it(model: str, tiny_data: Path, tmp_path: 
 
 def test_zero3_is_refused_because_it_cuts_up_the_tower(tiny_data: Path, tmp_path: Path) -> None:
     extra = ["--rank", "4", "--feature_cache", str(tmp_path / "cache"), "--deepspeed", "zero3", "--dry-run"]
-    with raises_code("feature-cache-zero3", where="data.feature_cache", hint="--deepspeed zero2"):
+    with raises_code("feature-cache-zero3", where="--feature_cache", hint="--deepspeed zero2"):
         main(training(tiny_data, tmp_path / "run", *extra))
 
 
@@ -100,7 +100,7 @@ def test_entries_that_are_cut_off_are_made_anew_and_a_folder_that_cannot_be_is_t
     assert [path.read_bytes() for path in made] == whole
     assert losses(tmp_path / "again") == losses(tmp_path / "first")
     (tmp_path / "file").write_text("")
-    with raises_code("path-not-writable", where="data.feature_cache", message="Not a directory"):
+    with raises_code("path-not-a-folder", where="--feature_cache", message="is a file"):
         main(training(tiny_data, tmp_path / "third", *run, str(tmp_path / "file")))
 
 
@@ -128,15 +128,15 @@ def test_what_it_cannot_do_is_told(tiny_data: Path, tmp_path: Path) -> None:
     extra = ["--feature_cache", str(tmp_path / "cache")]
     policy = "[{modules: language, method: milora, rank: 4}, {modules: vision, method: milora, rank: 2}]"
     with raises_code(
-        "feature-cache-trained-tower", where="data.feature_cache", message="the vision tower trains (model.vision_tower"
+        "feature-cache-trained-tower", where="--feature_cache", message="the vision tower trains (model.vision_tower"
     ) as error:
         main(training(tiny_data, tmp_path / "run", "--policy", policy, *extra))
     problem = error.value.problems[0]
-    assert (problem.code, problem.where) == ("feature-cache-trained-tower", "data.feature_cache")
+    assert (problem.code, problem.where) == ("feature-cache-trained-tower", "--feature_cache")
     text = [record for record in json.loads((tiny_data / "train.json").read_text()) if "image" not in record]
     (tiny_data / "train.json").write_text(json.dumps(text))
     with raises_code(
-        "feature-cache-unsupported-model", where="data.feature_cache", message="supports LLaVA 1.5 and 1.6 only"
+        "feature-cache-unsupported-model", where="--feature_cache", message="supports LLaVA 1.5 and 1.6 only"
     ):
         main(training(tiny_data, tmp_path / "text", "--model", "tiny-text", "--rank", "4", *extra))
     with raises_code("recipe-streaming", where="--feature_cache", message="needs all images before training"):

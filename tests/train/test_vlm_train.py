@@ -136,7 +136,7 @@ def test_what_does_not_fit_the_model_is_refused_before_weights_load(
 
 
 def test_limits_of_pixels_are_refused_for_llava(data: Path) -> None:
-    with raises_code("pixels-unsupported", where="data.max_pixels"):
+    with raises_code("pixels-unsupported", where="--max_pixels"):
         main(["--model", "tiny", "--rank", "2", "--max_pixels", "99", "--dry-run"])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from milora_data.check.findings import Finding, examine
 from milora_data.check.pictures import MissingImages, add_use, elsewhere, find_faults, find_missing, is_empty
 from milora_data.check.repair import write_repaired
 from milora_data.check.report import Report, as_json, as_text
+from milora_data.command import cli
 from milora_data.command.cli import command_line, count, next_step
 from milora_data.command.flags import DATA, Command, option, shared
 from milora_data.command.web import url_problem, web_address
@@ -113,7 +115,9 @@ def _is_wrong_folder(report: Report) -> bool:
 
 
 def _num_usable(report: Report) -> int:
-    return report.records - len({finding.where for finding in report.findings if finding.severity == "error"})
+    """Return how many records have no error; broken JSON gives no record."""
+    errors = (finding for finding in report.findings if finding.severity == "error" and finding.kind != "broken_json")
+    return report.records - len({finding.where for finding in errors})
 
 
 def image_folder(data: Path, option: Path | None) -> Path:
@@ -136,11 +140,10 @@ def image_folder(data: Path, option: Path | None) -> Path:
 
 def no_folder(folder: Path) -> Problem:
     """Return the problem of an image folder that does not exist."""
-    return url_problem(folder) or Problem(
-        f"no such image folder: {folder}",
-        code="path-missing",
-        hint="name the folder of the pictures with --image_folder",
-    )
+    address = url_problem(folder)
+    if address is not None:
+        return replace(address, where="--image_folder")
+    return cli.no_folder(folder, "--image_folder", "image folder")
 
 
 def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "decode") -> Report:

@@ -54,6 +54,13 @@ def beside(missing: Path) -> str:
     return "check the path" if missing.is_absolute() else f"check the path; it starts at {Path.cwd()}"
 
 
+def no_folder(path: Path, flag: str, what: str = "folder") -> Problem:
+    """Return the problem of a path that should be an existing folder, at the flag or argument that names it."""
+    if path.exists():
+        return Problem(f"{path} is a file, not a folder", "path-not-a-folder", flag, "name a folder")
+    return Problem(f"no such {what}: {path}", "path-missing", flag, beside(path))
+
+
 def count(text: str) -> int:
     """Parse an integer >= 0: the `type` of a flag that counts something."""
     try:

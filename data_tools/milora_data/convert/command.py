@@ -14,7 +14,7 @@ from typing import Any
 from milora_data.command.cli import amount, next_step, positive
 from milora_data.command.flags import Command, option, shared
 from milora_data.convert.picture_folder import PictureFolder, output_exists
-from milora_data.errors import MALFORMED, DataError, UserError, with_context
+from milora_data.errors import MALFORMED, DataError, UserError, first_line, with_context
 from milora_data.formats.captions import caption_records
 from milora_data.formats.instructions import held_out, instructions
 from milora_data.formats.jsonfile import read_objects, write_objects
@@ -136,9 +136,14 @@ def _read(kind: str, sources: Sequence[Any], options: Options) -> Records:
         raise
     except MALFORMED as error:
         names = ", ".join(map(str, sources))
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        reason = "its lists and objects have another structure"
+        if isinstance(error, (KeyError, ValueError)):
+            reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
         raise DataError(
-            f"not the format that --from {kind} expects: {reason}", code="convert-wrong-format", where=names
+            f"not the format that --from {kind} expects: {reason}",
+            code="convert-wrong-format",
+            where=names,
+            hint=f"name another format: --from {', '.join(KINDS)}",
         ) from None
 
 

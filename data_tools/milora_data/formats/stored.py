@@ -14,6 +14,7 @@ from milora_data.formats.jsonfile import missing_file
 from milora_data.formats.other_files import COLUMNS, row_record
 from milora_data.formats.saved import files_of_saved, is_saved
 from milora_data.formats.vqa_files import Options
+from milora_data.hub_host import hub_is_known
 from milora_data.images.files import StoredPicture
 from milora_data.records import Record, parse_record
 
@@ -110,11 +111,24 @@ def open_hub(source: str) -> Any:
     import datasets
 
     name, _, split = source.removeprefix(HUB).partition(":")
+    is_here = Path(name).is_dir() or datasets.config.HF_DATASETS_OFFLINE
+    if not is_here and not hub_is_known():  # the client would retry for half a minute
+        raise UserError(
+            "the hub does not answer: its host is not known here",
+            code="hub-unreadable",
+            where=source,
+            hint="check the network, or name files on this machine",
+        )
     try:
         return _undecoded(datasets.load_dataset(name, split=split or "train", streaming=True))
     except Exception as error:  # hub, network and readers of file formats raise exceptions of any type
         lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"cannot be read: {lines[0]}", code="hub-unreadable", where=source) from None
+        raise UserError(
+            f"cannot be read: {lines[0]}",
+            code="hub-unreadable",
+            where=source,
+            hint="check the name and the network; for a private data set:  hf auth login",
+        ) from None
 
 
 def _open_file(file: str) -> Any:

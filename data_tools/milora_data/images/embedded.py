@@ -24,7 +24,7 @@ def is_embedded(name: object) -> bool:
 
 
 def described(name: str) -> str:
-    """Return a short description of a URL, without its content.
+    """Return a short description of a URL, without its content; the name of a file is returned unchanged.
 
     >>> described("data:image/png;base64,iVBORw0KGgo="), described("https://example.org/a.png?token=1")
     ('data:image/png;base64, 12 characters', 'https://example.org/a.png')
@@ -33,6 +33,8 @@ def described(name: str) -> str:
         header, _, body = name.partition(",")
         return f"{header[:60]}, {len(body):,} characters"
     address = urlsplit(name)
+    if not address.scheme:
+        return name[:200]
     return f"{address.scheme}://{address.netloc}{address.path}"[:200]
 
 

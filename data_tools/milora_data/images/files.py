@@ -123,7 +123,8 @@ def load_image(path: str | Path, *, longest: int | None = None, shortest: int | 
                 share = least / (max(image.size) if longest else min(image.size))
                 image.draft(None, (math.ceil(image.width * share), math.ceil(image.height * share)))
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # without a copy of an upright picture
+            return to_rgb(image)
     except FileNotFoundError:
         problem = url_problem(path)
         if problem is not None:

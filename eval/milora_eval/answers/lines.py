@@ -15,7 +15,7 @@ from milora_eval.suites import reference
 
 
 def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path) -> dict[str, Any]:
-    """Return the scored line of one answer; `correct` is None if a judge or a server scores it."""
+    """Return the scored line of one answer; `correct` stays empty (None) if a judge or a server scores it."""
     picture = item.images[0] if item.images else None
     turns = benchmark.prompt(item)
     line: dict[str, Any] = {

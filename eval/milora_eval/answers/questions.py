@@ -29,8 +29,8 @@ class EvaluationPlan:
     """The benchmarks and the generation settings. `suite` names the results; `shard` is (number from 1, count).
 
     `audit` is the number of items that are asked a second time, one by one. `which` (base, final, checkpoint-N),
-    `model_name`, `adapter` and `scale` (of its update) say which weights answer; `settings` is everything except the
-    question that their answers depend on.
+    `model_name`, `adapter` and `scale` (of its update) name the weights that answer; `settings` is everything except
+    the question that their answers depend on.
     """
 
     suite: str
@@ -168,5 +168,6 @@ def _check_pictures(benchmark: Benchmark, items: ItemFile) -> None:
         raise UserError(
             f"{len(missing)} pictures of benchmark {benchmark.name} are missing",
             code="benchmark-missing-pictures",
-            hint="\n".join(shown),
+            where="--data",
+            hint="\n".join([*shown, "or name the folder with the pictures:  --data FOLDER"]),
         )

@@ -5,15 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from milora_data.command.cli import suggest
 from milora_data.errors import UserError
-from milora_vl.adapter_folders import (
-    base_of,
-    holds_adapter,
-    holds_projector_alone,
-    holds_residual,
-    newest_of_unfinished,
-)
+from milora_vl.adapter_folders import base_of, holds_adapter, require_adapter, require_no_base
 from milora_vl.checkpoints import step_of
 
 
@@ -43,17 +36,12 @@ class EvalTarget:
 
 def eval_target(model: str, adapter: Path | None, base: str | None, scale: float = 1.0) -> EvalTarget:
     """Resolve the flags --model, --adapter, --base and --scale. Raises UserError if they contradict each other."""
+    require_no_base(model, adapter, base)
     folder = Path(model)
     if adapter is None and holds_adapter(folder):
         model, adapter = base_of(folder), folder
     if adapter is not None:
-        if base is not None:
-            raise UserError(
-                "this flag is for a fully trained --model; the base of an adapter is its --model",
-                code="flag-conflict",
-                where="--base",
-            )
-        _check_adapter(adapter, model)
+        require_adapter(adapter, "--adapter", "milora_eval", "run", "--model", model, "--adapter")
         return EvalTarget(model, adapter, None, named(_which(adapter), scale), scale)
     if base is None and scale != 1:
         raise UserError(
@@ -73,28 +61,6 @@ def named(which: str, scale: float) -> str:
     ('final', 'final-scale-0.5')
     """
     return which if scale == 1 else f"{which}-scale-{scale:g}"
-
-
-def _check_adapter(folder: Path, model: str) -> None:
-    if holds_adapter(folder) or holds_projector_alone(folder) or holds_residual(folder):
-        return
-    if not folder.is_dir():
-        siblings = [path.name for path in sorted(folder.parent.glob("*")) if path.is_dir() and holds_adapter(path)]
-        others = suggest(folder.name, siblings) or siblings[:3]
-        raise UserError(
-            f"no adapter: there is no folder {folder}",
-            code="adapter-missing",
-            hint=(f"there are: {', '.join(str(folder.parent / name) for name in others)}\n" if others else "")
-            + f"train one: python -m milora_vl.train --model {model} --data_path ... --output_dir {folder}",
-        )
-    newest = newest_of_unfinished(folder, "milora_eval", "run", "--model", model, "--adapter")
-    full = f"\nfor a fully trained model, use --model {folder} --base {model}"
-    raise UserError(
-        f"no adapter in {folder}: it has no adapter_config.json",
-        code="adapter-missing",
-        hint=(newest.removeprefix("\n") or "it may be an unfinished run without a checkpoint")
-        + (full if (folder / "config.json").is_file() else ""),
-    )
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from milora_data.command.cli import next_step
+from milora_data.command.cli import next_step, no_folder
 from milora_data.command.flags import Command, shared
 from milora_data.errors import UserError
 from milora_eval.suites import SUITES, listing
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     options = COMMAND.parse(argv)
     if options.data and not options.data.is_dir():
-        raise UserError(f"no folder {options.data}", code="path-not-a-folder", where="--data")
+        raise UserError(problems=[no_folder(options.data, "--data")])
     listed = listing(options.data)
     if options.format == "json":
         sys.stdout.write(json.dumps(listed, indent=1) + "\n")

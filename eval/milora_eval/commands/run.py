@@ -11,7 +11,8 @@ from pathlib import Path
 
 from milora_data.command.cli import count, next_step
 from milora_data.command.flags import Command, flag, option, shared
-from milora_data.errors import DataError, UserError
+from milora_data.errors import DataError, UserError, at_flag
+from milora_data.templates import template_name
 from milora_eval.answers.questions import EvaluationPlan, Items, read_items
 from milora_eval.answers.selection import parse_shard
 from milora_eval.answers.target import EvalTarget, eval_target
@@ -113,7 +114,8 @@ def planned(options: argparse.Namespace, target: EvalTarget) -> tuple[Evaluation
     Raises UserError for missing data.
     """
     if options.suite is not None:
-        suite = find_suite(options.suite)
+        with at_flag("--suite"):
+            suite = find_suite(options.suite)
         names, name, limit, partial = suite.benchmarks, options.suite, options.limit or suite.limit, suite.partial
     else:
         names = tuple(part.strip() for part in options.benchmarks.split(",") if part.strip())
@@ -125,10 +127,14 @@ def planned(options: argparse.Namespace, target: EvalTarget) -> tuple[Evaluation
                 where="--benchmarks",
                 hint="see: python -m milora_eval ls",
             )
+    if options.template is not None:
+        with at_flag("--template"):
+            template_name(options.template)
     data = options.data or Path("data") / (options.suite or names[0])
     if options.protocol is not None:
         names = tuple(_with_protocol(names, options.protocol))
-    benchmarks = [find_benchmark(entry) for entry in names]
+    with at_flag("--benchmarks"):
+        benchmarks = [find_benchmark(entry) for entry in names]
     items = _items_that_exist(benchmarks, data, limit) if partial else read_items(benchmarks, data, limit)
     benchmarks = [benchmark for benchmark in benchmarks if benchmark.name in items]
     from milora_vl.recipe.prompts import prompts_of

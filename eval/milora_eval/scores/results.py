@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from milora_data.command.atomic_write import read_json, write_json
+from milora_data.command.cli import no_folder
 from milora_data.errors import UserError, expected_format
 from milora_eval.answers.lines import expected_of, to_answer
 from milora_eval.answers.selection import select
@@ -100,6 +101,8 @@ def review_of(line: Line, reviews: Mapping[tuple[str, str, str], str]) -> str | 
 
 def require_answers(folder: Path) -> None:
     """Raise UserError if a folder has no answers; the hint lists subfolders that have some."""
+    if not folder.is_dir():
+        raise UserError(problems=[replace(no_folder(folder, str(folder)), message="no such folder")])
     if next(each_line(folder / PREDICTIONS), None) is None:
         near = sorted(path.parent for path in folder.glob(f"**/{PREDICTIONS}"))[:5] if folder.is_dir() else []
         raise UserError(

@@ -1,0 +1,20 @@
+"""Whether the model hub can be asked at all."""
+
+from __future__ import annotations
+
+import socket
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+
+def hub_is_known() -> bool:
+    """Return whether the host of the hub resolves; without a network the client would retry for half a minute."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
