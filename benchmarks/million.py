@@ -103,19 +103,19 @@ def watched(words: Sequence[str], log: Path, *, kill_at: int | None = None) -> d
     )
     peaks = Peaks(process.pid)
     peaks.start()
-    first: float | None = None
+    first: dict[str, float] | None = None
     assert process.stdout is not None
     with log.open("w") as file:
         for line in process.stdout:
             file.write(line)
             file.flush()
             if line.startswith("step "):
-                first = first or time.monotonic() - start
+                first = first or {"first_step_after": time.monotonic() - start, "first_step_cpu": peaks.cpu}
                 if kill_at is not None and line.startswith(f"step {kill_at}/"):
                     peaks.kill()
     code = process.wait()
     result = {"code": code, "seconds": round(time.monotonic() - start, 1), **peaks.result()}
-    return result if first is None else result | {"first_step_after": round(first, 1)}
+    return result | {name: round(seconds, 1) for name, seconds in (first or {}).items()}
 
 
 class Peaks(threading.Thread):

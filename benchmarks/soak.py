@@ -53,7 +53,7 @@ def main() -> int:
     """Run both trainings and compare them; return 1 if the losses differ or the memory grows."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=60)
-    options.add_argument("--between", type=float, nargs=2, default=(60, 240), help="seconds from a start to a fault")
+    options.add_argument("--between", type=float, nargs=2, default=(120, 300), help="seconds from a start to a fault")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--output_dir", type=Path, help="folder for the two runs [a temporary folder]")
     chosen = options.parse_args()

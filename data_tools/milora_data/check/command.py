@@ -29,6 +29,7 @@ from milora_data.records import Record, parse_record
 from milora_data.sources import is_json, load_records, mixed_records, read_sources
 
 OUTSIDE = " (outside the image folder)"
+_STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together
 WEB = " (a web address: pictures are not fetched)"
 COMMAND = Command(
     "milora_data check",
@@ -154,13 +155,14 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
     ids: dict[str, str] = {}
     contents: dict[int, str] = {}
     used: dict[str, list[str]] = {}
+    stored: dict[str, list[str]] = {}
     for record in readable(path, report):
         report.records += 1
         report.with_pictures += bool(record.images)
         report.findings += examine(record)
-        if is_json(path) and (stored := next((name for name in record.files if isinstance(name, StoredPicture)), None)):
+        if is_json(path) and (first := next((name for name in record.files if isinstance(name, StoredPicture)), None)):
             report.has_embedded = True
-            report.findings.append(Finding("embedded_picture", record.source, f"{len(stored.content):,} bytes"))
+            report.findings.append(Finding("embedded_picture", record.source, f"{len(first.content):,} bytes"))
         repeated = bool(record.id) and record.id in ids
         if repeated:
             report.findings.append(Finding("duplicate_id", record.source, f"{record.id} (first at {ids[record.id]})"))
@@ -170,8 +172,12 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
             report.findings.append(Finding("duplicate_record", record.source, f"first at {contents[content]}"))
         contents.setdefault(content, record.source)
         for name in record.files:
-            used.setdefault(name, []).append(record.source)
-    _scan_pictures(used, folder, pictures, report)
+            (stored if isinstance(name, StoredPicture) else used).setdefault(name, []).append(record.source)
+        if len(stored) >= _STORED_AT_ONCE:  # their contents are in memory
+            _scan_pictures(stored, folder, pictures, report)
+            stored = {}
+    for names in (stored, used):
+        _scan_pictures(names, folder, pictures, report)
     return report
 
 
@@ -218,7 +224,7 @@ def _readable_json(path: Path, report: Report) -> Iterator[Record]:
 
 
 def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report: Report) -> None:
-    report.picture_files = len(used)
+    report.picture_files += len(used)
     missing = find_missing(used, folder)
     for name in missing:
         if is_empty(place_of(folder, name)):
