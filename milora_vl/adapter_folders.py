@@ -5,10 +5,10 @@ Other modules ask here instead of looking for the files. `adapters/source.py` te
 
 from __future__ import annotations
 
+import difflib
 import shlex
 from pathlib import Path
 
-from milora_data.command.cli import did_you_mean, suggest
 from milora_data.errors import Problem, UserError
 from milora_data.json_text import parse_json
 from milora_vl.checkpoints import holds_weights, newest_checkpoint, step_of
@@ -84,8 +84,8 @@ def not_a_folder(folder: Path, flag: str = "") -> Problem | None:
         hint = f"use its folder: {folder.parent}" if has_adapter else EXPECTED
         return Problem(f"this is a file, but an adapter is a folder{named}", "adapter-no-folder", where, hint)
     beside = [path for path in sorted(folder.parent.glob("*")) if path.is_dir() and holds_adapter(path)]
-    near = suggest(folder.name, [path.name for path in beside])
-    hint = did_you_mean([str(folder.parent / name) for name in near])
+    near = difflib.get_close_matches(folder.name, [path.name for path in beside], n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(str(folder.parent / name) for name in near)}?" if near else ""
     others = f"adapters beside it: {', '.join(map(str, beside[:3]))}" if beside else EXPECTED
     return Problem(f"no such adapter folder{named}", "adapter-no-folder", where, hint or others)
 
