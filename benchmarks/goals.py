@@ -125,6 +125,7 @@ GOALS = (
     Goal(
         "POPE-like questions, several per picture", "batch-1 generate", "eval", lambda r: r["speedup_over_batch1"], 3
     ),
+    Goal("an evaluation of 1,000,000 questions: memory", "", "eval_scale", lambda r: r["peak_mb"], 200, " MB", True),
     Goal("scoring 200 k VQAv2 answers", "the rules in plain Python", "eval", lambda r: r["scoring_speedup"], 5),
     Goal(
         "a step on cores that others use", "one thread", "shared_cores", lambda r: r["free_over_one"], 1.2, at_most=True
