@@ -3,7 +3,8 @@
 python benchmarks/all.py [--full] [--only NAME ...] [--quick] [--missing] [--page]
 
 Each result is written to benchmarks/results.json with a description of the machine; docs/performance.md shows them.
-Without --full, the parts that take two hours are left out (`make bench`): a 7B at full size, kills, the soak.
+Without --full, the parts that take two hours are left out (`make bench`): an evaluation of a million questions, a 7B
+at full size, kills, the soak.
 --only measures some parts again and keeps the others; --quick measures the headline rows (`make bench-quick`);
 --missing measures the parts without a result;
 --page only writes the page.
@@ -48,6 +49,7 @@ PARTS = {
     "data": "data.py",
     "loader": "loader.py",
     "eval": "eval.py",
+    "eval_scale": "eval_scale.py --questions 1000000",
     "shared_cores": "shared_cores.py",
     "plan": "plan.py",
     "full_size": "full_size.py",
@@ -56,7 +58,7 @@ PARTS = {
     "kills_zero3": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True --deepspeed zero3",
     "soak": "soak.py --minutes 33",
 }
-LONG = ("full_size", "kills", "kills_ddp", "kills_zero3", "soak")  # two hours
+LONG = ("eval_scale", "full_size", "kills", "kills_ddp", "kills_zero3", "soak")  # two hours
 QUICK = ("smollm2", "step_bf16", "loss", "whole_training")
 
 

@@ -100,7 +100,7 @@ def forgetting_at(front: Sequence[Spot], loss: float) -> float | None:
     """Return the forgetting with which a curve reaches a loss; None if no training reaches it.
 
     Between two trainings the logarithm of forgetting is interpolated over the loss. Above the highest loss of the
-    curve the value is that of its last training, which reaches a lower loss: an upper bound.
+    curve the value comes from its last training, which reaches a lower loss: an upper bound.
 
     >>> forgetting_at([Spot(0.8, 1.0), Spot(0.9, 0.01)], 0.85)
     0.1
