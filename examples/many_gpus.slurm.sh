@@ -1,8 +1,9 @@
 #!/bin/bash
 # LLaVA-1.5-13B with ZeRO-3 on two machines of eight GPUs under SLURM:   sbatch many_gpus.slurm.sh
 #
-# Five minutes before the time is over, SLURM sends SIGTERM; the run saves after the current step and stops. Submitted
-# again, it continues from there. The folders must be ones that all machines see.
+# Five minutes before the time is over, SLURM sends SIGTERM; the run saves after the current step and stops. torchrun
+# kills it 30 seconds later, so a long step or a large checkpoint is lost: --save_steps limits how much. Submitted again,
+# it continues from the last complete checkpoint. The folders must be ones that all machines see.
 #SBATCH --job-name=milora
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -78,7 +78,10 @@ def remove_oldest(run: Path, step: int, limit: int | None, best: str | None) -> 
 def _sync(folder: Path) -> None:
     """Wait until a checkpoint has reached the disk: a power failure may come after the ones before it are removed."""
     for path in (*folder.rglob("*"), folder, folder.parent):
-        number = os.open(path, os.O_RDONLY)
+        try:
+            number = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # a link to nothing
+            continue
         try:
             os.fsync(number)
         except OSError as error:

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from milora_data.conversation import segments_of
 from milora_data.encode import encode_prompt
-from milora_data.errors import UserError
+from milora_data.errors import DataError, UserError, first_line, with_context
 from milora_data.images.files import expand_to_square, load_image, picture_size, to_rgb, unmistakable
 from milora_data.picture_template import Rendered
 from milora_data.processor_collate import labelled_inputs, marked
-from milora_data.processor_inputs import ProcessorInputs
+from milora_data.processor_inputs import PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.record_collator import pad_id_of
 from milora_data.records import IMAGE, Record, Turn
 from milora_data.tokens import bos_ids, fast_backend
@@ -210,7 +210,10 @@ class ProcessorReader:
             text = Rendered(prompt.turns[-1].text.replace(IMAGE, self.inputs.placeholder), ())
         else:
             text = self.inputs.format.render(marked(prompt.turns, len(prompt.images)), prompt=True)
-        self.inputs.require_pictures(text.text, len(prompt.images))
+        try:
+            self.inputs.require_pictures(text.text, len(prompt.images))
+        except DataError as error:
+            raise with_context(error, f"question {prompt.turns[-1].text[:60]!r}") from None
         return text
 
     def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
@@ -225,7 +228,12 @@ class ProcessorReader:
     def tensors(self, batch: Sequence[tuple[Rendered, Prompt]]) -> dict[str, Any]:
         """Return the model's inputs for prompts, padded on the left."""
         images = [[self._picture(image) for image in prompt.images] for _, prompt in batch]
-        inputs = self.inputs([text for text, _ in batch], images, padding_side="left")
+        try:
+            inputs = self.inputs([text for text, _ in batch], images, padding_side="left")
+        except UserError:
+            raise
+        except PROCESSOR_ERRORS as error:
+            raise self._refusal(batch, error) from None
         inputs.pop("labels", None)  # some processors add them
         return {name: self._placed(value) for name, value in inputs.items()}
 
@@ -274,6 +282,25 @@ class ProcessorReader:
             for image in prompt.images
         ]
         return self.inputs.num_text_tokens(text) + sum(self.inputs.num_picture_tokens(*size) for size in sizes)
+
+    def _refusal(self, batch: Sequence[tuple[Rendered, Prompt]], error: Exception) -> UserError:
+        """Return the error for a batch that the processor refuses, with the prompt that it refuses alone."""
+        for text, prompt in batch:
+            try:
+                self.inputs([text], [[self._picture(image) for image in prompt.images]], padding_side="left")
+            except PROCESSOR_ERRORS as own:
+                where = ", ".join(str(image) for image in prompt.images if isinstance(image, str | Path))
+                return UserError(
+                    f"the processor refuses this question or its picture: {first_line(own)}",
+                    code="record-processor-refuses",
+                    where=where or prompt.turns[-1].text[:60],
+                    hint="use another picture, or leave the question out",
+                )
+        return UserError(
+            f"the processor refuses these prompts in one batch: {first_line(error)}",
+            code="record-processor-refuses",
+            hint="use --batch_size 1",
+        )
 
     @staticmethod
     def _picture(image: str | Path | Image.Image) -> Any:

@@ -23,4 +23,6 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc" or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
         return False
     libc = ctypes.CDLL(None)
-    return all(libc.mallopt(parameter, _KEPT) == 1 for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+    # Older versions of glibc accept at most 32 MiB as the size of one block.
+    keeps_blocks = any(libc.mallopt(_MMAP_THRESHOLD, size) == 1 for size in (_KEPT, 32 << 20))
+    return keeps_blocks and libc.mallopt(_TRIM_THRESHOLD, _KEPT) == 1

@@ -30,8 +30,9 @@ _PLACEHOLDERS = re.compile("\ue000[0-9]+\ue001")
 # The mark of a video in the texts of turns.
 VIDEO_MARK = "\ue000video\ue001"
 _MOST_FORMS = 1024  # of conversations, whose template text is kept
-# A picture and the line break that belongs to its marker: LLaVA's records have "<image>\ntext" or "text\n<image>".
-_MARKERS = re.compile(f"({IMAGE}|{VIDEO_MARK})\n|\n?({IMAGE}|{VIDEO_MARK})")
+# A picture and the line break that belongs to its marker: the one after it ("<image>\ntext", as a part of a message is
+# read too), else the one before it ("text\n<image>").
+_MARKERS = re.compile(f"({IMAGE}|{VIDEO_MARK})\n|\n?({IMAGE}|{VIDEO_MARK})(?!\n)")
 
 Part = Mapping[str, str]
 
@@ -54,7 +55,7 @@ def parts_of(text: str) -> list[Part]:
     >>> parts_of("<image>\\nWhat is it?")
     [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]
     >>> [part.get("text", "picture") for part in parts_of("Is this\\n<image>\\n like <image>?")]
-    ['Is this', 'picture', '\\n like ', 'picture', '?']
+    ['Is this\\n', 'picture', ' like ', 'picture', '?']
     """
     parts: list[Part] = []
     end = 0

@@ -26,7 +26,7 @@ from milora_data.picture_template import VIDEO_MARK, Rendered
 from milora_data.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, Frames, ProcessorInputs
 from milora_data.record_collator import Item, RecordCollator
 from milora_data.records import IMAGE, VIDEO, Record, Turn, Video, tools_of
-from milora_data.templates import Segment, place_images
+from milora_data.templates import Segment
 from milora_data.tokens import IGNORE
 
 log = logging.getLogger(__name__)
@@ -364,8 +364,14 @@ def labelled_inputs(inputs: ProcessorInputs, rendered: Rendered, images: Sequenc
 def with_video_marks(turns: Sequence[Turn], num_videos: int) -> list[Turn]:
     """Return the turns with a mark for each `<video>`, if the record has videos.
 
-    Raises `DataError` if their numbers differ.
+    Raises `DataError` if their numbers differ, and for a text that has such a mark already.
     """
+    if any(VIDEO_MARK in turn.text for turn in turns):
+        raise DataError(
+            f"a text contains {VIDEO_MARK!r}, which stands for a video here",
+            code="record-image-token-in-text",
+            hint="remove these characters of Unicode's private use area",
+        )
     if not num_videos:
         return list(turns)
     found = sum(turn.text.count(VIDEO) for turn in turns)
@@ -377,10 +383,13 @@ def with_video_marks(turns: Sequence[Turn], num_videos: int) -> list[Turn]:
 
 
 def marked(turns: Sequence[Turn], num_images: int) -> list[Turn]:
-    """Return the turns with one `<image>` per picture, where they are; LLaVA's rule merges several of one turn.
+    """Return the turns, with one `<image>` per picture where it is shown. Raises `DataError` if the numbers differ.
 
-    Raises `DataError` if the number of `<image>` fits neither rule.
+    LLaVA's rule, which merges several `<image>` of one turn into one, is for LLaVA alone.
     """
-    if sum(turn.text.count(IMAGE) for turn in turns) == num_images:
-        return list(turns)
-    return place_images(turns, num_images)
+    found = sum(turn.text.count(IMAGE) for turn in turns)
+    if found != num_images:
+        raise DataError(
+            f"{found} {IMAGE} in the conversation, but {num_images} pictures in the record", code="record-image-count"
+        )
+    return list(turns)

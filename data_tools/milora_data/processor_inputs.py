@@ -99,6 +99,12 @@ class ProcessorInputs:
             options |= {"videos": [list(video.frames) for video in shown], "do_sample_frames": False}
             if any(video.fps for video in shown):
                 options["video_metadata"] = [video.metadata() for video in shown]
+        if shown and any(images) and not self.takes_pictures_and_videos:
+            raise DataError(
+                f"this model reads no pictures beside videos ({type(self.processor).__name__})",
+                code="records-mixed",
+                hint="train records with videos alone, or --per_device_train_batch_size 1 for records of one kind",
+            )
         pictures = [list(row) for row in images] if any(images) else None
         if pictures and not all(pictures):
             self.require_mixed_rows()
@@ -129,6 +135,29 @@ class ProcessorInputs:
             return False
         first, second = ({name: tuple(tensor.shape) for name, tensor in batch.items()} for batch in batches)
         return first == second
+
+    @cached_property
+    def takes_pictures_and_videos(self) -> bool:
+        """Whether a batch may have both, for a processor that takes videos.
+
+        A model fails if both come under one name (SmolVLM), and if a video is written with the token of a picture while
+        its pixels come apart (GLM-4V): it then compares the tokens with the pictures alone.
+        """
+        try:
+            names = [
+                set(part.model_input_names) for part in (self.processor.image_processor, self.processor.video_processor)
+            ]
+        except AttributeError:
+            return True
+        if names[0] & names[1]:
+            return False
+        text = Rendered((self.tokenizer.bos_token or "") + str(self.video_placeholder), ())
+        try:
+            batch = self([text], [[]], [[Frames((self.blank(*BLANK),) * 2)]], padding_side="right")
+        except PROCESSOR_ERRORS:
+            return True  # the collator reports the video
+        picture = self.tokenizer.convert_tokens_to_ids(self.placeholder)
+        return not ("pixel_values_videos" in batch and bool((batch["input_ids"] == picture).any()))
 
     def end_ids(self) -> list[int]:
         """Return the id of the special token that ends an answer in the chat template; none if it has no such token."""

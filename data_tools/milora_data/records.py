@@ -8,6 +8,7 @@ LLaVA's `train.py` defines the format: {"id", "image"?, "conversations": [{"from
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -167,7 +168,7 @@ def _video(value: object) -> Video:
         raise DataError(
             f"a video must be a list of picture files, its frames, got {_short(value)}", code="record-video-field"
         )
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or fps <= 0):
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
         raise DataError(f'"fps" of a video must be a number above 0, got {_short(fps)}', code="record-video-field")
     return Video(tuple(map(_file, frames)), None if fps is None else float(fps))
 

@@ -120,7 +120,9 @@ def _name_tower_as_published(config: Any, folder: Path) -> None:
         tensors = load_file(shard)
         if any(map(_lacks_prefix, tensors)):
             renamed = {_published(name): tensor for name, tensor in tensors.items()}
-            save_file(renamed, shard, metadata={"format": "pt"})
+            part = shard.with_suffix(".part")  # the tensors are mapped from the shard
+            save_file(renamed, part, metadata={"format": "pt"})
+            part.replace(shard)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         content = json.loads(index.read_text(encoding="utf-8"))

@@ -171,7 +171,7 @@ def _is_cached(settings: Any) -> bool:
 
     if settings is None or not settings.hf_hub_id:
         return True
-    names = ("model.safetensors", "pytorch_model.bin")
+    names = {"model.safetensors", "pytorch_model.bin", settings.hf_hub_filename or "model.safetensors"}
     return any(isinstance(try_to_load_from_cache(settings.hf_hub_id, name), str) for name in names)
 
 

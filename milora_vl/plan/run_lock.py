@@ -48,9 +48,9 @@ class RunLock:
         if self._held is not None:
             number, file = self._held
             self._held = None
-            with suppress(OSError):
+            with suppress(OSError, RuntimeError):  # torch raises the latter at any moment after a loader process died
                 file.unlink(missing_ok=True)
-            os.close(number)
+                os.close(number)
 
 
 def require_free(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ OF_THE_MACHINE = (
     "deepspeed", "fsdp", "fsdp_config", "use_cpu", "bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval",
     "torch_compile", "torch_compile_backend", "torch_compile_mode", "push_to_hub", "hub_token",
 )  # fmt: skip
+# What every evaluation during a training measures, without `eval_`.
+MEASURED = ("loss", "runtime", "samples_per_second", "steps_per_second")
 # Keywords of torch.utils.checkpoint.checkpoint that are no functions.
 CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 
@@ -145,14 +148,25 @@ def require_valid(recipe: Recipe) -> None:
     arguments, _ = hf_arguments.for_installed(
         {name: value for name, value in train.items() if name not in OF_THE_MACHINE}, accepted_fields()
     )
-    with refused(train):
-        args = _Unstarted(output_dir="not-used", use_cpu=True, **arguments)
+    config = train.get("accelerator_config")
+    if isinstance(config, str) and not config.lstrip().startswith("{") and not Path(config).is_file():
+        raise UserError(
+            f"{config}: no such file", code="path-missing", where="train.accelerator_config", hint="check the path"
+        )
+    environment = dict(os.environ)
+    try:
+        with refused(train):
+            args = _Unstarted(output_dir="not-used", use_cpu=True, **arguments)
+    finally:  # TrainingArguments sets variables for accelerate
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
     _require_optimizer(args, train)
     weight = torch.zeros(1, requires_grad=True)
     with refused(train, "lr_scheduler_kwargs" if train.get("lr_scheduler_kwargs") else "lr_scheduler_type"):
         get_scheduler(
             args.lr_scheduler_type,
-            torch.optim.SGD([weight], lr=0.1),
+            torch.optim.SGD([weight], lr=float(train.get("learning_rate") or 5e-5)),  # `lr_end` is compared with it
             num_warmup_steps=1,
             num_training_steps=10,
             scheduler_specific_kwargs=train.get("lr_scheduler_kwargs") or {},
@@ -183,7 +197,11 @@ def accepted_fields() -> dict[str, Any]:
 
 
 @contextmanager
-def refused(train: Mapping[str, Any], name: str = "") -> Iterator[None]:
+def refused(
+    train: Mapping[str, Any],
+    name: str = "",
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, KeyError, ImportError, NotImplementedError, OSError),
+) -> Iterator[None]:
     """Turn errors of Hugging Face about training arguments into a UserError at the setting that the error names.
 
     `name` is the setting if the error names none.
@@ -192,7 +210,7 @@ def refused(train: Mapping[str, Any], name: str = "") -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, ImportError, NotImplementedError, OSError) as error:
+    except kinds as error:
         name = _named_in(str(error), train) or name
         raise UserError(
             " ".join(str(error).split())[:300],
@@ -225,7 +243,7 @@ def _require_optimizer(args: TrainingArguments, train: Mapping[str, Any]) -> Non
             f"expected KEY=VALUE,KEY=VALUE, got {words!r}",
             code="train-arguments",
             where="train.optim_args",
-            hint="for example  --optim_args betas=0.9",
+            hint="for example  --optim sgd --optim_args momentum=0.9",
         )
     try:
         _, used = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -251,7 +269,12 @@ def _require_optimizer(args: TrainingArguments, train: Mapping[str, Any]) -> Non
 def _require_metric(train: Mapping[str, Any], recipe: Recipe) -> None:
     """Raise UserError for a metric of the best checkpoint that no evaluation of this run measures."""
     metric = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
-    if metric != "loss" and not (metric.startswith("suite_") and recipe.eval.suite_every):
+    uses = (
+        train.get("load_best_model_at_end"),
+        train.get("save_strategy") == "best",
+        train.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"),
+    )
+    if any(uses) and metric not in MEASURED and not (metric.startswith("suite_") and recipe.eval.suite_every):
         raise UserError(
             f"{metric} is not measured during a training",
             code="metric-unknown",
@@ -308,13 +331,6 @@ def _evaluation(train: dict[str, Any], recipe: Recipe) -> None:
                 where="train.eval_strategy",
                 hint="set data.eval_path or --eval_data_path",
             )
-    elif train.get("eval_strategy") == "steps" and train.get("eval_steps") == 0:
-        raise UserError(
-            "must be above 0 to evaluate by steps, got 0",
-            code="flag-value",
-            where="train.eval_steps",
-            hint="--eval_strategy no  evaluates nothing",
-        )
     elif "eval_strategy" not in train:
         # load_best_model_at_end compares checkpoints, so each of them needs an evaluation.
         by_steps = train.get("load_best_model_at_end") and train.get("save_strategy", "steps") == "steps"

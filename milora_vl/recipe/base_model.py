@@ -45,8 +45,8 @@ def check(recipe: Recipe) -> None:
     """Raise UserError, before any weights load, if a part is missing or pictures cannot be prepared for the model."""
 
     for key, cache in (("factor_cache", recipe.factor_cache), ("data.feature_cache", recipe.data.feature_cache)):
-        if cache:
-            require_folder(Path(cache), key)
+        if cache:  # a complete cache may be on a disk that is read-only
+            require_folder(Path(cache), key, is_written=False)
     if prepares_with_processor(recipe.model):
         processor = loading.load_processor(recipe.model)
         limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)

@@ -51,9 +51,9 @@ CHOICES = {
         ("log_level", "log_level_replica"), ("debug", "info", "warning", "error", "critical", "passive", "detail")
     ),
     "debug": ("underflow_overflow", "tpu_metrics_debug"),
-    "ddp_backend": ("nccl", "gloo", "mpi", "ucc", "ccl", "hccl", "cncl", "mccl", "xccl"),
     "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
 }
+EMPTY_IS_UNSET = ("debug", "report_to", "lr_scheduler_kwargs")
 # Mappings that may be the name of a file, too.
 FILES = ("deepspeed", "fsdp_config", "accelerator_config")
 # The Trainer accepts smaller values, then fails during training or ignores them.
@@ -134,6 +134,12 @@ def coerce(name: str, value: Any) -> Any:
     flag = flags()[name]
     if value is None or (isinstance(value, str) and value == "None"):
         return None
+    if value in ("", [""]) and name in EMPTY_IS_UNSET:  # as scripts write a variable that is not set
+        return flag.default
+    if name == "debug":  # Hugging Face takes several names in one text
+        value = " ".join(value if isinstance(value, list) else [str(value)]).split()
+    if name in ("log_level", "log_level_replica") and isinstance(value, str):
+        value = value.lower()
     if isinstance(value, bool) and flag.type == "str":  # YAML 1.1 reads a bare `no` as false
         value = "yes" if value else "no"
     if name == "fsdp" and str(value).lower() in ("", *FALSE):

@@ -127,7 +127,11 @@ def at_their_places(action: Callable[[Request], ResultT]) -> Callable[[Request],
         try:
             return action(request)
         except UserError as error:
-            raise with_problems(error, _at_places(error.problems, request)) from error
+            try:
+                problems = _at_places(error.problems, request)
+            except UserError:  # the recipe has changed since it was read: its lines do not matter then
+                raise error from None
+            raise with_problems(error, problems) from error
 
     return placed
 

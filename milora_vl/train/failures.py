@@ -27,6 +27,7 @@ NOT_WRITTEN = (
     "unexpected pos",
     "iostream error",
 )
+LOADER_GONE = (ConnectionResetError, BrokenPipeError, EOFError)  # while the main process receives a batch
 WORKER_DIED = ("DataLoader worker", "exited unexpectedly")
 LOADER_HANGS = "DataLoader timed out"
 SILENT = ("Timed out waiting", "Watchdog caught collective operation timeout")
@@ -45,8 +46,10 @@ def explained(args: TrainingArguments) -> Iterator[None]:
     except UnpicklingError as error:  # optimizer, scheduler or random states of a resumed run
         text = why_unread("a file of the checkpoint", error)
         raise UserError(text, code="checkpoint-unreadable", exit_code=1) from None
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, EOFError, SafetensorError, RuntimeError) as error:
         problem = output_problem(error, str(args.output_dir)) if isinstance(error, OSError) else None
+        if isinstance(error, LOADER_GONE) and args.dataloader_num_workers and args.world_size == 1:
+            problem = _loader_died(str(error) or type(error).__name__)
         problem = problem or _explain(str(error), args)
         if problem is None:
             raise
@@ -63,11 +66,15 @@ def _out_of_memory(text: str, args: TrainingArguments) -> Problem:
     return Problem(f"out of memory: {text.splitlines()[0]}", "run-out-of-memory", hint=hint)
 
 
+def _loader_died(text: str) -> Problem:
+    hint = f"the system kills processes when memory runs out; try a smaller --dataloader_num_workers\n{RESUME}"
+    return Problem(f"a loader process died: {text}", "run-loader-died", hint=hint)
+
+
 def _explain(text: str, args: TrainingArguments) -> Problem | None:
     first = text.strip().splitlines()[0] if text.strip() else ""
     if any(phrase in text for phrase in WORKER_DIED):
-        hint = f"the system kills processes when memory runs out; try a smaller --dataloader_num_workers\n{RESUME}"
-        return Problem(f"a loader process died: {first}", "run-loader-died", hint=hint)
+        return _loader_died(first)
     if LOADER_HANGS in text:
         hint = f"a picture file on a lost network drive is a common cause; milora_data check reads them all\n{RESUME}"
         return Problem(f"the loader processes hang: {first}", "run-loader-hangs", hint=hint)

@@ -56,7 +56,7 @@ def load_base(
     """Load the base model and its processor, and the projector from the recipe's `projector_weights`.
 
     Raises UserError, before weights load, if the model has no chat template or it rejects the first records, if
-    `records` are of kinds that its processor cannot put into one batch, and if none of the first ones has an answer.
+    `records` are of kinds that its processor cannot put into one batch, and if none of them has an answer.
     """
     first = records[:FIRST]
     if prepares_with_processor(recipe.model):
@@ -65,7 +65,7 @@ def load_base(
         tokenizer = split_processor(load_processor(recipe.model))[0]
         if recipe.template == OWN:
             require_template(recipe, tokenizer, first if recipe.data.bad_images == "raise" else ())
-        _require_answers(recipe, tokenizer, first)
+        _require_answers(recipe, tokenizer, records)
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
     limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
     _set_attention(model, recipe.attn_implementation)
@@ -95,7 +95,7 @@ def _require_answers(recipe: Recipe, tokenizer: Any, records: Sequence[Record]) 
         else:
             return
     if unanswered is not None:
-        raise with_context(unanswered, hint=f"the same holds for the {len(records):,} first records")
+        raise with_context(unanswered, hint=f"the same holds for all {len(records):,} records")
 
 
 def _require_one_kind(recipe: Recipe, processor: Any, records: Sequence[Record]) -> None:

@@ -314,7 +314,7 @@ def make_trainer(
         assert isinstance(collator, ImageTextCollator)  # the plan refuses the cache for other models
         collator.features = features.prepare(cache, loaded.base, collator, records, inputs.args, opening.screen)
     hub.open_repository(inputs.args)
-    with refused(recipe.train):  # what no check of the plan knows
+    with refused(recipe.train, kinds=(ValueError, ImportError)):  # what no check of the plan knows
         trainer = MiloraTrainer(
             adapted.built.model,
             inputs.args,

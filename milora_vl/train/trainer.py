@@ -283,6 +283,7 @@ class MiloraTrainer(Trainer):
                 self._restore(resume_from)
         self._failed_pushes: list[str] = []
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        self._hidden_limit: int | None = None  # of checkpoints, while HF saves one
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as HF does; FSDP2 runs on CPUs too."""
@@ -431,11 +432,12 @@ class MiloraTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save as HF does, and remove old checkpoints by their steps."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        limit = self.args.save_total_limit
+        self._hidden_limit, self.args.save_total_limit = limit, None  # HF would remove others
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
+            self._hidden_limit, self.args.save_total_limit = None, limit
         if self.args.should_save:
             step, best = self.state.global_step, self.state.best_model_checkpoint
             remove_oldest(Path(str(self.args.output_dir)), step, limit, best)
@@ -456,6 +458,16 @@ class MiloraTrainer(Trainer):
             write_checksums(Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        hidden, self.args.save_total_limit = (
+            self.args.save_total_limit,
+            self._hidden_limit or self.args.save_total_limit,
+        )
+        try:
+            self._write(output_dir, state_dict)  # with the arguments as the user has set them
+        finally:
+            self.args.save_total_limit = hidden
+
+    def _write(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
         if self.saves == "full":
             super()._save(output_dir, state_dict)
         elif self.args.should_save:

@@ -90,6 +90,31 @@ def test_ids_masks_and_tensors_equal_those_of_transformers(name: str, make: Any,
     assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
+def test_line_breaks_around_a_picture_of_messages_are_the_users(make: Any, pictures: Path) -> None:
+    collator = make("qwen2_5_vl")
+    parts = [
+        {"type": "text", "text": "Look at this:\n"},
+        {"type": "image", "image": "0.png"},
+        {"type": "text", "text": "\nWhat is it?\n"},
+        {"type": "image", "image": "1.png"},
+    ]
+    value = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]}
+    shown = [
+        {"type": "image", "image": Image.open(pictures / part["image"]).convert("RGB")} if "image" in part else part
+        for part in parts
+    ]
+    expected = collator.inputs.processor.apply_chat_template(
+        [
+            {"role": "user", "content": shown},
+            {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        ],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert torch.equal(collator([value])["input_ids"], expected["input_ids"])
+
+
 @pytest.mark.parametrize("name", ["gemma3", "mllama"])
 def test_a_template_that_writes_the_bos_gets_no_second_one(name: str, pictures: Path) -> None:
     """The published tokenizers of these families put a BOS before every text by themselves."""

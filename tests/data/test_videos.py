@@ -76,9 +76,12 @@ CLIP = {"type": "video", "video": FRAMES}
 def test_tensors_and_masks_are_those_of_the_processor(name: str, pictures: Path) -> None:
     collate = collator(name, pictures)
     value = asked({"type": "image", "image": "0.png"}, "Like", CLIP, "What?")
-    if name == "smolvlm":  # its processor has one tensor for pictures and videos: no pictures beside videos
+    if name in ("smolvlm", "glm4v"):  # their models take no pictures beside videos
         batch = collate([asked(CLIP, "What?"), asked("Hi")])
         assert model_of(name, collate.inputs.processor)(**batch).loss.isfinite()
+        for mixed in ([value], [asked(CLIP, "What?"), asked({"type": "image", "image": "0.png"}, "What?")]):
+            with raises_code("records-mixed", kind=DataError):
+                collate(mixed)
         return
     batch = collate([value, asked("Hi")])
     processor = collate.inputs.processor
@@ -210,3 +213,8 @@ def test_a_missing_frame_is_replaced_or_its_record_skipped(pictures: Path) -> No
     assert replacing.counts()["replaced"] == 1
     skipping = collator("qwen2_5_vl", pictures, bad_images="skip")
     assert len(skipping([value, asked("Hi")])["input_ids"]) == 1
+
+
+def test_the_mark_of_videos_in_a_text_is_refused(pictures: Path) -> None:
+    with raises_code("record-image-token-in-text", kind=DataError):
+        collator("qwen2_vl", pictures)([asked("What \ue000video\ue001 is?")])

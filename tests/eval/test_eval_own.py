@@ -100,6 +100,22 @@ def test_a_mistake_in_the_file_is_named(content: Any, words: list[str], tmp_path
     assert all(problem.code for problem in caught.value.problems)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"video": ["a.png"], "question": "What?", "answer": "A disc."},
+        {
+            "video": ["a.png"],
+            "conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A."}],
+        },
+    ],
+)
+def test_a_question_about_a_video_is_not_asked_without_it(row: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps([row]))
+    with raises_code("record-videos", where="question 1"):
+        evaluate(str(tmp_path / "mine.json"), tmp_path / "out")
+
+
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
     with raises_code("data-missing-file", message="nothing.json"):
         evaluate("nothing.json", tmp_path)

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from milora_data.errors import UserError
 from milora_vl.plan import run_data
+from milora_vl.recipe.arguments import Request, parse
+from milora_vl.recipe.settings import at_their_places
 from milora_vl.train import main
 from support.problems import raises_code
 
@@ -71,3 +74,18 @@ def test_mistakes_that_need_no_data_are_found_before_the_records_are_read(
     typed = words.replace("FILE", str(file)).split()
     with raises_code(code, where=where):
         main([*WORDS, "--data_path", str(file), *typed, "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_recipe_that_has_changed_since_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may end hours after its recipe was read; the exit code of SIGTERM stays 143 then."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: tiny\n")
+
+    @at_their_places
+    def action(_: Request) -> int:
+        file.write_text("model: [")
+        raise UserError("stopped", code="run-stopped-by-signal", exit_code=143)
+
+    with raises_code("run-stopped-by-signal") as error:
+        action(parse(["--recipe", str(file)]))
+    assert error.value.exit_code == 143

@@ -30,7 +30,11 @@ def words(records: Path, flags: str) -> list[str]:
 @pytest.mark.parametrize(
     ("flags", "code", "name"),
     [
-        ("--metric_for_best_model foo --eval_data_path VAL", "metric-unknown", "metric_for_best_model"),
+        (
+            "--metric_for_best_model foo --lr_scheduler_type reduce_lr_on_plateau --eval_data_path VAL",
+            "metric-unknown",
+            "metric_for_best_model",
+        ),
         ("--lr_scheduler_type cosine_with_min_lr", "train-arguments", "lr_scheduler_kwargs"),
         ("--lr_scheduler_type warmup_stable_decay", "train-arguments", "lr_scheduler_type"),
         ('--lr_scheduler_kwargs {"bad":1}', "train-arguments", "lr_scheduler_kwargs"),
@@ -44,13 +48,29 @@ def words(records: Path, flags: str) -> list[str]:
         ("--optim_args foo", "train-arguments", "optim_args"),
         ("--optim_args foo=bar", "train-arguments", "optim_args"),
         ('--accelerator_config {"x":1}', "train-arguments", "accelerator_config"),
-        ("--eval_steps 0 --eval_strategy steps --eval_data_path VAL", "flag-value", "eval_steps"),
+        ("--accelerator_config nope.json", "path-missing", "accelerator_config"),
     ],
 )
 def test_the_plan_refuses_it_and_names_the_setting(flags: str, code: str, name: str, records: Path) -> None:
     with raises_code(code, where=name) as error:
         main([*words(records, flags), "--dry-run"])
     assert error.value.first.hint
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--eval_strategy steps --eval_steps 0 --logging_steps 1 --eval_data_path VAL",
+        "--metric_for_best_model accuracy",
+        "--log_level WARNING",
+        '--lr_scheduler_type polynomial --lr_scheduler_kwargs {"lr_end":0.15} --learning_rate 0.5',
+        "--debug= --report_to= --lr_scheduler_kwargs=",
+        "--debug=underflow_overflow",
+        "--optim sgd --optim_args momentum=0.9",
+    ],
+)
+def test_what_hugging_face_takes_is_not_refused(flags: str, records: Path) -> None:
+    assert main([*words(records, flags), "--dry-run"]) == 0
 
 
 def test_no_answer_within_max_length_is_found_before_the_model_loads(
@@ -60,6 +80,14 @@ def test_no_answer_within_max_length_is_found_before_the_model_loads(
     with raises_code("record-no-answer", where=str(records), hint="--max_length"):
         main([*words(records, "--max_length 20"), "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+def test_answers_behind_many_records_without_any_are_found(records: Path, tmp_path: Path) -> None:
+    short = json.loads(records.read_text())[0]
+    long = {"conversations": [{"from": "human", "value": "what? " * 200}, {"from": "gpt", "value": "a"}]}
+    file = tmp_path / "sorted.json"
+    file.write_text(json.dumps([*[{"id": f"l{n}", **long} for n in range(120)], *[short] * 120]))
+    assert main([*words(file, "--max_length 300 --max_steps 1"), "--output_dir", str(tmp_path / "run")]) == 0
 
 
 def test_an_error_of_the_trainer_itself_is_no_traceback(

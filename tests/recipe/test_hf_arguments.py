@@ -75,7 +75,6 @@ def test_values_are_read_as_their_types(name: str, value: object, expected: obje
     ("name", "value", "hint"),
     [
         ("log_level", "wrning", "warning"),
-        ("ddp_backend", "ncl", "nccl"),
         ("debug", "foo", ""),
         ("lr_scheduler_kwargs", "nonsense", "example"),
         ("lr_scheduler_kwargs", "{1", ""),

@@ -8,8 +8,11 @@ from pathlib import Path
 from milora_data.errors import UserError
 
 
-def require_folder(path: Path, flag: str = "--output_dir") -> None:
-    """Raise UserError, at `flag`, if `path` is not a folder that can be written to, or created. Writes nothing."""
+def require_folder(path: Path, flag: str = "--output_dir", *, is_written: bool = True) -> None:
+    """Raise UserError, at `flag`, if `path` is not a folder that can be written to, or created. Writes nothing.
+
+    With `is_written` False, a folder that can only be read is accepted.
+    """
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir():
         within = "" if existing == path else f"{path} is inside "
@@ -19,7 +22,7 @@ def require_folder(path: Path, flag: str = "--output_dir") -> None:
             where=flag,
             hint="use another folder",
         )
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if is_written and not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
             f"{existing} is not writable",
             code="path-not-writable",

@@ -159,12 +159,23 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
 def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
     """Return the turns up to the last answer, the pictures, and that answer (or the row's `answers`)."""
     record = parse_record(row, source=place, embedded="keep")
+    _refuse_videos(record.videos, place)
     turns = record.turns
     answers = row.get("answers")
     if turns and turns[-1].role == "assistant":
         answers = answers or [turns[-1].text]
         turns = turns[:-1]
     return turns, record.images, tuple(map(str, answers or ()))
+
+
+def _refuse_videos(videos: object, place: str) -> None:
+    if videos:
+        raise DataError(
+            "questions about videos are not supported",
+            code="record-videos",
+            where=place,
+            hint="ask about its frames, as a list under images",
+        )
 
 
 def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
@@ -174,6 +185,7 @@ def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[
             code="own-data-format",
             where=place,
         )
+    _refuse_videos(row.get("video") or row.get("videos"), place)
     value = row.get("images") or row.get("image") or []
     images = tuple(value) if isinstance(value, list) else (value,)
     if not all(isinstance(name, str) for name in images):
