@@ -144,14 +144,14 @@ def generate_batches(
     decoding = max_new_tokens, num_beams
     if split_processor(processor)[1] is not None and uses_processor(model.config):
         asker = ProcessorReader(model, processor)
-        with torch.inference_mode(), _evaluating(model):
+        with torch.inference_mode(), _evaluating(model), _memory_explained():
             for places in asker.batches(prompts, batch_size):
                 decided = _decided(asker.tokenizer, places, is_decided, num_beams)
                 batch = [(asker.rendered(prompts[place]), prompts[place]) for place in places]
                 on_batch(places, asker.answers(batch, *decoding, streamer, decided))
         return
     reader = Reader(model, processor, template, image_aspect_ratio)
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), _evaluating(model), _memory_explained():
         for places in _batches(prompts, reader.length, batch_size):
             rows = [reader.row(prompts[place]) for place in places]
             decided = _decided(reader.tokenizer, places, is_decided, num_beams)
@@ -213,7 +213,7 @@ class ProcessorReader:
         try:
             self.inputs.require_pictures(text.text, len(prompt.images))
         except DataError as error:
-            raise with_context(error, f"question {prompt.turns[-1].text[:60]!r}") from None
+            raise with_context(error, _named(prompt)) from None
         return text
 
     def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
@@ -293,7 +293,7 @@ class ProcessorReader:
                 return UserError(
                     f"the processor refuses this question or its picture: {first_line(own)}",
                     code="record-processor-refuses",
-                    where=where or prompt.turns[-1].text[:60],
+                    where=where or _named(prompt),
                     hint="use another picture, or leave the question out",
                 )
         return UserError(
@@ -305,6 +305,25 @@ class ProcessorReader:
     @staticmethod
     def _picture(image: str | Path | Image.Image) -> Any:
         return load_image(image) if isinstance(image, str | Path) else to_rgb(image)
+
+
+def _named(prompt: Prompt) -> str:
+    """Return how an error names a prompt: by the start of its question."""
+    return f"question {prompt.turns[-1].text.replace(IMAGE, '').strip()[:60]!r}"
+
+
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Raise UserError if the device has too little memory for a batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory: {first_line(error)}",
+            code="run-out-of-memory",
+            hint="use a smaller --batch_size, --dtype bfloat16, or --device cpu",
+            exit_code=1,
+        ) from None
 
 
 class Reader:

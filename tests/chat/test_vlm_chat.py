@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from transformers import pipeline
 
@@ -20,6 +21,7 @@ from milora_vl.chat.command import main as chat
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
 from milora_vl.losses import summed_loss
+from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES, model_of, processor_of
 from support.vlm_runs import record, write_model, write_pictures
@@ -115,6 +117,27 @@ def answer_to(qwen: Path, pictures: Path, *texts: str, images: tuple[int, ...]) 
     turns = [Turn(("user", "assistant")[number % 2], text) for number, text in enumerate(texts)]
     files = tuple(pictures / f"{number}.png" for number in images)
     return generate(model, processor, [Prompt(tuple(turns), files)], max_new_tokens=5)[0]
+
+
+def test_a_picture_that_the_processor_refuses_is_named(qwen: Path, pictures: Path, tmp_path: Path) -> None:
+    thin = tmp_path / "thin.png"
+    Image.new("RGB", (3000, 4)).save(thin)
+    with raises_code("record-processor-refuses", where="question 'What?'"):  # chat has opened the picture
+        asked(qwen, "--image", thin, "What?")
+    model, processor = load_model(qwen)
+    prompts = [Prompt((Turn("user", "<image>\nA?"),), (name,)) for name in (pictures / "0.png", thin)]
+    with raises_code("record-processor-refuses", where=str(thin)):
+        generate(model, processor, prompts, max_new_tokens=5)
+
+
+def test_too_little_memory_for_a_batch_is_a_message(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def generated(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("transformers.GenerationMixin.generate", generated)
+    with raises_code("run-out-of-memory", hint="--batch_size") as error:
+        asked(qwen, "What?")
+    assert error.value.exit_code == 1
 
 
 def test_chat_takes_several_pictures(qwen: Path, pictures: Path, capsys: Captured) -> None:
