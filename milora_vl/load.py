@@ -15,7 +15,6 @@ from milora_vl.adapters.load_any import load_any, require_scalable
 from milora_vl.adapters.scale import Update
 from milora_vl.models.devices import device_named, dtype_named
 from milora_vl.models.loading import load_processor, load_weights
-from milora_vl.models.names import named_by
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import Quantization
 
@@ -83,15 +82,13 @@ def load_by_flags(
     Without a device, the model goes to the first GPU, or to the CPU without one.
     """
     place = device_named(device)
-    with named_by("--model"):
-        return load_model(name, adapter=adapter, scale=scale, dtype=dtype_named(dtype, place), device=place)
+    return load_model(name, adapter=adapter, scale=scale, dtype=dtype_named(dtype, place), device=place)
 
 
 def update_since(base: str, model: nn.Module) -> Update:
     """Return the update of a model that trained in full, whose size can be set. Raises UserError for another base."""
     weight = next(model.parameters())
-    with named_by("--base"):
-        return Update(model, load_weights(base, weight.dtype, device=weight.device).state_dict())
+    return Update(model, load_weights(base, weight.dtype, device=weight.device).state_dict())
 
 
 def _with_adapter(model: nn.Module, folder: Path, scale: float) -> nn.Module:

@@ -133,12 +133,18 @@ def with_problems(error: ErrorT, problems: Sequence[Problem]) -> ErrorT:
 
 @contextmanager
 def at_flag(flag: str) -> Iterator[None]:
-    """Give the problems of the block that have no place this one: a flag, whose value code without flags rejects."""
+    """Name the flag whose value the block rejects: in problems without a place, and in front of the name of a model."""
     try:
         yield
     except UserError as error:
-        placed = [problem if problem.where else replace(problem, where=flag) for problem in error.problems]
-        raise with_problems(error, placed) from error
+        raise with_problems(error, [_at_flag(problem, flag) for problem in error.problems]) from error
+
+
+def _at_flag(problem: Problem, flag: str) -> Problem:
+    if not problem.where:
+        return replace(problem, where=flag)
+    is_named = problem.where.startswith("--") or not problem.code.startswith("model-")
+    return problem if is_named else problem.inside(f"{flag}: ")
 
 
 class DataError(UserError):

@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from milora_data.errors import UserError
+from milora_data.errors import UserError, at_flag
 from milora_vl.models import loading
-from milora_vl.models.names import named_by
 from milora_vl.models.timm_tower_config import TimmTowerConfig
 
 # The code of a model with a timm tower, and the class that transformers loads from it with trust_remote_code=True.
@@ -60,7 +59,7 @@ class Base:
         """Return the HF config without loading weights."""
         if isinstance(self._source, nn.Module):
             return self._source.config
-        with named_by("--base"):
+        with at_flag("--base"):
             return loading.config_of(self.name)
 
     @cached_property
@@ -71,7 +70,7 @@ class Base:
         dtype, saved = self._dtype, self.config.dtype
         if dtype is not None and self._is_rounded_later and isinstance(saved, torch.dtype):
             dtype = torch.promote_types(dtype, saved)
-        with named_by("--base"):
+        with at_flag("--base"):
             return loading.load_weights(self.name, dtype)
 
     def processor(self) -> Any:
@@ -109,7 +108,7 @@ PUBLISHED, CURRENT = "vision_tower.vision_model.", "vision_tower."
 
 
 def _name_tower_as_published(config: Any, folder: Path) -> None:
-    """Name the weights of a CLIP or SigLIP tower as published LLaVAs do; servers and transformers 4 need these names.
+    """Name the weights of a CLIP or SigLIP tower as published LLaVAs do; vLLM needs these names.
 
     Transformers 5 drops `vision_model.` from the names of a model that was not loaded with it. It reads both names.
     """

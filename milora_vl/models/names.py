@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from milora_data.errors import UserError, with_context
+from milora_data.errors import UserError
 
 # Name -> id on the model hub; models of BUILT_IN_MODELS need no hub.
 NAMED_MODELS: dict[str, str] = {
@@ -69,14 +66,3 @@ BUILT_IN_MODELS = ("smol-llava", "smol-llava-unaligned", "smollm2", "tiny", "tin
 
 class UnknownModelError(UserError):
     """The name of a model is not a known name, a folder or a hub id."""
-
-
-@contextmanager
-def named_by(flag: str) -> Iterator[None]:
-    """Put the flag that names a model before the place of errors about this model."""
-    try:
-        yield
-    except UserError as error:
-        if not error.first.code.startswith("model-"):
-            raise
-        raise with_context(error, where=flag) from None

@@ -74,6 +74,14 @@ def test_an_error_has_the_place_of_the_mistake(main: Main, words: str, code: str
     assert "' object " not in error.value.first.message  # no texts of Python's own errors
 
 
+def test_a_base_that_cannot_be_loaded_is_named_by_its_own_flag(folder: Path) -> None:
+    (folder / "text.json").write_text(json.dumps([{"id": "0", "question": "1 + 1?", "answer": "2"}]))
+    with pytest.raises(UserError) as error:
+        evaluate("run --model tiny --base nothere/x --benchmarks text.json --output_dir out --device cpu".split())
+    assert error.value.first.code.startswith("model-")
+    assert error.value.first.where.startswith("--base")
+
+
 def test_the_hub_is_not_waited_for_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("milora_data.formats.stored.hub_is_known", lambda: False)
     monkeypatch.setattr("milora_vl.models.vision.hub_is_known", lambda: False)
