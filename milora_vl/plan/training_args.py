@@ -153,15 +153,10 @@ def require_valid(recipe: Recipe) -> None:
         raise UserError(
             f"{config}: no such file", code="path-missing", where="train.accelerator_config", hint="check the path"
         )
-    environment = dict(os.environ)
-    try:
+    with _environment_kept():
         with refused(train):
             args = _Unstarted(output_dir="not-used", use_cpu=True, **arguments)
-    finally:  # TrainingArguments sets variables for accelerate
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
-        os.environ.update(environment)
-    _require_optimizer(args, train)
+        _require_optimizer(args, train)
     weight = torch.zeros(1, requires_grad=True)
     with refused(train, "lr_scheduler_kwargs" if train.get("lr_scheduler_kwargs") else "lr_scheduler_type"):
         get_scheduler(
@@ -189,6 +184,18 @@ def require_valid(recipe: Recipe) -> None:
             where="train.torch_compile_backend",
             hint="use inductor, torch's own",
         )
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Undo what the block changes in the environment: TrainingArguments sets variables for accelerate."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def accepted_fields() -> dict[str, Any]:
@@ -246,10 +253,9 @@ def _require_optimizer(args: TrainingArguments, train: Mapping[str, Any]) -> Non
             hint="for example  --optim sgd --optim_args momentum=0.9",
         )
     try:
-        _, used = Trainer.get_optimizer_cls_and_kwargs(args)
-        _, unused = (
-            Trainer.get_optimizer_cls_and_kwargs(dataclasses.replace(args, optim_args=None)) if words else (0, 0)
-        )
+        _, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        without = dataclasses.replace(args, optim_args=None)
+        is_unused = bool(words) and settings == Trainer.get_optimizer_cls_and_kwargs(without)[1]
     except (ImportError, ValueError) as error:
         raise UserError(
             f"{name}: {first_line(error)}",
@@ -257,7 +263,7 @@ def _require_optimizer(args: TrainingArguments, train: Mapping[str, Any]) -> Non
             where="--optim",
             hint="use --optim adamw_torch",
         ) from None
-    if words and used == unused:
+    if is_unused:
         raise UserError(
             f"{name} does not use {words}",
             code="train-arguments",

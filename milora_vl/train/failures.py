@@ -27,7 +27,7 @@ NOT_WRITTEN = (
     "unexpected pos",
     "iostream error",
 )
-LOADER_GONE = (ConnectionResetError, BrokenPipeError, EOFError)  # while the main process receives a batch
+LOADER_GONE = (ConnectionResetError, EOFError)  # while the main process receives a batch
 WORKER_DIED = ("DataLoader worker", "exited unexpectedly")
 LOADER_HANGS = "DataLoader timed out"
 SILENT = ("Timed out waiting", "Watchdog caught collective operation timeout")

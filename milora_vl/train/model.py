@@ -83,7 +83,7 @@ def _require_answers(recipe: Recipe, tokenizer: Any, records: Sequence[Record]) 
             encode(
                 record,
                 tokenizer,
-                template=recipe.template or "vicuna_v1",
+                template=recipe.template,
                 image_token_id=-1,
                 image_tokens=image_tokens(config) if "vision_config" in config.to_dict() else 0,
                 max_length=recipe.data.max_length,

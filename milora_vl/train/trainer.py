@@ -458,14 +458,12 @@ class MiloraTrainer(Trainer):
             write_checksums(Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        hidden, self.args.save_total_limit = (
-            self.args.save_total_limit,
-            self._hidden_limit or self.args.save_total_limit,
-        )
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = self._hidden_limit or limit  # training_args.bin has what the user has set
         try:
-            self._write(output_dir, state_dict)  # with the arguments as the user has set them
+            self._write(output_dir, state_dict)
         finally:
-            self.args.save_total_limit = hidden
+            self.args.save_total_limit = limit
 
     def _write(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
         if self.saves == "full":

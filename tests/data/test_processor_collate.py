@@ -348,6 +348,7 @@ def test_a_picture_of_one_pixel_is_enlarged_or_named(name: str, make: Any) -> No
     ("turns", "images", "code"),
     [
         ([("human", "<image>\n<image>\nA?"), ("gpt", "B")], ["0.png", "1.png", "2.png"], "record-image-count"),
+        ([("human", "<image>\n<image>\nA?"), ("gpt", "B")], ["0.png"], "record-image-count"),
         ([("human", "A?"), ("gpt", "B")], ["0.png"], "record-image-count"),
         ([("human", "<image>\nA?"), ("gpt", "B"), ("human", "<image>"), ("gpt", "B")], ["0.png"], "record-image-count"),
         ([("human", "<image>\nA <|image_pad|>?"), ("gpt", "B")], ["0.png"], "record-image-token-in-text"),

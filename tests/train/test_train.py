@@ -142,6 +142,8 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tiny_data: Path, tmp_path: Pat
         weights = WEIGHTS.get(method, "adapter_model.safetensors")
         kept = sorted(path.name for path in run.glob("checkpoint-*"))
         assert kept == ["checkpoint-2"]
+        stored = [torch.load(folder / "training_args.bin", weights_only=False) for folder in (run, run / kept[0])]
+        assert [arguments.save_total_limit for arguments in stored] == [1, 1]
         chosen, final = load_file(run / kept[0] / weights), load_file(run / weights)
         assert all(tensor.equal(final[name]) for name, tensor in chosen.items())
 
