@@ -36,6 +36,7 @@ report: runs/demo/report.html
 
 def measure() -> dict[str, Any]:
     """Run the demo; return its time, its table and the numbers for the summary."""
+    (ROOT / "runs").mkdir(exist_ok=True)
     with TemporaryDirectory(dir=ROOT / "runs") as folder:
         start = time.perf_counter()
         done = subprocess.run(

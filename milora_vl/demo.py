@@ -62,7 +62,7 @@ class Step:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps that are not done yet. Return 1 if one of them fails, after its own message."""
     options = COMMAND.parse(argv)
-    time = "a few minutes" if options.quick else "about ten minutes"
+    time = "a few minutes" if options.quick else "about six minutes"
     sys.stderr.write(
         f"{len(ABOUT)} steps, {time} on two free cores, and the first time 140 MB to download.\n"
         "Ctrl-C stops; the same command continues.\n"

@@ -48,5 +48,5 @@ def test_a_step_that_fails_stops_the_demo(place: Path, capfd, forked_programs: N
         main(["--recipe", "no-such-recipe"])
     err = capfd.readouterr().err
     assert "no-such-recipe" in err
-    assert err.startswith("5 steps, about ten minutes on two free cores")  # before anything is imported or downloaded
+    assert err.startswith("5 steps, about six minutes on two free cores")  # before anything is imported or downloaded
     assert "[2/5] Fine-tune." in err
