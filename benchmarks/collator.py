@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -104,10 +104,14 @@ def prepare(way: str, folder: Path) -> None:
     elif way == "floor":
         bare = ProcessorCollator(trl_processor())
         text = cache(lambda value: bare.inputs.format.render(parse_record(json.loads(value)).turns).text)
-        collate = lambda batch: processed(bare.inputs.processor, text, folder, batch)  # noqa: E731 - one of three
+        collate = partial(processed, bare.inputs.processor, text, folder)
     else:
-        theirs = trl_collator()
-        collate = lambda batch: theirs([opened(folder, value) for value in batch])  # noqa: E731
+        collate = partial(collated_by, trl_collator(), folder)
+
+
+def collated_by(theirs: Callable[[Any], Any], folder: Path, batch: list[dict[str, Any]]) -> object:
+    """Read the pictures of a batch, as TRL takes them, and collate it."""
+    return theirs([opened(folder, value) for value in batch])
 
 
 def processed(processor: Any, text: Callable[[str], str], folder: Path, batch: list[dict[str, Any]]) -> object:
