@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, *words = step.words
         done = ": done already" if step.is_done else ""
         sys.stderr.write(f"\n[{number}/{len(ABOUT)}] {about}{done}\n")
-        sys.stderr.write(as_typed(f"{'done already:' if step.is_done else '$'} {command_line(module, *words)}\n"))
+        sys.stderr.write(as_typed(f"$ {command_line(module, *words)}\n"))
         if step.is_done:
             continue
         sys.stderr.flush()
