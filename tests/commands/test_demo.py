@@ -32,13 +32,13 @@ def test_the_demo_trains_evaluates_and_continues_where_it_stopped(place: Path, c
     assert main(["--recipe", "tiny.yaml", "--quick"]) == 0
     out, err = capfd.readouterr()
     assert "report: runs/demo/report.html" in out
-    assert "done already: python -m milora_data emoji" in err
+    assert "done already\n$ python -m milora_data emoji" in err
     assert "[5/5] Write the report." in err
     results = json.loads((place / "runs" / "demo" / "eval" / "emoji" / "final" / "results.json").read_text())
     assert results["limit"] == 64
     before = (place / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime
     assert main(["--recipe", "tiny.yaml", "--quick", "--format", "json"]) == 0
-    assert "done already: python -m milora_vl.train" in (printed := capfd.readouterr()).err
+    assert "done already\n$ python -m milora_vl.train" in (printed := capfd.readouterr()).err
     assert json.loads(printed.out)["benchmarks"] == results["benchmarks"]
     assert (place / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime == before
 
