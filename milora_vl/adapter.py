@@ -1,4 +1,4 @@
-"""Apply MiLoRA to a model (arXiv:2406.09044). The result is a PeftModel that any trainer accepts.
+"""`apply_milora` and `merge`: apply a policy to a model (arXiv:2406.09044). The result is a PeftModel for any trainer.
 
 The way of `apply_milora`, with the modules to read next:
 

@@ -1,4 +1,4 @@
-"""Save and load adapters: stock PEFT files with milora.json beside them, checked against the base model.
+"""`save_adapter` and `load_adapter`: stock PEFT files with milora.json beside them, checked against the base model.
 
 The module names of a model may differ from those in the file, because HF's and LLaVA's layouts name the same modules
 differently. PEFT finds modules by the paths in the file, so `load_renamed` replaces the paths of config and weights

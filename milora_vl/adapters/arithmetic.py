@@ -1,4 +1,4 @@
-"""Scale an adapter, and add several: exact, on the tensors of their folders.
+"""Scale an adapter (`export --scale`), and add several (`--weights`): exact, on the tensors of their folders.
 
 An update scales by its alpha. Updates add by joined factors: s1 B1 A1 + s2 B2 A2 = s [s1/s B1, s2/s B2] [A1; A2].
 A module trained in full from W to W' becomes W + w (W' - W).

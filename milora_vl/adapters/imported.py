@@ -1,4 +1,4 @@
-"""Convert adapters of other code: paths of the base model, and milora.json with the fingerprint of the base."""
+"""Convert loaded adapters of other code to ours: module paths, residual bases, milora.json, fingerprint."""
 
 from __future__ import annotations
 

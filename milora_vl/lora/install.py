@@ -1,4 +1,4 @@
-"""Install the trained difference and the anchor in the layers that PEFT created, and read them back.
+"""Put D, E and the anchor into the LoRA layers that PEFT created, and read the factors back; dropout of a layer.
 
 `layers.py` explains both. PEFT stores factors in three ways (Linear and Conv2d modules, ParameterDicts of
 embeddings); the functions here hide the difference from the rest of the package.

@@ -1,4 +1,4 @@
-"""Estimates of a dry run: memory per device and time.
+"""Memory per device and time of a plan: how much is needed, whether it fits, and which flags make it fit.
 
 They show whether a plan fits a device, and which flags help if it does not.
 """

@@ -1,4 +1,4 @@
-"""The `eval:` section of a recipe: what a run checks before it starts, and the commands after it.
+"""The `eval:` section of a recipe: checks before the training, and the commands that run after it.
 
 `check` imports the evaluators by name: milora_vl does not import milora_eval.
 """

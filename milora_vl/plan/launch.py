@@ -1,4 +1,4 @@
-"""Settings of DeepSpeed, FSDP2 and launchers: checked, completed, and refused where they are not supported."""
+"""DeepSpeed, FSDP2 and launchers (torchrun, accelerate): their settings checked and completed, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will do, worked out without weights. `--dry-run` prints it, and `train` starts from it."""
+"""`make_plan`: check a request and choose the run folder, without data and weights; for `train` and `--dry-run`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check the optional packages that a recipe needs before anything is read or loaded."""
+"""Check optional packages before anything is read or loaded: trackers (`--report_to`), bitsandbytes, attention."""
 
 from __future__ import annotations
 

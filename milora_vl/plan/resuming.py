@@ -1,4 +1,4 @@
-"""Check that a run can continue from a checkpoint: recipe, records, steps, processes and ZeRO stage.
+"""Check that a run can resume from a checkpoint: recipe, records, steps, processes, ZeRO stage; what it changed.
 
 The optimizer, the schedule and the factors come from the checkpoint, not from the flags. So changes that affect the
 weights are refused: the files of the run would describe a different training.

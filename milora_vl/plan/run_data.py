@@ -1,4 +1,4 @@
-"""The records of a run, read and checked before the model is loaded."""
+"""Read and check the training and held-out records of a run: limits, missing pictures, left-out records, streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure the memory of a training step by running it on tensors without data (torch's FakeTensorMode).
+"""Measure the memory of a training step, above all activations, by running it without data (torch's FakeTensorMode).
 
 It counts every storage when an operation allocates it and when it is freed. So the memory kept for the backward pass,
 with or without checkpointing and autocast, is measured instead of computed by a formula.

@@ -1,4 +1,4 @@
-"""The `train:` section of a recipe as HF's TrainingArguments take it: derived and forced values, and refused ones."""
+"""The `train:` section as HF's TrainingArguments take it: derived and refused values; optimizer, scheduler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line of `milora_vl.train`: our flags, Hugging Face's and LLaVA's, as overrides of a recipe.
+"""Every flag of `milora_vl.train`: the parser, help texts, aliases, and `Request`, the parsed command line.
 
 It imports nothing slow, so `--help` prints at once.
 """

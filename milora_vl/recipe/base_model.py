@@ -1,4 +1,4 @@
-"""The base model of a run: an existing model, or one composed of the parts that the recipe names."""
+"""The base model of a run: its config, or the parts it is composed of; does its own processor prepare the pictures?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Differences between the recipe of a run and the recipe that it is resumed with, and which of them are refused."""
+"""Compare two recipes: what a resumed run changes, in words, and which changes are refused."""
 
 from __future__ import annotations
 

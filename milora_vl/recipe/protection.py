@@ -1,4 +1,4 @@
-"""Check that a run can protect the directions and inputs that its rules name."""
+"""Check and warn about `protect` in a recipe: sharding, calibration files, methods that cannot protect."""
 
 from __future__ import annotations
 

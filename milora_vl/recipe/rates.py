@@ -1,4 +1,4 @@
-"""Learning rate and weight decay of every target, and warnings about values that are probably mistakes."""
+"""Learning rate and weight decay of every target (defaults by method), and warnings about unusual rates."""
 
 from __future__ import annotations
 

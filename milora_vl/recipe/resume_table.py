@@ -1,4 +1,4 @@
-"""What a resumed run may change: the effect of every recipe key and training argument on the trained weights.
+"""May a resumed run change it? A table of all recipe keys and training arguments, with their effect on weights.
 
 A missing key counts as `decides`, and a test fails until the table lists it. Training arguments have the names of the
 newest transformers, as in a recipe.

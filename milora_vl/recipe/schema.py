@@ -1,4 +1,4 @@
-"""The recipe: all settings of a run, as strict models of one YAML file. An unknown key is an error."""
+"""The keys of a recipe with types, defaults and checks (data, parts, calibration, eval). Unknown keys are errors."""
 
 from __future__ import annotations
 

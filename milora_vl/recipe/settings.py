@@ -1,4 +1,4 @@
-"""Resolve the command line and a recipe file into the recipe of the run."""
+"""Merge recipe file, flags and LLaVA's flags into one recipe; the place (flag or line) of each problem in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cells of a sweep. Each cell is one training with its own recipe, which `python -m milora_vl.train` runs."""
+"""The cells of a sweep, one training each: their recipes, names, seeds and rates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m milora_vl.train`: fine-tune a model from a recipe, with Hugging Face's, LLaVA's and our own flags."""
+"""`python -m milora_vl.train`: parse the flags, then dry run, listing or training; close the process group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--push_to_hub`: check it before the model loads, and upload the files of the finished run."""
+"""`--push_to_hub`: check the repository before the model loads, upload the files of the finished run."""
 
 from __future__ import annotations
 

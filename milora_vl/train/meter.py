@@ -1,4 +1,4 @@
-"""What a run did since its last log line: speed, padding, supervised tokens and gradient norms per tower."""
+"""Measure a run between log lines: tokens per second, padding, supervised tokens, gradient norms per tower."""
 
 from __future__ import annotations
 

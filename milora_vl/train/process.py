@@ -1,4 +1,4 @@
-"""HF's TrainingArguments for this process: its environment, its device and DeepSpeed's process group."""
+"""Make HF's TrainingArguments for this process: environment, device, DeepSpeed, dtype of the trained weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training run, as a chain of values that are each complete when they exist:
+"""One training run from its request to its report: `train` calls the steps in order; each returns a complete value.
 
 request -> plan -> inputs -> loaded base -> ordered rows -> adapted model -> trained files -> report.
 

@@ -1,4 +1,4 @@
-"""The loader of a run with streamed records, and the position in the stream that checkpoints store."""
+"""The loader of a run with streamed records, and the position in the stream that checkpoints save and resume."""
 
 from __future__ import annotations
 

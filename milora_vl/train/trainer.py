@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with our loss, our parameter groups, and checkpoints that are complete and small.
+"""HF's Trainer with our loss, optimizer groups, checkpoints, data loader and callbacks (SIGTERM, logs, durations).
 
 HF's Trainer does distributed training, precision and logging. The loss calls the model's own forward, also in wrappers.
 """

@@ -1,4 +1,4 @@
-"""Shared by every command: an argument parser with helpful errors, and `run`, which prints errors without a traceback.
+"""The parser of all commands (`did you mean`), and `run`, which prints errors without a traceback; exit codes.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 the run failed, 2 bad usage.
 """
