@@ -51,6 +51,7 @@ from milora_vl.train.cpu_load import FreeCores
 from milora_vl.train.evaluation import SuiteCallback
 from milora_vl.train.meter import Meter, group_rates, tower_norms
 from milora_vl.train.progress import Bars, Lines
+from milora_vl.weights.sharding import local_part
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -500,7 +501,11 @@ class MiloraTrainer(Trainer):
         return [first_line(error) for error in errors if error is not None]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as HF does. Under FSDP2 only what trains is gathered; HF would gather the base too."""
+        """Save as HF does. Under FSDP2 only what trains is gathered; HF would gather the base too.
+
+        Raises UserError before anything is written if a trained weight is not finite.
+        """
+        self._require_finite_weights()
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -508,6 +513,21 @@ class MiloraTrainer(Trainer):
         self._save(output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _require_finite_weights(self) -> None:
+        """Refuse to save weights that a step has ruined: its own loss, computed before it, can still be finite."""
+        ruined = [n for n, p in self.trained().named_parameters() if p.requires_grad and not is_finite(local_part(p))]
+        found = torch.tensor([float(len(ruined))], device=self.args.device)
+        if self.accelerator.reduce(found).item():  # one answer for all processes, which each see their shards
+            raise UserError(
+                f"step {self.state.global_step} has made trained weights NaN or infinite"
+                + (f", for example {ruined[0]}" if ruined else ""),
+                code="train-weights-not-finite",
+                where=f"step {self.state.global_step}",
+                hint="start a new run with a lower --learning_rate, or with --bf16 instead of --fp16; "
+                "the checkpoints before this step are complete",
+                exit_code=1,
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -556,6 +576,11 @@ class MiloraTrainer(Trainer):
                 convert_shards(model, model.sidecars)
         else:
             self._load_from_checkpoint(best)
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Return whether a weight of any shape, also an empty one, has no NaN and no infinite value."""
+    return bool(torch.isfinite(weight.detach()).all())
 
 
 def load_full(model: nn.Module, folder: Path) -> None:

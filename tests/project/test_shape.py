@@ -57,6 +57,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
 PROBES: dict[str, str] = {
     "milora_vl/towers.py": "knowing other people's model classes is its job",
     "milora_vl/weights/matrices.py": "ds_id is the only mark of a parameter that ZeRO-3 has partitioned",
+    "milora_vl/weights/sharding.py": "ds_tensor is the only name of a shard under ZeRO-3",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

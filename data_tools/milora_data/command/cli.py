@@ -254,7 +254,7 @@ def _wait_for_rank_zero() -> None:
     # If all ranks fail with the same error, rank 0 prints it and the launcher stops the other ranks while they wait. An
     # error on a single other rank is printed after the delay.
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)
+        time.sleep(15)  # rank 0 needs some seconds to exit on a busy machine
 
 
 def silence_dependencies() -> None:
