@@ -107,7 +107,7 @@ def no_adapter_in(folder: Path, flag: str, *call: object) -> Problem:
     names = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
     hint = f"found {names}; {EXPECTED}"
     if flag and (folder / "config.json").is_file():
-        hint = f"the folder holds a whole model: for one that trained in full, use  --model {folder} --base MODEL"
+        hint = f"the folder holds a whole model: if it trained in full, use  --model {folder} --base MODEL"
     return Problem(message, "adapter-missing", where, hint)
 
 

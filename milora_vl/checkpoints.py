@@ -58,10 +58,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def remove_oldest(run: Path, step: int, limit: int | None, best: str | None) -> None:
-    """Remove old checkpoints until `limit` are left (None or 0: all stay); those of `step` and `best` always stay.
+    """Remove old checkpoints until `limit` are left (None or 0: all stay); the ones of `step` and `best` always stay.
 
-    The steps tell their age, and steps above the present one are of an earlier attempt. HF's Trainer goes by the time
-    of change instead: after the clock went backwards it would remove the checkpoint that was just written.
+    A lower step is older, and steps above the present one are of an earlier attempt. HF's Trainer sorts by the time of
+    change instead: after the clock went backwards it would remove the checkpoint that was just written.
     """
     if not limit:
         return

@@ -124,7 +124,7 @@ def with_context(error: ErrorT, where: str = "", hint: str = "") -> ErrorT:
 
 
 def with_problems(error: ErrorT, problems: Sequence[Problem]) -> ErrorT:
-    """Return a copy of `error`, of the same class, that has these problems instead of its own."""
+    """Return a copy of `error`, of the same class, with these problems in place of the old ones."""
     copied = copy(error)
     copied.problems = tuple(map(_without_secrets, problems))
     copied.args = (render(copied.problems, copied.source),)

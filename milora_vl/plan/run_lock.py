@@ -44,7 +44,7 @@ class RunLock:
         self._held = number, file
 
     def release(self) -> None:
-        """Remove the lock, if this process holds it. A file that stays, on a disk that is lost, locks nobody out."""
+        """Remove the lock, if this process holds it. If the disk is lost, the file stays, and blocks no later run."""
         if self._held is not None:
             number, file = self._held
             self._held = None

@@ -32,7 +32,7 @@ def commands(run: Run) -> Commands:
     recipe = run.folder / "recipe.yaml"
     model, base = _model(run)
     weights = _weights(run)
-    # Beside a checkpoint, neither would this page find the files, nor would they survive its rotation.
+    # This page would not find files beside a checkpoint, and they would be removed with it.
     apart = weights != run.folder
     into_run: list[str | Path] = ["--output_dir", run.folder] if apart else []
     into_analysis: list[str | Path] = ["--output_dir", run.folder / "analysis"] if apart else []

@@ -80,7 +80,7 @@ class MME(Benchmark):
                     f"the subtask {name!r:.80} is no name of a file",
                     code="submission-format",
                     where=str(folder),
-                    hint="use the file as it was published",
+                    hint="use the published file, unchanged",
                 )
             pairs = [pair for pair in pictures.values() if len(pair) == 2]
             lines = [_line(answer) for pair in pairs for answer in pair]

@@ -163,7 +163,7 @@ def _llava_ids(data_dir: Path) -> dict[tuple[str, str, str], Any]:
                 f"the question {key} appears twice",
                 code="benchmark-duplicate-id",
                 where=str(path),
-                hint="use the file as it was published",
+                hint="use the published file, unchanged",
             )
         ids[key] = line["question_id"]
     return ids

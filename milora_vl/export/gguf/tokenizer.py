@@ -79,7 +79,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Any, vocabulary: int) -> None:
 
 
 def _split_of(content: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name for the split of a byte-level BPE; None for a tokenizer that is none.
+    """Return llama.cpp's name for the split of a byte-level BPE; None for other tokenizers.
 
     Raises UserError for a split without a name here.
     """
