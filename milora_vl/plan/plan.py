@@ -41,7 +41,7 @@ def make_plan(request: Request, *, processes: int) -> Plan:
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
     folder = run_folder.choose(path, request.resume)
     if isinstance(config := recipe.train.get("deepspeed"), str) and config:  # --deepspeed= switches it off
-        train_section.deepspeed_config(config)
+        train_section.deepspeed_config(config)  # refuse an unknown name before the package is looked for
     requirements.require_installed(recipe.train, recipe.quantization, recipe.attn_implementation)
     train_section.require_valid(recipe)
     resumed = Resumed(folder, request.resume)

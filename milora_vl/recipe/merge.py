@@ -136,13 +136,13 @@ def _problems_of_flags(request: Request) -> Sequence[Problem]:
 
 def _merge_recipe(request: Request) -> MergedRecipe:
     from_file, source = request.recipe_file.content, request.recipe_file.source
-    base = Recipe.parse(from_file, source, request.recipe_file.lines)
-    meaning = _llava(request)
-    content = base.model_dump() | {"train": overridden(base.train, request.overrides.get("train", {}))}
+    of_file = Recipe.parse(from_file, source, request.recipe_file.lines)
+    llava = _llava(request)
+    content = of_file.model_dump() | {"train": overridden(of_file.train, request.overrides.get("train", {}))}
     notes_on_data = _without_evaluation(content, request)
     merged = _merge(content, request.overrides)
-    if meaning and meaning.quantization:
-        merged["quantization"] = meaning.quantization
+    if llava and llava.quantization:
+        merged["quantization"] = llava.quantization
     if request.llava and request.llava.get("group_by_modality_length"):
         merged["train"].setdefault("train_sampling_strategy", "group_by_length")
     merged["parts"] = {**merged["parts"], **llava_flags.parts(request.llava)}
@@ -152,7 +152,7 @@ def _merge_recipe(request: Request) -> MergedRecipe:
     if "template" not in from_file and not is_typed(request, "template") and merged["model"]:
         # A model whose processor prepares the pictures has its own prompt format, and no other.
         merged["template"] = OWN if base_model.prepares_with_processor(merged["model"]) else merged["template"]
-    rules = _policy(request, base, meaning)
+    rules = _policy(request, of_file, llava)
     implicit = rules is None
     merged["policy"] = edited(rules, request.edits)
     both = "the command line" if not request.recipe else f"{source} and the command line"
@@ -170,10 +170,10 @@ def _merge_recipe(request: Request) -> MergedRecipe:
     if recipe.dtype == "fastest":  # save the dtype itself: the fastest dtype differs by machine
         fastest = str(fastest_dtype(train_device(recipe.train))).removeprefix("torch.")
         recipe = recipe.model_copy(update={"dtype": _dtype_of_resumed(request) or fastest})
-    per_device = base.train.get("per_device_train_batch_size")
-    batch = (int(per_device), int(base.train.get("gradient_accumulation_steps", 1))) if per_device else None
-    notes = [meaning.line] if meaning and meaning.line else []
-    warnings = [*(meaning.warnings if meaning else []), *base_model.warnings(recipe), *protection.warnings(recipe)]
+    per_device = of_file.train.get("per_device_train_batch_size")
+    batch = (int(per_device), int(of_file.train.get("gradient_accumulation_steps", 1))) if per_device else None
+    notes = [llava.line] if llava and llava.line else []
+    warnings = [*(llava.warnings if llava else []), *base_model.warnings(recipe), *protection.warnings(recipe)]
     return MergedRecipe(recipe, request.recipe or "", implicit, batch, [*notes, *notes_on_data], warnings)
 
 

@@ -35,10 +35,10 @@ class FirstFiles:
         self.absent = [folder for folder in (path, *path.parents) if not folder.exists()]
 
     def write(self) -> None:
-        """Write the files and rename incomplete checkpoints. Later calls do nothing."""
+        """Lock the run folder, write the files and rename incomplete checkpoints. Later calls do nothing."""
         if self.has_begun:
             return
-        if self.is_writer:  # before has_begun: a run that is refused here writes nothing
+        if self.is_writer:  # before has_begun: a run that another one locks out writes nothing
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.lock.take(self.folder.path)
         self.has_begun = True
@@ -51,15 +51,15 @@ class FirstFiles:
         for name, value in self.content.items():
             self.folder.write_json(name, value)
 
-    def remove_empty_folders(self) -> None:
-        """Remove the empty folders of a run that has not begun."""
-        if self.has_begun or not self.is_writer:
-            return
-        for folder in self.absent:
-            try:
-                folder.rmdir()
-            except OSError:  # not empty, or never created
-                return
+    def close(self) -> None:
+        """Release the lock of the run folder, and remove the empty folders of a run that has not begun."""
+        if self.is_writer and not self.has_begun:
+            for folder in self.absent:
+                try:
+                    folder.rmdir()
+                except OSError:  # not empty, or never created
+                    break
+        self.lock.release()
 
 
 class AtFirstStep(TrainerCallback):

@@ -32,10 +32,10 @@ from milora_vl.policy import Target
 from milora_vl.recipe.base_model import config_for, prepares_with_processor
 from milora_vl.recipe.on_model import require_template
 from milora_vl.recipe.schema import Recipe
-from milora_vl.train.trainer import Saves
+from milora_vl.train.trainer import CheckpointKind
 
 FIRST = 100  # records that are checked before the model loads
-WEIGHTS_FILE: dict[Saves, str] = {"adapter": ADAPTER_FILES[0], "projector": PROJECTOR_FILES[0]}
+WEIGHTS_FILE: dict[CheckpointKind, str] = {"adapter": ADAPTER_FILES[0], "projector": PROJECTOR_FILES[0]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Built:
 
     model: Any
     targets: list[Target]
-    saves: Saves
+    checkpoint_kind: CheckpointKind
     sizes: dict[str, int]  # number of trained values by target
     report: Sequence[LayerReport]  # one per decomposed weight
     frozen: list[str]  # towers without trained modules
@@ -143,7 +143,7 @@ def _set_attention(model: Any, name: str) -> None:
         ) from None
 
 
-def saves_of(targets: Sequence[Target]) -> Saves:
+def checkpoint_kind_of(targets: Sequence[Target]) -> CheckpointKind:
     """Return what the checkpoints of a run with these targets hold."""
     if any(t.rank is not None for t in targets):
         return "adapter"
@@ -163,12 +163,12 @@ def build(
     `calibration` holds the batches for protected inputs. `dtype` is the data type of the trained weights.
     """
 
-    saves = saves_of(targets)
+    checkpoint_kind = checkpoint_kind_of(targets)
     sizes = trained_sizes(targets, base)
     if checkpoint is not None:
-        _require_same_kind(checkpoint, saves)
+        _require_same_kind(checkpoint, checkpoint_kind)
     frozen = frozen_towers(base, targets)
-    if saves == "adapter" and checkpoint is not None:
+    if checkpoint_kind == "adapter" and checkpoint is not None:
         model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
         _require_same_adapter(checkpoint, model, targets, recipe.form)
     else:
@@ -183,11 +183,11 @@ def build(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    return Built(model, targets, saves, sizes, model.milora_report, frozen)
+    return Built(model, targets, checkpoint_kind, sizes, model.milora_report, frozen)
 
 
-def _require_same_kind(checkpoint: Path, saves: Saves) -> None:
-    expected = WEIGHTS_FILE.get(saves, "model")
+def _require_same_kind(checkpoint: Path, checkpoint_kind: CheckpointKind) -> None:
+    expected = WEIGHTS_FILE.get(checkpoint_kind, "model")
     if not any(file.name.startswith(expected) for file in checkpoint.iterdir()):
         found = ", ".join(sorted(f.name for f in checkpoint.glob("*.safetensors"))) or "no weights"
         raise UserError(
@@ -196,7 +196,7 @@ def _require_same_kind(checkpoint: Path, saves: Saves) -> None:
             where=str(checkpoint),
             hint="repeat the --method of the run that wrote it",
         )
-    if saves == "adapter" and not (checkpoint / FILE_NAME).is_file():
+    if checkpoint_kind == "adapter" and not (checkpoint / FILE_NAME).is_file():
         raise UserError(
             f"{FILE_NAME} is missing; it records which part of the adapter trains and which is the anchor",
             code="checkpoint-incomplete",

@@ -90,8 +90,7 @@ def train(request: Request) -> int:
         run_steps(plan, rows, trainer, first_files)
         trained = save_weights(plan, rows, trainer, first_files, start)
     finally:
-        first_files.remove_empty_folders()
-        first_files.lock.release()
+        first_files.close()
     del loaded, rows, adapted, trainer  # the evaluation needs the model's memory
     failed = evaluate(trained, screen)
     return write_results(trained, failed, screen, request.format)
@@ -239,7 +238,7 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
         screen.warn(warning)
     targets = rates.in_force(targets, recipe.train)
     spectra = None
-    if describes_start(plan.folder):
+    if writes_policy_files(plan.folder):
         with screen.step("measuring the spectrum of one layer per tower"):
             spectra = layer_spectra(loaded.base, targets)
     batches = None
@@ -255,7 +254,7 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
     return Adapted(built, spectra)
 
 
-def describes_start(folder: RunFolder) -> bool:
+def writes_policy_files(folder: RunFolder) -> bool:
     """Return whether the run writes policy.json and spectrum.json; a resumed run has them already."""
     return folder.checkpoint is None or not (folder.path / "policy.json").is_file()
 
@@ -268,7 +267,7 @@ def show_header_and_policy(
     screen.header(header.rows(plan, model_name, inputs.data, rows.batching, inputs.args, loaded.dtype))
     screen.policy(policy_rows(built.targets, built.sizes, built.report), built.frozen)
     screen.say(trainable_line(built.model))
-    if built.saves == "adapter":
+    if built.checkpoint_kind == "adapter":
         for line in protection_lines(built.targets, built.model.protections["default"]):
             screen.say(line)
     if plan.resumed.changes:
@@ -294,7 +293,7 @@ def collect_first_files(plan: Plan, inputs: Inputs, loaded: Loaded, adapted: Ada
         folder=folder,
         fitted_recipe=recipe,
         environment=environment,
-        content=content if describes_start(folder) else {},
+        content=content if writes_policy_files(folder) else {},
         screen=screen,
         is_writer=inputs.args.should_save,
     )
@@ -327,7 +326,7 @@ def make_trainer(
             adapted.built.model,
             inputs.args,
             targets=adapted.built.targets,
-            saves=adapted.built.saves,
+            checkpoint_kind=adapted.built.checkpoint_kind,
             data_collator=collator,
             train_dataset=rows.items,
             eval_dataset=data.evaluation,
@@ -368,7 +367,7 @@ def run_loop(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstF
         # Autocast casts what it multiplies; PEFT would first widen every input to the adapter's float32.
         with (
             failures.explained(trainer.args),
-            calls_on_sigterm(trainer.stop_on_signal.hear),
+            calls_on_sigterm(trainer.stop_on_signal.on_signal),
             disable_input_dtype_casting(trainer.trained(), active=trainer.accelerator.native_amp),
         ):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

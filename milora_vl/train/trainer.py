@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 LOADER_TIMEOUT = 1800.0
 """Seconds after which loader processes without a batch count as hung. A slow file system needs seconds, not this."""
 OUR_FILES = (FILE_NAME, ANCHORS_FILE, *PROJECTOR_FILES)
-Saves = Literal["adapter", "projector", "full"]
+CheckpointKind = Literal["adapter", "projector", "full"]
 
 
 class LogBeforeSave(TrainerCallback):
@@ -157,18 +157,18 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.accelerator: Accelerator | None = None
-        self.heard = self.stopped = False
+        self.received = self.stopped = False
 
-    def hear(self, *_: object) -> None:
+    def on_signal(self, *_: object) -> None:
         """Handle the signal."""
-        self.heard = True
+        self.received = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Request a checkpoint and the end if any process has received the signal."""
         assert self.accelerator is not None
-        if self.heard:
+        if self.received:
             self.accelerator.set_trigger()
-        if self.accelerator.check_trigger() if args.world_size > 1 else self.heard:
+        if self.accelerator.check_trigger() if args.world_size > 1 else self.received:
             self.stopped = control.should_save = control.should_log = control.should_training_stop = True
 
 
@@ -228,7 +228,7 @@ class MiloraTrainer(Trainer):
         args: TrainingArguments,
         *,
         targets: Sequence[Target],
-        saves: Saves,
+        checkpoint_kind: CheckpointKind,
         data_collator: Any,
         train_dataset: Any,
         eval_dataset: Any = None,
@@ -259,7 +259,7 @@ class MiloraTrainer(Trainer):
         elif protecting and self.is_fsdp_enabled:
             self.add_callback(ProjectShards(FsdpProjection(model)))
         self.targets = targets
-        self.saves = saves
+        self.checkpoint_kind = checkpoint_kind
         self.lengths, self.kinds = lengths, kinds
         self.resume_from = resume_from
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch for every model
@@ -277,10 +277,10 @@ class MiloraTrainer(Trainer):
         if self.args.fsdp:
             self.add_callback(fsdp.RequireShards())
         if self.is_fsdp_enabled:
-            if saves == "full":
+            if checkpoint_kind == "full":
                 fsdp.refuse_full_training_of_text(model)
             fsdp.prepare(self.accelerator, model)
-            if resume_from is not None and saves != "adapter":  # later the model is sharded
+            if resume_from is not None and checkpoint_kind != "adapter":  # later the model is sharded
                 self._restore(resume_from)
         self._failed_pushes: list[str] = []
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
@@ -467,12 +467,12 @@ class MiloraTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def _write(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
-        if self.saves == "full":
+        if self.checkpoint_kind == "full":
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            if self.saves == "projector":
+            if self.checkpoint_kind == "projector":
                 save_projector(self.trained(), folder, state_dict)
             else:
                 # The vocabulary never grows here; "auto" would query the hub at every checkpoint.
@@ -509,7 +509,9 @@ class MiloraTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
-        state = fsdp.gathered_state(self.trained(), only_trained=self.saves != "full", keep=bool(self.args.should_save))
+        state = fsdp.gathered_state(
+            self.trained(), only_trained=self.checkpoint_kind != "full", keep=bool(self.args.should_save)
+        )
         self._save(output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -554,13 +556,13 @@ class MiloraTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             return  # restored before it was sharded
-        if self.saves == "adapter":
+        if self.checkpoint_kind == "adapter":
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._restore(Path(resume_from_checkpoint))
 
     def _restore(self, folder: Path) -> None:
-        if self.saves == "projector":
+        if self.checkpoint_kind == "projector":
             load_projector(self.trained(), folder)
         else:
             load_full(self.trained(), folder)
@@ -570,7 +572,7 @@ class MiloraTrainer(Trainer):
         assert best is not None
         if self.is_fsdp_enabled:
             self.keeps_best = True
-        elif self.saves == "adapter" or self.is_deepspeed_enabled:
+        elif self.checkpoint_kind == "adapter" or self.is_deepspeed_enabled:
             super()._load_best_model()
             if isinstance(model, MiloraMixin) and self.is_deepspeed_enabled and needs_conversion(Path(best)):
                 convert_shards(model, model.sidecars)

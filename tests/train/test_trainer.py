@@ -36,7 +36,7 @@ def make(tiny_llama: Callable[..., Any], tmp_path: Path) -> Callable[..., Milora
             logging_nan_inf_filter=False, **(arguments | options),
         )  # fmt: skip
         return MiloraTrainer(
-            model, args, targets=model.milora_targets, saves="adapter",
+            model, args, targets=model.milora_targets, checkpoint_kind="adapter",
             data_collator=pad, train_dataset=train, eval_dataset=evaluation,
         )  # fmt: skip
 
