@@ -61,4 +61,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-auto_classes.install()
+auto_classes.register_when_imported()

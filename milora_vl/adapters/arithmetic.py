@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from milora_data.errors import UserError
-from milora_vl.adapters.imported import describe
+from milora_vl.adapters.imported import sidecar_of
 from milora_vl.adapters.plain import LowRank, PlainAdapter, more_than_factors, read_config, whole_modules
 
 
@@ -74,7 +74,7 @@ def combined(adapters: Sequence[PlainAdapter], weights: Sequence[float], base: n
         dropout=first.dropout,
         task_type=first.task_type,
     )
-    return replace(joined, sidecar=describe(joined, base, {}))
+    return replace(joined, sidecar=sidecar_of(joined, base, {}))
 
 
 def _joined(parts: Sequence[tuple[LowRank, float]]) -> LowRank:

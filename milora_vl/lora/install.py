@@ -64,7 +64,7 @@ def set_dropout(layer: LoraLayer, adapter: str, probability: float) -> None:
     layer.lora_dropout.train(was_training)
 
 
-def install(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> None:
+def install_factors(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> None:
     """Initialize an adapter of a layer: the differences are zero, the anchors A0 (r, in) and B0 (out, r)."""
     pairs = []
     for axis, (anchor, stock) in enumerate(zip((A0, B0), factors(layer, adapter), strict=True)):
@@ -104,7 +104,7 @@ def require_belongs(joined: Tensor, E: Tensor, B0: Tensor) -> None:
 def install_copy(layer: LoraLayer, adapter: str, source: str) -> None:
     """Initialize an adapter at the anchor of the adapter `source`. The anchor is a copy."""
     A0, B0 = (anchor.clone() for anchor in anchors_of(layer, source))
-    install(layer, adapter, A0, B0)
+    install_factors(layer, adapter, A0, B0)
 
 
 def unrecoverable(layer: LoraLayer, adapter: str, joined: Tensor | None = None) -> Tensor | None:

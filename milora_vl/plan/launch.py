@@ -38,7 +38,7 @@ FOREIGN_DEEPSPEED = Problem(
 )
 
 
-def check(train: Mapping[str, Any]) -> None:
+def require_supported(train: Mapping[str, Any]) -> None:
     """Raise UserError, before anything loads, for launcher settings that are not supported."""
     if train.get("fsdp"):
         fsdp_settings(train["fsdp"], train.get("fsdp_config"))

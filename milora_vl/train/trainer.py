@@ -40,7 +40,7 @@ from milora_vl.lora.keep_protected import FsdpProjection, ShardedProjection, kee
 from milora_vl.lora.peft_model import MiloraMixin
 from milora_vl.lora.sidecar import ANCHORS_FILE, FILE_NAME
 from milora_vl.lora.version_1_shards import convert_shards, needs_conversion
-from milora_vl.losses import install, summed_loss
+from milora_vl.losses import add_chunked_loss, summed_loss
 from milora_vl.models.projector import load_projector, save_projector
 from milora_vl.param_groups import parameter_groups, target_path
 from milora_vl.policy import Target
@@ -226,7 +226,7 @@ class MiloraTrainer(Trainer):
         kinds: Sequence[object] | None = None,
         resume_from: Path | None = None,
     ) -> None:
-        self.chunked = install(base_model_of(model))  # before anything wraps its forward
+        self.chunked = add_chunked_loss(base_model_of(model))  # before anything wraps its forward
         super().__init__(
             model,
             args,

@@ -70,7 +70,7 @@ class _Sources:
         return loading.split_processor(self.processor)[0]
 
 
-def batches(
+def make_batches(
     recipe: Recipe,
     base: nn.Module,
     processor: Any,
