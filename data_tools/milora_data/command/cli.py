@@ -257,9 +257,29 @@ def _wait_for_rank_zero() -> None:
         time.sleep(15)  # rank 0 needs some seconds to exit on a busy machine
 
 
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning as the other warnings of a command, without the place in the code that Python would name."""
+    (file or sys.stderr).write(as_typed(f"warning: {message}\n"))
+
+
 def silence_dependencies() -> None:
-    """Suppress warnings of dependencies, which are for developers; Python's option -W turns them on again."""
+    """Suppress warnings of dependencies, and print ours in one line; with option -W, Python shows all of them.
+
+    From Python, the library raises ordinary warnings, which a program can filter.
+    """
     if not sys.warnoptions:
+        warnings.showwarning = _print_warning
+        shown = logging.StreamHandler(sys.stderr)  # logging would print the text alone
+        shown.setFormatter(logging.Formatter("warning: %(message)s"))
+        for package in ("milora_vl", "milora_data", "milora_eval"):
+            logging.getLogger(package).addHandler(shown)
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"(milora_vl|milora_data|milora_eval|llava_recipes)\b")
         # PEFT imports bitsandbytes if it is installed, and bitsandbytes warns about an optional kernel.
