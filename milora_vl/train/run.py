@@ -20,6 +20,7 @@ import torch
 
 from milora_data.collate import ImageTextCollator
 from milora_data.errors import UserError, with_context
+from milora_data.stream import RecordStream
 from milora_data.templates import OWN, no_tools
 from milora_vl import checkpoints
 from milora_vl.checkpoints import step_of
@@ -41,6 +42,7 @@ from milora_vl.train import (
     features,
     header,
     hub,
+    loader_processes,
     model,
     run_files,
     streaming,
@@ -368,6 +370,7 @@ def run_loop(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstF
         with (
             failures.explained(trainer.args),
             calls_on_sigterm(trainer.stop_on_signal.on_signal),
+            loader_processes.found_while_waiting(streams=isinstance(trainer.train_dataset, RecordStream)),
             disable_input_dtype_casting(trainer.trained(), active=trainer.accelerator.native_amp),
         ):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

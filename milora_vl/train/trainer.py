@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from accelerate.data_loader import DataLoaderAdapter
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -46,7 +45,7 @@ from milora_vl.models.projector import load_projector, save_projector
 from milora_vl.param_groups import parameter_groups, target_path
 from milora_vl.policy import Target
 from milora_vl.recipe import protection
-from milora_vl.train import fsdp, streaming
+from milora_vl.train import fsdp, loader_processes, streaming
 from milora_vl.train.cpu_load import FreeCores
 from milora_vl.train.evaluation import SuiteCallback
 from milora_vl.train.meter import Meter, group_rates, tower_norms
@@ -57,8 +56,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
-LOADER_TIMEOUT = 1800.0
-"""Seconds after which loader processes without a batch count as hung. A slow file system needs seconds, not this."""
 OUR_FILES = (FILE_NAME, ANCHORS_FILE, *PROJECTOR_FILES)
 CheckpointKind = Literal["adapter", "projector", "full"]
 
@@ -194,14 +191,6 @@ class FollowFreeCores(TrainerCallback):
             self.say(self.cores.describe())
 
 
-def with_timeout(loader: Any) -> Any:
-    """Return the loader, which now fails if its processes give no batch for LOADER_TIMEOUT seconds."""
-    inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
-    if inner.num_workers:
-        inner.timeout = LOADER_TIMEOUT
-    return loader
-
-
 class ProjectShards(TrainerCallback):
     """Keep directions protected under DeepSpeed, which runs no hooks of the optimizer, and under FSDP2."""
 
@@ -327,10 +316,8 @@ class MiloraTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """Return HF's loader, or for a stream a loader that reads the share of this process."""
         if not isinstance(self.train_dataset, RecordStream):
-            return with_timeout(super().get_train_dataloader())
-        self._stream = streaming.loader(
-            self.train_dataset, self.data_collator, self.args, self.resume_from, LOADER_TIMEOUT
-        )
+            return loader_processes.with_timeout(super().get_train_dataloader())
+        self._stream = streaming.loader(self.train_dataset, self.data_collator, self.args, self.resume_from)
         return self._stream
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
