@@ -1,4 +1,4 @@
-"""`--dry-run`: check and show a run in seconds, without weights and network.
+"""`--dry-run` (`--devices`, `--gpu-memory`): check and show a run in seconds, without weights and network.
 
 It validates the recipe, builds the model on the meta device from its config, resolves the policy, shows the first batch
 with its targets, and estimates memory and time. The plan goes to stdout.

@@ -19,6 +19,13 @@ def test_named_files_and_folders_exist() -> None:
     assert not [path for path in PATHS if not (ROOT / path).exists()]
 
 
+def test_named_functions_are_in_the_named_file() -> None:
+    named = re.findall(r"((?:`\w+`(?:, | and ))*`\w+`) in `((?:milora_vl|data_tools|eval)/[\w/.]+\.py)`", PAGE)
+    pairs = [(name, file) for names, file in named for name in re.findall(r"\w+", names.replace(" and ", " "))]
+    assert len(pairs) > 15
+    assert not [pair for pair in pairs if not re.search(rf"\b{pair[0]}\b", (ROOT / pair[1]).read_text())]
+
+
 def test_every_package_and_module_is_in_the_table() -> None:
     folder = ROOT / "milora_vl"
     packages = {path.parent.name for path in folder.glob("*/__init__.py")}
