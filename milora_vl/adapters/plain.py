@@ -207,14 +207,14 @@ def write_plain(
         names = ("lora_embedding_A", "lora_embedding_B") if factors.is_embedding else ("lora_A.weight", "lora_B.weight")
         state |= {f"{PREFIX}{path}.{names[0]}": factors.A, f"{PREFIX}{path}.{names[1]}": factors.B}
     save_file({key: t.contiguous() for key, t in state.items()}, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
-    content = config_of(adapter).to_dict()
+    content = lora_config_of(adapter).to_dict()
     if known_keys is not None:
         content = {key: value for key, value in content.items() if key in known_keys}
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
     (folder / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def config_of(adapter: PlainAdapter) -> LoraConfig:
+def lora_config_of(adapter: PlainAdapter) -> LoraConfig:
     """Return PEFT's config for the factors: full paths, the most common rank and alpha, patterns for the others."""
     from collections import Counter
 

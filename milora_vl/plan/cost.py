@@ -24,7 +24,7 @@ from milora_vl.plan.estimate import (
     calibration_bytes,
     calibration_flops,
     distinct_inputs,
-    duration,
+    duration_text,
     expected_directions,
     flops_per_step,
     host_memory,
@@ -93,10 +93,10 @@ def costs_of(
     here, step = measured_flops(), flops_per_step(work)
     rows = [("one A100 per device at 40 % of peak", A100_FLOPS), ("the CPU of this machine", here)]
     for name, rate in rows if is_here else rows[:1]:
-        total = f", {duration(batching.steps * step / rate)} in total" if has_steps else ""
+        total = f", {duration_text(batching.steps * step / rate)} in total" if has_steps else ""
         out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
     if is_here and svd_flops(targets):
-        out.append(f"factors about {duration(svd_flops(targets) / here)} once, on the CPU of this machine")
+        out.append(f"factors about {duration_text(svd_flops(targets) / here)} once, on the CPU of this machine")
     out += calibration_lines(targets, work, here if is_here else None)
     return Costs(out, change)
 
@@ -116,7 +116,7 @@ def calibration_lines(targets: Sequence[Target], work: Workload, here: float | N
     if here is not None:
         seconds = calibration_flops(targets, work.total) / here
         memory_text = f"{calibration_bytes(targets) / GIB:.2g} GiB of memory"
-        lines.append(f"calibration about {duration(seconds)} and {memory_text} once, on the CPU of this machine")
+        lines.append(f"calibration about {duration_text(seconds)} and {memory_text} once, on the CPU of this machine")
     return lines
 
 
@@ -168,7 +168,7 @@ def shape_of(config: Any, work: Workload, counts: Counts, *, checkpointing: bool
 
 def duration_of_step(seconds: float) -> str:
     """Return the time of a step as text; short times have decimals."""
-    return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
+    return duration_text(seconds) if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def workload_of(

@@ -218,10 +218,10 @@ def measured_flops(size: int = 1024) -> float:
     return 2 * size**3 / min(times)  # slower ones waited for other programs
 
 
-def duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """Return a time as text.
 
-    >>> duration(7500), duration(41)
+    >>> duration_text(7500), duration_text(41)
     ('2.1 h', '41 s')
     """
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):

@@ -58,7 +58,7 @@ def require_access(train: Mapping[str, Any], output_dir: Path, token: str | None
             where="--push_to_hub",
             hint=f"log in:   hf auth login      (or set HF_TOKEN or --hub_token)\n{WITHOUT}",
         )
-    with explained("--push_to_hub", WITHOUT, exit_code=2):
+    with hub_errors_explained("--push_to_hub", WITHOUT, exit_code=2):
         access = HfApi().whoami().get("auth", {}).get("accessToken") or {}
     if access.get("role") == "read":
         raise UserError(
@@ -70,7 +70,7 @@ def require_access(train: Mapping[str, Any], output_dir: Path, token: str | None
 
 
 @contextmanager
-def explained(what: str, remedy: str, *, exit_code: int = 1) -> Iterator[None]:
+def hub_errors_explained(what: str, remedy: str, *, exit_code: int = 1) -> Iterator[None]:
     """Convert an error of the hub client into a UserError: `what` failed, `remedy` is the hint."""
     try:
         yield
@@ -89,7 +89,7 @@ def open_repository(args: TrainingArguments) -> None:
     from huggingface_hub import HfApi
 
     name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
-    with explained(f"--push_to_hub: cannot open the repository {name}", WITHOUT, exit_code=2):
+    with hub_errors_explained(f"--push_to_hub: cannot open the repository {name}", WITHOUT, exit_code=2):
         HfApi().create_repo(name, private=args.hub_private_repo, exist_ok=True)
 
 
@@ -98,7 +98,7 @@ def push(folder: Path, repository: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
 
     retry = f"the training is saved in {folder}; to push it again:\n  {push_command(folder, repository)}"
-    with explained("pushing to the hub failed", retry):
+    with hub_errors_explained("pushing to the hub failed", retry):
         done = HfApi().upload_folder(
             repo_id=repository,
             folder_path=folder,

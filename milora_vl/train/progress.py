@@ -13,7 +13,7 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from milora_data.command.cli import amount
-from milora_vl.plan.estimate import duration
+from milora_vl.plan.estimate import duration_text
 
 # Format of each log key, in the order of the line.
 SHOWN = {
@@ -45,7 +45,7 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int, *, done: int | None
     values = [f"{key.removeprefix(SCORE)} {value:.1f}" for key, value in scores.items()]
     values += [form.format(logs[key]) for key, form in SHOWN.items() if key in logs and (logs[key] or key in ALWAYS)]
     if "loss" in logs and seconds and done and step < steps:
-        values.append(f"{duration(seconds / done * (steps - step))} left")
+        values.append(f"{duration_text(seconds / done * (steps - step))} left")
     return "  ".join([f"step {step:,}/{steps:,}", *values]) if values else ""
 
 

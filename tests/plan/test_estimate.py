@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from milora_vl.adapter import apply_milora
 from milora_vl.models.quantized import bytes_per_number
 from milora_vl.plan.cost import memory_savings, verdict
-from milora_vl.plan.estimate import GIB, Workload, duration, flops_per_step, host_memory, memory
+from milora_vl.plan.estimate import GIB, Workload, duration_text, flops_per_step, host_memory, memory
 from milora_vl.plan.simulate import Resident, Shape, simulate
 from milora_vl.policy import Policy
 from milora_vl.tiny import tiny_llama
@@ -111,4 +111,4 @@ def test_what_a_step_adds_is_simulated() -> None:
 
 
 def test_durations_are_for_people() -> None:
-    assert [duration(seconds) for seconds in (3, 100, 200, 3600 * 30)] == ["3 s", "1.7 min", "3.3 min", "30.0 h"]
+    assert [duration_text(seconds) for seconds in (3, 100, 200, 3600 * 30)] == ["3 s", "1.7 min", "3.3 min", "30.0 h"]
