@@ -3,8 +3,8 @@
 python benchmarks/all.py [--full] [--only NAME ...] [--quick] [--missing] [--page]
 
 Each result is written to benchmarks/results.json with a description of the machine; docs/performance.md shows them.
-Without --full, the parts that take two hours and a half are left out (`make bench`): an evaluation of a million questions, a 7B
-at full size, kills, the soak.
+Without --full, the parts that take two hours and a half are left out (`make bench`): an evaluation of a million
+questions, a 7B at full size, kills, the soak.
 --only measures some parts again and keeps the others; --quick measures the headline rows (`make bench-quick`);
 --missing measures the parts without a result;
 --page only writes the page.
